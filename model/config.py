@@ -1,0 +1,180 @@
+"""Shapes and constants of the model: frozen dataclasses and the named presets."""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+from model.terminal import InputError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """PE-lang vision tower and the projector's two stride-2 convolutions."""
+
+    width: int = 1536
+    layers: int = 47
+    heads: int = 16
+    mlp_width: int = 8960
+    patch_size: int = 14
+    image_size: int = 728  # side of the global view, and of the position embedding's grid
+    crop_size: int = 504  # side every crop is resized to
+    max_image_size: int = 3024  # longer sides are shrunk to this before cropping
+    norm_eps: float = 1e-5
+    layer_scale: float = 0.1  # initial value of LayerScale's gamma
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of the global view; no view may have more."""
+        return self.image_size // self.patch_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Decoder tokens of a global view."""
+        return tokens_after_projector(self.image_size // self.patch_size)
+
+    @property
+    def crop_tokens(self) -> int:
+        """Decoder tokens of a crop."""
+        return tokens_after_projector(self.crop_size // self.patch_size)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Qwen3 (qk_norm) or Llama decoder with grouped-query attention."""
+
+    vocab_size: int = 151936
+    hidden: int = 4096
+    layers: int = 36
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    mlp_width: int = 12288
+    norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    max_positions: int = 65536
+    qk_norm: bool = True
+    tied_embeddings: bool = False
+
+    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Bytes of K and V that one token occupies over all layers (2 bytes per value for bf16)."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * bytes_per_value
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids of the tokens that mean something to the code. All ids of `eos` end a generation."""
+
+    eos: tuple[int, ...] = (151643, 151645, 151679)
+    im_patch: int = 151679
+    im_start: int = 151680
+    im_end: int = 151681
+    patch_start: int = 151689
+    patch_end: int = 151690
+    patch_newline: int = 151691
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole model; `vision` is None for a text-only one."""
+
+    name: str
+    decoder: DecoderConfig
+    vision: VisionConfig | None = None
+    tokens: TokenIds = TokenIds()
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict) -> "Config":
+        """The inverse of `to_dict`. Raises InputError for keys that no field has, and for missing ones."""
+        top = _checked(Config, data, "config")
+        vision = top.get("vision")
+        tokens = _checked(TokenIds, top.get("tokens", {}), "tokens")
+        if "eos" in tokens:
+            tokens["eos"] = tuple(tokens["eos"])
+        return Config(
+            name=top["name"],
+            decoder=DecoderConfig(**_checked(DecoderConfig, top["decoder"], "decoder")),
+            vision=None if vision is None else VisionConfig(**_checked(VisionConfig, vision, "vision")),
+            tokens=TokenIds(**tokens),
+        )
+
+
+def tokens_after_projector(grid: int) -> int:
+    """Tokens that a square view of grid x grid patches becomes after two stride-2 3x3 convolutions with padding 1."""
+    side = (grid + 1) // 2
+    side = (side + 1) // 2
+    return side * side
+
+
+def _checked(cls: type, data: dict, where: str) -> dict:
+    known = {field.name for field in fields(cls)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise InputError(f"{where}: unknown key {', '.join(unknown)}; known keys are {', '.join(sorted(known))}")
+    required = {"name", "decoder"} & known
+    missing = sorted(required - set(data))
+    if missing:
+        raise InputError(f"{where}: missing key {', '.join(missing)}")
+    return dict(data)
+
+
+# The same structure at a size that runs in seconds on a CPU: head_dim 96 in the tower, 4 query heads per KV head in
+# the decoder, a global view larger than a crop. Token ids lie behind the 256 bytes of its byte-level vocabulary.
+TINY = Config(
+    name="tiny",
+    decoder=DecoderConfig(
+        vocab_size=512,
+        hidden=256,
+        layers=2,
+        heads=8,
+        kv_heads=2,
+        head_dim=64,
+        mlp_width=512,
+        max_positions=8192,
+    ),
+    vision=VisionConfig(width=192, layers=2, heads=2, mlp_width=448, image_size=112, crop_size=84),
+    tokens=TokenIds(
+        eos=(256, 258, 259),
+        im_patch=259,
+        im_start=260,
+        im_end=261,
+        patch_start=262,
+        patch_end=263,
+        patch_newline=264,
+    ),
+)
+
+STEP3_VL_10B = Config(name="step3-vl-10b", decoder=DecoderConfig(), vision=VisionConfig())
+
+SMOLLM2_135M = Config(
+    name="smollm2-135m",
+    decoder=DecoderConfig(
+        vocab_size=49152,
+        hidden=576,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        mlp_width=1536,
+        norm_eps=1e-5,
+        rope_theta=1e5,
+        max_positions=8192,
+        qk_norm=False,
+        tied_embeddings=True,
+    ),
+    tokens=replace(TokenIds(), eos=(2,)),
+)
+
+PRESETS = {config.name: config for config in (STEP3_VL_10B, TINY, SMOLLM2_135M)}
+
+
+def preset(name: str) -> Config:
+    """The preset called `name`. Raises InputError with the known names otherwise."""
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

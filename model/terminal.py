@@ -1,0 +1,38 @@
+"""How every command of the project talks to the person at the terminal: mistakes, progress, exit codes."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave; the message is one line that names it and says what would be right."""
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with a progress bar on stderr when that is a terminal, silently otherwise."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    try:  # GPU nodes may offer torch, Triton and NumPy alone
+        from rich.console import Console
+        from rich.progress import track as rich_track
+    except ImportError:
+        yield from items
+        return
+    yield from rich_track(items, description, total=total, console=Console(stderr=True), transient=True)
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's main function and exit: its own code, or 2 with one line on stderr for an InputError."""
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
