@@ -1,1 +1,1 @@
-"""STEP3-VL-10B on the ops of `kernels`: configuration, image and prompt handling, vision tower, decoder, weights."""
+"""STEP3-VL-10B on the ops of `kernels`: configuration, images, prompts, tower, decoder, weights."""

@@ -17,6 +17,8 @@ class VisionConfig:
     image_size: int = 728  # side of the global view, and of the position embedding's grid
     crop_size: int = 504  # side every crop is resized to
     max_image_size: int = 3024  # longer sides are shrunk to this before cropping
+    uncropped_side: int = 728  # images no longer than this are cropped only if elongated
+    crop_window: int = 504  # side of the square that crops are cut with, before their resize
     norm_eps: float = 1e-5
     layer_scale: float = 0.1  # initial value of LayerScale's gamma
     rope_theta: float = 10000.0
@@ -90,7 +92,7 @@ class Config:
 
     @staticmethod
     def from_dict(data: dict) -> "Config":
-        """The inverse of `to_dict`. Raises InputError for keys that no field has, and for missing ones."""
+        """The inverse of `to_dict`. Raises InputError for unknown and missing keys."""
         top = _checked(Config, data, "config")
         vision = top.get("vision")
         tokens = _checked(TokenIds, top.get("tokens", {}), "tokens")
@@ -99,13 +101,15 @@ class Config:
         return Config(
             name=top["name"],
             decoder=DecoderConfig(**_checked(DecoderConfig, top["decoder"], "decoder")),
-            vision=None if vision is None else VisionConfig(**_checked(VisionConfig, vision, "vision")),
+            vision=None
+            if vision is None
+            else VisionConfig(**_checked(VisionConfig, vision, "vision")),
             tokens=TokenIds(**tokens),
         )
 
 
 def tokens_after_projector(grid: int) -> int:
-    """Tokens that a square view of grid x grid patches becomes after two stride-2 3x3 convolutions with padding 1."""
+    """Tokens of a grid x grid view after two 3x3 convolutions with stride 2, padding 1."""
     side = (grid + 1) // 2
     side = (side + 1) // 2
     return side * side
@@ -115,7 +119,9 @@ def _checked(cls: type, data: dict, where: str) -> dict:
     known = {field.name for field in fields(cls)}
     unknown = sorted(set(data) - known)
     if unknown:
-        raise InputError(f"{where}: unknown key {', '.join(unknown)}; known keys are {', '.join(sorted(known))}")
+        raise InputError(
+            f"{where}: unknown key {', '.join(unknown)}; known keys are {', '.join(sorted(known))}"
+        )
     required = {"name", "decoder"} & known
     missing = sorted(required - set(data))
     if missing:
@@ -123,8 +129,8 @@ def _checked(cls: type, data: dict, where: str) -> dict:
     return dict(data)
 
 
-# The same structure at a size that runs in seconds on a CPU: head_dim 96 in the tower, 4 query heads per KV head in
-# the decoder, a global view larger than a crop. Token ids lie behind the 256 bytes of its byte-level vocabulary.
+# The same structure at a size that runs in seconds on a CPU: head_dim 96 in the tower, 4 query
+# heads per KV head in the decoder, images cropped as in the 10B but resized to fewer patches. Token ids lie behind the 256 bytes of its byte-level vocabulary.
 TINY = Config(
     name="tiny",
     decoder=DecoderConfig(
@@ -137,7 +143,7 @@ TINY = Config(
         mlp_width=512,
         max_positions=8192,
     ),
-    vision=VisionConfig(width=192, layers=2, heads=2, mlp_width=448, image_size=112, crop_size=84),
+    vision=VisionConfig(width=192, layers=2, heads=2, mlp_width=448, image_size=168, crop_size=112),
     tokens=TokenIds(
         eos=(256, 258, 259),
         im_patch=259,

@@ -1,4 +1,4 @@
-"""How every command of the project talks to the person at the terminal: mistakes, progress, exit codes."""
+"""How every command talks to the person at the terminal: mistakes, progress, exit codes."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave; the message is one line that names it and says what would be right."""
+    """A mistake in what the user gave: one line that names it and says what would be right."""
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -22,11 +22,13 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     except ImportError:
         yield from items
         return
-    yield from rich_track(items, description, total=total, console=Console(stderr=True), transient=True)
+    yield from rich_track(
+        items, description, total=total, console=Console(stderr=True), transient=True
+    )
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main function and exit: its own code, or 2 with one line on stderr for an InputError."""
+    """Run `main` and exit: with its code, or with 2 and one line on stderr for an InputError."""
     try:
         sys.exit(main() or 0)
     except InputError as error:

@@ -1,1 +1,1 @@
-"""PaCoRe: rounds of parallel rollouts over shared prompts, the prefix tree of their KV pages, and the engine."""
+"""PaCoRe: rounds of parallel rollouts, the prefix tree of their KV pages, and the engine."""

@@ -1,1 +1,1 @@
-"""Profiling drivers and the recorded rows of every GPU measured so far (`profiles/results/<gpu>/`)."""
+"""Profiling drivers and the recorded rows of every GPU measured (`profiles/results/<gpu>/`)."""

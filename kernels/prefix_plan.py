@@ -1,0 +1,135 @@
+"""The plan of prefix attention: which pages each node of the prefix tree holds, and whose rows read it.
+
+Query rows of a step stand in depth-first order of the tree: a node's own rows (tokens being written
+into it) come first, then those of its first child's subtree, and so on. Every node then serves one
+contiguous range of rows. Row r sees of node n, if row_start[n] <= r < row_end[n], the first
+
+    visible(n, r) = min(kv_len[n], causal_offset[n] + (r - row_start[n]) + 1)
+
+tokens. `kv_len` counts the tokens being written in this step as well. For a node into which m tokens
+are being written, causal_offset = kv_len - m: the first of its rows ends at the first new token, and
+rows of its children, which stand behind, see all of it. A node that is only read has
+causal_offset = kv_len.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PlanNode:
+    """One node as the host knows it: page ids, tokens held, rows [row_start, row_end), new tokens."""
+
+    pages: Sequence[int]
+    kv_len: int
+    row_start: int
+    row_end: int
+    num_new: int = 0  # tokens of this step written into the node: its first rows
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Nodes of equal shape, attended to in one batched product: n nodes of m rows and p pages."""
+
+    pages: Tensor  # int64 [n, p]
+    rows: Tensor  # int64 [n, m]
+    visible: Tensor  # int64 [n, m] tokens of the node that each row sees
+
+
+@dataclass(frozen=True)
+class PrefixPlan:
+    """A step's prefix tree as int32 tensors, nodes in depth-first order. Made by `build`."""
+
+    pages: Tensor  # [sum of pages] page ids, node after node
+    page_start: Tensor  # [N + 1] node n holds pages[page_start[n]:page_start[n + 1]]
+    kv_len: Tensor  # [N]
+    row_start: Tensor  # [N]
+    row_end: Tensor  # [N]
+    causal_offset: Tensor  # [N]
+    num_rows: int
+    page_size: int
+    nodes: tuple[PlanNode, ...]  # the same on the host
+
+    @staticmethod
+    def build(
+        nodes: Iterable[PlanNode],
+        *,
+        num_rows: int,
+        num_pages: int,
+        page_size: int,
+        device: torch.device | str = "cpu",
+    ) -> "PrefixPlan":
+        """Check the nodes against the page pool and lay them out on `device`.
+
+        Raises ValueError naming the node for a page id outside [0, num_pages), too few pages for
+        kv_len, a row range outside [0, num_rows), or more new tokens than rows or kv_len.
+        """
+        nodes = tuple(nodes)
+        for index, node in enumerate(nodes):
+            _check_node(index, node, num_rows, num_pages, page_size)
+        page_start = [0]
+        for node in nodes:
+            page_start.append(page_start[-1] + len(node.pages))
+
+        def tensor(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int32, device=device)
+
+        return PrefixPlan(
+            pages=tensor(page for node in nodes for page in node.pages),
+            page_start=tensor(page_start),
+            kv_len=tensor(node.kv_len for node in nodes),
+            row_start=tensor(node.row_start for node in nodes),
+            row_end=tensor(node.row_end for node in nodes),
+            causal_offset=tensor(node.kv_len - node.num_new for node in nodes),
+            num_rows=num_rows,
+            page_size=page_size,
+            nodes=nodes,
+        )
+
+    @cached_property
+    def groups(self) -> list[RowGroup]:
+        """Nodes that hold something for some row, batched by their numbers of rows and of pages."""
+        device = self.kv_len.device
+        shapes: dict[tuple[int, int], list[PlanNode]] = {}
+        for node in self.nodes:
+            rows = node.row_end - node.row_start
+            if rows and node.kv_len:
+                shapes.setdefault((rows, -(-node.kv_len // self.page_size)), []).append(node)
+        groups = []
+        for (rows, pages), members in shapes.items():
+            row = torch.arange(rows)
+            start = torch.tensor([node.row_start for node in members])
+            length = torch.tensor([node.kv_len for node in members])
+            new = torch.tensor([node.num_new for node in members])
+            visible = torch.minimum(length[:, None], (length - new)[:, None] + row + 1)
+            groups.append(
+                RowGroup(
+                    pages=torch.tensor([list(n.pages[:pages]) for n in members]).to(device),
+                    rows=(start[:, None] + row).to(device),
+                    visible=visible.to(device),
+                )
+            )
+        return groups
+
+
+def _check_node(index: int, node: PlanNode, num_rows: int, num_pages: int, page_size: int) -> None:
+    rows = node.row_end - node.row_start
+    bad = [page for page in node.pages if not 0 <= page < num_pages]
+    if bad:
+        raise ValueError(f"node {index}: page id {bad[0]} is not in [0, {num_pages})")
+    if not 0 <= node.kv_len <= len(node.pages) * page_size:
+        raise ValueError(
+            f"node {index}: kv_len {node.kv_len} does not fit {len(node.pages)} pages of {page_size}"
+        )
+    if not 0 <= node.row_start <= node.row_end <= num_rows:
+        raise ValueError(
+            f"node {index}: rows {node.row_start}..{node.row_end} are not within 0..{num_rows}"
+        )
+    if not 0 <= node.num_new <= min(rows, node.kv_len):
+        raise ValueError(
+            f"node {index}: {node.num_new} new tokens, but {rows} rows and {node.kv_len} tokens"
+        )
