@@ -1,4 +1,4 @@
-"""The plan of prefix attention: which pages each node of the prefix tree holds, and whose rows read it.
+"""The plan of prefix attention: the pages of each node of the prefix tree, and whose rows read it.
 
 Query rows of a step stand in depth-first order of the tree: a node's own rows (tokens being written
 into it) come first, then those of its first child's subtree, and so on. Every node then serves one
@@ -6,9 +6,9 @@ contiguous range of rows. Row r sees of node n, if row_start[n] <= r < row_end[n
 
     visible(n, r) = min(kv_len[n], causal_offset[n] + (r - row_start[n]) + 1)
 
-tokens. `kv_len` counts the tokens being written in this step as well. For a node into which m tokens
-are being written, causal_offset = kv_len - m: the first of its rows ends at the first new token, and
-rows of its children, which stand behind, see all of it. A node that is only read has
+tokens. `kv_len` counts the tokens being written in this step as well. For a node into which m
+tokens are being written, causal_offset = kv_len - m: the first of its rows ends at the first new
+token, and rows of its children, which stand behind, see all of it. A node that is only read has
 causal_offset = kv_len.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PlanNode:
-    """One node as the host knows it: page ids, tokens held, rows [row_start, row_end), new tokens."""
+    """One node on the host: page ids, tokens held, rows [row_start, row_end), new tokens."""
 
     pages: Sequence[int]
     kv_len: int
@@ -123,7 +123,8 @@ def _check_node(index: int, node: PlanNode, num_rows: int, num_pages: int, page_
         raise ValueError(f"node {index}: page id {bad[0]} is not in [0, {num_pages})")
     if not 0 <= node.kv_len <= len(node.pages) * page_size:
         raise ValueError(
-            f"node {index}: kv_len {node.kv_len} does not fit {len(node.pages)} pages of {page_size}"
+            f"node {index}: kv_len {node.kv_len} does not fit {len(node.pages)} pages"
+            f" of {page_size} tokens"
         )
     if not 0 <= node.row_start <= node.row_end <= num_rows:
         raise ValueError(

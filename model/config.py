@@ -130,7 +130,8 @@ def _checked(cls: type, data: dict, where: str) -> dict:
 
 
 # The same structure at a size that runs in seconds on a CPU: head_dim 96 in the tower, 4 query
-# heads per KV head in the decoder, images cropped as in the 10B but resized to fewer patches. Token ids lie behind the 256 bytes of its byte-level vocabulary.
+# heads per KV head in the decoder, images cropped as in the 10B but resized to fewer patches. Token
+# ids lie behind the 256 bytes of its byte-level vocabulary.
 TINY = Config(
     name="tiny",
     decoder=DecoderConfig(
