@@ -7,23 +7,27 @@ import torch
 IMPLS = ("eager", "portable", "triton")
 
 
+class ImplError(ValueError):
+    """The implementation asked for does not exist, or this machine cannot run it."""
+
+
 def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Callable]) -> Callable:
     """The form of `op` to run on `device`.
 
     `forms` maps names from IMPLS to callables and always holds "eager", the definition.
-    `impl=None` takes Triton on CUDA and the portable form elsewhere, as far as the op has them; a
-    named form never falls back to another. Raises ValueError if the named form does not exist or
-    cannot run on `device`.
+    "portable" is the fastest PyTorch form, which may be the definition itself. `impl=None` takes
+    Triton on CUDA where the op has it and portable otherwise; a named form never falls back to
+    another. Raises ImplError if the named form does not exist or cannot run on `device`.
     """
+    forms = {"portable": forms["eager"], **forms}
     if impl is None:
-        order = ("triton", "portable", "eager") if device.type == "cuda" else ("portable", "eager")
-        return next(forms[name] for name in order if name in forms)
+        impl = "triton" if device.type == "cuda" and "triton" in forms else "portable"
     if impl not in IMPLS:
-        raise ValueError(f"impl {impl!r} of {op}: choose one of {', '.join(IMPLS)}")
+        raise ImplError(f"impl {impl!r} of {op}: choose one of {', '.join(IMPLS)}")
     if impl not in forms:
-        raise ValueError(f"impl {impl!r} of {op} does not exist; it has {', '.join(forms)}")
+        raise ImplError(f"impl {impl!r} of {op} does not exist; it has {', '.join(sorted(forms))}")
     if impl == "triton" and device.type != "cuda" and not _interpreting():
-        raise ValueError(f"impl 'triton' of {op} needs a CUDA device, not {device}")
+        raise ImplError(f"impl 'triton' of {op} needs a CUDA device, not {device}")
     return forms[impl]
 
 

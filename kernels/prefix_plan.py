@@ -15,6 +15,7 @@ causal_offset = kv_len.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,11 +34,15 @@ class PlanNode:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Nodes of equal shape, attended to in one batched product: n nodes of m rows and p pages."""
+    """Nodes of equal shape and depth, attended to in one batched product.
+
+    n nodes of m rows and p pages; no row belongs to two of them.
+    """
 
     pages: Tensor  # int64 [n, p]
     rows: Tensor  # int64 [n, m]
     visible: Tensor  # int64 [n, m] tokens of the node that each row sees
+    least_visible: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class PrefixPlan:
     row_end: Tensor  # [N]
     causal_offset: Tensor  # [N]
     num_rows: int
+    num_pages: int
     page_size: int
     nodes: tuple[PlanNode, ...]  # the same on the host
 
@@ -66,11 +72,13 @@ class PrefixPlan:
         """Check the nodes against the page pool and lay them out on `device`.
 
         Raises ValueError naming the node for a page id outside [0, num_pages), too few pages for
-        kv_len, a row range outside [0, num_rows), or more new tokens than rows or kv_len.
+        kv_len, a row range outside [0, num_rows) or across another's, nodes not in depth-first
+        order, or more new tokens than rows or kv_len.
         """
         nodes = tuple(nodes)
         for index, node in enumerate(nodes):
             _check_node(index, node, num_rows, num_pages, page_size)
+        _depths(nodes)
         page_start = [0]
         for node in nodes:
             page_start.append(page_start[-1] + len(node.pages))
@@ -86,34 +94,63 @@ class PrefixPlan:
             row_end=tensor(node.row_end for node in nodes),
             causal_offset=tensor(node.kv_len - node.num_new for node in nodes),
             num_rows=num_rows,
+            num_pages=num_pages,
             page_size=page_size,
             nodes=nodes,
         )
 
     @cached_property
     def groups(self) -> list[RowGroup]:
-        """Nodes that hold something for some row, batched by their numbers of rows and of pages."""
-        device = self.kv_len.device
-        shapes: dict[tuple[int, int], list[PlanNode]] = {}
-        for node in self.nodes:
-            rows = node.row_end - node.row_start
-            if rows and node.kv_len:
-                shapes.setdefault((rows, -(-node.kv_len // self.page_size)), []).append(node)
-        groups = []
-        for (rows, pages), members in shapes.items():
-            row = torch.arange(rows)
-            start = torch.tensor([node.row_start for node in members])
-            length = torch.tensor([node.kv_len for node in members])
-            new = torch.tensor([node.num_new for node in members])
-            visible = torch.minimum(length[:, None], (length - new)[:, None] + row + 1)
-            groups.append(
-                RowGroup(
-                    pages=torch.tensor([list(n.pages[:pages]) for n in members]).to(device),
-                    rows=(start[:, None] + row).to(device),
-                    visible=visible.to(device),
-                )
-            )
-        return groups
+        """Nodes with tokens and rows, batched by depth, number of rows and number of pages."""
+        shapes: dict[tuple[int, int, int], list[PlanNode]] = {}
+        for node, depth in zip(self.nodes, _depths(self.nodes), strict=True):
+            rows, pages = node.row_end - node.row_start, -(-node.kv_len // self.page_size)
+            if rows and pages:
+                shapes.setdefault((depth, rows, pages), []).append(node)
+        return [
+            _row_group(members, rows, pages, self.kv_len.device)
+            for (_, rows, pages), members in shapes.items()
+        ]
+
+    @cached_property
+    def sequences(self) -> list[tuple[int, int, list[PlanNode]]]:
+        """Runs of rows (start, end, nodes they see from the root); rows that see none left out."""
+        edges = sorted({edge for node in self.nodes for edge in (node.row_start, node.row_end)})
+        runs = []
+        for start, end in pairwise(edges):
+            path = [n for n in self.nodes if n.row_start <= start and end <= n.row_end and n.kv_len]
+            if path:
+                runs.append((start, end, path))
+        return runs
+
+
+def _row_group(members: list[PlanNode], rows: int, pages: int, device: torch.device) -> RowGroup:
+    row = torch.arange(rows)
+    start, length, new = torch.tensor([[n.row_start, n.kv_len, n.num_new] for n in members]).T
+    visible = torch.minimum(length[:, None], (length - new)[:, None] + row + 1)
+    return RowGroup(
+        pages=torch.tensor([list(node.pages[:pages]) for node in members]).to(device),
+        rows=(start[:, None] + row).to(device),
+        visible=visible.to(device),
+        least_visible=int(visible.min()),
+    )
+
+
+def _depths(nodes: tuple[PlanNode, ...]) -> list[int]:
+    """How many nodes contain each node's rows. Raises ValueError unless ranges are nested."""
+    depths, open_ends, last_start = [], [], 0
+    for index, node in enumerate(nodes):
+        if node.row_start < last_start:
+            raise ValueError(f"node {index}: nodes must stand in depth-first order of their rows")
+        last_start = node.row_start
+        while open_ends and open_ends[-1] <= node.row_start and node.row_end > node.row_start:
+            open_ends.pop()
+        if open_ends and node.row_end > open_ends[-1]:
+            raise ValueError(f"node {index}: its rows reach past those of the node around it")
+        depths.append(len(open_ends))
+        if node.row_end > node.row_start:
+            open_ends.append(node.row_end)
+    return depths
 
 
 def _check_node(index: int, node: PlanNode, num_rows: int, num_pages: int, page_size: int) -> None:

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from kernels._launch import ImplError
+
 T = TypeVar("T")
 
 
@@ -28,10 +30,10 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit: with its code, or with 2 and one line on stderr for an InputError."""
+    """Run `main` and exit: with its code, or with 2 and one line on stderr for a user's mistake."""
     try:
         sys.exit(main() or 0)
-    except InputError as error:
+    except (InputError, ImplError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,0 +1,145 @@
+"""Attention of a step's query rows over the prefix tree of paged KV.
+
+    out[r] = softmax(scale * q[r] K^T) V    over all tokens that row r sees (see prefix_plan.py)
+
+One op for decode, prefill, chunked prefill and their mixtures. The eager form gathers the whole KV
+of every sequence, as anyone would write it. The portable form reads each node once for all its rows
+and merges the partial results by log-sum-exp: the fast path of a CPU and, in PyTorch, a description
+of a GPU kernel's work.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels._launch import check, pick
+from kernels.prefix_plan import PrefixPlan, RowGroup
+
+# Tokens of a node that the portable form attends to at a time: enough for an efficient matrix
+# product, few enough for K, V and scores to stay in the cache.
+CHUNK_TOKENS = 512
+
+
+def prefix_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: PrefixPlan,
+    *,
+    scale: float,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend q [T, Hq, D] to k_pages, v_pages [num_pages, Hkv, page_size, D] as `plan` says.
+
+    Hq is a multiple of Hkv; query head h reads KV head h // (Hq / Hkv). Softmax and sums are fp32,
+    the result has q's dtype. A row that sees no token gives zeros. With `return_lse` also
+    log(sum(exp(scale * q k))), natural base, fp32 [T, Hq], -inf for such a row.
+    Raises ValueError for shapes that do not fit each other or the plan.
+    """
+    check(q.ndim == 3, "q must be [T, Hq, D]")
+    check(k_pages.ndim == 4 and k_pages.shape == v_pages.shape, "pages must be two [P, Hkv, S, D]")
+    check(q.shape[2] == k_pages.shape[3], "q and pages must have the same head_dim")
+    check(q.shape[1] % k_pages.shape[1] == 0, "query heads must be a multiple of KV heads")
+    check(q.shape[0] == plan.num_rows, f"the plan is for {plan.num_rows} rows, not {q.shape[0]}")
+    check(k_pages.shape[0] == plan.num_pages, f"the plan is for {plan.num_pages} pages")
+    check(k_pages.shape[2] == plan.page_size, f"the plan is for pages of {plan.page_size} tokens")
+    forms = {"eager": prefix_attention_ref, "portable": prefix_attention_portable}
+    out, lse = pick("prefix_attention", impl, q.device, forms)(q, k_pages, v_pages, plan, scale)
+    return (out, lse) if return_lse else out
+
+
+def prefix_attention_ref(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefixPlan, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The definition: for each run of rows with one path, gather the path's KV and attend to it."""
+    out = torch.zeros_like(q)
+    lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
+    group = q.shape[1] // k_pages.shape[1]
+    for start, end, path in plan.sequences:
+        index = torch.arange(start, end, device=q.device)[:, None]
+        keys, values, masks = [], [], []
+        for node in path:
+            pages = torch.tensor(node.pages, dtype=torch.long, device=q.device)
+            for parts, source in ((keys, k_pages), (values, v_pages)):
+                kv = source[pages].transpose(0, 1).flatten(1, 2)[:, : node.kv_len]
+                parts.append(kv.repeat_interleave(group, dim=0).float())  # [Hq, kv_len, D]
+            token = torch.arange(node.kv_len, device=q.device)
+            masks.append(token <= node.kv_len - node.num_new + index - node.row_start)
+        rows = q[start:end].transpose(0, 1).float()  # [Hq, rows, D]
+        scores = rows @ torch.cat(keys, dim=1).transpose(1, 2) * scale
+        scores = scores.masked_fill(~torch.cat(masks, dim=1), -math.inf)
+        result = scores.softmax(dim=-1) @ torch.cat(values, dim=1)
+        out[start:end] = result.transpose(0, 1).to(q.dtype)
+        lse[start:end] = scores.logsumexp(dim=-1).transpose(0, 1)
+    return out, lse
+
+
+def prefix_attention_portable(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefixPlan, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Every node once for all its rows; partial results merged by log-sum-exp in fp32."""
+    out = torch.zeros_like(q, dtype=torch.float32)
+    lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
+    k_heads, v_heads = k_pages.transpose(0, 1), v_pages.transpose(0, 1)
+    step = max(1, CHUNK_TOKENS // plan.page_size)
+    for group in plan.groups:
+        for first in range(0, group.pages.shape[1], step):
+            part = _attend(q, k_heads, v_heads, group, first, step, plan.page_size, scale)
+            _merge(out, lse, group.rows, *part)
+    return out.to(q.dtype), lse
+
+
+def _attend(
+    q: Tensor,
+    k_heads: Tensor,
+    v_heads: Tensor,
+    group: RowGroup,
+    first: int,
+    step: int,
+    page_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Partial attention of a group's rows to pages first..first+step of its nodes.
+
+    Returns out [n, m, Hq, D] and lse [n, m, Hq], fp32, for n nodes of m rows.
+    """
+    (n, m), (_, heads, dim), kv_heads = group.rows.shape, q.shape, k_heads.shape[0]
+    pages = group.pages[:, first : first + step]
+    rows = q[group.rows].float().mul_(scale).view(n, m, kv_heads, -1, dim)
+    rows = rows.permute(2, 0, 1, 3, 4).reshape(kv_heads * n, -1, dim)  # m * Hq/Hkv rows each
+    k = k_heads[:, pages].float().view(kv_heads * n, -1, dim)
+    v = v_heads[:, pages].float().view(kv_heads * n, -1, dim)
+    scores = rows @ k.transpose(1, 2)
+
+    tokens = k.shape[1]
+    if group.least_visible < first * page_size + tokens:
+        token = first * page_size + torch.arange(tokens, device=q.device)
+        hidden = token >= group.visible[:, :, None]  # [n, m, tokens]
+        scores.view(kv_heads, n, m, -1, tokens).masked_fill_(hidden[None, :, :, None], -math.inf)
+        # What lies behind a node's last token may be anything, NaN included: keep it out of P V.
+        v.view(kv_heads, n, tokens, dim).masked_fill_(hidden.all(1)[None, :, :, None], 0.0)
+    # A row may see nothing of this chunk: its maximum is -inf, and must not make exp(NaN).
+    top = scores.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    out = (weights @ v).div_(total.clamp_min(torch.finfo(torch.float32).tiny))
+    lse = top.add_(total.log())
+
+    def by_row(x: Tensor) -> Tensor:
+        return x.view(kv_heads, n, m, heads // kv_heads, -1).permute(1, 2, 0, 3, 4)
+
+    return by_row(out).reshape(n, m, heads, dim), by_row(lse).reshape(n, m, heads)
+
+
+def _merge(out: Tensor, lse: Tensor, rows: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
+    """Fold one partial result into the running ones, in place: a convex combination by exp(lse)."""
+    old_lse = lse[rows]
+    merged = torch.logaddexp(old_lse, new_lse)
+    # Nothing seen so far and nothing now: both weights are 0, not exp(-inf + inf).
+    base = merged.clamp_min(torch.finfo(torch.float32).min)
+    old_weight = (old_lse - base).exp_()[..., None]
+    new_weight = (new_lse - base).exp_()[..., None]
+    out[rows] = out[rows] * old_weight + new_out * new_weight
+    lse[rows] = merged

