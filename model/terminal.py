@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from kernels._launch import ImplError
@@ -13,20 +14,35 @@ class InputError(ValueError):
     """A mistake in what the user gave: one line that names it and says what would be right."""
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a progress bar on stderr when that is a terminal, silently otherwise."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
+@contextmanager
+def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar with the time left, on stderr if that is a terminal; yields its advance(n)."""
     try:  # GPU nodes may offer torch, Triton and NumPy alone
         from rich.console import Console
-        from rich.progress import track as rich_track
+        from rich.progress import Progress
     except ImportError:
-        yield from items
+        yield lambda n: None
         return
-    yield from rich_track(
-        items, description, total=total, console=Console(stderr=True), transient=True
+    console = Console(stderr=True)
+    bar = Progress(
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # what goes to a file or pipe must not end up here
     )
+    with bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate behind a progress bar; `total` is needed for items without a length."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with progress(description, total) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -1,0 +1,235 @@
+"""The vision side against transformers' Step3p7VisionModel, timm's PE-lang, and plain fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.step3p7.configuration_step3p7 import Step3p7VisionConfig
+from transformers.models.step3p7.modeling_step3p7 import Step3p7VisionModel
+
+from kernels.projector import output_tokens, projector
+from kernels.vision_attention import vision_attention
+from model.config import TINY
+from model.image import Views
+from model.prompt import image_ids
+from model.step3vl import Step3VL
+from model.terminal import InputError
+from tests.errors import max_error
+from tests.timm_reference import load, pe_lang
+
+FORMS = ("eager", "portable")
+VISION = TINY.vision
+RENAMED = {
+    "conv1": "embeddings.patch_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "transformer.resblocks": "layers",
+    "ln_pre": "pre_layernorm",
+    "ln_1": "layernorm_before",
+    "ln_2": "layernorm_after",
+    "ls_1.gamma": "lambda_1",
+    "ls_2.gamma": "lambda_2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "vit_downsampler": "downsampler",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Step3VL:
+    return Step3VL.from_preset("tiny", seed=1)
+
+
+def transformers_tower(model: Step3VL) -> Step3p7VisionModel:
+    """Step3p7VisionModel with our weights, Q and K rows permuted to its half-rotation layout."""
+    config = Step3p7VisionConfig(
+        hidden_size=VISION.width,
+        num_hidden_layers=VISION.layers,
+        num_attention_heads=VISION.heads,
+        mlp_ratio=VISION.mlp_width / VISION.width,
+        patch_size=VISION.patch_size,
+        image_size=VISION.image_size,
+        max_position_embeddings=VISION.grid**2,
+        hidden_act="quick_gelu",
+        layer_norm_eps=VISION.norm_eps,
+    )
+    reference = Step3p7VisionModel(config).eval()
+    heads, dim = VISION.heads, VISION.head_dim
+    half_rotation = torch.cat([torch.arange(0, dim, 2), torch.arange(1, dim, 2)])
+    state = {}
+    for name, tensor in model.vision.checkpoint_tensors().items():
+        name = name.removeprefix("vision_model.")
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        if ".attn.in_proj_" in name:
+            prefix, kind = name.split(".attn.in_proj_")
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                if part != "v":
+                    rows = rows.unflatten(0, (heads, dim))[:, half_rotation].flatten(0, 1)
+                state[f"{prefix}.self_attn.{part}_proj.{kind}"] = rows
+        elif name != "vit_large_projector.weight":
+            state[name] = tensor
+    reference.load_state_dict(state)
+    return reference
+
+
+def encode_with(reference: Step3p7VisionModel, view: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return reference(view[None]).last_hidden_state.flatten(0, -2)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("side", [VISION.image_size, VISION.crop_size, 70])
+def test_tower_and_downsamplers(tiny: Step3VL, impl: str, side: int):
+    """Both view sizes and an odd grid of 5: patches, positions, rotation, blocks, convolutions."""
+    vision = Step3VL.from_preset("tiny", seed=1, impl=impl).vision
+    view = torch.randn(3, side, side, generator=torch.Generator().manual_seed(side))
+    expected = encode_with(transformers_tower(tiny), view) @ vision.projector.T
+    with torch.inference_mode():
+        assert max_error(vision([view]), expected) < 1e-4
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_views_in_one_batch(tiny: Step3VL, impl: str):
+    """Views of both sizes, interleaved: a view's features do not depend on its neighbours."""
+    vision = Step3VL.from_preset("tiny", seed=1, impl=impl).vision
+    generator = torch.Generator().manual_seed(0)
+    sides = [112, 112, 168, 112, 168, 168]
+    views = [torch.randn(3, side, side, generator=generator) for side in sides]
+    with torch.inference_mode():
+        together = vision(views)
+        alone = torch.cat([vision([view]) for view in views])
+        assert max_error(together, alone) < 1e-5
+        assert vision([]).shape == (0, TINY.decoder.hidden)
+
+
+@pytest.mark.parametrize("side", [VISION.image_size, VISION.crop_size])
+def test_blocks_against_timm(tiny: Step3VL, side: int):
+    """A second, unrelated implementation of the blocks, with interleaved rotation as published."""
+    grid = side // VISION.patch_size
+    reference = pe_lang(
+        width=VISION.width,
+        depth=VISION.layers,
+        heads=VISION.heads,
+        mlp_width=VISION.mlp_width,
+        grid=(grid, grid),
+    )
+    load(reference, tiny.vision.checkpoint_tensors(), (VISION.grid, VISION.grid))
+    view = torch.randn(3, side, side, generator=torch.Generator().manual_seed(side))
+    with torch.inference_mode():
+        expected = reference.forward_features(view[None])[0]
+        assert max_error(tiny.vision.tower(*tiny.vision.patches([view])), expected) < 1e-4
+
+
+def test_whole_model(tiny: Step3VL):
+    """Vision, linear and Qwen3 put together from transformers: image features in their places."""
+    decoder = TINY.decoder
+    reference = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=decoder.vocab_size,
+            hidden_size=decoder.hidden,
+            num_hidden_layers=decoder.layers,
+            num_attention_heads=decoder.heads,
+            num_key_value_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            intermediate_size=decoder.mlp_width,
+            rms_norm_eps=decoder.norm_eps,
+            rope_theta=decoder.rope_theta,
+            tie_word_embeddings=False,
+        )
+    )
+    reference.load_state_dict(tiny.decoder.checkpoint_tensors())
+    tower = transformers_tower(tiny)
+    generator = torch.Generator().manual_seed(5)
+    photos = [
+        Views(
+            image=torch.randn(3, 168, 168, generator=generator),
+            crops=torch.randn(crops, 3, 112, 112, generator=generator),
+            newlines=(False,) * crops,
+        )
+        for crops in (2, 0)
+    ]
+    ids = []
+    for photo in photos:
+        ids += [7, *image_ids(photo.newlines, TINY)]
+    ids = torch.tensor([*ids, 9, 10, 11])
+    views = [*photos[0].crops, photos[0].image, photos[1].image]
+    features = torch.cat([encode_with(tower, view) for view in views])
+    with torch.inference_mode():
+        embeddings = reference.get_input_embeddings()(ids)
+        embeddings[ids == TINY.tokens.im_patch] = features @ tiny.vision.projector.T
+        expected = reference.eval()(inputs_embeds=embeddings[None]).logits[0]
+    assert max_error(tiny(ids, images=photos), expected) < 1e-4
+    with pytest.raises(InputError, match="26 <im_patch> tokens, the images give 9"):
+        tiny(ids, images=photos[1:])
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("grid", [(8, 8), (6, 6), (5, 7), (1, 1), (2, 9)])
+def test_projector_in_fp64(impl: str, grid: tuple[int, int]):
+    """Even, odd and one-token sides, against the sum written out tap by tap."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    weights = random(5, 4, 3, 3), random(5), random(6, 5, 3, 3), random(6), random(3, 6)
+    x = random(2 * grid[0] * grid[1], 4)
+    expected = []
+    for view in x.double().view(2, *grid, 4):
+        y = convolution_by_taps(view, weights[0].double(), weights[1].double())
+        y = convolution_by_taps(y, weights[2].double(), weights[3].double())
+        expected.append((y @ weights[4].double().T).flatten(0, 1))
+    out = projector(x, [grid] * 2, *weights, impl=impl)
+    assert out.shape == (2 * output_tokens(grid), 3)
+    assert max_error(out, torch.cat(expected)) < 1e-5
+
+
+def convolution_by_taps(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3x3, stride 2, padding 1 on [rows, columns, C]: one matrix product per tap and output."""
+    rows, columns, _ = x.shape
+    out = bias.repeat(-(-rows // 2), -(-columns // 2), 1)
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            for a in range(3):
+                for b in range(3):
+                    row, column = 2 * i + a - 1, 2 * j + b - 1
+                    if 0 <= row < rows and 0 <= column < columns:
+                        out[i, j] += weight[:, :, a, b] @ x[row, column]
+    return out
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_attention_positions_are_axial(impl: str):
+    """The first half of a head turns with the column, the second with the row, never both."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(12, 3 * 8, generator=generator)
+    base = vision_attention(qkv, [(3, 4)], heads=1, impl=impl)
+    expected = axial_attention_by_hand(qkv.double(), 3, 4)
+    assert max_error(base, expected) < 1e-5
+    assert max_error(vision_attention(qkv, [(4, 3)], heads=1, impl=impl), expected) > 1e-2
+
+
+def axial_attention_by_hand(qkv: Tensor, rows: int, columns: int) -> Tensor:
+    """One head of 8 in fp64: pairs as complex numbers, turned by exp(i angle)."""
+    q, k, v = (part.contiguous() for part in qkv.chunk(3, dim=1))
+    frequencies = torch.tensor([1.0, 1e4**-0.5], dtype=torch.float64)
+    turned = []
+    for x in (q, k):
+        z = torch.view_as_complex(x.view(-1, 4, 2)).clone()
+        for token in range(rows * columns):
+            row, column = divmod(token, columns)
+            angle = torch.cat([column * frequencies, row * frequencies])
+            z[token] *= torch.polar(torch.ones_like(angle), angle)
+        turned.append(torch.view_as_real(z).flatten(1))
+    return (turned[0] @ turned[1].T / 8**0.5).softmax(-1) @ v
+
+
+def test_mistakes_are_named(tiny: Step3VL):
+    """Grids the position embedding does not cover would be indexed out of range, or repeat."""
+    with pytest.raises(ValueError, match="13 x 13 patches: sides must be 1 to 12"):
+        tiny.vision([torch.zeros(3, 182, 182)])
+    with pytest.raises(ValueError, match="grids hold 12 tokens, qkv 11"):
+        vision_attention(torch.zeros(11, 24), [(3, 4)], heads=1)
+    with pytest.raises(ValueError, match="qkv must be"):
+        vision_attention(torch.zeros(12, 25), [(3, 4)], heads=1)
