@@ -1,9 +1,10 @@
 """How every command talks to the person at the terminal: mistakes, progress, exit codes."""
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from kernels._launch import ImplError
 
@@ -12,6 +13,13 @@ T = TypeVar("T")
 
 class InputError(ValueError):
     """A mistake in what the user gave: one line that names it and says what would be right."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are InputErrors: one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see `{self.prog} --help`)")
 
 
 @contextmanager

@@ -1,0 +1,190 @@
+"""The prefix tree: which token lives in which page of KV, and who still needs it.
+
+A node is a run of tokens that several sequences have in common: image and question, one rollout, a
+synthesis prompt. It owns whole pages, so forking a sequence means adding a child and copies
+nothing. A node lives as long as somebody holds it or it has a child. The tree knows neither tokens
+nor tensors, only numbers of them; it is plain Python, and all but `path`, `depth_first` and
+`check_integrity` take constant time (amortised, per token and page).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+class OutOfPages(Exception):
+    """The pool has fewer free pages than a reservation needs. Nothing was changed."""
+
+
+class IntegrityError(AssertionError):
+    """The tree contradicts itself: a bug, never a user's mistake."""
+
+
+@dataclass(slots=True)
+class _Node:
+    parent: int | None
+    start: int  # tokens of the path above: fixed, as a node with children does not grow
+    length: int = 0
+    pages: list[int] = field(default_factory=list)
+    holds: int = 1
+    children: int = 0
+
+
+class PrefixTree:
+    """A forest of nodes over `num_pages` pages of `page_size` tokens each.
+
+    Nodes are named by ints that are never used again. Every method that takes one raises
+    ValueError if it is not, or no longer, in the tree.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        if num_pages < 1 or page_size < 1:
+            raise ValueError(f"{num_pages} pages of {page_size} tokens: both must be positive")
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._free = list(reversed(range(num_pages)))  # a stack: page 0 is handed out first
+        self._nodes: dict[int, _Node] = {}
+        self._next_id = 0
+
+    def add(self, parent: int | None = None) -> int:
+        """An empty node below `parent`, or a root, held once by the caller."""
+        start = 0
+        if parent is not None:
+            start = self.context_length(parent)
+            self._nodes[parent].children += 1
+        node, self._next_id = self._next_id, self._next_id + 1
+        self._nodes[node] = _Node(parent, start)
+        return node
+
+    def reserve(self, node: int, new_tokens: int) -> list[int]:
+        """Append tokens to a node, taking pages as needed; return their slots.
+
+        A slot is page * page_size + offset. Raises OutOfPages, and ValueError for a node with
+        children: they begin where it ends.
+        """
+        entry = self._get(node)
+        if entry.children:
+            raise ValueError(f"node {node} has children, which begin where it ends: it cannot grow")
+        needed = self.pages_needed(node, new_tokens)
+        if needed > len(self._free):
+            raise OutOfPages(f"{needed} pages needed, {len(self._free)} free")
+        entry.pages.extend(self._free.pop() for _ in range(needed))
+        entry.length += new_tokens
+        return self.slots(node, entry.length - new_tokens, entry.length)
+
+    def hold(self, node: int) -> None:
+        """Keep a node alive for one more `release`."""
+        self._get(node).holds += 1
+
+    def release(self, node: int) -> None:
+        """Drop one hold. Nodes that are then neither held nor have children return their pages.
+
+        Raises ValueError if the node is only kept by its children.
+        """
+        entry = self._get(node)
+        if not entry.holds:
+            raise ValueError(f"node {node} is not held")
+        entry.holds -= 1
+        while not entry.holds and not entry.children:
+            del self._nodes[node]
+            self._free.extend(reversed(entry.pages))
+            if entry.parent is None:
+                return
+            node, entry = entry.parent, self._nodes[entry.parent]
+            entry.children -= 1
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no node owns."""
+        return len(self._free)
+
+    def pages_needed(self, node: int, new_tokens: int) -> int:
+        """Pages that appending `new_tokens` to a node would take."""
+        if new_tokens < 0:
+            raise ValueError(f"node {node} cannot take {new_tokens} tokens")
+        entry = self._get(node)
+        return -(-(entry.length + new_tokens) // self.page_size) - len(entry.pages)
+
+    def length(self, node: int) -> int:
+        """Tokens that the node itself holds."""
+        return self._get(node).length
+
+    def context_length(self, node: int) -> int:
+        """Tokens on the path from the root to the node, its own included."""
+        entry = self._get(node)
+        return entry.start + entry.length
+
+    def pages(self, node: int) -> tuple[int, ...]:
+        """Pages that the node owns, in the order of its tokens."""
+        return tuple(self._get(node).pages)
+
+    def slots(self, node: int, start: int, stop: int) -> list[int]:
+        """Slots of the node's tokens [start, stop). Raises ValueError outside of its length."""
+        entry = self._get(node)
+        if not 0 <= start <= stop <= entry.length:
+            raise ValueError(f"node {node} holds {entry.length} tokens, not {start}..{stop}")
+        pages, size = entry.pages, self.page_size
+        return [pages[token // size] * size + token % size for token in range(start, stop)]
+
+    def path(self, node: int) -> tuple[int, ...]:
+        """Nodes from the root to the node, itself included."""
+        path = [node]
+        while (parent := self._get(path[-1]).parent) is not None:
+            path.append(parent)
+        return tuple(reversed(path))
+
+    def depth_first(self, nodes: Iterable[int]) -> list[int]:
+        """The nodes in depth-first order: parents before children, siblings as they were added."""
+        return sorted(nodes, key=self.path)
+
+    def check_integrity(self, holds: Mapping[int, int] | None = None) -> None:
+        """Raise IntegrityError describing the first fault found, if there is one.
+
+        `holds` is the number of holds on every held node as the caller knows it; with it, holds
+        that were forgotten or dropped twice are found as well.
+        """
+        self._check_pages()
+        children = Counter(entry.parent for entry in self._nodes.values())
+        for node, entry in self._nodes.items():
+            self._check_node(node, entry, children[node])
+        held = {node: entry.holds for node, entry in self._nodes.items() if entry.holds}
+        if holds is not None and held != dict(holds):
+            raise IntegrityError(f"holds per node are {held}, the caller's are {dict(holds)}")
+
+    def _get(self, node: int) -> _Node:
+        entry = self._nodes.get(node)
+        if entry is None:
+            raise ValueError(f"node {node} is not in the tree")
+        return entry
+
+    def _check_pages(self) -> None:
+        owners = [("the free list", self._free)]
+        owners += [(f"node {node}", entry.pages) for node, entry in self._nodes.items()]
+        owner: dict[int, str] = {}
+        for name, pages in owners:
+            for page in pages:
+                if not 0 <= page < self.num_pages:
+                    raise IntegrityError(f"page {page} of {name} is not in [0, {self.num_pages})")
+                if page in owner:
+                    raise IntegrityError(f"page {page} belongs to {owner[page]} and to {name}")
+                owner[page] = name
+        if len(owner) < self.num_pages:
+            lost = next(page for page in range(self.num_pages) if page not in owner)
+            raise IntegrityError(f"page {lost} is lost: neither free nor owned by a node")
+
+    def _check_node(self, node: int, entry: _Node, children: int) -> None:
+        parent = self._nodes.get(entry.parent)
+        start = parent.start + parent.length if parent else 0
+        pages = -(-entry.length // self.page_size)
+        orphan = entry.parent is not None and (parent is None or entry.parent >= node)
+        for fault, message in (
+            (orphan, f"its parent {entry.parent} is not an older node of the tree"),
+            (entry.start != start, f"it starts at {entry.start}, its path has {start} tokens"),
+            (entry.children != children, f"it counts {entry.children} children, has {children}"),
+            (entry.holds < 0, f"it has {entry.holds} holds"),
+            (not entry.holds and not children, "it is neither held nor has children"),
+            (entry.length < 0, f"it has {entry.length} tokens"),
+            (len(entry.pages) != pages, f"it owns {len(entry.pages)} pages, needs {pages}"),
+        ):
+            if fault:
+                raise IntegrityError(f"node {node}: {message}")

@@ -1,0 +1,37 @@
+"""What holds for every test: one state of the random numbers, one thread, no network, and a GPU
+only where there is one."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
+
+# One thread on every machine: sums split the same way, and tiny ops do not wait for other threads.
+torch.set_num_threads(1)
+
+try:
+    from hypothesis import settings
+except ImportError:  # a GPU node may have pytest alone
+    pass
+else:
+    settings.load_profile("ci")  # derandomised, without deadlines and without a database
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Every test starts from the same random state, whichever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
