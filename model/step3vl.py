@@ -99,6 +99,10 @@ class Step3VL(nn.Module):
             else _from_directory(cls, path, options)
         )
 
+    def set_impl(self, impl: Impl) -> None:
+        """Run the ops as `impl` says from now on. Raises ImplError for an unknown name."""
+        self.impl.update(impl_per_op(impl))  # the parts of the model hold the same dict
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and safetensors shards, by the published names, to a directory."""
         from model.checkpoint import save_checkpoint

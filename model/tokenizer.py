@@ -1,0 +1,247 @@
+"""Text to token ids and back: byte-level BPE, the one kind that all of this project's models use.
+
+BPE itself is the `tokenizers` library's (imported where it is used: GPU nodes may lack it). Here is
+where its tables come from, and decoding, which must also work token by token.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.config import Config
+from model.terminal import InputError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Some tokenizers flag these as special, but they are part of what a model says.
+SPOKEN = ("<think>", "</think>")
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary, with what a model's files say of turns.
+
+    `chat_template` is jinja2 source or None; `eos` the ids that end a turn according to these files
+    (the model's own are in its Config); `added` maps the id of every added token to its text, and
+    `special` holds the ids of those that are control tokens, not text.
+    """
+
+    def __init__(
+        self,
+        backend: "tokenizers.Tokenizer",
+        *,
+        eos: tuple[int, ...] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        self._backend = backend
+        self.eos = eos
+        self.chat_template = chat_template
+        self.added = {id: token.content for id, token in added.items()}
+        self.special = frozenset(
+            id for id, token in added.items() if token.special and token.content not in SPOKEN
+        )
+
+    @staticmethod
+    def from_directory(path: str | Path) -> "Tokenizer":
+        """The tokenizer beside a checkpoint: `tokenizer.json`, and if there, `chat_template.jinja`
+        and `tokenizer_config.json` (eos, and the chat template where it has no file of its own).
+
+        Raises InputError for files that are missing, damaged or not byte-level BPE.
+        """
+        import tokenizers
+
+        path = Path(path)
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise InputError(f"no tokenizer.json in {path}")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing more special
+            raise InputError(f"{file} is damaged: {error}") from None
+        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
+            raise InputError(f"{file} is not byte-level BPE")
+        settings = _read_settings(path / "tokenizer_config.json")
+        eos = settings.get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        eos_id = None if eos is None else backend.token_to_id(eos)
+        return Tokenizer(
+            backend,
+            eos=() if eos_id is None else (eos_id,),
+            chat_template=_chat_template(path / "chat_template.jinja", settings),
+        )
+
+    @staticmethod
+    def from_gguf_metadata(fields: dict) -> "Tokenizer":
+        """The tokenizer in a GGUF file, from its metadata as Python values by their GGUF keys, with
+        or without the prefix `tokenizer.ggml.`.
+
+        Raises InputError for a missing key and for another kind than GPT-2's or SmolLM's.
+        """
+        from tokenizers import AddedToken, pre_tokenizers
+
+        fields = {k.removeprefix("tokenizer.").removeprefix("ggml."): v for k, v in fields.items()}
+        needed = ("model", "pre", "tokens", "token_type", "merges", "eos_token_id")
+        missing = [key for key in needed if key not in fields]
+        if missing:
+            raise InputError(f"this GGUF file says nothing of its tokenizer's {', '.join(missing)}")
+        split = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        kind = fields["model"], fields["pre"]
+        if kind == ("gpt2", "smollm"):
+            split.insert(0, pre_tokenizers.Digits(individual_digits=True))
+        elif kind != ("gpt2", "gpt-2"):
+            raise InputError(f"tokenizer of this GGUF file is {'/'.join(kind)}: want gpt2/smollm")
+        tokens = fields["tokens"]
+        backend = _bpe(
+            {token: id for id, token in enumerate(tokens)},
+            [tuple(merge.split(" ")) for merge in fields["merges"]],
+            pre_tokenizers.Sequence(split),
+        )
+        control, user_defined = 3, 4  # llama.cpp's token types
+        backend.add_tokens(
+            [
+                AddedToken(token, special=type == control, normalized=False)
+                for token, type in zip(tokens, fields["token_type"], strict=True)
+                if type in (control, user_defined)
+            ]
+        )
+        template = fields.get("chat_template")
+        return Tokenizer(backend, eos=(fields["eos_token_id"],), chat_template=template)
+
+    @staticmethod
+    def byte_level(config: Config) -> "Tokenizer":
+        """One token per byte, for presets with random weights.
+
+        Special tokens lie at the ids of `config.tokens`; `<|endoftext|>` and `<|im_end|>` are the
+        first two of `eos`, `<|im_start|>` precedes `<|im_end|>`. All further ids read `<id>`, so
+        that whatever random weights say can be shown.
+        """
+        from tokenizers import AddedToken, pre_tokenizers
+
+        ids = config.tokens
+        special = {
+            "<|endoftext|>": ids.eos[0],
+            "<|im_start|>": ids.eos[1] - 1,
+            "<|im_end|>": ids.eos[1],
+            "<im_patch>": ids.im_patch,
+            "<im_start>": ids.im_start,
+            "<im_end>": ids.im_end,
+            "<patch_start>": ids.patch_start,
+            "<patch_end>": ids.patch_end,
+            "<patch_newline>": ids.patch_newline,
+        }
+        vocab = {f"<{id}>": id for id in range(256, config.decoder.vocab_size)}
+        for text, id in special.items():
+            del vocab[f"<{id}>"]
+            vocab[text] = id
+        vocab |= _bytes_of_chars()
+        backend = _bpe(vocab, [], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+        backend.add_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+        return Tokenizer(backend, eos=ids.eos)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        With `special` the texts of added tokens become their ids: for rendered templates. Without,
+        they are spelled out like any other text. No begin or end token is added.
+        """
+        if special:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        if self._backend.normalizer is not None:
+            text = self._backend.normalizer.normalize_str(text)
+        words = [text]
+        if self._backend.pre_tokenizer is not None:
+            words = [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in self._backend.model.tokenize(word)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def stream(self) -> "TextStream":
+        """A decoder for ids that come one at a time."""
+        return TextStream(self)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that token `id` stands for: none for special tokens and ids without a token."""
+        if id in self.special:
+            return b""
+        if id in self.added:
+            return self.added[id].encode()
+        text, chars = self._backend.id_to_token(id) or "", _bytes_of_chars()
+        # A character outside the alphabet means that the file does not spell this token in it.
+        return bytes(map(chars.get, text)) if chars.keys() >= set(text) else text.encode()
+
+
+class TextStream:
+    """Incremental decoding that never gives half a character.
+
+    What `push` returned so far, plus `flush()`, is always `Tokenizer.decode` of the ids pushed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        """The characters that `id` completes, often none."""
+        return self._utf8.decode(self._tokenizer.token_bytes(id))
+
+    def flush(self) -> str:
+        """The end of the text: U+FFFD if it breaks off inside a character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _bpe(
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    split: "tokenizers.pre_tokenizers.PreTokenizer",
+) -> "tokenizers.Tokenizer":
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = split
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend
+
+
+@lru_cache
+def _bytes_of_chars() -> dict[str, int]:
+    """GPT-2's alphabet: the character that writes each byte in a byte-level vocabulary.
+
+    Printable Latin-1 characters write their own byte; the other 68 get U+0100 and up, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + rank): byte for rank, byte in enumerate(others)
+    }
+
+
+def _read_settings(file: Path) -> dict:
+    try:
+        return json.loads(_read_text(file) or "{}")
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is damaged: {error}") from None
+
+
+def _chat_template(file: Path, settings: dict) -> str | None:
+    template = _read_text(file) or settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _read_text(file: Path) -> str | None:
+    """What the file says, None if there is no such file."""
+    if not file.is_file():
+        return None
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {error}") from None
