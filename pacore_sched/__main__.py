@@ -18,7 +18,8 @@ from pacore_sched.rounds import compact, load_template, parse_widths, round_widt
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def main() -> None:
+def main() -> int:
+    """Run the command; its exit code."""
     parser = Parser(prog="python -m pacore_sched", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     ask = commands.add_parser(
@@ -40,11 +41,11 @@ def main() -> None:
     ask.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ask.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
     ask.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
-    run_ask(parser.parse_args())
+    return run_ask(parser.parse_args())
 
 
-def run_ask(options: argparse.Namespace) -> None:
-    """The `ask` command. Raises InputError for whatever is wrong with its options."""
+def run_ask(options: argparse.Namespace) -> int:
+    """The `ask` command; 1 if it found no answer. Raises InputError for what is wrong with it."""
     widths = parse_widths(options.widths)
     template = load_template(options.template) if options.template else None
     sampling = checked_sampling(options)
@@ -73,6 +74,7 @@ def run_ask(options: argparse.Namespace) -> None:
         print(json.dumps(report(pacore, answer, seconds)))
     else:
         print_answer(pacore, answer, seconds)
+    return int(answer.failed)
 
 
 def load_model(options: argparse.Namespace) -> Step3VL:

@@ -31,20 +31,25 @@ class Sampling:
 
 @dataclass
 class Rollout:
-    """One generation. `tokens` ends with an eos id if `finish_reason` is "stop"."""
+    """One generation.
+
+    `finish_reason`, once it has ended, is "stop" (the last of `tokens` is an eos id), "length", or
+    "error" (the next logits held NaN, or nothing else than -inf).
+    """
 
     index: int
     seed: int
     node: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None  # "stop" or "length" once it has ended
+    finish_reason: str | None = None
 
 
 @dataclass
 class Stats:
-    """Counts over an engine's life, in tokens."""
+    """Counts over an engine's life, of tokens unless said otherwise."""
 
+    steps: int = 0  # forwards of the decoder
     prefilled: int = 0
     generated: int = 0
     kv_read: int = 0  # tokens whose KV decode steps had to read, each node once per step
@@ -126,13 +131,16 @@ class Engine:
         )
         pairs = zip(tokens.tolist(), logprobs.tolist(), strict=True)
         for rollout, (token, logprob) in zip(running, pairs, strict=True):
+            if token < 0:
+                rollout.finish_reason = "error"
+                continue
             rollout.tokens.append(token)
             rollout.logprobs.append(logprob)
+            self.stats.generated += 1
             if token in self.model.config.tokens.eos:
                 rollout.finish_reason = "stop"
             elif len(rollout.tokens) == sampling.max_tokens:
                 rollout.finish_reason = "length"
-        self.stats.generated += len(running)
         return tokens[[rollout.finish_reason is None for rollout in running]]
 
     def _advance(self, running: list[Rollout], tokens: Tensor) -> Tensor:
@@ -150,6 +158,7 @@ class Engine:
     def _forward(self, embeddings: Tensor, batch: StepBatch) -> Tensor:
         """Run a batch; the final hidden states of its work items' last tokens."""
         device = self.model.device
+        self.stats.steps += 1
         plan = PrefixPlan.build(
             batch.plan_nodes,
             num_rows=len(batch.positions),

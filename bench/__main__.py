@@ -1,0 +1,91 @@
+"""`python -m bench`: check the numbers of every op, time them, answer a question end to end."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from bench import rows, show
+from bench.cases import OPS, cases, numerics_cases
+from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, device_named, select, time_case
+from kernels._launch import IMPLS
+from model.terminal import run_command, track
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 1 if a form's numbers are wrong or it could not run, else 0."""
+    options = _parser().parse_args(argv)
+    device = device_named(options.device)
+    found: list[dict] = []
+    for command in ALL if options.command == "all" else (options.command,):
+        run, display = COMMANDS[command]
+        made = []
+        for row in run(options, device):
+            made.append(row)
+            if options.out:
+                rows.append(options.out, [row])
+        if not options.json:
+            display(made)
+        found += made
+    if options.json:
+        print(json.dumps({"rows": found}))
+    return int(any(row.get("failure") for row in found))
+
+
+def run_numerics(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """Errors of every op's forms on awkward shapes in every dtype."""
+    chosen = select(numerics_cases(), options.op, options.case)
+    pairs = [(case, dtype) for dtype in DTYPES for case in chosen]
+    for case, dtype in track(pairs, "numerics"):
+        yield from check_case(case, device, dtype, options.impl)
+
+
+def run_ops(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """Errors and times of every op's forms and peers on the model's shapes."""
+    chosen = select(cases(device.type), options.op, options.case)
+    for case in track(chosen, "ops"):
+        yield from time_case(case, device, MAIN_DTYPE[device.type], options.impl)
+
+
+def run_roofline(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """What the device can do at best, in the dtypes it is used with."""
+    for dtype in track(TIMED_DTYPES[device.type], "roofline"):
+        yield rows.ceiling(device, dtype)
+
+
+def run_end_to_end(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """A question and a photo through whole models, eager and portable."""
+    from bench import e2e  # needs the packages of the README, which a GPU node may lack
+
+    yield from e2e.run(device)
+
+
+COMMANDS = {
+    "roofline": (run_roofline, show.ceilings),
+    "numerics": (run_numerics, show.errors),
+    "ops": (run_ops, show.times),
+    "e2e": (run_end_to_end, show.times),
+}
+ALL = ("numerics", "ops", "e2e")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=("all", *COMMANDS), default="all")
+    parser.add_argument("--op", nargs="+", default=(), metavar="OP", help=f"of {', '.join(OPS)}")
+    parser.add_argument("--case", default="", metavar="TEXT", help="cases with TEXT in their name")
+    parser.add_argument(
+        "--impl", nargs="+", choices=IMPLS, default=(), help="these forms only (default: all)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="add the rows to a JSONL file")
+    parser.add_argument(
+        "--json", action="store_true", help="no tables; end with one JSON document of all rows"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,261 @@
+"""The cases of every op as data: inputs, the fewest bytes to move, the useful operations.
+
+`cases` are the shapes the model really runs, at a size that fits the device; `numerics_cases` are
+small and awkward, for the check of the numbers in every dtype.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from bench import inputs
+from bench.inputs import Node, fork
+from kernels.activation import quick_gelu, silu_mul
+from kernels.norm import layer_norm, rms_norm
+from kernels.prefix_attention import prefix_attention
+from kernels.projector import output_tokens, projector
+from kernels.qk_norm_rope import qk_norm_rope
+from kernels.sampling import sample
+from kernels.vision_attention import vision_attention
+from model.config import PRESETS
+
+OPS: dict[str, Callable] = {
+    "prefix_attention": prefix_attention,
+    "qk_norm_rope": qk_norm_rope,
+    "rms_norm": rms_norm,
+    "silu_mul": silu_mul,
+    "sample": sample,
+    "vision_attention": vision_attention,
+    "layer_norm": layer_norm,
+    "quick_gelu": quick_gelu,
+    "projector": projector,
+}
+WRITTEN = {"qk_norm_rope": ("k_pages", "v_pages")}  # inputs that an op writes in place
+
+BIG, TINY = PRESETS["step3-vl-10b"], PRESETS["tiny"]
+SMOLLM2 = PRESETS["smollm2-135m"]
+DECODE_ROWS = (1, 16, 64, 256)
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape. `values` counts what must cross the memory bus, in elements."""
+
+    op: str
+    name: str
+    inputs: Callable[[int, torch.device, torch.dtype], dict]  # (seed, device, dtype) -> kwargs
+    values: int
+    flops: int
+    peers: tuple[str, ...] = ()  # comparators in bench/peers.py
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        return self.values * dtype.itemsize
+
+
+def cases(device_type: str) -> list[Case]:
+    """The op table of a kind of device, "cuda" or "cpu": most telling first."""
+    return [*_cuda_cases()] if device_type == "cuda" else [*_cpu_cases()]
+
+
+def _cuda_cases() -> Iterator[Case]:
+    for batch, prefix, suffix in (
+        (16, 2048, 128),
+        (16, 2048, 512),
+        (32, 4096, 512),
+        (64, 8192, 1024),
+        (64, 512, 128),
+        (64, 2048, 8192),
+        (16, 32768, 2048),
+    ):
+        yield _prefix(f"B{batch} P{prefix} S{suffix}", [fork(prefix, [suffix] * batch)])
+    yield _prefix("4 x (B16 P2048 S512)", [fork(2048, [512] * 16)] * 4)
+    yield _prefix("ragged B32 P2048 S64..1056", [fork(2048, range(64, 1088, 32))])
+    yield _prefix("two levels P2048 4 x (1024 + 8 x 256)", [_two_levels(2048, 4, 1024, 8, 256)])
+    yield _prefix("10 x (4000 + 400)", [fork(4000, [400] * 10)])
+    yield _prefix("256 x (256 + 32)", [fork(256, [32] * 256)])
+    yield _prefix("1024 x (2048 + 32)", [fork(2048, [32] * 1024)])
+    yield _prefix("prefill 2048", [Node(2048, new=2048)])
+    yield _prefix("prefill 2048 behind 8192", [Node(10240, new=2048)])
+    for rows in (*DECODE_ROWS, 4096):
+        yield _qk_norm_rope(rows)
+        yield _rms_norm(rows, BIG.decoder.hidden)
+        yield _silu_mul(rows, BIG.decoder.mlp_width)
+    yield _sample(64, BIG.decoder.vocab_size)
+    yield _sample(64, BIG.decoder.vocab_size, top_k=20, top_p=0.95)
+    vision = BIG.vision
+    for grids in ([(52, 52)], [(36, 36)] * 9 + [(52, 52)]):
+        tokens = _tokens(grids)
+        yield _vision(grids, vision.heads)
+        yield _layer_norm(tokens, vision.width)
+        yield _quick_gelu(tokens, vision.mlp_width)
+        yield _projector(grids, vision.width, BIG.decoder.hidden)
+
+
+def _cpu_cases() -> Iterator[Case]:
+    yield _prefix("B16 P2048 S128", [fork(2048, [128] * 16)])
+    yield _prefix("4 x (B4 P512 S64)", [fork(512, [64] * 4)] * 4)
+    yield _prefix("smollm2 B16 P1500 S64", [fork(1500, [64] * 16)], SMOLLM2.name)
+    yield _prefix("prefill 128 behind 896", [Node(1024, new=128)])
+    for rows in DECODE_ROWS:
+        yield _qk_norm_rope(rows)
+        yield _rms_norm(rows, BIG.decoder.hidden)
+        yield _silu_mul(rows, BIG.decoder.mlp_width)
+    yield _sample(16, SMOLLM2.decoder.vocab_size)
+    yield _sample(16, SMOLLM2.decoder.vocab_size, top_k=20, top_p=0.95)
+    vision = TINY.vision
+    for grids in ([(36, 36)], [(8, 8)] * 4 + [(12, 12)]):
+        yield _vision(grids, vision.heads)
+        yield _projector(grids, vision.width, TINY.decoder.hidden)
+    yield _layer_norm(1296, BIG.vision.width)
+    yield _quick_gelu(324, BIG.vision.mlp_width)
+
+
+def numerics_cases() -> list[Case]:
+    """Awkward shapes: one row, primes, widths that fill no tile, ragged trees, empty nodes."""
+    tree = Node(70, children=(Node(0, children=(Node(1, new=1), Node(129, new=2))), Node(64)))
+    forest = [fork(130, [1, 63, 64, 65]), tree, Node(5, new=5), Node(100, new=37)]
+    return [
+        _prefix("ragged forest", forest, return_lse=True),
+        _prefix("smollm2 ragged forest", forest, SMOLLM2.name, return_lse=True),
+        _qk_norm_rope(67, skip=3),
+        _qk_norm_rope(5, SMOLLM2.name),
+        _rms_norm(7, 4096),
+        _rms_norm(1, 97, residual=False),
+        _silu_mul(7, 12288),
+        _silu_mul(1, 97),
+        _sample(3, 151936),
+        _sample(17, 997, top_k=5, top_p=0.9),
+        _vision([(5, 7), (5, 7), (8, 3)], heads=2),
+        _layer_norm(7, 1536),
+        _layer_norm(1, 97, residual=False),
+        _quick_gelu(7, 8960),
+        _projector([(5, 7), (4, 4), (4, 4)], width=24, out=40),
+    ]
+
+
+def _two_levels(prefix: int, forks: int, middle: int, leaves: int, suffix: int) -> Node:
+    return Node(prefix, children=tuple(fork(middle, [suffix] * leaves) for _ in range(forks)))
+
+
+def _prefix(
+    name: str, forest: Sequence[Node], preset: str = BIG.name, return_lse: bool = False
+) -> Case:
+    config = PRESETS[preset].decoder
+    nodes = [node for root in forest for node in root.walk()]
+    q = sum(root.rows for root in forest) * config.heads * config.head_dim
+    kv = 2 * sum(node.tokens for node in nodes) * config.kv_heads * config.head_dim
+    visible = sum(
+        node.rows * node.tokens - node.new * (node.new - 1) // 2 for node in nodes
+    )  # a new token does not see those behind it
+    shape = {"heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim}
+    return Case(
+        op="prefix_attention",
+        name=name,
+        inputs=partial(
+            inputs.prefix_attention_inputs, forest=tuple(forest), return_lse=return_lse, **shape
+        ),
+        values=2 * q + kv,
+        flops=4 * visible * config.heads * config.head_dim,
+        peers=() if return_lse else ("sdpa",),
+    )
+
+
+def _qk_norm_rope(rows: int, preset: str = BIG.name, skip: int = 0) -> Case:
+    config = PRESETS[preset].decoder
+    shape = {"heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim}
+    rotated = rows * (config.heads + config.kv_heads) * config.head_dim
+    return Case(
+        op="qk_norm_rope",
+        name=f"T{rows} {config.heads}/{config.kv_heads} heads of {config.head_dim}",
+        inputs=partial(inputs.qk_norm_rope_inputs, rows=rows, skip=skip, **shape),
+        values=2 * (rotated + rows * config.kv_heads * config.head_dim) + 2 * config.head_dim,
+        flops=7 * rotated,  # square, sum, scale, weight; two products and a sum of the rotation
+    )
+
+
+def _rms_norm(rows: int, width: int, residual: bool = True) -> Case:
+    return Case(
+        op="rms_norm",
+        name=f"T{rows} C{width}" + ("" if residual else " alone"),
+        inputs=partial(inputs.rms_norm_inputs, rows=rows, width=width, residual=residual),
+        values=(4 if residual else 2) * rows * width + width,
+        flops=5 * rows * width,
+    )
+
+
+def _layer_norm(rows: int, width: int, residual: bool = True) -> Case:
+    return Case(
+        op="layer_norm",
+        name=f"T{rows} C{width}" + ("" if residual else " alone"),
+        inputs=partial(inputs.layer_norm_inputs, rows=rows, width=width, residual=residual),
+        values=(4 if residual else 2) * rows * width + (3 if residual else 2) * width,
+        flops=8 * rows * width,
+    )
+
+
+def _silu_mul(rows: int, width: int) -> Case:
+    return Case(
+        op="silu_mul",
+        name=f"T{rows} F{width}",
+        inputs=partial(inputs.silu_mul_inputs, rows=rows, width=width),
+        values=3 * rows * width,
+        flops=5 * rows * width,
+    )
+
+
+def _quick_gelu(rows: int, width: int) -> Case:
+    return Case(
+        op="quick_gelu",
+        name=f"T{rows} F{width}",
+        inputs=partial(inputs.quick_gelu_inputs, rows=rows, width=width),
+        values=2 * rows * width,
+        flops=5 * rows * width,
+    )
+
+
+def _sample(rows: int, vocab: int, top_k: int = 0, top_p: float = 1.0) -> Case:
+    limits = f" k{top_k} p{top_p}" if top_k or top_p < 1 else ""
+    return Case(
+        op="sample",
+        name=f"B{rows} V{vocab}{limits}",
+        inputs=partial(inputs.sample_inputs, rows=rows, vocab=vocab, top_k=top_k, top_p=top_p),
+        values=rows * vocab,
+        flops=5 * rows * vocab,
+    )
+
+
+def _vision(grids: Sequence[Grid], heads: int, head_dim: int = 96) -> Case:
+    width = heads * head_dim
+    return Case(
+        op="vision_attention",
+        name=f"{_views(grids)} H{heads} D{head_dim}",
+        inputs=partial(inputs.vision_attention_inputs, grids=grids, heads=heads, head_dim=head_dim),
+        values=4 * _tokens(grids) * width,
+        flops=sum(4 * (rows * columns) ** 2 * width for rows, columns in grids),
+    )
+
+
+def _projector(grids: Sequence[Grid], width: int, out: int) -> Case:
+    mid = sum(-(-rows // 2) * -(-columns // 2) for rows, columns in grids)
+    end = sum(output_tokens(grid) for grid in grids)
+    first, second, last = 18 * width**2, 72 * width**2, 4 * width * out  # weights of each layer
+    return Case(
+        op="projector",
+        name=f"{_views(grids)} C{width}",
+        inputs=partial(inputs.projector_inputs, grids=grids, width=width, out=out),
+        values=_tokens(grids) * width + first + second + last + 6 * width + end * out,
+        flops=2 * (mid * first + end * (second + last)),
+    )
+
+
+def _tokens(grids: Sequence[Grid]) -> int:
+    return sum(rows * columns for rows, columns in grids)
+
+
+def _views(grids: Sequence[Grid]) -> str:
+    """As in "9x 36x36 + 1x 52x52"."""
+    counts = {grid: list(grids).count(grid) for grid in grids}
+    return " + ".join(f"{n}x {rows}x{columns}" for (rows, columns), n in counts.items())

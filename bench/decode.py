@@ -1,0 +1,134 @@
+"""One decode step of a whole decoder: rollouts over a shared prefix, each adding one token.
+
+From the tokens' embeddings to the next tokens; random weights serve, the time does not depend on
+them. Host work before the step (its plan) is not timed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.numerics import Verdict, compare
+from bench.rows import measured, with_speedups
+from bench.timing import measure
+from kernels.prefix_plan import PrefixPlan
+from kernels.sampling import sample
+from model.config import DecoderConfig
+from model.decoder import Decoder, Step
+from model.impls import impl_per_op
+from model.kv_cache import PAGE_SIZE, KVCache
+from model.step3vl import Step3VL
+from pacore_sched.plan import plan_step
+from pacore_sched.prefix_tree import PrefixTree
+
+FORMS = {"eager": "eager", "default": None}  # of all ops; None is the best that the device has
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """`batch` rollouts of `suffix` tokens, the new one included, over `prefix` shared ones."""
+
+    batch: int
+    prefix: int
+    suffix: int
+
+    @property
+    def name(self) -> str:
+        return f"B{self.batch} P{self.prefix} S{self.suffix}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose KV the step must read."""
+        return self.prefix + self.batch * self.suffix
+
+    def bytes(self, config: DecoderConfig, dtype: torch.dtype) -> int:
+        """Every weight once, of the embedding only the tokens' rows; every token's KV once."""
+        weights = _weights(config) + self.batch * config.hidden
+        return weights * dtype.itemsize + self.tokens * config.kv_bytes_per_token(dtype.itemsize)
+
+    def flops(self, config: DecoderConfig) -> int:
+        """Two per weight and rollout, and attention's two products."""
+        attention = 4 * config.layers * config.heads * config.head_dim
+        return self.batch * (2 * _weights(config) + attention * (self.prefix + self.suffix))
+
+
+def time_decode(model: Step3VL, case: DecodeCase, budget_s: float = 3.0) -> list[dict]:
+    """One row per entry of FORMS. Errors are those of the logits against the eager ones.
+
+    Leaves the model with the best form of every op.
+    """
+    config, decoder, device = model.config.decoder, model.decoder, model.device
+    step, cache = _prepare(case, model)
+    ids = torch.arange(case.batch, device=device) % config.vocab_size
+    seeds = torch.arange(case.batch, device=device)
+
+    def logits(impl: str | None) -> Tensor:
+        model.set_impl(impl)
+        return decoder.logits(decoder(decoder.embed(ids), step, cache))
+
+    def next_tokens(impl: str | None) -> Tensor:
+        return sample(logits(impl), seeds, step.positions, temperature=1.0, impl=impl)[0]
+
+    with torch.inference_mode():
+        expected = logits("eager")
+        errors = {name: compare(logits(impl), expected) for name, impl in FORMS.items()}
+    timings = measure(
+        {name: lambda _, impl=impl: next_tokens(impl) for name, impl in FORMS.items()},
+        device=device,
+        budget_s=budget_s,
+    )
+    model.set_impl(None)
+    rows = [
+        measured(
+            "decode_step",
+            f"{model.config.name} {case.name}",
+            name,
+            device=device,
+            dtype=model.dtype,
+            num_bytes=case.bytes(config, model.dtype),
+            flops=case.flops(config),
+            verdict=Verdict(errors[name].max, errors[name].rms, None),
+            timing=timings[name],
+        )
+        for name in FORMS
+    ]
+    return with_speedups(rows)
+
+
+def _prepare(case: DecodeCase, model: Step3VL) -> tuple[Step, KVCache]:
+    """The step and KV pages full of random numbers."""
+    device = model.device
+    pages = -(-case.prefix // PAGE_SIZE) + case.batch * -(-case.suffix // PAGE_SIZE)
+    tree = PrefixTree(pages, PAGE_SIZE)
+    root = tree.add()
+    tree.reserve(root, case.prefix)
+    leaves = [tree.add(root) for _ in range(case.batch)]
+    for leaf in leaves:
+        tree.reserve(leaf, case.suffix)
+    batch = plan_step(tree, [(leaf, 1) for leaf in leaves])
+    plan = PrefixPlan.build(
+        batch.plan_nodes,
+        num_rows=case.batch,
+        num_pages=pages,
+        page_size=PAGE_SIZE,
+        device=device,
+    )
+    cache = model.new_cache(pages)
+    generator = torch.Generator(device).manual_seed(0)
+    for pages_of_layers in (cache.k, cache.v):
+        pages_of_layers.normal_(generator=generator)
+    positions, slots = (
+        torch.tensor(values, device=device) for values in (batch.positions, batch.slots)
+    )
+    return Step(positions, slots, plan), cache
+
+
+def _weights(config: DecoderConfig) -> int:
+    """Weights that every step reads: all of the decoder's but the embedding."""
+    with torch.device("meta"):
+        decoder = Decoder(config, impl=impl_per_op(None), device="meta", dtype=torch.float32)
+    tensors = decoder.checkpoint_tensors()
+    return sum(t.numel() for name, t in tensors.items() if "embed_tokens" not in name) + (
+        config.vocab_size * config.hidden if config.tied_embeddings else 0
+    )

@@ -1,0 +1,178 @@
+"""The main job, end to end: a PaCoRe question, and a photo up to its first logits; eager and ours.
+
+On a CPU: SmolLM2 with its real weights asked about a text of some 1,500 tokens, and a photo through
+`tiny`. On a GPU: the 10B with random weights for both. The question is asked once per form (it is
+its own repeat: thousands of steps), the photo as often as any op.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bench.numerics import Verdict, compare
+from bench.rows import measured, with_speedups
+from bench.timing import Timing, measure
+from model.config import Config, VisionConfig
+from model.image import Views, load_image, preprocess
+from model.prompt import build_prompt
+from model.step3vl import Step3VL
+from model.terminal import progress
+from pacore_sched.engine import Rollout, Sampling
+from pacore_sched.pacore import Pacore
+
+FORMS = {"eager": "eager", "default": None}  # of all ops; None is the best that the device has
+MODELS = {"cpu": ("smollm2-135m", "tiny"), "cuda": ("step3-vl-10b", "step3-vl-10b")}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+WIDTHS, MAX_TOKENS, PROMPT_TOKENS = (16,), 64, 1500
+TOLERANCE = 1e-3  # of log-probabilities and logits in fp32: far above rounding, far below a fault
+
+
+def run(device: torch.device) -> Iterator[dict]:
+    """Rows of the question and of the photo."""
+    text_model, image_model = MODELS[device.type]
+    model = Step3VL.from_preset(text_model, device=device, dtype=DTYPES[device.type])
+    yield from ask(model)
+    if image_model != text_model:
+        model = Step3VL.from_preset(image_model, device=device, dtype=DTYPES[device.type])
+    yield from look(model)
+
+
+def ask(
+    model: Step3VL, widths: tuple[int, ...] = WIDTHS, max_tokens: int = MAX_TOKENS
+) -> list[dict]:
+    """Rows of a whole PaCoRe answer: all prefills and decode steps of all rounds.
+
+    `tokens_per_second` counts generated tokens over everything but loading. Errors are those of the
+    rollouts' log-probabilities up to where their tokens part, if they do.
+    """
+    question = [{"role": "user", "content": _question(model)}]
+    seconds, pacores, rollouts = {}, {}, {}
+    with progress("question", len(FORMS) * (sum(widths) + 1) * max_tokens) as advance:
+        for name, impl in FORMS.items():
+            model.set_impl(impl)
+            pacores[name] = Pacore(model, widths, Sampling(max_tokens))
+            start = time.perf_counter()
+            answer = pacores[name].answer(question, on_step=advance)
+            seconds[name] = time.perf_counter() - start
+            rollouts[name] = answer.rounds[0].rollouts
+    rows = []
+    for name, pacore in pacores.items():
+        stats, us = pacore.engine.stats, seconds[name] * 1e6
+        row = measured(
+            "pacore",
+            f"{model.config.name} P{answer.rounds[0].prompt_tokens} W{widths[0]} T{max_tokens}",
+            name,
+            device=model.device,
+            dtype=model.dtype,
+            num_bytes=_decode_bytes(pacore),
+            flops=2 * _decoder_weights(model) * (stats.prefilled + stats.generated),
+            verdict=_same_rollouts(rollouts[name], rollouts["eager"], model.dtype),
+            timing=Timing(us, us, us, 1, "clock"),
+        )
+        rows.append(row | {"tokens_per_second": stats.generated / seconds[name]})
+    return with_speedups(rows)
+
+
+def look(model: Step3VL) -> list[dict]:
+    """Rows of one photo with a question: preprocessed views to the prompt's logits."""
+    views = preprocess(_photo(), model.config.vision)
+    content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+    messages = [{"role": "user", "content": content}]
+    ids = build_prompt(messages, model.tokenizer, model.config, [views])
+
+    def logits(impl: str | None) -> torch.Tensor:
+        model.set_impl(impl)
+        return model(ids, images=[views])
+
+    expected = logits("eager")
+    errors = {name: compare(logits(impl), expected) for name, impl in FORMS.items()}
+    timings = measure(
+        {name: lambda _, impl=impl: logits(impl) for name, impl in FORMS.items()},
+        device=model.device,
+        budget_s=4.0,
+    )
+    limit = TOLERANCE if model.dtype == torch.float32 else 0.1
+    rows = []
+    for name, error in errors.items():
+        failure = None if error.max <= limit else f"max error {error.max:.2e} exceeds {limit:.0e}"
+        row = measured(
+            "photo",
+            f"{model.config.name} {len(views.crops)} crops, {len(ids)} tokens",
+            name,
+            device=model.device,
+            dtype=model.dtype,
+            num_bytes=sum(t.numel() for t in model.parameters()) * model.dtype.itemsize,
+            flops=_image_flops(model.config, views) + 2 * _decoder_weights(model) * len(ids),
+            verdict=Verdict(error.max, error.rms, failure),
+            timing=timings[name],
+        )
+        rows.append(row)
+    return with_speedups(rows)
+
+
+def _question(model: Step3VL) -> str:
+    """A text that everybody has, cut so that the whole prompt is about PROMPT_TOKENS long."""
+    task = "Say in one sentence what this licence allows.\n\n"
+    text = (Path(__file__).parents[1] / "LICENSE").read_text()
+    words = " ".join(text.split())
+    tokens = model.tokenizer.encode(words)
+    return task + model.tokenizer.decode(tokens[: PROMPT_TOKENS - 60])
+
+
+def _photo():  # noqa: ANN202 -- PIL is only a dependency of those who have images
+    """A photo of 1280 x 720 pixels."""
+    from PIL import Image
+    from skimage import data
+
+    return load_image(Image.fromarray(data.astronaut())).resize((1280, 720))
+
+
+def _decoder_weights(model: Step3VL) -> int:
+    """Weights that a token meets; the LM head, met by few of a prompt's tokens, not counted."""
+    layers = model.decoder.layers.parameters()
+    return sum(parameter.numel() for parameter in layers)
+
+
+def _decode_bytes(pacore: Pacore) -> int:
+    """The fewest bytes: all weights once per step, and the KV that the decode steps read."""
+    model, stats = pacore.model, pacore.engine.stats
+    weights = (_decoder_weights(model) + model.decoder.lm_head.numel()) * model.dtype.itemsize
+    kv = model.config.decoder.kv_bytes_per_token(model.dtype.itemsize)
+    return weights * stats.steps + kv * stats.kv_read
+
+
+def _image_flops(config: Config, views: Views) -> int:
+    """Two per multiply-add of the tower's linear layers, attention, convolutions and projector."""
+    vision: VisionConfig = config.vision
+    flops, c = 0, vision.width
+    sides = [vision.image_size] + [vision.crop_size] * len(views.crops)
+    for side in sides:
+        grid = side // vision.patch_size
+        tokens = grid * grid
+        linear = 4 * c * c + 2 * c * vision.mlp_width
+        flops += 2 * vision.layers * tokens * (linear + 2 * tokens * c)
+        half, quarter = math.ceil(grid / 2) ** 2, math.ceil(grid / 4) ** 2
+        flops += 2 * (half * 9 * c * 2 * c + quarter * 9 * 2 * c * 4 * c)
+        flops += 2 * quarter * 4 * c * config.decoder.hidden
+    return flops
+
+
+def _same_rollouts(mine: list[Rollout], eager: list[Rollout], dtype: torch.dtype) -> Verdict:
+    """Compare log-probabilities while the tokens agree; in fp32 most rollouts must agree whole."""
+    pairs, whole = [], 0
+    for a, b in zip(mine, eager, strict=True):
+        agree = 0
+        for x, y in zip(a.tokens, b.tokens, strict=False):
+            if x != y:
+                break
+            agree += 1
+        whole += agree == len(a.tokens) == len(b.tokens)
+        pairs += zip(a.logprobs[:agree], b.logprobs[:agree], strict=True)
+    error = compare(*torch.tensor(pairs or [(0.0, 0.0)]).T)
+    failure = None
+    if dtype == torch.float32 and (error.max > TOLERANCE or whole < 0.9 * len(mine)):
+        failure = f"{whole} of {len(mine)} rollouts agree, log-probabilities to {error.max:.1e}"
+    return Verdict(error.max, error.rms, failure)

@@ -1,0 +1,248 @@
+"""Inputs of every op from a seed, for benchmarks and tests alike.
+
+Each builder returns the keyword arguments of its op. Numbers are random, never zeros: hardware runs
+faster on zeros. Whatever an op must not read is NaN: pages no node owns, and what lies behind a
+node's last token.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.prefix_plan import PlanNode, PrefixPlan
+
+Device = torch.device | str
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a prefix tree: its tokens, how many of them this step writes, its children."""
+
+    tokens: int
+    new: int = 0
+    children: tuple["Node", ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Query rows of the node and of everything below it."""
+        return self.new + sum(child.rows for child in self.children)
+
+    def walk(self) -> Iterator["Node"]:
+        """The node and everything below it, depth-first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+def fork(prefix: int, suffixes: Iterable[int]) -> Node:
+    """Rollouts in decode: a shared prefix, and one leaf per suffix whose last token is new."""
+    return Node(prefix, children=tuple(Node(suffix, new=1) for suffix in suffixes))
+
+
+def rms_norm_inputs(
+    seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: int, residual: bool = True
+) -> dict:
+    draw = _Draw(seed, device, dtype)
+    return {
+        "x": draw(rows, width),
+        "weight": 1 + draw(width, scale=0.1),
+        "residual": draw(rows, width) if residual else None,
+        "eps": 1e-6,
+    }
+
+
+def layer_norm_inputs(
+    seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: int, residual: bool = True
+) -> dict:
+    draw = _Draw(seed, device, dtype)
+    return {
+        "x": draw(rows, width),
+        "weight": 1 + draw(width, scale=0.1),
+        "bias": draw(width, scale=0.1),
+        "residual": draw(rows, width) if residual else None,
+        "gamma": draw(width, scale=0.1) if residual else None,
+        "eps": 1e-5,
+    }
+
+
+def silu_mul_inputs(
+    seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: int
+) -> dict:
+    """`width` is F: the input has 2F columns."""
+    return {"gate_up": _Draw(seed, device, dtype)(rows, 2 * width)}
+
+
+def quick_gelu_inputs(
+    seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: int
+) -> dict:
+    return {"x": _Draw(seed, device, dtype)(rows, width)}
+
+
+def qk_norm_rope_inputs(
+    seed: int,
+    device: Device,
+    dtype: torch.dtype,
+    *,
+    rows: int,
+    heads: int = 32,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    page_size: int = 64,
+    theta: float = 1e6,
+    skip: int = 0,
+) -> dict:
+    """Rows go to distinct random slots of twice the pages they need; the first `skip` to none."""
+    draw = _Draw(seed, device, dtype)
+    num_pages = 2 * math.ceil(rows / page_size)
+    slots = torch.randperm(num_pages * page_size, generator=draw.host)[:rows]
+    slots[:skip] = -1
+    pages = (num_pages, kv_heads, page_size, head_dim)
+    pair = torch.arange(head_dim // 2, device=device).float()
+    return {
+        "qkv": draw(rows, (heads + 2 * kv_heads) * head_dim),
+        "q_weight": 1 + draw(head_dim, scale=0.1),
+        "k_weight": 1 + draw(head_dim, scale=0.1),
+        "inv_freq": theta ** (-2 * pair / head_dim),
+        "positions": torch.randint(0, 4096, (rows,), generator=draw.host).to(device),
+        "slots": slots.to(device),
+        "k_pages": torch.full(pages, math.nan, device=device, dtype=dtype),
+        "v_pages": torch.full(pages, math.nan, device=device, dtype=dtype),
+        "eps": 1e-6,
+    }
+
+
+def prefix_attention_inputs(
+    seed: int,
+    device: Device,
+    dtype: torch.dtype,
+    *,
+    forest: Sequence[Node],
+    heads: int = 32,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    page_size: int = 64,
+    return_lse: bool = False,
+) -> dict:
+    """`return_lse` asks for the second result as well."""
+    draw = _Draw(seed, device, dtype)
+    plan = prefix_plan(seed, device, forest=forest, page_size=page_size)
+    unused = _unused(plan).to(device)[:, None, :, None]
+    shape = (plan.num_pages, kv_heads, page_size, head_dim)
+    return {
+        "q": draw(plan.num_rows, heads, head_dim),
+        "k_pages": draw(*shape).masked_fill_(unused, math.nan),
+        "v_pages": draw(*shape).masked_fill_(unused, math.nan),
+        "plan": plan,
+        "scale": head_dim**-0.5,
+        "return_lse": return_lse,
+    }
+
+
+def prefix_plan(
+    seed: int, device: Device, *, forest: Sequence[Node], page_size: int = 64
+) -> PrefixPlan:
+    """Trees side by side on pages with shuffled ids, of which about an eighth stays unused."""
+    needed = sum(math.ceil(n.tokens / page_size) for root in forest for n in root.walk())
+    num_pages = needed + needed // 8 + 1
+    free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).tolist()
+    nodes: list[PlanNode] = []
+    row = 0
+    for root in forest:
+        row = _place(root, row, page_size, free, nodes)
+    return PrefixPlan.build(
+        nodes, num_rows=row, num_pages=num_pages, page_size=page_size, device=device
+    )
+
+
+def vision_attention_inputs(
+    seed: int,
+    device: Device,
+    dtype: torch.dtype,
+    *,
+    grids: Sequence[tuple[int, int]],
+    heads: int,
+    head_dim: int = 96,
+) -> dict:
+    tokens = sum(rows * columns for rows, columns in grids)
+    qkv = _Draw(seed, device, dtype)(tokens, 3 * heads * head_dim)
+    return {"qkv": qkv, "grids": tuple(grids), "heads": heads}
+
+
+def projector_inputs(
+    seed: int,
+    device: Device,
+    dtype: torch.dtype,
+    *,
+    grids: Sequence[tuple[int, int]],
+    width: int,
+    out: int,
+) -> dict:
+    """The channels double with each convolution, as in every preset."""
+    draw = _Draw(seed, device, dtype)
+    return {
+        "x": draw(sum(rows * columns for rows, columns in grids), width),
+        "grids": tuple(grids),
+        "w1": draw(2 * width, width, 3, 3, scale=(9 * width) ** -0.5),
+        "b1": draw(2 * width, scale=0.1),
+        "w2": draw(4 * width, 2 * width, 3, 3, scale=(18 * width) ** -0.5),
+        "b2": draw(4 * width, scale=0.1),
+        "w3": draw(out, 4 * width, scale=(4 * width) ** -0.5),
+    }
+
+
+def sample_inputs(
+    seed: int,
+    device: Device,
+    dtype: torch.dtype,
+    *,
+    rows: int,
+    vocab: int,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> dict:
+    draw = _Draw(seed, device, dtype)
+    return {
+        "logits": draw(rows, vocab, scale=3.0),
+        "seeds": torch.randint(0, 2**62, (rows,), generator=draw.host).to(device),
+        "positions": torch.arange(1000, 1000 + rows, device=device),
+        "temperature": 1.0,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+
+
+class _Draw:
+    """Normal numbers on a device, from generators of its own: the global ones stay untouched."""
+
+    def __init__(self, seed: int, device: Device, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.host = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        device = self.generator.device
+        x = torch.randn(shape, generator=self.generator, device=device, dtype=self.dtype)
+        return x if scale == 1.0 else x.mul_(scale)
+
+
+def _place(node: Node, row: int, page_size: int, free: list[int], placed: list[PlanNode]) -> int:
+    """Give `node` and what is below it pages and rows from `row` on; the first row behind them."""
+    pages = [free.pop() for _ in range(math.ceil(node.tokens / page_size))]
+    placed.append(PlanNode(tuple(pages), node.tokens, row, row + node.rows, node.new))
+    row += node.new
+    for child in node.children:
+        row = _place(child, row, page_size, free, placed)
+    return row
+
+
+def _unused(plan: PrefixPlan) -> Tensor:
+    """Which slots hold no token: bool [num_pages, page_size]."""
+    unused = torch.ones(plan.num_pages, plan.page_size, dtype=torch.bool)
+    for node in plan.nodes:
+        slots = torch.ones(len(node.pages) * plan.page_size, dtype=torch.bool)
+        slots[: node.kv_len] = False
+        unused[list(node.pages)] = slots.view(len(node.pages), plan.page_size)
+    return unused

@@ -1,0 +1,161 @@
+"""How wrong the forms of an op are, and how wrong they may be.
+
+A form's results are compared with those of the eager definition evaluated in fp32 on the same
+inputs. Errors are relative to max(rms(reference), |reference|), so that neither a large value hides
+a small one nor a small one is asked for more digits than its neighbours have.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.cases import OPS, WRITTEN, Case
+from bench.peers import PEERS, Peer
+
+
+@dataclass(frozen=True)
+class Error:
+    """Largest and root-mean-square relative error."""
+
+    max: float
+    rms: float
+
+
+# Allowed, in roundoffs of the result's dtype (2^-9 for bf16, 2^-12 for fp16, 2^-24 for fp32): for a
+# result of 16 bits, and for one of 32. Measured over the cases of a CPU, plus a margin of about a
+# half for 16 bits, where every form rounds alike, and of two for 32, where only sums differ.
+TOLERANCES: dict[str, tuple[Error, Error]] = {
+    "prefix_attention": (Error(4, 0.75), Error(320, 32)),
+    "qk_norm_rope": (Error(7, 0.85), Error(8, 1)),
+    "rms_norm": (Error(4, 0.8), Error(8, 1)),
+    "silu_mul": (Error(3, 0.5), Error(8, 1)),
+    "sample": (Error(0, 0), Error(16, 4)),
+    "vision_attention": (Error(9, 1.1), Error(70, 12)),
+    "layer_norm": (Error(3, 0.65), Error(16, 2.5)),
+    "quick_gelu": (Error(1.5, 0.35), Error(8, 1)),
+    "projector": (Error(5, 1), Error(200, 42)),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worst errors over an op's results, and what is wrong with them, if anything is."""
+
+    max_err: float
+    rms_err: float
+    failure: str | None
+
+
+def form(op: str, name: str) -> Peer:
+    """An implementation of `op`, or a peer, as a function from inputs to the call."""
+    if name in PEERS:
+        return PEERS[name]
+    return lambda inputs: partial(OPS[op], **inputs, impl=name)
+
+
+def reference(case: Case, inputs: dict) -> list[Tensor]:
+    """Results of the eager definition in fp32."""
+    return _results(case, form(case.op, "eager"), inputs, torch.float32)
+
+
+def judge(case: Case, run: Peer, inputs: dict, expected: list[Tensor]) -> Verdict:
+    """Compare all results of `run` with the `reference`; `inputs` stay as they are."""
+    results = _results(case, run, inputs)
+    errors = [compare(*pair) for pair in zip(results, expected, strict=True)]
+    excess = [_excess(case.op, *pair) for pair in zip(results, errors, strict=True)]
+    return Verdict(
+        max(error.max for error in errors),
+        max(error.rms for error in errors),
+        next((text for text in excess if text), None),
+    )
+
+
+def _excess(op: str, result: Tensor, error: Error) -> str | None:
+    """What of `error` is more than `op` is allowed."""
+    limits, roundoff = Error(0, 0), 0.0
+    if result.is_floating_point():
+        limits = TOLERANCES[op][result.dtype.itemsize == 4]
+        roundoff = torch.finfo(result.dtype).eps / 2
+    for name in ("max", "rms"):
+        value, limit = getattr(error, name), getattr(limits, name) * roundoff
+        if not value <= limit:
+            return f"{name} error {value:.2e} exceeds {limit:.2e}"
+    return None
+
+
+def compare(result: Tensor, expected: Tensor) -> Error:
+    """The error of one result. Infinite if NaN or inf stand elsewhere; integers are right or wrong.
+
+    Raises ValueError for a wrong shape, and for integers where floats are expected or vice versa.
+    """
+    if result.shape != expected.shape:
+        raise ValueError(f"result of shape {list(result.shape)}, expected {list(expected.shape)}")
+    if result.is_floating_point() != expected.is_floating_point():
+        raise ValueError(f"result is {result.dtype}, expected {expected.dtype}")
+    if not expected.is_floating_point():
+        return _summary((result != expected).double())
+    result, expected = result.double(), expected.double()
+    if any(not torch.equal(special(result), special(expected)) for special in _SPECIAL):
+        return Error(math.inf, math.inf)
+    finite = expected.isfinite()
+    result, expected = result[finite], expected[finite]
+    scale = expected.abs().clamp_min(expected.square().mean().sqrt())
+    return _summary((result - expected).abs() / scale.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+_SPECIAL: tuple[Callable[[Tensor], Tensor], ...] = (torch.isnan, torch.isposinf, torch.isneginf)
+
+
+def _summary(errors: Tensor) -> Error:
+    if not errors.numel():
+        return Error(0.0, 0.0)
+    return Error(float(errors.max()), float(errors.square().mean().sqrt()))
+
+
+def _results(case: Case, run: Peer, inputs: dict, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """What a call returns and what it wrote into copies of its inputs, floats as `dtype`."""
+    copies = {name: _copy(value, dtype) for name, value in inputs.items()}
+    with torch.inference_mode(), _exact_fp32(), _poisoned_allocations():
+        returned = run(copies)()
+    results = list(returned) if isinstance(returned, tuple) else [returned]
+    return results + [copies[name] for name in WRITTEN.get(case.op, ())]
+
+
+def _copy(value: object, dtype: torch.dtype | None) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(dtype if value.is_floating_point() else None, copy=True)
+
+
+@contextmanager
+def _exact_fp32() -> Iterator[None]:
+    """fp32 products in fp32: cuDNN would round the operands of convolutions to TF32."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+@contextmanager
+def _poisoned_allocations() -> Iterator[None]:
+    """torch.empty filled with NaN, so that an output left unwritten shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn)

@@ -1,0 +1,84 @@
+"""Comparators that are no form of an op: what else a user could call for the same result.
+
+A peer takes an op's inputs and returns the call to time. What it prepares before is not timed, as
+the plan of prefix attention is not: both depend on the batch, not on its numbers.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.prefix_plan import PlanNode, PrefixPlan
+
+Peer = Callable[[dict], Callable[[], object]]
+
+
+def sdpa(inputs: dict) -> Callable[[], Tensor]:
+    """prefix_attention by gathering every sequence's tokens into one padded call of
+    scaled_dot_product_attention, with a mask only where sequences differ or rows are causal.
+    """
+    q, k_pages, v_pages, plan = (inputs[name] for name in ("q", "k_pages", "v_pages", "plan"))
+    rows, slots, mask = _padded(plan, k_pages.shape[1], q.device)
+    options = {"scale": inputs["scale"], "enable_gqa": True, **_masking(mask)}
+    flat_k, flat_v = k_pages.view(-1, q.shape[2]), v_pages.view(-1, q.shape[2])
+
+    def call() -> Tensor:
+        # [sequences, heads, rows or tokens, head_dim]
+        query = q[rows].transpose(1, 2)
+        k, v = (flat.index_select(0, slots.view(-1)) for flat in (flat_k, flat_v))
+        k, v = (x.view(*slots.shape, -1) for x in (k, v))
+        result = F.scaled_dot_product_attention(query, k, v, **options)
+        out = torch.zeros_like(q)
+        out[rows] = result.transpose(1, 2)
+        return out
+
+    return call
+
+
+def _masking(mask: Tensor) -> dict:
+    """The cheapest way to say what bool [n, m, tokens] says."""
+    if bool(mask.all()):
+        return {}
+    if mask.shape[1] == mask.shape[2] and bool((mask == torch.ones_like(mask[0]).tril()).all()):
+        return {"is_causal": True}
+    return {"attn_mask": mask[:, None]}
+
+
+def _padded(plan: PrefixPlan, kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each sequence's rows and tokens stand, all padded to the longest sequence.
+
+    Returns rows [n, m], where padding repeats the last row; slots [n, kv_heads, tokens] into pages
+    seen as rows of head_dim; and what each row sees, bool [n, m, tokens].
+    """
+    runs = plan.sequences
+    width = max(end - start for start, end, _ in runs)
+    length = max(sum(node.kv_len for node in path) for _, _, path in runs)
+    rows, tokens, masks = [], [], []
+    for start, end, path in runs:
+        row = torch.arange(start, start + width).clamp_max(end - 1)
+        slot = torch.cat([_slots(node, plan.page_size, kv_heads) for node in path], dim=1)
+        sees = torch.cat([_sees(node, row) for node in path], dim=1)
+        rows.append(row)
+        padding = (0, length - slot.shape[1])
+        tokens.append(F.pad(slot[None], padding, mode="replicate")[0] if padding[1] else slot)
+        masks.append(F.pad(sees, padding))
+    return tuple(torch.stack(parts).to(device) for parts in (rows, tokens, masks))
+
+
+def _slots(node: PlanNode, page_size: int, kv_heads: int) -> Tensor:
+    """Of every KV head, where the node's tokens are: [kv_heads, kv_len]."""
+    token = torch.arange(node.kv_len)
+    page = torch.tensor(node.pages)[token // page_size]
+    head = torch.arange(kv_heads)[:, None]
+    return (page * kv_heads + head) * page_size + token % page_size
+
+
+def _sees(node: PlanNode, row: Tensor) -> Tensor:
+    """Which of the node's tokens each row sees: bool [rows, kv_len]."""
+    visible = node.kv_len - node.num_new + row - node.row_start + 1
+    return torch.arange(node.kv_len) < visible[:, None]
+
+
+PEERS: dict[str, Peer] = {"sdpa": sdpa}

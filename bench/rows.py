@@ -1,0 +1,198 @@
+"""Measured rows: where they come from (device, versions, commit), and JSONL files of them."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from bench.numerics import Verdict
+from bench.roofline import roofline
+from bench.timing import Timing
+from model.terminal import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def measured(
+    op: str,
+    case: str,
+    impl: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_bytes: int,
+    flops: int,
+    verdict: Verdict,
+    timing: Timing | None = None,
+) -> dict:
+    """One row. Without a `timing` its times, rates and ceilings are None.
+
+    `speedup` is for `with_speedups` to fill; `failure` says why a row has no times, or is None.
+    """
+    best = roofline(device, dtype) if timing else None
+    return {
+        "op": op,
+        "case": case,
+        "impl": impl,
+        "dtype": str(dtype).removeprefix("torch."),
+        "p20_us": timing and timing.p20_us,
+        "median_us": timing and timing.median_us,
+        "p80_us": timing and timing.p80_us,
+        "bytes": num_bytes,
+        "flops": flops,
+        "roofline_pct": best and best.percent(timing.median_us, num_bytes, flops),
+        "max_err": _finite(verdict.max_err),
+        "rms_err": _finite(verdict.rms_err),
+        "speedup": None,
+        "failure": verdict.failure,
+        "timer": timing and timing.timer,
+        "repeats": timing and timing.repeats,
+        "copy_gb_s": best and best.copy_gb_s,
+        "gemm_tflop_s": best and best.gemm_tflop_s,
+        **origin(device),
+    }
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> dict:
+    """The row of a measured roofline."""
+    found = roofline(device, dtype)
+    return {
+        "op": "roofline",
+        "case": "copy, matrix product",
+        "dtype": found.dtype,
+        "copy_gb_s": found.copy_gb_s,
+        "gemm_tflop_s": found.gemm_tflop_s,
+        "failure": None,
+        **origin(device),
+    }
+
+
+def with_speedups(rows: list[dict]) -> list[dict]:
+    """The rows of one case, timed together, with how much faster than "eager" each is."""
+    eager = next((row["median_us"] for row in rows if row["impl"] == "eager"), None)
+    for row in rows:
+        if eager and row["median_us"]:
+            row["speedup"] = eager / row["median_us"]
+    return rows
+
+
+@cache
+def origin(device: torch.device) -> dict:
+    """The fields of a row that say where it was measured."""
+    return {
+        "device": device_name(device),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "driver": nvidia_smi("driver_version") if device.type == "cuda" else None,
+    }
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+@cache
+def commit() -> str:
+    """The checkout's commit, with "+dirty" for tracked changes.
+
+    Outside git, the environment variable GIT_COMMIT, or "unknown".
+    """
+    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return os.environ.get("GIT_COMMIT", "unknown")
+    changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return head + ("+dirty" if changes else "")
+
+
+def append(path: Path, rows: Iterable[dict]) -> None:
+    """Add `rows` to a JSONL file, which is made with its folders if need be.
+
+    What an interrupted write left of a line is cut off first. Raises InputError if the file cannot
+    be written.
+    """
+    with _written(path):
+        text = path.read_bytes() if path.exists() else b""
+        if not text.endswith(b"\n"):
+            path.write_bytes(text[: text.rfind(b"\n") + 1])
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_json(path: Path, document: dict) -> None:
+    """Write one indented JSON document. Raises InputError if the file cannot be written."""
+    with _written(path):
+        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a JSONL file; none if there is no such file.
+
+    A last line without an end, the trace of an interrupted write, is left out. Raises InputError
+    naming any other line that is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def nvidia_smi(fields: str) -> str | None:
+    """What nvidia-smi says of the first GPU's `fields`, comma-separated; None without it."""
+    text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+    return text.splitlines()[0] if text else None
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no inf; `failure` tells of them."""
+    return value if math.isfinite(value) else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

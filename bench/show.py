@@ -1,0 +1,116 @@
+"""Rows as tables for a person: rich's on a terminal, else plain aligned text."""
+
+import sys
+from collections.abc import Sequence
+
+Row = dict
+
+
+def table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table; all columns but those whose header begins with a space align left."""
+    if sys.stdout.isatty():
+        try:  # GPU nodes may offer torch, Triton and NumPy alone
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            pass
+        else:
+            made = Table(title=title, title_justify="left", title_style="bold")
+            for name in header:
+                made.add_column(name.strip(), justify=_justify(name), overflow="fold")
+            for line in lines:
+                made.add_row(*line)
+            Console().print(made, markup=False)
+            return
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    print(f"\n{title}")
+    for line in (header, *lines):
+        cells = (
+            f"{cell.strip():>{width}}" if name.startswith(" ") else f"{cell:{width}}"
+            for name, cell, width in zip(header, line, widths, strict=True)
+        )
+        print("  ".join(cells).rstrip())
+
+
+def times(rows: Sequence[Row]) -> None:
+    """The op table: one line per form, its time, rates, share of the roofline and error."""
+    header = ("op", "case", "impl", "dtype", " median us", " p20..p80", " GB/s", " TFLOP/s")
+    header += (" % roofline", " x eager", " max error", "note")
+    lines = []
+    for row in rows:
+        line = [row["op"], row["case"], row["impl"], row["dtype"]]
+        if row["failure"]:
+            line += [""] * 6 + [_error(row["max_err"]), f"FAILED: {row['failure']}"]
+        else:
+            us = row["median_us"]
+            line += [
+                f"{us:,.1f}",
+                f"{row['p20_us']:,.1f}..{row['p80_us']:,.1f}",
+                f"{row['bytes'] / us / 1e3:,.1f}",
+                f"{row['flops'] / us / 1e6:,.3f}",
+                f"{row['roofline_pct']:.1f}",
+                f"{row['speedup']:.2f}" if row["speedup"] else "",
+                _error(row["max_err"]),
+                _note(row),
+            ]
+        lines.append(line)
+    _titled("times", rows, header, lines)
+    for row in {row["dtype"]: row for row in rows if row["copy_gb_s"]}.values():
+        print(
+            f"roofline of {row['dtype']}: copy {row['copy_gb_s']:,.1f} GB/s,"
+            f" matrix product {row['gemm_tflop_s']:,.3f} TFLOP/s"
+        )
+
+
+def errors(rows: Sequence[Row]) -> None:
+    """The worst error of every op's forms in each dtype, and every row that failed."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    forms = list(dict.fromkeys((row["op"], row["impl"]) for row in rows))
+    worst = {
+        (op, impl, dtype): _worst(r for r in rows if (r["op"], r["impl"], r["dtype"]) == key)
+        for op, impl in forms
+        for dtype in dtypes
+        for key in [(op, impl, dtype)]
+    }
+    lines = [[*form, *(worst[*form, dtype] for dtype in dtypes)] for form in forms]
+    header = ("op", "impl", *(f" {dtype}" for dtype in dtypes))
+    _titled("largest errors, relative to max(rms(reference), |reference|)", rows, header, lines)
+    for row in rows:
+        if row["failure"]:
+            name = f"{row['op']}, {row['case']}, {row['impl']}, {row['dtype']}"
+            print(f"FAILED: {name}: {row['failure']}")
+
+
+def ceilings(rows: Sequence[Row]) -> None:
+    """The measured roofline of each dtype."""
+    lines = [
+        [row["dtype"], f"{row['copy_gb_s']:,.1f}", f"{row['gemm_tflop_s']:,.3f}"] for row in rows
+    ]
+    _titled("roofline", rows, ("dtype", " copy GB/s", " GEMM TFLOP/s"), lines)
+
+
+def _note(row: Row) -> str:
+    rate = row.get("tokens_per_second")
+    return row["timer"] + (f", {rate:,.1f} tokens/s" if rate else "")
+
+
+def _titled(
+    what: str, rows: Sequence[Row], header: Sequence[str], lines: Sequence[Sequence[str]]
+) -> None:
+    origin = f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
+    table(f"{what} ({origin})", header, lines)
+
+
+def _worst(rows: Sequence[Row]) -> str:
+    rows = list(rows)
+    if any(row["failure"] for row in rows):
+        return "FAILED"
+    return _error(max((row["max_err"] for row in rows), default=None))
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _justify(name: str) -> str:
+    return "right" if name.startswith(" ") else "left"

@@ -1,0 +1,188 @@
+"""The one timer: every duration this project reports comes from `measure`.
+
+Candidates run interleaved, in alternating order, so that drift of the machine meets all of them
+alike; the result is a median with the 20th and 80th percentile. A candidate gets the index of an
+input set and every call takes the next one, so that none finds its inputs in the cache.
+
+On a GPU a repeat is one replay of a CUDA graph that holds a call for every input set, behind a read
+that empties the L2. A candidate that waits for the GPU in between cannot be captured: it runs one
+call at a time between two events, its launches included, and its timing says "events".
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+Candidate = Callable[[int], object]
+
+COLD = 5  # input sets together are this many times the last-level cache
+MAX_SETS = 64
+MIN_REPEATS = 5
+MAX_REPEATS = 1000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Duration of one call in microseconds, over `repeats` repeats."""
+
+    p20_us: float
+    median_us: float
+    p80_us: float
+    repeats: int
+    timer: str  # "graph", "events" or "clock"
+
+
+def measure(
+    candidates: Mapping[str, Candidate],
+    *,
+    device: torch.device | str,
+    sets: int = 1,
+    budget_s: float = 1.0,
+) -> dict[str, Timing]:
+    """Time `candidates`, each called with an index below `sets`, for about `budget_s` seconds.
+
+    Warm-up is not counted. Every candidate gets at least MIN_REPEATS repeats, however long.
+    """
+    device = torch.device(device)
+    prepare = _cuda_repeats if device.type == "cuda" else _cpu_repeats
+    with torch.inference_mode(), _garbage_collection_off():
+        repeats = prepare(candidates, sets, device)
+        samples: dict[str, list[float]] = {name: [] for name in candidates}
+        order = list(candidates)
+        end = time.perf_counter() + budget_s
+        for count in range(MAX_REPEATS):
+            if count >= MIN_REPEATS and time.perf_counter() > end:
+                break
+            for name in order:
+                samples[name].append(repeats[name].run())
+            order.reverse()
+    return {name: _summary(samples[name], repeats[name].timer) for name in candidates}
+
+
+def sets_for(set_bytes: int, device: torch.device | str) -> int:
+    """Input sets of `set_bytes` each that do not fit the cache: at least one, at most MAX_SETS."""
+    return max(1, min(MAX_SETS, -(-COLD * cache_bytes(torch.device(device)) // max(1, set_bytes))))
+
+
+@cache
+def cache_bytes(device: torch.device) -> int:
+    """Size of the device's last-level cache; 32 MiB for a CPU that does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    levels = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    sizes = [path.read_text().strip() for path in levels]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=32 << 20)
+
+
+@dataclass(frozen=True)
+class _Repeat:
+    """`run` takes one sample and returns the microseconds of one call."""
+
+    run: Callable[[], float]
+    timer: str
+
+
+def _cpu_repeats(
+    candidates: Mapping[str, Candidate], sets: int, device: torch.device
+) -> dict[str, _Repeat]:
+    indices = cycle(range(sets))  # one for all, or a candidate would warm the next one's inputs
+
+    def repeat(call: Candidate) -> float:
+        index = next(indices)
+        start = time.perf_counter_ns()
+        call(index)
+        return (time.perf_counter_ns() - start) / 1e3
+
+    for call in candidates.values():
+        repeat(call)
+    return {name: _Repeat(partial(repeat, call), "clock") for name, call in candidates.items()}
+
+
+def _cuda_repeats(
+    candidates: Mapping[str, Candidate], sets: int, device: torch.device
+) -> dict[str, _Repeat]:
+    evict = torch.ones(COLD * cache_bytes(device) // 4, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def repeat(work: Callable[[], object], calls: int) -> float:
+        evict.sum()  # reads only: a write would leave dirty lines for the candidate to write back
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / calls
+
+    def prepared(call: Candidate) -> _Repeat:
+        graph = _capture(call, sets)
+        if graph is not None:
+            return _Repeat(partial(repeat, graph.replay, sets), "graph")
+        indices = cycle(range(sets))
+        return _Repeat(partial(repeat, lambda: call(next(indices)), 1), "events")
+
+    repeats = {name: prepared(call) for name, call in candidates.items()}
+    for ready in repeats.values():
+        ready.run()
+    return repeats
+
+
+def _capture(call: Candidate, sets: int) -> torch.cuda.CUDAGraph | None:
+    """A graph of one call per input set, or None if the candidate waits for the GPU.
+
+    A capture that fails leaves the default random generator unusable, so waiting is found out
+    before. What else cannot be captured is an error.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for index in range(min(sets, 2)):  # compiles kernels, creates library handles
+            call(index)
+        torch.cuda.synchronize()
+        if _waits(call):
+            return None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for index in range(sets):
+                call(index)
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
+
+
+def _waits(call: Candidate) -> bool:
+    """Whether a call makes the host wait for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(0)
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.synchronize()
+    return False
+
+
+def _summary(samples: list[float], timer: str) -> Timing:
+    p20, median, p80 = (float(value) for value in np.percentile(samples, [20, 50, 80]))
+    return Timing(p20, median, p80, len(samples), timer)
+
+
+@contextmanager
+def _garbage_collection_off() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

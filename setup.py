@@ -1,0 +1,45 @@
+"""What this distribution is called, holds and needs. Install it with `make setup`."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+VERSION = re.search(r'^__version__ = "(.+)"$', Path("kernels/__init__.py").read_text(), re.M)
+
+setup(
+    name="step3vl-pacore",  # never "kernels": transformers looks for a distribution of that name
+    version=VERSION[1],
+    description="STEP3-VL-10B and PaCoRe at kernel level: fused ops, scheduler, measurements",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    package_dir={"": "."},  # makes an editable install one line in a .pth file
+    packages=["kernels", "model", "pacore_sched", "bench", "profiles"],
+    package_data={"kernels": ["tuned/*.json"], "pacore_sched": ["*.jinja"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.10; sys_platform == 'linux'",
+        "numpy>=1.26,<2.4",  # with NumPy 2.4, loops in Triton 3.6's interpreter fail
+        "safetensors",
+        "tokenizers",
+        "jinja2",
+        "pillow",
+        "rich",
+    ],
+    extras_require={
+        "gguf": ["gguf"],
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "transformers>=5.17",  # the first with Step3p7VisionModel
+            "gguf",
+            "scikit-image",
+            "scipy",
+            "regex",
+            "ruff",
+        ],
+        "bench": ["matplotlib", "nvtx; sys_platform == 'linux'", "pytest-benchmark"],
+        "peers": ["flash-attn", "xformers"],
+    },
+)

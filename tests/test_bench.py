@@ -1,0 +1,225 @@
+"""`python -m bench`: the op table, the decode step, the rows, and a user's mistakes."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import __main__ as command
+from bench import decode, ops, roofline, rows, show, timing
+from bench.cases import OPS, cases, numerics_cases
+from bench.decode import DecodeCase, time_decode
+from kernels._launch import ImplError
+from model.config import PRESETS
+from model.step3vl import Step3VL
+from model.terminal import InputError
+
+CPU = torch.device("cpu")
+FIELDS = [
+    "op",
+    "case",
+    "impl",
+    "device",
+    "dtype",
+    "p20_us",
+    "median_us",
+    "p80_us",
+    "bytes",
+    "flops",
+]
+FIELDS += ["roofline_pct", "max_err", "rms_err", "commit"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few repeats and a small roofline: for tests of what surrounds the numbers."""
+    monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
+    monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 64)
+    monkeypatch.setitem(roofline.COPY_CACHES, "cpu", 1)
+    roofline.roofline.cache_clear()
+    roofline._copy_gb_s.cache_clear()
+    yield
+    roofline.roofline.cache_clear()
+    roofline._copy_gb_s.cache_clear()
+
+
+class TestOps:
+    def test_wrong_numbers_are_not_timed(self, quick, monkeypatch, capsys):
+        """Guards against a fast form that is fast because it is wrong."""
+        right = OPS["quick_gelu"]
+
+        def wrong(x, *, impl):
+            return right(x, impl=impl) * (1.01 if impl == "portable" else 1)
+
+        monkeypatch.setitem(OPS, "quick_gelu", wrong)
+        monkeypatch.setattr(command, "cases", lambda kind: numerics_cases())
+        code = command.main(["ops", "--op", "quick_gelu", "--device", "cpu", "--json"])
+        eager, portable = json.loads(capsys.readouterr().out)["rows"]
+        assert code == 1
+        assert eager["failure"] is None
+        assert eager["median_us"] > 0
+        assert "exceeds" in portable["failure"]
+        assert portable["max_err"] == pytest.approx(0.01, rel=0.01)
+        assert portable["median_us"] is None
+
+    def test_a_broken_form_does_not_hide_the_others(self, quick, monkeypatch):
+        """Guards the table against one form that raises, when checked or when timed."""
+        right = OPS["quick_gelu"]
+        calls = {"portable": 0}
+
+        def breaking(x, *, impl):
+            calls[impl] = calls.get(impl, 0) + 1
+            if impl == "portable" and calls["portable"] > allowed:
+                raise RuntimeError("out of luck\nsecond line")
+            return right(x, impl=impl)
+
+        monkeypatch.setitem(OPS, "quick_gelu", breaking)
+        case = next(case for case in numerics_cases() if case.op == "quick_gelu")
+        for allowed in (0, 1):  # noqa: B007 (read by `breaking`)
+            calls.clear()
+            calls["portable"] = 0
+            made = {row["impl"]: row for row in ops.time_case(case, CPU, torch.float32)}
+            assert made["portable"]["failure"] == "RuntimeError: out of luck"
+            assert made["portable"]["median_us"] is None
+            assert (made["eager"]["failure"] is None) == (allowed == 0)
+
+    def test_rows(self, quick, capsys, tmp_path):
+        """Guards the public row: its fields, its JSON as the last line, the same rows in a file."""
+        file = tmp_path / "new" / "rows.jsonl"
+        arguments = ["--op", "rms_norm", "--case", "T1", "--device", "cpu", "--json"]
+        assert command.main(["ops", *arguments, "--out", str(file)]) == 0
+        document = json.loads(capsys.readouterr().out.splitlines()[-1])
+        eager = next(row for row in document["rows"] if row["impl"] == "eager")
+        assert set(FIELDS) <= eager.keys()
+        assert eager["op"] == "rms_norm"
+        assert eager["dtype"] == "float32"
+        assert eager["p20_us"] <= eager["median_us"] <= eager["p80_us"]
+        floor = max(
+            eager["bytes"] / eager["copy_gb_s"] / 1e3, eager["flops"] / eager["gemm_tflop_s"] / 1e6
+        )
+        assert eager["roofline_pct"] == pytest.approx(100 * floor / eager["median_us"])
+        assert eager["speedup"] == 1
+        assert rows.read(file) == document["rows"]
+
+    def test_tables(self, quick, monkeypatch, capsys):
+        """Guards the tables a person reads, failed rows among them."""
+        case = next(case for case in numerics_cases() if case.op == "quick_gelu")
+        made = ops.time_case(case, CPU, torch.float32)
+        made[1] |= {"failure": "max error 1 exceeds 0", "median_us": None}
+        show.times(made)
+        show.errors(made)
+        printed = capsys.readouterr().out
+        assert printed.count("FAILED: max error 1 exceeds 0") == 1
+        assert f"FAILED: quick_gelu, {case.name}, portable, float32: max error" in printed
+        assert "roofline of float32: copy" in printed
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["ops", "--op", "softmax"], "unknown op 'softmax'; choose of prefix_attention, qk_"),
+            (["ops", "--op", "rms_norm", "--case", "T7777"], "'T16 C4096'"),
+            (["ops", "--device", "tpu"], "choose one of cpu, cuda"),
+            (
+                ["numerics", "--op", "sample", "--out", "/proc/no/such"],
+                "cannot write /proc/no/such",
+            ),
+        ],
+    )
+    def test_mistakes(self, arguments, message):
+        """Guards the one clear line for a user's mistake."""
+        with pytest.raises(InputError, match=message):
+            command.main(arguments)
+
+    def test_missing_impl(self):
+        """Guards against a form asked for by name being replaced, or left out, silently."""
+        with pytest.raises(ImplError, match="triton"):
+            command.main(["numerics", "--op", "rms_norm", "--impl", "triton", "--device", "cpu"])
+
+
+class TestDecode:
+    def test_floor_of_the_10b(self):
+        """Guards the floor of a decode step: 15.14 GB of weights, 147,456 bytes per token."""
+        config = PRESETS["step3-vl-10b"].decoder
+        case = DecodeCase(batch=32, prefix=8192, suffix=512)
+        kv = 147_456 * (8192 + 32 * 512)
+        weights = case.bytes(config, torch.bfloat16) - kv - 32 * 4096 * 2
+        assert weights == 2 * (36 * 192_946_432 + 4096 + 151_936 * 4096)
+        assert weights / 1e9 == pytest.approx(15.14, abs=0.005)
+
+    def test_rows(self, quick):
+        """Guards the step itself: the forms agree, and the model is not left in the slow one."""
+        model = Step3VL.from_preset("tiny")
+        made = time_decode(model, DecodeCase(3, 70, 5))
+        assert [row["impl"] for row in made] == ["eager", "default"]
+        assert [row["case"] for row in made] == ["tiny B3 P70 S5"] * 2
+        assert made[0]["speedup"] == 1
+        assert 0 < made[1]["max_err"] < 1e-4, "the default is not the eager form on a CPU"
+        assert set(model.impl.values()) == {None}
+
+    def test_flops(self, quick, monkeypatch):
+        """Guards the step's operations against torch's own count, which leaves the norms out."""
+        monkeypatch.setattr(decode, "FORMS", {"eager": "eager"})
+        model, case = Step3VL.from_preset("tiny"), DecodeCase(3, 70, 5)
+        roofline.roofline(CPU, torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            time_decode(model, case)
+        calls = 2 + 1 + timing.MIN_REPEATS  # expected and error, warm-up, repeats
+        counted = counter.get_total_flops() / calls
+        assert case.flops(model.config.decoder) == pytest.approx(counted, rel=0.002)
+
+
+class TestRows:
+    def test_interrupted_write_is_cut_off(self, tmp_path):
+        """Guards a record that was killed in the middle of a line: the rest must stay readable."""
+        file = tmp_path / "rows.jsonl"
+        rows.append(file, [{"a": 1}])
+        with file.open("a") as text:
+            text.write('{"a": 2, "b')
+        assert rows.read(file) == [{"a": 1}]
+        rows.append(file, [{"a": 3}])
+        assert rows.read(file) == [{"a": 1}, {"a": 3}]
+
+    @pytest.mark.parametrize("line", ["{", "[1]", ""])
+    def test_other_content_is_named(self, tmp_path, line):
+        """Guards against rows lost without a word from a file that somebody has edited."""
+        file = tmp_path / "rows.jsonl"
+        file.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
+        with pytest.raises(InputError, match=r"rows\.jsonl:2"):
+            rows.read(file)
+
+    def test_commit(self, tmp_path, monkeypatch):
+        """Guards the commit of a row: none outside git, a mark for changes that it lacks."""
+        monkeypatch.setattr(rows, "ROOT", tmp_path)
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        monkeypatch.delenv("GIT_COMMIT", raising=False)
+        commit = rows.commit.__wrapped__
+        assert commit() == "unknown"
+        monkeypatch.setenv("GIT_COMMIT", "abc")
+        assert commit() == "abc"
+
+        def git(*arguments):
+            who = ("-c", "user.name=a", "-c", "user.email=a@b")
+            subprocess.run(
+                ["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True
+            )
+
+        (tmp_path / "file").write_text("one")
+        git("init")
+        git("add", "file")
+        git("commit", "-m", "one")
+        assert len(commit()) == 12
+        (tmp_path / "file").write_text("two")
+        assert commit().endswith("+dirty")
+
+
+@pytest.mark.gpu
+class TestGpu:
+    def test_rows(self):
+        """Guards the whole path of a row on a GPU."""
+        case = next(case for case in cases("cuda") if case.op == "silu_mul")
+        for row in ops.time_case(case, torch.device("cuda"), torch.bfloat16, budget_s=0.2):
+            assert row["failure"] is None
+            assert row["timer"] == "graph"
+            assert row["driver"]

@@ -1,0 +1,265 @@
+"""The cases as data, their inputs, the check of numbers, and the peers that are checked as well."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import cases as cases_module
+from bench import inputs, numerics, ops, peers
+from bench.cases import OPS, WRITTEN, cases, numerics_cases
+from bench.inputs import Node, fork
+from bench.numerics import TOLERANCES, compare, form, judge, reference
+from model import impls
+
+CPU = torch.device("cpu")
+FORESTS = {
+    "ragged forks": [fork(130, [1, 63, 64, 65]), fork(5, [7])],
+    "two levels": [Node(70, children=(fork(3, [9, 9]), fork(64, [9, 9])))],
+    "pure causal": [Node(13, new=13)],
+    "chunk behind a prefix": [Node(100, new=37)],
+    "equal lengths": [fork(64, [64] * 3)],
+}
+
+
+def small_prefix_case(forest, **shape):
+    """A prefix_attention case of 4/2 heads of 8 on pages of 4 tokens."""
+    case = cases_module._prefix("test", forest)
+    small = {"heads": 4, "kv_heads": 2, "head_dim": 8, "page_size": 4} | shape
+    build = partial(inputs.prefix_attention_inputs, forest=tuple(forest), **small)
+    return cases_module.Case(case.op, case.name, build, case.values, case.flops, case.peers)
+
+
+def visibility(plan):
+    """For each node, which of its tokens each of its rows sees, by the definition in the plan."""
+    for node in plan.nodes:
+        row = torch.arange(node.row_end - node.row_start)[:, None]
+        yield torch.arange(node.kv_len) < node.kv_len - node.num_new + row + 1
+
+
+class TestCases:
+    def test_every_op_is_covered(self):
+        """Guards against an op of the model that no benchmark and no check of numbers runs."""
+        assert set(OPS) == set(impls.OPS) == set(TOLERANCES)
+        for listed in (cases("cpu"), cases("cuda"), numerics_cases()):
+            assert {case.op for case in listed} == set(OPS)
+            names = [(case.op, case.name) for case in listed]
+            assert len(set(names)) == len(names)
+
+    @pytest.mark.parametrize(
+        "case",
+        [case for case in numerics_cases() if case.op != "prefix_attention"],
+        ids=lambda case: f"{case.op} {case.name}",
+    )
+    def test_values_are_those_of_inputs_and_results(self, case):
+        """Guards the bytes behind every percentage: inputs read and results written once."""
+        made = case.inputs(0, CPU, torch.float32)
+        written = {id(made[name]) for name in WRITTEN.get(case.op, ())}
+        results = form(case.op, "eager")(made)()
+        results = results if isinstance(results, tuple) else (results,)
+        tensors = [x for x in made.values() if torch.is_tensor(x) and x.is_floating_point()]
+        count = sum(x.numel() for x in tensors if id(x) not in written)
+        count += sum(x.numel() for x in results if x.is_floating_point())
+        for name in WRITTEN.get(case.op, ()):
+            count += made[name].isfinite().sum().item()
+        # Rows that store nothing, and frequencies and log-probabilities, which are not counted.
+        assert case.values == pytest.approx(count, rel=0.02)
+
+    def test_bytes_of_a_decode_step(self):
+        """Guards prefix attention's floor against the published arithmetic: per layer 4,096 bytes
+        of bf16 KV per token, the prefix once."""
+        case = next(case for case in cases("cuda") if case.name == "B32 P4096 S512")
+        rows_bytes = 2 * 32 * 32 * 128 * 2
+        assert case.bytes(torch.bfloat16) == 4096 * (4096 + 32 * 512) + rows_bytes
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            cases_module._prefix("decode", [fork(20, [3, 5])]),
+            cases_module._vision([(5, 7), (3, 4)], heads=2),
+            cases_module._projector([(5, 7), (4, 4)], width=8, out=12),
+        ],
+        ids=lambda case: case.op,
+    )
+    def test_flops_against_a_counter(self, case):
+        """Guards the operations behind every percentage against torch's own count."""
+        made = case.inputs(0, CPU, torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            form(case.op, "eager")(made)()
+        assert case.flops == counter.get_total_flops()
+
+    @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
+    def test_flops_count_what_rows_see(self, forest):
+        """Guards causal rows: a counter would count the hidden half as work."""
+        plan = inputs.prefix_plan(0, "cpu", forest=forest)
+        seen = sum(int(sees.sum()) for sees in visibility(plan))
+        assert cases_module._prefix("", forest).flops == 4 * seen * 32 * 128
+
+
+class TestInputs:
+    def test_repeatable_and_private(self):
+        """Guards errors and times that nobody can repeat, and tests whose random state moves."""
+        state = torch.get_rng_state()
+        for case in numerics_cases():
+            first, again, other = (case.inputs(s, CPU, torch.float32) for s in (0, 0, 1))
+            for name, value in first.items():
+                if torch.is_tensor(value):
+                    torch.testing.assert_close(value, again[name], rtol=0, atol=0, equal_nan=True)
+            name = next(n for n, value in first.items() if torch.is_tensor(value))
+            assert not torch.equal(first[name], other[name])
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_unowned_slots_are_nan(self):
+        """Guards the trap for a kernel that reads behind a node's end or a page it does not own."""
+        made = inputs.prefix_attention_inputs(
+            0, CPU, torch.float32, forest=[fork(9, [1, 4])], kv_heads=2, head_dim=8, page_size=4
+        )
+        plan, k_pages = made["plan"], made["k_pages"]
+        owned = torch.zeros(plan.num_pages, 4, dtype=torch.bool)
+        for node in plan.nodes:
+            for token in range(node.kv_len):
+                owned[node.pages[token // 4], token % 4] = True
+        assert torch.equal(k_pages.isfinite(), owned[:, None, :, None].expand_as(k_pages))
+        assert owned.sum() == 14
+        assert plan.num_pages > 5
+        assert list(plan.nodes[0].pages) != sorted(plan.nodes[0].pages)
+
+    def test_slots_of_qk_norm_rope(self):
+        """Guards against two rows that race for one slot, and against pages that hide a missed
+        store: they hold NaN before."""
+        made = inputs.qk_norm_rope_inputs(0, CPU, torch.float32, rows=67, skip=3)
+        slots = made["slots"]
+        assert (slots[:3] == -1).all()
+        assert len(slots[3:].unique()) == 64
+        assert made["k_pages"].isnan().all()
+        assert made["v_pages"].isnan().all()
+
+
+class TestNumerics:
+    def test_error_is_relative_to_row_and_scale(self):
+        """Guards the measure: |error| over max(rms(reference), |reference|)."""
+        expected = torch.tensor([3.0, 4.0, 0.0, 0.0])  # rms 2.5
+        error = compare(expected + torch.tensor([0.3, 0.0, 0.5, 0.0]), expected)
+        assert error.max == pytest.approx(0.2)
+        assert error.rms == pytest.approx(math.sqrt((0.1**2 + 0.2**2) / 4))
+
+    @pytest.mark.parametrize(
+        ("result", "expected"),
+        [
+            ([math.nan, 1.0], [0.0, 1.0]),
+            ([0.0, 1.0], [math.nan, 1.0]),
+            ([math.inf, 1.0], [-math.inf, 1.0]),
+            ([math.inf, 1.0], [math.nan, 1.0]),
+        ],
+    )
+    def test_nan_and_inf_must_stand_alike(self, result, expected):
+        """Guards against NaN, for which every comparison is false, passing as a small error."""
+        assert compare(torch.tensor(result), torch.tensor(expected)).max == math.inf
+
+    def test_equal_nan_and_inf_pass(self):
+        """Guards results that hold NaN or inf rightly, as the pages of qk_norm_rope do."""
+        x = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
+        assert compare(x, x) == numerics.Error(0, 0)
+        assert compare(x[:3], x[:3]) == numerics.Error(0, 0)
+        assert compare(x[:0], x[:0]) == numerics.Error(0, 0)
+
+    def test_integers_are_right_or_wrong(self):
+        """Guards tokens: 151,935 instead of 151,936 is no rounding error."""
+        error = compare(torch.tensor([7, 8, 9, 9]), torch.tensor([7, 8, 9, 10]))
+        assert (error.max, error.rms) == (1, 0.5)
+
+    def test_wrong_shape_or_kind_is_an_error(self):
+        """Guards against broadcasting in the comparison, and tokens given as floats."""
+        with pytest.raises(ValueError, match="shape"):
+            compare(torch.ones(3, 1), torch.ones(3))
+        with pytest.raises(ValueError, match="float"):
+            compare(torch.ones(3), torch.ones(3, dtype=torch.int64))
+
+    @pytest.mark.parametrize("dtype", ops.DTYPES)
+    @pytest.mark.parametrize("case", numerics_cases(), ids=lambda case: f"{case.op} {case.name}")
+    def test_all_forms_pass(self, case, dtype):
+        """Guards every op in every dtype against the eager definition in fp32."""
+        for row in ops.check_case(case, CPU, dtype):
+            assert row["failure"] is None, row["impl"]
+
+    @pytest.mark.parametrize("op", OPS)
+    @pytest.mark.parametrize("dtype", ops.DTYPES)
+    def test_a_small_fault_fails(self, op, dtype):
+        """Guards the tolerances: twelve roundoffs too much in 16 bits, or 2^-14 in fp32, show."""
+        case = next(case for case in numerics_cases() if case.op == op)
+        fault = 12 * torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 2**-14
+
+        def faulty(made):
+            def call():
+                result = form(op, "eager")(made)()
+                first, *rest = result if isinstance(result, tuple) else (result,)
+                if op == "sample":
+                    return first, rest[0] * (1 + fault)
+                return (first * (1 + fault), *rest)
+
+            return call
+
+        made = case.inputs(0, CPU, dtype)
+        assert "error" in judge(case, faulty, made, reference(case, made)).failure
+
+    def test_unwritten_results_fail(self):
+        """Guards against memory that by chance still holds the right result of the form before."""
+        case = next(case for case in numerics_cases() if case.op == "quick_gelu")
+        made = case.inputs(0, CPU, torch.float32)
+        expected = reference(case, made)
+        verdict = judge(case, lambda x: lambda: torch.empty_like(x["x"]), made, expected)
+        assert verdict.max_err == math.inf
+
+    def test_results_written_in_place_count(self):
+        """Guards the KV store: the rotated Q alone says nothing about what went to the pages."""
+        case = next(case for case in numerics_cases() if case.op == "qk_norm_rope")
+        made = case.inputs(0, CPU, torch.float32)
+        expected = reference(case, made)
+
+        def no_store(x):
+            return form(case.op, "eager")(x | {"slots": torch.full_like(x["slots"], -1)})
+
+        assert judge(case, no_store, made, expected).max_err == math.inf
+        assert made["k_pages"].isnan().all(), "judging must leave the inputs as they were"
+        assert judge(case, form(case.op, "eager"), made, expected).failure is None
+
+
+class TestPeers:
+    @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
+    def test_sdpa_gathers_what_each_row_sees(self, forest):
+        """Guards the baseline: a comparator that attends to less than it should is easily beaten
+        and proves nothing."""
+        case = small_prefix_case(forest)
+        made = case.inputs(0, CPU, torch.float32)
+        verdict = judge(case, peers.sdpa, made, reference(case, made))
+        assert verdict.failure is None
+
+    def test_sdpa_takes_the_cheapest_mask(self):
+        """Guards the baseline's speed: a needless mask keeps SDPA off its fast kernels."""
+
+        def masking(forest):
+            plan = inputs.prefix_plan(0, "cpu", forest=forest)
+            return peers._masking(peers._padded(plan, 2, CPU)[2])
+
+        assert masking(FORESTS["equal lengths"]) == {}
+        assert masking(FORESTS["pure causal"]) == {"is_causal": True}
+        assert masking(FORESTS["chunk behind a prefix"]).keys() == {"attn_mask"}
+
+
+@pytest.mark.gpu
+class TestGpu:
+    @pytest.mark.parametrize("dtype", ops.DTYPES)
+    @pytest.mark.parametrize("case", numerics_cases(), ids=lambda case: f"{case.op} {case.name}")
+    def test_all_forms_pass(self, case, dtype):
+        """Guards every op in every dtype, bf16 above all, on the device it is meant for."""
+        for row in ops.check_case(case, torch.device("cuda"), dtype):
+            assert row["failure"] is None, row["impl"]
+
+    @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
+    def test_sdpa(self, forest):
+        """Guards the baseline on the device where it matters."""
+        case = small_prefix_case(forest, head_dim=64)
+        made = case.inputs(0, torch.device("cuda"), torch.bfloat16)
+        assert judge(case, peers.sdpa, made, reference(case, made)).failure is None

@@ -1,0 +1,52 @@
+"""The few torchvision names that timm asks for when it is imported, without torchvision.
+
+timm imports its data loading along with its models, and that wants torchvision, which has no build
+for every PyTorch the tests run on. Nothing here works as torchvision does: the names are only there
+to be imported, and they are gone from `sys.modules` once timm has them, so that no other library
+takes them for the real thing.
+"""
+
+import enum
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from torch import nn
+
+_DATASETS = ("CIFAR10", "CIFAR100", "MNIST", "KMNIST", "FashionMNIST", "ImageFolder")
+_INTERPOLATIONS = ("NEAREST", "BILINEAR", "BICUBIC", "BOX", "HAMMING", "LANCZOS")
+
+
+@contextmanager
+def torchvision_or_stub() -> Iterator[None]:
+    """Within the context `import torchvision` finds the real one or, where there is none, names."""
+    if importlib.util.find_spec("torchvision"):
+        yield
+        return
+    stub = _stub()
+    sys.modules.update(stub)
+    try:
+        yield
+    finally:
+        for name in stub:
+            del sys.modules[name]
+
+
+def _stub() -> dict[str, ModuleType]:
+    interpolation = enum.Enum("InterpolationMode", _INTERPOLATIONS)
+    functional = _module("transforms.functional", InterpolationMode=interpolation)
+    transforms = _module("transforms", functional=functional, ToTensor=object)
+    misc = _module("ops.misc", FrozenBatchNorm2d=type("FrozenBatchNorm2d", (nn.Module,), {}))
+    ops = _module("ops", misc=misc)
+    datasets = _module("datasets", **dict.fromkeys(_DATASETS, object))
+    root = _module("", transforms=transforms, ops=ops, datasets=datasets)
+    return {m.__name__: m for m in (root, transforms, functional, ops, misc, datasets)}
+
+
+def _module(name: str, **members: object) -> ModuleType:
+    module = ModuleType(f"torchvision.{name}".rstrip("."))
+    module.__path__ = []
+    vars(module).update(members)
+    return module
