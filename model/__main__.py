@@ -9,10 +9,9 @@ import torch
 from model.config import PRESETS, Config
 from model.gguf import read_gguf
 from model.hf_config import read_config
+from model.impls import DTYPES
 from model.step3vl import Step3VL
-from model.terminal import InputError, run_command
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from model.terminal import InputError, Parser, run_command
 
 
 def describe(config: Config, dtype: torch.dtype) -> dict:
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m model", description=__doc__)
+    parser = Parser(prog="python -m model", description=__doc__)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("describe", help="parameters, tensors and bytes of a model")
     command.add_argument(
@@ -62,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print one JSON document")
     command.add_argument("--tensors", action="store_true", help="list every tensor")
     command.add_argument(
-        "--dtype", choices=DTYPES, default="bf16", help="of weights and KV cache (default: bf16)"
+        "--dtype", choices=DTYPES, default="bfloat16", help="of weights and KV (default: bfloat16)"
     )
     return parser
 

@@ -1,4 +1,6 @@
-"""Which implementation each op of a model runs: one name for all of them, or a name per op."""
+"""How a model computes, by name: the implementation of each op, and the dtype."""
+
+import torch
 
 from kernels._launch import IMPLS, ImplError
 
@@ -13,6 +15,8 @@ OPS = (
     "projector",
     "sample",
 )
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Impl = str | dict[str, str] | None
 

@@ -9,13 +9,12 @@ import torch
 
 from kernels._launch import IMPLS
 from model.image import load_image, preprocess
+from model.impls import DTYPES
 from model.step3vl import Step3VL
 from model.terminal import InputError, Parser, progress, run_command
 from pacore_sched.engine import Rollout, Sampling
 from pacore_sched.pacore import Answer, Pacore
 from pacore_sched.rounds import compact, load_template, parse_widths, round_widths
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> int:

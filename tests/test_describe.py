@@ -112,8 +112,8 @@ def test_human_output(rich, capsys, monkeypatch):
     words = [line.split() for line in lines]
     assert lines[0] == "step3-vl-10b"
     assert ["parameters", "10,171,750,144"] in words
-    assert ["weights", "in", "bf16", "20.34", "GB"] in words
-    assert ["KV", "cache", "per", "token", "in", "bf16", "147,456", "B"] in words
+    assert ["weights", "in", "bfloat16", "20.34", "GB"] in words
+    assert ["KV", "cache", "per", "token", "in", "bfloat16", "147,456", "B"] in words
     for name, shape in PUBLISHED.items():
         assert [name, "x".join(map(str, shape))] in words
 

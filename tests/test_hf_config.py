@@ -117,12 +117,12 @@ def merged(data, path, value):
 def test_published_step_vl(read):
     """A published key read under another name or left at a default."""
     assert replace(read(STEP_VL), name="step3-vl-10b") == STEP3_VL_10B
-    small = merged(STEP_VL, "vision_config.width", 64)
-    small = merged(small, "vision_config.heads", 2)
+    tower = {"width": 64, "heads": 2, "layers": 3, "layer_norm_eps": 1e-3, "ls_init_value": 0.5}
+    small = merged(STEP_VL, "vision_config", STEP_VL["vision_config"] | tower)
     small = merged(small, "text_config.eos_token_id", 5)
     small = merged(small, "image_token_id", 6)
     config = read(merged(small, "text_config.num_hidden_layers", 3), name="mine")
-    assert config.vision == replace(VisionConfig(), width=64, heads=2, mlp_width=373)
+    assert config.vision == VisionConfig(64, 3, 2, 373, norm_eps=1e-3, layer_scale=0.5)
     assert (config.decoder.layers, config.name) == (3, "mine")
     assert config.tokens == replace(TokenIds(), eos=(5,), im_patch=6)
 
