@@ -104,10 +104,15 @@ class Step3VL(nn.Module):
         self.impl.update(impl_per_op(impl))  # the parts of the model hold the same dict
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and safetensors shards, by the published names, to a directory."""
+        """Write shards by the published names, config.json and the tokenizer to a directory.
+
+        Raises InputError if it holds a checkpoint already or cannot be written.
+        """
         from model.checkpoint import save_checkpoint
 
         save_checkpoint(Path(path), self.checkpoint_tensors(), self.config)
+        if self._load_tokenizer:
+            self.tokenizer.save(path)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Published checkpoint name -> view into the parameters' storage."""
@@ -118,7 +123,7 @@ class Step3VL(nn.Module):
     def tokenizer(self) -> "Tokenizer":
         """Raises InputError if the model was made without one."""
         if self._load_tokenizer is None:
-            raise InputError(f"model {self.config.name} came without a tokenizer")
+            raise InputError(f"model {self.config.name} came without a tokenizer.json")
         return self._load_tokenizer()
 
     @property
@@ -247,7 +252,9 @@ def _from_directory(cls: type[Step3VL], path: Path, options: dict) -> Step3VL:
 
         return Tokenizer.from_directory(path)
 
-    model = cls(read_config(path), load_tokenizer=load_tokenizer, **options)
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    load = load_tokenizer if has_tokenizer else None
+    model = cls(read_config(path), load_tokenizer=load, **options)
     load_checkpoint(path, model.checkpoint_tensors())
     return model
 

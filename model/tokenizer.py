@@ -76,6 +76,16 @@ class Tokenizer:
             chat_template=_chat_template(path / "chat_template.jinja", settings),
         )
 
+    def save(self, path: str | Path) -> None:
+        """Write the files that `from_directory` reads into directory `path`."""
+        path = Path(path)
+        self._backend.save(str(path / "tokenizer.json"))
+        if self.chat_template is not None:
+            (path / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        if self.eos:
+            settings = {"eos_token": self._backend.id_to_token(self.eos[0])}
+            (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
     @staticmethod
     def from_gguf_metadata(fields: dict) -> "Tokenizer":
         """The tokenizer in a GGUF file, from its metadata as Python values by their GGUF keys, with

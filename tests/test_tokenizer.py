@@ -281,3 +281,19 @@ def test_bad_gguf_metadata():
         Tokenizer.from_gguf_metadata(fields)
     with pytest.raises(InputError, match="llama/default"):
         Tokenizer.from_gguf_metadata(fields | {"tokenizer.ggml.eos_token_id": 0})
+
+
+def test_saved_is_the_same(tmp_path):
+    """A checkpoint saved here must read text, turns and ends as the model it was saved from."""
+    for name, tokenizer in {"a": smollm2(), "b": Tokenizer.byte_level(preset("tiny"))}.items():
+        (tmp_path / name).mkdir()
+        tokenizer.save(tmp_path / name)
+        saved = Tokenizer.from_directory(tmp_path / name)
+        assert saved.chat_template == tokenizer.chat_template
+        assert saved.eos[:1] == tokenizer.eos[:1]
+        assert (saved.added, saved.special) == (tokenizer.added, tokenizer.special)
+        for text in ("What is 1234 + 5?\n", "<|im_start|>user\né漢<|im_end|>"):
+            ids = tokenizer.encode(text)
+            assert saved.encode(text) == ids
+            assert saved.decode(ids) == tokenizer.decode(ids)
+            assert saved.encode(text, special=False) == tokenizer.encode(text, special=False)
