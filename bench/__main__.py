@@ -11,7 +11,7 @@ from bench import rows, show
 from bench.cases import OPS, cases, numerics_cases
 from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, device_named, select, time_case
 from kernels._launch import IMPLS
-from model.terminal import run_command, track
+from model.terminal import Parser, run_command, track
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,13 +66,13 @@ COMMANDS = {
     "roofline": (run_roofline, show.ceilings),
     "numerics": (run_numerics, show.errors),
     "ops": (run_ops, show.times),
-    "e2e": (run_end_to_end, show.times),
+    "e2e": (run_end_to_end, show.jobs),
 }
 ALL = ("numerics", "ops", "e2e")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = Parser(prog="python -m bench", description=__doc__)
     parser.add_argument("command", nargs="?", choices=("all", *COMMANDS), default="all")
     parser.add_argument("--op", nargs="+", default=(), metavar="OP", help=f"of {', '.join(OPS)}")
     parser.add_argument("--case", default="", metavar="TEXT", help="cases with TEXT in their name")

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
+from bench.decode import FORMS
 from bench.numerics import Verdict, compare
+from bench.ops import MAIN_DTYPE
 from bench.rows import measured, with_speedups
 from bench.timing import Timing, measure
 from model.config import Config, VisionConfig
@@ -23,9 +25,7 @@ from model.terminal import progress
 from pacore_sched.engine import Rollout, Sampling
 from pacore_sched.pacore import Pacore
 
-FORMS = {"eager": "eager", "default": None}  # of all ops; None is the best that the device has
 MODELS = {"cpu": ("smollm2-135m", "tiny"), "cuda": ("step3-vl-10b", "step3-vl-10b")}
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 WIDTHS, MAX_TOKENS, PROMPT_TOKENS = (16,), 64, 1500
 TOLERANCE = 1e-3  # of log-probabilities and logits in fp32: far above rounding, far below a fault
 
@@ -33,10 +33,10 @@ TOLERANCE = 1e-3  # of log-probabilities and logits in fp32: far above rounding,
 def run(device: torch.device) -> Iterator[dict]:
     """Rows of the question and of the photo."""
     text_model, image_model = MODELS[device.type]
-    model = Step3VL.from_preset(text_model, device=device, dtype=DTYPES[device.type])
+    model = Step3VL.from_preset(text_model, device=device, dtype=MAIN_DTYPE[device.type])
     yield from ask(model)
     if image_model != text_model:
-        model = Step3VL.from_preset(image_model, device=device, dtype=DTYPES[device.type])
+        model = Step3VL.from_preset(image_model, device=device, dtype=MAIN_DTYPE[device.type])
     yield from look(model)
 
 

@@ -10,12 +10,13 @@ def table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> 
     """Print a table; all columns but those whose header begins with a space align left."""
     if sys.stdout.isatty():
         try:  # GPU nodes may offer torch, Triton and NumPy alone
+            from rich.box import SIMPLE_HEAD
             from rich.console import Console
             from rich.table import Table
         except ImportError:
             pass
         else:
-            made = Table(title=title, title_justify="left", title_style="bold")
+            made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
             for name in header:
                 made.add_column(name.strip(), justify=_justify(name), overflow="fold")
             for line in lines:
@@ -44,8 +45,8 @@ def times(rows: Sequence[Row]) -> None:
         else:
             us = row["median_us"]
             line += [
-                f"{us:,.1f}",
-                f"{row['p20_us']:,.1f}..{row['p80_us']:,.1f}",
+                _microseconds(us),
+                f"{_microseconds(row['p20_us'])}..{_microseconds(row['p80_us'])}",
                 f"{row['bytes'] / us / 1e3:,.1f}",
                 f"{row['flops'] / us / 1e6:,.3f}",
                 f"{row['roofline_pct']:.1f}",
@@ -60,6 +61,26 @@ def times(rows: Sequence[Row]) -> None:
             f"roofline of {row['dtype']}: copy {row['copy_gb_s']:,.1f} GB/s,"
             f" matrix product {row['gemm_tflop_s']:,.3f} TFLOP/s"
         )
+
+
+def jobs(rows: Sequence[Row]) -> None:
+    """The end-to-end table: seconds and tokens per second of whole jobs."""
+    header = ("job", "case", "impl", "dtype", " seconds", " tokens/s", " x eager", " max error", "")
+    lines = [
+        [
+            row["op"],
+            row["case"],
+            row["impl"],
+            row["dtype"],
+            f"{row['median_us'] / 1e6:.2f}",
+            f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else "",
+            f"{row['speedup']:.2f}",
+            _error(row["max_err"]),
+            f"FAILED: {row['failure']}" if row["failure"] else "",
+        ]
+        for row in rows
+    ]
+    _titled("end to end", rows, header, lines)
 
 
 def errors(rows: Sequence[Row]) -> None:
@@ -89,9 +110,16 @@ def ceilings(rows: Sequence[Row]) -> None:
     _titled("roofline", rows, ("dtype", " copy GB/s", " GEMM TFLOP/s"), lines)
 
 
+def _microseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
 def _note(row: Row) -> str:
-    rate = row.get("tokens_per_second")
-    return row["timer"] + (f", {rate:,.1f} tokens/s" if rate else "")
+    """What is out of the ordinary about a time."""
+    notes = ["launches included"] if row["timer"] == "events" else []
+    if "tokens_per_second" in row:
+        notes.append(f"{row['tokens_per_second']:,.1f} tokens/s")
+    return ", ".join(notes)
 
 
 def _titled(

@@ -4,9 +4,6 @@ The noise is counter-based (Philox4x32-10), so that a row's token is a function 
 and position alone, whatever else is in the batch. No generator state is kept anywhere.
 """
 
-from collections.abc import Iterator
-from itertools import repeat
-
 import torch
 from torch import Tensor
 
@@ -14,9 +11,8 @@ from kernels._launch import check, pick
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WORD = 0xFFFFFFFF  # the low 32 bits
-# Elements per operation on a CPU: torch runs up to so many on one thread, and the fork and join of
-# hundreds of operations cost more than a second core gains.
-BLOCK = 1 << 15
+ROW = 16  # rows are padded to multiples of this many fp32, 64 bytes, to be aligned alike
+BLOCK = 1 << 17  # counters computed at a time on a CPU: six int64 buffers of 1 MiB
 
 
 def sample(
@@ -34,14 +30,15 @@ def sample(
     logits: [B, V]; seeds, positions: int64 [B], any values. Returns tokens int64 [B] and logprobs
     fp32 [B]: the log-softmax of the logits as given (no temperature, no truncation) at the token.
 
-    All in fp32. temperature 0 takes the largest logit, the lowest index on ties. Otherwise the
-    scores are z = (logits - max(logits)) * (1 / temperature), and tokens are left out in two steps:
+    All in fp32 but top_p's sums. temperature 0 takes the largest logit, the lowest index on
+    ties. Otherwise the scores are z = (logits - max(logits)) * (1 / temperature), and tokens are
+    left out in two steps:
       top_k > 0  keeps the tokens with z at least the k-th largest;
       top_p < 1  keeps of those the fewest of the most probable whose probability, renormalised,
                  reaches top_p, and every token that ties with the last of them.
     Of the rest the largest z - log(-log1p(-u)) wins, u = (w + 0.5) * 2^-32 below 1, where the w of
     token v is word v % 4 of Philox4x32-10 with counter (v // 4, position mod 2^32,
-    position >> 32, 0) and the row's seed as key, as `tl.philox(seed, ...)` computes it.
+    position >> 32 mod 2^32, 0) and the row's seed as key, as `tl.philox(seed, ...)` computes it.
 
     A row that holds NaN or +inf, or only -inf, is no distribution: token -1, log-probability NaN.
     Raises ValueError for shapes, dtypes, devices and settings that do not fit.
@@ -71,24 +68,23 @@ def sample_ref(
 ) -> tuple[Tensor, Tensor]:
     """The definition of `sample`.
 
-    Row by row, each in a buffer of its own, because torch sums, and rounds exponentials and
-    logarithms, differently for different batch shapes and alignments.
+    Exponentials, logarithms and sums are taken row by row, over rows that are aligned alike: torch
+    may round them differently for other shapes and alignments.
     """
-    tokens = torch.empty_like(seeds)
-    logprobs = torch.empty(seeds.shape, device=seeds.device)
-    rows, vocab = logits.shape
-    noise = repeat(None, rows) if temperature == 0 else _noise(seeds, positions, vocab)
-    for row, row_noise in enumerate(noise):
-        scores = logits[row].to(torch.float32, copy=True)
-        if row_noise is None:
-            token = scores.argmax()
-        else:
-            z = (scores - scores.max()).mul_(1 / temperature)
-            token = row_noise.add_(_truncate(z, top_k, top_p)).argmax()
-        logprob = scores.log_softmax(0).take(token)
-        tokens[row] = torch.where(logprob.isnan(), -1, token)
-        logprobs[row] = logprob
-    return tokens, logprobs
+    batch, vocab = logits.shape
+    width = -(-vocab // ROW) * ROW
+    scores = logits.new_full((batch, width), -torch.inf, dtype=torch.float32)
+    scores[:, :vocab] = logits
+    z = scores - scores.amax(1, keepdim=True)
+    if temperature > 0:
+        z.mul_(1 / temperature)
+        for row in z:
+            _truncate(row, top_k, top_p)
+        z.add_(_noise(seeds, positions, width // 4))
+    tokens = z.argmax(1, keepdim=True)
+    logprobs = scores.log_softmax(1).gather(1, tokens)
+    tokens = torch.where(logprobs.isnan(), -1, tokens)
+    return tokens[:, 0], logprobs[:, 0]
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -115,32 +111,30 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
     return c0, c1.bitwise_and_(WORD), c2, c3.bitwise_and_(WORD)
 
 
-def _noise(seeds: Tensor, positions: Tensor, vocab: int) -> Iterator[Tensor]:
-    """-log(-log1p(-u)), fp32 [vocab], of one row after the other."""
-    count = -(-vocab // 4)
-    rows = len(seeds) if seeds.is_cuda else max(1, BLOCK // count)
+def _noise(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
+    """-log(-log1p(-u)) of tokens 0 .. 4 * count - 1, fp32 [B, 4 * count]."""
+    noise = torch.empty(len(seeds), count, 4, device=seeds.device)
     index = torch.arange(count, device=seeds.device)
     zero = torch.zeros_like(index[:1])
-    for start in range(0, len(seeds), rows):
-        seed = seeds[start : start + rows, None]
-        position = positions[start : start + rows, None]
+    rows = max(1, len(seeds) if seeds.is_cuda else BLOCK // count)
+    for block, seed, position in zip(
+        noise.split(rows), seeds[:, None].split(rows), positions[:, None].split(rows), strict=True
+    ):
         counter = (index, position & WORD, (position >> 32) & WORD, zero)
         words = philox4x32(counter, (seed & WORD, (seed >> 32) & WORD))
-        for row in zip(*words, strict=True):
-            uniform = torch.empty(count, 4, device=seeds.device)
-            for column, word in enumerate(row):
-                uniform[:, column] = word
-            uniform = uniform.flatten()[:vocab]
-            for part in uniform.split(BLOCK):
-                part.add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)  # -u
-                part.log1p_().neg_().log_().neg_()
-            yield uniform
+        for column, word in enumerate(words):
+            block[:, :, column] = word
+    noise = noise.flatten(1)
+    for row in noise:
+        row.add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)  # -u
+        row.log1p_().neg_().log_().neg_()
+    return noise
 
 
-def _truncate(z: Tensor, top_k: int, top_p: float) -> Tensor:
-    """z [V], at most 0, with -inf in place of what top_k and then top_p leave out."""
+def _truncate(z: Tensor, top_k: int, top_p: float) -> None:
+    """Put -inf in place of those of z [V], at most 0, that top_k and then top_p leave out."""
     if 0 < top_k < len(z):
-        z = z.masked_fill(z < z.topk(top_k).values[-1], -torch.inf)
+        z.masked_fill_(z < z.topk(top_k).values[-1], -torch.inf)
     if top_p < 1:
         wide = z.double()
         total = wide.exp().sum()
@@ -150,8 +144,7 @@ def _truncate(z: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered = wide[~unlikely].sort(descending=True).values
         below = ordered.exp().cumsum(0) < top_p * total
         last = below.sum().clamp_(max=len(ordered) - 1)
-        z = z.masked_fill(wide < ordered.take(last), -torch.inf)
-    return z
+        z.masked_fill_(wide < ordered.take(last), -torch.inf)
 
 
 _SAMPLE = {"eager": sample_ref}

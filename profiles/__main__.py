@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench import show
 from bench.ops import device_named
-from model.terminal import InputError, run_command
+from model.terminal import InputError, Parser, run_command
 from profiles.record import Outcome, record, select, tasks
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m profiles", description=__doc__)
+    parser = Parser(prog="python -m profiles", description=__doc__)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser(
         "record", help="roofline, errors, decode step and op table, written to a folder"

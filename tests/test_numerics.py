@@ -20,6 +20,7 @@ FORESTS = {
     "two levels": [Node(70, children=(fork(3, [9, 9]), fork(64, [9, 9])))],
     "pure causal": [Node(13, new=13)],
     "chunk behind a prefix": [Node(100, new=37)],
+    "chunk beside decode": [Node(10, new=6), fork(9, [3, 2])],
     "equal lengths": [fork(64, [64] * 3)],
 }
 
@@ -203,6 +204,14 @@ class TestNumerics:
 
         made = case.inputs(0, CPU, dtype)
         assert "error" in judge(case, faulty, made, reference(case, made)).failure
+
+    def test_reference_is_fp32(self):
+        """Guards the judge: a reference in the form's own dtype would share its roundings."""
+        case = next(case for case in numerics_cases() if case.op == "silu_mul")
+        made = case.inputs(0, CPU, torch.bfloat16)
+        (expected,) = reference(case, made)
+        assert expected.dtype == torch.float32
+        assert judge(case, form(case.op, "eager"), made, [expected]).max_err > 2**-10
 
     def test_unwritten_results_fail(self):
         """Guards against memory that by chance still holds the right result of the form before."""

@@ -177,13 +177,21 @@ def test_truncation_keeps_the_right_set(logits, top_k, top_p):
 
 
 def test_top_p_over_a_large_vocabulary():
-    """Guards the shortcut that sorts only likely tokens: flat, peaked and heavy-tailed rows."""
-    logits = torch.stack((torch.zeros(3000), draw_logits(3000), -2 * torch.arange(1.0, 3001).log()))
+    """Guards the shortcut that sorts only likely tokens, and sums that fall short of 1."""
+    logits = torch.stack(
+        (torch.zeros(3000), draw_logits(3000, seed=1), -2 * torch.arange(1.0, 3001).log())
+    )
     seeds = positions = ints(1, 2, 3)
-    for top_p in (0.01, 0.5, 0.999, 1 - 1e-12):
+    for top_p in (0.01, 0.5, 0.999, math.nextafter(1, 0)):
         got = sample(logits, seeds, positions, temperature=1.0, top_p=top_p)[0].tolist()
         rows = zip(logits.tolist(), (1, 2, 3), (1, 2, 3), strict=True)
         assert got == [expected_token(*row, 1.0, 0, top_p) for row in rows]
+
+
+def test_top_p_reached_exactly():
+    """Guards 'reaches': exp(-1e-20) is 1 in fp64, so the first of two tokens has exactly a half."""
+    tokens = draws(torch.tensor([0.0, -1e-20]), 64, temperature=1.0, top_p=0.5)
+    assert set(tokens.tolist()) == {0}
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 6}, {"top_p": 0.8}, {"temperature": 0.7}])
@@ -213,7 +221,7 @@ def test_positions_and_seeds_are_independent():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("batch", "vocab"), [(9, 1003), (7, 49153)])
+@pytest.mark.parametrize(("batch", "vocab"), [(9, 1003), (5, 150001)])
 def test_a_row_does_not_depend_on_its_batch(batch, vocab, device):
     """Guards bitwise: the slot, the batch size, how rows are blocked, and a broken neighbour."""
     logits = draw_logits(batch, vocab).to(device)
@@ -277,12 +285,19 @@ def test_minus_infinity_is_never_drawn():
         assert torch.equal(logprobs, torch.zeros(13))
 
 
-def test_uniform_below_one():
-    """Guards u against rounding up to 1, which would rule its token out: this word is 2^32 - 29."""
-    assert random_words(49, 0, 58585)[48] == 0xFFFFFFE3
+def test_uniform_stays_between_zero_and_one():
+    """Guards u against 1, which would rule its token out, and 0, which would make it win always.
+
+    Token 48 of the first position has the word 2^32 - 29, token 10 of the second the word 0.
+    """
+    high, low = 58585, 81904568
+    assert random_words(49, 0, high)[48] == 0xFFFFFFE3 and random_words(11, 0, low)[10] == 0
     logits = torch.full((1, 49), -torch.inf)
     logits[0, 48] = 0
-    assert sample(logits, ints(0), ints(58585), temperature=1.0)[0].item() == 48
+    assert sample(logits, ints(0), ints(high), temperature=1.0)[0].item() == 48
+    logits = torch.zeros(1, 11)
+    logits[0, 10] = -30
+    assert sample(logits, ints(0), ints(low), temperature=1.0)[0].item() != 10
 
 
 def test_rows_that_are_no_distribution():
