@@ -14,11 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels._launch import check, pick
-from kernels.prefix_plan import PrefixPlan, RowGroup
-
-# Tokens of a node that the portable form attends to at a time: enough for an efficient matrix
-# product, few enough for K, V and scores to stay in the cache.
-CHUNK_TOKENS = 512
+from kernels.prefix_plan import Part, PrefixPlan
 
 
 def prefix_attention(
@@ -82,45 +78,42 @@ def prefix_attention_portable(
     """Every node once for all its rows; partial results merged by log-sum-exp in fp32."""
     out = torch.zeros_like(q, dtype=torch.float32)
     lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
-    k_heads, v_heads = k_pages.transpose(0, 1), v_pages.transpose(0, 1)
-    step = max(1, CHUNK_TOKENS // plan.page_size)
-    for group in plan.groups:
-        for first in range(0, group.pages.shape[1], step):
-            part = _attend(q, k_heads, v_heads, group, first, step, plan.page_size, scale)
-            _merge(out, lse, group.rows, *part)
+    # One buffer for all parts' K and V: fresh memory costs more than the copy into it.
+    size = max((part.pages.numel() for part in plan.parts), default=0) * k_pages[0].numel()
+    buffers = k_pages.new_empty(2, size)
+    for part in plan.parts:
+        k, v = (_gather(*pair, part) for pair in zip((k_pages, v_pages), buffers, strict=True))
+        _merge(out, lse, part.rows, *_attend(q, k, v, part, scale))
     return out.to(q.dtype), lse
 
 
-def _attend(
-    q: Tensor,
-    k_heads: Tensor,
-    v_heads: Tensor,
-    group: RowGroup,
-    first: int,
-    step: int,
-    page_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Partial attention of a group's rows to pages first..first+step of its nodes.
+def _gather(pages: Tensor, buffer: Tensor, part: Part) -> Tensor:
+    """A part's K or V, fp32 [Hkv * n, tokens, D], in `buffer` if that is fp32."""
+    _, kv_heads, page_size, dim = pages.shape
+    head = torch.arange(kv_heads, device=pages.device)[:, None, None]
+    tiles = (part.pages * kv_heads + head).flatten()  # one head's page each
+    out = buffer[: tiles.numel() * page_size * dim].view(-1, page_size * dim)
+    torch.index_select(pages.view(-1, page_size * dim), 0, tiles, out=out)
+    return out.view(kv_heads * len(part.pages), -1, dim).float()
 
-    Returns out [n, m, Hq, D] and lse [n, m, Hq], fp32, for n nodes of m rows.
-    """
-    (n, m), (_, heads, dim), kv_heads = group.rows.shape, q.shape, k_heads.shape[0]
-    pages = group.pages[:, first : first + step]
-    rows = q[group.rows].float().mul_(scale).view(n, m, kv_heads, -1, dim)
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """Partial attention of a part's rows: out [n, m, Hq, D] and lse [n, m, Hq], fp32."""
+    (n, m), heads, (_, tokens, dim) = part.rows.shape, q.shape[1], k.shape
+    kv_heads = len(k) // n
+    rows = q[part.rows].float().mul_(scale).view(n, m, kv_heads, -1, dim)
     rows = rows.permute(2, 0, 1, 3, 4).reshape(kv_heads * n, -1, dim)  # m * Hq/Hkv rows each
-    k = k_heads[:, pages].float().view(kv_heads * n, -1, dim)
-    v = v_heads[:, pages].float().view(kv_heads * n, -1, dim)
     scores = rows @ k.transpose(1, 2)
 
-    tokens = k.shape[1]
-    if group.least_visible < first * page_size + tokens:
-        token = first * page_size + torch.arange(tokens, device=q.device)
-        hidden = token >= group.visible[:, :, None]  # [n, m, tokens]
-        scores.view(kv_heads, n, m, -1, tokens).masked_fill_(hidden[None, :, :, None], -math.inf)
+    if part.least_visible < tokens:
+        token = torch.arange(part.least_visible, tokens, device=q.device)
+        hidden = token >= part.visible[:, :, None]  # [n, m, tokens that some row does not see]
+        rest = scores.view(kv_heads, n, m, -1, tokens)[..., part.least_visible :]
+        rest.masked_fill_(hidden[None, :, :, None], -math.inf)
         # What lies behind a node's last token may be anything, NaN included: keep it out of P V.
-        v.view(kv_heads, n, tokens, dim).masked_fill_(hidden.all(1)[None, :, :, None], 0.0)
-    # A row may see nothing of this chunk: its maximum is -inf, and must not make exp(NaN).
+        rest = v.view(kv_heads, n, tokens, dim)[:, :, part.least_visible :]
+        rest.masked_fill_(hidden.all(1)[None, :, :, None], 0.0)
+    # A row may see nothing of these pages: its maximum is -inf, and must not make exp(NaN).
     top = scores.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
     weights = scores.sub_(top).exp_()
     total = weights.sum(dim=-1, keepdim=True)

@@ -32,17 +32,22 @@ class PlanNode:
     num_new: int = 0  # tokens of this step written into the node: its first rows
 
 
-@dataclass(frozen=True)
-class RowGroup:
-    """Nodes of equal shape and depth, attended to in one batched product.
+# Tokens that one Part covers at most: enough for efficient matrix products, few enough for their K,
+# V and scores to stay in a CPU's cache.
+PART_TOKENS = 2048
 
-    n nodes of m rows and p pages; no row belongs to two of them.
+
+@dataclass(frozen=True)
+class Part:
+    """What one batched product attends to: the same p pages of n nodes of equal shape and depth.
+
+    Each node has m rows, and no row belongs to two of them.
     """
 
     pages: Tensor  # int64 [n, p]
     rows: Tensor  # int64 [n, m]
-    visible: Tensor  # int64 [n, m] tokens of the node that each row sees
-    least_visible: int
+    visible: Tensor  # int64 [n, m] tokens of these pages that each row sees, from 0 up
+    least_visible: int  # the smallest of `visible`
 
 
 @dataclass(frozen=True)
@@ -100,16 +105,19 @@ class PrefixPlan:
         )
 
     @cached_property
-    def groups(self) -> list[RowGroup]:
-        """Nodes with tokens and rows, batched by depth, number of rows and number of pages."""
+    def parts(self) -> list[Part]:
+        """All that some row sees, node by node once: nodes batched by depth, rows and pages."""
         shapes: dict[tuple[int, int, int], list[PlanNode]] = {}
         for node, depth in zip(self.nodes, _depths(self.nodes), strict=True):
             rows, pages = node.row_end - node.row_start, -(-node.kv_len // self.page_size)
             if rows and pages:
                 shapes.setdefault((depth, rows, pages), []).append(node)
+        most = max(1, PART_TOKENS // self.page_size)
         return [
-            _row_group(members, rows, pages, self.kv_len.device)
-            for (_, rows, pages), members in shapes.items()
+            _part(members[at : at + max(1, most // pages)], first, min(most, pages - first), self)
+            for (_, _, pages), members in shapes.items()
+            for at in range(0, len(members), max(1, most // pages))
+            for first in range(0, pages, most)
         ]
 
     @cached_property
@@ -124,12 +132,17 @@ class PrefixPlan:
         return runs
 
 
-def _row_group(members: list[PlanNode], rows: int, pages: int, device: torch.device) -> RowGroup:
-    row = torch.arange(rows)
+def _part(members: list[PlanNode], first: int, pages: int, plan: PrefixPlan) -> Part:
+    """Pages first..first+pages of nodes that have equally many rows."""
+    device = plan.kv_len.device
+    row = torch.arange(members[0].row_end - members[0].row_start)
     start, length, new = torch.tensor([[n.row_start, n.kv_len, n.num_new] for n in members]).T
     visible = torch.minimum(length[:, None], (length - new)[:, None] + row + 1)
-    return RowGroup(
-        pages=torch.tensor([list(node.pages[:pages]) for node in members]).to(device),
+    visible = (visible - first * plan.page_size).clamp_(0, pages * plan.page_size)
+    return Part(
+        pages=torch.tensor([list(node.pages[first : first + pages]) for node in members]).to(
+            device
+        ),
         rows=(start[:, None] + row).to(device),
         visible=visible.to(device),
         least_visible=int(visible.min()),

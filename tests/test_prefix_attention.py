@@ -121,8 +121,8 @@ def test_random_trees(roots: list[Node], heads: tuple[int, int]):
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_chunks_of_a_long_node(impl: str, monkeypatch: pytest.MonkeyPatch):
-    """A node longer than the portable form's chunk; rows whose causal edge lies inside one."""
-    monkeypatch.setattr("kernels.prefix_attention.CHUNK_TOKENS", 2 * PAGE)
+    """A node longer than a part of the plan; rows whose causal edge lies inside one."""
+    monkeypatch.setattr("kernels.prefix_plan.PART_TOKENS", 2 * PAGE)
     nodes, rows, num_pages = lay_out([Node(41, 37, [Node(3, 2, [])])])
     q = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(1))
     k_pages, v_pages = pools(nodes, num_pages, 1, 8)
