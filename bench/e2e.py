@@ -45,18 +45,26 @@ def ask(
 ) -> list[dict]:
     """Rows of a whole PaCoRe answer: all prefills and decode steps of all rounds.
 
-    `tokens_per_second` counts generated tokens over everything but loading. Errors are those of the
-    rollouts' log-probabilities up to where their tokens part, if they do.
+    `tokens_per_second` counts generated tokens over everything but loading,
+    `decode_tokens_per_second` those of the exploring rounds over their decode steps. Errors are
+    those of the rollouts' log-probabilities up to where their tokens part, if they do.
     """
     question = [{"role": "user", "content": _question(model)}]
-    seconds, pacores, rollouts = {}, {}, {}
+    seconds, decoding, pacores, rollouts = {}, {}, {}, {}
     with progress("question", len(FORMS) * (sum(widths) + 1) * max_tokens) as advance:
         for name, impl in FORMS.items():
             model.set_impl(impl)
             pacores[name] = Pacore(model, widths, Sampling(max_tokens))
+            ends: list[tuple[float, int]] = []  # of every step, and its number of tokens
+
+            def on_step(tokens: int, ends: list = ends) -> None:
+                ends.append((time.perf_counter(), tokens))
+                advance(tokens)
+
             start = time.perf_counter()
-            answer = pacores[name].answer(question, on_step=advance)
+            answer = pacores[name].answer(question, on_step=on_step)
             seconds[name] = time.perf_counter() - start
+            decoding[name] = _rate([end for end in ends if end[1] > 1])
             rollouts[name] = answer.rounds[0].rollouts
     rows = []
     for name, pacore in pacores.items():
@@ -72,7 +80,11 @@ def ask(
             verdict=_same_rollouts(rollouts[name], rollouts["eager"], model.dtype),
             timing=Timing(us, us, us, 1, "clock"),
         )
-        rows.append(row | {"tokens_per_second": stats.generated / seconds[name]})
+        rates = {
+            "tokens_per_second": stats.generated / seconds[name],
+            "decode_tokens_per_second": decoding[name],
+        }
+        rows.append(row | rates)
     return with_speedups(rows)
 
 
@@ -111,6 +123,13 @@ def look(model: Step3VL) -> list[dict]:
         )
         rows.append(row)
     return with_speedups(rows)
+
+
+def _rate(ends: list[tuple[float, int]]) -> float | None:
+    """Tokens per second between the ends of the first and the last of some steps."""
+    if len(ends) < 2:
+        return None
+    return sum(tokens for _, tokens in ends[1:]) / (ends[-1][0] - ends[0][0])
 
 
 def _question(model: Step3VL) -> str:

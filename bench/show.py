@@ -63,9 +63,13 @@ def times(rows: Sequence[Row]) -> None:
         )
 
 
+RATES = ("tokens_per_second", "decode_tokens_per_second")
+
+
 def jobs(rows: Sequence[Row]) -> None:
     """The end-to-end table: seconds and tokens per second of whole jobs."""
-    header = ("job", "case", "impl", "dtype", " seconds", " tokens/s", " x eager", " max error", "")
+    header = ("job", "case", "impl", "dtype", " seconds", " tokens/s", " decoding")
+    header += (" x eager", " max error", "")
     lines = [
         [
             row["op"],
@@ -73,7 +77,7 @@ def jobs(rows: Sequence[Row]) -> None:
             row["impl"],
             row["dtype"],
             f"{row['median_us'] / 1e6:.2f}",
-            f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else "",
+            *(f"{row[rate]:.1f}" if row.get(rate) else "" for rate in RATES),
             f"{row['speedup']:.2f}",
             _error(row["max_err"]),
             f"FAILED: {row['failure']}" if row["failure"] else "",

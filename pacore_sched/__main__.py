@@ -94,7 +94,10 @@ def checked_sampling(options: argparse.Namespace) -> Sampling:
     """Sampling options within their ranges. Raises InputError naming the one that is not."""
     for ok, message in (
         (options.max_tokens >= 1, "--max-tokens must be at least 1"),
-        (0 <= options.temperature < float("inf"), "--temperature must be 0 or more"),
+        (
+            options.temperature == 0 or 1e-6 <= options.temperature <= 1e6,
+            "--temperature must be 0, or from 1e-6 to 1e6",
+        ),
         (options.top_k >= 0, "--top-k must be 0 or more"),
         (0 < options.top_p <= 1, "--top-p must be above 0 and at most 1"),
     ):
