@@ -180,14 +180,21 @@ def projector_inputs(
     width: int,
     out: int,
 ) -> dict:
-    """The channels double with each convolution, as in every preset."""
+    """The channels double with each convolution, as in every preset; weights as the model has them,
+    channels-last.
+    """
     draw = _Draw(seed, device, dtype)
+
+    def kernel(*shape: int) -> Tensor:
+        weight = draw(*shape, scale=(9 * shape[1]) ** -0.5)
+        return weight.contiguous(memory_format=torch.channels_last)
+
     return {
         "x": draw(sum(rows * columns for rows, columns in grids), width),
         "grids": tuple(grids),
-        "w1": draw(2 * width, width, 3, 3, scale=(9 * width) ** -0.5),
+        "w1": kernel(2 * width, width, 3, 3),
         "b1": draw(2 * width, scale=0.1),
-        "w2": draw(4 * width, 2 * width, 3, 3, scale=(18 * width) ** -0.5),
+        "w2": kernel(4 * width, 2 * width, 3, 3),
         "b2": draw(4 * width, scale=0.1),
         "w3": draw(out, 4 * width, scale=(4 * width) ** -0.5),
     }
