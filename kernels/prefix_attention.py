@@ -36,6 +36,7 @@ def prefix_attention(
     """
     check(q.ndim == 3, "q must be [T, Hq, D]")
     check(k_pages.ndim == 4 and k_pages.shape == v_pages.shape, "pages must be two [P, Hkv, S, D]")
+    check(k_pages.is_contiguous() and v_pages.is_contiguous(), "pages must be contiguous")
     check(q.shape[2] == k_pages.shape[3], "q and pages must have the same head_dim")
     check(q.shape[1] % k_pages.shape[1] == 0, "query heads must be a multiple of KV heads")
     check(q.shape[0] == plan.num_rows, f"the plan is for {plan.num_rows} rows, not {q.shape[0]}")

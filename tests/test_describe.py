@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_a_directory(capsys, tmp_path):
     ("model", "words"),
     [
         ("step3", "step3 is neither a preset (step3-vl-10b, tiny, smollm2-135m) nor a checkpoint"),
-        ("kernels", "cannot read kernels/config.json"),
+        (str(Path(__file__).parent), "cannot read "),
         (__file__, "is not a GGUF file"),
     ],
 )

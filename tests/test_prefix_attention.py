@@ -201,6 +201,7 @@ def test_shapes_are_checked():
         (torch.zeros(1, 4, 16), pages, "same head_dim"),
         (good, pages[:3], "the plan is for 4 pages"),
         (good, torch.zeros(4, 2, 8, 8), "pages of 4 tokens"),
+        (good, torch.zeros(4, PAGE, 2, 8).transpose(1, 2), "pages must be contiguous"),
     ]:
         with pytest.raises(ValueError, match=message):
             prefix_attention(q, k, k, plan, scale=1.0)
