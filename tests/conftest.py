@@ -29,6 +29,12 @@ def seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU, and a GPU where there is one."""
+    return request.param
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
