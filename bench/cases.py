@@ -159,7 +159,7 @@ def _prefix(
         ),
         values=2 * q + kv,
         flops=4 * visible * config.heads * config.head_dim,
-        peers=() if return_lse else ("sdpa",),
+        peers=() if return_lse else ("sdpa", "sdpa-reuse"),
     )
 
 

@@ -5,6 +5,7 @@ the plan of prefix attention is not: both depend on the batch, not on its number
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +16,26 @@ from kernels.prefix_plan import PlanNode, PrefixPlan
 Peer = Callable[[dict], Callable[[], object]]
 
 
-def sdpa(inputs: dict) -> Callable[[], Tensor]:
+def sdpa(inputs: dict, *, reuse: bool = False) -> Callable[[], Tensor]:
     """prefix_attention by gathering every sequence's tokens into one padded call of
     scaled_dot_product_attention, with a mask only where sequences differ or rows are causal.
+
+    With `reuse` the gathered K and V live in buffers that are kept between calls: on a CPU the page
+    faults of fresh memory cost several times the copy itself.
     """
     q, k_pages, v_pages, plan = (inputs[name] for name in ("q", "k_pages", "v_pages", "plan"))
     rows, slots, mask = _padded(plan, k_pages.shape[1], q.device)
     options = {"scale": inputs["scale"], "enable_gqa": True, **_masking(mask)}
     flat_k, flat_v = k_pages.view(-1, q.shape[2]), v_pages.view(-1, q.shape[2])
+    kept = q.new_empty(2, slots.numel(), q.shape[2]) if reuse else (None, None)
 
     def call() -> Tensor:
         # [sequences, heads, rows or tokens, head_dim]
         query = q[rows].transpose(1, 2)
-        k, v = (flat.index_select(0, slots.view(-1)) for flat in (flat_k, flat_v))
+        k, v = (
+            torch.index_select(flat, 0, slots.view(-1), out=out)
+            for flat, out in zip((flat_k, flat_v), kept, strict=True)
+        )
         k, v = (x.view(*slots.shape, -1) for x in (k, v))
         result = F.scaled_dot_product_attention(query, k, v, **options)
         out = torch.zeros_like(q)
@@ -81,4 +89,4 @@ def _sees(node: PlanNode, row: Tensor) -> Tensor:
     return torch.arange(node.kv_len) < visible[:, None]
 
 
-PEERS: dict[str, Peer] = {"sdpa": sdpa}
+PEERS: dict[str, Peer] = {"sdpa": sdpa, "sdpa-reuse": partial(sdpa, reuse=True)}
