@@ -1,8 +1,8 @@
 """The main job, end to end: a PaCoRe question, and a photo up to its first logits; eager and ours.
 
 On a CPU: SmolLM2 with its real weights asked about a text of some 1,500 tokens, and a photo through
-`tiny`. On a GPU: the 10B with random weights for both. The question is asked once per form (it is
-its own repeat: thousands of steps), the photo as often as any op.
+`tiny`. On a GPU: the 10B with random weights for both. The question is asked once per form (it
+takes a hundred steps and more), the photo as often as any op.
 """
 
 import math
@@ -27,7 +27,9 @@ from pacore_sched.pacore import Pacore
 
 MODELS = {"cpu": ("smollm2-135m", "tiny"), "cuda": ("step3-vl-10b", "step3-vl-10b")}
 WIDTHS, MAX_TOKENS, PROMPT_TOKENS = (16,), 64, 1500
-TOLERANCE = 1e-3  # of log-probabilities and logits in fp32: far above rounding, far below a fault
+# Of log-probabilities and logits in fp32: far above rounding, far below a fault. Whole models are
+# not judged in 16 bits, where rounding adds up over the layers; their ops are, one by one.
+TOLERANCE = 1e-3
 
 
 def run(device: torch.device) -> Iterator[dict]:
@@ -106,10 +108,11 @@ def look(model: Step3VL) -> list[dict]:
         device=model.device,
         budget_s=4.0,
     )
-    limit = TOLERANCE if model.dtype == torch.float32 else 0.1
     rows = []
     for name, error in errors.items():
-        failure = None if error.max <= limit else f"max error {error.max:.2e} exceeds {limit:.0e}"
+        failure = None
+        if model.dtype == torch.float32 and not error.max <= TOLERANCE:
+            failure = f"max error {error.max:.2e} exceeds {TOLERANCE:.0e}"
         row = measured(
             "photo",
             f"{model.config.name} {len(views.crops)} crops, {len(ids)} tokens",
@@ -192,6 +195,7 @@ def _same_rollouts(mine: list[Rollout], eager: list[Rollout], dtype: torch.dtype
         pairs += zip(a.logprobs[:agree], b.logprobs[:agree], strict=True)
     error = compare(*torch.tensor(pairs or [(0.0, 0.0)]).T)
     failure = None
-    if dtype == torch.float32 and (error.max > TOLERANCE or whole < 0.9 * len(mine)):
+    wrong = not error.max <= TOLERANCE or whole < 0.9 * len(mine)
+    if dtype == torch.float32 and wrong:
         failure = f"{whole} of {len(mine)} rollouts agree, log-probabilities to {error.max:.1e}"
     return Verdict(error.max, error.rms, failure)

@@ -8,7 +8,8 @@ The images stand first in every round's prompt, in a node of their own that all 
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,16 +27,16 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 
-@dataclass
+@dataclass(frozen=True)
 class Round:
     """One round as it happened; rollouts and texts in the order of their seeds."""
 
     prompt_tokens: int
-    rollouts: list[Rollout] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    rollouts: tuple[Rollout, ...]
+    texts: tuple[str, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Answer:
     """The outcome: `text` is the compacted message of the last round's only rollout."""
 
@@ -78,41 +79,56 @@ class Pacore:
         `on_rollout` gets the round's number, counted from 0, each rollout as it ends, and its text.
         Raises InputError for a prompt that leaves no room in the model's context.
         """
-        shared, rounds, saved = _SharedImages(self.engine, views), [], 0
+        stats = self.engine.stats
+        before, rounds = stats.prefilled, []
+        shared = _SharedImages(self.engine, views)
         try:
             for number, width in enumerate(self.widths):
                 asked = messages
                 if rounds:
                     asked = round_messages(messages, rounds[-1].texts, template=self.template)
                 ids = build_prompt(asked, self.model.tokenizer, self.model.config, views)
-                sampling = self._fitting(len(ids))
-                before = self.engine.stats.prefilled
-                prompt, hidden = shared.prefill(ids)
-                saved += width * len(ids) - (self.engine.stats.prefilled - before)
-                done: dict[int, tuple[Rollout, str]] = {}
-                try:
-                    seeds = [rollout_seed(self.seed, number, index) for index in range(width)]
-                    for rollout in self.engine.decode(prompt, hidden, seeds, sampling, on_step):
-                        done[rollout.index] = rollout, self._text(rollout)
-                        on_rollout(number, *done[rollout.index])
-                finally:
-                    self.engine.tree.release(prompt)
-                rollouts, texts = zip(*(done[index] for index in range(width)), strict=True)
-                rounds.append(Round(len(ids), list(rollouts), list(texts)))
+                seeds = [rollout_seed(self.seed, number, index) for index in range(width)]
+                rounds.append(self._round(ids, seeds, shared, partial(on_rollout, number), on_step))
         finally:
             shared.release()
         last = rounds[-1]
-        failed = last.rollouts[0].finish_reason == "error"
-        return Answer(compact(last.texts[0]), failed, rounds, saved)
+        return Answer(
+            text=compact(last.texts[0]),
+            failed=last.rollouts[0].finish_reason == "error",
+            rounds=rounds,
+            prefix_tokens_saved=sum(r.prompt_tokens * len(r.rollouts) for r in rounds)
+            - (stats.prefilled - before),
+        )
+
+    def _round(
+        self,
+        ids: list[int],
+        seeds: list[int],
+        shared: "_SharedImages",
+        on_rollout: Callable[[Rollout, str], None],
+        on_step: Callable[[int], None],
+    ) -> Round:
+        """Prefill a prompt and decode one rollout per seed over it."""
+        sampling = self._fitting(len(ids))
+        prompt, hidden = shared.prefill(ids)
+        done: dict[int, tuple[Rollout, str]] = {}
+        try:
+            for rollout in self.engine.decode(prompt, hidden, seeds, sampling, on_step):
+                done[rollout.index] = rollout, self._text(rollout)
+                on_rollout(*done[rollout.index])
+        finally:
+            self.engine.tree.release(prompt)
+        rollouts, texts = zip(*(done[index] for index in range(len(seeds))), strict=True)
+        return Round(len(ids), rollouts, texts)
 
     def _fitting(self, prompt_tokens: int) -> Sampling:
         """The sampling options, with max_tokens cut to what the context leaves room for."""
         context = self.model.config.decoder.max_positions
         if prompt_tokens >= context:
             raise InputError(f"the prompt has {prompt_tokens} tokens, the context is {context}")
-        options = self.sampling
-        room = min(options.max_tokens, context - prompt_tokens)
-        return Sampling(room, options.temperature, options.top_k, options.top_p)
+        room = min(self.sampling.max_tokens, context - prompt_tokens)
+        return replace(self.sampling, max_tokens=room)
 
     def _text(self, rollout: Rollout) -> str:
         """What a rollout said; a failed one has nothing to pass on."""
