@@ -18,7 +18,7 @@ setup(
     package_data={"kernels": ["tuned/*.json"], "pacore_sched": ["*.jinja"]},
     install_requires=[
         "torch>=2.11,<2.14",
-        "triton>=3.6,<3.10; sys_platform == 'linux'",
+        "triton>=3.6,<3.10",
         "numpy>=1.26,<2.4",  # with NumPy 2.4, loops in Triton 3.6's interpreter fail
         "safetensors",
         "tokenizers",

@@ -10,6 +10,11 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
 
+# Triton kernels are tested on the GPU where there is one, else in Triton's interpreter, which has
+# to be chosen before a kernel is defined. Its bf16 products are wrong: fp16 and fp32 only there.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # One thread on every machine: sums split the same way, and tiny ops do not wait for other threads.
 torch.set_num_threads(1)
 
@@ -33,6 +38,12 @@ def seeds():
 def device(request: pytest.FixtureRequest) -> str:
     """The CPU, and a GPU where there is one."""
     return request.param
+
+
+@pytest.fixture
+def triton_device() -> str:
+    """Where Triton kernels run: on the GPU, or interpreted on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_collection_modifyitems(items):
