@@ -1,4 +1,7 @@
-"""`python -m bench`: check the numbers of every op, time them, answer a question end to end."""
+"""`python -m bench`: check the numbers of every op, time them, answer a question end to end.
+
+`python -m bench tune` is for a new GPU: it measures tile choices and writes kernels/tuned/.
+"""
 
 import argparse
 import json
@@ -7,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from bench import rows, show
+from bench import rows, show, tune
 from bench.cases import OPS, cases, numerics_cases
 from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, device_named, select, time_case
 from kernels._launch import IMPLS
-from model.terminal import Parser, run_command, track
+from kernels._tiles import gpu_of
+from model.terminal import InputError, Parser, run_command, track
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,11 +66,31 @@ def run_end_to_end(options: argparse.Namespace, device: torch.device) -> Iterato
     yield from e2e.run(device)
 
 
+def run_tune(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """Measure the tile candidates and write the best into the GPU's table."""
+    if not options.dry_run and device.type != "cuda":
+        raise InputError("tune measures on a GPU and this is none; --dry-run lists the candidates")
+    gpu = gpu_of(device)
+    work = tune.plans(select(cases("cuda"), options.op, options.case), MAIN_DTYPE["cuda"], gpu)
+    if options.dry_run:
+        yield from map(tune.listed, work)
+        return
+    for plan in track(work, "tune"):
+        made = tune.tune(plan, device, MAIN_DTYPE["cuda"])
+        best = tune.choose(made)
+        if best:
+            tune.write(gpu, plan.key, best)
+        if not options.out:
+            rows.append(tune.results(gpu), made)
+        yield from made
+
+
 COMMANDS = {
     "roofline": (run_roofline, show.ceilings),
     "numerics": (run_numerics, show.errors),
     "ops": (run_ops, show.times),
     "e2e": (run_end_to_end, show.jobs),
+    "tune": (run_tune, tune.display),
 }
 ALL = ("numerics", "ops", "e2e")
 
@@ -80,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         "--impl", nargs="+", choices=IMPLS, default=(), help="these forms only (default: all)"
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tune: list keys and candidates, measure nothing"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="add the rows to a JSONL file")
     parser.add_argument(
         "--json", action="store_true", help="no tables; end with one JSON document of all rows"

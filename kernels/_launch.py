@@ -1,10 +1,15 @@
 """What every op's launcher shares: the choice of implementation and the checks on its arguments."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 
 IMPLS = ("eager", "portable", "triton")
+
+
+# Set by kernels/_compile.py, which records the launches of Triton kernels instead of making them.
+without_gpu: ContextVar[bool] = ContextVar("without_gpu", default=False)
 
 
 class ImplError(ValueError):
@@ -26,7 +31,7 @@ def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Calla
         raise ImplError(f"impl {impl!r} of {op}: choose one of {', '.join(IMPLS)}")
     if impl not in forms:
         raise ImplError(f"impl {impl!r} of {op} does not exist; it has {', '.join(sorted(forms))}")
-    if impl == "triton" and device.type != "cuda" and not _interpreting():
+    if impl == "triton" and device.type != "cuda" and not (without_gpu.get() or _interpreting()):
         raise ImplError(f"impl 'triton' of {op} needs a CUDA device, not {device}")
     return forms[impl]
 

@@ -38,6 +38,7 @@ A100 = Gpu("nvidia-a100", arch=80, sms=108, shared_bytes=163 * 1024)
 H200 = Gpu("nvidia-h200", arch=90, sms=132, shared_bytes=227 * 1024)
 
 _assumed: ContextVar[Gpu | None] = ContextVar("_assumed", default=None)
+_asked: ContextVar[dict[tuple[str, str], Tiles] | None] = ContextVar("_asked", default=None)
 _overrides: ContextVar[dict[str, Tiles]] = ContextVar("_overrides", default={})  # noqa: B039
 
 
@@ -54,7 +55,22 @@ def tiles(op: str, key: str, device: torch.device, rule: Callable[[Gpu], Tiles])
     gpu = gpu_of(device)
     chosen = _table(gpu.name).get(op, {}).get(key)
     chosen = rule(gpu) if chosen is None else chosen
-    return chosen | _overrides.get().get(op, {})
+    chosen = chosen | _overrides.get().get(op, {})
+    asked = _asked.get()
+    if asked is not None:
+        asked[op, key] = chosen
+    return chosen
+
+
+@contextmanager
+def record_tiles() -> Iterator[dict[tuple[str, str], Tiles]]:
+    """Collect what `tiles` answers inside, by op and key: the keys that inputs fall into."""
+    asked: dict[tuple[str, str], Tiles] = {}
+    token = _asked.set(asked)
+    try:
+        yield asked
+    finally:
+        _asked.reset(token)
 
 
 @contextmanager

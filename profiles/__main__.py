@@ -1,21 +1,36 @@
-"""`python -m profiles record --out DIR`: measure all that this machine can, as rows in DIR."""
+"""`python -m profiles record --out DIR`: measure all that this machine can, as rows in DIR.
+
+`python -m profiles static`: compile every Triton kernel for sm_80 and sm_90 on any machine, and
+fail if one spills, does not fit or is worse than the committed baseline.
+"""
 
 import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
-from bench import show
+import triton
+
+from bench import rows, show
+from bench.cases import OPS
 from bench.ops import device_named
 from model.terminal import InputError, Parser, run_command
+from profiles import static
 from profiles.record import Outcome, record, select, tasks
+
+BASELINE = Path(__file__).parent / "static_baseline.jsonl"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 1 if a row failed, else 0."""
+    """Run the command; 1 if a row failed or broke a rule, else 0."""
     options = _parser().parse_args(argv)
+    return options.run(options)
+
+
+def run_record(options: argparse.Namespace) -> int:
     if options.budget <= 0:
         raise InputError(f"--budget must be a positive number of seconds, not {options.budget}")
     device = device_named(options.device)
@@ -27,6 +42,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         _show(outcome, options.out)
     return int(any(row["failure"] for row in outcome.rows))
+
+
+def run_static(options: argparse.Namespace) -> int:
+    """Compile, compare with the baseline or replace it; 1 if a row broke a rule."""
+    if triton.knobs.runtime.interpret:
+        raise InputError("TRITON_INTERPRET is set: unset it, Triton would not compile here")
+    if options.update and options.quick:
+        raise InputError("--update replaces all rows of an op: leave --quick out")
+    for op in options.op:
+        if op not in OPS:
+            raise InputError(f"unknown op {op!r}; choose of {', '.join(OPS)}")
+    known = rows.read(options.baseline)
+    with redirect_stdout(sys.stderr):  # Triton prints there what ptxas refuses
+        found = static.sweep(options.op, options.arch, quick=options.quick, mix=options.sass)
+    if options.update:
+        known = static.update(known, found, options.op, options.arch)
+        options.baseline.unlink(missing_ok=True)
+        rows.append(options.baseline, known)
+    wrong = static.broken_rules(found, known)
+    if options.json:
+        print(json.dumps({"rows": found, "broken_rules": wrong}))
+    else:
+        _show_static(found, wrong)
+    return int(bool(wrong))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +88,47 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--json", action="store_true", help="no tables; end with one JSON document"
     )
+    command.set_defaults(run=run_record)
+    _add_static(commands.add_parser("static", help="registers, spills, occupancy without a GPU"))
     return parser
+
+
+def _add_static(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--op", nargs="+", default=(), metavar="OP", help=f"of {', '.join(OPS)}")
+    command.add_argument(
+        "--arch", nargs="+", type=int, choices=list(static.GPUS), default=list(static.GPUS)
+    )
+    command.add_argument("--quick", action="store_true", help="only bf16, and no candidates")
+    command.add_argument("--sass", action="store_true", help="count the instructions by class")
+    command.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")
+    command.add_argument("--update", action="store_true", help="write the rows to the baseline")
+    command.add_argument("--json", action="store_true", help="no table; one JSON document")
+    command.set_defaults(run=run_static)
+
+
+def _show_static(found: list[dict], wrong: list[str]) -> None:
+    header = ("op", "kernel", "sm", "dtype", "configuration", " registers", " spill B", " shared B")
+    header += (" programs/SM", "wgmma", "tma", " load B", "")
+    figures = ("registers", "spill_bytes", "shared_bytes", "programs_per_sm")
+    lines = [
+        [
+            row["op"],
+            row["kernel"],
+            str(row["arch"]),
+            row["dtype"],
+            row["config"],
+            *("" if row[name] is None else f"{row[name]:,}" for name in figures),
+            "yes" * bool(row["wgmma"]),
+            "yes" * bool(row["tma"]),
+            str(row["min_load_bytes"] or ""),
+            ", ".join(f"{count} {name}" for name, count in row.get("mix", {}).items()),
+        ]
+        for row in found
+    ]
+    show.table(f"kernels, compiled by Triton {triton.__version__}", header, lines)
+    for text in wrong:
+        print(f"BROKEN: {text}")
+    print(f"{len(found)} kernels compiled, {len(wrong)} broken rules")
 
 
 def _show(outcome: Outcome, out: Path) -> None:

@@ -1,0 +1,279 @@
+"""Every Triton kernel that the ops launch, compiled ahead of time, without a GPU.
+
+The ops' own launchers run on tensors of a CPU; their launches are recorded and compiled for each
+architecture: in the tiles that the committed tables choose, in those that the rules choose, and in
+every candidate that `python -m bench tune` would measure. A row holds the worst figures over the
+launches that share kernel, architecture, dtype and configuration.
+
+`broken_rules` says what must hold of a row, by itself and against the committed baseline.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompilationError, CompiledKernel
+
+from bench import inputs, tune
+from bench.cases import OPS, SMOLLM2, Case, cases
+from bench.inputs import Node, fork
+from bench.ops import one_line
+from kernels._compile import Launch, compiler, launches_recorded
+from kernels._launch import ImplError
+from kernels._tiles import A100, H200, Gpu, Tiles, record_tiles, use_tiles
+from model.terminal import track
+from profiles.sass import figures, instruction_mix
+
+Row = dict
+GPUS = {gpu.arch: gpu for gpu in (A100, H200)}
+WORST = {
+    "registers": max,
+    "spill_bytes": max,
+    "shared_bytes": max,
+    "programs_per_sm": min,
+    "wgmma": min,
+    "tma": min,
+    "min_load_bytes": min,
+}
+KEY = ("kernel", "arch", "dtype", "config")
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _extra(op: str, name: str, **shape: object) -> Case:
+    return Case(op, name, partial(getattr(inputs, f"{op}_inputs"), **shape), values=0, flops=0)
+
+
+# What the op table of a GPU lacks: other heads, forms without a residual, a second result.
+SMOLLM2_HEADS = {"heads": 9, "kv_heads": 3, "head_dim": 64}
+WIDE_HEADS = {"heads": 64, "kv_heads": 1, "head_dim": 256}
+DECODE, PREFILL = (fork(2048, [512] * 16),), (Node(1024, new=512),)
+CASES = [
+    *cases("cuda"),
+    *(
+        _extra("prefix_attention", f"{name} D{heads['head_dim']}", forest=forest, **heads)
+        for heads in (SMOLLM2_HEADS, WIDE_HEADS)
+        for name, forest in (("decode", DECODE), ("prefill", PREFILL))
+    ),
+    _extra("prefix_attention", "decode with lse", forest=DECODE, return_lse=True),
+    *(
+        _extra("qk_norm_rope", f"T{rows} D{heads['head_dim']}", rows=rows, **heads)
+        for heads in (SMOLLM2_HEADS, WIDE_HEADS)
+        for rows in (16, 4096)
+    ),
+    _extra("rms_norm", "T16 C4096 alone", rows=16, width=4096, residual=False),
+    _extra("rms_norm", "T16 smollm2", rows=16, width=SMOLLM2.decoder.hidden),
+    _extra("layer_norm", "T1296 C1536 alone", rows=1296, width=1536, residual=False),
+    _extra("sample", "B1 V151936 k20 p0.95", rows=1, vocab=151_936, top_k=20, top_p=0.95),
+]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One launch in some tiles: what it compiles to, or what went wrong before."""
+
+    op: str
+    arch: int
+    kernel: str
+    dtype: str
+    config: str
+    compiled: CompiledKernel | None = None  # or what has it as its `result()`
+    failure: str | None = None
+
+
+def sweep(
+    ops: Sequence[str], archs: Sequence[int], *, quick: bool = False, mix: bool = False
+) -> list[Row]:
+    """Rows of `ops` (all if empty) on `archs`, in the order of the cases.
+
+    `quick` takes what tables and rules choose in bf16, and no candidates; `mix` adds the
+    instructions by class.
+    """
+    sites = [
+        (case, dtype, GPUS[arch])
+        for dtype in (DTYPES[:1] if quick else DTYPES)
+        for case in CASES
+        for arch in archs
+        if not ops or case.op in ops
+    ]
+    rows: dict[tuple, Row] = {}
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        attempts = dict.fromkeys(
+            attempt for site in track(sites, "recording") for attempt in _attempts(*site, quick)
+        )
+        for attempt in track(attempts, "compiling"):
+            row = _row(attempt, mix)
+            key = key_of(row)
+            rows[key] = _worse(rows[key], row) if key in rows else row
+    return list(rows.values())
+
+
+def key_of(row: Row) -> tuple:
+    return tuple(row[name] for name in KEY)
+
+
+def broken_rules(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
+    """What is wrong with `rows`, a line for each.
+
+    Every row must compile, not spill, fit an SM and be known to the baseline. Against the baseline,
+    wgmma and tma must stay, loads stay as wide, and as many programs fit an SM; registers may move
+    as long as that holds. Of rows by another Triton only wgmma and tma count.
+    """
+    before = {key_of(row): row for row in baseline}
+    comparable = any(row["triton"] == triton.__version__ for row in baseline)
+    wrong = []
+    for row in rows:
+        known = before.get(key_of(row))
+        if row["failure"]:
+            found = [row["failure"]]
+        elif known:
+            found = [*_unfit(row), *_worsened(row, known)]
+        else:
+            found = [*_unfit(row), *["not in the baseline; --update puts it there"] * comparable]
+        name = f"{row['kernel']}, sm_{row['arch']}, {row['dtype']}, {row['config']}"
+        wrong += [f"{name}: {text}" for text in found]
+    return wrong
+
+
+def update(
+    baseline: Sequence[Row], rows: Sequence[Row], ops: Sequence[str], archs: Sequence[int]
+) -> list[Row]:
+    """The baseline with `rows` for all that it had of `ops` (all if empty) on `archs`."""
+    kept = [row for row in baseline if (ops and row["op"] not in ops) or row["arch"] not in archs]
+    good = [row for row in rows if not row["failure"]]
+    new = [{name: row[name] for name in (*KEY, *WORST, "op", "triton")} for row in good]
+    return sorted([*kept, *new], key=lambda row: (row["op"], *key_of(row)))
+
+
+def _unfit(row: Row) -> Iterator[str]:
+    limit = GPUS[row["arch"]].shared_bytes
+    if row["spill_bytes"]:
+        yield f"spills {row['spill_bytes']} bytes of each thread"
+    if row["shared_bytes"] > limit:
+        yield f"{row['shared_bytes']} bytes of shared memory, of {limit} that there are"
+    elif not row["programs_per_sm"]:
+        yield f"no program fits an SM with {row['registers']} registers of each thread"
+
+
+def _worsened(row: Row, known: Row) -> Iterator[str]:
+    compared = ["wgmma", "tma"]
+    if known["triton"] == row["triton"]:
+        compared += ["min_load_bytes", "programs_per_sm"]
+    for name in compared:
+        if (row[name] or 0) < (known[name] or 0):
+            yield f"{name} {known[name]} -> {row[name]}"
+
+
+def _attempts(case: Case, dtype: torch.dtype, gpu: Gpu, quick: bool) -> Iterator[Attempt]:
+    """The case's launches in every choice of tiles, on their way through the compiler."""
+    with tune.unfilled():
+        arguments = case.inputs(0, torch.device("cpu"), dtype)
+    with record_tiles() as asked:
+        yield from _launched(case, gpu, arguments)
+    # A GPU without a table gets the rule's tiles.
+    yield from _launched(case, replace(gpu, name="none"), arguments)
+    if quick or dtype != DTYPES[0]:
+        return
+    for part, key in asked:
+        for tiles in tune.candidates(case.op, part, key, gpu):
+            with use_tiles(part, **tiles):
+                yield from _launched(case, gpu, arguments, tiles)
+
+
+def _launched(case: Case, gpu: Gpu, arguments: dict, tiles: Tiles | None = None) -> list[Attempt]:
+    try:
+        with launches_recorded(gpu) as launches:
+            OPS[case.op](**arguments, impl="triton")
+    except ImplError:  # no Triton form yet
+        return []
+    except Exception as error:  # one choice must not hide the others
+        config = f"{case.name} {tune.text(tiles or {})}".strip()
+        return [Attempt(case.op, gpu.arch, case.op, "", config, failure=one_line(error))]
+    with compiler(gpu):
+        return [
+            Attempt(
+                case.op,
+                gpu.arch,
+                launch.kernel.fn.__name__,
+                _dtype(launch),
+                config_of(launch),
+                launch.compile(),
+            )
+            for launch in launches
+        ]
+
+
+def _dtype(launch: Launch) -> str:
+    """The floating dtypes of a launch's tensors; fp32 and integers only where there is no other."""
+    tensors = [
+        value for value in (*launch.args, *launch.kwargs.values()) if isinstance(value, Tensor)
+    ]
+    names = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    plain = {
+        name for name in names if name == "float32" or not name.startswith(("float", "bfloat"))
+    }
+    return "+".join(sorted(names - plain)) or ("float32" if "float32" in names else "int")
+
+
+def config_of(launch: Launch) -> str:
+    """What sets a compiled kernel apart, as in "BLOCK=1024 -residual num_warps=8 num_stages=3":
+    constexprs, absent pointers, options.
+    """
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.kwargs
+    parts = []
+    for parameter in launch.kernel.params:
+        value = given.pop(parameter.name, parameter.default)
+        if value is None:
+            parts.append(f"-{parameter.name}")
+        elif parameter.is_constexpr:
+            value = getattr(value, "value", value)  # of a tl.constexpr
+            parts.append(f"{parameter.name}={int(value) if isinstance(value, bool) else value}")
+    given = {"num_warps": 4, "num_stages": 3} | given
+    options = (f"{name}={value}" for name, value in given.items() if value is not None)
+    return " ".join([*parts, *options])
+
+
+def _row(attempt: Attempt, mix: bool) -> Row:
+    row = {
+        "op": attempt.op,
+        "kernel": attempt.kernel,
+        "arch": attempt.arch,
+        "dtype": attempt.dtype,
+        "config": attempt.config,
+        **dict.fromkeys(WORST),
+        "triton": triton.__version__,
+        "failure": attempt.failure,
+    }
+    if attempt.failure:
+        return row
+    try:
+        compiled = attempt.compiled
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        row |= asdict(figures(compiled, GPUS[attempt.arch]))
+        if mix:
+            row["mix"] = instruction_mix(compiled.asm["cubin"])
+    except Exception as error:  # one kernel must not hide the others
+        row["failure"] = _reason(error)
+    return row
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error; Triton's compiler shows the source first and the reason at the end."""
+    if isinstance(error, CompilationError):
+        return str(error).strip().splitlines()[-1]
+    return one_line(error)
+
+
+def _worse(one: Row, other: Row) -> Row:
+    """Two rows of the same key as one with the worst of their figures."""
+    if one["failure"] or other["failure"]:
+        return one if one["failure"] else other
+    found = {name: [r[name] for r in (one, other) if r[name] is not None] for name in WORST}
+    return one | {name: WORST[name](values) for name, values in found.items() if values}
