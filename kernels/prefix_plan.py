@@ -13,12 +13,16 @@ causal_offset = kv_len.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.prefix_schedule import Cut, Schedule
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Part:
     rows: Tensor  # int64 [n, m]
     visible: Tensor  # int64 [n, m] tokens of these pages that each row sees, from 0 up
     least_visible: int  # the smallest of `visible`
+    start: Tensor  # int64 [n] tokens before these pages in the sequences
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class PrefixPlan:
     num_rows: int
     num_pages: int
     page_size: int
-    nodes: tuple[PlanNode, ...]  # the same on the host
+    nodes: tuple[PlanNode, ...]  # the same on the host, as it was built
+    _schedules: dict = field(default_factory=dict, init=False)
 
     @staticmethod
     def build(
@@ -83,7 +89,7 @@ class PrefixPlan:
         nodes = tuple(nodes)
         for index, node in enumerate(nodes):
             _check_node(index, node, num_rows, num_pages, page_size)
-        _depths(nodes)
+        _depths(nodes)  # refuses rows that do not nest
         page_start = [0]
         for node in nodes:
             page_start.append(page_start[-1] + len(node.pages))
@@ -104,14 +110,48 @@ class PrefixPlan:
             nodes=nodes,
         )
 
+    def schedule(self, cut: "Cut") -> "Schedule":
+        """The plan cut up for Triton, made when first asked for."""
+        from kernels.prefix_schedule import Schedule
+
+        if cut not in self._schedules:
+            self._schedules[cut] = Schedule(self, cut)
+        return self._schedules[cut]
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """How many nodes with rows contain each node's rows."""
+        return _depths(self.nodes)
+
+    @cached_property
+    def node_start(self) -> Tensor:
+        """Tokens before each node in the sequences that hold it: int32 [N]."""
+        start, path = [], []
+        for node, depth in zip(self.nodes, self.depths, strict=True):
+            del path[depth:]
+            start.append(sum(path))
+            path.append(node.kv_len)
+        return torch.tensor(start, dtype=torch.int32, device=self.kv_len.device)
+
+    @cached_property
+    def row_position(self) -> Tensor:
+        """Each row's own place in its sequence, the last that it sees: int32 [T]."""
+        seen = torch.zeros(self.num_rows, dtype=torch.int32)
+        for node in self.nodes:
+            row = torch.arange(node.row_end - node.row_start, dtype=torch.int32)
+            seen[node.row_start : node.row_end] += (node.kv_len - node.num_new + row + 1).clamp(
+                max=node.kv_len
+            )
+        return (seen - 1).to(self.kv_len.device)
+
     @cached_property
     def parts(self) -> list[Part]:
         """All that some row sees, node by node once: nodes batched by depth, rows and pages."""
-        shapes: dict[tuple[int, int, int], list[PlanNode]] = {}
-        for node, depth in zip(self.nodes, _depths(self.nodes), strict=True):
+        shapes: dict[tuple[int, int, int], list[int]] = {}
+        for index, (node, depth) in enumerate(zip(self.nodes, self.depths, strict=True)):
             rows, pages = node.row_end - node.row_start, -(-node.kv_len // self.page_size)
             if rows and pages:
-                shapes.setdefault((depth, rows, pages), []).append(node)
+                shapes.setdefault((depth, rows, pages), []).append(index)
         most = max(1, PART_TOKENS // self.page_size)
         return [
             _part(members[at : at + max(1, most // pages)], first, min(most, pages - first), self)
@@ -132,9 +172,10 @@ class PrefixPlan:
         return runs
 
 
-def _part(members: list[PlanNode], first: int, pages: int, plan: PrefixPlan) -> Part:
+def _part(indices: list[int], first: int, pages: int, plan: PrefixPlan) -> Part:
     """Pages first..first+pages of nodes that have equally many rows."""
     device = plan.kv_len.device
+    members = [plan.nodes[index] for index in indices]
     row = torch.arange(members[0].row_end - members[0].row_start)
     start, length, new = torch.tensor([[n.row_start, n.kv_len, n.num_new] for n in members]).T
     visible = torch.minimum(length[:, None], (length - new)[:, None] + row + 1)
@@ -146,6 +187,7 @@ def _part(members: list[PlanNode], first: int, pages: int, plan: PrefixPlan) -> 
         rows=(start[:, None] + row).to(device),
         visible=visible.to(device),
         least_visible=int(visible.min()),
+        start=plan.node_start[indices].long() + first * plan.page_size,
     )
 
 

@@ -1,0 +1,431 @@
+"""Prefix attention in Triton: every KV page once for all rows that see it, in two launches.
+
+`prefix_attention_kernel` is persistent: each program walks its stretch of the line that
+prefix_schedule.py lays, tile by tile, and leaves normalised partial results with their log-sum-exp.
+`merge_kernel` merges each row's partials in fp32, in a fixed order. Rows that see a single node,
+which one program has done alone (those of a first prefill, say), are finished by the first kernel.
+
+Rounding points, for inputs of 16 bits: scores, softmax, sums and merges are fp32; probabilities are
+rounded to q's dtype before their product with V, and the result once, at the end. Scores inside are
+in units of log2 (`qk_scale` = scale * log2 e); the lse that leaves is natural.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.fp8 import from_e4m3_bits
+from kernels.prefix_schedule import (
+    ALONE,
+    EDGE,
+    END,
+    FLAGS,
+    GRAIN_START,
+    NODE_START,
+    PAGE_START,
+    RECORD,
+    ROW,
+    ROWS,
+)
+
+NATIVE, BITS = tl.constexpr(1), tl.constexpr(2)  # FP8: pages of e4m3 converted, or read as bytes
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def prefix_attention_kernel(
+    q,  # [T, Hq, D]
+    k_pages,  # [num_pages, KV_HEADS, PAGE, D]
+    v_pages,
+    k_scale,  # fp32 [num_pages, KV_HEADS, PAGE], with FP8
+    v_scale,
+    k_tiles,  # descriptors of the pages as [num_pages * KV_HEADS * PAGE, D], with TMA
+    v_tiles,
+    out,  # [T, Hq, D]
+    lse,  # fp32 [T, Hq]
+    part_out,  # fp32 [vectors, D], vectors of the larger size first
+    part_lse,  # fp32 [vectors]
+    page_table,
+    tiles,  # int32 [tiles, RECORD]
+    starts,  # int32 [tiles + 1]
+    stretch,
+    first_tile,  # int32 [2, programs]
+    row_position,  # int32 [T], with WINDOW
+    qk_scale,
+    large,  # tiles of the larger size, which come first
+    small,
+    large_slots,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,  # tokens at a time, of one page
+    SIZES: tl.constexpr,  # M of the larger and the smaller tiles, 0 for one not in use
+    GRAIN: tl.constexpr,
+    OVERHEAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    INVARIANT: tl.constexpr,
+    FP8: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    program = tl.program_id(0)
+    share = tl.load(stretch)
+    middle = tl.load(starts + large)
+    for size in tl.static_range(2):
+        if SIZES[size] > 0:
+            low = large if size else 0
+            count = small if size else large
+            begin = middle if size else 0
+            length = tl.load(starts + low + count) - begin
+            place = tl.maximum(program * share - KV_HEADS * begin, 0)
+            stop = tl.minimum((program + 1) * share - KV_HEADS * begin, KV_HEADS * length)
+            tile = tl.load(first_tile + size * tl.num_programs(0) + program)
+            while place < stop:
+                head = place // length
+                start = tl.load(starts + low + tile)
+                places = tl.load(starts + low + tile + 1) - start
+                # Places of the tile that are behind us, and those that will be.
+                done = tl.maximum(place - head * length - (start - begin), 0)
+                goal = tl.minimum(places, done + stop - place)
+                if INVARIANT:
+                    goal = tl.minimum(goal, done + 1)
+                    slot = place
+                else:
+                    slot = head * count + tile + program
+                if goal > tl.maximum(done, OVERHEAD):
+                    vectors = slot.to(tl.int64) * SIZES[size]
+                    if size:
+                        vectors += large_slots * SIZES[0]
+                    _attend_tile(
+                        q,
+                        k_pages,
+                        v_pages,
+                        k_scale,
+                        v_scale,
+                        k_tiles,
+                        v_tiles,
+                        out,
+                        lse,
+                        part_out + vectors * D,
+                        part_lse + vectors,
+                        page_table,
+                        tiles + (low + tile) * RECORD,
+                        row_position,
+                        head,
+                        tl.maximum(done - OVERHEAD, 0),
+                        goal - OVERHEAD,
+                        places - OVERHEAD,
+                        qk_scale,
+                        KV_HEADS,
+                        GROUP,
+                        D,
+                        PAGE,
+                        BLOCK,
+                        SIZES[size],
+                        GRAIN,
+                        WINDOW,
+                        FP8,
+                        TMA,
+                    )
+                place += goal - done
+                tile = tl.where(goal == places, tile + 1, tile)
+                tile = tl.where(tile == count, 0, tile)
+
+
+@triton.jit
+def _attend_tile(
+    q,
+    k_pages,
+    v_pages,
+    k_scale,
+    v_scale,
+    k_tiles,
+    v_tiles,
+    out,
+    lse,
+    part_out,
+    part_lse,
+    page_table,
+    record,
+    row_position,
+    head,
+    first_grain,
+    last_grain,
+    grains,
+    qk_scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    GRAIN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FP8: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Grains first_grain..last_grain of a tile of `grains`, for one KV head."""
+    row_start = tl.load(record + ROW)
+    vector = tl.arange(0, M)
+    live = vector < tl.load(record + ROWS) * GROUP
+    row = row_start + vector // GROUP
+    q_head = row.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + vector % GROUP
+    dim = tl.arange(0, D)
+    x = tl.load(q + q_head[:, None] * D + dim[None, :], mask=live[:, None], other=0.0)  # [M, D]
+
+    end = tl.load(record + END)
+    visible = tl.minimum(end, tl.load(record + EDGE) + row)  # [M]
+    oldest = visible
+    if WINDOW:
+        position = tl.load(row_position + row, mask=live, other=0)
+        oldest = position - (WINDOW - 1) - tl.load(record + NODE_START)
+    grain_start = tl.load(record + GRAIN_START)
+    low = (grain_start + first_grain) * GRAIN
+    high = tl.minimum((grain_start + last_grain) * GRAIN, end)
+    page_table += tl.load(record + PAGE_START)
+
+    peak = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    stop = tl.cdiv(high, BLOCK)
+    if TMA:  # reads whole blocks, whatever lies behind the node's end: the last goes by pointers
+        tl.static_assert(GRAIN % BLOCK == 0)
+        stop = high // BLOCK
+    for at in range(low // BLOCK, stop):
+        acc, peak, total = _attend_block(
+            acc,
+            peak,
+            total,
+            x,
+            tl.load(page_table + at * BLOCK // PAGE),
+            at * BLOCK,
+            low,
+            high,
+            visible,
+            oldest,
+            k_pages,
+            v_pages,
+            k_scale,
+            v_scale,
+            k_tiles,
+            v_tiles,
+            head,
+            qk_scale,
+            KV_HEADS,
+            D,
+            PAGE,
+            BLOCK,
+            WINDOW,
+            FP8,
+            TMA,
+        )
+    if TMA:
+        for at in range(stop, tl.cdiv(high, BLOCK)):
+            acc, peak, total = _attend_block(
+                acc,
+                peak,
+                total,
+                x,
+                tl.load(page_table + at * BLOCK // PAGE),
+                at * BLOCK,
+                low,
+                high,
+                visible,
+                oldest,
+                k_pages,
+                v_pages,
+                k_scale,
+                v_scale,
+                k_tiles,
+                v_tiles,
+                head,
+                qk_scale,
+                KV_HEADS,
+                D,
+                PAGE,
+                BLOCK,
+                WINDOW,
+                FP8,
+                False,
+            )
+
+    divisor = tl.where(total > 0.0, total, 1.0)
+    acc = acc / divisor[:, None]
+    log = peak + tl.log2(divisor)  # -inf if nothing was seen
+    alone = tl.load(record + FLAGS) & ALONE
+    if (alone != 0) & (last_grain - first_grain == grains):
+        tl.store(
+            out + q_head[:, None] * D + dim[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=live[:, None],
+        )
+        tl.store(lse + q_head, log * LN2, mask=live)
+    else:
+        tl.store(part_out + vector[:, None] * D + dim[None, :], acc, mask=live[:, None])
+        tl.store(part_lse + vector, log, mask=live)
+
+
+@triton.jit
+def _attend_block(
+    acc,  # fp32 [M, D]
+    peak,  # fp32 [M], the largest score so far
+    total,  # fp32 [M]
+    q,  # [M, D]
+    page,
+    first,  # token
+    low,
+    high,
+    visible,  # [M]
+    oldest,  # [M]
+    k_pages,
+    v_pages,
+    k_scale,
+    v_scale,
+    k_tiles,
+    v_tiles,
+    head,
+    qk_scale,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FP8: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Online softmax over those tokens of a block within a page that lie in [low, high)."""
+    # fp32 is for tests: in full precision, not TF32.
+    PRECISION: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
+    offset = tl.arange(0, BLOCK)
+    token = first + offset
+    mine = (token >= low) & (token < high)  # [BLOCK]
+    tile = (page.to(tl.int64) * KV_HEADS + head) * PAGE + first % PAGE
+    k = _load_tile(k_pages, k_tiles, tile, mine, q.dtype, D, BLOCK, FP8, TMA)  # [BLOCK, D]
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [M, BLOCK]
+    if FP8:
+        scores *= tl.load(k_scale + tile + offset, mask=mine, other=0.0)[None, :]
+    seen = mine[None, :] & (token[None, :] < visible[:, None])
+    if WINDOW:
+        seen = seen & (token[None, :] >= oldest[:, None])
+    scores = tl.where(seen, scores, float("-inf"))
+
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing seen yet: no exp2(NaN)
+    weights = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(peak - base)
+    total = total * fade + tl.sum(weights, 1)
+    if FP8:
+        weights *= tl.load(v_scale + tile + offset, mask=mine, other=0.0)[None, :]
+    v = _load_tile(v_pages, v_tiles, tile, mine, q.dtype, D, BLOCK, FP8, TMA)
+    acc = tl.dot(weights.to(q.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return acc, new_peak, total
+
+
+@triton.jit
+def _load_tile(
+    pages,
+    tiles,
+    tile,
+    mine,
+    dtype: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """A head's tokens [BLOCK, D] as `dtype`; 0 for those that are not ours, whatever they hold."""
+    if TMA:
+        x = tiles.load([tile.to(tl.int32), 0])
+    else:
+        offset = tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)[None, :]
+        x = tl.load(pages + tile * D + offset, mask=mine[:, None], other=0.0)
+    if FP8 == BITS:
+        x = from_e4m3_bits(x)
+    return x.to(dtype)
+
+
+@triton.jit
+def merge_kernel(
+    out,  # [T, Hq, D]
+    lse,  # fp32 [T, Hq]
+    part_out,
+    part_lse,
+    row_tiles,  # int32 [T, depth]
+    tiles,
+    starts,
+    stretch,
+    depth,
+    large,
+    small,
+    large_slots,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    VECTORS: tl.constexpr,  # query heads of a program
+    D: tl.constexpr,
+    SIZES: tl.constexpr,
+    OVERHEAD: tl.constexpr,
+    INVARIANT: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # partials in flight
+):
+    """Some query heads of a row: sum of 2^lse * out over the partials, in the order of its path."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    share = tl.load(stretch)
+    middle = tl.load(starts + large)
+    vector = tl.program_id(2) * VECTORS + tl.arange(0, VECTORS)
+    dim = tl.arange(0, D)
+    live = vector < GROUP
+    peak = tl.full([VECTORS], float("-inf"), tl.float32)
+    total = tl.zeros([VECTORS], tl.float32)
+    acc = tl.zeros([VECTORS, D], tl.float32)
+    partials = 0
+    finished = depth > 0
+    for at in range(0, depth):
+        tile = tl.load(row_tiles + row.to(tl.int64) * depth + at)
+        if tile >= 0:
+            is_small = tile >= large
+            low = tl.where(is_small, large, 0)
+            begin = tl.where(is_small, middle, 0)
+            count = tl.where(is_small, small, large)
+            length = tl.load(starts + low + count) - begin
+            start, stop = tl.load(starts + tile) - begin, tl.load(starts + tile + 1) - begin
+            if INVARIANT:
+                slot = head * length + start
+                slots = stop - start
+            else:
+                line = KV_HEADS * begin + head * length
+                first = (line + start + OVERHEAD) // share
+                slot = head * count + tile - low + first
+                slots = tl.where(stop > start, (line + stop - 1) // share - first + 1, 0)
+            record = tiles + tile * RECORD
+            partials += slots
+            finished = finished & ((tl.load(record + FLAGS) & ALONE) != 0)
+            inside = (row - tl.load(record + ROW)) * GROUP
+            size = tl.where(is_small, SIZES[1], SIZES[0])
+            base = tl.where(is_small, large_slots * SIZES[0], 0) + inside
+            for block in range(0, slots, AT_ONCE):
+                index = block + tl.arange(0, AT_ONCE)
+                at_vector = base + (slot + index).to(tl.int64)[:, None] * size + vector[None, :]
+                mask = (index < slots)[:, None] & live[None, :]  # [AT_ONCE, VECTORS]
+                logs = tl.load(part_lse + at_vector, mask=mask, other=float("-inf"))
+                x = tl.load(
+                    part_out + at_vector[:, :, None] * D + dim[None, None, :],
+                    mask=mask[:, :, None],
+                    other=0.0,
+                )  # [AT_ONCE, VECTORS, D]
+                new_peak = tl.maximum(peak, tl.max(logs, 0))
+                safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+                weights = tl.exp2(logs - safe[None, :])
+                fade = tl.exp2(peak - safe)
+                total = total * fade + tl.sum(weights, 0)
+                acc = acc * fade[:, None] + tl.sum(x * weights[:, :, None], 0)
+                peak = new_peak
+    if (partials != 1) | ~finished:
+        divisor = tl.where(total > 0.0, total, 1.0)
+        acc = acc / divisor[:, None]
+        log = peak + tl.log2(divisor)  # -inf if nothing was seen
+        q_head = (row.to(tl.int64) * KV_HEADS + head) * GROUP + vector
+        tl.store(
+            out + q_head[:, None] * D + dim[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=live[:, None],
+        )
+        tl.store(lse + q_head, log * LN2, mask=live)
