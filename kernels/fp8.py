@@ -2,14 +2,28 @@
 
     scale = max(amax |x|, 2^-60) / 448        page = e4m3(x * (1 / scale))
 
-A scale of its own for every token and head costs 4 bytes beside the head's D, and a write never
-touches what was written before, which one scale per page or per head would have to.
+A scale of its own for every token and head costs 4 bytes beside the head's D; a write touches
+nothing that was written before, and nothing has to be calibrated or can be clipped. Root of squared
+error over squared values, in percent: all values in bf16; SmolLM2-135M reads 512 tokens of prose,
+mean and worst of its 30 layers; the calibrated scale is one per head, from the first half of the
+tokens, and judged on the second.
+
+    scale per            token and head    head, calibrated    none (scale 1)
+    SmolLM2, K            2.10 .. 2.36       2.70 .. 3.46       2.62 .. 2.73
+    SmolLM2, V            2.42 .. 2.51       2.70 .. 2.95       2.67 .. 2.80
+    normal, D 128             2.57               2.64               2.67
+    the same, tokens
+    scaled by e^(1.5 n)       2.55               37                 8.2
+
+Calibrated heads clip: the largest error of a value was 26 % of its layer's largest.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels._tiles import gpu_of
 
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 2.0**-60  # below it values become zeros; the scale and its reciprocal stay finite
@@ -23,6 +37,30 @@ def quantise_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     scale = x.float().abs().amax(-1).clamp_min(SMALLEST_AMAX) / E4M3_MAX
     return (x.float() * scale.reciprocal()[..., None]).to(torch.float8_e4m3fn), scale
+
+
+def converts_e4m3(device: torch.device) -> bool:
+    """Whether kernels on `device` can leave e4m3 to the GPU; the interpreter would round wrongly."""
+    return gpu_of(device).arch >= 89 and not triton.knobs.runtime.interpret
+
+
+@triton.jit
+def magnitude_bits(x: tl.tensor) -> tl.tensor:
+    """|x| of fp32 as int32, which order like the values, NaN above all."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def e4m3_scale(bits: tl.tensor) -> tl.tensor:
+    """Scales fp32 [M] of rows whose `magnitude_bits` are [M, D]."""
+    largest = tl.maximum(tl.max(bits, axis=1), 0x21800000)  # 2^-60
+    return tl.div_rn(largest.to(tl.float32, bitcast=True), 448.0)
+
+
+@triton.jit
+def to_e4m3(x: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
+    """fp32 to the bytes of e4m3, by the GPU itself if NATIVE, see `converts_e4m3`."""
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if NATIVE else to_e4m3_bits(x)
 
 
 @triton.jit

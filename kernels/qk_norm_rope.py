@@ -5,12 +5,23 @@
 
 The rotation pairs element i with i + R/2 of the first R elements (half rotation, as GPT-NeoX, Llama
 and Qwen3 have it) by the angle positions * inv_freq[i]; elements from R on pass through.
+
+The Triton form is one launch of a program per token and block of heads. It reads and writes every
+element once: with 32 + 2 * 8 heads of 128 in bf16, 24 KiB per token.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import check, pick
+from kernels._rotary import cos_sin_of, pair_columns
+from kernels._tiles import Gpu, Tiles, tiles
+from kernels.fp8 import converts_e4m3, e4m3_scale, magnitude_bits, quantise_e4m3, to_e4m3
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW_TOKENS = 64  # decode: what counts is that every SM has work
 
 
 def qk_norm_rope(
@@ -24,6 +35,9 @@ def qk_norm_rope(
     v_pages: Tensor,
     *,
     eps: float = 1e-6,
+    mrope_section: tuple[int, int, int] | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Normalise and rotate Q and K, store K and V into their pages, return Q as [T, Hq, D].
@@ -31,22 +45,58 @@ def qk_norm_rope(
     qkv: [T, (Hq + 2 Hkv) * D], heads of Q first, then K, then V
     q_weight, k_weight: [D], or both None for a model without qk-norm
     inv_freq: fp32 [R / 2], R <= D
-    positions: int [T]; slots: int [T], page * page_size + offset, or -1 to store nothing
+    positions: int [T]; with mrope_section int [3, T], a token's time, height and width, of which
+        frequency i takes axis i % 3 while i < 3 * mrope_section[i % 3], time from there on
+        (the interleaved order of Qwen3-VL); mrope_section adds up to R / 2
+    slots: int [T], page * page_size + offset, or -1 to store nothing
     k_pages, v_pages: [num_pages, Hkv, page_size, D], written in place
-    Raises ValueError for shapes that do not fit together.
+    k_scale, v_scale: fp32 [num_pages, Hkv, page_size], written in place, for pages of
+        float8_e4m3fn (see kernels/fp8.py) and only for them
+    Raises ValueError for shapes that do not fit together; the Triton form also for dtypes, strides
+    and devices other than it is made for.
     """
-    num_pages, kv_heads, page_size, head_dim = k_pages.shape
+    inputs = (qkv, q_weight, k_weight, inv_freq, positions, slots, k_pages, v_pages)
+    _check_shapes(*inputs, mrope_section, k_scale, v_scale)
+    run = pick("qk_norm_rope", impl, qkv.device, _FORMS)
+    return run(*inputs, eps=eps, mrope_section=mrope_section, k_scale=k_scale, v_scale=v_scale)
+
+
+def _check_shapes(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    inv_freq: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    mrope_section: tuple[int, int, int] | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    _, kv_heads, _, head_dim = k_pages.shape
     heads, rest = divmod(qkv.shape[-1], head_dim)
     check(qkv.ndim == 2 and rest == 0 and heads > 2 * kv_heads, "qkv must be [T, (Hq + 2 Hkv) * D]")
     check(v_pages.shape == k_pages.shape, "v_pages must have the shape of k_pages")
+    check(v_pages.dtype == k_pages.dtype, "v_pages must have the dtype of k_pages")
     check((q_weight is None) == (k_weight is None), "give both q_weight and k_weight, or neither")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         check(weight is None or weight.shape == (head_dim,), f"{name} must be [{head_dim}]")
     check(inv_freq.ndim == 1 and 2 * len(inv_freq) <= head_dim, "inv_freq must be [R/2], R <= D")
-    for name, index in (("positions", positions), ("slots", slots)):
-        check(index.shape == qkv.shape[:1], f"{name} must be [{qkv.shape[0]}]")
-    run = pick("qk_norm_rope", impl, qkv.device, {"eager": qk_norm_rope_ref})
-    return run(qkv, q_weight, k_weight, inv_freq, positions, slots, k_pages, v_pages, eps=eps)
+    tokens = len(qkv)
+    expected = [tokens] if mrope_section is None else [3, tokens]
+    check(list(positions.shape) == expected, f"positions must be {expected}")
+    check(slots.shape == (tokens,), f"slots must be [{tokens}]")
+    fits = mrope_section is None or sum(mrope_section) == len(inv_freq)
+    check(fits, "mrope_section must add up to R/2")
+    fp8 = k_pages.dtype == torch.float8_e4m3fn
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        check(
+            (scale is not None) == fp8, f"{name} goes with float8_e4m3fn pages and only with them"
+        )
+        if scale is not None:
+            fits = scale.dtype == torch.float32 and scale.shape == k_pages.shape[:-1]
+            check(fits, f"{name} must be fp32 {list(k_pages.shape[:-1])}")
 
 
 def qk_norm_rope_ref(
@@ -60,6 +110,9 @@ def qk_norm_rope_ref(
     v_pages: Tensor,
     *,
     eps: float,
+    mrope_section: tuple[int, int, int] | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """The definition. Rounds to qkv's dtype after the norm, its weight, and the rotation."""
     _, kv_heads, page_size, head_dim = k_pages.shape
@@ -68,15 +121,27 @@ def qk_norm_rope_ref(
     if q_weight is not None:
         q = _rms_norm(q, eps) * q_weight
         k = _rms_norm(k, eps) * k_weight
-    angle = positions[:, None, None].float() * inv_freq
+    angle = _positions_of_frequencies(positions, mrope_section)[:, None].float() * inv_freq
     cos, sin = angle.cos(), angle.sin()  # [T, 1, R/2]
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
 
     keep = slots >= 0
     page, offset = slots[keep] // page_size, slots[keep] % page_size
-    k_pages[page, :, offset] = k[keep].to(k_pages.dtype)
-    v_pages[page, :, offset] = v[keep].to(v_pages.dtype)
+    for x, pages, scale in ((k[keep], k_pages, k_scale), (v[keep], v_pages, v_scale)):
+        if scale is None:
+            pages[page, :, offset] = x.to(pages.dtype)
+        else:  # as bytes: not every device stores e4m3 by index
+            stored, scale[page, :, offset] = quantise_e4m3(x)
+            pages.view(torch.uint8)[page, :, offset] = stored.view(torch.uint8)
     return q
+
+
+def _positions_of_frequencies(positions: Tensor, section: tuple[int, int, int] | None) -> Tensor:
+    """[T, 1], or [T, R/2] where each frequency has the position on its own axis."""
+    if section is None:
+        return positions[:, None]
+    axis = [i % 3 if i < 3 * section[i % 3] else 0 for i in range(sum(section))]
+    return positions[axis].T
 
 
 def _rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -88,3 +153,229 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
+
+
+@triton.jit
+def load_heads(
+    token: tl.tensor,
+    head: tl.tensor,
+    columns: tl.tuple,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """First and second elements of the pairs of heads [BLOCK]: two tiles [BLOCK, PAIRS]."""
+    first, second, valid = columns
+    mask = (head < HEADS)[:, None] & valid
+    start = token + head[:, None] * HEAD_DIM
+    return tl.load(start + first, mask=mask, other=0), tl.load(start + second, mask=mask, other=0)
+
+
+@triton.jit
+def norm_rotate(
+    x: tl.tensor,
+    y: tl.tensor,
+    weight: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    eps: tl.tensor,
+    columns: tl.tuple,
+    HEAD_DIM: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The pairs (x, y) [BLOCK, PAIRS] normalised, weighted, turned, and rounded after each."""
+    first, second, valid = columns
+    dtype: tl.constexpr = x.dtype
+    if weight is not None:
+        x_weight = tl.load(weight + first, mask=valid, other=0)  # [PAIRS]
+        y_weight = tl.load(weight + second, mask=valid, other=0)
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x + y * y, axis=1) / HEAD_DIM + eps)[:, None]
+        x, y = (x * scale).to(dtype) * x_weight, (y * scale).to(dtype) * y_weight
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    return (x * cos - y * sin).to(dtype), (y * cos + x * sin).to(dtype)
+
+
+@triton.jit
+def store_heads(
+    out: tl.tensor,
+    scales: tl.tensor,
+    row: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    mask: tl.tensor,
+    columns: tl.tuple,
+    HEAD_DIM: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+) -> None:
+    """Store the pairs (x, y) [BLOCK, PAIRS] as rows [BLOCK] of `out`, with `scales` as e4m3."""
+    first, second, valid = columns
+    if scales is not None:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        scale = e4m3_scale(tl.maximum(magnitude_bits(x), magnitude_bits(y)))
+        tl.store(scales + row, scale, mask=mask)
+        inverse = tl.div_rn(1.0, scale)[:, None]
+        x, y = to_e4m3(x * inverse, NATIVE_FP8), to_e4m3(y * inverse, NATIVE_FP8)
+    out += row[:, None] * HEAD_DIM
+    mask = mask[:, None] & valid
+    tl.store(out + first, x.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + second, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def qk_norm_rope_kernel(
+    qkv: tl.tensor,
+    q_weight: tl.tensor,
+    k_weight: tl.tensor,
+    inv_freq: tl.tensor,
+    positions: tl.tensor,
+    slots: tl.tensor,
+    k_pages: tl.tensor,
+    v_pages: tl.tensor,
+    k_scale: tl.tensor,
+    v_scale: tl.tensor,
+    q_out: tl.tensor,
+    qkv_stride: tl.tensor,
+    axis_stride: tl.tensor,
+    eps: tl.tensor,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEIGHT: tl.constexpr,  # where frequencies of that axis end, or 0
+    WIDTH: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+) -> None:
+    """One token; BLOCK_Q heads of its Q, or BLOCK_KV of its K or V."""
+    Q_BLOCKS: tl.constexpr = (HEADS + BLOCK_Q - 1) // BLOCK_Q
+    KV_BLOCKS: tl.constexpr = (KV_HEADS + BLOCK_KV - 1) // BLOCK_KV
+    t = (tl.program_id(0) // (Q_BLOCKS + 2 * KV_BLOCKS)).to(tl.int64)
+    block = tl.program_id(0) % (Q_BLOCKS + 2 * KV_BLOCKS)
+    token = qkv + t * qkv_stride
+    columns = pair_columns(HEAD_DIM, ROTARY, PAIRS)
+    if block < Q_BLOCKS:
+        head = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        x, y = load_heads(token, head, columns, HEADS, HEAD_DIM)
+        cos, sin = cos_sin_of(inv_freq, positions + t, axis_stride, ROTARY, PAIRS, HEIGHT, WIDTH)
+        x, y = norm_rotate(x, y, q_weight, cos, sin, eps, columns, HEAD_DIM)
+        mask = head < HEADS
+        store_heads(q_out, None, t * HEADS + head, x, y, mask, columns, HEAD_DIM, NATIVE_FP8)
+        return
+    block -= Q_BLOCKS
+    head = block % KV_BLOCKS * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    slot = tl.load(slots + t).to(tl.int64)
+    mask = (head < KV_HEADS) & (slot >= 0)
+    row = (slot // PAGE_SIZE * KV_HEADS + head) * PAGE_SIZE + slot % PAGE_SIZE
+    token += HEADS * HEAD_DIM
+    if block < KV_BLOCKS:
+        x, y = load_heads(token, head, columns, KV_HEADS, HEAD_DIM)
+        cos, sin = cos_sin_of(inv_freq, positions + t, axis_stride, ROTARY, PAIRS, HEIGHT, WIDTH)
+        x, y = norm_rotate(x, y, k_weight, cos, sin, eps, columns, HEAD_DIM)
+        store_heads(k_pages, k_scale, row, x, y, mask, columns, HEAD_DIM, NATIVE_FP8)
+    else:
+        x, y = load_heads(token + KV_HEADS * HEAD_DIM, head, columns, KV_HEADS, HEAD_DIM)
+        store_heads(v_pages, v_scale, row, x, y, mask, columns, HEAD_DIM, NATIVE_FP8)
+
+
+def _qk_norm_rope_triton(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    inv_freq: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
+    eps: float,
+    mrope_section: tuple[int, int, int] | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    written = {"k_pages": k_pages, "v_pages": v_pages, "k_scale": k_scale, "v_scale": v_scale}
+    read = {"q_weight": q_weight, "k_weight": k_weight, "inv_freq": inv_freq, "slots": slots}
+    _check_layouts(qkv, positions, read | written)
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    tokens, heads = len(qkv), qkv.shape[1] // head_dim - 2 * kv_heads
+    q = qkv.new_empty(tokens, heads, head_dim)
+    if tokens == 0:
+        return q
+    chosen = _tiles_of(tokens, heads, kv_heads, head_dim, qkv.device)
+    blocks = triton.cdiv(heads, chosen["block_q"]) + 2 * triton.cdiv(kv_heads, chosen["block_kv"])
+    if k_scale is not None:  # as bytes: before sm_89 Triton has no type for e4m3
+        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
+    qk_norm_rope_kernel[(tokens * blocks,)](
+        qkv,
+        q_weight,
+        k_weight,
+        inv_freq,
+        positions,
+        slots,
+        k_pages,
+        v_pages,
+        k_scale,
+        v_scale,
+        q,
+        qkv_stride=qkv.stride(0),
+        axis_stride=positions.stride(0),
+        eps=eps,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        ROTARY=2 * len(inv_freq),
+        PAIRS=triton.next_power_of_2(head_dim // 2),
+        PAGE_SIZE=page_size,
+        HEIGHT=3 * mrope_section[1] if mrope_section else 0,
+        WIDTH=3 * mrope_section[2] if mrope_section else 0,
+        NATIVE_FP8=converts_e4m3(qkv.device),
+        BLOCK_Q=chosen["block_q"],
+        BLOCK_KV=chosen["block_kv"],
+        num_warps=chosen["num_warps"],
+    )
+    return q
+
+
+def _check_layouts(qkv: Tensor, positions: Tensor, others: dict[str, Tensor | None]) -> None:
+    """What the kernel takes for granted beyond shapes."""
+    given = {"positions": positions} | {name: x for name, x in others.items() if x is not None}
+    check(qkv.dtype in DTYPES, f"qkv must be fp32, bf16 or fp16, not {qkv.dtype}")
+    check(qkv.stride(1) == 1, "qkv must have neighbouring columns (stride 1)")
+    check(others["k_pages"].shape[-1] % 2 == 0, "k_pages must have an even head_dim")
+    allowed = dict.fromkeys(("q_weight", "k_weight"), (qkv.dtype,))
+    allowed |= dict.fromkeys(("positions", "slots"), (torch.int32, torch.int64))
+    allowed |= dict.fromkeys(("k_pages", "v_pages"), (*DTYPES, torch.float8_e4m3fn))
+    for name, x in given.items():
+        dtypes = allowed.get(name, (torch.float32,))
+        check(x.dtype in dtypes, f"{name} must be {' or '.join(map(str, dtypes))}, not {x.dtype}")
+        check(x.device == qkv.device, f"{name} must be on {qkv.device} like qkv, not {x.device}")
+        check(x.is_contiguous(), f"{name} must be contiguous")
+
+
+def _tiles_of(tokens: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Tiles:
+    """Heads of Q, and of K or V, per program, and its warps."""
+    few = tokens <= FEW_TOKENS
+
+    def rule(gpu: Gpu) -> Tiles:
+        # A warp's threads take 16 bytes of both halves at once: 512 elements. Few tokens are spread
+        # as thin as that; with many, two such loads in flight and 32 warps keep an SM at 64 KiB.
+        heads_at_once = max(1, 512 // triton.next_power_of_2(head_dim))
+        block = heads_at_once if few else 2 * heads_at_once
+        return {
+            "block_q": min(block, triton.next_power_of_2(heads)),
+            "block_kv": min(block, triton.next_power_of_2(kv_heads)),
+            "num_warps": 1,
+        }
+
+    size = f"T<={FEW_TOKENS}" if few else f"T>{FEW_TOKENS}"
+    return tiles("qk_norm_rope", f"{size} {heads}/{kv_heads} D{head_dim}", device, rule)
+
+
+def qk_norm_rope_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """What `python -m bench tune` measures."""
+    shapes = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 4))
+    return [{"block_q": m, "block_kv": min(m, 8), "num_warps": warps} for m, warps in shapes]
+
+
+_FORMS = {"eager": qk_norm_rope_ref, "triton": _qk_norm_rope_triton}
