@@ -40,7 +40,7 @@ def quantise_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def converts_e4m3(device: torch.device) -> bool:
-    """Whether kernels on `device` can leave e4m3 to the GPU; the interpreter would round wrongly."""
+    """Whether kernels on `device` may leave e4m3 to the GPU: the interpreter rounds it wrongly."""
     return gpu_of(device).arch >= 89 and not triton.knobs.runtime.interpret
 
 
@@ -90,3 +90,9 @@ def from_e4m3_bits(code: tl.tensor) -> tl.tensor:
     bits = code.to(tl.uint16)
     bits = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)
     return bits.to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
+def from_e4m3(code: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
+    """Bytes (uint8) of e4m3 to what converts exactly to 16-bit floats, see `converts_e4m3`."""
+    return code.to(tl.float8e4nv, bitcast=True) if NATIVE else from_e4m3_bits(code)

@@ -8,7 +8,11 @@ PAGE_SIZE = 64
 
 
 class KVCache:
-    """k, v: [layers, num_pages, kv_heads, page_size, head_dim]; one head's page is contiguous."""
+    """k, v: [layers, num_pages, kv_heads, page_size, head_dim]; one head's page is contiguous.
+
+    With dtype torch.float8_e4m3fn, k_scale and v_scale are fp32 [layers, num_pages, kv_heads,
+    page_size], one scale per token and head (kernels/fp8.py); with any other they are None.
+    """
 
     def __init__(
         self,
@@ -22,5 +26,8 @@ class KVCache:
         shape = (config.layers, num_pages, config.kv_heads, page_size, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k_scale = self.v_scale = None
+        if dtype == torch.float8_e4m3fn:
+            self.k_scale, self.v_scale = torch.zeros((2, *shape[:-1]), device=device)
         self.num_pages = num_pages
         self.page_size = page_size

@@ -1,0 +1,94 @@
+"""The Triton forms of silu_mul and quick_gelu against their definitions."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels._tiles import use_tiles
+from kernels.activation import quick_gelu, silu_mul
+from tests.errors import max_error
+
+BLOCK = 16
+# fp32: other exponentials. 16 bits: a value on the edge between two becomes the other one, which
+# silu_mul multiplies and rounds again.
+TOLERANCES = {torch.float32: 5e-7, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def draw(rows: int, width: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Inputs of silu_mul and of quick_gelu for results [rows, width]."""
+    return tuple((torch.randn(rows, n) * 4).to(device, dtype) for n in (2 * width, width))
+
+
+def both(gate_up: Tensor, x: Tensor, impl: str) -> list[Tensor]:
+    with use_tiles("silu_mul", block=BLOCK), use_tiles("quick_gelu", block=BLOCK):
+        return [silu_mul(gate_up, impl=impl), quick_gelu(x, impl=impl)]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [
+        (0, 16),  # no rows
+        (3, 0),  # no columns
+        (1, 1),
+        (3, 15),  # a tile less one
+        (3, 16),
+        (3, 17),  # a tile and one
+        (7, 53),  # primes, several tiles
+    ],
+)
+def test_values(rows: int, width: int, dtype: torch.dtype, triton_device: str):
+    """Every element, of its own row, with the gate first; nothing is left unwritten."""
+    inputs = draw(rows, width, dtype, triton_device)
+    kept = [tensor.clone() for tensor in inputs]
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    try:
+        got, want = both(*inputs, "triton"), both(*inputs, "eager")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for result, expected in zip(got, want, strict=True):
+        assert result.dtype == dtype
+        assert max_error(result, expected) <= TOLERANCES[dtype]
+        if dtype != torch.float32 and result.numel() > 100:
+            assert (result != expected).float().mean() < 0.01
+    assert all(map(torch.equal, inputs, kept))
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_own_tiles(rows: int, triton_device: str):
+    """The rule's tiles for few and for many rows."""
+    gate_up, x = draw(rows, 1030, torch.float32, triton_device)
+    if rows > 1:
+        gate_up, x = gate_up[:, :6].contiguous(), x[:, :3].contiguous()
+    for op, given in ((silu_mul, gate_up), (quick_gelu, x)):
+        assert max_error(op(given, impl="triton"), op(given, impl="eager")) <= 5e-7
+
+
+def test_rows_stand_alone(triton_device: str):
+    """A row's bits are the same alone, in any slot, and as part of wider tensors."""
+    gate_up, x = draw(5, 24, torch.float32, triton_device)
+    whole = both(gate_up, x, "triton")
+    wide = [torch.cat((tensor, tensor), 1)[:, tensor.shape[1] :] for tensor in (gate_up, x)]
+    assert all(map(torch.equal, whole, both(*wide, "triton")))
+    for i in range(5):
+        alone = both(gate_up[i : i + 1], x[i : i + 1], "triton")
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, whole, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # NumPy, of an exponential in the interpreter
+def test_extremes_stay_finite(triton_device: str):
+    """Guards against exp overflow becoming NaN where the sigmoid saturates."""
+    x = torch.tensor([[-1e4, -100.0, -0.0, 0.0, 100.0, 1e4]], device=triton_device)
+    silu, gelu = both(torch.cat((x, torch.ones_like(x)), 1), x, "triton")
+    assert torch.equal(silu, x.relu()) and torch.equal(gelu, x.relu())
+
+
+def test_bad_arguments_are_named(triton_device: str):
+    """What the kernels could not read is refused before any launch."""
+    turned = torch.zeros(4, 6, device=triton_device).t()
+    with pytest.raises(ValueError, match="silu_mul: gate_up must have neighbouring columns"):
+        silu_mul(turned, impl="triton")
+    with pytest.raises(ValueError, match="quick_gelu: x must have neighbouring columns"):
+        quick_gelu(turned, impl="triton")
