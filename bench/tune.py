@@ -5,10 +5,10 @@ A key may stand for several cases: the best candidate is right on all of them an
 geometric mean of its times over the fastest time of each case.
 """
 
-import importlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -61,9 +61,14 @@ def plans(cases: Sequence[Case], dtype: torch.dtype, gpu: Gpu) -> list[Plan]:
 
 
 def candidates(op: str, part: str, key: str, gpu: Gpu) -> list[Tiles]:
-    """What `<part>_candidates(key, gpu)` of the op's module offers; nothing if it has no such."""
-    offer = getattr(importlib.import_module(OPS[op].__module__), f"{part}_candidates", None)
-    return offer(key, gpu) if offer else []
+    """What `<part>_candidates(key, gpu)` offers; nothing if there is no such.
+
+    It stands in the op's module or in one whose name begins like it, if that has been imported.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith(OPS[op].__module__) and hasattr(module, f"{part}_candidates"):
+            return getattr(module, f"{part}_candidates")(key, gpu)
+    return []
 
 
 def tune(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[dict]:
@@ -159,8 +164,9 @@ class _Unfilled(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in ("randn", "full") and math.prod(args[0]) >= self.LARGE:
-            return torch.empty(args[0], dtype=kwargs["dtype"], device=kwargs["device"])
+        made = name == "randn" or (name == "full" and isinstance(args[1], float))
+        if made and math.prod(args[0]) >= self.LARGE:
+            return torch.empty(args[0], dtype=kwargs.get("dtype"), device=kwargs.get("device"))
         if name in ("mul_", "masked_fill_") and args[0].numel() >= self.LARGE:
             return args[0]
         return func(*args, **kwargs)

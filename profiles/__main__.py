@@ -108,7 +108,7 @@ def _add_static(command: argparse.ArgumentParser) -> None:
 
 def _show_static(found: list[dict], wrong: list[str]) -> None:
     header = ("op", "kernel", "sm", "dtype", "configuration", " registers", " spill B", " shared B")
-    header += (" programs/SM", "wgmma", "tma", " load B", "")
+    header += (" programs/SM", "wgmma", "tma", " load B", " by 16 B", "")
     figures = ("registers", "spill_bytes", "shared_bytes", "programs_per_sm")
     lines = [
         [
@@ -121,6 +121,7 @@ def _show_static(found: list[dict], wrong: list[str]) -> None:
             "yes" * bool(row["wgmma"]),
             "yes" * bool(row["tma"]),
             str(row["min_load_bytes"] or ""),
+            "" if row["wide_loads"] is None else f"{row['wide_loads']:.0%}",
             ", ".join(f"{count} {name}" for name, count in row.get("mix", {}).items()),
         ]
         for row in found

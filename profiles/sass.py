@@ -1,7 +1,8 @@
 """What the compiler made of a kernel: registers, spills, shared memory, occupancy, load widths.
 
-Registers and the stack come from the cubin (cuobjdump), the rest from PTX and Triton's metadata:
-ptxas neither widens nor narrows an access. `instruction_mix` reads the SASS itself (nvdisasm).
+Registers and the stack come from the cubin (cuobjdump); loads, wgmma and tma from PTX, whose
+accesses ptxas neither widens nor narrows; shared memory from Triton's metadata. `instruction_mix`
+reads the SASS itself (nvdisasm).
 """
 
 import re
@@ -21,8 +22,10 @@ REGISTERS_PARTITION, REGISTER_UNIT, PARTITIONS = 16384, 256, 4
 MAX_WARPS, MAX_PROGRAMS = 64, 32
 SHARED_UNIT, SHARED_RESERVED = 128, 1024
 
-# The bytes that loads of the narrowest width, and all narrower ones, carry at least to be counted.
+# What loads up to a width must carry of a thread's bytes for that width to be the narrowest.
 BULK_SHARE = 0.1
+WIDE = 16  # bytes; one instruction of a warp then asks for 512
+SCALAR_BYTES = {"i1": 1, "i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8}
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,15 @@ class Figures:
     programs_per_sm: int
     wgmma: bool  # matrix products by warp groups (sm_90)
     tma: bool  # bulk tensor copies (sm_90)
-    min_load_bytes: int | None  # see `min_load_bytes`
+    min_load_bytes: int | None  # of the narrowest loads that matter; None without loads
+    wide_loads: float | None  # the part of the loaded bytes that comes by 16 bytes or more
 
 
 def figures(kernel: CompiledKernel, gpu: Gpu) -> Figures:
     """The figures of `kernel`, compiled for `gpu`'s architecture."""
     used = resource_usage(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
+    loads = load_bytes(ptx, kernel.asm["ttgir"])
     shared = kernel.metadata.shared
     return Figures(
         registers=used["REG"],
@@ -50,7 +55,8 @@ def figures(kernel: CompiledKernel, gpu: Gpu) -> Figures:
         programs_per_sm=programs_per_sm(used["REG"], shared, kernel.metadata.num_warps, gpu),
         wgmma="wgmma.mma_async" in ptx,
         tma="cp.async.bulk.tensor" in ptx,
-        min_load_bytes=min_load_bytes(load_bytes(ptx)),
+        min_load_bytes=min_load_bytes(loads),
+        wide_loads=wide_loads(loads),
     )
 
 
@@ -69,11 +75,12 @@ def programs_per_sm(registers: int, shared_bytes: int, num_warps: int, gpu: Gpu)
     return min(by_registers, by_shared, MAX_WARPS // num_warps, MAX_PROGRAMS)
 
 
-def load_bytes(ptx: str) -> dict[int, int]:
-    """Bytes that the global loads in a thread's program text carry, by the loads' width in bytes.
+def load_bytes(ptx: str, ttgir: str) -> dict[int, int]:
+    """Bytes that a thread's program text loads from tensors, by the loads' width in bytes.
 
-    Each instruction counts once, in a loop or not. Copies to shared memory (cp.async) count, bulk
-    tensor copies do not: their width is the hardware's affair.
+    Each instruction counts once, in a loop or not. Copies to shared memory (cp.async) count. Bulk
+    tensor copies do not: their width is the hardware's affair. Nor do scalars (lengths, page
+    numbers), which every thread of a program loads from one address: Triton's own code tells them.
     """
     found: Counter[int] = Counter()
     for vector, bits in re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
@@ -81,14 +88,17 @@ def load_bytes(ptx: str) -> dict[int, int]:
         found[width] += width
     for width in re.findall(r"\bcp\.async\.c[ag]\.[^;]*?\],\s*\[[^]]*\],\s*(0x\w+|\d+)", ptx):
         found[int(width, 0)] += int(width, 0)
-    return dict(sorted(found.items()))
+    for kind in re.findall(r"\btt\.load .*: !tt\.ptr<(\w+)>", ttgir):
+        width = SCALAR_BYTES.get(kind, 1)
+        found[width] -= width
+    return {width: carried for width, carried in sorted(found.items()) if carried > 0}
 
 
 def min_load_bytes(loads: dict[int, int]) -> int | None:
     """The width of the narrowest loads that matter; None without loads.
 
-    Narrow loads that together carry less than BULK_SHARE of a thread's bytes (page numbers,
-    lengths, scales) are passed over; a tensor whose 16-byte loads fall apart carries more.
+    Loads up to a width matter if they carry BULK_SHARE of the bytes: the few narrow ones beside a
+    tensor's wide ones do not, a tensor whose wide loads fall apart does.
     """
     total, below = sum(loads.values()), 0
     for width, carried in sorted(loads.items()):
@@ -98,18 +108,25 @@ def min_load_bytes(loads: dict[int, int]) -> int | None:
     return None
 
 
+def wide_loads(loads: dict[int, int]) -> float | None:
+    """The part of the bytes that loads of at least WIDE bytes carry; None without loads."""
+    total = sum(loads.values())
+    wide = sum(carried for width, carried in loads.items() if width >= WIDE)
+    return round(wide / total, 2) if total else None
+
+
 MIX = {
     "wgmma": r"[HIQB]GMMA",
     "mma": r"[HIQBD]MMA",
     "TMA load": "UTMALDG",
     "TMA store": "UTMASTG",
-    "load 16": r"LDG\S*\.128",
-    "load 8": r"LDG\S*\.64",
-    "load 4": r"LDG(?!STS)(?!\S*\.(128|64|[US]8|[US]16))",
-    "load 1, 2": r"LDG\S*\.[US](8|16)",
-    "copy 16": r"LDGSTS\S*\.128",
-    "copy 8": r"LDGSTS\S*\.64",
-    "copy 4": r"LDGSTS(?!\S*\.(128|64))",
+    "load 16": r"LDG\.(\S*\.)?128\b",
+    "load 8": r"LDG\.(\S*\.)?64\b",
+    "load 1, 2": r"LDG\.\S*[US](8|16)\b",
+    "load 4": r"LDG\.",
+    "copy 16": r"LDGSTS\.(\S*\.)?128\b",
+    "copy 8": r"LDGSTS\.(\S*\.)?64\b",
+    "copy 4": r"LDGSTS\.",
     "store": "STG",
     "shared load": r"LDS",
     "shared store": r"STS",
@@ -127,7 +144,7 @@ def instruction_mix(cubin: bytes) -> dict[str, int]:
 
 
 def count_mix(instructions: list[str]) -> dict[str, int]:
-    """Of instruction names such as "LDG.E.128", those of each class; each name is of one class."""
+    """Of instruction names such as "LDG.E.128", those of each class: the first that fits a name."""
     counts = Counter(
         next((name for name, pattern in MIX.items() if re.match(pattern, instruction)), "other")
         for instruction in instructions

@@ -39,7 +39,9 @@ WORST = {
     "wgmma": min,
     "tma": min,
     "min_load_bytes": min,
+    "wide_loads": min,
 }
+WIDE_LOADS_SLACK = 0.1
 KEY = ("kernel", "arch", "dtype", "config")
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -122,9 +124,9 @@ def key_of(row: Row) -> tuple:
 def broken_rules(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
     """What is wrong with `rows`, a line for each.
 
-    Every row must compile, not spill, fit an SM and be known to the baseline. Against the baseline,
-    wgmma and tma must stay, loads stay as wide, and as many programs fit an SM; registers may move
-    as long as that holds. Of rows by another Triton only wgmma and tma count.
+    Every row must compile, fit an SM and be known to the baseline. Against the baseline, no spill
+    is new, wgmma and tma stay, loads stay as wide, and as many programs fit an SM; registers may
+    move as long as that holds. Of rows by another Triton only spills, wgmma and tma count.
     """
     before = {key_of(row): row for row in baseline}
     comparable = any(row["triton"] == triton.__version__ for row in baseline)
@@ -136,7 +138,9 @@ def broken_rules(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
         elif known:
             found = [*_unfit(row), *_worsened(row, known)]
         else:
-            found = [*_unfit(row), *["not in the baseline; --update puts it there"] * comparable]
+            new = {"spill_bytes": 0, "wgmma": False, "tma": False, "triton": None}
+            found = [*_unfit(row), *_worsened(row, new)]
+            found += ["not in the baseline; --update puts it there"] * comparable
         name = f"{row['kernel']}, sm_{row['arch']}, {row['dtype']}, {row['config']}"
         wrong += [f"{name}: {text}" for text in found]
     return wrong
@@ -154,8 +158,6 @@ def update(
 
 def _unfit(row: Row) -> Iterator[str]:
     limit = GPUS[row["arch"]].shared_bytes
-    if row["spill_bytes"]:
-        yield f"spills {row['spill_bytes']} bytes of each thread"
     if row["shared_bytes"] > limit:
         yield f"{row['shared_bytes']} bytes of shared memory, of {limit} that there are"
     elif not row["programs_per_sm"]:
@@ -163,11 +165,15 @@ def _unfit(row: Row) -> Iterator[str]:
 
 
 def _worsened(row: Row, known: Row) -> Iterator[str]:
-    compared = ["wgmma", "tma"]
+    """Figures of `row` that are worse than those `known`, before and after."""
+    if row["spill_bytes"] > known["spill_bytes"]:
+        yield f"spill_bytes {known['spill_bytes']} -> {row['spill_bytes']}"
+    at_least = {"wgmma": known["wgmma"], "tma": known["tma"]}
     if known["triton"] == row["triton"]:
-        compared += ["min_load_bytes", "programs_per_sm"]
-    for name in compared:
-        if (row[name] or 0) < (known[name] or 0):
+        at_least |= {name: known[name] or 0 for name in ("min_load_bytes", "programs_per_sm")}
+        at_least["wide_loads"] = (known["wide_loads"] or 0) - WIDE_LOADS_SLACK
+    for name, least in at_least.items():
+        if (row[name] or 0) < least:
             yield f"{name} {known[name]} -> {row[name]}"
 
 
@@ -234,7 +240,8 @@ def config_of(launch: Launch) -> str:
             parts.append(f"-{parameter.name}")
         elif parameter.is_constexpr:
             value = getattr(value, "value", value)  # of a tl.constexpr
-            parts.append(f"{parameter.name}={int(value) if isinstance(value, bool) else value}")
+            value = int(value) if isinstance(value, bool) else str(value).replace(" ", "")
+            parts.append(f"{parameter.name}={value}")
     given = {"num_warps": 4, "num_stages": 3} | given
     options = (f"{name}={value}" for name, value in given.items() if value is not None)
     return " ".join([*parts, *options])
