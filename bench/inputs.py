@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.fp8 import quantise_e4m3
 from kernels.prefix_plan import PlanNode, PrefixPlan
 
 Device = torch.device | str
@@ -124,21 +125,27 @@ def prefix_attention_inputs(
     kv_heads: int = 8,
     head_dim: int = 128,
     page_size: int = 64,
+    window: int = 0,
+    fp8: bool = False,
     return_lse: bool = False,
 ) -> dict:
-    """`return_lse` asks for the second result as well."""
+    """`return_lse` asks for the second result as well; `fp8` is pages of e4m3 with their scales."""
     draw = _Draw(seed, device, dtype)
     plan = prefix_plan(seed, device, forest=forest, page_size=page_size)
     unused = _unused(plan).to(device)[:, None, :, None]
     shape = (plan.num_pages, kv_heads, page_size, head_dim)
-    return {
+    made = {
         "q": draw(plan.num_rows, heads, head_dim),
         "k_pages": draw(*shape).masked_fill_(unused, math.nan),
         "v_pages": draw(*shape).masked_fill_(unused, math.nan),
         "plan": plan,
         "scale": head_dim**-0.5,
+        "window": window,
         "return_lse": return_lse,
     }
+    for name in ("k", "v") if fp8 else ():  # NaN stays NaN, in pages and scales
+        made[f"{name}_pages"], made[f"{name}_scale"] = quantise_e4m3(made[f"{name}_pages"])
+    return made
 
 
 def prefix_plan(

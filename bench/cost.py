@@ -1,0 +1,334 @@
+"""What prefix attention moves and how evenly, by arithmetic on any machine: `python -m bench cost`.
+
+The model repeats in NumPy what kernels/prefix_schedule.py does on the device: tiles on a line, an
+equal stretch of it for every program, a partial result for every pair of a tile and a program.
+No KV is allocated and nothing is launched. Program p is taken to run on SM p mod SMs.
+
+Floors hold the copy bandwidth and the matrix rate against the bytes that must cross the bus (every
+token once, q, the result) and the useful operations; both are the datasheet's unless a measured
+bandwidth is given, and no kernel reaches a datasheet's bandwidth.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from bench import show
+from bench.forests import Forest, grid, telling
+from bench.inputs import prefix_plan
+from bench.roofline import Roofline
+from kernels._tiles import A100, H200, Gpu, assume_gpu
+from kernels.prefix_attention_launch import cut_up
+from kernels.prefix_plan import PrefixPlan
+from kernels.prefix_schedule import Cut
+from model.config import PRESETS
+
+# Copy GB/s and bf16 TFLOP/s of the datasheets: H200 SXM; A100 SXM with 80 GB. Both dense.
+GPUS: dict[str, tuple[Gpu, float, float]] = {
+    "h200": (H200, 4800.0, 989.0),
+    "a100": (A100, 2039.0, 312.0),
+}
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the work depends on besides the tree."""
+
+    heads: int = PRESETS["step3-vl-10b"].decoder.heads
+    kv_heads: int = PRESETS["step3-vl-10b"].decoder.kv_heads
+    head_dim: int = PRESETS["step3-vl-10b"].decoder.head_dim
+    page_size: int = 64
+    dtype: torch.dtype = torch.bfloat16  # of q and the result
+    fp8: bool = False  # pages of one byte an element, and two fp32 scales per token and head
+    window: int = 0
+    invariant: bool = False
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token and one KV head."""
+        if self.fp8:
+            return 2 * (self.head_dim + FP32)
+        return 2 * self.head_dim * self.dtype.itemsize
+
+    @property
+    def mode(self) -> str:
+        return "batch-invariant" if self.invariant else "fp8" if self.fp8 else "fast"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A schedule. An item is what one program does of one tile for one KV head."""
+
+    counts: tuple[int, int]  # tiles of the larger size, which come first, and of the smaller
+    starts: np.ndarray  # [tiles + 1] prefix sums of their places
+    share: int  # places of one program
+    first_tile: np.ndarray  # [2, programs] within its size; -1 for a program with none of a size
+    work: np.ndarray  # [programs] places
+    tile: np.ndarray  # [items], as all below
+    program: np.ndarray
+    slot: np.ndarray  # of the partial result, within the tile's size
+    tokens: np.ndarray
+    vectors: np.ndarray  # that it leaves for the merge; 0 if it finishes them itself
+
+
+def cut_of(plan: PrefixPlan, shape: Shape, gpu: Gpu) -> Cut:
+    """How the launcher cuts `plan` up on `gpu`."""
+    q = torch.empty(0, shape.heads, shape.head_dim, dtype=shape.dtype, device="meta")
+    pages = torch.empty(0, shape.kv_heads, plan.page_size, shape.head_dim, device="meta")
+    pages = pages.to(torch.float8_e4m3fn if shape.fp8 else shape.dtype)
+    asks = SimpleNamespace(nodes=plan.nodes, schedule=lambda cut: cut)  # a cut instead of schedules
+    with assume_gpu(gpu):
+        cut, _ = cut_up(
+            asks, q, shape.heads, pages, window=shape.window, batch_invariant=shape.invariant
+        )
+    return cut
+
+
+def lay(plan: PrefixPlan, cut: Cut) -> Line:
+    """The schedule of `plan`, by arithmetic alone."""
+    tiles, counts = _tiles(plan, cut)
+    sight = [(begin.min(), end.max()) for begin, end in _of_tiles(plan, cut, tiles)]
+    first, end = np.array(sight, dtype=np.int64).reshape(-1, 2).T
+    first = first // cut.grain
+    grains = np.maximum(-(-end // cut.grain) - first, 0)
+    places = np.where(grains > 0, grains + cut.overhead, 0)
+    starts = np.concatenate([[0], np.cumsum(places)])
+    share = max(-(-cut.kv_heads * int(starts[-1]) // cut.programs), 1)
+
+    begins = _begins(cut, counts, starts)  # [kv_heads, tiles]
+    index, program, low, high = _items(cut, np.tile(places, cut.kv_heads), begins.ravel(), share)
+    head, tile = np.divmod(index, max(len(tiles), 1))
+    small = tile >= counts[0]
+    if cut.invariant:  # a slot for every place of the size
+        slot = begins.ravel()[index] + low - small * cut.kv_heads * starts[counts[0]]
+    else:
+        slot = head * np.array(counts)[small * 1] + tile - small * counts[0] + program
+    tokens = np.minimum((first[tile] + high) * cut.grain, end[tile])
+    finished = _alone(plan, tiles)[tile] & (high - low == grains[tile])
+    return Line(
+        counts=counts,
+        starts=starts,
+        share=share,
+        first_tile=_first_tiles(cut, counts, starts, share),
+        work=np.clip(cut.kv_heads * starts[-1] - share * np.arange(cut.programs), 0, share),
+        tile=tile,
+        program=program,
+        slot=slot,
+        tokens=tokens - (first[tile] + low) * cut.grain,
+        vectors=np.where(finished, 0, tiles[tile, 2] * cut.group),
+    )
+
+
+def cost(name: str, forest: Forest, shape: Shape, gpu: Gpu, best: Roofline) -> dict:
+    """The row of one tree: bytes, operations, items, balance, floors."""
+    plan = prefix_plan(0, "cpu", forest=forest, page_size=shape.page_size)
+    cut = cut_of(plan, shape, gpu)
+    line = lay(plan, cut)
+    shared, unshared, pairs = _tokens(plan, shape.window)
+    token_bytes = shape.kv_heads * shape.token_bytes
+    io_bytes = 2 * plan.num_rows * shape.heads * shape.head_dim * shape.dtype.itemsize
+    partial_bytes = 2 * int(line.vectors.sum()) * (shape.head_dim + 1) * FP32
+    flops = 4 * pairs * shape.heads * shape.head_dim
+
+    def floor(tokens: int, more_bytes: int = 0) -> float:
+        return best.floor_us(tokens * token_bytes + io_bytes + more_bytes, flops)
+
+    return {
+        "op": "prefix_attention",
+        "case": name,
+        "gpu": gpu.name,
+        "mode": shape.mode,
+        "kv_bytes": shared * token_bytes,
+        "kv_unshared_bytes": unshared * token_bytes,
+        "kv_loaded_bytes": int(line.tokens.sum()) * shape.token_bytes,
+        "partial_bytes": partial_bytes,
+        "io_bytes": io_bytes,
+        "flops": flops,
+        "items": len(line.tile),
+        "programs": cut.programs,
+        "balance_places": _balance(line.work, gpu),
+        "balance_bytes": _balance(np.bincount(line.program, line.tokens, cut.programs), gpu),
+        "floor_us": floor(shared),
+        "floor_with_partials_us": floor(shared, partial_bytes),
+        "floor_unshared_us": floor(unshared),
+        "saves": floor(unshared) / floor(shared),
+        "copy_gb_s": best.copy_gb_s,
+        "gemm_tflop_s": best.gemm_tflop_s,
+    }
+
+
+def table(gpu_name: str, copy_gb_s: float | None = None) -> Iterator[dict]:
+    """All rows: every tree in the fastest mode, then some trees in the other modes beside it."""
+    gpu, datasheet, tflop_s = GPUS[gpu_name]
+    best = Roofline(gpu.name, "bfloat16", copy_gb_s or datasheet, tflop_s)
+    source = {"copy_source": "given" if copy_gb_s else "datasheet"}
+    first = list(telling())
+    for name, forest in (*first, *grid()):
+        yield cost(name, forest, Shape(), gpu, best) | source | {"table": "grid"}
+    for name, forest in first:
+        for shape in (Shape(), Shape(invariant=True), Shape(fp8=True)):
+            yield cost(name, forest, shape, gpu, best) | source | {"table": "modes"}
+
+
+def display(rows: Sequence[dict]) -> None:
+    """The rows of `table` as two tables."""
+    header = (
+        "case",
+        " KV MB",
+        " unshared MB",
+        " loaded MB",
+        " partials MB",
+        " q, out MB",
+        " GFLOP",
+    )
+    header += (
+        " items",
+        " programs",
+        " balance",
+        " in bytes",
+        " floor us",
+        " unshared us",
+        " saves",
+    )
+    for which, title in (("grid", "the fastest mode"), ("modes", "modes beside each other")):
+        lines = [_line_of(row) for row in rows if row["table"] == which]
+        names = ("case", *header[1:]) if which == "grid" else ("case", "mode", *header[1:])
+        lines = [[line[0], *line[2:]] if which == "grid" else line for line in lines]
+        show.table(f"cost of prefix attention, {title} ({rows[0]['gpu']})", names, lines)
+    rates = f"{rows[0]['copy_gb_s']:,.0f} GB/s ({rows[0]['copy_source']})"
+    print(
+        f"floors: copy {rates}, matrix product {rows[0]['gemm_tflop_s']:,.0f} TFLOP/s (datasheet)"
+    )
+
+
+def _line_of(row: dict) -> list[str]:
+    sizes = ("kv", "kv_unshared", "kv_loaded", "partial", "io")
+    return [
+        row["case"],
+        row["mode"],
+        *(f"{row[f'{name}_bytes'] / 1e6:,.2f}" for name in sizes),
+        f"{row['flops'] / 1e9:,.2f}",
+        str(row["items"]),
+        str(row["programs"]),
+        f"{row['balance_places']:.3f}",
+        f"{row['balance_bytes']:.3f}",
+        f"{row['floor_us']:,.1f}",
+        f"{row['floor_unshared_us']:,.1f}",
+        f"{row['saves']:.2f}",
+    ]
+
+
+def _balance(work: np.ndarray, gpu: Gpu) -> float:
+    """Largest over mean work of the SMs."""
+    of_sm = work.reshape(-1, gpu.sms).sum(0)
+    return float(of_sm.max() / of_sm.mean()) if of_sm.any() else 1.0
+
+
+def _tiles(plan: PrefixPlan, cut: Cut) -> tuple[np.ndarray, tuple[int, int]]:
+    """Tiles (node, first row, rows) of the larger size, then of the smaller; how many of each."""
+    tiles: tuple[list, list] = ([], [])
+    for index, node in enumerate(plan.nodes):
+        rows = node.row_end - node.row_start
+        size = cut.size_of(rows)
+        for first in range(0, rows, max(cut.sizes[size] // cut.group, 1)):
+            many = min(cut.sizes[size] // cut.group, rows - first)
+            tiles[size].append((index, node.row_start + first, many))
+    counts = (len(tiles[0]), len(tiles[1]))
+    return np.array(tiles[0] + tiles[1], dtype=np.int64).reshape(-1, 3), counts
+
+
+Sight = tuple[np.ndarray, np.ndarray]  # of some rows: the first token that each sees, the end
+
+
+def _sights(plan: PrefixPlan, window: int) -> list[Sight]:
+    """Which tokens [begin, end) of each node its rows see; none where begin is not below end."""
+    ends, position, start, path = [], np.full(plan.num_rows, -1), [], []
+    for node, depth in zip(plan.nodes, plan.depths, strict=True):
+        row = np.arange(node.row_end - node.row_start)
+        ends.append(np.minimum(node.kv_len - node.num_new + row + 1, node.kv_len))
+        position[node.row_start : node.row_end] += ends[-1]
+        del path[depth:]
+        start.append(sum(path))
+        path.append(node.kv_len)
+    oldest = position - window + 1 if window else np.zeros_like(position)
+    return [
+        (np.maximum(oldest[node.row_start : node.row_end] - at * bool(window), 0), end)
+        for node, at, end in zip(plan.nodes, start, ends, strict=True)
+    ]
+
+
+def _of_tiles(plan: PrefixPlan, cut: Cut, tiles: np.ndarray) -> Iterator[Sight]:
+    sights = _sights(plan, cut.window)
+    for index, row, rows in tiles:
+        first = row - plan.nodes[index].row_start
+        begin, end = sights[index]
+        yield begin[first : first + rows], end[first : first + rows]
+
+
+def _begins(cut: Cut, counts: tuple[int, int], starts: np.ndarray) -> np.ndarray:
+    """Where each tile begins on the line, for every KV head [kv_heads, tiles]."""
+    middle, total = starts[counts[0]], starts[-1]
+    head = np.arange(cut.kv_heads)[:, None]
+    large = head * middle + starts[: counts[0]]
+    small = cut.kv_heads * middle + head * (total - middle) + starts[counts[0] : -1] - middle
+    return np.concatenate([large, small], axis=1)
+
+
+def _items(
+    cut: Cut, places: np.ndarray, begins: np.ndarray, share: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of every item: its tile, its program, the grains [low, high) of the tile."""
+    if cut.invariant:
+        index = np.repeat(np.arange(len(places)), places)
+        low = np.arange(len(index)) - np.repeat(np.cumsum(places) - places, places)
+        return index, (begins[index] + low) // share, low, low + 1
+    first, last = (begins + cut.overhead) // share, (begins + places - 1) // share
+    many = np.where(places > 0, last - first + 1, 0)
+    index = np.repeat(np.arange(len(places)), many)
+    program = first[index] + np.arange(len(index)) - np.repeat(np.cumsum(many) - many, many)
+    done = program * share - begins[index]  # places of the tile that lie behind the program
+    low = np.maximum(done - cut.overhead, 0)
+    return index, program, low, np.minimum(done + share, places[index]) - cut.overhead
+
+
+def _first_tiles(cut: Cut, counts: tuple[int, int], starts: np.ndarray, share: int) -> np.ndarray:
+    """The tile of each size in which each program starts."""
+    middle, total = int(starts[counts[0]]), int(starts[-1])
+    begin = np.arange(cut.programs) * share
+    found = []
+    for low, high, count in ((0, middle, 0), (middle, total, counts[0])):
+        place = np.maximum(begin, cut.kv_heads * low) - cut.kv_heads * low
+        has_any = (place < cut.kv_heads * (high - low)) & (begin + share > cut.kv_heads * low)
+        place = low + place % max(high - low, 1)
+        tile = np.searchsorted(starts[1:], place, side="right") - count
+        found.append(np.where(has_any, tile, -1))
+    return np.stack(found)
+
+
+def _alone(plan: PrefixPlan, tiles: np.ndarray) -> np.ndarray:
+    """Which tiles have rows that no other node serves."""
+    nodes = np.zeros(plan.num_rows, dtype=int)
+    for node in plan.nodes:
+        nodes[node.row_start : node.row_end] += 1
+    return np.array([nodes[row : row + rows].max() == 1 for _, row, rows in tiles], dtype=bool)
+
+
+def _tokens(plan: PrefixPlan, window: int) -> tuple[int, int, int]:
+    """Tokens in sight: each node once, each sequence by itself, and each row by itself."""
+    edges = np.unique([edge for node in plan.nodes for edge in (node.row_start, node.row_end)])
+    shared = unshared = pairs = 0
+    for node, (begin, end) in zip(plan.nodes, _sights(plan, window), strict=True):
+        seen = np.maximum(end - begin, 0)
+        if not seen.any():
+            continue
+        begin = np.where(seen > 0, begin, node.kv_len)
+        runs = edges[(edges >= node.row_start) & (edges < node.row_end)] - node.row_start
+        shared += int(end.max() - begin.min())
+        by_run = np.maximum.reduceat(end, runs) - np.minimum.reduceat(begin, runs)
+        unshared += int(np.maximum(by_run, 0).sum())
+        pairs += int(seen.sum())
+    return shared, unshared, pairs
