@@ -4,10 +4,21 @@ The noise is counter-based (Philox4x32-10), so that a row's token is a function 
 and position alone, whatever else is in the batch. No generator state is kept anywhere.
 """
 
+from functools import partial
+
 import torch
+import triton
 from torch import Tensor
 
 from kernels._launch import check, pick
+from kernels._tiles import Gpu, Tiles, tiles
+from kernels.sampling_triton import (
+    GROUP,
+    sample_cut_kernel,
+    sample_draw_kernel,
+    sample_pick_kernel,
+    sample_scan_kernel,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WORD = 0xFFFFFFFF  # the low 32 bits
@@ -147,7 +158,123 @@ def _truncate(z: Tensor, top_k: int, top_p: float) -> None:
         z.masked_fill_(wide < ordered.take(last), -torch.inf)
 
 
-_SAMPLE = {"eager": sample_ref}
+def sample_triton(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`sample` in two launches, in four with top_k or top_p; see sampling_triton.py."""
+    batch, vocab = logits.shape
+    _check_triton(logits)
+    greedy = temperature == 0
+    top_k = 0 if greedy or top_k >= vocab else top_k
+    top_p = 1.0 if greedy else top_p
+    truncated = top_k > 0 or top_p < 1
+    chosen = _scan_tiles(logits, "greedy" if greedy else "truncated" if truncated else "plain")
+    block = chosen["block"]
+    blocks = triton.cdiv(vocab, block)
+    empty = partial(torch.empty, device=logits.device)
+    tokens, logprobs = empty(batch, dtype=torch.int64), empty(batch, dtype=torch.float32)
+    peaks, sums = empty(batch, blocks), empty(2, batch, blocks)
+    winners = empty(batch, blocks, dtype=torch.int32)
+    maxima = empty(batch, blocks * (block // GROUP.value) if truncated else 0)
+    rows = {
+        "logits": logits,
+        "vocab": vocab,
+        "stride": logits.stride(0),
+        "inverse": 1 / (temperature or 1),
+        "peaks": peaks,
+        "blocks": blocks,
+        # z + noise rounds as in the definition: no fused multiply-adds but those written out.
+        "enable_fp_fusion": False,
+    }
+    noise = {
+        "seeds": seeds,
+        "positions": positions,
+        "seed_stride": seeds.stride(0),
+        "position_stride": positions.stride(0),
+    }
+    split = {"BLOCK": block, "num_warps": chosen["num_warps"]}
+    padded = triton.next_power_of_2(blocks)
+    if batch == 0:
+        return tokens, logprobs
+    sample_scan_kernel[(batch * blocks,)](
+        **rows, **noise, **split, sums=sums, maxima=maxima, winners=winners, size=peaks.numel(),
+        GREEDY=greedy, TRUNCATED=truncated, TEMPERED=top_k == 0 and top_p < 1,
+    )  # fmt: skip
+    if truncated:
+        cuts = _cut(rows, sums, maxima, padded, top_k, top_p)
+        sample_draw_kernel[(batch * blocks,)](
+            **rows, **noise, **split, cuts=cuts, winners=winners, BLOCKS=padded
+        )
+    sample_pick_kernel[(batch,)](
+        **rows, **noise, sums=sums, winners=winners, tokens=tokens, logprobs=logprobs,
+        BLOCKS=padded, GREEDY=greedy, num_warps=1,
+    )  # fmt: skip
+    return tokens, logprobs
+
+
+def _cut(rows: dict, sums: Tensor, maxima: Tensor, padded: int, top_k: int, top_p: float) -> Tensor:
+    """The depth of each row's cut, int32 [B]."""
+    batch, groups = maxima.shape
+    chosen = tiles("sample_cut", _dtype_name(rows["logits"]), maxima.device, _cut_rule)
+    cuts = maxima.new_empty(batch, dtype=torch.int32)
+    sample_cut_kernel[(batch,)](
+        **rows, sums=sums, maxima=maxima, cuts=cuts,
+        lists=torch.empty_like(maxima, dtype=torch.int32), top_k=top_k, top_p=top_p,
+        groups=groups, size=sums[0].numel(), BLOCKS=padded, GROUPS=triton.next_power_of_2(groups),
+        TILE=chosen["tile"], BY_COUNT=top_k > 0, BY_MASS=top_p < 1, num_warps=chosen["num_warps"],
+        maxnreg=65536 // (32 * chosen["num_warps"]),  # a program for each SM: do not spill for more
+    )  # fmt: skip
+    return cuts
+
+
+def _scan_tiles(logits: Tensor, work: str) -> Tiles:
+    """How rows are split: whatever the batch is, as a row's sums must not depend on its company."""
+    return tiles("sample_scan", f"{_dtype_name(logits)} {work}", logits.device, _scan_rule)
+
+
+def _scan_rule(gpu: Gpu) -> Tiles:
+    return {"block": 4096, "num_warps": 4}
+
+
+def _cut_rule(gpu: Gpu) -> Tiles:
+    return {"tile": 64, "num_warps": 16}
+
+
+def sample_scan_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """Blocks whose tokens stay in registers: 16 to 64 for each thread."""
+    return [
+        {"block": block, "num_warps": warps}
+        for block, warps in ((2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 4), (8192, 8))
+    ]
+
+
+def sample_cut_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """8 or 16 tokens for each thread, and few or many threads."""
+    return [
+        {"tile": tile, "num_warps": warps}
+        for tile, warps in ((32, 8), (64, 8), (64, 16), (128, 16))
+    ]
+
+
+def _dtype_name(logits: Tensor) -> str:
+    return str(logits.dtype).removeprefix("torch.")
+
+
+_SAMPLE = {"eager": sample_ref, "triton": sample_triton}
+
+
+def _check_triton(logits: Tensor) -> None:
+    vocab = logits.shape[1]
+    check(
+        logits.stride(1) == 1 or vocab == 1,
+        "sample: impl 'triton' needs rows of logits that are contiguous",
+    )
+    check(vocab <= 2**30, f"sample: impl 'triton' takes rows of at most 2^30 logits, not {vocab}")
 
 
 def _check_tensors(logits: Tensor, seeds: Tensor, positions: Tensor) -> None:

@@ -332,7 +332,6 @@ def test_shapes_and_strides():
         ("seeds", {"seeds": torch.zeros(2, dtype=torch.int64, device="meta")}),
         ("positions", {"positions": ints(1, 2, 3)}),
         ("positions", {"positions": torch.zeros(2, dtype=torch.int32)}),
-        ("does not exist", {"impl": "triton"}),
     ],
 )
 def test_bad_arguments_are_named(message, change):
