@@ -7,7 +7,7 @@ import triton.language as tl
 
 from kernels.fp8 import from_e4m3_bits, quantise_e4m3, to_e4m3_bits
 
-BLOCK = 1 << 16
+BLOCK = 1 << 12
 
 
 @triton.jit
@@ -40,16 +40,16 @@ def test_encode_is_torch_s_cast(triton_device: str):
     the fp32 there are, signs, subnormals, infinities and NaN included."""
     upper = torch.arange(1 << 13, dtype=torch.int64)[:, None] << 19
     lower = torch.tensor([0, 1, 2, 0x2AAAA, 0x40000, 0x7FFFE, 0x7FFFF])
-    x = (upper | lower).to(torch.uint32).view(torch.float32).flatten().to(triton_device)
+    x = (upper | lower).to(torch.int32).view(torch.float32).flatten().to(triton_device)
     assert torch.equal(encode(x), expected_code(x))
 
 
 @pytest.mark.gpu
 def test_encode_every_fp32():
-    """All 2^32 of them: ten seconds on a GPU."""
+    """All 2^32 of them."""
     for upper in range(1 << 8):
         low = torch.arange(1 << 24, dtype=torch.int64, device="cuda")
-        x = ((upper << 24) | low).to(torch.uint32).view(torch.float32)
+        x = ((upper << 24) | low).to(torch.int32).view(torch.float32)
         assert torch.equal(encode(x), expected_code(x))
 
 
