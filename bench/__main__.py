@@ -70,6 +70,7 @@ def run_tune(options: argparse.Namespace, device: torch.device) -> Iterator[dict
     """Measure the tile candidates and write the best into the GPU's table."""
     if not options.dry_run and device.type != "cuda":
         raise InputError("tune measures on a GPU and this is none; --dry-run lists the candidates")
+    tune.check_compiles()
     gpu = gpu_of(device)
     work = tune.plans(select(cases("cuda"), options.op, options.case), MAIN_DTYPE["cuda"], gpu)
     if options.dry_run:

@@ -2,7 +2,7 @@
 checked, timed beside each other in one run, and the best written to the GPU's table.
 
 A key may stand for several cases: the best candidate is right on all of them and has the smallest
-geometric mean of its times over the fastest time of each case.
+geometric mean of its times.
 """
 
 import json
@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+import triton
+from torch.overrides import TorchFunctionMode
 
 from bench import rows, show
 from bench.cases import OPS, Case
@@ -27,6 +28,7 @@ from kernels import _tiles
 from kernels._compile import launches_recorded
 from kernels._launch import ImplError
 from kernels._tiles import Gpu, Tiles, record_tiles, use_tiles
+from model.terminal import InputError
 
 BUDGET_S = 0.2  # of timing, for each candidate on each case
 Key = tuple[str, str]  # what asks for tiles, an op or a part of one, and the class of its inputs
@@ -60,6 +62,12 @@ def plans(cases: Sequence[Case], dtype: torch.dtype, gpu: Gpu) -> list[Plan]:
     ]
 
 
+def check_compiles() -> None:
+    """Raise InputError where Triton interprets: launches would run instead of being recorded."""
+    if triton.knobs.runtime.interpret:
+        raise InputError("TRITON_INTERPRET is set: unset it, Triton would not compile here")
+
+
 def candidates(op: str, part: str, key: str, gpu: Gpu) -> list[Tiles]:
     """What `<part>_candidates(key, gpu)` offers; nothing if there is no such.
 
@@ -82,17 +90,11 @@ def tune(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[dict]:
 
 def choose(made: Sequence[dict]) -> Tiles | None:
     """The best tiles by the rows of one key: None if none are right on all cases."""
-    fastest: dict[str, float] = {}
-    for row in made:
-        if not row["failure"]:
-            case = row["case"]
-            fastest[case] = min(row["median_us"], fastest.get(case, math.inf))
     scores = []
     for tiles in _unique([row["tiles"] for row in made]):
         of_tiles = [row for row in made if row["tiles"] == tiles]
         if not any(row["failure"] for row in of_tiles):
-            slower = [math.log(row["median_us"] / fastest[row["case"]]) for row in of_tiles]
-            scores.append((sum(slower), tiles))
+            scores.append((sum(math.log(row["median_us"]) for row in of_tiles), tiles))
     return min(scores, key=lambda scored: scored[0])[1] if scores else None
 
 
@@ -158,17 +160,19 @@ def unfilled() -> Iterator[None]:
         yield
 
 
-class _Unfilled(TorchDispatchMode):
+class _Unfilled(TorchFunctionMode):
     LARGE = 1 << 20
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
         kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
+        name = func.__name__
         made = name == "randn" or (name == "full" and isinstance(args[1], float))
         if made and math.prod(args[0]) >= self.LARGE:
             return torch.empty(args[0], dtype=kwargs.get("dtype"), device=kwargs.get("device"))
         if name in ("mul_", "masked_fill_") and args[0].numel() >= self.LARGE:
             return args[0]
+        if name == "contiguous" and args[0].numel() >= self.LARGE:
+            return torch.empty_like(args[0], **kwargs)
         return func(*args, **kwargs)
 
 

@@ -17,6 +17,7 @@ import triton
 from bench import rows, show
 from bench.cases import OPS
 from bench.ops import device_named
+from bench.tune import check_compiles
 from model.terminal import InputError, Parser, run_command
 from profiles import static
 from profiles.record import Outcome, record, select, tasks
@@ -46,8 +47,7 @@ def run_record(options: argparse.Namespace) -> int:
 
 def run_static(options: argparse.Namespace) -> int:
     """Compile, compare with the baseline or replace it; 1 if a row broke a rule."""
-    if triton.knobs.runtime.interpret:
-        raise InputError("TRITON_INTERPRET is set: unset it, Triton would not compile here")
+    check_compiles()
     if options.update and options.quick:
         raise InputError("--update replaces all rows of an op: leave --quick out")
     for op in options.op:

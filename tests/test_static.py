@@ -185,6 +185,7 @@ def test_update_replaces_what_was_compiled():
         ("copy", 90, "new"),
         ("product", 90, "BLOCK=1024"),
     ]
+    assert update([other, gone], [new], [], [80, 90]) == update([], [new], [], [80, 90])
 
 
 @pytest.mark.parametrize(
@@ -195,6 +196,7 @@ def test_update_replaces_what_was_compiled():
         (32, 0, 4, H200, 16),
         (33, 0, 4, H200, 12),  # registers are given in units of 256 to a warp
         (128, 0, 4, A100, 4),
+        (80, 0, 1, A100, 24),  # six warps to a partition, not 25 to the SM
         (168, 0, 4, A100, 3),
         (169, 0, 4, A100, 2),
         (255, 0, 8, A100, 1),  # two warps to a partition

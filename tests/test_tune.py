@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+import triton
 
 from bench import numerics, rows, tune
 from bench.__main__ import main
 from bench.cases import OPS, Case
 from bench.timing import Timing
-from kernels import _tiles
+from kernels import _launch, _tiles
 from kernels._launch import pick
 from kernels._tiles import H200, Gpu, tiles
 from model.terminal import InputError
@@ -53,6 +54,8 @@ CASES = [case(8), case(40), case(400), case(8, "plain")]
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """The ops above alone, an empty folder of tables and results, and times by decree."""
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(_launch, "_interpreting", lambda: True)  # there are no kernels to compile
     monkeypatch.setattr(_tiles, "TABLES", tmp_path / "tuned")
     monkeypatch.setattr(rows, "ROOT", tmp_path)
     for op in list(OPS):
@@ -84,7 +87,9 @@ def decreed(candidates, *, device, sets, budget_s):
     timings = {}
     for name, call in candidates.items():
         used.clear()
-        lengths = {len(call(index)) for index in range(sets)}
+        results = [call(index) for index in range(sets)]
+        assert len({float(result[0]) for result in results}) == sets  # of inputs of their own
+        lengths = {len(result) for result in results}
         blocks = {chosen["block"] for chosen in used}
         assert len(lengths) == len(blocks) == 1 and len(used) == sets
         us = MICROSECONDS.get((lengths.pop(), blocks.pop()), 1.0)
@@ -200,12 +205,19 @@ def test_without_a_gpu_it_says_so(toy):
         main(["tune", "--op", "double", "--device", "cpu"])
 
 
+def test_where_triton_interprets_it_says_so(toy, monkeypatch):
+    """Guards the search for keys: there, recorded launches would run, for hours."""
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    with pytest.raises(InputError, match="TRITON_INTERPRET is set"):
+        main(["tune", "--dry-run"])
+
+
 def test_unfilled_leaves_large_tensors_alone():
     """Guards the dry run's memory: a large cache is allocated, not written; small tensors, whose
     values decide what an op does, are."""
     with tune.unfilled():
         small = torch.full((8,), 3.0).mul_(2)
-        large = torch.randn(1 << 20, 1 << 8, dtype=torch.bfloat16).mul_(2)
+        large = torch.randn((1 << 20, 1 << 8), dtype=torch.bfloat16).mul_(2)
         cache = torch.full((1 << 20, 1 << 8), math.nan).masked_fill_(torch.tensor(True), 1.0)
     assert small.tolist() == [6.0] * 8
     assert (large.shape, large.dtype) == ((1 << 20, 1 << 8), torch.bfloat16)
