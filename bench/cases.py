@@ -10,8 +10,9 @@ from functools import partial
 
 import torch
 
-from bench import inputs
+from bench import cost, forests, inputs
 from bench.inputs import Node, fork
+from bench.peers import CPU_PEERS, CUDA_PEERS
 from kernels.activation import quick_gelu, silu_mul
 from kernels.norm import layer_norm, rms_norm
 from kernels.prefix_attention import prefix_attention
@@ -19,7 +20,7 @@ from kernels.projector import output_tokens, projector
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.sampling import sample
 from kernels.vision_attention import vision_attention
-from model.config import PRESETS
+from model.config import PRESETS, Config
 
 OPS: dict[str, Callable] = {
     "prefix_attention": prefix_attention,
@@ -38,47 +39,53 @@ BIG, TINY = PRESETS["step3-vl-10b"], PRESETS["tiny"]
 SMOLLM2 = PRESETS["smollm2-135m"]
 DECODE_ROWS = (1, 16, 64, 256)
 Grid = tuple[int, int]
+Heads = tuple[int, int, int]  # query heads, KV heads, head_dim
+WIDE: Heads = (64, 1, 256)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. `values` counts what must cross the memory bus, in elements."""
+    """One op at one shape.
+
+    What must cross the memory bus is `values` elements of the case's dtype and `fixed_bytes` of
+    other types, as FP8 pages and their scales are.
+    """
 
     op: str
     name: str
     inputs: Callable[[int, torch.device, torch.dtype], dict]  # (seed, device, dtype) -> kwargs
     values: int
     flops: int
-    peers: tuple[str, ...] = ()  # comparators in bench/peers.py
+    peers: tuple[str, ...] = ()  # comparators in bench/peers
+    fixed_bytes: int = 0
+    modes: tuple[str, ...] = ()  # of the op's Triton form, beside the fastest
 
     def bytes(self, dtype: torch.dtype) -> int:
-        return self.values * dtype.itemsize
+        return self.values * dtype.itemsize + self.fixed_bytes
 
 
-def cases(device_type: str) -> list[Case]:
-    """The op table of a kind of device, "cuda" or "cpu": most telling first."""
-    return [*_cuda_cases()] if device_type == "cuda" else [*_cpu_cases()]
+def cases(device_type: str, grid: bool = False) -> list[Case]:
+    """The op table of a kind of device, "cuda" or "cpu": most telling first.
+
+    With `grid` the rest of prefix attention's grid follows, for a GPU only.
+    """
+    if device_type == "cpu":
+        return [*_cpu_cases()]
+    return [*_cuda_cases(), *_grid_cases()] if grid else [*_cuda_cases()]
 
 
 def _cuda_cases() -> Iterator[Case]:
-    for batch, prefix, suffix in (
-        (16, 2048, 128),
-        (16, 2048, 512),
-        (32, 4096, 512),
-        (64, 8192, 1024),
-        (64, 512, 128),
-        (64, 2048, 8192),
-        (16, 32768, 2048),
-    ):
-        yield _prefix(f"B{batch} P{prefix} S{suffix}", [fork(prefix, [suffix] * batch)])
-    yield _prefix("4 x (B16 P2048 S512)", [fork(2048, [512] * 16)] * 4)
-    yield _prefix("ragged B32 P2048 S64..1056", [fork(2048, range(64, 1088, 32))])
-    yield _prefix("two levels P2048 4 x (1024 + 8 x 256)", [_two_levels(2048, 4, 1024, 8, 256)])
-    yield _prefix("10 x (4000 + 400)", [fork(4000, [400] * 10)])
-    yield _prefix("256 x (256 + 32)", [fork(256, [32] * 256)])
-    yield _prefix("1024 x (2048 + 32)", [fork(2048, [32] * 1024)])
+    for name, forest in forests.telling():
+        yield _prefix(name, forest)
+    for point in ((16, 2048, 512), (32, 4096, 512)):
+        name, forest = forests.rollouts(*point)
+        yield _prefix(f"{name} fp8", forest, fp8=True)
+        yield _prefix(f"{name} window 512", forest, window=512)
+        yield _prefix(f"{name} 64/1 heads of 256", forest, heads=WIDE)
+    yield _prefix("B32 P4096 S512 fp8 window 512", forest, fp8=True, window=512)
     yield _prefix("prefill 2048", [Node(2048, new=2048)])
     yield _prefix("prefill 2048 behind 8192", [Node(10240, new=2048)])
+    yield _prefix("prefill 2048 behind 8192 fp8", [Node(10240, new=2048)], fp8=True)
     for rows in (*DECODE_ROWS, 4096):
         yield _qk_norm_rope(rows)
         yield _rms_norm(rows, BIG.decoder.hidden)
@@ -94,11 +101,19 @@ def _cuda_cases() -> Iterator[Case]:
         yield _projector(grids, vision.width, BIG.decoder.hidden)
 
 
+def _grid_cases() -> Iterator[Case]:
+    for name, forest in forests.grid():
+        yield _prefix(name, forest)
+    name, forest = forests.rollouts(64, 8192, 1024)
+    yield _prefix(f"{name} fp8", forest, fp8=True)
+
+
 def _cpu_cases() -> Iterator[Case]:
-    yield _prefix("B16 P2048 S128", [fork(2048, [128] * 16)])
-    yield _prefix("4 x (B4 P512 S64)", [fork(512, [64] * 4)] * 4)
-    yield _prefix("smollm2 B16 P1500 S64", [fork(1500, [64] * 16)], SMOLLM2.name)
-    yield _prefix("prefill 128 behind 896", [Node(1024, new=128)])
+    yield _prefix("B16 P2048 S128", [fork(2048, [128] * 16)], peers=CPU_PEERS)
+    yield _prefix("4 x (B4 P512 S64)", [fork(512, [64] * 4)] * 4, peers=CPU_PEERS)
+    forest = [fork(1500, [64] * 16)]
+    yield _prefix("smollm2 B16 P1500 S64", forest, heads=_heads(SMOLLM2), peers=CPU_PEERS)
+    yield _prefix("prefill 128 behind 896", [Node(1024, new=128)], peers=CPU_PEERS)
     for rows in DECODE_ROWS:
         yield _qk_norm_rope(rows)
         yield _rms_norm(rows, BIG.decoder.hidden)
@@ -118,8 +133,16 @@ def numerics_cases() -> list[Case]:
     tree = Node(70, children=(Node(0, children=(Node(1, new=1), Node(129, new=2))), Node(64)))
     forest = [fork(130, [1, 63, 64, 65]), tree, Node(5, new=5), Node(100, new=37)]
     return [
-        _prefix("ragged forest", forest, return_lse=True),
-        _prefix("smollm2 ragged forest", forest, SMOLLM2.name, return_lse=True),
+        *(
+            _prefix(name, forest, return_lse=True, peers=(), **options)
+            for name, options in {
+                "ragged forest": {},
+                "smollm2 ragged forest": {"heads": _heads(SMOLLM2)},
+                "ragged forest fp8": {"fp8": True},
+                "ragged forest window 70": {"window": 70},
+                "64/1 heads of 256, fp8, window 70": {"heads": WIDE, "fp8": True, "window": 70},
+            }.items()
+        ),
         _qk_norm_rope(67, skip=3),
         _qk_norm_rope(5, SMOLLM2.name),
         _rms_norm(7, 4096),
@@ -136,31 +159,45 @@ def numerics_cases() -> list[Case]:
     ]
 
 
-def _two_levels(prefix: int, forks: int, middle: int, leaves: int, suffix: int) -> Node:
-    return Node(prefix, children=tuple(fork(middle, [suffix] * leaves) for _ in range(forks)))
+def _heads(model: Config) -> Heads:
+    return model.decoder.heads, model.decoder.kv_heads, model.decoder.head_dim
 
 
 def _prefix(
-    name: str, forest: Sequence[Node], preset: str = BIG.name, return_lse: bool = False
+    name: str,
+    forest: Sequence[Node],
+    *,
+    heads: Heads | None = None,
+    peers: tuple[str, ...] = CUDA_PEERS,
+    **options: object,
 ) -> Case:
-    config = PRESETS[preset].decoder
-    nodes = [node for root in forest for node in root.walk()]
-    q = sum(root.rows for root in forest) * config.heads * config.head_dim
-    kv = 2 * sum(node.tokens for node in nodes) * config.kv_heads * config.head_dim
-    visible = sum(
-        node.rows * node.tokens - node.new * (node.new - 1) // 2 for node in nodes
-    )  # a new token does not see those behind it
-    shape = {"heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim}
+    """`options` are those of the inputs: window, fp8, return_lse."""
+    q_heads, kv_heads, dim = heads or _heads(BIG)
+    shape = {"heads": q_heads, "kv_heads": kv_heads, "head_dim": dim}
+    fp8 = options.get("fp8", False)
+    tokens, pairs = _in_sight(forest, options.get("window", 0))
+    q = sum(root.rows for root in forest) * q_heads * dim
+    kv = 2 * tokens * kv_heads
     return Case(
         op="prefix_attention",
         name=name,
-        inputs=partial(
-            inputs.prefix_attention_inputs, forest=tuple(forest), return_lse=return_lse, **shape
-        ),
-        values=2 * q + kv,
-        flops=4 * visible * config.heads * config.head_dim,
-        peers=() if return_lse else ("sdpa", "sdpa-reuse"),
+        inputs=partial(inputs.prefix_attention_inputs, forest=tuple(forest), **shape, **options),
+        values=2 * q + (0 if fp8 else kv * dim),
+        fixed_bytes=kv * (dim + 4) if fp8 else 0,
+        flops=4 * pairs * q_heads * dim,
+        peers=peers,
+        modes=("triton-invariant",),
     )
+
+
+def _in_sight(forest: Sequence[Node], window: int) -> tuple[int, int]:
+    """Tokens that some row sees, and pairs of a row and a token that it sees."""
+    if window:
+        shared, _, pairs = cost.tokens(inputs.prefix_plan(0, "cpu", forest=forest), window)
+        return shared, pairs
+    nodes = [node for root in forest for node in root.walk() if node.rows]
+    pairs = sum(node.rows * node.tokens - node.new * (node.new - 1) // 2 for node in nodes)
+    return sum(node.tokens for node in nodes), pairs  # a new token does not see those behind it
 
 
 def _qk_norm_rope(rows: int, preset: str = BIG.name, skip: int = 0) -> Case:

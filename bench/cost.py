@@ -128,7 +128,7 @@ def cost(name: str, forest: Forest, shape: Shape, gpu: Gpu, best: Roofline) -> d
     plan = prefix_plan(0, "cpu", forest=forest, page_size=shape.page_size)
     cut = cut_of(plan, shape, gpu)
     line = lay(plan, cut)
-    shared, unshared, pairs = _tokens(plan, shape.window)
+    shared, unshared, pairs = tokens(plan, shape.window)
     token_bytes = shape.kv_heads * shape.token_bytes
     io_bytes = 2 * plan.num_rows * shape.heads * shape.head_dim * shape.dtype.itemsize
     partial_bytes = 2 * int(line.vectors.sum()) * (shape.head_dim + 1) * FP32
@@ -317,7 +317,7 @@ def _alone(plan: PrefixPlan, tiles: np.ndarray) -> np.ndarray:
     return np.array([nodes[row : row + rows].max() == 1 for _, row, rows in tiles], dtype=bool)
 
 
-def _tokens(plan: PrefixPlan, window: int) -> tuple[int, int, int]:
+def tokens(plan: PrefixPlan, window: int) -> tuple[int, int, int]:
     """Tokens in sight: each node once, each sequence by itself, and each row by itself."""
     edges = np.unique([edge for node in plan.nodes for edge in (node.row_start, node.row_end)])
     shared = unshared = pairs = 0

@@ -45,18 +45,24 @@ TOLERANCES: dict[str, tuple[Error, Error]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst errors over an op's results, and what is wrong with them, if anything is."""
+    """The worst errors over an op's results; what is wrong with them, or why there are none."""
 
     max_err: float
     rms_err: float
     failure: str | None
+    skipped: str | None = None
 
 
 def form(op: str, name: str) -> Peer:
-    """An implementation of `op`, or a peer, as a function from inputs to the call."""
+    """An implementation of `op`, or a peer, as a function from inputs to the call.
+
+    "triton-invariant" is the Triton form in its batch-invariant mode.
+    """
     if name in PEERS:
         return PEERS[name]
-    return lambda inputs: partial(OPS[op], **inputs, impl=name)
+    impl, _, mode = name.partition("-")
+    options = {"batch_invariant": True} if mode == "invariant" else {}
+    return lambda inputs: partial(OPS[op], **inputs, impl=impl, **options)
 
 
 def reference(case: Case, inputs: dict) -> list[Tensor]:
@@ -130,7 +136,9 @@ def _results(case: Case, run: Peer, inputs: dict, dtype: torch.dtype | None = No
 def _copy(value: object, dtype: torch.dtype | None) -> object:
     if not isinstance(value, Tensor):
         return value
-    return value.to(dtype if value.is_floating_point() else None, copy=True)
+    # FP8 pages stay what they are: their values are exact in every wider type.
+    wide = value.is_floating_point() and value.dtype.itemsize > 1
+    return value.to(dtype if wide else None, copy=True)
 
 
 @contextmanager

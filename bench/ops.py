@@ -1,16 +1,20 @@
 """The op table: every form of an op checked, then timed beside the others, as rows.
 
-A form whose numbers are wrong is not timed: its row says why in `failure` and has no times.
+A form whose numbers are wrong is not timed: its row says why in `failure` and has no times. A peer
+that is not installed or cannot take a case, and a case that the device has no memory for, have a
+row that says so in `skipped`.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from bench.cases import OPS, Case
 from bench.numerics import Verdict, form, judge, reference
+from bench.peers import Unavailable, version
 from bench.rows import measured, with_speedups
 from bench.timing import Timing, measure, sets_for
 from kernels._launch import IMPLS, ImplError
@@ -18,6 +22,7 @@ from model.terminal import InputError
 
 MAIN_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NOT_RUN = Verdict(math.nan, math.nan, None)
 TIMED_DTYPES = {"cpu": (torch.float32,), "cuda": DTYPES}
 
 
@@ -54,7 +59,10 @@ def check_case(
 
     The forms are `impls`, or all that exist. Raises ImplError if one of `impls` does not.
     """
-    verdicts = _verdicts(case, device, dtype, impls or IMPLS, required=bool(impls))
+    if reason := _too_large(case, device, dtype):
+        return [_row(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
+    names = impls or _forms(case, device)
+    verdicts = _verdicts(case, device, dtype, names, required=bool(impls))
     return [_row(case, name, device, dtype, verdict) for name, verdict in verdicts.items()]
 
 
@@ -70,19 +78,38 @@ def time_case(
     The forms are `impls`, or all that exist and all peers; `budget_s` seconds of timing are shared
     by all of them. Raises ImplError if one of `impls` does not exist.
     """
-    names = impls or (*IMPLS, *case.peers)
+    if reason := _too_large(case, device, dtype):
+        return [_row(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
+    names = impls or (*_forms(case, device), *case.peers)
     verdicts = _verdicts(case, device, dtype, names, required=bool(impls))
-    good = [name for name, verdict in verdicts.items() if not verdict.failure]
-    timings: dict[str, Timing] = {}
-    try:
-        timings = _timings(case, good, device, dtype, budget_s)
-    except Exception as error:  # say so in the rows of all: they were timed together
-        verdicts |= {name: replace(verdicts[name], failure=one_line(error)) for name in good}
+    timings = _timings(case, verdicts, device, dtype, budget_s)
     rows = [
         _row(case, name, device, dtype, verdict, timings.get(name))
         for name, verdict in verdicts.items()
     ]
     return with_speedups(rows)
+
+
+def needed_bytes(case: Case, device: torch.device, dtype: torch.dtype) -> int:
+    """Memory that a case takes, peers aside: its inputs with a copy of them in fp32 while numbers
+    are checked, then one set of inputs beside the other. A tenth more for what is not counted."""
+    once = case.bytes(dtype)
+    checked = once * (1 + 4 / dtype.itemsize)
+    return int(1.1 * max(checked, sets_for(once, device) * once))
+
+
+def _too_large(case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the device cannot hold the case. What a CPU's memory holds is not asked."""
+    if device.type != "cuda":
+        return None
+    needed = needed_bytes(case, device, dtype)
+    there = torch.cuda.get_device_properties(device).total_memory
+    return f"needs {needed / 1e9:.0f} GB, the GPU has {there / 1e9:.0f}" if needed > there else None
+
+
+def _forms(case: Case, device: torch.device) -> tuple[str, ...]:
+    """The op's forms; not Triton's interpreter on a CPU, which is for tests: its bf16 is wrong."""
+    return (*IMPLS, *case.modes) if device.type == "cuda" else IMPLS[:2]
 
 
 def _verdicts(
@@ -91,28 +118,73 @@ def _verdicts(
     """What `judge` says of each form; forms that do not exist are left out unless `required`."""
     inputs = case.inputs(0, device, dtype)
     expected = reference(case, inputs)
-    verdicts = {}
+    found = {}
     for name in names:
         try:
-            verdicts[name] = judge(case, form(case.op, name), inputs, expected)
+            found[name] = judge(case, form(case.op, name), inputs, expected)
         except ImplError:
             if required:
                 raise
         except Exception as error:  # a broken form must not hide the others
-            verdicts[name] = Verdict(math.nan, math.nan, one_line(error))
-    return verdicts
+            found[name] = _stopped(error)
+    return found
 
 
 def _timings(
-    case: Case, names: Sequence[str], device: torch.device, dtype: torch.dtype, budget_s: float
+    case: Case,
+    found: dict[str, Verdict],
+    device: torch.device,
+    dtype: torch.dtype,
+    budget_s: float,
 ) -> dict[str, Timing]:
-    if not names:
+    """Times of the forms and peers with right numbers; why there are none is put into `found`."""
+    calls = _prepared(case, found, device, dtype)
+    while calls:
+        candidates = {name: partial(_call, of_sets) for name, of_sets in calls.items()}
+        sets = len(next(iter(calls.values())))
+        try:
+            return measure(candidates, device=device, sets=sets, budget_s=budget_s)
+        except Exception as error:  # of peers first: they must not cost the op's forms their times
+            stopped = [name for name in calls if name in case.peers] or list(calls)
+            found |= {name: _stopped(error, found[name]) for name in stopped}
+            calls = {name: of_sets for name, of_sets in calls.items() if name not in stopped}
+    return {}
+
+
+def _prepared(
+    case: Case, found: dict[str, Verdict], device: torch.device, dtype: torch.dtype
+) -> dict[str, list[Callable]]:
+    """The call of every form for every set of inputs, each made once: what a form prepares at its
+    first call for an input (a schedule, a compiled kernel) is neither timed nor captured."""
+    good = [name for name, verdict in found.items() if not verdict.failure and not verdict.skipped]
+    if not good:
         return {}
     sets = sets_for(case.bytes(dtype), device)
     inputs = [case.inputs(seed, device, dtype) for seed in range(sets)]
-    calls = {name: [form(case.op, name)(one) for one in inputs] for name in names}
-    candidates = {name: lambda index, of=of: of[index]() for name, of in calls.items()}
-    return measure(candidates, device=device, sets=sets, budget_s=budget_s)
+    calls = {}
+    for name in good:
+        try:
+            with torch.inference_mode():
+                of_sets = [form(case.op, name)(one) for one in inputs]
+                for call in of_sets:
+                    call()
+            calls[name] = of_sets
+        except Exception as error:
+            found[name] = _stopped(error, found[name])
+    return calls
+
+
+def _call(of_sets: Sequence[Callable], index: int) -> object:
+    return of_sets[index]()
+
+
+def _stopped(error: Exception, verdict: Verdict = NOT_RUN) -> Verdict:
+    """Of a form that raised: no memory, or not here, is no fault of its numbers."""
+    if isinstance(error, Unavailable):
+        return replace(verdict, skipped=str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return replace(verdict, skipped="out of memory")
+    return replace(verdict, failure=one_line(error))
 
 
 def _row(
@@ -123,7 +195,7 @@ def _row(
     verdict: Verdict,
     timing: Timing | None = None,
 ) -> dict:
-    return measured(
+    row = measured(
         case.op,
         case.name,
         name,
@@ -134,6 +206,7 @@ def _row(
         verdict=verdict,
         timing=timing,
     )
+    return row | {"skipped": verdict.skipped, "version": version(name)}
 
 
 def one_line(error: Exception) -> str:

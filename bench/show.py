@@ -39,6 +39,8 @@ def times(rows: Sequence[Row]) -> None:
     header += (" % roofline", " x eager", " max error", "note")
     lines = []
     for row in rows:
+        if row.get("skipped"):
+            continue
         line = [row["op"], row["case"], row["impl"], row["dtype"]]
         if row["failure"]:
             line += [""] * 6 + [_error(row["max_err"]), f"FAILED: {row['failure']}"]
@@ -61,6 +63,22 @@ def times(rows: Sequence[Row]) -> None:
             f"roofline of {row['dtype']}: copy {row['copy_gb_s']:,.1f} GB/s,"
             f" matrix product {row['gemm_tflop_s']:,.3f} TFLOP/s"
         )
+    versions = {row["version"]: None for row in rows if row.get("version")}
+    if versions:
+        print(f"peers: {', '.join(versions)}")
+    _skipped(rows)
+
+
+def _skipped(rows: Sequence[Row]) -> None:
+    """A line for each form and reason; the cases by name where it was not skipped in all."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.get("skipped"):
+            cases.setdefault((row["impl"], row["skipped"]), []).append(row["case"])
+    for (impl, reason), names in cases.items():
+        everywhere = len({row["case"] for row in rows if row["impl"] == impl}) == len(names)
+        where = "" if everywhere and impl != "all" else f" ({'; '.join(names)})"
+        print(f"skipped: {impl}: {reason}{where}")
 
 
 RATES = ("tokens_per_second", "decode_tokens_per_second")
@@ -90,7 +108,8 @@ def jobs(rows: Sequence[Row]) -> None:
 def errors(rows: Sequence[Row]) -> None:
     """The worst error of every op's forms in each dtype, and every row that failed."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    forms = list(dict.fromkeys((row["op"], row["impl"]) for row in rows))
+    forms = [(row["op"], row["impl"]) for row in rows if not row.get("skipped")]
+    forms = list(dict.fromkeys(forms))
     worst = {
         (op, impl, dtype): _worst(r for r in rows if (r["op"], r["impl"], r["dtype"]) == key)
         for op, impl in forms
@@ -104,6 +123,7 @@ def errors(rows: Sequence[Row]) -> None:
         if row["failure"]:
             name = f"{row['op']}, {row['case']}, {row['impl']}, {row['dtype']}"
             print(f"FAILED: {name}: {row['failure']}")
+    _skipped(rows)
 
 
 def ceilings(rows: Sequence[Row]) -> None:
@@ -137,7 +157,8 @@ def _worst(rows: Sequence[Row]) -> str:
     rows = list(rows)
     if any(row["failure"] for row in rows):
         return "FAILED"
-    return _error(max((row["max_err"] for row in rows), default=None))
+    errors = [row["max_err"] for row in rows if row["max_err"] is not None]
+    return _error(max(errors, default=None))
 
 
 def _error(value: float | None) -> str:

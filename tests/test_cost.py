@@ -1,4 +1,4 @@
-"""The cost table: its model of the schedule against the schedule itself, its bytes by brute force."""
+"""The cost table: its model of the schedule against the schedule, its bytes by brute force."""
 
 from itertools import product
 
@@ -103,7 +103,7 @@ class TestModel:
         runs = {}
         for row in seen:
             runs.setdefault(tuple(path[row]), set()).update(seen[row])
-        shared, unshared, pairs = cost._tokens(plan, window)
+        shared, unshared, pairs = cost.tokens(plan, window)
         assert shared == len(set().union(*seen.values()))
         assert unshared == sum(map(len, runs.values()))
         assert pairs == sum(map(len, seen.values()))

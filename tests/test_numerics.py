@@ -1,15 +1,15 @@
-"""The cases as data, their inputs, the check of numbers, and the peers that are checked as well."""
+"""The cases as data, their inputs, and the check of numbers."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases as cases_module
-from bench import inputs, numerics, ops, peers
+from bench import inputs, numerics, ops
 from bench.cases import OPS, WRITTEN, cases, numerics_cases
+from bench.forests import BATCHES, PREFIXES, SUFFIXES
 from bench.inputs import Node, fork
 from bench.numerics import TOLERANCES, compare, form, judge, reference
 from model import impls
@@ -23,14 +23,6 @@ FORESTS = {
     "chunk beside decode": [Node(10, new=6), fork(9, [3, 2])],
     "equal lengths": [fork(64, [64] * 3)],
 }
-
-
-def small_prefix_case(forest, **shape):
-    """A prefix_attention case of 4/2 heads of 8 on pages of 4 tokens."""
-    case = cases_module._prefix("test", forest)
-    small = {"heads": 4, "kv_heads": 2, "head_dim": 8, "page_size": 4} | shape
-    build = partial(inputs.prefix_attention_inputs, forest=tuple(forest), **small)
-    return cases_module.Case(case.op, case.name, build, case.values, case.flops, case.peers)
 
 
 def visibility(plan):
@@ -74,6 +66,28 @@ class TestCases:
         case = next(case for case in cases("cuda") if case.name == "B32 P4096 S512")
         rows_bytes = 2 * 32 * 32 * 128 * 2
         assert case.bytes(torch.bfloat16) == 4096 * (4096 + 32 * 512) + rows_bytes
+
+    def test_bytes_of_fp8_and_windows(self):
+        """Guards the floors of the options: one byte an element and two scales of four bytes per
+        token and KV head; of a window, the tokens that some row sees."""
+        of_name = {case.name: case.bytes(torch.bfloat16) for case in cases("cuda")}
+        rows_bytes = 2 * 16 * 32 * 128 * 2
+        tokens = 2048 + 16 * 512
+        assert of_name["B16 P2048 S512 fp8"] == 8 * 2 * (128 + 4) * tokens + rows_bytes
+        assert of_name["B16 P2048 S512 window 512"] == 4096 * 16 * 512 + rows_bytes
+        wide = cases_module._prefix("", [fork(100, [3, 8])], window=7)  # 4 of the prefix, 3 and 7
+        assert wide.bytes(torch.bfloat16) == 4096 * (4 + 3 + 7) + 2 * 2 * 32 * 128 * 2
+        assert wide.flops == 4 * (7 + 7) * 32 * 128
+
+    def test_the_whole_grid(self):
+        """Guards the grid: every point once, what tells most before the rest."""
+        names = [case.name for case in cases("cuda", grid=True) if case.op == "prefix_attention"]
+        grid = [f"B{b} P{p} S{s}" for b in BATCHES for p in PREFIXES for s in SUFFIXES]
+        assert len(grid) == 90
+        assert set(grid) <= set(names)
+        assert len(set(names)) == len(names)
+        telling = [case.name for case in cases("cuda") if case.op == "prefix_attention"]
+        assert names[: len(telling)] == telling
 
     @pytest.mark.parametrize(
         "case",
@@ -123,6 +137,13 @@ class TestInputs:
             for token in range(node.kv_len):
                 owned[node.pages[token // 4], token % 4] = True
         assert torch.equal(k_pages.isfinite(), owned[:, None, :, None].expand_as(k_pages))
+        fp8 = inputs.prefix_attention_inputs(
+            0, CPU, torch.float32, forest=[fork(9, [1, 4])], page_size=4, fp8=True
+        )
+        assert fp8["k_pages"].dtype == torch.float8_e4m3fn
+        for name in ("k", "v"):
+            assert torch.equal(fp8[f"{name}_scale"].isfinite().all(1), owned)
+            assert torch.equal(fp8[f"{name}_pages"].float().isfinite().all(3).all(1), owned)
         assert owned.sum() == 14
         assert plan.num_pages > 5
         assert list(plan.nodes[0].pages) != sorted(plan.nodes[0].pages)
@@ -235,29 +256,6 @@ class TestNumerics:
         assert judge(case, form(case.op, "eager"), made, expected).failure is None
 
 
-class TestPeers:
-    @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
-    def test_sdpa_gathers_what_each_row_sees(self, forest):
-        """Guards the baseline: a comparator that attends to less than it should is easily beaten
-        and proves nothing."""
-        case = small_prefix_case(forest)
-        made = case.inputs(0, CPU, torch.float32)
-        for name in case.peers:
-            verdict = judge(case, peers.PEERS[name], made, reference(case, made))
-            assert verdict.failure is None, name
-
-    def test_sdpa_takes_the_cheapest_mask(self):
-        """Guards the baseline's speed: a needless mask keeps SDPA off its fast kernels."""
-
-        def masking(forest):
-            plan = inputs.prefix_plan(0, "cpu", forest=forest)
-            return peers._masking(peers._padded(plan, 2, CPU)[2])
-
-        assert masking(FORESTS["equal lengths"]) == {}
-        assert masking(FORESTS["pure causal"]) == {"is_causal": True}
-        assert masking(FORESTS["chunk behind a prefix"]).keys() == {"attn_mask"}
-
-
 @pytest.mark.gpu
 class TestGpu:
     @pytest.mark.parametrize("dtype", ops.DTYPES)
@@ -266,10 +264,3 @@ class TestGpu:
         """Guards every op in every dtype, bf16 above all, on the device it is meant for."""
         for row in ops.check_case(case, torch.device("cuda"), dtype):
             assert row["failure"] is None, row["impl"]
-
-    @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
-    def test_sdpa(self, forest):
-        """Guards the baseline on the device where it matters."""
-        case = small_prefix_case(forest, head_dim=64)
-        made = case.inputs(0, torch.device("cuda"), torch.bfloat16)
-        assert judge(case, peers.sdpa, made, reference(case, made)).failure is None

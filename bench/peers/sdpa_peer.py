@@ -1,19 +1,13 @@
-"""Comparators that are no form of an op: what else a user could call for the same result.
-
-A peer takes an op's inputs and returns the call to time. What it prepares before is not timed, as
-the plan of prefix attention is not: both depend on the batch, not on its numbers.
-"""
+"""torch's scaled_dot_product_attention, over KV gathered within the timed call."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.peers.layout import Unavailable
 from kernels.prefix_plan import PlanNode, PrefixPlan
-
-Peer = Callable[[dict], Callable[[], object]]
 
 
 def sdpa(inputs: dict, *, reuse: bool = False) -> Callable[[], Tensor]:
@@ -24,7 +18,9 @@ def sdpa(inputs: dict, *, reuse: bool = False) -> Callable[[], Tensor]:
     faults of fresh memory cost several times the copy itself.
     """
     q, k_pages, v_pages, plan = (inputs[name] for name in ("q", "k_pages", "v_pages", "plan"))
-    rows, slots, mask = _padded(plan, k_pages.shape[1], q.device)
+    if k_pages.dtype != q.dtype:
+        raise Unavailable("takes K and V of q's dtype only")
+    rows, slots, mask = _padded(plan, k_pages.shape[1], q.device, inputs["window"])
     options = {"scale": inputs["scale"], "enable_gqa": True, **_masking(mask)}
     flat_k, flat_v = k_pages.view(-1, q.shape[2]), v_pages.view(-1, q.shape[2])
     kept = q.new_empty(2, slots.numel(), q.shape[2]) if reuse else (None, None)
@@ -54,7 +50,9 @@ def _masking(mask: Tensor) -> dict:
     return {"attn_mask": mask[:, None]}
 
 
-def _padded(plan: PrefixPlan, kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(
+    plan: PrefixPlan, kv_heads: int, device: torch.device, window: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Where each sequence's rows and tokens stand, all padded to the longest sequence.
 
     Returns rows [n, m], where padding repeats the last row; slots [n, kv_heads, tokens] into pages
@@ -68,6 +66,8 @@ def _padded(plan: PrefixPlan, kv_heads: int, device: torch.device) -> tuple[Tens
         row = torch.arange(start, start + width).clamp_max(end - 1)
         slot = torch.cat([_slots(node, plan.page_size, kv_heads) for node in path], dim=1)
         sees = torch.cat([_sees(node, row) for node in path], dim=1)
+        if window:  # the last tokens that a row sees
+            sees &= sees.flip(1).cumsum(1).flip(1) <= window
         rows.append(row)
         padding = (0, length - slot.shape[1])
         tokens.append(F.pad(slot[None], padding, mode="replicate")[0] if padding[1] else slot)
@@ -87,6 +87,3 @@ def _sees(node: PlanNode, row: Tensor) -> Tensor:
     """Which of the node's tokens each row sees: bool [rows, kv_len]."""
     visible = node.kv_len - node.num_new + row - node.row_start + 1
     return torch.arange(node.kv_len) < visible[:, None]
-
-
-PEERS: dict[str, Peer] = {"sdpa": sdpa, "sdpa-reuse": partial(sdpa, reuse=True)}

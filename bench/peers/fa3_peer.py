@@ -1,0 +1,124 @@
+"""FlashAttention-3, from vLLM's shared object or from its own package; Hopper only.
+
+FA3_LIBRARY names a shared object to load (`_vllm_fa3_C*.so` of a vLLM wheel); else it is looked for
+in an installed vllm, and last the package flash_attn_3. The tile scheduler's metadata is made
+outside the timed call, as vLLM does.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.peers.layout import Segment, Unavailable, block_table, indptr, levels, paged
+
+# What the op's schema asks for and these calls leave off; every other argument is None.
+OFF = {
+    "softcap": 0.0,
+    "has_softcap": False,
+    "is_rotary_interleaved": True,
+    "num_splits": 0,  # by FA3's own rule
+    "sm_margin": 0,
+    "attention_chunk": 0,
+    "max_seqlen_k_new": 0,
+    "cp_world_size": 1,
+    "cp_rank": 0,
+}
+
+
+def one_call(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
+    """Every sequence by itself, over shared physical pages or `copied` ones."""
+    library, layout = _library(inputs["q"].device), paged(inputs, copied=copied)
+    call = _prepared(library, inputs, layout.k, layout.v, layout.segments, causal=True)
+    return lambda: call()[0]
+
+
+def cascade(inputs: dict) -> Callable[[], Tensor]:
+    """A call for every level of the tree (two for one prefix and its suffixes) and one merge."""
+    library, tree = _library(inputs["q"].device), levels(inputs)
+    calls = [
+        _prepared(
+            library,
+            inputs,
+            inputs["k_pages"],
+            inputs["v_pages"],
+            segments,
+            causal=segments is tree[-1],
+        )
+        for segments in tree
+    ]
+    fused = torch.compile(merge, dynamic=True)
+    return lambda: fused(*zip(*(call() for call in calls), strict=True))
+
+
+def merge(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> Tensor:
+    """Partial results [T, Hq, D] by their log-sum-exp [Hq, T], natural base, in fp32."""
+    weights = torch.stack(lses).softmax(0).transpose(1, 2)[..., None]
+    return (torch.stack(outs).float() * weights).sum(0).to(outs[0].dtype)
+
+
+def _prepared(
+    library: object,
+    inputs: dict,
+    k: Tensor,
+    v: Tensor,
+    segments: list[Segment],
+    causal: bool,
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The call over block tables: out [T, Hq, D] and lse [Hq, T]."""
+    q, window = inputs["q"], inputs["window"]
+    lengths = [segment.length for segment in segments]
+    rows = [segment.rows for segment in segments]
+    given = OFF | {
+        "q": q,
+        "k": k.transpose(1, 2),  # [num_pages, page_size, Hkv, D]
+        "v": v.transpose(1, 2),
+        "cu_seqlens_q": indptr(rows).to(q.device),
+        "seqused_k": torch.tensor(lengths, dtype=torch.int32, device=q.device),
+        "max_seqlen_q": max(rows),
+        "max_seqlen_k": max(lengths),
+        "page_table": block_table(segments).to(q.device),
+        "softmax_scale": inputs["scale"],
+        "is_causal": causal,
+        "window_size_left": window - 1,
+        "window_size_right": 0 if window else -1,
+        "batch_size": len(segments),
+        "num_heads": q.shape[1],
+        "num_heads_k": k.shape[1],
+        "headdim": q.shape[2],
+        "headdim_v": q.shape[2],
+        "qkv_dtype": q.dtype,
+        "page_size": k.shape[2],
+    }
+    metadata = library.get_scheduler_metadata
+    given["scheduler_metadata"] = metadata(*arguments(metadata, given))
+    values = arguments(library.fwd, given)
+    return lambda: tuple(library.fwd(*values)[:2])
+
+
+def arguments(op: torch._ops.OpOverloadPacket, given: dict) -> list:
+    """`given` in the order of the op's schema, None for what it does not name."""
+    return [given.get(argument.name) for argument in op.default._schema.arguments]
+
+
+@cache
+def _library(device: torch.device) -> object:
+    """The namespace of torch.ops that has `fwd` and `get_scheduler_metadata`."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        raise Unavailable("needs a Hopper GPU")
+    vllm = find_spec("vllm")
+    places = vllm.submodule_search_locations if vllm else ()
+    found = [path for place in places for path in Path(place).glob("*/_vllm_fa3_C*.so")]
+    named = os.environ.get("FA3_LIBRARY")
+    if named or found:
+        torch.ops.load_library(named or str(found[0]))
+        return torch.ops._vllm_fa3_C
+    try:
+        import flash_attn_interface  # noqa: F401  (registers the ops)
+    except ImportError as error:
+        raise Unavailable(f"not installed (no FA3_LIBRARY, no vllm, {error})") from None
+    return torch.ops.flash_attn_3

@@ -1,0 +1,138 @@
+"""How libraries see prefix attention's inputs: block tables per sequence, levels of the tree.
+
+Slots without a token become zeros, in the inputs themselves: a library may well multiply by what
+lies behind a sequence, where no engine's cache holds NaN.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.prefix_plan import PlanNode, PrefixPlan
+
+NOTHING = PlanNode((), 0, 0, 0)
+
+
+class Unavailable(Exception):
+    """Why a peer cannot take part: it is not installed, or does not offer what is asked for."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [start, end) that see the same pages, of which the first `length` tokens count."""
+
+    start: int
+    end: int
+    pages: Tensor  # int32
+    length: int
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Pages [num_pages, Hkv, page_size, D] and the sequences over them, which cover all rows."""
+
+    k: Tensor
+    v: Tensor
+    segments: list[Segment]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every sequence has a single row."""
+        return all(segment.rows == 1 for segment in self.segments)
+
+
+def paged(inputs: dict, *, copied: bool = False) -> Paged:
+    """Every sequence as one block table.
+
+    Full pages are shared as they are. A page that a node fills in part, with another node behind
+    it, is rebuilt for each sequence, as an engine that shares full pages would have it. `copied`
+    gives every sequence pages of its own instead.
+    """
+    runs, size = _sequences(inputs), inputs["plan"].page_size
+    pools = [inputs["k_pages"], inputs["v_pages"]]
+    count = 0 if copied else len(pools[0])
+    segments, rebuilt = [], []
+    for start, end, path in runs:
+        slots = torch.cat([_slots(node, size) for node in path])
+        length = len(slots)
+        behind = torch.arange(1, -length % size + 1)
+        tokens = torch.cat([slots, slots[-1] + behind]).view(-1, size)
+        whole = (tokens == tokens[:, :1] // size * size + torch.arange(size)).all(1)
+        whole &= not copied
+        table = tokens[:, 0] // size
+        rebuilt.append(tokens[~whole])
+        table[~whole] = count + torch.arange(len(rebuilt[-1]))
+        count += len(rebuilt[-1])
+        segments.append(Segment(start, end, table.int(), length))
+    if any(map(len, rebuilt)):
+        pools = [_rebuild(pool, rebuilt, copied) for pool in pools]
+    return Paged(*pools, segments)
+
+
+def levels(inputs: dict) -> list[list[Segment]]:
+    """The tree level by level, each covering all rows: the nodes that hold a row's own new token
+    are the last level, those above them stand at their depth, and what lies between is empty."""
+    if inputs["window"]:
+        raise Unavailable("has no window across levels")
+    runs = _sequences(inputs)
+    depth = max(len(path) for _, _, path in runs)
+    found = []
+    for level in range(depth):
+        segments: list[Segment] = []
+        before = None
+        for start, end, path in runs:
+            node = path[-1] if level == depth - 1 else (*path[:-1], *[NOTHING] * depth)[level]
+            if node is before:
+                start = segments.pop().start
+            before = node
+            pages = node.pages[: -(-node.kv_len // inputs["plan"].page_size)]
+            pages = torch.tensor(pages, dtype=torch.int32)
+            segments.append(Segment(start, end, pages, node.kv_len))
+        found.append(segments)
+    return found
+
+
+def indptr(sizes: list[int]) -> Tensor:
+    """int32 [n + 1]: where each of n runs of these sizes begins, and the end."""
+    return torch.tensor([0, *sizes]).cumsum(0).int()
+
+
+def block_table(segments: list[Segment]) -> Tensor:
+    """int32 [n, most pages], padded with page 0."""
+    return torch.nn.utils.rnn.pad_sequence([segment.pages for segment in segments], True)
+
+
+def _sequences(inputs: dict) -> list[tuple[int, int, list[PlanNode]]]:
+    plan: PrefixPlan = inputs["plan"]
+    if inputs["k_pages"].dtype != inputs["q"].dtype:
+        raise Unavailable("has no scale of K and V per token and head")
+    runs = plan.sequences
+    if sum(end - start for start, end, _ in runs) != plan.num_rows:
+        raise Unavailable("cannot take a row that sees no token")
+    for name in ("k_pages", "v_pages"):
+        inputs[name].nan_to_num_(0.0)
+    return runs
+
+
+def _slots(node: PlanNode, page_size: int) -> Tensor:
+    """Where the node's tokens are, heads aside: page * page_size + place."""
+    token = torch.arange(node.kv_len)
+    return torch.tensor(node.pages)[token // page_size] * page_size + token % page_size
+
+
+def _rebuild(pool: Tensor, rebuilt: list[Tensor], alone: bool) -> Tensor:
+    """`pool` with the pages of `rebuilt` tokens [n, page_size] behind it, or these alone."""
+    size = pool.shape[2]
+    kept = 0 if alone else len(pool)
+    made = pool.new_empty(kept + sum(map(len, rebuilt)), *pool.shape[1:])
+    made[:kept] = pool[:kept]
+    for tokens in rebuilt:
+        tokens = tokens.clamp(max=len(pool) * size - 1).to(pool.device)
+        made[kept : kept + len(tokens)] = pool[tokens // size, :, tokens % size].transpose(1, 2)
+        kept += len(tokens)
+    return made

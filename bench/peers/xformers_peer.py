@@ -1,0 +1,42 @@
+"""xformers: its split-K Triton decode over paged KV. Written against xformers 0.0.35.
+
+It wants pages of [page_size, Hkv, D], which are made outside the timed call.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from bench.peers.layout import Unavailable, block_table, paged
+
+
+def split_k(inputs: dict) -> Callable[[], Tensor]:
+    """Every sequence by itself, over shared physical pages."""
+    try:
+        from xformers.ops import fmha
+        from xformers.ops.fmha.attn_bias import PagedBlockDiagonalPaddedKeysMask
+    except ImportError as error:
+        raise Unavailable(f"not installed ({error})") from None
+    layout, q = paged(inputs), inputs["q"]
+    if inputs["window"] or not layout.decodes:
+        raise Unavailable("is called for decode without a window only")
+    bias = PagedBlockDiagonalPaddedKeysMask.from_seqlens(
+        q_seqlen=[1] * len(layout.segments),
+        kv_seqlen=[segment.length for segment in layout.segments],
+        block_tables=block_table(layout.segments).to(q.device),
+        page_size=layout.k.shape[2],
+        device=q.device,
+    )
+    kv_heads, dim = layout.k.shape[1], q.shape[2]
+    query = q.view(1, len(q), kv_heads, -1, dim)  # [1, T, Hkv, group, D]
+    k, v = (
+        x.transpose(1, 2).reshape(1, -1, kv_heads, 1, dim).expand(-1, -1, -1, query.shape[3], -1)
+        for x in (layout.k, layout.v)
+    )
+    op, scale = fmha.triton_splitk.FwOp, inputs["scale"]
+
+    def call() -> Tensor:
+        out = fmha.memory_efficient_attention_forward(query, k, v, bias, scale=scale, op=op)
+        return out.view_as(q)
+
+    return call
