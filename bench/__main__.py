@@ -1,6 +1,7 @@
 """`python -m bench`: check the numbers of every op, time them, answer a question end to end.
 
 `python -m bench tune` is for a new GPU: it measures tile choices and writes kernels/tuned/.
+`python -m bench cost` needs none: what prefix attention moves, and how evenly, by arithmetic.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import rows, show, tune
+from bench import cost, rows, show, tune
 from bench.cases import OPS, cases, numerics_cases
 from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, device_named, select, time_case
 from kernels._launch import IMPLS
@@ -48,7 +49,7 @@ def run_numerics(options: argparse.Namespace, device: torch.device) -> Iterator[
 
 def run_ops(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Errors and times of every op's forms and peers on the model's shapes."""
-    chosen = select(cases(device.type), options.op, options.case)
+    chosen = select(cases(device.type, grid=options.grid), options.op, options.case)
     for case in track(chosen, "ops"):
         yield from time_case(case, device, MAIN_DTYPE[device.type], options.impl)
 
@@ -86,12 +87,20 @@ def run_tune(options: argparse.Namespace, device: torch.device) -> Iterator[dict
         yield from made
 
 
+def run_cost(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """Bytes, items, balance and floors of prefix attention on `--gpu`, wherever this runs."""
+    if set(options.op) - {"prefix_attention"}:
+        raise InputError("cost has a model of prefix_attention only")
+    yield from cost.table(options.gpu, options.copy_gb_s, options.case)
+
+
 COMMANDS = {
     "roofline": (run_roofline, show.ceilings),
     "numerics": (run_numerics, show.errors),
     "ops": (run_ops, show.times),
     "e2e": (run_end_to_end, show.jobs),
     "tune": (run_tune, tune.display),
+    "cost": (run_cost, cost.display),
 }
 ALL = ("numerics", "ops", "e2e")
 
@@ -105,6 +114,18 @@ def _parser() -> argparse.ArgumentParser:
         "--impl", nargs="+", choices=IMPLS, default=(), help="these forms only (default: all)"
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument(
+        "--grid", action="store_true", help="ops: all of prefix attention's grid (a GPU, long)"
+    )
+    parser.add_argument(
+        "--gpu", choices=cost.GPUS, default="h200", help="cost: for which GPU (default: h200)"
+    )
+    parser.add_argument(
+        "--copy-gb-s",
+        type=float,
+        metavar="X",
+        help="cost: a measured copy bandwidth instead of the datasheet's",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="tune: list keys and candidates, measure nothing"
     )

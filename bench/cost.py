@@ -25,6 +25,7 @@ from kernels.prefix_attention_launch import cut_up
 from kernels.prefix_plan import PrefixPlan
 from kernels.prefix_schedule import Cut
 from model.config import PRESETS
+from model.terminal import InputError
 
 # Copy GB/s and bf16 TFLOP/s of the datasheets: H200 SXM; A100 SXM with 80 GB. Both dense.
 GPUS: dict[str, tuple[Gpu, float, float]] = {
@@ -161,51 +162,38 @@ def cost(name: str, forest: Forest, shape: Shape, gpu: Gpu, best: Roofline) -> d
     }
 
 
-def table(gpu_name: str, copy_gb_s: float | None = None) -> Iterator[dict]:
-    """All rows: every tree in the fastest mode, then some trees in the other modes beside it."""
+def table(gpu_name: str, copy_gb_s: float | None = None, name: str = "") -> Iterator[dict]:
+    """Rows of all trees with `name` in their names: the fastest mode, then, of the telling ones,
+    the other modes beside it. Raises InputError if there is no such tree."""
     gpu, datasheet, tflop_s = GPUS[gpu_name]
     best = Roofline(gpu.name, "bfloat16", copy_gb_s or datasheet, tflop_s)
-    source = {"copy_source": "given" if copy_gb_s else "datasheet"}
-    first = list(telling())
-    for name, forest in (*first, *grid()):
-        yield cost(name, forest, Shape(), gpu, best) | source | {"table": "grid"}
-    for name, forest in first:
+    source = {"copy_source": "given" if copy_gb_s else "datasheet", "failure": None}
+    first = [tree for tree in telling() if name in tree[0]]
+    trees = [*first, *(tree for tree in grid() if name in tree[0])]
+    if not trees:
+        raise InputError(f"no tree has {name!r} in its name; choose one like 'B16 P2048 S128'")
+    for tree in trees:
+        yield cost(*tree, Shape(), gpu, best) | source | {"table": "fastest"}
+    for tree in first:
         for shape in (Shape(), Shape(invariant=True), Shape(fp8=True)):
-            yield cost(name, forest, shape, gpu, best) | source | {"table": "modes"}
+            yield cost(*tree, shape, gpu, best) | source | {"table": "modes"}
 
 
 def display(rows: Sequence[dict]) -> None:
     """The rows of `table` as two tables."""
-    header = (
-        "case",
-        " KV MB",
-        " unshared MB",
-        " loaded MB",
-        " partials MB",
-        " q, out MB",
-        " GFLOP",
-    )
-    header += (
-        " items",
-        " programs",
-        " balance",
-        " in bytes",
-        " floor us",
-        " unshared us",
-        " saves",
-    )
-    for which, title in (("grid", "the fastest mode"), ("modes", "modes beside each other")):
-        lines = [_line_of(row) for row in rows if row["table"] == which]
-        names = ("case", *header[1:]) if which == "grid" else ("case", "mode", *header[1:])
-        lines = [[line[0], *line[2:]] if which == "grid" else line for line in lines]
-        show.table(f"cost of prefix attention, {title} ({rows[0]['gpu']})", names, lines)
-    rates = f"{rows[0]['copy_gb_s']:,.0f} GB/s ({rows[0]['copy_source']})"
-    print(
-        f"floors: copy {rates}, matrix product {rows[0]['gemm_tflop_s']:,.0f} TFLOP/s (datasheet)"
-    )
+    header = ("case", "mode", " KV MB", " unshared MB", " loaded MB", " partials MB", " q, out MB")
+    header += (" GFLOP", " items", " programs", " balance", " in bytes", " floor us")
+    header += (" unshared us", " saves")
+    for which in ("fastest", "modes"):
+        lines = [_cells(row) for row in rows if row["table"] == which]
+        if lines:
+            title = f"cost of prefix attention by arithmetic: {which} ({rows[0]['gpu']})"
+            show.table(title, header, lines)
+    rate = f"{rows[0]['copy_gb_s']:,.0f} GB/s ({rows[0]['copy_source']})"
+    print(f"floors: copy {rate}, matrix product {rows[0]['gemm_tflop_s']:,.0f} TFLOP/s (datasheet)")
 
 
-def _line_of(row: dict) -> list[str]:
+def _cells(row: dict) -> list[str]:
     sizes = ("kv", "kv_unshared", "kv_loaded", "partial", "io")
     return [
         row["case"],

@@ -59,7 +59,7 @@ class TestOps:
             return right(x, impl=impl) * (1.01 if impl == "portable" else 1)
 
         monkeypatch.setitem(OPS, "quick_gelu", wrong)
-        monkeypatch.setattr(command, "cases", lambda kind: numerics_cases())
+        monkeypatch.setattr(command, "cases", lambda kind, grid: numerics_cases())
         code = command.main(["ops", "--op", "quick_gelu", "--device", "cpu", "--json"])
         eager, portable = json.loads(capsys.readouterr().out)["rows"]
         assert code == 1

@@ -1,11 +1,13 @@
 """The cost table: its model of the schedule against the schedule, its bytes by brute force."""
 
+import json
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
+from bench import __main__ as command
 from bench import cost, forests
 from bench.cost import Shape, cut_of, lay
 from bench.inputs import Node, fork, prefix_attention_inputs, prefix_plan
@@ -13,6 +15,7 @@ from bench.roofline import Roofline
 from kernels._tiles import H200, Gpu, assume_gpu
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_schedule import Cut, Schedule
+from model.terminal import InputError
 
 PAGE = 8
 FORESTS = {
@@ -164,17 +167,25 @@ class TestTable:
         # 1,552 places for 216 programs: stretches are of whole places, 8 where 7.2 would be even,
         # so that the last 22 programs have nothing to do. 1.113.
         known = {"h200": set(), "a100": {"B16 P512 S128"}}[gpu]
-        rows = [row for row in cost.table(gpu) if row["table"] == "grid"]
+        rows = [row for row in cost.table(gpu) if row["table"] == "fastest"]
         assert len(rows) >= 90 + 9
         many = [row for row in rows if row["items"] >= 132]
         assert {row["case"] for row in many if row["balance_places"] > 1.1} == known
         assert len(many) == len(rows)
 
-    def test_display(self, capsys):
+    def test_command(self, capsys):
         """Guards the tables a person reads, and the label of a datasheet's figure."""
-        rows = [row for row in cost.table("a100", 1700.0) if row["case"] == "B16 P2048 S128"]
-        assert {row["mode"] for row in rows} == {"fast", "batch-invariant", "fp8"}
-        cost.display(rows)
+        arguments = ["cost", "--case", "P2048 S128", "--gpu", "a100", "--device", "cpu"]
+        assert command.main([*arguments, "--copy-gb-s", "1700"]) == 0
         printed = capsys.readouterr().out
-        assert "1,700 GB/s (given)" in printed
-        assert "batch-invariant" in printed
+        assert "fastest (nvidia-a100)" in printed
+        assert "copy 1,700 GB/s (given), matrix product 312 TFLOP/s (datasheet)" in printed
+        assert command.main([*arguments, "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        assert {row["case"] for row in rows} == {f"B{b} P2048 S128" for b in (16, 32, 64)}
+        assert {row["mode"] for row in rows} == {"fast", "batch-invariant", "fp8"}
+        assert {row["copy_source"] for row in rows} == {"datasheet"}
+        with pytest.raises(InputError, match="prefix_attention only"):
+            command.main(["cost", "--op", "rms_norm", "--device", "cpu"])
+        with pytest.raises(InputError, match="'B7'"):
+            command.main(["cost", "--case", "B7", "--device", "cpu"])

@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._dynamo import config as dynamo
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.peers.layout import Unavailable
 from kernels.prefix_plan import PrefixPlan
@@ -17,6 +15,9 @@ from kernels.prefix_plan import PrefixPlan
 
 def flex(inputs: dict, *, compiled: bool = True) -> Callable[[], Tensor]:
     """prefix_attention by flex_attention, which without `compiled` holds all scores in memory."""
+    from torch._dynamo import config as dynamo  # these two bring half of torch's compiler
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     q, plan = inputs["q"], inputs["plan"]
     if inputs["k_pages"].dtype != q.dtype:
         raise Unavailable("takes K and V of q's dtype only")
