@@ -238,7 +238,7 @@ def _scan_tiles(logits: Tensor, work: str) -> Tiles:
 
 
 def _scan_rule(gpu: Gpu) -> Tiles:
-    return {"block": 4096, "num_warps": 4}
+    return {"block": 4096, "num_warps": 8}
 
 
 def _cut_rule(gpu: Gpu) -> Tiles:
@@ -246,10 +246,11 @@ def _cut_rule(gpu: Gpu) -> Tiles:
 
 
 def sample_scan_candidates(key: str, gpu: Gpu) -> list[Tiles]:
-    """Blocks whose tokens stay in registers: 16 to 64 for each thread."""
+    """Blocks whose tokens stay in registers: 8, 16 or 32 for each thread."""
     return [
-        {"block": block, "num_warps": warps}
-        for block, warps in ((2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 4), (8192, 8))
+        {"block": block, "num_warps": block // (32 * tokens)}
+        for block in (2048, 4096, 8192)
+        for tokens in (8, 16, 32)
     ]
 
 

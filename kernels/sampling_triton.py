@@ -1,6 +1,6 @@
 """The Triton form of `sample`: no sort, no synchronisation, the same launches for every input.
 
-Rows are split over programs, one per BLOCK tokens, so that one row already fills a third of a GPU:
+Rows are split over programs, one per BLOCK tokens:
 
     scan   the only read of the logits from HBM: each block's largest logit and sum of exponentials,
            and without truncation its token of the largest score at once
@@ -11,66 +11,26 @@ Rows are split over programs, one per BLOCK tokens, so that one row already fill
 `cut` reads little: the largest logits of groups of 64 tokens, which `scan` leaves behind, are
 logits themselves, so what they alone reach bounds the cut, and groups whose largest logit is beyond
 that bound are never looked at. It is exact whatever the logits are; a flat row with top_p alone has
-no such groups and takes several passes over the row, which L2 holds.
+no such groups and takes a dozen passes over the row, which L2 holds.
 
 What of a row is computed, and in which order it is added up, depends on its logits and on BLOCK
 alone: its token and log-probability are the same bits in every batch and every slot.
 
-Where the token may differ from `sample_ref`'s, both in fp32:
-  - two scores within 2^-21 * (1 + their distance from the largest logit, over the temperature) of
-    each other, or tied in the one form only: `gumbel` is within 4 ulp, z within 2;
-  - top_p within 2^-19 of the probability that it is compared with: the exponentials' error and
-    their sums', which are in fp32 within a thread and in fp64 beyond.
+The token may differ from `sample_ref`'s, which rounds to fp32 as well,
+  - if two scores are within 2^-19 * max(1, |z|, |noise|) of each other: each is off by a few ulp of
+    its terms, and the winner of a block is found with z from the block's largest logit;
+  - if top_p is within 2^-19 of the probability that it is compared with: the exponentials' error
+    and that of sums, in fp32 within a thread and a block and in fp64 beyond.
 """
 
 import triton
 import triton.language as tl
 
+from kernels.sampling_noise import gumbel, perturbed_argmax, random_words
+
 GROUP = tl.constexpr(64)  # tokens that share one entry of `maxima`
 INFINITY = tl.constexpr(0x7F800000)  # the bits of fp32 infinity
 VANISHED = tl.constexpr(0x42D00000)  # of 104: exp(-104) is 0 in fp32
-
-
-@triton.jit
-def log1p(f, exponent):
-    """log(2^exponent * (1 + f)) for |f| <= 1/3, within 2 ulp; the exponent comes times 2^23.
-
-    The polynomial is the minimax one of (log(1 + f) - f) / f^2; without cancellation if exponent
-    is 0 or f > -1/4, as `gumbel` has it, so that the error is relative down to f = 0.
-    """
-    p = tl.fma(f, -0.130187988, 0.140889585)
-    p = tl.fma(p, f, -0.121489234)
-    p = tl.fma(p, f, 0.139809728)
-    p = tl.fma(p, f, -0.166845724)
-    p = tl.fma(p, f, 0.200120553)
-    p = tl.fma(p, f, -0.249996692)
-    p = tl.fma(p, f, 0.333331853)
-    p = tl.fma(p, f, -0.5)
-    p = tl.fma(f * p, f, f)
-    return tl.fma(exponent.to(tl.float32), 0.693147182 * 2.0**-23, p)
-
-
-@triton.jit
-def gumbel(words):
-    """-log(-log1p(-u)) of random words, without a subnormal or an infinity on the way."""
-    u = tl.minimum((words.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    # 1 - u = 2^e (1 + f) with 1 + f in [2/3, 4/3): f = -u itself if e is 0, as it is for small u.
-    exponent = ((1 - u).to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
-    scale = (0x3F800000 - exponent).to(tl.float32, bitcast=True)
-    wait = -log1p(tl.fma(-u, scale, scale - 1), exponent)
-    bits = wait.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) & -0x800000
-    return -log1p((bits - exponent).to(tl.float32, bitcast=True) - 1, exponent)
-
-
-@triton.jit
-def noise(seed, position, quads):
-    """Gumbel noise of the tokens 4 * quads .. 4 * quads + 3, fp32 [4 * len(quads)]."""
-    zero = tl.zeros_like(quads)
-    low, high = position.to(tl.int32), (position >> 32).to(tl.int32)
-    w0, w1, w2, w3 = tl.philox(seed, quads, zero + low, zero + high, zero)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [quads, 2, 2]: w0, w1, w2, w3 in order
-    return gumbel(tl.reshape(words, [4 * quads.shape[0]]))
 
 
 @triton.jit
@@ -133,15 +93,16 @@ def sample_scan_kernel(
         grouped = tl.max(tl.reshape(x, [BLOCK // GROUP, GROUP]), axis=1)
         tl.store(maxima + cell.to(tl.int64) * (BLOCK // GROUP) + groups, grouped)
     else:
-        scores = x
-        if not GREEDY:
+        if GREEDY:
+            winner = tl.min(tl.where(x == peak, tokens, vocab), axis=0)
+        else:
             # z is from the block's largest logit here: `pick` scores the winners from the row's.
             seed = tl.load(seeds + row * seed_stride)
             position = tl.load(positions + row * position_stride)
             quads = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-            scores = below * inverse + noise(seed, position, quads)
-        best = tl.max(scores, axis=0)
-        tl.store(winners + cell, tl.min(tl.where(scores == best, tokens, vocab), axis=0))
+            words = random_words(seed, position, quads)
+            winner = perturbed_argmax(below * inverse, words, tokens, vocab)
+        tl.store(winners + cell, winner)
 
 
 @triton.jit
@@ -354,10 +315,8 @@ def sample_draw_kernel(
         seed = tl.load(seeds + row * seed_stride)
         position = tl.load(positions + row * position_stride)
         quads = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        scores = (x - peak) * inverse + noise(seed, position, quads)
-        scores = tl.where(depth(x, peak, inverse) <= cut, scores, -float("inf"))
-        best = tl.max(scores, axis=0)
-        winner = tl.min(tl.where(scores == best, tokens, vocab), axis=0)
+        z = tl.where(depth(x, peak, inverse) <= cut, (x - peak) * inverse, -float("inf"))
+        winner = perturbed_argmax(z, random_words(seed, position, quads), tokens, vocab)
     tl.store(winners + cell, winner)
 
 
@@ -388,12 +347,12 @@ def sample_pick_kernel(
     total = row_total(sums + row * blocks + block, mask, of_block, peak)
     winner = tl.load(winners + row * blocks + block, mask, other=vocab)
     x = load_logits(logits + row * stride, winner, winner < vocab)  # [BLOCKS]
-    z = x if GREEDY else (x - peak) * inverse
+    z = (x - peak) * inverse
     if not GREEDY:
         # Every winner has its own counter: its word is one of the four.
         seed = tl.load(seeds + row * seed_stride)
         position = tl.load(positions + row * position_stride)
-        of_quad = tl.reshape(noise(seed, position, winner // 4), [BLOCKS, 4])
+        of_quad = tl.reshape(gumbel(random_words(seed, position, winner // 4)), [BLOCKS, 4])
         own = (winner % 4)[:, None] == tl.arange(0, 4)[None, :]
         z += tl.sum(tl.where(own, of_quad, 0.0), axis=1)
     best = tl.max(z, axis=0)
