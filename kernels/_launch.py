@@ -31,9 +31,15 @@ def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Calla
         raise ImplError(f"impl {impl!r} of {op}: choose one of {', '.join(IMPLS)}")
     if impl not in forms:
         raise ImplError(f"impl {impl!r} of {op} does not exist; it has {', '.join(sorted(forms))}")
-    if impl == "triton" and device.type != "cuda" and not (without_gpu.get() or _interpreting()):
-        raise ImplError(f"impl 'triton' of {op} needs a CUDA device, not {device}")
+    if impl == "triton":
+        check_triton(op, device)
     return forms[impl]
+
+
+def check_triton(op: str, device: torch.device) -> None:
+    """Raise ImplError if Triton kernels cannot run on `device`."""
+    if device.type != "cuda" and not (without_gpu.get() or _interpreting()):
+        raise ImplError(f"impl 'triton' of {op} needs a CUDA device, not {device}")
 
 
 def check(condition: bool, message: str) -> None:

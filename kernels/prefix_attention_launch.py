@@ -1,6 +1,7 @@
-"""The launcher of prefix attention's Triton form, and how it cuts its work on which GPU."""
+"""The launcher of prefix attention's Triton form."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -8,8 +9,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels._launch import check
-from kernels._tiles import Gpu, Tiles, gpu_of, tiles
-from kernels.prefix_attention_triton import BITS, NATIVE, merge_kernel, prefix_attention_kernel
+from kernels._tiles import Tiles, gpu_of
+from kernels.fp8 import converts_e4m3
+from kernels.prefix_attention_tiles import Kind
+from kernels.prefix_attention_triton import merge_kernel, prefix_attention_kernel
 from kernels.prefix_plan import PrefixPlan
 from kernels.prefix_schedule import Cut, Schedule
 
@@ -17,6 +20,17 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = 1 / math.log(2)
+
+
+class Rotary(NamedTuple):
+    """What the fused decode form needs besides (rotary_attention.py)."""
+
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    inv_freq: Tensor
+    positions: Tensor
+    slots: Tensor
+    eps: float
 
 
 def prefix_attention_triton(
@@ -32,25 +46,48 @@ def prefix_attention_triton(
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`prefix_attention` in two launches; the first use of a plan cuts up its work before."""
-    rows, heads, dim = q.shape
-    kv_heads, page_size = k_pages.shape[1:3]
-    _check(q, dim, page_size, heads // kv_heads)
-    fp8 = k_scale is not None
-    large, small = tile_sizes(plan, heads // kv_heads, dim, batch_invariant)
-    chosen = choose(q.device, q.dtype, dim, page_size, large, small, fp8, batch_invariant)
-    gpu = gpu_of(q.device)
+    schedule, chosen = cut_up(
+        plan, q, q.shape[1], k_pages, window=window, batch_invariant=batch_invariant
+    )
+    return launch(q, k_pages, v_pages, plan, schedule, chosen, scale, k_scale, v_scale)
+
+
+def cut_up(
+    plan: PrefixPlan,
+    q: Tensor,
+    heads: int,
+    k_pages: Tensor,
+    *,
+    window: int,
+    batch_invariant: bool = False,
+    fused: bool = False,
+) -> tuple[Schedule, Tiles]:
+    """The plan's schedule and the tile choices, for q or its projection and so many query heads.
+
+    Raises ValueError for what the Triton form does not offer.
+    """
+    kv_heads, page_size, dim = k_pages.shape[1:]
+    check(q.dtype in DTYPES, f"q must be bf16, fp16 or fp32, not {q.dtype}")
+    check(q.is_contiguous(), "q must be contiguous")
+    check(dim in HEAD_DIMS, f"head_dim {dim}: impl 'triton' has {HEAD_DIMS}")
+    check(page_size in PAGE_SIZES, f"page_size {page_size}: impl 'triton' has {PAGE_SIZES}")
+    group = heads // kv_heads
+    fp8 = k_pages.dtype == torch.float8_e4m3fn
+    kind = Kind.of(plan, group, dim, fp8=fp8, invariant=batch_invariant, fused=fused)
+    most = max(kind.large, kind.small)
+    check(group <= most, f"{group} query heads per KV head: impl 'triton' has at most {most}")
+    chosen = kind.choose(q.device)
     cut = Cut(
         kv_heads=kv_heads,
-        group=heads // kv_heads,
-        sizes=(large, small),
+        group=group,
+        sizes=(kind.large, kind.small),
         grain=chosen["grain"],
-        overhead=0 if batch_invariant else chosen["overhead"],
-        programs=gpu.sms * chosen["programs"],
+        overhead=chosen["overhead"],
+        programs=gpu_of(q.device).sms * chosen["programs"],
         window=window,
         invariant=batch_invariant,
     )
-    schedule = plan.schedule(cut)
-    return launch(q, k_pages, v_pages, plan, schedule, chosen, scale, k_scale, v_scale)
+    return plan.schedule(cut), chosen
 
 
 def launch(
@@ -63,10 +100,12 @@ def launch(
     scale: float,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both launches over a schedule."""
-    (rows, heads, dim), cut = q.shape, schedule.cut
-    out = torch.empty_like(q)
+    """Both launches over a schedule; q [T, Hq, D], or with `rotary` qkv [T, (Hq + 2 Hkv) * D]."""
+    cut, rows, dim = schedule.cut, len(q), k_pages.shape[-1]
+    heads = cut.kv_heads * cut.group
+    out = q.new_empty(rows, heads, dim)
     lse = q.new_empty(rows, heads, dtype=torch.float32)
     if not rows:
         return out, lse
@@ -89,14 +128,13 @@ def launch(
         "OVERHEAD": cut.overhead,
         "INVARIANT": cut.invariant,
     }
-    fp8 = 0
-    if k_scale is not None:
-        fp8 = (NATIVE if gpu_of(q.device).arch >= 89 else BITS).value
-        if fp8 == BITS.value:
-            k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
+    if k_scale is not None:  # as bytes: before sm_89 Triton has no type for e4m3
+        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
     k_tiles = v_tiles = None
     if chosen["tma"]:
-        k_tiles, v_tiles = (_descriptor(pages, chosen["block"]) for pages in (k_pages, v_pages))
+        k_tiles, v_tiles = (
+            _descriptor(pages, min(chosen["block"], plan.page_size)) for pages in (k_pages, v_pages)
+        )
     prefix_attention_kernel[(cut.programs,)](
         q=q,
         k_pages=k_pages,
@@ -112,12 +150,13 @@ def launch(
         page_table=plan.pages,
         first_tile=schedule.first_tile,
         row_position=plan.row_position if cut.window else None,
+        rotary=rotary,
         qk_scale=scale * LOG2E,
         PAGE=plan.page_size,
-        BLOCK=chosen["block"],
+        BLOCK=min(chosen["block"], plan.page_size),
         GRAIN=cut.grain,
         WINDOW=cut.window,
-        FP8=fp8,
+        NATIVE_FP8=converts_e4m3(q.device),
         TMA=bool(chosen["tma"]),
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
@@ -141,65 +180,7 @@ def launch(
     return out, lse
 
 
-def tile_sizes(plan: PrefixPlan, group: int, dim: int, batch_invariant: bool) -> tuple[int, int]:
-    """M of the larger and the smaller row tiles, 0 for one that the plan has no use for.
-
-    16 is the least M of a tensor-core product, 64 that of wgmma; 16 rollouts of 4 heads fill it.
-    The batch-invariant mode has one size, whatever is in the batch.
-    """
-    if batch_invariant:
-        return max(64, triton.next_power_of_2(group)), 0
-    vectors = [group * (node.row_end - node.row_start) for node in plan.nodes]
-    small = 16 if group <= 16 and any(0 < n <= 16 for n in vectors) else 0
-    most = max(vectors, default=0)
-    if small and most <= 16:
-        return 0, small
-    # 128 vectors of head_dim 256 and their fp32 sums do not fit the registers.
-    return 128 if max(most, group) > 64 and dim < 256 else 64, small
-
-
-def choose(
-    device: torch.device,
-    dtype: torch.dtype,
-    dim: int,
-    page_size: int,
-    large: int,
-    small: int,
-    fp8: bool,
-    batch_invariant: bool,
-) -> Tiles:
-    """The tile choices for inputs of a class, from the GPU's table or by rule."""
-    key = f"D{dim} M{large}+{small}" + " fp8" * fp8 + " invariant" * batch_invariant
-
-    def rule(gpu: Gpu) -> Tiles:
-        # Registers decide: past these, the compiler spills (`python -m profiles static`).
-        wide = dim == 256 or large == 128
-        old = gpu.arch < 90
-        tight = (dim == 256 and (old or fp8)) or (large == 128 and old and fp8)
-        block = min(page_size, 32 if tight else 64)
-        kv_bytes = 2 * block * dim * (1 if fp8 else dtype.itemsize)
-        return {
-            "block": block,
-            "num_warps": 8 if wide or (fp8 and old) else 4,
-            "num_stages": 2 if 4 * kv_bytes > gpu.shared_bytes else 3,
-            "programs": 1 if wide else 2 if large else 4,
-            "grain": 256 if batch_invariant else 16,
-            "overhead": 2,
-            "tma": 0,
-        }
-
-    return tiles("prefix_attention", key, device, rule)
-
-
 def _descriptor(pages: Tensor, block: int) -> TensorDescriptor:
     """Pages as rows of head_dim, of which a tensor copy takes a block of one head's page."""
     dim = pages.shape[-1]
     return TensorDescriptor.from_tensor(pages.view(-1, dim), [block, dim])
-
-
-def _check(q: Tensor, dim: int, page_size: int, group: int) -> None:
-    check(q.dtype in DTYPES, f"q must be bf16, fp16 or fp32, not {q.dtype}")
-    check(q.is_contiguous(), "q must be contiguous")
-    check(dim in HEAD_DIMS, f"head_dim {dim}: impl 'triton' has {HEAD_DIMS}")
-    check(page_size in PAGE_SIZES, f"page_size {page_size}: impl 'triton' has {PAGE_SIZES}")
-    check(group <= 128, f"{group} query heads per KV head: impl 'triton' has at most 128")

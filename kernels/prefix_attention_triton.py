@@ -13,7 +13,8 @@ in units of log2 (`qk_scale` = scale * log2 e); the lse that leaves is natural.
 import triton
 import triton.language as tl
 
-from kernels.fp8 import from_e4m3_bits
+from kernels._rotary import cos_sin
+from kernels.fp8 import e4m3_scale, from_e4m3, magnitude_bits, to_e4m3
 from kernels.prefix_schedule import (
     ALONE,
     EDGE,
@@ -25,9 +26,10 @@ from kernels.prefix_schedule import (
     RECORD,
     ROW,
     ROWS,
+    WRITES,
 )
+from kernels.qk_norm_rope import norm_rotate
 
-NATIVE, BITS = tl.constexpr(1), tl.constexpr(2)  # FP8: pages of e4m3 converted, or read as bytes
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -50,6 +52,7 @@ def prefix_attention_kernel(
     stretch,
     first_tile,  # int32 [2, programs]
     row_position,  # int32 [T], with WINDOW
+    rotary,  # None, or a Rotary: q is then the QKV projection
     qk_scale,
     large,  # tiles of the larger size, which come first
     small,
@@ -64,7 +67,7 @@ def prefix_attention_kernel(
     OVERHEAD: tl.constexpr,
     WINDOW: tl.constexpr,
     INVARIANT: tl.constexpr,
-    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -110,6 +113,7 @@ def prefix_attention_kernel(
                         page_table,
                         tiles + (low + tile) * RECORD,
                         row_position,
+                        rotary,
                         head,
                         tl.maximum(done - OVERHEAD, 0),
                         goal - OVERHEAD,
@@ -123,7 +127,7 @@ def prefix_attention_kernel(
                         SIZES[size],
                         GRAIN,
                         WINDOW,
-                        FP8,
+                        NATIVE_FP8,
                         TMA,
                     )
                 place += goal - done
@@ -147,6 +151,7 @@ def _attend_tile(
     page_table,
     record,
     row_position,
+    rotary,
     head,
     first_grain,
     last_grain,
@@ -160,7 +165,7 @@ def _attend_tile(
     M: tl.constexpr,
     GRAIN: tl.constexpr,
     WINDOW: tl.constexpr,
-    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """Grains first_grain..last_grain of a tile of `grains`, for one KV head."""
@@ -168,9 +173,19 @@ def _attend_tile(
     vector = tl.arange(0, M)
     live = vector < tl.load(record + ROWS) * GROUP
     row = row_start + vector // GROUP
-    q_head = row.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + vector % GROUP
+    # The vectors' places, counted in heads from the tile's first one on.
+    q_head = vector // GROUP * (KV_HEADS * GROUP) + vector % GROUP
+    first_head = row_start.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
     dim = tl.arange(0, D)
-    x = tl.load(q + q_head[:, None] * D + dim[None, :], mask=live[:, None], other=0.0)  # [M, D]
+    if rotary is None:
+        source = q + first_head * D + (q_head[:, None] * D + dim[None, :])
+        x = tl.load(source, mask=live[:, None], other=0.0)  # [M, D]
+    else:
+        qkv_head = vector // GROUP * (KV_HEADS * (GROUP + 2)) + vector % GROUP
+        first = row_start.to(tl.int64) * (KV_HEADS * (GROUP + 2)) + head * GROUP
+        x = _rotated(
+            q + first * D + qkv_head * D, rotary.q_weight, rotary.positions + row, live, rotary, D
+        )
 
     end = tl.load(record + END)
     visible = tl.minimum(end, tl.load(record + EDGE) + row)  # [M]
@@ -186,6 +201,29 @@ def _attend_tile(
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
+    if rotary is not None:  # noqa: SIM102 - decided at compile time
+        # The node's new token, its last, has not been written: it comes from the projection, and
+        # whoever owns the node's last grain writes it.
+        if ((tl.load(record + FLAGS) & WRITES) != 0) & (last_grain == grains):
+            high = tl.minimum(high, end - 1)
+            k, v = _new_token(
+                q,
+                k_pages,
+                v_pages,
+                k_scale,
+                v_scale,
+                rotary,
+                row_start,
+                head,
+                KV_HEADS,
+                GROUP,
+                D,
+                PAGE,
+                NATIVE_FP8,
+            )
+            peak = tl.sum(x.to(tl.float32) * k, 1) * qk_scale
+            total += 1.0
+            acc += v
     stop = tl.cdiv(high, BLOCK)
     if TMA:  # reads whole blocks, whatever lies behind the node's end: the last goes by pointers
         tl.static_assert(GRAIN % BLOCK == 0)
@@ -215,7 +253,7 @@ def _attend_tile(
             PAGE,
             BLOCK,
             WINDOW,
-            FP8,
+            NATIVE_FP8,
             TMA,
         )
     if TMA:
@@ -244,7 +282,7 @@ def _attend_tile(
                 PAGE,
                 BLOCK,
                 WINDOW,
-                FP8,
+                NATIVE_FP8,
                 False,
             )
 
@@ -253,15 +291,73 @@ def _attend_tile(
     log = peak + tl.log2(divisor)  # -inf if nothing was seen
     alone = tl.load(record + FLAGS) & ALONE
     if (alone != 0) & (last_grain - first_grain == grains):
-        tl.store(
-            out + q_head[:, None] * D + dim[None, :],
-            acc.to(out.dtype.element_ty),
-            mask=live[:, None],
-        )
-        tl.store(lse + q_head, log * LN2, mask=live)
+        target = out + first_head * D + (q_head[:, None] * D + dim[None, :])
+        tl.store(target, acc.to(out.dtype.element_ty), mask=live[:, None])
+        tl.store(lse + first_head + q_head, log * LN2, mask=live)
     else:
-        tl.store(part_out + vector[:, None] * D + dim[None, :], acc, mask=live[:, None])
+        tl.store(part_out + (vector[:, None] * D + dim[None, :]), acc, mask=live[:, None])
         tl.store(part_lse + vector, log, mask=live)
+
+
+@triton.jit
+def _new_token(
+    qkv,
+    k_pages,
+    v_pages,
+    k_scale,
+    v_scale,
+    rotary,
+    row,
+    head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):
+    """Write a row's K and V to their page; both as later steps will read them, fp32 [1, D]."""
+    one = tl.arange(0, 1)
+    start = (row.to(tl.int64) * (KV_HEADS * (GROUP + 2)) + KV_HEADS * GROUP + head) * D
+    k = _rotated(
+        qkv + start + one, rotary.k_weight, rotary.positions + row + one, one == 0, rotary, D
+    )
+    v = tl.load(qkv + start + KV_HEADS * D + tl.arange(0, D)[None, :])
+    slot = tl.load(rotary.slots + row).to(tl.int64)
+    tile = (slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE
+    k = _write(k_pages, k_scale, k, tile, slot >= 0, D, NATIVE_FP8)
+    v = _write(v_pages, v_scale, v, tile, slot >= 0, D, NATIVE_FP8)
+    return k, v
+
+
+@triton.jit
+def _rotated(start, weight, position, live, rotary, D: tl.constexpr):
+    """Query or key vectors [M, D] from the projection at `start` [M]: normalised and rotated."""
+    PAIRS: tl.constexpr = D // 2
+    M: tl.constexpr = start.shape[0]
+    pair = tl.arange(0, PAIRS)
+    first = tl.load(start[:, None] + pair[None, :], mask=live[:, None], other=0.0)
+    second = tl.load(start[:, None] + PAIRS + pair[None, :], mask=live[:, None], other=0.0)
+    angle = tl.load(position, mask=live, other=0).to(tl.float32)[:, None]
+    cos, sin = cos_sin(angle * tl.load(rotary.inv_freq + pair)[None, :])
+    columns = (pair, pair + PAIRS, pair < PAIRS)
+    first, second = norm_rotate(first, second, weight, cos, sin, rotary.eps, columns, D)
+    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (M, D))
+
+
+@triton.jit
+def _write(pages, scales, x, tile, keep, D: tl.constexpr, NATIVE_FP8: tl.constexpr):
+    """Store a new token's K or V, x [1, D]; what later steps will read of it, fp32 [1, D]."""
+    at = tile * D + tl.arange(0, D)[None, :]
+    x = x.to(tl.float32)
+    if scales is None:
+        tl.store(pages + at, x.to(pages.dtype.element_ty), mask=keep)
+    else:
+        scale = e4m3_scale(magnitude_bits(x))  # [1]
+        codes = to_e4m3(x * tl.div_rn(1.0, scale)[:, None], NATIVE_FP8)
+        tl.store(scales + tile + tl.arange(0, 1), scale, mask=keep)
+        tl.store(pages + at, codes, mask=keep)
+        x = from_e4m3(codes, NATIVE_FP8).to(tl.float32) * scale[:, None]
+    return x
 
 
 @triton.jit
@@ -289,7 +385,7 @@ def _attend_block(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
-    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """Online softmax over those tokens of a block within a page that lie in [low, high)."""
@@ -299,9 +395,9 @@ def _attend_block(
     token = first + offset
     mine = (token >= low) & (token < high)  # [BLOCK]
     tile = (page.to(tl.int64) * KV_HEADS + head) * PAGE + first % PAGE
-    k = _load_tile(k_pages, k_tiles, tile, mine, q.dtype, D, BLOCK, FP8, TMA)  # [BLOCK, D]
+    k = _load_tile(k_pages, k_tiles, tile, mine, q.dtype, D, BLOCK, NATIVE_FP8, TMA)  # [BLOCK, D]
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [M, BLOCK]
-    if FP8:
+    if k_scale is not None:
         scores *= tl.load(k_scale + tile + offset, mask=mine, other=0.0)[None, :]
     seen = mine[None, :] & (token[None, :] < visible[:, None])
     if WINDOW:
@@ -313,9 +409,9 @@ def _attend_block(
     weights = tl.exp2(scores - base[:, None])
     fade = tl.exp2(peak - base)
     total = total * fade + tl.sum(weights, 1)
-    if FP8:
+    if k_scale is not None:
         weights *= tl.load(v_scale + tile + offset, mask=mine, other=0.0)[None, :]
-    v = _load_tile(v_pages, v_tiles, tile, mine, q.dtype, D, BLOCK, FP8, TMA)
+    v = _load_tile(v_pages, v_tiles, tile, mine, q.dtype, D, BLOCK, NATIVE_FP8, TMA)
     acc = tl.dot(weights.to(q.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, new_peak, total
 
@@ -329,7 +425,7 @@ def _load_tile(
     dtype: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
-    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """A head's tokens [BLOCK, D] as `dtype`; 0 for those that are not ours, whatever they hold."""
@@ -338,8 +434,8 @@ def _load_tile(
     else:
         offset = tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)[None, :]
         x = tl.load(pages + tile * D + offset, mask=mine[:, None], other=0.0)
-    if FP8 == BITS:
-        x = from_e4m3_bits(x)
+    if x.dtype == tl.uint8:
+        x = from_e4m3(x, NATIVE_FP8)
     return x.to(dtype)
 
 

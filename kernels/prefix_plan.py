@@ -118,6 +118,29 @@ class PrefixPlan:
             self._schedules[cut] = Schedule(self, cut)
         return self._schedules[cut]
 
+    def schedules(self) -> "Iterable[Schedule]":
+        """Those made so far."""
+        return self._schedules.values()
+
+    @cached_property
+    def is_decode(self) -> bool:
+        """Whether every row is the only new token, and the only row, of its node."""
+        written = [node for node in self.nodes if node.num_new]
+        alone = all(node.num_new == 1 == node.row_end - node.row_start for node in written)
+        return alone and len(written) == self.num_rows
+
+    @cached_property
+    def room(self) -> int:
+        """Of a decode step's plan as it was built: by how many steps its pages let it advance."""
+        written = [node for node in self.nodes if node.num_new]
+        return min((len(n.pages) * self.page_size - n.kv_len for n in written), default=0)
+
+    @cached_property
+    def leaf_of_row(self) -> Tensor:
+        """Of a decode step's plan: the node whose new token each row is, int32 [T]."""
+        leaf = [index for index, node in enumerate(self.nodes) if node.num_new]
+        return torch.tensor(leaf, dtype=torch.int32, device=self.kv_len.device)
+
     @cached_property
     def depths(self) -> list[int]:
         """How many nodes with rows contain each node's rows."""

@@ -56,12 +56,12 @@ def qk_norm_rope(
     and devices other than it is made for.
     """
     inputs = (qkv, q_weight, k_weight, inv_freq, positions, slots, k_pages, v_pages)
-    _check_shapes(*inputs, mrope_section, k_scale, v_scale)
+    check_shapes(*inputs, mrope_section, k_scale, v_scale)
     run = pick("qk_norm_rope", impl, qkv.device, _FORMS)
     return run(*inputs, eps=eps, mrope_section=mrope_section, k_scale=k_scale, v_scale=v_scale)
 
 
-def _check_shapes(
+def check_shapes(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
@@ -296,7 +296,7 @@ def _qk_norm_rope_triton(
 ) -> Tensor:
     written = {"k_pages": k_pages, "v_pages": v_pages, "k_scale": k_scale, "v_scale": v_scale}
     read = {"q_weight": q_weight, "k_weight": k_weight, "inv_freq": inv_freq, "slots": slots}
-    _check_layouts(qkv, positions, read | written)
+    check_layouts(qkv, positions, read | written)
     _, kv_heads, page_size, head_dim = k_pages.shape
     tokens, heads = len(qkv), qkv.shape[1] // head_dim - 2 * kv_heads
     q = qkv.new_empty(tokens, heads, head_dim)
@@ -337,7 +337,7 @@ def _qk_norm_rope_triton(
     return q
 
 
-def _check_layouts(qkv: Tensor, positions: Tensor, others: dict[str, Tensor | None]) -> None:
+def check_layouts(qkv: Tensor, positions: Tensor, others: dict[str, Tensor | None]) -> None:
     """What the kernel takes for granted beyond shapes."""
     given = {"positions": positions} | {name: x for name, x in others.items() if x is not None}
     check(qkv.dtype in DTYPES, f"qkv must be fp32, bf16 or fp16, not {qkv.dtype}")

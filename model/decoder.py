@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from kernels.activation import silu_mul
 from kernels.norm import rms_norm
-from kernels.prefix_attention import prefix_attention
+from kernels.prefix_advance import advance
 from kernels.prefix_plan import PlanNode, PrefixPlan
-from kernels.qk_norm_rope import qk_norm_rope
+from kernels.rotary_attention import rotary_attention
 from model.config import DecoderConfig
 from model.kv_cache import KVCache
 
@@ -45,6 +45,10 @@ class Step:
             device=device,
         )
         return Step(positions, positions, plan)
+
+    def advance(self) -> None:
+        """Move a decode step on to the next one, in place and on the device (`advance`)."""
+        advance(self.plan, self.positions, self.slots)
 
 
 class Decoder(nn.Module):
@@ -80,7 +84,7 @@ class Decoder(nn.Module):
         residual = embeddings
         h = rms_norm(embeddings, self.layers[0].input_norm, eps=eps, impl=impl)
         for index, layer in enumerate(self.layers):
-            h = self._attention(h, layer, step, cache.k[index], cache.v[index])
+            h = self._attention(h, layer, step, cache.layer(index))
             h, residual = rms_norm(h, layer.post_norm, eps=eps, residual=residual, impl=impl)
             gate_up = F.linear(h, layer.gate_up)
             h = F.linear(silu_mul(gate_up, impl=self.impl["silu_mul"]), layer.down)
@@ -109,27 +113,20 @@ class Decoder(nn.Module):
         return tensors
 
     def _attention(
-        self, h: Tensor, layer: "_Layer", step: Step, k_pages: Tensor, v_pages: Tensor
+        self, h: Tensor, layer: "_Layer", step: Step, pages: dict[str, Tensor | None]
     ) -> Tensor:
-        q = qk_norm_rope(
+        out = rotary_attention(
             F.linear(h, layer.qkv),
             layer.q_norm,
             layer.k_norm,
             self.inv_freq,
             step.positions,
             step.slots,
-            k_pages,
-            v_pages,
-            eps=self.config.norm_eps,
-            impl=self.impl["qk_norm_rope"],
-        )
-        out = prefix_attention(
-            q,
-            k_pages,
-            v_pages,
-            step.plan,
+            plan=step.plan,
             scale=self.config.head_dim**-0.5,
-            impl=self.impl["prefix_attention"],
+            eps=self.config.norm_eps,
+            impl=(self.impl["qk_norm_rope"], self.impl["prefix_attention"]),
+            **pages,
         )
         return F.linear(out.flatten(1), layer.o)
 

@@ -31,3 +31,9 @@ class KVCache:
             self.k_scale, self.v_scale = torch.zeros((2, *shape[:-1]), device=device)
         self.num_pages = num_pages
         self.page_size = page_size
+
+    def layer(self, index: int) -> dict[str, torch.Tensor | None]:
+        """One layer's pages, and their scales if they have any, by the names that ops take."""
+        tensors = {"k_pages": self.k, "v_pages": self.v}
+        tensors |= {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        return {name: x if x is None else x[index] for name, x in tensors.items()}

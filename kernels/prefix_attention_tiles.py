@@ -1,0 +1,106 @@
+"""How prefix attention cuts its work: tile choices by class of inputs, and what to tune among.
+
+block       tokens of K and V at a time, of one page
+num_warps, num_stages
+programs    persistent programs per SM
+grain       tokens that a stretch is cut by; of the batch-invariant mode, of a chunk
+overhead    of starting on a tile, in grains
+tma         1: whole blocks by tensor copies (sm_90), if grain is a multiple of block
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels._tiles import Gpu, Tiles, tiles
+from kernels.prefix_plan import PrefixPlan
+
+OP = "prefix_attention"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of inputs with tile choices of its own."""
+
+    dim: int
+    large: int  # M of the larger row tiles, 0 for none
+    small: int
+    fp8: bool = False
+    invariant: bool = False
+    fused: bool = False
+
+    @staticmethod
+    def of(
+        plan: PrefixPlan, group: int, dim: int, *, fp8: bool, invariant: bool, fused: bool
+    ) -> "Kind":
+        """The class of a plan, `group` query heads to a KV head.
+
+        16 is the least M of a tensor-core product, 64 that of wgmma: 16 rollouts of 4 heads fill
+        it. 128 vectors of head_dim 256 and their fp32 sums do not fit the registers. A size that
+        the plan has no use for is not compiled in. The batch-invariant mode has one size, whatever
+        is in the batch.
+        """
+        largest = 128 if dim < 256 else 64
+        if invariant:
+            return Kind(dim, 64 if group <= 64 else largest, 0, fp8, invariant, fused)
+        vectors = [group * (node.row_end - node.row_start) for node in plan.nodes]
+        most = max(vectors, default=0)
+        both = dim < 256 or most <= 16  # of head_dim 256 two sizes do not fit the registers either
+        small = 16 if both and group <= 16 and any(0 < n <= 16 for n in vectors) else 0
+        large = 0 if small and most <= 16 else 64 if max(most, group) <= 64 else largest
+        return Kind(dim, large, small, fp8, invariant, fused)
+
+    @property
+    def key(self) -> str:
+        """Its name in the tables, as in "D128 M64+16 fp8"."""
+        names = [name for name in ("fp8", "invariant", "fused") if getattr(self, name)]
+        return " ".join([f"D{self.dim}", f"M{self.large}+{self.small}", *names])
+
+    @staticmethod
+    def from_key(key: str) -> "Kind":
+        """The class that `key` names."""
+        dim, sizes, *names = key.split()
+        large, small = map(int, sizes[1:].split("+"))
+        return Kind(int(dim[1:]), large, small, **dict.fromkeys(names, True))
+
+    def choose(self, device: torch.device) -> Tiles:
+        """Its tile choices, from the GPU's table or by rule."""
+        return tiles(OP, self.key, device, self.rule)
+
+    def rule(self, gpu: Gpu) -> Tiles:
+        """Choices without measurements: as much in flight as fits, and no register spilled.
+
+        Half a page at a time leaves registers where a whole one would spill; five stages keep as
+        much of it in flight. `python -m profiles static` shows what the compiler makes of it.
+        """
+        old, wide = gpu.arch < 90, self.dim == 256 or self.large == 128
+        half = (old or self.fp8) if self.dim == 256 else old if wide else not (self.small or old)
+        return {
+            "block": 32 if half else 64,
+            "num_warps": 8 if wide or old and (self.fp8 or self.fused) else 4,
+            "num_stages": 5 if half else 2 if self.dim == 256 else 3,
+            "programs": 1 if wide else 2 if self.large else 4,
+            "grain": 256 if self.invariant else 16,
+            "overhead": 0 if self.invariant else 2,
+            "tma": 0,
+        }
+
+    def fuses(self, gpu: Gpu) -> bool:
+        """Whether a decode step takes the fused form, by rule: where that fits the registers."""
+        return not self.fp8 or self.dim < 256 and not (gpu.arch < 90 and self.large == 128)
+
+
+def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """What `python -m bench tune` measures for inputs of class `key`: the rule, then its kin."""
+    kind = Kind.from_key(key)
+    rule = kind.rule(gpu)
+    kin = [{"programs": n} for n in (1, 2, 3, 4)]
+    kin += [{"num_stages": n} for n in (2, 3, 5)]
+    if kind.invariant:
+        kin += [{"grain": n} for n in (128, 512)]
+    else:
+        kin += [{"grain": 64}, {"overhead": 0}, {"overhead": 6}]
+    if gpu.arch >= 90:
+        kin += [{"tma": 1, "grain": max(64, rule["grain"])}]
+    candidates = [rule, *(rule | change for change in kin)]
+    return [one for at, one in enumerate(candidates) if one not in candidates[:at]]
