@@ -313,7 +313,6 @@ def tokens(plan: PrefixPlan, window: int) -> tuple[int, int, int]:
         seen = np.maximum(end - begin, 0)
         if not seen.any():
             continue
-        begin = np.where(seen > 0, begin, node.kv_len)
         runs = edges[(edges >= node.row_start) & (edges < node.row_end)] - node.row_start
         shared += int(end.max() - begin.min())
         by_run = np.maximum.reduceat(end, runs) - np.minimum.reduceat(begin, runs)
