@@ -1,120 +1,40 @@
-"""prefix_attention against a brute force in fp64 over random prefix trees."""
-
-import math
-from dataclasses import dataclass
+"""prefix_attention's PyTorch forms against a brute force in fp64 over random prefix trees."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from kernels._launch import ImplError
+from kernels.fp8 import quantise_e4m3
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_plan import PlanNode, PrefixPlan
 from tests.errors import max_error
+from tests.prefix_trees import Node, brute_force, lay_out, pools, trees
 
 PAGE = 4
-LENGTHS = (0, 1, PAGE - 1, PAGE, PAGE + 1, 13)  # empty, one token, page edges, a prime
 FORMS = ("eager", "portable")
 
 
-@dataclass
-class Node:
-    length: int
-    num_new: int
-    children: list["Node"]
-
-
-def trees(depth: int) -> st.SearchStrategy[Node]:
-    children = st.lists(trees(depth - 1), max_size=2) if depth > 1 else st.just([])
-    return st.sampled_from(LENGTHS).flatmap(
-        lambda length: st.builds(Node, st.just(length), st.integers(0, min(length, 5)), children)
-    )
-
-
-def lay_out(roots: list[Node]) -> tuple[list[PlanNode], int, int]:
-    """Depth-first nodes with shuffled pages; the number of rows; the number of pages."""
-    sizes: list[int] = []
-    flat: list[list] = []
-    rows = 0
-
-    def visit(node: Node) -> None:
-        nonlocal rows
-        sizes.append(-(-node.length // PAGE))
-        entry = [node.length, rows, None, node.num_new]
-        flat.append(entry)
-        rows += node.num_new
-        for child in node.children:
-            visit(child)
-        entry[2] = rows
-
-    for root in roots:
-        visit(root)
-    num_pages = sum(sizes) + 2  # two that nobody owns
-    pages = iter(torch.randperm(num_pages, generator=torch.Generator().manual_seed(rows)).tolist())
-    nodes = [
-        PlanNode([next(pages) for _ in range(size)], length, start, end, new)
-        for size, (length, start, end, new) in zip(sizes, flat, strict=True)
-    ]
-    return nodes, rows, num_pages
-
-
-def pools(nodes: list[PlanNode], num_pages: int, kv_heads: int, dim: int) -> tuple[Tensor, Tensor]:
-    """K and V pages: random where a node holds a token, NaN everywhere else."""
-    generator = torch.Generator().manual_seed(num_pages)
-    pair = []
-    for _ in range(2):
-        pool = torch.full((num_pages, kv_heads, PAGE, dim), math.nan)
-        for node in nodes:
-            for token in range(node.kv_len):
-                value = torch.randn(kv_heads, dim, generator=generator)
-                pool[node.pages[token // PAGE], :, token % PAGE] = value
-        pair.append(pool)
-    return pair[0], pair[1]
-
-
-def brute_force(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, nodes: list[PlanNode], scale: float
-) -> tuple[Tensor, Tensor]:
-    """Row by row, in fp64, from the visibility formula alone."""
-    out = torch.zeros_like(q, dtype=torch.float64)
-    lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
-    for row in range(q.shape[0]):
-        seen = []
-        for node in nodes:
-            if node.row_start <= row < node.row_end:
-                offset = node.kv_len - node.num_new
-                visible = min(node.kv_len, offset + row - node.row_start + 1)
-                seen += [(node.pages[t // PAGE], t % PAGE) for t in range(visible)]
-        if not seen:
-            continue
-        page, at = torch.tensor(seen).T
-        group = q.shape[1] // k_pages.shape[1]
-        k = k_pages[page, :, at].double().repeat_interleave(group, dim=1)  # [tokens, Hq, D]
-        v = v_pages[page, :, at].double().repeat_interleave(group, dim=1)
-        scores = (k * q[row].double()).sum(-1) * scale
-        out[row] = (scores.softmax(0)[..., None] * v).sum(0)
-        lse[row] = scores.logsumexp(0)
-    return out, lse
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(roots=st.lists(trees(4), min_size=1, max_size=2), heads=st.sampled_from([(1, 1), (8, 2)]))
-def test_random_trees(roots: list[Node], heads: tuple[int, int]):
-    """Trees of depth 1 to 4: empty nodes, one-token nodes, parents written beside children.
+@given(
+    roots=st.lists(trees(4, PAGE), min_size=1, max_size=2),
+    heads=st.sampled_from([(1, 1), (8, 2)]),
+    window=st.sampled_from([0, 1, 7]),
+)
+def test_random_trees(roots: list[Node], heads: tuple[int, int], window: int):
+    """Depth 1 to 4, empty nodes, one-token nodes, parents written beside children, windows.
 
     Pages nobody owns and the tails of last pages hold NaN: a read beyond a node's length shows.
     """
-    nodes, rows, num_pages = lay_out(roots)
+    nodes, rows, num_pages = lay_out(roots, PAGE)
     q = torch.randn(rows, heads[0], 8, generator=torch.Generator().manual_seed(1))
-    k_pages, v_pages = pools(nodes, num_pages, heads[1], 8)
+    k_pages, v_pages = pools(nodes, num_pages, heads[1], 8, PAGE)
     plan = PrefixPlan.build(nodes, num_rows=rows, num_pages=num_pages, page_size=PAGE)
-    expected, expected_lse = brute_force(q, k_pages, v_pages, nodes, 0.3)
+    expected, expected_lse = brute_force(q, k_pages, v_pages, nodes, 0.3, window)
+    options = {"scale": 0.3, "window": window, "return_lse": True}
     for impl in FORMS:
-        out, lse = prefix_attention(
-            q, k_pages, v_pages, plan, scale=0.3, return_lse=True, impl=impl
-        )
+        out, lse = prefix_attention(q, k_pages, v_pages, plan, impl=impl, **options)
         assert max_error(out, expected) < 2e-6, impl
         assert max_error(lse, expected_lse) < 2e-6, impl
 
@@ -123,9 +43,9 @@ def test_random_trees(roots: list[Node], heads: tuple[int, int]):
 def test_chunks_of_a_long_node(impl: str, monkeypatch: pytest.MonkeyPatch):
     """A node longer than a part of the plan; rows whose causal edge lies inside one."""
     monkeypatch.setattr("kernels.prefix_plan.PART_TOKENS", 2 * PAGE)
-    nodes, rows, num_pages = lay_out([Node(41, 37, [Node(3, 2, [])])])
+    nodes, rows, num_pages = lay_out([Node(41, 37, [Node(3, 2, [])])], PAGE)
     q = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(1))
-    k_pages, v_pages = pools(nodes, num_pages, 1, 8)
+    k_pages, v_pages = pools(nodes, num_pages, 1, 8, PAGE)
     plan = PrefixPlan.build(nodes, num_rows=rows, num_pages=num_pages, page_size=PAGE)
     expected, _ = brute_force(q, k_pages, v_pages, nodes, 0.3)
     out = prefix_attention(q, k_pages, v_pages, plan, scale=0.3, impl=impl)
@@ -135,9 +55,9 @@ def test_chunks_of_a_long_node(impl: str, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("impl", FORMS)
 def test_large_scores_do_not_overflow(impl: str):
     """Scores in the hundreds overflow exp unless each partial subtracts its own maximum."""
-    nodes, rows, num_pages = lay_out([Node(9, 0, [Node(5, 1, []), Node(6, 1, [])])])
+    nodes, rows, num_pages = lay_out([Node(9, 0, [Node(5, 1, []), Node(6, 1, [])])], PAGE)
     q = 60 * torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(1))
-    k_pages, v_pages = pools(nodes, num_pages, 1, 8)
+    k_pages, v_pages = pools(nodes, num_pages, 1, 8, PAGE)
     plan = PrefixPlan.build(nodes, num_rows=rows, num_pages=num_pages, page_size=PAGE)
     expected, _ = brute_force(q, k_pages, v_pages, nodes, 1.0)
     assert expected.isfinite().all()
@@ -147,10 +67,25 @@ def test_large_scores_do_not_overflow(impl: str):
     )
 
 
+@pytest.mark.parametrize("impl", FORMS)
+def test_fp8_pages(impl: str):
+    """Pages of e4m3 mean page * scale; pages and scales nobody owns are NaN."""
+    nodes, rows, num_pages = lay_out([Node(9, 0, [Node(5, 1, []), Node(6, 2, [])])], PAGE)
+    q = torch.randn(rows, 4, 8, generator=torch.Generator().manual_seed(1))
+    pages = [quantise_e4m3(pool) for pool in pools(nodes, num_pages, 2, 8, PAGE)]
+    (k, k_scale), (v, v_scale) = pages
+    plan = PrefixPlan.build(nodes, num_rows=rows, num_pages=num_pages, page_size=PAGE)
+    meant = [page.float() * scale[..., None] for page, scale in pages]
+    expected, _ = brute_force(q, *meant, nodes, 0.3)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    out = prefix_attention(q, k, v, plan, scale=0.3, impl=impl, **scales)
+    assert max_error(out, expected) < 2e-6
+
+
 def test_a_wrong_page_is_noticed():
     """Guards the tests themselves: with a wrong page in the plan the result must differ."""
-    nodes, rows, num_pages = lay_out([Node(9, 1, [])])
-    k_pages, v_pages = pools(nodes, num_pages, 1, 8)
+    nodes, rows, num_pages = lay_out([Node(9, 1, [])], PAGE)
+    k_pages, v_pages = pools(nodes, num_pages, 1, 8, PAGE)
     q = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(1))
     expected, _ = brute_force(q, k_pages, v_pages, nodes, 0.3)
     wrong = [PlanNode([nodes[0].pages[0]] * 3, 9, 0, 1, 1)]
@@ -202,6 +137,8 @@ def test_shapes_are_checked():
         (good, pages[:3], "the plan is for 4 pages"),
         (good, torch.zeros(4, 2, 8, 8), "pages of 4 tokens"),
         (good, torch.zeros(4, PAGE, 2, 8).transpose(1, 2), "pages must be contiguous"),
+        (good, pages.half(), "pages must be torch.float32 like q"),
+        (good, pages.to(torch.float8_e4m3fn), "k_scale goes with pages of float8_e4m3fn"),
     ]:
         with pytest.raises(ValueError, match=message):
             prefix_attention(q, k, k, plan, scale=1.0)

@@ -1,0 +1,100 @@
+"""Random prefix trees for the tests of prefix attention, and a brute force in fp64."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.prefix_plan import PlanNode
+
+
+@dataclass
+class Node:
+    length: int
+    num_new: int
+    children: list["Node"]
+
+
+def trees(depth: int, page: int) -> st.SearchStrategy[Node]:
+    """Lengths: empty, one token, the edges of a page, primes that fill none."""
+    children = st.lists(trees(depth - 1, page), max_size=2) if depth > 1 else st.just([])
+    lengths = (0, 1, page - 1, page, page + 1, 13, 37)
+    return st.sampled_from(lengths).flatmap(
+        lambda length: st.builds(Node, st.just(length), st.integers(0, min(length, 5)), children)
+    )
+
+
+def lay_out(roots: list[Node], page: int) -> tuple[list[PlanNode], int, int]:
+    """Depth-first nodes with shuffled pages; the number of rows; the number of pages."""
+    sizes: list[int] = []
+    flat: list[list] = []
+    rows = 0
+
+    def visit(node: Node) -> None:
+        nonlocal rows
+        sizes.append(-(-node.length // page))
+        entry = [node.length, rows, None, node.num_new]
+        flat.append(entry)
+        rows += node.num_new
+        for child in node.children:
+            visit(child)
+        entry[2] = rows
+
+    for root in roots:
+        visit(root)
+    num_pages = sum(sizes) + 2  # two that nobody owns
+    pages = iter(torch.randperm(num_pages, generator=torch.Generator().manual_seed(rows)).tolist())
+    nodes = [
+        PlanNode([next(pages) for _ in range(size)], length, start, end, new)
+        for size, (length, start, end, new) in zip(sizes, flat, strict=True)
+    ]
+    return nodes, rows, num_pages
+
+
+def pools(
+    nodes: list[PlanNode], num_pages: int, kv_heads: int, dim: int, page: int
+) -> tuple[Tensor, Tensor]:
+    """K and V pages: random where a node holds a token, NaN everywhere else."""
+    generator = torch.Generator().manual_seed(num_pages)
+    pair = []
+    for _ in range(2):
+        pool = torch.full((num_pages, kv_heads, page, dim), math.nan)
+        for node in nodes:
+            for token in range(node.kv_len):
+                value = torch.randn(kv_heads, dim, generator=generator)
+                pool[node.pages[token // page], :, token % page] = value
+        pair.append(pool)
+    return pair[0], pair[1]
+
+
+def brute_force(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    nodes: list[PlanNode],
+    scale: float,
+    window: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Row by row, in fp64, from the visibility formula alone."""
+    page = k_pages.shape[2]
+    out = torch.zeros_like(q, dtype=torch.float64)
+    lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
+    for row in range(q.shape[0]):
+        seen = []
+        for node in nodes:
+            if node.row_start <= row < node.row_end:
+                offset = node.kv_len - node.num_new
+                visible = min(node.kv_len, offset + row - node.row_start + 1)
+                seen += [(node.pages[t // page], t % page) for t in range(visible)]
+        if not seen:
+            continue
+        index, at = torch.tensor(seen[-window:]).T
+        group = q.shape[1] // k_pages.shape[1]
+        k = k_pages[index, :, at].double().repeat_interleave(group, dim=1)  # [tokens, Hq, D]
+        v = v_pages[index, :, at].double().repeat_interleave(group, dim=1)
+        scores = (k * q[row].double()).sum(-1) * scale
+        out[row] = (scores.softmax(0)[..., None] * v).sum(0)
+        lse[row] = scores.logsumexp(0)
+    return out, lse

@@ -1,0 +1,121 @@
+"""A plan that advances on the device is the plan the host would have built."""
+
+import pytest
+import torch
+
+from bench.inputs import Node, fork, prefix_plan
+from kernels._tiles import Gpu, assume_gpu, use_tiles
+from kernels.prefix_advance import advance
+from kernels.prefix_attention import prefix_attention
+from kernels.prefix_plan import PlanNode, PrefixPlan
+from tests.errors import max_error
+
+PAGE = 16
+LENGTHS = (1, 15, 16, 17)  # a first token, the last slot of a page, a page, one on a new page
+
+
+def leaves_with_room(device: str, grown: int, reserve: int = 2) -> PrefixPlan:
+    """Two prefixes with two leaves each, `grown` tokens further; pages for `reserve` more each."""
+    nodes, page, row = [], 0, 0
+    for prefix in (20, 0):
+        count = -(-prefix // PAGE)
+        nodes.append(PlanNode(range(page, page + count), prefix, row, row + 2))
+        page += count
+        for length in LENGTHS[row : row + 2]:
+            count = -(-length // PAGE) + reserve
+            nodes.append(PlanNode(range(page, page + count), length + grown, row, row + 1, 1))
+            page, row = page + count, row + 1
+    return PrefixPlan.build(nodes, num_rows=4, num_pages=page, page_size=PAGE, device=device)
+
+
+def where(plan: PrefixPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and slots of the plan's rows, by the host."""
+    leaves = [node for node in plan.nodes if node.num_new]
+    slots = [n.pages[(n.kv_len - 1) // PAGE] * PAGE + (n.kv_len - 1) % PAGE for n in leaves]
+    device = plan.kv_len.device
+    return plan.row_position.long().to(device), torch.tensor(slots, device=device)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_as_the_host_would(triton_device, impl):
+    """Over the turns of pages, every tensor that a step reads."""
+    plan = leaves_with_room(triton_device, 0)
+    positions, slots = (x.clone() for x in where(plan))
+    for grown in range(1, 2 * PAGE):
+        advance(plan, positions, slots, impl=impl)
+        fresh = leaves_with_room(triton_device, grown)
+        for name in ("kv_len", "causal_offset", "row_position", "pages", "page_start"):
+            assert torch.equal(getattr(plan, name), getattr(fresh, name)), (name, grown)
+        assert torch.equal(positions, where(fresh)[0]) and torch.equal(slots, where(fresh)[1])
+
+
+@pytest.mark.parametrize("window", [0, 21])
+def test_schedules_advance_too(triton_device, window):
+    """Attention over the advanced plan is that over a plan built anew."""
+    plan = leaves_with_room(triton_device, 0)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(4, 4, 16, generator=generator).to(triton_device)
+    pages = torch.randn(plan.num_pages, 1, PAGE, 16, generator=generator).to(triton_device)
+    inputs = {"q": q, "k_pages": pages, "v_pages": pages.flip(3), "scale": 0.3, "window": window}
+    inputs["v_pages"] = inputs["v_pages"].contiguous()
+    positions, slots = (x.clone() for x in where(plan))
+    toy = Gpu("toy", 90, sms=3, shared_bytes=227 * 1024)
+    with assume_gpu(toy), use_tiles("prefix_attention", programs=1, grain=4):
+        before = prefix_attention(**inputs, plan=plan, impl="triton")
+        for _ in range(18):
+            advance(plan, positions, slots, impl="triton")
+        after = prefix_attention(**inputs, plan=plan, impl="triton")
+    expected = prefix_attention(**inputs, plan=leaves_with_room(triton_device, 18), impl="eager")
+    assert max_error(after, expected) < 4e-6 < max_error(before, expected)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_full_pages_take_nothing(triton_device, impl):
+    """Beyond `room` a slot would lie in a page of somebody else."""
+    plan = leaves_with_room(triton_device, 0, reserve=1)
+    assert plan.room == 16  # of the leaf that fills its page
+    positions, slots = (x.clone() for x in where(plan))
+    for _ in range(plan.room):
+        advance(plan, positions, slots, impl=impl)
+    assert (slots >= 0).all()
+    advance(plan, positions, slots, impl=impl)
+    assert (slots == -1).tolist() == [False, False, True, False]
+
+
+def test_bad_input(triton_device):
+    plan = leaves_with_room(triton_device, 0)
+    positions, slots = where(plan)
+    prefill = prefix_plan(0, triton_device, forest=[Node(9, new=3)], page_size=PAGE)
+    with pytest.raises(ValueError, match="every row of the plan"):
+        advance(prefill, positions[:3], slots[:3])
+    with pytest.raises(ValueError, match="positions must be"):
+        advance(plan, positions[:3], slots)
+    with pytest.raises(ValueError, match="slots must be contiguous"):
+        advance(plan, positions, slots.repeat(2)[::2])
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    """A captured step replays without the host: each replay is one step further."""
+    plan = prefix_plan(0, "cuda", forest=[fork(100, [1] * 8)])
+    q = torch.randn(8, 32, 128, device="cuda", dtype=torch.bfloat16)
+    pages = torch.randn(plan.num_pages, 8, 64, 128, device="cuda", dtype=torch.bfloat16)
+    positions, slots = plan.row_position.long(), torch.zeros(8, device="cuda", dtype=torch.int64)
+    inputs = {"q": q, "k_pages": pages, "v_pages": pages, "scale": 0.1, "plan": plan}
+    prefix_attention(**inputs)  # compiles, and lays the schedule
+    advance(plan, positions, slots)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = prefix_attention(**inputs)
+        advance(plan, positions, slots)
+    for _ in range(10):
+        graph.replay()
+    grown = [
+        PlanNode(node.pages, node.kv_len + 10 * node.num_new, node.row_start, node.row_end, 0)
+        for node in plan.nodes
+    ]
+    fresh = PrefixPlan.build(
+        grown, num_rows=8, num_pages=plan.num_pages, page_size=64, device="cuda"
+    )
+    expected = prefix_attention(**(inputs | {"plan": fresh}), impl="eager")
+    assert max_error(out, expected) < 2**-6

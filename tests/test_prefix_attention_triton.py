@@ -1,0 +1,302 @@
+"""The Triton form of prefix attention: trees, tile edges, options, and what must not matter.
+
+A toy GPU of few SMs and grains of a few tokens put the edges of stretches everywhere: inside pages,
+between heads, at the ends of tiles. Memory that a kernel leaves unwritten holds NaN.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bench.inputs import Node as InputNode
+from bench.inputs import fork, prefix_attention_inputs
+from kernels._tiles import Gpu, assume_gpu, use_tiles
+from kernels.fp8 import quantise_e4m3
+from kernels.prefix_attention import prefix_attention
+from kernels.prefix_plan import PlanNode, PrefixPlan
+from tests.errors import max_error
+from tests.prefix_trees import brute_force, lay_out, pools, trees
+
+PAGE = 16  # the least that the kernel takes
+FP32, FP16 = 4e-6, 2**-9  # the latter: two roundoffs, of a probability and of the result
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def toy(sms: int = 5) -> Gpu:
+    return Gpu("toy", arch=90, sms=sms, shared_bytes=227 * 1024)
+
+
+def run(sms: int = 5, grain: int = 4, overhead: int = 1, **inputs) -> Tensor:
+    """The Triton form on a toy GPU, one program to an SM."""
+    tiles = {"programs": 1, "grain": grain, "overhead": overhead, **inputs.pop("tiles", {})}
+    with assume_gpu(toy(sms)), use_tiles("prefix_attention", **tiles):
+        return prefix_attention(**inputs, impl="triton")
+
+
+def inputs_of(device: str, forest: list, dtype: torch.dtype = torch.float32, **shape) -> dict:
+    shape = {"heads": 8, "kv_heads": 2, "head_dim": 16, "page_size": PAGE} | shape
+    return prefix_attention_inputs(0, device, dtype, forest=forest, return_lse=True, **shape)
+
+
+def check(inputs: dict, exact: float = FP32, **options) -> None:
+    """Out and lse against the definition."""
+    expected = prefix_attention(**inputs, impl="eager")
+    for result, meant in zip(run(**inputs, **options), expected, strict=True):
+        assert max_error(result, meant) < (exact if result.dtype == torch.float32 else FP16)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    roots=st.lists(trees(3, PAGE), min_size=1, max_size=2),
+    heads=st.sampled_from([(1, 1), (8, 2), (6, 2)]),
+    window=st.sampled_from([0, 0, 9]),
+    invariant=st.booleans(),
+    sms=st.sampled_from([1, 4, 7]),
+)
+def test_random_trees(roots, heads, window, invariant, sms):
+    """One to three levels, several groups, empty and one-token nodes, page edges, parents written
+    beside their children, 3 heads to a KV head (rows that do not fill a tile), any number of SMs.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    nodes, rows, num_pages = lay_out(roots, PAGE)
+    q = torch.randn(rows, heads[0], 16, generator=torch.Generator().manual_seed(1))
+    pages = pools(nodes, num_pages, heads[1], 16, PAGE)
+    plan = PrefixPlan.build(
+        nodes, num_rows=rows, num_pages=num_pages, page_size=PAGE, device=device
+    )
+    expected = brute_force(q, *pages, nodes, 0.3, window)
+    results = run(
+        sms,
+        grain=16 if invariant else 4,
+        overhead=0 if invariant else 1,
+        q=q.to(device),
+        k_pages=pages[0].to(device),
+        v_pages=pages[1].to(device),
+        plan=plan,
+        scale=0.3,
+        window=window,
+        batch_invariant=invariant,
+        return_lse=True,
+    )
+    for result, meant in zip(results, expected, strict=True):
+        assert max_error(result.cpu(), meant) < FP32
+
+
+FORESTS = {
+    "one rollout": [fork(33, [17])],
+    "4 rollouts: 16 vectors, the smaller tile": [fork(20, [1, 15, 16, 17])],
+    "5 rollouts: one vector group beyond it": [fork(20, [3] * 5)],
+    "16 rollouts: 64 vectors": [fork(19, [2] * 16)],
+    "17 rollouts: beyond the tile of 64": [fork(19, [2] * 17)],
+    "32 rollouts: 128 vectors": [fork(5, [1] * 32)],
+    "65 rollouts: three tiles of 128": [fork(5, [1] * 65)],
+    "several groups": [fork(31, [1, 2]), fork(0, [5]), fork(48, [7, 16, 31])],
+    "prefill": [InputNode(37, new=37)],
+    "prefill over two tiles of 128": [InputNode(41, new=41)],
+    "chunk of a prefill behind what is there": [InputNode(70, new=19)],
+    "several tokens per rollout": [
+        InputNode(33, children=(InputNode(9, new=3), InputNode(20, new=2)))
+    ],
+    "prefill beside decode": [InputNode(23, new=23), fork(33, [5, 20]), InputNode(0)],
+    "synthesis prompt below an image": [
+        InputNode(29, children=(InputNode(21, new=21, children=(InputNode(1, new=1),)),))
+    ],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS.keys())
+def test_forests(triton_device, forest, dtype):
+    """Either side of every row tile (16, 64, 128 vectors), and each kind of step."""
+    check(inputs_of(triton_device, forest, dtype, heads=4, kv_heads=1))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_head_dims(triton_device, head_dim):
+    check(inputs_of(triton_device, [fork(20, [3, 18])], head_dim=head_dim), sms=2)
+
+
+def test_one_kv_head_of_64(triton_device):
+    """Step-3's shape: a single rollout fills a tile of 64."""
+    inputs = inputs_of(triton_device, [fork(20, [3, 18])], heads=64, kv_heads=1, head_dim=32)
+    check(inputs, sms=3)
+
+
+@pytest.mark.parametrize("window", [1, 16, 17, 1000])
+def test_windows(triton_device, window):
+    """A window of the own token only, of a page, across nodes, and beyond everything."""
+    forest = [fork(33, [1, 18, 40]), InputNode(50, new=21)]
+    check(inputs_of(triton_device, forest) | {"window": window})
+
+
+def test_tensor_copies(triton_device):
+    """Whole blocks by descriptors; NaN behind a node's end stays out of it."""
+    tiles = {"tma": 1, "block": 16}
+    check(inputs_of(triton_device, [fork(37, [1, 16, 23])]), tiles=tiles, grain=16)
+
+
+def test_blocks_smaller_than_pages(triton_device):
+    inputs = inputs_of(triton_device, [fork(70, [1, 40])], page_size=64)
+    check(inputs, tiles={"block": 16}, grain=8)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_fp8_pages(triton_device, arch):
+    """Either way of reading e4m3; slots and scales that nobody owns are NaN."""
+    inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])], torch.float16)
+    for name in ("k", "v"):
+        pages, scales = quantise_e4m3(inputs[f"{name}_pages"])
+        inputs |= {f"{name}_pages": pages, f"{name}_scale": scales}
+    gpu = Gpu("toy", arch, sms=5, shared_bytes=163 * 1024)
+    with assume_gpu(gpu), use_tiles("prefix_attention", programs=1, grain=4):
+        out, lse = prefix_attention(**inputs, impl="triton")
+    expected = prefix_attention(**inputs, impl="eager")
+    assert max_error(out, expected[0]) < FP16
+    assert max_error(lse, expected[1]) < FP32
+
+
+def test_large_scores(triton_device):
+    """Scores in the hundreds: every partial and every merge must subtract its maximum.
+
+    Their own fp32 roundoff, 2^-24 of some 500, is what the weights are off by.
+    """
+    inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])]) | {"scale": 40.0}
+    check(inputs, exact=500 * 2**-24)
+
+
+def test_rows_that_see_nothing(triton_device):
+    """No node, or only empty ones: zeros and -inf, also beside rows that see something."""
+    nodes = [PlanNode([], 0, 0, 2), PlanNode([1], 5, 2, 3)]
+    plan = PrefixPlan.build(nodes, num_rows=4, num_pages=2, page_size=PAGE, device=triton_device)
+    pages = torch.ones(2, 1, PAGE, 16, device=triton_device)
+    q = torch.ones(4, 1, 16, device=triton_device)
+    out, lse = run(q=q, k_pages=pages, v_pages=pages, plan=plan, scale=1.0, return_lse=True)
+    seen = torch.tensor([0.0, 0.0, 1.0, 0.0], device=triton_device)
+    assert torch.equal(out, seen[:, None, None].expand_as(out))
+    assert lse[:, 0].tolist() == [-math.inf, -math.inf, pytest.approx(16 + math.log(5)), -math.inf]
+
+
+def test_no_rows_and_no_nodes(triton_device):
+    plan = PrefixPlan.build([], num_rows=0, num_pages=1, page_size=PAGE, device=triton_device)
+    pages = torch.ones(1, 1, PAGE, 16, device=triton_device)
+    q = torch.ones(0, 1, 16, device=triton_device)
+    assert run(q=q, k_pages=pages, v_pages=pages, plan=plan, scale=1.0).shape == (0, 1, 16)
+
+
+def test_a_wrong_page_is_noticed(triton_device):
+    """Guards the tests themselves: a wrong entry of the page table must show."""
+    inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])])
+    inputs["k_pages"].nan_to_num_()
+    inputs["v_pages"].nan_to_num_()
+    expected = prefix_attention(**inputs, impl="eager")[0]
+    assert max_error(run(**inputs)[0], expected) < FP32
+    inputs["plan"].pages[1] = inputs["plan"].pages[0]
+    assert max_error(run(**inputs)[0], expected) > 1e-2
+
+
+def test_inputs_are_only_read(triton_device):
+    inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])])
+    before = {name: inputs[name].clone() for name in ("q", "k_pages", "v_pages")}
+    run(**inputs)
+    for name, tensor in before.items():
+        assert torch.equal(inputs[name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
+
+
+class TestBatchInvariance:
+    """Bit by bit the same for a rollout alone, in company, at another place, on another GPU."""
+
+    LENGTHS = (1, 16, 23, 40)
+
+    def rows(self, device: str, chosen: list[int], **options) -> dict[int, Tensor]:
+        """Outputs of these rollouts over a prefix of 53 tokens, by rollout."""
+        pages = torch.randn(
+            (4 + 3 * 4, 2, PAGE, 16), generator=torch.Generator().manual_seed(0)
+        ).to(device)
+        q = torch.randn((4, 8, 16), generator=torch.Generator().manual_seed(1))[chosen].to(device)
+        nodes = [PlanNode([3, 1, 0, 2], 53, 0, len(chosen))]
+        for row, rollout in enumerate(chosen):
+            own = [4 + 3 * rollout + index for index in range(3)]
+            nodes.append(PlanNode(own, self.LENGTHS[rollout], row, row + 1, 1))
+        plan = PrefixPlan.build(
+            nodes, num_rows=len(chosen), num_pages=len(pages), page_size=PAGE, device=device
+        )
+        inputs = {"k_pages": pages, "v_pages": pages.flip(1).contiguous(), "plan": plan}
+        out = run(q=q, scale=0.3, **inputs, **options)
+        return dict(zip(chosen, out, strict=True))
+
+    @pytest.mark.parametrize("window", [0, 30])
+    def test_bits(self, triton_device, window):
+        options = {"batch_invariant": True, "grain": 16, "overhead": 0, "window": window}
+        together = self.rows(triton_device, [0, 1, 2, 3], **options)
+        for chosen, sms in (([3], 5), ([2, 0], 3), ([3, 2, 1, 0], 7), ([1, 2], 1)):
+            for rollout, out in self.rows(triton_device, chosen, sms=sms, **options).items():
+                assert torch.equal(out, together[rollout]), (chosen, rollout)
+
+    def test_the_fastest_mode_differs_but_little(self, triton_device):
+        together = self.rows(triton_device, [0, 1, 2, 3])
+        others = [self.rows(triton_device, [rollout], sms=3)[rollout] for rollout in range(4)]
+        assert all(max_error(out, together[index]) < FP32 for index, out in enumerate(others))
+        assert any(not torch.equal(out, together[index]) for index, out in enumerate(others))
+
+    def test_prefill_and_decode_agree(self, triton_device):
+        """A token's row in a prefill is the row of its decode step."""
+        inputs = inputs_of(triton_device, [InputNode(41, new=41)]) | {"batch_invariant": True}
+        inputs["return_lse"] = False
+        whole = run(**inputs, grain=16, overhead=0)
+        plan, pages = inputs["plan"], inputs["plan"].nodes[0].pages
+        for length in (1, 16, 17, 33, 41):
+            one = PrefixPlan.build(
+                [PlanNode(pages, length, 0, 1, 1)],
+                num_rows=1,
+                num_pages=plan.num_pages,
+                page_size=PAGE,
+                device=triton_device,
+            )
+            step = inputs | {"plan": one, "q": inputs["q"][length - 1 : length]}
+            assert torch.equal(run(**step, grain=16, overhead=0)[0], whole[length - 1]), length
+
+    def test_other_forms_refuse(self, triton_device):
+        with pytest.raises(ValueError, match="batch_invariant: only impl 'triton'"):
+            inputs = inputs_of(triton_device, [fork(5, [1])])
+            prefix_attention(**inputs, batch_invariant=True, impl="portable")
+
+
+def test_bad_input(triton_device):
+    """Each named in the caller's words, before any launch."""
+    forest = [fork(5, [1, 2])]
+    good = inputs_of(triton_device, forest)
+    for inputs, message in (
+        (good | {"q": good["q"].double()}, "pages must be torch.float64 like q"),
+        (good | {"q": good["q"].transpose(0, 1).contiguous().transpose(0, 1)}, "q must be contig"),
+        (inputs_of(triton_device, forest, head_dim=12), "head_dim 12"),
+        (inputs_of(triton_device, forest, page_size=8), "page_size 8"),
+        (inputs_of(triton_device, forest, heads=129, kv_heads=1), "129 query heads per KV head"),
+        (good | {"window": -1}, "window must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 16, 64])
+def test_real_shapes(dtype, batch):
+    """What the interpreter cannot see: bf16, tensor cores, races, the GPU's own tiles."""
+    inputs = prefix_attention_inputs(
+        0, "cuda", dtype, forest=[fork(2048, range(100, 100 + batch))], return_lse=True
+    )
+    expected = prefix_attention(**inputs, impl="eager")
+    for _ in range(3):  # a race would show now and then
+        out, lse = prefix_attention(**inputs, impl="triton")
+        assert max_error(out, expected[0]) < 2**-6
+        assert max_error(lse, expected[1]) < 1e-4

@@ -1,0 +1,206 @@
+"""rotary_attention's fused form against the two ops in eager PyTorch."""
+
+import pytest
+import torch
+
+from bench.inputs import Node, fork, prefix_attention_inputs
+from kernels._launch import ImplError
+from kernels._tiles import Gpu, assume_gpu, use_tiles
+from kernels.fp8 import quantise_e4m3
+from kernels.rotary_attention import rotary_attention
+from tests.errors import max_error
+
+PAGE = 16
+FOREST = [fork(33, [1, 15, 16, 17, 40]), Node(3, new=1), fork(PAGE, [2])]
+PAGES = ("k_pages", "v_pages", "k_scale", "v_scale")
+
+
+def step(
+    device: str,
+    forest: list[Node] = FOREST,
+    dtype: torch.dtype = torch.float32,
+    heads: int = 6,
+    kv_heads: int = 2,
+    dim: int = 16,
+    fp8: bool = False,
+) -> dict:
+    """A decode step whose new K and V are not in their pages yet: their slots are NaN."""
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "page_size": PAGE}
+    inputs = prefix_attention_inputs(0, device, dtype, forest=forest, **shape)
+    plan = inputs["plan"]
+    leaves = [node for node in plan.nodes if node.num_new]
+    last = [node.kv_len - 1 for node in leaves]
+    page = torch.tensor([n.pages[at // PAGE] for n, at in zip(leaves, last, strict=True)])
+    offset = torch.tensor(last) % PAGE
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    step = {
+        "qkv": draw(plan.num_rows, (heads + 2 * kv_heads) * dim),
+        "q_weight": 1 + 0.1 * draw(dim),
+        "k_weight": 1 + 0.1 * draw(dim),
+        "inv_freq": torch.rand(dim // 2, generator=generator).to(device),
+        "positions": plan.row_position.long(),
+        "slots": (page * PAGE + offset).to(device),
+        "plan": plan,
+        "scale": 0.3,
+    }
+    for name in ("k", "v"):
+        pages = inputs[f"{name}_pages"]
+        pages[page.to(device), :, offset.to(device)] = torch.nan
+        if fp8:
+            pages, step[f"{name}_scale"] = quantise_e4m3(pages)
+        step[f"{name}_pages"] = pages
+    return step
+
+
+def run(inputs: dict, arch: int = 90, grain: int = 4, **options) -> tuple[torch.Tensor, dict]:
+    """The output, and the pages and scales after it; those of `inputs` stay as they are."""
+    copies = {name: inputs[name].clone() for name in PAGES if name in inputs}
+    gpu = Gpu("toy", arch, sms=5, shared_bytes=163 * 1024)
+    with assume_gpu(gpu), use_tiles("prefix_attention", programs=1, grain=grain, overhead=1):
+        return rotary_attention(**(inputs | copies), **options), copies
+
+
+def check(inputs: dict, **options) -> None:
+    """Output and pages as the two eager ops leave them; what the step does not own untouched."""
+    expected, pages = run(inputs, impl="eager")
+    out, written = run(inputs, impl="triton", fused=True, **options)
+    half = inputs["qkv"].dtype != torch.float32
+    assert max_error(out, expected) < (2**-8 if half else 4e-6)
+    for name, meant in pages.items():
+        result, meant = written[name].float(), meant.float()
+        assert torch.equal(result.isnan(), meant.isnan()), name
+        difference = (result - meant).nan_to_num().abs().max()
+        assert difference <= (2**-9 if half else 1e-6) * meant.nan_to_num().abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step(triton_device, dtype):
+    """Leaves of one token, of whole pages, of a first token on a page; a sequence on its own."""
+    check(step(triton_device, dtype=dtype))
+
+
+@pytest.mark.parametrize("grain", [1, 3, 64])
+def test_whoever_owns_the_last_chunk(triton_device, grain):
+    """A last chunk that is the new token alone, one among others, the whole leaf."""
+    check(step(triton_device), grain=grain)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fp8_pages(triton_device, dtype, arch):
+    """The step attends to its new token as later steps will read it: rounded to e4m3."""
+    inputs = step(triton_device, dtype=dtype, fp8=True)
+    if dtype == torch.float32:  # a roundoff in K may tip its code: compare outputs
+        expected, _ = run(inputs, impl="eager")
+        out, _ = run(inputs, impl="triton", fused=True, arch=arch)
+        assert max_error(out, expected) < 2**-6
+    else:
+        check(inputs, arch=arch)
+
+
+def test_without_qk_norm(triton_device):
+    check(step(triton_device) | {"q_weight": None, "k_weight": None})
+
+
+def test_window(triton_device):
+    inputs = step(triton_device) | {"window": 9}
+    check(inputs)
+
+
+def test_one_kv_head_of_64(triton_device):
+    check(step(triton_device, [fork(20, [3, 18])], heads=64, kv_heads=1, dim=32))
+
+
+def test_slots_of_nothing(triton_device):
+    """Slot -1 stores nothing, and the row still sees its own token."""
+    inputs = step(triton_device)
+    out, _ = run(inputs, impl="eager")
+    nowhere = inputs | {"slots": torch.full_like(inputs["slots"], -1)}
+    result, pages = run(nowhere, impl="triton", fused=True)
+    assert max_error(result, out) < 4e-6
+    for name in ("k_pages", "v_pages"):
+        assert torch.equal(pages[name].nan_to_num(7.0), inputs[name].nan_to_num(7.0))
+
+
+class TestWhichForm:
+    """Fused by default in decode, never where it cannot be."""
+
+    @pytest.fixture
+    def two_ops(self, monkeypatch) -> list:
+        calls = []
+        real = rotary_attention.__globals__["qk_norm_rope"]
+
+        def spy(*args, **kwargs):
+            calls.append(kwargs["impl"])
+            return real(*args, **kwargs)
+
+        monkeypatch.setitem(rotary_attention.__globals__, "qk_norm_rope", spy)
+        return calls
+
+    def test_decode(self, triton_device, two_ops):
+        run(step(triton_device), impl="triton")
+        assert not two_ops
+        run(step(triton_device), impl="triton", fused=False)
+        with use_tiles("rotary_attention", fused=0):
+            run(step(triton_device), impl="triton")
+        assert two_ops == ["triton", "triton"]
+
+    def test_not_decode(self, triton_device, two_ops):
+        """Several new tokens, partial rotation, mixed implementations: the two ops, or an error."""
+        several = step(triton_device, [fork(5, [2])])
+        several["plan"] = prefix_attention_inputs(
+            0, triton_device, torch.float32, forest=[Node(9, new=2)], page_size=PAGE
+        )["plan"]
+        assert not several["plan"].is_decode
+        partial = step(triton_device)
+        partial["inv_freq"] = partial["inv_freq"][:4].clone()
+        run(partial, impl="triton")
+        run(step(triton_device), impl=("eager", "triton"))
+        assert two_ops == ["triton", "eager"]
+        for inputs, impl in ((partial, "triton"), (step(triton_device), "portable")):
+            with pytest.raises(ValueError, match="fused: only"):
+                run(inputs, impl=impl, fused=True)
+
+    def test_results_agree(self, triton_device):
+        inputs = step(triton_device)
+        one, _ = run(inputs, impl="triton", fused=True)
+        two, _ = run(inputs, impl="triton", fused=False)
+        assert max_error(one, two) < 4e-6
+
+
+def test_bad_input(triton_device):
+    good = step(triton_device)
+    for name, value, message in (
+        ("qkv", good["qkv"].double(), "qkv must be"),
+        ("qkv", torch.cat([good["qkv"]] * 2, 1)[:, ::2], "qkv must"),
+        ("slots", good["slots"][:-1], "slots must be"),
+        ("positions", good["positions"].float(), "positions must be"),
+        ("k_pages", good["k_pages"][:-1], "v_pages must have the shape"),
+        ("q_weight", None, "give both q_weight and k_weight"),
+        ("k_scale", torch.ones(1), "k_scale goes with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(good | {name: value}, impl="triton", fused=True)
+    if triton_device == "cuda":
+        cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in good.items()}
+        with pytest.raises(ImplError):
+            run(cpu, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_real_shapes(fp8):
+    """bf16 and the GPU's own tiles; an owner that another program overtakes would show as NaN."""
+    forest = [fork(2048, range(100, 116))]
+    inputs = step("cuda", forest, torch.bfloat16, heads=32, kv_heads=8, dim=128, fp8=fp8)
+    expected = rotary_attention(
+        **(inputs | {name: inputs[name].clone() for name in PAGES if name in inputs}), impl="eager"
+    )
+    for _ in range(3):
+        copies = {name: inputs[name].clone() for name in PAGES if name in inputs}
+        out = rotary_attention(**(inputs | copies), impl="triton", fused=True)
+        assert max_error(out, expected) < 2**-5
