@@ -129,7 +129,8 @@ def _show_static(found: list[dict], wrong: list[str]) -> None:
     show.table(f"kernels, compiled by Triton {triton.__version__}", header, lines)
     for text in wrong:
         print(f"BROKEN: {text}")
-    print(f"{len(found)} kernels compiled, {len(wrong)} broken rules")
+    spilling = sum(bool(row["spill_bytes"]) for row in found)
+    print(f"{len(found)} kernels compiled, {spilling} of them spill, {len(wrong)} broken rules")
 
 
 def _show(outcome: Outcome, out: Path) -> None:
