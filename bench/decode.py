@@ -12,6 +12,7 @@ from torch import Tensor
 from bench.numerics import Verdict, compare
 from bench.rows import measured, with_speedups
 from bench.timing import measure
+from kernels.fp8 import quantise_e4m3
 from kernels.prefix_plan import PrefixPlan
 from kernels.sampling import sample
 from model.config import DecoderConfig
@@ -23,6 +24,7 @@ from pacore_sched.plan import plan_step
 from pacore_sched.prefix_tree import PrefixTree
 
 FORMS = {"eager": "eager", "default": None}  # of all ops; None is the best that the device has
+FP8 = "default, FP8 KV"  # the default form over pages of e4m3, on a GPU
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,13 @@ class DecodeCase:
         """Tokens whose KV the step must read."""
         return self.prefix + self.batch * self.suffix
 
-    def bytes(self, config: DecoderConfig, dtype: torch.dtype) -> int:
+    def bytes(self, config: DecoderConfig, dtype: torch.dtype, fp8_kv: bool = False) -> int:
         """Every weight once, of the embedding only the tokens' rows; every token's KV once."""
         weights = _weights(config) + self.batch * config.hidden
-        return weights * dtype.itemsize + self.tokens * config.kv_bytes_per_token(dtype.itemsize)
+        kv = config.kv_bytes_per_token(1 if fp8_kv else dtype.itemsize)
+        if fp8_kv:  # with the fp32 scales of a token's K and V in every head
+            kv += 8 * config.layers * config.kv_heads
+        return weights * dtype.itemsize + self.tokens * kv
 
     def flops(self, config: DecoderConfig) -> int:
         """Two per weight and rollout, and attention's two products."""
@@ -53,28 +58,35 @@ class DecodeCase:
         return self.batch * (2 * _weights(config) + attention * (self.prefix + self.suffix))
 
 
-def time_decode(model: Step3VL, case: DecodeCase, budget_s: float = 3.0) -> list[dict]:
-    """One row per entry of FORMS. Errors are those of the logits against the eager ones.
+def time_decode(
+    model: Step3VL, case: DecodeCase, budget_s: float = 3.0, fp8_kv: bool | None = None
+) -> list[dict]:
+    """One row per entry of FORMS, and one of FP8 KV if `fp8_kv` (on a GPU, if None).
 
-    Leaves the model with the best form of every op.
+    Errors are those of the logits against the eager ones. Leaves the model with the best form of
+    every op.
     """
     config, decoder, device = model.config.decoder, model.decoder, model.device
     step, cache = _prepare(case, model)
+    forms = {name: (impl, cache) for name, impl in FORMS.items()}
+    if fp8_kv or (fp8_kv is None and device.type == "cuda"):
+        forms[FP8] = (None, _quantised(cache, model))
     ids = torch.arange(case.batch, device=device) % config.vocab_size
     seeds = torch.arange(case.batch, device=device)
 
-    def logits(impl: str | None) -> Tensor:
+    def logits(impl: str | None, cache: KVCache) -> Tensor:
         model.set_impl(impl)
         return decoder.logits(decoder(decoder.embed(ids), step, cache))
 
-    def next_tokens(impl: str | None) -> Tensor:
-        return sample(logits(impl), seeds, step.positions, temperature=1.0, impl=impl)[0]
+    def next_tokens(impl: str | None, cache: KVCache) -> Tensor:
+        drawn = logits(impl, cache)
+        return sample(drawn, seeds, step.positions, temperature=1.0, impl=impl)[0]
 
     with torch.inference_mode():
-        expected = logits("eager")
-        errors = {name: compare(logits(impl), expected) for name, impl in FORMS.items()}
+        expected = logits(*forms["eager"])
+        errors = {name: compare(logits(*form), expected) for name, form in forms.items()}
     timings = measure(
-        {name: lambda _, impl=impl: next_tokens(impl) for name, impl in FORMS.items()},
+        {name: lambda _, form=form: next_tokens(*form) for name, form in forms.items()},
         device=device,
         budget_s=budget_s,
     )
@@ -86,14 +98,23 @@ def time_decode(model: Step3VL, case: DecodeCase, budget_s: float = 3.0) -> list
             name,
             device=device,
             dtype=model.dtype,
-            num_bytes=case.bytes(config, model.dtype),
+            num_bytes=case.bytes(config, model.dtype, name == FP8),
             flops=case.flops(config),
             verdict=Verdict(errors[name].max, errors[name].rms, None),
             timing=timings[name],
         )
-        for name in FORMS
+        for name in forms
     ]
     return with_speedups(rows)
+
+
+def _quantised(cache: KVCache, model: Step3VL) -> KVCache:
+    """The same numbers as pages of e4m3."""
+    fp8 = model.new_cache(cache.num_pages, torch.float8_e4m3fn)
+    for layer in range(len(cache.k)):
+        fp8.k[layer], fp8.k_scale[layer] = quantise_e4m3(cache.k[layer])
+        fp8.v[layer], fp8.v_scale[layer] = quantise_e4m3(cache.v[layer])
+    return fp8
 
 
 def _prepare(case: DecodeCase, model: Step3VL) -> tuple[Step, KVCache]:

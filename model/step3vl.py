@@ -134,9 +134,10 @@ class Step3VL(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.decoder.norm.dtype
 
-    def new_cache(self, num_pages: int) -> KVCache:
-        """KV pages for this model on its device, in its dtype."""
-        return KVCache(self.config.decoder, num_pages, device=self.device, dtype=self.dtype)
+    def new_cache(self, num_pages: int, dtype: torch.dtype | None = None) -> KVCache:
+        """KV pages for this model on its device: in its dtype, or torch.float8_e4m3fn."""
+        dtype = dtype or self.dtype
+        return KVCache(self.config.decoder, num_pages, device=self.device, dtype=dtype)
 
     @torch.inference_mode()
     def forward(self, input_ids: Sequence[int] | Tensor, images: Sequence = ()) -> Tensor:

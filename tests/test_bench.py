@@ -207,10 +207,14 @@ class TestDecode:
     def test_rows(self, quick):
         """Guards the step itself: the forms agree, and the model is not left in the slow one."""
         model = Step3VL.from_preset("tiny")
-        made = time_decode(model, DecodeCase(3, 70, 5))
-        assert [row["impl"] for row in made] == ["eager", "default"]
-        assert [row["case"] for row in made] == ["tiny B3 P70 S5"] * 2
+        made = time_decode(model, DecodeCase(3, 70, 5), fp8_kv=True)
+        assert [row["impl"] for row in made] == ["eager", "default", "default, FP8 KV"]
+        assert [row["case"] for row in made] == ["tiny B3 P70 S5"] * 3
         assert made[0]["speedup"] == 1
+        assert made[1]["max_err"] < made[2]["max_err"], "the third has pages of 8 bits"
+        config = model.config.decoder
+        saved = 3 * config.kv_bytes_per_token(1) - 8 * config.layers * config.kv_heads
+        assert made[1]["bytes"] - made[2]["bytes"] == (70 + 3 * 5) * saved
         assert 0 < made[1]["max_err"] < 1e-4, "the default is not the eager form on a CPU"
         assert set(model.impl.values()) == {None}
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from kernels._tiles import Gpu, assume_gpu, use_tiles
 from kernels.prefix_plan import PlanNode, PrefixPlan
 from model.decoder import Step
 from model.step3vl import Step3VL
@@ -135,3 +136,65 @@ def test_mistakes_are_named(saved: tuple[Path, Tensor, Tensor]):
         model([1], images=["photo.png"])
     with pytest.raises(InputError, match="exceed the context"):
         model.generate([1] * 200, max_tokens=100)
+
+
+TRITON = dict.fromkeys(("rms_norm", "silu_mul", "qk_norm_rope", "prefix_attention"), "triton")
+
+
+def fork_step(model: Step3VL, prompt: Tensor, leaves: int, impl: dict | str, steps: int) -> Tensor:
+    """Prefill `prompt`, then `steps` decode steps of `leaves` rollouts that advance by themselves.
+
+    Returns the logits of all: [len(prompt) + steps * leaves, vocab].
+    """
+    model.set_impl(impl)
+    decoder, size = model.decoder, len(prompt)
+    cache = model.new_cache(1 + leaves)
+    logits = [decoder(decoder.embed(prompt), Step.of_sequence(0, size, cache), cache)]
+    nodes = [PlanNode([0], size, 0, leaves)]
+    nodes += [PlanNode([1 + leaf], 1, leaf, leaf + 1, 1) for leaf in range(leaves)]
+    grown, device = nodes, model.device
+    positions = torch.full((leaves,), size, device=device)
+    slots = torch.arange(1, 1 + leaves, device=device) * cache.page_size
+    step = None
+    for index in range(steps):
+        if step is None or impl == "eager":  # the eager form reads the host's nodes
+            plan = PrefixPlan.build(
+                grown, num_rows=leaves, num_pages=1 + leaves, page_size=64, device=device
+            )
+            step = Step(positions, slots, plan)
+        ids = torch.arange(leaves, device=device) + 10 * index
+        logits.append(decoder(decoder.embed(ids), step, cache))
+        grown = nodes[:1] + [
+            PlanNode(n.pages, n.kv_len + 1, n.row_start, n.row_end, 1) for n in grown[1:]
+        ]
+        if impl == "eager":
+            positions, slots = positions + 1, slots + 1
+        else:
+            step.advance()
+    return decoder.logits(torch.cat(logits))
+
+
+def test_triton_ops_through_layers(saved: tuple[Path, Tensor, Tensor], triton_device: str):
+    """The Triton forms together: prefill, fused decode, and a plan that advances on the device."""
+    path, ids, _ = saved
+    model = Step3VL.from_pretrained(path, device=triton_device)
+    prompt = ids[:7].to(triton_device)
+    toy = Gpu("toy", 90, sms=1, shared_bytes=227 * 1024)
+    with torch.inference_mode(), assume_gpu(toy), use_tiles("prefix_attention", programs=1):
+        result = fork_step(model, prompt, 2, TRITON, steps=2)
+        expected = fork_step(model, prompt, 2, "eager", steps=2)
+    assert max_error(result, expected) < 1e-4
+
+
+def test_fp8_cache(saved: tuple[Path, Tensor, Tensor]):
+    """Close to the model with fp32 pages, and not equal: the pages are really of 8 bits."""
+    path, ids, logits = saved
+    model = Step3VL.from_pretrained(path)
+    cache = model.new_cache(3, torch.float8_e4m3fn)
+    assert cache.k.dtype == torch.float8_e4m3fn
+    decoder = model.decoder
+    with torch.inference_mode():
+        step = Step.of_sequence(0, LENGTH, cache)
+        result = decoder.logits(decoder(decoder.embed(ids), step, cache))
+    # With weights this large attention is peaked: the error is far above that of real models.
+    assert 1e-3 < ((result - logits).square().mean() / logits.square().mean()).sqrt() < 0.25
