@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -119,22 +118,22 @@ def launch(
         "large": schedule.counts[0],
         "small": schedule.counts[1],
         "large_slots": schedule.slots[0],
+        "overhead": cut.overhead,
     }
     shape = {
         "KV_HEADS": cut.kv_heads,
         "GROUP": cut.group,
         "D": dim,
         "SIZES": cut.sizes,
-        "OVERHEAD": cut.overhead,
         "INVARIANT": cut.invariant,
     }
     if k_scale is not None:  # as bytes: before sm_89 Triton has no type for e4m3
         k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
     k_tiles = v_tiles = None
+    block = min(chosen["block"], plan.page_size)
     if chosen["tma"]:
-        k_tiles, v_tiles = (
-            _descriptor(pages, min(chosen["block"], plan.page_size)) for pages in (k_pages, v_pages)
-        )
+        check(cut.grain % block == 0, "tile choice tma: grain must be a multiple of block")
+        k_tiles, v_tiles = (_descriptor(pages, block) for pages in (k_pages, v_pages))
     prefix_attention_kernel[(cut.programs,)](
         q=q,
         k_pages=k_pages,
@@ -152,9 +151,9 @@ def launch(
         row_position=plan.row_position if cut.window else None,
         rotary=rotary,
         qk_scale=scale * LOG2E,
+        grain=cut.grain,
         PAGE=plan.page_size,
-        BLOCK=min(chosen["block"], plan.page_size),
-        GRAIN=cut.grain,
+        BLOCK=block,
         WINDOW=cut.window,
         NATIVE_FP8=converts_e4m3(q.device),
         TMA=bool(chosen["tma"]),
@@ -163,17 +162,15 @@ def launch(
         **line,
         **shape,
     )
-    heads_at_once = min(8, triton.next_power_of_2(cut.group))
-    merge_kernel[(rows, cut.kv_heads, triton.cdiv(cut.group, heads_at_once))](
+    merge_kernel[(rows, heads)](
         out=out,
         lse=lse,
         part_out=part_out,
         part_lse=part_lse,
         row_tiles=schedule.row_tiles,
         depth=schedule.row_tiles.shape[1],
-        VECTORS=heads_at_once,
-        AT_ONCE=1 if cut.invariant else max(1, min(8, 8192 // (heads_at_once * dim))),
-        num_warps=4,
+        AT_ONCE=1 if cut.invariant else max(1, 1024 // dim),
+        num_warps=1,
         **line,
         **shape,
     )

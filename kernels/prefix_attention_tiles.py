@@ -95,7 +95,7 @@ def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     kind = Kind.from_key(key)
     rule = kind.rule(gpu)
     kin = [{"programs": n} for n in (1, 2, 3, 4)]
-    kin += [{"num_stages": n} for n in (2, 3, 5)]
+    kin += [{"num_stages": n} for n in (3, 5)]
     if kind.invariant:
         kin += [{"grain": n} for n in (128, 512)]
     else:

@@ -54,6 +54,8 @@ def prefix_attention_kernel(
     row_position,  # int32 [T], with WINDOW
     rotary,  # None, or a Rotary: q is then the QKV projection
     qk_scale,
+    grain,  # tokens
+    overhead,  # of a tile, in grains
     large,  # tiles of the larger size, which come first
     small,
     large_slots,
@@ -63,8 +65,6 @@ def prefix_attention_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,  # tokens at a time, of one page
     SIZES: tl.constexpr,  # M of the larger and the smaller tiles, 0 for one not in use
-    GRAIN: tl.constexpr,
-    OVERHEAD: tl.constexpr,
     WINDOW: tl.constexpr,
     INVARIANT: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
@@ -94,7 +94,7 @@ def prefix_attention_kernel(
                     slot = place
                 else:
                     slot = head * count + tile + program
-                if goal > tl.maximum(done, OVERHEAD):
+                if goal > tl.maximum(done, overhead):
                     vectors = slot.to(tl.int64) * SIZES[size]
                     if size:
                         vectors += large_slots * SIZES[0]
@@ -115,17 +115,17 @@ def prefix_attention_kernel(
                         row_position,
                         rotary,
                         head,
-                        tl.maximum(done - OVERHEAD, 0),
-                        goal - OVERHEAD,
-                        places - OVERHEAD,
+                        tl.maximum(done - overhead, 0),
+                        goal - overhead,
+                        places - overhead,
                         qk_scale,
+                        grain,
                         KV_HEADS,
                         GROUP,
                         D,
                         PAGE,
                         BLOCK,
                         SIZES[size],
-                        GRAIN,
                         WINDOW,
                         NATIVE_FP8,
                         TMA,
@@ -157,13 +157,13 @@ def _attend_tile(
     last_grain,
     grains,
     qk_scale,
+    grain,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     M: tl.constexpr,
-    GRAIN: tl.constexpr,
     WINDOW: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
@@ -194,8 +194,8 @@ def _attend_tile(
         position = tl.load(row_position + row, mask=live, other=0)
         oldest = position - (WINDOW - 1) - tl.load(record + NODE_START)
     grain_start = tl.load(record + GRAIN_START)
-    low = (grain_start + first_grain) * GRAIN
-    high = tl.minimum((grain_start + last_grain) * GRAIN, end)
+    low = (grain_start + first_grain) * grain
+    high = tl.minimum((grain_start + last_grain) * grain, end)
     page_table += tl.load(record + PAGE_START)
 
     peak = tl.full([M], float("-inf"), tl.float32)
@@ -226,7 +226,6 @@ def _attend_tile(
             acc += v
     stop = tl.cdiv(high, BLOCK)
     if TMA:  # reads whole blocks, whatever lies behind the node's end: the last goes by pointers
-        tl.static_assert(GRAIN % BLOCK == 0)
         stop = high // BLOCK
     for at in range(low // BLOCK, stop):
         acc, peak, total = _attend_block(
@@ -453,75 +452,64 @@ def merge_kernel(
     large,
     small,
     large_slots,
+    overhead,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    VECTORS: tl.constexpr,  # query heads of a program
     D: tl.constexpr,
     SIZES: tl.constexpr,
-    OVERHEAD: tl.constexpr,
     INVARIANT: tl.constexpr,
     AT_ONCE: tl.constexpr,  # partials in flight
 ):
-    """Some query heads of a row: sum of 2^lse * out over the partials, in the order of its path."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    """One query vector: sum of 2^lse * out over its partials, in the order of its path."""
+    row, q_head = tl.program_id(0), tl.program_id(1)
+    head = q_head // GROUP
     share = tl.load(stretch)
     middle = tl.load(starts + large)
-    vector = tl.program_id(2) * VECTORS + tl.arange(0, VECTORS)
     dim = tl.arange(0, D)
-    live = vector < GROUP
-    peak = tl.full([VECTORS], float("-inf"), tl.float32)
-    total = tl.zeros([VECTORS], tl.float32)
-    acc = tl.zeros([VECTORS, D], tl.float32)
+    peak = float("-inf")
+    total = 0.0
+    acc = tl.zeros([D], tl.float32)
     partials = 0
     finished = depth > 0
     for at in range(0, depth):
         tile = tl.load(row_tiles + row.to(tl.int64) * depth + at)
         if tile >= 0:
             is_small = tile >= large
-            low = tl.where(is_small, large, 0)
             begin = tl.where(is_small, middle, 0)
             count = tl.where(is_small, small, large)
-            length = tl.load(starts + low + count) - begin
+            length = tl.load(starts + tl.where(is_small, large + small, large)) - begin
             start, stop = tl.load(starts + tile) - begin, tl.load(starts + tile + 1) - begin
             if INVARIANT:
                 slot = head * length + start
                 slots = stop - start
             else:
                 line = KV_HEADS * begin + head * length
-                first = (line + start + OVERHEAD) // share
-                slot = head * count + tile - low + first
+                first = (line + start + overhead) // share
+                slot = head * count + tile - tl.where(is_small, large, 0) + first
                 slots = tl.where(stop > start, (line + stop - 1) // share - first + 1, 0)
             record = tiles + tile * RECORD
-            partials += slots
             finished = finished & ((tl.load(record + FLAGS) & ALONE) != 0)
-            inside = (row - tl.load(record + ROW)) * GROUP
+            partials += slots
             size = tl.where(is_small, SIZES[1], SIZES[0])
-            base = tl.where(is_small, large_slots * SIZES[0], 0) + inside
+            vector = slot.to(tl.int64) * size + tl.where(is_small, large_slots * SIZES[0], 0)
+            vector += (row - tl.load(record + ROW)) * GROUP + q_head % GROUP
             for block in range(0, slots, AT_ONCE):
                 index = block + tl.arange(0, AT_ONCE)
-                at_vector = base + (slot + index).to(tl.int64)[:, None] * size + vector[None, :]
-                mask = (index < slots)[:, None] & live[None, :]  # [AT_ONCE, VECTORS]
-                logs = tl.load(part_lse + at_vector, mask=mask, other=float("-inf"))
+                live = index < slots
+                source = vector + index * size
+                logs = tl.load(part_lse + source, mask=live, other=float("-inf"))
                 x = tl.load(
-                    part_out + at_vector[:, :, None] * D + dim[None, None, :],
-                    mask=mask[:, :, None],
-                    other=0.0,
-                )  # [AT_ONCE, VECTORS, D]
+                    part_out + source[:, None] * D + dim[None, :], mask=live[:, None], other=0.0
+                )  # [AT_ONCE, D]
                 new_peak = tl.maximum(peak, tl.max(logs, 0))
-                safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-                weights = tl.exp2(logs - safe[None, :])
-                fade = tl.exp2(peak - safe)
+                base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+                weights = tl.exp2(logs - base)
+                fade = tl.exp2(peak - base)
                 total = total * fade + tl.sum(weights, 0)
-                acc = acc * fade[:, None] + tl.sum(x * weights[:, :, None], 0)
+                acc = acc * fade + tl.sum(x * weights[:, None], 0)
                 peak = new_peak
-    if (partials != 1) | ~finished:
+    if (partials != 1) | (finished == 0):
         divisor = tl.where(total > 0.0, total, 1.0)
-        acc = acc / divisor[:, None]
-        log = peak + tl.log2(divisor)  # -inf if nothing was seen
-        q_head = (row.to(tl.int64) * KV_HEADS + head) * GROUP + vector
-        tl.store(
-            out + q_head[:, None] * D + dim[None, :],
-            acc.to(out.dtype.element_ty),
-            mask=live[:, None],
-        )
-        tl.store(lse + q_head, log * LN2, mask=live)
+        target = row.to(tl.int64) * (KV_HEADS * GROUP) + q_head
+        tl.store(out + target * D + dim, (acc / divisor).to(out.dtype.element_ty))
+        tl.store(lse + target, (peak + tl.log2(divisor)) * LN2)  # -inf if nothing was seen

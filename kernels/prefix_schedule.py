@@ -111,9 +111,9 @@ class Schedule:
             self.counts[0],
             sum(self.counts),
             cut.programs,
+            cut.grain,
+            cut.overhead,
             KV_HEADS=cut.kv_heads,
-            GRAIN=cut.grain,
-            OVERHEAD=cut.overhead,
             WINDOW=cut.window,
             BLOCK=256,
             num_warps=8,
@@ -170,9 +170,9 @@ def schedule_kernel(
     large,  # tiles of the larger size, which come first
     count,  # all tiles
     programs,
+    grain,
+    overhead,
     KV_HEADS: tl.constexpr,
-    GRAIN: tl.constexpr,
-    OVERHEAD: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -196,12 +196,12 @@ def schedule_kernel(
                 at_row = tl.load(row_position + row + i, mask=inside, other=2147483647)
                 oldest = tl.minimum(oldest, at_row)
             node_start = tl.load(record + NODE_START, mask=live, other=0)
-            first = tl.maximum(oldest - (WINDOW - 1) - node_start, 0) // GRAIN
+            first = tl.maximum(oldest - (WINDOW - 1) - node_start, 0) // grain
         tl.store(record + GRAIN_START, first, mask=live)
         tl.store(record + END, end, mask=live)
         tl.store(record + EDGE, edge, mask=live)
-        grains = tl.maximum((end + GRAIN - 1) // GRAIN - first, 0)
-        places = tl.where(live & (grains > 0), grains + OVERHEAD, 0)
+        grains = tl.maximum((end + grain - 1) // grain - first, 0)
+        places = tl.where(live & (grains > 0), grains + overhead, 0)
         tl.store(starts + tile + 1, total + tl.cumsum(places, 0), mask=live)
         total += tl.sum(places, 0)
     tl.debug_barrier()  # what follows reads `starts` back
