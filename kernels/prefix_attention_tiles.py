@@ -43,10 +43,9 @@ class Kind:
         largest = 128 if dim < 256 else 64
         if invariant:
             return Kind(dim, 64 if group <= 64 else largest, 0, fp8, invariant, fused)
-        vectors = [group * (node.row_end - node.row_start) for node in plan.nodes]
-        most = max(vectors, default=0)
+        least, most = (group * rows for rows in plan.row_counts)
         both = dim < 256 or most <= 16  # of head_dim 256 two sizes do not fit the registers either
-        small = 16 if both and group <= 16 and any(0 < n <= 16 for n in vectors) else 0
+        small = 16 if both and group <= 16 and 0 < least <= 16 else 0
         large = 0 if small and most <= 16 else 64 if max(most, group) <= 64 else largest
         return Kind(dim, large, small, fp8, invariant, fused)
 

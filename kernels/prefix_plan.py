@@ -123,6 +123,12 @@ class PrefixPlan:
         return self._schedules.values()
 
     @cached_property
+    def row_counts(self) -> tuple[int, int]:
+        """Of the nodes that have rows, the fewest and the most; (0, 0) if there are none."""
+        counts = [n.row_end - n.row_start for n in self.nodes if n.row_end > n.row_start]
+        return min(counts, default=0), max(counts, default=0)
+
+    @cached_property
     def is_decode(self) -> bool:
         """Whether every row is the only new token, and the only row, of its node."""
         written = [node for node in self.nodes if node.num_new]
