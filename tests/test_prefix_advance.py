@@ -14,18 +14,24 @@ PAGE = 16
 LENGTHS = (1, 15, 16, 17)  # a first token, the last slot of a page, a page, one on a new page
 
 
-def leaves_with_room(device: str, grown: int, reserve: int = 2) -> PrefixPlan:
-    """Two prefixes with two leaves each, `grown` tokens further; pages for `reserve` more each."""
-    nodes, page, row = [], 0, 0
+def leaves_with_room(
+    device: str, grown: int, reserve: int = 2, lengths: tuple[int, ...] = LENGTHS
+) -> PrefixPlan:
+    """Two prefixes, half of the leaves on each, `grown` tokens further; `reserve` pages more each.
+
+    Page ids fall, so that no page is the one behind its neighbour.
+    """
+    half, last = len(lengths) // 2, sum(-(-n // PAGE) + reserve for n in lengths) + 1
+    pages = iter(range(last, -1, -1))
+    nodes, row = [], 0
     for prefix in (20, 0):
-        count = -(-prefix // PAGE)
-        nodes.append(PlanNode(range(page, page + count), prefix, row, row + 2))
-        page += count
-        for length in LENGTHS[row : row + 2]:
-            count = -(-length // PAGE) + reserve
-            nodes.append(PlanNode(range(page, page + count), length + grown, row, row + 1, 1))
-            page, row = page + count, row + 1
-    return PrefixPlan.build(nodes, num_rows=4, num_pages=page, page_size=PAGE, device=device)
+        own = [next(pages) for _ in range(-(-prefix // PAGE))]
+        nodes.append(PlanNode(own, prefix, row, row + half))
+        for length in lengths[row : row + half]:
+            own = [next(pages) for _ in range(-(-length // PAGE) + reserve)]
+            nodes.append(PlanNode(own, length + grown, row, row + 1, 1))
+            row += 1
+    return PrefixPlan.build(nodes, num_rows=row, num_pages=last + 1, page_size=PAGE, device=device)
 
 
 def where(plan: PrefixPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,24 +55,44 @@ def test_as_the_host_would(triton_device, impl):
         assert torch.equal(positions, where(fresh)[0]) and torch.equal(slots, where(fresh)[1])
 
 
-@pytest.mark.parametrize("window", [0, 21])
-def test_schedules_advance_too(triton_device, window):
-    """Attention over the advanced plan is that over a plan built anew."""
-    plan = leaves_with_room(triton_device, 0)
+def test_more_rows_than_a_block(triton_device):
+    """260 rollouts: three programs, the last with four rows; nothing behind the rows is touched."""
+    lengths = LENGTHS * 65
+    plan = leaves_with_room(triton_device, 0, lengths=lengths)
+    padded = [torch.cat([x, x.new_full((300,), 7)]) for x in where(plan)]
+    advance(plan, *(x[:260] for x in padded), impl="triton")
+    fresh = leaves_with_room(triton_device, 1, lengths=lengths)
+    for name in ("kv_len", "causal_offset", "row_position"):
+        assert torch.equal(getattr(plan, name), getattr(fresh, name)), name
+    for x, meant in zip(padded, where(fresh), strict=True):
+        assert torch.equal(x[:260], meant) and (x[260:] == 7).all()
+
+
+def test_schedules_advance_too(triton_device):
+    """Attention over the advanced plan is that over a plan built anew: in every mode in use.
+
+    The batch-invariant one needs slots for the chunks to come.
+    """
+    lengths = (14, 16)
+    plan = leaves_with_room(triton_device, 0, lengths=lengths)
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(4, 4, 16, generator=generator).to(triton_device)
+    q = torch.randn(2, 4, 16, generator=generator).to(triton_device)
     pages = torch.randn(plan.num_pages, 1, PAGE, 16, generator=generator).to(triton_device)
-    inputs = {"q": q, "k_pages": pages, "v_pages": pages.flip(3), "scale": 0.3, "window": window}
-    inputs["v_pages"] = inputs["v_pages"].contiguous()
+    inputs = {"q": q, "k_pages": pages, "v_pages": pages.flip(3).contiguous(), "scale": 0.3}
     positions, slots = (x.clone() for x in where(plan))
     toy = Gpu("toy", 90, sms=3, shared_bytes=227 * 1024)
-    with assume_gpu(toy), use_tiles("prefix_attention", programs=1, grain=4):
-        before = prefix_attention(**inputs, plan=plan, impl="triton")
-        for _ in range(18):
+    modes = [{"window": 0}, {"window": 21}, {"batch_invariant": True}]
+    with assume_gpu(toy), use_tiles("prefix_attention", programs=1, grain=4, overhead=0):
+        before = [prefix_attention(**inputs, **mode, plan=plan, impl="triton") for mode in modes]
+        for _ in range(3):
             advance(plan, positions, slots, impl="triton")
-        after = prefix_attention(**inputs, plan=plan, impl="triton")
-    expected = prefix_attention(**inputs, plan=leaves_with_room(triton_device, 18), impl="eager")
-    assert max_error(after, expected) < 4e-6 < max_error(before, expected)
+        after = [prefix_attention(**inputs, **mode, plan=plan, impl="triton") for mode in modes]
+    assert len(list(plan.schedules())) == len(modes)
+    fresh = leaves_with_room(triton_device, 3, lengths=lengths)
+    for mode, old, new in zip(modes, before, after, strict=True):
+        options = {"window": mode.get("window", 0), "impl": "eager"}
+        expected = prefix_attention(**inputs, **options, plan=fresh)
+        assert max_error(new, expected) < 4e-6 < max_error(old, expected), mode
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -85,9 +111,17 @@ def test_full_pages_take_nothing(triton_device, impl):
 def test_bad_input(triton_device):
     plan = leaves_with_room(triton_device, 0)
     positions, slots = where(plan)
-    prefill = prefix_plan(0, triton_device, forest=[Node(9, new=3)], page_size=PAGE)
-    with pytest.raises(ValueError, match="every row of the plan"):
-        advance(prefill, positions[:3], slots[:3])
+    beside = PrefixPlan.build([PlanNode([0], 2, 0, 1, 1)], num_rows=2, num_pages=1, page_size=PAGE)
+    for forest in (
+        [Node(9, new=3)],
+        [Node(9, new=1), Node(9, new=2)],
+        [Node(9, new=1, children=(Node(3, new=1),))],  # what the child stands behind would move
+    ):
+        other = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
+        with pytest.raises(ValueError, match="every row of the plan"):
+            advance(other, positions[: other.num_rows], slots[: other.num_rows])
+    with pytest.raises(ValueError, match="every row of the plan"):  # a row that is nobody's
+        advance(beside, positions[:2], slots[:2])
     with pytest.raises(ValueError, match="positions must be"):
         advance(plan, positions[:3], slots)
     with pytest.raises(ValueError, match="slots must be contiguous"):

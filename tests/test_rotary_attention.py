@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.inputs import Node, fork, prefix_attention_inputs
+from bench.inputs import Node, fork, prefix_attention_inputs, prefix_plan
 from kernels._launch import ImplError
 from kernels._tiles import Gpu, assume_gpu, use_tiles
 from kernels.fp8 import quantise_e4m3
@@ -12,6 +12,7 @@ from tests.errors import max_error
 
 PAGE = 16
 FOREST = [fork(33, [1, 15, 16, 17, 40]), Node(3, new=1), fork(PAGE, [2])]
+SMALL = [fork(5, [2])]  # where only the choice of a form matters
 PAGES = ("k_pages", "v_pages", "k_scale", "v_scale")
 
 
@@ -67,7 +68,7 @@ def run(inputs: dict, arch: int = 90, grain: int = 4, **options) -> tuple[torch.
 def check(inputs: dict, **options) -> None:
     """Output and pages as the two eager ops leave them; what the step does not own untouched."""
     expected, pages = run(inputs, impl="eager")
-    out, written = run(inputs, impl="triton", fused=True, **options)
+    out, written = run(inputs, impl="triton", **({"fused": True} | options))
     half = inputs["qkv"].dtype != torch.float32
     assert max_error(out, expected) < (2**-8 if half else 4e-6)
     for name, meant in pages.items():
@@ -107,8 +108,7 @@ def test_without_qk_norm(triton_device):
 
 
 def test_window(triton_device):
-    inputs = step(triton_device) | {"window": 9}
-    check(inputs)
+    check(step(triton_device) | {"window": 9})
 
 
 def test_one_kv_head_of_64(triton_device):
@@ -142,39 +142,55 @@ class TestWhichForm:
         return calls
 
     def test_decode(self, triton_device, two_ops):
-        run(step(triton_device), impl="triton")
+        one = step(triton_device, SMALL)
+        run(one, impl="triton")
         assert not two_ops
-        run(step(triton_device), impl="triton", fused=False)
+        run(one, impl="triton", fused=False)
         with use_tiles("rotary_attention", fused=0):
-            run(step(triton_device), impl="triton")
+            run(one, impl="triton")
         assert two_ops == ["triton", "triton"]
 
     def test_not_decode(self, triton_device, two_ops):
         """Several new tokens, partial rotation, mixed implementations: the two ops, or an error."""
-        several = step(triton_device, [fork(5, [2])])
-        several["plan"] = prefix_attention_inputs(
-            0, triton_device, torch.float32, forest=[Node(9, new=2)], page_size=PAGE
-        )["plan"]
-        assert not several["plan"].is_decode
-        partial = step(triton_device)
-        partial["inv_freq"] = partial["inv_freq"][:4].clone()
+        decode = step(triton_device, SMALL)
+        partial = decode | {"inv_freq": decode["inv_freq"][:4].clone()}
         run(partial, impl="triton")
-        run(step(triton_device), impl=("eager", "triton"))
+        run(decode, impl=("eager", "triton"))
         assert two_ops == ["triton", "eager"]
-        for inputs, impl in ((partial, "triton"), (step(triton_device), "portable")):
+        several = decode | {"plan": prefix_plan(0, triton_device, forest=[Node(9, new=2)])}
+        images = decode | {"positions": decode["positions"].expand(3, -1).contiguous()}
+        for inputs, impl in (
+            (several, "triton"),
+            (partial, "triton"),
+            (images, "triton"),
+            (decode, "portable"),
+            (decode, ("triton", "eager")),
+        ):
             with pytest.raises(ValueError, match="fused: only"):
                 run(inputs, impl=impl, fused=True)
 
-    def test_results_agree(self, triton_device):
-        inputs = step(triton_device)
-        one, _ = run(inputs, impl="triton", fused=True)
-        two, _ = run(inputs, impl="triton", fused=False)
-        assert max_error(one, two) < 4e-6
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_option_counts(triton_device, fused):
+    """Either form takes scale, eps and window from its caller, and no argument for another."""
+    inputs = step(triton_device, [fork(33, [15, 17])], heads=8)
+    check(inputs | {"scale": 0.7, "eps": 0.5, "window": 21}, fused=fused)
 
 
 def test_bad_input(triton_device):
     good = step(triton_device)
+    forests = {"rows": [fork(33, [1])], "pages": [fork(70, [1] * 7)]}
+    other = {
+        name: prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
+        for name, forest in forests.items()
+    }
+    other["page_size"] = prefix_plan(0, triton_device, forest=[*FOREST, Node(70)], page_size=32)
+    assert other["page_size"].num_pages == len(good["k_pages"])
     for name, value, message in (
+        ("plan", other["rows"], "the plan is for 1 rows, not 7"),
+        ("plan", other["pages"], f"the plan is for {other['pages'].num_pages} pages"),
+        ("plan", other["page_size"], "the plan is for pages of 32 tokens"),
+        ("qkv", torch.cat([good["qkv"]] * 2, 1)[:, : good["qkv"].shape[1]], "qkv must be contig"),
         ("qkv", good["qkv"].double(), "qkv must be"),
         ("qkv", torch.cat([good["qkv"]] * 2, 1)[:, ::2], "qkv must"),
         ("slots", good["slots"][:-1], "slots must be"),
