@@ -11,7 +11,6 @@ bandwidth is given, and no kernel reaches a datasheet's bandwidth.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,11 +26,16 @@ from kernels.prefix_schedule import Cut
 from model.config import PRESETS
 from model.terminal import InputError
 
-# Copy GB/s and bf16 TFLOP/s of the datasheets: H200 SXM; A100 SXM with 80 GB. Both dense.
-GPUS: dict[str, tuple[Gpu, float, float]] = {
-    "h200": (H200, 4800.0, 989.0),
-    "a100": (A100, 2039.0, 312.0),
+# Copy GB/s, and TFLOP/s of dense bf16 products and of fp32, of the datasheets: H200 SXM; A100 SXM
+# with 80 GB.
+GPUS: dict[str, tuple[Gpu, float, float, float]] = {
+    "h200": (H200, 4800.0, 989.0, 67.0),
+    "a100": (A100, 2039.0, 312.0, 19.5),
 }
+# What `rotary` supposes: instructions to normalise and rotate a pair, counted in the source, and
+# what a small launch costs in a CUDA graph.
+PAIR_INSTRUCTIONS = 40
+LAUNCH_US = 2.0
 FP32 = 4
 
 
@@ -47,6 +51,7 @@ class Shape:
     fp8: bool = False  # pages of one byte an element, and two fp32 scales per token and head
     window: int = 0
     invariant: bool = False
+    fused: bool = False  # of rotary_attention: one launch less
 
     @property
     def token_bytes(self) -> int:
@@ -81,12 +86,9 @@ def cut_of(plan: PrefixPlan, shape: Shape, gpu: Gpu) -> Cut:
     q = torch.empty(0, shape.heads, shape.head_dim, dtype=shape.dtype, device="meta")
     pages = torch.empty(0, shape.kv_heads, plan.page_size, shape.head_dim, device="meta")
     pages = pages.to(torch.float8_e4m3fn if shape.fp8 else shape.dtype)
-    asks = SimpleNamespace(nodes=plan.nodes, schedule=lambda cut: cut)  # a cut instead of schedules
+    options = {"window": shape.window, "batch_invariant": shape.invariant, "fused": shape.fused}
     with assume_gpu(gpu):
-        cut, _ = cut_up(
-            asks, q, shape.heads, pages, window=shape.window, batch_invariant=shape.invariant
-        )
-    return cut
+        return cut_up(plan, q, shape.heads, pages, **options)[0]
 
 
 def lay(plan: PrefixPlan, cut: Cut) -> Line:
@@ -162,10 +164,34 @@ def cost(name: str, forest: Forest, shape: Shape, gpu: Gpu, best: Roofline) -> d
     }
 
 
+def rotary(name: str, forest: Forest, gpu: Gpu, best: Roofline, fp32_tflop_s: float) -> dict:
+    """The row of a decode step's tree: what each form of rotary_attention adds to attention.
+
+    Two ops move Q twice more and take a launch more; the fused form rotates the queries of a tile
+    once for every program that works on it.
+    """
+    plan, shape = prefix_plan(0, "cpu", forest=forest), Shape(fused=True)
+    cut = cut_of(plan, shape, gpu)
+    line = lay(plan, cut)
+    row = line.vectors.sum() + (line.vectors == 0).sum() * cut.group  # finished by the item itself
+    vectors = {"separate": plan.num_rows * shape.heads, "fused": int(row)}
+    vector_bytes = shape.head_dim * shape.dtype.itemsize
+    # Of Q: read, written, and read again once per item; or read once per item.
+    moved = {"separate": (2 * vectors["separate"] + int(row)) * vector_bytes}
+    moved["fused"] = int(row) * vector_bytes
+    made: dict = {"op": "rotary_attention", "case": name, "gpu": gpu.name, "table": "rotary"}
+    for form in ("separate", "fused"):
+        instructions = vectors[form] * shape.head_dim // 2 * PAIR_INSTRUCTIONS
+        seconds = moved[form] / (best.copy_gb_s * 1e9) + instructions / (fp32_tflop_s / 2 * 1e12)
+        made[f"{form}_vectors"], made[f"{form}_bytes"] = vectors[form], moved[form]
+        made[f"{form}_us"] = 1e6 * seconds + (LAUNCH_US if form == "separate" else 0)
+    return made | {"copy_gb_s": best.copy_gb_s, "gemm_tflop_s": best.gemm_tflop_s}
+
+
 def table(gpu_name: str, copy_gb_s: float | None = None, name: str = "") -> Iterator[dict]:
     """Rows of all trees with `name` in their names: the fastest mode, then, of the telling ones,
     the other modes beside it. Raises InputError if there is no such tree."""
-    gpu, datasheet, tflop_s = GPUS[gpu_name]
+    gpu, datasheet, tflop_s, fp32_tflop_s = GPUS[gpu_name]
     best = Roofline(gpu.name, "bfloat16", copy_gb_s or datasheet, tflop_s)
     source = {"copy_source": "given" if copy_gb_s else "datasheet", "failure": None}
     first = [tree for tree in telling() if name in tree[0]]
@@ -177,6 +203,11 @@ def table(gpu_name: str, copy_gb_s: float | None = None, name: str = "") -> Iter
     for tree in first:
         for shape in (Shape(), Shape(invariant=True), Shape(fp8=True)):
             yield cost(*tree, shape, gpu, best) | source | {"table": "modes"}
+    for tree in first:
+        if all(
+            not node.new or node.new == node.rows == 1 for root in tree[1] for node in root.walk()
+        ):
+            yield rotary(*tree, gpu, best, fp32_tflop_s) | source
 
 
 def display(rows: Sequence[dict]) -> None:
@@ -189,8 +220,25 @@ def display(rows: Sequence[dict]) -> None:
         if lines:
             title = f"cost of prefix attention by arithmetic: {which} ({rows[0]['gpu']})"
             show.table(title, header, lines)
+    lines = [_rotary_cells(row) for row in rows if row["table"] == "rotary"]
+    if lines:
+        header = ("case", " rotations, two ops", " fused", " Q MB, two ops", " fused")
+        header += (" us, two ops", " fused")
+        title = "what rotary adds to attention, by arithmetic: two ops, or fused"
+        show.table(f"{title} ({rows[0]['gpu']})", header, lines)
+        print(f"rotary: {PAIR_INSTRUCTIONS} instructions a pair, {LAUNCH_US} us a launch (assumed)")
     rate = f"{rows[0]['copy_gb_s']:,.0f} GB/s ({rows[0]['copy_source']})"
     print(f"floors: copy {rate}, matrix product {rows[0]['gemm_tflop_s']:,.0f} TFLOP/s (datasheet)")
+
+
+def _rotary_cells(row: dict) -> list[str]:
+    forms = ("separate", "fused")
+    return [
+        row["case"],
+        *(f"{row[f'{form}_vectors']:,}" for form in forms),
+        *(f"{row[f'{form}_bytes'] / 1e6:,.2f}" for form in forms),
+        *(f"{row[f'{form}_us']:,.2f}" for form in forms),
+    ]
 
 
 def _cells(row: dict) -> list[str]:

@@ -13,7 +13,7 @@ from kernels.fp8 import converts_e4m3
 from kernels.prefix_attention_tiles import Kind
 from kernels.prefix_attention_triton import merge_kernel, prefix_attention_kernel
 from kernels.prefix_plan import PrefixPlan
-from kernels.prefix_schedule import Cut, Schedule
+from kernels.prefix_schedule import Cut
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
@@ -45,10 +45,10 @@ def prefix_attention_triton(
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`prefix_attention` in two launches; the first use of a plan cuts up its work before."""
-    schedule, chosen = cut_up(
+    cut, chosen = cut_up(
         plan, q, q.shape[1], k_pages, window=window, batch_invariant=batch_invariant
     )
-    return launch(q, k_pages, v_pages, plan, schedule, chosen, scale, k_scale, v_scale)
+    return launch(q, k_pages, v_pages, plan, cut, chosen, scale, k_scale, v_scale)
 
 
 def cut_up(
@@ -60,8 +60,8 @@ def cut_up(
     window: int,
     batch_invariant: bool = False,
     fused: bool = False,
-) -> tuple[Schedule, Tiles]:
-    """The plan's schedule and the tile choices, for q or its projection and so many query heads.
+) -> tuple[Cut, Tiles]:
+    """How to cut the plan, and the tile choices, for q or its projection and so many query heads.
 
     Raises ValueError for what the Triton form does not offer.
     """
@@ -86,7 +86,7 @@ def cut_up(
         window=window,
         invariant=batch_invariant,
     )
-    return plan.schedule(cut), chosen
+    return cut, chosen
 
 
 def launch(
@@ -94,20 +94,24 @@ def launch(
     k_pages: Tensor,
     v_pages: Tensor,
     plan: PrefixPlan,
-    schedule: Schedule,
+    cut: Cut,
     chosen: Tiles,
     scale: float,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both launches over a schedule; q [T, Hq, D], or with `rotary` qkv [T, (Hq + 2 Hkv) * D]."""
-    cut, rows, dim = schedule.cut, len(q), k_pages.shape[-1]
+    """Both launches, and before a plan's first ones its schedule.
+
+    q: [T, Hq, D], or with `rotary` the projection [T, (Hq + 2 Hkv) * D]
+    """
+    rows, dim = len(q), k_pages.shape[-1]
     heads = cut.kv_heads * cut.group
     out = q.new_empty(rows, heads, dim)
     lse = q.new_empty(rows, heads, dtype=torch.float32)
     if not rows:
         return out, lse
+    schedule = plan.schedule(cut)
     vectors = sum(slots * size for slots, size in zip(schedule.slots, cut.sizes, strict=True))
     part_out = q.new_empty(vectors, dim, dtype=torch.float32)
     part_lse = q.new_empty(vectors, dtype=torch.float32)

@@ -84,9 +84,9 @@ class Kind:
             "tma": 0,
         }
 
-    def fuses(self, gpu: Gpu) -> bool:
+    def fuses(self) -> bool:
         """Whether a decode step takes the fused form, by rule: where that fits the registers."""
-        return not self.fp8 or self.dim < 256 and not (gpu.arch < 90 and self.large == 128)
+        return not self.fp8 or (self.dim < 256 and self.large < 128)
 
 
 def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:

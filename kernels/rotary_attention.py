@@ -71,7 +71,7 @@ def _prefers_fused(qkv: Tensor, k_pages: Tensor, plan: PrefixPlan) -> bool:
     group = (qkv.shape[1] // dim - 2 * kv_heads) // kv_heads
     fp8 = k_pages.dtype == torch.float8_e4m3fn
     kind = Kind.of(plan, group, dim, fp8=fp8, invariant=False, fused=True)
-    rule = tiles("rotary_attention", kind.key, qkv.device, lambda gpu: {"fused": kind.fuses(gpu)})
+    rule = tiles("rotary_attention", kind.key, qkv.device, lambda gpu: {"fused": int(kind.fuses())})
     return bool(rule["fused"])
 
 
@@ -104,5 +104,5 @@ def _fused(
     check(k_pages.shape[0] == plan.num_pages, f"the plan is for {plan.num_pages} pages")
     check(k_pages.shape[2] == plan.page_size, f"the plan is for pages of {plan.page_size} tokens")
     heads = qkv.shape[1] // k_pages.shape[3] - 2 * k_pages.shape[1]
-    schedule, chosen = cut_up(plan, qkv, heads, k_pages, window=window, fused=True)
-    return launch(qkv, k_pages, v_pages, plan, schedule, chosen, scale, k_scale, v_scale, rotary)[0]
+    cut, chosen = cut_up(plan, qkv, heads, k_pages, window=window, fused=True)
+    return launch(qkv, k_pages, v_pages, plan, cut, chosen, scale, k_scale, v_scale, rotary)[0]

@@ -173,6 +173,23 @@ class TestTable:
         assert {row["case"] for row in many if row["balance_places"] > 1.1} == known
         assert len(many) == len(rows)
 
+    def test_rotary(self):
+        """Guards the default: the fused form adds less wherever every row is a decode step's.
+
+        B16 P2048 S128 has 8 x (64 vectors of the prefix + 16 x 4 of the suffixes), once in each op;
+        fused, they are rotated once per item.
+        """
+        rows = [row for row in cost.table("h200") if row["table"] == "rotary"]
+        assert "prefill 2048" not in {row["case"] for row in rows} and len(rows) > 10
+        assert all(row["fused_us"] < row["separate_us"] for row in rows)
+        row = next(row for row in rows if row["case"] == "B16 P2048 S128")
+        assert row["separate_vectors"] == 16 * 32
+        plan = prefix_plan(0, "cpu", forest=forests.rollouts(16, 2048, 128)[1])
+        line = lay(plan, cut_of(plan, Shape(fused=True), H200))
+        sizes = [64, 4]  # vectors of an item of either kind of tile
+        items = [sizes[int(tile >= line.counts[0])] for tile in line.tile]
+        assert row["fused_vectors"] == sum(items)
+
     def test_command(self, capsys):
         """Guards the tables a person reads, and the label of a datasheet's figure."""
         arguments = ["cost", "--case", "P2048 S128", "--gpu", "a100", "--device", "cpu"]
@@ -183,7 +200,8 @@ class TestTable:
         assert command.main([*arguments, "--json"]) == 0
         rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
         assert {row["case"] for row in rows} == {f"B{b} P2048 S128" for b in (16, 32, 64)}
-        assert {row["mode"] for row in rows} == {"fast", "batch-invariant", "fp8"}
+        modes = {row["mode"] for row in rows if row["op"] == "prefix_attention"}
+        assert modes == {"fast", "batch-invariant", "fp8"}
         assert {row["copy_source"] for row in rows} == {"datasheet"}
         with pytest.raises(InputError, match="prefix_attention only"):
             command.main(["cost", "--op", "rms_norm", "--device", "cpu"])
