@@ -17,12 +17,14 @@ class Node:
     children: list["Node"]
 
 
-def trees(depth: int, page: int) -> st.SearchStrategy[Node]:
+def trees(depth: int, page: int, most_new: int = 5) -> st.SearchStrategy[Node]:
     """Lengths: empty, one token, the edges of a page, primes that fill none."""
-    children = st.lists(trees(depth - 1, page), max_size=2) if depth > 1 else st.just([])
+    below = st.lists(trees(depth - 1, page, most_new), max_size=2) if depth > 1 else st.just([])
     lengths = (0, 1, page - 1, page, page + 1, 13, 37)
     return st.sampled_from(lengths).flatmap(
-        lambda length: st.builds(Node, st.just(length), st.integers(0, min(length, 5)), children)
+        lambda length: st.builds(
+            Node, st.just(length), st.integers(0, min(length, most_new)), below
+        )
     )
 
 
