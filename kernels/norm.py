@@ -118,7 +118,7 @@ def _layer_norm_portable(
     return y if residual is None else (y, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_kernel(
     x: tl.tensor,
     residual: tl.tensor,
@@ -148,7 +148,7 @@ def rms_norm_kernel(
     tl.store(y + row * width + column, wide.to(s.dtype) * scale, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def layer_norm_kernel(
     x: tl.tensor,
     residual: tl.tensor,

@@ -66,7 +66,7 @@ def _advance_triton(plan: PrefixPlan, positions: Tensor, slots: Tensor) -> None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def advance_kernel(
     leaf_of_row,
     kv_len,

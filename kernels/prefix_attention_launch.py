@@ -1,7 +1,6 @@
 """The launcher of prefix attention's Triton form."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +9,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels._launch import check
 from kernels._tiles import Tiles, gpu_of
 from kernels.fp8 import converts_e4m3
+from kernels.prefix_attention_decode import Rotary
 from kernels.prefix_attention_tiles import Kind
-from kernels.prefix_attention_triton import merge_kernel, prefix_attention_kernel
+from kernels.prefix_attention_triton import KVPages, prefix_attention_kernel
+from kernels.prefix_merge import merge_kernel
 from kernels.prefix_plan import PrefixPlan
 from kernels.prefix_schedule import Cut
 
@@ -19,17 +20,6 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = 1 / math.log(2)
-
-
-class Rotary(NamedTuple):
-    """What the fused decode form needs besides (rotary_attention.py)."""
-
-    q_weight: Tensor | None
-    k_weight: Tensor | None
-    inv_freq: Tensor
-    positions: Tensor
-    slots: Tensor
-    eps: float
 
 
 def prefix_attention_triton(
@@ -133,19 +123,16 @@ def launch(
     }
     if k_scale is not None:  # as bytes: before sm_89 Triton has no type for e4m3
         k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
-    k_tiles = v_tiles = None
+    k_blocks = v_blocks = None
     block = min(chosen["block"], plan.page_size)
     if chosen["tma"]:
         check(cut.grain % block == 0, "tile choice tma: grain must be a multiple of block")
-        k_tiles, v_tiles = (_descriptor(pages, block) for pages in (k_pages, v_pages))
+        k_blocks, v_blocks = (_descriptor(pages, block) for pages in (k_pages, v_pages))
     prefix_attention_kernel[(cut.programs,)](
         q=q,
-        k_pages=k_pages,
-        v_pages=v_pages,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        k_tiles=k_tiles,
-        v_tiles=v_tiles,
+        kv=KVPages(k_pages, v_pages, k_scale, v_scale),
+        k_blocks=k_blocks,
+        v_blocks=v_blocks,
         out=out,
         lse=lse,
         part_out=part_out,

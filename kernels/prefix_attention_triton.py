@@ -10,11 +10,14 @@ rounded to q's dtype before their product with V, and the result once, at the en
 in units of log2 (`qk_scale` = scale * log2 e); the lse that leaves is natural.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from kernels._rotary import cos_sin
-from kernels.fp8 import e4m3_scale, from_e4m3, magnitude_bits, to_e4m3
+from kernels.fp8 import from_e4m3
+from kernels.prefix_attention_decode import new_token, rotated
 from kernels.prefix_schedule import (
     ALONE,
     EDGE,
@@ -28,20 +31,26 @@ from kernels.prefix_schedule import (
     ROWS,
     WRITES,
 )
-from kernels.qk_norm_rope import norm_rotate
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+class KVPages(NamedTuple):
+    """K and V as the kernel takes them."""
+
+    k: Tensor  # [num_pages, KV_HEADS, PAGE, D], of q's dtype, or the bytes of e4m3
+    v: Tensor
+    k_scale: Tensor | None  # fp32 [num_pages, KV_HEADS, PAGE], with e4m3
+    v_scale: Tensor | None
+
+
+# Counts change from step to step: one compiled kernel serves them all.
+@triton.jit(do_not_specialize=["grain", "overhead", "large", "small", "large_slots"])
 def prefix_attention_kernel(
     q,  # [T, Hq, D]
-    k_pages,  # [num_pages, KV_HEADS, PAGE, D]
-    v_pages,
-    k_scale,  # fp32 [num_pages, KV_HEADS, PAGE], with FP8
-    v_scale,
-    k_tiles,  # descriptors of the pages as [num_pages * KV_HEADS * PAGE, D], with TMA
-    v_tiles,
+    kv,  # KVPages
+    k_blocks,  # with TMA, descriptors: pages as [num_pages * KV_HEADS * PAGE, D], by blocks
+    v_blocks,
     out,  # [T, Hq, D]
     lse,  # fp32 [T, Hq]
     part_out,  # fp32 [vectors, D], vectors of the larger size first
@@ -100,12 +109,8 @@ def prefix_attention_kernel(
                         vectors += large_slots * SIZES[0]
                     _attend_tile(
                         q,
-                        k_pages,
-                        v_pages,
-                        k_scale,
-                        v_scale,
-                        k_tiles,
-                        v_tiles,
+                        kv,
+                        (k_blocks, v_blocks),
                         out,
                         lse,
                         part_out + vectors * D,
@@ -138,12 +143,8 @@ def prefix_attention_kernel(
 @triton.jit
 def _attend_tile(
     q,
-    k_pages,
-    v_pages,
-    k_scale,
-    v_scale,
-    k_tiles,
-    v_tiles,
+    kv,
+    blocks,
     out,
     lse,
     part_out,
@@ -183,7 +184,7 @@ def _attend_tile(
     else:
         qkv_head = vector // GROUP * (KV_HEADS * (GROUP + 2)) + vector % GROUP
         first = row_start.to(tl.int64) * (KV_HEADS * (GROUP + 2)) + head * GROUP
-        x = _rotated(
+        x = rotated(
             q + first * D + qkv_head * D, rotary.q_weight, rotary.positions + row, live, rotary, D
         )
 
@@ -206,12 +207,9 @@ def _attend_tile(
         # whoever owns the node's last grain writes it.
         if ((tl.load(record + FLAGS) & WRITES) != 0) & (last_grain == grains):
             high = tl.minimum(high, end - 1)
-            k, v = _new_token(
+            k, v = new_token(
                 q,
-                k_pages,
-                v_pages,
-                k_scale,
-                v_scale,
+                kv,
                 rotary,
                 row_start,
                 head,
@@ -239,12 +237,8 @@ def _attend_tile(
             high,
             visible,
             oldest,
-            k_pages,
-            v_pages,
-            k_scale,
-            v_scale,
-            k_tiles,
-            v_tiles,
+            kv,
+            blocks,
             head,
             qk_scale,
             KV_HEADS,
@@ -268,12 +262,8 @@ def _attend_tile(
                 high,
                 visible,
                 oldest,
-                k_pages,
-                v_pages,
-                k_scale,
-                v_scale,
-                k_tiles,
-                v_tiles,
+                kv,
+                blocks,
                 head,
                 qk_scale,
                 KV_HEADS,
@@ -299,67 +289,6 @@ def _attend_tile(
 
 
 @triton.jit
-def _new_token(
-    qkv,
-    k_pages,
-    v_pages,
-    k_scale,
-    v_scale,
-    rotary,
-    row,
-    head,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-):
-    """Write a row's K and V to their page; both as later steps will read them, fp32 [1, D]."""
-    one = tl.arange(0, 1)
-    start = (row.to(tl.int64) * (KV_HEADS * (GROUP + 2)) + KV_HEADS * GROUP + head) * D
-    k = _rotated(
-        qkv + start + one, rotary.k_weight, rotary.positions + row + one, one == 0, rotary, D
-    )
-    v = tl.load(qkv + start + KV_HEADS * D + tl.arange(0, D)[None, :])
-    slot = tl.load(rotary.slots + row).to(tl.int64)
-    tile = (slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE
-    k = _write(k_pages, k_scale, k, tile, slot >= 0, D, NATIVE_FP8)
-    v = _write(v_pages, v_scale, v, tile, slot >= 0, D, NATIVE_FP8)
-    return k, v
-
-
-@triton.jit
-def _rotated(start, weight, position, live, rotary, D: tl.constexpr):
-    """Query or key vectors [M, D] from the projection at `start` [M]: normalised and rotated."""
-    PAIRS: tl.constexpr = D // 2
-    M: tl.constexpr = start.shape[0]
-    pair = tl.arange(0, PAIRS)
-    first = tl.load(start[:, None] + pair[None, :], mask=live[:, None], other=0.0)
-    second = tl.load(start[:, None] + PAIRS + pair[None, :], mask=live[:, None], other=0.0)
-    angle = tl.load(position, mask=live, other=0).to(tl.float32)[:, None]
-    cos, sin = cos_sin(angle * tl.load(rotary.inv_freq + pair)[None, :])
-    columns = (pair, pair + PAIRS, pair < PAIRS)
-    first, second = norm_rotate(first, second, weight, cos, sin, rotary.eps, columns, D)
-    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (M, D))
-
-
-@triton.jit
-def _write(pages, scales, x, tile, keep, D: tl.constexpr, NATIVE_FP8: tl.constexpr):
-    """Store a new token's K or V, x [1, D]; what later steps will read of it, fp32 [1, D]."""
-    at = tile * D + tl.arange(0, D)[None, :]
-    x = x.to(tl.float32)
-    if scales is None:
-        tl.store(pages + at, x.to(pages.dtype.element_ty), mask=keep)
-    else:
-        scale = e4m3_scale(magnitude_bits(x))  # [1]
-        codes = to_e4m3(x * tl.div_rn(1.0, scale)[:, None], NATIVE_FP8)
-        tl.store(scales + tile + tl.arange(0, 1), scale, mask=keep)
-        tl.store(pages + at, codes, mask=keep)
-        x = from_e4m3(codes, NATIVE_FP8).to(tl.float32) * scale[:, None]
-    return x
-
-
-@triton.jit
 def _attend_block(
     acc,  # fp32 [M, D]
     peak,  # fp32 [M], the largest score so far
@@ -371,12 +300,8 @@ def _attend_block(
     high,
     visible,  # [M]
     oldest,  # [M]
-    k_pages,
-    v_pages,
-    k_scale,
-    v_scale,
-    k_tiles,
-    v_tiles,
+    kv,
+    blocks,
     head,
     qk_scale,
     KV_HEADS: tl.constexpr,
@@ -394,10 +319,10 @@ def _attend_block(
     token = first + offset
     mine = (token >= low) & (token < high)  # [BLOCK]
     tile = (page.to(tl.int64) * KV_HEADS + head) * PAGE + first % PAGE
-    k = _load_tile(k_pages, k_tiles, tile, mine, q.dtype, D, BLOCK, NATIVE_FP8, TMA)  # [BLOCK, D]
+    k = _load_tile(kv.k, blocks[0], tile, mine, q.dtype, D, BLOCK, NATIVE_FP8, TMA)  # [BLOCK, D]
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [M, BLOCK]
-    if k_scale is not None:
-        scores *= tl.load(k_scale + tile + offset, mask=mine, other=0.0)[None, :]
+    if kv.k_scale is not None:
+        scores *= tl.load(kv.k_scale + tile + offset, mask=mine, other=0.0)[None, :]
     seen = mine[None, :] & (token[None, :] < visible[:, None])
     if WINDOW:
         seen = seen & (token[None, :] >= oldest[:, None])
@@ -408,9 +333,9 @@ def _attend_block(
     weights = tl.exp2(scores - base[:, None])
     fade = tl.exp2(peak - base)
     total = total * fade + tl.sum(weights, 1)
-    if k_scale is not None:
-        weights *= tl.load(v_scale + tile + offset, mask=mine, other=0.0)[None, :]
-    v = _load_tile(v_pages, v_tiles, tile, mine, q.dtype, D, BLOCK, NATIVE_FP8, TMA)
+    if kv.k_scale is not None:
+        weights *= tl.load(kv.v_scale + tile + offset, mask=mine, other=0.0)[None, :]
+    v = _load_tile(kv.v, blocks[1], tile, mine, q.dtype, D, BLOCK, NATIVE_FP8, TMA)
     acc = tl.dot(weights.to(q.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, new_peak, total
 
@@ -418,7 +343,7 @@ def _attend_block(
 @triton.jit
 def _load_tile(
     pages,
-    tiles,
+    blocks,
     tile,
     mine,
     dtype: tl.constexpr,
@@ -429,87 +354,10 @@ def _load_tile(
 ):
     """A head's tokens [BLOCK, D] as `dtype`; 0 for those that are not ours, whatever they hold."""
     if TMA:
-        x = tiles.load([tile.to(tl.int32), 0])
+        x = blocks.load([tile.to(tl.int32), 0])
     else:
         offset = tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)[None, :]
         x = tl.load(pages + tile * D + offset, mask=mine[:, None], other=0.0)
     if x.dtype == tl.uint8:
         x = from_e4m3(x, NATIVE_FP8)
     return x.to(dtype)
-
-
-@triton.jit
-def merge_kernel(
-    out,  # [T, Hq, D]
-    lse,  # fp32 [T, Hq]
-    part_out,
-    part_lse,
-    row_tiles,  # int32 [T, depth]
-    tiles,
-    starts,
-    stretch,
-    depth,
-    large,
-    small,
-    large_slots,
-    overhead,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    SIZES: tl.constexpr,
-    INVARIANT: tl.constexpr,
-    AT_ONCE: tl.constexpr,  # partials in flight
-):
-    """One query vector: sum of 2^lse * out over its partials, in the order of its path."""
-    row, q_head = tl.program_id(0), tl.program_id(1)
-    head = q_head // GROUP
-    share = tl.load(stretch)
-    middle = tl.load(starts + large)
-    dim = tl.arange(0, D)
-    peak = float("-inf")
-    total = 0.0
-    acc = tl.zeros([D], tl.float32)
-    partials = 0
-    finished = depth > 0
-    for at in range(0, depth):
-        tile = tl.load(row_tiles + row.to(tl.int64) * depth + at)
-        if tile >= 0:
-            is_small = tile >= large
-            begin = tl.where(is_small, middle, 0)
-            count = tl.where(is_small, small, large)
-            length = tl.load(starts + tl.where(is_small, large + small, large)) - begin
-            start, stop = tl.load(starts + tile) - begin, tl.load(starts + tile + 1) - begin
-            if INVARIANT:
-                slot = head * length + start
-                slots = stop - start
-            else:
-                line = KV_HEADS * begin + head * length
-                first = (line + start + overhead) // share
-                slot = head * count + tile - tl.where(is_small, large, 0) + first
-                slots = tl.where(stop > start, (line + stop - 1) // share - first + 1, 0)
-            record = tiles + tile * RECORD
-            finished = finished & ((tl.load(record + FLAGS) & ALONE) != 0)
-            partials += slots
-            size = tl.where(is_small, SIZES[1], SIZES[0])
-            vector = slot.to(tl.int64) * size + tl.where(is_small, large_slots * SIZES[0], 0)
-            vector += (row - tl.load(record + ROW)) * GROUP + q_head % GROUP
-            for block in range(0, slots, AT_ONCE):
-                index = block + tl.arange(0, AT_ONCE)
-                live = index < slots
-                source = vector + index * size
-                logs = tl.load(part_lse + source, mask=live, other=float("-inf"))
-                x = tl.load(
-                    part_out + source[:, None] * D + dim[None, :], mask=live[:, None], other=0.0
-                )  # [AT_ONCE, D]
-                new_peak = tl.maximum(peak, tl.max(logs, 0))
-                base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-                weights = tl.exp2(logs - base)
-                fade = tl.exp2(peak - base)
-                total = total * fade + tl.sum(weights, 0)
-                acc = acc * fade + tl.sum(x * weights[:, None], 0)
-                peak = new_peak
-    if (partials != 1) | (finished == 0):
-        divisor = tl.where(total > 0.0, total, 1.0)
-        target = row.to(tl.int64) * (KV_HEADS * GROUP) + q_head
-        tl.store(out + target * D + dim, (acc / divisor).to(out.dtype.element_ty))
-        tl.store(lse + target, (peak + tl.log2(divisor)) * LN2)  # -inf if nothing was seen

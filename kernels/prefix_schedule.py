@@ -156,7 +156,7 @@ def _records(
     return records, row_tiles, capacities
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["large", "count", "programs", "grain", "overhead"])
 def schedule_kernel(
     tiles,  # int32 [tiles, RECORD]
     node_of_tile,

@@ -15,7 +15,8 @@ from torch import Tensor
 from kernels._launch import check, check_triton
 from kernels._tiles import Gpu, Tiles, tiles
 from kernels.prefix_attention import prefix_attention
-from kernels.prefix_attention_launch import Rotary, cut_up, launch
+from kernels.prefix_attention_decode import Rotary
+from kernels.prefix_attention_launch import cut_up, launch
 from kernels.prefix_attention_tiles import Kind
 from kernels.prefix_plan import PrefixPlan
 from kernels.qk_norm_rope import check_layouts, check_shapes, qk_norm_rope

@@ -105,7 +105,7 @@ def sample_scan_kernel(
         tl.store(winners + cell, winner)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def sample_cut_kernel(
     logits,  # [B, V]
     peaks,  # fp32 [B, blocks]
