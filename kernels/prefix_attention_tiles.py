@@ -69,11 +69,11 @@ class Kind:
     def rule(self, gpu: Gpu) -> Tiles:
         """Choices without measurements: as much in flight as fits, and no register spilled.
 
-        Half a page at a time leaves registers where a whole one would spill; five stages keep as
-        much of it in flight. `python -m profiles static` shows what the compiler makes of it.
+        Where 64 tokens at a time would spill, 32 in more stages keep as much in flight.
+        `python -m profiles static` shows what the compiler makes of it.
         """
         old, wide = gpu.arch < 90, self.dim == 256 or self.large == 128
-        half = (old or self.fp8) if self.dim == 256 else old if wide else not (self.small or old)
+        half = (old or self.fp8) if self.dim == 256 else old and wide and self.fp8
         return {
             "block": 32 if half else 64,
             "num_warps": 8 if wide or old and (self.fp8 or self.fused) else 4,

@@ -171,14 +171,16 @@ def _attend_tile(
 ):
     """Grains first_grain..last_grain of a tile of `grains`, for one KV head."""
     row_start = tl.load(record + ROW)
-    vector = tl.arange(0, M)
-    live = vector < tl.load(record + ROWS) * GROUP
+    # Adds 0, which the compiler cannot know: what follows from `vector` is then not computed before
+    # all tiles and held in registers for each, nor from here to the stores, which do the same.
+    vector = tl.arange(0, M) + tl.minimum(grains, 0)
+    count = tl.load(record + ROWS) * GROUP
+    live = vector < count
     row = row_start + vector // GROUP
-    # The vectors' places, counted in heads from the tile's first one on.
-    q_head = vector // GROUP * (KV_HEADS * GROUP) + vector % GROUP
     first_head = row_start.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
     dim = tl.arange(0, D)
     if rotary is None:
+        q_head = vector // GROUP * (KV_HEADS * GROUP) + vector % GROUP  # from the tile's first on
         source = q + first_head * D + (q_head[:, None] * D + dim[None, :])
         x = tl.load(source, mask=live[:, None], other=0.0)  # [M, D]
     else:
@@ -278,8 +280,11 @@ def _attend_tile(
     divisor = tl.where(total > 0.0, total, 1.0)
     acc = acc / divisor[:, None]
     log = peak + tl.log2(divisor)  # -inf if nothing was seen
+    vector = tl.arange(0, M) + tl.minimum(last_grain - first_grain, 0)
+    live = vector < count
     alone = tl.load(record + FLAGS) & ALONE
     if (alone != 0) & (last_grain - first_grain == grains):
+        q_head = vector // GROUP * (KV_HEADS * GROUP) + vector % GROUP
         target = out + first_head * D + (q_head[:, None] * D + dim[None, :])
         tl.store(target, acc.to(out.dtype.element_ty), mask=live[:, None])
         tl.store(lse + first_head + q_head, log * LN2, mask=live)
