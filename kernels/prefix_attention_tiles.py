@@ -69,7 +69,8 @@ class Kind:
     def rule(self, gpu: Gpu) -> Tiles:
         """Choices without measurements: as much in flight as fits, and no register spilled.
 
-        Where 64 tokens at a time would spill, 32 in more stages keep as much in flight.
+        Where 64 tokens at a time would spill, 32 in more stages keep as much in flight, and so do
+        more stages where an SM has one program.
         `python -m profiles static` shows what the compiler makes of it.
         """
         old, wide = gpu.arch < 90, self.dim == 256 or self.large == 128
@@ -77,7 +78,7 @@ class Kind:
         return {
             "block": 32 if half else 64,
             "num_warps": 8 if wide or old and (self.fp8 or self.fused) else 4,
-            "num_stages": 5 if half else 2 if self.dim == 256 else 3,
+            "num_stages": 5 if half or self.large == 128 else 2 if self.dim == 256 else 3,
             "programs": 1 if wide else 2 if self.large else 4,
             "grain": 256 if self.invariant else 16,
             "overhead": 0 if self.invariant else 2,
