@@ -124,6 +124,11 @@ def test_half_precision(triton_device, name):
     check(inputs_of(triton_device, FORESTS[name], torch.float16, heads=4, kv_heads=1))
 
 
+def test_both_sizes_and_several_kv_heads(triton_device):
+    """A KV head's part of the line is as long as the tiles of one size: the larger come first."""
+    check(inputs_of(triton_device, [fork(40, [1, 3, 17]), fork(20, [2])], heads=18, kv_heads=3))
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_head_dims(triton_device, head_dim):
     check(inputs_of(triton_device, [fork(20, [3, 18])], head_dim=head_dim), sms=2)
@@ -292,6 +297,28 @@ def test_bad_input(triton_device):
     ):
         with pytest.raises(ValueError, match=message):
             run(**inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 1500])
+def test_bits_of_real_shapes(window):
+    """The interpreter sums in order: only a GPU shows a sum that depends on where chunks begin."""
+    inputs = prefix_attention_inputs(
+        0, "cuda", torch.bfloat16, forest=[fork(2048, range(100, 1700, 100))], window=window
+    )
+    plan = inputs["plan"]
+    together = prefix_attention(**inputs, batch_invariant=True)
+    for row in (0, 7, 15):
+        prefix, leaf = plan.nodes[0], plan.nodes[1 + row]
+        alone = PrefixPlan.build(
+            [PlanNode(prefix.pages, 2048, 0, 1), PlanNode(leaf.pages, leaf.kv_len, 0, 1, 1)],
+            num_rows=1,
+            num_pages=plan.num_pages,
+            page_size=plan.page_size,
+            device="cuda",
+        )
+        one = inputs | {"plan": alone, "q": inputs["q"][row : row + 1]}
+        assert torch.equal(prefix_attention(**one, batch_invariant=True)[0], together[row]), row
 
 
 @pytest.mark.gpu
