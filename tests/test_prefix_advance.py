@@ -87,7 +87,6 @@ def test_schedules_advance_too(triton_device):
         for _ in range(3):
             advance(plan, positions, slots, impl="triton")
         after = [prefix_attention(**inputs, **mode, plan=plan, impl="triton") for mode in modes]
-    assert len(list(plan.schedules())) == len(modes)
     fresh = leaves_with_room(triton_device, 3, lengths=lengths)
     for mode, old, new in zip(modes, before, after, strict=True):
         options = {"window": mode.get("window", 0), "impl": "eager"}

@@ -55,7 +55,7 @@ def check(inputs: dict, exact: float = FP32, **options) -> None:
         assert max_error(result, meant) < (exact if result.dtype == torch.float32 else FP16)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
     roots=st.lists(trees(3, PAGE, most_new=3), min_size=1, max_size=2),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
@@ -250,7 +250,7 @@ class TestBatchInvariance:
     def test_bits(self, triton_device, window):
         options = {"batch_invariant": True, "grain": 16, "overhead": 0, "window": window}
         together = self.rows(triton_device, [0, 1, 2, 3], **options)
-        for chosen, sms in (([3], 5), ([2, 0], 3), ([3, 2, 1, 0], 7), ([1, 2], 1)):
+        for chosen, sms in (([3], 5), ([2, 0], 3), ([3, 2, 1, 0], 7)):
             for rollout, out in self.rows(triton_device, chosen, sms=sms, **options).items():
                 assert torch.equal(out, together[rollout]), (chosen, rollout)
 
