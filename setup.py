@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     package_dir={"": "."},  # makes an editable install one line in a .pth file
-    packages=["kernels", "model", "pacore_sched", "bench", "profiles"],
+    packages=["kernels", "model", "pacore_sched", "bench", "bench.peers", "profiles"],
     package_data={"kernels": ["tuned/*.json"], "pacore_sched": ["*.jinja"]},
     install_requires=[
         "torch>=2.11,<2.14",

@@ -4,8 +4,8 @@
 small and awkward, for the check of the numbers in every dtype.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,12 +18,14 @@ from kernels.norm import layer_norm, rms_norm
 from kernels.prefix_attention import prefix_attention
 from kernels.projector import output_tokens, projector
 from kernels.qk_norm_rope import qk_norm_rope
+from kernels.rotary_attention import rotary_attention
 from kernels.sampling import sample
 from kernels.vision_attention import vision_attention
 from model.config import PRESETS, Config
 
 OPS: dict[str, Callable] = {
     "prefix_attention": prefix_attention,
+    "rotary_attention": rotary_attention,
     "qk_norm_rope": qk_norm_rope,
     "rms_norm": rms_norm,
     "silu_mul": silu_mul,
@@ -33,7 +35,9 @@ OPS: dict[str, Callable] = {
     "quick_gelu": quick_gelu,
     "projector": projector,
 }
-WRITTEN = {"qk_norm_rope": ("k_pages", "v_pages")}  # inputs that an op writes in place
+WRITTEN = dict.fromkeys(
+    ("qk_norm_rope", "rotary_attention"), ("k_pages", "v_pages")
+)  # inputs that an op writes in place
 
 BIG, TINY = PRESETS["step3-vl-10b"], PRESETS["tiny"]
 SMOLLM2 = PRESETS["smollm2-135m"]
@@ -59,6 +63,7 @@ class Case:
     peers: tuple[str, ...] = ()  # comparators in bench/peers
     fixed_bytes: int = 0
     modes: tuple[str, ...] = ()  # of the op's Triton form, beside the fastest
+    form: str = "triton"  # of the Triton form, the mode that `in_modes` makes a case of
 
     def bytes(self, dtype: torch.dtype) -> int:
         return self.values * dtype.itemsize + self.fixed_bytes
@@ -83,6 +88,8 @@ def _cuda_cases() -> Iterator[Case]:
         yield _prefix(f"{name} window 512", forest, window=512)
         yield _prefix(f"{name} 64/1 heads of 256", forest, heads=WIDE)
     yield _prefix("B32 P4096 S512 fp8 window 512", forest, fp8=True, window=512)
+    for batch, prefix, suffix in ((16, 2048, 512), (64, 8192, 1024), (1, 2048, 512)):
+        yield _rotary(f"B{batch} P{prefix} S{suffix}", [fork(prefix, [suffix] * batch)])
     yield _prefix("prefill 2048", [Node(2048, new=2048)])
     yield _prefix("prefill 2048 behind 8192", [Node(10240, new=2048)])
     yield _prefix("prefill 2048 behind 8192 fp8", [Node(10240, new=2048)], fp8=True)
@@ -110,6 +117,7 @@ def _grid_cases() -> Iterator[Case]:
 
 def _cpu_cases() -> Iterator[Case]:
     yield _prefix("B16 P2048 S128", [fork(2048, [128] * 16)], peers=CPU_PEERS)
+    yield _rotary("B16 P2048 S128", [fork(2048, [128] * 16)])
     yield _prefix("4 x (B4 P512 S64)", [fork(512, [64] * 4)] * 4, peers=CPU_PEERS)
     forest = [fork(1500, [64] * 16)]
     yield _prefix("smollm2 B16 P1500 S64", forest, heads=_heads(SMOLLM2), peers=CPU_PEERS)
@@ -128,6 +136,11 @@ def _cpu_cases() -> Iterator[Case]:
     yield _quick_gelu(324, BIG.vision.mlp_width)
 
 
+def in_modes(cases: Iterable[Case]) -> list[Case]:
+    """Each case in every mode of the op's Triton form, for what compiles or tunes kernels."""
+    return [replace(case, form=form) for case in cases for form in ("triton", *case.modes)]
+
+
 def numerics_cases() -> list[Case]:
     """Awkward shapes: one row, primes, widths that fill no tile, ragged trees, empty nodes."""
     tree = Node(70, children=(Node(0, children=(Node(1, new=1), Node(129, new=2))), Node(64)))
@@ -143,6 +156,8 @@ def numerics_cases() -> list[Case]:
                 "64/1 heads of 256, fp8, window 70": {"heads": WIDE, "fp8": True, "window": 70},
             }.items()
         ),
+        _rotary("ragged decode", [fork(130, [1, 63, 64, 65]), Node(100, new=1)]),
+        _rotary("smollm2 ragged decode", [fork(70, [1, 9])], heads=_heads(SMOLLM2)),
         _qk_norm_rope(67, skip=3),
         _qk_norm_rope(5, SMOLLM2.name),
         _rms_norm(7, 4096),
@@ -187,6 +202,23 @@ def _prefix(
         flops=4 * pairs * q_heads * dim,
         peers=peers,
         modes=("triton-invariant",),
+    )
+
+
+def _rotary(name: str, forest: Sequence[Node], heads: Heads | None = None) -> Case:
+    """A decode step's rotary attention: what attention moves, and the projection instead of Q."""
+    attention = _prefix(name, forest, heads=heads)
+    q_heads, kv_heads, dim = heads or _heads(BIG)
+    shape = {"heads": q_heads, "kv_heads": kv_heads, "head_dim": dim}
+    rows = sum(root.rows for root in forest)
+    return Case(
+        op="rotary_attention",
+        name=name,
+        inputs=partial(inputs.rotary_attention_inputs, forest=tuple(forest), **shape),
+        # The new K and V are read from the projection, and written.
+        values=attention.values + 2 * rows * kv_heads * dim + 2 * dim,
+        flops=attention.flops + 7 * rows * (q_heads + kv_heads) * dim,
+        modes=("triton-separate",),
     )
 
 

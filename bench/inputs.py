@@ -148,6 +148,46 @@ def prefix_attention_inputs(
     return made
 
 
+def rotary_attention_inputs(
+    seed: int,
+    device: Device,
+    dtype: torch.dtype,
+    *,
+    forest: Sequence[Node],
+    heads: int = 32,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    page_size: int = 64,
+    window: int = 0,
+    fp8: bool = False,
+    theta: float = 1e6,
+) -> dict:
+    """A decode step's: the new K and V are not in their pages, whose slots for them are NaN."""
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
+    made = prefix_attention_inputs(seed, device, dtype, forest=forest, window=window, **shape)
+    del made["q"], made["return_lse"]
+    plan = made["plan"]
+    leaves = [node for node in plan.nodes if node.num_new]
+    last = [node.kv_len - 1 for node in leaves]
+    page = torch.tensor([n.pages[at // page_size] for n, at in zip(leaves, last, strict=True)])
+    page, offset = page.to(device), torch.tensor(last, device=device) % page_size
+    draw = _Draw(seed + 1, device, dtype)
+    pair = torch.arange(head_dim // 2, device=device).float()
+    made |= {
+        "qkv": draw(plan.num_rows, (heads + 2 * kv_heads) * head_dim),
+        "q_weight": 1 + draw(head_dim, scale=0.1),
+        "k_weight": 1 + draw(head_dim, scale=0.1),
+        "inv_freq": theta ** (-2 * pair / head_dim),
+        "positions": plan.row_position.long(),
+        "slots": page * page_size + offset,
+    }
+    for name in ("k", "v"):
+        made[f"{name}_pages"][page, :, offset] = math.nan
+        if fp8:
+            made[f"{name}_pages"], made[f"{name}_scale"] = quantise_e4m3(made[f"{name}_pages"])
+    return made
+
+
 def prefix_plan(
     seed: int, device: Device, *, forest: Sequence[Node], page_size: int = 64
 ) -> PrefixPlan:

@@ -28,14 +28,16 @@ class Error:
 
 
 # Allowed, in roundoffs of the result's dtype (2^-9 for bf16, 2^-12 for fp16, 2^-24 for fp32): for a
-# result of 16 bits, and for one of 32. Measured over the cases of a CPU, plus a margin of about a
-# half for 16 bits, where every form rounds alike, and of two for 32, where only sums differ.
+# result of 16 bits, and for one of 32. Measured over the cases of a CPU, Triton's forms in its
+# interpreter, plus a margin of about a half for 16 bits, where roundings dominate, and of two for
+# 32, where only sums differ.
 TOLERANCES: dict[str, tuple[Error, Error]] = {
-    "prefix_attention": (Error(4, 0.75), Error(320, 32)),
-    "qk_norm_rope": (Error(7, 0.85), Error(8, 1)),
-    "rms_norm": (Error(4, 0.8), Error(8, 1)),
+    "prefix_attention": (Error(6, 0.75), Error(320, 32)),
+    "rotary_attention": (Error(8, 1.2), Error(220, 30)),
+    "qk_norm_rope": (Error(7, 0.85), Error(16, 2)),
+    "rms_norm": (Error(4, 0.8), Error(9, 3)),
     "silu_mul": (Error(3, 0.5), Error(8, 1)),
-    "sample": (Error(0, 0), Error(16, 4)),
+    "sample": (Error(0, 0), Error(33, 29)),
     "vision_attention": (Error(9, 1.1), Error(70, 12)),
     "layer_norm": (Error(3, 0.65), Error(16, 2.5)),
     "quick_gelu": (Error(1.5, 0.35), Error(8, 1)),
@@ -56,13 +58,14 @@ class Verdict:
 def form(op: str, name: str) -> Peer:
     """An implementation of `op`, or a peer, as a function from inputs to the call.
 
-    "triton-invariant" is the Triton form in its batch-invariant mode.
+    "triton-invariant" is the Triton form in its batch-invariant mode, "triton-separate" two ops
+    where the fastest form is one.
     """
     if name in PEERS:
         return PEERS[name]
     impl, _, mode = name.partition("-")
-    options = {"batch_invariant": True} if mode == "invariant" else {}
-    return lambda inputs: partial(OPS[op], **inputs, impl=impl, **options)
+    modes = {"invariant": {"batch_invariant": True}, "separate": {"fused": False}}
+    return lambda inputs: partial(OPS[op], **inputs, impl=impl, **modes.get(mode, {}))
 
 
 def reference(case: Case, inputs: dict) -> list[Tensor]:

@@ -20,7 +20,7 @@ import triton
 from torch.overrides import TorchFunctionMode
 
 from bench import rows, show
-from bench.cases import OPS, Case
+from bench.cases import OPS, Case, in_modes
 from bench.numerics import Verdict, form, judge, reference
 from bench.ops import one_line
 from bench.timing import Timing, measure, sets_for
@@ -49,7 +49,7 @@ def plans(cases: Sequence[Case], dtype: torch.dtype, gpu: Gpu) -> list[Plan]:
     Ops without a Triton form have no keys.
     """
     found: dict[Key, tuple[list[Case], Tiles]] = {}
-    for case in cases:
+    for case in in_modes(cases):
         try:
             asked = _asked(case, dtype, gpu)
         except ImplError:
@@ -71,10 +71,12 @@ def check_compiles() -> None:
 def candidates(op: str, part: str, key: str, gpu: Gpu) -> list[Tiles]:
     """What `<part>_candidates(key, gpu)` offers; nothing if there is no such.
 
-    It stands in the op's module or in one whose name begins like it, if that has been imported.
+    It stands in the op's module, in that of the op named `part`, or in one whose name begins like
+    theirs, if that has been imported.
     """
+    places = (OPS[op].__module__, f"kernels.{part}")
     for name, module in list(sys.modules.items()):
-        if name.startswith(OPS[op].__module__) and hasattr(module, f"{part}_candidates"):
+        if name.startswith(places) and hasattr(module, f"{part}_candidates"):
             return getattr(module, f"{part}_candidates")(key, gpu)
     return []
 
@@ -181,7 +183,7 @@ def _asked(case: Case, dtype: torch.dtype, gpu: Gpu) -> dict[Key, Tiles]:
     with unfilled():
         inputs = case.inputs(0, torch.device("cpu"), dtype)
     with launches_recorded(gpu), record_tiles() as asked:
-        OPS[case.op](**inputs, impl="triton")
+        form(case.op, case.form)(inputs)()
     return asked
 
 
@@ -199,7 +201,7 @@ def _rows(plan: Plan, case: Case, device: torch.device, dtype: torch.dtype) -> l
         rows.measured(
             case.op,
             case.name,
-            "triton",
+            case.form,
             device=device,
             dtype=dtype,
             num_bytes=case.bytes(dtype),
@@ -220,7 +222,7 @@ def _verdicts(plan: Plan, case: Case, device: torch.device, dtype: torch.dtype) 
     for tiles in plan.candidates:
         try:
             with use_tiles(plan.key[0], **tiles):
-                verdicts.append(judge(case, form(case.op, "triton"), inputs, expected))
+                verdicts.append(judge(case, form(case.op, case.form), inputs, expected))
         except Exception as error:  # one candidate must not hide the others
             verdicts.append(Verdict(math.nan, math.nan, one_line(error)))
     return verdicts
@@ -231,7 +233,7 @@ def _timings(
 ) -> dict[str, Timing]:
     """Times of the candidates `good`, by their number."""
     sets = sets_for(case.bytes(dtype), device)
-    calls = [form(case.op, "triton")(case.inputs(seed, device, dtype)) for seed in range(sets)]
+    calls = [form(case.op, case.form)(case.inputs(seed, device, dtype)) for seed in range(sets)]
 
     def call(tiles: Tiles, index: int) -> object:
         with use_tiles(plan.key[0], **tiles):

@@ -30,7 +30,7 @@ def advance(plan: PrefixPlan, positions: Tensor, slots: Tensor, *, impl: str | N
         check(tensor.is_contiguous(), f"advance: {name} must be contiguous")
     forms = {"eager": advance_ref, "triton": _advance_triton}
     pick("advance", impl, plan.kv_len.device, forms)(plan, positions, slots)
-    for schedule in plan.schedules():
+    for schedule in plan.schedules.values():
         schedule.update()
 
 

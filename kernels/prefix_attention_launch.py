@@ -14,7 +14,7 @@ from kernels.prefix_attention_tiles import Kind
 from kernels.prefix_attention_triton import KVPages, prefix_attention_kernel
 from kernels.prefix_merge import merge_kernel
 from kernels.prefix_plan import PrefixPlan
-from kernels.prefix_schedule import Cut
+from kernels.prefix_schedule import Cut, schedule_of
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
@@ -101,7 +101,7 @@ def launch(
     lse = q.new_empty(rows, heads, dtype=torch.float32)
     if not rows:
         return out, lse
-    schedule = plan.schedule(cut)
+    schedule = schedule_of(plan, cut)
     vectors = sum(slots * size for slots, size in zip(schedule.slots, cut.sizes, strict=True))
     part_out = q.new_empty(vectors, dim, dtype=torch.float32)
     part_lse = q.new_empty(vectors, dtype=torch.float32)

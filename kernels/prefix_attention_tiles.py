@@ -69,8 +69,8 @@ class Kind:
     def rule(self, gpu: Gpu) -> Tiles:
         """Choices without measurements: as much in flight as fits, and no register spilled.
 
-        Where 64 tokens at a time would spill, 32 in more stages keep as much in flight, and so do
-        more stages where an SM has one program.
+        Where 64 tokens at a time would spill, 32 in more stages keep as much in flight; where an SM
+        has one program of 128 vectors, or has only small tiles to work on, so do more stages.
         `python -m profiles static` shows what the compiler makes of it.
         """
         old, wide = gpu.arch < 90, self.dim == 256 or self.large == 128
@@ -78,8 +78,8 @@ class Kind:
         return {
             "block": 32 if half else 64,
             "num_warps": 8 if wide or old and (self.fp8 or self.fused) else 4,
-            "num_stages": 5 if half or self.large == 128 else 2 if self.dim == 256 else 3,
-            "programs": 1 if wide else 2 if self.large else 4,
+            "num_stages": 5 if half or self.large != 64 else 2 if self.dim == 256 else 3,
+            "programs": 1 if wide else 2 if self.large or old else 3,
             "grain": 256 if self.invariant else 16,
             "overhead": 0 if self.invariant else 2,
             "tma": 0,
@@ -95,12 +95,13 @@ def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     kind = Kind.from_key(key)
     rule = kind.rule(gpu)
     kin = [{"programs": n} for n in (1, 2, 3, 4)]
-    kin += [{"num_stages": n} for n in (3, 5)]
+    tight = kind.fp8 and kind.fused  # more would spill
+    kin += [] if tight else [{"num_stages": n} for n in (3, 5)]
     if kind.invariant:
         kin += [{"grain": n} for n in (128, 512)]
     else:
         kin += [{"grain": 64}, {"overhead": 0}, {"overhead": 6}]
-    if gpu.arch >= 90:
+    if gpu.arch >= 90 and not tight:
         kin += [{"tma": 1, "grain": max(64, rule["grain"])}]
     candidates = [rule, *(rule | change for change in kin)]
     return [one for at, one in enumerate(candidates) if one not in candidates[:at]]

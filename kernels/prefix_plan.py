@@ -16,13 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from kernels.prefix_schedule import Cut, Schedule
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class PrefixPlan:
     num_pages: int
     page_size: int
     nodes: tuple[PlanNode, ...]  # the same on the host, as it was built
-    _schedules: dict = field(default_factory=dict, init=False)
+    schedules: dict = field(default_factory=dict, init=False, repr=False)  # by prefix_schedule.py
 
     @staticmethod
     def build(
@@ -109,18 +105,6 @@ class PrefixPlan:
             page_size=page_size,
             nodes=nodes,
         )
-
-    def schedule(self, cut: "Cut") -> "Schedule":
-        """The plan cut up for Triton, made when first asked for."""
-        from kernels.prefix_schedule import Schedule
-
-        if cut not in self._schedules:
-            self._schedules[cut] = Schedule(self, cut)
-        return self._schedules[cut]
-
-    def schedules(self) -> "Iterable[Schedule]":
-        """Those made so far."""
-        return self._schedules.values()
 
     @cached_property
     def row_counts(self) -> tuple[int, int]:

@@ -120,6 +120,13 @@ class Schedule:
         )
 
 
+def schedule_of(plan: PrefixPlan, cut: Cut) -> Schedule:
+    """The plan cut up, made when first asked for."""
+    if cut not in plan.schedules:
+        plan.schedules[cut] = Schedule(plan, cut)
+    return plan.schedules[cut]
+
+
 Tile = tuple[int, int, int]  # node, first row, rows
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from triton.compiler import CompilationError, CompiledKernel
 
 from bench import inputs, tune
-from bench.cases import OPS, SMOLLM2, Case, cases
+from bench.cases import SMOLLM2, Case, cases, in_modes
 from bench.inputs import Node, fork
+from bench.numerics import form
 from bench.ops import one_line
 from kernels._compile import Launch, compiler, launches_recorded
 from kernels._launch import ImplError
@@ -46,8 +47,9 @@ KEY = ("kernel", "arch", "dtype", "config")
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _extra(op: str, name: str, **shape: object) -> Case:
-    return Case(op, name, partial(getattr(inputs, f"{op}_inputs"), **shape), values=0, flops=0)
+def _extra(op: str, name: str, form: str = "triton", **shape: object) -> Case:
+    made = partial(getattr(inputs, f"{op}_inputs"), **shape)
+    return Case(op, name, made, values=0, flops=0, form=form)
 
 
 # What the op table of a GPU lacks: other heads, forms without a residual, a second result.
@@ -62,6 +64,12 @@ CASES = [
         for name, forest in (("decode", DECODE), ("prefill", PREFILL))
     ),
     _extra("prefix_attention", "decode with lse", forest=DECODE, return_lse=True),
+    _extra("prefix_attention", "invariant fp8", forest=DECODE, fp8=True, form="triton-invariant"),
+    *(
+        _extra("rotary_attention", f"decode D{heads['head_dim']}", forest=DECODE, **heads)
+        for heads in (SMOLLM2_HEADS, WIDE_HEADS)
+    ),
+    _extra("rotary_attention", "decode fp8", forest=DECODE, fp8=True),
     *(
         _extra("qk_norm_rope", f"T{rows} D{heads['head_dim']}", rows=rows, **heads)
         for heads in (SMOLLM2_HEADS, WIDE_HEADS)
@@ -98,7 +106,7 @@ def sweep(
     sites = [
         (case, dtype, GPUS[arch])
         for dtype in (DTYPES[:1] if quick else DTYPES)
-        for case in CASES
+        for case in in_modes(CASES)
         for arch in archs
         if not ops or case.op in ops
     ]
@@ -196,7 +204,7 @@ def _attempts(case: Case, dtype: torch.dtype, gpu: Gpu, quick: bool) -> Iterator
 def _launched(case: Case, gpu: Gpu, arguments: dict, tiles: Tiles | None = None) -> list[Attempt]:
     try:
         with launches_recorded(gpu) as launches:
-            OPS[case.op](**arguments, impl="triton")
+            form(case.op, case.form)(arguments)()
     except ImplError:  # no Triton form yet
         return []
     except Exception as error:  # one choice must not hide the others
