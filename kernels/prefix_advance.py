@@ -26,6 +26,8 @@ def advance(plan: PrefixPlan, positions: Tensor, slots: Tensor, *, impl: str | N
     check(plan.is_decode, "advance: every row of the plan must be the only new token of its node")
     for name, tensor in (("positions", positions), ("slots", slots)):
         check(tensor.shape == (plan.num_rows,), f"advance: {name} must be [{plan.num_rows}]")
+        integer = tensor.dtype in (torch.int32, torch.int64)
+        check(integer, f"advance: {name} must be int32 or int64, not {tensor.dtype}")
         check(tensor.device == plan.kv_len.device, f"advance: {name} must be on the plan's device")
         check(tensor.is_contiguous(), f"advance: {name} must be contiguous")
     forms = {"eager": advance_ref, "triton": _advance_triton}

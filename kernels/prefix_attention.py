@@ -49,15 +49,9 @@ def prefix_attention(
     Raises ValueError for shapes, dtypes, strides and devices that do not fit together or the plan.
     """
     check(q.ndim == 3, "q must be [T, Hq, D]")
-    check(k_pages.ndim == 4 and k_pages.shape == v_pages.shape, "pages must be two [P, Hkv, S, D]")
-    check(k_pages.is_contiguous() and v_pages.is_contiguous(), "pages must be contiguous")
-    check(q.shape[2] == k_pages.shape[3], "q and pages must have the same head_dim")
-    check(q.shape[1] % k_pages.shape[1] == 0, "query heads must be a multiple of KV heads")
     check(q.shape[0] == plan.num_rows, f"the plan is for {plan.num_rows} rows, not {q.shape[0]}")
-    check(k_pages.shape[0] == plan.num_pages, f"the plan is for {plan.num_pages} pages")
-    check(k_pages.shape[2] == plan.page_size, f"the plan is for pages of {plan.page_size} tokens")
-    check(window >= 0, f"window must be 0 (off) or a number of tokens, not {window}")
-    _check_dtypes(q, k_pages, v_pages, k_scale, v_scale)
+    check_pages(q, q.shape[1], k_pages, v_pages, k_scale, v_scale, plan, window)
+    check(q.shape[2] == k_pages.shape[3], "q and pages must have the same head_dim")
     forms = {"eager": prefix_attention_ref, "portable": prefix_attention_portable}
     forms["triton"] = prefix_attention_triton
     form = pick("prefix_attention", impl, q.device, forms)
@@ -194,9 +188,24 @@ def _merge(out: Tensor, lse: Tensor, rows: Tensor, new_out: Tensor, new_lse: Ten
     lse[rows] = merged
 
 
-def _check_dtypes(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+def check_pages(
+    q: Tensor,
+    heads: int,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    plan: PrefixPlan,
+    window: int,
 ) -> None:
+    """What attention asks of everything but Q itself, which q stands for by dtype and device."""
+    check(k_pages.ndim == 4 and k_pages.shape == v_pages.shape, "pages must be two [P, Hkv, S, D]")
+    check(k_pages.is_contiguous() and v_pages.is_contiguous(), "pages must be contiguous")
+    check(heads % k_pages.shape[1] == 0, "query heads must be a multiple of KV heads")
+    check(k_pages.shape[0] == plan.num_pages, f"the plan is for {plan.num_pages} pages")
+    check(k_pages.shape[2] == plan.page_size, f"the plan is for pages of {plan.page_size} tokens")
+    check(plan.kv_len.device == q.device, f"the plan must be on {q.device} like q")
+    check(window >= 0, f"window must be 0 (off) or a number of tokens, not {window}")
     fp8 = k_pages.dtype == torch.float8_e4m3fn
     check(k_pages.dtype == v_pages.dtype, "k_pages and v_pages must have one dtype")
     check(fp8 or k_pages.dtype == q.dtype, f"pages must be {q.dtype} like q, or float8_e4m3fn")
@@ -205,9 +214,8 @@ def _check_dtypes(
         if scales is not None:
             shape = list(k_pages.shape[:3])
             check(list(scales.shape) == shape, f"{name} must be {shape}, not {list(scales.shape)}")
-            check(
-                scales.dtype == torch.float32 and scales.is_contiguous(),
-                f"{name} must be fp32 and contiguous",
-            )
-    for name, tensor in (("k_pages", k_pages), ("v_pages", v_pages), ("k_scale", k_scale)):
+            fits = scales.dtype == torch.float32 and scales.is_contiguous()
+            check(fits, f"{name} must be fp32 and contiguous")
+    given = {"k_pages": k_pages, "v_pages": v_pages, "k_scale": k_scale, "v_scale": v_scale}
+    for name, tensor in given.items():
         check(tensor is None or tensor.device == q.device, f"{name} must be on {q.device} like q")

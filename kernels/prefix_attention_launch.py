@@ -71,7 +71,7 @@ def cut_up(
         group=group,
         sizes=(kind.large, kind.small),
         grain=chosen["grain"],
-        overhead=chosen["overhead"],
+        overhead=0 if batch_invariant else chosen["overhead"],
         programs=gpu_of(q.device).sms * chosen["programs"],
         window=window,
         invariant=batch_invariant,

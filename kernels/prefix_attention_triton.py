@@ -191,7 +191,7 @@ def _attend_tile(
         )
 
     end = tl.load(record + END)
-    visible = tl.minimum(end, tl.load(record + EDGE) + row)  # [M]
+    visible = tl.load(record + EDGE) + row  # [M] and no more than `end`, which `high` sees to
     oldest = visible
     if WINDOW:
         position = tl.load(row_position + row, mask=live, other=0)
@@ -338,9 +338,13 @@ def _attend_block(
     weights = tl.exp2(scores - base[:, None])
     fade = tl.exp2(peak - base)
     total = total * fade + tl.sum(weights, 1)
-    if kv.k_scale is not None:
-        weights *= tl.load(kv.v_scale + tile + offset, mask=mine, other=0.0)[None, :]
     v = _load_tile(kv.v, blocks[1], tile, mine, q.dtype, D, BLOCK, NATIVE_FP8, TMA)
+    if kv.v_scale is not None:
+        v_scale = tl.load(kv.v_scale + tile + offset, mask=mine, other=0.0)
+        if q.dtype == tl.float16:  # has not the exponents for a weight times a scale
+            v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
+        else:
+            weights *= v_scale[None, :]
     acc = tl.dot(weights.to(q.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, new_peak, total
 

@@ -117,7 +117,7 @@ class PrefixPlan:
         """Whether every row is the only new token, and the only row, of its node."""
         written = [node for node in self.nodes if node.num_new]
         alone = all(node.num_new == 1 == node.row_end - node.row_start for node in written)
-        return alone and len(written) == self.num_rows
+        return alone and [node.row_start for node in written] == [*range(self.num_rows)]
 
     @cached_property
     def room(self) -> int:

@@ -26,6 +26,7 @@ when lengths advance there, a captured CUDA graph needs nothing from the host.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -84,7 +85,7 @@ class Schedule:
             for size in (0, 1)
         ]
 
-        def tensor(values: Tensor | list) -> Tensor:
+        def tensor(values: np.ndarray | list) -> Tensor:
             return torch.as_tensor(values, dtype=torch.int32).to(plan.kv_len.device)
 
         self.tiles = tensor(records)  # [tiles, RECORD]
@@ -145,10 +146,10 @@ def _tiles_of_size(plan: PrefixPlan, cut: Cut, size: int) -> list[Tile]:
 
 def _records(
     plan: PrefixPlan, cut: Cut, tiles: list[Tile]
-) -> tuple[list[list[int]], Tensor, list[int]]:
+) -> tuple[list[list[int]], np.ndarray, list[int]]:
     """Records, each row's tiles from the root down, and how many grains each tile can grow to."""
     depths = plan.depths
-    row_tiles = torch.full((plan.num_rows, max(depths, default=0) + 1), -1)
+    row_tiles = np.full((plan.num_rows, max(depths, default=0) + 1), -1, dtype=np.int32)
     for tile, (node, row, rows) in enumerate(tiles):
         row_tiles[row : row + rows, depths[node]] = tile
     path_length = (row_tiles >= 0).sum(1)

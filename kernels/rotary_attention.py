@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels._launch import check, check_triton
 from kernels._tiles import Gpu, Tiles, tiles
-from kernels.prefix_attention import prefix_attention
+from kernels.prefix_attention import check_pages, prefix_attention
 from kernels.prefix_attention_decode import Rotary
 from kernels.prefix_attention_launch import cut_up, launch
 from kernels.prefix_attention_tiles import Kind
@@ -102,8 +102,7 @@ def _fused(
     check_layouts(qkv, positions, read | written)
     check(qkv.is_contiguous(), "qkv must be contiguous")
     check(len(qkv) == plan.num_rows, f"the plan is for {plan.num_rows} rows, not {len(qkv)}")
-    check(k_pages.shape[0] == plan.num_pages, f"the plan is for {plan.num_pages} pages")
-    check(k_pages.shape[2] == plan.page_size, f"the plan is for pages of {plan.page_size} tokens")
     heads = qkv.shape[1] // k_pages.shape[3] - 2 * k_pages.shape[1]
+    check_pages(qkv, heads, k_pages, v_pages, k_scale, v_scale, plan, window)
     cut, chosen = cut_up(plan, qkv, heads, k_pages, window=window, fused=True)
     return launch(qkv, k_pages, v_pages, plan, cut, chosen, scale, k_scale, v_scale, rotary)[0]

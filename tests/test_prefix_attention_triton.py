@@ -162,10 +162,14 @@ def test_blocks_smaller_than_pages(triton_device):
     check(inputs, tiles={"block": 16}, grain=8)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_fp8_pages(triton_device, arch):
-    """Either way of reading e4m3; slots and scales that nobody owns are NaN."""
+@pytest.mark.parametrize(("arch", "size"), [(80, 1.0), (90, 1.0), (90, 1e-3)])
+def test_fp8_pages(triton_device, arch, size):
+    """Either way of reading e4m3; slots and scales that nobody owns are NaN.
+
+    A weight times the scale of small values would be subnormal in fp16.
+    """
     inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])], torch.float16)
+    inputs["v_pages"] *= size
     for name in ("k", "v"):
         pages, scales = quantise_e4m3(inputs[f"{name}_pages"])
         inputs |= {f"{name}_pages": pages, f"{name}_scale": scales}
@@ -276,6 +280,14 @@ class TestBatchInvariance:
             )
             step = inputs | {"plan": one, "q": inputs["q"][length - 1 : length]}
             assert torch.equal(run(**step, grain=16, overhead=0)[0], whole[length - 1]), length
+
+    def test_a_table_with_overhead(self, triton_device):
+        """Chunks are cut at fixed places: what starting on a tile costs plays no part."""
+        inputs = inputs_of(triton_device, [fork(37, [1, 16])])
+        expected = prefix_attention(**inputs, impl="eager")
+        results = run(**inputs, batch_invariant=True, grain=16, overhead=1)
+        for result, meant in zip(results, expected, strict=True):
+            assert max_error(result, meant) < FP32
 
     def test_other_forms_refuse(self, triton_device):
         with pytest.raises(ValueError, match="batch_invariant: only impl 'triton'"):

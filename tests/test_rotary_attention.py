@@ -169,6 +169,8 @@ def test_bad_input(triton_device):
         ("slots", good["slots"][:-1], "slots must be"),
         ("positions", good["positions"].float(), "positions must be"),
         ("k_pages", good["k_pages"][:-1], "v_pages must have the shape"),
+        ("qkv", good["qkv"][:, : 9 * 16].contiguous(), "query heads must be a multiple of KV"),
+        ("window", -1, "window must be"),
         ("q_weight", None, "give both q_weight and k_weight"),
         ("k_scale", torch.ones(1), "k_scale goes with"),
     ):
