@@ -95,7 +95,7 @@ def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     kind = Kind.from_key(key)
     rule = kind.rule(gpu)
     kin = [{"programs": n} for n in (1, 2, 3, 4)]
-    tight = kind.fp8 and kind.fused  # more would spill
+    tight = kind.fused and (kind.fp8 or not kind.large)  # more, or fewer stages, would spill
     kin += [] if tight else [{"num_stages": n} for n in (3, 5)]
     if kind.invariant:
         kin += [{"grain": n} for n in (128, 512)]

@@ -246,6 +246,9 @@ def config_of(launch: Launch) -> str:
         value = given.pop(parameter.name, parameter.default)
         if value is None:
             parts.append(f"-{parameter.name}")
+        elif hasattr(value, "_asdict"):  # a NamedTuple of arguments
+            absent = [name for name, field in value._asdict().items() if field is None]
+            parts += [f"-{parameter.name}.{name}" for name in absent]
         elif parameter.is_constexpr:
             value = getattr(value, "value", value)  # of a tl.constexpr
             value = int(value) if isinstance(value, bool) else str(value).replace(" ", "")
