@@ -75,11 +75,12 @@ class Kind:
         """
         old, wide = gpu.arch < 90, self.dim == 256 or self.large == 128
         half = (old or self.fp8) if self.dim == 256 else old and wide and self.fp8
+        warps = 8 if wide or old and (self.fp8 or self.fused) else 4
         return {
             "block": 32 if half else 64,
-            "num_warps": 8 if wide or old and (self.fp8 or self.fused) else 4,
+            "num_warps": warps,
             "num_stages": 5 if half or self.large != 64 else 2 if self.dim == 256 else 3,
-            "programs": 1 if wide else 2 if self.large or old else 3,
+            "programs": 1 if warps == 8 else 2 if self.large or old else 3,  # that are resident
             "grain": 256 if self.invariant else 16,
             "overhead": 0 if self.invariant else 2,
             "tma": 0,
