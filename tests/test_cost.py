@@ -145,7 +145,7 @@ class TestModel:
         with assume_gpu(gpu):
             prefix_attention(**made, impl="triton", batch_invariant=invariant)
         expected = cut_of(made["plan"], Shape(4, 2, 16, 16, dtype, **shape), gpu)
-        assert list(made["plan"]._schedules) == [expected]
+        assert list(made["plan"].schedules) == [expected]
 
 
 class TestTable:

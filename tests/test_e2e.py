@@ -47,7 +47,10 @@ def test_photo(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
 def test_a_wrong_form_fails(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
     """An attention with a wrong scale gives other rollouts and other logits: both rows fail."""
     right = prefix_attention.prefix_attention_portable
-    wrong = lambda q, k, v, plan, scale: right(q, k, v, plan, 1.01 * scale)  # noqa: E731
+
+    def wrong(q, k, v, plan, scale, **options):
+        return right(q, k, v, plan, 1.01 * scale, **options)
+
     monkeypatch.setattr(prefix_attention, "prefix_attention_portable", wrong)
     monkeypatch.setattr(e2e, "PROMPT_TOKENS", 200)
     monkeypatch.setattr(e2e, "measure", lambda calls, **_: dict.fromkeys(calls, TIMING))
