@@ -2,6 +2,7 @@
 
 `python -m bench tune` is for a new GPU: it measures tile choices and writes kernels/tuned/.
 `python -m bench cost` needs none: what prefix attention moves, and how evenly, by arithmetic.
+`python -m bench fp8` shows what FP8 KV pages do to a real model.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cost, rows, show, tune
+from bench import cost, fp8_kv, rows, show, tune
 from bench.cases import OPS, cases, numerics_cases
 from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, device_named, select, time_case
 from kernels._launch import IMPLS
@@ -94,6 +95,11 @@ def run_cost(options: argparse.Namespace, device: torch.device) -> Iterator[dict
     yield from cost.table(options.gpu, options.copy_gb_s, options.case)
 
 
+def run_fp8(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """What FP8 KV pages do to SmolLM2's distributions."""
+    yield from fp8_kv.run(device)
+
+
 COMMANDS = {
     "roofline": (run_roofline, show.ceilings),
     "numerics": (run_numerics, show.errors),
@@ -101,6 +107,7 @@ COMMANDS = {
     "e2e": (run_end_to_end, show.jobs),
     "tune": (run_tune, tune.display),
     "cost": (run_cost, cost.display),
+    "fp8": (run_fp8, fp8_kv.display),
 }
 ALL = ("numerics", "ops", "e2e")
 

@@ -206,7 +206,7 @@ def _part(indices: list[int], first: int, pages: int, plan: PrefixPlan) -> Part:
 
 def _depths(nodes: tuple[PlanNode, ...]) -> list[int]:
     """How many nodes contain each node's rows. Raises ValueError unless ranges are nested."""
-    depths, open_ends, last_start = [], [], 0
+    depths, open_ends, last_start, first_free = [], [], 0, 0
     for index, node in enumerate(nodes):
         if node.row_start < last_start:
             raise ValueError(f"node {index}: nodes must stand in depth-first order of their rows")
@@ -217,7 +217,10 @@ def _depths(nodes: tuple[PlanNode, ...]) -> list[int]:
             raise ValueError(f"node {index}: its rows reach past those of the node around it")
         depths.append(len(open_ends))
         if node.row_end > node.row_start:
+            if node.row_start < first_free:
+                raise ValueError(f"node {index}: its rows begin among another node's new tokens")
             open_ends.append(node.row_end)
+            first_free = node.row_start + node.num_new
     return depths
 
 

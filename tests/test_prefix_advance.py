@@ -121,12 +121,12 @@ def test_bad_input(triton_device):
             advance(other, positions[: other.num_rows], slots[: other.num_rows])
     with pytest.raises(ValueError, match="every row of the plan"):  # a row that is nobody's
         advance(beside, positions[:2], slots[:2])
-    twice = [PlanNode([0], 3, 0, 1, 1), PlanNode([1], 3, 0, 1, 1)]  # and a row that is nobody's
-    plan_of_twice = PrefixPlan.build(
-        twice, num_rows=2, num_pages=2, page_size=PAGE, device=triton_device
+    one = [PlanNode([0], 3, 0, 1, 1)]  # and a row that is nobody's
+    plan_of_one = PrefixPlan.build(
+        one, num_rows=2, num_pages=2, page_size=PAGE, device=triton_device
     )
     with pytest.raises(ValueError, match="every row of the plan"):
-        advance(plan_of_twice, positions[:2], slots[:2])
+        advance(plan_of_one, positions[:2], slots[:2])
     with pytest.raises(ValueError, match="positions must be int32"):
         advance(plan, positions.float(), slots)
     with pytest.raises(ValueError, match="positions must be"):

@@ -125,6 +125,13 @@ def test_plan_refuses_rows_that_cross():
         )
 
 
+def test_plan_refuses_rows_among_new_tokens():
+    """A child's rows stand behind its parent's own: they would otherwise be two tokens at once."""
+    among = [PlanNode([0], 3, 0, 3, num_new=2), PlanNode([1], 3, 1, 3)]
+    with pytest.raises(ValueError, match="node 1: its rows begin among another node's new tokens"):
+        PrefixPlan.build(among, num_rows=3, num_pages=4, page_size=PAGE)
+
+
 def test_shapes_are_checked():
     """A launcher that trusts its caller reads out of bounds on a GPU."""
     pages = torch.zeros(4, 2, PAGE, 8)
