@@ -35,7 +35,7 @@ TOLERANCES: dict[str, tuple[Error, Error]] = {
     "prefix_attention": (Error(6, 0.75), Error(320, 32)),
     "rotary_attention": (Error(8, 1.2), Error(220, 30)),
     "qk_norm_rope": (Error(7, 0.85), Error(16, 2)),
-    "rms_norm": (Error(4, 0.8), Error(9, 3)),
+    "rms_norm": (Error(4, 0.8), Error(8, 3)),
     "silu_mul": (Error(3, 0.5), Error(8, 1)),
     "sample": (Error(0, 0), Error(33, 29)),
     "vision_attention": (Error(9, 1.1), Error(70, 12)),

@@ -21,7 +21,8 @@ def advance(plan: PrefixPlan, positions: Tensor, slots: Tensor, *, impl: str | N
     positions, slots: int [T], as `qk_norm_rope` takes them. The plan's tensors move on as well, and
     the schedules that Triton forms have made of it; its `nodes` on the host, which the PyTorch
     forms read, stay what they were. A leaf whose pages are full gets slot -1: replay at most
-    `plan.room` times. Raises ValueError if the plan is not that of a decode step.
+    `plan.room` times. What a plan needs is made at first use: run a step, and this, before capture.
+    Raises ValueError if the plan is not that of a decode step.
     """
     check(plan.is_decode, "advance: every row of the plan must be the only new token of its node")
     for name, tensor in (("positions", positions), ("slots", slots)):

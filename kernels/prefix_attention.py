@@ -44,7 +44,8 @@ def prefix_attention(
         None
     window: a row sees at most so many of its sequence's last tokens, its own included; 0 is all
     batch_invariant: a row's bits depend on its own path alone, not on what else is in the batch;
-        the Triton form only. The path's division into nodes must be the same.
+        the Triton form only. The path's division into nodes must be the same. Its workspace grows
+        with rows and length, to gigabytes for a long prefill: one partial per chunk
 
     Raises ValueError for shapes, dtypes, strides and devices that do not fit together or the plan.
     """

@@ -66,6 +66,8 @@ def cut_up(
     most = max(kind.large, kind.small)
     check(group <= most, f"{group} query heads per KV head: impl 'triton' has at most {most}")
     chosen = kind.choose(q.device)
+    whole = chosen["grain"] % min(chosen["block"], page_size) == 0
+    check(whole or not chosen["tma"], "tile choice tma: grain must be a multiple of block")
     cut = Cut(
         kv_heads=kv_heads,
         group=group,
@@ -105,15 +107,6 @@ def launch(
     vectors = sum(slots * size for slots, size in zip(schedule.slots, cut.sizes, strict=True))
     part_out = q.new_empty(vectors, dim, dtype=torch.float32)
     part_lse = q.new_empty(vectors, dtype=torch.float32)
-    line = {
-        "tiles": schedule.tiles,
-        "starts": schedule.starts,
-        "stretch": schedule.stretch,
-        "large": schedule.counts[0],
-        "small": schedule.counts[1],
-        "large_slots": schedule.slots[0],
-        "overhead": cut.overhead,
-    }
     shape = {
         "KV_HEADS": cut.kv_heads,
         "GROUP": cut.group,
@@ -121,18 +114,10 @@ def launch(
         "SIZES": cut.sizes,
         "INVARIANT": cut.invariant,
     }
-    if k_scale is not None:  # as bytes: before sm_89 Triton has no type for e4m3
-        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
-    k_blocks = v_blocks = None
     block = min(chosen["block"], plan.page_size)
-    if chosen["tma"]:
-        check(cut.grain % block == 0, "tile choice tma: grain must be a multiple of block")
-        k_blocks, v_blocks = (_descriptor(pages, block) for pages in (k_pages, v_pages))
     prefix_attention_kernel[(cut.programs,)](
         q=q,
-        kv=KVPages(k_pages, v_pages, k_scale, v_scale),
-        k_blocks=k_blocks,
-        v_blocks=v_blocks,
+        **_pages(k_pages, v_pages, k_scale, v_scale, block if chosen["tma"] else 0),
         out=out,
         lse=lse,
         part_out=part_out,
@@ -150,7 +135,7 @@ def launch(
         TMA=bool(chosen["tma"]),
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
-        **line,
+        **schedule.line,
         **shape,
     )
     merge_kernel[(rows, heads)](
@@ -162,10 +147,23 @@ def launch(
         depth=schedule.row_tiles.shape[1],
         AT_ONCE=1 if cut.invariant else max(1, 1024 // dim),
         num_warps=1,
-        **line,
+        **schedule.line,
         **shape,
     )
     return out, lse
+
+
+def _pages(
+    k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block: int
+) -> dict:
+    """The kernel's arguments for K and V; with `block` also descriptors of blocks of so many."""
+    if k_scale is not None:  # as bytes: before sm_89 Triton has no type for e4m3
+        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
+    return {
+        "kv": KVPages(k_pages, v_pages, k_scale, v_scale),
+        "k_blocks": _descriptor(k_pages, block) if block else None,
+        "v_blocks": _descriptor(v_pages, block) if block else None,
+    }
 
 
 def _descriptor(pages: Tensor, block: int) -> TensorDescriptor:

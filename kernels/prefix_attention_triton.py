@@ -224,35 +224,10 @@ def _attend_tile(
             peak = tl.sum(x.to(tl.float32) * k, 1) * qk_scale
             total += 1.0
             acc += v
-    stop = tl.cdiv(high, BLOCK)
-    if TMA:  # reads whole blocks, whatever lies behind the node's end: the last goes by pointers
-        stop = high // BLOCK
-    for at in range(low // BLOCK, stop):
-        acc, peak, total = _attend_block(
-            acc,
-            peak,
-            total,
-            x,
-            tl.load(page_table + at * BLOCK // PAGE),
-            at * BLOCK,
-            low,
-            high,
-            visible,
-            oldest,
-            kv,
-            blocks,
-            head,
-            qk_scale,
-            KV_HEADS,
-            D,
-            PAGE,
-            BLOCK,
-            WINDOW,
-            NATIVE_FP8,
-            TMA,
-        )
-    if TMA:
-        for at in range(stop, tl.cdiv(high, BLOCK)):
+    # Descriptors read whole blocks, whatever lies behind the node's end: the last goes by pointers.
+    stop = high // BLOCK if TMA else tl.cdiv(high, BLOCK)
+    for tail in tl.static_range(2 if TMA else 1):
+        for at in range(stop if tail else low // BLOCK, tl.cdiv(high, BLOCK) if tail else stop):
             acc, peak, total = _attend_block(
                 acc,
                 peak,
@@ -274,7 +249,7 @@ def _attend_tile(
                 BLOCK,
                 WINDOW,
                 NATIVE_FP8,
-                False,
+                TMA and not tail,
             )
 
     divisor = tl.where(total > 0.0, total, 1.0)

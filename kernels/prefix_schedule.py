@@ -96,6 +96,19 @@ class Schedule:
         self.first_tile = self.tiles.new_empty(2, cut.programs)
         self.update()
 
+    @property
+    def line(self) -> dict[str, Tensor | int]:
+        """What both launches of prefix attention take of it."""
+        return {
+            "tiles": self.tiles,
+            "starts": self.starts,
+            "stretch": self.stretch,
+            "large": self.counts[0],
+            "small": self.counts[1],
+            "large_slots": self.slots[0],
+            "overhead": self.cut.overhead,
+        }
+
     def update(self) -> None:
         """Lay the line anew from the plan's lengths on the device: one launch, no host work."""
         plan, cut = self.plan, self.cut

@@ -47,8 +47,9 @@ def rotary_attention(
     fused: True demands the fused form, False the two ops; None leaves it to the tile choices where
         there is a fused form. That is the Triton form of a decode step (every row the only new
         token of its node) whose heads are rotated whole (2 * len(inv_freq) = D).
-    """
 
+    Raises ValueError as the two ops do, and for `fused` where there is no such form.
+    """
     impls = impl if isinstance(impl, tuple) else (impl, impl)
     offered = plan.is_decode and 2 * len(inv_freq) == k_pages.shape[-1] and positions.ndim == 1
     offered = offered and all(_is_triton(name, qkv) for name in impls)
