@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._launch import check, pick
-
-Grid = tuple[int, int]  # rows, columns of a view's patches
+from kernels._views import Grid, tokens_of
 
 
 def vision_attention(
@@ -30,7 +29,7 @@ def vision_attention(
     Angles, softmax and sums are fp32; rotated Q and K and the result have qkv's dtype.
     Raises ValueError for shapes that do not fit together.
     """
-    tokens = sum(rows * columns for rows, columns in grids)
+    tokens = tokens_of(grids)
     check(qkv.ndim == 2 and qkv.shape[1] % (12 * heads) == 0, f"qkv must be [T, 3 * {heads} * D]")
     check(qkv.shape[0] == tokens, f"grids hold {tokens} tokens, qkv {qkv.shape[0]}")
     forms = {"eager": vision_attention_ref, "portable": vision_attention_portable}

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels._views import Grid
 from kernels.activation import quick_gelu
 from kernels.norm import layer_norm
 from kernels.projector import projector
-from kernels.vision_attention import Grid, vision_attention
+from kernels.vision_attention import vision_attention
 from model.config import VisionConfig
 
 
