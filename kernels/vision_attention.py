@@ -9,15 +9,16 @@ packed in one batch, one after the other, tokens in row-major order.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels._kept import kept
 from kernels._launch import check, pick
 from kernels._views import Grid, tokens_of
+from kernels.vision_attention_launch import launch
 
 
 def vision_attention(
@@ -32,8 +33,7 @@ def vision_attention(
     tokens = tokens_of(grids)
     check(qkv.ndim == 2 and qkv.shape[1] % (12 * heads) == 0, f"qkv must be [T, 3 * {heads} * D]")
     check(qkv.shape[0] == tokens, f"grids hold {tokens} tokens, qkv {qkv.shape[0]}")
-    forms = {"eager": vision_attention_ref, "portable": vision_attention_portable}
-    return pick("vision_attention", impl, qkv.device, forms)(qkv, grids, heads, theta)
+    return pick("vision_attention", impl, qkv.device, _FORMS)(qkv, grids, heads, theta)
 
 
 def vision_attention_ref(qkv: Tensor, grids: Sequence[Grid], heads: int, theta: float) -> Tensor:
@@ -77,15 +77,38 @@ def _rotated(
     return rotate(q), rotate(k), v
 
 
-@lru_cache(maxsize=16)
+def vision_attention_triton(qkv: Tensor, grids: Sequence[Grid], heads: int, theta: float) -> Tensor:
+    """All views in two launches."""
+    side = max((max(grid) for grid in grids), default=0)
+    cos, sin = axis_rotary(side, qkv.shape[1] // (3 * heads), theta, qkv.device)
+    return launch(qkv, grids, heads, cos, sin)
+
+
+_FORMS = {
+    "eager": vision_attention_ref,
+    "portable": vision_attention_portable,
+    "triton": vision_attention_triton,
+}
+
+
+@kept(maxsize=16)
 def axial_rotary(
     rows: int, columns: int, head_dim: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of every adjacent pair's angle, fp32 [rows * columns, head_dim / 2]."""
-    pair = torch.arange(head_dim // 4, device=device).float()
-    inv_freq = theta ** (-2 * pair / (head_dim // 2))
+    """cos and sin of every pair's angle, fp32 [rows * columns, head_dim / 2], tokens row-major."""
     row, column = torch.meshgrid(
         torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
     )
-    angle = torch.cat([index.reshape(-1, 1).float() * inv_freq for index in (column, row)], dim=-1)
+    table = axis_rotary(max(rows, columns), head_dim, theta, device)
+    return tuple(torch.cat([x[column.flatten()], x[row.flatten()]], dim=-1) for x in table)
+
+
+@kept(maxsize=16)
+def axis_rotary(
+    side: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency along one axis, fp32 [side, head_dim / 4]."""
+    pair = torch.arange(head_dim // 4, device=device).float()
+    position = torch.arange(side, device=device).float()
+    angle = position[:, None] * theta ** (-2 * pair / (head_dim // 2))
     return angle.cos(), angle.sin()

@@ -1,0 +1,159 @@
+"""The Triton form of vision attention: geometry of a batch of views, tile choices, two launches.
+
+rows        queries of one head and view at a time
+block       keys at a time
+num_warps, num_stages
+tma         1: whole blocks by tensor copies (sm_90), where rows begin on 16 bytes
+specialize  1: a warp group copies while two compute (sm_90, with tma and four warps named)
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels._kept import kept
+from kernels._launch import check
+from kernels._tiles import Gpu, Tiles, tiles
+from kernels._views import Grid
+from kernels.vision_attention_triton import Parts, rotate_kernel, vision_attention_kernel
+
+OP = "vision_attention"
+MAX_DIM = 128  # of a head: wider ones do not fit the registers
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROTATE_ROWS, ROTATE_HEADS = 32, 4
+
+
+def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """qkv [T, 3 * H * D] with the rotary table of the views' largest side -> [T, H * D]."""
+    dim = qkv.shape[1] // (3 * heads)
+    check(dim <= MAX_DIM, f"vision_attention: head_dim is at most {MAX_DIM} in Triton, not {dim}")
+    check(qkv.dtype in DTYPES, f"vision_attention: fp32, bf16 or fp16, not {qkv.dtype}")
+    check(qkv.stride(1) == 1, "vision_attention: qkv must have neighbouring columns (stride 1)")
+    out = qkv.new_empty(len(qkv), heads * dim)
+    if not len(qkv):
+        return out
+    parts = Parts.of(dim)
+    wide = qkv.element_size() == 4
+    key = f"D{dim}" + " fp32" * wide
+    chosen = tiles(OP, key, qkv.device, lambda gpu: _rule(wide, gpu))
+    rows, block = chosen["rows"], chosen["block"]
+    places, work = _geometry(tuple(grids), rows, qkv.device)
+    turned = _rotated(qkv, places, cos, sin, heads, dim, parts)
+    tma = chosen["tma"] and _copies(qkv)
+    spare = max(r * c % block for r, c in grids)
+    vision_attention_kernel[(len(work) * heads,)](
+        turned,
+        qkv,
+        *(_descriptors(turned, parts, rows) if tma else (None, None)),
+        *(_descriptors(turned, parts, block) if tma else (None, None)),
+        *(_descriptors(qkv, parts, block) if tma else (None, None)),
+        out,
+        work,
+        row_stride=qkv.stride(0),
+        qk_scale=dim**-0.5 * math.log2(math.e),
+        HEADS=heads,
+        D=dim,
+        FIRST=parts.first,
+        REST=parts.rest,
+        ROWS=rows,
+        BLOCK=block,
+        TAIL=max(16, triton.next_power_of_2(spare)),
+        TMA=bool(tma),
+        SPECIALIZE=bool(tma and chosen["specialize"]),
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
+    )
+    return out
+
+
+def _rotated(
+    qkv: Tensor, places: Tensor, cos: Tensor, sin: Tensor, heads: int, dim: int, parts: Parts
+) -> Tensor:
+    """Rotated Q and K [T, 2 * H * padded D]."""
+    turned = qkv.new_empty(len(qkv), 2 * heads * parts.padded)
+    group = math.gcd(2 * heads, ROTATE_HEADS)
+    rotate_kernel[(triton.cdiv(len(qkv), ROTATE_ROWS) * (2 * heads // group),)](
+        qkv,
+        turned,
+        places,
+        cos,
+        sin,
+        tokens=len(qkv),
+        row_stride=qkv.stride(0),
+        HEADS=heads,
+        D=dim,
+        FIRST=parts.first,
+        REST=parts.rest,
+        ROWS=ROTATE_ROWS,
+        GROUP=group,
+    )
+    return turned
+
+
+@kept(maxsize=64)
+def _geometry(grids: tuple[Grid, ...], rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row << 16 | column of every token, int32 [T]; and tiles of `rows` queries, int32 [tiles, 3].
+
+    A tile is its first token and its view's first and last + 1. Tiles of large views come first:
+    the small ones then fill what these leave idle at the end.
+    """
+    check(max(max(grid) for grid in grids) < 2**15, "vision_attention: sides are below 32768")
+    places, work, start = [], [], 0
+    for r, c in grids:
+        places.append((torch.arange(r)[:, None] << 16 | torch.arange(c)).flatten())
+        end = start + r * c
+        work += [(first, start, end) for first in range(start, end, rows)]
+        start = end
+    work.sort(key=lambda tile: tile[1] - tile[2])  # stable: a view's tiles stay together
+    made = torch.cat(places), torch.tensor(work)
+    return tuple(x.to(device, torch.int32) for x in made)
+
+
+def _copies(qkv: Tensor) -> bool:
+    """Whether tensor copies can read it: rows and their beginning stand on 16 bytes."""
+    return qkv.data_ptr() % 16 == 0 and qkv.stride(0) * qkv.element_size() % 16 == 0
+
+
+def _descriptors(
+    x: Tensor, parts: Parts, rows: int
+) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """Of tiles of `rows` rows and the first or second part of a head."""
+    return tuple(
+        TensorDescriptor(x, x.shape, x.stride(), [rows, width]) if width else None
+        for width in parts
+    )
+
+
+def _rule(wide: bool, gpu: Gpu) -> Tiles:
+    """Choices without measurements; `python -m profiles static` shows what becomes of them.
+
+    128 queries at a time: for 64, keys and values would have to come from L2 faster than it can.
+    64 keys: on sm_90 two programs then fit an SM, and one exponentiates while the other multiplies.
+    fp32 is for tests, and `wide`.
+    """
+    rows, block, warps = (32, 32, 4) if wide else (128, 64, 8)
+    return {
+        "rows": rows,
+        "block": block,
+        "num_warps": warps,
+        "num_stages": 2 if wide else 3,
+        "tma": 0,
+        "specialize": 0,
+    }
+
+
+def vision_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """What `python -m bench tune` measures for heads of class `key`: the rule, then its kin."""
+    rule = _rule(key.endswith("fp32"), gpu)
+    kin = [{"num_stages": 2}, {"num_stages": 4}, {"block": 32, "num_stages": 4}]
+    if gpu.arch >= 90:
+        longer = {"block": 128, "num_stages": 2}
+        specialized = {"tma": 1, "specialize": 1, "num_warps": 4}
+        kin += [longer, {"tma": 1}, longer | {"tma": 1}]
+        kin += [specialized, longer | specialized]
+        kin += [] if key == "D128" else [{"rows": 256} | specialized]  # which would spill
+    return [rule, *(rule | change for change in kin)]

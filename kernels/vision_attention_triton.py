@@ -1,0 +1,323 @@
+"""Vision attention in Triton: queries and keys rotated once, then an online softmax per row tile.
+
+Two launches. `rotate_kernel` writes rotated queries and keys; `vision_attention_kernel` reads those
+and V. Were keys rotated where they are used, each row tile of a view would do it again, 22 of them
+for 52 x 52 tokens, and keys would reach the tensor cores through registers instead of straight from
+shared memory. It costs 8 bytes of traffic per query and key in 16 bits, most of it in L2.
+
+A head of D is cut in two parts, as tiles are powers of two: 96 is 64 + 32, not a padded 128. Scores
+are the sum of two products, and each part of V has its own sums. A pair of the rotation is two
+neighbouring elements: both in one part and in the 16 bytes that one thread loads, so that nothing
+is shuffled and weights keep their published order.
+
+Rounding points, for inputs of 16 bits: rotated queries and keys; probabilities, before their
+product with V; the result. Scores inside are in units of log2 (`qk_scale` = scale * log2 e).
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Source = Tensor | TensorDescriptor
+
+
+class Parts(NamedTuple):
+    """A head's elements as two tiles."""
+
+    first: int  # 16 or more, a power of two
+    rest: int  # likewise, or 0; elements beyond D are 0
+
+    @staticmethod
+    def of(dim: int) -> "Parts":
+        """As little padding as two powers of two allow: 96 is 64 + 32, 72 is 64 + 16, 128 whole."""
+        first = 16
+        while 2 * first <= dim:
+            first *= 2
+        left = max(0, dim - first)
+        return Parts(first, max(16, triton.next_power_of_2(left)) if left else 0)
+
+    @property
+    def padded(self) -> int:
+        return self.first + self.rest
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def rotate_kernel(
+    qkv,  # [T, row_stride]
+    turned,  # [T, 2 * HEADS, FIRST + REST]
+    places,  # int32 [T], row << 16 | column of each token
+    cos,  # fp32 [side, D / 4]
+    sin,
+    tokens,
+    row_stride,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """ROWS tokens of GROUP heads among those of Q, then K."""
+    groups: tl.constexpr = 2 * HEADS // GROUP
+    row = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(0) % groups * GROUP
+    live = row < tokens
+    place = tl.load(places + row, mask=live, other=0)
+    x = qkv + row.to(tl.int64) * row_stride + head * D
+    y = turned + row.to(tl.int64) * (2 * HEADS * (FIRST + REST)) + head * (FIRST + REST)
+    _rotate_part(x, y, live, place, cos, sin, 0, FIRST, D, FIRST + REST, GROUP)
+    if REST:
+        _rotate_part(x, y, live, place, cos, sin, FIRST, REST, D, FIRST + REST, GROUP)
+
+
+@triton.jit
+def _rotate_part(
+    x,  # of each token, its first head
+    y,
+    live,
+    place,
+    cos,
+    sin,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Elements [START, START + WIDTH) of GROUP heads; those beyond D become 0."""
+    pair = START // 2 + tl.arange(0, WIDTH // 2)
+    by_row = pair >= D // 4  # a head's first half turns with the column, its second with the row
+    frequency = tl.where(by_row, pair - D // 4, pair)
+    position = tl.where(by_row[None, :], place[:, None] >> 16, place[:, None] & 0xFFFF)
+    angle = position * (D // 4) + frequency[None, :]
+    inside = live[:, None] & (pair < D // 2)[None, :]
+    c = tl.load(cos + angle, mask=inside, other=0.0)  # [ROWS, WIDTH / 2]
+    s = tl.load(sin + angle, mask=inside, other=0.0)
+    element = START + tl.arange(0, WIDTH)
+    mask = live[:, None] & (element < D)[None, :]
+    for i in tl.static_range(GROUP):
+        values = tl.load(x[:, None] + (i * D + element)[None, :], mask=mask, other=0.0)
+        a, b = tl.split(tl.reshape(values, [x.shape[0], WIDTH // 2, 2]))
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        both = tl.join(a * c - b * s, b * c + a * s)
+        result = tl.reshape(both, [x.shape[0], WIDTH]).to(values.dtype)
+        tl.store(y[:, None] + (i * PADDED + element)[None, :], result, mask=live[:, None])
+
+
+@triton.jit
+def vision_attention_kernel(
+    turned,  # [T, 2 * HEADS, FIRST + REST]: Q, then K
+    qkv,  # [T, row_stride], for V
+    q_first,  # with TMA, descriptors by tiles of one part: of Q
+    q_rest,
+    k_first,  # of K, by blocks
+    k_rest,
+    v_first,
+    v_rest,
+    out,  # [T, HEADS * D]
+    tiles,  # int32 [tiles, 3]: first token, first and last + 1 of the view
+    row_stride,
+    qk_scale,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # tokens of K and V at a time
+    TAIL: tl.constexpr,  # tokens that hold what any view has beyond its last whole block
+    TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):
+    """ROWS queries of one head and view.
+
+    With SPECIALIZE one loop runs to the view's end and masks, as Triton's pass wants it; a NaN
+    among the next view's first BLOCK tokens would then reach this one.
+    """
+    PADDED: tl.constexpr = FIRST + REST
+    head = tl.program_id(0) % HEADS
+    tile = tiles + tl.program_id(0) // HEADS * 3
+    first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    row = first + tl.arange(0, ROWS)
+    live = row < end
+    heads = turned + first.to(tl.int64) * (2 * HEADS * PADDED) + head * PADDED
+    q0 = _load(heads, q_first, first, head * PADDED, live, 2 * HEADS * PADDED, FIRST, ROWS, TMA)
+    acc0 = tl.zeros([ROWS, FIRST], tl.float32)
+    q1, acc1 = q0, acc0
+    if REST:
+        q1 = _load(
+            heads + FIRST,
+            q_rest,
+            first,
+            head * PADDED + FIRST,
+            live,
+            2 * HEADS * PADDED,
+            REST,
+            ROWS,
+            TMA,
+        )
+        acc1 = tl.zeros([ROWS, REST], tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    blocks = tl.cdiv(end - start, BLOCK) if SPECIALIZE else (end - start) // BLOCK
+    for block in tl.range(blocks, warp_specialize=SPECIALIZE):
+        acc0, acc1, peak, total = _attend_block(
+            acc0,
+            acc1,
+            peak,
+            total,
+            q0,
+            q1,
+            turned,
+            qkv,
+            k_first,
+            k_rest,
+            v_first,
+            v_rest,
+            start + block * BLOCK,
+            end,
+            head,
+            row_stride,
+            qk_scale,
+            HEADS,
+            D,
+            FIRST,
+            REST,
+            BLOCK,
+            TMA,
+            SPECIALIZE,
+        )
+    if not SPECIALIZE:  # noqa: SIM102 - decided at compile time
+        whole = start + blocks * BLOCK
+        if whole < end:
+            acc0, acc1, peak, total = _attend_block(
+                acc0,
+                acc1,
+                peak,
+                total,
+                q0,
+                q1,
+                turned,
+                qkv,
+                k_first,
+                k_rest,
+                v_first,
+                v_rest,
+                whole,
+                end,
+                head,
+                row_stride,
+                qk_scale,
+                HEADS,
+                D,
+                FIRST,
+                REST,
+                TAIL,
+                False,  # descriptors read whole blocks, whatever lies behind the view
+                True,
+            )
+    target = out + first.to(tl.int64) * (HEADS * D) + head * D
+    _store(target, acc0 / total[:, None], live, HEADS * D, D, FIRST)
+    if REST:
+        _store(target + FIRST, acc1 / total[:, None], live, HEADS * D, D - FIRST, REST)
+
+
+@triton.jit
+def _attend_block(
+    acc0,  # fp32 [ROWS, FIRST]
+    acc1,  # fp32 [ROWS, REST]
+    peak,  # fp32 [ROWS], the largest score so far
+    total,  # fp32 [ROWS]
+    q0,  # [ROWS, FIRST]
+    q1,  # [ROWS, REST]
+    turned,
+    qkv,
+    k_first,
+    k_rest,
+    v_first,
+    v_rest,
+    at,
+    end,
+    head,
+    row_stride,
+    qk_scale,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over the tokens [at, at + BLOCK); with MASKED, those before `end`."""
+    # fp32 is for tests: in full precision, not TF32.
+    PRECISION: tl.constexpr = "ieee" if q0.dtype == tl.float32 else "tf32"
+    PADDED: tl.constexpr = FIRST + REST
+    mine = at + tl.arange(0, BLOCK) < end if MASKED else None
+    k_column = (HEADS + head) * PADDED
+    v_column = (2 * HEADS + head) * D
+    k = turned + at.to(tl.int64) * (2 * HEADS * PADDED) + k_column
+    v = qkv + at.to(tl.int64) * row_stride + v_column
+
+    k0 = _load(k, k_first, at, k_column, mine, 2 * HEADS * PADDED, FIRST, BLOCK, TMA)
+    scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)  # [ROWS, BLOCK]
+    if REST:
+        k1 = _load(
+            k + FIRST, k_rest, at, k_column + FIRST, mine, 2 * HEADS * PADDED, REST, BLOCK, TMA
+        )
+        scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(mine[None, :], scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * qk_scale)
+    weights = tl.exp2(scores * qk_scale - new_peak[:, None])
+    fade = tl.exp2(peak - new_peak)
+    total = total * fade + tl.sum(weights, 1)
+    weights = weights.to(q0.dtype)
+    v0 = _load(v, v_first, at, v_column, mine, row_stride, FIRST, BLOCK, TMA)
+    acc0 = tl.dot(weights, v0, acc0 * fade[:, None], input_precision=PRECISION)
+    if REST:
+        # Elements beyond D are the next head's: they end in columns that are not stored. Behind
+        # the last head's there may be no memory, so they are not loaded.
+        v1 = _load(
+            v + FIRST, v_rest, at, v_column + FIRST, mine, row_stride, REST, BLOCK, TMA, D - FIRST
+        )
+        acc1 = tl.dot(weights, v1, acc1 * fade[:, None], input_precision=PRECISION)
+    return acc0, acc1, new_peak, total
+
+
+@triton.jit
+def _load(
+    source,  # of the first row
+    descriptor,
+    row,
+    column,
+    mine,  # rows that are loaded, or None for all
+    stride,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TMA: tl.constexpr,
+    VALID: tl.constexpr = 0,  # columns that are loaded, or 0 for all
+):
+    """[ROWS, WIDTH]; 0 for what is not loaded."""
+    if TMA:
+        return descriptor.load([row, column])
+    offset = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
+    if VALID and VALID < WIDTH:
+        mask = (tl.arange(0, WIDTH) < VALID)[None, :]
+        if mine is not None:
+            mask = mask & mine[:, None]
+        return tl.load(source + offset, mask=mask, other=0.0)
+    if mine is not None:
+        return tl.load(source + offset, mask=mine[:, None], other=0.0)
+    return tl.load(source + offset)
+
+
+@triton.jit
+def _store(target, values, live, stride: tl.constexpr, VALID: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.arange(0, values.shape[0])
+    column = tl.arange(0, WIDTH)
+    mask = live[:, None] & (column < VALID)[None, :]
+    source = target + (row[:, None] * stride + column[None, :])
+    tl.store(source, values.to(target.dtype.element_ty), mask=mask)
