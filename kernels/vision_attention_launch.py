@@ -44,7 +44,7 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
     places, work = _geometry(tuple(grids), rows, qkv.device)
     turned = _rotated(qkv, places, cos, sin, heads, dim, parts)
     tma = chosen["tma"] and _copies(qkv)
-    spare = max(r * c % block for r, c in grids)
+    specialize = bool(tma and chosen["specialize"])
     vision_attention_kernel[(len(work) * heads,)](
         turned,
         qkv,
@@ -61,9 +61,10 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
         REST=parts.rest,
         ROWS=rows,
         BLOCK=block,
-        TAIL=max(16, triton.next_power_of_2(spare)),
+        SHORT=0 if specialize else _least(grids, rows),
+        TAIL=max(16, triton.next_power_of_2(max(r * c % block for r, c in grids))),
         TMA=bool(tma),
-        SPECIALIZE=bool(tma and chosen["specialize"]),
+        SPECIALIZE=specialize,
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
     )
@@ -111,6 +112,12 @@ def _geometry(grids: tuple[Grid, ...], rows: int, device: torch.device) -> tuple
     work.sort(key=lambda tile: tile[1] - tile[2])  # stable: a view's tiles stay together
     made = torch.cat(places), torch.tensor(work)
     return tuple(x.to(device, torch.int32) for x in made)
+
+
+def _least(grids: Sequence[Grid], rows: int) -> int:
+    """The least tile that holds the last queries of every view; 0 if they need a whole one."""
+    least = max(16, triton.next_power_of_2(max(r * c % rows for r, c in grids)))
+    return least if least < rows else 0
 
 
 def _copies(qkv: Tensor) -> bool:

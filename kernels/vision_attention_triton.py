@@ -126,43 +126,88 @@ def vision_attention_kernel(
     FIRST: tl.constexpr,
     REST: tl.constexpr,
     ROWS: tl.constexpr,
+    SHORT: tl.constexpr,  # rows of a view's last tile if these hold it, or 0
     BLOCK: tl.constexpr,  # tokens of K and V at a time
     TAIL: tl.constexpr,  # tokens that hold what any view has beyond its last whole block
     TMA: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):
-    """ROWS queries of one head and view.
+    """Up to ROWS queries of one head and view.
 
     With SPECIALIZE one loop runs to the view's end and masks, as Triton's pass wants it; a NaN
     among the next view's first BLOCK tokens would then reach this one.
     """
-    PADDED: tl.constexpr = FIRST + REST
     head = tl.program_id(0) % HEADS
     tile = tiles + tl.program_id(0) // HEADS * 3
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    row = first + tl.arange(0, ROWS)
-    live = row < end
-    heads = turned + first.to(tl.int64) * (2 * HEADS * PADDED) + head * PADDED
-    q0 = _load(heads, q_first, first, head * PADDED, live, 2 * HEADS * PADDED, FIRST, ROWS, TMA)
+    blocks = (k_first, k_rest, v_first, v_rest)
+    for short in tl.static_range(2 if SHORT else 1):
+        if (end - first <= SHORT) == (short == 1):
+            _attend_tile(
+                turned,
+                qkv,
+                (q_first, q_rest),
+                blocks,
+                out,
+                first,
+                start,
+                end,
+                head,
+                row_stride,
+                qk_scale,
+                HEADS,
+                D,
+                FIRST,
+                REST,
+                SHORT if short else ROWS,
+                BLOCK,
+                TAIL,
+                TMA and not short,
+                TMA,
+                SPECIALIZE,
+            )
+
+
+@triton.jit
+def _attend_tile(
+    turned,
+    qkv,
+    q_tiles,
+    blocks,
+    out,
+    first,
+    start,
+    end,
+    head,
+    row_stride,
+    qk_scale,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+    TMA_Q: tl.constexpr,
+    TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):
+    """ROWS queries from token `first` on, of one head and the view [start, end)."""
+    PADDED: tl.constexpr = FIRST + REST
+    STRIDE: tl.constexpr = 2 * HEADS * PADDED
+    live = first + tl.arange(0, ROWS) < end
+    column = head * PADDED
+    q = turned + first.to(tl.int64) * STRIDE + column
+    q0 = _load(q, q_tiles[0], first, column, live, STRIDE, FIRST, ROWS, TMA_Q)
     acc0 = tl.zeros([ROWS, FIRST], tl.float32)
     q1, acc1 = q0, acc0
     if REST:
-        q1 = _load(
-            heads + FIRST,
-            q_rest,
-            first,
-            head * PADDED + FIRST,
-            live,
-            2 * HEADS * PADDED,
-            REST,
-            ROWS,
-            TMA,
-        )
+        q1 = _load(q + FIRST, q_tiles[1], first, column + FIRST, live, STRIDE, REST, ROWS, TMA_Q)
         acc1 = tl.zeros([ROWS, REST], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    blocks = tl.cdiv(end - start, BLOCK) if SPECIALIZE else (end - start) // BLOCK
-    for block in tl.range(blocks, warp_specialize=SPECIALIZE):
+    count = tl.cdiv(end - start, BLOCK) if SPECIALIZE else (end - start) // BLOCK
+    for block in tl.range(count, warp_specialize=SPECIALIZE):
         acc0, acc1, peak, total = _attend_block(
             acc0,
             acc1,
@@ -172,10 +217,7 @@ def vision_attention_kernel(
             q1,
             turned,
             qkv,
-            k_first,
-            k_rest,
-            v_first,
-            v_rest,
+            blocks,
             start + block * BLOCK,
             end,
             head,
@@ -190,8 +232,7 @@ def vision_attention_kernel(
             SPECIALIZE,
         )
     if not SPECIALIZE:  # noqa: SIM102 - decided at compile time
-        whole = start + blocks * BLOCK
-        if whole < end:
+        if start + count * BLOCK < end:
             acc0, acc1, peak, total = _attend_block(
                 acc0,
                 acc1,
@@ -201,11 +242,8 @@ def vision_attention_kernel(
                 q1,
                 turned,
                 qkv,
-                k_first,
-                k_rest,
-                v_first,
-                v_rest,
-                whole,
+                blocks,
+                start + count * BLOCK,
                 end,
                 head,
                 row_stride,
@@ -234,10 +272,7 @@ def _attend_block(
     q1,  # [ROWS, REST]
     turned,
     qkv,
-    k_first,
-    k_rest,
-    v_first,
-    v_rest,
+    blocks,
     at,
     end,
     head,
@@ -255,18 +290,17 @@ def _attend_block(
     # fp32 is for tests: in full precision, not TF32.
     PRECISION: tl.constexpr = "ieee" if q0.dtype == tl.float32 else "tf32"
     PADDED: tl.constexpr = FIRST + REST
+    STRIDE: tl.constexpr = 2 * HEADS * PADDED
     mine = at + tl.arange(0, BLOCK) < end if MASKED else None
     k_column = (HEADS + head) * PADDED
     v_column = (2 * HEADS + head) * D
-    k = turned + at.to(tl.int64) * (2 * HEADS * PADDED) + k_column
+    k = turned + at.to(tl.int64) * STRIDE + k_column
     v = qkv + at.to(tl.int64) * row_stride + v_column
 
-    k0 = _load(k, k_first, at, k_column, mine, 2 * HEADS * PADDED, FIRST, BLOCK, TMA)
+    k0 = _load(k, blocks[0], at, k_column, mine, STRIDE, FIRST, BLOCK, TMA)
     scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)  # [ROWS, BLOCK]
     if REST:
-        k1 = _load(
-            k + FIRST, k_rest, at, k_column + FIRST, mine, 2 * HEADS * PADDED, REST, BLOCK, TMA
-        )
+        k1 = _load(k + FIRST, blocks[1], at, k_column + FIRST, mine, STRIDE, REST, BLOCK, TMA)
         scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
     if MASKED:
         scores = tl.where(mine[None, :], scores, float("-inf"))
@@ -275,13 +309,20 @@ def _attend_block(
     fade = tl.exp2(peak - new_peak)
     total = total * fade + tl.sum(weights, 1)
     weights = weights.to(q0.dtype)
-    v0 = _load(v, v_first, at, v_column, mine, row_stride, FIRST, BLOCK, TMA)
+    v0 = _load(v, blocks[2], at, v_column, mine, row_stride, FIRST, BLOCK, TMA, D)
     acc0 = tl.dot(weights, v0, acc0 * fade[:, None], input_precision=PRECISION)
     if REST:
-        # Elements beyond D are the next head's: they end in columns that are not stored. Behind
-        # the last head's there may be no memory, so they are not loaded.
         v1 = _load(
-            v + FIRST, v_rest, at, v_column + FIRST, mine, row_stride, REST, BLOCK, TMA, D - FIRST
+            v + FIRST,
+            blocks[3],
+            at,
+            v_column + FIRST,
+            mine,
+            row_stride,
+            REST,
+            BLOCK,
+            TMA,
+            D - FIRST,
         )
         acc1 = tl.dot(weights, v1, acc1 * fade[:, None], input_precision=PRECISION)
     return acc0, acc1, new_peak, total
@@ -298,13 +339,13 @@ def _load(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     TMA: tl.constexpr,
-    VALID: tl.constexpr = 0,  # columns that are loaded, or 0 for all
+    VALID: tl.constexpr = 2**31,  # columns that are there: behind the last head's may be no memory
 ):
-    """[ROWS, WIDTH]; 0 for what is not loaded."""
+    """[ROWS, WIDTH]; 0 for what is not loaded. Descriptors load what is not ours, too."""
     if TMA:
         return descriptor.load([row, column])
     offset = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
-    if VALID and VALID < WIDTH:
+    if VALID < WIDTH:
         mask = (tl.arange(0, WIDTH) < VALID)[None, :]
         if mine is not None:
             mask = mask & mine[:, None]
