@@ -24,6 +24,7 @@ from kernels.vision_attention_triton import Parts, rotate_kernel, vision_attenti
 OP = "vision_attention"
 MAX_DIM = 128  # of a head: wider ones do not fit the registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST = 16  # side of a matrix product's tile
 ROTATE_ROWS, ROTATE_HEADS = 32, 4
 
 
@@ -61,8 +62,8 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
         REST=parts.rest,
         ROWS=rows,
         BLOCK=block,
-        SHORT=0 if specialize else _least(grids, rows),
-        TAIL=max(16, triton.next_power_of_2(max(r * c % block for r, c in grids))),
+        SHORT=0 if specialize or rows <= LEAST else LEAST,
+        TAIL=max(LEAST, triton.next_power_of_2(max(r * c % block for r, c in grids))),
         TMA=bool(tma),
         SPECIALIZE=specialize,
         num_warps=chosen["num_warps"],
@@ -112,12 +113,6 @@ def _geometry(grids: tuple[Grid, ...], rows: int, device: torch.device) -> tuple
     work.sort(key=lambda tile: tile[1] - tile[2])  # stable: a view's tiles stay together
     made = torch.cat(places), torch.tensor(work)
     return tuple(x.to(device, torch.int32) for x in made)
-
-
-def _least(grids: Sequence[Grid], rows: int) -> int:
-    """The least tile that holds the last queries of every view; 0 if they need a whole one."""
-    least = max(16, triton.next_power_of_2(max(r * c % rows for r, c in grids)))
-    return least if least < rows else 0
 
 
 def _copies(qkv: Tensor) -> bool:

@@ -126,7 +126,7 @@ def vision_attention_kernel(
     FIRST: tl.constexpr,
     REST: tl.constexpr,
     ROWS: tl.constexpr,
-    SHORT: tl.constexpr,  # rows of a view's last tile if these hold it, or 0
+    SHORT: tl.constexpr,  # rows of a view's last tile where these hold it, or 0
     BLOCK: tl.constexpr,  # tokens of K and V at a time
     TAIL: tl.constexpr,  # tokens that hold what any view has beyond its last whole block
     TMA: tl.constexpr,

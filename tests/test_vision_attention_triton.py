@@ -21,8 +21,8 @@ FP32, FP16 = 6e-6, 2**-9  # the latter: roundoffs of a rotated key and of a prob
 SMALL = {"rows": 16, "block": 16, "num_warps": 4}
 WAYS = {
     "pointers": {},
-    "short last tiles": {"rows": 32},
-    "tma": {"tma": 1, "rows": 32},
+    "short last tiles": {"rows": 32, "block": 32},
+    "tma": {"tma": 1, "rows": 32, "block": 32},
     "specialized": {"tma": 1, "specialize": 1},
 }
 
@@ -137,6 +137,14 @@ def test_neighbours_do_not_matter(triton_device: str, way: str):
     among = run(qkv, grids, 2, **WAYS[way])[21:37]
     assert torch.equal(among, run(qkv[21:37], [(4, 4)], 2, **WAYS[way]))
     assert among.isfinite().all()
+
+
+def test_heads_do_not_matter_to_each_other(triton_device: str):
+    """Heads of 24 are padded to 32, with what would be the next head's elements."""
+    qkv = draw([(5, 7)], 3, 24, triton_device)
+    expected = run(qkv, [(5, 7)], 3)[:, :48]
+    qkv.view(35, 3, 3, 24)[:, :, 2] = float("nan")
+    assert torch.equal(run(qkv, [(5, 7)], 3)[:, :48], expected)
 
 
 def test_large_scores(triton_device: str):
