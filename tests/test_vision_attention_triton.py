@@ -166,6 +166,20 @@ def test_rows_may_stand_apart(triton_device: str):
         run(qkv.T.contiguous().T, [(5, 7)], 2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", [{}, {"tma": 1}, {"tma": 1, "specialize": 1, "num_warps": 4}])
+def test_real_shapes(way: dict):
+    """A photo's views in the model's own shape, in the tiles of the GPU; twice the same bits."""
+    grids = [(36, 36)] * 3 + [(52, 52)]
+    qkv = draw(grids, 16, 96, "cuda", torch.bfloat16)
+    expected = vision_attention(qkv.float(), grids, heads=16, impl="eager")
+    with use_tiles("vision_attention", **way):
+        result = vision_attention(qkv, grids, heads=16, impl="triton")
+        again = vision_attention(qkv, grids, heads=16, impl="triton")
+    assert torch.equal(result, again)
+    assert max_error(result, expected) < 9 * 2**-9  # as bench/numerics.py allows
+
+
 def test_theta(triton_device: str):
     qkv = draw([(5, 7)], 1, 16, triton_device)
     with use_tiles("vision_attention", **SMALL):
