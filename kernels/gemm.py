@@ -80,6 +80,26 @@ def convolution(
     return _launch(x, by_tap.flatten(1), bias, windows, windows.shape[1], False, out, rows)
 
 
+def check_placing(
+    x: Tensor, count: int, width: int, out: Tensor | None, rows: Tensor | None
+) -> None:
+    """Raise ValueError unless `count` results of so many columns for x can go to `rows` of out."""
+    check((out is None) == (rows is None), "out and rows come together or not at all")
+    if out is None:
+        return
+    check(out.ndim == 2 and out.shape[1] == width, f"out must be [R, {width}]")
+    check(out.stride(1) == 1, "out must have neighbouring columns (stride 1)")
+    check(
+        out.dtype == x.dtype and out.device == x.device,
+        f"out must be {x.dtype} on {x.device} like x",
+    )
+    check(
+        rows.dtype == torch.int64 and rows.shape == (count,) and rows.is_contiguous(),
+        f"rows must be int64 [{count}], without gaps",
+    )
+    check(rows.device == x.device, f"rows must be on {x.device} like x")
+
+
 def halved(grids: Sequence[Grid]) -> list[Grid]:
     """The grids that a convolution leaves."""
     return [(-(-rows // 2), -(-columns // 2)) for rows, columns in grids]
@@ -238,13 +258,8 @@ def _check_operands(
     check(x.stride(1) == 1 or x.shape[1] == 1, "x must have neighbouring channels (stride 1)")
     width = weight.shape[0]
     check(bias is None or bias.shape == (width,), f"bias must be [{width}]")
-    check((out is None) == (rows is None), "out and rows come together or not at all")
-    if out is not None:
-        check(out.ndim == 2 and out.shape[1] == width, f"out must be [R, {width}]")
-        check(out.stride(1) == 1, "out must have neighbouring columns (stride 1)")
-        check(rows.dtype == torch.int64 and rows.shape == (count,), f"rows must be int64 [{count}]")
-        check(rows.is_contiguous() and rows.device == x.device, f"rows must be dense on {x.device}")
-    for name, tensor in {"weight": weight, "bias": bias, "out": out}.items():
+    check_placing(x, count, width, out, rows)
+    for name, tensor in {"weight": weight, "bias": bias}.items():
         check(
             tensor is None or (tensor.dtype == x.dtype and tensor.device == x.device),
             f"{name} must be {x.dtype} on {x.device} like x",

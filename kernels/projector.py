@@ -1,9 +1,17 @@
 """From the vision tower's tokens to the decoder's: two stride-2 convolutions and a linear layer.
 
-    out = W3 . conv(conv(x, w1) + b1, w2) + b2        3x3, stride 2, padding 1, nothing in between
+    out = W3 . (conv(conv(x, w1) + b1, w2) + b2)        3x3, stride 2, padding 1, nothing in between
 
 Each view of rows x columns tokens, row-major, becomes ceil(rows / 4) x ceil(columns / 4) tokens,
 again row-major: 16 times fewer. Views of different grids stand packed in one batch.
+
+As nothing stands between the last two layers, they can be one: `fold` multiplies W3 into w2 and b2.
+With the 10B's widths that leaves width x 9 C1 weights, 226 MB in bf16, of C2 x 9 C1 + width x C2,
+390 MB, and as much less work. In 16 bits both ways round three times, each about as harmfully:
+after the first convolution, at the end, and in between either its result or the folded weight.
+
+The Triton form is `gemm.py`'s convolution, twice: straight from packed tokens, all views in one
+launch, each result row where the caller wants it. Without `folded` a linear layer comes after it.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._launch import check, pick
+from kernels._views import Grid, tokens_of
+from kernels.gemm import check_placing, convolution, halved, linear
 
-Grid = tuple[int, int]  # rows, columns of a view's tokens
+Weights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # w1, b1, w2, b2, w3
+Folded = tuple[Tensor, Tensor]  # a weight in channels-last and a bias
 
 
 def projector(
@@ -27,21 +38,42 @@ def projector(
     b2: Tensor,
     w3: Tensor,
     *,
+    folded: Folded | None = None,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Downsample and project packed views: x [T, C] -> [T', out], T' as `output_tokens` counts.
+    """Downsample and project packed views: x [T, C] -> [T', width], T' as `output_tokens` counts.
 
-    w1: [C1, C, 3, 3], b1: [C1]; w2: [C2, C1, 3, 3], b2: [C2]; w3: [out, C2]
-    Raises ValueError for shapes that do not fit together.
+    w1: [C1, C, 3, 3], b1: [C1]; w2: [C2, C1, 3, 3], b2: [C2]; w3: [width, C2]
+    folded: `fold(w2, b2, w3)`, which eager, the definition, does without.
+    out: [R, width], whose row rows[i] (int64 [T']) becomes result row i, and which is returned;
+    both or neither. That rows are distinct and less than R is the caller's word: checking it would
+    wait for the GPU. Impl 'triton' needs w1 and w2, or folded, in channels-last.
+    Raises ValueError for shapes, dtypes, devices or memory layouts that do not fit together.
     """
-    tokens = sum(rows * columns for rows, columns in grids)
-    check(x.ndim == 2 and x.shape[0] == tokens, f"x must be [{tokens}, C], as the grids say")
-    check(w1.shape[1:] == (x.shape[1], 3, 3), f"w1 must be [C1, {x.shape[1]}, 3, 3]")
-    check(w2.shape[1:] == (w1.shape[0], 3, 3), f"w2 must be [C2, {w1.shape[0]}, 3, 3]")
-    check(b1.shape == w1.shape[:1] and b2.shape == w2.shape[:1], "b1, b2 must fit w1, w2")
-    check(w3.ndim == 2 and w3.shape[1] == w2.shape[0], f"w3 must be [out, {w2.shape[0]}]")
-    form = pick("projector", impl, x.device, {"eager": projector_ref})
-    return form(x, grids, w1, b1, w2, b2, w3)
+    weights = (w1, b1, w2, b2, w3)
+    _check_weights(x, grids, weights, folded)
+    check_placing(x, sum(map(output_tokens, grids)), w3.shape[0], out, rows)
+    form = pick("projector", impl, x.device, _FORMS)
+    return form(x, grids, weights, folded, out, rows)
+
+
+def fold(w2: Tensor, b2: Tensor, w3: Tensor) -> Folded:
+    """The second convolution and the linear layer as one: (w [width, C1, 3, 3], b [width]).
+
+    w is channels-last; both have the weights' dtype, rounded once from sums in fp32. One tap at a
+    time, for the memory's sake. Raises ValueError for shapes that do not fit together.
+    """
+    check(w2.ndim == 4 and w2.shape[2:] == (3, 3), "w2 must be [C2, C1, 3, 3]")
+    check(b2.shape == w2.shape[:1], f"b2 must be [{w2.shape[0]}]")
+    check(w3.ndim == 2 and w3.shape[1] == w2.shape[0], f"w3 must be [width, {w2.shape[0]}]")
+    wide = w3.to(torch.promote_types(w3.dtype, torch.float32))
+    w = w2.new_empty(w3.shape[0], 3, 3, w2.shape[1]).permute(0, 3, 1, 2)
+    for tap in range(9):
+        a, b = divmod(tap, 3)
+        w[:, :, a, b] = wide @ w2[:, :, a, b].to(wide.dtype)
+    return w, (wide @ b2.to(wide.dtype)).to(b2.dtype)
 
 
 def output_tokens(grid: Grid) -> int:
@@ -66,6 +98,57 @@ def projector_ref(
     return _by_grid(x, grids, w3.shape[0], images_to_tokens)
 
 
+def _eager(
+    x: Tensor,
+    grids: Sequence[Grid],
+    weights: Weights,
+    folded: Folded | None,
+    out: Tensor | None,
+    rows: Tensor | None,
+) -> Tensor:
+    result = projector_ref(x, grids, *weights)
+    return result if out is None else out.index_copy_(0, rows, result)
+
+
+def _portable(
+    x: Tensor,
+    grids: Sequence[Grid],
+    weights: Weights,
+    folded: Folded | None,
+    out: Tensor | None,
+    rows: Tensor | None,
+) -> Tensor:
+    if folded is None:
+        return _eager(x, grids, weights, None, out, rows)
+    w1, b1, *_ = weights
+
+    def images_to_tokens(images: Tensor) -> Tensor:
+        y = F.conv2d(images, w1, b1, stride=2, padding=1)
+        return F.conv2d(y, *folded, stride=2, padding=1).flatten(2).transpose(1, 2)
+
+    result = _by_grid(x, grids, len(folded[0]), images_to_tokens)
+    return result if out is None else out.index_copy_(0, rows, result)
+
+
+def _triton(
+    x: Tensor,
+    grids: Sequence[Grid],
+    weights: Weights,
+    folded: Folded | None,
+    out: Tensor | None,
+    rows: Tensor | None,
+) -> Tensor:
+    w1, b1, w2, b2, w3 = weights
+    y = convolution(x, grids, w1, b1)
+    grids = halved(grids)
+    if folded is not None:
+        return convolution(y, grids, *folded, out=out, rows=rows)
+    return linear(convolution(y, grids, w2, b2), w3, out=out, rows=rows)
+
+
+_FORMS = {"eager": _eager, "portable": _portable, "triton": _triton}
+
+
 def _by_grid(
     x: Tensor, grids: Sequence[Grid], width: int, images_to_tokens: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -78,3 +161,27 @@ def _by_grid(
         outs.append(images_to_tokens(images).flatten(0, 1))
         start = end
     return torch.cat(outs)
+
+
+def _check_weights(
+    x: Tensor, grids: Sequence[Grid], weights: Weights, folded: Folded | None
+) -> None:
+    w1, b1, w2, b2, w3 = weights
+    tokens, width = tokens_of(grids), w3.shape[0]
+    check(x.ndim == 2 and x.shape[0] == tokens, f"x must be [{tokens}, C], as the grids say")
+    check(w1.shape[1:] == (x.shape[1], 3, 3), f"w1 must be [C1, {x.shape[1]}, 3, 3]")
+    check(w2.shape[1:] == (w1.shape[0], 3, 3), f"w2 must be [C2, {w1.shape[0]}, 3, 3]")
+    check(b1.shape == w1.shape[:1] and b2.shape == w2.shape[:1], "b1, b2 must fit w1, w2")
+    check(w3.ndim == 2 and w3.shape[1] == w2.shape[0], f"w3 must be [width, {w2.shape[0]}]")
+    if folded is not None:
+        shapes = [[width, w1.shape[0], 3, 3], [width]]
+        check(
+            [list(tensor.shape) for tensor in folded] == shapes,
+            f"folded must be of shapes {shapes}, as `fold` makes it",
+        )
+    for tensor in (*weights, *(folded or ())):
+        check(
+            tensor.dtype == x.dtype and tensor.device == x.device,
+            f"weights must be {x.dtype} on {x.device} like x, not {tensor.dtype} on"
+            f" {tensor.device}",
+        )
