@@ -1,0 +1,83 @@
+"""The first half of the vision tower's feed-forward block: a linear layer and quick_gelu.
+
+    y = quick_gelu(x W^T + b), quick_gelu(z) = z / (1 + e^(-1.702 z))
+
+For inputs of 16 bits the linear layer's result is rounded to their dtype before the activation,
+which is computed in fp32 and rounded once more.
+
+The Triton form is the library's product and an activation kernel, or `fused` one product of ours
+(`gemm.py`) that applies the activation to its sums. The kernel of its own moves 4 bytes per element
+in 16 bits, the product computes 2 C operations: with C = 1536 and an H200's peaks, 4.8 TB/s and 990
+TFLOP/s, one takes a quarter of the other's time. So fused pays if our product comes within a fifth
+of the library's speed. Until that is measured the rule says no.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from kernels._launch import check, pick
+from kernels._tiles import Gpu, Tiles, tiles
+from kernels.activation import quick_gelu, quick_gelu_ref
+from kernels.gemm import linear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear_quick_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, *, fused: bool | None = None, impl: str | None = None
+) -> Tensor:
+    """quick_gelu(x @ weight.T + bias): x [T, C], weight [F, C], bias [F] -> [T, F].
+
+    fused: whether impl 'triton' is one kernel; None leaves that to the GPU's table or the rule.
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    check(x.ndim == 2, f"x must be [T, C], not {list(x.shape)}")
+    check(x.dtype in DTYPES, f"x must be fp32, bf16 or fp16, not {x.dtype}")
+    check(
+        weight.ndim == 2 and weight.shape[1] == x.shape[1],
+        f"weight must be [F, {x.shape[1]}] for x {list(x.shape)}, not {list(weight.shape)}",
+    )
+    check(bias.shape == weight.shape[:1], f"bias must be [{weight.shape[0]}] like weight")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        check(
+            tensor.dtype == x.dtype and tensor.device == x.device,
+            f"{name} must be {x.dtype} on {x.device} like x",
+        )
+    form = pick("linear_quick_gelu", impl, x.device, _FORMS)
+    return form(x, weight, bias, fused)
+
+
+def linear_quick_gelu_ref(
+    x: Tensor, weight: Tensor, bias: Tensor, fused: bool | None = None
+) -> Tensor:
+    """The definition, the same with and without `fused`."""
+    return quick_gelu_ref(F.linear(x, weight, bias))
+
+
+def _portable(x: Tensor, weight: Tensor, bias: Tensor, fused: bool | None) -> Tensor:
+    return quick_gelu(F.linear(x, weight, bias), impl="portable")
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor, fused: bool | None) -> Tensor:
+    if fused is None:
+        fused = bool(_choice(x, weight)["fused"])
+    if fused:
+        return linear(x, weight, bias, quick_gelu=True)
+    return quick_gelu(F.linear(x, weight, bias), impl="triton")
+
+
+def _choice(x: Tensor, weight: Tensor) -> Tiles:
+    few = triton.next_power_of_2(len(x))
+    size = f"T<={few}" if few <= 4096 else "T>4096"
+    key = f"{size} C{x.shape[1]} F{weight.shape[0]}"
+    return tiles("linear_quick_gelu", key, x.device, lambda gpu: {"fused": 0})
+
+
+def linear_quick_gelu_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """What `python -m bench tune` measures."""
+    return [{"fused": 0}, {"fused": 1}]
+
+
+_FORMS = {"eager": linear_quick_gelu_ref, "portable": _portable, "triton": _triton}
