@@ -148,22 +148,18 @@ def _launch(
     taps = 1 if windows is None else 9
     chosen = _tiles_of(x, count, width, taps)
     block_m, block_n, block_k = (chosen[f"block_{axis}"] for axis in "mnk")
-    tma = bool(chosen["tma"])
-    check(channels % block_k == 0 or not tma, "tile choice tma: block_k must divide the channels")
-    m_tiles, n_tiles = triton.cdiv(count, block_m), triton.cdiv(width, block_n)
     cut = cut_of(
-        m_tiles,
-        n_tiles,
+        triton.cdiv(count, block_m),
+        triton.cdiv(width, block_n),
         steps=taps * triton.cdiv(channels, block_k),
         programs=gpu_of(x.device).sms * chosen["programs"],
         overhead=chosen["overhead"],
     )
-    part = x.new_empty(cut.slots, block_m, block_n, dtype=torch.float32)
     result = {
         "bias": bias,
         "out": out,
         "out_rows": rows,
-        "part": part,
+        "part": x.new_empty(cut.slots, block_m, block_n, dtype=torch.float32),
         "rows": count,
         "width": width,
         "out_stride": out.stride(0),
@@ -176,17 +172,13 @@ def _launch(
         "BLOCK_N": block_n,
     }
     gemm_kernel[(cut.programs if cut.rest else min(cut.programs, cut.whole),)](
-        a=x,
-        w=weight,
-        w_blocks=TensorDescriptor.from_tensor(weight, [block_n, block_k]) if tma else None,
-        a_blocks=TensorDescriptor.from_tensor(x, [block_m, block_k]) if tma and taps == 1 else None,
+        **_factors(x, weight, windows, chosen),
         windows=windows,
         a_stride=x.stride(0),
         rest=cut.rest,
         C=channels,
         TAPS=taps,
         BLOCK_K=block_k,
-        TMA=tma,
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
         **result,
@@ -197,6 +189,20 @@ def _launch(
             STEPS=cut.steps, ROWS=some, num_warps=4, **result
         )
     return out
+
+
+def _factors(x: Tensor, weight: Tensor, windows: Tensor | None, chosen: Tiles) -> dict:
+    """The kernel's arguments for both factors; with tma also descriptors of their blocks."""
+    m, n, k = (chosen[f"block_{axis}"] for axis in "mnk")
+    tma = bool(chosen["tma"])
+    check(x.shape[1] % k == 0 or not tma, "tile choice tma: block_k must divide the channels")
+    return {
+        "a": x,
+        "w": weight,
+        "a_blocks": TensorDescriptor.from_tensor(x, [m, k]) if tma and windows is None else None,
+        "w_blocks": TensorDescriptor.from_tensor(weight, [n, k]) if tma else None,
+        "TMA": tma,
+    }
 
 
 def _tiles_of(x: Tensor, count: int, width: int, taps: int) -> Tiles:

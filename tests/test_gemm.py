@@ -123,6 +123,18 @@ def test_convolution_in_16_bits(triton_device: str):
     assert max_error(out, convolved(x, [(5, 7)], weight, None)) < TOLERANCES[torch.float16]
 
 
+@pytest.mark.parametrize("options", [WHOLE, CUT], ids=["whole", "cut"])
+def test_tensor_copies(options: dict, triton_device: str):
+    """Blocks by descriptors, which fill with zeros what is beyond the last row or column."""
+    with use_tiles("gemm", tma=1, **options):
+        x, weight, bias = layer(37, 53, 48, device=triton_device)
+        expected = F.linear(x.double(), weight.double(), bias.double())
+        assert max_error(linear(x, weight, bias), expected) < TOLERANCES[torch.float32]
+        grids, conv = [(5, 7), (1, 2)], kernel(53, 48, device=triton_device)
+        expected = convolved(x, grids, conv, bias)
+        assert max_error(convolution(x, grids, conv, bias), expected) < TOLERANCES[torch.float32]
+
+
 def test_windows():
     """By brute force: which token each tap of each output sees."""
     grids = ((5, 7), (1, 1), (2, 4), (1, 3))
