@@ -8,10 +8,10 @@ OPS = (
     "rms_norm",
     "layer_norm",
     "silu_mul",
-    "quick_gelu",
     "qk_norm_rope",
     "prefix_attention",
     "vision_attention",
+    "linear_quick_gelu",
     "projector",
     "sample",
 )

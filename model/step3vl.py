@@ -26,7 +26,8 @@ class Step3VL(nn.Module):
     """Vision tower (absent in text-only models) and decoder, all ops run as `impl` says.
 
     `impl` is "eager", "portable", "triton", None for the best on the device, or a dict of these per
-    op. Parameters are allocated, not initialised: use the `from_` constructors.
+    op. Parameters are allocated, not initialised: use the `from_` constructors. Images seen before
+    are not encoded again: `vision.cache.budget` says how many bytes of them are held, 0 for none.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Step3VL(nn.Module):
 
         model = cls(config, device=device, dtype=dtype, impl=impl, load_tokenizer=load_tokenizer)
         random_init(model.checkpoint_tensors(), seed)
-        return model
+        return model._prepared()
 
     @classmethod
     def from_pretrained(
@@ -93,15 +94,17 @@ class Step3VL(nn.Module):
         """
         path = Path(path)
         options = {"device": device, "dtype": dtype, "impl": impl}
-        return (
-            _from_gguf(cls, path, options)
-            if path.is_file()
-            else _from_directory(cls, path, options)
-        )
+        load = _from_gguf if path.is_file() else _from_directory
+        return load(cls, path, options)._prepared()
 
     def set_impl(self, impl: Impl) -> None:
-        """Run the ops as `impl` says from now on. Raises ImplError for an unknown name."""
+        """Run the ops as `impl` says from now on, on images seen before too.
+
+        Raises ImplError for an unknown name.
+        """
         self.impl.update(impl_per_op(impl))  # the parts of the model hold the same dict
+        if self.vision:
+            self.vision.cache.clear()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write shards by the published names, config.json and the tokenizer to a directory.
@@ -149,10 +152,8 @@ class Step3VL(nn.Module):
         """
         ids = self._checked_ids(input_ids, 0)
         cache = self.new_cache(-(-len(ids) // PAGE_SIZE))
-        features = self.encode_images(images)
-        hidden = self.decoder(
-            self.embed(ids, features), Step.of_sequence(0, len(ids), cache), cache
-        )
+        embeddings = self._embed_prompt(ids, images)
+        hidden = self.decoder(embeddings, Step.of_sequence(0, len(ids), cache), cache)
         return self.decoder.logits(hidden)
 
     @torch.inference_mode()
@@ -174,7 +175,7 @@ class Step3VL(nn.Module):
         """
         ids = self._checked_ids(input_ids, max_tokens)
         cache = self.new_cache(-(-(len(ids) + max_tokens) // PAGE_SIZE))
-        embeddings, length = self.embed(ids, self.encode_images(images)), 0
+        embeddings, length = self._embed_prompt(ids, images), 0
         seeds, generated = torch.tensor([seed], device=self.device), []
         while len(generated) < max_tokens:
             step = Step.of_sequence(length, len(embeddings), cache)
@@ -199,14 +200,14 @@ class Step3VL(nn.Module):
     def encode_images(self, images: Sequence) -> Tensor:
         """Decoder embeddings [features, hidden] of images, each its crops, then its global view.
 
-        images: `Views`, PIL images or paths. Raises InputError for a text-only model.
+        images: `Views`, PIL images or paths. Those seen lately come from `vision.cache`.
+        Raises InputError for a text-only model.
         """
-        if not images:
-            return self.decoder.embed_tokens[:0]
-        if self.vision is None:
-            raise InputError(f"model {self.config.name} has no vision tower: it takes no images")
-        views = [self._views(image) for image in images]
-        return self.vision([view for v in views for view in (*v.crops, v.image)])
+        images = self._views(images)
+        rows = torch.arange(self._count(images), device=self.device)
+        features = self.decoder.embed_tokens.new_empty(len(rows), self.config.decoder.hidden)
+        self._encode(images, features, rows)
+        return features
 
     def embed(self, ids: Tensor, features: Tensor) -> Tensor:
         """Embeddings [T, hidden] of ids [T]; `<im_patch>` positions take `features` in order.
@@ -214,21 +215,54 @@ class Step3VL(nn.Module):
         Raises InputError if their numbers differ.
         """
         embeddings = self.decoder.embed(ids)
-        if self.vision is None:
-            return embeddings
-        holes = (ids == self.config.tokens.im_patch).nonzero()[:, 0]
-        if len(holes) != len(features):
-            raise InputError(
-                f"the prompt has {len(holes)} <im_patch> tokens, the images give {len(features)}"
-            )
-        return embeddings.index_copy(0, holes, features)
+        if self.vision:
+            embeddings.index_copy_(0, self._holes(ids, len(features)), features)
+        return embeddings
 
-    def _views(self, image: object) -> "Views":
+    def _embed_prompt(self, ids: Tensor, images: Sequence) -> Tensor:
+        """`embed` with what `encode_images` gives, written where it belongs without a copy."""
+        images, embeddings = self._views(images), self.decoder.embed(ids)
+        if self.vision:
+            self._encode(images, embeddings, self._holes(ids, self._count(images)))
+        return embeddings
+
+    def _encode(self, images: list[list[Tensor]], out: Tensor, rows: Tensor) -> None:
+        """Write the embeddings of images, given as their views, to out[rows], in order."""
+        if images:
+            rows = rows.split([self.vision.count(views) for views in images])
+            self.vision.cache.encode(images, rows, out, self.vision)
+
+    def _count(self, images: list[list[Tensor]]) -> int:
+        return sum(self.vision.count(views) for views in images)
+
+    def _holes(self, ids: Tensor, count: int) -> Tensor:
+        """Positions of the `<im_patch>` ids. Raises InputError if they are not `count`."""
+        holes = (ids == self.config.tokens.im_patch).nonzero()[:, 0]
+        if len(holes) != count:
+            raise InputError(
+                f"the prompt has {len(holes)} <im_patch> tokens, the images give {count}"
+            )
+        return holes
+
+    def _views(self, images: Sequence) -> list[list[Tensor]]:
+        """Each image's crops, then its global view."""
+        if images and self.vision is None:
+            raise InputError(f"model {self.config.name} has no vision tower: it takes no images")
+        prepared = [self._preprocessed(image) for image in images]
+        return [[*views.crops, views.image] for views in prepared]
+
+    def _preprocessed(self, image: object) -> "Views":
         from model.image import Views, load_image, preprocess  # needs PIL
 
         return (
             image if isinstance(image, Views) else preprocess(load_image(image), self.config.vision)
         )
+
+    def _prepared(self) -> "Step3VL":
+        """This model, once its weights are in."""
+        if self.vision:
+            self.vision.prepare()
+        return self
 
     def _checked_ids(self, input_ids: Sequence[int] | Tensor, new_tokens: int) -> Tensor:
         ids = torch.as_tensor(input_ids, device=self.device)

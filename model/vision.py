@@ -1,26 +1,37 @@
 """The vision side: PE-lang tower, then the projector that gives the decoder 16 times fewer tokens.
 
-Views of different sizes run as one packed batch: every linear layer sees all tokens of all views,
-attention and convolutions see each view by itself.
+Views of different sizes run as one packed batch, those of one grid side by side: every linear layer
+sees all tokens of all views, attention and convolutions see each view by itself.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels._views import Grid
-from kernels.activation import quick_gelu
+from kernels._kept import hold
+from kernels._launch import check
+from kernels._views import Grid, tokens_of
+from kernels.linear_quick_gelu import linear_quick_gelu
 from kernels.norm import layer_norm
-from kernels.projector import projector
+from kernels.projector import fold, output_tokens, projector
 from kernels.vision_attention import vision_attention
 from model.config import VisionConfig
+from model.lru import Lru
+from model.vision_cache import ImageCache
+from model.vision_graph import Graphs
 
 
 class VisionTower(nn.Module):
-    """Patch embedding, position embedding, ln_pre, blocks, two downsamplers and the projector."""
+    """Patch embedding, position embedding, ln_pre, blocks, two downsamplers and the projector.
+
+    What `prepare` derives from the weights, `cache` (for `Step3VL`) and `graphs` hold no parameters
+    and are in no checkpoint. After changing weights in place, call `prepare`.
+    """
 
     def __init__(
         self,
@@ -50,43 +61,121 @@ class VisionTower(nn.Module):
         self.downsampler1, self.bias1 = kernel(2 * c, c, 3, 3), weight(2 * c)
         self.downsampler2, self.bias2 = kernel(4 * c, 2 * c, 3, 3), weight(4 * c)
         self.projector = weight(out_width, 4 * c)
+        self.cache, self.graphs = ImageCache(), Graphs()
+        self._interpolated = Lru(16)  # grid -> position embedding
+        self._folded: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, views: Sequence[Tensor]) -> Tensor:
-        """Encode views [3, side, side] of any sizes to decoder embeddings [T', out_width].
+    def prepare(self) -> None:
+        """Derive from the weights what each call needs, and forget all that came of older ones.
 
-        The result holds each view's tokens in the order of the views, row-major within a view.
+        The first call of `forward` does it if nobody has.
         """
-        x, grids = self.patches(views)
+        self._forget()
+        self._folded = fold(self.downsampler2, self.bias2, self.projector)
+
+    @torch.inference_mode()
+    def forward(
+        self, views: Sequence[Tensor], *, out: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Encode views [3, height, width] of any sizes to decoder embeddings [T', out_width].
+
+        The result holds each view's tokens in the order of the views, row-major within a view. With
+        `out` [R, out_width] and `rows`, T' distinct int64, token i goes to out[rows[i]] instead,
+        and `out` is returned. Raises ValueError for views that `grids` refuses.
+        """
+        if self._folded is None:
+            self.prepare()
+        grids = self.grids(views)
+        count = sum(map(output_tokens, grids))
+        check((out is None) == (rows is None), "out and rows go together: give both or neither")
+        check(rows is None or rows.shape == (count,), f"rows must be [{count}] for these views")
+        if not grids:
+            return self.projector.new_empty(0, len(self.projector)) if out is None else out
+        order = _side_by_side(grids)
+        if order != sorted(order):
+            if out is None:
+                out = self.projector.new_empty(count, len(self.projector))
+                rows = torch.arange(count, device=out.device)
+            places = rows.split([output_tokens(grid) for grid in grids])
+            rows = torch.cat([places[index] for index in order])
+        views, grids = [views[i] for i in order], tuple(grids[i] for i in order)
+        patches = self.patches(views, grids)
+        key = (grids, *self.impl.values())
+        graph = self.graphs.find(key, partial(self.encode, grids=grids), patches)
+        if graph is None:
+            return self.encode(patches, grids, out, rows)
+        features = graph(patches)
+        return features.clone() if out is None else out.index_copy_(0, rows, features)
+
+    def grids(self, views: Sequence[Tensor]) -> list[Grid]:
+        """Each view's patches as rows x columns.
+
+        Raises ValueError for views that are not [3, height, width] in whole patches, at most as
+        many a side as the global view has, all of one dtype on one device.
+        """
+        size, side, grids = self.config.patch_size, self.config.grid, []
+        for i, view in enumerate(views):
+            shape, kind = list(view.shape), (view.dtype, view.device)
+            first = (views[0].dtype, views[0].device)
+            check(len(shape) == 3 and shape[0] == 3, f"view {i} is {shape}, not [3, height, width]")
+            check(
+                kind == first,
+                f"view {i} is {kind[0]} on {kind[1]}, view 0 {first[0]} on {first[1]}",
+            )
+            (rows, row), (columns, column) = (divmod(pixels, size) for pixels in shape[1:])
+            check(
+                row == column == 0,
+                f"view {i} has {shape[1]} x {shape[2]} pixels: sides must be multiples of {size}",
+            )
+            check(
+                0 < rows <= side and 0 < columns <= side,
+                f"view {i} has {rows} x {columns} patches: sides must be 1 to {side}",
+            )
+            grids.append((rows, columns))
+        return grids
+
+    def count(self, views: Sequence[Tensor]) -> int:
+        """Decoder embeddings that views give. Raises ValueError as `grids` does."""
+        return sum(map(output_tokens, self.grids(views)))
+
+    def patches(self, views: Sequence[Tensor], grids: Sequence[Grid]) -> Tensor:
+        """Pixels of all views by patch, packed [T, 3 * size * size], in the weights' dtype."""
+        weight, size = self.patch_embedding, self.config.patch_size
+        packed = weight.new_empty(tokens_of(grids), weight[0].numel())
+        parts = packed.split([rows * columns for rows, columns in grids])
+        for view, part, (rows, columns) in zip(views, parts, grids, strict=True):
+            pixels = view.to(weight.device).unflatten(2, (columns, size)).unflatten(1, (rows, size))
+            part.view(rows, columns, 3, size, size).copy_(pixels.permute(1, 3, 0, 2, 4))
+        return packed
+
+    def encode(
+        self,
+        patches: Tensor,
+        grids: Sequence[Grid],
+        out: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Tower and projector on packed patches; `out` and `rows` as in `kernels.projector`."""
         return projector(
-            self.tower(x, grids),
+            self.tower(patches, grids),
             grids,
             self.downsampler1,
             self.bias1,
             self.downsampler2,
             self.bias2,
             self.projector,
+            folded=self._folded,
+            out=out,
+            rows=rows,
             impl=self.impl["projector"],
         )
 
-    def patches(self, views: Sequence[Tensor]) -> tuple[Tensor, list[Grid]]:
-        """Embedded patches of all views, packed [T, width], and each view's grid."""
-        tokens, grids, size = [], [], self.config.patch_size
-        for (_, height, width), same in groupby(views, key=lambda view: view.shape):
-            batch = torch.stack(list(same)).to(self.patch_embedding)
-            grid = (height // size, width // size)
-            embedded = F.conv2d(batch, self.patch_embedding, stride=size)
-            embedded = embedded.flatten(2).transpose(1, 2) + self._positions(grid)
-            tokens.append(embedded.flatten(0, 1))
-            grids += [grid] * len(batch)
-        x = torch.cat(tokens) if tokens else self.positional_embedding[:0]
-        return x, grids
-
-    def tower(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """ln_pre and the blocks on packed embedded patches [T, width].
+    def tower(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Embedding, ln_pre and the blocks on packed patches: [T, width].
 
         Each sub-layer's LayerScale and residual sum are folded into the next layer norm.
         """
-        x = self._norm(x, self.ln_pre)
+        x = self._norm(self._embedded(patches, grids), self.ln_pre)
         branch, gamma = None, None
         for block in self.blocks:
             if branch is None:
@@ -140,22 +229,49 @@ class VisionTower(nn.Module):
         return F.linear(out, block.out, block.out_bias)
 
     def _mlp(self, h: Tensor, block: "_Block") -> Tensor:
-        h = quick_gelu(F.linear(h, block.fc, block.fc_bias), impl=self.impl["quick_gelu"])
+        h = linear_quick_gelu(h, block.fc, block.fc_bias, impl=self.impl["linear_quick_gelu"])
         return F.linear(h, block.proj, block.proj_bias)
 
-    def _positions(self, grid: Grid) -> Tensor:
-        """The position embedding at a view's grid, [tokens, width], in the parameter's dtype.
+    def _embedded(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """The convolution with stride and size of a patch as a product, and positions."""
+        x = F.linear(patches, self.patch_embedding.flatten(1))
+        start = 0
+        for grid, same in groupby(grids):
+            positions, n = self._positions(grid), len(list(same))
+            end = start + n * len(positions)
+            x[start:end].view(n, *positions.shape).add_(positions)
+            start = end
+        return x
 
-        Raises ValueError for a grid with a side of 0 or of more patches than the global view.
-        """
+    def _positions(self, grid: Grid) -> Tensor:
+        """The position embedding at a view's grid, [tokens, width], in the parameter's dtype."""
         side = self.config.grid
-        if not all(0 < n <= side for n in grid):
-            raise ValueError(f"a view of {grid[0]} x {grid[1]} patches: sides must be 1 to {side}")
         if grid == (side, side):
             return self.positional_embedding
-        table = self.positional_embedding.view(1, side, side, -1).permute(0, 3, 1, 2)
-        table = F.interpolate(table, size=grid, mode="bilinear", align_corners=False)
-        return table.flatten(2)[0].T
+        positions = self._interpolated.get(grid)
+        if positions is None:
+            table = self.positional_embedding.view(1, side, side, -1).permute(0, 3, 1, 2)
+            table = F.interpolate(table, size=grid, mode="bilinear", align_corners=False)
+            positions = table.flatten(2)[0].T.contiguous()
+            self._interpolated.put(grid, positions)
+        return hold(positions)
+
+    def _forget(self) -> None:
+        self._folded = None
+        self._interpolated.clear()
+        self.graphs.clear()
+        self.cache.clear()
+
+    def _apply(self, *args: Any, **options: Any) -> "VisionTower":
+        """Every change of device or dtype passes here: what is derived must follow the weights."""
+        self._forget()
+        return super()._apply(*args, **options)
+
+
+def _side_by_side(grids: Sequence[Grid]) -> list[int]:
+    """Indices that bring equal grids together, otherwise in order."""
+    first = {grid: index for index, grid in reversed(list(enumerate(grids)))}
+    return sorted(range(len(grids)), key=lambda index: first[grids[index]])
 
 
 class _LayerNorm(nn.Module):

@@ -38,10 +38,14 @@ def test_presets_are_repeatable(tiny: Step3VL):
 
 
 def test_save_and_load(tiny: Step3VL, photo: Path, tmp_path: Path):
-    """A saved model is whole: weights, shape, vision, tokenizer."""
+    """A saved model is whole: weights to the bit, also after use, shape, vision, tokenizer."""
+    fresh = Step3VL.from_preset("tiny", seed=3).checkpoint_tensors()
+    tiny.encode_images([photo])
     tiny.save_pretrained(tmp_path / "saved")
     loaded = Step3VL.from_pretrained(tmp_path / "saved")
     assert loaded.config == tiny.config
+    for name, tensor in loaded.checkpoint_tensors().items():
+        assert torch.equal(tensor, fresh[name]), name
     views = preprocess(load_image(photo), tiny.config.vision)
     ids = build_prompt(QUESTION, tiny.tokenizer, tiny.config, [views])
     assert build_prompt(QUESTION, loaded.tokenizer, loaded.config, [views]) == ids

@@ -117,7 +117,9 @@ def test_blocks_against_timm(tiny: Step3VL, side: int):
     view = torch.randn(3, side, side, generator=torch.Generator().manual_seed(side))
     with torch.inference_mode():
         expected = reference.forward_features(view[None])[0]
-        assert max_error(tiny.vision.tower(*tiny.vision.patches([view])), expected) < 1e-4
+        grids = tiny.vision.grids([view])
+        ours = tiny.vision.tower(tiny.vision.patches([view], grids), grids)
+        assert max_error(ours, expected) < 1e-4
 
 
 def test_whole_model(tiny: Step3VL):
@@ -189,10 +191,101 @@ def axial_attention_by_hand(qkv: Tensor, rows: int, columns: int) -> Tensor:
     return (turned[0] @ turned[1].T / 8**0.5).softmax(-1) @ v
 
 
+def views_of(*sides: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, side, side, generator=generator) for side in sides]
+
+
+def test_views_of_one_grid_run_side_by_side(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """Several images alternate crops and global views; each op should see two runs, not eight."""
+    seen = []
+    encode = tiny.vision.encode
+
+    def spy(patches: Tensor, grids: tuple, *where: Tensor) -> Tensor:
+        seen.append(grids)
+        return encode(patches, grids, *where)
+
+    monkeypatch.setattr(tiny.vision, "encode", spy)
+    views = views_of(112, 168, 112, 112, 168)
+    together = tiny.vision(views)
+    assert seen == [((8, 8),) * 3 + ((12, 12),) * 2]
+    assert max_error(together, torch.cat([tiny.vision([view]) for view in views])) < 1e-5
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("sides", [(112,), (112, 168, 112)])
+def test_results_go_where_they_are_wanted(impl: str, sides: tuple[int, ...]):
+    """Rows in any order; the others keep what they held. No views write nothing."""
+    vision = Step3VL.from_preset("tiny", seed=1, impl=impl).vision
+    views = views_of(*sides)
+    count = vision.count(views)
+    rows = torch.randperm(count + 3)[:count]
+    out = torch.full((count + 3, TINY.decoder.hidden), 7.0)
+    assert vision(views, out=out, rows=rows) is out
+    assert torch.equal(out[rows], vision(views))
+    assert out.eq(7).all(dim=1).sum() == 3
+    before = out.clone()
+    vision([], out=out, rows=rows[:0])
+    assert torch.equal(out, before)
+
+
+def test_prepare_follows_the_weights():
+    """Folded weights, interpolated positions or cached images of weights that are gone."""
+    model, other = (Step3VL.from_preset("tiny", seed=seed) for seed in (1, 2))
+    photo = Views(views_of(168)[0], torch.empty(0, 3, 112, 112), ())
+    views = views_of(70, 112)
+    model.vision(views), model.encode_images([photo])
+    for name, tensor in other.checkpoint_tensors().items():
+        model.checkpoint_tensors()[name].copy_(tensor)
+    model.vision.prepare()
+    assert torch.equal(model.vision(views), other.vision(views))
+    assert torch.equal(model.encode_images([photo]), other.encode_images([photo]))
+
+
+def test_another_dtype_needs_no_prepare():
+    """Derived tensors left behind in fp32 by Module.to."""
+    model = Step3VL.from_preset("tiny", seed=1)
+    views = views_of(70)
+    model.vision(views)
+    half = Step3VL.from_preset("tiny", seed=1, dtype=torch.bfloat16)
+    assert torch.equal(model.to(torch.bfloat16).vision(views), half.vision(views))
+
+
+def test_derived_tensors_are_no_weights(tiny: Step3VL):
+    """A checkpoint must hold what it was loaded from, and the definition must run on that."""
+    vision = Step3VL.from_preset("tiny", seed=1).vision
+    weights = {name: tensor.clone() for name, tensor in vision.checkpoint_tensors().items()}
+    vision(views_of(70, 168))
+    assert {t.data_ptr() for t in vision.state_dict().values()} == {
+        t.data_ptr() for t in vision.checkpoint_tensors().values()
+    }
+    for name, tensor in vision.checkpoint_tensors().items():
+        assert torch.equal(tensor, weights[name]), name
+    vision._folded = tuple(torch.full_like(tensor, torch.nan) for tensor in vision._folded)
+    assert vision(views_of(70)).isnan().all()
+    vision.impl["projector"] = "eager"
+    assert max_error(vision(views_of(70)), tiny.vision(views_of(70))) < 1e-5
+
+
 def test_mistakes_are_named(tiny: Step3VL):
-    """Grids the position embedding does not cover would be indexed out of range, or repeat."""
-    with pytest.raises(ValueError, match="13 x 13 patches: sides must be 1 to 12"):
-        tiny.vision([torch.zeros(3, 182, 182)])
+    """Grids beyond the position embedding, pixels that would be dropped, mixed-up views."""
+    small = torch.zeros(3, 28, 28)
+    for view, message in [
+        (torch.zeros(3, 182, 182), "view 1 has 13 x 13 patches: sides must be 1 to 12"),
+        (torch.zeros(3, 0, 28), "view 1 has 0 x 2 patches: sides must be 1 to 12"),
+        (torch.zeros(3, 28, 30), "view 1 has 28 x 30 pixels: sides must be multiples of 14"),
+        (torch.zeros(4, 28, 28), r"view 1 is \[4, 28, 28\], not \[3, height, width\]"),
+        (torch.zeros(28, 28), r"view 1 is \[28, 28\], not"),
+        (small.double(), "view 1 is torch.float64 on cpu, view 0 torch.float32 on cpu"),
+        (small.to("meta"), "view 1 is torch.float32 on meta, view 0 torch.float32 on cpu"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tiny.vision([small, view])
+    out, rows = torch.zeros(1, TINY.decoder.hidden), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="give both or neither"):
+        tiny.vision([small], out=out)
+    with pytest.raises(ValueError, match=r"rows must be \[2\]"):
+        tiny.vision([small, small], out=out, rows=rows)
     with pytest.raises(ValueError, match="grids hold 12 tokens, qkv 11"):
         vision_attention(torch.zeros(11, 24), [(3, 4)], heads=1)
     with pytest.raises(ValueError, match="qkv must be"):
