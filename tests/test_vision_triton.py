@@ -15,8 +15,8 @@ from model.step3vl import Step3VL
 from model.tokenizer import Tokenizer
 from tests.errors import max_error
 
-# Smaller than `tiny`, as interpreted kernels are slow. Two blocks have every kind of layer norm, and
-# a head has the 10B's width.
+# Smaller than `tiny`, as interpreted kernels are slow. Two blocks have every kind of layer norm,
+# and a head has the width of the 10B's.
 SMALL = replace(
     TINY,
     vision=replace(TINY.vision, width=96, heads=1, mlp_width=224, image_size=98, crop_size=56),

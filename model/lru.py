@@ -1,0 +1,38 @@
+"""A bounded memory: what was used last stays, up to a budget."""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+
+class Lru:
+    """Values by key; beyond `budget`, a sum of sizes, those used longest ago are dropped."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.held = budget, 0
+        self._items: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def get(self, key: Hashable) -> Any:
+        """The value, from now on the last to be dropped; None if there is none."""
+        if key not in self._items:
+            return None
+        self._items.move_to_end(key)
+        return self._items[key][0]
+
+    def put(self, key: Hashable, value: Any, size: int = 1) -> None:
+        """Hold `value` as the last to be dropped; not at all if it exceeds the budget alone."""
+        self.held -= self._items.pop(key, (None, 0))[1]
+        if size > self.budget:
+            return
+        self._items[key] = value, size
+        self.held += size
+        while self.held > self.budget:
+            _, (_, dropped) = self._items.popitem(last=False)
+            self.held -= dropped
+
+    def clear(self) -> None:
+        self._items.clear()
+        self.held = 0
