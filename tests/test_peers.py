@@ -10,7 +10,7 @@ from bench import cases as cases_module
 from bench import inputs, peers
 from bench.inputs import Node, fork
 from bench.numerics import judge, reference
-from bench.peers import PEERS, Unavailable, fa3_peer, flashinfer_peer, layout, sdpa_peer
+from bench.peers import PEERS, PREFIX, Unavailable, fa3_peer, flashinfer_peer, layout, sdpa_peer
 from bench.peers.flex_peer import flex
 from bench.peers.layout import levels, paged
 from tests.errors import max_error
@@ -164,7 +164,9 @@ class TestLayout:
 
 
 class TestAbsence:
-    @pytest.mark.parametrize("name", [name for name in PEERS if name not in ("sdpa", "sdpa-reuse")])
+    @pytest.mark.parametrize(
+        "name", [name for name in PREFIX if name not in ("sdpa", "sdpa-reuse")]
+    )
     def test_what_cannot_run_says_why(self, name):
         """Guards the table's footer: a peer that is missing has a reason, in one line."""
         made = small_case([fork(8, [2, 3])], fp8=True).inputs(0, CPU, torch.float32)
@@ -187,7 +189,9 @@ class TestAbsence:
         monkeypatch.setattr(peers, "installed", lambda package: f"1.2 of {package}")
         assert peers.version("flashinfer-copied") == "flashinfer-python 1.2 of flashinfer-python"
         assert peers.version("fa3") == "vllm 1.2 of vllm"
+        assert peers.version("fa2-varlen-alone") == "flash_attn 1.2 of flash_attn"
         assert peers.version("sdpa") is peers.version("triton") is None
+        assert peers.version("torch-varlen") is peers.version("cudnn-folded") is None
 
     def test_arguments_follow_the_schema(self):
         """Guards FA3's calls across versions, whose ops have more or fewer arguments."""
@@ -198,7 +202,7 @@ class TestAbsence:
 
 @pytest.mark.gpu
 class TestGpu:
-    @pytest.mark.parametrize("name", PEERS)
+    @pytest.mark.parametrize("name", PREFIX)
     @forests
     def test_numbers(self, forest, name):
         """Guards the baselines on the device where they matter, those that are installed."""

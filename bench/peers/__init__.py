@@ -18,11 +18,13 @@ from importlib.metadata import version as installed
 from bench.peers import fa3_peer, flashinfer_peer, xformers_peer
 from bench.peers.flex_peer import flex
 from bench.peers.layout import Unavailable as Unavailable
+from bench.peers.projector_peer import cudnn
 from bench.peers.sdpa_peer import sdpa
+from bench.peers.vision_peer import PREPARED, vision
 
 Peer = Callable[[dict], Callable[[], object]]
 
-PEERS: dict[str, Peer] = {
+PREFIX: dict[str, Peer] = {
     "sdpa": sdpa,
     "sdpa-reuse": partial(sdpa, reuse=True),
     "flex": flex,
@@ -34,8 +36,16 @@ PEERS: dict[str, Peer] = {
     "fa3-cascade": fa3_peer.cascade,
     "xformers": xformers_peer.split_k,
 }
-CUDA_PEERS, CPU_PEERS = tuple(PEERS), ("sdpa", "sdpa-reuse")
+VISION: dict[str, Peer] = {
+    name + suffix: partial(vision, prepare=prepare, alone=bool(suffix))
+    for name, prepare in PREPARED.items()
+    for suffix in ("", "-alone")
+}
+PROJECTOR: dict[str, Peer] = {"cudnn": cudnn, "cudnn-folded": partial(cudnn, folded=True)}
+PEERS = PREFIX | VISION | PROJECTOR
+CUDA_PEERS, CPU_PEERS = tuple(PREFIX), ("sdpa", "sdpa-reuse")  # of prefix attention
 PACKAGES = {
+    "fa2": ("flash_attn",),
     "flashinfer": ("flashinfer-python",),
     "fa3": ("vllm", "flash_attn_3"),
     "xformers": ("xformers",),

@@ -55,6 +55,30 @@ def cascade(inputs: dict) -> Callable[[], Tensor]:
     return lambda: fused(*zip(*(call() for call in calls), strict=True))
 
 
+def varlen(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
+    """Attention of q, k, v [T, H, D] within sequences that start at `starts`, without a mask."""
+    library = _library(device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+        given = OFF | {
+            "q": q,
+            "k": k,
+            "v": v,
+            "cu_seqlens_q": starts,
+            "cu_seqlens_k": starts,
+            "max_seqlen_q": longest,
+            "max_seqlen_k": longest,
+            "softmax_scale": q.shape[2] ** -0.5,
+            "is_causal": False,
+            "window_size_left": -1,
+            "window_size_right": -1,
+            "num_splits": 1,
+        }
+        return library.fwd(*arguments(library.fwd, given))[0]
+
+    return attend
+
+
 def merge(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> Tensor:
     """Partial results [T, Hq, D] by their log-sum-exp [Hq, T], natural base, in fp32."""
     weights = torch.stack(lses).softmax(0).transpose(1, 2)[..., None]

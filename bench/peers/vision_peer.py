@@ -1,0 +1,119 @@
+"""Attention libraries as vision_attention: the rotation by torch.compile, then their attention.
+
+A peer "-alone" finds Q and K already rotated: its time is that of attention alone, so that an op
+that rotates has its work for nothing. SDPA takes neighbouring views of one grid as a batch, and
+where grids differ a copy puts the batches together; the others take all views in one call.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.peers import fa3_peer
+from bench.peers.layout import Unavailable, indptr
+from kernels._views import Grid
+from kernels.vision_attention import axial_rotary
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # rotated Q, rotated K, V [T, H, D] -> the same
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]  # and views' starts, longest view
+
+
+def vision(
+    inputs: dict, *, prepare: Callable[[Tensor, Sequence[Grid]], Attend], alone: bool = False
+) -> Callable[[], Tensor]:
+    """vision_attention by what `prepare` makes of its inputs, or its attention `alone`."""
+    qkv, grids, heads = (inputs[name] for name in ("qkv", "grids", "heads"))
+    attend = prepare(qkv, grids)
+    shape = (qkv.shape[1] // (3 * heads), inputs.get("theta", 1e4), qkv.device)
+    tables = [axial_rotary(*grid, *shape) for grid in grids]
+    cos, sin = (torch.cat(of_views)[:, None] for of_views in zip(*tables, strict=True))
+    if alone:
+        q, k, v = rotated(qkv, heads, cos, sin)
+        return lambda: attend(q, k, v).flatten(1)
+    rotate = torch.compile(rotated, dynamic=True)
+    return lambda: attend(*rotate(qkv, heads, cos, sin)).flatten(1)
+
+
+def rotated(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, 3 * H * D] and fp32 [T, 1, D / 2] -> rotated Q, rotated K, V, each [T, H, D]."""
+    q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
+
+    return turned(q), turned(k), v
+
+
+def sdpa(backend: str, qkv: Tensor, grids: Sequence[Grid]) -> Attend:
+    """scaled_dot_product_attention by one backend, as torch.nn.attention.SDPBackend names it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    runs = [(len(list(same)), rows * columns) for (rows, columns), same in groupby(grids)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = []
+        of_runs = (x.split([n * tokens for n, tokens in runs]) for x in (q, k, v))
+        for (n, tokens), *qkv in zip(runs, *of_runs, strict=True):
+            batch = (x.view(n, tokens, *x.shape[1:]).transpose(1, 2) for x in qkv)
+            outs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def by_backend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            try:
+                return attend(q, k, v)
+            except RuntimeError as error:
+                if "No available kernel" in str(error) or "No viable backend" in str(error):
+                    raise Unavailable("torch has no such kernel for this device or dtype") from None
+                raise
+
+    return by_backend
+
+
+def varlen(library: Callable[[torch.device], Varlen], qkv: Tensor, grids: Sequence[Grid]) -> Attend:
+    """All views packed, as sequences of other lengths."""
+    attend, sizes = library(qkv.device), [rows * columns for rows, columns in grids]
+    starts, longest = indptr(sizes).to(qkv.device), max(sizes)
+    return lambda q, k, v: attend(q, k, v, starts, longest)
+
+
+def of_torch(device: torch.device) -> Varlen:
+    """The FlashAttention-2 that torch brings along."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise Unavailable(f"not in this torch ({error})") from None
+    _on_gpu(device)
+    return _packed(varlen_attn)
+
+
+def of_fa2(device: torch.device) -> Varlen:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise Unavailable(f"not installed ({error})") from None
+    _on_gpu(device)
+    return _packed(flash_attn_varlen_func)
+
+
+def _packed(function: Callable[..., Tensor]) -> Varlen:
+    return lambda q, k, v, starts, longest: function(q, k, v, starts, starts, longest, longest)
+
+
+def _on_gpu(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise Unavailable("needs a GPU")
+
+
+PREPARED: dict[str, Callable[[Tensor, Sequence[Grid]], Attend]] = {
+    "sdpa-flash": partial(sdpa, "FLASH_ATTENTION"),
+    "sdpa-cudnn": partial(sdpa, "CUDNN_ATTENTION"),
+    "torch-varlen": partial(varlen, of_torch),
+    "fa2-varlen": partial(varlen, of_fa2),
+    "fa3-varlen": partial(varlen, fa3_peer.varlen),
+}

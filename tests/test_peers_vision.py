@@ -1,0 +1,159 @@
+"""Comparators of the vision ops: their numbers as far as a CPU has them, and their calls."""
+
+import inspect
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import cases, ops
+from bench.numerics import judge, reference
+from bench.peers import PEERS, PROJECTOR, VISION, Unavailable, fa3_peer, projector_peer, vision_peer
+
+CPU = torch.device("cpu")
+GRIDS = [(5, 7), (5, 7), (1, 1), (8, 3), (5, 7)]  # runs of 2, 1, 1 and 1: a grid comes back
+FA3_NAMES = (
+    "q", "k", "v", "k_new", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q",
+    "max_seqlen_k", "page_table", "softmax_scale", "is_causal", "window_size_left",
+    "window_size_right", "softcap", "scheduler_metadata", "num_splits", "sm_margin",
+)  # fmt: skip
+
+
+@pytest.fixture
+def plain_rotation(monkeypatch):
+    """Rotation without torch.compile, which takes longer than all of these tests."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+def attend(q, k, v, starts_q, starts_k, longest_q, longest_k):
+    """What varlen libraries do with tensors [T, H, D]."""
+    assert torch.equal(starts_q, starts_k)
+    assert starts_q.dtype == torch.int32
+    sizes = starts_q.diff().tolist()
+    assert longest_q == longest_k == max(sizes)
+    outs = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in views))[0]
+        for views in zip(*(x.split(sizes) for x in (q, k, v)), strict=True)
+    ]
+    return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+def verdict_of(peer, case, dtype=torch.float32):
+    made = case.inputs(0, CPU, dtype)
+    return judge(case, peer, made, reference(case, made))
+
+
+class TestVisionAttention:
+    @pytest.mark.parametrize("name", ["sdpa-flash", "sdpa-flash-alone"])
+    @pytest.mark.parametrize("dtype", ops.DTYPES)
+    @pytest.mark.parametrize("grids", [GRIDS, [(6, 6)] * 3])
+    def test_sdpa(self, plain_rotation, name, dtype, grids):
+        """Guards the bar: rotation, runs of one grid as a batch, and their order in the result."""
+        case = cases._vision(grids, heads=2)
+        assert verdict_of(PEERS[name], case, dtype).failure is None
+
+    @pytest.mark.parametrize("suffix", ["", "-alone"])
+    def test_varlen(self, plain_rotation, monkeypatch, suffix):
+        """Guards the calls of libraries for packed sequences."""
+        varlen = SimpleNamespace(varlen_attn=attend, __name__="varlen")
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
+        monkeypatch.setitem(
+            sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=attend)
+        )
+        monkeypatch.setattr(vision_peer, "_on_gpu", lambda device: None)
+        case = cases._vision(GRIDS, heads=2)
+        for name in ("torch-varlen", "fa2-varlen"):
+            assert verdict_of(PEERS[name + suffix], case).failure is None, name
+
+    def test_fa3(self, plain_rotation, monkeypatch):
+        """Guards FA3's call: by name through whatever schema the library has, without a mask."""
+
+        def fwd(*values):
+            given = dict(zip(FA3_NAMES, values, strict=True))
+            assert given["softmax_scale"] == 96**-0.5
+            assert given["is_causal"] is False
+            assert given["window_size_left"] == given["window_size_right"] == -1
+            assert given["page_table"] is given["seqused_k"] is None
+            names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+            out = attend(*(given[name] for name in ("q", "k", "v", *names)))
+            return out, torch.empty(0), None
+
+        named = [SimpleNamespace(name=name) for name in FA3_NAMES]
+        fwd.default = SimpleNamespace(_schema=SimpleNamespace(arguments=named))
+        monkeypatch.setattr(fa3_peer, "_library", lambda device: SimpleNamespace(fwd=fwd))
+        case = cases._vision(GRIDS, heads=2)
+        for name in ("fa3-varlen", "fa3-varlen-alone"):
+            assert verdict_of(PEERS[name], case).failure is None, name
+
+    def test_torch_takes_these_arguments(self):
+        """Guards the stand-in above against a torch that wants them otherwise."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        bound = inspect.signature(varlen_attn).bind(*"qkv", "starts", "starts", 3, 3).arguments
+        assert list(bound)[3:] == ["cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+
+    def test_what_is_timed(self, monkeypatch):
+        """Guards the meaning of both kinds: one rotates in every call, the other never."""
+        rotations = []
+        right = vision_peer.rotated
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        monkeypatch.setattr(
+            vision_peer, "rotated", lambda *args: rotations.append(1) or right(*args)
+        )
+        made = cases._vision([(3, 4)], heads=1).inputs(0, CPU, torch.float32)
+        for name, before, after in (("sdpa-flash", 0, 2), ("sdpa-flash-alone", 1, 1)):
+            rotations.clear()
+            call = PEERS[name](made)
+            assert len(rotations) == before
+            call(), call()
+            assert len(rotations) == after
+
+
+class TestProjector:
+    @pytest.mark.parametrize("name", PROJECTOR)
+    @pytest.mark.parametrize("scattered", [False, True])
+    def test_numbers(self, monkeypatch, name, scattered):
+        """Guards the bar: cuDNN measures its algorithms, with the weights that the name says."""
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+        seen, right = [], projector_peer.projector
+
+        def projector(**given):
+            seen.append((torch.backends.cudnn.benchmark, given["folded"] is not None))
+            return right(**given)
+
+        monkeypatch.setattr(projector_peer, "projector", projector)
+        case = cases._projector([(5, 7), (4, 4)], width=8, out=12, scattered=scattered)
+        assert verdict_of(PEERS[name], case).failure is None
+        assert seen == [(True, name == "cudnn-folded")]
+        assert torch.backends.cudnn.benchmark is False
+
+
+class TestAbsence:
+    @pytest.mark.parametrize(
+        "name", [name for name in VISION | PROJECTOR if not name.startswith("sdpa-flash")]
+    )
+    def test_what_cannot_run_says_why(self, plain_rotation, name):
+        """Guards the table's footer: a peer that is missing has a reason, in one line."""
+        case = cases._vision([(3, 4)], heads=1)
+        if name in PROJECTOR:
+            case = cases._projector([(3, 4)], width=8, out=12)
+        with pytest.raises(Unavailable) as reason:
+            PEERS[name](case.inputs(0, CPU, torch.float32))()
+        assert len(str(reason.value).splitlines()) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", VISION | PROJECTOR)
+def test_numbers(name):
+    """Guards the baselines on the device where they matter, those that are installed."""
+    case = cases._vision(GRIDS, heads=2)
+    if name in PROJECTOR:
+        case = cases._projector([(5, 7), (4, 4)], width=64, out=128)
+    made = case.inputs(0, torch.device("cuda"), torch.bfloat16)
+    try:
+        verdict = judge(case, PEERS[name], made, reference(case, made))
+    except Unavailable as reason:
+        pytest.skip(f"{name}: {reason}")
+    assert verdict.failure is None
