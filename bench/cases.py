@@ -12,8 +12,11 @@ import torch
 
 from bench import cost, forests, inputs
 from bench.inputs import Node, fork
-from bench.peers import CPU_PEERS, CUDA_PEERS
+from bench.peers import CPU_PEERS, CUDA_PEERS, PROJECTOR, VISION
+from bench.vision import attention_flops, projector_flops, views_of
+from kernels._views import Grid, tokens_of
 from kernels.activation import quick_gelu, silu_mul
+from kernels.linear_quick_gelu import linear_quick_gelu
 from kernels.norm import layer_norm, rms_norm
 from kernels.prefix_attention import prefix_attention
 from kernels.projector import output_tokens, projector
@@ -33,6 +36,7 @@ OPS: dict[str, Callable] = {
     "vision_attention": vision_attention,
     "layer_norm": layer_norm,
     "quick_gelu": quick_gelu,
+    "linear_quick_gelu": linear_quick_gelu,
     "projector": projector,
 }
 WRITTEN = dict.fromkeys(
@@ -42,7 +46,6 @@ WRITTEN = dict.fromkeys(
 BIG, TINY = PRESETS["step3-vl-10b"], PRESETS["tiny"]
 SMOLLM2 = PRESETS["smollm2-135m"]
 DECODE_ROWS = (1, 16, 64, 256)
-Grid = tuple[int, int]
 Heads = tuple[int, int, int]  # query heads, KV heads, head_dim
 WIDE: Heads = (64, 1, 256)
 
@@ -99,13 +102,26 @@ def _cuda_cases() -> Iterator[Case]:
         yield _silu_mul(rows, BIG.decoder.mlp_width)
     yield _sample(64, BIG.decoder.vocab_size)
     yield _sample(64, BIG.decoder.vocab_size, top_k=20, top_p=0.95)
-    vision = BIG.vision
-    for grids in ([(52, 52)], [(36, 36)] * 9 + [(52, 52)]):
-        tokens = _tokens(grids)
-        yield _vision(grids, vision.heads)
-        yield _layer_norm(tokens, vision.width)
-        yield _quick_gelu(tokens, vision.mlp_width)
-        yield _projector(grids, vision.width, BIG.decoder.hidden)
+    yield from _cuda_vision_cases()
+
+
+def _cuda_vision_cases() -> Iterator[Case]:
+    """One view of each size, and photos from a small one to the largest that is not shrunk."""
+    vision, out = BIG.vision, BIG.decoder.hidden
+    whole, crop = [(vision.grid,) * 2], [(vision.crop_size // vision.patch_size,) * 2]
+    photo, square, largest = (
+        views_of(*size, vision) for size in ((1920, 1080), (2016, 2016), (3024, 3024))
+    )
+    for grids in (whole, photo):
+        rows = tokens_of(grids)
+        yield _layer_norm(rows, vision.width)
+        yield _quick_gelu(rows, vision.mlp_width)
+        yield _linear_quick_gelu(rows, vision.width, vision.mlp_width)
+    for grids in (photo, whole, crop, largest, 4 * whole):
+        yield _vision(grids, vision.heads, peers=tuple(VISION))
+    for grids in (photo, whole, crop, square, largest):
+        yield _projector(grids, vision.width, out, peers=tuple(PROJECTOR))
+    yield _projector(photo, vision.width, out, scattered=True)
 
 
 def _grid_cases() -> Iterator[Case]:
@@ -134,6 +150,7 @@ def _cpu_cases() -> Iterator[Case]:
         yield _projector(grids, vision.width, TINY.decoder.hidden)
     yield _layer_norm(1296, BIG.vision.width)
     yield _quick_gelu(324, BIG.vision.mlp_width)
+    yield _linear_quick_gelu(324, BIG.vision.width, BIG.vision.mlp_width)
 
 
 def in_modes(cases: Iterable[Case]) -> list[Case]:
@@ -167,10 +184,17 @@ def numerics_cases() -> list[Case]:
         _sample(3, 151936),
         _sample(17, 997, top_k=5, top_p=0.9),
         _vision([(5, 7), (5, 7), (8, 3)], heads=2),
+        _vision([(1, 1), (9, 15), (1, 13)], heads=3),
+        *(_vision([(11, 6), (2, 1)], heads=1, head_dim=dim) for dim in (64, 72, 80, 128)),
         _layer_norm(7, 1536),
         _layer_norm(1, 97, residual=False),
         _quick_gelu(7, 8960),
+        _linear_quick_gelu(7, 1536, 8960),
+        _linear_quick_gelu(131, 72, 200),
+        _linear_quick_gelu(1, 8, 8),
         _projector([(5, 7), (4, 4), (4, 4)], width=24, out=40),
+        _projector([(1, 1), (13, 9), (1, 6)], width=40, out=72),
+        _projector([(6, 5), (3, 8)], width=24, out=40, scattered=True),
     ]
 
 
@@ -285,6 +309,18 @@ def _quick_gelu(rows: int, width: int) -> Case:
     )
 
 
+def _linear_quick_gelu(rows: int, width: int, out: int) -> Case:
+    """Operations are those of the product alone."""
+    return Case(
+        op="linear_quick_gelu",
+        name=f"T{rows} C{width} F{out}",
+        inputs=partial(inputs.linear_quick_gelu_inputs, rows=rows, width=width, out=out),
+        values=rows * width + out * width + out + rows * out,
+        flops=2 * rows * width * out,
+        modes=("triton-fused",),
+    )
+
+
 def _sample(rows: int, vocab: int, top_k: int = 0, top_p: float = 1.0) -> Case:
     limits = f" k{top_k} p{top_p}" if top_k or top_p < 1 else ""
     return Case(
@@ -296,32 +332,39 @@ def _sample(rows: int, vocab: int, top_k: int = 0, top_p: float = 1.0) -> Case:
     )
 
 
-def _vision(grids: Sequence[Grid], heads: int, head_dim: int = 96) -> Case:
-    width = heads * head_dim
+def _vision(
+    grids: Sequence[Grid], heads: int, head_dim: int = 96, peers: tuple[str, ...] = ()
+) -> Case:
+    width, shape = heads * head_dim, {"heads": heads, "head_dim": head_dim}
     return Case(
         op="vision_attention",
         name=f"{_views(grids)} H{heads} D{head_dim}",
-        inputs=partial(inputs.vision_attention_inputs, grids=grids, heads=heads, head_dim=head_dim),
-        values=4 * _tokens(grids) * width,
-        flops=sum(4 * (rows * columns) ** 2 * width for rows, columns in grids),
+        inputs=partial(inputs.vision_attention_inputs, grids=tuple(grids), **shape),
+        values=4 * tokens_of(grids) * width,
+        flops=attention_flops(grids, width),
+        peers=peers,
     )
 
 
-def _projector(grids: Sequence[Grid], width: int, out: int) -> Case:
-    mid = sum(-(-rows // 2) * -(-columns // 2) for rows, columns in grids)
-    end = sum(output_tokens(grid) for grid in grids)
-    first, second, last = 18 * width**2, 72 * width**2, 4 * width * out  # weights of each layer
+def _projector(
+    grids: Sequence[Grid],
+    width: int,
+    out: int,
+    scattered: bool = False,
+    peers: tuple[str, ...] = (),
+) -> Case:
+    """The least work is that of the folded weights, which spare the reading of w2 and w3."""
+    shape = {"width": width, "out": out, "scattered": scattered}
+    weights = 18 * width**2 + 18 * width * out
+    end = sum(map(output_tokens, grids))
     return Case(
         op="projector",
-        name=f"{_views(grids)} C{width}",
-        inputs=partial(inputs.projector_inputs, grids=grids, width=width, out=out),
-        values=_tokens(grids) * width + first + second + last + 6 * width + end * out,
-        flops=2 * (mid * first + end * (second + last)),
+        name=f"{_views(grids)} C{width}" + (" scattered" if scattered else ""),
+        inputs=partial(inputs.projector_inputs, grids=tuple(grids), **shape),
+        values=tokens_of(grids) * width + weights + 2 * width + out + end * out,
+        flops=projector_flops(grids, width, out),
+        peers=peers,
     )
-
-
-def _tokens(grids: Sequence[Grid]) -> int:
-    return sum(rows * columns for rows, columns in grids)
 
 
 def _views(grids: Sequence[Grid]) -> str:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels._views import Grid, tokens_of
 from kernels.fp8 import quantise_e4m3
 from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.projector import fold, output_tokens
 
 Device = torch.device | str
 
@@ -80,6 +82,17 @@ def quick_gelu_inputs(
     seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: int
 ) -> dict:
     return {"x": _Draw(seed, device, dtype)(rows, width)}
+
+
+def linear_quick_gelu_inputs(
+    seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: int, out: int
+) -> dict:
+    draw = _Draw(seed, device, dtype)
+    return {
+        "x": draw(rows, width),
+        "weight": draw(out, width, scale=width**-0.5),
+        "bias": draw(out, scale=0.1),
+    }
 
 
 def qk_norm_rope_inputs(
@@ -209,12 +222,11 @@ def vision_attention_inputs(
     device: Device,
     dtype: torch.dtype,
     *,
-    grids: Sequence[tuple[int, int]],
+    grids: Sequence[Grid],
     heads: int,
     head_dim: int = 96,
 ) -> dict:
-    tokens = sum(rows * columns for rows, columns in grids)
-    qkv = _Draw(seed, device, dtype)(tokens, 3 * heads * head_dim)
+    qkv = _Draw(seed, device, dtype)(tokens_of(grids), 3 * heads * head_dim)
     return {"qkv": qkv, "grids": tuple(grids), "heads": heads}
 
 
@@ -223,12 +235,14 @@ def projector_inputs(
     device: Device,
     dtype: torch.dtype,
     *,
-    grids: Sequence[tuple[int, int]],
+    grids: Sequence[Grid],
     width: int,
     out: int,
+    scattered: bool = False,
 ) -> dict:
     """The channels double with each convolution, as in every preset; weights as the model has them,
-    channels-last.
+    channels-last, and folded as well. `scattered` results go to random rows of twice as many, which
+    are NaN.
     """
     draw = _Draw(seed, device, dtype)
 
@@ -236,8 +250,8 @@ def projector_inputs(
         weight = draw(*shape, scale=(9 * shape[1]) ** -0.5)
         return weight.contiguous(memory_format=torch.channels_last)
 
-    return {
-        "x": draw(sum(rows * columns for rows, columns in grids), width),
+    made = {
+        "x": draw(tokens_of(grids), width),
         "grids": tuple(grids),
         "w1": kernel(2 * width, width, 3, 3),
         "b1": draw(2 * width, scale=0.1),
@@ -245,6 +259,13 @@ def projector_inputs(
         "b2": draw(4 * width, scale=0.1),
         "w3": draw(out, 4 * width, scale=(4 * width) ** -0.5),
     }
+    made["folded"] = fold(made["w2"], made["b2"], made["w3"])
+    if scattered:
+        tokens = sum(map(output_tokens, grids))
+        rows = torch.randperm(2 * tokens, generator=draw.host)[:tokens]
+        made["out"] = torch.full((2 * tokens, out), math.nan, device=device, dtype=dtype)
+        made["rows"] = rows.to(device)
+    return made
 
 
 def sample_inputs(

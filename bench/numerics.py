@@ -27,10 +27,10 @@ class Error:
     rms: float
 
 
-# Allowed, in roundoffs of the result's dtype (2^-9 for bf16, 2^-12 for fp16, 2^-24 for fp32): for a
-# result of 16 bits, and for one of 32. Measured over the cases of a CPU, Triton's forms in its
-# interpreter, plus a margin of about a half for 16 bits, where roundings dominate, and of two for
-# 32, where only sums differ.
+# Allowed, in roundoffs of the result's dtype (2^-8 for bf16, 2^-11 for fp16, 2^-24 for fp32): for a
+# result of 16 bits, and for one of 32. Measured over the cases of a CPU and a view of 52 x 52
+# tokens, Triton's forms in its interpreter, plus a margin of about a half for 16 bits, where
+# roundings dominate, and of two for 32, where only sums differ.
 TOLERANCES: dict[str, tuple[Error, Error]] = {
     "prefix_attention": (Error(6, 0.75), Error(320, 32)),
     "rotary_attention": (Error(8, 1.2), Error(220, 30)),
@@ -38,9 +38,10 @@ TOLERANCES: dict[str, tuple[Error, Error]] = {
     "rms_norm": (Error(4, 0.8), Error(8, 3)),
     "silu_mul": (Error(3, 0.5), Error(8, 1)),
     "sample": (Error(0, 0), Error(33, 29)),
-    "vision_attention": (Error(9, 1.1), Error(70, 12)),
+    "vision_attention": (Error(8, 1.1), Error(220, 24)),
     "layer_norm": (Error(3, 0.65), Error(16, 2.5)),
     "quick_gelu": (Error(1.5, 0.35), Error(8, 1)),
+    "linear_quick_gelu": (Error(3, 0.9), Error(100, 13)),
     "projector": (Error(5, 1), Error(200, 42)),
 }
 
@@ -59,12 +60,16 @@ def form(op: str, name: str) -> Peer:
     """An implementation of `op`, or a peer, as a function from inputs to the call.
 
     "triton-invariant" is the Triton form in its batch-invariant mode, "triton-separate" two ops
-    where the fastest form is one.
+    where the fastest form is one, "triton-fused" one where the rule may choose two.
     """
     if name in PEERS:
         return PEERS[name]
     impl, _, mode = name.partition("-")
-    modes = {"invariant": {"batch_invariant": True}, "separate": {"fused": False}}
+    modes = {
+        "invariant": {"batch_invariant": True},
+        "separate": {"fused": False},
+        "fused": {"fused": True},
+    }
     return lambda inputs: partial(OPS[op], **inputs, impl=impl, **modes.get(mode, {}))
 
 
@@ -137,6 +142,8 @@ def _results(case: Case, run: Peer, inputs: dict, dtype: torch.dtype | None = No
 
 
 def _copy(value: object, dtype: torch.dtype | None) -> object:
+    if isinstance(value, tuple):  # of tensors, as folded weights are, or of numbers
+        return tuple(_copy(part, dtype) for part in value)
     if not isinstance(value, Tensor):
         return value
     # FP8 pages stay what they are: their values are exact in every wider type.

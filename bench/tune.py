@@ -167,14 +167,22 @@ class _Unfilled(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
         kwargs = kwargs or {}
-        name = func.__name__
+        name, x = func.__name__, args[0] if args else None
         made = name == "randn" or (name == "full" and isinstance(args[1], float))
-        if made and math.prod(args[0]) >= self.LARGE:
-            return torch.empty(args[0], dtype=kwargs.get("dtype"), device=kwargs.get("device"))
-        if name in ("mul_", "masked_fill_") and args[0].numel() >= self.LARGE:
-            return args[0]
-        if name == "contiguous" and args[0].numel() >= self.LARGE:
-            return torch.empty_like(args[0], **kwargs)
+        if made and math.prod(x) >= self.LARGE:
+            return torch.empty(x, dtype=kwargs.get("dtype"), device=kwargs.get("device"))
+        if not (torch.is_tensor(x) and x.is_floating_point() and x.numel() >= self.LARGE):
+            return func(*args, **kwargs)
+        if name in ("mul_", "masked_fill_"):
+            return x
+        if name == "__setitem__":
+            return None
+        if name == "contiguous":
+            return torch.empty_like(x, **kwargs)
+        if name == "to" and isinstance(args[1], torch.dtype):
+            return torch.empty_like(x, dtype=args[1])
+        if name == "matmul":  # as weights are folded
+            return x.new_empty(*x.shape[:-1], *args[1].shape[1:])
         return func(*args, **kwargs)
 
 

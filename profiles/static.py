@@ -78,6 +78,10 @@ CASES = [
     _extra("rms_norm", "T16 C4096 alone", rows=16, width=4096, residual=False),
     _extra("rms_norm", "T16 smollm2", rows=16, width=SMOLLM2.decoder.hidden),
     _extra("layer_norm", "T1296 C1536 alone", rows=1296, width=1536, residual=False),
+    *(
+        _extra("vision_attention", f"36x36 D{dim}", grids=[(36, 36)], heads=2, head_dim=dim)
+        for dim in (64, 72, 80, 128)
+    ),
     _extra("sample", "B1 V151936 k20 p0.95", rows=1, vocab=151_936, top_k=20, top_p=0.95),
 ]
 

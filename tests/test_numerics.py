@@ -35,7 +35,7 @@ def visibility(plan):
 class TestCases:
     def test_every_op_is_covered(self):
         """Guards against an op of the model that no benchmark and no check of numbers runs."""
-        assert set(OPS) == {*impls.OPS, "rotary_attention"} == set(TOLERANCES)
+        assert set(OPS) == {*impls.OPS, "rotary_attention", "quick_gelu"} == set(TOLERANCES)
         for listed in (cases("cpu"), cases("cuda"), numerics_cases()):
             assert {case.op for case in listed} == set(OPS)
             names = [(case.op, case.name) for case in listed]
@@ -52,9 +52,12 @@ class TestCases:
         written = {id(made[name]) for name in WRITTEN.get(case.op, ())}
         results = form(case.op, "eager")(made)()
         results = results if isinstance(results, tuple) else (results,)
+        if "folded" in made:  # weights that spare the reading of others
+            read = [x for name, x in made.items() if name not in ("w2", "b2", "w3", "out")]
+            made = dict(enumerate([*read, *made["folded"]]))
         tensors = [x for x in made.values() if torch.is_tensor(x) and x.is_floating_point()]
         count = sum(x.numel() for x in tensors if id(x) not in written)
-        count += sum(x.numel() for x in results if x.is_floating_point())
+        count += sum(x.isfinite().sum().item() for x in results if x.is_floating_point())
         for name in WRITTEN.get(case.op, ()):
             count += made[name].isfinite().sum().item()
         # Rows that store nothing, and frequencies and log-probabilities, which are not counted.
@@ -95,15 +98,32 @@ class TestCases:
             cases_module._prefix("decode", [fork(20, [3, 5])]),
             cases_module._vision([(5, 7), (3, 4)], heads=2),
             cases_module._projector([(5, 7), (4, 4)], width=8, out=12),
+            cases_module._linear_quick_gelu(5, 8, 12),
         ],
         ids=lambda case: case.op,
     )
     def test_flops_against_a_counter(self, case):
-        """Guards the operations behind every percentage against torch's own count."""
+        """Guards the operations behind every percentage against torch's own count: the least work
+        is that of the folded projector, which its definition does not know."""
         made = case.inputs(0, CPU, torch.float32)
         with FlopCounterMode(display=False) as counter:
-            form(case.op, "eager")(made)()
+            form(case.op, "portable" if case.op == "projector" else "eager")(made)()
         assert case.flops == counter.get_total_flops()
+
+    def test_views_of_the_model(self):
+        """Guards the sizes of vision cases: what a photo of 1920 x 1080 pixels is cut into, and the
+        largest image that is not shrunk."""
+        tokens = {
+            (case.op, case.name): len(case.inputs.keywords["grids"])
+            for case in cases("cuda")
+            if "grids" in case.inputs.keywords
+        }
+        for op, name in (("vision_attention", "H16 D96"), ("projector", "C1536")):
+            assert tokens[op, f"8x 36x36 + 1x 52x52 {name}"] == 9
+            assert tokens[op, f"36x 36x36 + 1x 52x52 {name}"] == 37
+            assert tokens[op, f"1x 52x52 {name}"] == tokens[op, f"1x 36x36 {name}"] == 1
+        rows = [case.name for case in cases("cuda") if case.op == "linear_quick_gelu"]
+        assert rows == [f"T{tokens} C1536 F8960" for tokens in (52**2, 8 * 36**2 + 52**2)]
 
     @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
     def test_flops_count_what_rows_see(self, forest):
@@ -233,6 +253,31 @@ class TestNumerics:
         (expected,) = reference(case, made)
         assert expected.dtype == torch.float32
         assert judge(case, form(case.op, "eager"), made, [expected]).max_err > 2**-10
+
+    def test_reference_is_unfolded(self):
+        """Guards the projector's definition: a reference with folded weights would share what the
+        fold rounds, and one that mixes fp32 with 16 bits would not run."""
+        case = next(case for case in numerics_cases() if case.op == "projector")
+        made = case.inputs(0, CPU, torch.bfloat16)
+        (expected,) = reference(case, made)
+        assert made["folded"][0].dtype == torch.bfloat16, "judging must leave the inputs alone"
+        wrong = made | {"folded": tuple(2 * x for x in made["folded"])}
+        assert torch.equal(reference(case, wrong)[0], expected)
+        assert judge(case, form(case.op, "portable"), wrong, [expected]).failure
+        assert judge(case, form(case.op, "portable"), made, [expected]).failure is None
+
+    def test_rows_that_no_result_goes_to_stay_untouched(self):
+        """Guards the text's embeddings, between which the projector writes those of images."""
+        case = next(case for case in numerics_cases() if case.name.endswith("scattered"))
+        made = case.inputs(0, CPU, torch.float32)
+        expected = reference(case, made)
+        right = form(case.op, "eager")
+        assert judge(case, right, made, expected).failure is None
+
+        def careless(x):
+            return lambda: right(x)().nan_to_num_(0.0)
+
+        assert judge(case, careless, made, expected).max_err == math.inf
 
     def test_unwritten_results_fail(self):
         """Guards against memory that by chance still holds the right result of the form before."""
