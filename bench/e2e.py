@@ -5,7 +5,6 @@ On a CPU: SmolLM2 with its real weights asked about a text of some 1,500 tokens,
 takes a hundred steps and more), the photo as often as any op.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +12,12 @@ from pathlib import Path
 import torch
 
 from bench.decode import FORMS
-from bench.numerics import Verdict, compare
+from bench.numerics import Error, Verdict, compare
 from bench.ops import MAIN_DTYPE
 from bench.rows import measured, with_speedups
 from bench.timing import Timing, measure
-from model.config import Config, VisionConfig
-from model.image import Views, load_image, preprocess
+from bench.vision import tower_flops
+from model.image import load_image, preprocess
 from model.prompt import build_prompt
 from model.step3vl import Step3VL
 from model.terminal import progress
@@ -91,7 +90,11 @@ def ask(
 
 
 def look(model: Step3VL) -> list[dict]:
-    """Rows of one photo with a question: preprocessed views to the prompt's logits."""
+    """Rows of one photo with a question: preprocessed views to the prompt's logits.
+
+    The model's cache of images is off: every call sees the photo for the first time.
+    """
+    model.vision.cache.budget = 0
     views = preprocess(_photo(), model.config.vision)
     content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
     messages = [{"role": "user", "content": content}]
@@ -108,11 +111,9 @@ def look(model: Step3VL) -> list[dict]:
         device=model.device,
         budget_s=4.0,
     )
+    grids = model.vision.grids([*views.crops, views.image])
     rows = []
     for name, error in errors.items():
-        failure = None
-        if model.dtype == torch.float32 and not error.max <= TOLERANCE:
-            failure = f"max error {error.max:.2e} exceeds {TOLERANCE:.0e}"
         row = measured(
             "photo",
             f"{model.config.name} {len(views.crops)} crops, {len(ids)} tokens",
@@ -120,12 +121,20 @@ def look(model: Step3VL) -> list[dict]:
             device=model.device,
             dtype=model.dtype,
             num_bytes=sum(t.numel() for t in model.parameters()) * model.dtype.itemsize,
-            flops=_image_flops(model.config, views) + 2 * _decoder_weights(model) * len(ids),
-            verdict=Verdict(error.max, error.rms, failure),
+            flops=tower_flops(grids, model.config) + 2 * _decoder_weights(model) * len(ids),
+            verdict=judged(error, model.dtype),
             timing=timings[name],
         )
         rows.append(row)
     return with_speedups(rows)
+
+
+def judged(error: Error, dtype: torch.dtype) -> Verdict:
+    """A whole model's error, judged in fp32."""
+    failure = None
+    if dtype == torch.float32 and not error.max <= TOLERANCE:
+        failure = f"max error {error.max:.2e} exceeds {TOLERANCE:.0e}"
+    return Verdict(error.max, error.rms, failure)
 
 
 def _rate(ends: list[tuple[float, int]]) -> float | None:
@@ -164,22 +173,6 @@ def _decode_bytes(pacore: Pacore) -> int:
     weights = (_decoder_weights(model) + model.decoder.lm_head.numel()) * model.dtype.itemsize
     kv = model.config.decoder.kv_bytes_per_token(model.dtype.itemsize)
     return weights * stats.steps + kv * stats.kv_read
-
-
-def _image_flops(config: Config, views: Views) -> int:
-    """Two per multiply-add of the tower's linear layers, attention, convolutions and projector."""
-    vision: VisionConfig = config.vision
-    flops, c = 0, vision.width
-    sides = [vision.image_size] + [vision.crop_size] * len(views.crops)
-    for side in sides:
-        grid = side // vision.patch_size
-        tokens = grid * grid
-        linear = 4 * c * c + 2 * c * vision.mlp_width
-        flops += 2 * vision.layers * tokens * (linear + 2 * tokens * c)
-        half, quarter = math.ceil(grid / 2) ** 2, math.ceil(grid / 4) ** 2
-        flops += 2 * (half * 9 * c * 2 * c + quarter * 9 * 2 * c * 4 * c)
-        flops += 2 * quarter * 4 * c * config.decoder.hidden
-    return flops
 
 
 def _same_rollouts(mine: list[Rollout], eager: list[Rollout], dtype: torch.dtype) -> Verdict:

@@ -57,7 +57,7 @@ def times(rows: Sequence[Row]) -> None:
                 _note(row),
             ]
         lines.append(line)
-    _titled("times", rows, header, lines)
+    titled("times", rows, header, lines)
     for row in {row["dtype"]: row for row in rows if row["copy_gb_s"]}.values():
         print(
             f"roofline of {row['dtype']}: copy {row['copy_gb_s']:,.1f} GB/s,"
@@ -85,7 +85,10 @@ RATES = ("tokens_per_second", "decode_tokens_per_second")
 
 
 def jobs(rows: Sequence[Row]) -> None:
-    """The end-to-end table: seconds and tokens per second of whole jobs."""
+    """The end-to-end table: seconds and tokens per second of whole jobs; or that of images."""
+    if "views" in rows[0]:
+        _images(rows)
+        return
     header = ("job", "case", "impl", "dtype", " seconds", " tokens/s", " decoding")
     header += (" x eager", " max error", "")
     lines = [
@@ -102,7 +105,31 @@ def jobs(rows: Sequence[Row]) -> None:
         ]
         for row in rows
     ]
-    _titled("end to end", rows, header, lines)
+    titled("end to end", rows, header, lines)
+
+
+def _images(rows: Sequence[Row]) -> None:
+    header = ("image", "impl", "dtype", " views", " tokens", " ms", " p20..p80", " TFLOP/s")
+    header += (" % of GEMM", " x eager", " max error", "")
+    lines = [
+        [
+            row["case"],
+            row["impl"],
+            row["dtype"],
+            str(row["views"]),
+            str(row["tokens"]),
+            f"{row['median_us'] / 1e3:,.2f}",
+            f"{row['p20_us'] / 1e3:,.2f}..{row['p80_us'] / 1e3:,.2f}",
+            f"{row['tflop_s']:,.3f}",
+            f"{row['gemm_pct']:.1f}",
+            f"{row['speedup']:.2f}",
+            _error(row["max_err"]),
+            f"FAILED: {row['failure']}" if row["failure"] else "",
+        ]
+        for row in rows
+    ]
+    titled("images to embeddings", rows, header, lines)
+    print(f"GEMM: {rows[0]['gemm_tflop_s']:,.3f} TFLOP/s in the same run")
 
 
 def errors(rows: Sequence[Row]) -> None:
@@ -118,7 +145,7 @@ def errors(rows: Sequence[Row]) -> None:
     }
     lines = [[*form, *(worst[*form, dtype] for dtype in dtypes)] for form in forms]
     header = ("op", "impl", *(f" {dtype}" for dtype in dtypes))
-    _titled("largest errors, relative to max(rms(reference), |reference|)", rows, header, lines)
+    titled("largest errors, relative to max(rms(reference), |reference|)", rows, header, lines)
     for row in rows:
         if row["failure"]:
             name = f"{row['op']}, {row['case']}, {row['impl']}, {row['dtype']}"
@@ -131,7 +158,7 @@ def ceilings(rows: Sequence[Row]) -> None:
     lines = [
         [row["dtype"], f"{row['copy_gb_s']:,.1f}", f"{row['gemm_tflop_s']:,.3f}"] for row in rows
     ]
-    _titled("roofline", rows, ("dtype", " copy GB/s", " GEMM TFLOP/s"), lines)
+    titled("roofline", rows, ("dtype", " copy GB/s", " GEMM TFLOP/s"), lines)
 
 
 def _microseconds(value: float) -> str:
@@ -146,9 +173,10 @@ def _note(row: Row) -> str:
     return ", ".join(notes)
 
 
-def _titled(
+def titled(
     what: str, rows: Sequence[Row], header: Sequence[str], lines: Sequence[Sequence[str]]
 ) -> None:
+    """A table whose title says where its rows were measured."""
     origin = f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
     table(f"{what} ({origin})", header, lines)
 

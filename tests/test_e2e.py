@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import e2e
-from kernels import prefix_attention
+from bench import e2e, images, show, vision
+from kernels import prefix_attention, vision_attention
 from model.step3vl import Step3VL
+from model.vision_graph import Graphs
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +61,73 @@ def test_a_wrong_form_fails(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
         assert rows[1]["failure"]
 
 
+def test_the_photo_is_encoded_every_time(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """Guards against a time of the image cache, its hashing included, and against a check of one
+    form by another's bits."""
+    calls, encode = [], tiny.vision.encode
+    monkeypatch.setattr(tiny.vision, "encode", lambda *a, **o: calls.append(1) or encode(*a, **o))
+    monkeypatch.setattr("model.vision_cache.image_key", lambda views: pytest.fail("hashed"))
+
+    def thrice(forms: dict, **_: object) -> dict:
+        return {name: [call(0) for _ in range(3)] and TIMING for name, call in forms.items()}
+
+    monkeypatch.setattr(e2e, "measure", thrice)
+    tiny.vision.cache.budget = 2**20
+    e2e.look(tiny)
+    assert len(calls) == 1 + 2 + 2 * 3  # expected, errors, times
+
+
+def test_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """A row per size and form: its views and tokens, and rates that follow from its time."""
+    monkeypatch.setattr(images, "SIZES", ((100, 100), (1280, 720)))
+    monkeypatch.setattr(images, "measure", lambda calls, **_: dict.fromkeys(calls, TIMING))
+
+    def no_graph(graphs: Graphs, *_: object) -> None:
+        assert graphs.enabled is False, "the timer captures, and nothing else"
+
+    monkeypatch.setattr(Graphs, "find", no_graph)
+    rows = list(images.run(CPU))
+    assert [(row["case"], row["impl"]) for row in rows] == [
+        (f"tiny {size}", form) for size in ("100 x 100", "1280 x 720") for form in e2e.FORMS
+    ]
+    assert [(row["views"], row["tokens"]) for row in rows[::2]] == [(1, 9), (7, 33)]
+    for row in rows:
+        assert row["failure"] is None
+        assert row["tflop_s"] == pytest.approx(row["flops"] / 1e6)  # of one microsecond
+        assert row["gemm_pct"] == pytest.approx(100 * row["tflop_s"] / row["gemm_tflop_s"])
+    assert 0 < rows[3]["max_err"] < 1e-4
+    show.jobs(rows)
+    assert "1280 x 720" in capsys.readouterr().out
+
+
+def test_a_wrong_tower_fails(monkeypatch: pytest.MonkeyPatch):
+    """Guards the check of the tower, which no op's own check replaces."""
+    right = vision_attention.vision_attention
+
+    def wrong(qkv: torch.Tensor, *args: object, impl: str | None, **options: object):
+        return right(qkv * (1 if impl == "eager" else 1.01), *args, impl=impl, **options)
+
+    monkeypatch.setattr("model.vision.vision_attention", wrong)
+    monkeypatch.setattr(images, "SIZES", ((100, 100),))
+    monkeypatch.setattr(images, "measure", lambda calls, **_: dict.fromkeys(calls, TIMING))
+    eager, default = images.run(CPU)
+    assert eager["failure"] is None
+    assert "exceeds" in default["failure"]
+
+
 def test_vision_flops(tiny: Step3VL):
-    """The formula against PyTorch's own count of products."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from model.image import preprocess
-
-    views = preprocess(e2e._photo(), tiny.config.vision)
-    eager = Step3VL.from_preset("tiny", seed=1, impl="eager")
+    """The formula against PyTorch's own count of products, per view and for all."""
+    config = tiny.config
+    tower = Step3VL.from_preset("tiny", impl=None).vision
+    tower.impl["vision_attention"] = "eager"  # the counter does not know the fused one of a CPU
+    grids = vision.views_of(1280, 720, config.vision)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        eager.encode_images([views])
-    patches = sum(v.shape[-1] // 14 * (v.shape[-1] // 14) for v in (*views.crops, views.image))
-    embedding = 2 * patches * 3 * 14 * 14 * tiny.config.vision.width
-    assert e2e._image_flops(tiny.config, views) == counter.get_total_flops() - embedding
+        tower(images._views(tower, grids))
+    assert vision.tower_flops(grids, config) == counter.get_total_flops()
+    assert vision.tower_flops(grids, config) == sum(
+        vision.tower_flops([grid], config) for grid in grids
+    )
 
 
+CPU = torch.device("cpu")
 TIMING = e2e.Timing(1.0, 1.0, 1.0, 1, "clock")

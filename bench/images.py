@@ -1,0 +1,95 @@
+"""Time per image, by size: `python -m bench e2e --vision`.
+
+From the pixels of an image's views, on the device, to its decoder embeddings: embedding, tower and
+projector. Cutting an image into views is not timed. Neither the cache of images seen before nor the
+tower's own CUDA graphs take part: every call encodes, and the one timer captures every form alike.
+Random weights and pixels serve, as times depend on neither.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from bench.decode import FORMS
+from bench.e2e import MODELS, judged
+from bench.numerics import compare
+from bench.ops import MAIN_DTYPE
+from bench.rows import measured, with_speedups
+from bench.timing import measure
+from bench.vision import tower_flops, views_of
+from kernels._views import Grid
+from kernels.projector import output_tokens
+from model.config import PRESETS, Config
+from model.impls import impl_per_op
+from model.random_init import random_init
+from model.terminal import track
+from model.vision import VisionTower
+
+SIZES = ((728, 728), (1280, 720), (1920, 1080), (3024, 3024))  # width, height
+
+
+def run(device: torch.device) -> Iterator[dict]:
+    """Rows of an image of each of SIZES."""
+    config, dtype = PRESETS[MODELS[device.type][1]], MAIN_DTYPE[device.type]
+    impl, out_width = impl_per_op(None), config.decoder.hidden
+    tower = VisionTower(config.vision, out_width, impl=impl, device=device, dtype=dtype)
+    random_init(tower.checkpoint_tensors(), 0)
+    for size in track(SIZES, "images"):
+        yield from encode(tower, config, size)
+
+
+def encode(
+    tower: VisionTower, config: Config, size: tuple[int, int], budget_s: float = 4.0
+) -> list[dict]:
+    """Rows of one image, (width, height) pixels, in every form."""
+    device, dtype = tower.projector.device, tower.projector.dtype
+    grids = views_of(*size, config.vision)
+    views, tokens = _views(tower, grids), sum(map(output_tokens, grids))
+    tower.graphs.enabled = False
+    forms = FORMS | ({"portable": "portable"} if device.type == "cuda" else {})
+
+    def encoded(impl: str | None) -> Tensor:
+        tower.impl.update(impl_per_op(impl))
+        return tower(views)
+
+    expected = encoded("eager")
+    errors = {name: compare(encoded(impl), expected) for name, impl in forms.items()}
+    calls = {name: lambda _, impl=impl: encoded(impl) for name, impl in forms.items()}
+    timings = measure(calls, device=device, budget_s=budget_s)
+    weights = sum(parameter.nbytes for parameter in tower.parameters())
+    rows = []
+    for name in forms:
+        row = measured(
+            "vision",
+            f"{config.name} {size[0]} x {size[1]}",
+            name,
+            device=device,
+            dtype=dtype,
+            num_bytes=weights + sum(view.nbytes for view in views),
+            flops=tower_flops(grids, config),
+            verdict=judged(errors[name], dtype),
+            timing=timings[name],
+        )
+        row |= {"views": len(views), "tokens": tokens}
+        row["tflop_s"] = row["flops"] / row["median_us"] / 1e6
+        row["gemm_pct"] = 100 * row["tflop_s"] / row["gemm_tflop_s"]
+        rows.append(row)
+    return with_speedups(rows)
+
+
+def _views(tower: VisionTower, grids: Sequence[Grid]) -> list[Tensor]:
+    """Random pixels in the weights' dtype."""
+    weight, size = tower.projector, tower.config.patch_size
+    draw = torch.Generator(weight.device).manual_seed(0)
+    return [
+        torch.randn(
+            3,
+            size * rows,
+            size * columns,
+            generator=draw,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        for rows, columns in grids
+    ]
