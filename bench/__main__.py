@@ -2,7 +2,8 @@
 
 `python -m bench tune` is for a new GPU: it measures tile choices and writes kernels/tuned/.
 `python -m bench cost` needs none: what prefix attention moves, and how evenly, by arithmetic.
-`python -m bench fp8` shows what FP8 KV pages do to a real model.
+`python -m bench fp8` shows what FP8 KV pages do to a real model, `python -m bench fold` what
+folding the projector's layers does to its numbers.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cost, fp8_kv, rows, show, tune
+from bench import cost, fold, fp8_kv, rows, show, tune, vision_cost
 from bench.cases import OPS, cases, numerics_cases
 from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, device_named, select, time_case
 from kernels._launch import IMPLS
@@ -62,10 +63,10 @@ def run_roofline(options: argparse.Namespace, device: torch.device) -> Iterator[
 
 
 def run_end_to_end(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """A question and a photo through whole models, eager and portable."""
-    from bench import e2e  # needs the packages of the README, which a GPU node may lack
+    """A question and a photo through whole models, or images of several sizes; eager and ours."""
+    from bench import e2e, images  # need the packages of the README, which a GPU node may lack
 
-    yield from e2e.run(device)
+    yield from (images if options.vision else e2e).run(device)
 
 
 def run_tune(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
@@ -89,15 +90,30 @@ def run_tune(options: argparse.Namespace, device: torch.device) -> Iterator[dict
 
 
 def run_cost(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """Bytes, items, balance and floors of prefix attention on `--gpu`, wherever this runs."""
+    """Bytes, items, balance and floors on `--gpu`, wherever this runs: of prefix attention, or of
+    vision ops."""
     if set(options.op) - {"prefix_attention"}:
-        raise InputError("cost has a model of prefix_attention only")
+        if set(options.op) - set(vision_cost.OPS):
+            known = f"prefix_attention, or of {', '.join(vision_cost.OPS)}"
+            raise InputError(f"cost has a model of {known}")
+        yield from vision_cost.table(options.op, options.gpu, options.copy_gb_s, options.case)
+        return
     yield from cost.table(options.gpu, options.copy_gb_s, options.case)
+
+
+def display_cost(made: Sequence[dict]) -> None:
+    """The rows of `run_cost` as tables."""
+    (vision_cost if "padding" in made[0] else cost).display(made)
 
 
 def run_fp8(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """What FP8 KV pages do to SmolLM2's distributions."""
     yield from fp8_kv.run(device)
+
+
+def run_fold(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """Errors and work of the projector with and without folded weights."""
+    yield from fold.run(device)
 
 
 COMMANDS = {
@@ -106,8 +122,9 @@ COMMANDS = {
     "ops": (run_ops, show.times),
     "e2e": (run_end_to_end, show.jobs),
     "tune": (run_tune, tune.display),
-    "cost": (run_cost, cost.display),
+    "cost": (run_cost, display_cost),
     "fp8": (run_fp8, fp8_kv.display),
+    "fold": (run_fold, fold.display),
 }
 ALL = ("numerics", "ops", "e2e")
 
@@ -123,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
         "--grid", action="store_true", help="ops: all of prefix attention's grid (a GPU, long)"
+    )
+    parser.add_argument(
+        "--vision", action="store_true", help="e2e: images of several sizes to embeddings instead"
     )
     parser.add_argument(
         "--gpu", choices=cost.GPUS, default="h200", help="cost: for which GPU (default: h200)"

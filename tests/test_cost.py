@@ -203,7 +203,7 @@ class TestTable:
         modes = {row["mode"] for row in rows if row["op"] == "prefix_attention"}
         assert modes == {"fast", "batch-invariant", "fp8"}
         assert {row["copy_source"] for row in rows} == {"datasheet"}
-        with pytest.raises(InputError, match="prefix_attention only"):
+        with pytest.raises(InputError, match="cost has a model of prefix_attention"):
             command.main(["cost", "--op", "rms_norm", "--device", "cpu"])
         with pytest.raises(InputError, match="'B7'"):
             command.main(["cost", "--case", "B7", "--device", "cpu"])
