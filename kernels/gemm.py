@@ -9,11 +9,10 @@ in their order, or to those that `rows` names.
 
 The work is cut as gemm_cut.py says. If that cuts tiles, a second launch sums their parts in a fixed
 order, so that results do not change from run to run; the parts take a workspace in fp32 of at most
-two tiles per program: 34 MiB for tiles of 128 x 256 on 132 SMs.
+two tiles per program: 33 MiB for tiles of 128 x 256 on 132 SMs.
 
-Without measurements (`tuned/` has none yet) tiles are chosen by these considerations, for 16 bits:
-a tile of 128 x 256 asks memory for 85 operations' worth of work per byte, one of 64 x 256 for 51
-and of 128 x 128 for 64; wgmma of 256 columns reads its operands fastest from shared memory.
+Tiles by rule, for 16 bits: of 128 x 256, which do 85 operations per byte that they read, where those
+of 64 x 256 do 51 and of 128 x 128 do 64; few rows take 64.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._tiles import Gpu, assume_gpu, use_tiles
-from kernels.activation import quick_gelu
 from kernels.gemm import convolution, gemm_candidates, halved, linear, windows_of
 from kernels.gemm_cut import BAND, cut_of
 from tests.errors import max_error
@@ -227,11 +226,12 @@ def test_rows_of_out(options: dict, triton_device: str):
 @pytest.mark.parametrize("options", [WHOLE, CUT], ids=["whole", "cut"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 def test_quick_gelu(options: dict, dtype: torch.dtype, triton_device: str):
-    """The activation sees the sum as rounded to the dtype, like a kernel of its own."""
+    """The activation sees the sum as rounded to the dtype; only it and one rounding come after."""
     x, weight, bias = layer(37, 19, 70, dtype=dtype, device=triton_device)
     with use_tiles("gemm", **options):
         out = linear(x, weight, bias, quick_gelu=True)
-        assert torch.equal(out, quick_gelu(linear(x, weight, bias), impl="triton"))
+        z = linear(x, weight, bias).double()
+    assert max_error(out, z * torch.sigmoid(1.702 * z)) < TOLERANCES[dtype]
 
 
 def test_the_same_every_time(triton_device: str):
