@@ -11,8 +11,8 @@ The work is cut as gemm_cut.py says. If that cuts tiles, a second launch sums th
 order, so that results do not change from run to run; the parts take a workspace in fp32 of at most
 two tiles per program: 33 MiB for tiles of 128 x 256 on 132 SMs.
 
-Tiles by rule, for 16 bits: of 128 x 256, which do 85 operations per byte that they read, where those
-of 64 x 256 do 51 and of 128 x 128 do 64; few rows take 64.
+Tiles by rule, for 16 bits: of 128 x 256, which do 85 operations per byte that they read, where
+those of 64 x 256 do 51 and of 128 x 128 do 64; few rows take 64.
 """
 
 from collections.abc import Sequence
