@@ -1,7 +1,8 @@
 """`python -m bench`: check the numbers of every op, time them, answer a question end to end.
 
 `python -m bench tune` is for a new GPU: it measures tile choices and writes kernels/tuned/.
-`python -m bench cost` needs none: what prefix attention moves, and how evenly, by arithmetic.
+`python -m bench cost` needs none: what prefix attention moves, and how evenly it and the vision ops
+fill a GPU, by arithmetic.
 `python -m bench fp8` shows what FP8 KV pages do to a real model, `python -m bench fold` what
 folding the projector's layers does to its numbers.
 """
