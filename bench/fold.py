@@ -18,7 +18,7 @@ from kernels._views import Grid
 from kernels.projector import fold, output_tokens, projector
 from model.config import PRESETS
 
-GRID, CHANNELS = (8, 8), 256
+GRID, CHANNELS = (28, 28), 256  # 49 tokens: two errors of 12,544 results compare within 1 %
 DTYPES = (torch.bfloat16, torch.float16)
 PATHS = ("unfolded", "folded")
 EXACT = 1e-12  # far above rounding in fp64, far below that in fp32

@@ -9,6 +9,7 @@ specialize  1: a warp group copies while two compute (sm_90, with tma and four w
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -38,9 +39,8 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
     if not len(qkv):
         return out
     parts = Parts.of(dim)
-    wide = qkv.element_size() == 4
-    key = f"D{dim}" + " fp32" * wide
-    chosen = tiles(OP, key, qkv.device, lambda gpu: _rule(wide, gpu))
+    key = f"D{dim}" + " fp32" * (qkv.dtype == torch.float32)
+    chosen = tiles(OP, key, qkv.device, partial(_rule, key))
     rows, block = chosen["rows"], chosen["block"]
     places, work = _geometry(tuple(grids), rows, qkv.device)
     turned = _rotated(qkv, places, cos, sin, heads, dim, parts)
@@ -130,18 +130,19 @@ def _descriptors(
     )
 
 
-def _rule(wide: bool, gpu: Gpu) -> Tiles:
+def _rule(key: str, gpu: Gpu) -> Tiles:
     """Choices without measurements; `python -m profiles static` shows what becomes of them.
 
     128 queries at a time: for 64, keys and values would have to come from L2 faster than it can.
-    64 keys: on sm_90 two programs then fit an SM, and one exponentiates while the other multiplies.
-    fp32 is for tests, and `wide`.
+    64 keys: on sm_90 two programs then fit an SM, and one exponentiates while the other multiplies;
+    on sm_80 heads of 128 would spill. fp32 is for tests.
     """
-    rows, block, warps = (32, 32, 4) if wide else (128, 64, 8)
+    wide = key.endswith("fp32")
+    half = wide or (gpu.arch < 90 and key == "D128")
     return {
-        "rows": rows,
-        "block": block,
-        "num_warps": warps,
+        "rows": 32 if wide else 128,
+        "block": 32 if half else 64,
+        "num_warps": 4 if wide else 8,
         "num_stages": 2 if wide else 3,
         "tma": 0,
         "specialize": 0,
@@ -150,7 +151,7 @@ def _rule(wide: bool, gpu: Gpu) -> Tiles:
 
 def vision_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     """What `python -m bench tune` measures for heads of class `key`: the rule, then its kin."""
-    rule = _rule(key.endswith("fp32"), gpu)
+    rule = _rule(key, gpu)
     kin = [{"num_stages": 2}, {"num_stages": 4}, {"block": 32, "num_stages": 4}]
     if gpu.arch >= 90:
         longer = {"block": 128, "num_stages": 2}
@@ -158,4 +159,5 @@ def vision_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
         kin += [longer, {"tma": 1}, longer | {"tma": 1}]
         kin += [specialized, longer | specialized]
         kin += [] if key == "D128" else [{"rows": 256} | specialized]  # which would spill
-    return [rule, *(rule | change for change in kin)]
+    candidates = [rule, *(rule | change for change in kin)]
+    return [one for at, one in enumerate(candidates) if one not in candidates[:at]]

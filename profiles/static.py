@@ -8,16 +8,20 @@ launches that share kernel, architecture, dtype and configuration.
 `broken_rules` says what must hold of a row, by itself and against the committed baseline.
 """
 
+import ast
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from threading import Lock
 
 import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompilationError, CompiledKernel
+from triton.runtime.jit import JITFunction
 
 from bench import inputs, tune
 from bench.cases import SMOLLM2, Case, cases, in_modes
@@ -116,6 +120,7 @@ def sweep(
     ]
     rows: dict[tuple, Row] = {}
     with (
+        _parsed_in_turn(),
         ThreadPoolExecutor(os.cpu_count()) as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
@@ -166,6 +171,26 @@ def update(
     good = [row for row in rows if not row["failure"]]
     new = [{name: row[name] for name in (*KEY, *WORST, "op", "triton")} for row in good]
     return sorted([*kept, *new], key=lambda row: (row["op"], *key_of(row)))
+
+
+@contextmanager
+def _parsed_in_turn() -> Iterator[None]:
+    """Let one thread at a time parse a kernel's source.
+
+    Python 3.11 may lose count of how deep it is when two do, and then raises SystemError
+    (python/cpython#106905).
+    """
+    parse, lock = JITFunction.parse, Lock()
+
+    def parse_in_turn(kernel: JITFunction) -> ast.Module:
+        with lock:
+            return parse(kernel)
+
+    JITFunction.parse = parse_in_turn
+    try:
+        yield
+    finally:
+        JITFunction.parse = parse
 
 
 def _unfit(row: Row) -> Iterator[str]:

@@ -25,7 +25,7 @@ def test_rows(small, capsys):
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [row["dtype"] for row in rows] == ["bfloat16", "float16"]
     for row, roundoff in zip(rows, (2**-8, 2**-11), strict=True):
-        assert row["case"] == "C16, 24 of 4096 channels, 4 tokens"
+        assert row["case"] == "C16, 24 of 4096 channels, 49 tokens"
         for path in fold.PATHS:
             assert roundoff / 8 < row[f"{path}_rms_err"] < roundoff
             assert row[f"{path}_rms_err"] < row[f"{path}_max_err"] < 4 * roundoff
