@@ -39,8 +39,7 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
     if not len(qkv):
         return out
     parts = Parts.of(dim)
-    key = f"D{dim}" + " fp32" * (qkv.dtype == torch.float32)
-    chosen = tiles(OP, key, qkv.device, partial(_rule, key))
+    chosen = _tiles_of(qkv, dim)
     rows, block = chosen["rows"], chosen["block"]
     places, work = _geometry(tuple(grids), rows, qkv.device)
     turned = _rotated(qkv, places, cos, sin, heads, dim, parts)
@@ -130,6 +129,13 @@ def _descriptors(
     )
 
 
+def _tiles_of(qkv: Tensor, dim: int) -> Tiles:
+    few = triton.next_power_of_2(len(qkv))
+    size = f"T<={few}" if few <= 4096 else "T>4096"
+    key = f"D{dim} {size}" + " fp32" * (qkv.dtype == torch.float32)
+    return tiles(OP, key, qkv.device, partial(_rule, key))
+
+
 def _rule(key: str, gpu: Gpu) -> Tiles:
     """Choices without measurements; `python -m profiles static` shows what becomes of them.
 
@@ -138,7 +144,7 @@ def _rule(key: str, gpu: Gpu) -> Tiles:
     on sm_80 heads of 128 would spill. fp32 is for tests.
     """
     wide = key.endswith("fp32")
-    half = wide or (gpu.arch < 90 and key == "D128")
+    half = wide or (gpu.arch < 90 and key.startswith("D128"))
     return {
         "rows": 32 if wide else 128,
         "block": 32 if half else 64,
@@ -150,14 +156,16 @@ def _rule(key: str, gpu: Gpu) -> Tiles:
 
 
 def vision_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
-    """What `python -m bench tune` measures for heads of class `key`: the rule, then its kin."""
+    """What `python -m bench tune` measures for inputs of class `key`: the rule, then its kin."""
     rule = _rule(key, gpu)
     kin = [{"num_stages": 2}, {"num_stages": 4}, {"block": 32, "num_stages": 4}]
+    if rule["block"] == 64:  # else it would spill
+        kin += [{"rows": 64, "num_warps": 4}]  # for batches that leave SMs idle
     if gpu.arch >= 90:
         longer = {"block": 128, "num_stages": 2}
         specialized = {"tma": 1, "specialize": 1, "num_warps": 4}
         kin += [longer, {"tma": 1}, longer | {"tma": 1}]
         kin += [specialized, longer | specialized]
-        kin += [] if key == "D128" else [{"rows": 256} | specialized]  # which would spill
+        kin += [] if key.startswith("D128") else [{"rows": 256} | specialized]  # which would spill
     candidates = [rule, *(rule | change for change in kin)]
     return [one for at, one in enumerate(candidates) if one not in candidates[:at]]

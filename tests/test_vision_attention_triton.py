@@ -233,7 +233,7 @@ from kernels._tiles import H200, use_tiles
 from kernels.vision_attention import vision_attention
 from kernels.vision_attention_launch import vision_attention_candidates
 qkv = torch.empty(30, 288, dtype=torch.bfloat16)
-for tiles in vision_attention_candidates("D96", H200):
+for tiles in vision_attention_candidates("D96 T>4096", H200):
     if tiles["specialize"]:
         with launches_recorded(H200) as launches, use_tiles("vision_attention", **tiles):
             vision_attention(qkv, [(5, 6)], heads=1, impl="triton")
@@ -254,6 +254,6 @@ def test_specialization_takes_place():
 def test_candidates_begin_with_the_rule():
     for gpu in (H200, A100):
         with assume_gpu(gpu):
-            candidates = vision_attention_candidates("D96", gpu)
+            candidates = vision_attention_candidates("D96 T>4096", gpu)
         assert candidates[0]["rows"] == 128 and not candidates[0]["specialize"]
         assert all(gpu.arch >= 90 or not c["tma"] for c in candidates)
