@@ -1,16 +1,18 @@
 """Tensors that ops compute once per shape and keep in bounded caches: angles, tables of tiles.
 
 A CUDA graph reads the memory of those it was captured with at every replay, long after a cache may
-have dropped them. Who captures one collects them (`holding`) and keeps them as long as the graph.
+have dropped them. Who captures one collects them (`holding`), from a first run of the work on, and
+keeps them as long as the graph. None is then computed while it is captured: that one's memory would
+be the graph's, and a replay of another graph may overwrite what the cache serves.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, wraps
 from typing import Any
 
-_holder: ContextVar[list | None] = ContextVar("holder", default=None)
+_holder: ContextVar[dict[Hashable, Any] | None] = ContextVar("holder", default=None)
 
 
 def kept(maxsize: int) -> Callable[[Callable], Callable]:
@@ -21,27 +23,29 @@ def kept(maxsize: int) -> Callable[[Callable], Callable]:
 
         @wraps(function)
         def look_up(*args: Any) -> Any:
-            return hold(cached(*args))
+            return held((function, *args), lambda: cached(*args))
 
         return look_up
 
     return decorate
 
 
-def hold(value: Any) -> Any:
-    """`value`, noted for whoever is `holding`."""
+def held(key: Hashable, look_up: Callable[[], Any]) -> Any:
+    """What `look_up` returns; for whoever is `holding`, what it returned the first time."""
     holder = _holder.get()
-    if holder is not None:
-        holder.append(value)
-    return value
+    if holder is None:
+        return look_up()
+    if key not in holder:
+        holder[key] = look_up()
+    return holder[key]
 
 
 @contextmanager
-def holding() -> Iterator[list]:
-    """A list that collects the tensors looked up meanwhile."""
-    held: list = []
-    token = _holder.set(held)
+def holding() -> Iterator[dict[Hashable, Any]]:
+    """A dict that collects the tensors looked up meanwhile, each once."""
+    holder: dict[Hashable, Any] = {}
+    token = _holder.set(holder)
     try:
-        yield held
+        yield holder
     finally:
         _holder.reset(token)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels._kept import hold
+from kernels._kept import held
 from kernels._launch import check
 from kernels._views import Grid, tokens_of
 from kernels.linear_quick_gelu import linear_quick_gelu
@@ -245,16 +245,19 @@ class VisionTower(nn.Module):
 
     def _positions(self, grid: Grid) -> Tensor:
         """The position embedding at a view's grid, [tokens, width], in the parameter's dtype."""
-        side = self.config.grid
-        if grid == (side, side):
+        if grid == (self.config.grid, self.config.grid):
             return self.positional_embedding
+        return held((id(self), grid), partial(self._interpolate, grid))
+
+    def _interpolate(self, grid: Grid) -> Tensor:
         positions = self._interpolated.get(grid)
         if positions is None:
+            side = self.config.grid
             table = self.positional_embedding.view(1, side, side, -1).permute(0, 3, 1, 2)
             table = F.interpolate(table, size=grid, mode="bilinear", align_corners=False)
             positions = table.flatten(2)[0].T.contiguous()
             self._interpolated.put(grid, positions)
-        return hold(positions)
+        return positions
 
     def _forget(self) -> None:
         self._folded = None

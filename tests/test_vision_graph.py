@@ -121,7 +121,22 @@ def test_tables_are_held(vision):
     """The graph reads interpolated positions that the tower may drop from its cache."""
     with holding() as held:
         vision(views_of(0, 28))
-    assert any(table is vision._positions((2, 2)) for table in held)
+    assert any(table is vision._positions((2, 2)) for table in held.values())
+
+
+@torch.inference_mode()
+def test_no_table_is_computed_in_a_capture(vision, monkeypatch: pytest.MonkeyPatch):
+    """Its memory would be the graph's, and the caches would serve what another replay leaves there.
+
+    A body that ran once does not compute any, of however many grids its batch is.
+    """
+    grids = tuple((rows, columns) for rows in range(1, 6) for columns in range(1, 6))
+    patches = vision.patches([torch.randn(3, 14 * r, 14 * c) for r, c in grids], grids)
+    with holding():
+        first = vision.encode(patches, grids)
+        monkeypatch.setattr(torch.nn.functional, "interpolate", None)
+        monkeypatch.setattr(torch, "arange", None)
+        assert torch.equal(vision.encode(patches, grids), first)
 
 
 @pytest.mark.gpu
