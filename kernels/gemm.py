@@ -111,20 +111,26 @@ def windows_of(grids: tuple[Grid, ...], device: torch.device) -> Tensor:
     Its first token (which may be outside, even negative), the columns of its view, and nine bits,
     of which bit 3 a + b says whether tap (a, b) is inside.
     """
+    of_one = {grid: _windows_of_one(grid) for grid in set(grids)}
     tables, start = [torch.empty(3, 0, dtype=torch.int32)], 0
-    for (rows, columns), (out_rows, out_columns) in zip(grids, halved(grids), strict=True):
-        row = 2 * torch.arange(out_rows)[:, None] - 1
-        column = 2 * torch.arange(out_columns) - 1
-        inside = torch.zeros(out_rows, out_columns, dtype=torch.int64)
-        for tap in range(9):
-            at_row, at_column = row + tap // 3, column + tap % 3
-            valid = (at_row >= 0) & (at_row < rows) & (at_column >= 0) & (at_column < columns)
-            inside |= valid.long() << tap
-        first = start + row * columns + column
-        table = torch.stack([first, torch.full_like(first, columns), inside])
-        tables.append(table.flatten(1).int())
+    for rows, columns in grids:
+        table = of_one[rows, columns]
+        tables.append(table + torch.tensor([[start], [0], [0]], dtype=torch.int32))
         start += rows * columns
     return torch.cat(tables, dim=1).to(device)
+
+
+def _windows_of_one(grid: Grid) -> Tensor:
+    """`windows_of` a view alone, on the CPU."""
+    (rows, columns), [(out_rows, out_columns)] = grid, halved([grid])
+    row = 2 * torch.arange(out_rows)[:, None] - 1
+    column = 2 * torch.arange(out_columns) - 1
+    first, inside = row * columns + column, torch.tensor(0)
+    for tap in range(9):
+        at_row, at_column = row + tap // 3, column + tap % 3
+        valid = (at_row >= 0) & (at_row < rows) & (at_column >= 0) & (at_column < columns)
+        inside = inside | valid.long() << tap
+    return torch.stack([first, torch.full_like(first, columns), inside]).flatten(1).int()
 
 
 def _launch(
