@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
 IMPLS = ("eager", "portable", "triton")
 
@@ -40,6 +41,11 @@ def check_triton(op: str, device: torch.device) -> None:
     """Raise ImplError if Triton kernels cannot run on `device`."""
     if device.type != "cuda" and not (without_gpu.get() or _interpreting()):
         raise ImplError(f"impl 'triton' of {op} needs a CUDA device, not {device}")
+
+
+def copyable(x: Tensor) -> bool:
+    """Whether tensor copies can read a matrix: rows and their beginning stand on 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def check(condition: bool, message: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels._kept import kept
-from kernels._launch import check
+from kernels._launch import check, copyable
 from kernels._tiles import Gpu, Tiles, gpu_of, tiles
 from kernels._views import Grid, tokens_of
 from kernels.gemm_cut import cut_of
@@ -199,7 +199,7 @@ def _launch(
 def _factors(x: Tensor, weight: Tensor, windows: Tensor | None, chosen: Tiles) -> dict:
     """The kernel's arguments for both factors; with tma also descriptors of their blocks."""
     m, n, k = (chosen[f"block_{axis}"] for axis in "mnk")
-    tma = bool(chosen["tma"])
+    tma = bool(chosen["tma"]) and copyable(weight) and (windows is not None or copyable(x))
     check(x.shape[1] % k == 0 or not tma, "tile choice tma: block_k must divide the channels")
     return {
         "a": x,
@@ -231,7 +231,8 @@ def _choice(block_m: int, block_n: int, block_k: int, **others: int) -> Tiles:
     """Tile choices, one program per SM unless said.
 
     overhead  of cutting tiles, in steps of block_k: what writing and reading the parts costs
-    tma       1: the weight by tensor copies, and x too for a linear layer (sm_90)
+    tma       1: the weight by tensor copies, and x too for a linear layer (sm_90), where rows
+              begin on 16 bytes
     """
     tile = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
     return tile | {"programs": 1, "overhead": 16, "tma": 0} | others
