@@ -219,7 +219,9 @@ def _tiles_of(x: Tensor, count: int, width: int, taps: int) -> Tiles:
         block_m = 64 if count <= 64 else 128
         block_n = min(256, max(64, triton.next_power_of_2(width)))
         warps = 8 if block_m * block_n > 128 * 128 else 4
-        return _choice(block_m, block_n, 64, num_warps=warps, num_stages=4)
+        buffers = gpu.shared_bytes // (2 * 64 * (block_m + block_n))
+        stages = min(4, buffers + (gpu.arch < 90))  # before, one stage needs no buffer
+        return _choice(block_m, block_n, 64, num_warps=warps, num_stages=stages)
 
     few = triton.next_power_of_2(count)
     size = f"M<={few}" if few <= 4096 else "M>4096"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels._tiles import Gpu, assume_gpu, record_tiles, use_tiles
+from kernels._tiles import A100, H200, Gpu, assume_gpu, record_tiles, use_tiles
 from kernels.linear_quick_gelu import linear_quick_gelu
 from tests.errors import max_error
 
@@ -95,3 +95,19 @@ def test_mistakes_are_named(impl: str, fused: bool | None, triton_device: str):
     for message, given in cases:
         with pytest.raises(ValueError, match=message):
             linear_quick_gelu(*given, fused=fused, impl=impl)
+
+
+@pytest.mark.parametrize(
+    "gpu,buffers", [(H200, 4), (A100, 3), (Gpu("small", 86, 84, 99 * 1024), 2)]
+)
+def test_stages_fit_in_shared_memory(gpu: Gpu, buffers: int, triton_device: str):
+    """Those of the tiles of 128 x 256 that the rule has for this size; here smaller ones are run.
+
+    Before sm_90 the compiler takes a buffer less than there are stages.
+    """
+    inputs = draw(65, 16, 129, torch.float16, triton_device)
+    with assume_gpu(gpu), record_tiles() as asked:
+        linear_quick_gelu(*inputs, fused=True, impl="triton")
+    (chosen,) = (tiles for (op, _), tiles in asked.items() if op == "gemm")
+    assert chosen["num_stages"] - (gpu.arch < 90) == buffers
+    assert buffers * 2 * 64 * (128 + 256) <= gpu.shared_bytes
