@@ -9,11 +9,20 @@ class Lru:
     """Values by key; beyond `budget`, a sum of sizes, those used longest ago are dropped."""
 
     def __init__(self, budget: int) -> None:
-        self.budget, self.held = budget, 0
         self._items: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self.held, self.budget = 0, budget
 
     def __len__(self) -> int:
         return len(self._items)
+
+    @property
+    def budget(self) -> int:
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: int) -> None:
+        self._budget = budget
+        self._drop()
 
     def get(self, key: Hashable) -> Any:
         """The value, from now on the last to be dropped; None if there is none."""
@@ -29,10 +38,13 @@ class Lru:
             return
         self._items[key] = value, size
         self.held += size
-        while self.held > self.budget:
-            _, (_, dropped) = self._items.popitem(last=False)
-            self.held -= dropped
+        self._drop()
 
     def clear(self) -> None:
         self._items.clear()
         self.held = 0
+
+    def _drop(self) -> None:
+        while self.held > self.budget:
+            _, (_, size) = self._items.popitem(last=False)
+            self.held -= size

@@ -88,6 +88,10 @@ def test_the_budget_holds_whole_images(model: Step3VL, encoded: list[int]):
     assert encoded == [3, 3, 3]
     model.encode_images([photo(2)])
     assert encoded == [3, 3, 3, 3]
+    cache.budget = size  # at once: memory is wanted now
+    assert (len(cache), cache.held) == (1, size)
+    model.encode_images([photo(2)])
+    assert encoded == [3, 3, 3, 3]
     model.vision.prepare()
     assert (len(cache), cache.held) == (0, 0)
 
