@@ -82,7 +82,10 @@ def convolution(
 def check_placing(
     x: Tensor, count: int, width: int, out: Tensor | None, rows: Tensor | None
 ) -> None:
-    """Raise ValueError unless `count` results of so many columns for x can go to `rows` of out."""
+    """Raise ValueError unless `count` results of so many columns can go to `rows` of out.
+
+    x: has their dtype and device.
+    """
     check((out is None) == (rows is None), "out and rows come together or not at all")
     if out is None:
         return
@@ -90,13 +93,13 @@ def check_placing(
     check(out.stride(1) == 1, "out must have neighbouring columns (stride 1)")
     check(
         out.dtype == x.dtype and out.device == x.device,
-        f"out must be {x.dtype} on {x.device} like x",
+        f"out must be {x.dtype} on {x.device}",
     )
     check(
         rows.dtype == torch.int64 and rows.shape == (count,) and rows.is_contiguous(),
         f"rows must be int64 [{count}], without gaps",
     )
-    check(rows.device == x.device, f"rows must be on {x.device} like x")
+    check(rows.device == x.device, f"rows must be on {x.device}")
 
 
 def halved(grids: Sequence[Grid]) -> list[Grid]:

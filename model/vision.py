@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kernels._kept import held
 from kernels._launch import check
 from kernels._views import Grid, tokens_of
+from kernels.gemm import check_placing
 from kernels.linear_quick_gelu import linear_quick_gelu
 from kernels.norm import layer_norm
 from kernels.projector import fold, output_tokens, projector
@@ -81,14 +82,14 @@ class VisionTower(nn.Module):
 
         The result holds each view's tokens in the order of the views, row-major within a view. With
         `out` [R, out_width] and `rows`, T' distinct int64, token i goes to out[rows[i]] instead,
-        and `out` is returned. Raises ValueError for views that `grids` refuses.
+        and `out` is returned. Raises ValueError for views that `grids` refuses, or for `out` and
+        `rows` that do not fit them.
         """
         if self._folded is None:
             self.prepare()
         grids = self.grids(views)
         count = sum(map(output_tokens, grids))
-        check((out is None) == (rows is None), "out and rows go together: give both or neither")
-        check(rows is None or rows.shape == (count,), f"rows must be [{count}] for these views")
+        check_placing(self.projector, count, len(self.projector), out, rows)
         if not grids:
             return self.projector.new_empty(0, len(self.projector)) if out is None else out
         order = _side_by_side(grids)

@@ -282,10 +282,14 @@ def test_mistakes_are_named(tiny: Step3VL):
         with pytest.raises(ValueError, match=message):
             tiny.vision([small, view])
     out, rows = torch.zeros(1, TINY.decoder.hidden), torch.zeros(1, dtype=torch.long)
-    with pytest.raises(ValueError, match="give both or neither"):
+    with pytest.raises(ValueError, match="out and rows come together"):
         tiny.vision([small], out=out)
-    with pytest.raises(ValueError, match=r"rows must be \[2\]"):
+    with pytest.raises(ValueError, match=r"rows must be int64 \[2\]"):
         tiny.vision([small, small], out=out, rows=rows)
+    with pytest.raises(ValueError, match="out must be torch.float32 on cpu"):
+        tiny.vision([small], out=out.half(), rows=rows)
+    with pytest.raises(ValueError, match="out must be torch.float32 on cpu"):
+        tiny.vision([], out=out.half(), rows=rows[:0])
     with pytest.raises(ValueError, match="grids hold 12 tokens, qkv 11"):
         vision_attention(torch.zeros(11, 24), [(3, 4)], heads=1)
     with pytest.raises(ValueError, match="qkv must be"):
