@@ -45,6 +45,8 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
     turned = _rotated(qkv, places, cos, sin, heads, dim, parts)
     tma = chosen["tma"] and _copies(qkv)
     specialize = bool(tma and chosen["specialize"])
+    if specialize:  # the kernel makes descriptors of its own, and the launch gets them memory
+        triton.set_allocator(_memory)
     vision_attention_kernel[(len(work) * heads,)](
         turned,
         qkv,
@@ -69,6 +71,11 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
         num_stages=chosen["num_stages"],
     )
     return out
+
+
+def _memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    """For a launch, on the device that it is for; PyTorch aligns to more than any kernel asks."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _rotated(

@@ -198,6 +198,14 @@ def _attend_tile(
     live = first + tl.arange(0, ROWS) < end
     column = head * PADDED
     q = turned + first.to(tl.int64) * STRIDE + column
+    # Triton gives each of two warp groups half of Q. It can halve these descriptors, not a host's.
+    if SPECIALIZE:
+        q_tiles = (
+            tl.make_tensor_descriptor(turned, [end, STRIDE], [STRIDE, 1], [ROWS, FIRST]),
+            tl.make_tensor_descriptor(turned, [end, STRIDE], [STRIDE, 1], [ROWS, REST])
+            if REST
+            else None,
+        )
     q0 = _load(q, q_tiles[0], first, column, live, STRIDE, FIRST, ROWS, TMA_Q)
     acc0 = tl.zeros([ROWS, FIRST], tl.float32)
     q1, acc1 = q0, acc0
