@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels._kept import kept
-from kernels._launch import check
+from kernels._launch import check, copyable
 from kernels._tiles import Gpu, Tiles, tiles
 from kernels._views import Grid
 from kernels.vision_attention_triton import Parts, rotate_kernel, vision_attention_kernel
@@ -41,9 +41,9 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
     parts = Parts.of(dim)
     chosen = _tiles_of(qkv, dim)
     rows, block = chosen["rows"], chosen["block"]
-    places, work = _geometry(tuple(grids), rows, qkv.device)
+    places, work = _geometry(tuple(map(tuple, grids)), rows, qkv.device)
     turned = _rotated(qkv, places, cos, sin, heads, dim, parts)
-    tma = chosen["tma"] and _copies(qkv)
+    tma = chosen["tma"] and copyable(qkv)
     specialize = bool(tma and chosen["specialize"])
     if specialize:  # the kernel makes descriptors of its own, and the launch gets them memory
         triton.set_allocator(_memory)
@@ -119,11 +119,6 @@ def _geometry(grids: tuple[Grid, ...], rows: int, device: torch.device) -> tuple
     work.sort(key=lambda tile: tile[1] - tile[2])  # stable: a view's tiles stay together
     made = torch.cat(places), torch.tensor(work)
     return tuple(x.to(device, torch.int32) for x in made)
-
-
-def _copies(qkv: Tensor) -> bool:
-    """Whether tensor copies can read it: rows and their beginning stand on 16 bytes."""
-    return qkv.data_ptr() % 16 == 0 and qkv.stride(0) * qkv.element_size() % 16 == 0
 
 
 def _descriptors(

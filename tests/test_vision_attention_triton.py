@@ -105,6 +105,7 @@ RAGGED = {
     "one size, many views": [(3, 3)] * 7,
     "sizes mixed": [(5, 7), (1, 2), (6, 6), (5, 5), (7, 5), (1, 1)],
     "an empty view between others": [(3, 4), (0, 5), (2, 2)],
+    "grids as lists": [[3, 4], [2, 2]],
 }
 
 
