@@ -31,7 +31,11 @@ def vision_attention(
     Raises ValueError for shapes that do not fit together.
     """
     tokens = tokens_of(grids)
-    check(qkv.ndim == 2 and qkv.shape[1] % (12 * heads) == 0, f"qkv must be [T, 3 * {heads} * D]")
+    check(heads > 0, f"heads must be 1 or more, not {heads}")
+    check(
+        qkv.ndim == 2 and qkv.shape[1] > 0 and qkv.shape[1] % (12 * heads) == 0,
+        f"qkv must be [T, 3 * {heads} * D], D a multiple of 4",
+    )
     check(qkv.shape[0] == tokens, f"grids hold {tokens} tokens, qkv {qkv.shape[0]}")
     return pick("vision_attention", impl, qkv.device, _FORMS)(qkv, grids, heads, theta)
 

@@ -18,10 +18,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-Source = Tensor | TensorDescriptor
 
 
 class Parts(NamedTuple):

@@ -292,5 +292,8 @@ def test_mistakes_are_named(tiny: Step3VL):
         tiny.vision([], out=out.half(), rows=rows[:0])
     with pytest.raises(ValueError, match="grids hold 12 tokens, qkv 11"):
         vision_attention(torch.zeros(11, 24), [(3, 4)], heads=1)
-    with pytest.raises(ValueError, match="qkv must be"):
-        vision_attention(torch.zeros(12, 25), [(3, 4)], heads=1)
+    for width in (0, 25):
+        with pytest.raises(ValueError, match="qkv must be"):
+            vision_attention(torch.zeros(12, width), [(3, 4)], heads=1)
+    with pytest.raises(ValueError, match="heads must be 1 or more, not 0"):
+        vision_attention(torch.zeros(12, 24), [(3, 4)], heads=0)
