@@ -115,19 +115,21 @@ class TestProjector:
     @pytest.mark.parametrize("name", PROJECTOR)
     @pytest.mark.parametrize("scattered", [False, True])
     def test_numbers(self, monkeypatch, name, scattered):
-        """Guards the bar: cuDNN measures its algorithms, with the weights that the name says."""
+        """Guards the bar: cuDNN measures its algorithms, with the weights that the name says, and
+        does not find those remembered for the forms."""
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
         seen, right = [], projector_peer.projector
 
         def projector(**given):
-            seen.append((torch.backends.cudnn.benchmark, given["folded"] is not None))
+            flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+            seen.append((*flags, given["folded"] is not None))
             return right(**given)
 
         monkeypatch.setattr(projector_peer, "projector", projector)
         case = cases._projector([(5, 7), (4, 4)], width=8, out=12, scattered=scattered)
         assert verdict_of(PEERS[name], case).failure is None
-        assert seen == [(True, name == "cudnn-folded")]
-        assert torch.backends.cudnn.benchmark is False
+        assert seen == [(True, True, name == "cudnn-folded")]
+        assert torch.backends.cudnn.benchmark is torch.backends.cudnn.deterministic is False
 
 
 class TestAbsence:

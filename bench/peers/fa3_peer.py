@@ -1,8 +1,8 @@
 """FlashAttention-3, from vLLM's shared object or from its own package; Hopper only.
 
 FA3_LIBRARY names a shared object to load (`_vllm_fa3_C*.so` of a vLLM wheel); else it is looked for
-in an installed vllm, and last the package flash_attn_3. The tile scheduler's metadata is made
-outside the timed call, as vLLM does.
+in an installed vllm, and last the package flash_attn_3. The tile scheduler's metadata of paged
+calls is made outside the timed call, as vLLM does.
 """
 
 import os
@@ -56,7 +56,10 @@ def cascade(inputs: dict) -> Callable[[], Tensor]:
 
 
 def varlen(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
-    """Attention of q, k, v [T, H, D] within sequences that start at `starts`, without a mask."""
+    """Attention of q, k, v [T, H, D] within sequences that start at `starts`, without a mask.
+
+    Without the scheduler's metadata, which FA3 then makes within the call.
+    """
     library = _library(device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:

@@ -1,7 +1,9 @@
 """The projector by cuDNN's convolutions at their best: its algorithms chosen by measurement.
 
 The op's PyTorch forms take what cuDNN's heuristics choose. The measurement is made at the first
-call of a shape, which is not timed.
+call of a shape, which is not timed. PyTorch remembers one algorithm for a shape, measured or not,
+whoever came first; but apart for calls that must be deterministic. So these are: their algorithms
+are not those of the forms before them, and they sum in a fixed order, as this project's kernels do.
 """
 
 from collections.abc import Callable
@@ -15,16 +17,17 @@ from kernels.projector import projector
 
 def cudnn(inputs: dict, *, folded: bool = False) -> Callable[[], Tensor]:
     """The three layers as they are, or with the last two `folded` into one."""
-    if not torch.backends.cudnn.is_available():
+    settings = torch.backends.cudnn
+    if not settings.is_available():
         raise Unavailable("needs cuDNN")
     given = inputs if folded else inputs | {"folded": None}
 
     def call() -> Tensor:
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
+        before = settings.benchmark, settings.deterministic
+        settings.benchmark = settings.deterministic = True
         try:
             return projector(**given, impl="portable")
         finally:
-            torch.backends.cudnn.benchmark = before
+            settings.benchmark, settings.deterministic = before
 
     return call
