@@ -201,7 +201,7 @@ class Step3VL(nn.Module):
         """Decoder embeddings [features, hidden] of images, each its crops, then its global view.
 
         images: `Views`, PIL images or paths. Those seen lately come from `vision.cache`.
-        Raises InputError for a text-only model.
+        Raises InputError for images given to a text-only model.
         """
         images = self._views(images)
         rows = torch.arange(self._count(images), device=self.device)

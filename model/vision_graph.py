@@ -23,13 +23,15 @@ class CudaGraph:
         with torch.cuda.device(inputs.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream), holding() as self._held:
-                body(self._inputs)  # compiles what is not compiled, fills tables
-                with torch.cuda.graph(
-                    self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-                ):
-                    self._output = body(self._inputs)
-            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream), holding() as self._held:
+                    body(self._inputs)  # compiles what is not compiled, fills tables
+                    with torch.cuda.graph(
+                        self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                    ):
+                        self._output = body(self._inputs)
+            finally:  # the caches serve what was computed, also if the rest failed
+                torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         self._inputs.copy_(inputs)
