@@ -1,9 +1,9 @@
 """Decoder embeddings of images seen before, found by the content of their views.
 
 An image whose pixels return, in the same call or in a later one, is encoded once, and what is
-served are the bits of that time. Alone in its call an image always gets the same bits, from here or
-not; encoded together with others it may differ from them by rounding, as matrix products of other
-sizes do.
+served are the bits of that time. Without the cache, too, an image alone in its call always gets the
+same bits; encoded together with others it may differ from them by rounding, as matrix products of
+other sizes do, and then that is what returns.
 """
 
 import hashlib
