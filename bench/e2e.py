@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.decode import FORMS
-from bench.numerics import Error, Verdict, compare
+from bench.numerics import MODEL_TOLERANCE, Verdict, compare, judged
 from bench.ops import MAIN_DTYPE
 from bench.rows import measured, with_speedups
 from bench.timing import Timing, measure
@@ -26,9 +26,6 @@ from pacore_sched.pacore import Pacore
 
 MODELS = {"cpu": ("smollm2-135m", "tiny"), "cuda": ("step3-vl-10b", "step3-vl-10b")}
 WIDTHS, MAX_TOKENS, PROMPT_TOKENS = (16,), 64, 1500
-# Of log-probabilities and logits in fp32: far above rounding, far below a fault. Whole models are
-# not judged in 16 bits, where rounding adds up over the layers; their ops are, one by one.
-TOLERANCE = 1e-3
 
 
 def run(device: torch.device) -> Iterator[dict]:
@@ -129,14 +126,6 @@ def look(model: Step3VL) -> list[dict]:
     return with_speedups(rows)
 
 
-def judged(error: Error, dtype: torch.dtype) -> Verdict:
-    """A whole model's error, judged in fp32."""
-    failure = None
-    if dtype == torch.float32 and not error.max <= TOLERANCE:
-        failure = f"max error {error.max:.2e} exceeds {TOLERANCE:.0e}"
-    return Verdict(error.max, error.rms, failure)
-
-
 def _rate(ends: list[tuple[float, int]]) -> float | None:
     """Tokens per second between the ends of the first and the last of some steps."""
     if len(ends) < 2:
@@ -188,7 +177,7 @@ def _same_rollouts(mine: list[Rollout], eager: list[Rollout], dtype: torch.dtype
         pairs += zip(a.logprobs[:agree], b.logprobs[:agree], strict=True)
     error = compare(*torch.tensor(pairs or [(0.0, 0.0)]).T)
     failure = None
-    wrong = not error.max <= TOLERANCE or whole < 0.9 * len(mine)
+    wrong = not error.max <= MODEL_TOLERANCE or whole < 0.9 * len(mine)
     if dtype == torch.float32 and wrong:
         failure = f"{whole} of {len(mine)} rollouts agree, log-probabilities to {error.max:.1e}"
     return Verdict(error.max, error.rms, failure)

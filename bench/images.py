@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.decode import FORMS
-from bench.e2e import MODELS, judged
-from bench.numerics import compare
+from bench.numerics import compare, judged
 from bench.ops import MAIN_DTYPE
 from bench.rows import measured, with_speedups
 from bench.timing import measure
@@ -26,17 +25,30 @@ from model.random_init import random_init
 from model.terminal import track
 from model.vision import VisionTower
 
+MODELS = {"cpu": "tiny", "cuda": "step3-vl-10b"}
 SIZES = ((728, 728), (1280, 720), (1920, 1080), (3024, 3024))  # width, height
 
 
 def run(device: torch.device) -> Iterator[dict]:
     """Rows of an image of each of SIZES."""
-    config, dtype = PRESETS[MODELS[device.type][1]], MAIN_DTYPE[device.type]
-    impl, out_width = impl_per_op(None), config.decoder.hidden
-    tower = VisionTower(config.vision, out_width, impl=impl, device=device, dtype=dtype)
-    random_init(tower.checkpoint_tensors(), 0)
+    config = PRESETS[MODELS[device.type]]
+    tower = random_tower(config, device)
     for size in track(SIZES, "images"):
         yield from encode(tower, config, size)
+
+
+def random_tower(config: Config, device: torch.device) -> VisionTower:
+    """A vision side with random weights, in the dtype that the device is used with."""
+    impl, dtype = impl_per_op(None), MAIN_DTYPE[device.type]
+    options = {"impl": impl, "device": device, "dtype": dtype}
+    tower = VisionTower(config.vision, config.decoder.hidden, **options)
+    random_init(tower.checkpoint_tensors(), 0)
+    return tower
+
+
+def case_name(config: Config, size: tuple[int, int]) -> str:
+    """As in "tiny 728 x 728"."""
+    return f"{config.name} {size[0]} x {size[1]}"
 
 
 def encode(
@@ -62,7 +74,7 @@ def encode(
     for name in forms:
         row = measured(
             "vision",
-            f"{config.name} {size[0]} x {size[1]}",
+            case_name(config, size),
             name,
             device=device,
             dtype=dtype,

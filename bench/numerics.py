@@ -45,6 +45,10 @@ TOLERANCES: dict[str, tuple[Error, Error]] = {
     "projector": (Error(5, 1), Error(200, 42)),
 }
 
+# Of a whole model's results in fp32: far above rounding, far below a fault. Whole models are not
+# judged in 16 bits, where rounding adds up over the layers; their ops are, one by one.
+MODEL_TOLERANCE = 1e-3
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -88,6 +92,14 @@ def judge(case: Case, run: Peer, inputs: dict, expected: list[Tensor]) -> Verdic
         max(error.rms for error in errors),
         next((text for text in excess if text), None),
     )
+
+
+def judged(error: Error, dtype: torch.dtype) -> Verdict:
+    """A whole model's error, judged in fp32."""
+    failure = None
+    if dtype == torch.float32 and not error.max <= MODEL_TOLERANCE:
+        failure = f"max error {error.max:.2e} exceeds {MODEL_TOLERANCE:.0e}"
+    return Verdict(error.max, error.rms, failure)
 
 
 def _excess(op: str, result: Tensor, error: Error) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 IMPLS = ("eager", "portable", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what ops compute with
 
 
 # Set by kernels/_compile.py, which records the launches of Triton kernels instead of making them.

@@ -12,10 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import check, pick
+from kernels._launch import DTYPES, check, pick
 from kernels._tiles import Gpu, Tiles, tiles
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def silu_mul(gate_up: Tensor, *, impl: str | None = None) -> Tensor:

@@ -23,13 +23,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels._kept import kept
-from kernels._launch import check, copyable
+from kernels._launch import DTYPES, check, copyable
 from kernels._tiles import Gpu, Tiles, gpu_of, tiles
 from kernels._views import Grid, tokens_of
 from kernels.gemm_cut import cut_of
 from kernels.gemm_triton import gemm_kernel, merge_stretches_kernel
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def linear(

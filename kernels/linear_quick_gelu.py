@@ -12,17 +12,14 @@ TFLOP/s, one takes a quarter of the other's time. So fused pays if our product c
 of the library's speed. Until that is measured the rule says no.
 """
 
-import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kernels._launch import check, pick
+from kernels._launch import DTYPES, check, pick
 from kernels._tiles import Gpu, Tiles, tiles
 from kernels.activation import quick_gelu, quick_gelu_ref
 from kernels.gemm import linear
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear_quick_gelu(

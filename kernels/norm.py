@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import check, pick
+from kernels._launch import DTYPES, check, pick
 from kernels._tiles import Gpu, Tiles, tiles
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # of the Triton forms: what a program's registers hold
 
 

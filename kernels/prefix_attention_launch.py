@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels._launch import check
+from kernels._launch import DTYPES, check
 from kernels._tiles import Tiles, gpu_of
 from kernels.fp8 import converts_e4m3
 from kernels.prefix_attention_decode import Rotary
@@ -18,7 +18,6 @@ from kernels.prefix_schedule import Cut, schedule_of
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = 1 / math.log(2)
 
 

@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import check, pick
+from kernels._launch import DTYPES, check, pick
 from kernels._rotary import cos_sin_of, pair_columns
 from kernels._tiles import Gpu, Tiles, tiles
 from kernels.fp8 import converts_e4m3, e4m3_scale, magnitude_bits, quantise_e4m3, to_e4m3
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 64  # decode: what counts is that every SM has work
 
 

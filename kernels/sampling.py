@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels._launch import check, pick
+from kernels._launch import DTYPES, check, pick
 from kernels._tiles import Gpu, Tiles, tiles
 from kernels.sampling_triton import (
     GROUP,
@@ -20,7 +20,6 @@ from kernels.sampling_triton import (
     sample_scan_kernel,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WORD = 0xFFFFFFFF  # the low 32 bits
 ROW = 16  # rows are padded to multiples of this many fp32, 64 bytes, to be aligned alike
 BLOCK = 1 << 17  # counters computed at a time on a CPU: six int64 buffers of 1 MiB

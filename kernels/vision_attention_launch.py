@@ -17,14 +17,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels._kept import kept
-from kernels._launch import check, copyable
+from kernels._launch import DTYPES, check, copyable
 from kernels._tiles import Gpu, Tiles, tiles
 from kernels._views import Grid
 from kernels.vision_attention_triton import Parts, rotate_kernel, vision_attention_kernel
 
 OP = "vision_attention"
 MAX_DIM = 128  # of a head: wider ones do not fit the registers
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST = 16  # side of a matrix product's tile
 ROTATE_ROWS, ROTATE_HEADS = 32, 4
 

@@ -8,6 +8,7 @@ other sizes do, and then that is what returns.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -56,9 +57,13 @@ class ImageCache(Lru):
 
 
 def image_key(views: Sequence[Tensor]) -> bytes:
-    """SHA-256 of the views' dtypes, shapes and values: fast on CPUs that have it in hardware."""
-    digest = hashlib.sha256()
-    for view in views:
-        digest.update(f"{view.dtype} {tuple(view.shape)};".encode())
-        digest.update(view.cpu().contiguous().view(torch.uint8).numpy())
+    """SHA-256 of the views' dtypes, shapes and values, each view's by a thread: an image of 37
+    views has 116 MB."""
+    with ThreadPoolExecutor() as pool:
+        return b"".join(pool.map(_view_key, views))
+
+
+def _view_key(view: Tensor) -> bytes:
+    digest = hashlib.sha256(f"{view.dtype} {tuple(view.shape)};".encode())
+    digest.update(view.cpu().contiguous().view(torch.uint8).numpy())
     return digest.digest()

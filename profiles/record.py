@@ -1,6 +1,7 @@
 """Everything a machine can measure in one go, as rows on disk.
 
-Sections in order of worth: the roofline, errors of every op, the decode step, the op table. Rows
+Sections in order of worth: the roofline, errors of every op, the decode step, images, the op
+table. Rows
 are written as they are made, so that an interrupted or too short run leaves what it had, and the
 next one with the same clean commit and device goes on from there. Needs torch, Triton and NumPy.
 """
@@ -16,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import rows
+from bench import images, rows
 from bench.cases import cases, numerics_cases
 from bench.decode import DecodeCase, time_decode
 from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, one_line, time_case
+from model.config import PRESETS, Config
 from model.step3vl import Step3VL
 from model.terminal import InputError, progress
+from model.vision import VisionTower
 
 DECODE = {
     "cpu": ("tiny", [DecodeCase(1, 256, 64), DecodeCase(4, 256, 64)]),
@@ -71,6 +74,10 @@ def tasks(device: torch.device) -> Iterator[Task]:
     for step in steps:
         run = partial(_decode, preset, step, device, main)
         yield Task("decode", "decode_step", f"{preset} {step.name}", main, run)
+    config = PRESETS[images.MODELS[device.type]]
+    for size in images.SIZES:
+        run = partial(_encode, config, size, device)
+        yield Task("vision", "vision", images.case_name(config, size), main, run)
     for case in cases(device.type):
         yield Task("ops", case.op, case.name, main, partial(time_case, case, device, main))
 
@@ -155,9 +162,19 @@ def _decode(preset: str, step: DecodeCase, device: torch.device, dtype: torch.dt
     return time_decode(_model(preset, device, dtype), step)
 
 
+@cache
+def _tower(config: Config, device: torch.device) -> VisionTower:
+    return images.random_tower(config, device)
+
+
+def _encode(config: Config, size: tuple[int, int], device: torch.device) -> list[dict]:
+    return images.encode(_tower(config, device), config, size)
+
+
 def _release_memory() -> None:
-    """Drop the model and the allocator's blocks: the next section needs neither."""
+    """Drop the models and the allocator's blocks: the next section needs neither."""
     _model.cache_clear()
+    _tower.cache_clear()
     torch.cuda.empty_cache()
 
 

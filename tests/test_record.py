@@ -68,6 +68,7 @@ def test_everything_is_planned():
             "roofline",
             "numerics",
             "decode",
+            "vision",
             "ops",
         ]
         keys = [(task.section, task.key) for task in work]
@@ -163,6 +164,15 @@ def test_decode_step_is_recorded(tmp_path, capsys):
     assert eager["case"] == default["case"] == "tiny B4 P256 S64"
     assert default["roofline_pct"] > 0
     assert "2 rows written" in capsys.readouterr().out
+
+
+def test_images_are_recorded(tmp_path):
+    """Guards the path that a GPU takes with the 10B's tower, here with that of `tiny`."""
+    arguments = ["record", "--out", str(tmp_path), "--device", "cpu", "--section", "vision"]
+    assert command.main([*arguments, "--case", "728 x 728"]) == 0
+    eager, default = rows.read(tmp_path / "vision.jsonl")
+    assert eager["case"] == default["case"] == "tiny 728 x 728"
+    assert default["views"] == 1 and default["gemm_pct"] > 0
 
 
 def test_mistakes(tmp_path):

@@ -58,8 +58,8 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(_launch, "_interpreting", lambda: True)  # there are no kernels to compile
     monkeypatch.setattr(_tiles, "TABLES", tmp_path / "tuned")
     monkeypatch.setattr(rows, "ROOT", tmp_path)
-    for op in list(OPS):
-        monkeypatch.delitem(OPS, op)
+    ops = dict(OPS)
+    OPS.clear()
     OPS.update(double=double, plain=plain)
     monkeypatch.setitem(numerics.TOLERANCES, "double", (numerics.Error(2, 1),) * 2)
     monkeypatch.setattr("bench.__main__.cases", lambda device_type: CASES)
@@ -69,6 +69,8 @@ def toy(tmp_path, monkeypatch):
     _tiles._table.cache_clear()
     used.clear()
     yield tmp_path
+    OPS.clear()
+    OPS.update(ops)
     _tiles._table.cache_clear()
 
 

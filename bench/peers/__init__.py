@@ -15,6 +15,8 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 
+import torch
+
 from bench.peers import fa3_peer, flashinfer_peer, xformers_peer
 from bench.peers.flex_peer import flex
 from bench.peers.layout import Unavailable as Unavailable
@@ -54,6 +56,8 @@ PACKAGES = {
 
 def version(name: str) -> str | None:
     """The package behind a peer, as in "xformers 0.0.35"; None for torch and this project."""
+    if "cudnn" in name and torch.backends.cudnn.is_available():
+        return f"cudnn {torch.backends.cudnn.version()}"
     for package in PACKAGES.get(name.partition("-")[0], ()):
         try:
             return f"{package} {installed(package)}"
