@@ -179,8 +179,8 @@ class _Unfilled(TorchFunctionMode):
             return None
         if name == "contiguous":
             return torch.empty_like(x, **kwargs)
-        if name == "to" and isinstance(args[1], torch.dtype):
-            return torch.empty_like(x, dtype=args[1])
+        if name == "to" and isinstance(args[-1], torch.dtype):
+            return torch.empty_like(x, dtype=args[-1])
         if name == "matmul":  # as weights are folded
             return x.new_empty(*x.shape[:-1], *args[1].shape[1:])
         return func(*args, **kwargs)

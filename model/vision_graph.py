@@ -60,7 +60,12 @@ class Graphs:
     def find(
         self, key: Hashable, body: Callable[[Tensor], Tensor], inputs: Tensor
     ) -> Callable[[Tensor], Tensor] | None:
-        """The graph to call with `inputs` in place of `body`, if there is one."""
+        """The graph to call with `inputs` in place of `body`, if there is one.
+
+        There is none for a caller who captures a graph: it takes the plain call in.
+        """
+        if inputs.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
         enabled = inputs.is_cuda if self.enabled is None else self.enabled
         if not enabled or len(inputs) > self.max_rows:
             return None

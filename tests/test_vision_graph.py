@@ -159,3 +159,17 @@ def test_replays_on_a_gpu(dtype: torch.dtype):
     results.append(replayed(views[4]))
     for result, want in zip(results, expected, strict=True):
         assert torch.equal(result, want)
+
+
+@pytest.mark.gpu
+def test_a_caller_may_capture():
+    """Its graph takes the plain call in, as a replay cannot be captured."""
+    vision = Step3VL.from_preset("tiny", seed=1, device="cuda", dtype=torch.bfloat16).vision
+    views = [view.cuda() for view in views_of(0, 112, 168)]
+    expected = vision(views)
+    assert torch.equal(vision(views), expected)  # by a graph of the tower's own
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = vision(views)
+    graph.replay()
+    assert torch.equal(out, expected)

@@ -49,6 +49,19 @@ def test_a_photo_through_every_op(models: tuple[Step3VL, Step3VL], monkeypatch: 
     assert max_error(ours.encode_images([views]), features) < 1e-4
 
 
+def test_tiny_whole(triton_device: str):
+    """The preset itself, on a photo that is not cropped: two heads of 96, both decoder layers."""
+    logits = {}
+    for impl in ("eager", "triton"):
+        model = Step3VL.from_preset("tiny", seed=0, impl=impl, device=triton_device)
+        views = preprocess(load_image(Image.fromarray(data.astronaut())), TINY.vision)
+        question = [{"role": "user", "content": [{"type": "image"}]}]
+        ids = torch.tensor(build_prompt(question, model.tokenizer, TINY, [views]))
+        logits[impl] = model(ids, images=[views])
+    assert logits["triton"].shape[0] > TINY.vision.image_tokens
+    assert max_error(logits["triton"], logits["eager"]) < 1e-4
+
+
 @pytest.mark.parametrize("sides", [(), (70, 14, 70)])
 def test_views_of_odd_grids(models: tuple[Step3VL, Step3VL], sides: tuple[int, ...]):
     """None, a single token, and sides that are no multiple of four, out of order."""
