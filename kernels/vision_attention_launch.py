@@ -141,14 +141,13 @@ def _rule(key: str, gpu: Gpu) -> Tiles:
     """Choices without measurements; `python -m profiles static` shows what becomes of them.
 
     128 queries at a time: for 64, keys and values would have to come from L2 faster than it can.
-    64 keys: on sm_90 two programs then fit an SM, and one exponentiates while the other multiplies;
-    on sm_80 heads of 128 would spill. fp32 is for tests.
+    64 keys: on sm_90 two programs then fit an SM, and one exponentiates while the other multiplies.
+    fp32 is for tests.
     """
     wide = key.endswith("fp32")
-    half = wide or (gpu.arch < 90 and key.startswith("D128"))
     return {
         "rows": 32 if wide else 128,
-        "block": 32 if half else 64,
+        "block": 32 if wide else 64,
         "num_warps": 4 if wide else 8,
         "num_stages": 2 if wide else 3,
         "tma": 0,
@@ -160,13 +159,13 @@ def vision_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     """What `python -m bench tune` measures for inputs of class `key`: the rule, then its kin."""
     rule = _rule(key, gpu)
     kin = [{"num_stages": 2}, {"num_stages": 4}, {"block": 32, "num_stages": 4}]
-    if rule["block"] == 64:  # else it would spill
-        kin += [{"rows": 64, "num_warps": 4}]  # for batches that leave SMs idle
+    spills = key.startswith("D128")
+    kin += [] if spills else [{"rows": 64, "num_warps": 4}]  # for batches that leave SMs idle
     if gpu.arch >= 90:
         longer = {"block": 128, "num_stages": 2}
         specialized = {"tma": 1, "specialize": 1, "num_warps": 4}
         kin += [longer, {"tma": 1}, longer | {"tma": 1}]
         kin += [specialized, longer | specialized]
-        kin += [] if key.startswith("D128") else [{"rows": 256} | specialized]  # which would spill
+        kin += [] if spills else [{"rows": 256} | specialized]
     candidates = [rule, *(rule | change for change in kin)]
     return [one for at, one in enumerate(candidates) if one not in candidates[:at]]

@@ -210,33 +210,12 @@ def _attend_tile(
         acc1 = tl.zeros([ROWS, REST], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    count = tl.cdiv(end - start, BLOCK) if SPECIALIZE else (end - start) // BLOCK
-    for block in tl.range(count, warp_specialize=SPECIALIZE):
-        acc0, acc1, peak, total = _attend_block(
-            acc0,
-            acc1,
-            peak,
-            total,
-            q0,
-            q1,
-            turned,
-            qkv,
-            blocks,
-            start + block * BLOCK,
-            end,
-            head,
-            row_stride,
-            qk_scale,
-            HEADS,
-            D,
-            FIRST,
-            REST,
-            BLOCK,
-            TMA,
-            SPECIALIZE,
-        )
-    if not SPECIALIZE:  # noqa: SIM102 - decided at compile time
-        if start + count * BLOCK < end:
+    whole = (end - start) // BLOCK
+    every = tl.cdiv(end - start, BLOCK)
+    for tail in tl.static_range(1 if SPECIALIZE else 2):
+        low = whole if tail else 0
+        high = every if tail or SPECIALIZE else whole
+        for block in tl.range(low, high, warp_specialize=SPECIALIZE):
             acc0, acc1, peak, total = _attend_block(
                 acc0,
                 acc1,
@@ -247,7 +226,7 @@ def _attend_tile(
                 turned,
                 qkv,
                 blocks,
-                start + count * BLOCK,
+                start + block * BLOCK,
                 end,
                 head,
                 row_stride,
@@ -256,9 +235,9 @@ def _attend_tile(
                 D,
                 FIRST,
                 REST,
-                TAIL,
-                False,  # descriptors read whole blocks, whatever lies behind the view
-                True,
+                TAIL if tail else BLOCK,
+                TMA and not tail,  # descriptors read whole blocks, whatever lies behind the view
+                SPECIALIZE or tail == 1,
             )
     target = out + first.to(tl.int64) * (HEADS * D) + head * D
     _store(target, acc0 / total[:, None], live, HEADS * D, D, FIRST)
