@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cost, fold, fp8_kv, rows, show, tune, vision_cost
+from bench import cost, fold, fp8_kv, images, rows, show, tune, vision_cost
 from bench.cases import OPS, cases, numerics_cases
 from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, device_named, select, time_case
 from kernels._launch import IMPLS
@@ -65,9 +65,12 @@ def run_roofline(options: argparse.Namespace, device: torch.device) -> Iterator[
 
 def run_end_to_end(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """A question and a photo through whole models, or images of several sizes; eager and ours."""
-    from bench import e2e, images  # need the packages of the README, which a GPU node may lack
+    if options.vision:
+        yield from images.run(device)
+        return
+    from bench import e2e  # needs the packages of the README, which a GPU node may lack
 
-    yield from (images if options.vision else e2e).run(device)
+    yield from e2e.run(device)
 
 
 def run_tune(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:

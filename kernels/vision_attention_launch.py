@@ -49,7 +49,7 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
     vision_attention_kernel[(len(work) * heads,)](
         turned,
         qkv,
-        *(_descriptors(turned, parts, rows) if tma else (None, None)),
+        *(_descriptors(turned, parts, rows) if tma and not specialize else (None, None)),
         *(_descriptors(turned, parts, block) if tma else (None, None)),
         *(_descriptors(qkv, parts, block) if tma else (None, None)),
         out,

@@ -107,7 +107,7 @@ def _rotate_part(
 def vision_attention_kernel(
     turned,  # [T, 2 * HEADS, FIRST + REST]: Q, then K
     qkv,  # [T, row_stride], for V
-    q_first,  # with TMA, descriptors by tiles of one part: of Q
+    q_first,  # with TMA, descriptors by tiles of one part: of Q, unless SPECIALIZE makes its own
     q_rest,
     k_first,  # of K, by blocks
     k_rest,
@@ -194,7 +194,7 @@ def _attend_tile(
     live = first + tl.arange(0, ROWS) < end
     column = head * PADDED
     q = turned + first.to(tl.int64) * STRIDE + column
-    # Triton gives each of two warp groups half of Q. It can halve these descriptors, not a host's.
+    # Triton gives each of two warp groups half of Q: it can halve these descriptors, not a host's.
     if SPECIALIZE:
         q_tiles = (
             tl.make_tensor_descriptor(turned, [end, STRIDE], [STRIDE, 1], [ROWS, FIRST]),
