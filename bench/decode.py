@@ -123,10 +123,10 @@ def _prepare(case: DecodeCase, model: Step3VL) -> tuple[Step, KVCache]:
     pages = -(-case.prefix // PAGE_SIZE) + case.batch * -(-case.suffix // PAGE_SIZE)
     tree = PrefixTree(pages, PAGE_SIZE)
     root = tree.add()
-    tree.reserve(root, case.prefix)
+    tree.append(root, case.prefix)
     leaves = [tree.add(root) for _ in range(case.batch)]
     for leaf in leaves:
-        tree.reserve(leaf, case.suffix)
+        tree.append(leaf, case.suffix)
     batch = plan_step(tree, [(leaf, 1) for leaf in leaves])
     plan = PrefixPlan.build(
         batch.plan_nodes,

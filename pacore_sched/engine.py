@@ -75,7 +75,7 @@ class Engine:
         node = self.tree.add(parent)
         try:
             for chunk in embeddings.split(PREFILL_CHUNK):
-                self.tree.reserve(node, len(chunk))
+                self.tree.append(node, len(chunk))
                 hidden = self._forward(chunk, plan_step(self.tree, [(node, len(chunk))]))
         except BaseException:
             self.tree.release(node)
@@ -146,7 +146,7 @@ class Engine:
     def _advance(self, running: list[Rollout], tokens: Tensor) -> Tensor:
         """One decode step that appends each rollout's token; hidden states [B, hidden]."""
         for rollout in running:
-            self.tree.reserve(rollout.node, 1)
+            self.tree.append(rollout.node, 1)
         batch = plan_step(self.tree, [(rollout.node, 1) for rollout in running])
         # Siblings stand in the order in which they were added, which is that of `running`.
         hidden = self._forward(self.model.decoder.embed(tokens), batch)

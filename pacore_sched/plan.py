@@ -24,7 +24,7 @@ class StepBatch:
 def plan_step(tree: PrefixTree, work: Iterable[tuple[int, int]]) -> StepBatch:
     """Lay out the step that writes the last `num_new` tokens of each (node, num_new) of `work`.
 
-    The tokens have been reserved; all earlier ones were written by earlier steps. A node may be
+    The tokens have been appended; all earlier ones were written by earlier steps. A node may be
     written in the same step as a node above it if all of its own tokens are new, and those of the
     nodes between: its rows stand behind the upper node's and see all of it, as they would later.
     Raises ValueError for a node listed twice, a number of new tokens outside of 1..length, and

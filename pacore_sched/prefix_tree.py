@@ -1,10 +1,10 @@
 """The prefix tree: which token lives in which page of KV, and who still needs it.
 
 A node is a run of tokens that several sequences have in common: image and question, one rollout, a
-synthesis prompt. It owns whole pages, so forking a sequence means adding a child and copies
-nothing. A node lives as long as somebody holds it or it has a child. The tree knows neither tokens
-nor tensors, only numbers of them; it is plain Python, and all but `path`, `depth_first` and
-`check_integrity` take constant time (amortised, per token and page).
+synthesis prompt. It owns whole pages, some perhaps for tokens to come, so forking a sequence means
+adding a child and copies nothing. A node lives as long as somebody holds it or it has a child. The
+tree knows neither tokens nor tensors, only numbers of them; it is plain Python, and all but `path`,
+`depth_first` and `check_integrity` take constant time (amortised, per page and node given).
 """
 
 from collections import Counter
@@ -56,21 +56,49 @@ class PrefixTree:
         self._nodes[node] = _Node(parent, start)
         return node
 
-    def reserve(self, node: int, new_tokens: int) -> list[int]:
-        """Append tokens to a node, taking pages as needed; return their slots.
+    def append(self, node: int, tokens: int) -> None:
+        """Append tokens to a node, taking pages as needed.
 
-        A slot is page * page_size + offset. Raises OutOfPages, and ValueError for a node with
-        children: they begin where it ends.
+        Raises OutOfPages, and ValueError for a node with children: they begin where it ends.
         """
+        self.provide(node, tokens)
+        self._nodes[node].length += tokens
+
+    def provide(self, node: int, tokens: int) -> None:
+        """Take the pages that appending so many tokens to a node will need; raises as `append`."""
         entry = self._get(node)
         if entry.children:
             raise ValueError(f"node {node} has children, which begin where it ends: it cannot grow")
-        needed = self.pages_needed(node, new_tokens)
+        needed = self.pages_needed(node, tokens)
         if needed > len(self._free):
             raise OutOfPages(f"{needed} pages needed, {len(self._free)} free")
         entry.pages.extend(self._free.pop() for _ in range(needed))
-        entry.length += new_tokens
-        return self.slots(node, entry.length - new_tokens, entry.length)
+
+    def grow(self, nodes: Iterable[int], tokens: int) -> None:
+        """Append tokens to each of some nodes that have `room` for them and no children.
+
+        For every step of every rollout, hence without checks but one.
+        """
+        size = self.page_size
+        for node in nodes:
+            entry = self._nodes[node]
+            entry.length += tokens
+            if entry.length > len(entry.pages) * size:
+                entry.length -= tokens
+                raise ValueError(f"node {node} has no room for {tokens} more tokens")
+
+    def truncate(self, node: int, length: int) -> None:
+        """Cut a node without children to its first `length` tokens, and give back spare pages."""
+        entry = self._get(node)
+        if entry.children or not 0 <= length <= entry.length:
+            raise ValueError(
+                f"node {node} of {entry.length} tokens and {entry.children} children"
+                f" cannot be cut to {length}"
+            )
+        entry.length = length
+        used = -(-length // self.page_size)
+        self._free.extend(reversed(entry.pages[used:]))
+        del entry.pages[used:]
 
     def hold(self, node: int) -> None:
         """Keep a node alive for one more `release`."""
@@ -103,7 +131,16 @@ class PrefixTree:
         if new_tokens < 0:
             raise ValueError(f"node {node} cannot take {new_tokens} tokens")
         entry = self._get(node)
-        return -(-(entry.length + new_tokens) // self.page_size) - len(entry.pages)
+        return max(0, -(-(entry.length + new_tokens) // self.page_size) - len(entry.pages))
+
+    def room(self, node: int) -> int:
+        """Tokens that can be appended to a node before it takes another page."""
+        entry = self._get(node)
+        return len(entry.pages) * self.page_size - entry.length
+
+    def children(self, node: int) -> int:
+        """Nodes directly below."""
+        return self._get(node).children
 
     def length(self, node: int) -> int:
         """Tokens that the node itself holds."""
@@ -184,7 +221,7 @@ class PrefixTree:
             (entry.holds < 0, f"it has {entry.holds} holds"),
             (not entry.holds and not children, "it is neither held nor has children"),
             (entry.length < 0, f"it has {entry.length} tokens"),
-            (len(entry.pages) != pages, f"it owns {len(entry.pages)} pages, needs {pages}"),
+            (len(entry.pages) < pages, f"it owns {len(entry.pages)} pages, needs {pages}"),
         ):
             if fault:
                 raise IntegrityError(f"node {node}: {message}")

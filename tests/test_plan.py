@@ -19,13 +19,15 @@ def steps(draw):
 
     Older nodes were written before; then some leaves grow, and new nodes are added below anything
     and written whole: all that a step may do. `history` maps a node to the slots of its tokens, as
-    `reserve` gave them.
+    `slots` gave them.
     """
     tree = PrefixTree(NUM_PAGES, draw(st.integers(1, 5)))
     history, parents = {}, {}
 
     def append(node, tokens):
-        history[node] = history.get(node, []) + tree.reserve(node, tokens)
+        tree.append(node, tokens)
+        tree.provide(node, draw(st.integers(0, 2)))  # room for tokens to come changes nothing
+        history[node] = tree.slots(node, 0, tree.length(node))
 
     def add(tokens):
         parent = draw(st.sampled_from([None, *history]))
@@ -125,9 +127,9 @@ def test_order_of_work_does_not_matter(step):
 def prompt_with_leaves():
     """Prompt 0 of 5 tokens and leaves 1 and 2 of 3 tokens each."""
     tree = PrefixTree(num_pages=16, page_size=4)
-    tree.reserve(tree.add(), 5)
+    tree.append(tree.add(), 5)
     for _ in range(2):
-        tree.reserve(tree.add(0), 3)
+        tree.append(tree.add(0), 3)
     return tree
 
 
@@ -158,7 +160,7 @@ def test_plan_is_not_changed_by_later_steps():
     tree = prompt_with_leaves()
     batch = plan_step(tree, [(1, 1)])
     pages = [tuple(node.pages) for node in batch.plan_nodes]
-    tree.reserve(1, 9)
+    tree.append(1, 9)
     assert [tuple(node.pages) for node in batch.plan_nodes] == pages
 
 
@@ -193,7 +195,7 @@ def test_older_tokens_between_two_written_nodes():
     that did not see the root's new ones."""
     tree = prompt_with_leaves()
     below = tree.add(1)
-    tree.reserve(below, 2)
+    tree.append(below, 2)
     with pytest.raises(ValueError, match="node 1 holds tokens of earlier steps, but node 0"):
         plan_step(tree, [(0, 1), (below, 2)])
     plan_step(tree, [(0, 1), (1, 3), (below, 2)])
@@ -203,9 +205,9 @@ def test_empty_node_between_two_written_nodes():
     """A node without tokens has none that could be out of date, and hides none that are."""
     tree = PrefixTree(num_pages=16, page_size=4)
     root = tree.add()
-    tree.reserve(root, 5)
+    tree.append(root, 5)
     leaf = tree.add(tree.add(root))
-    tree.reserve(leaf, 3)
+    tree.append(leaf, 3)
     assert len(plan_step(tree, [(root, 1), (leaf, 3)]).plan_nodes) == 2
     with pytest.raises(ValueError, match=f"node {leaf} holds tokens of earlier steps"):
         plan_step(tree, [(root, 1), (leaf, 1)])

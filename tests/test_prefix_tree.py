@@ -23,6 +23,7 @@ class AgainstModel(RuleBasedStateMachine):
         self.tree = PrefixTree(num_pages, page_size)
         self.num_pages, self.page_size = num_pages, page_size
         self.parents, self.lengths, self.holds = {}, {}, Counter()
+        self.spare = Counter()  # pages of a node beyond those that its tokens fill
         self.dead, self.memory = set(), {}
 
     def children(self, node):
@@ -36,7 +37,17 @@ class AgainstModel(RuleBasedStateMachine):
         return len({token // self.page_size for token in range(tokens)})
 
     def model_free(self):
-        return self.num_pages - sum(self.pages_of(tokens) for tokens in self.lengths.values())
+        used = sum(self.pages_of(tokens) for tokens in self.lengths.values())
+        return self.num_pages - used - sum(self.spare.values())
+
+    def stamp(self, node, tokens):
+        """Note that tokens were appended, and what was written into their slots."""
+        length = self.lengths[node]
+        before = self.pages_of(length) + self.spare[node]
+        self.lengths[node] += tokens
+        self.spare[node] = max(0, before - self.pages_of(length + tokens))
+        for i, slot in enumerate(self.tree.slots(node, length, length + tokens)):
+            self.memory[slot] = (node, length + i)
 
     def pick(self, data, nodes):
         return data.draw(st.sampled_from(sorted(nodes)))
@@ -49,24 +60,56 @@ class AgainstModel(RuleBasedStateMachine):
         self.parents[node], self.lengths[node], self.holds[node] = parent, 0, 1
 
     @precondition(lambda self: self.parents)
-    @rule(data=st.data(), new_tokens=st.integers(0, 9))
-    def reserve(self, data, new_tokens):
+    @rule(data=st.data(), new_tokens=st.integers(0, 9), keep=st.booleans())
+    def append(self, data, new_tokens, keep):
+        """Append tokens, or only take the pages for them."""
         node = self.pick(data, self.parents)
+        call = self.tree.append if keep else self.tree.provide
         if self.children(node):
             with pytest.raises(ValueError, match="cannot grow"):
-                self.tree.reserve(node, new_tokens)
+                call(node, new_tokens)
             return
         length = self.lengths[node]
-        needed = self.pages_of(length + new_tokens) - self.pages_of(length)
+        have = self.pages_of(length) + self.spare[node]
+        needed = max(0, self.pages_of(length + new_tokens) - have)
         assert self.tree.pages_needed(node, new_tokens) == needed
         if needed > self.model_free():
             with pytest.raises(OutOfPages):
-                self.tree.reserve(node, new_tokens)
+                call(node, new_tokens)
             return
-        slots = self.tree.reserve(node, new_tokens)
-        assert len(slots) == new_tokens
-        self.memory.update({slot: (node, length + i) for i, slot in enumerate(slots)})
-        self.lengths[node] += new_tokens
+        call(node, new_tokens)
+        self.spare[node] += needed
+        if keep:
+            self.stamp(node, new_tokens)
+
+    @precondition(lambda self: any(not self.children(node) for node in self.parents))
+    @rule(data=st.data(), tokens=st.integers(0, 3))
+    def grow(self, data, tokens):
+        leaves = [node for node in self.parents if not self.children(node)]
+        nodes = data.draw(st.lists(st.sampled_from(sorted(leaves)), min_size=1, unique=True))
+        full = [node for node in nodes if self.tree.room(node) < tokens]
+        for node in nodes:
+            pages = self.pages_of(self.lengths[node]) + self.spare[node]
+            assert self.tree.room(node) == pages * self.page_size - self.lengths[node]
+        if full:
+            with pytest.raises(ValueError, match=f"node {full[0]} has no room"):
+                self.tree.grow(full[:1], tokens)
+            return
+        self.tree.grow(nodes, tokens)
+        for node in nodes:
+            self.stamp(node, tokens)
+
+    @precondition(lambda self: self.parents)
+    @rule(data=st.data())
+    def truncate(self, data):
+        node = self.pick(data, self.parents)
+        length = data.draw(st.integers(-1, self.lengths[node] + 1))
+        if self.children(node) or not 0 <= length <= self.lengths[node]:
+            with pytest.raises(ValueError, match="cannot be cut"):
+                self.tree.truncate(node, length)
+            return
+        self.tree.truncate(node, length)
+        self.lengths[node], self.spare[node] = length, 0
 
     @precondition(lambda self: self.parents)
     @rule(data=st.data())
@@ -87,7 +130,7 @@ class AgainstModel(RuleBasedStateMachine):
         self.holds[node] -= 1
         needed = {n for held in self.parents if self.holds[held] for n in self.model_path(held)}
         for gone in set(self.parents) - needed:
-            del self.parents[gone], self.lengths[gone]
+            del self.parents[gone], self.lengths[gone], self.spare[gone]
             self.dead.add(gone)
 
     @precondition(lambda self: self.dead)
@@ -109,7 +152,10 @@ class AgainstModel(RuleBasedStateMachine):
             assert self.tree.context_length(node) == sum(self.lengths[n] for n in path)
             slots = self.tree.slots(node, 0, length)
             assert [self.memory[slot] for slot in slots] == [(node, i) for i in range(length)]
-            assert tuple(dict.fromkeys(s // self.page_size for s in slots)) == self.tree.pages(node)
+            pages = tuple(dict.fromkeys(s // self.page_size for s in slots))
+            assert pages == self.tree.pages(node)[: len(pages)]
+            assert len(self.tree.pages(node)) == len(pages) + self.spare[node]
+            assert self.tree.children(node) == len(self.children(node))
 
     @invariant()
     def orders_depth_first(self):
@@ -135,10 +181,13 @@ def test_forking_shares_the_prompt():
     half-filled last page of the prompt is not."""
     tree = PrefixTree(num_pages=100, page_size=4)
     prompt = tree.add()
-    assert tree.reserve(prompt, 6) == [0, 1, 2, 3, 4, 5]
+    tree.append(prompt, 6)
+    assert tree.slots(prompt, 0, 6) == [0, 1, 2, 3, 4, 5]
     leaves = [tree.add(prompt) for _ in range(16)]
     assert tree.free_pages == 98
-    assert [tree.reserve(leaf, 1) for leaf in leaves] == [[8 + 4 * i] for i in range(16)]
+    for leaf in leaves:
+        tree.append(leaf, 1)
+    assert [tree.slots(leaf, 0, 1) for leaf in leaves] == [[8 + 4 * i] for i in range(16)]
     assert [tree.context_length(leaf) for leaf in leaves] == [7] * 16
     tree.release(prompt)
     for leaf in leaves:
@@ -152,10 +201,10 @@ def test_page_turns():
     tree = PrefixTree(num_pages=3, page_size=4)
     node = tree.add()
     for length in range(1, 13):
-        tree.reserve(node, 1)
+        tree.append(node, 1)
         assert 3 - tree.free_pages == -(-length // 4)
     with pytest.raises(OutOfPages, match="1 pages needed, 0 free"):
-        tree.reserve(node, 1)
+        tree.append(node, 1)
     assert tree.length(node) == 12
     tree.check_integrity({node: 1})
 
@@ -164,22 +213,23 @@ def test_short_pool_changes_nothing():
     """A reservation that fails half-way would leak the pages that it already took."""
     tree = PrefixTree(num_pages=3, page_size=4)
     node = tree.add()
-    tree.reserve(node, 3)
+    tree.append(node, 3)
     with pytest.raises(OutOfPages, match="3 pages needed, 2 free"):
-        tree.reserve(node, 10)
+        tree.append(node, 10)
     assert (tree.free_pages, tree.length(node), tree.pages(node)) == (2, 3, (0,))
-    assert tree.reserve(node, 9) == [3, 4, 5, 6, 7, 8, 9, 10, 11]
+    tree.append(node, 9)
+    assert tree.slots(node, 3, 12) == [3, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
 def test_pages_come_in_a_fixed_order():
     """A run that is repeated gets the same pages, freed ones in their former order."""
     tree = PrefixTree(num_pages=6, page_size=1)
     first, second = tree.add(), tree.add()
-    tree.reserve(first, 3)
-    tree.reserve(second, 2)
+    tree.append(first, 3)
+    tree.append(second, 2)
     tree.release(first)
     third = tree.add()
-    tree.reserve(third, 4)
+    tree.append(third, 4)
     assert tree.pages(third) == (0, 1, 2, 5)
 
 
@@ -189,7 +239,10 @@ def test_pages_come_in_a_fixed_order():
         (lambda tree, node: PrefixTree(0, 64), "must be positive"),
         (lambda tree, node: PrefixTree(4, 0), "must be positive"),
         (lambda tree, node: tree.add(node + 1), "not in the tree"),
-        (lambda tree, node: tree.reserve(node, -1), "cannot take -1"),
+        (lambda tree, node: tree.append(node, -1), "cannot take -1"),
+        (lambda tree, node: tree.grow([node], 4), "no room for 4"),
+        (lambda tree, node: tree.grow([node, node + 1], 4), "no room for 4"),
+        (lambda tree, node: tree.truncate(node, 6), "cannot be cut to 6"),
         (lambda tree, node: tree.slots(node, 0, 6), "holds 5 tokens, not 0..6"),
         (lambda tree, node: tree.slots(node, -1, 2), "holds 5 tokens"),
         (lambda tree, node: tree.depth_first([node, -3]), "node -3 is not"),
@@ -199,7 +252,7 @@ def test_misuse(misuse, complaint):
     """A scheduler's bug is told where it happens, and leaves the tree whole."""
     tree = PrefixTree(num_pages=4, page_size=4)
     node = tree.add()
-    tree.reserve(node, 5)
+    tree.append(node, 5)
     with pytest.raises(ValueError, match=complaint):
         misuse(tree, node)
     tree.check_integrity({node: 1})
@@ -211,7 +264,7 @@ def test_long_chain_is_freed():
     node = None
     for _ in range(5000):
         parent, node = node, tree.add(node)
-        tree.reserve(node, 1)
+        tree.append(node, 1)
         if parent is not None:
             tree.release(parent)
     assert tree.context_length(node) == 5000
@@ -245,16 +298,17 @@ def test_cost_does_not_grow_with_the_tree():
     def costs(num_leaves):
         tree = PrefixTree(num_pages=num_leaves * 2 + 4, page_size=64)
         prompt = tree.add()
-        tree.reserve(prompt, 100)
+        tree.append(prompt, 100)
         for _ in range(num_leaves):
             above, prompt = prompt, tree.add(prompt)
             tree.release(above)
         leaves = [tree.add(prompt) for _ in range(num_leaves)]
         for leaf in leaves:
-            tree.reserve(leaf, 63)
+            tree.append(leaf, 61)
         tree.check_integrity({prompt: 1} | dict.fromkeys(leaves, 1))
         calls = [
-            lambda: tree.reserve(leaves[-1], 2),
+            lambda: tree.append(leaves[-1], 4),
+            lambda: tree.grow(leaves[-1:], 1),
             lambda: tree.context_length(leaves[-1]),
             lambda: tree.add(prompt),
             lambda: tree.release(leaves[0]),
@@ -268,9 +322,9 @@ def small_tree():
     """Root 0 of 5 tokens on pages 0, 1; leaves 1 and 2 below it on pages 2 and 3; 4, 5 free."""
     tree = PrefixTree(num_pages=6, page_size=4)
     root = tree.add()
-    tree.reserve(root, 5)
+    tree.append(root, 5)
     for _ in range(2):
-        tree.reserve(tree.add(root), 3)
+        tree.append(tree.add(root), 3)
     tree.release(root)
     tree.check_integrity({1: 1, 2: 1})
     return tree
@@ -297,10 +351,6 @@ CORRUPTIONS = {
     "page that does not exist": (lambda t: t._free.append(6), "page 6 .* not in"),
     "negative page": (set_field(1, "pages", [-1]), "page -1 of node 1 is not in"),
     "more tokens than the pages hold": (set_field(1, "length", 5), "node 1: it owns 1 pages"),
-    "page beyond the tokens": (
-        lambda t: t._nodes[1].pages.append(t._free.pop()),
-        "node 1: it owns 2 pages, needs 1",
-    ),
     "negative length": (set_field(1, "length", -1), "node 1: it has -1 tokens"),
     "parent grown after the fork": (set_field(0, "length", 6), "node 1: it starts at 5, its path"),
     "wrong start": (set_field(2, "start", 4), "node 2: it starts at 4, its path has 5"),
