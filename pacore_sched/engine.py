@@ -1,174 +1,267 @@
-"""The engine: prefill a prompt once, then decode all rollouts of a round as one batch over it.
+"""The engine: schedule, execute, update, until the last rollout of the last group has ended.
 
-This first engine serves one round of one problem at a time and keeps enough pages for all of it.
+It serves any number of groups at once, from any problem and round, on one executor. With `ahead`
+the next step is launched before the last one's tokens are read, so that the device never waits for
+the host; a rollout found to have ended then has written one token too many, into pages that are
+still its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from kernels.prefix_plan import PrefixPlan
-from kernels.sampling import sample
-from model.decoder import Step
-from model.step3vl import Step3VL
-from pacore_sched.plan import StepBatch, plan_step
+from model.terminal import InputError
+from pacore_sched.policy import KNOW_LENGTHS, POLICIES, LaterRoundFirst
 from pacore_sched.prefix_tree import PrefixTree
-
-PREFILL_CHUNK = 512  # tokens per prefill step: bounds the memory of a long prompt's activations
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; temperature 0 is greedy, top_k 0 and top_p 1 truncate nothing."""
-
-    max_tokens: int = 512
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+from pacore_sched.request import Batch, Group, Rollout, Sampling, Segment
+from pacore_sched.scheduler import Scheduler
+from pacore_sched.speculation import SiblingDrafts
+from pacore_sched.stopping import Stopping
 
 
-@dataclass
-class Rollout:
-    """One generation.
+class Executor(Protocol):
+    """Runs batches on a model: what the engine asks of pacore_sched/executor.py."""
 
-    `finish_reason`, once it has ended, is "stop" (the last of `tokens` is an eos id), "length", or
-    "error" (the next logits held NaN, or nothing else than -inf).
-    """
+    num_pages: int
+    page_size: int
+    max_running: int
 
-    index: int
-    seed: int
-    node: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
+    def launch(self, tree: PrefixTree, batch: Batch) -> object:
+        """Begin a step; on a GPU without waiting for it."""
+
+    def collect(self, ticket: object) -> tuple[list[int], list[float]]:
+        """A step's tokens and log-probabilities in the order of `batch.sampled`.
+
+        A rollout with a draft has 1 + len(draft) of them: after its last token, and each drafted.
+        """
 
 
 @dataclass
 class Stats:
     """Counts over an engine's life, of tokens unless said otherwise."""
 
-    steps: int = 0  # forwards of the decoder
-    prefilled: int = 0
+    steps: int = 0  # of the decoder
     generated: int = 0
-    kv_read: int = 0  # tokens whose KV decode steps had to read, each node once per step
+    wasted: int = 0  # drawn for rollouts that had ended, or behind a wrong draft
+    drafted: int = 0
+    accepted: int = 0  # of the drafted ones
+    kv_read: int = 0  # tokens whose KV decoding had to read, each node once per step
     kv_read_unshared: int = 0  # the same if every rollout had read its whole context itself
 
 
 class Engine:
-    """A model, its KV pages, and the prefix tree that says who owns them."""
+    """Groups of rollouts in, ended rollouts out.
 
-    def __init__(self, model: Step3VL, num_pages: int) -> None:
-        self.model = model
-        self.cache = model.new_cache(num_pages)
-        self.tree = PrefixTree(num_pages, self.cache.page_size)
-        self.stats = Stats()
+    policy: a name in POLICIES, or a policy
+    max_running: rollouts that decode at once, at most the executor's
+    token_budget: tokens that a step writes at most: long prompts are cut into chunks of it
+    ahead: whether the next step is launched before the last one's tokens are known
+    speculate: draft from siblings while at most so many rollouts run; 0 is never. The tokens are
+        the same, but for the rounding of matrix products
+    host_pages: pages of preempted rollouts that may be moved to the host rather than recomputed
+    """
 
-    @torch.inference_mode()
-    def prefill(self, embeddings: Tensor, parent: int | None = None) -> tuple[int, Tensor]:
-        """Write embeddings [T, hidden] into a new node below `parent`.
-
-        Returns the node, held by the caller, and the last token's final hidden state [1, hidden].
-        Raises OutOfPages, having changed nothing, if the pool is too small.
-        """
-        node = self.tree.add(parent)
-        try:
-            for chunk in embeddings.split(PREFILL_CHUNK):
-                self.tree.append(node, len(chunk))
-                hidden = self._forward(chunk, plan_step(self.tree, [(node, len(chunk))]))
-        except BaseException:
-            self.tree.release(node)
-            raise
-        self.stats.prefilled += len(embeddings)
-        return node, hidden
-
-    @torch.inference_mode()
-    def decode(
+    def __init__(
         self,
-        prompt: int,
-        hidden: Tensor,
-        seeds: Sequence[int],
+        executor: Executor,
+        stopping: Stopping,
+        *,
+        policy: LaterRoundFirst | str = "later-round-first",
+        max_running: int | None = None,
+        token_budget: int = 2048,
+        ahead: bool = False,
+        speculate: int = 0,
+        host_pages: int = 0,
+    ) -> None:
+        self.executor, self.stopping = executor, stopping
+        self.ahead, self.speculate = ahead, speculate
+        running = min(max_running or executor.max_running, executor.max_running)
+        self.scheduler = Scheduler(
+            executor.num_pages,
+            executor.page_size,
+            policy_named(policy) if isinstance(policy, str) else policy,
+            max_running=running,
+            token_budget=max(token_budget, running),
+            host_pages=host_pages,
+        )
+        self.stats = Stats()
+        self._drafts = SiblingDrafts()
+        self._in_flight: tuple[Batch, object] | None = None
+        self._shape: tuple[Batch | None, int, int, int] = (None, 0, 0, 0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a group that is not done, or a step whose tokens are not read."""
+        return bool(self.scheduler.groups or self._in_flight)
+
+    def submit(
+        self,
+        path: Sequence[Segment],
+        last_token: int,
+        seeds: Mapping[int, int],
         sampling: Sampling,
-        on_step: Callable[[int], None] = lambda tokens: None,
-    ) -> Iterator[Rollout]:
-        """Generate one rollout per seed below node `prompt`; yield each as it ends.
+        *,
+        problem: int = 0,
+        round: int = 0,
+        need: int | None = None,
+        lengths: Mapping[int, int] | None = None,
+    ) -> Group:
+        """Ask for one rollout per entry of `seeds` (index -> seed) behind a prompt.
 
-        hidden: [1, hidden], as `prefill` returned it. A rollout's tokens depend on its seed, not on
-        its neighbours or its place among them, as far as matrix products of other batch sizes
-        round alike. `on_step` is told the number of tokens of each step. A rollout's pages are
-        free as soon as it has ended, and all of them if the caller stops early.
-        Raises OutOfPages if the pool runs dry.
+        path, last_token: the prompt, its last token apart (request.py)
+        problem, round: what policies go by
+        need: the group is done when so many rollouts have ended; the default is all
+        lengths: index -> max_tokens where that is not the sampling's
+
+        Raises InputError for a group without rollouts, or one that could never fit into memory.
         """
-        running = [Rollout(index, seed, self.tree.add(prompt)) for index, seed in enumerate(seeds)]
-        hidden = hidden.expand(len(running), -1)
-        try:
-            while running:
-                tokens = self._sample(running, hidden, sampling)
-                on_step(len(running))
-                for rollout in [r for r in running if r.finish_reason]:
-                    self.tree.release(rollout.node)
-                    running.remove(rollout)
-                    yield rollout
-                if running:
-                    hidden = self._advance(running, tokens)
-        finally:
-            for rollout in running:
-                self.tree.release(rollout.node)
+        path = [segment for segment in path if segment.tokens]
+        need = len(seeds) if need is None else need
+        if not 1 <= need <= len(seeds):
+            raise InputError(
+                f"{need} of {len(seeds)} rollouts are to end: at least one must, of one"
+            )
+        group = Group(path, last_token, sampling, problem, round, need)
+        for index, seed in seeds.items():
+            limit = (lengths or {}).get(index, sampling.max_tokens)
+            group.rollouts.append(Rollout(group, index, seed, limit))
+        pages, size = self.scheduler.pages_at_most(group), self.executor.page_size
+        if pages > self.executor.num_pages:
+            longest = max(rollout.max_tokens for rollout in group.rollouts)
+            raise InputError(
+                f"a prompt of {group.prompt_tokens} tokens and a rollout of up to {longest} need"
+                f" KV for {pages * size} tokens, there is memory for"
+                f" {self.executor.num_pages * size}: lower max_tokens"
+            )
+        self.scheduler.submit(group)
+        return group
 
-    def _sample(self, running: list[Rollout], hidden: Tensor, sampling: Sampling) -> Tensor:
-        """Draw every rollout's next token, note which have ended, return those of the others."""
-        device = self.model.device
-        positions = [self.tree.context_length(rollout.node) for rollout in running]
-        tokens, logprobs = sample(
-            self.model.decoder.logits(hidden),
-            torch.tensor([rollout.seed for rollout in running], device=device),
-            torch.tensor(positions, device=device),
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            impl=self.model.impl["sample"],
-        )
-        pairs = zip(tokens.tolist(), logprobs.tolist(), strict=True)
-        for rollout, (token, logprob) in zip(running, pairs, strict=True):
-            if token < 0:
-                rollout.finish_reason = "error"
+    def step(self) -> list[Rollout]:
+        """Run one step; the rollouts that have ended by it or for it.
+
+        With `ahead` a step's tokens are known after the next one has been launched. [] also if
+        nothing can be done yet because all that is left waits for its images.
+        """
+        speculating = 0 < len(self.scheduler.running) <= self.speculate
+        ended = self._collect() if speculating else []
+        batch = self.scheduler.schedule()
+        if batch and speculating:
+            batch = self._with_drafts(batch)
+        before, self._in_flight = self._in_flight, None
+        ticket = self.executor.launch(self.scheduler.tree, batch) if batch else None
+        if before:
+            ended += self._update(*before)
+        if batch:
+            self._count(batch)
+            self._in_flight = batch, ticket
+            if not self.ahead or batch.drafts:
+                ended += self._collect()
+        return ended
+
+    def cancel(self, group: Group) -> list[Rollout]:
+        """End a group now; its rollouts that had not ended."""
+        self._drafts.forget(group)
+        return self.scheduler.cancel(group)
+
+    def text(self, rollout: Rollout) -> str:
+        """What an ended rollout said; "" after an error."""
+        return self.stopping.text(rollout)
+
+    def _collect(self) -> list[Rollout]:
+        """Wait for the step in flight, if there is one."""
+        if self._in_flight is None:
+            return []
+        before, self._in_flight = self._in_flight, None
+        return self._update(*before)
+
+    def _update(self, batch: Batch, ticket: object) -> list[Rollout]:
+        """Hand out a step's tokens; the rollouts that they end, and siblings cancelled for it."""
+        tokens, logprobs = self.executor.collect(ticket)
+        if batch.drafts:
+            return self._verify(batch, tokens, logprobs)
+        ended = []
+        for rollout, token, logprob in zip(batch.sampled, tokens, logprobs, strict=True):
+            if rollout.finish_reason:
+                self.stats.wasted += 1
+            elif reason := self._take(rollout, token, logprob):
+                ended += self._finish(rollout, reason)
+        return ended
+
+    def _take(self, rollout: Rollout, token: int, logprob: float) -> str | None:
+        """Give a rollout its next token; the reason why it ends, if it does."""
+        if token < 0:
+            return "error"
+        rollout.tokens.append(token)
+        rollout.logprobs.append(logprob)
+        self.stats.generated += 1
+        return self.stopping.reason(rollout)
+
+    def _finish(self, rollout: Rollout, reason: str) -> list[Rollout]:
+        ended = [rollout, *self.scheduler.finish(rollout, reason)]
+        if rollout.group not in self.scheduler.groups:
+            self._drafts.forget(rollout.group)
+        return ended
+
+    def _with_drafts(self, batch: Batch) -> Batch:
+        """The batch with what siblings suggest, where there are pages for it."""
+        drafts, budget = [], self.scheduler.token_budget - len(batch.decode)
+        for rollout in () if batch.chunks else batch.decode:
+            most = min(rollout.max_tokens - rollout.asked, budget)
+            draft = self._drafts.draft(rollout, most) if most > 0 else ()
+            if draft and not self.scheduler.draft(rollout, len(draft)):
+                draft = ()
+            budget -= len(draft)
+            drafts.append(draft)
+        if not any(drafts):
+            return batch
+        return replace(batch, drafts=tuple(drafts), steps=1)
+
+    def _verify(self, batch: Batch, tokens: list[int], logprobs: list[float]) -> list[Rollout]:
+        """Hand out the tokens drawn behind drafts, up to the first that a draft did not foresee."""
+        ended, at = [], 0
+        for rollout, draft in zip(batch.decode, batch.drafts, strict=True):
+            drawn = tokens[at : at + len(draft) + 1], logprobs[at : at + len(draft) + 1]
+            at += len(draft) + 1
+            if rollout.finish_reason:  # cancelled by a sibling's end in this very step
                 continue
-            rollout.tokens.append(token)
-            rollout.logprobs.append(logprob)
-            self.stats.generated += 1
-            if token in self.model.config.tokens.eos:
-                rollout.finish_reason = "stop"
-            elif len(rollout.tokens) == sampling.max_tokens:
-                rollout.finish_reason = "length"
-        return tokens[[rollout.finish_reason is None for rollout in running]]
+            right, reason = 0, None
+            for place, (token, logprob) in enumerate(zip(*drawn, strict=True)):
+                reason = self._take(rollout, token, logprob)
+                if reason or place == len(draft) or token != draft[place]:
+                    break
+                right += 1
+            self.stats.drafted += len(draft)
+            self.stats.accepted += right
+            self.stats.wasted += len(draft) - right
+            self._drafts.verified(rollout, len(draft), right)
+            self.scheduler.settle(rollout, right)
+            if reason:
+                ended += self._finish(rollout, reason)
+        return ended
 
-    def _advance(self, running: list[Rollout], tokens: Tensor) -> Tensor:
-        """One decode step that appends each rollout's token; hidden states [B, hidden]."""
-        for rollout in running:
-            self.tree.append(rollout.node, 1)
-        batch = plan_step(self.tree, [(rollout.node, 1) for rollout in running])
-        # Siblings stand in the order in which they were added, which is that of `running`.
-        hidden = self._forward(self.model.decoder.embed(tokens), batch)
-        for node in batch.plan_nodes:
-            self.stats.kv_read += node.kv_len
-            self.stats.kv_read_unshared += node.kv_len * (node.row_end - node.row_start)
-        return hidden
-
-    def _forward(self, embeddings: Tensor, batch: StepBatch) -> Tensor:
-        """Run a batch; the final hidden states of its work items' last tokens."""
-        device = self.model.device
+    def _count(self, batch: Batch) -> None:
+        """Add a step, and the KV that its decoding rollouts read."""
+        same, shared, unshared, rows = self._shape
+        if batch is same:  # every rollout has grown by one token
+            shared, unshared = shared + rows, unshared + rows
+        else:
+            nodes, rows, unshared = {}, len(batch.decode), 0
+            tree = self.scheduler.tree
+            for rollout in batch.decode:
+                unshared += tree.context_length(rollout.node)
+                nodes |= {node: tree.length(node) for node in tree.path(rollout.node)}
+            shared = sum(nodes.values())
+        self._shape = batch, shared, unshared, rows
         self.stats.steps += 1
-        plan = PrefixPlan.build(
-            batch.plan_nodes,
-            num_rows=len(batch.positions),
-            num_pages=self.tree.num_pages,
-            page_size=self.tree.page_size,
-            device=device,
-        )
-        step = Step(
-            torch.tensor(batch.positions, device=device),
-            torch.tensor(batch.slots, device=device),
-            plan,
-        )
-        return self.model.decoder(embeddings, step, self.cache)[list(batch.last_rows)]
+        self.stats.kv_read += shared
+        self.stats.kv_read_unshared += unshared
+
+
+def policy_named(name: str) -> LaterRoundFirst:
+    """A policy by its name. Raises InputError for unknown ones, and those of the simulator."""
+    known = [known for known in POLICIES if known not in KNOW_LENGTHS]
+    if name in KNOW_LENGTHS:
+        raise InputError(f"policy {name!r} knows lengths beforehand: it is for `simulate`")
+    if name not in known:
+        raise InputError(f"there is no policy {name!r}: take one of {', '.join(known)}")
+    return POLICIES[name]()

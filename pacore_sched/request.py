@@ -98,7 +98,7 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Batch:
-    """What one step does. Tokens come back for the rollouts of `decode`, then of chunks that sample.
+    """One step's work. Tokens come back for the rollouts of `decode`, then of chunks that sample.
 
     Every rollout of `decode` writes its last known token and draws the next. With `drafts` (aligned
     with `decode`, or empty) it also writes its draft behind that, and draws a token after each.
@@ -109,6 +109,9 @@ class Batch:
     chunks: tuple[Chunk, ...] = ()
     drafts: tuple[tuple[int, ...], ...] = ()
     steps: int = 1  # for so many steps in a row nothing will change but lengths
+    # Rollouts and their pages, to be copied to the host and back before the step.
+    evicted: tuple[tuple[Rollout, tuple[int, ...]], ...] = ()
+    restored: tuple[tuple[Rollout, tuple[int, ...]], ...] = ()
 
     @property
     def sampled(self) -> tuple[Rollout, ...]:

@@ -1,0 +1,169 @@
+"""The scheduler as invariants over random traces, with an executor that only counts."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pacore_sched.policy import KNOW_LENGTHS, POLICIES, LaterRoundFirst
+from pacore_sched.request import Batch, Group, Rollout, Sampling, Segment
+from pacore_sched.scheduler import Scheduler
+
+PAGE = 4
+
+
+class Trace:
+    """Drives a scheduler as an engine does, checks every batch, and writes down all that happens.
+
+    `written[node]` counts the tokens whose KV an executor would have written, in order.
+    """
+
+    def __init__(self, scheduler: Scheduler, lengths: dict[Rollout, int]) -> None:
+        self.scheduler, self.lengths = scheduler, lengths
+        self.written, self.tokens, self.ended = Counter(), Counter(), []
+        self.steps, self.batches = 0, []
+
+    def step(self) -> bool:
+        """One step; False if there was nothing to do."""
+        scheduler = self.scheduler
+        batch = scheduler.schedule()
+        scheduler.check_integrity()
+        if batch is None:
+            return False
+        self.steps += 1
+        self.batches.append(batch)
+        self.execute(batch)
+        for rollout in batch.sampled:
+            if rollout.finish_reason:
+                continue  # cancelled by a sibling's end in this very step
+            self.tokens[rollout] += 1
+            assert self.tokens[rollout] == rollout.asked
+            if self.tokens[rollout] == self.lengths[rollout]:
+                self.ended += [rollout, *scheduler.finish(rollout, "stop")]
+                scheduler.check_integrity()
+        return True
+
+    def execute(self, batch: Batch) -> None:
+        """Every token is written once per life of its node, in order, behind all above it."""
+        tree, rows = self.scheduler.tree, len(batch.decode)
+        for rollout, pages in batch.restored:
+            assert len(pages) * PAGE >= rollout.asked - 1
+            self.written[rollout.node] = tree.length(rollout.node) - 1
+        for chunk in batch.chunks:
+            rows += chunk.stop - chunk.start
+            assert chunk.stop > chunk.start == self.written[chunk.owner.node]
+            self.written[chunk.owner.node] = chunk.stop
+            if chunk.samples:
+                assert chunk.stop == 1 + self.tokens[chunk.owner]
+        for rollout in batch.decode:
+            assert self.written[rollout.node] == self.tokens[rollout]
+            self.written[rollout.node] += 1
+        for rollout in batch.sampled:
+            *above, own = tree.path(rollout.node)
+            assert [tree.length(n) for n in above] == [s.tokens for s in rollout.group.path]
+            for node in (*above, own):
+                assert self.written[node] == tree.length(node)
+        assert 0 < rows <= self.scheduler.token_budget
+        assert len(self.scheduler.running) <= self.scheduler.max_running
+        assert len(set(batch.sampled)) == len(batch.sampled)
+        assert len({rollout.slot for rollout in self.scheduler.running}) == len(
+            self.scheduler.running
+        )
+
+    def run(self, most: int = 100_000) -> None:
+        while self.step():
+            assert self.steps < most, "no end"
+
+
+def group_of(
+    lengths: list[int],
+    prompt: tuple[Segment, ...] = (),
+    *,
+    problem: int = 0,
+    round_: int = 0,
+    need: int | None = None,
+    slack: int = 0,
+) -> tuple[Group, dict[Rollout, int]]:
+    group = Group(prompt, 1, Sampling(), problem=problem, round=round_, need=need or len(lengths))
+    group.rollouts = [Rollout(group, i, i, length + slack) for i, length in enumerate(lengths)]
+    return group, dict(zip(group.rollouts, lengths, strict=True))
+
+
+def policy_named(name: str, lengths: dict[Rollout, int]) -> LaterRoundFirst:
+    known = (lengths.__getitem__,) if name in KNOW_LENGTHS else ()
+    return POLICIES[name](*known)
+
+
+@st.composite
+def traces(draw):
+    """A scheduler under pressure, and groups that come while it runs."""
+    num_pages = draw(st.integers(6, 40))
+    most = num_pages * PAGE // 3
+    groups, lengths = [], {}
+    for problem in range(draw(st.integers(1, 6))):
+        head = Segment(draw(st.integers(1, most)))
+        shared = (head,) if draw(st.booleans()) else ()
+        for round_ in range(draw(st.integers(1, 2))):
+            prompt = (
+                *shared,
+                *(Segment(draw(st.integers(1, 8))) for _ in range(draw(st.integers(0, 1)))),
+            )
+            wanted = draw(st.lists(st.integers(1, most), min_size=1, max_size=6))
+            need = draw(st.integers(1, len(wanted)))
+            group, known = group_of(
+                wanted,
+                prompt,
+                problem=problem,
+                round_=round_,
+                need=need,
+                slack=draw(st.integers(0, 3)),
+            )
+            groups.append((draw(st.integers(0, 60)), group))
+            lengths |= known
+    max_running = draw(st.integers(1, 8))
+    scheduler = Scheduler(
+        num_pages,
+        PAGE,
+        policy_named(draw(st.sampled_from(sorted(POLICIES))), lengths),
+        max_running=max_running,
+        token_budget=draw(st.integers(max_running, 24)),
+        host_pages=draw(st.sampled_from([0, 0, 5, 100])),
+    )
+    return scheduler, groups, lengths
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(traces())
+def test_random_traces(trace):
+    """Every rollout ends once, within budget, having written each of its tokens in order; no page
+    is lost or owned twice at any step; and there is always an end."""
+    scheduler, groups, lengths = trace
+    fitting = [
+        (at, group)
+        for at, group in groups
+        if scheduler.pages_at_most(group) <= scheduler.tree.num_pages
+    ]
+    for _, group in groups:
+        if scheduler.pages_at_most(group) > scheduler.tree.num_pages:
+            with pytest.raises(ValueError, match="pages needed"):
+                scheduler.submit(group)
+    run = Trace(scheduler, lengths)
+    pending = sorted(fitting, key=lambda entry: entry[0])
+    while True:
+        while pending and (pending[0][0] <= run.steps or not scheduler.groups):
+            scheduler.submit(pending.pop(0)[1])
+        if not run.step():
+            assert not scheduler.groups, "groups wait, and nothing is done"
+            if not pending:
+                break
+        assert run.steps < 20_000
+    assert Counter(run.ended) == Counter(r for _, group in fitting for r in group.rollouts)
+    for _, group in fitting:
+        whole = [r for r in group.rollouts if r.finish_reason == "stop"]
+        assert len(whole) == group.need == group.ended
+        assert all(run.tokens[rollout] == lengths[rollout] for rollout in whole)
+    assert scheduler.tree.free_pages == scheduler.tree.num_pages
+    assert scheduler.counts.cancelled == sum(
+        r.asked for _, group in fitting for r in group.rollouts if r.finish_reason == "cancelled"
+    )
