@@ -1,0 +1,152 @@
+"""Questions from a JSONL file: one problem per line, and what is wrong with those that are not.
+
+    {"question": "What is 2 + 2?"}
+    {"id": "photo-7", "question": "How many birds?", "images": ["birds.jpg"]}
+    {"messages": [{"role": "user", "content": "What is 2 + 2?"}]}
+
+A question's images open its message; those of `messages` fill their image parts in order. Paths are
+relative to the file. A line that is wrong fails alone; the others are answered.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.terminal import InputError
+
+KEYS = {"id", "question", "messages", "image", "images"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A line of the file; `error`, if it is not None, says why it cannot be answered.
+
+    `id` is the line's own, or its number. Only those without an error are sure to be unique.
+    """
+
+    line: int
+    id: str
+    messages: tuple[dict, ...] = ()
+    images: tuple[Path, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class QuestionFile:
+    """All questions of a file, in its order, and the SHA-256 of its bytes."""
+
+    questions: tuple[Question, ...]
+    digest: str
+
+
+class _LineError(Exception):
+    """What is wrong with one line."""
+
+
+def read_questions(path: str | Path) -> QuestionFile:
+    """Read a JSONL file; empty lines are passed over.
+
+    Raises InputError for a file that cannot be read, or holds no line at all.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    questions, lines = [], {}
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            questions.append(_question(number, line, path.parent, lines))
+    if not questions:
+        raise InputError(f"{path} holds no questions")
+    return QuestionFile(tuple(questions), hashlib.sha256(data).hexdigest())
+
+
+def _question(number: int, line: bytes, folder: Path, lines: dict[str, int]) -> Question:
+    """The question of one line; `lines` maps the ids so far to their lines and gains its own."""
+    id = str(number)
+    try:
+        fields = _fields(line)
+        id = _id(fields, number)
+        if id in lines:
+            raise _LineError(f"id {id!r} is that of line {lines[id]} already")
+        messages = _messages(fields)
+        images = _images(fields, folder)
+    except _LineError as error:
+        return Question(number, id, error=f"line {number}: {error}")
+    lines[id] = number
+    if "question" in fields:
+        images_first = [{"type": "image"} for _ in images]
+        content = [*images_first, {"type": "text", "text": fields["question"]}]
+        messages = [{"role": "user", "content": content if images else fields["question"]}]
+    return Question(number, id, tuple(messages), images)
+
+
+def _fields(line: bytes) -> dict:
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise _LineError("not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise _LineError(f"not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise _LineError('not an object such as {"question": "..."}')
+    if unknown := sorted(fields.keys() - KEYS):
+        raise _LineError(
+            f"unknown key {', '.join(map(repr, unknown))}; known: {', '.join(sorted(KEYS))}"
+        )
+    return fields
+
+
+def _id(fields: dict, number: int) -> str:
+    id = fields.get("id", number)
+    if type(id) not in (str, int) or id == "":
+        raise _LineError(f"id {id!r:.80} is neither text nor an integer")
+    return str(id)
+
+
+def _messages(fields: dict) -> list[dict]:
+    """The conversation of a line that has one; [] where a question takes its place."""
+    if ("question" in fields) == ("messages" in fields):
+        raise _LineError('want either "question" or "messages"')
+    if "question" in fields:
+        question = fields["question"]
+        if not isinstance(question, str):
+            raise _LineError("the question is not text")
+        if not question.strip():
+            raise _LineError("the question is empty")
+        return []
+    messages = fields["messages"]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise _LineError("messages are not a list of objects")
+    users = [message for message in messages if message.get("role") == "user"]
+    if not users:
+        raise _LineError("the messages hold none of role user")
+    if not users[-1].get("content") or _is_blank(users[-1]["content"]):
+        raise _LineError("the question is empty")
+    return messages
+
+
+def _is_blank(content: object) -> bool:
+    """Whether a message's content has no text that says anything."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return not any(isinstance(text, str) and text.strip() for text in texts)
+
+
+def _images(fields: dict, folder: Path) -> tuple[Path, ...]:
+    if "image" in fields and "images" in fields:
+        raise _LineError('want "image" or "images", not both')
+    names = [fields["image"]] if "image" in fields else fields.get("images", [])
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise _LineError("images are not paths of files")
+    paths = tuple(folder / name for name in names)
+    for name, path in zip(names, paths, strict=True):
+        try:
+            found = path.is_file()
+        except (OSError, ValueError):  # too long a name, or one with a NUL
+            found = False
+        if not found:
+            raise _LineError(f"no image file {name!r:.200}")
+    return paths
