@@ -149,13 +149,13 @@ class Engine:
             batch = self._with_drafts(batch)
         before, self._in_flight = self._in_flight, None
         ticket = self.executor.launch(self.scheduler.tree, batch) if batch else None
-        if before:
-            ended += self._update(*before)
         if batch:
             self._count(batch)
             self._in_flight = batch, ticket
-            if not self.ahead or batch.drafts:
-                ended += self._collect()
+        if before:
+            ended += self._update(*before)
+        if not self.ahead or (batch and batch.drafts):
+            ended += self._collect()
         return ended
 
     def cancel(self, group: Group) -> list[Rollout]:

@@ -1,122 +1,219 @@
-"""The engine: rollouts over a shared prompt node, their independence, and their pages."""
+"""The engine on a model of hashes: what a rollout says is its own affair, whatever else runs."""
+
+from collections import Counter
+from itertools import count
 
 import pytest
-import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from model.step3vl import Step3VL
-from pacore_sched.engine import Engine, Rollout, Sampling
-from pacore_sched.prefix_tree import OutOfPages
+from model.terminal import InputError
+from pacore_sched.engine import Engine
+from pacore_sched.policy import KNOW_LENGTHS, POLICIES
+from pacore_sched.request import Group, Rollout, Sampling
+from pacore_sched.stopping import Stopping
+from tests.fake_executor import EOS, VOCABULARY, FakeExecutor, expected, segment
 
-PROMPT = [*range(1, 71)]  # ends inside its second page
-SAMPLING = Sampling(max_tokens=70)  # rollouts cross into a second page
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Step3VL:
-    return Step3VL.from_preset("tiny", seed=1)
+NAMES = [name for name in POLICIES if name not in KNOW_LENGTHS]
 
 
-def run(
-    model: Step3VL, seeds: list[int], sampling: Sampling = SAMPLING, pages: int = 40
-) -> dict[int, Rollout]:
-    """Rollouts by seed; pages and holds are checked after every step and at the end."""
-    engine = Engine(model, pages)
-    prompt, hidden = engine.prefill(model.decoder.embed(torch.tensor(PROMPT)))
-    done = {}
-    steps = []
+class Letters:
+    """A tokenizer of one letter per id."""
 
-    def on_step(tokens: int) -> None:
-        steps.append(tokens)
-        engine.tree.check_integrity()
-
-    for rollout in engine.decode(prompt, hidden, seeds, sampling, on_step):
-        done[rollout.seed] = rollout
-    engine.tree.check_integrity({prompt: 1})
-    engine.tree.release(prompt)
-    assert engine.tree.free_pages == pages
-    assert sum(steps) == engine.stats.generated == sum(len(r.tokens) for r in done.values())
-    return done
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([ord("a") + id % 26])
 
 
-def test_a_rollout_does_not_depend_on_its_neighbours(tiny: Step3VL):
-    """The same seed gives the same text alone, in any company and at any place in the batch."""
-    together = run(tiny, [11, 12, 13, 14, 15])
-    assert len({tuple(r.tokens) for r in together.values()}) == 5
-    for seeds in ([13], [15, 11], [14, 12, 13]):
-        for seed, rollout in run(tiny, seeds).items():
-            assert rollout.tokens == together[seed].tokens
-            assert rollout.logprobs == pytest.approx(together[seed].logprobs, abs=1e-5)
+def engine_of(executor: FakeExecutor, **options: object) -> Engine:
+    return Engine(executor, Stopping(Letters(), [EOS]), **options)
 
 
-def test_ends(tiny: Step3VL):
-    """An eos id ends a rollout and is its last token; otherwise max_tokens does."""
-    eos = tiny.config.tokens.eos
-    done = run(tiny, list(range(24))).values()
-    assert {rollout.finish_reason for rollout in done} == {"stop", "length"}
-    for rollout in done:
-        assert not set(rollout.tokens[:-1]) & set(eos)
-        if rollout.finish_reason == "stop":
-            assert rollout.tokens[-1] in eos
-        else:
-            assert len(rollout.tokens) == SAMPLING.max_tokens
+def run(engine: Engine, groups: list[Group]) -> list[Rollout]:
+    """All rollouts in the order in which they end, checking the tree at every step."""
+    ended = []
+    for step in count():
+        if not engine.busy:
+            break
+        assert step < 20_000
+        ended += engine.step()
+        engine.scheduler.check_integrity()
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert Counter(ended) == Counter(rollouts)
+    assert engine.scheduler.tree.free_pages == engine.executor.num_pages
+    assert engine.stats.generated == sum(len(rollout.tokens) for rollout in rollouts)
+    return ended
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_equals_generate(tiny: Step3VL, temperature: float):
-    """The engine's batch and the model's own loop over one sequence say the same."""
-    sampling = Sampling(max_tokens=30, temperature=temperature)
-    expected = tiny.generate(PROMPT, max_tokens=30, temperature=temperature, seed=7)
-    assert run(tiny, [7], sampling)[7].tokens == expected
+@st.composite
+def jobs(draw):
+    """An engine with too little memory, and the groups that it is asked for."""
+    vocabulary = draw(st.sampled_from([VOCABULARY, VOCABULARY, 6]))
+    pages = draw(st.integers(12, 20))
+    executor = FakeExecutor(pages, 4, draw(st.integers(1, 12)), vocabulary)
+    engine = engine_of(
+        executor,
+        policy=draw(st.sampled_from(NAMES)),
+        max_running=draw(st.sampled_from([None, None, 3])),
+        token_budget=draw(st.integers(1, 24)),
+        ahead=draw(st.booleans()),
+        speculate=draw(st.sampled_from([0, 0, 2, 8])),
+        host_pages=draw(st.sampled_from([0, 0, 6, 100])),
+    )
+    ids = st.lists(st.integers(1, 99), min_size=0, max_size=9)
+    groups = []
+    for problem in range(draw(st.integers(1, 5))):
+        head = segment(draw(ids))
+        for round_ in range(draw(st.integers(1, 2))):
+            width = draw(st.integers(1, 8))
+            groups.append(
+                engine.submit(
+                    [head, segment(draw(ids))],
+                    draw(st.integers(1, 99)),
+                    {index: draw(st.integers(0, 9)) for index in range(width)},
+                    Sampling(max_tokens=draw(st.sampled_from([1, 7, 20, 24]))),
+                    problem=problem,
+                    round=round_,
+                    need=draw(st.sampled_from([None, width, 1])),
+                )
+            )
+    return engine, groups
 
 
-def test_eager_says_the_same(tiny: Step3VL):
-    """Every op at its definition: the fast forms change no text."""
-    eager = Step3VL.from_preset("tiny", seed=1, impl="eager")
-    sampling = Sampling(max_tokens=12)
-    fast, slow = run(tiny, [1, 2, 3], sampling), run(eager, [1, 2, 3], sampling)
-    assert [fast[seed].tokens for seed in (1, 2, 3)] == [slow[seed].tokens for seed in (1, 2, 3)]
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(jobs())
+def test_tokens_are_those_of_a_rollout_alone(job):
+    """Preempted, moved to the host, drafted, pipelined, under any policy: every token is what the
+    rollout would have said undisturbed, and cancelled ones are a beginning of that."""
+    engine, groups = job
+    run(engine, groups)
+    for group in groups:
+        for rollout in group.rollouts:
+            alone = expected(group, rollout, vocabulary=engine.executor.vocabulary)
+            if rollout.finish_reason == "cancelled":
+                assert rollout.tokens == alone[: len(rollout.tokens)]
+            else:
+                assert rollout.tokens == alone
+                assert rollout.finish_reason == ("stop" if alone[-1] == EOS else "length")
+                assert len(rollout.logprobs) == len(alone)
+        assert sum(r.finish_reason != "cancelled" for r in group.rollouts) == group.need
 
 
-def test_logprobs_are_the_models(tiny: Step3VL):
-    """Log-probabilities of a rollout, against one forward over prompt and rollout."""
-    rollout = run(tiny, [5], Sampling(max_tokens=10))[5]
-    logits = tiny(PROMPT + rollout.tokens[:-1])[len(PROMPT) - 1 :]
-    expected = logits.log_softmax(-1)[range(len(rollout.tokens)), rollout.tokens]
-    assert rollout.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+def test_a_prompt_is_written_once():
+    """Eight rollouts of one prompt prefill it once, and the next round finds the image in KV."""
+    executor = FakeExecutor(200)
+    engine = engine_of(executor)
+    head = segment(range(1, 31))
+    engine.scheduler.keep(head)
+    for round_ in range(2):
+        seeds = dict(enumerate(range(8)))
+        path = [head, segment(range(5, 15))]
+        run_group = engine.submit(path, 7, seeds, Sampling(max_tokens=3), round=round_)
+        while engine.busy:
+            engine.step()
+        assert engine.scheduler.counts.prefilled == 30 + 10 * (round_ + 1)
+        assert [r.tokens for r in run_group.rollouts] == [
+            expected(run_group, r) for r in run_group.rollouts
+        ]
+    assert engine.scheduler.tree.free_pages == 200 - 8
+    engine.scheduler.drop(head)
+    assert engine.scheduler.tree.free_pages == 200
 
 
-def test_stopping_early_frees_the_pages(tiny: Step3VL):
-    """A caller that takes one rollout and leaves must not leak the others' pages."""
-    engine = Engine(tiny, 40)
-    prompt, hidden = engine.prefill(tiny.decoder.embed(torch.tensor(PROMPT)))
-    rollouts = engine.decode(prompt, hidden, range(24), SAMPLING)
-    next(rollouts)
-    rollouts.close()
-    engine.tree.check_integrity({prompt: 1})
-    assert engine.tree.free_pages == 38
+def test_siblings_wait_until_the_prompt_is_warm():
+    """No rollout starts, nor is its prompt read, before the last chunk of it has been written."""
+    executor = FakeExecutor(200)
+    engine = engine_of(executor, token_budget=16)
+    engine.submit([segment(range(1, 41))], 7, {0: 0, 1: 1}, Sampling(max_tokens=2))
+    while engine.busy:
+        engine.step()
+    work = [(len(b.decode), [c.stop - c.start for c in b.chunks]) for b in executor.launched]
+    assert work[:4] == [(0, [16]), (0, [16]), (0, [8]), (2, [])]
 
 
-def test_too_few_pages(tiny: Step3VL):
-    """Running out is an exception that leaves no page behind, in prefill and in decode."""
-    engine = Engine(tiny, 3)
-    with pytest.raises(OutOfPages):
-        engine.prefill(torch.zeros(200, tiny.config.decoder.hidden))
-    assert engine.tree.free_pages == 3
-    prompt, hidden = engine.prefill(tiny.decoder.embed(torch.tensor(PROMPT)))
-    with pytest.raises(OutOfPages):
-        list(engine.decode(prompt, hidden, [1, 2], SAMPLING))
-    engine.tree.release(prompt)
-    assert engine.tree.free_pages == 3
+def test_images_are_waited_for_while_others_decode():
+    """A prompt whose images are not encoded yet neither blocks others nor is forgotten."""
+    executor = FakeExecutor(200)
+    engine = engine_of(executor)
+    encoded = False
+    late = segment(range(1, 9))
+    late.ready = lambda: encoded
+    first = engine.submit([late], 7, {0: 0}, Sampling(max_tokens=4), problem=0)
+    second = engine.submit([segment([1])], 7, {0: 0}, Sampling(max_tokens=4), problem=1)
+    for _ in range(8):
+        engine.step()
+    assert second.rollouts[0].finish_reason and not first.rollouts[0].tokens
+    encoded = True
+    while engine.busy:
+        engine.step()
+    assert first.rollouts[0].tokens == expected(first, first.rollouts[0])
 
 
-def test_counts_of_shared_reads(tiny: Step3VL):
-    """What sharing saves is counted from the plan: the prompt once per step, not per rollout."""
-    engine = Engine(tiny, 40)
-    prompt, hidden = engine.prefill(tiny.decoder.embed(torch.tensor(PROMPT)))
-    sampling = Sampling(max_tokens=3, temperature=0.0)
-    done = list(engine.decode(prompt, hidden, [1, 2, 3, 4], sampling))
-    assert [len(rollout.tokens) for rollout in done] == [3] * 4  # greedy meets no eos here
-    own = 4 * (1 + 2)  # after the first token of each, two decode steps
-    assert engine.stats.prefilled == 70
-    assert engine.stats.kv_read == 2 * 70 + own
-    assert engine.stats.kv_read_unshared == 4 * 2 * 70 + own
+@pytest.mark.parametrize("ahead", [False, True])
+def test_cancel(ahead: bool):
+    """A cancelled group gives back every page at once; others go on undisturbed."""
+    executor = FakeExecutor(200)
+    engine = engine_of(executor, ahead=ahead)
+    sampling = Sampling(max_tokens=30)
+    groups = [
+        engine.submit([segment([1, 2, 3])], 7, {0: 3, 1: 4}, sampling, problem=problem)
+        for problem in range(2)
+    ]
+    for _ in range(5):
+        engine.step()
+    assert {r.finish_reason for r in engine.cancel(groups[0])} == {"cancelled"}
+    assert engine.cancel(groups[0]) == []
+    engine.scheduler.check_integrity()
+    while engine.busy:
+        engine.step()
+    for rollout in groups[1].rollouts:
+        assert rollout.tokens == expected(groups[1], rollout)
+    assert engine.scheduler.tree.free_pages == 200
+
+
+def test_errors_end_a_rollout_alone():
+    """A row of NaN is the token -1: that rollout ends with "error" and says nothing."""
+
+    class Broken(FakeExecutor):
+        def launch(self, tree, batch):
+            tokens, logprobs = super().launch(tree, batch)
+            return [
+                -1 if r.seed == 5 else t for r, t in zip(batch.sampled, tokens, strict=True)
+            ], logprobs
+
+    engine = engine_of(Broken(200))
+    group = engine.submit([segment([1])], 7, {0: 4, 1: 5}, Sampling(max_tokens=6))
+    run(engine, [group])
+    assert [r.finish_reason == "error" for r in group.rollouts] == [False, True]
+    assert engine.text(group.rollouts[1]) == ""
+    assert group.rollouts[1].tokens == []
+
+
+def test_what_never_fits_is_refused():
+    """More KV than there is for one rollout is said at once, with the figures."""
+    engine = engine_of(FakeExecutor(10))
+    with pytest.raises(InputError, match="KV for 44 tokens, there is memory for 40"):
+        engine.submit([segment([1] * 5)], 7, {0: 0}, Sampling(max_tokens=35))
+    with pytest.raises(InputError, match="0 rollouts"):
+        engine.submit([], 7, {}, Sampling())
+    assert not engine.busy
+    group = engine.submit([segment([1] * 8)], 7, {0: 0, 1: 1}, Sampling(max_tokens=32))
+    run(engine, [group])
+
+
+@pytest.mark.parametrize("name", [*KNOW_LENGTHS, "lifo"])
+def test_unknown_policies(name: str):
+    """A policy that cannot be had is named, with those that can."""
+    with pytest.raises(InputError, match=f"policy {name!r}|knows lengths"):
+        engine_of(FakeExecutor(10), policy=name)
+
+
+def test_counts_of_shared_reads():
+    """What sharing saves is counted from the tree: the prompt once per step, not per rollout."""
+    engine = engine_of(FakeExecutor(200))
+    seeds = {index: index for index in range(4)}
+    engine.submit([segment([9] * 70)], 7, seeds, Sampling(max_tokens=3, ignore_eos=True))
+    while engine.busy:
+        engine.step()
+    own = 4 * (1 + 2 + 3)
+    assert engine.stats.kv_read == 3 * 70 + own
+    assert engine.stats.kv_read_unshared == 4 * 3 * 70 + own
