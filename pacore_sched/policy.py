@@ -5,6 +5,7 @@ the pages that are free (`admits`), and names the rollout that is preempted when
 grow (`victim`). It sees ints: of lengths that are still to come it knows nothing, but for Oracle.
 """
 
+from bisect import bisect_right, insort
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
@@ -169,18 +170,19 @@ class Predicted(LaterRoundFirst):
 
     def ended(self, rollout: Rollout) -> None:
         for lengths in (self._of_group[rollout.group], self._of_round[rollout.group.round]):
-            lengths.append(rollout.asked)
+            insort(lengths, rollout.asked)
 
     def forget(self, group: Group) -> None:
         self._of_group.pop(group, None)
 
     def expected(self, rollout: Rollout) -> int:
         """Tokens that a rollout is expected to have at its end."""
-        known = self._of_group.get(rollout.group, ()), self._of_round[rollout.group.round][-256:]
-        for lengths in known:
-            longer = sorted(length for length in lengths if length > rollout.asked)
-            if len(longer) >= self.FEWEST:
-                return min(longer[int(self.QUANTILE * len(longer))], rollout.max_tokens)
+        for lengths in (self._of_group.get(rollout.group, ()), self._of_round[rollout.group.round]):
+            shorter = bisect_right(lengths, rollout.asked)
+            longer = len(lengths) - shorter
+            if longer >= self.FEWEST:
+                expected = lengths[shorter + int(self.QUANTILE * longer)]
+                return min(expected, rollout.max_tokens)
         return rollout.asked  # nothing is known: as optimistic as the others
 
     def admits(self, rollout: Rollout, pages: int, view: View) -> bool:

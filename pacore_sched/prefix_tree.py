@@ -25,6 +25,7 @@ class _Node:
     parent: int | None
     start: int  # tokens of the path above: fixed, as a node with children does not grow
     length: int = 0
+    capacity: int = 0  # tokens that the pages hold
     pages: list[int] = field(default_factory=list)
     holds: int = 1
     children: int = 0
@@ -72,20 +73,22 @@ class PrefixTree:
         needed = self.pages_needed(node, tokens)
         if needed > len(self._free):
             raise OutOfPages(f"{needed} pages needed, {len(self._free)} free")
-        entry.pages.extend(self._free.pop() for _ in range(needed))
+        if needed:
+            entry.pages.extend(self._free.pop() for _ in range(needed))
+            entry.capacity += needed * self.page_size
 
     def grow(self, nodes: Iterable[int], tokens: int) -> None:
         """Append tokens to each of some nodes that have `room` for them and no children.
 
         For every step of every rollout, hence without checks but one.
         """
-        size = self.page_size
+        entries = self._nodes
         for node in nodes:
-            entry = self._nodes[node]
-            entry.length += tokens
-            if entry.length > len(entry.pages) * size:
-                entry.length -= tokens
+            entry = entries[node]
+            length = entry.length + tokens
+            if length > entry.capacity:
                 raise ValueError(f"node {node} has no room for {tokens} more tokens")
+            entry.length = length
 
     def truncate(self, node: int, length: int) -> None:
         """Cut a node without children to its first `length` tokens, and give back spare pages."""
@@ -99,6 +102,7 @@ class PrefixTree:
         used = -(-length // self.page_size)
         self._free.extend(reversed(entry.pages[used:]))
         del entry.pages[used:]
+        entry.capacity = used * self.page_size
 
     def hold(self, node: int) -> None:
         """Keep a node alive for one more `release`."""
@@ -131,12 +135,18 @@ class PrefixTree:
         if new_tokens < 0:
             raise ValueError(f"node {node} cannot take {new_tokens} tokens")
         entry = self._get(node)
-        return max(0, -(-(entry.length + new_tokens) // self.page_size) - len(entry.pages))
+        return max(0, -((entry.capacity - entry.length - new_tokens) // self.page_size))
+
+    def pages_needed_by(self, nodes: Iterable[int], new_tokens: int) -> int:
+        """Pages that appending `new_tokens` to each of some nodes would take."""
+        entries = map(self._nodes.__getitem__, nodes)
+        lacking = [new_tokens + entry.length - entry.capacity for entry in entries]
+        return sum(-(-tokens // self.page_size) for tokens in lacking if tokens > 0)
 
     def room(self, node: int) -> int:
         """Tokens that can be appended to a node before it takes another page."""
         entry = self._get(node)
-        return len(entry.pages) * self.page_size - entry.length
+        return entry.capacity - entry.length
 
     def children(self, node: int) -> int:
         """Nodes directly below."""
@@ -222,6 +232,10 @@ class PrefixTree:
             (not entry.holds and not children, "it is neither held nor has children"),
             (entry.length < 0, f"it has {entry.length} tokens"),
             (len(entry.pages) < pages, f"it owns {len(entry.pages)} pages, needs {pages}"),
+            (
+                entry.capacity != len(entry.pages) * self.page_size,
+                f"its {len(entry.pages)} pages do not hold {entry.capacity} tokens",
+            ),
         ):
             if fault:
                 raise IntegrityError(f"node {node}: {message}")

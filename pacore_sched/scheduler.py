@@ -7,8 +7,9 @@ same for the model and for the simulator's clock.
 """
 
 from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from pacore_sched.policy import LaterRoundFirst
 from pacore_sched.prefix_tree import PrefixTree
@@ -58,7 +59,12 @@ class Scheduler:
         self._segments: dict[Segment, None] = {}  # those with a node, oldest first
         self._slots = list(reversed(range(max_running)))
         self._submitted = 0
-        self._batch = Batch(())
+        self._decoding: dict[Rollout, None] = {}  # of the running ones, those that are up to date
+        self._turn = 0  # the step before which those need pages again
+        self._ends: list[
+            tuple[int, int, Rollout]
+        ] = []  # heap: steps in which they reach max_tokens
+        self._batch, self._nodes = Batch(()), []  # the last one, and its decoding rollouts' nodes
         self._left = 0  # steps for which `_batch` still holds
         self._moved: dict[Rollout, int] = {}  # tokens of preempted rollouts, on the host
         self._evicted: list[tuple[Rollout, tuple[int, ...]]] = []
@@ -96,37 +102,34 @@ class Scheduler:
         if self._left:
             self.repeat(1)
             return self._batch
-        self._make_room()
-        decode, lagging, chunks = [], [], []
-        for rollout in self.running:
-            if self._to_write(rollout) > 1:
-                lagging.append(rollout)
-            elif rollout.asked < rollout.max_tokens:
-                decode.append(rollout)
+        self._drop_finished()
+        if self._turn <= self.steps:
+            self._turn_pages()
+        chunks, decode = [], self._decoding
         budget = self.token_budget - len(decode)
-        for rollout in lagging:
+        for rollout in [r for r in self.running if r not in decode and r.asked < r.max_tokens]:
             budget -= self._write_rollout(rollout, budget, chunks)
-        restored, waits = self._admit(budget, decode, chunks)
+        restored, waits = self._admit(budget, chunks)
         if not decode and not chunks:
             return None
-        for rollout in decode:
-            rollout.asked += 1
-        nodes = [rollout.node for rollout in decode]
-        self.tree.grow(nodes, 1)
-        self._provide_ahead(decode)
         evicted, self._evicted = tuple(self._evicted), []
         once = bool(chunks or restored or evicted or waits)
-        steps = 1 if once else 1 + min(map(self._room, decode))
+        until = min(self._turn, self._ends[0][0]) if self._ends else self._turn
+        steps = 1 if once else max(1, until - self.steps)
         self._batch = Batch(
             tuple(decode), tuple(chunks), steps=steps, evicted=evicted, restored=tuple(restored)
         )
-        self._left = steps - 1
-        self.steps += 1
+        self._nodes = [rollout.node for rollout in decode]
+        self._left = steps
+        self.repeat(1)
+        for chunk in chunks:
+            if chunk.samples:
+                self._join(chunk.owner)
         return self._batch
 
     def repeat(self, steps: int) -> None:
         """Append so many more steps of the last batch, which says how many there may be."""
-        self.tree.grow([rollout.node for rollout in self._batch.decode], steps)
+        self.tree.grow(self._nodes, steps)
         for rollout in self._batch.decode:
             rollout.asked += steps
         self._left -= steps
@@ -165,7 +168,10 @@ class Scheduler:
         """Keep of a draft's tokens those that were accepted."""
         rollout.asked += accepted
         self.tree.truncate(rollout.node, rollout.asked)
-        self._left = 0
+        heappush(
+            self._ends, (self.steps + rollout.max_tokens - rollout.asked, id(rollout), rollout)
+        )
+        self._turn = self._left = 0
 
     def check_integrity(self) -> None:
         """Raise IntegrityError or AssertionError if the tree and the rollouts' states disagree."""
@@ -187,34 +193,53 @@ class Scheduler:
             length = self.tree.length(rollout.node)
             assert length <= rollout.asked <= rollout.max_tokens, rollout
 
-    def _room(self, rollout: Rollout) -> int:
-        """Steps that a decoding rollout can take before it needs a page or must end."""
-        return min(self.tree.room(rollout.node), rollout.max_tokens - rollout.asked)
-
     def _to_write(self, rollout: Rollout) -> int:
         """Tokens of a running rollout that are known, or in flight, and not written."""
         return 1 + rollout.asked - self.tree.length(rollout.node)
 
-    def _make_room(self) -> None:
-        """See to it that every rollout that decodes has room for a token, preempting others."""
-        full = {r: 0 for r in self.running if r.asked < r.max_tokens and not self.tree.room(r.node)}
-        while len(full) > self.tree.free_pages:
-            if not self._drop_idle_segment():
-                full.pop(self._preempt(), None)
-        for rollout in full:
-            self.tree.provide(rollout.node, 1)
+    def _drop_finished(self) -> None:
+        """Decode no more what has asked for all its tokens: they are in flight."""
+        while self._ends and self._ends[0][0] <= self.steps:
+            rollout = heappop(self._ends)[2]
+            if rollout.asked >= rollout.max_tokens:
+                self._decoding.pop(rollout, None)
 
-    def _provide_ahead(self, decode: Iterable[Rollout]) -> None:
-        """Room for a page's worth of steps for all, if pages abound: fewer turns of pages."""
-        size, tree = self.tree.page_size, self.tree
-        ahead = [(r.node, min(size, r.max_tokens - r.asked)) for r in decode]
-        pages = sum(tree.pages_needed(node, tokens) for node, tokens in ahead)
-        if pages + self.policy.watermark * tree.num_pages <= tree.free_pages:
-            for node, tokens in ahead:
-                tree.provide(node, tokens)
+    def _join(self, rollout: Rollout) -> None:
+        """Decode a rollout from the coming step on, with room until all turn their pages."""
+        self._decoding[rollout] = None
+        end = self.steps + rollout.max_tokens - rollout.asked
+        heappush(self._ends, (end, id(rollout), rollout))
+        tokens = max(self._turn - self.steps, 0)
+        if self.tree.pages_needed(rollout.node, tokens) <= self.tree.free_pages:
+            self.tree.provide(rollout.node, tokens)
+        else:
+            self._turn = self.steps
+            self._left = 0
+
+    def _turn_pages(self) -> None:
+        """Room for a page's worth of steps of all that decode, or for fewer if pages are short.
+
+        All at once, so that plans change seldom. If pages are short for one step, idle segments
+        give way, then whom the policy names.
+        """
+        tree, steps = self.tree, self.tree.page_size
+        while True:
+            nodes = [rollout.node for rollout in self._decoding]
+            pages = tree.pages_needed_by(nodes, steps)
+            spare = self.policy.watermark * tree.num_pages if steps > 1 else 0
+            if pages + spare <= tree.free_pages:
+                break
+            if steps > 1:
+                steps //= 2
+            elif not self._drop_idle_segment():
+                self._preempt()
+        if pages:
+            for node in nodes:
+                tree.provide(node, steps)
+        self._turn = self.steps + steps
 
     def _admit(
-        self, budget: int, decode: list[Rollout], chunks: list[Chunk]
+        self, budget: int, chunks: list[Chunk]
     ) -> tuple[list[tuple[Rollout, tuple[int, ...]]], bool]:
         """Prefill and start what the policy lets in.
 
@@ -223,7 +248,7 @@ class Scheduler:
         """
         restored, waits, fresh = [], False, set()
         self.policy.begin(self)
-        for _, group in [*self._queue]:
+        for _, group in self._queue:  # which is replaced, not changed, when one leaves
             if budget <= 0 or len(self.running) == self.max_running:
                 break
             if not self.policy.opens(group):
@@ -240,7 +265,7 @@ class Scheduler:
                 budget -= self._write_segment(group, segment, budget, chunks)
                 fresh.add(segment)
                 continue
-            budget -= self._start_rollouts(group, budget, decode, chunks, restored)
+            budget -= self._start_rollouts(group, budget, chunks, restored)
             if group.waiting:
                 break
         return restored, waits
@@ -277,7 +302,6 @@ class Scheduler:
         self,
         group: Group,
         budget: int,
-        decode: list[Rollout],
         chunks: list[Chunk],
         restored: list[tuple[Rollout, tuple[int, ...]]],
     ) -> int:
@@ -293,7 +317,7 @@ class Scheduler:
                 self.host_pages += len(pages)
                 restored.append((rollout, pages))
             if self._to_write(rollout) == 1:
-                decode.append(rollout)
+                self._join(rollout)
                 left -= 1
             else:
                 left -= self._write_rollout(rollout, left, chunks)
@@ -374,6 +398,7 @@ class Scheduler:
         self._slots.append(rollout.slot)
         rollout.node, rollout.slot = None, -1
         del self.running[rollout]
+        self._decoding.pop(rollout, None)
         self._left = 0
 
     def _dequeue(self, group: Group) -> None:
