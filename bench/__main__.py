@@ -4,7 +4,8 @@
 `python -m bench cost` needs none: what prefix attention moves, and how evenly it and the vision ops
 fill a GPU, by arithmetic.
 `python -m bench fp8` shows what FP8 KV pages do to a real model, `python -m bench fold` what
-folding the projector's layers does to its numbers.
+folding the projector's layers does to its numbers. `python -m bench sched` is what the scheduler
+costs per step.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cost, fold, fp8_kv, images, rows, show, tune, vision_cost
+from bench import cost, fold, fp8_kv, images, rows, sched, show, tune, vision_cost
 from bench.cases import OPS, cases, numerics_cases
 from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, device_named, select, time_case
 from kernels._launch import IMPLS
@@ -120,6 +121,11 @@ def run_fold(options: argparse.Namespace, device: torch.device) -> Iterator[dict
     yield from fold.run(device)
 
 
+def run_sched(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """What the scheduler costs per step."""
+    yield from sched.run()
+
+
 COMMANDS = {
     "roofline": (run_roofline, show.ceilings),
     "numerics": (run_numerics, show.errors),
@@ -129,6 +135,7 @@ COMMANDS = {
     "cost": (run_cost, display_cost),
     "fp8": (run_fp8, fp8_kv.display),
     "fold": (run_fold, fold.display),
+    "sched": (run_sched, sched.display),
 }
 ALL = ("numerics", "ops", "e2e")
 

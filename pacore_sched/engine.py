@@ -6,6 +6,7 @@ the host; a rollout found to have ended then has written one token too many, int
 still its own.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,6 +18,9 @@ from pacore_sched.request import Batch, Group, Rollout, Sampling, Segment
 from pacore_sched.scheduler import Scheduler
 from pacore_sched.speculation import SiblingDrafts
 from pacore_sched.stopping import Stopping
+
+
+IDLE_S = 1e-3  # how long a step takes in which there was nothing to do but to wait for images
 
 
 class Executor(Protocol):
@@ -156,6 +160,8 @@ class Engine:
             ended += self._update(*before)
         if not self.ahead or (batch and batch.drafts):
             ended += self._collect()
+        if not before and not batch and self.scheduler.groups:
+            time.sleep(IDLE_S)
         return ended
 
     def cancel(self, group: Group) -> list[Rollout]:
