@@ -137,7 +137,8 @@ def prefix_attention_kernel(
                     )
                 place += goal - done
                 tile = tl.where(goal == places, tile + 1, tile)
-                tile = tl.where(tile == count, 0, tile)
+                # A padded plan has empty tiles behind the head's last: they are not walked.
+                tile = tl.where(place == (head + 1) * length, 0, tile)
 
 
 @triton.jit

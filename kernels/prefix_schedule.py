@@ -21,10 +21,13 @@ leaves a partial of its own, in the slot that is its place on the line: a row's 
 those of its own path alone.
 
 All that depends on lengths is computed on the device, by one small launch per step for all layers:
-when lengths advance there, a captured CUDA graph needs nothing from the host.
+when lengths advance there, a captured CUDA graph needs nothing from the host. What a padded plan's
+schedule has room for is all that its capacity allows, behind the tiles of either size are empty
+ones without a place on the line, and a refilled plan refills it.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._packed import Packed
 from kernels.prefix_plan import PrefixPlan
 
 # Columns of a tile's record. A row r of the tile sees the first min(end, edge + r) tokens.
@@ -73,27 +77,24 @@ class Schedule:
 
     def __init__(self, plan: PrefixPlan, cut: Cut) -> None:
         self.plan, self.cut = plan, cut
-        tiles = [_tiles_of_size(plan, cut, size) for size in (0, 1)]
-        self.counts = [len(of_size) for of_size in tiles]
-        tiles = tiles[0] + tiles[1]
-        records, row_tiles, capacities = _records(plan, cut, tiles)
-        places = [sum(capacities[: self.counts[0]]), sum(capacities[self.counts[0] :])]
-        # Slots of partial results, for each size.
-        self.slots = [
-            cut.kv_heads * (places[size] if cut.invariant else self.counts[size])
-            + (0 if cut.invariant else cut.programs)
-            for size in (0, 1)
-        ]
+        self.counts = _most_tiles(plan, cut)  # of each size
+        self.slots = _slots(plan, cut, self.counts)  # of partial results, for each size
+        count, device = sum(self.counts), plan.kv_len.device
+        shapes = {"tiles": (count, RECORD.value), "node_of_tile": (count,)}
+        shapes["row_tiles"] = (plan.num_rows, plan.levels)
+        self._packed = Packed(shapes, device=device)
+        self.tiles = self._packed.tensors["tiles"]
+        self.node_of_tile = self._packed.tensors["node_of_tile"]
+        self.row_tiles = self._packed.tensors["row_tiles"]  # -1 where a path is shorter
+        empty = partial(torch.empty, dtype=torch.int32, device=device)
+        self.starts = empty(count + 1)  # prefix sums of places
+        self.stretch = empty(1)  # places of one program
+        self.first_tile = empty(2, cut.programs)
+        self.refill()
 
-        def tensor(values: np.ndarray | list) -> Tensor:
-            return torch.as_tensor(values, dtype=torch.int32).to(plan.kv_len.device)
-
-        self.tiles = tensor(records)  # [tiles, RECORD]
-        self.node_of_tile = tensor([node for node, _, _ in tiles])
-        self.row_tiles = tensor(row_tiles)  # [T, depth], -1 where a path is shorter
-        self.starts = self.tiles.new_empty(len(tiles) + 1)  # prefix sums of places
-        self.stretch = self.tiles.new_empty(1)  # places of one program
-        self.first_tile = self.tiles.new_empty(2, cut.programs)
+    def refill(self) -> None:
+        """Cut up the plan's nodes as they are now, in the same tensors."""
+        self._packed.fill(_lay_out(self.plan, self.cut, self.counts))
         self.update()
 
     @property
@@ -157,24 +158,59 @@ def _tiles_of_size(plan: PrefixPlan, cut: Cut, size: int) -> list[Tile]:
     return tiles
 
 
-def _records(
-    plan: PrefixPlan, cut: Cut, tiles: list[Tile]
-) -> tuple[list[list[int]], np.ndarray, list[int]]:
-    """Records, each row's tiles from the root down, and how many grains each tile can grow to."""
-    depths = plan.depths
-    row_tiles = np.full((plan.num_rows, max(depths, default=0) + 1), -1, dtype=np.int32)
-    for tile, (node, row, rows) in enumerate(tiles):
-        row_tiles[row : row + rows, depths[node]] = tile
-    path_length = (row_tiles >= 0).sum(1)
-    page_start = plan.page_start.tolist()
-    starts = plan.node_start.tolist()
-    records, capacities = [], []
-    for node, row, rows in tiles:
-        flags = ALONE.value * int(path_length[row : row + rows].max() == 1)
-        flags += WRITES.value * (row < plan.nodes[node].row_start + plan.nodes[node].num_new)
-        records.append([row, rows, page_start[node], starts[node], flags, 0, 0, 0])
-        capacities.append(-(-len(plan.nodes[node].pages) * plan.page_size // cut.grain))
-    return records, row_tiles, capacities
+def _most_tiles(plan: PrefixPlan, cut: Cut) -> list[int]:
+    """Tiles of each size: those of the plan, or of any that a padded plan can be filled with."""
+    if plan.capacity is None:
+        return [len(_tiles_of_size(plan, cut, size)) for size in (0, 1)]
+    rows, levels = plan.capacity.rows, plan.capacity.levels
+    large, small = (size // cut.group for size in cut.sizes)  # rows of a tile
+    if not large:
+        return [0, rows * levels]
+    # A level's nodes share its rows. Those cut by the larger size have more than `small` each, so
+    # that there are few, and of each but one tile is not full; leaves are not among them.
+    nodes = rows // (small + 1)
+    return [(levels - bool(small)) * (nodes + rows // large), rows * levels if small else 0]
+
+
+def _slots(plan: PrefixPlan, cut: Cut, counts: list[int]) -> list[int]:
+    if not cut.invariant:
+        return [cut.kv_heads * count + cut.programs for count in counts]
+    if plan.capacity:
+        raise ValueError("the batch-invariant mode has no schedule for padded plans")
+    # As many as the tiles can grow to have grains.
+    grains = [-(-len(node.pages) * plan.page_size // cut.grain) for node in plan.nodes]
+    tiles = [_tiles_of_size(plan, cut, size) for size in (0, 1)]
+    return [cut.kv_heads * sum(grains[node] for node, _, _ in of_size) for of_size in tiles]
+
+
+def _lay_out(plan: PrefixPlan, cut: Cut, counts: list[int]) -> dict[str, np.ndarray]:
+    """Each tile's record and node, and each row's tiles from the root down."""
+    padded = []
+    empty = (len(plan.kv_len) - 1, 0, 0)  # a padded plan's last node is empty
+    for size, count in enumerate(counts):
+        tiles = _tiles_of_size(plan, cut, size)
+        padded += tiles + [empty] * (count - len(tiles))
+    node, row, rows = np.array(padded, int).reshape(-1, 3).T
+    # One entry for each row of each tile.
+    tile = np.repeat(np.arange(len(node)), rows)
+    entry_row = np.arange(len(tile)) + (row - np.cumsum(rows) + rows)[tile]
+    of_nodes = np.zeros((4, len(plan.kv_len)), int)
+    of_nodes[:, : len(plan.nodes)] = (
+        plan.depths,
+        plan.node_starts,
+        np.cumsum([0, *(len(n.pages) for n in plan.nodes)])[:-1],
+        [n.row_start + n.num_new for n in plan.nodes],
+    )
+    depth, node_start, page_start, end_of_new = of_nodes[:, node]
+    row_tiles = np.full((plan.num_rows, plan.levels), -1)
+    row_tiles[entry_row, depth[tile]] = tile
+    shared = (row_tiles >= 0).sum(1) > 1
+    alone = np.bincount(tile, shared[entry_row], minlength=len(node)) == 0
+    records = np.zeros((len(node), RECORD.value), int)
+    records[:, ROW.value], records[:, ROWS.value] = row, rows
+    records[:, PAGE_START.value], records[:, NODE_START.value] = page_start, node_start
+    records[:, FLAGS.value] = ALONE.value * alone + WRITES.value * (row < end_of_new)
+    return {"tiles": records, "node_of_tile": node, "row_tiles": row_tiles}
 
 
 @triton.jit(do_not_specialize=["large", "count", "programs", "grain", "overhead"])

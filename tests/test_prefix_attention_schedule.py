@@ -30,7 +30,7 @@ FORESTS = {
 def in_sight(plan: PrefixPlan, cut: Cut, node: int, row: int, rows: int) -> tuple[int, int]:
     """The first grain and the end of what the rows see of a node, from the formula of the plan."""
     found = plan.nodes[node]
-    before = int(plan.node_start[node])
+    before = plan.node_starts[node]
     offset = found.kv_len - found.num_new - found.row_start + 1
     ends = [min(found.kv_len, offset + r) for r in range(row, row + rows)]
     oldest = [int(plan.row_position[r]) - cut.window + 1 - before for r in range(row, row + rows)]
@@ -172,6 +172,6 @@ def test_the_host_tensors_stand_in_depth_first_order():
     ]
     plan = PrefixPlan.build(nodes, num_rows=5, num_pages=5, page_size=PAGE)
     assert plan.depths == [0, 1, 2, 2, 1]
-    assert plan.node_start.tolist() == [0, 9, 13, 13, 9]
+    assert plan.node_starts == [0, 9, 13, 13, 9]
     assert plan.row_position.tolist() == [7, 8, 15, 18, 10]
     assert torch.equal(plan.kv_len - plan.causal_offset, torch.tensor([2, 0, 1, 1, 1]))

@@ -51,7 +51,7 @@ def _tokens(plan: PrefixPlan) -> tuple[Tensor, Tensor]:
 def _mask(plan: PrefixPlan, window: int, device: torch.device) -> Callable:
     """Token t is seen by the rows from first[t] to last[t], those of its node that come behind."""
     first, last, position = [], [], []
-    for node, start in zip(plan.nodes, plan.node_start.tolist(), strict=True):
+    for node, start in zip(plan.nodes, plan.node_starts, strict=True):
         token = torch.arange(node.kv_len)
         own = (token - (node.kv_len - node.num_new)).clamp(min=0)
         first.append(node.row_start + own)
