@@ -72,8 +72,8 @@ class _Load:
             pages, PAGE_SIZE, POLICIES[policy](), max_running=running, token_budget=8192
         )
         self._lengths: dict[Rollout, int] = {}
-        while len(self._lengths) < running + waiting:
-            self._submit()
+        self._rollouts = running + waiting
+        self._refill()
 
     def step(self) -> float:
         """Microseconds of one step."""
@@ -87,9 +87,12 @@ class _Load:
         end = time.perf_counter()
         for rollout in ended:
             del self._lengths[rollout]
-            if rollout.group not in self.scheduler.groups:
-                self._submit()
+        self._refill()
         return (end - again + middle - start) * 1e6
+
+    def _refill(self) -> None:
+        while len(self._lengths) < self._rollouts:
+            self._submit()
 
     def _submit(self) -> None:
         group = Group([Segment(PROMPT)], 1, Sampling(), next(self._problem), need=WIDTH)

@@ -19,7 +19,6 @@ from pacore_sched.scheduler import Scheduler
 from pacore_sched.speculation import SiblingDrafts
 from pacore_sched.stopping import Stopping
 
-
 IDLE_S = 1e-3  # how long a step takes in which there was nothing to do but to wait for images
 
 
