@@ -1,36 +1,10 @@
-"""Rows as tables for a person: rich's on a terminal, else plain aligned text."""
+"""Rows as tables for a person."""
 
-import sys
 from collections.abc import Sequence
 
+from model.terminal import table
+
 Row = dict
-
-
-def table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Print a table; all columns but those whose header begins with a space align left."""
-    if sys.stdout.isatty():
-        try:  # GPU nodes may offer torch, Triton and NumPy alone
-            from rich.box import SIMPLE_HEAD
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-            for name in header:
-                made.add_column(name.strip(), justify=_justify(name), overflow="fold")
-            for line in lines:
-                made.add_row(*line)
-            Console().print(made, markup=False)
-            return
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    print(f"\n{title}")
-    for line in (header, *lines):
-        cells = (
-            f"{cell.strip():>{width}}" if name.startswith(" ") else f"{cell:{width}}"
-            for name, cell, width in zip(header, line, widths, strict=True)
-        )
-        print("  ".join(cells).rstrip())
 
 
 def times(rows: Sequence[Row]) -> None:
@@ -191,7 +165,3 @@ def _worst(rows: Sequence[Row]) -> str:
 
 def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
-
-
-def _justify(name: str) -> str:
-    return "right" if name.startswith(" ") else "left"

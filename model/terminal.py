@@ -1,8 +1,8 @@
-"""How every command talks to the person at the terminal: mistakes, progress, exit codes."""
+"""How every command talks to the person at the terminal: mistakes, progress, tables, exit codes."""
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
@@ -53,6 +53,36 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
             advance(1)
 
 
+def table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table: rich's on a terminal, else plain aligned text.
+
+    All columns but those whose header begins with a space align left.
+    """
+    if sys.stdout.isatty():
+        try:  # GPU nodes may offer torch, Triton and NumPy alone
+            from rich.box import SIMPLE_HEAD
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            pass
+        else:
+            made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+            for name in header:
+                made.add_column(name.strip(), justify=_justify(name), overflow="fold")
+            for line in lines:
+                made.add_row(*line)
+            Console().print(made, markup=False)
+            return
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    print(f"\n{title}")
+    for line in (header, *lines):
+        cells = (
+            f"{cell.strip():>{width}}" if name.startswith(" ") else f"{cell:{width}}"
+            for name, cell, width in zip(header, line, widths, strict=True)
+        )
+        print("  ".join(cells).rstrip())
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` and exit: with its code, or with 2 and one line on stderr for a user's mistake."""
     try:
@@ -64,3 +94,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+
+
+def _justify(name: str) -> str:
+    return "right" if name.startswith(" ") else "left"

@@ -58,11 +58,16 @@ def read_trace(path: str | Path) -> list[Request]:
 
 
 def trace_problems(
-    requests: Sequence[Request], widths: Sequence[int] = (), sigma_w: float = 0.0, seed: int = 0
+    requests: Sequence[Request],
+    widths: Sequence[int] = (),
+    sigma_w: float = 0.0,
+    seed: int = 0,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[Problem]:
     """Every request as a problem: one rollout, or the rounds of `widths`.
 
-    Rollouts are as long as the request's output, times exp(N(-sigma_w^2 / 2, sigma_w)).
+    Rollouts are as long as the request's output, times exp(N(-sigma_w^2 / 2, sigma_w)), but no
+    longer than `max_tokens`.
     """
     problems = []
     for number, request in enumerate(requests):
@@ -70,7 +75,7 @@ def trace_problems(
         lengths = []
         for width in round_widths(widths):
             noise = np.exp(rng.normal(-(sigma_w**2) / 2, sigma_w, width))
-            drawn = np.clip(np.rint(request.output_tokens * noise), 1, MAX_TOKENS)
+            drawn = np.clip(np.rint(request.output_tokens * noise), 1, max_tokens)
             lengths.append(tuple(drawn.astype(int).tolist()))
         problems.append(Problem(request.arrival_s, 0, request.input_tokens, tuple(lengths)))
     return problems

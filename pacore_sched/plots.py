@@ -1,0 +1,90 @@
+"""Pictures of simulated runs: occupancy over time, and how many answers are there by when."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from model.terminal import InputError
+
+if TYPE_CHECKING:
+    from pacore_sched.simulate import Curves
+
+SIZE, DPI = (9.0, 5.0), 130
+DASHES = ("-", "--", "-.")  # beside colours, for print and for those who cannot tell them
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder; raises InputError if that, or drawing, is not possible."""
+    _pyplot()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}") from None
+
+
+def occupancy(path: Path, workload: str, runs: Sequence["Curves"]) -> None:
+    """KV in use (area) and decoding rollouts (line, logarithmic) over time, a panel per policy."""
+    figure, panels = _pyplot().subplots(
+        len(runs), 1, sharex=True, squeeze=False, figsize=(SIZE[0], 0.9 + 1.15 * len(runs))
+    )
+    most = max(run.running.max() for run in runs)
+    for axes, run in zip(panels[:, 0], runs, strict=True):
+        axes.fill_between(run.ends, 100 * run.kv, color="C0", alpha=0.3, linewidth=0)
+        axes.set_ylim(0, 100)
+        axes.set_ylabel("KV, %", color="C0")
+        axes.set_title(run.policy, loc="left", fontsize=10, pad=3)
+        right = axes.twinx()
+        right.plot(run.ends, run.running, color="C3", linewidth=1.2)
+        right.set(yscale="log", ylim=(0.8, 1.3 * most))
+        right.set_ylabel("rollouts", color="C3")
+        right.spines["top"].set_visible(False)
+    panels[-1, 0].set_xlabel("minutes")
+    figure.suptitle(f"{workload}: KV pages in use, and rollouts that decode", fontsize=12)
+    figure.set_layout_engine("constrained")
+    _finish(figure, panels[:, 0], path)
+
+
+def answers(path: Path, workload: str, runs: Sequence["Curves"]) -> None:
+    """Share of the problems that were answered within a time, a line per policy."""
+    figure, axes = _pyplot().subplots(figsize=SIZE, layout="constrained")
+    for number, run in enumerate(runs):
+        share = 100 * np.arange(len(run.answered) + 1) / len(run.answered)
+        times = np.concatenate([[0.0], run.answered])
+        axes.step(times, share, where="post", **_style(number, run.policy))
+    title = f"{workload}: time to answer"
+    axes.set(xlabel="minutes from arrival", ylabel="problems answered, %", title=title)
+    axes.set_ylim(0, 102)
+    figure.legend(loc="outside right upper", frameon=False)
+    _finish(figure, (axes,), path)
+
+
+def _style(number: int, label: str) -> dict:
+    return {
+        "label": label,
+        "color": f"C{number % 10}",
+        "linestyle": DASHES[number % len(DASHES)],
+        "linewidth": 1.6,
+    }
+
+
+def _finish(figure: Any, all_axes: Iterable[Any], path: Path) -> None:  # noqa: ANN401
+    for axes in all_axes:
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=DPI)
+    _pyplot().close(figure)
+
+
+def _pyplot() -> Any:  # noqa: ANN401
+    """matplotlib, told to draw without a display. Raises InputError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("pictures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

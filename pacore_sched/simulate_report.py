@@ -1,0 +1,132 @@
+"""Rows of simulated runs as tables: every policy's medians, and its gain over the base lines."""
+
+from collections.abc import Iterable, Sequence
+from math import exp, log
+from statistics import median
+
+from model.terminal import table
+
+Variant = tuple[bool, str]  # shared reads, dtype of KV
+BASELINES = ("fcfs", "one-at-a-time")
+ORACLE = "oracle"
+
+
+def print_report(rows: Sequence[dict], variant: Variant) -> None:
+    """A table per workload and sigma_w of the runs of one variant, then what compares them."""
+    chosen = [row for row in rows if variant_of(row) == variant]
+    for workload, sigma_w in _unique((row["workload"], row["sigma_w"]) for row in chosen):
+        of_workload = [
+            row for row in chosen if (row["workload"], row["sigma_w"]) == (workload, sigma_w)
+        ]
+        _policies(workload, sigma_w, of_workload)
+    others = [other for other in _unique(map(variant_of, rows)) if other != variant]
+    if others:
+        _variants(rows, [variant, *others])
+    if len(_unique(row["policy"] for row in chosen)) > 1:
+        _gains(chosen)
+
+
+def variant_of(row: dict) -> Variant:
+    return row["shared_reads"], row["kv_dtype"]
+
+
+def gains(rows: Sequence[dict], base: str, field: str) -> dict[str, list[float]]:
+    """Per policy, the field of `base` over the policy's in every run of the same problems."""
+    key = ("workload", "sigma_w", "seed", "shared_reads", "kv_dtype")
+    of_base = {tuple(row[name] for name in key): row for row in rows if row["policy"] == base}
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        other = of_base.get(tuple(row[name] for name in key))
+        if other:
+            found.setdefault(row["policy"], []).append(other[field] / row[field])
+    return found
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return exp(sum(map(log, values)) / len(values))
+
+
+def _policies(workload: str, sigma_w: float | None, rows: Sequence[dict]) -> None:
+    header = ("policy", " makespan min", " time to answer min", " p50", " p95", " p99")
+    header += (" used tok/s", " slots", " KV", " MBU", " tail", " preempted", " recomputed")
+    goodput = rows[0]["goodput_per_h"] is not None
+    lines = []
+    for policy in _unique(row["policy"] for row in rows):
+        of_policy = [row for row in rows if row["policy"] == policy]
+        middle = {
+            name: median(row[name] for row in of_policy)
+            for name, value in rows[0].items()
+            if isinstance(value, int | float)
+        }
+        lines.append(
+            [
+                policy,
+                _spread([row["makespan_s"] / 60 for row in of_policy]),
+                _spread([row["tta_mean_s"] / 60 for row in of_policy]),
+                *(f"{middle[f'tta_p{p}_s'] / 60:.1f}" for p in (50, 95, 99)),
+                f"{middle['used_tok_s']:,.0f}",
+                *(_percent(middle.get(name)) for name in ("slot_occupancy", "kv_utilisation")),
+                *(_percent(middle.get(name)) for name in ("mbu", "tail_share")),
+                f"{middle['preemptions']:,.0f}",
+                f"{middle['recomputed_tokens'] / 1e3:,.0f}k",
+                *([f"{middle['goodput_per_h']:.1f}"] if goodput else []),
+            ]
+        )
+    spread = "" if sigma_w is None else f", sigma_w {sigma_w:g}"
+    runs = len(_unique(row["seed"] for row in rows))
+    title = f"{workload}{spread}: medians of {runs} seeds (least..most), {rows[0]['gpus']} GPUs"
+    table(title, header + ((" goodput/h",) if goodput else ()), lines)
+
+
+def _variants(rows: Sequence[dict], variants: Sequence[Variant]) -> None:
+    """Makespan and mean time to answer, medians in minutes, a column per variant."""
+    lines = []
+    for workload, policy in _unique((row["workload"], row["policy"]) for row in rows):
+        cells = []
+        for variant in variants:
+            runs = [
+                row
+                for row in rows
+                if (row["workload"], row["policy"]) == (workload, policy)
+                and variant_of(row) == variant
+            ]
+            pair = (median(run[name] / 60 for run in runs) for name in ("makespan_s", "tta_mean_s"))
+            cells.append(" / ".join(f"{value:.1f}" for value in pair))
+        lines.append([workload, policy, *cells])
+    names = [f" {'shared' if shared else 'unshared'} reads, {kv}" for shared, kv in variants]
+    title = "makespan / mean time to answer in minutes, medians"
+    table(title, ("workload", "policy", *names), lines)
+
+
+def _gains(rows: Sequence[dict]) -> None:
+    """How much better than the base lines each policy is, over all runs of the same problems."""
+    policies = _unique(row["policy"] for row in rows)
+    header, columns = ["policy"], []
+    for base in (*BASELINES, ORACLE):
+        if base in policies:
+            for field, name in (("tta_mean_s", "time to answer"), ("makespan_s", "makespan")):
+                header.append(f" {name} of {base} / its own")
+                columns.append(gains(rows, base, field))
+    if not columns:
+        return
+    lines = [[policy, *(_ratio(column.get(policy)) for column in columns)] for policy in policies]
+    count = len(_unique((row["workload"], row["sigma_w"], row["seed"]) for row in rows))
+    table(f"geometric means over {count} runs (least..most)", header, lines)
+
+
+def _ratio(values: Sequence[float] | None) -> str:
+    if not values:
+        return ""
+    return f"{geometric_mean(values):.2f} ({min(values):.2f}..{max(values):.2f})"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.1f} ({min(values):.1f}..{max(values):.1f})"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def _unique(values: Iterable) -> list:
+    return list(dict.fromkeys(values))
