@@ -104,14 +104,15 @@ def _gains(rows: Sequence[dict]) -> None:
     header, columns = ["policy"], []
     for base in (*BASELINES, ORACLE):
         if base in policies:
-            for field, name in (("tta_mean_s", "time to answer"), ("makespan_s", "makespan")):
-                header.append(f" {name} of {base} / its own")
+            for field, name in (("tta_mean_s", "answers"), ("makespan_s", "makespan")):
+                header.append(f" {name} vs {base}")
                 columns.append(gains(rows, base, field))
     if not columns:
         return
     lines = [[policy, *(_ratio(column.get(policy)) for column in columns)] for policy in policies]
     count = len(_unique((row["workload"], row["sigma_w"], row["seed"]) for row in rows))
-    table(f"geometric means over {count} runs (least..most)", header, lines)
+    title = "times better in mean time to answer and in makespan than base lines and oracle:"
+    table(f"{title} geometric mean of {count} runs (least..most)", header, lines)
 
 
 def _ratio(values: Sequence[float] | None) -> str:

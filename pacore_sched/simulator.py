@@ -116,6 +116,7 @@ class Replica:
         self.need_share = need_share
         self.on_round, self.on_answer = on_round, on_answer
         self.runs: dict[int, Run] = {}
+        self._batch, self._left = Batch(()), 0  # the last one, and the steps that it still holds
 
     @property
     def waits(self) -> bool:
@@ -140,9 +141,11 @@ class Replica:
         batch = self.scheduler.schedule()
         if batch is None:
             return False
+        if batch is not self._batch:
+            self._batch, self._left = batch, batch.steps
         tree, clock = self.scheduler.tree, self.executor.clock
         shape = step_shape(tree, batch)
-        steps = batch.steps
+        steps = self._left
         if steps > 1:
             steps = min(steps, 1 + min(self._record(r).length - r.asked for r in batch.decode))
             if until < inf:
@@ -154,6 +157,7 @@ class Replica:
                 self._record(rollout).first_s = clock + self.executor.cost.seconds(shape)
         if steps > 1:
             self.scheduler.repeat(steps - 1)
+        self._left -= steps
         self.executor.run(tree, batch, shape, steps)
         for rollout in sampled:
             if not rollout.finish_reason and rollout.asked >= self._record(rollout).length:

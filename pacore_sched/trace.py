@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[Request]:
         if not isinstance(row, dict):
             raise InputError(f"{where}: not a JSON object")
         yield Request(
-            _field(where, row, "timestamp", float) / 1e3,
+            _field(where, row, "timestamp", _finite) / 1e3,
             _field(where, row, "input_length", _positive),
             _field(where, row, "output_length", _positive),
             tuple(_field(where, row, "hash_ids", list)) if "hash_ids" in row else (),
@@ -125,6 +126,13 @@ def _positive(value: object) -> int:
     """A positive integer. Raises ValueError for anything else."""
     number = int(value)
     if number != float(value) or number < 1:
+        raise ValueError(value)
+    return number
+
+
+def _finite(value: object) -> float:
+    number = float(value)
+    if not isfinite(number):
         raise ValueError(value)
     return number
 
