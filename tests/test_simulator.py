@@ -171,27 +171,44 @@ def test_every_rollout_ends_once(policy, gpus):
     assert not any(record.cancelled for record in outcome.records)
 
 
-def test_pages_come_back():
-    """Guards KV: when all is answered every page is free again, the images' too."""
+def replica_over(work, **changes):
+    """A replica with the problems submitted, and the list that their answers go to."""
     answers = []
+    options = {"num_pages": 80, "page_size": 8, "max_running": 24, "token_budget": 64}
     replica = Replica(
         POLICIES["later-round-first"](),
         SMALL.cost_model(),
-        num_pages=80,
-        page_size=8,
-        max_running=24,
-        token_budget=64,
+        **options | changes,
         max_tokens=400,
         on_round=lambda records: None,
         on_answer=lambda number, seconds: answers.append(number),
     )
-    for number, problem in enumerate(problems(4)):
+    for number, problem in enumerate(work):
         replica.submit(number, problem)
+    return replica, answers
+
+
+def test_pages_come_back():
+    """Guards KV: when all is answered every page is free again, the images' too."""
+    replica, answers = replica_over(problems(4))
     while replica.step():
         replica.scheduler.check_integrity()
     assert sorted(answers) == [0, 1, 2, 3]
     assert replica.scheduler.tree.free_pages == 80
     assert not replica.runs
+
+
+def test_an_image_is_prefilled_once_and_cancelled_rollouts_leave_no_message():
+    """Guards what later rounds write: no image again, and a message per rollout that ended."""
+    lengths = ((30, 50, 90, 130), (10,))
+    problem = Problem(0.0, 20, 12, lengths, template_tokens=3, message_tokens=40)
+    for share, messages in ((1.0, 30 + 40 + 40 + 40), (0.5, 30 + 40)):
+        replica, answers = replica_over([problem], need_share=share)
+        while replica.step():
+            pass
+        # Of every prompt all but the last token, which a rollout's own node begins with.
+        assert replica.scheduler.counts.prefilled == 20 + 11 + (12 + 3 + messages - 1)
+        assert answers == [0]
 
 
 def test_same_outcome_every_time():
