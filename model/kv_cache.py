@@ -1,10 +1,23 @@
 """The tensors behind the KV pages of all layers. Who owns which page is the caller's affair."""
 
-import torch
+from collections.abc import Sequence
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels._packed import on_device
 from model.config import DecoderConfig
 
 PAGE_SIZE = 64
+SCALE_BYTES = 4  # of FP8 pages: one fp32 per token, head, and K or V
+
+
+def page_bytes(config: DecoderConfig, dtype: torch.dtype, page_size: int = PAGE_SIZE) -> int:
+    """Bytes of one page of all layers."""
+    values = config.kv_bytes_per_token(dtype.itemsize)
+    scales = 2 * config.layers * config.kv_heads * SCALE_BYTES if dtype.itemsize == 1 else 0
+    return page_size * (values + scales)
 
 
 class KVCache:
@@ -37,3 +50,35 @@ class KVCache:
         tensors = {"k_pages": self.k, "v_pages": self.v}
         tensors |= {"k_scale": self.k_scale, "v_scale": self.v_scale}
         return {name: x if x is None else x[index] for name, x in tensors.items()}
+
+    def to_host(self, pages: Sequence[int]) -> list[Tensor]:
+        """Copies of pages, bit by bit, in pinned memory: each tensor's [layers, n, ...].
+
+        In the order of the GPU's stream, which nobody waits for: later work may overwrite the
+        pages, and `from_host` read the copies.
+        """
+        index, copies = self._index(pages), []
+        for tensor in self._bytes():
+            shape = (len(tensor), len(pages), *tensor.shape[2:])
+            copy = torch.empty(shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            for layer, of_layer in zip(copy, tensor, strict=True):  # one at a time: little memory
+                layer.copy_(of_layer.index_select(0, index), non_blocking=True)
+            copies.append(copy)
+        return copies
+
+    def from_host(self, copies: Sequence[Tensor], pages: Sequence[int]) -> None:
+        """Write what `to_host` returned into as many pages. Raises ValueError for other numbers."""
+        if len(pages) != copies[0].shape[1]:
+            raise ValueError(f"{copies[0].shape[1]} pages were copied, {len(pages)} are given")
+        index = self._index(pages)
+        for tensor, copy in zip(self._bytes(), copies, strict=True):
+            for of_layer, layer in zip(tensor, copy, strict=True):
+                of_layer.index_copy_(0, index, layer.to(tensor.device, non_blocking=True))
+
+    def _index(self, pages: Sequence[int]) -> Tensor:
+        return on_device(np.array(pages, np.int64), self.k.device)
+
+    def _bytes(self) -> list[Tensor]:
+        """All tensors of a cache, of FP8 values the bytes: not every op takes their type."""
+        tensors = [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
+        return [x.view(torch.uint8) if x.dtype.itemsize == 1 else x for x in tensors]

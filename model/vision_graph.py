@@ -11,32 +11,20 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from kernels._kept import holding
+from model.cuda_graph import CudaGraph
 from model.lru import Lru
 
 
-class CudaGraph:
+class GraphOfInputs:
     """`body` captured once; called with new inputs, it replays and returns its reused output."""
 
     def __init__(self, body: Callable[[Tensor], Tensor], inputs: Tensor, pool: object) -> None:
-        self._inputs, self._graph = inputs.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.device(inputs.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            try:
-                with torch.cuda.stream(stream), holding() as self._held:
-                    body(self._inputs)  # compiles what is not compiled, fills tables
-                    with torch.cuda.graph(
-                        self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-                    ):
-                        self._output = body(self._inputs)
-            finally:  # the caches serve what was computed, also if the rest failed
-                torch.cuda.current_stream().wait_stream(stream)
+        self._inputs = inputs.clone()
+        self._graph = CudaGraph(lambda: body(self._inputs), inputs.device, pool)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         self._inputs.copy_(inputs)
-        self._graph.replay()
-        return self._output
+        return self._graph.replay()
 
 
 class Graphs:
@@ -49,7 +37,7 @@ class Graphs:
     plainly from then on, with one warning.
     """
 
-    capture = CudaGraph
+    capture = GraphOfInputs
 
     def __init__(self, *, max_graphs: int = 8, max_rows: int = 16_384) -> None:
         self.enabled: bool | None = None

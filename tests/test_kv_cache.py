@@ -1,5 +1,6 @@
 """The tensors behind the pages."""
 
+import pytest
 import torch
 
 from model.config import PRESETS
@@ -17,3 +18,22 @@ def test_fp8_pages_have_scales():
         assert scale.is_contiguous() and not scale.any()
     assert cache.k_scale.data_ptr() != cache.v_scale.data_ptr()
     assert KVCache(config, 1).k_scale is None and KVCache(config, 1).v_scale is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_to_the_host_and_back(device: str, dtype: torch.dtype):
+    """Every bit of every layer, in the order of pages, to other pages; what lies beside is left."""
+    config = PRESETS["tiny"].decoder
+    cache = KVCache(config, 6, dtype=dtype, page_size=4, device=device)
+    for x in cache._bytes():
+        bits = torch.randint(0, 256, x.view(torch.uint8).shape, dtype=torch.uint8, device=device)
+        x.view(torch.uint8).copy_(bits)
+    before = [x.view(torch.uint8).clone() for x in cache._bytes()]
+    copies = cache.to_host([4, 0, 1])
+    cache.from_host(copies, [2, 3, 5])
+    for x, was in zip(cache._bytes(), before, strict=True):
+        found = x.view(torch.uint8)
+        assert torch.equal(found[:, [2, 3, 5]], was[:, [4, 0, 1]])
+        assert torch.equal(found[:, [0, 1, 4]], was[:, [0, 1, 4]])
+    with pytest.raises(ValueError, match="3 pages were copied, 2 are given"):
+        cache.from_host(copies, [2, 3])

@@ -1,0 +1,87 @@
+"""What steps cost the host and the device, and how long the device waits between them."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Stats:
+    """Counts over an executor's life; times in seconds.
+
+    On a GPU `device_s` and `idle_s` count steps that have been collected, and the next step's wait
+    includes the caller's, if it had nothing to launch. On a CPU `device_s` is what computing took,
+    `host_s` the rest of `launch`, and nothing idles.
+    """
+
+    steps: int = 0
+    rows: int = 0
+    padding_rows: int = 0  # computed beside them, for nobody
+    plans: int = 0  # laid out by the host; the others advanced on the device
+    host_s: float = 0.0  # in `launch`
+    device_s: float = 0.0  # from a step's first kernel to its last
+    idle_s: float = 0.0  # from a step's last kernel to the next one's first
+
+
+@dataclass(frozen=True)
+class Times:
+    """CUDA events around a step; all None on a CPU."""
+
+    before: torch.cuda.Event | None = None  # the end of the step before it
+    start: torch.cuda.Event | None = None
+    end: torch.cuda.Event | None = None
+    copied: torch.cuda.Event | None = None  # its results are on the host
+
+
+class StepTimer:
+    """Adds to `stats`, without ever making the host wait for more than a step's results."""
+
+    def __init__(self, stats: Stats, device: torch.device) -> None:
+        self._stats, self._cuda = stats, device.type == "cuda"
+        self._last: torch.cuda.Event | None = None
+        self._computing = 0.0
+
+    @contextmanager
+    def host(self) -> Iterator[None]:
+        """Around all that a launch does."""
+        start, self._computing = time.perf_counter(), 0.0
+        yield
+        self._stats.host_s += time.perf_counter() - start - self._computing
+
+    def step(self, run: Callable[[], Tensor]) -> tuple[Tensor, Times]:
+        """Run what the device does of a step."""
+        if not self._cuda:
+            start = time.perf_counter()
+            results = run()
+            self._computing = time.perf_counter() - start
+            self._stats.device_s += self._computing
+            return results, Times()
+        start = _event()
+        results = run()
+        before, self._last = self._last, _event()
+        return results, Times(before, start, self._last)
+
+    def copied(self, times: Times) -> Times:
+        """The same, once the copy of the results has been launched."""
+        if not self._cuda:
+            return times
+        return Times(times.before, times.start, times.end, _event())
+
+    def wait(self, times: Times) -> None:
+        """Wait for a step's results, and count its times."""
+        if times.copied is None:
+            return
+        times.copied.synchronize()
+        self._stats.device_s += times.start.elapsed_time(times.end) / 1e3
+        if times.before is not None:
+            self._stats.idle_s += max(0.0, times.before.elapsed_time(times.start)) / 1e3
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
