@@ -6,7 +6,7 @@ takes a hundred steps and more), the photo as often as any op.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,11 +21,13 @@ from model.image import load_image, preprocess
 from model.prompt import build_prompt
 from model.step3vl import Step3VL
 from model.terminal import progress
-from pacore_sched.engine import Rollout, Sampling
-from pacore_sched.pacore import Pacore
+from pacore_sched.journal import Outcome
+from pacore_sched.pacore import Pacore, engine_for
+from pacore_sched.request import Sampling
 
 MODELS = {"cpu": ("smollm2-135m", "tiny"), "cuda": ("step3-vl-10b", "step3-vl-10b")}
 WIDTHS, MAX_TOKENS, PROMPT_TOKENS = (16,), 64, 1500
+KV_TOKENS = 12288  # both prompts and all rollouts
 
 
 def run(device: torch.device) -> Iterator[dict]:
@@ -52,7 +54,8 @@ def ask(
     with progress("question", len(FORMS) * (sum(widths) + 1) * max_tokens) as advance:
         for name, impl in FORMS.items():
             model.set_impl(impl)
-            pacores[name] = Pacore(model, widths, Sampling(max_tokens))
+            engine = engine_for(model, kv_tokens=KV_TOKENS, max_running=max(widths))
+            pacores[name] = Pacore(model, engine, widths, Sampling(max_tokens))
             ends: list[tuple[float, int]] = []  # of every step, and its number of tokens
 
             def on_step(tokens: int, ends: list = ends) -> None:
@@ -67,6 +70,7 @@ def ask(
     rows = []
     for name, pacore in pacores.items():
         stats, us = pacore.engine.stats, seconds[name] * 1e6
+        prefilled = pacore.engine.scheduler.counts.prefilled
         row = measured(
             "pacore",
             f"{model.config.name} P{answer.rounds[0].prompt_tokens} W{widths[0]} T{max_tokens}",
@@ -74,7 +78,7 @@ def ask(
             device=model.device,
             dtype=model.dtype,
             num_bytes=_decode_bytes(pacore),
-            flops=2 * _decoder_weights(model) * (stats.prefilled + stats.generated),
+            flops=2 * _decoder_weights(model) * (prefilled + stats.generated),
             verdict=_same_rollouts(rollouts[name], rollouts["eager"], model.dtype),
             timing=Timing(us, us, us, 1, "clock"),
         )
@@ -164,7 +168,9 @@ def _decode_bytes(pacore: Pacore) -> int:
     return weights * stats.steps + kv * stats.kv_read
 
 
-def _same_rollouts(mine: list[Rollout], eager: list[Rollout], dtype: torch.dtype) -> Verdict:
+def _same_rollouts(
+    mine: Sequence[Outcome], eager: Sequence[Outcome], dtype: torch.dtype
+) -> Verdict:
     """Compare log-probabilities while the tokens agree; in fp32 most rollouts must agree whole."""
     pairs, whole = [], 0
     for a, b in zip(mine, eager, strict=True):

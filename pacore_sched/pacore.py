@@ -1,198 +1,277 @@
-"""PaCoRe on an engine: every round's rollouts over one shared prompt, messages passed to the next.
+"""PaCoRe over one engine: the rounds of many problems at once, each on its own way to its answer.
 
     for each width: prompt -> rollouts in parallel -> compacted messages -> the next round's prompt
 
-The images stand first in every round's prompt, in a node of their own that all rounds share.
+A problem's next round is submitted in the very step in which its last round is done; the engine
+mixes it with whatever else there is. The images stand first in every round's prompt, in a segment
+of their own that is encoded and prefilled once for all rounds. A problem that fails, by a prompt
+that is too long or a broken image, fails alone.
 """
 
-import os
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from model.image import Views
 from model.kv_cache import PAGE_SIZE
-from model.prompt import build_prompt, image_head_length
-from model.step3vl import Step3VL
 from model.terminal import InputError
-from pacore_sched.engine import Engine, Rollout, Sampling
-from pacore_sched.rounds import compact, round_messages, round_widths
+from pacore_sched.engine import Engine
+from pacore_sched.executor import ModelExecutor
+from pacore_sched.journal import Outcome
+from pacore_sched.problem_run import Problem, ProblemRun, Settings
+from pacore_sched.request import Group, Rollout, Sampling
+from pacore_sched.rounds import compact, round_widths
+from pacore_sched.stopping import Stopping
 
 if TYPE_CHECKING:
+    import torch
     from jinja2 import Template
+
+    from model.image import Views
+    from model.step3vl import Step3VL
+
+AHEAD = 1024  # rollouts submitted at a time, at least: policies choose among them
+IMAGES_AHEAD = 4  # problems whose images are read before their turn comes
+IDLE_SECONDS = 0.001  # between steps that could do nothing: all that is left waits for its images
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round as it happened; rollouts and texts in the order of their seeds."""
+    """One round as it happened, its rollouts by index."""
 
     prompt_tokens: int
-    rollouts: tuple[Rollout, ...]
-    texts: tuple[str, ...]
+    rollouts: tuple[Outcome, ...]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The outcome: `text` is the compacted message of the last round's only rollout."""
+    """How a problem ended: `text` is the compacted message of the synthesis, "" without one.
 
+    `error` says why there is no answer: what was wrong with the problem, and then its last rounds
+    are missing, or that all rollouts of the last round failed.
+    """
+
+    problem: str
     text: str
-    failed: bool  # that rollout ended in an error, and there is no text
-    rounds: list[Round]
-    prefix_tokens_saved: int  # prompt tokens that were not prefilled again for every rollout
+    error: str | None
+    rounds: tuple[Round, ...]
 
 
 class Pacore:
-    """Answers one problem after another on its own engine."""
+    """Answers problems, any number of them at once, on an engine."""
 
     def __init__(
         self,
-        model: Step3VL,
+        model: "Step3VL",
+        engine: Engine,
         widths: Sequence[int],
         sampling: Sampling,
         *,
         seed: int = 0,
         template: "Template | None" = None,
+        min_messages: int | None = None,
+        synthesis: bool = True,
     ) -> None:
-        """`widths` are the exploring rounds'; a last round of one rollout follows them.
+        """`widths` are the exploring rounds'; a last round of one rollout follows them, unless
+        `synthesis` is false. With `min_messages` an exploring round is done when so many of its
+        rollouts have ended; the others are cancelled.
 
-        Raises InputError if the KV of the widest round may not fit into memory.
+        Raises InputError if `min_messages` is not positive.
         """
-        self.model, self.widths, self.sampling = model, round_widths(widths), sampling
-        self.seed, self.template = seed, template
-        self.engine = Engine(model, _pages_for(model, max(self.widths), sampling.max_tokens))
+        if min_messages is not None and min_messages < 1:
+            raise InputError(f"at least one message must be waited for, not {min_messages}")
+        self.model, self.engine = model, engine
+        widths = round_widths(widths) if synthesis else tuple(widths)
+        needs = [min(min_messages or width, width) for width in widths]
+        self.settings = Settings(widths, needs, sampling, seed, template)
+        self.synthesis = synthesis
+
+    @property
+    def prefix_tokens_saved(self) -> int:
+        """Prompt tokens whose KV rollouts found, less those that were prefilled: over all time."""
+        counts = self.engine.scheduler.counts
+        return counts.prefix_hits - counts.prefilled
 
     def answer(
         self,
         messages: Sequence[dict],
-        views: Sequence[Views] = (),
+        views: "Sequence[Views]" = (),
         *,
-        on_rollout: Callable[[int, Rollout, str], None] = lambda number, rollout, text: None,
+        on_rollout: Callable[[Outcome], None] = lambda outcome: None,
         on_step: Callable[[int], None] = lambda tokens: None,
     ) -> Answer:
-        """Run all rounds on a conversation whose image parts are `views`, in order.
+        """The answer to one conversation whose image parts are `views`, in order.
 
-        `on_rollout` gets the round's number, counted from 0, each rollout as it ends, and its text.
-        Raises InputError for a prompt that leaves no room in the model's context.
+        Raises InputError for a prompt that leaves no room in the model's context, or whose KV
+        cannot fit into memory.
         """
-        stats = self.engine.stats
-        before, rounds = stats.prefilled, []
-        shared = _SharedImages(self.engine, views)
-        try:
-            for number, width in enumerate(self.widths):
-                asked = messages
-                if rounds:
-                    asked = round_messages(messages, rounds[-1].texts, template=self.template)
-                ids = build_prompt(asked, self.model.tokenizer, self.model.config, views)
-                seeds = [rollout_seed(self.seed, number, index) for index in range(width)]
-                rounds.append(self._round(ids, seeds, shared, partial(on_rollout, number), on_step))
-        finally:
-            shared.release()
-        last = rounds[-1]
-        return Answer(
-            text=compact(last.texts[0]),
-            failed=last.rollouts[0].finish_reason == "error",
-            rounds=rounds,
-            prefix_tokens_saved=sum(r.prompt_tokens * len(r.rollouts) for r in rounds)
-            - (stats.prefilled - before),
-        )
+        problem = Problem(messages, (lambda: views) if views else None)
+        (answer,) = self.answers([problem], on_rollout=on_rollout, on_step=on_step)
+        if answer.error and len(answer.rounds) < len(self.settings.widths):
+            raise InputError(answer.error)
+        return answer
 
-    def _round(
+    def answers(
         self,
-        ids: list[int],
-        seeds: list[int],
-        shared: "_SharedImages",
-        on_rollout: Callable[[Rollout, str], None],
-        on_step: Callable[[int], None],
-    ) -> Round:
-        """Prefill a prompt and decode one rollout per seed over it."""
-        sampling = self._fitting(len(ids))
-        prompt, hidden = shared.prefill(ids)
-        done: dict[int, tuple[Rollout, str]] = {}
+        problems: Iterable[Problem],
+        *,
+        known: Callable[[str], Iterable[Outcome]] = lambda id: (),
+        on_rollout: Callable[[Outcome], None] = lambda outcome: None,
+        on_step: Callable[[int], None] = lambda tokens: None,
+    ) -> Iterator[Answer]:
+        """Answers as they come. Problems are taken in as the engine has room for them.
+
+        known: what ended in an earlier run, by the problem's id: it is not run again
+        on_rollout: called for every other rollout as it ends
+        on_step: called after every step with the number of tokens generated by it
+
+        Whoever stops early, by an exception from a callback too, leaves an engine without work.
+        """
+        arrivals = _Arrivals(self, problems, known)
+        live: dict[Group, ProblemRun] = {}
         try:
-            for rollout in self.engine.decode(prompt, hidden, seeds, sampling, on_step):
-                done[rollout.index] = rollout, self._text(rollout)
-                on_rollout(*done[rollout.index])
+            while True:
+                for run in self._admitted(arrivals, live):
+                    yield from self._proceed(run, live)
+                if not live:
+                    if arrivals.over:
+                        return
+                    continue
+                stats = self.engine.stats
+                steps, generated = stats.steps, stats.generated
+                done = self._note(self.engine.step(), live, on_rollout)
+                on_step(stats.generated - generated)
+                if stats.steps == steps and not done:
+                    time.sleep(IDLE_SECONDS)
+                for group in done:
+                    yield from self._proceed(live.pop(group), live)
         finally:
-            self.engine.tree.release(prompt)
-        rollouts, texts = zip(*(done[index] for index in range(len(seeds))), strict=True)
-        return Round(len(ids), rollouts, texts)
+            arrivals.close()
+            for group, run in live.items():
+                self.engine.cancel(group)
+                run.release()
 
-    def _fitting(self, prompt_tokens: int) -> Sampling:
-        """The sampling options, with max_tokens cut to what the context leaves room for."""
-        context = self.model.config.decoder.max_positions
-        if prompt_tokens >= context:
-            raise InputError(f"the prompt has {prompt_tokens} tokens, the context is {context}")
-        room = min(self.sampling.max_tokens, context - prompt_tokens)
-        return replace(self.sampling, max_tokens=room)
+    def _admitted(
+        self, arrivals: "_Arrivals", live: dict[Group, ProblemRun]
+    ) -> Iterator[ProblemRun]:
+        """Problems that are to start now: as long as there is room, and the next one is ready."""
+        room = max(AHEAD, 2 * self.engine.scheduler.max_running)
+        while not arrivals.over and sum(run.pending for run in live.values()) < room:
+            if live and not arrivals.ready():
+                return
+            yield arrivals.take()
 
-    def _text(self, rollout: Rollout) -> str:
-        """What a rollout said; a failed one has nothing to pass on."""
-        if rollout.finish_reason == "error":
-            return ""
-        tokens = rollout.tokens[:-1] if rollout.finish_reason == "stop" else rollout.tokens
-        return self.model.tokenizer.decode(tokens)
-
-
-class _SharedImages:
-    """The node of the images that open a conversation, kept from round to round."""
-
-    def __init__(self, engine: Engine, views: Sequence[Views]) -> None:
-        self.engine = engine
-        self.features = engine.model.encode_images(views)
-        self.node: int | None = None
-        self.ids: list[int] = []
-
-    def prefill(self, ids: Sequence[int]) -> tuple[int, torch.Tensor]:
-        """Prefill a prompt, behind the shared node where it begins with the same ids."""
-        model, engine = self.engine.model, self.engine
-        if self.node is None:
-            head = image_head_length(ids, model.tokenizer, model.config.tokens)
+    def _proceed(self, run: ProblemRun, live: dict[Group, ProblemRun]) -> Iterator[Answer]:
+        """Submit a problem's next round; its answer, if there is none or it fails."""
+        try:
+            group = run.next_round()
+        except InputError as error:
+            run.release()
+            yield self._answer(run, str(error))
+            return
+        if group is None:
+            run.release()
+            yield self._answer(run, None)
         else:
-            head = len(self.ids) if ids[: len(self.ids)] == self.ids else 0
-        embeddings = model.embed(torch.tensor(ids, device=model.device), self.features)
-        if head and self.node is None:
-            self.node, _ = engine.prefill(embeddings[:head])
-            self.ids = list(ids[:head])
-        return engine.prefill(embeddings[head:], self.node if head else None)
+            live[group] = run
 
-    def release(self) -> None:
-        if self.node is not None:
-            self.engine.tree.release(self.node)
+    def _note(
+        self,
+        ended: Iterable[Rollout],
+        live: dict[Group, ProblemRun],
+        on_rollout: Callable[[Outcome], None],
+    ) -> list[Group]:
+        """Take in the rollouts of a step; the groups that are done by them."""
+        done = []
+        for rollout in ended:
+            run = live[rollout.group]
+            on_rollout(run.take(rollout))
+            if not run.pending:
+                done.append(rollout.group)
+        return done
 
-
-def rollout_seed(seed: int, number: int, index: int) -> int:
-    """The seed of rollout `index` in round `number`: the same whatever the other widths are."""
-    return random.Random(f"{seed}/{number}/{index}").getrandbits(63)
-
-
-def _pages_for(model: Step3VL, width: int, max_tokens: int) -> int:
-    """Pages for `width` rollouts over the longest prompt. Raises InputError if they do not fit."""
-    decoder = model.config.decoder
-    tokens = min(max_tokens, decoder.max_positions)
-    # A node's last page may be partly empty: one more for each of images, prompt and rollouts.
-    pages = -(-decoder.max_positions // PAGE_SIZE) + 2 + width * -(-tokens // PAGE_SIZE)
-    page_bytes = PAGE_SIZE * decoder.kv_bytes_per_token(model.dtype.itemsize)
-    if pages * page_bytes > 0.9 * _free_bytes(model.device):
-        raise InputError(
-            f"{width} rollouts of {tokens} tokens over a prompt of up to {decoder.max_positions}"
-            f" need {pages * page_bytes / 1e9:.1f} GB of KV,"
-            f" {_free_bytes(model.device) / 1e9:.1f} GB of memory are free:"
-            " lower the widths or max_tokens"
-        )
-    return pages
+    def _answer(self, run: ProblemRun, error: str | None) -> Answer:
+        rounds = tuple(Round(outcomes[0].prompt_tokens, tuple(outcomes)) for outcomes in run.rounds)
+        last = rounds[-1].rollouts if rounds else ()
+        if error is None and all(outcome.finish_reason == "error" for outcome in last):
+            error = "the last round failed: its logits were not finite"
+        text = compact(last[0].text) if self.synthesis and not error else ""
+        return Answer(run.id, text, error, rounds)
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Memory that can be allocated on `device`; on a CPU that does not tell, all there is."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # what the page cache holds can be had as well
-        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def engine_for(
+    model: "Step3VL",
+    *,
+    kv_dtype: "torch.dtype | None" = None,
+    kv_tokens: int | None = None,
+    most_tokens: int | None = None,
+    max_running: int = 256,
+    **options: object,
+) -> Engine:
+    """An engine on a model.
+
+    kv_dtype: of the KV pages: the model's, or torch.float8_e4m3fn
+    kv_tokens: of which there is room for KV; the default is what free memory has
+    most_tokens: no more of them than these, then
+    max_running: rollouts that decode at once
+    options: Engine's; on a GPU `ahead` is on by default
+
+    Raises InputError if there is no memory for the KV.
+    """
+    executor = ModelExecutor(
+        model,
+        num_pages=-(-kv_tokens // PAGE_SIZE) if kv_tokens else None,
+        kv_dtype=kv_dtype,
+        max_running=max_running,
+        most_tokens=most_tokens,
+    )
+    stopping = Stopping(model.tokenizer, model.config.tokens.eos)
+    return Engine(executor, stopping, **({"ahead": model.device.type == "cuda"} | options))
+
+
+class _Arrivals:
+    """The problems that have not started yet; the images of the first few are being read."""
+
+    def __init__(
+        self,
+        pacore: Pacore,
+        problems: Iterable[Problem],
+        known: Callable[[str], Iterable[Outcome]],
+    ) -> None:
+        self._pacore, self._known = pacore, known
+        self._problems = enumerate(problems)
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="images")
+        self._queue: deque[tuple[ProblemRun, Future | None]] = deque()
+        self._fill()
+
+    @property
+    def over(self) -> bool:
+        return not self._queue
+
+    def ready(self) -> bool:
+        """Whether `take` would not wait."""
+        loading = self._queue[0][1]
+        return loading is None or loading.done()
+
+    def take(self) -> ProblemRun:
+        """The next problem, its images read."""
+        run, loading = self._queue.popleft()
+        if loading is not None:
+            run.set_images(loading)
+        self._fill()
+        return run
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def _fill(self) -> None:
+        while len(self._queue) < IMAGES_AHEAD:
+            number, problem = next(self._problems, (None, None))
+            if problem is None:
+                return
+            pacore, known = self._pacore, self._known(problem.id)
+            run = ProblemRun(pacore.model, pacore.engine, pacore.settings, problem, number, known)
+            load = problem.load if not run.over else None
+            self._queue.append((run, self._threads.submit(load) if load else None))

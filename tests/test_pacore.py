@@ -1,23 +1,41 @@
-"""PaCoRe over the engine on the tiny model: what each round is asked, and what is shared."""
+"""PaCoRe over the engine: what each round is asked, what is shared, and that problems do not mix.
+
+On the tiny model where tokens must be the model's own; on a model of hashes for what can happen to
+problems, rounds and rollouts.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.config import TINY
 from model.image import Views
 from model.prompt import build_prompt
 from model.step3vl import Step3VL
 from model.terminal import InputError
-from pacore_sched import pacore as pacore_module
-from pacore_sched.engine import Sampling
-from pacore_sched.pacore import Pacore, rollout_seed
+from model.tokenizer import Tokenizer
+from pacore_sched import problem_run
+from pacore_sched.engine import Engine
+from pacore_sched.journal import Outcome
+from pacore_sched.pacore import Answer, Pacore, engine_for
+from pacore_sched.problem_run import Problem, rollout_seed
+from pacore_sched.request import Sampling, Segment
 from pacore_sched.rounds import compact, round_messages
+from pacore_sched.stopping import Stopping
+from tests.fake_executor import EOS, FakeExecutor, segment
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]},
 ]
+COUNT = [{"role": "user", "content": "Count."}]
 SAMPLING = Sampling(max_tokens=12)
+TOKENIZER = Tokenizer.byte_level(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -35,92 +53,321 @@ def photo() -> Views:
     )
 
 
+def pacore_on(tiny: Step3VL, widths: list[int], sampling: Sampling = SAMPLING, **options) -> Pacore:
+    return Pacore(tiny, engine_for(tiny, kv_tokens=16384), widths, sampling, **options)
+
+
+def is_idle(engine: Engine) -> bool:
+    """Whether nothing is left of what was asked: no work, no page."""
+    engine.scheduler.check_integrity()
+    tree = engine.scheduler.tree
+    return not engine.busy and tree.free_pages == tree.num_pages
+
+
 def test_rounds_ask_what_they_should(tiny: Step3VL, photo: Views):
     """Every rollout equals the model's own loop on its round's prompt, image included."""
-    answer = Pacore(tiny, [3, 2], SAMPLING, seed=4).answer(MESSAGES, [photo])
+    answer = pacore_on(tiny, [3, 2], seed=4).answer(MESSAGES, [photo])
     assert [len(round_.rollouts) for round_ in answer.rounds] == [3, 2, 1]
     asked = MESSAGES
     for number, round_ in enumerate(answer.rounds):
         ids = build_prompt(asked, tiny.tokenizer, TINY, [photo])
         assert round_.prompt_tokens == len(ids)
-        for index, rollout in enumerate(round_.rollouts):
-            assert rollout.seed == rollout_seed(4, number, index)
-            options = {"max_tokens": 12, "temperature": 1.0, "seed": rollout.seed}
-            assert rollout.tokens == tiny.generate(ids, [photo], **options)
-        asked = round_messages(MESSAGES, round_.texts)
-    assert answer.text == compact(answer.rounds[-1].texts[0])
+        for index, outcome in enumerate(round_.rollouts):
+            assert (outcome.round, outcome.index) == (number, index)
+            assert outcome.seed == rollout_seed(4, number, index)
+            options = {"max_tokens": 12, "temperature": 1.0, "seed": outcome.seed}
+            assert list(outcome.tokens) == tiny.generate(ids, [photo], **options)
+            assert outcome.num_tokens == len(outcome.tokens) == len(outcome.logprobs)
+            assert outcome.logprob == sum(outcome.logprobs)
+        asked = round_messages(MESSAGES, [outcome.text for outcome in round_.rollouts])
+    assert answer.text == compact(answer.rounds[-1].rollouts[0].text)
 
 
 def test_images_are_prefilled_once(tiny: Step3VL, photo: Views, monkeypatch: pytest.MonkeyPatch):
     """System prompt and image stay in the tree for all rounds, and sharing changes no token."""
-    shared = Pacore(tiny, [3], SAMPLING)
+    shared = pacore_on(tiny, [3])
     answer = shared.answer(MESSAGES, [photo])
     prompts = [round_.prompt_tokens for round_ in answer.rounds]
-    prefilled = shared.engine.stats.prefilled
-    head = sum(prompts) - prefilled
+    prefilled = shared.engine.scheduler.counts.prefilled
+    head = sum(prompts) - 2 - prefilled  # a prompt's last token is every rollout's own
     assert head > 2 * (2 + TINY.vision.crop_tokens) + 2 + TINY.vision.image_tokens
-    assert answer.prefix_tokens_saved == 2 * prompts[0] + head
-    assert shared.engine.tree.free_pages == shared.engine.tree.num_pages
+    assert shared.prefix_tokens_saved == 2 * (prompts[0] - 1) + head
+    assert is_idle(shared.engine)
 
-    monkeypatch.setattr(pacore_module, "image_head_length", lambda *_: 0)
-    separate = Pacore(tiny, [3], SAMPLING)
-    assert separate.answer(MESSAGES, [photo]).rounds[-1].texts == answer.rounds[-1].texts
-    assert separate.engine.stats.prefilled == sum(prompts)
+    monkeypatch.setattr(problem_run, "image_head_length", lambda *_: 0)
+    separate = pacore_on(tiny, [3])
+    assert _texts(separate.answer(MESSAGES, [photo])) == _texts(answer)
+    assert separate.engine.scheduler.counts.prefilled == sum(prompts) - 2
 
 
-def test_rollouts_arrive_as_they_end(tiny: Step3VL):
-    """The callback sees each rollout once, in order of ending; the answer holds all by index."""
-    seen = []
-    sampling = Sampling(max_tokens=200)
-    messages = [{"role": "user", "content": "Count."}]
-    answer = Pacore(tiny, [6], sampling).answer(
-        messages, on_rollout=lambda number, rollout, text: seen.append((number, rollout.index))
-    )
-    first = [index for number, index in seen if number == 0]
-    assert sorted(first) == list(range(6))
-    lengths = [len(answer.rounds[0].rollouts[index].tokens) for index in first]
-    assert lengths == sorted(lengths)
-    assert len(set(lengths)) > 1
-    assert seen[-1] == (1, 0)
+def test_many_problems_at_once(tiny: Step3VL, photo: Views):
+    """Every problem's answer is what it is alone, seeds by its id; images among the others'."""
+    problems = [
+        Problem(MESSAGES, lambda: [photo], id="photo"),
+        Problem(COUNT, id="count"),
+        Problem([{"role": "user", "content": "Why?"}], id="why"),
+    ]
+    together = pacore_on(tiny, [3, 2])
+    answers = {answer.problem: answer for answer in together.answers(problems)}
+    assert is_idle(together.engine)
+    for problem in problems:
+        (alone,) = pacore_on(tiny, [3, 2]).answers([problem])
+        assert _texts(answers[problem.id]) == _texts(alone)
+    seeds = {o.seed for answer in answers.values() for r in answer.rounds for o in r.rollouts}
+    assert len(seeds) == 3 * (3 + 2 + 1)
 
 
 def test_other_widths_leave_a_rollout_alone(tiny: Step3VL):
     """Rollout 1 of a round of 2 is rollout 1 of a round of 4."""
-    messages = [{"role": "user", "content": "Count."}]
-    narrow, wide = (Pacore(tiny, [width], SAMPLING, seed=9).answer(messages) for width in (2, 4))
-    assert narrow.rounds[0].texts == wide.rounds[0].texts[:2]
+    narrow, wide = (pacore_on(tiny, [width], seed=9).answer(COUNT) for width in (2, 4))
+    assert _texts(narrow)[0] == _texts(wide)[0][:2]
 
 
 def test_no_widths_is_one_rollout(tiny: Step3VL):
     """Sequential mode: the question unmodified, one generation."""
-    messages = [{"role": "user", "content": "Count."}]
-    answer = Pacore(tiny, [], SAMPLING).answer(messages)
+    pacore = pacore_on(tiny, [])
+    answer = pacore.answer(COUNT)
     assert [len(round_.rollouts) for round_ in answer.rounds] == [1]
-    assert answer.prefix_tokens_saved == 0
+    assert pacore.prefix_tokens_saved == 0
 
 
-def test_a_failed_rollout_is_reported(tiny: Step3VL):
+def test_a_failed_rollout_is_reported():
     """Logits of NaN end a rollout with a reason; it passes on no message, nor is it an answer."""
     broken = Step3VL.from_preset("tiny", seed=1)
     broken.decoder.norm.fill_(float("nan"))
-    messages = [{"role": "user", "content": "Count."}]
-    answer = Pacore(broken, [2], SAMPLING).answer(messages)
-    assert answer.failed
+    answer = pacore_on(broken, [2]).answer(COUNT)
+    assert "not finite" in answer.error
     assert answer.text == ""
     for round_ in answer.rounds:
-        assert {rollout.finish_reason for rollout in round_.rollouts} == {"error"}
-    assert not Pacore(tiny, [2], SAMPLING).answer(messages).failed
+        assert {(o.finish_reason, o.text) for o in round_.rollouts} == {("error", "")}
 
 
 def test_limits_are_named(tiny: Step3VL):
     """A prompt beyond the context, and KV beyond memory, end before any work with a reason."""
     long = [{"role": "user", "content": "x" * 9000}]
-    pacore = Pacore(tiny, [2], SAMPLING)
+    pacore = pacore_on(tiny, [2])
     with pytest.raises(InputError, match="the context is 8192"):
         pacore.answer(long)
-    assert pacore.engine.tree.free_pages == pacore.engine.tree.num_pages
-    with pytest.raises(InputError, match="GB of KV.*lower the widths or max_tokens"):
-        Pacore(tiny, [10**6], Sampling(max_tokens=8000))
+    assert is_idle(pacore.engine)
+    small = Pacore(tiny, engine_for(tiny, kv_tokens=512), [2], Sampling(max_tokens=8000))
+    with pytest.raises(InputError, match="rollout of up to 8000 need KV for .* memory for 512"):
+        small.answer(COUNT)
     near = [{"role": "user", "content": "x" * 8150}]
-    answer = Pacore(tiny, [], Sampling(max_tokens=1000, temperature=0.0)).answer(near)
-    assert answer.rounds[0].prompt_tokens + len(answer.rounds[0].rollouts[0].tokens) <= 8192
+    answer = pacore_on(tiny, [], Sampling(max_tokens=1000, temperature=0.0)).answer(near)
+    assert answer.rounds[0].prompt_tokens + answer.rounds[0].rollouts[0].num_tokens <= 8192
+
+
+def test_a_stop_string_ends_rollouts(tiny: Step3VL):
+    """The text ends before it; the same tokens up to there, and none after."""
+    sampling = Sampling(max_tokens=40)
+    whole = pacore_on(tiny, [], sampling).answer(COUNT).rounds[0].rollouts[0]
+    stop = whole.text[10:13]
+    cut = pacore_on(tiny, [], replace(sampling, stop=(stop,))).answer(COUNT).rounds[0].rollouts[0]
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.tokens == whole.tokens[: cut.num_tokens]
+    assert cut.num_tokens < whole.num_tokens
+
+
+class HashExecutor(FakeExecutor):
+    """A model of hashes whose images are what they are."""
+
+    def segment(self, ids: list[int], features: object = None, first: int = 0) -> Segment:
+        return segment(ids)
+
+    def encode(self, views: list[Views]) -> list[Views]:
+        return views
+
+
+HASHES = SimpleNamespace(config=TINY, tokenizer=TOKENIZER)
+
+
+def hashed(widths: tuple[int, ...] = (3, 2), pages: int = 4000, **options: object) -> Pacore:
+    named = ("policy", "ahead", "speculate", "max_running")
+    engine_options = {name: options.pop(name) for name in named if name in options}
+    engine = Engine(HashExecutor(pages), Stopping(TOKENIZER, [EOS]), **engine_options)
+    return Pacore(HASHES, engine, widths, SAMPLING, **options)
+
+
+def asked(count: int) -> list[Problem]:
+    return [Problem([{"role": "user", "content": f"{n}?"}], id=f"p{n}") for n in range(count)]
+
+
+def by_problem(answers) -> dict[str, Answer]:
+    return {answer.problem: answer for answer in answers}
+
+
+@settings(max_examples=40)
+@given(
+    policy=st.sampled_from(["later-round-first", "fcfs", "one-at-a-time", "barrier", "predicted"]),
+    ahead=st.booleans(),
+    pages=st.integers(150, 400),
+    max_running=st.integers(1, 16),
+    ended=st.integers(0, 30),
+)
+def test_known_outcomes_are_not_run_again(policy, ahead, pages, max_running, ended):
+    """Any beginning of a run, under any policy in any memory, plus what is run after it, is the
+    whole run: nothing is done twice, and nothing differs."""
+    before: list[Outcome] = []
+    whole = by_problem(hashed().answers(asked(5), on_rollout=before.append))
+    assert len(before) == 5 * 6
+    kept, again = before[:ended], []
+    pacore = hashed(policy=policy, ahead=ahead, pages=pages, max_running=max_running)
+    resumed = pacore.answers(
+        asked(5),
+        known=lambda id: [outcome for outcome in kept if outcome.problem == id],
+        on_rollout=again.append,
+    )
+    assert by_problem(resumed) == whole
+    assert len(again) == 30 - ended
+    assert is_idle(pacore.engine)
+
+
+def test_rollouts_arrive_as_they_end():
+    """The callback sees each rollout once, in order of ending; the answer holds all by index."""
+    seen: list[Outcome] = []
+    (answer,) = hashed((6,)).answers(asked(1), on_rollout=seen.append)
+    first = [outcome for outcome in seen if outcome.round == 0]
+    assert sorted(o.index for o in first) == list(range(6))
+    assert [o.num_tokens for o in first] == sorted(o.num_tokens for o in first)
+    assert seen[-1] == answer.rounds[1].rollouts[0]
+    assert [o.index for o in answer.rounds[0].rollouts] == list(range(6))
+
+
+def test_answers_arrive_as_problems_end():
+    """A problem behind a long queue does not keep back those that are done."""
+    pacore, running = hashed(max_running=3), []
+    for _ in pacore.answers(asked(8)):
+        running.append(len(pacore.engine.scheduler.groups))
+    assert len(running) == 8
+    assert running[0] > 0
+
+
+def test_problems_are_taken_in_as_there_is_room(monkeypatch: pytest.MonkeyPatch):
+    """Guards against ten thousand images read, and prompts held, before the first answer."""
+    monkeypatch.setattr("pacore_sched.pacore.AHEAD", 12)
+    taken, most = [], []
+
+    def arriving():
+        for problem in asked(40):
+            taken.append(problem)
+            yield problem
+
+    for ended, _ in enumerate(hashed(max_running=4).answers(arriving())):
+        most.append(len(taken) - ended)
+    assert len(taken) == 40
+    assert max(most) <= 12 + 4 + 2  # one rollout each in the engine, waiting for images, in hand
+
+
+def test_synthesis_at_m_of_n():
+    """A round goes on with its first messages; cancelled rollouts are told, and pass nothing on."""
+    (answer,) = hashed((5,), min_messages=2).answers(asked(1))
+    reasons = [outcome.finish_reason for outcome in answer.rounds[0].rollouts]
+    assert reasons.count("cancelled") == 3
+    cancelled = [o for o in answer.rounds[0].rollouts if o.finish_reason == "cancelled"]
+    assert {o.text for o in cancelled} == {""}
+    assert [o.finish_reason for o in answer.rounds[1].rollouts] != ["cancelled"]
+    with pytest.raises(InputError, match="at least one message"):
+        hashed(min_messages=0)
+
+
+def test_a_round_cut_off_between_its_end_and_its_cancellations():
+    """Enough messages in the journal are enough: what was not told of the others is cancelled."""
+    before: list[Outcome] = []
+    pacore = hashed((5,), min_messages=2)
+    (whole,) = pacore.answers(asked(1), on_rollout=before.append)
+    kept = [outcome for outcome in before if outcome.finish_reason != "cancelled"][:2]
+    again: list[Outcome] = []
+    (resumed,) = hashed((5,), min_messages=2).answers(
+        asked(1), known=lambda id: kept, on_rollout=again.append
+    )
+    assert [outcome.round for outcome in again] == [1]
+    assert resumed.text == whole.text
+    pairs = zip(resumed.rounds[0].rollouts, whole.rounds[0].rollouts, strict=True)
+    assert all((a.index, a.seed, a.text) == (b.index, b.seed, b.text) for a, b in pairs)
+
+
+def test_samples_without_a_synthesis():
+    """Groups of samples: one round, and no answer made of it."""
+    (answer,) = hashed((4,), synthesis=False).answers(asked(1))
+    assert [len(round_.rollouts) for round_ in answer.rounds] == [4]
+    assert (answer.text, answer.error) == ("", None)
+
+
+def broken_image() -> list[Views]:
+    raise InputError("birds.png is no image")
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (Problem([{"role": "user", "content": "x" * 9000}], id="bad"), "the context is 8192"),
+        (Problem(MESSAGES, broken_image, id="bad"), "birds.png is no image"),
+        (Problem(MESSAGES, id="bad"), "image parts in the messages: 1, images given: 0"),
+        (Problem([{"role": "user", "content": 5}], id="bad"), "a string or a list of parts"),
+    ],
+)
+def test_a_problem_fails_alone(problem: Problem, reason: str):
+    """Its reason is told, it holds no page, and the others' answers are what they are without."""
+    pacore = hashed()
+    answers = by_problem(pacore.answers([*asked(2), problem]))
+    bad = answers.pop("bad")
+    assert reason in bad.error
+    assert (bad.text, bad.rounds) == ("", ())
+    assert answers == by_problem(hashed().answers(asked(2)))
+    assert is_idle(pacore.engine)
+
+
+def test_a_problem_may_fail_later():
+    """A synthesis prompt beyond the context fails its problem; the rounds before it are told."""
+    long = Problem([{"role": "user", "content": "x" * 8100}], id="long")
+    answers = by_problem(hashed((30,)).answers([long, *asked(1)]))
+    assert "the context is 8192" in answers["long"].error
+    assert len(answers["long"].rounds) == 1
+    assert answers["p0"].error is None
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_whoever_stops_early_leaves_an_idle_engine(ahead: bool):
+    """By leaving the loop, or by an exception from a callback: no page is lost."""
+    pacore = hashed(ahead=ahead)
+
+    def stop_at(count: int) -> Callable[[object], None]:
+        seen = []
+
+        def stop(what: object) -> None:
+            seen.append(what)
+            if len(seen) == count:
+                raise KeyboardInterrupt
+
+        return stop
+
+    for callbacks in ({"on_rollout": stop_at(7)}, {"on_step": stop_at(5)}):
+        with pytest.raises(KeyboardInterrupt):
+            list(pacore.answers(asked(6), **callbacks))
+        while pacore.engine.busy:  # a step may be in flight
+            pacore.engine.step()
+        assert is_idle(pacore.engine)
+    answers = pacore.answers(asked(6))
+    next(answers)
+    answers.close()
+    while pacore.engine.busy:
+        pacore.engine.step()
+    assert is_idle(pacore.engine)
+    assert by_problem(pacore.answers(asked(2))) == by_problem(hashed().answers(asked(2)))
+
+
+def test_seeds_are_the_problems_own():
+    """Ids that look like other seeds' parts make none of them."""
+    seeds = {
+        rollout_seed(seed, number, index, problem)
+        for seed in (0, 1)
+        for number in (0, 1)
+        for index in (0, 1)
+        for problem in ("", "1", "0/1", "1/0")
+    }
+    assert len(seeds) == 2 * 2 * 2 * 4
+
+
+def _texts(answer: Answer) -> list[list[str]]:
+    return [[outcome.text for outcome in round_.rollouts] for round_ in answer.rounds]
