@@ -173,9 +173,6 @@ class PrefixPlan:
             "causal_offset": kv_len - num_new,
         }
         if self.capacity:
-            # Behind the last node, too, begin entries of the page table.
-            room = self.capacity.nodes + 1
-            arrays["page_start"] = np.pad(page_start, (0, max(0, room - len(page_start))), "edge")
             arrays["leaf_of_row"] = leaf = np.flatnonzero(num_new)
             starts = np.array(_starts(nodes, depths), int)
             arrays["row_position"] = (starts + kv_len - 1)[leaf]

@@ -59,7 +59,7 @@ class Tables:
             self._owner[rollout.slot] = rollout.node
 
     def forget(self, rollout: Rollout) -> None:
-        """The host will know better than the table which of its tokens is the last."""
+        """Let the host say, the next time, which of its tokens is the last."""
         self._owner[rollout.slot] = None
 
 

@@ -229,8 +229,7 @@ class ModelExecutor:
         rows = rows_of(tree, batch)
         self._tables.claim(rows.owners)
         self.stats.plans += 1
-        tables, device = self._tables, self.model.device
-        seed_slots = [rollout.slot for _, rollout in rows.drawn]
+        device = self.model.device
         packed = _packed(
             rows.step,
             device,
@@ -238,16 +237,11 @@ class ModelExecutor:
             last_rows=[row for row, _ in rows.last],
             last_slots=[slot for _, slot in rows.last],
             drawn_rows=[row for row, _ in rows.drawn],
-            seed_slots=seed_slots,
-            # Which of the tokens behind a draft is the last one, the host will say.
-            kept_slots=[
-                tables.nobody if rollout in rows.drafted else rollout.slot
-                for _, rollout in rows.drawn
-            ],
+            drawn_slots=[rollout.slot for _, rollout in rows.drawn],
             holes=[row for patch in rows.patches for row in patch.rows],
         )
-        for rollout in rows.drafted:
-            tables.forget(rollout)
+        for rollout in rows.drafted:  # the host will say which of its tokens is the last
+            self._tables.forget(rollout)
         step = self._step(rows.step, packed)
         settings = [settings_of(rollout.group.sampling) for _, rollout in rows.drawn]
         drawing = Drawing.of(settings, device) if settings else None
@@ -264,16 +258,16 @@ class ModelExecutor:
         ids = given["ids"].index_copy(0, given["last_rows"], tables.last[given["last_slots"]])
         embeddings = model.decoder.embed(ids)
         holes = given["holes"].split([len(patch.rows) for patch in rows.patches])
-        for patch, place in zip(rows.patches, holes, strict=False):
+        for patch, place in zip(rows.patches, holes, strict=True):
             features = patch.features.result()[patch.first : patch.first + len(patch.rows)]
             embeddings.index_copy_(0, place, features)
         hidden = model.decoder(embeddings, step, self.cache)
         if drawing is None:
             return given["ids"].new_empty(2, 0, dtype=torch.int32)
-        drawn_rows = given["drawn_rows"]
-        seeds, positions = tables.seeds[given["seed_slots"]], step.positions[drawn_rows] + 1
+        drawn_rows, drawn_slots = given["drawn_rows"], given["drawn_slots"]
+        seeds, positions = tables.seeds[drawn_slots], step.positions[drawn_rows] + 1
         tokens, logprobs = drawing.draw(model, hidden[drawn_rows], seeds, positions)
-        tables.last.index_copy_(0, given["kept_slots"], tokens.clamp_min(0))
+        tables.last.index_copy_(0, drawn_slots, tokens.clamp_min(0))
         return packed_results(tokens, logprobs)
 
     def _step(self, step: StepBatch, packed: Packed) -> Step:

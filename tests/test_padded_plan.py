@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -178,7 +178,18 @@ def decode_forests(draw: st.DrawFn) -> tuple[Capacity, list[PlanNode]]:
     return Capacity(rows, draw(st.integers(most, rows)), levels), nodes
 
 
+def full_of_tiles(rows: int, most: int) -> tuple[Capacity, list[PlanNode]]:
+    """As many tiles as can be: at each of two levels nodes just too large for the smaller size."""
+    nodes = []
+    for start in range(0, rows, most):
+        nodes += [PlanNode((100 + start + level,), 1, start, start + most) for level in (0, 1)]
+        nodes += [PlanNode((row,), 1, row, row + 1, 1) for row in range(start, start + most)]
+    return Capacity(rows, most, 3), nodes
+
+
 @settings(max_examples=40)
+@example(full_of_tiles(40, 5), (64, 16))
+@example(full_of_tiles(51, 17), (64, 0))
 @given(decode_forests(), st.sampled_from([(64, 16), (0, 16), (64, 0), (128, 16)]))
 def test_capacity_holds_every_forest(step: tuple[Capacity, list[PlanNode]], sizes):
     """A schedule that had room for fewer tiles than some membership has would end a run."""
