@@ -1,18 +1,27 @@
 """Pictures of simulated runs: occupancy over time, and how many answers are there by when."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from model.terminal import InputError
 
-if TYPE_CHECKING:
-    from pacore_sched.simulate import Curves
-
 SIZE, DPI = (9.0, 5.0), 130
 DASHES = ("-", "--", "-.")  # beside colours, for print and for those who cannot tell them
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of a run; times in minutes."""
+
+    policy: str
+    answered: np.ndarray  # times to answer, ascending
+    ends: np.ndarray  # of a timeline's bins
+    running: np.ndarray
+    kv: np.ndarray
 
 
 def check_folder(folder: Path) -> None:
@@ -24,7 +33,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"cannot write {folder}: {error.strerror}") from None
 
 
-def occupancy(path: Path, workload: str, runs: Sequence["Curves"]) -> None:
+def occupancy(path: Path, workload: str, runs: Sequence[Curves]) -> None:
     """KV in use (area) and decoding rollouts (line, logarithmic) over time, a panel per policy."""
     figure, panels = _pyplot().subplots(
         len(runs), 1, sharex=True, squeeze=False, figsize=(SIZE[0], 0.9 + 1.15 * len(runs))
@@ -46,7 +55,7 @@ def occupancy(path: Path, workload: str, runs: Sequence["Curves"]) -> None:
     _finish(figure, panels[:, 0], path)
 
 
-def answers(path: Path, workload: str, runs: Sequence["Curves"]) -> None:
+def answers(path: Path, workload: str, runs: Sequence[Curves]) -> None:
     """Share of the problems that were answered within a time, a line per policy."""
     figure, axes = _pyplot().subplots(figsize=SIZE, layout="constrained")
     for number, run in enumerate(runs):

@@ -55,17 +55,6 @@ class Job:
     slo_s: float | None
 
 
-@dataclass(frozen=True)
-class Curves:
-    """What is drawn of a run; times in minutes."""
-
-    policy: str
-    answered: np.ndarray  # times to answer, ascending
-    ends: np.ndarray  # of a timeline's bins
-    running: np.ndarray
-    kv: np.ndarray
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `simulate`."""
     add = parser.add_argument
@@ -116,22 +105,22 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_job(job: Job) -> tuple[dict, Curves]:
+def run_job(job: Job) -> tuple[dict, plots.Curves]:
     """The row of one run and what is drawn of it."""
     outcome = simulate(job.problems, job.setting)
     row = metrics_row(outcome, job.workload, job.seed, job.slo_s)
     ends, running, kv = timeline(outcome, BINS)
     answered = np.sort(times_to_answer(outcome)) / 60
-    return row | {"sigma_w": job.sigma_w}, Curves(
+    return row | {"sigma_w": job.sigma_w}, plots.Curves(
         job.setting.policy, answered, ends / 60, running, kv
     )
 
 
-def _run_all(jobs: Sequence[Job], processes: int) -> list[tuple[dict, Curves]]:
+def _run_all(jobs: Sequence[Job], processes: int) -> list[tuple[dict, plots.Curves]]:
     """The results of all jobs, in their order."""
     if processes == 1 or len(jobs) == 1:
         return [run_job(job) for job in track(jobs, "simulate")]
-    done: dict[int, tuple[dict, Curves]] = {}
+    done: dict[int, tuple[dict, plots.Curves]] = {}
     with ProcessPoolExecutor(processes) as pool, progress("simulate", len(jobs)) as advance:
         futures = {pool.submit(run_job, job): index for index, job in enumerate(jobs)}
         try:
@@ -243,7 +232,7 @@ def _variant(setting: Setting) -> tuple[bool, str]:
     return setting.shared_reads, setting.kv_dtype
 
 
-def _write(folder: Path, rows: list[dict], curves: dict[str, list[Curves]]) -> list[Path]:
+def _write(folder: Path, rows: list[dict], curves: dict[str, list[plots.Curves]]) -> list[Path]:
     """Write rows.json and two pictures per workload. Raises InputError if that cannot be done."""
     made = [folder / "rows.json"]
     try:
