@@ -28,6 +28,7 @@ class Executor(Protocol):
     num_pages: int
     page_size: int
     max_running: int
+    asynchronous: bool  # whether `launch` returns before the step is done
 
     def launch(self, tree: PrefixTree, batch: Batch) -> object:
         """Begin a step; on a GPU without waiting for it."""
@@ -58,7 +59,8 @@ class Engine:
     policy: a name in POLICIES, or a policy
     max_running: rollouts that decode at once, at most the executor's
     token_budget: tokens that a step writes at most: long prompts are cut into chunks of it
-    ahead: whether the next step is launched before the last one's tokens are known
+    ahead: whether the next step is launched before the last one's tokens are known; the default is
+        as the executor works
     speculate: draft from siblings while at most so many rollouts run; 0 is never. The tokens are
         the same, but for the rounding of matrix products
     host_pages: pages of preempted rollouts that may be moved to the host rather than recomputed
@@ -72,12 +74,13 @@ class Engine:
         policy: LaterRoundFirst | str = "later-round-first",
         max_running: int | None = None,
         token_budget: int = 2048,
-        ahead: bool = False,
+        ahead: bool | None = None,
         speculate: int = 0,
         host_pages: int = 0,
     ) -> None:
         self.executor, self.stopping = executor, stopping
-        self.ahead, self.speculate = ahead, speculate
+        self.ahead = executor.asynchronous if ahead is None else ahead
+        self.speculate = speculate
         running = min(max_running or executor.max_running, executor.max_running)
         self.scheduler = Scheduler(
             executor.num_pages,

@@ -89,6 +89,7 @@ class ModelExecutor:
         buckets: Sequence[int] | None = None,
     ) -> None:
         self.model, self.max_running, self.page_size = model, max_running, PAGE_SIZE
+        self.asynchronous = model.device.type == "cuda"
         config = model.config.decoder
         self.num_pages = num_pages or pages_that_fit(
             config,

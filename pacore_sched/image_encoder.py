@@ -23,11 +23,9 @@ class Features:
         self.count, self._future = count, future
 
     def ready(self) -> bool:
-        """Whether nobody would have to wait for them, or they have failed."""
-        if not self._future.done():
+        """Whether nobody would have to wait for them; never if they have failed (`error`)."""
+        if not self._future.done() or self._future.exception():
             return False
-        if self._future.exception():
-            return True
         event = self._future.result()[1]
         return event is None or event.query()
 

@@ -103,13 +103,18 @@ class Scheduler:
             self.repeat(1)
             return self._batch
         self._drop_finished()
+        before = self.counts.preemptions
         if self._turn <= self.steps:
             self._turn_pages()
         chunks, decode = [], self._decoding
         budget = self.token_budget - len(decode)
         for rollout in [r for r in self.running if r not in decode and r.asked < r.max_tokens]:
             budget -= self._write_rollout(rollout, budget, chunks)
-        restored, waits = self._admit(budget, chunks)
+        restored, waits = [], True
+        if (
+            self.counts.preemptions == before
+        ):  # else those could start again whose token is not here
+            restored, waits = self._admit(budget, chunks)
         if not decode and not chunks:
             return None
         evicted, self._evicted = tuple(self._evicted), []

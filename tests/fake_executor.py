@@ -42,6 +42,8 @@ def segment(ids: Sequence[int]) -> Segment:
 class FakeExecutor:
     """`launch` computes at once; `collect` may come later, as on a GPU."""
 
+    asynchronous = False
+
     def __init__(
         self,
         num_pages: int,
@@ -93,7 +95,11 @@ class FakeExecutor:
 
     def _last(self, rollout: Rollout) -> int:
         owner, token = self.last.get(rollout.slot, (None, 0))
-        return token if owner is rollout else [rollout.group.last_token, *rollout.tokens][-1]
+        if owner is rollout:
+            return token
+        known = [rollout.group.last_token, *rollout.tokens]
+        assert len(known) >= rollout.asked, "the last token is still in flight"
+        return known[-1]
 
     def _context(self, tree: PrefixTree, rollout: Rollout) -> list[int]:
         path = tree.path(rollout.node)

@@ -325,7 +325,7 @@ def test_encoding_beside_decoding(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch
         go.set()
         with pytest.raises(RuntimeError, match="no memory for the image"):
             features.result()
-        assert segment.ready() and "no memory" in str(features.error)
+        assert not segment.ready() and "no memory" in str(features.error)
         with pytest.raises(RuntimeError, match="no memory for the image"):
             hand.launch(Batch((), (hand.write(segment, segment.tokens),)))
     monkeypatch.undo()

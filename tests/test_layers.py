@@ -19,6 +19,13 @@ FORBIDDEN = {
     "pacore_sched.plan": {"torch"},
     "pacore_sched.policy": {"torch"},
     "pacore_sched.scheduler": {"torch"},
+    "pacore_sched.request": {"torch"},
+    "pacore_sched.step_rows": {"torch"},
+    "pacore_sched.speculation": {"torch"},
+    "pacore_sched.cost_model": {"torch"},
+    "pacore_sched.workload": {"torch"},
+    "pacore_sched.simulator": {"torch"},
+    "pacore_sched.cluster": {"torch"},
 }
 
 

@@ -167,3 +167,24 @@ def test_random_traces(trace):
     assert scheduler.counts.cancelled == sum(
         r.asked for _, group in fitting for r in group.rollouts if r.finish_reason == "cancelled"
     )
+
+
+def test_nobody_starts_again_in_the_step_that_preempted():
+    """Two victims, of which the second's pages are enough for the first to go on: it may not, for
+    its last token may still be in flight (its place in the executor's table is gone)."""
+    policy = LaterRoundFirst(watermark=0.0)
+    scheduler = Scheduler(41, PAGE, policy, max_running=8, token_budget=16)
+    old, lengths = group_of([99] * 5)
+    late, more = group_of([99], problem=1)
+    scheduler.submit(old)
+    run = Trace(scheduler, lengths | more)
+    for step in range(32):
+        if step == 28:
+            scheduler.submit(late)
+        run.step()
+    assert scheduler.counts.preemptions == 0 and scheduler.tree.free_pages == 0
+    run.step()
+    assert scheduler.counts.preemptions == 2
+    assert scheduler.tree.free_pages >= 2  # what the first victim would need
+    assert len(run.batches[-1].decode) == 4 and not run.batches[-1].chunks
+    run.run()
