@@ -172,10 +172,14 @@ def test_random_traces(trace):
 def test_nobody_starts_again_in_the_step_that_preempted():
     """Two victims, of which the second's pages are enough for the first to go on: it may not, for
     its last token may still be in flight (its place in the executor's table is gone)."""
-    policy = LaterRoundFirst(watermark=0.0)
-    scheduler = Scheduler(41, PAGE, policy, max_running=8, token_budget=16)
-    old, lengths = group_of([99] * 5)
-    late, more = group_of([99], problem=1)
+
+    class LeastFirst(LaterRoundFirst):
+        def victim(self, running):
+            return min(running, key=lambda rollout: rollout.asked)
+
+    scheduler = Scheduler(41, PAGE, LeastFirst(watermark=0.0), max_running=8, token_budget=16)
+    old, lengths = group_of([99] * 5, problem=1)
+    late, more = group_of([99], problem=0)
     scheduler.submit(old)
     run = Trace(scheduler, lengths | more)
     for step in range(32):
