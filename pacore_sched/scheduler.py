@@ -111,9 +111,7 @@ class Scheduler:
         for rollout in [r for r in self.running if r not in decode and r.asked < r.max_tokens]:
             budget -= self._write_rollout(rollout, budget, chunks)
         restored, waits = [], True
-        if (
-            self.counts.preemptions == before
-        ):  # else those could start again whose token is not here
+        if self.counts.preemptions == before:  # else a token of who starts may be in flight
             restored, waits = self._admit(budget, chunks)
         if not decode and not chunks:
             return None
