@@ -69,6 +69,11 @@ class Progress:
     tokens: int = 0
     start: float = field(default_factory=time.perf_counter)
 
+    def note(self, answer: Answer) -> None:
+        """Count a problem that has ended."""
+        self.ended += 1
+        self.failed += answer.error is not None
+
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.start
@@ -191,8 +196,7 @@ def _run(
             for answer in answers:
                 endings[lines[answer.problem]] = _ending(answer, lines[answer.problem])
                 journal.add_answer(answer.problem, answer.text, answer.error)
-                done.ended += 1
-                done.failed += answer.error is not None
+                done.note(answer)
         except Stopped:
             return endings, True
     return endings, False

@@ -135,10 +135,8 @@ class Pacore:
             while True:
                 for run in self._admitted(arrivals, live):
                     yield from self._proceed(run, live)
-                if not live:
-                    if arrivals.over:
-                        return
-                    continue
+                if not live:  # nor has anybody else come
+                    return
                 stats = self.engine.stats
                 steps, generated = stats.steps, stats.generated
                 done = self._note(self.engine.step(), live, on_rollout)
@@ -147,6 +145,7 @@ class Pacore:
                     time.sleep(IDLE_SECONDS)
                 for group in done:
                     yield from self._proceed(live.pop(group), live)
+                yield from self._broken(live)
         finally:
             arrivals.close()
             for group, run in live.items():
@@ -176,6 +175,15 @@ class Pacore:
             yield self._answer(run, None)
         else:
             live[group] = run
+
+    def _broken(self, live: dict[Group, ProblemRun]) -> Iterator[Answer]:
+        """End the problems whose images cannot be encoded."""
+        for group in [group for group, run in live.items() if run.error]:
+            run = live.pop(group)
+            answer = self._answer(run, run.error)
+            self.engine.cancel(group)
+            run.release()
+            yield answer
 
     def _note(
         self,
@@ -216,7 +224,7 @@ def engine_for(
     kv_tokens: of which there is room for KV; the default is what free memory has
     most_tokens: no more of them than these, then
     max_running: rollouts that decode at once
-    options: Engine's; on a GPU `ahead` is on by default
+    options: Engine's
 
     Raises InputError if there is no memory for the KV.
     """
@@ -228,7 +236,7 @@ def engine_for(
         most_tokens=most_tokens,
     )
     stopping = Stopping(model.tokenizer, model.config.tokens.eos)
-    return Engine(executor, stopping, **({"ahead": model.device.type == "cuda"} | options))
+    return Engine(executor, stopping, **options)
 
 
 class _Arrivals:

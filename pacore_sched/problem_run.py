@@ -19,10 +19,10 @@ from pacore_sched.rounds import round_messages
 
 if TYPE_CHECKING:
     from jinja2 import Template
-    from torch import Tensor
 
     from model.image import Views
     from model.step3vl import Step3VL
+    from pacore_sched.image_encoder import Features
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ProblemRun:
         self._messages = problem.messages
         self._images: Future | None = None
         self._layouts: list[_Layout] = []
-        self._features: Tensor | None = None
+        self._features: Features | None = None
         self._head: Segment | None = None
         self._head_ids: list[int] = []
         self._known = {(outcome.round, outcome.index): outcome for outcome in known}
@@ -87,6 +87,12 @@ class ProblemRun:
     def over(self) -> bool:
         """Whether all rounds are done."""
         return len(self.rounds) == len(self._settings.widths)
+
+    @property
+    def error(self) -> str | None:
+        """Why the current round will never start: its images could not be encoded."""
+        error = self._features.error if self._features else None
+        return error and f"the images cannot be encoded: {error}"
 
     def set_images(self, images: Future) -> None:
         """Where the images are: `next_round` waits for them, and raises what they raised."""

@@ -68,6 +68,15 @@ def test_text(ask):
     assert "prompt tokens shared" in out.splitlines()[-1]
 
 
+def test_a_stop_string(ask):
+    """--stop ends texts before it."""
+    arguments = ["Count.", *TINY, "--widths", "", "--json"]
+    text = json.loads(ask(*arguments)[1])["answer"]
+    cut = json.loads(ask(*arguments, "--stop", text[3:5])[1])
+    assert cut["answer"] == text[: text.index(text[3:5])]
+    assert cut["rounds"][0]["rollouts"][0]["finish_reason"] == "stop"
+
+
 def test_own_template(ask, tmp_path: Path):
     """--template replaces the synthesis prompt."""
     template = tmp_path / "template.jinja"
@@ -99,6 +108,9 @@ def test_own_template(ask, tmp_path: Path):
         (["Count.", *TINY, "--temperature", "1e-39"], "--temperature must be 0, or from"),
         (["Count.", *TINY, "--temperature", "nan"], "--temperature must be 0, or from"),
         (["Count.", *TINY, "--top-p", "0"], "--top-p must be above 0"),
+        (["Count.", *TINY, "--stop", ""], "a stop string is empty"),
+        (["Count.", *TINY, "--policy", "best"], "there is no policy 'best'"),
+        (["Count.", *TINY, "--kv-tokens", "64"], "need KV for"),
         (["x" * 9000, *TINY], "the context is 8192"),
         ([], "required: question"),
     ],

@@ -252,6 +252,11 @@ def test_a_file_is_replaced_whole(tmp_path: Path):
     path = tmp_path / "results.jsonl"
     replace_file(path, ["one", "\u20ac"])
     assert path.read_text(encoding="utf-8") == "one\n\u20ac\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
+    seen = []
+    replace_file(path, (seen.append(path.read_text(encoding="utf-8")) or "two" for _ in range(2)))
+    assert seen == ["one\n\u20ac\n"] * 2
+    replace_file(path, ["one", "\u20ac"])
     with disk_of(100), pytest.raises(InputError, match=r"cannot write .*results.jsonl"):
         replace_file(path, ["x" * 1000] * 100)
     with pytest.raises(ZeroDivisionError):

@@ -100,6 +100,18 @@ def test_images_are_prefilled_once(tiny: Step3VL, photo: Views, monkeypatch: pyt
     assert separate.engine.scheduler.counts.prefilled == sum(prompts) - 2
 
 
+def test_images_behind_the_head(tiny: Step3VL, photo: Views):
+    """An image further down, behind text, gets its own embeddings and not the first one's."""
+    other = replace(photo, image=-photo.image, crops=photo.crops + 1)
+    parts = [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
+    (outcome,) = pacore_on(tiny, []).answer(messages, [photo, other]).rounds[0].rollouts
+    ids = build_prompt(messages, tiny.tokenizer, TINY, [photo, other])
+    options = {"max_tokens": 12, "temperature": 1.0, "seed": outcome.seed}
+    assert list(outcome.tokens) == tiny.generate(ids, [photo, other], **options)
+    assert list(outcome.tokens) != tiny.generate(ids, [photo, photo], **options)
+
+
 def test_many_problems_at_once(tiny: Step3VL, photo: Views):
     """Every problem's answer is what it is alone, seeds by its id; images among the others'."""
     problems = [
@@ -170,13 +182,17 @@ def test_a_stop_string_ends_rollouts(tiny: Step3VL):
 
 
 class HashExecutor(FakeExecutor):
-    """A model of hashes whose images are what they are."""
+    """A model of hashes whose images take a while, and fail if there are none."""
 
     def segment(self, ids: list[int], features: object = None, first: int = 0) -> Segment:
-        return segment(ids)
+        made = segment(ids)
+        made.ready = features.ready if features else made.ready
+        return made
 
-    def encode(self, views: list[Views]) -> list[Views]:
-        return views
+    def encode(self, views: list[Views]) -> SimpleNamespace:
+        left = iter([*[False] * 3, *[True] * 1000])
+        error = None if views else RuntimeError("out of memory")
+        return SimpleNamespace(error=error, ready=lambda: next(left) and not error)
 
 
 HASHES = SimpleNamespace(config=TINY, tokenizer=TOKENIZER)
@@ -191,6 +207,13 @@ def hashed(widths: tuple[int, ...] = (3, 2), pages: int = 4000, **options: objec
 
 def asked(count: int) -> list[Problem]:
     return [Problem([{"role": "user", "content": f"{n}?"}], id=f"p{n}") for n in range(count)]
+
+
+def with_image(text: str) -> Problem:
+    """A problem named "photo"."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    layout = SimpleNamespace(newlines=(False,))
+    return Problem([{"role": "user", "content": content}], lambda: [layout], id="photo")
 
 
 def by_problem(answers) -> dict[str, Answer]:
@@ -232,6 +255,16 @@ def test_rollouts_arrive_as_they_end():
     assert [o.num_tokens for o in first] == sorted(o.num_tokens for o in first)
     assert seen[-1] == answer.rounds[1].rollouts[0]
     assert [o.index for o in answer.rounds[0].rollouts] == list(range(6))
+
+
+def test_policies_see_problems_and_rounds():
+    """Problems count in order of arrival, rounds from 0: what policies go by."""
+    pacore = hashed((2, 2))
+    answers = by_problem(pacore.answers(asked(3)))
+    assert len(answers) == 3
+    groups = {r.group for batch in pacore.engine.executor.launched for r in batch.sampled}
+    places = sorted((group.problem, group.round) for group in groups)
+    assert places == [(problem, number) for problem in range(3) for number in range(3)]
 
 
 def test_answers_arrive_as_problems_end():
@@ -318,13 +351,24 @@ def test_a_problem_fails_alone(problem: Problem, reason: str):
     assert is_idle(pacore.engine)
 
 
+def test_images_that_cannot_be_encoded():
+    """The tower's failure is its problem's own: nobody waits for it for ever."""
+    pacore = hashed()
+    problem = replace(with_image("How many?"), load=list, messages=asked(1)[0].messages)
+    answers = by_problem(pacore.answers([problem, *asked(2)]))
+    assert answers["photo"].error == "the images cannot be encoded: out of memory"
+    assert answers["p1"].error is None
+    assert is_idle(pacore.engine)
+
+
 def test_a_problem_may_fail_later():
     """A synthesis prompt beyond the context fails its problem; the rounds before it are told."""
-    long = Problem([{"role": "user", "content": "x" * 8100}], id="long")
-    answers = by_problem(hashed((30,)).answers([long, *asked(1)]))
-    assert "the context is 8192" in answers["long"].error
-    assert len(answers["long"].rounds) == 1
+    pacore = hashed((30,))
+    answers = by_problem(pacore.answers([with_image("x" * 8000), *asked(1)]))
+    assert "the context is 8192" in answers["photo"].error
+    assert len(answers["photo"].rounds) == 1
     assert answers["p0"].error is None
+    assert is_idle(pacore.engine)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -344,15 +388,15 @@ def test_whoever_stops_early_leaves_an_idle_engine(ahead: bool):
 
     for callbacks in ({"on_rollout": stop_at(7)}, {"on_step": stop_at(5)}):
         with pytest.raises(KeyboardInterrupt):
-            list(pacore.answers(asked(6), **callbacks))
-        while pacore.engine.busy:  # a step may be in flight
-            pacore.engine.step()
+            list(pacore.answers([with_image("How many?"), *asked(6)], **callbacks))
+        assert not pacore.engine.scheduler.groups
+        pacore.engine.step()  # one may be in flight
         assert is_idle(pacore.engine)
-    answers = pacore.answers(asked(6))
+    answers = pacore.answers([*asked(6), with_image("How many?")])
     next(answers)
     answers.close()
-    while pacore.engine.busy:
-        pacore.engine.step()
+    assert not pacore.engine.scheduler.groups
+    pacore.engine.step()
     assert is_idle(pacore.engine)
     assert by_problem(pacore.answers(asked(2))) == by_problem(hashed().answers(asked(2)))
 

@@ -104,6 +104,12 @@ def test_stop_strings_wherever_tokens_cut(text: str, stops: list[str], cuts: lis
         assert told == text
 
 
+def test_the_first_of_two_stop_strings():
+    """One token may complete both: the text ends before the one that begins first."""
+    for stops in (("b", "a"), ("a", "b")):
+        assert generate(Stopping(Pieces([b"xaby"]), ()), rollout_of(stop=stops), [0]) == "x"
+
+
 def test_a_stop_string_costs_a_short_tail():
     """Guards against detokenising the whole text for every token."""
     vocabulary = Pieces([b"a", b"b"])
