@@ -4,8 +4,10 @@
 `python -m bench cost` needs none: what prefix attention moves, and how evenly it and the vision ops
 fill a GPU, by arithmetic.
 `python -m bench fp8` shows what FP8 KV pages do to a real model, `python -m bench fold` what
-folding the projector's layers does to its numbers. `python -m bench sched` is what the scheduler
-costs per step.
+folding the projector's layers does to its numbers.
+The engine: `bench sched` is what the scheduler costs per step, `bench engine` a whole step while
+the batch is full, `bench packing` what packing many problems is worth, `bench replay` how far the
+simulator is from the engine.
 """
 
 import argparse
@@ -15,7 +17,20 @@ from pathlib import Path
 
 import torch
 
-from bench import cost, fold, fp8_kv, images, rows, sched, show, tune, vision_cost
+from bench import (
+    cost,
+    engine,
+    fold,
+    fp8_kv,
+    images,
+    packing,
+    replay,
+    rows,
+    sched,
+    show,
+    tune,
+    vision_cost,
+)
 from bench.cases import OPS, cases, numerics_cases
 from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, device_named, select, time_case
 from kernels._launch import IMPLS
@@ -126,6 +141,21 @@ def run_sched(options: argparse.Namespace, device: torch.device) -> Iterator[dic
     yield from sched.run()
 
 
+def run_engine(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """Whole steps of the engine, its batch full."""
+    yield from engine.run(device)
+
+
+def run_packing(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """The same questions under several policies."""
+    yield from packing.run(device)
+
+
+def run_replay(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """Pinned lengths through the engine and through the simulator."""
+    yield from replay.run(device)
+
+
 COMMANDS = {
     "roofline": (run_roofline, show.ceilings),
     "numerics": (run_numerics, show.errors),
@@ -136,6 +166,9 @@ COMMANDS = {
     "fp8": (run_fp8, fp8_kv.display),
     "fold": (run_fold, fold.display),
     "sched": (run_sched, sched.display),
+    "engine": (run_engine, engine.display),
+    "packing": (run_packing, packing.display),
+    "replay": (run_replay, replay.display),
 }
 ALL = ("numerics", "ops", "e2e")
 

@@ -56,6 +56,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kv-tokens", type=int, help="default: as many as memory has room for")
     parser.add_argument(
+        "--host-kv-tokens",
+        type=int,
+        default=0,
+        help="preempted rollouts keep their KV in the host's memory, up to so many tokens;"
+        " default: it is computed again",
+    )
+    parser.add_argument(
         "--speculate",
         type=int,
         default=0,
@@ -87,6 +94,7 @@ def make_engine(
             (options.max_running >= 1, "--max-running", "1"),
             (options.kv_tokens is None or options.kv_tokens >= 1, "--kv-tokens", "1"),
             (options.speculate >= 0, "--speculate", "0"),
+            (options.host_kv_tokens >= 0, "--host-kv-tokens", "0"),
         )
     )
     context = model.config.decoder.max_positions
@@ -100,6 +108,7 @@ def make_engine(
         kv_tokens=options.kv_tokens,
         most_tokens=running * own + min(problems, running) * (context + 2 * PAGE_SIZE),
         speculate=options.speculate,
+        host_pages=options.host_kv_tokens // PAGE_SIZE,
     )
 
 

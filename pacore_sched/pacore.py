@@ -8,7 +8,6 @@ of their own that is encoded and prefilled once for all rounds. A problem that f
 that is too long or a broken image, fails alone.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 AHEAD = 1024  # rollouts submitted at a time, at least: policies choose among them
 IMAGES_AHEAD = 4  # problems whose images are read before their turn comes
-IDLE_SECONDS = 0.001  # between steps that could do nothing: all that is left waits for its images
 
 
 @dataclass(frozen=True)
@@ -138,11 +136,9 @@ class Pacore:
                 if not live:  # nor has anybody else come
                     return
                 stats = self.engine.stats
-                steps, generated = stats.steps, stats.generated
+                generated = stats.generated
                 done = self._note(self.engine.step(), live, on_rollout)
                 on_step(stats.generated - generated)
-                if stats.steps == steps and not done:
-                    time.sleep(IDLE_SECONDS)
                 for group in done:
                     yield from self._proceed(live.pop(group), live)
                 yield from self._broken(live)

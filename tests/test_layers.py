@@ -26,6 +26,10 @@ FORBIDDEN = {
     "pacore_sched.workload": {"torch"},
     "pacore_sched.simulator": {"torch"},
     "pacore_sched.cluster": {"torch"},
+    "pacore_sched.metrics": {"torch"},
+    "pacore_sched.stopping": {"torch"},
+    "pacore_sched.questions": {"torch"},
+    "pacore_sched.journal": {"torch"},
 }
 
 

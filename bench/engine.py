@@ -1,0 +1,174 @@
+"""Steps of the whole engine while its batch is full: `python -m bench engine`.
+
+Rollouts of one prompt, of pinned lengths, decode through scheduler, executor and CUDA graphs; one
+step is what `Engine.step` takes, on the clock, tokens on the host included. Beside it the bytes
+that the step had to move: every weight once, every node's KV once. Prompts are random ids.
+"""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from statistics import quantiles
+
+import torch
+
+from bench.decode import FORMS, FP8, DecodeCase
+from bench.numerics import Verdict
+from bench.ops import MAIN_DTYPE
+from bench.rows import measured, with_speedups
+from bench.show import titled
+from bench.timing import Timing
+from model.kv_cache import PAGE_SIZE
+from model.step3vl import Step3VL
+from model.terminal import track
+from pacore_sched.engine import Engine
+from pacore_sched.pacore import engine_for
+from pacore_sched.request import Sampling
+
+# Batch, prompt, and tokens that each rollout already has; steps to time in a block, and blocks.
+CASES = {
+    "cpu": ("smollm2-135m", [(16, 512, 16), (64, 512, 16)], 6, 3),
+    "cuda": ("step3-vl-10b", [(n, 2048, 128) for n in (16, 32, 64)], 64, 4),
+}
+SETTLE = 3  # steps of a block that are not counted
+
+
+def run(device: torch.device) -> Iterator[dict]:
+    """Rows of every case: eager, the default, and on a GPU FP8 KV."""
+    name, cases, steps, blocks = CASES[device.type]
+    model = Step3VL.from_preset(name, device=device, dtype=MAIN_DTYPE[device.type])
+    for batch, prompt, suffix in track(cases, "engine"):
+        case = DecodeCase(batch, prompt, suffix)
+        yield from time_engine(model, case, steps, blocks)
+
+
+def time_engine(
+    model: Step3VL, case: DecodeCase, steps: int, blocks: int, fp8_kv: bool | None = None
+) -> list[dict]:
+    """One row per form, whose blocks of steps alternate. Leaves the model with the best forms.
+
+    `host_us` is what a launch costs the host beside computing, `idle_pct` the share of the time
+    in which a GPU had nothing to do, `padding_pct` that of rows computed for nobody, `same_tokens`
+    whether rollouts say what they say in the eager form (in 16 bits they part sooner or later).
+    """
+    forms = {name: (impl, None) for name, impl in FORMS.items()}
+    if fp8_kv or (fp8_kv is None and model.device.type == "cuda"):
+        forms[FP8] = (None, torch.float8_e4m3fn)
+    total = case.suffix + blocks * (steps + SETTLE) + 2
+    loads = {name: _Load(model, case, impl, kv, total) for name, (impl, kv) in forms.items()}
+    for _ in range(blocks):
+        for load in loads.values():
+            load.block(steps)
+    rows = [load.row(name, case, loads["eager"]) for name, load in loads.items()]
+    for load in loads.values():
+        load.engine.executor.close()
+    model.set_impl(None)
+    return with_speedups(rows)
+
+
+class _Load:
+    """An engine in one form, whose rollouts all decode."""
+
+    def __init__(
+        self,
+        model: Step3VL,
+        case: DecodeCase,
+        impl: str | None,
+        kv_dtype: torch.dtype | None,
+        total: int,
+    ) -> None:
+        self.model, self.impl, self.fp8 = model, impl, kv_dtype is not None
+        model.set_impl(impl)
+        pages = -(-case.prefix // PAGE_SIZE) + case.batch * (-(-total // PAGE_SIZE) + 1)
+        self.engine: Engine = engine_for(
+            model, kv_dtype=kv_dtype, kv_tokens=pages * PAGE_SIZE, max_running=case.batch
+        )
+        draw = random.Random(0)
+        ids = [draw.randrange(256) for _ in range(case.prefix + 1)]
+        self.group = self.engine.submit(
+            [self.engine.executor.segment(ids[:-1])],
+            ids[-1],
+            {index: index for index in range(case.batch)},
+            Sampling(total, ignore_eos=True),
+        )
+        self.seconds: list[float] = []
+        self.kv_tokens = self.steps = self.padding = 0
+        self.host_s = self.idle_s = 0.0
+        while any(len(r.tokens) < case.suffix for r in self.group.rollouts):
+            self.engine.step()
+
+    def block(self, steps: int) -> None:
+        """Time some steps in a row."""
+        self.model.set_impl(self.impl)
+        stats = self.engine.stats
+        for _ in range(SETTLE):
+            self.engine.step()
+        executor = self.engine.executor.stats
+        before, kv = replace(executor), stats.kv_read
+        for _ in range(steps):
+            start = time.perf_counter()
+            self.engine.step()
+            self.seconds.append(time.perf_counter() - start)
+        self.kv_tokens += stats.kv_read - kv
+        self.steps += steps
+        self.host_s += executor.host_s - before.host_s
+        self.idle_s += executor.idle_s - before.idle_s
+        self.padding += executor.padding_rows - before.padding_rows
+
+    def row(self, name: str, case: DecodeCase, eager: "_Load") -> dict:
+        model, config = self.model, self.model.config.decoder
+        mean_kv = self.kv_tokens / self.steps
+        of_step = replace(case, suffix=round((mean_kv - case.prefix) / case.batch))
+        cut = quantiles(self.seconds, n=10, method="inclusive")
+        row = measured(
+            "engine_step",
+            f"{model.config.name} {case.name}",
+            name,
+            device=model.device,
+            dtype=model.dtype,
+            num_bytes=of_step.bytes(config, model.dtype, self.fp8),
+            flops=of_step.flops(config),
+            verdict=Verdict(0.0, 0.0, None),
+            timing=Timing(cut[1] * 1e6, cut[4] * 1e6, cut[7] * 1e6, len(self.seconds), "clock"),
+        )
+        wall = sum(self.seconds)
+        return row | {
+            "tokens_per_second": case.batch * self.steps / wall,
+            "host_us": 1e6 * self.host_s / self.steps,
+            "idle_pct": 100 * self.idle_s / wall,
+            "padding_pct": 100 * self.padding / max(1, self.padding + case.batch * self.steps),
+            "same_tokens": self._agreement(eager),
+        }
+
+    def _agreement(self, other: "_Load") -> float:
+        """The share of tokens before a rollout first says something else than in `other`."""
+        agree = total = 0
+        for mine, its in zip(self.group.rollouts, other.group.rollouts, strict=True):
+            pairs = list(zip(mine.tokens, its.tokens, strict=False))
+            total += len(pairs)
+            agree += next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        return agree / total
+
+
+def display(rows: Sequence[dict]) -> None:
+    """The rows as a table."""
+    header = ("case", "form", " step us", " p20..p80", " % roofline", " x eager", " tokens/s")
+    header += (" host us", " idle", " padding", " as eager")
+    lines = [
+        [
+            row["case"],
+            row["impl"],
+            f"{row['median_us']:,.0f}",
+            f"{row['p20_us']:,.0f}..{row['p80_us']:,.0f}",
+            f"{row['roofline_pct']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['host_us']:,.0f}",
+            f"{row['idle_pct']:.1f} %",
+            f"{row['padding_pct']:.1f} %",
+            f"{100 * row['same_tokens']:.0f} %",
+        ]
+        for row in rows
+    ]
+    titled("engine steps", rows, header, lines)
