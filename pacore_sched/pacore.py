@@ -231,8 +231,18 @@ def engine_for(
         max_running=max_running,
         most_tokens=most_tokens,
     )
-    stopping = Stopping(model.tokenizer, model.config.tokens.eos)
+    stopping = Stopping(_Vocabulary(model), model.config.tokens.eos)
     return Engine(executor, stopping, **options)
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """A model's tokens as bytes. Its tokenizer is loaded when asked for: GPU nodes may lack one."""
+
+    model: "Step3VL"
+
+    def token_bytes(self, id: int) -> bytes:
+        return self.model.tokenizer.token_bytes(id)
 
 
 class _Arrivals:

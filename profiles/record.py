@@ -1,9 +1,9 @@
 """Everything a machine can measure in one go, as rows on disk.
 
-Sections in order of worth: the roofline, errors of every op, the decode step, images, the op
-table. Rows
-are written as they are made, so that an interrupted or too short run leaves what it had, and the
-next one with the same clean commit and device goes on from there. Needs torch, Triton and NumPy.
+Sections in order of worth: the roofline, errors of every op, the decode step, the engine's steps,
+images, the op table. Rows are written as they are made, so that an interrupted or too short run
+leaves what it had, and the next one with the same clean commit and device goes on from there. Needs
+torch, Triton and NumPy.
 """
 
 import os
@@ -20,6 +20,7 @@ import torch
 from bench import images, rows
 from bench.cases import cases, numerics_cases
 from bench.decode import DecodeCase, time_decode
+from bench.engine import time_engine
 from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, one_line, time_case
 from model.config import PRESETS, Config
 from model.step3vl import Step3VL
@@ -29,6 +30,12 @@ from model.vision import VisionTower
 DECODE = {
     "cpu": ("tiny", [DecodeCase(1, 256, 64), DecodeCase(4, 256, 64)]),
     "cuda": ("step3-vl-10b", [DecodeCase(batch, 2048, 512) for batch in (16, 64, 1)]),
+}
+
+# Cases, steps in a block, blocks: no more than `bench engine` does.
+ENGINE = {
+    "cpu": ("tiny", [DecodeCase(4, 256, 16)], 6, 2),
+    "cuda": ("step3-vl-10b", [DecodeCase(batch, 2048, 128) for batch in (64, 16, 32)], 32, 3),
 }
 
 
@@ -74,6 +81,10 @@ def tasks(device: torch.device) -> Iterator[Task]:
     for step in steps:
         run = partial(_decode, preset, step, device, main)
         yield Task("decode", "decode_step", f"{preset} {step.name}", main, run)
+    preset, steps, *length = ENGINE[device.type]
+    for step in steps:
+        run = partial(_engine, preset, step, *length, device, main)
+        yield Task("engine", "engine_step", f"{preset} {step.name}", main, run)
     config = PRESETS[images.MODELS[device.type]]
     for size in images.SIZES:
         run = partial(_encode, config, size, device)
@@ -160,6 +171,17 @@ def _model(preset: str, device: torch.device, dtype: torch.dtype) -> Step3VL:
 
 def _decode(preset: str, step: DecodeCase, device: torch.device, dtype: torch.dtype) -> list[dict]:
     return time_decode(_model(preset, device, dtype), step)
+
+
+def _engine(
+    preset: str,
+    step: DecodeCase,
+    steps: int,
+    blocks: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[dict]:
+    return time_engine(_model(preset, device, dtype), step, steps, blocks)
 
 
 @cache

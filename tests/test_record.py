@@ -68,6 +68,7 @@ def test_everything_is_planned():
             "roofline",
             "numerics",
             "decode",
+            "engine",
             "vision",
             "ops",
         ]
@@ -81,6 +82,8 @@ def test_everything_is_planned():
         assert timed == {(op, dtype) for op in OPS}
     steps = {task.case for task in work if task.section == "decode"}
     assert steps == {f"step3-vl-10b B{batch} P2048 S512" for batch in (1, 16, 64)}
+    steps = {task.case for task in work if task.section == "engine"}
+    assert steps == {f"step3-vl-10b B{batch} P2048 S128" for batch in (16, 32, 64)}
 
 
 def test_budget(tmp_path):
@@ -206,3 +209,15 @@ def test_gpu_environment(tmp_path):
     assert environment["device"] == torch.cuda.get_device_name()
     assert environment["driver"]
     assert environment["state"]["clocks.max.sm"].endswith("MHz")
+
+
+def test_engine_steps_are_recorded(tmp_path):
+    """Guards the path that a GPU takes with the 10B's engine, on a machine without a tokenizer."""
+    arguments = ["record", "--out", str(tmp_path), "--device", "cpu", "--section", "engine"]
+    code = f"{ON_A_BARE_MACHINE}\nsys.exit(main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    eager, default = rows.read(tmp_path / "engine.jsonl")
+    assert eager["case"] == default["case"] == "tiny B4 P256 S16"
+    assert eager["same_tokens"] == default["same_tokens"] == 1
+    assert default["tokens_per_second"] > 0
