@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 
 from model.image import load_image, preprocess
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(report(pacore, answer, seconds)))
     else:
         print_answer(pacore, answer, seconds)
+    if answer.error:
+        print(f"failed: {answer.error}", file=sys.stderr)
     return int(answer.error is not None)
 
 
@@ -61,6 +64,7 @@ def report(pacore: Pacore, answer: Answer, seconds: float) -> dict:
     stats = pacore.engine.stats
     return {
         "answer": answer.text,
+        "error": answer.error,
         "rounds": [
             {
                 "prompt_tokens": round_.prompt_tokens,

@@ -2,8 +2,9 @@
 
 While it runs, everything that has ended is in the journal beside the output (journal.py): JSONL, to
 be read at any time. The output itself is written from the journal at the very end, in the order of
-the questions, and holds nothing that depends on time: it is the same whether the run was disturbed
-and resumed or not.
+the questions, and holds nothing that depends on time: rollouts say the same whether the run was
+disturbed and resumed or not. (Log-probabilities may round otherwise beside other rollouts; with
+--min-messages, which rollouts a round still waited for is a matter of what ran beside them.)
 """
 
 import argparse
@@ -194,12 +195,23 @@ def _run(
         )
         try:
             for answer in answers:
+                _complete(journal, answer, tokens=job.keep_tokens)
                 endings[lines[answer.problem]] = _ending(answer, lines[answer.problem])
                 journal.add_answer(answer.problem, answer.text, answer.error)
                 done.note(answer)
         except Stopped:
             return endings, True
     return endings, False
+
+
+def _complete(journal: Journal, answer: Answer, *, tokens: bool) -> None:
+    """Write the cancelled rollouts that a kill kept from the journal, when it fell in between the
+    last message that a round waited for and them."""
+    outcomes = [outcome for round_ in answer.rounds for outcome in round_.rollouts]
+    if journal.count(answer.problem) < len(outcomes):
+        known = {(outcome.round, outcome.index) for outcome in journal.outcomes(answer.problem)}
+        missing = [outcome for outcome in outcomes if (outcome.round, outcome.index) not in known]
+        journal.add(missing, tokens=tokens)
 
 
 def _ending(answer: Answer, line: int) -> Ending:

@@ -105,6 +105,10 @@ class Journal:
             line = {"kind": "answer", "problem": problem, "answer": answer, "error": error}
             self._write([line])
 
+    def count(self, problem: str) -> int:
+        """How many rollouts of a problem have ended."""
+        return len(self._places.get(problem, ()))
+
     def outcomes(self, problem: str) -> list[Outcome]:
         """All rollouts of a problem that have ended, by round and index."""
         found = [Outcome.of_record(self._line(place)) for place in self._places.get(problem, ())]
@@ -133,6 +137,8 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.path} is being written by another run") from None
+        except OSError as error:  # some network file systems have no locks
+            raise InputError(f"cannot lock {self.path}: {error.strerror}") from None
 
     def _read(self, header: dict, resume: bool) -> int:
         """Find what the file holds, and cut off what was not written whole; the bytes left."""

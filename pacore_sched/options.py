@@ -74,9 +74,11 @@ def load_model(options: argparse.Namespace) -> Step3VL:
     """The model that --model, --device, --dtype and --impl name."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=torch.device(device))
+        usable = torch.empty(0, device=device).device.type in ("cpu", "cuda")
     except (RuntimeError, AssertionError):
-        raise InputError(f"device {device!r} cannot be used on this machine") from None
+        usable = False
+    if not usable:
+        raise InputError(f"device {device!r} cannot be used on this machine")
     default = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     dtype = DTYPES[options.dtype] if options.dtype else default
     exists = Path(options.model).exists()

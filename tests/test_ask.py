@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from kernels import _launch
+from model.step3vl import Step3VL
 from model.terminal import run_command
 from pacore_sched.__main__ import main
 
@@ -48,6 +49,7 @@ def test_json(ask, photo: str):
             assert 1 <= rollout["tokens"] <= 8
             assert rollout["finish_reason"] in ("stop", "length")
     assert document["tokens_per_second"] > 0
+    assert document["error"] is None
     first, second, last = (round_["prompt_tokens"] for round_ in document["rounds"])
     assert document["prefix_tokens_saved"] > 2 * first + second
     again = json.loads(ask(*arguments)[1])
@@ -77,6 +79,22 @@ def test_a_stop_string(ask):
     assert cut["rounds"][0]["rollouts"][0]["finish_reason"] == "stop"
 
 
+def test_no_answer_says_why(ask, monkeypatch: pytest.MonkeyPatch):
+    """Logits of NaN: a line and exit code 1, and the reason in the document."""
+    load = Step3VL.from_preset
+
+    def broken(*arguments, **options) -> Step3VL:
+        model = load(*arguments, **options)
+        model.decoder.norm.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(Step3VL, "from_preset", broken)
+    code, out, err = ask("Count.", *TINY, "--widths", "2", "--json")
+    assert (code, json.loads(out)["answer"]) == (1, "")
+    assert "not finite" in json.loads(out)["error"]
+    assert err == f"failed: {json.loads(out)['error']}\n"
+
+
 def test_own_template(ask, tmp_path: Path):
     """--template replaces the synthesis prompt."""
     template = tmp_path / "template.jinja"
@@ -99,6 +117,7 @@ def test_own_template(ask, tmp_path: Path):
         (["Count.", *TINY, "--impl", "triton", "--device", "cpu"], "impl 'triton'"),
         (["Count.", *TINY, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["Count.", *TINY, "--device", "toaster"], "device 'toaster' cannot be used"),
+        (["Count.", *TINY, "--device", "meta"], "device 'meta' cannot be used"),
         (["  ", *TINY], "the question is empty"),
         (["Count.", *TINY, "--image", "nowhere.png"], "nowhere.png"),
         (["Count.", *TINY, "--template", "nowhere.jinja"], "nowhere.jinja"),

@@ -384,6 +384,21 @@ def test_synthesis_at_m_of_n(call: Call):
     assert any("cancelled" in round_ for round_ in reasons)
 
 
+def test_cancelled_rollouts_are_told_after_a_kill(call: Call):
+    """A kill between a round's last message and its cancellations costs the output no rollout."""
+    options = ["--min-messages", "2", "--max-tokens", "20"]
+    assert call(*options)[0] == 0
+    lines = call.journal.read_text().splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines) if '"finish_reason": "cancelled"' in line)
+    call.journal.write_text("".join(lines[:cut]))
+    for _ in range(2):  # what is told of them is written once
+        assert call("--resume", *options)[0] == 0
+        for result in call.results():
+            assert [len(round_["rollouts"]) for round_ in result["rounds"]] == [3, 1]
+        journal = call.journal.read_text()
+        assert journal.count('"kind": "rollout"') == 12
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
