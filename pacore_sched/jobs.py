@@ -105,6 +105,8 @@ def run_job(options: argparse.Namespace, path: str, job: Job) -> int:
     Raises InputError for what concerns all of it.
     """
     out = Path(options.out)
+    if not out.name:
+        raise InputError(f"--out {options.out!r} is not the name of a file")
     journal_path = out.with_suffix(".journal.jsonl")
     _check_output(out, journal_path, options.resume)
     sampling = shared.checked_sampling(options)

@@ -14,11 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from model.kv_cache import PAGE_SIZE
+from model.kv_cache import PAGE_SIZE, page_bytes
 from model.terminal import InputError
 from pacore_sched.engine import Engine
 from pacore_sched.executor import ModelExecutor
 from pacore_sched.journal import Outcome
+from pacore_sched.kv_memory import free_bytes
 from pacore_sched.problem_run import Problem, ProblemRun, Settings
 from pacore_sched.request import Group, Rollout, Sampling
 from pacore_sched.rounds import compact, round_widths
@@ -224,9 +225,17 @@ def engine_for(
 
     Raises InputError if there is no memory for the KV.
     """
+    num_pages = -(-kv_tokens // PAGE_SIZE) if kv_tokens else None
+    if num_pages:
+        size = num_pages * page_bytes(model.config.decoder, kv_dtype or model.dtype)
+        if size > (free := free_bytes(model.device)):
+            raise InputError(
+                f"no memory for the KV of {kv_tokens} tokens: it needs {size / 1e9:.2f} GB,"
+                f" {free / 1e9:.2f} GB are free"
+            )
     executor = ModelExecutor(
         model,
-        num_pages=-(-kv_tokens // PAGE_SIZE) if kv_tokens else None,
+        num_pages=num_pages,
         kv_dtype=kv_dtype,
         max_running=max_running,
         most_tokens=most_tokens,

@@ -90,6 +90,11 @@ def _fields(line: bytes) -> dict:
         raise _LineError("not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
         raise _LineError(f"not JSON: {error}") from None
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise _LineError(f"\\u{half:x} is half a character: UTF-8 has no such text") from None
     if not isinstance(fields, dict):
         raise _LineError('not an object such as {"question": "..."}')
     if unknown := sorted(fields.keys() - KEYS):

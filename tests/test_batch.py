@@ -410,6 +410,8 @@ def test_cancelled_rollouts_are_told_after_a_kill(call: Call):
         (["--kv-tokens", "0"], "--kv-tokens must be at least 1"),
         (["--stop", ""], "a stop string is empty"),
         (["--out", "nowhere/results.jsonl"], "no folder nowhere"),
+        (["--out", "."], "--out '.' is not the name of a file"),
+        (["--kv-tokens", "99999999999999"], "no memory for the KV of 99999999999999 tokens"),
         (["--template", "nowhere.jinja"], "nowhere.jinja"),
         (["--kv-dtype", "fp4"], "invalid choice: 'fp4'"),
     ],

@@ -56,6 +56,8 @@ def test_images_fill_the_parts_of_messages(read, tmp_path: Path):
         (b'{"question": "Why?"', "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'{"question": "\xff"}', "not UTF-8"),
+        (b'{"id": "\\ud800", "question": "Why?"}', "ud800 is half a character"),
+        (b'{"question": "\\udfffWhy?"}', "udfff is half a character"),
         (["Why?"], "not an object"),
         ({"question": "Why?", "seed": 1}, "unknown key 'seed'; known: id, image"),
         ({}, 'either "question" or "messages"'),
