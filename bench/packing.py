@@ -23,7 +23,7 @@ from pacore_sched.problem_run import Problem
 from pacore_sched.request import Sampling
 
 MODELS = {"cpu": "smollm2-135m", "cuda": "step3-vl-10b"}
-WIDTHS, MAX_TOKENS, KV_TOKENS = (8,), 128, 65_536
+WIDTHS, SAMPLING, KV_TOKENS = (8,), Sampling(max_tokens=128), 65_536
 QUESTIONS = (
     "What is the capital of France?",
     "Explain in a few sentences why the sky is blue.",
@@ -42,16 +42,19 @@ class Plan:
 
     policy: str
     max_running: int
+    speculate: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.policy}, up to {self.max_running} rollouts"
+        drafts = f", drafts at {self.speculate} or fewer" if self.speculate else ""
+        return f"{self.policy}, up to {self.max_running} rollouts{drafts}"
 
 
 ALL = len(QUESTIONS) * WIDTHS[0]
 PLANS = (
     Plan("one-at-a-time", ALL),
     Plan("later-round-first", ALL),
+    Plan("later-round-first", ALL, speculate=8),
     Plan("fcfs", 16),
     Plan("later-round-first", 16),
 )
@@ -71,7 +74,7 @@ def compare(
     *,
     questions: Sequence[str] = QUESTIONS,
     widths: tuple[int, ...] = WIDTHS,
-    max_tokens: int = MAX_TOKENS,
+    sampling: Sampling = SAMPLING,
 ) -> list[dict]:
     """Rows of the plans, the first of which is the base line.
 
@@ -83,7 +86,7 @@ def compare(
     with progress("packing", len(plans) * repeats * len(questions)) as advance:
         for _ in range(repeats):
             for plan in plans:
-                found, texts[plan] = _once(model, plan, questions, widths, max_tokens, advance)
+                found, texts[plan] = _once(model, plan, questions, widths, sampling, advance)
                 made[plan].append(found)
     rows = []
     for plan, found in made.items():
@@ -94,7 +97,8 @@ def compare(
         rows.append(
             {
                 "op": "packing",
-                "case": f"{model.config.name} {len(questions)} x {list(widths)} T{max_tokens}",
+                "case": f"{model.config.name} {len(questions)} x {list(widths)}"
+                f" T{sampling.max_tokens}",
                 "impl": plan.name,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 **row,
@@ -114,14 +118,18 @@ def _once(
     plan: Plan,
     questions: Sequence[str],
     widths: tuple[int, ...],
-    max_tokens: int,
+    sampling: Sampling,
     advance: object,
 ) -> tuple[dict, list[str]]:
     """The figures of one run of all questions, and every rollout's text."""
     engine = engine_for(
-        model, policy=plan.policy, max_running=plan.max_running, kv_tokens=KV_TOKENS
+        model,
+        policy=plan.policy,
+        max_running=plan.max_running,
+        kv_tokens=KV_TOKENS,
+        speculate=plan.speculate,
     )
-    pacore = Pacore(model, engine, widths, Sampling(max_tokens))
+    pacore = Pacore(model, engine, widths, sampling)
     problems = [
         Problem([{"role": "user", "content": question}], id=str(number))
         for number, question in enumerate(questions)
@@ -148,6 +156,8 @@ def _once(
         "tokens_per_step": stats.generated / stats.steps,
         "prefilled": counts.prefilled,
         "preemptions": counts.preemptions,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
     }
     return figures, texts
 
@@ -155,7 +165,7 @@ def _once(
 def display(rows: Sequence[dict]) -> None:
     """The rows as a table, each beside the first."""
     header = ("policy", " makespan s", " least..most", " time to answer s", " tokens/s", " steps")
-    header += (" x makespan", " x time to answer", " same texts")
+    header += (" x makespan", " x time to answer", " same texts", " drafts accepted")
     base = rows[0]
     lines = [
         [
@@ -168,6 +178,7 @@ def display(rows: Sequence[dict]) -> None:
             f"{base['makespan_s'] / row['makespan_s']:.2f}",
             f"{base['tta_mean_s'] / row['tta_mean_s']:.2f}",
             f"{100 * row['same_texts']:.0f} %",
+            f"{row['accepted']:.0f} of {row['drafted']:.0f}" if row["drafted"] else "",
         ]
         for row in rows
     ]

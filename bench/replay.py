@@ -37,6 +37,7 @@ FITTED = (
     (Workload("fitted narrow", 3, (5,), 50, 0, 25, max_tokens=120), Plan("fcfs", 10)),
     (Workload("fitted alone", 3, (4,), 40, 0, 60, max_tokens=120), Plan("one-at-a-time", ALL)),
 )
+JUDGED_PLANS = [plan for plan in PLANS if not plan.speculate]
 SAMPLES = list[tuple[StepShape, float]]
 
 
@@ -51,7 +52,7 @@ def validate(
     model: Step3VL,
     judged: Workload = JUDGED,
     fitted: Sequence[tuple[Workload, Plan]] = FITTED,
-    plans: Sequence[Plan] = PLANS,
+    plans: Sequence[Plan] = JUDGED_PLANS,
 ) -> list[dict]:
     """Rows of the plans: measured and simulated seconds, and the simulator's errors."""
     problems = judged.draw(seed=0)

@@ -12,6 +12,7 @@ import numpy as np
 from pacore_sched.cost_model import StepShape, StepWork
 
 MAX_KNOTS = 12  # of the function of the rows
+ROUNDS = 6  # of fitting, in which predictions settle
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class FittedCost:
 def fit(
     samples: Sequence[tuple[StepShape, float]], work: StepWork, shared_reads: bool = True
 ) -> FittedCost:
-    """The cost model with the least sum of squared relative errors over `samples`.
+    """The cost model with the least sum of squared errors over `samples`, relative to itself.
 
+    Relative to what it predicts, not to what was measured, for noise that is mostly upward: a slow
+    outlier would count for less than a fast one, and sums of many steps come out too short.
     No coefficient is negative, and a step of more rows never takes less time. Raises ValueError
     without samples, and for one that took no time.
     """
@@ -59,7 +62,10 @@ def fit(
     reads = [s.kv_read if shared_reads else s.kv_read_unshared for s in shapes]
     others = [[s.sampled for s in shapes], reads, [s.pairs for s in shapes]]
     columns = np.column_stack([_ramps(rows, knots), *np.array(others, dtype=float)])
-    weights = nonnegative_least_squares(columns / seconds[:, None], np.ones(len(samples)))
+    predicted = seconds
+    for _ in range(ROUNDS):
+        weights = nonnegative_least_squares(columns / predicted[:, None], seconds / predicted)
+        predicted = np.maximum(columns @ weights, seconds.min())
     heights = np.cumsum(weights[: len(knots)])
     sampled, kv, pair = weights[len(knots) :].tolist()
     points = tuple(int(knot) for knot in knots), tuple(heights.tolist())

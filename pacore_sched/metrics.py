@@ -10,7 +10,8 @@ Outcome, over all problems:
     barrier_wait_s    mean time from a rollout's end to its round's: what waiting for siblings costs
     tail_share        share of the makespan in which no more than a tenth of all rollouts is left
 Occupancy, over the makespan of all GPUs:
-    slot_occupancy    mean number of rollouts that decode, over the most that ever did on one GPU
+    slot_occupancy    mean number of rollouts that decode, over max_running: the same slots for all
+                      policies; where KV is what runs short, kv_utilisation says how full it was
     kv_utilisation    mean share of pages in use
     mbu               bytes that steps moved over what the copy bandwidth allows
     mfu               FLOPs of steps over what the rate of large matrix products allows
@@ -127,7 +128,6 @@ def _occupancy(outcome: Outcome, makespan: float) -> dict:
     whole = makespan * len(usages)
     running = sum(np.diff(_integral(usage, usage.running, window))[0] for usage in usages)
     kv = sum(np.diff(_integral(usage, usage.kv, window))[0] for usage in usages)
-    most = max(max(usage.running, default=0) for usage in usages)
     cost = setting.cost_model()
     mbu = mfu = None
     if isinstance(cost, RooflineCost):
@@ -135,7 +135,7 @@ def _occupancy(outcome: Outcome, makespan: float) -> dict:
         mbu = sum(usage.bytes for usage in usages) / (whole * machine.copy_gb_s * 1e9)
         mfu = sum(usage.flops for usage in usages) / (whole * machine.gemm_tflop_s * 1e12)
     return {
-        "slot_occupancy": float(running / (whole * most)) if most else 0.0,
+        "slot_occupancy": float(running / (whole * setting.max_running)),
         "kv_utilisation": float(kv / whole),
         "mbu": mbu,
         "mfu": mfu,

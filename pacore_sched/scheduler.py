@@ -229,8 +229,7 @@ class Scheduler:
         while True:
             nodes = [rollout.node for rollout in self._decoding]
             pages = tree.pages_needed_by(nodes, steps)
-            spare = self.policy.watermark * tree.num_pages if steps > 1 else 0
-            if pages + spare <= tree.free_pages:
+            if pages <= tree.free_pages:
                 break
             if steps > 1:
                 steps //= 2

@@ -187,6 +187,20 @@ def test_fit_finds_planted_costs():
     )
 
 
+def test_fit_to_noisy_steps_predicts_their_sums():
+    """Guards replays on a noisy machine, whose slow steps are far slower: not too short in all."""
+    rng = np.random.default_rng(2)
+    shapes = list(random_shapes(2000, rng))
+    slow = 1 + rng.pareto(3, len(shapes)) * (rng.random(len(shapes)) < 0.3)
+    seconds = np.array(list(map(planted, shapes))) * slow
+    cost = fit(list(zip(shapes, seconds.tolist(), strict=True)), StepWork(SMOLLM2_135M.decoder))
+    predicted, rows = np.array([(cost.seconds(shape), shape.rows) for shape in shapes]).T
+    assert predicted.sum() == pytest.approx(seconds.sum(), rel=0.01)
+    for count in (1, 8, 64):
+        of_count = rows == count
+        assert predicted[of_count].sum() == pytest.approx(seconds[of_count].sum(), rel=0.02)
+
+
 def test_fit_of_noise_never_rewards_more_work():
     """Guards against a cost model that is better on paper: negative prices, faster with rows."""
     rng = np.random.default_rng(1)

@@ -6,6 +6,7 @@ import torch
 from bench import engine, packing, replay
 from bench.decode import DecodeCase
 from model.step3vl import Step3VL
+from pacore_sched.request import Sampling
 from pacore_sched.workload import Workload
 
 PLANS = (packing.Plan("one-at-a-time", 8), packing.Plan("later-round-first", 8))
@@ -19,16 +20,21 @@ def tiny() -> Step3VL:
 def test_packing(tiny: Step3VL):
     """The same rollouts under every plan, and fewer steps when problems run together."""
     questions = ("One?", "Two?", "Three?")
-    alone, together = packing.compare(
-        tiny, PLANS, 1, questions=questions, widths=(2,), max_tokens=10
+    greedy = Sampling(max_tokens=30, temperature=0.0)  # siblings say the same: drafts come true
+    plans = (*PLANS, packing.Plan("later-round-first", 8, speculate=8))
+    alone, together, drafted = packing.compare(
+        tiny, plans, 1, questions=questions, widths=(2,), sampling=greedy
     )
+    assert drafted["same_texts"] == 1
+    assert 0 < drafted["accepted"] <= drafted["drafted"] > together["drafted"] == 0
+    assert drafted["steps"] < together["steps"]
     assert alone["same_texts"] == together["same_texts"] == 1
     assert alone["steps"] > 1.8 * together["steps"]
     assert alone["tokens_per_step"] < 2 < together["tokens_per_step"]
     assert alone["prefilled"] == together["prefilled"] > 0
     for row in (alone, together):
         assert 0 < row["tta_mean_s"] <= row["makespan_s"]
-    packing.display([alone, together])
+    packing.display([alone, together, drafted])
 
 
 def test_replay(tiny: Step3VL):
