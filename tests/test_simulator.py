@@ -10,7 +10,7 @@ from model.terminal import InputError
 from pacore_sched.cluster import Setting, simulate
 from pacore_sched.cost_model import RooflineCost, StepShape, StepWork
 from pacore_sched.machine import Machine
-from pacore_sched.policy import POLICIES
+from pacore_sched.policy import POLICIES, LaterRoundFirst
 from pacore_sched.request import Batch, Chunk, Group, Rollout, Sampling, Segment
 from pacore_sched.scheduler import Scheduler
 from pacore_sched.simulator import Replica, step_shape
@@ -241,6 +241,20 @@ def test_more_gpus_share_the_work():
     one, four = (simulate(work, replace(TIGHT, gpus=gpus)) for gpus in (1, 4))
     assert max(four.answered_s) < 0.5 * max(one.answered_s)
     assert all(len(usage.ends) > 20 for usage in four.usages)
+
+
+def test_pages_kept_free_are_no_reason_to_schedule_every_step():
+    """Guards the simulator's speed, and the engine's plans: running rollouts may grow into the
+    watermark a page at a time, as long as there are pages."""
+    scheduler = Scheduler(100, 64, LaterRoundFirst(watermark=0.5), max_running=4)
+    group = Group([], 0, Sampling(1600), need=4)
+    group.rollouts = [Rollout(group, index, 0, 1600) for index in range(4)]
+    scheduler.submit(group)
+    batches = set()
+    while (batch := scheduler.schedule()) and scheduler.tree.free_pages:
+        batches.add(batch)
+    assert scheduler.steps > 1500
+    assert len(batches) < 2 * 1600 / 64
 
 
 def test_idle_until_the_next_arrival():
