@@ -1,6 +1,8 @@
 """How every command talks to the person at the terminal: mistakes, progress, tables, exit codes."""
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,15 +87,25 @@ def table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> 
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` and exit: with its code, or with 2 and one line on stderr for a user's mistake."""
+    if hasattr(sys.stdout, "reconfigure"):  # models say what not every terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except (InputError, ImplError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+    except OSError as error:  # of stdout: its reader has gone, or its disk is full
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # for what is left
+        if error.errno == errno.EPIPE:
+            sys.exit(0)
+        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _justify(name: str) -> str:

@@ -1,6 +1,7 @@
 """`python -m pacore_sched ask`: its document, its lines, and one clear line for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,24 @@ def test_as_a_process(tmp_path: Path):
     assert done.stderr.startswith("error: ")
     assert "bad.png" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_what_stdout_cannot_take():
+    """A full disk is one line and no success, a reader that has gone is none of our business, and
+    characters that a terminal does not have are written as escapes."""
+    script = "from model.terminal import run_command; run_command(lambda: print('\\u2603'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+
+    def start(stdout: object) -> subprocess.Popen:
+        command, kept = [sys.executable, "-c", script], subprocess.PIPE
+        cwd = Path(__file__).parents[1]
+        return subprocess.Popen(command, stdout=stdout, stderr=kept, cwd=cwd, env=environment)
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        runs = [start(stdout) for stdout in (full, writer, subprocess.PIPE)]
+    os.close(writer)
+    ends = [(*run.communicate(), run.returncode) for run in runs]
+    line = b"error: cannot write the output: No space left on device\n"
+    assert ends == [(None, line, 2), (None, b"", 0), (b"\\u2603\n", b"", 0)]

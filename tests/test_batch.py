@@ -177,7 +177,7 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("command", "points"), [("batch", ((2, 100), (3, 50), (1, 0))), ("sample", ((3, 50),))]
+    ("command", "points"), [("batch", ((2, 100), (3, 50))), ("sample", ((3, 50),))]
 )
 def test_killed_and_resumed(call: Call, command: str, points: tuple):
     """kill -9 at several points, also within the writing of a line, then --resume: the same file as

@@ -164,9 +164,14 @@ def test_limits_are_named(tiny: Step3VL):
     small = Pacore(tiny, engine_for(tiny, kv_tokens=512), [2], Sampling(max_tokens=8000))
     with pytest.raises(InputError, match="rollout of up to 8000 need KV for .* memory for 512"):
         small.answer(COUNT)
-    near = [{"role": "user", "content": "x" * 8150}]
-    answer = pacore_on(tiny, [], Sampling(max_tokens=1000, temperature=0.0)).answer(near)
-    assert answer.rounds[0].prompt_tokens + answer.rounds[0].rollouts[0].num_tokens <= 8192
+
+
+def test_rollouts_fill_the_context_and_no_more():
+    """max_tokens is cut to what the prompt has left of it."""
+    near = [{"role": "user", "content": "x" * 8100}]
+    pacore = Pacore(HASHES, hashed().engine, [], Sampling(max_tokens=1000, ignore_eos=True))
+    (round_,) = pacore.answer(near).rounds
+    assert round_.prompt_tokens + round_.rollouts[0].num_tokens == TINY.decoder.max_positions
 
 
 def test_a_stop_string_ends_rollouts(tiny: Step3VL):
