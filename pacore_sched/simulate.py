@@ -24,7 +24,7 @@ from pacore_sched.machine import MACHINES, machine_named
 from pacore_sched.metrics import metrics_row, timeline, times_to_answer
 from pacore_sched.policy import POLICIES
 from pacore_sched.rounds import parse_widths
-from pacore_sched.simulate_report import print_report
+from pacore_sched.simulate_report import medians, print_report
 from pacore_sched.trace import read_trace, trace_problems
 from pacore_sched.workload import (
     MAX_TOKENS,
@@ -80,7 +80,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--token-budget", type=int, default=2048, help="tokens that a step writes at most")
     add("--page-size", type=int, default=64, help="tokens per page of KV")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    add("--out", type=Path, help="folder for pictures and rows.json")
+    add("--out", type=Path, help="folder for pictures, rows and their medians")
     add("--json", action="store_true", help="end with one line: a JSON document of all rows")
 
 
@@ -233,10 +233,12 @@ def _variant(setting: Setting) -> tuple[bool, str]:
 
 
 def _write(folder: Path, rows: list[dict], curves: dict[str, list[plots.Curves]]) -> list[Path]:
-    """Write rows.json and two pictures per workload. Raises InputError if that cannot be done."""
-    made = [folder / "rows.json"]
+    """Write rows, medians and two pictures per workload. Raises InputError if it cannot."""
+    made = [folder / "rows.json", folder / "medians.jsonl"]
     try:
         made[0].write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        lines = [json.dumps(row) + "\n" for row in medians(rows)]
+        made[1].write_text("".join(lines), encoding="utf-8")
         for workload, drawn in curves.items():
             stem = Path(workload).stem
             made += [folder / f"{stem}-occupancy.png", folder / f"{stem}-answers.png"]

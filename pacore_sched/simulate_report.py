@@ -42,8 +42,26 @@ def gains(rows: Sequence[dict], base: str, field: str) -> dict[str, list[float]]
     return found
 
 
+def medians(rows: Sequence[dict]) -> list[dict]:
+    """A row per workload, sigma_w, policy and variant: medians over seeds, and how many."""
+    names = ("workload", "sigma_w", "policy", "gpus", "shared_reads", "kv_dtype")
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    found = []
+    for key, runs in groups.items():
+        fields = [name for name in runs[0] if name not in (*names, "seed")]
+        middle = {name: _median([run[name] for run in runs]) for name in fields}
+        found.append(dict(zip(names, key, strict=True)) | {"seeds": len(runs)} | middle)
+    return found
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     return exp(sum(map(log, values)) / len(values))
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    return None if None in values else float(f"{median(values):.5g}")
 
 
 def _policies(workload: str, sigma_w: float | None, rows: Sequence[dict]) -> None:

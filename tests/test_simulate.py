@@ -102,9 +102,15 @@ def test_pictures(capsys, tmp_path):
         "vqa-occupancy.png",
         "vqa-answers.png",
         "rows.json",
+        "medians.jsonl",
     }
     assert all(path.stat().st_size > 10_000 for path in out.glob("*.png"))
-    assert len(json.loads((out / "rows.json").read_text())["rows"]) == 2
+    rows = json.loads((out / "rows.json").read_text())["rows"]
+    assert [row["seed"] for row in rows] == [0, 1]
+    (line,) = map(json.loads, (out / "medians.jsonl").read_text().splitlines())
+    assert (line["policy"], line["seeds"], line["goodput_per_h"]) == ("fcfs", 2, None)
+    middle = (rows[0]["makespan_s"] + rows[1]["makespan_s"]) / 2
+    assert line["makespan_s"] == pytest.approx(middle, rel=1e-4)
     assert "vqa-answers.png" in capsys.readouterr().out
 
 
