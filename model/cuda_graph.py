@@ -1,25 +1,29 @@
 """Work on a GPU captured once and replayed as one launch, at the addresses it was captured with."""
 
 from collections.abc import Callable
+from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from kernels._kept import holding
 
+_capturing = Lock()  # PyTorch allows one capture at a time; images are encoded in a thread
+
 
 class CudaGraph:
     """`body` as it was when captured: `replay` runs it again and returns its reused output.
 
     `body` runs once before it is captured, and must have no effect then that matters. Graphs of one
-    `pool` (torch.cuda.graph_pool_handle) share memory and must be replayed on one stream.
-    Raises RuntimeError for a body that cannot be captured.
+    `pool` (torch.cuda.graph_pool_handle) share memory and must be replayed on one stream. Threads
+    that capture wait for each other. Raises RuntimeError for a body that cannot be captured.
     """
 
     def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: object) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
+        with _capturing, torch.cuda.device(device):
+            stream = _stream(torch.cuda.current_device())
             stream.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(stream), holding() as self._held:
@@ -34,3 +38,13 @@ class CudaGraph:
     def replay(self) -> Tensor:
         self._graph.replay()
         return self._output
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream that all graphs of a GPU are captured on.
+
+    PyTorch has 32 streams and hands them out over and over: with a new one for each graph, one
+    would be the stream on which images are encoded meanwhile, and that work end up in the graph.
+    """
+    return torch.cuda.Stream(device)

@@ -1,0 +1,79 @@
+"""Capturing beside other threads: one at a time, on one stream; on a GPU, what comes of it."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import cuda_graph
+from model.cuda_graph import CudaGraph
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """torch.cuda without a GPU: how many streams were made."""
+    seen = SimpleNamespace(streams=0)
+
+    def stream(*_: object) -> SimpleNamespace:
+        seen.streams += 1
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    fakes = {"CUDAGraph": SimpleNamespace, "Stream": stream, "current_device": lambda: 0}
+    fakes |= {"current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None)}
+    fakes |= dict.fromkeys(("device", "stream", "graph"), lambda *_, **__: nullcontext())
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    cuda_graph._stream.cache_clear()
+    yield seen
+    cuda_graph._stream.cache_clear()
+
+
+def test_one_capture_at_a_time(counted: SimpleNamespace):
+    """Decode steps and the images' thread capture graphs as they come; PyTorch refuses two at once,
+    and its streams are few enough that a new one for each graph would be somebody else's."""
+    inside, most = 0, 0
+
+    def body() -> torch.Tensor:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(1e-3)
+        inside -= 1
+        return torch.empty(0)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: CudaGraph(body, torch.device("cpu"), None), range(12)))
+    assert most == 1 and counted.streams == 1
+
+
+@pytest.mark.gpu
+def test_another_threads_work_stays_out_of_graphs():
+    """More graphs than PyTorch has streams, while a thread works on a stream of its own."""
+    other, x = torch.cuda.Stream(), torch.zeros(8, device="cuda")
+    torch.cuda.synchronize()
+    stop = False
+
+    def work() -> int:
+        steps = 0
+        with torch.cuda.stream(other):
+            while not stop:
+                x.add_(1)
+                steps += 1
+                other.synchronize()
+        return steps
+
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(work)
+        y = torch.zeros(8, device="cuda")
+        graphs = [CudaGraph(lambda: y.add_(1), y.device, None) for _ in range(40)]
+        stop = True
+        steps = future.result()
+    torch.cuda.synchronize()
+    assert x.tolist() == [steps] * 8
+    for graph in graphs:
+        graph.replay()
+    torch.cuda.synchronize()
+    assert x.tolist() == [steps] * 8 and y.tolist() == [80.0] * 8  # each ran once before capture
