@@ -170,14 +170,14 @@ class ModelExecutor:
 
     def _move_pages(self, batch: Batch) -> None:
         """Take pages to the host, and back."""
-        for rollout, pages in batch.evicted:
-            self._on_host[rollout] = self.cache.to_host(pages)
-        for rollout, pages in batch.restored:
-            copies = self._on_host.pop(rollout)
-            self.cache.from_host(copies, pages[: copies[0].shape[1]])
-        if batch.evicted:  # some may have ended there
+        if batch.evicted:  # room is made by those that have ended there
             kept = {r: copies for r, copies in self._on_host.items() if not r.finish_reason}
             self._on_host = kept
+        for rollout, pages in batch.evicted:
+            if not rollout.finish_reason:
+                self._on_host[rollout] = self.cache.to_host(pages)
+        for rollout, pages in batch.restored:
+            self.cache.from_host(self._on_host.pop(rollout), pages)
 
     def _decode(
         self, tree: PrefixTree, batch: Batch

@@ -155,6 +155,7 @@ class Scheduler:
             self._end(rollout, "cancelled")
             self.counts.cancelled += rollout.asked
         del self.groups[group]
+        self._left = 0  # another group may be open now
         self.policy.forget(group)
         for segment in group.path:
             self.drop(segment)
@@ -314,10 +315,7 @@ class Scheduler:
                 break
             rollout = self._start(group)
             if rollout in self._moved:
-                self.tree.grow([rollout.node], self._moved.pop(rollout))
-                pages = self.tree.pages(rollout.node)
-                self.host_pages += len(pages)
-                restored.append((rollout, pages))
+                restored.append((rollout, self._fetch(rollout)))
             if self._to_write(rollout) == 1:
                 self._join(rollout)
                 left -= 1
@@ -381,6 +379,7 @@ class Scheduler:
         self.tree.release(segment.node)
         segment.node, segment.written = None, 0
         del self._segments[segment]
+        self._left = 0  # somebody may start in its pages
 
     def _end(self, rollout: Rollout, reason: str) -> None:
         """Take a rollout out of wherever it is."""
@@ -393,7 +392,19 @@ class Scheduler:
         if not group.waiting:
             self._dequeue(group)
         if rollout in self._moved:
-            self.host_pages += -(-self._moved.pop(rollout) // self.tree.page_size)
+            self._forget_moved(rollout)
+
+    def _fetch(self, rollout: Rollout) -> tuple[int, ...]:
+        """Write a starting rollout's tokens from the host; the pages that take them."""
+        tokens = self._moved[rollout]
+        self.tree.grow([rollout.node], tokens)
+        return self.tree.pages(rollout.node)[: self._forget_moved(rollout)]
+
+    def _forget_moved(self, rollout: Rollout) -> int:
+        """Free a rollout's pages on the host; how many they were."""
+        pages = -(-self._moved.pop(rollout) // self.tree.page_size)
+        self.host_pages += pages
+        return pages
 
     def _stop(self, rollout: Rollout) -> None:
         self.tree.release(rollout.node)

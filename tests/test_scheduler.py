@@ -23,6 +23,7 @@ class Trace:
         self.scheduler, self.lengths = scheduler, lengths
         self.written, self.tokens, self.ended = Counter(), Counter(), []
         self.steps, self.batches = 0, []
+        self.host_pages, self.on_host = scheduler.host_pages, {}  # rollout -> pages
 
     def step(self) -> bool:
         """One step; False if there was nothing to do."""
@@ -47,9 +48,14 @@ class Trace:
     def execute(self, batch: Batch) -> None:
         """Every token is written once per life of its node, in order, behind all above it."""
         tree, rows = self.scheduler.tree, len(batch.decode)
+        self.on_host |= {rollout: len(pages) for rollout, pages in batch.evicted}
+        self.on_host = {r: pages for r, pages in self.on_host.items() if not r.finish_reason}
+        assert sum(self.on_host.values()) <= self.host_pages
+        new = {chunk.owner: chunk.stop - chunk.start for chunk in batch.chunks}
         for rollout, pages in batch.restored:
-            assert len(pages) * PAGE >= rollout.asked - 1
-            self.written[rollout.node] = tree.length(rollout.node) - 1
+            assert len(pages) == self.on_host.pop(rollout)
+            self.written[rollout.node] = tree.length(rollout.node) - new.get(rollout, 1)
+            assert -(-self.written[rollout.node] // PAGE) == len(pages)
         for chunk in batch.chunks:
             rows += chunk.stop - chunk.start
             assert chunk.stop > chunk.start == self.written[chunk.owner.node]
@@ -164,6 +170,7 @@ def test_random_traces(trace):
         assert len(whole) == group.need == group.ended
         assert all(run.tokens[rollout] == lengths[rollout] for rollout in whole)
     assert scheduler.tree.free_pages == scheduler.tree.num_pages
+    assert scheduler.host_pages == run.host_pages
     assert scheduler.counts.cancelled == sum(
         r.asked for _, group in fitting for r in group.rollouts if r.finish_reason == "cancelled"
     )
@@ -192,3 +199,87 @@ def test_nobody_starts_again_in_the_step_that_preempted():
     assert scheduler.tree.free_pages >= 2  # what the first victim would need
     assert len(run.batches[-1].decode) == 4 and not run.batches[-1].chunks
     run.run()
+
+
+def long_batches() -> tuple[Scheduler, Trace, Segment]:
+    """A rollout whose pages last for 64 steps, and a kept prompt of 4 pages; 3 are free."""
+    scheduler = Scheduler(8, 64, LaterRoundFirst(watermark=0.0), max_running=8)
+    first, lengths = group_of([1], (Segment(4 * 64),))
+    running, more = group_of([64])
+    scheduler.keep(first.path[0])
+    run = Trace(scheduler, lengths | more)
+    for group in (first, running):
+        scheduler.submit(group)
+        run.step()
+        run.step()
+    assert scheduler.tree.free_pages == 3 and run.batches[-1].steps > 1
+    return scheduler, run, first.path[0]
+
+
+def test_pages_of_a_dropped_prompt_are_used_at_once():
+    """Who waits for pages starts in the step after they are free, not when a batch is over that
+    could go on for a page's worth of steps."""
+    scheduler, run, kept = long_batches()
+    waiting, _ = group_of([9], (Segment(3 * 64),))
+    scheduler.submit(waiting)
+    for _ in range(3):
+        run.step()
+    assert waiting.path[0].node is None and run.batches[-1].steps > 1
+    scheduler.drop(kept)
+    run.step()
+    assert waiting.path[0].written
+
+
+def test_who_waits_behind_a_cancelled_group_starts_at_once():
+    """A group that waits for more pages than there are holds back those behind it, no longer than
+    it lives."""
+    scheduler, run, _ = long_batches()
+    large, small = group_of([9], (Segment(6 * 64),))[0], group_of([9])[0]
+    for group in (large, small):
+        scheduler.submit(group)
+    for _ in range(3):
+        run.step()
+    assert not any(rollout.node for rollout in small.rollouts) and run.batches[-1].steps > 1
+    scheduler.cancel(large)
+    run.lengths |= {small.rollouts[0]: 9}
+    run.step()
+    assert small.rollouts[0] in scheduler.running
+
+
+def test_no_step_writes_more_than_max_tokens():
+    """A rollout of which all tokens have been asked for leaves the batch, also if nobody has seen
+    its last ones yet."""
+    scheduler = Scheduler(20, 64, LaterRoundFirst(), max_running=8)
+    group, _ = group_of([5, 9])
+    scheduler.submit(group)
+    batches = [scheduler.schedule() for _ in range(12)]
+    short, long = group.rollouts
+    assert [short in batch.decode for batch in batches if batch] == [True] * 5 + [False] * 4
+    assert (short.asked, long.asked) == (5, 9) and batches[9:] == [None] * 3
+
+
+def test_images_that_come_while_others_decode():
+    """While a prompt waits for its images no batch is promised to hold, and it is written in the
+    step after they are there."""
+    scheduler = Scheduler(20, 64, LaterRoundFirst(), max_running=8)
+    there = False
+    late = Segment(9, ready=lambda: there)
+    for path in ((), (late,)):
+        group, _ = group_of([50], path)
+        scheduler.submit(group)
+    for _ in range(4):
+        assert scheduler.schedule().steps == 1
+    there = True
+    assert [chunk.owner for chunk in scheduler.schedule().chunks] == [late]
+
+
+def test_pages_go_to_the_host_once():
+    """A batch that moves pages is over after one step: repeated, it would move them again."""
+    scheduler = Scheduler(6, PAGE, LaterRoundFirst(watermark=0.0), max_running=8, host_pages=9)
+    group, lengths = group_of([12, 12, 12])
+    scheduler.submit(group)
+    run = Trace(scheduler, lengths)
+    run.run()
+    moving = [batch for batch in run.batches if batch.evicted or batch.restored]
+    assert moving and len(set(map(id, moving))) == len(moving)
+    assert all(batch.steps == 1 for batch in moving)
