@@ -34,7 +34,8 @@ def plan_step(tree: PrefixTree, work: Iterable[tuple[int, int]]) -> StepBatch:
     new = dict(work)
     if len(new) < len(work):
         raise ValueError("a node is listed twice in one step")
-    order = tree.depth_first(new)
+    paths = tree.depth_first(new)
+    order = [path[-1] for path in paths]
     positions: list[int] = []
     slots: list[int] = []
     last_rows: list[int] = []
@@ -47,7 +48,7 @@ def plan_step(tree: PrefixTree, work: Iterable[tuple[int, int]]) -> StepBatch:
         last_rows.append(len(positions) - 1)
     return StepBatch(
         work=tuple((node, new[node]) for node in order),
-        plan_nodes=_plan_nodes(tree, order, new),
+        plan_nodes=_plan_nodes(tree, paths, new),
         positions=tuple(positions),
         slots=tuple(slots),
         last_rows=tuple(last_rows),
@@ -55,14 +56,14 @@ def plan_step(tree: PrefixTree, work: Iterable[tuple[int, int]]) -> StepBatch:
 
 
 def _plan_nodes(
-    tree: PrefixTree, order: Sequence[int], new: Mapping[int, int]
+    tree: PrefixTree, paths: Sequence[Sequence[int]], new: Mapping[int, int]
 ) -> tuple[PlanNode, ...]:
-    """Every node with tokens on the path of some work item, and the rows of the items below it."""
+    """Every node with tokens on the path to some work item, and the rows of the items below it."""
     first_row: dict[int, int] = {}  # filled parents first, in depth-first order
     end_row: dict[int, int] = {}
     row = 0
-    for item in order:
-        path = tree.path(item)
+    for path in paths:
+        item = path[-1]
         _check_written_in_order(tree, path, new)
         for node in path:
             first_row.setdefault(node, row)

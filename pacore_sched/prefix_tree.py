@@ -180,9 +180,9 @@ class PrefixTree:
             path.append(parent)
         return tuple(reversed(path))
 
-    def depth_first(self, nodes: Iterable[int]) -> list[int]:
-        """The nodes in depth-first order: parents before children, siblings as they were added."""
-        return sorted(nodes, key=self.path)
+    def depth_first(self, nodes: Iterable[int]) -> list[tuple[int, ...]]:
+        """Paths to the nodes in depth-first order: parents first, siblings as they were added."""
+        return sorted(map(self.path, nodes))
 
     def check_integrity(self, holds: Mapping[int, int] | None = None) -> None:
         """Raise IntegrityError describing the first fault found, if there is one.

@@ -104,7 +104,7 @@ def test_ranges_are_those_of_a_tree(step):
     tree, work, _ = step
     batch = plan_step(tree, work)
     on_paths = {n for node, _ in work for n in tree.path(node) if tree.length(n)}
-    listed = tree.depth_first(on_paths)
+    listed = [path[-1] for path in tree.depth_first(on_paths)]
     assert [node.pages for node in batch.plan_nodes] == [tree.pages(node) for node in listed]
     owner = [node for node, num_new in batch.work for _ in range(num_new)]
     for node, entry in zip(listed, batch.plan_nodes, strict=True):
