@@ -14,7 +14,7 @@ from statistics import quantiles
 import torch
 
 from bench.decode import FORMS, FP8, DecodeCase
-from bench.numerics import Verdict
+from bench.numerics import MODEL_TOLERANCE, Verdict, compare
 from bench.ops import MAIN_DTYPE
 from bench.rows import measured, with_speedups
 from bench.show import titled
@@ -118,7 +118,7 @@ class _Load:
 
     def row(self, name: str, case: DecodeCase, eager: "_Load") -> dict:
         model, config = self.model, self.model.config.decoder
-        mean_kv = self.kv_tokens / self.steps
+        mean_kv, agreement = self.kv_tokens / self.steps, self._agreement(eager)
         of_step = replace(case, suffix=round((mean_kv - case.prefix) / case.batch))
         cut = quantiles(self.seconds, n=10, method="inclusive")
         row = measured(
@@ -129,7 +129,7 @@ class _Load:
             dtype=model.dtype,
             num_bytes=of_step.bytes(config, model.dtype, self.fp8),
             flops=of_step.flops(config),
-            verdict=Verdict(0.0, 0.0, None),
+            verdict=self._verdict(eager, agreement),
             timing=Timing(cut[1] * 1e6, cut[4] * 1e6, cut[7] * 1e6, len(self.seconds), "clock"),
         )
         wall = sum(self.seconds)
@@ -138,8 +138,24 @@ class _Load:
             "host_us": 1e6 * self.host_s / self.steps,
             "idle_pct": 100 * self.idle_s / wall,
             "padding_pct": 100 * self.padding / max(1, self.padding + case.batch * self.steps),
-            "same_tokens": self._agreement(eager),
+            "same_tokens": agreement,
         }
+
+    def _verdict(self, eager: "_Load", agreement: float) -> Verdict:
+        """Errors of the log-probabilities of tokens up to where rollouts part. In fp32, KV
+        included, they must hardly part, and log-probabilities agree."""
+        pairs = []
+        for mine, its in zip(self.group.rollouts, eager.group.rollouts, strict=True):
+            for at, (a, b) in enumerate(zip(mine.tokens, its.tokens, strict=False)):
+                if a != b:
+                    break
+                pairs.append((mine.logprobs[at], its.logprobs[at]))
+        error = compare(*torch.tensor(pairs or [(0.0, 0.0)]).T)
+        failure = None
+        exact = self.model.dtype == torch.float32 and not self.fp8
+        if exact and not (error.max <= MODEL_TOLERANCE and agreement >= 0.9):
+            failure = f"{agreement:.0%} of tokens agree, log-probabilities to {error.max:.1e}"
+        return Verdict(error.max, error.rms, failure)
 
     def _agreement(self, other: "_Load") -> float:
         """The share of tokens before a rollout first says something else than in `other`."""

@@ -67,8 +67,12 @@ def test_engine_steps(tiny: Step3VL):
     for row in rows[:2]:
         assert few < row["bytes"] < many
         assert row["same_tokens"] == 1
+        assert row["failure"] is None
+        assert row["max_err"] < 1e-4
         assert row["repeats"] == 8
         assert row["padding_pct"] == row["idle_pct"] == 0
         assert row["host_us"] > 0
+    assert rows[1]["max_err"] > 0  # of two forms, hence not the form with itself
+    assert rows[2]["max_err"] > rows[1]["max_err"]
     assert rows[2]["bytes"] < rows[1]["bytes"]
     engine.display(rows)

@@ -4,6 +4,7 @@ On the tiny model where tokens must be the model's own; on a model of hashes for
 problems, rounds and rollouts.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,8 +24,9 @@ from pacore_sched import problem_run
 from pacore_sched.engine import Engine
 from pacore_sched.journal import Outcome
 from pacore_sched.pacore import Answer, Pacore, engine_for
+from pacore_sched.prefix_tree import PrefixTree
 from pacore_sched.problem_run import Problem, rollout_seed
-from pacore_sched.request import Sampling, Segment
+from pacore_sched.request import Batch, Sampling, Segment
 from pacore_sched.rounds import compact, round_messages
 from pacore_sched.stopping import Stopping
 from tests.fake_executor import EOS, FakeExecutor, segment
@@ -325,6 +327,17 @@ def test_a_round_cut_off_between_its_end_and_its_cancellations():
     assert all((a.index, a.seed, a.text) == (b.index, b.seed, b.text) for a, b in pairs)
 
 
+def test_a_resumed_round_waits_for_what_is_missing():
+    """Of two messages that are to end, one is in the journal: one more is waited for, not two."""
+    before: list[Outcome] = []
+    options = {"min_messages": 2, "max_running": 1}
+    (whole,) = hashed((5,), **options).answers(asked(1), on_rollout=before.append)
+    (resumed,) = hashed((5,), **options).answers(asked(1), known=lambda id: before[:1])
+    reasons = [outcome.finish_reason for outcome in resumed.rounds[0].rollouts]
+    assert reasons.count("cancelled") == 3
+    assert resumed.text == whole.text
+
+
 def test_samples_without_a_synthesis():
     """Groups of samples: one round, and no answer made of it."""
     (answer,) = hashed((4,), synthesis=False).answers(asked(1))
@@ -364,6 +377,36 @@ def test_images_that_cannot_be_encoded():
     assert answers["photo"].error == "the images cannot be encoded: out of memory"
     assert answers["p1"].error is None
     assert is_idle(pacore.engine)
+
+
+def test_images_that_take_their_time():
+    """Nobody else is there, and the images are not read yet: that is no reason to go."""
+
+    def slowly() -> list:
+        time.sleep(0.2)
+        return [SimpleNamespace(newlines=(False,))]
+
+    (answer,) = hashed().answers([replace(with_image("How many?"), load=slowly)])
+    assert (answer.problem, answer.error) == ("photo", None)
+
+
+def test_samples_that_fail_fail_alone(monkeypatch: pytest.MonkeyPatch):
+    """A prompt has its samples as long as one of them has ended well."""
+    pacore = hashed((3,), synthesis=False)
+    launch = pacore.engine.executor.launch
+
+    def broken(tree: PrefixTree, batch: Batch) -> tuple[list[int], list[float]]:
+        tokens, logprobs = launch(tree, batch)
+        failed = [rollout.index in bad for rollout in batch.sampled]
+        return [-1 if f else t for f, t in zip(failed, tokens, strict=True)], logprobs
+
+    monkeypatch.setattr(pacore.engine.executor, "launch", broken)
+    for bad, error in (({0}, False), ({0, 1, 2}, True)):
+        (answer,) = pacore.answers(asked(1))
+        assert [o.finish_reason == "error" for o in answer.rounds[0].rollouts] == [
+            index in bad for index in range(3)
+        ]
+        assert bool(answer.error) == error
 
 
 def test_a_problem_may_fail_later():
