@@ -90,9 +90,9 @@ def compare(
                 made[plan].append(found)
     rows = []
     for plan, found in made.items():
-        row = {key: median(one[key] for one in found) for key in found[0]}
+        row = {key: median(one[key] for one in found) for key in found[0] if key != "failure"}
         first = texts[plans[0]]
-        same = sum(a == b for a, b in zip(texts[plan], first, strict=True))
+        same = sum(a == b for a, b in zip(texts[plan], first, strict=False))
         seconds = sorted(one["makespan_s"] for one in found)
         rows.append(
             {
@@ -106,7 +106,7 @@ def compare(
                 "makespan_most_s": seconds[-1],
                 "repeats": repeats,
                 "same_texts": same / len(first),
-                "failure": None,
+                "failure": next((one["failure"] for one in found if one["failure"]), None),
                 **origin(model.device),
             }
         )
@@ -158,6 +158,7 @@ def _once(
         "preemptions": counts.preemptions,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
+        "failure": next((answer.error for answer in answers.values() if answer.error), None),
     }
     return figures, texts
 
