@@ -127,13 +127,15 @@ class Engine:
             raise InputError(
                 f"{need} of {len(seeds)} rollouts are to end: at least one must, of one"
             )
+        limits = {index: (lengths or {}).get(index, sampling.max_tokens) for index in seeds}
+        if min(limits.values()) < 1:
+            raise InputError(f"max_tokens must be at least 1, not {min(limits.values())}")
         group = Group(path, last_token, sampling, problem, round, need)
         for index, seed in seeds.items():
-            limit = (lengths or {}).get(index, sampling.max_tokens)
-            group.rollouts.append(Rollout(group, index, seed, limit))
+            group.rollouts.append(Rollout(group, index, seed, limits[index]))
         pages, size = self.scheduler.pages_at_most(group), self.executor.page_size
         if pages > self.executor.num_pages:
-            longest = max(rollout.max_tokens for rollout in group.rollouts)
+            longest = max(limits.values())
             raise InputError(
                 f"a prompt of {group.prompt_tokens} tokens and a rollout of up to {longest} need"
                 f" KV for {pages * size} tokens, there is memory for"
@@ -153,8 +155,8 @@ class Engine:
         batch = self.scheduler.schedule()
         if batch and speculating:
             batch = self._with_drafts(batch)
-        before, self._in_flight = self._in_flight, None
         ticket = self.executor.launch(self.scheduler.tree, batch) if batch else None
+        before, self._in_flight = self._in_flight, None
         if batch:
             self._count(batch)
             self._in_flight = batch, ticket

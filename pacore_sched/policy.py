@@ -186,13 +186,15 @@ class Predicted(LaterRoundFirst):
         return rollout.asked  # nothing is known: as optimistic as the others
 
     def admits(self, rollout: Rollout, pages: int, view: View) -> bool:
+        if not super().admits(rollout, pages, view):
+            return False
         tree = view.tree
         left = [(self.expected(r) - r.asked, tree.length(r.node)) for r in view.running]
         left.append((self.expected(rollout) - rollout.asked, pages * tree.page_size))
         own = sum(len(tree.pages(r.node)) for r in view.running)
         others = tree.num_pages - tree.free_pages - own
         room = (1 - self.watermark) * tree.num_pages - others
-        return super().admits(rollout, pages, view) and peak(left) <= room * tree.page_size
+        return peak(left) <= room * tree.page_size
 
 
 class Oracle(Predicted):

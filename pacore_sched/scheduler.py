@@ -59,11 +59,9 @@ class Scheduler:
         self._segments: dict[Segment, None] = {}  # those with a node, oldest first
         self._slots = list(reversed(range(max_running)))
         self._submitted = 0
-        self._decoding: dict[Rollout, None] = {}  # of the running ones, those that are up to date
+        self._decoding: dict[int, Rollout] = {}  # by node: running ones that are up to date
         self._turn = 0  # the step before which those need pages again
-        self._ends: list[
-            tuple[int, int, Rollout]
-        ] = []  # heap: steps in which they reach max_tokens
+        self._ends: list[tuple[int, int]] = []  # heap of (step, node): they reach max_tokens
         self._batch, self._nodes = Batch(()), []  # the last one, and its decoding rollouts' nodes
         self._left = 0  # steps for which `_batch` still holds
         self._moved: dict[Rollout, int] = {}  # tokens of preempted rollouts, on the host
@@ -80,7 +78,7 @@ class Scheduler:
         if self.pages_at_most(group) > self.tree.num_pages:
             raise ValueError(f"{self.pages_at_most(group)} pages needed: {self.tree.num_pages} are")
         group.number, self._submitted = self._submitted, self._submitted + 1
-        group.waiting = self.policy.order(r for r in group.rollouts if not r.finish_reason)
+        group.waiting = self.policy.order(group.rollouts)
         for segment in group.path:
             segment.users += 1
         self.groups[group] = None
@@ -106,23 +104,24 @@ class Scheduler:
         before = self.counts.preemptions
         if self._turn <= self.steps:
             self._turn_pages()
-        chunks, decode = [], self._decoding
-        budget = self.token_budget - len(decode)
-        for rollout in [r for r in self.running if r not in decode and r.asked < r.max_tokens]:
-            budget -= self._write_rollout(rollout, budget, chunks)
+        chunks, decoding = [], self._decoding
+        budget = self.token_budget - len(decoding)
+        for rollout in self.running:
+            if rollout.node not in decoding and rollout.asked < rollout.max_tokens:
+                budget -= self._write_rollout(rollout, budget, chunks)
         restored, waits = [], True
         if self.counts.preemptions == before:  # else a token of who starts may be in flight
             restored, waits = self._admit(budget, chunks)
-        if not decode and not chunks:
+        if not decoding and not chunks:
             return None
         evicted, self._evicted = tuple(self._evicted), []
         once = bool(chunks or restored or evicted or waits)
         until = min(self._turn, self._ends[0][0]) if self._ends else self._turn
         steps = 1 if once else max(1, until - self.steps)
+        decode, self._nodes = tuple(decoding.values()), list(decoding)
         self._batch = Batch(
-            tuple(decode), tuple(chunks), steps=steps, evicted=evicted, restored=tuple(restored)
+            decode, tuple(chunks), steps=steps, evicted=evicted, restored=tuple(restored)
         )
-        self._nodes = [rollout.node for rollout in decode]
         self._left = steps
         self.repeat(1)
         for chunk in chunks:
@@ -172,9 +171,7 @@ class Scheduler:
         """Keep of a draft's tokens those that were accepted."""
         rollout.asked += accepted
         self.tree.truncate(rollout.node, rollout.asked)
-        heappush(
-            self._ends, (self.steps + rollout.max_tokens - rollout.asked, id(rollout), rollout)
-        )
+        self._await_end(rollout)
         self._turn = self._left = 0
 
     def check_integrity(self) -> None:
@@ -204,21 +201,23 @@ class Scheduler:
     def _drop_finished(self) -> None:
         """Decode no more what has asked for all its tokens: they are in flight."""
         while self._ends and self._ends[0][0] <= self.steps:
-            rollout = heappop(self._ends)[2]
-            if rollout.asked >= rollout.max_tokens:
-                self._decoding.pop(rollout, None)
+            node = heappop(self._ends)[1]
+            rollout = self._decoding.get(node)
+            if rollout and rollout.asked >= rollout.max_tokens:
+                del self._decoding[node]
+
+    def _await_end(self, rollout: Rollout) -> None:
+        heappush(self._ends, (self.steps + rollout.max_tokens - rollout.asked, rollout.node))
 
     def _join(self, rollout: Rollout) -> None:
         """Decode a rollout from the coming step on, with room until all turn their pages."""
-        self._decoding[rollout] = None
-        end = self.steps + rollout.max_tokens - rollout.asked
-        heappush(self._ends, (end, id(rollout), rollout))
+        self._decoding[rollout.node] = rollout
+        self._await_end(rollout)
         tokens = max(self._turn - self.steps, 0)
         if self.tree.pages_needed(rollout.node, tokens) <= self.tree.free_pages:
             self.tree.provide(rollout.node, tokens)
         else:
             self._turn = self.steps
-            self._left = 0
 
     def _turn_pages(self) -> None:
         """Room for a page's worth of steps of all that decode, or for fewer if pages are short.
@@ -228,8 +227,7 @@ class Scheduler:
         """
         tree, steps = self.tree, self.tree.page_size
         while True:
-            nodes = [rollout.node for rollout in self._decoding]
-            pages = tree.pages_needed_by(nodes, steps)
+            pages = tree.pages_needed_by(self._decoding, steps)
             if pages <= tree.free_pages:
                 break
             if steps > 1:
@@ -237,7 +235,7 @@ class Scheduler:
             elif not self._drop_idle_segment():
                 self._preempt()
         if pages:
-            for node in nodes:
+            for node in self._decoding:
                 tree.provide(node, steps)
         self._turn = self.steps + steps
 
@@ -408,10 +406,10 @@ class Scheduler:
 
     def _stop(self, rollout: Rollout) -> None:
         self.tree.release(rollout.node)
+        self._decoding.pop(rollout.node, None)
         self._slots.append(rollout.slot)
         rollout.node, rollout.slot = None, -1
         del self.running[rollout]
-        self._decoding.pop(rollout, None)
         self._left = 0
 
     def _dequeue(self, group: Group) -> None:

@@ -93,7 +93,9 @@ def _policies(workload: str, sigma_w: float | None, rows: Sequence[dict]) -> Non
     spread = "" if sigma_w is None else f", sigma_w {sigma_w:g}"
     runs = len(_unique(row["seed"] for row in rows))
     gpus = rows[0]["gpus"]
-    title = f"{workload}{spread}: medians of {runs} seeds (least..most), {gpus} GPU{'s' * (gpus > 1)}"
+    title = (
+        f"{workload}{spread}: medians of {runs} seeds (least..most), {gpus} GPU{'s' * (gpus > 1)}"
+    )
     table(title, header + ((" goodput/h",) if goodput else ()), lines)
 
 

@@ -74,6 +74,8 @@ class FakeExecutor:
             )
             work[owner.node] = known[chunk.start : chunk.stop]
             assert len(work[owner.node]) == chunk.stop - chunk.start, "tokens that are not known"
+        for rollout in batch.decode:
+            assert tree.length(rollout.node) <= rollout.max_tokens
         plan_step(tree, [(node, len(tokens)) for node, tokens in work.items()])  # may refuse
         for node, tokens in work.items():
             length = tree.length(node)

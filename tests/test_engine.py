@@ -37,6 +37,10 @@ def run(engine: Engine, groups: list[Group]) -> list[Rollout]:
         assert step < 20_000
         ended += engine.step()
         engine.scheduler.check_integrity()
+    for batch in engine.executor.launched:
+        rows = len(batch.decode) + sum(map(len, batch.drafts))
+        rows += sum(chunk.stop - chunk.start for chunk in batch.chunks)
+        assert 0 < rows <= engine.scheduler.token_budget
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     assert Counter(ended) == Counter(rollouts)
     assert engine.scheduler.tree.free_pages == engine.executor.num_pages
@@ -195,6 +199,8 @@ def test_what_never_fits_is_refused():
         engine.submit([segment([1] * 5)], 7, {0: 0}, Sampling(max_tokens=35))
     with pytest.raises(InputError, match="0 rollouts"):
         engine.submit([], 7, {}, Sampling())
+    with pytest.raises(InputError, match="max_tokens must be at least 1, not 0"):
+        engine.submit([], 7, {0: 0}, Sampling(max_tokens=0))
     assert not engine.busy
     group = engine.submit([segment([1] * 8)], 7, {0: 0, 1: 1}, Sampling(max_tokens=32))
     run(engine, [group])

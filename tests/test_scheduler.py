@@ -1,5 +1,6 @@
 """The scheduler as invariants over random traces, with an executor that only counts."""
 
+import gc
 from collections import Counter
 
 import pytest
@@ -283,3 +284,69 @@ def test_pages_go_to_the_host_once():
     moving = [batch for batch in run.batches if batch.evicted or batch.restored]
     assert moving and len(set(map(id, moving))) == len(moving)
     assert all(batch.steps == 1 for batch in moving)
+
+
+def step_of(scheduler: Scheduler) -> Batch:
+    batch = scheduler.schedule()
+    scheduler.check_integrity()
+    return batch
+
+
+def test_idle_prompts_give_way_before_rollouts_do():
+    """KV that nobody reads at present is cheaper to give up than that of a running rollout."""
+    scheduler = Scheduler(11, PAGE, LaterRoundFirst(watermark=0.0), max_running=2, token_budget=16)
+    kept = Segment(8)
+    first, _ = group_of([1], (kept,))
+    scheduler.keep(kept)
+    scheduler.submit(first)
+    step_of(scheduler), step_of(scheduler)
+    scheduler.finish(first.rollouts[0], "stop")
+    assert scheduler.tree.free_pages == 9
+    group, _ = group_of([40, 40], problem=1)
+    scheduler.submit(group)
+    while kept.node is not None:
+        assert scheduler.tree.free_pages >= 0 == scheduler.counts.preemptions
+        step_of(scheduler)
+    assert scheduler.counts.preemptions == 0
+    assert scheduler.counts.recomputed == 8
+
+
+def test_no_prompt_is_written_for_which_there_is_no_slot():
+    """With all slots taken, a prompt's KV would only keep pages from those that run."""
+    scheduler = Scheduler(100, PAGE, LaterRoundFirst(), max_running=1, token_budget=16)
+    first, _ = group_of([40])
+    second, _ = group_of([1], (Segment(8),), problem=1)
+    scheduler.submit(first)
+    scheduler.submit(second)
+    for _ in range(9):
+        assert not step_of(scheduler).chunks
+    scheduler.finish(first.rollouts[0], "stop")
+    assert step_of(scheduler).chunks
+
+
+def test_nothing_starts_below_what_this_step_writes():
+    """A second group below a shared segment waits until that was written in an earlier step."""
+    scheduler = Scheduler(100, PAGE, LaterRoundFirst(), max_running=4, token_budget=32)
+    shared = Segment(6)
+    groups = [group_of([3], (shared,), problem=problem)[0] for problem in (0, 1)]
+    for group in groups:
+        scheduler.submit(group)
+    first = step_of(scheduler)
+    assert [chunk.owner for chunk in first.chunks] == [shared] and not first.decode
+    assert len(step_of(scheduler).decode) == 2
+
+
+def test_ended_rollouts_are_not_held():
+    """What has ended is free to go, also if its max_tokens lay far ahead."""
+    scheduler = Scheduler(1000, PAGE, LaterRoundFirst(), max_running=4, token_budget=32)
+    for problem in range(20):
+        group, _ = group_of([900] * 4, problem=problem)
+        scheduler.submit(group)
+        step_of(scheduler)
+        for rollout in group.rollouts:
+            scheduler.finish(rollout, "stop")
+        del group, rollout
+    assert scheduler.schedule() is None
+    gc.collect()  # a group and its rollouts refer to each other
+    held = [o for o in gc.get_objects() if isinstance(o, Rollout) and o.finish_reason == "stop"]
+    assert len([o for o in held if o.max_tokens == 900]) <= 4  # those of the last batch
