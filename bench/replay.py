@@ -1,9 +1,10 @@
 """How far the simulator is from the engine: `python -m bench replay`.
 
-Problems with pinned lengths run through the engine on a real model, step by step on the clock, and
-through the simulator, whose cost model has been fitted to the steps of other runs: other problems,
-widths, lengths and numbers of rollouts. Compared are makespan and mean time to an answer. Prompts
-are random ids, of the sizes that the workload says: times do not depend on them.
+Problems with pinned lengths run through the engine on a real model, and through the simulator,
+whose cost model has been fitted to the steps of other runs: other problems, widths, lengths and
+numbers of rollouts. Compared are makespan and mean time to an answer. All runs, those for fitting
+too, take turns step by step, each on a clock that counts its own steps only: whatever slows the
+machine for a minute slows all of them. Prompts are random ids, of the sizes that the workload says.
 """
 
 import random
@@ -29,7 +30,7 @@ from pacore_sched.request import Batch, Group, Sampling
 from pacore_sched.simulator import Record, Replica, step_shape
 from pacore_sched.workload import Problem, Workload
 
-KV_TOKENS, TOKEN_BUDGET = 65_536, 512
+KV_TOKENS, TOKEN_BUDGET = 24_576, 512
 # What is judged, and what the cost model is fitted to: nothing of the one is in the other.
 JUDGED = Workload("judged", 8, (8,), 60, 0, 40, max_tokens=200)
 FITTED = (
@@ -56,30 +57,29 @@ def validate(
 ) -> list[dict]:
     """Rows of the plans: measured and simulated seconds, and the simulator's errors."""
     problems = judged.draw(seed=0)
-    total = sum(p.tokens for w, _ in fitted for p in w.draw(seed=1))
-    total += len(plans) * sum(p.tokens for p in problems)
-    with progress("replay", total) as advance:
-        samples: SAMPLES = []
-        for workload, plan in fitted:
-            samples += replay(model, plan, workload.draw(seed=1), advance).samples
-        cost = fit(samples, StepWork(model.config.decoder))
-        runs = {plan: replay(model, plan, problems, advance) for plan in plans}
+    runs = {plan: Replay(model, plan, problems) for plan in plans}
+    others = [Replay(model, plan, workload.draw(seed=1)) for workload, plan in fitted]
+    _take_turns([*runs.values(), *others])
+    samples = [sample for other in others for sample in other.samples]
+    cost = fit(samples, StepWork(model.config.decoder))
     residual = median(abs(cost.seconds(shape) / seconds - 1) for shape, seconds in samples)
     rows = []
     for plan, measured in runs.items():
         simulated = simulate(cost, plan, problems, judged.max_tokens)
+        makespans = max(measured.answers), max(simulated.answers)
+        means = fmean(measured.answers), fmean(simulated.answers)
         rows.append(
             {
                 "op": "replay",
                 "case": f"{model.config.name} {judged.problems} x {list(judged.widths)}",
                 "impl": plan.name,
                 "dtype": str(model.dtype).removeprefix("torch."),
-                "makespan_s": measured.makespan_s,
-                "makespan_simulated_s": simulated.makespan_s,
-                "makespan_error": simulated.makespan_s / measured.makespan_s - 1,
-                "tta_mean_s": measured.tta_mean_s,
-                "tta_mean_simulated_s": simulated.tta_mean_s,
-                "tta_error": simulated.tta_mean_s / measured.tta_mean_s - 1,
+                "makespan_s": makespans[0],
+                "makespan_simulated_s": makespans[1],
+                "makespan_error": makespans[1] / makespans[0] - 1,
+                "tta_mean_s": means[0],
+                "tta_mean_simulated_s": means[1],
+                "tta_error": means[1] / means[0] - 1,
                 "steps": len(measured.samples),
                 "steps_simulated": simulated.steps,
                 "fitted_steps": len(samples),
@@ -91,60 +91,79 @@ def validate(
     return rows
 
 
-@dataclass
-class Replayed:
-    """One run of pinned problems: when each was answered, and how long steps of each shape took."""
+class Replay:
+    """Pinned problems, all there from the start, on their way through an engine.
+
+    answers: when each problem was answered, in seconds of this run's own steps
+    samples: the shape and the seconds of every step
+    """
+
+    def __init__(self, model: Step3VL, plan: Plan, problems: Sequence[Problem]) -> None:
+        self.engine = engine_for(
+            model,
+            policy=plan.policy,
+            max_running=plan.max_running,
+            kv_tokens=KV_TOKENS,
+            token_budget=TOKEN_BUDGET,
+        )
+        self.answers: list[float] = []
+        self.samples: SAMPLES = []
+        self._seconds, self._tokens = 0.0, sum(problem.tokens for problem in problems)
+        self._shapes = _Shapes(self.engine)
+        self._live = {_submit(self.engine, n, p, 0): (n, p) for n, p in enumerate(problems)}
+
+    @property
+    def progress(self) -> float:
+        """The share of all tokens that has been generated."""
+        return self.engine.stats.generated / self._tokens
+
+    def step(self) -> None:
+        """One step, and the next rounds of the problems whose round it ended."""
+        start = time.perf_counter()
+        ended = self.engine.step()
+        done = [g for g in {r.group for r in ended} if g not in self.engine.scheduler.groups]
+        over = []
+        for group in done:
+            number, problem = self._live.pop(group)
+            if group.round + 1 < len(problem.lengths):
+                following = _submit(self.engine, number, problem, group.round + 1)
+                self._live[following] = number, problem
+            else:
+                over.append(number)
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        self.answers += [self._seconds] * len(over)
+        if self._shapes.last:
+            self.samples.append((self._shapes.last, seconds))
+            self._shapes.last = None
+
+
+def _take_turns(runs: Sequence[Replay]) -> None:
+    """Run all to their ends, always the one that is furthest behind."""
+    behind = [run for run in runs if run.engine.busy]
+    with progress("replay", 1000 * len(runs)) as advance:
+        told = 0
+        while behind:
+            min(behind, key=lambda run: run.progress).step()
+            behind = [run for run in behind if run.engine.busy]
+            now = int(1000 * sum(run.progress for run in runs))
+            advance(now - told)
+            told = now
+    for run in runs:
+        run.engine.executor.close()
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What the simulator says of a run."""
 
     answers: list[float]
-    samples: SAMPLES
     steps: int
-
-    @property
-    def makespan_s(self) -> float:
-        return max(self.answers)
-
-    @property
-    def tta_mean_s(self) -> float:
-        return fmean(self.answers)
-
-
-def replay(
-    model: Step3VL, plan: Plan, problems: Sequence[Problem], advance: object = lambda n: None
-) -> Replayed:
-    """Run pinned problems, all there from the start, through the engine."""
-    engine = engine_for(
-        model,
-        policy=plan.policy,
-        max_running=plan.max_running,
-        kv_tokens=KV_TOKENS,
-        token_budget=TOKEN_BUDGET,
-    )
-    shapes = _Shapes(engine)
-    live = {_submit(engine, n, p, 0): (n, p) for n, p in enumerate(problems)}
-    answers, samples = [], []
-    start = last = time.perf_counter()
-    while engine.busy:
-        ended = engine.step()
-        for group in {rollout.group for rollout in ended}:
-            if group in engine.scheduler.groups:
-                continue
-            number, problem = live.pop(group)
-            if group.round + 1 < len(problem.lengths):
-                live[_submit(engine, number, problem, group.round + 1)] = number, problem
-            else:
-                answers.append(time.perf_counter() - start)
-        advance(sum(len(rollout.tokens) for rollout in ended))
-        now = time.perf_counter()
-        if shapes.last:
-            samples.append((shapes.last, now - last))
-        last, shapes.last = now, None
-    engine.executor.close()
-    return Replayed(answers, samples, len(samples))
 
 
 def simulate(
     cost: FittedCost, plan: Plan, problems: Sequence[Problem], max_tokens: int
-) -> Replayed:
+) -> Simulated:
     """The same problems on the virtual clock."""
     answers: list[float] = []
 
@@ -169,7 +188,7 @@ def simulate(
         replica.submit(number, problem)
     while replica.step():
         pass
-    return Replayed(answers, [], replica.executor.usage.steps)
+    return Simulated(answers, replica.executor.usage.steps)
 
 
 class _Shapes:
