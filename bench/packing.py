@@ -2,14 +2,15 @@
 
 The same questions with the same seeds, hence the same rollouts, under several policies: SmolLM2 on
 a CPU, the 10B with random weights on a GPU. Real lengths: rollouts end where the model ends them.
-Policies run one after the other, `repeats` times round, so that each sees the machine's good and
-bad minutes alike; the median counts.
+All plans take turns step by step, each on an engine of its own and a clock that counts its own
+steps only: whatever slows the machine for a minute slows all of them.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from operator import eq
+from statistics import fmean
 
 import torch
 
@@ -18,12 +19,12 @@ from bench.rows import origin
 from bench.show import titled
 from model.step3vl import Step3VL
 from model.terminal import progress
-from pacore_sched.pacore import Pacore, engine_for
+from pacore_sched.pacore import Answer, Pacore, engine_for
 from pacore_sched.problem_run import Problem
 from pacore_sched.request import Sampling
 
 MODELS = {"cpu": "smollm2-135m", "cuda": "step3-vl-10b"}
-WIDTHS, SAMPLING, KV_TOKENS = (8,), Sampling(max_tokens=128), 65_536
+WIDTHS, SAMPLING, KV_TOKENS = (8,), Sampling(max_tokens=128), 24_576
 QUESTIONS = (
     "What is the capital of France?",
     "Explain in a few sentences why the sky is blue.",
@@ -60,17 +61,16 @@ PLANS = (
 )
 
 
-def run(device: torch.device, repeats: int = 3) -> Iterator[dict]:
+def run(device: torch.device) -> Iterator[dict]:
     """A row per plan."""
     name = MODELS[device.type]
     model = Step3VL.from_preset(name, device=device, dtype=MAIN_DTYPE[device.type])
-    yield from compare(model, PLANS, repeats)
+    yield from compare(model, PLANS)
 
 
 def compare(
     model: Step3VL,
     plans: Sequence[Plan],
-    repeats: int,
     *,
     questions: Sequence[str] = QUESTIONS,
     widths: tuple[int, ...] = WIDTHS,
@@ -81,98 +81,102 @@ def compare(
     `same_texts` is the share of rollouts that say what they said in the first plan: all, unless
     products of other batch sizes round so differently that a draw tips over.
     """
-    made: dict[Plan, list[dict]] = {plan: [] for plan in plans}
-    texts: dict[Plan, list[str]] = {}
-    with progress("packing", len(plans) * repeats * len(questions)) as advance:
-        for _ in range(repeats):
-            for plan in plans:
-                found, texts[plan] = _once(model, plan, questions, widths, sampling, advance)
-                made[plan].append(found)
-    rows = []
-    for plan, found in made.items():
-        row = {key: median(one[key] for one in found) for key in found[0] if key != "failure"}
-        first = texts[plans[0]]
-        same = sum(a == b for a, b in zip(texts[plan], first, strict=False))
-        seconds = sorted(one["makespan_s"] for one in found)
-        rows.append(
-            {
-                "op": "packing",
-                "case": f"{model.config.name} {len(questions)} x {list(widths)}"
-                f" T{sampling.max_tokens}",
-                "impl": plan.name,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                **row,
-                "makespan_least_s": seconds[0],
-                "makespan_most_s": seconds[-1],
-                "repeats": repeats,
-                "same_texts": same / len(first),
-                "failure": next((one["failure"] for one in found if one["failure"]), None),
-                **origin(model.device),
-            }
+    runs = [_Run(model, plan, questions, widths, sampling) for plan in plans]
+    going = list(runs)
+    with progress("packing", len(plans) * len(questions)) as advance:
+        while going:  # the one that is furthest behind: all have the same to say
+            run = min(going, key=lambda run: run.engine.stats.generated)
+            before = len(run.ends)
+            if not run.step():
+                going.remove(run)
+            advance(len(run.ends) - before)
+    texts = [run.texts() for run in runs]
+    return [
+        {
+            "op": "packing",
+            "case": f"{model.config.name} {len(questions)} x {list(widths)} T{sampling.max_tokens}",
+            "impl": run.plan.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **run.figures(),
+            "same_texts": sum(map(eq, said, texts[0])) / len(texts[0]),
+            **origin(model.device),
+        }
+        for run, said in zip(runs, texts, strict=True)
+    ]
+
+
+class _Run:
+    """All questions on their way through an engine. `ends` has a time for every answer."""
+
+    def __init__(
+        self,
+        model: Step3VL,
+        plan: Plan,
+        questions: Sequence[str],
+        widths: tuple[int, ...],
+        sampling: Sampling,
+    ) -> None:
+        self.plan = plan
+        self.engine = engine_for(
+            model,
+            policy=plan.policy,
+            max_running=plan.max_running,
+            kv_tokens=KV_TOKENS,
+            speculate=plan.speculate,
         )
-    return rows
+        problems = [
+            Problem([{"role": "user", "content": question}], id=str(number))
+            for number, question in enumerate(questions)
+        ]
+        self._steps = Pacore(model, self.engine, widths, sampling).steps(problems)
+        self._seconds = 0.0
+        self._answers: dict[str, Answer] = {}
+        self.ends: list[float] = []
 
+    def step(self) -> bool:
+        """One step of the engine; False if that was the last."""
+        start = time.perf_counter()
+        answers = next(self._steps, None)
+        self._seconds += time.perf_counter() - start
+        if answers is None:
+            self.engine.executor.close()
+            return False
+        self._answers |= {answer.problem: answer for answer in answers}
+        self.ends += [self._seconds] * len(answers)
+        return True
 
-def _once(
-    model: Step3VL,
-    plan: Plan,
-    questions: Sequence[str],
-    widths: tuple[int, ...],
-    sampling: Sampling,
-    advance: object,
-) -> tuple[dict, list[str]]:
-    """The figures of one run of all questions, and every rollout's text."""
-    engine = engine_for(
-        model,
-        policy=plan.policy,
-        max_running=plan.max_running,
-        kv_tokens=KV_TOKENS,
-        speculate=plan.speculate,
-    )
-    pacore = Pacore(model, engine, widths, sampling)
-    problems = [
-        Problem([{"role": "user", "content": question}], id=str(number))
-        for number, question in enumerate(questions)
-    ]
-    answers, ends = {}, []
-    start = time.perf_counter()
-    for answer in pacore.answers(problems):
-        ends.append(time.perf_counter() - start)
-        answers[answer.problem] = answer
-        advance(1)
-    engine.executor.close()
-    texts = [
-        rollout.text
-        for _, answer in sorted(answers.items())
-        for round_ in answer.rounds
-        for rollout in round_.rollouts
-    ]
-    stats, counts = engine.stats, engine.scheduler.counts
-    figures = {
-        "makespan_s": max(ends),
-        "tta_mean_s": fmean(ends),
-        "tokens_per_second": stats.generated / max(ends),
-        "steps": stats.steps,
-        "tokens_per_step": stats.generated / stats.steps,
-        "prefilled": counts.prefilled,
-        "preemptions": counts.preemptions,
-        "drafted": stats.drafted,
-        "accepted": stats.accepted,
-        "failure": next((answer.error for answer in answers.values() if answer.error), None),
-    }
-    return figures, texts
+    def texts(self) -> list[str]:
+        """What every rollout said, in an order that is the same for all plans."""
+        answers = (answer for _, answer in sorted(self._answers.items()))
+        rounds = (round_ for answer in answers for round_ in answer.rounds)
+        return [rollout.text for round_ in rounds for rollout in round_.rollouts]
+
+    def figures(self) -> dict:
+        stats, counts = self.engine.stats, self.engine.scheduler.counts
+        errors = (answer.error for answer in self._answers.values() if answer.error)
+        return {
+            "makespan_s": max(self.ends),
+            "tta_mean_s": fmean(self.ends),
+            "tokens_per_second": stats.generated / max(self.ends),
+            "steps": stats.steps,
+            "tokens_per_step": stats.generated / stats.steps,
+            "prefilled": counts.prefilled,
+            "preemptions": counts.preemptions,
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "failure": next(errors, None),
+        }
 
 
 def display(rows: Sequence[dict]) -> None:
     """The rows as a table, each beside the first."""
-    header = ("policy", " makespan s", " least..most", " time to answer s", " tokens/s", " steps")
+    header = ("policy", " makespan s", " time to answer s", " tokens/s", " steps")
     header += (" x makespan", " x time to answer", " same texts", " drafts accepted")
     base = rows[0]
     lines = [
         [
             row["impl"],
             f"{row['makespan_s']:.1f}",
-            f"{row['makespan_least_s']:.1f}..{row['makespan_most_s']:.1f}",
             f"{row['tta_mean_s']:.1f}",
             f"{row['tokens_per_second']:.1f}",
             f"{row['steps']:.0f}",

@@ -11,6 +11,7 @@ that is too long or a broken image, fails alone.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -128,21 +129,36 @@ class Pacore:
 
         Whoever stops early, by an exception from a callback too, leaves an engine without work.
         """
+        with closing(self.steps(problems, known, on_rollout, on_step)) as steps:
+            for answers in steps:
+                yield from answers
+
+    def steps(
+        self,
+        problems: Iterable[Problem],
+        known: Callable[[str], Iterable[Outcome]] = lambda id: (),
+        on_rollout: Callable[[Outcome], None] = lambda outcome: None,
+        on_step: Callable[[int], None] = lambda tokens: None,
+    ) -> Iterator[list[Answer]]:
+        """`answers` one step of the engine at a time, each with the answers that it has led to."""
         arrivals = _Arrivals(self, problems, known)
         live: dict[Group, ProblemRun] = {}
         try:
             while True:
+                answers: list[Answer] = []
                 for run in self._admitted(arrivals, live):
-                    yield from self._proceed(run, live)
+                    answers += self._proceed(run, live)
                 if not live:  # nor has anybody else come
+                    yield answers
                     return
                 stats = self.engine.stats
                 generated = stats.generated
                 done = self._note(self.engine.step(), live, on_rollout)
                 on_step(stats.generated - generated)
                 for group in done:
-                    yield from self._proceed(live.pop(group), live)
-                yield from self._broken(live)
+                    answers += self._proceed(live.pop(group), live)
+                answers += self._broken(live)
+                yield answers
         finally:
             arrivals.close()
             for group, run in live.items():

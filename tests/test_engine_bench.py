@@ -23,7 +23,7 @@ def test_packing(tiny: Step3VL):
     greedy = Sampling(max_tokens=30, temperature=0.0)  # siblings say the same: drafts come true
     plans = (*PLANS, packing.Plan("later-round-first", 8, speculate=8))
     alone, together, drafted = packing.compare(
-        tiny, plans, 1, questions=questions, widths=(2,), sampling=greedy
+        tiny, plans, questions=questions, widths=(2,), sampling=greedy
     )
     assert drafted["same_texts"] == 1
     assert 0 < drafted["accepted"] <= drafted["drafted"] > together["drafted"] == 0
