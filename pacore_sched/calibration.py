@@ -11,7 +11,7 @@ import numpy as np
 
 from pacore_sched.cost_model import StepShape, StepWork
 
-MAX_KNOTS = 12  # of the function of the rows
+MAX_KNOTS = 20  # of the function of the rows
 ROUNDS = 6  # of fitting, in which predictions settle
 
 
@@ -103,10 +103,12 @@ def _solve_within(a: np.ndarray, b: np.ndarray, x: np.ndarray, free: np.ndarray)
 
 
 def _knots(rows: np.ndarray) -> np.ndarray:
-    """Numbers of rows that were measured: all, or MAX_KNOTS of them from least to most."""
+    """Numbers of rows that were measured: of many, those nearest to equal ratios, because a step of
+    two rows may differ from one of a single row as much as one of two hundred from one hundred."""
     found = np.unique(rows)
-    picked = np.linspace(0, len(found) - 1, min(MAX_KNOTS, len(found))).round().astype(int)
-    return found[picked]
+    wanted = np.geomspace(found[0], found[-1], MAX_KNOTS)
+    nearest = np.abs(found[:, None] - wanted).argmin(axis=0)
+    return found if len(found) <= MAX_KNOTS else found[np.unique(nearest)]
 
 
 def _ramps(rows: np.ndarray, knots: np.ndarray) -> np.ndarray:

@@ -227,3 +227,16 @@ def test_nonnegative_least_squares_against_scipy(seed):
     a, b = rng.normal(size=(30, 7)), rng.normal(size=30)
     expected, _ = optimize.nnls(a, b)
     np.testing.assert_allclose(nonnegative_least_squares(a, b), expected, atol=1e-9)
+
+
+def test_fit_is_fine_where_rows_are_few():
+    """A step of two rows may cost half as much again as one of a single row, and of five hundred
+    sizes most are large: knots that counted sizes alone would miss the small ones."""
+
+    def seconds(rows: int) -> float:
+        return 0.08 + (0.03 if rows > 1 else 0) + 0.003 * rows
+
+    shapes = [StepShape(rows, rows, 0, 0, 0) for rows in range(1, 513)]
+    cost = fit([(shape, seconds(shape.rows)) for shape in shapes], StepWork(SMOLLM2_135M.decoder))
+    for shape in shapes:
+        assert cost.seconds(shape) == pytest.approx(seconds(shape.rows), rel=0.03)
