@@ -46,6 +46,28 @@ def triton_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def steady_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products whose bits do not depend on where a row stands in its tile, as on a GPU.
+
+    The interpreter's are NumPy's, and its BLAS sums the last rows of a matrix in another order on
+    CPUs without AVX-512. Summed in fp64 and rounded, that is not seen.
+    """
+    if torch.cuda.is_available():
+        return
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, *rest):
+        zeros = TensorHandle(np.zeros(d.data.shape), tl.float64)
+        product = plain(self, a, b, zeros, *rest)
+        return TensorHandle(product.data.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

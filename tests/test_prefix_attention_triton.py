@@ -228,6 +228,7 @@ def test_inputs_are_only_read(triton_device):
         assert torch.equal(inputs[name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
 
 
+@pytest.mark.usefixtures("steady_products")
 class TestBatchInvariance:
     """Bit by bit the same for a rollout alone, in company, at another place, on another GPU."""
 

@@ -129,6 +129,7 @@ def test_sixteen_bits(triton_device: str, dtype: torch.dtype):
     assert max_error(run(qkv, grids, 2), expected) < allowed
 
 
+@pytest.mark.usefixtures("steady_products")
 @pytest.mark.parametrize("way", ["pointers", "short last tiles", "tma"])
 def test_neighbours_do_not_matter(triton_device: str, way: str):
     """A view's bits are the same alone and among others, be these NaN."""
