@@ -10,6 +10,7 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from operator import itemgetter
 
 from pacore_sched.policy import LaterRoundFirst
 from pacore_sched.prefix_tree import PrefixTree
@@ -60,6 +61,7 @@ class Scheduler:
         self._slots = list(reversed(range(max_running)))
         self._submitted = 0
         self._decoding: dict[int, Rollout] = {}  # by node: running ones that are up to date
+        self._behind: dict[Rollout, None] = {}  # running ones that are not
         self._turn = 0  # the step before which those need pages again
         self._ends: list[tuple[int, int]] = []  # heap of (step, node): they reach max_tokens
         self._batch, self._nodes = Batch(()), []  # the last one, and its decoding rollouts' nodes
@@ -82,7 +84,7 @@ class Scheduler:
         for segment in group.path:
             segment.users += 1
         self.groups[group] = None
-        insort(self._queue, (self.policy.key(group), group), key=lambda entry: entry[0])
+        self._enqueue(group)
         self._left = 0
 
     def keep(self, segment: Segment) -> None:
@@ -106,9 +108,8 @@ class Scheduler:
             self._turn_pages()
         chunks, decoding = [], self._decoding
         budget = self.token_budget - len(decoding)
-        for rollout in self.running:
-            if rollout.node not in decoding and rollout.asked < rollout.max_tokens:
-                budget -= self._write_rollout(rollout, budget, chunks)
+        for rollout in self._behind:
+            budget -= self._write_rollout(rollout, budget, chunks)
         restored, waits = [], True
         if self.counts.preemptions == before:  # else a token of who starts may be in flight
             restored, waits = self._admit(budget, chunks)
@@ -212,6 +213,7 @@ class Scheduler:
     def _join(self, rollout: Rollout) -> None:
         """Decode a rollout from the coming step on, with room until all turn their pages."""
         self._decoding[rollout.node] = rollout
+        self._behind.pop(rollout, None)
         self._await_end(rollout)
         tokens = max(self._turn - self.steps, 0)
         if self.tree.pages_needed(rollout.node, tokens) <= self.tree.free_pages:
@@ -249,6 +251,9 @@ class Scheduler:
         """
         restored, waits, fresh = [], False, set()
         self.policy.begin(self)
+        if not self.policy.fixed:
+            entries = ((self.policy.key(group), group) for _, group in self._queue)
+            self._queue = sorted(entries, key=itemgetter(0))
         for _, group in self._queue:  # which is replaced, not changed, when one leaves
             if budget <= 0 or len(self.running) == self.max_running:
                 break
@@ -318,6 +323,7 @@ class Scheduler:
                 self._join(rollout)
                 left -= 1
             else:
+                self._behind[rollout] = None
                 left -= self._write_rollout(rollout, left, chunks)
         return budget - left
 
@@ -358,7 +364,7 @@ class Scheduler:
         self._stop(rollout)
         group = rollout.group
         if not group.waiting:
-            insort(self._queue, (self.policy.key(group), group), key=lambda entry: entry[0])
+            self._enqueue(group)
         group.waiting.insert(0, rollout)
         rollout.preemptions += 1
         self.counts.preemptions += 1
@@ -407,10 +413,14 @@ class Scheduler:
     def _stop(self, rollout: Rollout) -> None:
         self.tree.release(rollout.node)
         self._decoding.pop(rollout.node, None)
+        self._behind.pop(rollout, None)
         self._slots.append(rollout.slot)
         rollout.node, rollout.slot = None, -1
         del self.running[rollout]
         self._left = 0
+
+    def _enqueue(self, group: Group) -> None:
+        insort(self._queue, (self.policy.key(group), group), key=itemgetter(0))
 
     def _dequeue(self, group: Group) -> None:
         self._queue = [entry for entry in self._queue if entry[1] is not group]
