@@ -169,3 +169,78 @@ def test_every_policy_says_what_it_optimises():
     for name, policy in POLICIES.items():
         assert policy.__doc__, name
     assert set(KNOW_LENGTHS) < set(POLICIES)
+
+
+def test_expected_tokens_left():
+    """By hand: what a group generated per rollout that ended, and one of mean length, for each that
+    it waits for; and one of mean length for each problem that came before it."""
+    policy = POLICIES["shortest-expected"]()
+    for length in (30, 49):
+        policy.ended(rollout_at(group_of([1])[0], length))
+    mean = (1 + 30 + 49) / (1 + 2)
+    group, _ = group_of([10, 20, 30, 40], problem=2)
+    assert policy.key(group)[0] == pytest.approx(4 * mean + 2 * mean)
+    for rollout, asked in zip(group.rollouts, (10, 20, 7, 0), strict=True):
+        rollout.asked = asked
+    group.ended = 2
+    assert policy.key(group)[0] == pytest.approx(2 * (37 + mean) / 3 + 2 * mean)
+    group.need = 3  # of four: one more is waited for
+    assert policy.key(group)[0] == pytest.approx((37 + mean) / 3 + 2 * mean)
+
+
+def test_siblings_tell_who_is_short():
+    """Short problems behind long ones are answered sooner than in order of arrival, with memory so
+    short that it matters who goes on, and in about as many steps."""
+    problems = [[60, 70, 80, 90]] * 3 + [[8, 9, 10, 11]] * 6
+    runs = {
+        name: Problems(name, problems, pages=60, max_running=16)
+        for name in ("shortest-expected", "later-round-first")
+    }
+    for run in runs.values():
+        run.run()
+    mean = {name: sum(run.answered.values()) / len(problems) for name, run in runs.items()}
+    assert mean["shortest-expected"] * 1.3 < mean["later-round-first"]
+    assert runs["shortest-expected"].steps <= 1.1 * runs["later-round-first"].steps
+
+
+def test_long_problems_do_not_starve():
+    """Short problems that keep coming overtake a long one only so often."""
+    policy = POLICIES["shortest-expected"]()
+    scheduler = scheduler_of(policy, max_running=4)
+    run = Trace(scheduler, {})
+    long, lengths = group_of([90] * 8, problem=0)
+    scheduler.submit(long)
+    run.lengths |= lengths
+    came = 0
+    while long in scheduler.groups:
+        while len(scheduler.groups) < 4:
+            came += 1
+            group, lengths = group_of([5] * 4, problem=came)
+            run.lengths |= lengths
+            scheduler.submit(group)
+        run.step()
+        assert came < 2000, "the long problem waits for ever"
+    assert came > 4, "nobody overtook it"
+
+
+def test_order_changes_while_groups_wait():
+    """A group that turned out long lets one behind it go first: the scheduler tells the policy who
+    has ended, and asks it anew."""
+    policy = POLICIES["shortest-expected"]()
+    run = Trace(scheduler_of(policy, max_running=1), {})
+
+    def submit(lengths: list[int]) -> Group:
+        group, known = group_of(lengths)
+        run.lengths |= known
+        run.scheduler.submit(group)
+        return group
+
+    submit([30] * 20)
+    run.run()
+    long, short = submit([200] * 3), submit([5] * 4)
+    assert policy.key(short)[0] == pytest.approx(4 * (1 + 20 * 30) / (1 + 20))
+    assert policy.key(long) < policy.key(short)
+    while not long.ended:
+        run.step()
+    run.step()
+    assert run.batches[-1].sampled[0].group is short
