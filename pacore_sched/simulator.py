@@ -56,12 +56,29 @@ class Usage:
 
 
 class SimExecutor:
-    """Executes batches by letting time pass. `clock` is in seconds."""
+    """Executes batches by letting time pass: an engine's Executor, whose tokens are all 0.
 
-    def __init__(self, cost: CostModel) -> None:
+    `clock` is in seconds. Drafts are not known to it.
+    """
+
+    asynchronous = False
+
+    def __init__(
+        self, cost: CostModel, *, num_pages: int, page_size: int, max_running: int
+    ) -> None:
         self.cost = cost
+        self.num_pages, self.page_size, self.max_running = num_pages, page_size, max_running
         self.clock = 0.0
         self.usage = Usage()
+
+    def launch(self, tree: PrefixTree, batch: Batch) -> int:
+        """Pass the time of one step."""
+        self.run(tree, batch, step_shape(tree, batch), 1)
+        return len(batch.sampled)
+
+    def collect(self, ticket: int) -> tuple[list[int], list[float]]:
+        """The step's tokens and log-probabilities."""
+        return [0] * ticket, [0.0] * ticket
 
     def run(self, tree: PrefixTree, batch: Batch, shape: StepShape, steps: int) -> None:
         """Pass the time of `steps` steps of a batch, the first of which has this shape."""
@@ -108,7 +125,9 @@ class Replica:
         on_round: Callable[[list[Record]], None],
         on_answer: Callable[[int, float], None],
     ) -> None:
-        self.executor = SimExecutor(cost)
+        self.executor = SimExecutor(
+            cost, num_pages=num_pages, page_size=page_size, max_running=max_running
+        )
         self.scheduler = Scheduler(
             num_pages, page_size, policy, max_running=max_running, token_budget=token_budget
         )

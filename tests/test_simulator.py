@@ -1,6 +1,7 @@
 """The simulator: skipping from event to event changes nothing, and nothing is lost on the way."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ from model.config import TINY
 from model.terminal import InputError
 from pacore_sched.cluster import Setting, simulate
 from pacore_sched.cost_model import RooflineCost, StepShape, StepWork
+from pacore_sched.engine import Engine
 from pacore_sched.machine import Machine
 from pacore_sched.policy import POLICIES, LaterRoundFirst
 from pacore_sched.request import Batch, Chunk, Group, Rollout, Sampling, Segment
 from pacore_sched.scheduler import Scheduler
-from pacore_sched.simulator import Replica, step_shape
+from pacore_sched.simulator import Replica, SimExecutor, step_shape
+from pacore_sched.stopping import Stopping
 from pacore_sched.workload import Problem
 
 # Slow enough for overhead, bytes and FLOPs to matter alike at these sizes.
@@ -312,3 +315,51 @@ def test_usage_counts_what_steps_moved():
     assert outcome.usages[0].bytes == sum(map(work.bytes, shapes))
     assert outcome.usages[0].flops == sum(map(work.flops, shapes))
     assert outcome.usages[0].bytes_saved == 0
+
+
+@pytest.mark.parametrize("num_pages", [None, 80])
+@pytest.mark.parametrize("policy", ["later-round-first", "shortest-expected", "fcfs"])
+def test_the_engine_itself_on_the_virtual_clock(policy: str, num_pages: int | None):
+    """Step by step, by the loop that runs models, rollouts end when the simulator says: it skips
+    steps, and does its own bookkeeping of rounds, to the same end."""
+    setting = replace(SMALL, policy=policy, num_pages=num_pages)
+    work = problems(6)
+    executor = SimExecutor(
+        setting.cost_model(),
+        num_pages=setting.pages(),
+        page_size=setting.page_size,
+        max_running=setting.max_running,
+    )
+    vocabulary = SimpleNamespace(token_bytes=lambda id: b"")
+    engine = Engine(
+        executor, Stopping(vocabulary, ()), policy=policy, token_budget=setting.token_budget
+    )
+    images = [Segment(problem.image_tokens) for problem in work]
+    for image in images:
+        engine.scheduler.keep(image)
+
+    def submit(number: int, turn: int, ended: list[int] | None = None) -> None:
+        problem = work[number]
+        path = [images[number], Segment(problem.prompt_tokens(ended) - 1)]
+        lengths = dict(enumerate(problem.lengths[turn]))
+        sampling = Sampling(setting.max_tokens, ignore_eos=True)
+        seeds = dict.fromkeys(lengths, 0)
+        engine.submit(path, 0, seeds, sampling, problem=number, round=turn, lengths=lengths)
+
+    for number in range(len(work)):
+        submit(number, 0)
+    ends: dict[tuple[int, int, int], list[float]] = {}
+    while engine.busy:
+        for rollout in engine.step():
+            group = rollout.group
+            key = group.problem, group.round, len(rollout.tokens)
+            ends.setdefault(key, []).append(executor.clock)
+            if group.ended == group.need:
+                if group.round < 2:
+                    submit(group.problem, group.round + 1, work[group.problem].lengths[group.round])
+                else:
+                    engine.scheduler.drop(images[group.problem])
+    simulated = ends_of(simulate(work, setting))
+    assert ends.keys() == simulated.keys()
+    for key, times in simulated.items():
+        assert ends[key] == pytest.approx(times, rel=1e-9), key
