@@ -24,6 +24,7 @@ from pacore_sched import problem_run
 from pacore_sched.engine import Engine
 from pacore_sched.journal import Outcome
 from pacore_sched.pacore import Answer, Pacore, engine_for
+from pacore_sched.policy import KNOW_LENGTHS, POLICIES
 from pacore_sched.prefix_tree import PrefixTree
 from pacore_sched.problem_run import Problem, rollout_seed
 from pacore_sched.request import Batch, Sampling, Segment
@@ -229,7 +230,7 @@ def by_problem(answers) -> dict[str, Answer]:
 
 @settings(max_examples=40)
 @given(
-    policy=st.sampled_from(["later-round-first", "fcfs", "one-at-a-time", "barrier", "predicted"]),
+    policy=st.sampled_from([name for name in POLICIES if name not in KNOW_LENGTHS]),
     ahead=st.booleans(),
     pages=st.integers(150, 400),
     max_running=st.integers(1, 16),
