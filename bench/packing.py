@@ -58,6 +58,7 @@ PLANS = (
     Plan("later-round-first", ALL, speculate=8),
     Plan("fcfs", 16),
     Plan("later-round-first", 16),
+    Plan("shortest-expected", 16),
 )
 
 
