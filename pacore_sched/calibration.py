@@ -1,7 +1,9 @@
 """A cost model from measured steps, for machines that no roofline describes well, such as a CPU.
 
 Seconds of a step = a rising piecewise linear function of its rows + a constant per row that is
-sampled, per token of KV read and per pair of query and key; fitted to (shape, seconds) samples.
+sampled, per token of KV read, per pair of query and key, and per segment: where attention goes from
+node to node, eight prompts of other lengths cost more than one eight times as long. Fitted to
+(shape, seconds) samples.
 """
 
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ class FittedCost:
     per_sampled: float
     per_kv_token: float
     per_pair: float
+    per_segment: float = 0.0
     shared_reads: bool = True
 
     def seconds(self, shape: StepShape, steps: int = 1) -> float:
@@ -32,6 +35,7 @@ class FittedCost:
         read = shape.kv_read if self.shared_reads else shape.kv_read_unshared
         first = self._linear(shape.rows) + self.per_sampled * shape.sampled
         first += self.per_kv_token * read + self.per_pair * shape.pairs
+        first += self.per_segment * shape.segments
         growth = shape.rows * (self.per_kv_token + self.per_pair)
         return steps * first + growth * (steps * (steps - 1) / 2)
 
@@ -60,16 +64,15 @@ def fit(
     rows = np.array([shape.rows for shape in shapes], dtype=float)
     knots = _knots(rows)
     reads = [s.kv_read if shared_reads else s.kv_read_unshared for s in shapes]
-    others = [[s.sampled for s in shapes], reads, [s.pairs for s in shapes]]
-    columns = np.column_stack([_ramps(rows, knots), *np.array(others, dtype=float)])
+    others = [(s.sampled, read, s.pairs, s.segments) for s, read in zip(shapes, reads, strict=True)]
+    columns = np.hstack([_ramps(rows, knots), np.array(others, dtype=float)])
     predicted = seconds
     for _ in range(ROUNDS):
         weights = nonnegative_least_squares(columns / predicted[:, None], seconds / predicted)
         predicted = np.maximum(columns @ weights, seconds.min())
     heights = np.cumsum(weights[: len(knots)])
-    sampled, kv, pair = weights[len(knots) :].tolist()
     points = tuple(int(knot) for knot in knots), tuple(heights.tolist())
-    return FittedCost(work, *points, sampled, kv, pair, shared_reads)
+    return FittedCost(work, *points, *weights[len(knots) :].tolist(), shared_reads)
 
 
 def nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:

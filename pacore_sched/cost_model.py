@@ -28,6 +28,7 @@ class StepShape:
     kv_read: int  # tokens whose KV is read, each node once
     kv_read_unshared: int  # the same if every sequence reads its whole path itself
     pairs: int  # of a query and a key that it sees
+    segments: int = 0  # nodes whose KV is read, the decoding rollouts' own ones not counted
 
 
 @dataclass(frozen=True)

@@ -245,4 +245,5 @@ def step_shape(tree: PrefixTree, batch: Batch) -> StepShape:
         unshared += context + new
         pairs += new * context + new * (new + 1) // 2
         rows += new
-    return StepShape(rows, len(batch.sampled), own + sum(segments.values()), unshared, pairs)
+    read = own + sum(segments.values())
+    return StepShape(rows, len(batch.sampled), read, unshared, pairs, len(segments))

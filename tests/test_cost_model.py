@@ -160,7 +160,7 @@ def planted(shape):
     """Seconds of a machine that a fit should find again: a jump in rows, then a slope."""
     linear = np.interp(shape.rows, [1, 8, 64], [0.02, 0.05, 0.11])
     per = 1e-4 * shape.sampled + 2e-6 * shape.kv_read + 3e-7 * shape.pairs
-    return float(linear + per)
+    return float(linear + per + 1e-3 * shape.segments)
 
 
 def random_shapes(count, rng):
@@ -168,7 +168,8 @@ def random_shapes(count, rng):
         rows = int(rng.choice([1, 8, 64]))
         read, context = int(rng.integers(100, 5000)), int(rng.integers(100, 3000))
         sampled = int(rng.integers(0, rows + 1))
-        yield StepShape(rows, sampled, read, rows * context, rows * context)
+        segments = int(rng.integers(0, 9))
+        yield StepShape(rows, sampled, read, rows * context, rows * context, segments)
 
 
 def test_fit_finds_planted_costs():
@@ -206,7 +207,7 @@ def test_fit_of_noise_never_rewards_more_work():
     rng = np.random.default_rng(1)
     samples = [(shape, float(rng.uniform(0.01, 0.02))) for shape in random_shapes(40, rng)]
     cost = fit(samples, StepWork(SMOLLM2_135M.decoder))
-    assert min(cost.per_sampled, cost.per_kv_token, cost.per_pair) >= 0
+    assert min(cost.per_sampled, cost.per_kv_token, cost.per_pair, cost.per_segment) >= 0
     assert list(cost.row_seconds) == sorted(cost.row_seconds)
     assert cost.row_seconds[0] >= 0
 

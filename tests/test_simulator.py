@@ -285,10 +285,10 @@ def test_step_shape_by_hand():
     scheduler.submit(group)
     shapes = [step_shape(scheduler.tree, scheduler.schedule()) for _ in range(4)]
     # The image, then all of the question, then both rollouts' first tokens.
-    assert shapes[0] == StepShape(30, 0, 30, 30, 30 * 31 // 2)
-    assert shapes[1] == StepShape(50, 0, 80, 80, 50 * 30 + 50 * 51 // 2)
-    assert shapes[2] == StepShape(2, 2, 82, 162, 162)
-    assert shapes[3] == StepShape(2, 2, 84, 164, 164)
+    assert shapes[0] == StepShape(30, 0, 30, 30, 30 * 31 // 2, 1)
+    assert shapes[1] == StepShape(50, 0, 80, 80, 50 * 30 + 50 * 51 // 2, 2)
+    assert shapes[2] == StepShape(2, 2, 82, 162, 162, 2)
+    assert shapes[3] == StepShape(2, 2, 84, 164, 164, 2)
 
 
 def test_step_shape_of_a_rollout_taken_up_again():
@@ -303,7 +303,7 @@ def test_step_shape_of_a_rollout_taken_up_again():
     scheduler.tree.append(rollout.node, 9)
     batch = Batch((), (Chunk(rollout, 4, 9, samples=True),))
     pairs = sum(16 + position + 1 for position in range(4, 9))
-    assert step_shape(scheduler.tree, batch) == StepShape(5, 1, 25, 25, pairs)
+    assert step_shape(scheduler.tree, batch) == StepShape(5, 1, 25, 25, pairs, 2)
 
 
 def test_usage_counts_what_steps_moved():
