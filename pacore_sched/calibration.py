@@ -1,9 +1,9 @@
 """A cost model from measured steps, for machines that no roofline describes well, such as a CPU.
 
 Seconds of a step = a rising piecewise linear function of its rows + a constant per row that is
-sampled, per token of KV read, per pair of query and key, and per segment: where attention goes from
-node to node, eight prompts of other lengths cost more than one eight times as long. Fitted to
-(shape, seconds) samples.
+sampled, per token of KV read, per pair of query and key, and per segment; fitted to samples of
+(shape, seconds). Segments, because attention on a CPU makes a product for every length of node:
+eight prompts of different lengths cost more than one that is eight times as long.
 """
 
 from collections.abc import Sequence
