@@ -26,7 +26,7 @@ class Curves:
 
 def check_folder(folder: Path) -> None:
     """Make the folder; raises InputError if that, or drawing, is not possible."""
-    _pyplot()
+    pyplot()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,7 +35,7 @@ def check_folder(folder: Path) -> None:
 
 def occupancy(path: Path, workload: str, runs: Sequence[Curves]) -> None:
     """KV in use (area) and decoding rollouts (line, logarithmic) over time, a panel per policy."""
-    figure, panels = _pyplot().subplots(
+    figure, panels = pyplot().subplots(
         len(runs), 1, sharex=True, squeeze=False, figsize=(SIZE[0], 0.9 + 1.15 * len(runs))
     )
     most = max(run.running.max() for run in runs)
@@ -57,7 +57,7 @@ def occupancy(path: Path, workload: str, runs: Sequence[Curves]) -> None:
 
 def answers(path: Path, workload: str, runs: Sequence[Curves]) -> None:
     """Share of the problems that were answered within a time, a line per policy."""
-    figure, axes = _pyplot().subplots(figsize=SIZE, layout="constrained")
+    figure, axes = pyplot().subplots(figsize=SIZE, layout="constrained")
     for number, run in enumerate(runs):
         share = 100 * np.arange(len(run.answered) + 1) / len(run.answered)
         times = np.concatenate([[0.0], run.answered])
@@ -84,10 +84,10 @@ def _finish(figure: Any, all_axes: Iterable[Any], path: Path) -> None:  # noqa: 
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=DPI)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
-def _pyplot() -> Any:  # noqa: ANN401
+def pyplot() -> Any:  # noqa: ANN401
     """matplotlib, told to draw without a display. Raises InputError if it is not installed."""
     try:
         import matplotlib
