@@ -2,36 +2,18 @@
 
 from collections.abc import Sequence
 
+from bench import repro
 from model.terminal import table
 
 Row = dict
 
+TIMES = ("op", "case", "impl", "dtype", " median us", " p20..p80", " GB/s", " TFLOP/s")
+TIMES += (" % roofline", " x eager", " max error", "note")
+
 
 def times(rows: Sequence[Row]) -> None:
     """The op table: one line per form, its time, rates, share of the roofline and error."""
-    header = ("op", "case", "impl", "dtype", " median us", " p20..p80", " GB/s", " TFLOP/s")
-    header += (" % roofline", " x eager", " max error", "note")
-    lines = []
-    for row in rows:
-        if row.get("skipped"):
-            continue
-        line = [row["op"], row["case"], row["impl"], row["dtype"]]
-        if row["failure"]:
-            line += [""] * 6 + [_error(row["max_err"]), f"FAILED: {row['failure']}"]
-        else:
-            us = row["median_us"]
-            line += [
-                _microseconds(us),
-                f"{_microseconds(row['p20_us'])}..{_microseconds(row['p80_us'])}",
-                f"{row['bytes'] / us / 1e3:,.1f}",
-                f"{row['flops'] / us / 1e6:,.3f}",
-                f"{row['roofline_pct']:.1f}",
-                f"{row['speedup']:.2f}" if row["speedup"] else "",
-                _error(row["max_err"]),
-                _note(row),
-            ]
-        lines.append(line)
-    titled("times", rows, header, lines)
+    titled("times", rows, TIMES, [time_line(row) for row in rows if not row.get("skipped")])
     for row in {row["dtype"]: row for row in rows if row["copy_gb_s"]}.values():
         print(
             f"roofline of {row['dtype']}: copy {row['copy_gb_s']:,.1f} GB/s,"
@@ -40,19 +22,45 @@ def times(rows: Sequence[Row]) -> None:
     versions = {row["version"]: None for row in rows if row.get("version")}
     if versions:
         print(f"peers: {', '.join(versions)}")
-    _skipped(rows)
+    _print_skipped(rows)
 
 
-def _skipped(rows: Sequence[Row]) -> None:
+def time_line(row: Row) -> list[str]:
+    """The cells of TIMES."""
+    line = [row["op"], row["case"], row["impl"], row["dtype"]]
+    if row["failure"]:
+        return [*line, *[""] * 6, error(row["max_err"]), f"FAILED: {row['failure']}"]
+    us = row["median_us"]
+    return [
+        *line,
+        _microseconds(us),
+        f"{_microseconds(row['p20_us'])}..{_microseconds(row['p80_us'])}",
+        f"{row['bytes'] / us / 1e3:,.1f}",
+        f"{row['flops'] / us / 1e6:,.3f}",
+        f"{row['roofline_pct']:.1f}",
+        f"{row['speedup']:.2f}" if row["speedup"] else "",
+        error(row["max_err"]),
+        _note(row),
+    ]
+
+
+def skipped(rows: Sequence[Row]) -> list[str]:
     """A line for each form and reason; the cases by name where it was not skipped in all."""
     cases: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.get("skipped"):
             cases.setdefault((row["impl"], row["skipped"]), []).append(row["case"])
+    lines = []
     for (impl, reason), names in cases.items():
         everywhere = len({row["case"] for row in rows if row["impl"] == impl}) == len(names)
         where = "" if everywhere and impl != "all" else f" ({'; '.join(names)})"
-        print(f"skipped: {impl}: {reason}{where}")
+        lines.append(f"{impl}: {reason}{where}")
+    return lines
+
+
+def _print_skipped(rows: Sequence[Row]) -> None:
+    for line in skipped(rows):
+        print(f"skipped: {line}")
 
 
 RATES = ("tokens_per_second", "decode_tokens_per_second")
@@ -74,7 +82,7 @@ def jobs(rows: Sequence[Row]) -> None:
             f"{row['median_us'] / 1e6:.2f}",
             *(f"{row[rate]:.1f}" if row.get(rate) else "" for rate in RATES),
             f"{row['speedup']:.2f}",
-            _error(row["max_err"]),
+            error(row["max_err"]),
             f"FAILED: {row['failure']}" if row["failure"] else "",
         ]
         for row in rows
@@ -97,7 +105,7 @@ def _images(rows: Sequence[Row]) -> None:
             f"{row['tflop_s']:,.3f}",
             f"{row['gemm_pct']:.1f}",
             f"{row['speedup']:.2f}",
-            _error(row["max_err"]),
+            error(row["max_err"]),
             f"FAILED: {row['failure']}" if row["failure"] else "",
         ]
         for row in rows
@@ -108,23 +116,26 @@ def _images(rows: Sequence[Row]) -> None:
 
 def errors(rows: Sequence[Row]) -> None:
     """The worst error of every op's forms in each dtype, and every row that failed."""
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    forms = [(row["op"], row["impl"]) for row in rows if not row.get("skipped")]
-    forms = list(dict.fromkeys(forms))
-    worst = {
-        (op, impl, dtype): _worst(r for r in rows if (r["op"], r["impl"], r["dtype"]) == key)
-        for op, impl in forms
-        for dtype in dtypes
-        for key in [(op, impl, dtype)]
-    }
-    lines = [[*form, *(worst[*form, dtype] for dtype in dtypes)] for form in forms]
-    header = ("op", "impl", *(f" {dtype}" for dtype in dtypes))
-    titled("largest errors, relative to max(rms(reference), |reference|)", rows, header, lines)
+    titled("largest errors, relative to max(rms(reference), |reference|)", rows, *worst(rows))
     for row in rows:
         if row["failure"]:
             name = f"{row['op']}, {row['case']}, {row['impl']}, {row['dtype']}"
             print(f"FAILED: {name}: {row['failure']}")
-    _skipped(rows)
+    _print_skipped(rows)
+
+
+def worst(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Header and lines: the largest error of every op's forms, a column per dtype."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        if not row.get("skipped"):
+            of_form = found.setdefault((row["op"], row["impl"]), {})
+            of_form.setdefault(row["dtype"], []).append(row)
+    lines = [
+        [*form, *(_worst(of.get(dtype, ())) for dtype in dtypes)] for form, of in found.items()
+    ]
+    return ("op", "impl", *(f" {dtype}" for dtype in dtypes)), lines
 
 
 def ceilings(rows: Sequence[Row]) -> None:
@@ -156,12 +167,12 @@ def titled(
 
 
 def _worst(rows: Sequence[Row]) -> str:
-    rows = list(rows)
     if any(row["failure"] for row in rows):
         return "FAILED"
-    errors = [row["max_err"] for row in rows if row["max_err"] is not None]
-    return _error(max(errors, default=None))
+    found = [row["max_err"] for row in rows if row["max_err"] is not None]
+    return error(max(found, default=None))
 
 
-def _error(value: float | None) -> str:
+def error(value: float | None) -> str:
+    """An error, or nothing for None."""
     return "" if value is None else f"{value:.1e}"
