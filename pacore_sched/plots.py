@@ -40,19 +40,31 @@ def occupancy(path: Path, workload: str, runs: Sequence[Curves]) -> None:
     )
     most = max(run.running.max() for run in runs)
     for axes, run in zip(panels[:, 0], runs, strict=True):
-        axes.fill_between(run.ends, 100 * run.kv, color="C0", alpha=0.3, linewidth=0)
-        axes.set_ylim(0, 100)
-        axes.set_ylabel("KV, %", color="C0")
-        axes.set_title(run.policy, loc="left", fontsize=10, pad=3)
-        right = axes.twinx()
-        right.plot(run.ends, run.running, color="C3", linewidth=1.2)
+        right = area_and_line(axes, run.policy, run.ends, 100 * run.kv, run.running)
+        axes.set(ylim=(0, 100), ylabel="KV, %")
         right.set(yscale="log", ylim=(0.8, 1.3 * most))
-        right.set_ylabel("rollouts", color="C3")
-        right.spines["top"].set_visible(False)
     panels[-1, 0].set_xlabel("minutes")
     figure.suptitle(f"{workload}: KV pages in use, and rollouts that decode", fontsize=12)
     figure.set_layout_engine("constrained")
-    _finish(figure, panels[:, 0], path)
+    finish(figure, panels[:, 0], path)
+
+
+def area_and_line(
+    axes: Any,  # noqa: ANN401
+    title: str,
+    times: Sequence[float],
+    kv: Sequence[float],
+    running: Sequence[float],
+) -> Any:  # noqa: ANN401
+    """KV in use as an area, rollouts as a line on an axis of its own, which is returned."""
+    axes.fill_between(times, kv, color="C0", alpha=0.3, linewidth=0)
+    axes.yaxis.label.set_color("C0")
+    axes.set_title(title, loc="left", fontsize=10, pad=3)
+    right = axes.twinx()
+    right.plot(times, running, color="C3", linewidth=1.2)
+    right.set_ylabel("rollouts", color="C3")
+    right.spines["top"].set_visible(False)
+    return right
 
 
 def answers(path: Path, workload: str, runs: Sequence[Curves]) -> None:
@@ -66,7 +78,7 @@ def answers(path: Path, workload: str, runs: Sequence[Curves]) -> None:
     axes.set(xlabel="minutes from arrival", ylabel="problems answered, %", title=title)
     axes.set_ylim(0, 102)
     figure.legend(loc="outside right upper", frameon=False)
-    _finish(figure, (axes,), path)
+    finish(figure, (axes,), path)
 
 
 def _style(number: int, label: str) -> dict:
@@ -78,7 +90,8 @@ def _style(number: int, label: str) -> dict:
     }
 
 
-def _finish(figure: Any, all_axes: Iterable[Any], path: Path) -> None:  # noqa: ANN401
+def finish(figure: Any, all_axes: Iterable[Any], path: Path) -> None:  # noqa: ANN401
+    """Give time axes their grid and origin, write the picture and let go of it."""
     for axes in all_axes:
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
