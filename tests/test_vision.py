@@ -3,10 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.models.step3p7.configuration_step3p7 import Step3p7VisionConfig
-from transformers.models.step3p7.modeling_step3p7 import Step3p7VisionModel
 
+from bench import timm_judge, transformers_judge
 from kernels.vision_attention import vision_attention
 from model.config import TINY
 from model.image import Views
@@ -14,67 +12,14 @@ from model.prompt import image_ids
 from model.step3vl import Step3VL
 from model.terminal import InputError
 from tests.errors import max_error
-from tests.timm_reference import load, pe_lang
 
 FORMS = ("eager", "portable")
 VISION = TINY.vision
-RENAMED = {
-    "conv1": "embeddings.patch_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "transformer.resblocks": "layers",
-    "ln_pre": "pre_layernorm",
-    "ln_1": "layernorm_before",
-    "ln_2": "layernorm_after",
-    "ls_1.gamma": "lambda_1",
-    "ls_2.gamma": "lambda_2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "vit_downsampler": "downsampler",
-}
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Step3VL:
     return Step3VL.from_preset("tiny", seed=1)
-
-
-def transformers_tower(model: Step3VL) -> Step3p7VisionModel:
-    """Step3p7VisionModel with our weights, Q and K rows permuted to its half-rotation layout."""
-    config = Step3p7VisionConfig(
-        hidden_size=VISION.width,
-        num_hidden_layers=VISION.layers,
-        num_attention_heads=VISION.heads,
-        mlp_ratio=VISION.mlp_width / VISION.width,
-        patch_size=VISION.patch_size,
-        image_size=VISION.image_size,
-        max_position_embeddings=VISION.grid**2,
-        hidden_act="quick_gelu",
-        layer_norm_eps=VISION.norm_eps,
-    )
-    reference = Step3p7VisionModel(config).eval()
-    heads, dim = VISION.heads, VISION.head_dim
-    half_rotation = torch.cat([torch.arange(0, dim, 2), torch.arange(1, dim, 2)])
-    state = {}
-    for name, tensor in model.vision.checkpoint_tensors().items():
-        name = name.removeprefix("vision_model.")
-        for old, new in RENAMED.items():
-            name = name.replace(old, new)
-        if ".attn.in_proj_" in name:
-            prefix, kind = name.split(".attn.in_proj_")
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                if part != "v":
-                    rows = rows.unflatten(0, (heads, dim))[:, half_rotation].flatten(0, 1)
-                state[f"{prefix}.self_attn.{part}_proj.{kind}"] = rows
-        elif name != "vit_large_projector.weight":
-            state[name] = tensor
-    reference.load_state_dict(state)
-    return reference
-
-
-def encode_with(reference: Step3p7VisionModel, view: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return reference(view[None]).last_hidden_state.flatten(0, -2)
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -83,7 +28,7 @@ def test_tower_and_downsamplers(tiny: Step3VL, impl: str, side: int):
     """Both view sizes and an odd grid of 5: patches, positions, rotation, blocks, convolutions."""
     vision = Step3VL.from_preset("tiny", seed=1, impl=impl).vision
     view = torch.randn(3, side, side, generator=torch.Generator().manual_seed(side))
-    expected = encode_with(transformers_tower(tiny), view) @ vision.projector.T
+    expected = transformers_judge.features(tiny, [view])
     with torch.inference_mode():
         assert max_error(vision([view]), expected) < 1e-4
 
@@ -105,18 +50,9 @@ def test_views_in_one_batch(tiny: Step3VL, impl: str):
 @pytest.mark.parametrize("side", [VISION.image_size, VISION.crop_size])
 def test_blocks_against_timm(tiny: Step3VL, side: int):
     """A second, unrelated implementation of the blocks, with interleaved rotation as published."""
-    grid = side // VISION.patch_size
-    reference = pe_lang(
-        width=VISION.width,
-        depth=VISION.layers,
-        heads=VISION.heads,
-        mlp_width=VISION.mlp_width,
-        grid=(grid, grid),
-    )
-    load(reference, tiny.vision.checkpoint_tensors(), (VISION.grid, VISION.grid))
     view = torch.randn(3, side, side, generator=torch.Generator().manual_seed(side))
     with torch.inference_mode():
-        expected = reference.forward_features(view[None])[0]
+        expected = timm_judge.tokens(tiny, view)
         grids = tiny.vision.grids([view])
         ours = tiny.vision.tower(tiny.vision.patches([view], grids), grids)
         assert max_error(ours, expected) < 1e-4
@@ -124,23 +60,6 @@ def test_blocks_against_timm(tiny: Step3VL, side: int):
 
 def test_whole_model(tiny: Step3VL):
     """Vision, linear and Qwen3 put together from transformers: image features in their places."""
-    decoder = TINY.decoder
-    reference = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=decoder.vocab_size,
-            hidden_size=decoder.hidden,
-            num_hidden_layers=decoder.layers,
-            num_attention_heads=decoder.heads,
-            num_key_value_heads=decoder.kv_heads,
-            head_dim=decoder.head_dim,
-            intermediate_size=decoder.mlp_width,
-            rms_norm_eps=decoder.norm_eps,
-            rope_theta=decoder.rope_theta,
-            tie_word_embeddings=False,
-        )
-    )
-    reference.load_state_dict(tiny.decoder.checkpoint_tensors())
-    tower = transformers_tower(tiny)
     generator = torch.Generator().manual_seed(5)
     photos = [
         Views(
@@ -155,11 +74,7 @@ def test_whole_model(tiny: Step3VL):
         ids += [7, *image_ids(photo.newlines, TINY)]
     ids = torch.tensor([*ids, 9, 10, 11])
     views = [*photos[0].crops, photos[0].image, photos[1].image]
-    features = torch.cat([encode_with(tower, view) for view in views])
-    with torch.inference_mode():
-        embeddings = reference.get_input_embeddings()(ids)
-        embeddings[ids == TINY.tokens.im_patch] = features @ tiny.vision.projector.T
-        expected = reference.eval()(inputs_embeds=embeddings[None]).logits[0]
+    expected = transformers_judge.logits(tiny, ids, views)
     assert max_error(tiny(ids, images=photos), expected) < 1e-4
     with pytest.raises(InputError, match="26 <im_patch> tokens, the images give 9"):
         tiny(ids, images=photos[1:])

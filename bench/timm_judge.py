@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.torchvision_stub import torchvision_or_stub
+from bench.torchvision_stub import torchvision_or_stub
+from model.step3vl import Step3VL
 
 
 @cache
@@ -72,6 +73,21 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor], base_grid: tuple[int, 
         tower["positional_embedding"], base_grid, model.patch_embed.grid_size
     )
     model.load_state_dict(_eva().checkpoint_filter_fn(tower, model), strict=True)
+
+
+@torch.inference_mode()
+def tokens(model: Step3VL, view: Tensor) -> Tensor:
+    """What the blocks of our vision tower should make of a view: [rows * cols, width].
+
+    Raises ImportError without timm.
+    """
+    vision = model.config.vision
+    grid = (view.shape[1] // vision.patch_size, view.shape[2] // vision.patch_size)
+    judge = pe_lang(
+        vision.width, vision.layers, vision.heads, vision.mlp_width, grid, patch=vision.patch_size
+    )
+    load(judge, model.vision.checkpoint_tensors(), (vision.grid, vision.grid))
+    return judge.to(view.device, view.dtype).forward_features(view[None])[0]
 
 
 def _resize(embedding: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

@@ -1,0 +1,106 @@
+"""transformers' Qwen3 and Step3p7VisionModel with this model's weights: an independent judge.
+
+Together, with the projector between them, they are the whole model. transformers is imported where
+it is needed, as it takes seconds and is not everywhere; without it there is an ImportError.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.step3vl import Step3VL
+
+RENAMED = {
+    "conv1": "embeddings.patch_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "transformer.resblocks": "layers",
+    "ln_pre": "pre_layernorm",
+    "ln_1": "layernorm_before",
+    "ln_2": "layernorm_after",
+    "ls_1.gamma": "lambda_1",
+    "ls_2.gamma": "lambda_2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "vit_downsampler": "downsampler",
+}
+
+
+def qwen3(model: Step3VL) -> Any:  # noqa: ANN401
+    """Qwen3ForCausalLM with our decoder's weights, in its dtype and on its device."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    decoder = model.config.decoder
+    judge = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=decoder.vocab_size,
+            hidden_size=decoder.hidden,
+            num_hidden_layers=decoder.layers,
+            num_attention_heads=decoder.heads,
+            num_key_value_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            intermediate_size=decoder.mlp_width,
+            rms_norm_eps=decoder.norm_eps,
+            rope_theta=decoder.rope_theta,
+            tie_word_embeddings=decoder.tied_embeddings,
+        )
+    )
+    judge.load_state_dict(model.decoder.checkpoint_tensors())
+    return judge.to(model.device, model.dtype).eval()
+
+
+def tower(model: Step3VL) -> Any:  # noqa: ANN401
+    """Step3p7VisionModel with our weights, Q and K rows permuted to its half-rotation layout."""
+    from transformers.models.step3p7.configuration_step3p7 import Step3p7VisionConfig
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7VisionModel
+
+    vision = model.config.vision
+    judge = Step3p7VisionModel(
+        Step3p7VisionConfig(
+            hidden_size=vision.width,
+            num_hidden_layers=vision.layers,
+            num_attention_heads=vision.heads,
+            mlp_ratio=vision.mlp_width / vision.width,
+            patch_size=vision.patch_size,
+            image_size=vision.image_size,
+            max_position_embeddings=vision.grid**2,
+            hidden_act="quick_gelu",
+            layer_norm_eps=vision.norm_eps,
+        )
+    )
+    heads, dim = vision.heads, vision.head_dim
+    half_rotation = torch.cat([torch.arange(0, dim, 2), torch.arange(1, dim, 2)])
+    state = {}
+    for name, tensor in model.vision.checkpoint_tensors().items():
+        name = name.removeprefix("vision_model.")
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        if ".attn.in_proj_" in name:
+            prefix, kind = name.split(".attn.in_proj_")
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                if part != "v":
+                    rows = rows.unflatten(0, (heads, dim))[:, half_rotation].flatten(0, 1)
+                state[f"{prefix}.self_attn.{part}_proj.{kind}"] = rows
+        elif name != "vit_large_projector.weight":
+            state[name] = tensor
+    judge.load_state_dict(state)
+    return judge.to(model.device, model.dtype).eval()
+
+
+@torch.inference_mode()
+def logits(model: Step3VL, ids: Tensor, views: list[Tensor]) -> Tensor:
+    """Logits [T, vocab] of ids whose `<im_patch>` ones stand for the tokens of `views`."""
+    judge = qwen3(model)
+    embeddings = judge.get_input_embeddings()(ids)
+    if views:
+        embeddings[ids == model.config.tokens.im_patch] = features(model, views)
+    return judge(inputs_embeds=embeddings[None]).logits[0]
+
+
+@torch.inference_mode()
+def features(model: Step3VL, views: list[Tensor]) -> Tensor:
+    """Decoder embeddings [T', hidden] of views [3, height, width]."""
+    judge = tower(model)
+    tokens = [judge(view[None]).last_hidden_state.flatten(0, -2) for view in views]
+    return torch.cat(tokens) @ model.vision.projector.T
