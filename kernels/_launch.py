@@ -6,6 +6,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from kernels._spans import spanned
+
 IMPLS = ("eager", "portable", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what ops compute with
 
@@ -24,7 +26,8 @@ def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Calla
     `forms` maps names from IMPLS to callables and always holds "eager", the definition.
     "portable" is the fastest PyTorch form, which may be the definition itself. `impl=None` takes
     Triton on CUDA where the op has it and portable otherwise; a named form never falls back to
-    another. Raises ImplError if the named form does not exist or cannot run on `device`.
+    another. While spans are on its calls are ranges of the name `op`. Raises ImplError if the named
+    form does not exist or cannot run on `device`.
     """
     forms = {"portable": forms["eager"], **forms}
     if impl is None:
@@ -35,7 +38,7 @@ def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Calla
         raise ImplError(f"impl {impl!r} of {op} does not exist; it has {', '.join(sorted(forms))}")
     if impl == "triton":
         check_triton(op, device)
-    return forms[impl]
+    return spanned(op, forms[impl])
 
 
 def check_triton(op: str, device: torch.device) -> None:

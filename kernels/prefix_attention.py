@@ -11,6 +11,7 @@ Floor of a decode step: K and V of every token of the tree once, 2 * Hkv * D * i
 """
 
 import math
+from inspect import unwrap
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ def prefix_attention(
     form = pick("prefix_attention", impl, q.device, forms)
     options = {"k_scale": k_scale, "v_scale": v_scale, "window": window}
     if batch_invariant:
-        check(form is prefix_attention_triton, "batch_invariant: only impl 'triton' offers it")
+        offered = unwrap(form) is prefix_attention_triton  # in a span, maybe
+        check(offered, "batch_invariant: only impl 'triton' offers it")
         options["batch_invariant"] = True
     out, lse = form(q, k_pages, v_pages, plan, scale, **options)
     return (out, lse) if return_lse else out

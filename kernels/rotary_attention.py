@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels._launch import check, check_triton
+from kernels._spans import spanned
 from kernels._tiles import Gpu, Tiles, tiles
 from kernels.prefix_attention import check_pages, prefix_attention
 from kernels.prefix_attention_decode import Rotary
@@ -56,7 +57,8 @@ def rotary_attention(
     check(offered or not fused, "fused: only impl 'triton' of a decode step with whole rotation")
     if offered and (_prefers_fused(qkv, k_pages, plan) if fused is None else fused):
         rotary = Rotary(q_weight, k_weight, inv_freq, positions, slots, eps)
-        return _fused(qkv, rotary, k_pages, v_pages, plan, scale, k_scale, v_scale, window)
+        run = spanned("rotary_attention", _fused)
+        return run(qkv, rotary, k_pages, v_pages, plan, scale, k_scale, v_scale, window)
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     args = (qkv, q_weight, k_weight, inv_freq, positions, slots, k_pages, v_pages)
     q = qk_norm_rope(*args, eps=eps, impl=impls[0], **scales)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels._spans import span, spanned
 from kernels.activation import silu_mul
 from kernels.norm import rms_norm
 from kernels.prefix_advance import advance
@@ -84,22 +85,24 @@ class Decoder(nn.Module):
         residual = embeddings
         h = rms_norm(embeddings, self.layers[0].input_norm, eps=eps, impl=impl)
         for index, layer in enumerate(self.layers):
-            h = self._attention(h, layer, step, cache.layer(index))
-            h, residual = rms_norm(h, layer.post_norm, eps=eps, residual=residual, impl=impl)
-            gate_up = F.linear(h, layer.gate_up)
-            h = F.linear(silu_mul(gate_up, impl=self.impl["silu_mul"]), layer.down)
-            last = index + 1 == len(self.layers)
-            next_norm = self.norm if last else self.layers[index + 1].input_norm
-            h, residual = rms_norm(h, next_norm, eps=eps, residual=residual, impl=impl)
+            with span("decoder layer", index):
+                h = self._attention(h, layer, step, cache.layer(index))
+                h, residual = rms_norm(h, layer.post_norm, eps=eps, residual=residual, impl=impl)
+                gate_up = spanned("linear gate_up", F.linear)(h, layer.gate_up)
+                h = silu_mul(gate_up, impl=self.impl["silu_mul"])
+                h = spanned("linear down", F.linear)(h, layer.down)
+                last = index + 1 == len(self.layers)
+                next_norm = self.norm if last else self.layers[index + 1].input_norm
+                h, residual = rms_norm(h, next_norm, eps=eps, residual=residual, impl=impl)
         return h
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embedding rows of int [T] ids: [T, hidden]."""
-        return F.embedding(input_ids, self.embed_tokens)
+        return spanned("embed", F.embedding)(input_ids, self.embed_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head on final hidden states [T, hidden]: [T, vocab]."""
-        return F.linear(hidden, self.lm_head)
+        return spanned("linear lm_head", F.linear)(hidden, self.lm_head)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Published name -> view into this module's storage."""
@@ -116,7 +119,7 @@ class Decoder(nn.Module):
         self, h: Tensor, layer: "_Layer", step: Step, pages: dict[str, Tensor | None]
     ) -> Tensor:
         out = rotary_attention(
-            F.linear(h, layer.qkv),
+            spanned("linear qkv", F.linear)(h, layer.qkv),
             layer.q_norm,
             layer.k_norm,
             self.inv_freq,
@@ -128,7 +131,7 @@ class Decoder(nn.Module):
             impl=(self.impl["qk_norm_rope"], self.impl["prefix_attention"]),
             **pages,
         )
-        return F.linear(out.flatten(1), layer.o)
+        return spanned("linear o", F.linear)(out.flatten(1), layer.o)
 
 
 class _Layer(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kernels._kept import held
 from kernels._launch import check
+from kernels._spans import span, spanned
 from kernels._views import Grid, tokens_of
 from kernels.gemm import check_placing
 from kernels.linear_quick_gelu import linear_quick_gelu
@@ -100,7 +101,7 @@ class VisionTower(nn.Module):
             places = rows.split([output_tokens(grid) for grid in grids])
             rows = torch.cat([places[index] for index in order])
         views, grids = [views[i] for i in order], tuple(grids[i] for i in order)
-        patches = self.patches(views, grids)
+        patches = spanned("vision pack", self.patches)(views, grids)
         key = (grids, *self.impl.values())
         graph = self.graphs.find(key, partial(self.encode, grids=grids), patches)
         if graph is None:
@@ -178,14 +179,15 @@ class VisionTower(nn.Module):
         """
         x = self._norm(self._embedded(patches, grids), self.ln_pre)
         branch, gamma = None, None
-        for block in self.blocks:
-            if branch is None:
-                h = self._norm(x, block.ln_1)
-            else:
-                h, x = self._norm(branch, block.ln_1, x, gamma)
-            branch = self._attention(h, block, grids)
-            h, x = self._norm(branch, block.ln_2, x, block.ls_1)
-            branch, gamma = self._mlp(h, block), block.ls_2
+        for index, block in enumerate(self.blocks):
+            with span("vision layer", index):
+                if branch is None:
+                    h = self._norm(x, block.ln_1)
+                else:
+                    h, x = self._norm(branch, block.ln_1, x, gamma)
+                branch = self._attention(h, block, grids)
+                h, x = self._norm(branch, block.ln_2, x, block.ls_1)
+                branch, gamma = self._mlp(h, block), block.ls_2
         return x + branch * gamma
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
@@ -221,21 +223,22 @@ class VisionTower(nn.Module):
 
     def _attention(self, h: Tensor, block: "_Block", grids: Sequence[Grid]) -> Tensor:
         out = vision_attention(
-            F.linear(h, block.qkv, block.qkv_bias),
+            spanned("linear vision qkv", F.linear)(h, block.qkv, block.qkv_bias),
             grids,
             heads=self.config.heads,
             theta=self.config.rope_theta,
             impl=self.impl["vision_attention"],
         )
-        return F.linear(out, block.out, block.out_bias)
+        return spanned("linear vision out", F.linear)(out, block.out, block.out_bias)
 
     def _mlp(self, h: Tensor, block: "_Block") -> Tensor:
         h = linear_quick_gelu(h, block.fc, block.fc_bias, impl=self.impl["linear_quick_gelu"])
-        return F.linear(h, block.proj, block.proj_bias)
+        return spanned("linear vision proj", F.linear)(h, block.proj, block.proj_bias)
 
     def _embedded(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """The convolution with stride and size of a patch as a product, and positions."""
-        x = F.linear(patches, self.patch_embedding.flatten(1))
+        weight = self.patch_embedding.flatten(1)
+        x = spanned("linear vision patches", F.linear)(patches, weight)
         start = 0
         for grid, same in groupby(grids):
             positions, n = self._positions(grid), len(list(same))

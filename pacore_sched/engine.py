@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from kernels._spans import span, spanned
 from model.terminal import InputError
 from pacore_sched.policy import KNOW_LENGTHS, POLICIES, LaterRoundFirst
 from pacore_sched.prefix_tree import PrefixTree
@@ -150,23 +151,8 @@ class Engine:
         With `ahead` a step's tokens are known after the next one has been launched. [] also if
         nothing can be done yet because all that is left waits for its images.
         """
-        speculating = 0 < len(self.scheduler.running) <= self.speculate
-        ended = self._collect() if speculating else []
-        batch = self.scheduler.schedule()
-        if batch and speculating:
-            batch = self._with_drafts(batch)
-        ticket = self.executor.launch(self.scheduler.tree, batch) if batch else None
-        before, self._in_flight = self._in_flight, None
-        if batch:
-            self._count(batch)
-            self._in_flight = batch, ticket
-        if before:
-            ended += self._update(*before)
-        if not self.ahead or (batch and batch.drafts):
-            ended += self._collect()
-        if not before and not batch and self.scheduler.groups:
-            time.sleep(IDLE_S)
-        return ended
+        with span("engine step", self.stats.steps):
+            return self._step()
 
     def cancel(self, group: Group) -> list[Rollout]:
         """End a group now; its rollouts that had not ended."""
@@ -177,12 +163,32 @@ class Engine:
         """What an ended rollout said; "" after an error."""
         return self.stopping.text(rollout)
 
+    def _step(self) -> list[Rollout]:
+        speculating = 0 < len(self.scheduler.running) <= self.speculate
+        ended = self._collect() if speculating else []
+        batch = spanned("schedule", self.scheduler.schedule)()
+        if batch and speculating:
+            batch = self._with_drafts(batch)
+        execute = spanned("execute", self.executor.launch)
+        ticket = execute(self.scheduler.tree, batch) if batch else None
+        before, self._in_flight = self._in_flight, None
+        if batch:
+            self._count(batch)
+            self._in_flight = batch, ticket
+        if before:
+            ended += spanned("update", self._update)(*before)
+        if not self.ahead or (batch and batch.drafts):
+            ended += self._collect()
+        if not before and not batch and self.scheduler.groups:
+            time.sleep(IDLE_S)
+        return ended
+
     def _collect(self) -> list[Rollout]:
         """Wait for the step in flight, if there is one."""
         if self._in_flight is None:
             return []
         before, self._in_flight = self._in_flight, None
-        return self._update(*before)
+        return spanned("update", self._update)(*before)
 
     def _update(self, batch: Batch, ticket: object) -> list[Rollout]:
         """Hand out a step's tokens; the rollouts that they end, and siblings cancelled for it."""

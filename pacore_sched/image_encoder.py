@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kernels._spans import spanned
 from model.step3vl import Step3VL
 from model.terminal import InputError
 
@@ -62,7 +63,7 @@ class ImageEncoder:
                 f"model {self._model.config.name} has no vision tower: it takes no images"
             )
         count = sum(vision.count([*image.crops, image.image]) for image in views)
-        return Features(count, self._thread.submit(self._run, views))
+        return Features(count, self._thread.submit(spanned("encode images", self._run), views))
 
     def close(self) -> None:
         """End the thread once what it works on is done; what has not begun is dropped."""

@@ -7,9 +7,11 @@ A round is an entry of `Settings.widths`. It is done when as many of its rollout
 import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from kernels._spans import begin
 from model.prompt import build_prompt, image_head_length
 from model.terminal import InputError
 from pacore_sched.engine import Engine
@@ -81,6 +83,7 @@ class ProblemRun:
         self._head_ids: list[int] = []
         self._known = {(outcome.round, outcome.index): outcome for outcome in known}
         self._current: dict[int, Outcome] = {}
+        self._on_end = ExitStack()  # of the current round
         self._begin_round()
 
     @property
@@ -120,6 +123,7 @@ class ProblemRun:
             need=settings.needs[number] - self._ended(),
         )
         self.pending = len(missing)
+        self._on_end.callback(begin("round", f"{number} of problem {self.id or self.number}"))
         return group
 
     def take(self, rollout: Rollout) -> Outcome:
@@ -141,6 +145,7 @@ class ProblemRun:
         self._current[rollout.index] = outcome
         self.pending -= 1
         if not self.pending:
+            self._on_end.close()
             self._end_round()
         return outcome
 
@@ -149,6 +154,7 @@ class ProblemRun:
         if self._head is not None:
             self._engine.scheduler.drop(self._head)
         self._head = self._features = None
+        self._on_end.close()
 
     def _begin_round(self) -> None:
         """Take what is known of the current round, and of those after it while that is enough."""
