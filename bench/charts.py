@@ -1,0 +1,128 @@
+"""What all pictures of measured rows share: marks of the forms, units, sizes, files.
+
+Colours are Okabe and Ito's, which colour-blind people tell apart; a marker or hatch goes with each,
+for print. Ours is always vermillion and filled, eager always a hollow grey circle.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.report_rows import role
+from pacore_sched.plots import DPI, pyplot
+
+WIDTH, TALLEST = 7.6, 9.4  # inches: a page's width, and its height
+INK, GRID = "#333333", "#d9d9d9"
+OURS, EAGER = "#D55E00", "#666666"
+BLUE, SKY, GREEN, PINK, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00"
+OUR_MARKERS = {"triton": "D", "default": "D", "portable": "s"}
+MODE_MARKERS = "^v<>"  # of further forms of ours, lighter
+BROWN, WINE = "#8C6D1F", "#882255"
+PEER_COLOURS = {"sdpa": BLUE, "cudnn": BLUE, "liger": BLUE, "flex": GREEN, "compile": GREEN}
+PEER_COLOURS |= {"flashinfer": PINK, "fa2": "#000000", "fa3": SKY, "vllm": WINE}
+PEER_MARKERS = {"": "o", "reuse": "P", "copied": "v", "cascade": "^", "alone": "X", "folded": "P"}
+STYLE = {
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "hatch.linewidth": 0.6,
+}
+
+
+def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    """A figure of the page's width and its axes, a rows x columns array."""
+    plt = pyplot()
+    plt.rcdefaults()
+    plt.rcParams.update(STYLE)
+    return plt.subplots(
+        rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options
+    )
+
+
+def save(figure: Any, path: Path) -> Path:  # noqa: ANN401
+    """Write a picture and let go of it."""
+    figure.savefig(path, dpi=DPI)
+    pyplot().close(figure)
+    return path
+
+
+def mark(row: dict) -> dict:
+    """How the form of a row is drawn by `plot`: colour, marker, filled or hollow, size."""
+    whose, name = role(row), row["impl"]
+    if whose == "eager":
+        return {"color": EAGER, "marker": "o", "markerfacecolor": "white", "markersize": 5.5}
+    if whose == "peer":
+        family, _, kind = name.partition("-")
+        colour = PEER_COLOURS.get(family, BROWN)
+        return {"color": colour, "marker": PEER_MARKERS.get(kind, "*"), "markersize": 5}
+    if name in OUR_MARKERS:
+        return {"color": OURS, "marker": OUR_MARKERS[name], "markersize": 7}
+    marker = MODE_MARKERS[sum(map(ord, name)) % len(MODE_MARKERS)]
+    return {"color": ORANGE, "marker": marker, "markersize": 6, "markeredgecolor": OURS}
+
+
+def in_order(found: Iterable[dict]) -> list[dict]:
+    """Eager first, then peers, then ours, each as they come."""
+    return sorted(found, key=lambda row: ("eager", "peer", "ours").index(role(row)))
+
+
+def legend(figure: Any, found: Sequence[dict]) -> None:  # noqa: ANN401
+    """The forms of these rows, above the panels."""
+    from matplotlib.lines import Line2D
+
+    forms = {row["impl"]: row for row in in_order(found)}
+    handles = [
+        Line2D([], [], linestyle="", label=f"{name} (ours)" if role(row) == "ours" else name)
+        for name, row in forms.items()
+    ]
+    for handle, row in zip(handles, forms.values(), strict=True):
+        handle.set(**mark(row))
+    figure.legend(handles=handles, loc="outside upper left", ncols=5, columnspacing=1.2)
+
+
+def plain(value: float, _: object = None) -> str:
+    """Three digits and no exponent: "4,000", "0.192"."""
+    return f"{float(f'{value:.3g}'):,.12g}"
+
+
+def duration(us: float, _: object = None) -> str:
+    """Microseconds as a person says them: "20 µs", "1.5 ms"."""
+    if not us:
+        return "0"
+    for size, unit in ((1e6, "s"), (1e3, "ms"), (1, "µs")):
+        if us >= size:
+            return f"{plain(us / size)} {unit}"
+    return f"{us * 1e3:.3g} ns"
+
+
+def times_axis(axis: Any, lowest: float, highest: float) -> None:  # noqa: ANN401
+    """A logarithmic axis of microseconds with few enough ticks, and never fewer than two."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.axes.set(**{f"{axis.axis_name}lim": (lowest / 1.3, highest * 1.3)})
+    axis.set_major_locator(FixedLocator(nice(lowest / 1.3, highest * 1.3)))
+    axis.set_major_formatter(FuncFormatter(duration))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def nice(low: float, high: float, most: int = 5) -> list[float]:
+    """Round values between two: powers of ten alone, or 1, 2, 5 times them, or all digits."""
+    found: list[float] = []
+    for digits in (range(1, 10), (1, 2, 5), (1, 3), (1,)):
+        found = [d * 10.0**e for e in range(-6, 16) for d in digits if low <= d * 10.0**e <= high]
+        if len(found) <= most:
+            return found
+    return found[:: -(-len(found) // most)]

@@ -1,0 +1,178 @@
+"""The tables of a report: as a terminal shows them, of whatever rows there are."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from bench.report_rows import Measurements, grouped, kind_of
+from bench.show import TIMES, error, skipped, time_line, worst
+
+Column = tuple[str, str, Callable[[float], str]]  # heading, field, how a value is written
+
+
+class Table(NamedTuple):
+    """Cells of text; columns whose heading begins with a space align right."""
+
+    title: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+
+def number(digits: int, unit: str = "", per: float = 1.0) -> Callable[[float], str]:
+    return lambda value: f"{value / per:,.{digits}f}{unit}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+US, SECONDS = number(0), number(2, per=1e6)
+NAMES = tuple((name, name, str) for name in ("case", "impl", "dtype"))
+COMPARED = ((" % roofline", "roofline_pct", number(1)), (" x eager", "speedup", number(2)))
+RATES = (
+    (" tokens/s", "tokens_per_second", number(1)),
+    (" decoding", "decode_tokens_per_second", number(1)),
+)
+MAKESPAN = (" makespan s", "makespan_s", number(1))
+TO_ANSWER = (" time to answer s", "tta_mean_s", number(1))
+ERROR = (" max error", "max_err", error)
+SPREAD = tuple((f" {p} us", f"{p}_us", US) for p in ("median", "p20", "p80"))
+MILLISECONDS = tuple((f" {p} ms", f"{p}_us", number(2, per=1e3)) for p in ("median", "p20", "p80"))
+JOB_COLUMNS: dict[str, tuple[Column, ...]] = {
+    "pacore": (*NAMES, (" seconds", "median_us", SECONDS), *RATES, *COMPARED, ERROR),
+    "photo": (*NAMES, *MILLISECONDS, *COMPARED, ERROR),
+    "vision": (
+        *NAMES,
+        (" views", "views", US),
+        (" tokens", "tokens", US),
+        *MILLISECONDS,
+        (" TFLOP/s", "tflop_s", number(3)),
+        (" % of GEMM", "gemm_pct", number(1)),
+        (" x eager", "speedup", number(2)),
+        ERROR,
+    ),
+    "engine_step": (
+        *NAMES,
+        *SPREAD,
+        *COMPARED,
+        RATES[0],
+        (" host us", "host_us", US),
+        (" idle %", "idle_pct", number(1)),
+        (" padding %", "padding_pct", number(1)),
+        (" as eager", "same_tokens", percent),
+    ),
+    "packing": (
+        *NAMES,
+        MAKESPAN,
+        TO_ANSWER,
+        RATES[0],
+        (" steps", "steps", US),
+        (" preemptions", "preemptions", US),
+        (" drafted", "drafted", US),
+        (" accepted", "accepted", US),
+        (" same texts", "same_texts", percent),
+    ),
+    "replay": (
+        *NAMES,
+        MAKESPAN,
+        (" simulated", "makespan_simulated_s", number(1)),
+        (" error", "makespan_error", percent),
+        TO_ANSWER,
+        (" simulated", "tta_mean_simulated_s", number(1)),
+        (" error", "tta_error", percent),
+        (" steps", "steps", US),
+        (" simulated", "steps_simulated", US),
+    ),
+    "scheduler_step": (
+        ("case", "case", str),
+        ("policy", "policy", str),
+        *((f" {p} us", f"{p}_us", number(1)) for p in ("median", "p20", "p80", "p99", "mean")),
+        (" per rollout us", "per_rollout_us", number(3)),
+        (" preemptions per step", "preemptions_per_step", number(2)),
+    ),
+}
+
+
+def op_tables(found: Measurements) -> list[Table]:
+    """A table per op of what was timed or failed."""
+    lines: dict[str, list[list[str]]] = {}
+    for row in found.of("op"):
+        if row["failure"] or (row["median_us"] and row["roofline_pct"]):
+            lines.setdefault(row["op"], []).append(time_line(row)[1:])
+    return [Table(op, TIMES[1:], of_op) for op, of_op in lines.items()]
+
+
+def error_table(found: Measurements) -> Table | None:
+    """The worst error of each op's forms at the shapes whose numbers were checked, not timed."""
+    checked = [row for row in found.of("op") if not row["median_us"]]
+    title = "Largest errors, relative to max(rms(reference), |reference|)"
+    return Table(title, *worst(checked)) if checked else None
+
+
+def job_tables(found: Measurements) -> list[Table]:
+    """A table per kind of whole job, engine and scheduler rows."""
+    return [
+        _filled(job, columns, found.of(job))
+        for job, columns in JOB_COLUMNS.items()
+        if found.of(job)
+    ]
+
+
+def skipped_lines(found: Measurements) -> list[str]:
+    """What was skipped and why, a line for each form and reason."""
+    return skipped([row for row in found.latest if kind_of(row) == "op"])
+
+
+def part_table(parts: Sequence[dict]) -> Table:
+    """What decode steps are made of: microseconds and share of each part."""
+    lines = []
+    for of_step in grouped(parts, "case", "impl", "dtype").values():
+        total = sum(row["median_us"] for row in of_step)
+        for row in of_step:
+            share = percent(row["median_us"] / total)
+            names = [row["case"], row["impl"], row["dtype"], row["part"]]
+            lines.append([*(name or "" for name in names), f"{row['median_us']:,.0f}", share])
+    header = ("case", "impl", "dtype", "part", " median us", " of the sum")
+    return Table("Parts of decode steps", header, lines)
+
+
+def other_table(found: Measurements) -> Table | None:
+    """How many rows there are of kinds that this report has no page for, and their fields."""
+    kinds: dict[str, list[dict]] = {}
+    for row in found.latest:
+        if kind_of(row) == "other":
+            kinds.setdefault(str(row.get("op", "no op")), []).append(row)
+    lines = [
+        [kind, str(len(rows)), ", ".join(_unique(name for row in rows for name in _given(row)))]
+        for kind, rows in kinds.items()
+    ]
+    return Table("Rows of other kinds", ("op", " rows", "fields"), lines) if lines else None
+
+
+def _filled(title: str, columns: Sequence[Column], rows: Sequence[dict]) -> Table:
+    """The columns that any row has a value for, and the failures."""
+    used = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
+    failed = any(row["failure"] for row in rows)
+    lines = [
+        [
+            *(_cell(row.get(field), write) for _, field, write in used),
+            *([f"FAILED: {row['failure']}" if row["failure"] else ""] if failed else []),
+        ]
+        for row in rows
+    ]
+    return Table(title, [*(name for name, _, _ in used), *(["note"] if failed else [])], lines)
+
+
+def _cell(value: object, write: Callable) -> str:
+    """A value as its column writes it, or as it stands if it is of another type."""
+    if value is None:
+        return ""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return write(value) if is_number or write is str else str(value)
+
+
+def _given(row: dict) -> list[str]:
+    return [name for name, value in row.items() if value is not None]
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
