@@ -10,8 +10,10 @@ import torch.nn.functional as F
 
 from bench import cases, ops
 from bench.numerics import judge, reference
-from bench.peers import PEERS, PROJECTOR, VISION, Unavailable, fa3_peer, projector_peer, vision_peer
+from bench.peers import PEERS, Unavailable, fa2_peer, fa3_peer, projector_peer, vision_peer
 
+VISION, PROJECTOR = PEERS["vision_attention"], PEERS["projector"]
+CUDNN = ("cudnn", "cudnn-folded")
 CPU = torch.device("cpu")
 GRIDS = [(5, 7), (5, 7), (1, 1), (8, 3), (5, 7)]  # runs of 2, 1, 1 and 1: a grid comes back
 FA3_NAMES = (
@@ -52,20 +54,19 @@ class TestVisionAttention:
     def test_sdpa(self, plain_rotation, name, dtype, grids):
         """Guards the bar: rotation, runs of one grid as a batch, and their order in the result."""
         case = cases._vision(grids, heads=2)
-        assert verdict_of(PEERS[name], case, dtype).failure is None
+        assert verdict_of(VISION[name], case, dtype).failure is None
 
     @pytest.mark.parametrize("suffix", ["", "-alone"])
     def test_varlen(self, plain_rotation, monkeypatch, suffix):
         """Guards the calls of libraries for packed sequences."""
         varlen = SimpleNamespace(varlen_attn=attend, __name__="varlen")
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
-        monkeypatch.setitem(
-            sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=attend)
-        )
-        monkeypatch.setattr(vision_peer, "_on_gpu", lambda device: None)
+        monkeypatch.setattr(vision_peer, "on_gpu", lambda device: None)
+        package = SimpleNamespace(flash_attn_varlen_func=attend)
+        monkeypatch.setattr(fa2_peer, "check", lambda device: package)
         case = cases._vision(GRIDS, heads=2)
         for name in ("torch-varlen", "fa2-varlen"):
-            assert verdict_of(PEERS[name + suffix], case).failure is None, name
+            assert verdict_of(VISION[name + suffix], case).failure is None, name
 
     def test_fa3(self, plain_rotation, monkeypatch):
         """Guards FA3's call: by name through whatever schema the library has, without a mask."""
@@ -82,10 +83,10 @@ class TestVisionAttention:
 
         named = [SimpleNamespace(name=name) for name in FA3_NAMES]
         fwd.default = SimpleNamespace(_schema=SimpleNamespace(arguments=named))
-        monkeypatch.setattr(fa3_peer, "_library", lambda device: SimpleNamespace(fwd=fwd))
+        monkeypatch.setattr(fa3_peer, "check", lambda device: SimpleNamespace(fwd=fwd))
         case = cases._vision(GRIDS, heads=2)
         for name in ("fa3-varlen", "fa3-varlen-alone"):
-            assert verdict_of(PEERS[name], case).failure is None, name
+            assert verdict_of(VISION[name], case).failure is None, name
 
     def test_torch_takes_these_arguments(self):
         """Guards the stand-in above against a torch that wants them otherwise."""
@@ -105,14 +106,14 @@ class TestVisionAttention:
         made = cases._vision([(3, 4)], heads=1).inputs(0, CPU, torch.float32)
         for name, before, after in (("sdpa-flash", 0, 2), ("sdpa-flash-alone", 1, 1)):
             rotations.clear()
-            call = PEERS[name](made)
+            call = VISION[name](made)
             assert len(rotations) == before
             call(), call()
             assert len(rotations) == after
 
 
 class TestProjector:
-    @pytest.mark.parametrize("name", PROJECTOR)
+    @pytest.mark.parametrize("name", CUDNN)
     @pytest.mark.parametrize("scattered", [False, True])
     def test_numbers(self, monkeypatch, name, scattered):
         """Guards the bar: cuDNN measures its algorithms, with the weights that the name says, and
@@ -127,22 +128,22 @@ class TestProjector:
 
         monkeypatch.setattr(projector_peer, "projector", projector)
         case = cases._projector([(5, 7), (4, 4)], width=8, out=12, scattered=scattered)
-        assert verdict_of(PEERS[name], case).failure is None
+        assert verdict_of(PROJECTOR[name], case).failure is None
         assert seen == [(True, True, name == "cudnn-folded")]
         assert torch.backends.cudnn.benchmark is torch.backends.cudnn.deterministic is False
 
 
 class TestAbsence:
     @pytest.mark.parametrize(
-        "name", [name for name in VISION | PROJECTOR if not name.startswith("sdpa-flash")]
+        "name", [*(name for name in VISION if not name.startswith("sdpa-flash")), *CUDNN]
     )
     def test_what_cannot_run_says_why(self, plain_rotation, name):
         """Guards the table's footer: a peer that is missing has a reason, in one line."""
         case = cases._vision([(3, 4)], heads=1)
-        if name in PROJECTOR:
+        if name in CUDNN:
             case = cases._projector([(3, 4)], width=8, out=12)
         with pytest.raises(Unavailable) as reason:
-            PEERS[name](case.inputs(0, CPU, torch.float32))()
+            (VISION | PROJECTOR)[name](case.inputs(0, CPU, torch.float32))()
         assert len(str(reason.value).splitlines()) == 1
 
 
@@ -155,7 +156,7 @@ def test_numbers(name):
         case = cases._projector([(5, 7), (4, 4)], width=64, out=128)
     made = case.inputs(0, torch.device("cuda"), torch.bfloat16)
     try:
-        verdict = judge(case, PEERS[name], made, reference(case, made))
+        verdict = judge(case, (VISION | PROJECTOR)[name], made, reference(case, made))
     except Unavailable as reason:
         pytest.skip(f"{name}: {reason}")
     assert verdict.failure is None

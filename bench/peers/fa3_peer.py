@@ -1,20 +1,17 @@
-"""FlashAttention-3, from vLLM's shared object or from its own package; Hopper only.
+"""FlashAttention-3, from vLLM's shared object or from the package flash_attn_3; Hopper only.
 
-FA3_LIBRARY names a shared object to load (`_vllm_fa3_C*.so` of a vLLM wheel); else it is looked for
-in an installed vllm, and last the package flash_attn_3. The tile scheduler's metadata of paged
-calls is made outside the timed call, as vLLM does.
+The tile scheduler's metadata of paged calls is made outside the timed call, as vLLM does. Written
+against vllm 0.25.1.
 """
 
-import os
 from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.peers.layout import Segment, Unavailable, block_table, indptr, levels, paged
+from bench.peers.layout import Segment, block_table, indptr, levels, paged
+from bench.peers.peer import Library, Unavailable, imported, on_gpu
+from bench.peers.vllm_object import arguments, loaded, version
 
 # What the op's schema asks for and these calls leave off; every other argument is None.
 OFF = {
@@ -32,14 +29,14 @@ OFF = {
 
 def one_call(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
     """Every sequence by itself, over shared physical pages or `copied` ones."""
-    library, layout = _library(inputs["q"].device), paged(inputs, copied=copied)
+    library, layout = check(inputs["q"].device), paged(inputs, copied=copied)
     call = _prepared(library, inputs, layout.k, layout.v, layout.segments, causal=True)
     return lambda: call()[0]
 
 
 def cascade(inputs: dict) -> Callable[[], Tensor]:
     """A call for every level of the tree (two for one prefix and its suffixes) and one merge."""
-    library, tree = _library(inputs["q"].device), levels(inputs)
+    library, tree = check(inputs["q"].device), levels(inputs)
     calls = [
         _prepared(
             library,
@@ -60,7 +57,7 @@ def varlen(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, in
 
     Without the scheduler's metadata, which FA3 then makes within the call.
     """
-    library = _library(device)
+    library = check(device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
         given = OFF | {
@@ -127,25 +124,24 @@ def _prepared(
     return lambda: tuple(library.fwd(*values)[:2])
 
 
-def arguments(op: torch._ops.OpOverloadPacket, given: dict) -> list:
-    """`given` in the order of the op's schema, None for what it does not name."""
-    return [given.get(argument.name) for argument in op.default._schema.arguments]
+def check(device: torch.device) -> object:
+    """The namespace of torch.ops with `fwd` and `get_scheduler_metadata`, of vLLM or the package.
 
-
-@cache
-def _library(device: torch.device) -> object:
-    """The namespace of torch.ops that has `fwd` and `get_scheduler_metadata`."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    Raises Unavailable if there is neither, or no Hopper GPU.
+    """
+    on_gpu(device)
+    if torch.cuda.get_device_capability(device)[0] != 9:
         raise Unavailable("needs a Hopper GPU")
-    vllm = find_spec("vllm")
-    places = vllm.submodule_search_locations if vllm else ()
-    found = [path for place in places for path in Path(place).glob("*/_vllm_fa3_C*.so")]
-    named = os.environ.get("FA3_LIBRARY")
-    if named or found:
-        torch.ops.load_library(named or str(found[0]))
-        return torch.ops._vllm_fa3_C
-    try:
-        import flash_attn_interface  # noqa: F401  (registers the ops)
-    except ImportError as error:
-        raise Unavailable(f"not installed (no FA3_LIBRARY, no vllm, {error})") from None
-    return torch.ops.flash_attn_3
+    found = loaded(3)
+    if found is None:
+        imported("flash_attn_interface")  # registers the ops
+        found = torch.ops.flash_attn_3
+    return found
+
+
+FA3 = Library(
+    "FlashAttention-3",
+    "python -m bench peers prepare --only fa3",
+    lambda: version(3, "flash_attn_3"),
+    check,
+)

@@ -1,23 +1,26 @@
-"""FlashInfer: its paged decode (tensor cores) or prefill, and its multi-level cascade.
+"""FlashInfer: paged decode (tensor cores) or prefill, multi-level cascade, norm and activation.
 
-Planned outside the timed call. Written against flashinfer-python 0.6.13.
+Attention is planned outside the timed call. Its sampling is no peer: it draws by other random
+numbers, so that no result of it could be compared. Written against flashinfer-python 0.6.13.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from bench.peers.layout import Segment, Unavailable, indptr, levels, paged
+from bench.peers.layout import Segment, indptr, levels, paged
+from bench.peers.peer import Library, distribution, imported, on_gpu
 
 WORKSPACE_BYTES = 512 << 20
 
 
 def plain(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
     """Every sequence by itself, over shared physical pages or `copied` ones."""
-    flashinfer, layout, q = _flashinfer(), paged(inputs, copied=copied), inputs["q"]
+    q = inputs["q"]
+    flashinfer, layout = check(q.device), paged(inputs, copied=copied)
     arguments = (*_tables(layout.segments, layout.k.shape[2]), *_shape(q, layout.k))
     options = _options(inputs) | {"window_left": inputs["window"] - 1}
     if layout.decodes:
@@ -34,7 +37,8 @@ def plain(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
 
 def cascade(inputs: dict) -> Callable[[], Tensor]:
     """A launch for every level of the tree, and a merge for every level but the last."""
-    flashinfer, tree, q, k = _flashinfer(), levels(inputs), inputs["q"], inputs["k_pages"]
+    q, k = inputs["q"], inputs["k_pages"]
+    flashinfer, tree = check(q.device), levels(inputs)
     tables = [_tables(segments, k.shape[2]) for segments in tree]
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(tree), _workspace(q.device), "HND")
     wrapper.plan(
@@ -47,12 +51,30 @@ def cascade(inputs: dict) -> Callable[[], Tensor]:
     return lambda: wrapper.run(q, (k, inputs["v_pages"]))
 
 
-def _flashinfer() -> ModuleType:
-    try:
-        import flashinfer
-    except ImportError as error:
-        raise Unavailable(f"not installed ({error})") from None
-    return flashinfer
+def rms_norm(inputs: dict) -> Callable[[], object]:
+    """With a residual it is added in place, in copies of x and of the residual."""
+    x, weight, residual, eps = (inputs[name] for name in ("x", "weight", "residual", "eps"))
+    flashinfer = check(x.device)
+    if residual is None:
+        return partial(flashinfer.rmsnorm, x, weight, eps)
+    y, total = x.clone(), residual.clone()
+
+    def call() -> tuple[Tensor, Tensor]:
+        flashinfer.fused_add_rmsnorm(y, total, weight, eps)
+        return y, total
+
+    return call
+
+
+def silu_mul(inputs: dict) -> Callable[[], Tensor]:
+    gate_up = inputs["gate_up"]
+    return partial(check(gate_up.device).silu_and_mul, gate_up)
+
+
+def check(device: torch.device) -> ModuleType:
+    """FlashInfer; Unavailable without it or without a GPU."""
+    on_gpu(device)
+    return imported("flashinfer")
 
 
 @cache
@@ -82,3 +104,11 @@ def _shape(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
 def _options(inputs: dict) -> dict:
     dtype = inputs["q"].dtype
     return {"sm_scale": inputs["scale"], "q_data_type": dtype, "kv_data_type": dtype}
+
+
+FLASHINFER = Library(
+    "FlashInfer",
+    "python -m bench peers prepare --only flashinfer",
+    distribution("flashinfer-python"),
+    check,
+)

@@ -9,43 +9,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.peers.layout import Unavailable
+from bench.peers.compile_peer import for_every_shape
+from bench.peers.peer import Unavailable
 from kernels.prefix_plan import PrefixPlan
 
 
 def flex(inputs: dict, *, compiled: bool = True) -> Callable[[], Tensor]:
     """prefix_attention by flex_attention, which without `compiled` holds all scores in memory."""
-    from torch._dynamo import config as dynamo  # these two bring half of torch's compiler
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     q, plan = inputs["q"], inputs["plan"]
-    if inputs["k_pages"].dtype != q.dtype:
-        raise Unavailable("takes K and V of q's dtype only")
-    pages, places = _tokens(plan)
-    k, v = (
-        inputs[name][pages.to(q.device), :, places.to(q.device)].transpose(0, 1)[None]
-        for name in ("k_pages", "v_pages")
-    )  # [1, Hkv, tokens, D]
-    mask = create_block_mask(
-        _mask(plan, inputs["window"], q.device), None, None, len(q), len(pages), device=q.device
-    )
+    k, v = (x.transpose(0, 1)[None] for x in packed(inputs))  # [1, Hkv, tokens, D]
+    seen = _mask(plan, inputs["window"], q.device)
+    mask = create_block_mask(seen, None, None, len(q), k.shape[2], device=q.device)
     attend = torch.compile(flex_attention) if compiled else flex_attention
     options = {"block_mask": mask, "scale": inputs["scale"], "enable_gqa": True}
     query = q.transpose(0, 1)[None]  # [1, Hq, T, D]
-    # Past the limit dynamo would run the slow form without a word.
-    with dynamo.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True):
+    with for_every_shape():
         attend(query, k, v, **options)
     return lambda: attend(query, k, v, **options)[0].transpose(0, 1)
 
 
-def _tokens(plan: PrefixPlan) -> tuple[Tensor, Tensor]:
-    """Page and place within it of every token, node after node."""
+def packed(inputs: dict) -> tuple[Tensor, Tensor]:
+    """K and V of all tokens, node after node: [tokens, Hkv, D]."""
+    plan, device = inputs["plan"], inputs["q"].device
+    if inputs["k_pages"].dtype != inputs["q"].dtype:
+        raise Unavailable("takes K and V of q's dtype only")
     pages, places = [], []
     for node in plan.nodes:
         token = torch.arange(node.kv_len)
         pages.append(torch.tensor(node.pages, dtype=torch.long)[token // plan.page_size])
         places.append(token % plan.page_size)
-    return torch.cat(pages), torch.cat(places)
+    page, place = torch.cat(pages).to(device), torch.cat(places).to(device)
+    return inputs["k_pages"][page, :, place], inputs["v_pages"][page, :, place]
 
 
 def _mask(plan: PrefixPlan, window: int, device: torch.device) -> Callable:

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.peers.peer import Unavailable
 from kernels.prefix_plan import PlanNode, PrefixPlan
 
 NOTHING = PlanNode((), 0, 0, 0)
-
-
-class Unavailable(Exception):
-    """Why a peer cannot take part: it is not installed, or does not offer what is asked for."""
 
 
 @dataclass(frozen=True)
@@ -46,31 +43,34 @@ class Paged:
         return all(segment.rows == 1 for segment in self.segments)
 
 
-def paged(inputs: dict, *, copied: bool = False) -> Paged:
+def paged(inputs: dict, *, copied: bool = False, page_size: int | None = None) -> Paged:
     """Every sequence as one block table.
 
     Full pages are shared as they are. A page that a node fills in part, with another node behind
     it, is rebuilt for each sequence, as an engine that shares full pages would have it. `copied`
-    gives every sequence pages of its own instead.
+    gives every sequence pages of its own instead. With another `page_size` than the plan's all
+    pages are rebuilt, and what is full of the same tokens is one page again.
     """
-    runs, size = _sequences(inputs), inputs["plan"].page_size
-    pools = [inputs["k_pages"], inputs["v_pages"]]
-    count = 0 if copied else len(pools[0])
-    segments, rebuilt = [], []
-    for start, end, path in runs:
-        slots = torch.cat([_slots(node, size) for node in path])
-        length = len(slots)
-        behind = torch.arange(1, -length % size + 1)
+    runs, held = _sequences(inputs), inputs["plan"].page_size
+    pools, size = [inputs["k_pages"], inputs["v_pages"]], page_size or held
+    anew = copied or size != held
+    kept = 0 if anew else len(pools[0])
+    segments: list[Segment] = []
+    rebuilt: dict[tuple[int, bytes], int] = {}  # by its tokens' slots, which page
+    for index, (start, end, path) in enumerate(runs):
+        slots = torch.cat([_slots(node, held) for node in path])
+        behind = torch.arange(1, -len(slots) % size + 1)
         tokens = torch.cat([slots, slots[-1] + behind]).view(-1, size)
         whole = (tokens == tokens[:, :1] // size * size + torch.arange(size)).all(1)
-        whole &= not copied
         table = tokens[:, 0] // size
-        rebuilt.append(tokens[~whole])
-        table[~whole] = count + torch.arange(len(rebuilt[-1]))
-        count += len(rebuilt[-1])
-        segments.append(Segment(start, end, table.int(), length))
-    if any(map(len, rebuilt)):
-        pools = [_rebuild(pool, rebuilt, copied) for pool in pools]
+        for at in torch.arange(len(tokens))[~whole | anew].tolist():
+            key = (index if copied else 0, tokens[at].numpy().tobytes())
+            table[at] = kept + rebuilt.setdefault(key, len(rebuilt))
+        segments.append(Segment(start, end, table.int(), len(slots)))
+    if rebuilt:
+        slots = b"".join(tokens for _, tokens in rebuilt)
+        made = torch.frombuffer(bytearray(slots), dtype=torch.int64).view(-1, size)
+        pools = [_rebuild(pool, made, kept) for pool in pools]
     return Paged(*pools, segments)
 
 
@@ -125,14 +125,14 @@ def _slots(node: PlanNode, page_size: int) -> Tensor:
     return torch.tensor(node.pages)[token // page_size] * page_size + token % page_size
 
 
-def _rebuild(pool: Tensor, rebuilt: list[Tensor], alone: bool) -> Tensor:
-    """`pool` with the pages of `rebuilt` tokens [n, page_size] behind it, or these alone."""
-    size = pool.shape[2]
-    kept = 0 if alone else len(pool)
-    made = pool.new_empty(kept + sum(map(len, rebuilt)), *pool.shape[1:])
-    made[:kept] = pool[:kept]
-    for tokens in rebuilt:
-        tokens = tokens.clamp(max=len(pool) * size - 1).to(pool.device)
-        made[kept : kept + len(tokens)] = pool[tokens // size, :, tokens % size].transpose(1, 2)
-        kept += len(tokens)
+def _rebuild(pool: Tensor, tokens: Tensor, kept: int) -> Tensor:
+    """The first `kept` pages of `pool`, and behind them pages of `tokens` [n, page size]."""
+    held, size = pool.shape[2], tokens.shape[1]
+    tokens = tokens.clamp(max=len(pool) * held - 1)
+    made = pool.new_empty(kept + len(tokens), pool.shape[1], size, pool.shape[3])
+    if kept:
+        made[:kept] = pool[:kept]
+    for part, out in zip(tokens.split(1024), made[kept:].split(1024), strict=True):
+        part = part.to(pool.device)
+        out.copy_(pool[part // held, :, part % held].transpose(1, 2))
     return made

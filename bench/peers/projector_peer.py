@@ -11,15 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.peers.layout import Unavailable
+from bench.peers.peer import Library, Unavailable
 from kernels.projector import projector
 
 
 def cudnn(inputs: dict, *, folded: bool = False) -> Callable[[], Tensor]:
     """The three layers as they are, or with the last two `folded` into one."""
+    check(inputs["x"].device)
     settings = torch.backends.cudnn
-    if not settings.is_available():
-        raise Unavailable("needs cuDNN")
     given = inputs if folded else inputs | {"folded": None}
 
     def call() -> Tensor:
@@ -31,3 +30,17 @@ def cudnn(inputs: dict, *, folded: bool = False) -> Callable[[], Tensor]:
             settings.benchmark, settings.deterministic = before
 
     return call
+
+
+def check(device: torch.device) -> None:
+    """Raises Unavailable without cuDNN, which torch for CUDA brings along."""
+    if not torch.backends.cudnn.is_available():
+        raise Unavailable("needs cuDNN")
+
+
+def version() -> str | None:
+    there = torch.backends.cudnn.is_available()
+    return f"cudnn {torch.backends.cudnn.version()}" if there else None
+
+
+CUDNN = Library("cuDNN", "a torch for CUDA, which brings it along", version, check)

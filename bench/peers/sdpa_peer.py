@@ -1,21 +1,26 @@
-"""torch's scaled_dot_product_attention, over KV gathered within the timed call."""
+"""torch's scaled_dot_product_attention, over KV gathered within the timed call.
 
-from collections.abc import Callable
+By the backend that torch chooses, or by a given one. The memory-efficient backend has no query
+heads that share KV heads, so it is no peer of prefix attention.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers.layout import Unavailable
+from bench.peers.peer import Unavailable
 from kernels.prefix_plan import PlanNode, PrefixPlan
 
 
-def sdpa(inputs: dict, *, reuse: bool = False) -> Callable[[], Tensor]:
+def sdpa(inputs: dict, *, reuse: bool = False, backend: str | None = None) -> Callable[[], Tensor]:
     """prefix_attention by gathering every sequence's tokens into one padded call of
     scaled_dot_product_attention, with a mask only where sequences differ or rows are causal.
 
     With `reuse` the gathered K and V live in buffers that are kept between calls: on a CPU the page
-    faults of fresh memory cost several times the copy itself.
+    faults of fresh memory cost several times the copy itself. `backend`: see `only`.
     """
     q, k_pages, v_pages, plan = (inputs[name] for name in ("q", "k_pages", "v_pages", "plan"))
     if k_pages.dtype != q.dtype:
@@ -33,12 +38,28 @@ def sdpa(inputs: dict, *, reuse: bool = False) -> Callable[[], Tensor]:
             for flat, out in zip((flat_k, flat_v), kept, strict=True)
         )
         k, v = (x.view(*slots.shape, -1) for x in (k, v))
-        result = F.scaled_dot_product_attention(query, k, v, **options)
+        with only(backend) if backend else nullcontext():
+            result = F.scaled_dot_product_attention(query, k, v, **options)
         out = torch.zeros_like(q)
         out[rows] = result.transpose(1, 2)
         return out
 
     return call
+
+
+@contextmanager
+def only(backend: str) -> Iterator[None]:
+    """One backend, as torch.nn.attention.SDPBackend names it; Unavailable if it will not do."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        try:
+            yield
+        except RuntimeError as error:
+            if "No available kernel" in str(error) or "No viable backend" in str(error):
+                lacks = "torch has no such kernel for this device, dtype, mask or these heads"
+                raise Unavailable(lacks) from None
+            raise
 
 
 def _masking(mask: Tensor) -> dict:

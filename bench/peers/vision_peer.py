@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers import fa3_peer
-from bench.peers.layout import Unavailable, indptr
+from bench.peers import fa2_peer, fa3_peer
+from bench.peers.layout import indptr
+from bench.peers.peer import TORCH, TORCH_GPU, Library, imported, on_gpu
+from bench.peers.projector_peer import CUDNN
+from bench.peers.sdpa_peer import only
 from kernels._views import Grid
 from kernels.vision_attention import axial_rotary
 
@@ -50,9 +53,7 @@ def rotated(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
 
 
 def sdpa(backend: str, qkv: Tensor, grids: Sequence[Grid]) -> Attend:
-    """scaled_dot_product_attention by one backend, as torch.nn.attention.SDPBackend names it."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+    """scaled_dot_product_attention by `only` one backend."""
     runs = [(len(list(same)), rows * columns) for (rows, columns), same in groupby(grids)]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -64,13 +65,8 @@ def sdpa(backend: str, qkv: Tensor, grids: Sequence[Grid]) -> Attend:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def by_backend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(getattr(SDPBackend, backend)):
-            try:
-                return attend(q, k, v)
-            except RuntimeError as error:
-                if "No available kernel" in str(error) or "No viable backend" in str(error):
-                    raise Unavailable("torch has no such kernel for this device or dtype") from None
-                raise
+        with only(backend):
+            return attend(q, k, v)
 
     return by_backend
 
@@ -84,36 +80,16 @@ def varlen(library: Callable[[torch.device], Varlen], qkv: Tensor, grids: Sequen
 
 def of_torch(device: torch.device) -> Varlen:
     """The FlashAttention-2 that torch brings along."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        raise Unavailable(f"not in this torch ({error})") from None
-    _on_gpu(device)
-    return _packed(varlen_attn)
+    on_gpu(device)
+    attend = imported("torch.nn.attention.varlen").varlen_attn
+    return lambda q, k, v, starts, longest: attend(q, k, v, starts, starts, longest, longest)
 
 
-def of_fa2(device: torch.device) -> Varlen:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        raise Unavailable(f"not installed ({error})") from None
-    _on_gpu(device)
-    return _packed(flash_attn_varlen_func)
-
-
-def _packed(function: Callable[..., Tensor]) -> Varlen:
-    return lambda q, k, v, starts, longest: function(q, k, v, starts, starts, longest, longest)
-
-
-def _on_gpu(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise Unavailable("needs a GPU")
-
-
-PREPARED: dict[str, Callable[[Tensor, Sequence[Grid]], Attend]] = {
-    "sdpa-flash": partial(sdpa, "FLASH_ATTENTION"),
-    "sdpa-cudnn": partial(sdpa, "CUDNN_ATTENTION"),
-    "torch-varlen": partial(varlen, of_torch),
-    "fa2-varlen": partial(varlen, of_fa2),
-    "fa3-varlen": partial(varlen, fa3_peer.varlen),
+PREPARED: dict[str, tuple[Library, Callable[[Tensor, Sequence[Grid]], Attend]]] = {
+    "sdpa-flash": (TORCH, partial(sdpa, "FLASH_ATTENTION")),
+    "sdpa-cudnn": (CUDNN, partial(sdpa, "CUDNN_ATTENTION")),
+    "sdpa-efficient": (TORCH_GPU, partial(sdpa, "EFFICIENT_ATTENTION")),
+    "torch-varlen": (TORCH_GPU, partial(varlen, of_torch)),
+    "fa2-varlen": (fa2_peer.FA2, partial(varlen, fa2_peer.varlen)),
+    "fa3-varlen": (fa3_peer.FA3, partial(varlen, fa3_peer.varlen)),
 }

@@ -4,23 +4,22 @@ It wants pages of [page_size, Hkv, D], which are made outside the timed call.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from bench.peers.layout import Unavailable, block_table, paged
+from bench.peers.layout import block_table, paged
+from bench.peers.peer import Library, Unavailable, distribution, imported, on_gpu
 
 
 def split_k(inputs: dict) -> Callable[[], Tensor]:
     """Every sequence by itself, over shared physical pages."""
-    try:
-        from xformers.ops import fmha
-        from xformers.ops.fmha.attn_bias import PagedBlockDiagonalPaddedKeysMask
-    except ImportError as error:
-        raise Unavailable(f"not installed ({error})") from None
-    layout, q = paged(inputs), inputs["q"]
+    q = inputs["q"]
+    fmha, layout = check(q.device), paged(inputs)
     if inputs["window"] or not layout.decodes:
         raise Unavailable("is called for decode without a window only")
-    bias = PagedBlockDiagonalPaddedKeysMask.from_seqlens(
+    bias = fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
         q_seqlen=[1] * len(layout.segments),
         kv_seqlen=[segment.length for segment in layout.segments],
         block_tables=block_table(layout.segments).to(q.device),
@@ -40,3 +39,17 @@ def split_k(inputs: dict) -> Callable[[], Tensor]:
         return out.view_as(q)
 
     return call
+
+
+def check(device: torch.device) -> ModuleType:
+    """xformers' attention; Unavailable without it or without a GPU."""
+    on_gpu(device)
+    return imported("xformers.ops.fmha")
+
+
+XFORMERS = Library(
+    "xformers",
+    "python -m bench peers prepare --only xformers",
+    distribution("xformers"),
+    check,
+)

@@ -1,0 +1,60 @@
+"""Liger's Triton kernels, as its modules call them. Written against liger-kernel 0.8.5."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.peers.peer import Library, Unavailable, distribution, imported, on_gpu
+
+
+def rms_norm(inputs: dict) -> Callable[[], object]:
+    """With its residual add where there is one, in one launch."""
+    x, weight, residual, eps = (inputs[name] for name in ("x", "weight", "residual", "eps"))
+    if residual is None:
+        return partial(_function("LigerRMSNormFunction", x), x, weight, eps)
+    return partial(_function("LigerFusedAddRMSNormFunction", x), x, residual, weight, eps)
+
+
+def layer_norm(inputs: dict) -> Callable[[], object]:
+    """Liger has no residual add for it: PyTorch's is a launch before."""
+    x, weight, bias, residual, gamma, eps = (
+        inputs[name] for name in ("x", "weight", "bias", "residual", "gamma", "eps")
+    )
+    norm = _function("LigerLayerNormFunction", x)
+    if residual is None:
+        return partial(norm, x, weight, bias, eps)
+
+    def call() -> tuple[Tensor, Tensor]:
+        total = residual + x if gamma is None else torch.addcmul(residual, gamma, x)
+        return norm(total, weight, bias, eps), total
+
+    return call
+
+
+def silu_mul(inputs: dict) -> Callable[[], Tensor]:
+    """Gate and up as halves of one tensor, as the op has them."""
+    gate_up = inputs["gate_up"]
+    return partial(_function("LigerFusedGateUpSiLUMulFunction", gate_up), gate_up)
+
+
+def check(device: torch.device) -> object:
+    """Liger's operators; Unavailable without them or without a GPU."""
+    on_gpu(device)
+    return imported("liger_kernel.ops")
+
+
+def _function(name: str, x: Tensor) -> Callable[..., object]:
+    found = getattr(check(x.device), name, None)
+    if found is None:
+        raise Unavailable(f"this version has no {name}")
+    return found.apply
+
+
+LIGER = Library(
+    "Liger",
+    "pip install liger-kernel, or python -m bench peers prepare --only liger",
+    distribution("liger-kernel"),
+    check,
+)
