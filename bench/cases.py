@@ -12,7 +12,7 @@ import torch
 
 from bench import cost, forests, inputs
 from bench.inputs import Node, fork
-from bench.peers import CPU_PEERS, CUDA_PEERS, PROJECTOR, VISION
+from bench.peers import peers_on
 from bench.vision import attention_flops, projector_flops, views_of
 from kernels._views import Grid, tokens_of
 from kernels.activation import quick_gelu, silu_mul
@@ -75,11 +75,11 @@ class Case:
 def cases(device_type: str, grid: bool = False) -> list[Case]:
     """The op table of a kind of device, "cuda" or "cpu": most telling first.
 
-    With `grid` the rest of prefix attention's grid follows, for a GPU only.
+    With `grid` prefix attention's grid over prefixes and suffixes follows.
     """
-    if device_type == "cpu":
-        return [*_cpu_cases()]
-    return [*_cuda_cases(), *_grid_cases()] if grid else [*_cuda_cases()]
+    few, more = {"cpu": (_cpu_cases, _cpu_grid), "cuda": (_cuda_cases, _cuda_grid)}[device_type]
+    found = [*few(), *more()] if grid else [*few()]
+    return [replace(case, peers=peers_on(device_type, case.op)) for case in found]
 
 
 def _cuda_cases() -> Iterator[Case]:
@@ -118,26 +118,32 @@ def _cuda_vision_cases() -> Iterator[Case]:
         yield _quick_gelu(rows, vision.mlp_width)
         yield _linear_quick_gelu(rows, vision.width, vision.mlp_width)
     for grids in (photo, whole, crop, largest, 4 * whole):
-        yield _vision(grids, vision.heads, peers=tuple(VISION))
+        yield _vision(grids, vision.heads)
     for grids in (photo, whole, crop, square, largest):
-        yield _projector(grids, vision.width, out, peers=tuple(PROJECTOR))
+        yield _projector(grids, vision.width, out)
     yield _projector(photo, vision.width, out, scattered=True)
 
 
-def _grid_cases() -> Iterator[Case]:
+def _cuda_grid() -> Iterator[Case]:
     for name, forest in forests.grid():
         yield _prefix(name, forest)
     name, forest = forests.rollouts(64, 8192, 1024)
     yield _prefix(f"{name} fp8", forest, fp8=True)
 
 
+def _cpu_grid() -> Iterator[Case]:
+    for point in forests.CPU_GRID:
+        name, forest = forests.rollouts(*point)
+        yield _prefix(f"smollm2 {name}", forest, heads=_heads(SMOLLM2))
+
+
 def _cpu_cases() -> Iterator[Case]:
-    yield _prefix("B16 P2048 S128", [fork(2048, [128] * 16)], peers=CPU_PEERS)
+    yield _prefix("B16 P2048 S128", [fork(2048, [128] * 16)])
     yield _rotary("B16 P2048 S128", [fork(2048, [128] * 16)])
-    yield _prefix("4 x (B4 P512 S64)", [fork(512, [64] * 4)] * 4, peers=CPU_PEERS)
+    yield _prefix("4 x (B4 P512 S64)", [fork(512, [64] * 4)] * 4)
     forest = [fork(1500, [64] * 16)]
-    yield _prefix("smollm2 B16 P1500 S64", forest, heads=_heads(SMOLLM2), peers=CPU_PEERS)
-    yield _prefix("prefill 128 behind 896", [Node(1024, new=128)], peers=CPU_PEERS)
+    yield _prefix("smollm2 B16 P1500 S64", forest, heads=_heads(SMOLLM2))
+    yield _prefix("prefill 128 behind 896", [Node(1024, new=128)])
     for rows in DECODE_ROWS:
         yield _qk_norm_rope(rows)
         yield _rms_norm(rows, BIG.decoder.hidden)
@@ -164,7 +170,7 @@ def numerics_cases() -> list[Case]:
     forest = [fork(130, [1, 63, 64, 65]), tree, Node(5, new=5), Node(100, new=37)]
     return [
         *(
-            _prefix(name, forest, return_lse=True, peers=(), **options)
+            _prefix(name, forest, return_lse=True, **options)
             for name, options in {
                 "ragged forest": {},
                 "smollm2 ragged forest": {"heads": _heads(SMOLLM2)},
@@ -207,7 +213,7 @@ def _prefix(
     forest: Sequence[Node],
     *,
     heads: Heads | None = None,
-    peers: tuple[str, ...] = CUDA_PEERS,
+    peers: tuple[str, ...] = (),
     **options: object,
 ) -> Case:
     """`options` are those of the inputs: window, fp8, return_lse."""
@@ -332,9 +338,7 @@ def _sample(rows: int, vocab: int, top_k: int = 0, top_p: float = 1.0) -> Case:
     )
 
 
-def _vision(
-    grids: Sequence[Grid], heads: int, head_dim: int = 96, peers: tuple[str, ...] = ()
-) -> Case:
+def _vision(grids: Sequence[Grid], heads: int, head_dim: int = 96) -> Case:
     width, shape = heads * head_dim, {"heads": heads, "head_dim": head_dim}
     return Case(
         op="vision_attention",
@@ -342,7 +346,6 @@ def _vision(
         inputs=partial(inputs.vision_attention_inputs, grids=tuple(grids), **shape),
         values=4 * tokens_of(grids) * width,
         flops=attention_flops(grids, width),
-        peers=peers,
     )
 
 
@@ -351,7 +354,6 @@ def _projector(
     width: int,
     out: int,
     scattered: bool = False,
-    peers: tuple[str, ...] = (),
 ) -> Case:
     """The least work is that of the folded weights, which spare the reading of w2 and w3."""
     shape = {"width": width, "out": out, "scattered": scattered}
@@ -363,7 +365,6 @@ def _projector(
         inputs=partial(inputs.projector_inputs, grids=tuple(grids), **shape),
         values=tokens_of(grids) * width + weights + 2 * width + out + end * out,
         flops=projector_flops(grids, width, out),
-        peers=peers,
     )
 
 

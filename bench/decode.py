@@ -1,30 +1,43 @@
 """One decode step of a whole decoder: rollouts over a shared prefix, each adding one token.
 
 From the tokens' embeddings to the next tokens; random weights serve, the time does not depend on
-them. Host work before the step (its plan) is not timed.
+them. Host work before the step (its plan) is not timed. Rows "decode_part" say what a step is made
+of.
 """
 
-from dataclasses import dataclass
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
+from bench.breakdown import parts
 from bench.numerics import Verdict, compare
-from bench.rows import measured, with_speedups
+from bench.ops import MAIN_DTYPE, NOT_RUN, dtypes_named
+from bench.rows import measured, origin, with_speedups
+from bench.show import times, titled
 from bench.timing import measure
 from kernels.fp8 import quantise_e4m3
 from kernels.prefix_plan import PrefixPlan
 from kernels.sampling import sample
-from model.config import DecoderConfig
+from model.config import PRESETS, Config, DecoderConfig
 from model.decoder import Decoder, Step
 from model.impls import impl_per_op
 from model.kv_cache import PAGE_SIZE, KVCache
 from model.step3vl import Step3VL
+from model.terminal import InputError, track
+from pacore_sched.kv_memory import free_bytes
 from pacore_sched.plan import plan_step
 from pacore_sched.prefix_tree import PrefixTree
 
 FORMS = {"eager": "eager", "default": None}  # of all ops; None is the best that the device has
 FP8 = "default, FP8 KV"  # the default form over pages of e4m3, on a GPU
+MODELS = {"cpu": "smollm2-135m", "cuda": "step3-vl-10b"}
+# Batches, prefixes, suffixes: what a round of PaCoRe looks like, and one rollout alone.
+SIZES = {"cpu": ((1, 16), (512,), (64,)), "cuda": ((16, 64, 1), (2048, 8192), (512,))}
 
 
 @dataclass(frozen=True)
@@ -58,10 +71,59 @@ class DecodeCase:
         return self.batch * (2 * _weights(config) + attention * (self.prefix + self.suffix))
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and which steps of it."""
+    parser.add_argument(
+        "--model", metavar="PRESET", help=f"of {', '.join(PRESETS)} (default: what the device has)"
+    )
+    for name, what in (
+        ("batch", "rollouts"),
+        ("prefix", "tokens that all rollouts share"),
+        ("suffix", "tokens of each rollout, the new one included"),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", type=int, default=(), metavar="N", help=what)
+    parser.add_argument("--dtype", nargs="+", default=(), help="default: bf16 on a GPU, else fp32")
+
+
+def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """Rows of the steps asked for, and of what they are made of."""
+    name = options.model or MODELS[device.type]
+    if name not in PRESETS:
+        raise InputError(f"unknown model {name!r}; choose of {', '.join(PRESETS)}")
+    asked = (options.batch, options.prefix, options.suffix)
+    sizes = [given or default for given, default in zip(asked, SIZES[device.type], strict=True)]
+    if min(map(min, sizes)) < 1:
+        raise InputError("--batch, --prefix and --suffix are at least 1")
+    for dtype in dtypes_named(options.dtype) or (MAIN_DTYPE[device.type],):
+        model, free = None, free_bytes(device)  # before the weights are there
+        for case in track([DecodeCase(*size) for size in product(*sizes)], "decode"):
+            needed = needed_bytes(PRESETS[name], case, dtype)
+            if needed > free:
+                reason = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+                yield _skipped(PRESETS[name], case, device, dtype, reason)
+                continue
+            model = model or Step3VL.from_preset(name, device=device, dtype=dtype)
+            yield from time_decode(model, case, breakdown=True)
+
+
+def needed_bytes(config: Config, case: DecodeCase, dtype: torch.dtype) -> int:
+    """Memory of weights, of KV pages and a copy of them in FP8, and of logits in fp32, twice."""
+    kv = config.decoder.kv_bytes_per_token(dtype.itemsize)
+    logits = 8 * case.batch * config.decoder.vocab_size
+    model = Step3VL(config, device="meta", dtype=dtype)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return weights + 2 * case.tokens * kv + logits
+
+
 def time_decode(
-    model: Step3VL, case: DecodeCase, budget_s: float = 3.0, fp8_kv: bool | None = None
+    model: Step3VL,
+    case: DecodeCase,
+    budget_s: float = 3.0,
+    fp8_kv: bool | None = None,
+    breakdown: bool = False,
 ) -> list[dict]:
-    """One row per entry of FORMS, and one of FP8 KV if `fp8_kv` (on a GPU, if None).
+    """One row per entry of FORMS, and one of FP8 KV if `fp8_kv` (on a GPU, if None); with
+    `breakdown` also one per form and kind of work.
 
     Errors are those of the logits against the eager ones. Leaves the model with the best form of
     every op.
@@ -85,12 +147,12 @@ def time_decode(
     with torch.inference_mode():
         expected = logits(*forms["eager"])
         errors = {name: compare(logits(*form), expected) for name, form in forms.items()}
+    calls = {name: partial(next_tokens, *form) for name, form in forms.items()}
     timings = measure(
-        {name: lambda _, form=form: next_tokens(*form) for name, form in forms.items()},
+        {name: lambda _, call=call: call() for name, call in calls.items()},
         device=device,
         budget_s=budget_s,
     )
-    model.set_impl(None)
     rows = [
         measured(
             "decode_step",
@@ -105,7 +167,44 @@ def time_decode(
         )
         for name in forms
     ]
-    return with_speedups(rows)
+    made = with_speedups(rows) + (_parts(model, case, calls) if breakdown else [])
+    model.set_impl(None)
+    return made
+
+
+def _skipped(
+    config: Config, case: DecodeCase, device: torch.device, dtype: torch.dtype, reason: str
+) -> dict:
+    row = measured(
+        "decode_step",
+        f"{config.name} {case.name}",
+        "all",
+        device=device,
+        dtype=dtype,
+        num_bytes=case.bytes(config.decoder, dtype),
+        flops=case.flops(config.decoder),
+        verdict=replace(NOT_RUN, skipped=reason),
+    )
+    return row | {"skipped": reason}
+
+
+def _parts(model: Step3VL, case: DecodeCase, calls: dict[str, Callable]) -> list[dict]:
+    with torch.inference_mode():
+        found = {name: parts(call, model.device) for name, call in calls.items()}
+    return [
+        {
+            "op": "decode_part",
+            "case": f"{model.config.name} {case.name}",
+            "impl": name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "part": part,
+            "median_us": us,
+            "failure": None,
+            **origin(model.device),
+        }
+        for name, of_form in found.items()
+        for part, us in sorted(of_form.items(), key=lambda item: -item[1])
+    ]
 
 
 def _quantised(cache: KVCache, model: Step3VL) -> KVCache:
@@ -153,3 +252,20 @@ def _weights(config: DecoderConfig) -> int:
     return sum(t.numel() for name, t in tensors.items() if "embed_tokens" not in name) + (
         config.vocab_size * config.hidden if config.tied_embeddings else 0
     )
+
+
+def display(rows: Sequence[dict]) -> None:
+    """The steps as a table, and what each form's step is made of."""
+    times([row for row in rows if row["op"] == "decode_step"])
+    steps: dict[tuple[str, str, str], list[dict]] = {}
+    for row in rows:
+        if row["op"] == "decode_part":
+            steps.setdefault((row["case"], row["impl"], row["dtype"]), []).append(row)
+    lines = []
+    for step, of_step in steps.items():
+        total = sum(row["median_us"] for row in of_step)
+        made_of = (f"{row['part']} {row['median_us'] / total:.0%}" for row in of_step)
+        lines.append([*step, f"{total:,.0f}", ", ".join(made_of)])
+    if lines:
+        header = ("case", "form", "dtype", " us, profiled", "made of")
+        titled("decode steps by part", rows, header, lines)

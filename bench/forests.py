@@ -20,6 +20,10 @@ FIRST = (
     (64, 2048, 8192),
     (16, 32768, 2048),
 )
+# Half-way through a round of PaCoRe over a photo of nine views: rollouts of 12,000 tokens.
+PACORE = {"low": (4, 1024, 6000), "medium": (16, 1024, 6000), "high": (32, 1024, 6000)}
+# Of a CPU, whose heat map has to be done in seconds.
+CPU_GRID = [(16, prefix, suffix) for prefix in (128, 512, 2048) for suffix in (16, 64, 256)]
 
 
 def rollouts(batch: int, prefix: int, suffix: int) -> tuple[str, Forest]:
@@ -28,9 +32,13 @@ def rollouts(batch: int, prefix: int, suffix: int) -> tuple[str, Forest]:
 
 
 def telling() -> Iterator[tuple[str, Forest]]:
-    """Decode steps, most telling first: points of the grid, groups, ragged and deep trees."""
+    """Decode steps, most telling first: points of the grid, PaCoRe's rounds, groups,
+    ragged and deep trees."""
     for point in FIRST:
         yield rollouts(*point)
+    for effort, point in PACORE.items():
+        name, forest = rollouts(*point)
+        yield f"pacore {effort} {name}", forest
     yield "4 x (B16 P2048 S512)", (fork(2048, [512] * 16),) * 4
     yield "4 x (B16 P8192 S2048)", (fork(8192, [2048] * 16),) * 4
     yield "ragged B32 P2048 S64..1056", (fork(2048, range(64, 1088, 32)),)

@@ -14,7 +14,7 @@ import torch
 
 from bench.cases import OPS, Case
 from bench.numerics import Verdict, form, judge, reference
-from bench.peers import Unavailable, version
+from bench.peers import NAMES, PEERS, Unavailable, version
 from bench.rows import measured, with_speedups
 from bench.timing import Timing, measure, sets_for
 from kernels._launch import IMPLS, ImplError
@@ -22,6 +22,8 @@ from model.terminal import InputError
 
 MAIN_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+FORMS = (*IMPLS, "triton-invariant", "triton-separate", "triton-fused", *NAMES)
 NOT_RUN = Verdict(math.nan, math.nan, None)
 TIMED_DTYPES = {"cpu": (torch.float32,), "cuda": DTYPES}
 
@@ -36,20 +38,52 @@ def device_named(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def select(cases: Iterable[Case], ops: Sequence[str] = (), name: str = "") -> list[Case]:
-    """The cases of `ops` (of all if empty) that have `name` in their names.
+def dtypes_named(names: Sequence[str]) -> tuple[torch.dtype, ...]:
+    """Dtypes by their names, long or short. Raises InputError for one that ops do not have."""
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    for name in names:
+        if SHORT.get(name, name) not in known:
+            raise InputError(f"unknown dtype {name!r}; choose of {', '.join(known)}")
+    return tuple(known[SHORT.get(name, name)] for name in names)
 
-    Raises InputError for an unknown op, listing the known ones, and if no case is left.
+
+def select(
+    cases: Iterable[Case], ops: Sequence[str] = (), shape: str = "", impls: Sequence[str] = ()
+) -> list[Case]:
+    """The cases of `ops` (of all if empty) whose name is `shape`, or else all that contain it, and
+    that have one of `impls` (any if empty).
+
+    Raises InputError for an unknown op or form, listing the known ones, and if no case is left.
     """
-    for op in ops:
-        if op not in OPS:
-            raise InputError(f"unknown op {op!r}; choose of {', '.join(OPS)}")
+    _known("op", ops, OPS)
+    _known("form", impls, FORMS)
     of_ops = [case for case in cases if not ops or case.op in ops]
-    chosen = [case for case in of_ops if name in case.name]
+    chosen = [case for case in of_ops if case.name == shape]
+    chosen = chosen or [case for case in of_ops if shape in case.name]
     if not chosen:
         names = ", ".join(repr(case.name) for case in of_ops)
-        raise InputError(f"no case has {name!r} in its name; choose of {names}")
-    return chosen
+        raise InputError(f"no case has {shape!r} in its name; choose of {names}")
+    with_form = [case for case in chosen if not impls or forms_of(case, impls)]
+    if not with_form:
+        raise InputError(f"none of these cases has a form {' or '.join(map(repr, impls))}")
+    return with_form
+
+
+def forms_of(case: Case, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that the case's op has as a form, mode or peer."""
+    own = (*IMPLS, *case.modes, *case.peers)
+    return tuple(name for name in names if name in own or name in PEERS.get(case.op, ()))
+
+
+def forms_here(case: Case, device: torch.device) -> tuple[str, ...]:
+    """What is timed of a case unless somebody chooses: its forms and its peers."""
+    return (*_forms(case, device), *case.peers)
+
+
+def _known(what: str, names: Sequence[str], known: Iterable[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown {what} {name!r}; choose of {', '.join(known)}")
 
 
 def check_case(
@@ -61,8 +95,8 @@ def check_case(
     """
     if reason := _too_large(case, device, dtype):
         return [_row(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
-    names = impls or _forms(case, device)
-    verdicts = _verdicts(case, device, dtype, names, required=bool(impls))
+    names = forms_of(case, impls) or _forms(case, device)
+    verdicts = verdicts_of(case, device, dtype, names, required=bool(impls))
     return [_row(case, name, device, dtype, verdict) for name, verdict in verdicts.items()]
 
 
@@ -80,8 +114,8 @@ def time_case(
     """
     if reason := _too_large(case, device, dtype):
         return [_row(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
-    names = impls or (*_forms(case, device), *case.peers)
-    verdicts = _verdicts(case, device, dtype, names, required=bool(impls))
+    names = forms_of(case, impls) or forms_here(case, device)
+    verdicts = verdicts_of(case, device, dtype, names, required=bool(impls))
     timings = _timings(case, verdicts, device, dtype, budget_s)
     rows = [
         _row(case, name, device, dtype, verdict, timings.get(name))
@@ -112,16 +146,26 @@ def _forms(case: Case, device: torch.device) -> tuple[str, ...]:
     return (*IMPLS, *case.modes) if device.type == "cuda" else IMPLS[:2]
 
 
-def _verdicts(
-    case: Case, device: torch.device, dtype: torch.dtype, names: Sequence[str], required: bool
+def verdicts_of(
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    names: Sequence[str],
+    required: bool,
+    expected: tuple[dict, list[torch.Tensor]] | None = None,
 ) -> dict[str, Verdict]:
-    """What `judge` says of each form; forms that do not exist are left out unless `required`."""
-    inputs = case.inputs(0, device, dtype)
-    expected = reference(case, inputs)
+    """What `judge` says of each form; forms that do not exist are left out unless `required`.
+
+    expected: the inputs and what `reference` makes of them, if they are there already.
+    """
+    if expected is None:
+        inputs = case.inputs(0, device, dtype)
+        expected = inputs, reference(case, inputs)
+    inputs, results = expected
     found = {}
     for name in names:
         try:
-            found[name] = judge(case, form(case.op, name), inputs, expected)
+            found[name] = judge(case, form(case.op, name), inputs, results)
         except ImplError:
             if required:
                 raise
@@ -138,7 +182,7 @@ def _timings(
     budget_s: float,
 ) -> dict[str, Timing]:
     """Times of the forms and peers with right numbers; why there are none is put into `found`."""
-    calls = _prepared(case, found, device, dtype)
+    calls = prepared(case, found, device, dtype)
     while calls:
         candidates = {name: partial(_call, of_sets) for name, of_sets in calls.items()}
         sets = len(next(iter(calls.values())))
@@ -151,7 +195,7 @@ def _timings(
     return {}
 
 
-def _prepared(
+def prepared(
     case: Case, found: dict[str, Verdict], device: torch.device, dtype: torch.dtype
 ) -> dict[str, list[Callable]]:
     """The call of every form for every set of inputs, each made once: what a form prepares at its
@@ -206,7 +250,7 @@ def _row(
         verdict=verdict,
         timing=timing,
     )
-    return row | {"skipped": verdict.skipped, "version": version(name)}
+    return row | {"skipped": verdict.skipped, "version": version(case.op, name)}
 
 
 def one_line(error: Exception) -> str:

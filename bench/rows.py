@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,7 @@ from bench.timing import Timing
 from model.terminal import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
+SCHEMA = 1  # of rows; one more whenever a field changes its meaning
 
 
 def measured(
@@ -84,9 +86,14 @@ def with_speedups(rows: list[dict]) -> list[dict]:
     return rows
 
 
-@cache
 def origin(device: torch.device) -> dict:
-    """The fields of a row that say where it was measured."""
+    """The fields of a row that say where it was measured, and when (UTC)."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {**machine(device), "time": now, "schema": SCHEMA}
+
+
+@cache
+def machine(device: torch.device) -> dict:
     return {
         "device": device_name(device),
         "commit": commit(),
@@ -145,7 +152,8 @@ def read(path: Path) -> list[dict]:
     """The rows of a JSONL file; none if there is no such file.
 
     A last line without an end, the trace of an interrupted write, is left out. Raises InputError
-    naming any other line that is not a JSON object.
+    naming any other line that is not a JSON object, and rows of another schema (a row that names
+    none is of the first).
     """
     if not path.exists():
         return []
@@ -158,6 +166,9 @@ def read(path: Path) -> list[dict]:
             row = None
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: not a JSON object")
+        if (schema := row.get("schema", 1)) != SCHEMA:
+            by = f"; commit {row['commit']} can read it" if row.get("commit") else ""
+            raise InputError(f"{path}:{number}: rows of schema {schema}, not {SCHEMA}{by}")
         rows.append(row)
     return rows
 

@@ -22,6 +22,7 @@ def times(rows: Sequence[Row]) -> None:
     versions = {row["version"]: None for row in rows if row.get("version")}
     if versions:
         print(f"peers: {', '.join(versions)}")
+    _print_again(rows, "ops")
     _print_skipped(rows)
 
 
@@ -56,6 +57,14 @@ def skipped(rows: Sequence[Row]) -> list[str]:
         where = "" if everywhere and impl != "all" else f" ({'; '.join(names)})"
         lines.append(f"{impl}: {reason}{where}")
     return lines
+
+
+def _print_again(rows: Sequence[Row], kind: str) -> None:
+    """The commands that make the failed rows of ops again."""
+    for row in rows:
+        if row["failure"]:
+            asked = (row["op"], row["case"], row["impl"], row["dtype"])
+            print(f"again: {repro.command(*asked, kind)}")
 
 
 def _print_skipped(rows: Sequence[Row]) -> None:
@@ -121,6 +130,7 @@ def errors(rows: Sequence[Row]) -> None:
         if row["failure"]:
             name = f"{row['op']}, {row['case']}, {row['impl']}, {row['dtype']}"
             print(f"FAILED: {name}: {row['failure']}")
+    _print_again(rows, "numerics")
     _print_skipped(rows)
 
 

@@ -51,10 +51,8 @@ def measure(
 
     Warm-up is not counted. Every candidate gets at least MIN_REPEATS repeats, however long.
     """
-    device = torch.device(device)
-    prepare = _cuda_repeats if device.type == "cuda" else _cpu_repeats
     with torch.inference_mode(), _garbage_collection_off():
-        repeats = prepare(candidates, sets, device)
+        repeats = prepare(candidates, device=device, sets=sets)
         samples: dict[str, list[float]] = {name: [] for name in candidates}
         order = list(candidates)
         end = time.perf_counter() + budget_s
@@ -65,6 +63,23 @@ def measure(
                 samples[name].append(repeats[name].run())
             order.reverse()
     return {name: _summary(samples[name], repeats[name].timer) for name in candidates}
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """`run` takes one sample and returns the microseconds of one call."""
+
+    run: Callable[[], float]
+    timer: str
+
+
+def prepare(
+    candidates: Mapping[str, Candidate], *, device: torch.device | str, sets: int = 1
+) -> dict[str, Repeat]:
+    """Warm `candidates` up, on a GPU capture them, and return how to sample each."""
+    device = torch.device(device)
+    of_kind = _cuda_repeats if device.type == "cuda" else _cpu_repeats
+    return of_kind(candidates, sets, device)
 
 
 def sets_for(set_bytes: int, device: torch.device | str) -> int:
@@ -82,17 +97,9 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=32 << 20)
 
 
-@dataclass(frozen=True)
-class _Repeat:
-    """`run` takes one sample and returns the microseconds of one call."""
-
-    run: Callable[[], float]
-    timer: str
-
-
 def _cpu_repeats(
     candidates: Mapping[str, Candidate], sets: int, device: torch.device
-) -> dict[str, _Repeat]:
+) -> dict[str, Repeat]:
     indices = cycle(range(sets))  # one for all, or a candidate would warm the next one's inputs
 
     def repeat(call: Candidate) -> float:
@@ -103,12 +110,12 @@ def _cpu_repeats(
 
     for call in candidates.values():
         repeat(call)
-    return {name: _Repeat(partial(repeat, call), "clock") for name, call in candidates.items()}
+    return {name: Repeat(partial(repeat, call), "clock") for name, call in candidates.items()}
 
 
 def _cuda_repeats(
     candidates: Mapping[str, Candidate], sets: int, device: torch.device
-) -> dict[str, _Repeat]:
+) -> dict[str, Repeat]:
     evict = torch.ones(COLD * cache_bytes(device) // 4, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -120,12 +127,12 @@ def _cuda_repeats(
         end.synchronize()
         return start.elapsed_time(end) * 1e3 / calls
 
-    def prepared(call: Candidate) -> _Repeat:
+    def prepared(call: Candidate) -> Repeat:
         graph = _capture(call, sets)
         if graph is not None:
-            return _Repeat(partial(repeat, graph.replay, sets), "graph")
+            return Repeat(partial(repeat, graph.replay, sets), "graph")
         indices = cycle(range(sets))
-        return _Repeat(partial(repeat, lambda: call(next(indices)), 1), "events")
+        return Repeat(partial(repeat, lambda: call(next(indices)), 1), "events")
 
     repeats = {name: prepared(call) for name, call in candidates.items()}
     for ready in repeats.values():

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command
 from bench import cases as cases_module
-from bench import decode, ops, roofline, rows, show, timing
+from bench import commands, decode, ops, roofline, rows, show, timing
 from bench.cases import OPS, cases, numerics_cases
 from bench.decode import DecodeCase, time_decode
 from bench.inputs import fork
@@ -59,7 +60,7 @@ class TestOps:
             return right(x, impl=impl) * (1.01 if impl == "portable" else 1)
 
         monkeypatch.setitem(OPS, "quick_gelu", wrong)
-        monkeypatch.setattr(command, "cases", lambda kind, grid: numerics_cases())
+        monkeypatch.setattr(commands, "cases", lambda kind, grid: numerics_cases())
         code = command.main(["ops", "--op", "quick_gelu", "--device", "cpu", "--json"])
         eager, portable = json.loads(capsys.readouterr().out)["rows"]
         assert code == 1
@@ -111,8 +112,9 @@ class TestOps:
 
             return counted
 
-        monkeypatch.setitem(PEERS, "sdpa", breaking)
-        monkeypatch.setitem(PEERS, "fa3", absent)
+        peers = PEERS["prefix_attention"]
+        for name, prepare in (("sdpa", breaking), ("fa3", absent)):
+            monkeypatch.setitem(peers, name, replace(peers[name], prepare=prepare))
         monkeypatch.setattr(ops, "sets_for", lambda *_: 1)
         case = cases_module._prefix("small", [fork(5, [2, 3])], peers=("sdpa", "fa3"))
         rows = ops.time_case(case, CPU, torch.float32)
@@ -143,7 +145,7 @@ class TestOps:
     def test_rows(self, quick, capsys, tmp_path):
         """Guards the public row: its fields, its JSON as the last line, the same rows in a file."""
         file = tmp_path / "new" / "rows.jsonl"
-        arguments = ["--op", "rms_norm", "--case", "T1", "--device", "cpu", "--json"]
+        arguments = ["--op", "rms_norm", "--shape", "T1", "--device", "cpu", "--json"]
         assert command.main(["ops", *arguments, "--out", str(file)]) == 0
         document = json.loads(capsys.readouterr().out.splitlines()[-1])
         eager = next(row for row in document["rows"] if row["impl"] == "eager")
@@ -174,7 +176,7 @@ class TestOps:
         ("arguments", "message"),
         [
             (["ops", "--op", "softmax"], "unknown op 'softmax'; choose of prefix_attention, "),
-            (["ops", "--op", "rms_norm", "--case", "T7777"], "'T16 C4096'"),
+            (["ops", "--op", "rms_norm", "--shape", "T7777"], "'T16 C4096'"),
             (["ops", "--device", "tpu"], "choose one of cpu, cuda"),
             (
                 ["numerics", "--op", "sample", "--out", "/proc/no/such"],

@@ -31,7 +31,7 @@ def bench_cost(*arguments):
 def test_rows():
     """Guards the reading of the launches: their programs, their useful and their padded work."""
     photo = "8x 36x36 + 1x 52x52"
-    rows = bench_cost("--op", *vision_cost.OPS, "--case", photo)
+    rows = bench_cost("--op", *vision_cost.OPS, "--shape", photo)
     programs = {(row["op"], row["impl"]): row["programs"] for row in rows}
     queries = 8 * 11 + 22  # tiles of 128
     assert programs["vision_attention", "triton"] == [16 * queries]

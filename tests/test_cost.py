@@ -192,7 +192,7 @@ class TestTable:
 
     def test_command(self, capsys):
         """Guards the tables a person reads, and the label of a datasheet's figure."""
-        arguments = ["cost", "--case", "P2048 S128", "--gpu", "a100", "--device", "cpu"]
+        arguments = ["cost", "--shape", "P2048 S128", "--gpu", "a100", "--device", "cpu"]
         assert command.main([*arguments, "--copy-gb-s", "1700"]) == 0
         printed = capsys.readouterr().out
         assert "fastest (nvidia-a100)" in printed
@@ -206,4 +206,4 @@ class TestTable:
         with pytest.raises(InputError, match="cost has a model of prefix_attention"):
             command.main(["cost", "--op", "rms_norm", "--device", "cpu"])
         with pytest.raises(InputError, match="'B7'"):
-            command.main(["cost", "--case", "B7", "--device", "cpu"])
+            command.main(["cost", "--shape", "B7", "--device", "cpu"])

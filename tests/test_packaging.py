@@ -17,6 +17,7 @@ ROOMS = ("kernels", "model", "pacore_sched", "bench", "profiles")
 ABSENT = {"PIL", "rich", "jinja2", "tokenizers", "safetensors", "gguf", "transformers"}
 ABSENT |= {"skimage", "matplotlib", "timm", "hypothesis", "pytest", "nvtx"}
 NEEDS_MORE = {"model.image", "model.tokenizer", "model.prompt", "model.checkpoint", "model.gguf"}
+NEEDS_MORE |= {"bench.test_ops"}
 
 BLOCK_AND_IMPORT = """
 import importlib, sys

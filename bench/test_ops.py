@@ -1,0 +1,74 @@
+"""`pytest bench/`: the cases of `bench ops` with pytest-benchmark's tables, comparisons and JSON.
+
+Cases, inputs, checks and timer are those of the command: on a GPU a round is a replay of a captured
+CUDA graph behind an emptied L2, divided by its calls. A form whose numbers are wrong fails, a peer
+that is not here is skipped. Forms of a case share a group, but are timed one after the other: what
+is to be compared closely is what `python -m bench ops` times in turns.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import pytest
+import torch
+
+from bench.cases import Case, cases
+from bench.numerics import reference
+from bench.ops import MAIN_DTYPE, device_named, forms_here, prepared, verdicts_of
+from bench.timing import MAX_REPEATS, MIN_REPEATS, prepare
+
+pytest.importorskip("pytest_benchmark")
+
+DEVICE = device_named(None)
+DTYPE = MAIN_DTYPE[DEVICE.type]
+BUDGET_S = 0.3  # of timing per form and case
+PAIRS = [
+    pytest.param(case, name, id=f"{case.op}: {case.name}: {name}")
+    for case in cases(DEVICE.type)
+    for name in forms_here(case, DEVICE)
+]
+
+
+class Clock:
+    """A clock that samples move on: what a call took is what the project's timer says of it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+CLOCK = Clock()
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize(("case", "name"), PAIRS)
+def test_op(benchmark: Callable, case: Case, name: str) -> None:
+    """Times one form of an op, or a peer, on one case."""
+    found = verdicts_of(case, DEVICE, DTYPE, [name], required=False, expected=_expected(case))
+    calls = prepared(case, found, DEVICE, DTYPE)
+    verdict = found.get(name)
+    if verdict is None or verdict.skipped:
+        pytest.skip(verdict.skipped if verdict else "no such form on this device")
+    assert verdict.failure is None, verdict.failure
+    of_sets = calls[name]
+    with torch.inference_mode():
+        repeat = prepare({name: lambda index: of_sets[index]()}, device=DEVICE, sets=len(of_sets))[
+            name
+        ]
+        rounds = min(MAX_REPEATS, max(MIN_REPEATS, int(BUDGET_S * 1e6 / repeat.run())))
+        benchmark.group = f"{case.op}: {case.name}"
+        benchmark.extra_info |= {"bytes": case.bytes(DTYPE), "flops": case.flops}
+        benchmark.extra_info |= {"max_err": verdict.max_err, "timer": repeat.timer}
+        benchmark.pedantic(partial(_sample, repeat.run), rounds=rounds)
+
+
+def _sample(run: Callable[[], float]) -> None:
+    CLOCK.seconds += run() / 1e6
+
+
+@lru_cache(maxsize=1)  # forms of a case come one after the other
+def _expected(case: Case) -> tuple[dict, list[torch.Tensor]]:
+    inputs = case.inputs(0, DEVICE, DTYPE)
+    return inputs, reference(case, inputs)
