@@ -6,7 +6,7 @@ takes a hundred steps and more), the photo as often as any op.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from model.image import load_image, preprocess
 from model.prompt import build_prompt
 from model.step3vl import Step3VL
 from model.terminal import progress
+from pacore_sched.engine import Engine
 from pacore_sched.journal import Outcome
 from pacore_sched.pacore import Pacore, engine_for
 from pacore_sched.request import Sampling
@@ -28,6 +29,7 @@ from pacore_sched.request import Sampling
 MODELS = {"cpu": ("smollm2-135m", "tiny"), "cuda": ("step3-vl-10b", "step3-vl-10b")}
 WIDTHS, MAX_TOKENS, PROMPT_TOKENS = (16,), 64, 1500
 KV_TOKENS = 12288  # both prompts and all rollouts
+TIMELINE = 200  # points at most
 
 
 def run(device: torch.device) -> Iterator[dict]:
@@ -46,26 +48,22 @@ def ask(
     """Rows of a whole PaCoRe answer: all prefills and decode steps of all rounds.
 
     `tokens_per_second` counts generated tokens over everything but loading,
-    `decode_tokens_per_second` those of the exploring rounds over their decode steps. Errors are
+    `decode_tokens_per_second` those of the exploring rounds over their decode steps; `timeline` is
+    how many rollouts ran and how much KV was in use, after each of some steps. Errors are
     those of the rollouts' log-probabilities up to where their tokens part, if they do.
     """
     question = [{"role": "user", "content": _question(model)}]
-    seconds, decoding, pacores, rollouts = {}, {}, {}, {}
+    seconds, decoding, pacores, rollouts, watches = {}, {}, {}, {}, {}
     with progress("question", len(FORMS) * (sum(widths) + 1) * max_tokens) as advance:
         for name, impl in FORMS.items():
             model.set_impl(impl)
             engine = engine_for(model, kv_tokens=KV_TOKENS, max_running=max(widths))
             pacores[name] = Pacore(model, engine, widths, Sampling(max_tokens))
-            ends: list[tuple[float, int]] = []  # of every step, and its number of tokens
-
-            def on_step(tokens: int, ends: list = ends) -> None:
-                ends.append((time.perf_counter(), tokens))
-                advance(tokens)
-
+            watch = watches[name] = _Watch(engine, advance)
             start = time.perf_counter()
-            answer = pacores[name].answer(question, on_step=on_step)
+            answer = pacores[name].answer(question, on_step=watch)
             seconds[name] = time.perf_counter() - start
-            decoding[name] = _rate([end for end in ends if end[1] > 1])
+            decoding[name] = _rate([end for end in watch.ends if end[1] > 1])
             rollouts[name] = answer.rounds[0].rollouts
     rows = []
     for name, pacore in pacores.items():
@@ -86,7 +84,7 @@ def ask(
             "tokens_per_second": stats.generated / seconds[name],
             "decode_tokens_per_second": decoding[name],
         }
-        rows.append(row | rates)
+        rows.append(row | rates | {"timeline": watches[name].timeline()})
     return with_speedups(rows)
 
 
@@ -128,6 +126,29 @@ def look(model: Step3VL) -> list[dict]:
         )
         rows.append(row)
     return with_speedups(rows)
+
+
+class _Watch:
+    """Looks at an engine after each of its steps."""
+
+    def __init__(self, engine: Engine, advance: Callable[[int], None]) -> None:
+        self.ends: list[tuple[float, int]] = []  # of every step, and its number of tokens
+        self._engine, self._advance, self._start = engine, advance, time.perf_counter()
+        self._states: list[tuple[float, int, int]] = []
+
+    def __call__(self, tokens: int) -> None:
+        now, scheduler = time.perf_counter(), self._engine.scheduler
+        self.ends.append((now, tokens))
+        used = self._engine.executor.num_pages - scheduler.tree.free_pages
+        state = (len(scheduler.running), used * self._engine.executor.page_size)
+        self._states.append((now - self._start, *state))
+        self._advance(tokens)
+
+    def timeline(self) -> dict[str, list]:
+        """At most TIMELINE of the steps, the last among them."""
+        every = -(-len(self._states) // TIMELINE)
+        columns = zip(*self._states[::-1][::every][::-1], strict=True)
+        return dict(zip(("seconds", "running", "kv_tokens"), map(list, columns), strict=True))
 
 
 def _rate(ends: list[tuple[float, int]]) -> float | None:

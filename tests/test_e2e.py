@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import e2e, images, show, vision
 from kernels import prefix_attention, vision_attention
+from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
 from model.vision_graph import Graphs
 
@@ -27,8 +28,23 @@ def test_question(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
         assert tokens == pytest.approx(round(tokens), rel=1e-6)
         assert 6 < round(tokens) <= 30  # 4 rollouts and the synthesis, 6 tokens each at most
         assert row["decode_tokens_per_second"] > 0
+        seconds, running, kv = row["timeline"].values()
+        assert seconds == sorted(seconds)
+        assert max(running) == 4, "the four rollouts of the first round"
+        assert running[-1] == 0
+        assert max(kv) % PAGE_SIZE == 0
+        assert max(kv) >= 200, "the prompt, at least"
     assert rows[0]["bytes"] == rows[1]["bytes"] > 0
     assert rows[1]["speedup"] == pytest.approx(rows[0]["median_us"] / rows[1]["median_us"])
+
+
+def test_timeline_is_thinned(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """Guards rows against a point for each of thousands of steps, and against a lost end."""
+    monkeypatch.setattr(e2e, "PROMPT_TOKENS", 200)
+    monkeypatch.setattr(e2e, "TIMELINE", 4)
+    line = e2e.ask(tiny, widths=(2,), max_tokens=6)[1]["timeline"]
+    assert 2 <= len(line["seconds"]) <= 4
+    assert line["running"][-1] == 0
 
 
 def test_rate():
