@@ -1,0 +1,57 @@
+"""Rows found and figures written: what README's tables are put together with."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bench import rows
+from model.terminal import InputError
+
+Row = dict
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table; columns whose header begins with a space align right, as on a terminal."""
+    ruler = ["---:" if name.startswith(" ") else "---" for name in header]
+    text = [_line(map(str.strip, header)), f"|{'|'.join(ruler)}|", *map(_line, lines)]
+    return "\n".join(text)
+
+
+def folder(path: Path) -> list[Row]:
+    """The rows of all JSONL files of a folder, the latest last."""
+    found = [row for file in sorted(path.glob("*.jsonl")) for row in rows.read(file)]
+    return sorted(found, key=lambda row: row.get("time") or "")
+
+
+def one(found: Iterable[Row], **wanted: object) -> Row:
+    """The latest row without a failure that has the `wanted` fields; raises InputError if none."""
+    of_fields = [
+        row
+        for row in found
+        if not row.get("failure") and all(row.get(name) == wanted[name] for name in wanted)
+    ]
+    if not of_fields:
+        text = ", ".join(f"{name} {value!r}" for name, value in wanted.items())
+        raise InputError(f"a table of README.md needs a row with {text}; there is none")
+    return of_fields[-1]
+
+
+def milliseconds(microseconds: float) -> str:
+    """Three figures or one decimal: "1,234", "140", "51.4", "0.3"."""
+    ms = microseconds / 1e3
+    return f"{ms:,.0f}" if ms >= 99.95 else f"{ms:.1f}"
+
+
+def spread(row: Row) -> str:
+    """The median and its percentiles, in milliseconds: "9.7 (9.6..11.2)"."""
+    p20, median, p80 = (milliseconds(row[f"{name}_us"]) for name in ("p20", "median", "p80"))
+    return f"{median} ({p20}..{p80})"
+
+
+def small(value: float) -> str:
+    """An error: "2.46e-3"."""
+    return re.sub(r"e([+-])0", r"e\1", f"{value:.2e}")
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
