@@ -17,10 +17,16 @@ OURS, EAGER = "#D55E00", "#666666"
 BLUE, SKY, GREEN, PINK, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00"
 OUR_MARKERS = {"triton": "D", "default": "D", "portable": "s"}
 MODE_MARKERS = "^v<>"  # of further forms of ours, lighter
-BROWN, WINE = "#8C6D1F", "#882255"
-PEER_COLOURS = {"sdpa": BLUE, "cudnn": BLUE, "liger": BLUE, "flex": GREEN, "compile": GREEN}
-PEER_COLOURS |= {"flashinfer": PINK, "fa2": "#000000", "fa3": SKY, "vllm": WINE}
-PEER_MARKERS = {"": "o", "reuse": "P", "copied": "v", "cascade": "^", "alone": "X", "folded": "P"}
+BROWN, WINE, BLACK = "#8C6D1F", "#882255", "#000000"
+PEER_COLOURS = {  # by the first word of a name
+    **dict.fromkeys(("sdpa", "cudnn", "liger"), BLUE),
+    **dict.fromkeys(("flex", "compile", "torch"), GREEN),
+    **{"flashinfer": PINK, "fa2": BLACK, "fa3": SKY, "fasttree": WINE},
+}
+PEER_MARKERS = {  # by the second word; those of a third, "alone", are hollow
+    **{"": "o", "reuse": "P", "copied": "v", "cascade": "^", "folded": "P"},
+    **{"flash": "X", "cudnn": "*", "efficient": "p", "varlen": "h"},
+}
 STYLE = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
@@ -64,9 +70,9 @@ def mark(row: dict) -> dict:
     if whose == "eager":
         return {"color": EAGER, "marker": "o", "markerfacecolor": "white", "markersize": 5.5}
     if whose == "peer":
-        family, _, kind = name.partition("-")
-        colour = PEER_COLOURS.get(family, BROWN)
-        return {"color": colour, "marker": PEER_MARKERS.get(kind, "*"), "markersize": 5}
+        family, kind, alone = (*name.split("-", 2), "", "")[:3]
+        style = {"color": PEER_COLOURS.get(family, BROWN), "marker": PEER_MARKERS.get(kind, "d")}
+        return style | {"markersize": 5.5} | ({"markerfacecolor": "white"} if alone else {})
     if name in OUR_MARKERS:
         return {"color": OURS, "marker": OUR_MARKERS[name], "markersize": 7}
     marker = MODE_MARKERS[sum(map(ord, name)) % len(MODE_MARKERS)]
@@ -119,10 +125,14 @@ def times_axis(axis: Any, lowest: float, highest: float) -> None:  # noqa: ANN40
 
 
 def nice(low: float, high: float, most: int = 5) -> list[float]:
-    """Round values between two: powers of ten alone, or 1, 2, 5 times them, or all digits."""
+    """Two to `most` round values between two that are not too close: halves, digits, decades."""
+    halves = [half / 2 for half in range(2, 20)]
     found: list[float] = []
-    for digits in (range(1, 10), (1, 2, 5), (1, 3), (1,)):
-        found = [d * 10.0**e for e in range(-6, 16) for d in digits if low <= d * 10.0**e <= high]
+    for digits in (halves, range(1, 10), (1, 2, 5), (1, 3), (1,)):
+        coarser = [d * 10.0**e for e in range(-6, 16) for d in digits if low <= d * 10.0**e <= high]
+        if len(coarser) < 2:
+            break
+        found = coarser
         if len(found) <= most:
             return found
-    return found[:: -(-len(found) // most)]
+    return found[:: -(-len(found) // most) or 1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,14 @@ from bench.charts import (
 )
 from bench.report_rows import best, grouped, role
 
+MOST = 24  # cases of an op that are drawn: those first in a file tell most
 HEAD, CASE, FORM = 1.1, 0.20, 0.115  # inches: of a picture, of a case in it, of each of its forms
+LINE = 0.16  # of a case's name
 
 
 def latency(stem: Path, rows: Sequence[dict]) -> list[Path]:
-    """Time and rate of every form at every case of one op; several pictures if they are many."""
-    cases = list(grouped(rows, "case", "dtype").values())
+    """Time and rate of every form at MOST cases of one op; several pictures if they are many."""
+    cases = list(grouped(rows, "case", "dtype").values())[:MOST]
     pages: list[list[list[dict]]] = [[]]
     for case in cases:
         if HEAD + sum(map(_height, [*pages[-1], case])) > TALLEST:
@@ -40,7 +43,12 @@ def latency(stem: Path, rows: Sequence[dict]) -> list[Path]:
 
 
 def _height(case: Sequence[dict]) -> float:
-    return CASE + FORM * len(case)
+    return max(CASE + FORM * len(case), 0.06 + LINE * len(_label_of(case[0]["case"])))
+
+
+def _label_of(name: str) -> list[str]:
+    """The lines of a case's name; long ones would leave the axes no room."""
+    return wrap(name, 30) or [""]
 
 
 def _latency(path: Path, cases: Sequence[Sequence[dict]]) -> Path:
@@ -53,7 +61,8 @@ def _latency(path: Path, cases: Sequence[Sequence[dict]]) -> Path:
     top, ticks = 0.0, []
     for number, case in enumerate(cases):
         _draw_case(left, right, in_order(case), top, rate)
-        label = case[0]["case"] + (f"\n{case[0]['dtype']}" if several else "")
+        label = "\n".join(_label_of(case[0]["case"]))
+        label += f"\n{case[0]['dtype']}" if several else ""
         ticks.append((top + _height(case) / 2, label))
         for axes in (left, right) if number % 2 == 0 else ():
             axes.axhspan(top, top + _height(case), color="#f3f3f3", linewidth=0, zorder=0)

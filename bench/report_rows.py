@@ -45,7 +45,7 @@ class Measurements:
     @property
     def timed(self) -> list[dict]:
         """The latest rows of ops that have a time."""
-        return [row for row in self.of("op") if row["median_us"] and row["roofline_pct"]]
+        return [row for row in self.of("op") if row["median_us"]]
 
 
 def read(paths: Sequence[Path]) -> list[dict]:
@@ -117,7 +117,7 @@ def _sorted_out(device: str, found: list[dict], before: list[dict]) -> Measureme
 
 
 def kind_of(row: dict) -> str:
-    """ "op", "roofline", "decode_part", one of JOBS, "failed" (no more than a failure), "other"."""
+    """ "op", "roofline", "decode_part", one of JOBS, "no numbers" (failed or skipped), "other"."""
     if not _sound(row):
         return "other"
     if row["op"] in (*JOBS, "roofline"):
@@ -125,9 +125,9 @@ def kind_of(row: dict) -> str:
     if row["op"] == "decode_part":
         return "decode_part" if row["part"] and row["median_us"] else "other"
     complete = row["case"] and row["impl"] and row["dtype"] and row["bytes"] and row["flops"]
-    if complete and "tiles" not in row:
+    if complete and "tiles" not in row and (row["roofline_pct"] or not row["median_us"]):
         return "op"
-    return "failed" if row["failure"] else "other"
+    return "no numbers" if row["failure"] or row["skipped"] else "other"
 
 
 def role(row: dict) -> str:
@@ -194,7 +194,7 @@ def _sound(row: dict) -> bool:
         texts
         and bool(row.get("op"))
         and all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers)
-        and all(map(math.isfinite, numbers))
+        and all(math.isfinite(x) and x >= 0 for x in numbers)
         and all(row[name] > 0 for name in NUMBERS[:3] if row.get(name) is not None)
     )
 

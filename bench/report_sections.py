@@ -30,20 +30,16 @@ class Section(NamedTuple):
 
 def ops(found: Measurements, stem: str) -> Section | None:
     timed = {op: rows for (op,), rows in grouped(found.timed, "op").items()}
-    blocks = [
-        Block(
-            table.title,
-            charts_ops.latency(Path(f"{stem}-{name_of(table.title)}"), timed[table.title])
-            if table.title in timed
-            else (),
-            table._replace(title=""),
-        )
-        for table in report_tables.op_tables(found)
-    ]
+    blocks = []
+    for table in report_tables.op_tables(found):
+        op = table.title
+        drawn = charts_ops.latency(Path(f"{stem}-{name_of(op)}"), timed[op]) if op in timed else ()
+        blocks.append(Block(op, drawn, table))
     text = (
         "Every form of an op beside eager and what else a user could call: times on a logarithmic"
         " axis, rates from zero to the ceiling of the same run. Beside them, how many times"
-        " faster the best of ours is than eager and than the best peer."
+        " faster the best of ours is than eager and than the best peer. Of an op with many cases"
+        f" the first {charts_ops.MOST} are drawn."
     )
     return Section(text, blocks) if blocks else None
 
@@ -95,10 +91,7 @@ def occupancy(found: Measurements, stem: str) -> Section | None:
 
 
 def jobs(found: Measurements, stem: str) -> Section | None:
-    blocks = [
-        Block(table.title, (), table._replace(title=""))
-        for table in report_tables.job_tables(found)
-    ]
+    blocks = [Block(table.title, (), table) for table in report_tables.job_tables(found)]
     text = "Whole answers, photos and images; steps of the engine; packing, replay, the scheduler."
     return Section(text, blocks) if blocks else None
 

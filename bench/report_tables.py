@@ -96,9 +96,9 @@ def op_tables(found: Measurements) -> list[Table]:
     """A table per op of what was timed or failed."""
     lines: dict[str, list[list[str]]] = {}
     for row in found.of("op"):
-        if row["failure"] or (row["median_us"] and row["roofline_pct"]):
+        if row["failure"] or row["median_us"]:
             lines.setdefault(row["op"], []).append(time_line(row)[1:])
-    return [Table(op, TIMES[1:], of_op) for op, of_op in lines.items()]
+    return [_without_notes(Table(op, TIMES[1:], of_op)) for op, of_op in lines.items()]
 
 
 def error_table(found: Measurements) -> Table | None:
@@ -119,7 +119,8 @@ def job_tables(found: Measurements) -> list[Table]:
 
 def skipped_lines(found: Measurements) -> list[str]:
     """What was skipped and why, a line for each form and reason."""
-    return skipped([row for row in found.latest if kind_of(row) == "op"])
+    kinds = ("op", "no numbers")
+    return skipped([row for row in found.latest if kind_of(row) in kinds and row["case"]])
 
 
 def part_table(parts: Sequence[dict]) -> Table:
@@ -146,6 +147,13 @@ def other_table(found: Measurements) -> Table | None:
         for kind, rows in kinds.items()
     ]
     return Table("Rows of other kinds", ("op", " rows", "fields"), lines) if lines else None
+
+
+def _without_notes(table: Table) -> Table:
+    """The table without its last column if that is empty."""
+    if any(line[-1] for line in table.lines):
+        return table
+    return Table(table.title, table.header[:-1], [line[:-1] for line in table.lines])
 
 
 def _filled(title: str, columns: Sequence[Column], rows: Sequence[dict]) -> Table:
