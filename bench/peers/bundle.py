@@ -1,0 +1,162 @@
+"""A folder of peers for a GPU machine without the internet: what goes in, pieces, manifest.
+
+Every piece is a tar.xz that unpacks by itself and stays below a size, so that it can be carried
+singly. The manifest names each with its SHA-256 and what it holds; it is written anew after every
+item, so that a run that was stopped goes on where it was.
+"""
+
+import hashlib
+import json
+import lzma
+import os
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.terminal import InputError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+PIECE_BYTES = 60 << 20
+BUILT = "flashinfer-modules"  # an item that is compiled, not fetched
+
+
+@dataclass(frozen=True)
+class Item:
+    """Wheels to fetch at these versions, or of one wheel the files that match `takes` alone."""
+
+    wheels: tuple[str, ...]
+    takes: str | None = None
+
+
+# All for torch 2.11 with CUDA 13; neither torch nor Triton nor NumPy is among them.
+ITEMS: dict[str, Item] = {
+    "liger": Item(("liger-kernel==0.8.5", "packaging==26.4")),
+    "xformers": Item(("xformers==0.0.35",)),
+    "nvtx": Item(("nvtx==0.2.17",)),
+    "flashinfer": Item(
+        (
+            "flashinfer-python==0.6.13",
+            "apache-tvm-ffi==0.1.15.post2",
+            "nvidia-ml-py==13.615.71",
+            "tqdm==4.70.1",
+            "tabulate==0.10.0",
+            "einops==0.8.2",
+            "click==8.5.1",
+            "ninja==1.13.2",
+            "packaging==26.4",
+            "filelock==4.3.1",
+            "requests==2.34.2",
+            "urllib3==2.8.0",
+            "idna==3.20",
+            "certifi==2026.10.19.post1",
+            "charset-normalizer==3.5.3",
+        )
+    ),
+    "fa3": Item(("vllm==0.25.1",), "vllm/vllm_flash_attn/_vllm_fa3_C*.so"),
+    "fa2": Item(("vllm==0.25.1",), "vllm/vllm_flash_attn/_vllm_fa2_C*.so"),
+}
+
+
+class Bundle:
+    """The folder, and its manifest in memory.
+
+    Raises InputError for a manifest that this version does not read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.items: dict[str, dict] = {}  # by name: what was wanted, and its pieces
+        self.made_for: dict[str, str] | None = None  # Python version and platform
+        path = folder / MANIFEST
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                schema = found["schema"]
+                self.items, self.made_for = found["items"], found["made_for"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{path} is no manifest of peers") from None
+            if schema != SCHEMA:
+                raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA}")
+
+    def add(self, name: str, wanted: list[str], pieces: list[dict]) -> None:
+        """Put an item into the manifest, which is replaced at once."""
+        self.items[name] = {"wanted": wanted, "pieces": pieces}
+        document = {"schema": SCHEMA, "made_for": self.made_for, "items": self.items}
+        part = self.folder / f"{MANIFEST}.part"
+        part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, self.folder / MANIFEST)
+
+    def holds(self, name: str, wanted: list[str]) -> bool:
+        """Whether the item is there as it is wanted, with the right hashes."""
+        item = self.items.get(name)
+        return bool(item) and item["wanted"] == wanted and not self.damaged(name)
+
+    def damaged(self, name: str) -> str | None:
+        """What is wrong with an item's pieces; None if nothing is."""
+        for piece in self.items[name]["pieces"]:
+            path = self.folder / piece["file"]
+            if not path.exists():
+                return f"{piece['file']} is missing"
+            if sha256(path) != piece["sha256"]:
+                return f"{piece['file']} is damaged (another SHA-256 than the manifest's)"
+        return None
+
+    def unpack(self, name: str, folder: Path) -> list[Path]:
+        """The item's files, below `folder`. Raises InputError if a piece is damaged."""
+        if reason := self.damaged(name):
+            raise InputError(reason)
+        found = []
+        for piece in self.items[name]["pieces"]:
+            with tarfile.open(self.folder / piece["file"]) as archive:
+                archive.extractall(folder, filter="data")
+            found += [folder / held["file"] for held in piece["holds"]]
+        return found
+
+
+def pack(folder: Path, stem: Path, limit: int = PIECE_BYTES) -> list[dict]:
+    """Everything below `folder` as STEM.tar.xz, or as halves of it that fit; their entries.
+
+    Raises InputError for a file that does not fit into a piece by itself.
+    """
+    return _pack(sorted(path for path in folder.rglob("*") if path.is_file()), folder, stem, limit)
+
+
+def _pack(files: Sequence[Path], folder: Path, stem: Path, limit: int) -> list[dict]:
+    piece = stem.with_name(f"{stem.name}.tar.xz")
+    part = piece.with_name(f"{piece.name}.part")
+    # A wheel is compressed as it is; a shared object shrinks to a fraction.
+    preset = 0 if all(path.suffix == ".whl" for path in files) else lzma.PRESET_DEFAULT
+    with tarfile.open(part, "w:xz", preset=preset) as archive:
+        for path in files:
+            archive.add(path, path.relative_to(folder).as_posix(), filter=_anonymous)
+    if part.stat().st_size <= limit:
+        os.replace(part, piece)
+        holds = [described(path, path.relative_to(folder).as_posix()) for path in files]
+        return [described(piece, piece.name) | {"holds": holds}]
+    part.unlink()
+    if len(files) == 1:
+        raise InputError(f"{files[0].name} does not fit into a piece of {limit >> 20} MiB")
+    halves = files[: len(files) // 2], files[len(files) // 2 :]
+    return [
+        entry
+        for number, half in enumerate(halves, 1)
+        for entry in _pack(half, folder, stem.with_name(f"{stem.name}-{number}"), limit)
+    ]
+
+
+def described(path: Path, name: str) -> dict:
+    return {"file": name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Without who packed it and when, so that the same files are the same piece."""
+    info.mtime = info.uid = info.gid = 0
+    info.uname = info.gname = ""
+    return info
