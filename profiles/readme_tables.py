@@ -15,8 +15,8 @@ from profiles.markdown import Row, folder, markdown, milliseconds, one, small, s
 
 PROFILES = Path(__file__).parent
 RESULTS = PROFILES / "results"
-OPS_CPU = RESULTS / "amd-epyc-2-threads"  # of ops, of models end to end, and of the fold
-ENGINE_CPU = RESULTS / "amd-epyc-avx2-2-threads"  # of the engine and of packing
+OPS_CPU = RESULTS / "amd-epyc-2-threads"  # of ops, and of models end to end
+FOLD_CPU = ENGINE_CPU = RESULTS / "amd-epyc-avx2-2-threads"
 SIMULATED = PROFILES / "simulated" / "h200.jsonl"
 STATIC = PROFILES / "static_baseline.jsonl"
 
@@ -109,7 +109,7 @@ def fold() -> str:
     header = ["", *(name for column in FOLDED for name in (column, " folded"))]
     lines = []
     for label, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        row = one(measured(OPS_CPU), op="fold", dtype=dtype)
+        row = one(measured(FOLD_CPU), op="fold", dtype=dtype)
         cells = [
             written(row[field.format(path)])
             for field, written in FOLDED.values()

@@ -1,0 +1,160 @@
+"""README's tables: that they are what the committed rows give, and how figures are written."""
+
+import json
+
+import pytest
+
+from bench import rows
+from model.terminal import InputError, Parser
+from profiles import tables
+from profiles.gpu_tables import NONE_YET, gpus
+from profiles.kernel_tables import Kernel, chosen, kernel_table
+from profiles.markdown import folder, markdown, milliseconds, one, small, spread
+from profiles.readme_tables import TABLES
+
+README = rows.ROOT / "README.md"
+
+
+def run(*arguments: str) -> int:
+    parser = Parser()
+    tables.add_arguments(parser)
+    return tables.run(parser.parse_args(arguments))
+
+
+def test_readme_is_what_the_rows_give():
+    """Guards every measured table of README: a figure changed by hand, or rows without a table."""
+    text = README.read_text()
+    states = tables.compared(text, tables.renewed(text, TABLES))
+    assert states == dict.fromkeys(TABLES, "agrees"), "python -m profiles tables --write"
+
+
+MADE = {"small": lambda: "| a |\n|---|\n| 2 |"}
+TEXT = "Before.\n\n<!-- table: small -->\n| a |\n|---|\n| 1 |\n<!-- end -->\nAfter: | 1 |\n"
+
+
+def test_writing_changes_the_marked_body_alone(tmp_path, monkeypatch, capsys):
+    """Guards the text around the tables, the exit codes, and the JSON document."""
+    monkeypatch.setattr(tables, "TABLES", MADE)
+    file = tmp_path / "README.md"
+    file.write_text(TEXT)
+    assert run("--file", str(file)) == 1 and file.read_text() == TEXT
+    assert "differs" in capsys.readouterr().out
+    assert run("--file", str(file), "--write", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "tables": [{"name": "small", "state": "written"}]
+    }
+    assert file.read_text() == TEXT.replace("1 |\n<!--", "2 |\n<!--")
+    assert run("--file", str(file)) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TEXT.replace("small", "large"), "no table is called 'large'; choose of small"),
+        (TEXT.replace("<!-- end -->\n", ""), "has no `<!-- end -->`"),
+        ("Nothing.\n", "no marker for small"),
+    ],
+)
+def test_markers_that_are_wrong_are_named(text, message):
+    """Guards against a table that is silently never renewed."""
+    with pytest.raises(InputError, match=message):
+        tables.renewed(text, MADE)
+
+
+def test_figures():
+    """Guards digits: thousands, a decimal below 100, percentiles, exponents without a zero."""
+    assert [milliseconds(us) for us in (1_234_567, 99_960, 99_940, 51_416, 3)] == [
+        "1,235",
+        "100",
+        "99.9",
+        "51.4",
+        "0.0",
+    ]
+    times = {"p20_us": 9_600, "median_us": 9_699, "p80_us": 111_200}
+    assert spread(times) == "9.7 (9.6..111)"
+    assert [small(value) for value in (0.00246, 1.41e-12, 25)] == ["2.46e-3", "1.41e-12", "2.50e+1"]
+    table = markdown(("", "left", " right"), [["a", "b", "1"], ["", "b", "2"]])
+    assert table.splitlines() == [
+        "| | left | right |",
+        "|---|---|---:|",
+        "| a | b | 1 |",
+        "| | b | 2 |",
+    ]
+
+
+def test_the_latest_good_row_counts(tmp_path):
+    """Guards tables against old rows, of whatever file, and against rows that failed."""
+    old = {"op": "x", "time": "2026-01-01T00:00:00Z", "n": 1}
+    rows.append(tmp_path / "a.jsonl", [old | {"time": "2026-01-03T00:00:00Z", "n": 3}])
+    rows.append(tmp_path / "b.jsonl", [old, old | {"time": "2026-01-02T00:00:00Z", "n": 2}])
+    rows.append(tmp_path / "c.jsonl", [old | {"time": "2026-01-04", "n": 4, "failure": "off"}])
+    assert one(folder(tmp_path), op="x")["n"] == 3
+    with pytest.raises(InputError, match="needs a row with op 'y'"):
+        one(folder(tmp_path), op="y")
+
+
+def compiled(arch: int, config: str, **more) -> dict:
+    made = {"kernel": "k", "arch": arch, "dtype": "bfloat16", "config": config, "registers": arch}
+    made |= {"spill_bytes": 0, "shared_bytes": 81_924, "programs_per_sm": 2}
+    return made | {"wgmma": arch == 90, "wide_loads": 0.976} | more
+
+
+def test_kernels_are_chosen_by_words_of_their_configuration():
+    """Guards the kernel tables: a word that must not be there, one of an architecture, and a
+    choice that is not one."""
+    baseline = [
+        compiled(90, "-rotary D=128 num_warps=4"),
+        compiled(90, "D=128 num_warps=4", registers=7),
+        compiled(80, "D=128 num_warps=4"),
+        compiled(80, "D=128 num_warps=8", registers=8),
+    ]
+    kernel = Kernel("it", "k", "!-rotary D=128 90:num_warps=4 80:num_warps=8")
+    assert [chosen(kernel, arch, baseline)["registers"] for arch in (90, 80)] == [7, 8]
+    line = kernel_table([kernel], baseline).splitlines()[-1]
+    assert line == "| it | 7 / 8 | 0 / 0 | 80 / 80 | 2 / 2 | yes | 98 / 98 % |"
+    alone = kernel_table([kernel._replace(archs=(90,))], [baseline[1] | {"wide_loads": None}])
+    assert alone.splitlines()[-1] == "| it | 7 / - | 0 / - | 80 / - | 2 / - | yes | TMA |"
+    for config, found in (("D=128", 2), ("D=64", 0)):
+        with pytest.raises(InputError, match=f"{found} rows of the static baseline"):
+            chosen(Kernel("it", "k", config), 90, baseline)
+
+
+def measured(op: str, case: str, impl: str, us: float, **more) -> dict:
+    made = {"op": op, "case": case, "impl": impl, "dtype": "bfloat16", "failure": None}
+    made |= {"p20_us": us - 1, "median_us": us, "p80_us": us + 1, "bytes": 4_000_000 * us}
+    made |= {"copy_gb_s": 5000.0, "roofline_pct": 80.4, "device": "NVIDIA H100", "commit": "abc"}
+    return made | {"torch": "2.13.0", "triton": "3.6.0", "driver": "570"} | more
+
+
+def test_a_gpu_with_rows_gets_its_tables(tmp_path):
+    """Guards the first GPU's rows: they become README's tables by lying in a folder, and the line
+    that says that there are none goes."""
+    cpu = tmp_path / "cpu"
+    rows.append(cpu / "ops.jsonl", [measured("op", "c", "eager", 9, device="AMD EPYC, 2 threads")])
+    assert gpus(tmp_path) == NONE_YET
+    shape, case = "step3-vl-10b B16 P2048 S512", "B16 P2048 S512"
+    found = [
+        measured("roofline", "copy, matrix product", None, 0, gemm_tflop_s=771.4)
+        | {"median_us": None},
+        measured("decode_step", shape, "eager", 40_000),
+        measured("decode_step", shape, "default", 9_000),
+        measured("decode_step", shape, "default", 4_000),  # measured again
+        measured("decode_step", shape, "default, FP8 KV", 3_500),
+        measured("prefix_attention", case, "eager", 1_000),
+        measured("prefix_attention", case, "triton", 50),
+        measured("prefix_attention", case, "fa3", 60),
+        measured("prefix_attention", case, "flashinfer", 75),
+        measured("prefix_attention", "B1", "triton", 50) | {"median_us": None, "failure": "off"},
+    ]
+    rows.append(tmp_path / "h100" / "all.jsonl", found)
+    origin, steps, ops = gpus(tmp_path).split("\n\n")
+    assert "NVIDIA H100" in origin and "bfloat16 5,000 GB/s, 771 TFLOP/s" in origin
+    assert "`profiles/results/h100/`" in origin and "commit abc" in origin
+    assert steps.splitlines()[2:] == [
+        "| step3-vl-10b | 16 | 2,048 | 512 | 40.0 (40.0..40.0) | 4.0 (4.0..4.0) | 4,000 | 80 % |"
+        " 3.5 (3.5..3.5) | 80 % |"
+    ]
+    assert ops.splitlines()[2:] == [
+        "| `prefix_attention` | B16 P2048 S512 | triton | 50.0 (49.0..51.0) | 80 % | 20.0 |"
+        " 1.20 (fa3) |"
+    ]
