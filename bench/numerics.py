@@ -5,7 +5,6 @@ inputs. Errors are relative to max(rms(reference), |reference|), so that neither
 a small one nor a small one is asked for more digits than its neighbours have.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import OPS, WRITTEN, Case
-from bench.peers import PEERS, Peer
+from bench.peers import PEERS, Prepare
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,14 @@ class Verdict:
     skipped: str | None = None
 
 
-def form(op: str, name: str) -> Peer:
+def form(op: str, name: str) -> Prepare:
     """An implementation of `op`, or a peer, as a function from inputs to the call.
 
     "triton-invariant" is the Triton form in its batch-invariant mode, "triton-separate" two ops
     where the fastest form is one, "triton-fused" one where the rule may choose two.
     """
-    if name in PEERS:
-        return PEERS[name]
+    if name in PEERS.get(op, {}):
+        return PEERS[op][name]
     impl, _, mode = name.partition("-")
     modes = {
         "invariant": {"batch_invariant": True},
@@ -79,18 +78,21 @@ def form(op: str, name: str) -> Peer:
 
 def reference(case: Case, inputs: dict) -> list[Tensor]:
     """Results of the eager definition in fp32."""
-    return _results(case, form(case.op, "eager"), inputs, torch.float32)
+    return results(case, form(case.op, "eager"), inputs, torch.float32)
 
 
-def judge(case: Case, run: Peer, inputs: dict, expected: list[Tensor]) -> Verdict:
+def judge(case: Case, run: Prepare, inputs: dict, expected: list[Tensor]) -> Verdict:
     """Compare all results of `run` with the `reference`; `inputs` stay as they are."""
-    results = _results(case, run, inputs)
-    errors = [compare(*pair) for pair in zip(results, expected, strict=True)]
-    excess = [_excess(case.op, *pair) for pair in zip(results, errors, strict=True)]
+    pairs = list(zip(results(case, run, inputs), expected, strict=True))
+    found = [compare(*pair) for pair in pairs]
+    failures = [
+        excess(error, tolerance(case.op, result.dtype))
+        for error, (result, _) in zip(found, pairs, strict=True)
+    ]
     return Verdict(
-        max(error.max for error in errors),
-        max(error.rms for error in errors),
-        next((text for text in excess if text), None),
+        max(error.max for error in found),
+        max(error.rms for error in found),
+        next((text for text in failures if text), None),
     )
 
 
@@ -102,55 +104,75 @@ def judged(error: Error, dtype: torch.dtype) -> Verdict:
     return Verdict(error.max, error.rms, failure)
 
 
-def _excess(op: str, result: Tensor, error: Error) -> str | None:
-    """What of `error` is more than `op` is allowed."""
-    limits, roundoff = Error(0, 0), 0.0
-    if result.is_floating_point():
-        limits = TOLERANCES[op][result.dtype.itemsize == 4]
-        roundoff = torch.finfo(result.dtype).eps / 2
+def tolerance(op: str, dtype: torch.dtype) -> Error:
+    """The errors that a result of `op` in `dtype` may have; of integers none."""
+    if not dtype.is_floating_point:
+        return Error(0, 0)
+    limits, unit = TOLERANCES[op][dtype.itemsize == 4], roundoff(dtype)
+    return Error(limits.max * unit, limits.rms * unit)
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    """The largest relative error of rounding to a float `dtype`."""
+    return torch.finfo(dtype).eps / 2
+
+
+def excess(error: Error, allowed: Error) -> str | None:
+    """What of `error` is more than `allowed`."""
     for name in ("max", "rms"):
-        value, limit = getattr(error, name), getattr(limits, name) * roundoff
+        value, limit = getattr(error, name), getattr(allowed, name)
         if not value <= limit:
             return f"{name} error {value:.2e} exceeds {limit:.2e}"
     return None
 
 
 def compare(result: Tensor, expected: Tensor) -> Error:
-    """The error of one result. Infinite if NaN or inf stand elsewhere; integers are right or wrong.
+    """The error of one result; raises ValueError as `errors` does."""
+    return summary(errors(result, expected))
 
-    Raises ValueError for a wrong shape, and for integers where floats are expected or vice versa.
+
+def errors(result: Tensor, expected: Tensor) -> Tensor:
+    """Each element's error, fp64 in the result's shape; integers are right, 0, or wrong, 1.
+
+    NaN where NaN or inf stand rightly, inf where one of them stands on one side only. Raises
+    ValueError for a wrong shape, and for integers where floats are expected or vice versa.
     """
     if result.shape != expected.shape:
         raise ValueError(f"result of shape {list(result.shape)}, expected {list(expected.shape)}")
     if result.is_floating_point() != expected.is_floating_point():
         raise ValueError(f"result is {result.dtype}, expected {expected.dtype}")
     if not expected.is_floating_point():
-        return _summary((result != expected).double())
+        return (result != expected).double()
     result, expected = result.double(), expected.double()
-    if any(not torch.equal(special(result), special(expected)) for special in _SPECIAL):
-        return Error(math.inf, math.inf)
     finite = expected.isfinite()
-    result, expected = result[finite], expected[finite]
-    scale = expected.abs().clamp_min(expected.square().mean().sqrt())
-    return _summary((result - expected).abs() / scale.clamp_min(torch.finfo(torch.float64).tiny))
+    squares = expected.square().where(finite, 0)
+    rms = (squares.sum() / finite.sum()).sqrt()
+    scale = expected.abs().clamp_min(rms).clamp_min(torch.finfo(torch.float64).tiny)
+    found = ((result - expected).abs() / scale).where(finite, torch.nan)
+    misplaced = [special(result) != special(expected) for special in _SPECIAL]
+    return found.masked_fill(torch.stack(misplaced).any(0), torch.inf)
 
 
-_SPECIAL: tuple[Callable[[Tensor], Tensor], ...] = (torch.isnan, torch.isposinf, torch.isneginf)
-
-
-def _summary(errors: Tensor) -> Error:
+def summary(errors: Tensor) -> Error:
+    """Largest and root-mean-square of `errors`, of which NaN are no errors."""
+    errors = errors[~errors.isnan()]
     if not errors.numel():
         return Error(0.0, 0.0)
     return Error(float(errors.max()), float(errors.square().mean().sqrt()))
 
 
-def _results(case: Case, run: Peer, inputs: dict, dtype: torch.dtype | None = None) -> list[Tensor]:
+_SPECIAL: tuple[Callable[[Tensor], Tensor], ...] = (torch.isnan, torch.isposinf, torch.isneginf)
+
+
+def results(
+    case: Case, run: Prepare, inputs: dict, dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """What a call returns and what it wrote into copies of its inputs, floats as `dtype`."""
     copies = {name: _copy(value, dtype) for name, value in inputs.items()}
-    with torch.inference_mode(), _exact_fp32(), _poisoned_allocations():
+    with torch.inference_mode(), exact_fp32(), _poisoned_allocations():
         returned = run(copies)()
-    results = list(returned) if isinstance(returned, tuple) else [returned]
-    return results + [copies[name] for name in WRITTEN.get(case.op, ())]
+    found = list(returned) if isinstance(returned, tuple) else [returned]
+    return found + [copies[name] for name in WRITTEN.get(case.op, ())]
 
 
 def _copy(value: object, dtype: torch.dtype | None) -> object:
@@ -164,7 +186,7 @@ def _copy(value: object, dtype: torch.dtype | None) -> object:
 
 
 @contextmanager
-def _exact_fp32() -> Iterator[None]:
+def exact_fp32() -> Iterator[None]:
     """fp32 products in fp32: cuDNN would round the operands of convolutions to TF32."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [setting.fp32_precision for setting in settings]

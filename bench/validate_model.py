@@ -1,0 +1,149 @@
+"""The whole tiny model against fp64, transformers and timm: rows for `python -m bench validate`.
+
+In fp32 a model's error must stay below MODEL_TOLERANCE. In 16 bits it may be little more than what
+the dtype costs by itself: the error of the fp64 model whose results are rounded to the dtype where
+the model stores them (fp64_model.py). On a CPU forms had at most 1.17 times its RMS error and 1.4
+times its largest one, with weights from three seeds; transformers, which also rounds the rotation's
+cosines, up to 1.6 and 2.1 times.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bench import timm_judge, transformers_judge
+from bench.comparison import compared, fields, nothing
+from bench.fp64_model import Exact, rounding_to
+from bench.numerics import MODEL_TOLERANCE, Error, compare, exact_fp32
+from model.decoder import Step
+from model.kv_cache import PAGE_SIZE
+from model.step3vl import Step3VL
+
+SEED, PROMPT = 1, 70  # more than one page of tokens
+OF_ROUNDING = Error(max=2.0, rms=1.25)  # allowed in 16 bits, of the rounded model's error
+
+
+class Work:
+    """A model of one dtype, its inputs in that dtype, and its fp64 twins."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = Step3VL.from_preset("tiny", seed=SEED, device=device, dtype=dtype)
+        vision, tokens = self.model.config.vision, self.model.config.tokens
+        draw = torch.Generator().manual_seed(SEED)
+        sides = (vision.crop_size, vision.image_size, 5 * vision.patch_size)
+        self.views = [
+            torch.randn(3, side, side, generator=draw).to(device, dtype) for side in sides
+        ]
+        self.ids = torch.randint(0, 256, (PROMPT,), generator=draw).to(device)
+        counts = [self.model.vision.count([view]) for view in self.views]
+        image = [tokens.im_start, *[tokens.im_patch] * sum(counts), tokens.im_end]
+        self.mixed = torch.tensor([7, *image, 9, 10, 11], device=device)
+
+    @cached_property
+    def exact(self) -> Exact:
+        return Exact(self.model)
+
+    @cached_property
+    def rounded(self) -> Exact:
+        return Exact(self.model, rounding_to(self.model.dtype))
+
+    def tokens(self) -> Tensor:
+        """Our tower on the first view."""
+        vision, views = self.model.vision, self.views[:1]
+        return vision.tower(vision.patches(views, vision.grids(views)), vision.grids(views))
+
+    def logits_of_mixed(self) -> Tensor:
+        """Our model on text with the views' tokens in it."""
+        decoder, ids = self.model.decoder, self.mixed
+        holes = (ids == self.model.config.tokens.im_patch).nonzero()[:, 0]
+        embeddings = self.model.vision(self.views, out=decoder.embed(ids), rows=holes)
+        cache = self.model.new_cache(-(-len(ids) // PAGE_SIZE))
+        return decoder.logits(decoder(embeddings, Step.of_sequence(0, len(ids), cache), cache))
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One result of a model: ours, the fp64 twin's, and those of libraries that have it."""
+
+    name: str
+    ours: Callable[[Work], Tensor]
+    exact: Callable[[Work, Exact], Tensor]
+    libraries: dict[str, Callable[[Work], Tensor]]
+    op: str = "model"
+    modes: tuple[str, ...] = ()
+
+
+CASES = (
+    ModelCase(
+        f"decoder, {PROMPT} tokens",
+        lambda work: work.model(work.ids),
+        lambda work, exact: exact.logits(work.ids),
+        {"transformers": lambda work: transformers_judge.logits(work.model, work.ids, [])},
+    ),
+    ModelCase(
+        "vision tower, one view",
+        Work.tokens,
+        lambda work, exact: exact.tokens(work.views[0]),
+        {"timm": lambda work: timm_judge.tokens(work.model, work.views[0])},
+    ),
+    ModelCase(
+        "vision embeddings, 3 views",
+        lambda work: work.model.vision(work.views),
+        lambda work, exact: exact.features(work.views),
+        {"transformers": lambda work: transformers_judge.features(work.model, work.views)},
+    ),
+    ModelCase(
+        "3 views and text",
+        Work.logits_of_mixed,
+        lambda work, exact: exact.logits(work.mixed, work.views),
+        {
+            "transformers": lambda work: transformers_judge.logits(
+                work.model, work.mixed, work.views
+            )
+        },
+    ),
+)
+
+
+def verdicts(
+    case: ModelCase, work: Work, forms: Sequence[str], libraries: bool
+) -> Iterator[tuple[str, str, dict]]:
+    """Form, reference and what came of the two: each form against fp64, in fp32 against libraries.
+
+    What came of them is a row's `comparison.fields`. With `libraries` also these themselves against
+    fp64, judged in fp32 only.
+    """
+    fp32 = work.model.dtype == torch.float32
+    expected = case.exact(work, work.exact)
+    allowed = _allowed(case, work, expected)
+    with torch.inference_mode(), exact_fp32():
+        found = {}
+        for form in forms:
+            work.model.set_impl(form)
+            found[form] = case.ours(work)
+            yield form, "fp64", fields([compared("out", found[form], expected, allowed)])
+        for library, judge in case.libraries.items():
+            try:
+                judged = judge(work)
+            except ImportError as error:
+                yield library, "fp64", nothing(skipped=_missing(library, error))
+                continue
+            if libraries:
+                limit = allowed if fp32 else None
+                yield library, "fp64", fields([compared("out", judged, expected, limit)])
+            for form in forms if fp32 else ():
+                yield form, library, fields([compared("out", found[form], judged, allowed)])
+
+
+def _allowed(case: ModelCase, work: Work, expected: Tensor) -> Error:
+    if work.model.dtype == torch.float32:
+        return Error(MODEL_TOLERANCE, MODEL_TOLERANCE)
+    cost = compare(case.exact(work, work.rounded), expected)
+    return Error(OF_ROUNDING.max * cost.max, OF_ROUNDING.rms * cost.rms)
+
+
+def _missing(library: str, error: ImportError) -> str:
+    return f"{library} is not installed" if error.name == library else str(error)

@@ -1,0 +1,340 @@
+"""`bench validate`: the judges in fp64 agree with the definitions, and what is wrong is found."""
+
+import json
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from bench import fp64, histogram, numerics, timm_judge, validate, validate_model
+from bench.cases import OPS, numerics_cases
+from bench.comparison import EDGES, compared
+from bench.fp64_model import Exact
+from bench.numerics import Error, compare, roundoff
+from bench.validate_model import Work
+from model.terminal import InputError, Parser
+
+CPU = torch.device("cpu")
+SMALL = ("--op", "rms_norm", "--shape", "T1 C97 alone")
+
+
+def run(*words: str) -> int:
+    """The command with the filters that all commands share."""
+    parser = Parser(prog="python -m bench validate")
+    for name in ("op", "impl", "dtype"):
+        parser.add_argument(f"--{name}", nargs="+", default=())
+    parser.add_argument("--shape", default="")
+    parser.add_argument("--device")
+    parser.add_argument("--json", action="store_true")
+    validate.add_arguments(parser)
+    return validate.run(parser.parse_args(words))
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The portable form of rms_norm with one element of its result half a percent off."""
+    right = numerics.form
+    values = SimpleNamespace()
+
+    def form(op, name):
+        def prepare(inputs):
+            def call():
+                result = right(op, name)(inputs)()
+                if name == "portable":
+                    values.right = result[0, 41].item()
+                    result[0, 41] *= 1.005
+                    values.wrong = result[0, 41].item()
+                return result
+
+            return call
+
+        return prepare
+
+    monkeypatch.setattr(validate, "form", form)
+    return values
+
+
+@pytest.fixture(scope="module")
+def half() -> Work:
+    return Work(CPU, torch.float16)
+
+
+def uninstall(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """As if it were not there, nor had been imported before."""
+    timm_judge._eva.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+
+    def find_spec(name, path=None, target=None):
+        if name == library:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=find_spec), *sys.meta_path])
+
+
+@pytest.mark.parametrize("case", numerics_cases(), ids=lambda case: f"{case.op} {case.name}")
+def test_fp64_agrees_with_the_definition(case):
+    """Guards the judges: a formula that is wrong, or one that rounds to fp32 on its way."""
+    made = case.inputs(0, CPU, torch.float32)
+    expected = fp64.reference(case, made)
+    found = numerics.results(case, numerics.form(case.op, "eager"), made)
+    for result, exact in zip(found, expected, strict=True):
+        assert exact.dtype in (torch.float64, torch.int64)
+        error = compare(result, exact)
+        assert error.max < 5e-6
+        assert error.rms < (1e-6 if case.op != "sample" else 5e-6)
+        if error.max:  # and not a number that fp32 has
+            assert not torch.equal(exact.float().nan_to_num().double(), exact.nan_to_num())
+
+
+def test_every_op_has_a_judge():
+    """Guards an op that joins the others and is judged by nobody."""
+    assert set(fp64.FORMULAS) == set(OPS)
+
+
+def test_references_leave_inputs_alone():
+    """Guards the next form against pages that the judge has filled for it."""
+    case = next(case for case in numerics_cases() if case.op == "qk_norm_rope")
+    made = case.inputs(0, CPU, torch.float32)
+    fp64.reference(case, made)
+    assert made["k_pages"].isnan().all()
+
+
+def test_a_planted_error_is_found(planted, tmp_path, capsys):
+    """Guards position and values, which are where one looks for a fault, and the exit code."""
+    assert run(*SMALL, "--dtype", "fp32", "--json", "--out", str(tmp_path)) == 1
+    eager, portable = json.loads(capsys.readouterr().out)["rows"]
+    assert (eager["failure"], eager["skipped"]) == (None, None)
+    assert portable["impl"] == "portable"
+    assert portable["worst_index"] == [0, 41]
+    assert portable["worst_got"] == planted.wrong
+    assert portable["worst_expected"] == pytest.approx(planted.right, rel=1e-6)
+    assert portable["worst_expected"] != planted.right, "fp64, not the form's own digits"
+    where = f"y[0, 41] is {planted.wrong!r}, not {portable['worst_expected']!r}"
+    assert portable["failure"].startswith("max error")
+    assert portable["failure"].endswith(where)
+    # 0.5 % of an element is 83,886 roundoffs, of the row's RMS at most as much.
+    assert sum(portable["histogram"]) == sum(eager["histogram"]) == 97
+    far = int(np.searchsorted(EDGES, portable["max_err"] / 2**-24, side="right"))
+    assert portable["histogram"][far] == 1
+    assert EDGES[far - 1] > 1000
+    assert sum(eager["histogram"][far - 5 :]) == 0
+
+
+def test_the_table_names_what_failed(planted, capsys):
+    """Guards the person at the terminal: the failing row by name, with both values in full."""
+    assert run(*SMALL, "--dtype", "fp32") == 1
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if line.startswith("FAILED"))
+    assert line.startswith("FAILED: rms_norm, T1 C97 alone, portable, float32, fp64: max error")
+    assert repr(planted.wrong) in line
+
+
+def test_right_forms_pass(capsys):
+    """Guards against a judge that finds fault with everything; and what a row says."""
+    ops = ("rms_norm", "sample", "qk_norm_rope", "layer_norm", "projector")
+    assert run("--op", *ops, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {(row["op"], row["impl"], row["dtype"]) for row in rows} == {
+        (op, impl, dtype)
+        for op in ops
+        for impl in ("eager", "portable")
+        for dtype in ("bfloat16", "float16", "float32")
+    }
+    for row in rows:
+        assert row["reference"] == "fp64"
+        assert row["failure"] is row["skipped"] is None
+        assert row["rms_err"] <= row["max_err"] <= row["max_allowed"]
+        assert 0 <= row["beyond_roundoff"] <= 1
+        assert {"case", "device", "commit", "torch", "worst_got"} <= row.keys()
+
+
+def test_a_broken_form_hides_no_other(monkeypatch, capsys):
+    """Guards the rest of a run against the first form that raises."""
+    right = numerics.form
+
+    def form(op, name):
+        if name == "eager":
+            return lambda inputs: partial(torch.ones(2).view, 3)
+        return right(op, name)
+
+    monkeypatch.setattr(validate, "form", form)
+    assert run(*SMALL, "--dtype", "fp16", "--json") == 1
+    broken, portable = json.loads(capsys.readouterr().out)["rows"]
+    assert broken["failure"].startswith("RuntimeError: shape '[3]' is invalid")
+    assert portable["failure"] is None
+
+
+def test_wrong_tokens_and_nan_count():
+    """Guards a token, wrong or right, and misplaced NaN, which no ratio to a roundoff can show."""
+    tokens = compared("tokens", torch.tensor([5, 7]), torch.tensor([5, 8]), Error(0, 0))
+    assert (tokens.index, tokens.got, tokens.expected, tokens.beyond_roundoff) == ((1,), 7, 8, 0.5)
+    assert tokens.histogram[0] == tokens.histogram[-1] == 1
+    assert tokens.failure == "max error 1.00e+00 exceeds 0.00e+00: tokens[1] is 7, not 8"
+    nan = torch.tensor([[1.0, torch.nan], [torch.nan, 2.0]])
+    expected = torch.tensor([[1.0, torch.nan], [3.0, 2.0]]).double()
+    pages = compared("pages", nan, expected, Error(1, 1))
+    assert pages.index == (1, 0)
+    assert sum(pages.histogram) == 3, "NaN where it belongs is no element to count"
+    assert pages.histogram[-1] == 1
+    assert "pages[1, 0] is nan, not 3.0" in pages.failure
+
+
+def test_the_result_nearest_its_limit_is_shown(monkeypatch, capsys):
+    """Guards log-sum-exp in fp32, whose faults are small beside the roundings of 16 bits."""
+    right = numerics.form
+
+    def form(op, name):
+        def prepare(inputs):
+            def call():
+                out, lse = right(op, name)(inputs)()
+                lse[3, 1] *= 1 + 2**-12
+                return out, lse
+
+            return call
+
+        return prepare
+
+    monkeypatch.setattr(validate, "form", form)
+    words = ("--op", "prefix_attention", "--shape", "smollm2", "--impl", "eager")
+    assert run(*words, "--dtype", "bf16", "--json") == 1
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["result"], row["worst_index"]) == ("lse", [3, 1])
+    assert row["max_err"] < roundoff(torch.bfloat16)
+
+
+class TestModel:
+    """The whole model."""
+
+    @pytest.mark.parametrize("case", validate_model.CASES, ids=lambda case: case.name)
+    def test_all_agree(self, case, half):
+        """Guards the twin in fp64 and the rule for 16 bits: right forms pass."""
+        rows = list(validate_model.verdicts(case, half, ("eager", "portable"), libraries=True))
+        (library,) = case.libraries
+        assert [row[:2] for row in rows] == [(x, "fp64") for x in ("eager", "portable", library)]
+        for _, _, fields in rows:
+            assert fields["failure"] is None
+            assert 0 < fields["rms_err"] < 4 * roundoff(torch.float16)
+
+    def test_libraries_agree_in_fp32(self):
+        """Guards forms and twin against the same mistake: neither library knows this code."""
+        work = Work(CPU, torch.float32)
+        for case in validate_model.CASES:
+            rows = list(validate_model.verdicts(case, work, ("portable",), libraries=True))
+            (library,) = case.libraries
+            assert [row[:2] for row in rows] == [
+                ("portable", "fp64"),
+                (library, "fp64"),
+                ("portable", library),
+            ]
+            assert all(fields["max_err"] < 2e-5 for _, _, fields in rows)
+
+    @pytest.mark.parametrize("fault", ["norm", "lm_head", "layers.1.post_norm"])
+    def test_a_fault_of_one_percent_fails(self, fault, half):
+        """Guards the rule for 16 bits: one weight tensor a hundredth too large is no rounding."""
+        case = validate_model.CASES[0]
+        twin = Exact(half.model)
+        weight = half.model.decoder.get_parameter(fault)
+        before = weight.clone()
+        weight.mul_(1.01)
+        wrong = SimpleNamespace(**{name: getattr(half, name) for name in ("model", "ids")})
+        wrong.exact, wrong.rounded = twin, half.rounded
+        try:
+            _, _, fields = next(validate_model.verdicts(case, wrong, ("eager",), libraries=False))
+        finally:
+            weight.copy_(before)
+        assert "error" in fields["failure"]
+
+    def test_without_the_libraries(self, half, monkeypatch):
+        """Guards GPU nodes with torch alone: who cannot be asked is skipped by name, not failed."""
+        uninstall(monkeypatch, "transformers")
+        uninstall(monkeypatch, "timm")
+        for case in validate_model.CASES:
+            rows = list(validate_model.verdicts(case, half, ("eager",), libraries=True))
+            (library,) = case.libraries
+            assert [row[:2] for row in rows] == [("eager", "fp64"), (library, "fp64")]
+            assert rows[1][2]["skipped"] == f"{library} is not installed"
+            assert rows[0][2]["failure"] is rows[1][2]["failure"] is None
+
+    def test_skipped_is_said(self, monkeypatch, capsys):
+        """Guards the person who believes that a judge was asked which is not there."""
+        uninstall(monkeypatch, "transformers")
+        assert run("--op", "model", "--shape", "decoder", "--dtype", "fp32") == 0
+        text = capsys.readouterr().out
+        assert "skipped: transformers is not installed (transformers: 1 case)" in text
+
+
+class TestPictures:
+    """The pictures of `--out`."""
+
+    def test_they_show_something(self, tmp_path, capsys):
+        """Guards against an empty picture: every form's line, and where the limit is."""
+        image = pytest.importorskip("matplotlib.image")
+        folder = tmp_path / "new" / "folder"
+        assert run(*SMALL, "--out", str(folder)) == 0
+        assert "picture: " in capsys.readouterr().out
+        names = {path.name for path in folder.iterdir()}
+        assert names == {f"errors-{x}.png" for x in ("bfloat16", "float16", "float32")}
+        pixels = image.imread(folder / "errors-float32.png")[..., :3]
+        orange = np.array([1.0, 127 / 255, 14 / 255])  # the second form's colour
+        assert (np.abs(pixels - orange).max(-1) < 0.02).sum() > 200
+        assert (pixels.max(-1) < 0.2).sum() > 200
+
+    def test_one_wrong_element_shows(self, planted, tmp_path):
+        """Guards the scale: one element of many at the far end must not vanish."""
+        pytest.importorskip("matplotlib")
+        rows = list(validate.validate(CPU, ops=["rms_norm"], dtypes=[torch.float32]))
+        figures = []
+        plots = histogram.pyplot()
+        close, plots.close = plots.close, figures.append
+        try:
+            histogram.draw(rows, tmp_path)
+        finally:
+            plots.close = close
+        panel = figures[0].axes[0]
+        lines = {patch.get_label(): patch.get_data() for patch in panel.patches}
+        close(figures[0])
+        values, edges, _ = lines["portable"]
+        assert edges[:-1][values > 0].max() > 1000
+        assert values[values > 0].min() > panel.get_ylim()[0]
+        values, edges, _ = lines["eager"]
+        assert edges[:-1][values > 0].max() < 16
+
+    def test_without_matplotlib(self, monkeypatch, tmp_path):
+        """Guards minutes of work that end in a traceback: what is missing is said before."""
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        monkeypatch.setattr(validate, "validate", None)
+        with pytest.raises(InputError, match="pip install matplotlib"):
+            run(*SMALL, "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--op", "softmax"), "unknown op 'softmax'; choose of prefix_attention, .*, model"),
+        (("--impl", "fast"), "unknown form 'fast'; choose of eager, portable, triton, triton-inv"),
+        (("--dtype", "int8"), "unknown dtype 'int8'; choose of"),
+        (("--op", "sample", "--shape", "B9"), "no case has 'B9' in its name; choose of 'B3 V15"),
+        (("--op", "sample", "--impl", "triton-fused"), "none of these cases has the form triton-f"),
+        (("--impl", "triton", "--dtype", "bf16"), "interpreter multiplies bfloat16 wrongly"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    """Guards against tracebacks, and against an empty run that passes."""
+    if "triton" in words and torch.cuda.is_available():
+        pytest.skip("a GPU's bfloat16 is right")
+    with pytest.raises(InputError, match=message):
+        run(*words, "--device", "cpu")
+
+
+def test_triton_in_its_interpreter(triton_device, capsys):
+    """Guards Triton's forms on machines without a GPU, and their bf16, which is wrong there."""
+    words = (*SMALL, "--impl", "triton", "--json", "--device", triton_device)
+    assert run(*words) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["dtype"] for row in rows] == ["bfloat16", "float16", "float32"]
+    assert [bool(row["skipped"]) for row in rows] == [triton_device == "cpu", False, False]
+    assert all(row["max_err"] > 0 for row in rows if not row["skipped"])
