@@ -22,7 +22,8 @@ from bench.ops import DTYPES, device_named
 from bench.slowdown import Pair, judged, unpaired
 from model.terminal import InputError, progress, table
 
-# Times `--rounds` pairs of runs, and the verdicts that leave the last word to the next stage.
+# How many processes of a side, one after the other, each for `--rounds` pairs of runs; and the
+# verdicts that leave the last word to the next stage.
 STAGES = ((1, ("slower", "faster", "unclear")), (2, ("unclear",)), (4, ()))
 
 
@@ -106,11 +107,13 @@ def _of_commits(options: argparse.Namespace) -> Found:
         roots = [stack.enter_context(turns.checkout(name)) for name in (options.a, options.b)]
         caches = Path(stack.enter_context(TemporaryDirectory(prefix="bench-caches-")))
         for times, doubted in STAGES:
-            with turns.processes(roots, caches, settings) as sides:
-                if shapes is None:
-                    shapes = dict.fromkeys(_shared_shapes(sides, options, found), options.impl)
-                pairs = _measure(sides, shapes, times * options.rounds, options.budget, found)
-                common = {"dtype": sides[0].dtype, "device": sides[0].device}
+            pairs: dict[turns.Key, list[Pair]] = {}
+            for _ in range(times):
+                with turns.processes(roots, caches, settings) as sides:
+                    if shapes is None:
+                        shapes = dict.fromkeys(_shared_shapes(sides, options, found), options.impl)
+                    _measure(pairs, sides, shapes, options, found)
+                    common = {"dtype": sides[0].dtype, "device": sides[0].device}
             made |= {key: _row(key, pairs[key], options.threshold) | common for key in pairs}
             doubtful = [key for key, row in made.items() if row["verdict"] in doubted]
             if not doubtful:
@@ -120,6 +123,7 @@ def _of_commits(options: argparse.Namespace) -> Found:
                 shapes.setdefault((op, case), []).append(form)
                 del made[op, case, form]
     found.rows = list(made.values())
+    found.notes, found.wrong = (list(dict.fromkeys(told)) for told in (found.notes, found.wrong))
     return found
 
 
@@ -143,29 +147,28 @@ def _shared_shapes(
 
 
 def _measure(
+    pairs: dict[turns.Key, list[Pair]],
     sides: Sequence[turns.Side],
     shapes: dict[turns.Shape, Sequence[str]],
-    rounds: int,
-    budget_s: float,
+    options: argparse.Namespace,
     found: Found,
-) -> dict[turns.Key, list[Pair]]:
-    """Pairs of runs of the cases' forms; of all that there are where none is named."""
-    pairs = {}
+) -> None:
+    """Add to the pairs of runs of the cases' forms: of all that there are where none is named."""
+    rounds, budget_s = options.rounds, options.budget
     with progress("compare", len(shapes) * rounds * 2) as advance:
         for shape, forms in shapes.items():
             try:
                 ready = [side.ask("prepare", *shape, forms) for side in sides]
                 shared = _shared_forms(shape, ready, found)
-                if not shared:
-                    advance(rounds * 2)
-                    continue
-                pairs |= turns.take_turns(sides, shape, shared, rounds, budget_s, advance)
+                new = turns.take_turns(sides, shape, shared, rounds, budget_s, advance)
             except turns.Refused as error:
                 found.notes.append(f"{', '.join(shape)}: {error}")
             except turns.Died as error:  # what was measured is still told
                 found.wrong.append(f"{', '.join(shape)}: {error}; the rest was not measured")
                 break
-    return pairs
+            else:
+                for key, of_form in new.items():
+                    pairs.setdefault(key, []).extend(of_form)
 
 
 def _shared_forms(shape: turns.Shape, ready: Sequence[dict], found: Found) -> list[str]:

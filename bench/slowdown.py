@@ -16,9 +16,10 @@ Faster is the same the other way round. A centre beyond the threshold that is no
 is "unclear". Two standard deviations of a single pair are some five of the median of ten, so that
 noise alone hardly reaches the margin. What could is what stays as long as a process does, as where
 its memory lies: so `bench compare` takes a first finding as no more than a reason to measure again,
-in new processes, twice as often, and judges by the second measurement alone, in which the luck of
-the first has no part; once more for what is unclear then. Of synthetic rows of a busy machine
-(tests/test_compare.py) none of 8,000 equal ones was told apart, and 395 of 400 doublings were.
+twice as often, in two new processes, and judges by the second measurement alone, in which the luck
+of the first has no part; what is unclear then is left to a third, in four. Of synthetic rows of a
+busy machine (tests/test_compare.py) none of 8,000 equal ones was told apart, and 395 of 400
+doublings were.
 """
 
 import math
