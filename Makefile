@@ -5,14 +5,22 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.DEFAULT_GOAL := help
-.PHONY: bench test lint setup clean help
+# Tests run side by side, but not where they would share a GPU.
+SIDE_BY_SIDE := $(shell nvidia-smi >/dev/null 2>&1 || echo -n auto --maxprocesses 4 --dist worksteal)
 
-bench: .venv/.ready  ## check every op, time them, and answer a question end to end
-	@.venv/bin/python -m bench
+.DEFAULT_GOAL := help
+.PHONY: bench test gate lint setup clean help
+
+bench: .venv/.ready  ## check every op, time them, answer a question end to end; a page in report/
+	@.venv/bin/python -m bench --report report
 
 test: .venv/.ready  ## run the tests
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest $(SIDE_BY_SIDE)
+
+gate: .venv/.ready  ## hold kernels, speed-ups and README's tables against what is committed
+	@.venv/bin/python -m profiles static --quick
+	@.venv/bin/python -m bench gate
+	@.venv/bin/python -m profiles tables
 
 lint: .venv/.ready  ## check style and formatting
 	@.venv/bin/ruff check --quiet .
@@ -22,7 +30,7 @@ setup: .venv/.ready  ## only set up .venv
 	@echo "setup: .venv is ready"
 
 clean:  ## remove .venv and everything else that was made here
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build report *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## show this

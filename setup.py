@@ -15,7 +15,12 @@ setup(
     python_requires=">=3.11,<3.14",
     package_dir={"": "."},  # makes an editable install one line in a .pth file
     packages=["kernels", "model", "pacore_sched", "bench", "bench.peers", "profiles"],
-    package_data={"kernels": ["tuned/*.json"], "pacore_sched": ["*.jinja"]},
+    package_data={
+        "kernels": ["tuned/*.json"],
+        "pacore_sched": ["*.jinja"],
+        "bench": ["*.jinja", "*.json", "peers/*.md"],
+        "profiles": ["*.jsonl"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.10",
@@ -31,6 +36,7 @@ setup(
         "test": [
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "hypothesis",
             "transformers>=5.17",  # the first with Step3p7VisionModel
             "gguf",
@@ -40,6 +46,6 @@ setup(
             "ruff",
         ],
         "bench": ["matplotlib", "nvtx; sys_platform == 'linux'", "pytest-benchmark"],
-        "peers": ["flash-attn", "xformers"],
+        "peers": ["flash-attn", "xformers", "flashinfer-python", "liger-kernel"],
     },
 )

@@ -12,13 +12,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import listing, rows
-from bench.commands import COMMANDS, TIME_BUDGET_S
+from bench import compare, gate, listing, report, rows, validate
+from bench.commands import COMMANDS, TIME_BUDGET_S, filter_arguments
 from bench.ops import device_named
+from bench.peers import command as peers
 from model.terminal import Parser, run_command
 
 ALL = ("numerics", "ops", "decode", "e2e")
-OTHERS = {}
+OTHERS = {
+    "validate": (validate, "every op and the tiny model against fp64 and other libraries"),
+    "compare": (compare, "two commits, or two files of rows: what has become slower"),
+    "gate": (gate, "speed-ups on this CPU against floors"),
+    "report": (report, "rows as one HTML page and pictures"),
+    "peers": (peers, "which libraries to compare with are here, and how to get them"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,10 +53,9 @@ def measure(options: argparse.Namespace) -> int:
             COMMANDS[command].display(made)
         found += made
     if options.report:
-        from bench import report
-        pictures = report.write(found, options.report)
+        page, *pictures = report.write(found, options.report)
         if not options.json:
-            print(f"report: {pictures}")
+            print(f"\nreport: {page} and {len(pictures)} pictures beside it")
     if options.json:
         print(json.dumps({"rows": found}))
     return int(any(row.get("failure") for row in found))
@@ -69,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         _add_shared(of_command)
     for name, (module, text) in OTHERS.items():
         of_module = commands.add_parser(name, help=text, description=module.__doc__)
+        if module is validate:
+            filter_arguments(of_module)
+            _add_device_and_json(of_module)
         module.add_arguments(of_module)
         of_module.set_defaults(act=module.run)
     return parser
@@ -76,15 +85,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     """What every measuring command takes."""
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    _add_device_and_json(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="add the rows to a JSONL file")
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="an HTML page and pictures of the rows"
     )
+    parser.set_defaults(act=measure, list=False, repro=False)
+
+
+def _add_device_and_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
         "--json", action="store_true", help="no tables; end with one JSON document of all rows"
     )
-    parser.set_defaults(act=measure, list=False, repro=False)
 
 
 if __name__ == "__main__":
