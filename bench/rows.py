@@ -105,14 +105,16 @@ def machine(device: torch.device) -> dict:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the number of threads in use."""
+    """The GPU's name; or the CPU's, which may say little, with the instructions that torch uses of
+    it and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {instructions}, {torch.get_num_threads()} threads"
 
 
 @cache
