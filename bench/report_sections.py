@@ -98,11 +98,8 @@ def jobs(found: Measurements, stem: str) -> Section | None:
 
 def errors(found: Measurements, stem: str) -> Section | None:
     table = report_tables.error_table(found)
-    return (
-        Section(f"{table.title}; of awkward shapes, not timed.", [Block("", (), table)])
-        if table
-        else None
-    )
+    text = "Largest errors, relative to max(rms(reference), |reference|), of what was not timed."
+    return Section(text, [Block("", (), table)]) if table else None
 
 
 def history(found: Measurements, stem: str) -> Section | None:
@@ -118,8 +115,9 @@ def history(found: Measurements, stem: str) -> Section | None:
 
 
 def others(found: Measurements, stem: str) -> Section | None:
-    table = report_tables.other_table(found)
-    return Section("Read, and shown nowhere above.", [Block("", (), table)]) if table else None
+    blocks = [Block(table.title, (), table) for table in report_tables.other_tables(found)]
+    text = "Rows of kinds that have no section of their own, as they are."
+    return Section(text, blocks) if blocks else None
 
 
 SECTIONS: dict[str, Callable[[Measurements, str], Section | None]] = {

@@ -1,6 +1,6 @@
 """The tables of a report: as a terminal shows them, of whatever rows there are."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bench.report_rows import Measurements, grouped, kind_of
@@ -25,6 +25,8 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+ORIGIN = ("device", "driver", "torch", "triton", "commit", "time", "schema")
+MOST, LONGEST = 40, 200  # rows of an unknown kind, letters of a value
 US, SECONDS = number(0), number(2, per=1e6)
 NAMES = tuple((name, name, str) for name in ("case", "impl", "dtype"))
 COMPARED = ((" % roofline", "roofline_pct", number(1)), (" x eager", "speedup", number(2)))
@@ -104,8 +106,7 @@ def op_tables(found: Measurements) -> list[Table]:
 def error_table(found: Measurements) -> Table | None:
     """The worst error of each op's forms at the shapes whose numbers were checked, not timed."""
     checked = [row for row in found.of("op") if not row["median_us"]]
-    title = "Largest errors, relative to max(rms(reference), |reference|)"
-    return Table(title, *worst(checked)) if checked else None
+    return Table("errors", *worst(checked)) if checked else None
 
 
 def job_tables(found: Measurements) -> list[Table]:
@@ -136,17 +137,30 @@ def part_table(parts: Sequence[dict]) -> Table:
     return Table("Parts of decode steps", header, lines)
 
 
-def other_table(found: Measurements) -> Table | None:
-    """How many rows there are of kinds that this report has no page for, and their fields."""
+def other_tables(found: Measurements) -> list[Table]:
+    """The values of rows of kinds that have no section of their own, a table per kind."""
     kinds: dict[str, list[dict]] = {}
     for row in found.latest:
         if kind_of(row) == "other":
             kinds.setdefault(str(row.get("op", "no op")), []).append(row)
-    lines = [
-        [kind, str(len(rows)), ", ".join(_unique(name for row in rows for name in _given(row)))]
-        for kind, rows in kinds.items()
-    ]
-    return Table("Rows of other kinds", ("op", " rows", "fields"), lines) if lines else None
+    return [_values(kind, rows) for kind, rows in kinds.items()]
+
+
+def _values(kind: str, rows: Sequence[dict]) -> Table:
+    """The first rows of a kind, with what they hold beside their origin."""
+    names = dict.fromkeys(name for row in rows for name in row if row[name] is not None)
+    shown = [name for name in names if name not in ("op", *ORIGIN)]
+    lines = [[_text(row.get(name)) for name in shown] for row in rows[:MOST]]
+    few = f": the first {MOST} of {len(rows)} rows" if len(rows) > MOST else ""
+    return Table(kind + few, shown, lines)
+
+
+def _text(value: object) -> str:
+    """A value of unknown meaning, if it is short enough to be read."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = "" if value is None else str(value)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def _without_notes(table: Table) -> Table:
@@ -176,11 +190,3 @@ def _cell(value: object, write: Callable) -> str:
         return ""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return write(value) if is_number or write is str else str(value)
-
-
-def _given(row: dict) -> list[str]:
-    return [name for name, value in row.items() if value is not None]
-
-
-def _unique(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))

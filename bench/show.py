@@ -47,13 +47,15 @@ def time_line(row: Row) -> list[str]:
 
 def skipped(rows: Sequence[Row]) -> list[str]:
     """A line for each form and reason; the cases by name where it was not skipped in all."""
-    cases: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
     for row in rows:
         if row.get("skipped"):
-            cases.setdefault((row["impl"], row["skipped"]), []).append(row["case"])
+            cases = found.setdefault((row["impl"], row["skipped"]), {})
+            cases[row["op"], row["case"]] = None
     lines = []
-    for (impl, reason), names in cases.items():
-        everywhere = len({row["case"] for row in rows if row["impl"] == impl}) == len(names)
+    for (impl, reason), cases in found.items():
+        everywhere = {(row["op"], row["case"]) for row in rows if row["impl"] == impl} == {*cases}
+        names = dict.fromkeys(case for _, case in cases)
         where = "" if everywhere and impl != "all" else f" ({'; '.join(names)})"
         lines.append(f"{impl}: {reason}{where}")
     return lines
