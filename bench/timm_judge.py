@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.torchvision_stub import torchvision_or_stub
+from bench.transformers_judge import like
 from model.step3vl import Step3VL
 
 
@@ -87,7 +88,7 @@ def tokens(model: Step3VL, view: Tensor) -> Tensor:
         vision.width, vision.layers, vision.heads, vision.mlp_width, grid, patch=vision.patch_size
     )
     load(judge, model.vision.checkpoint_tensors(), (vision.grid, vision.grid))
-    return judge.to(view.device, view.dtype).forward_features(view[None])[0]
+    return like(model, judge).forward_features(view[None])[0]
 
 
 def _resize(embedding: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

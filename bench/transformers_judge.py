@@ -7,7 +7,7 @@ it is needed, as it takes seconds and is not everywhere; without it there is an 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.step3vl import Step3VL
 
@@ -47,7 +47,7 @@ def qwen3(model: Step3VL) -> Any:  # noqa: ANN401
         )
     )
     judge.load_state_dict(model.decoder.checkpoint_tensors())
-    return judge.to(model.device, model.dtype).eval()
+    return like(model, judge)
 
 
 def tower(model: Step3VL) -> Any:  # noqa: ANN401
@@ -85,7 +85,15 @@ def tower(model: Step3VL) -> Any:  # noqa: ANN401
         elif name != "vit_large_projector.weight":
             state[name] = tensor
     judge.load_state_dict(state)
-    return judge.to(model.device, model.dtype).eval()
+    return like(model, judge)
+
+
+def like(model: Step3VL, judge: nn.Module) -> Any:  # noqa: ANN401
+    """The judge on the model's device, its parameters, and they alone, in the model's dtype: as
+    buffers it holds the rotation's frequencies, which loading a checkpoint leaves in fp32."""
+    for parameter in judge.parameters():
+        parameter.data = parameter.data.to(model.dtype)
+    return judge.to(model.device).eval()
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from bench.comparison import compared, fields, nothing
 from bench.numerics import Error, form, results, roundoff, tolerance
 from bench.ops import DTYPES, device_named, dtypes_named, one_line
 from bench.validate_model import ModelCase, Work
-from kernels._launch import IMPLS, ImplError
+from kernels._launch import IMPLS, ImplError, check_triton
 from model.terminal import InputError, track
 from pacore_sched.plots import check_folder
 
@@ -37,6 +37,7 @@ RETURNED = {
 # the others. For one op that is more than all the rest: torch's fp32 sum of 151,936 exponentials on
 # a CPU puts the log-probability off by 50 roundoffs, 43 of RMS. Half as much again is allowed.
 AGAINST_FP64 = {("sample", torch.float32): Error(75, 65)}
+CPU = torch.device("cpu")
 WRONG_BF16 = "Triton's interpreter multiplies bfloat16 wrongly: it needs a GPU"
 
 
@@ -85,19 +86,22 @@ def validate(
     run on `device`.
     """
     cases = chosen(ops, shape, forms)
-    interpreted = device.type == "cpu" and any(name.startswith("triton") for name in forms)
-    if interpreted and torch.bfloat16 in dtypes:
-        raise InputError(f"dtype 'bfloat16': {WRONG_BF16}; choose float16 or float32")
+    interpreted = [name for name in forms if name.startswith("triton")] if device == CPU else []
+    if interpreted:
+        check_triton("any op", device)
+        if torch.bfloat16 in dtypes:
+            raise InputError(f"dtype 'bfloat16': {WRONG_BF16}; choose float16 or float32")
     model = cache(partial(Work, device))
     pairs = [(case, dtype) for dtype in dtypes or DTYPES for case in cases]
     for case, dtype in track(pairs, "validate"):
         names = [name for name in forms or _forms(device) if _has(case, name)]
-        if interpreted and dtype == torch.bfloat16:
-            found = ((name, "fp64", nothing(skipped=WRONG_BF16)) for name in names)
-        elif isinstance(case, ModelCase):
-            found = validate_model.verdicts(case, model(dtype), names, libraries=not forms)
-        else:
-            found = _verdicts(case, device, dtype, names, required=bool(forms))
+        wrong = [name for name in names if dtype == torch.bfloat16 and name in interpreted]
+        names = [name for name in names if name not in wrong]
+        found = [(name, "fp64", nothing(skipped=WRONG_BF16)) for name in wrong]
+        if names and isinstance(case, ModelCase):
+            found += validate_model.verdicts(case, model(dtype), names, libraries=not forms)
+        elif names:
+            found += _verdicts(case, device, dtype, names, required=bool(forms))
         for name, against, outcome in found:
             yield _row(case, name, dtype, against) | outcome | rows.origin(device)
 
@@ -162,9 +166,9 @@ def _verdicts(
     for name in names:
         try:
             found = results(case, form(case.op, name), inputs)
-            pairs = zip(_names(case.op), found, expected, strict=False)
-            compare = [compared(*of_one, _allowed(case.op, of_one[1].dtype)) for of_one in pairs]
-            yield name, "fp64", fields(compare)
+            each = zip(_names(case.op)[: len(expected)], found, expected, strict=True)
+            made = [compared(*of_one, _allowed(case.op, of_one[1].dtype)) for of_one in each]
+            yield name, "fp64", fields(made)
         except ImplError:
             if required:
                 raise

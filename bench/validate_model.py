@@ -7,7 +7,7 @@ times its largest one, with weights from three seeds; transformers, which also r
 cosines, up to 1.6 and 2.1 times.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,8 @@ from bench import timm_judge, transformers_judge
 from bench.comparison import compared, fields, nothing
 from bench.fp64_model import Exact, rounding_to
 from bench.numerics import MODEL_TOLERANCE, Error, compare, exact_fp32
+from bench.ops import one_line
+from kernels._launch import ImplError
 from model.decoder import Step
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
@@ -108,34 +110,50 @@ CASES = (
 )
 
 
+@torch.inference_mode()
 def verdicts(
     case: ModelCase, work: Work, forms: Sequence[str], libraries: bool
-) -> Iterator[tuple[str, str, dict]]:
+) -> list[tuple[str, str, dict]]:
     """Form, reference and what came of the two: each form against fp64, in fp32 against libraries.
 
     What came of them is a row's `comparison.fields`. With `libraries` also these themselves against
-    fp64, judged in fp32 only.
+    fp64, judged in fp32 only. Raises ImplError for a form that cannot run here.
     """
     fp32 = work.model.dtype == torch.float32
     expected = case.exact(work, work.exact)
     allowed = _allowed(case, work, expected)
-    with torch.inference_mode(), exact_fp32():
-        found = {}
-        for form in forms:
-            work.model.set_impl(form)
-            found[form] = case.ours(work)
-            yield form, "fp64", fields([compared("out", found[form], expected, allowed)])
-        for library, judge in case.libraries.items():
-            try:
+    results, made = {}, []
+    for form in forms:
+        try:
+            results[form] = _ours(case, work, form)
+        except ImplError:
+            raise
+        except Exception as error:  # a broken form must not hide the others
+            made.append((form, "fp64", nothing(failure=one_line(error))))
+    made += [(form, "fp64", _fields(result, expected, allowed)) for form, result in results.items()]
+    for library, judge in case.libraries.items():
+        try:
+            with exact_fp32():
                 judged = judge(work)
-            except ImportError as error:
-                yield library, "fp64", nothing(skipped=_missing(library, error))
-                continue
-            if libraries:
-                limit = allowed if fp32 else None
-                yield library, "fp64", fields([compared("out", judged, expected, limit)])
-            for form in forms if fp32 else ():
-                yield form, library, fields([compared("out", found[form], judged, allowed)])
+        except ImportError as error:
+            made.append((library, "fp64", nothing(skipped=_missing(library, error))))
+            continue
+        if libraries:
+            limit = allowed if fp32 else None
+            made.append((library, "fp64", _fields(judged, expected, limit)))
+        for form, result in results.items() if fp32 else ():
+            made.append((form, library, _fields(result, judged, allowed)))
+    return made
+
+
+def _ours(case: ModelCase, work: Work, form: str) -> Tensor:
+    work.model.set_impl(form)
+    with exact_fp32():
+        return case.ours(work)
+
+
+def _fields(result: Tensor, expected: Tensor, allowed: Error | None) -> dict:
+    return fields([compared("out", result, expected, allowed)])
 
 
 def _allowed(case: ModelCase, work: Work, expected: Tensor) -> Error:

@@ -168,6 +168,29 @@ def test_a_broken_form_hides_no_other(monkeypatch, capsys):
     assert portable["failure"] is None
 
 
+def test_a_missing_result_fails(monkeypatch, capsys):
+    """Guards against a form that returns one result of two, whose other nobody would miss."""
+    monkeypatch.setattr(validate, "form", lambda op, name: lambda inputs: lambda: inputs["q"])
+    words = ("--op", "prefix_attention", "--shape", "smollm2", "--impl", "eager")
+    assert run(*words, "--dtype", "fp32", "--json") == 1
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["failure"].startswith("ValueError: zip()")
+
+
+def test_a_broken_model_hides_no_other(half, monkeypatch):
+    """Guards the rest of a run against a model that raises in one form."""
+    case = validate_model.CASES[0]
+    right = validate_model._ours
+
+    def ours(case, work, form):
+        return right(case, work, form if form == "portable" else 1 / 0)
+
+    monkeypatch.setattr(validate_model, "_ours", ours)
+    rows = validate_model.verdicts(case, half, ("eager", "portable"), libraries=False)
+    failures = {form: fields["failure"] for form, _, fields in rows}
+    assert failures == {"eager": "ZeroDivisionError: division by zero", "portable": None}
+
+
 def test_wrong_tokens_and_nan_count():
     """Guards a token, wrong or right, and misplaced NaN, which no ratio to a roundoff can show."""
     tokens = compared("tokens", torch.tensor([5, 7]), torch.tensor([5, 8]), Error(0, 0))
@@ -243,7 +266,7 @@ class TestModel:
         wrong = SimpleNamespace(**{name: getattr(half, name) for name in ("model", "ids")})
         wrong.exact, wrong.rounded = twin, half.rounded
         try:
-            _, _, fields = next(validate_model.verdicts(case, wrong, ("eager",), libraries=False))
+            (_, _, fields), *_ = validate_model.verdicts(case, wrong, ("eager",), libraries=False)
         finally:
             weight.copy_(before)
         assert "error" in fields["failure"]
