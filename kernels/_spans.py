@@ -11,11 +11,12 @@ harmless as elsewhere, since they never touch the device.
 
 Ranges are PaCoRe's rounds, the engine's steps ("engine step 7": "schedule", "execute", "update"),
 layers ("decoder layer 3"), every op by its name (`_launch.pick`; `rotary_attention` where it is
-fused) and every matrix product of the model ("linear gate_up"). A name is what stands before the
-first number. The time of each less that of the ranges in it, summed by name, makes up a step.
+fused) and every matrix product of the model ("linear gate_up"). What stands before the first
+number is their `family`. The time of each less that of the ranges in it makes up a step.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial, wraps
@@ -78,6 +79,11 @@ def use(mode: str) -> Iterator[None]:
         yield
     finally:
         _ranges = before
+
+
+def family(name: str) -> str:
+    """What spans of many numbers share: "decoder layer" of "decoder layer 3"."""
+    return re.split(r" (?=\d)", name, maxsplit=1)[0]
 
 
 def _full(name: str, which: object) -> str:

@@ -1,4 +1,4 @@
-"""Everything a machine can measure in one go, as rows on disk.
+"""`python -m profiles record --out DIR`: all that a machine can measure in one go, as rows on disk.
 
 Sections in order of worth: the roofline, errors of every op, the decode step, the engine's steps,
 images, the op table. Rows are written as they are made, so that an interrupted or too short run
@@ -6,22 +6,35 @@ leaves what it had, and the next one with the same clean commit and device goes 
 torch, Triton and NumPy.
 """
 
+import argparse
+import json
 import os
 import platform
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from bench import images, rows
+from bench import images, rows, show
 from bench.cases import cases, numerics_cases
 from bench.decode import DecodeCase, time_decode
 from bench.engine import time_engine
-from bench.ops import DTYPES, MAIN_DTYPE, TIMED_DTYPES, check_case, one_line, time_case
+from bench.ops import (
+    DTYPES,
+    MAIN_DTYPE,
+    TIMED_DTYPES,
+    check_case,
+    device_named,
+    one_line,
+    time_case,
+)
 from model.config import PRESETS, Config
 from model.step3vl import Step3VL
 from model.terminal import InputError, progress
@@ -39,6 +52,10 @@ ENGINE = {
 }
 
 
+Key = tuple[str, str, str]  # op, case, dtype
+MISSING = False, ""  # sorts before when rows were taken
+
+
 @dataclass(frozen=True)
 class Task:
     """One piece of work: rows of one (op, case, dtype) for DIR/<section>.jsonl."""
@@ -50,7 +67,7 @@ class Task:
     run: Callable[[], list[dict]]
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> Key:
         return self.op, self.case, str(self.dtype).removeprefix("torch.")
 
     def __str__(self) -> str:
@@ -64,6 +81,46 @@ class Outcome:
     rows: list[dict]
     kept: int
     left_out: list[Task]
+
+
+ORDER = """\
+Work that the folder has no rows of comes first: the roofline, errors of every op, the decode step,
+the engine's steps, images, the op table. Then what has rows of another commit, or failed, is
+measured anew, the oldest rows first. Rows of this very commit are left as they are, if it is clean.
+So runs that are too short for everything fill the folder first, and renew it then.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = ORDER
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=450.0,
+        metavar="SECONDS",
+        help="start no new case after this time (default: 450)",
+    )
+    parser.add_argument("--section", nargs="+", default=(), help="these only (default: all)")
+    parser.add_argument("--shape", default="", metavar="TEXT", help="TEXT in the op or case only")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--json", action="store_true", help="no tables; end with one JSON document")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure; 1 if a row failed."""
+    if options.budget <= 0:
+        raise InputError(f"--budget must be a positive number of seconds, not {options.budget}")
+    device = device_named(options.device)
+    work = select(list(tasks(device)), options.section, options.shape)
+    outcome = record(options.out, device, work, options.budget)
+    if options.json:
+        left_out = [str(task) for task in outcome.left_out]
+        print(json.dumps({"rows": outcome.rows, "kept": outcome.kept, "left_out": left_out}))
+    else:
+        _show(outcome, options.out)
+    return int(any(row["failure"] for row in outcome.rows))
 
 
 def tasks(device: torch.device) -> Iterator[Task]:
@@ -100,15 +157,17 @@ def record(
     budget_s: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
-    """Run `work` in order and write its rows to `out`; start nothing after `budget_s` seconds.
+    """Run `work` in the order of ORDER and write its rows to `out`; start nothing after `budget_s`
+    seconds.
 
     A task that raises leaves one row that says so in `failure`. Raises InputError if `out` cannot
     be written or holds what is not rows.
     """
     end = clock() + budget_s
     _write_environment(out, device)
-    done = {task.section: _done(out, task.section, device) for task in work}
-    todo = [task for task in work if task.key not in done[task.section]]
+    known = {task.section: _known(out, task.section, device) for task in work}
+    todo = [task for task in work if task.key not in known[task.section].done]
+    todo.sort(key=lambda task: known[task.section].taken.get(task.key, MISSING))
     made: list[dict] = []
     section = None
     with progress("record", len(todo)) as advance:
@@ -150,18 +209,27 @@ def _attempt(task: Task, device: torch.device) -> list[dict]:
         return [failed | {"failure": one_line(error)} | rows.origin(device)]
 
 
-def _done(out: Path, section: str, device: torch.device) -> set[tuple[str, str, str]]:
-    """Keys of the tasks whose latest rows are all good, for this device and this clean commit."""
-    commit = rows.commit()
-    if commit == "unknown" or commit.endswith("+dirty"):
-        return set()
-    failures: dict[tuple[str, str, str], dict[str | None, str | None]] = {}
+class _Known(NamedTuple):
+    """What a folder has of a section from this device, by the tasks' keys."""
+
+    done: set[Key]  # whose latest rows are all good, of this clean commit
+    taken: dict[Key, tuple[bool, str]]  # when the latest rows of any commit were
+
+
+def _known(out: Path, section: str, device: torch.device) -> _Known:
+    commit, taken = rows.commit(), {}
+    clean = commit != "unknown" and not commit.endswith("+dirty")
+    failures: dict[Key, dict[str | None, str | None]] = {}
     for row in rows.read(out / f"{section}.jsonl"):
-        if (row["commit"], row["device"]) == (commit, rows.device_name(device)):
-            of_forms = failures.setdefault((row["op"], row["case"], row["dtype"]), {})
+        if row["device"] != rows.device_name(device):
+            continue
+        key = row["op"], row["case"], row["dtype"]
+        taken[key] = True, row.get("time", "")
+        if clean and row["commit"] == commit:
+            of_forms = failures.setdefault(key, {})
             of_forms.pop(None, None)  # the row of an attempt that raised, made good by this one
             of_forms[row.get("impl")] = row["failure"]
-    return {key for key, of_forms in failures.items() if not any(of_forms.values())}
+    return _Known({key for key, of in failures.items() if not any(of.values())}, taken)
 
 
 @cache
@@ -228,3 +296,22 @@ def _gpu(device: torch.device) -> dict:
         "l2_bytes": properties.L2_cache_size,
         "state": state and dict(zip(fields.split(","), state.split(", "), strict=True)),
     }
+
+
+def _show(outcome: Outcome, out: Path) -> None:
+    timed = [row for row in outcome.rows if row.get("median_us")]
+    if timed:
+        show.times(timed)
+    failed = [row for row in outcome.rows if row["failure"]]
+    for row in failed:
+        print(
+            f"FAILED: {row['op']}, {row['case']}, {row['impl']}, {row['dtype']}: {row['failure']}"
+        )
+    print(
+        f"{len(outcome.rows)} rows written to {out}, {len(failed)} of them failed;"
+        f" {outcome.kept} cases were already there"
+    )
+    if outcome.left_out:
+        counts = Counter(task.section for task in outcome.left_out)
+        text = ", ".join(f"{count} of {section}" for section, count in counts.items())
+        print(f"the budget left out {text}; run again to go on", file=sys.stderr)

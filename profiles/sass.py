@@ -1,8 +1,8 @@
 """What the compiler made of a kernel: registers, spills, shared memory, occupancy, load widths.
 
 Registers and the stack come from the cubin (cuobjdump); loads, wgmma and tma from PTX, whose
-accesses ptxas neither widens nor narrows; shared memory from Triton's metadata. `instruction_mix`
-reads the SASS itself (nvdisasm).
+accesses ptxas neither widens nor narrows; shared memory from Triton's metadata. `sass` is
+the machine's own text (nvdisasm), `count_mix` its classes.
 """
 
 import re
@@ -137,10 +137,9 @@ MIX = {
 }
 
 
-def instruction_mix(cubin: bytes) -> dict[str, int]:
-    """How often each class of MIX stands in the SASS; classes that do not are left out."""
-    text = _output(knobs.nvidia.nvdisasm.path, "-c", cubin)
-    return count_mix(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", text, re.M))
+def sass(cubin: bytes) -> str:
+    """The instructions, with the labels that they branch to."""
+    return _output(knobs.nvidia.nvdisasm.path, "-c", cubin)
 
 
 def count_mix(instructions: list[str]) -> dict[str, int]:

@@ -32,7 +32,8 @@ from kernels._compile import Launch, compiler, launches_recorded
 from kernels._launch import ImplError
 from kernels._tiles import A100, H200, Gpu, Tiles, record_tiles, use_tiles
 from model.terminal import track
-from profiles.sass import figures, instruction_mix
+from profiles.sass import figures, sass
+from profiles.sass_loop import anatomy
 
 Row = dict
 GPUS = {gpu.arch: gpu for gpu in (A100, H200)}
@@ -109,7 +110,7 @@ def sweep(
     """Rows of `ops` (all if empty) on `archs`, in the order of the cases.
 
     `quick` takes what tables and rules choose in bf16, and no candidates; `mix` adds the
-    instructions by class.
+    instructions by class, of the hottest loop too, and what to look at.
     """
     sites = [
         (case, dtype, GPUS[arch])
@@ -305,7 +306,8 @@ def _row(attempt: Attempt, mix: bool) -> Row:
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         row |= asdict(figures(compiled, GPUS[attempt.arch]))
         if mix:
-            row["mix"] = instruction_mix(compiled.asm["cubin"])
+            found = anatomy(sass(compiled.asm["cubin"]))
+            row |= {"mix": found.mix, "loop": found.loop, "look_at": found.look_at}
     except Exception as error:  # one kernel must not hide the others
         row["failure"] = _reason(error)
     return row

@@ -40,9 +40,9 @@ def quick(monkeypatch):
     monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 64)
     monkeypatch.setitem(roofline.COPY_CACHES, "cpu", 1)
     monkeypatch.setattr(rows, "commit", lambda: "abc")
-    rows.origin.cache_clear()
+    rows.machine.cache_clear()
     yield
-    rows.origin.cache_clear()
+    rows.machine.cache_clear()
     roofline.roofline.cache_clear()
     roofline._copy_gb_s.cache_clear()
 
@@ -104,10 +104,32 @@ def test_resumes(tmp_path):
     assert outcome.rows[1]["failure"] == "RuntimeError: out of memory"
     again = [planned(log, name) for name in "abc"]
     outcome = record(tmp_path, CPU, again, budget_s=60)
-    assert log == ["a", "b", "b", "c"]
+    assert log == ["a", "b", "c", "b"]
     assert outcome.kept == 1
     record(tmp_path, CPU, again, budget_s=60)
-    assert log == ["a", "b", "b", "c"]
+    assert log == ["a", "b", "c", "b"]
+
+
+def test_missing_rows_come_first_and_then_the_oldest(tmp_path, monkeypatch):
+    """Guards short runs after every commit: each would measure the first sections anew and never
+    come to the others. Rows of another machine are none, and rows without a time are the oldest."""
+    row = {"op": "op", "impl": "eager", "dtype": "float32", "failure": None} | rows.origin(CPU)
+    untimed = {name: value for name, value in row.items() if name != "time"}
+
+    def taken(name, second, **other):
+        return row | {"case": name, "time": f"2026-01-01T00:00:0{second}Z"} | other
+
+    old = [taken("late", 9), taken("early", 1), untimed | {"case": "untimed"}]
+    old += [taken("elsewhere", 1, device="another machine"), taken("renewed", 1)]
+    rows.append(tmp_path / "ops.jsonl", [*old, taken("renewed", 8)])
+    rows.append(tmp_path / "numerics.jsonl", [taken("middle", 5)])
+    monkeypatch.setattr(rows, "commit", lambda: "def")
+    rows.machine.cache_clear()
+    log = []
+    work = [planned(log, "middle", "numerics")]
+    names = ("late", "renewed", "early", "untimed", "elsewhere", "never")
+    record(tmp_path, CPU, [*work, *(planned(log, name) for name in names)], budget_s=60)
+    assert log == ["elsewhere", "never", "untimed", "early", "middle", "renewed", "late"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +140,7 @@ def test_other_code_is_measured_anew(tmp_path, monkeypatch, first, second):
     log = []
     for commit in (first, second):
         monkeypatch.setattr(rows, "commit", lambda commit=commit: commit)
-        rows.origin.cache_clear()
+        rows.machine.cache_clear()
         record(tmp_path, CPU, [planned(log, "a")], budget_s=60)
     assert log == ["a", "a"]
 
@@ -148,21 +170,23 @@ def test_model_is_released_between_sections(tmp_path, monkeypatch):
 def test_command(tmp_path, capsys):
     """Guards the command from end to end on real, small cases, and its second run."""
     arguments = ["record", "--out", str(tmp_path), "--device", "cpu", "--json"]
-    assert command.main([*arguments, "--section", "numerics", "ops", "--case", "rms_norm T1 "]) == 0
+    assert (
+        command.main([*arguments, "--section", "numerics", "ops", "--shape", "rms_norm T1 "]) == 0
+    )
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made["left_out"] == []
     assert {row["dtype"] for row in made["rows"]} == {"bfloat16", "float16", "float32"}
     assert (
         rows.read(tmp_path / "numerics.jsonl") + rows.read(tmp_path / "ops.jsonl") == made["rows"]
     )
-    assert command.main([*arguments, "--section", "ops", "--case", "rms_norm T1 "]) == 0
+    assert command.main([*arguments, "--section", "ops", "--shape", "rms_norm T1 "]) == 0
     assert json.loads(capsys.readouterr().out) == {"rows": [], "kept": 1, "left_out": []}
 
 
 def test_decode_step_is_recorded(tmp_path, capsys):
     """Guards the path that a GPU takes with the 10B, here with `tiny`."""
     arguments = ["record", "--out", str(tmp_path), "--device", "cpu", "--section", "decode"]
-    assert command.main([*arguments, "--case", "B4"]) == 0
+    assert command.main([*arguments, "--shape", "B4"]) == 0
     eager, default = rows.read(tmp_path / "decode.jsonl")
     assert eager["case"] == default["case"] == "tiny B4 P256 S64"
     assert default["roofline_pct"] > 0
@@ -172,7 +196,7 @@ def test_decode_step_is_recorded(tmp_path, capsys):
 def test_images_are_recorded(tmp_path):
     """Guards the path that a GPU takes with the 10B's tower, here with that of `tiny`."""
     arguments = ["record", "--out", str(tmp_path), "--device", "cpu", "--section", "vision"]
-    assert command.main([*arguments, "--case", "728 x 728"]) == 0
+    assert command.main([*arguments, "--shape", "728 x 728"]) == 0
     eager, default = rows.read(tmp_path / "vision.jsonl")
     assert eager["case"] == default["case"] == "tiny 728 x 728"
     assert default["views"] == 1 and default["gemm_pct"] > 0
@@ -194,7 +218,7 @@ def test_mistakes(tmp_path):
 def test_bare_machine(tmp_path):
     """Guards a GPU node with torch, Triton and NumPy alone: no other package may be needed."""
     arguments = ["record", "--out", str(tmp_path), "--device", "cpu"]
-    arguments += ["--section", "numerics", "--case", "T1 C97"]
+    arguments += ["--section", "numerics", "--shape", "T1 C97"]
     script = f"{ON_A_BARE_MACHINE}sys.exit(main({arguments}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
