@@ -62,7 +62,7 @@ def toy(tmp_path, monkeypatch):
     OPS.clear()
     OPS.update(double=double, plain=plain)
     monkeypatch.setitem(numerics.TOLERANCES, "double", (numerics.Error(2, 1),) * 2)
-    monkeypatch.setattr("bench.__main__.cases", lambda device_type: CASES)
+    monkeypatch.setattr("bench.commands.cases", lambda device_type: CASES)
     monkeypatch.setattr(tune, "sets_for", lambda set_bytes, device: 2)
     monkeypatch.setattr(tune, "measure", decreed)
     monkeypatch.setattr("bench.rows.roofline", lambda device, dtype: None)
@@ -166,8 +166,8 @@ def test_table_keeps_what_it_had(toy):
 def test_command_writes_table_and_rows(toy, monkeypatch, capsys):
     """Guards the command as a GPU would run it: the best of every key, the rows beside it."""
     monkeypatch.setattr("bench.__main__.device_named", lambda name: FakeCuda())
-    monkeypatch.setattr("bench.__main__.gpu_of", lambda device: H200)
-    monkeypatch.setattr("bench.__main__.tune.tune", on_cpu(tune.tune))
+    monkeypatch.setattr("bench.commands.gpu_of", lambda device: H200)
+    monkeypatch.setattr("bench.commands.tune.tune", on_cpu(tune.tune))
     assert main(["tune", "--op", "double"]) == 1  # some candidates failed, and their rows say so
     table = json.loads((toy / "tuned" / "nvidia-h200.json").read_text())
     assert {key: chosen["block"] for key, chosen in table["double"].items()} == {
