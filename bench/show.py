@@ -165,7 +165,7 @@ def _microseconds(value: float) -> str:
 def _note(row: Row) -> str:
     """What is out of the ordinary about a time."""
     notes = ["launches included"] if row["timer"] == "events" else []
-    if "tokens_per_second" in row:
+    if row.get("tokens_per_second"):
         notes.append(f"{row['tokens_per_second']:,.1f} tokens/s")
     return ", ".join(notes)
 

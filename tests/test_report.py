@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, report_rows
+from bench import report, report_rows, report_tables
 from bench.report_sections import SECTIONS
-from bench.report_tables import skipped_lines
 from model.terminal import InputError, Parser
 from tests.report_rows import BASE, every_kind, heat, row
 
@@ -121,9 +120,9 @@ def test_skipped_forms_have_their_reason(page):
         )
     ]
     (found,) = report_rows.by_device(rows)
-    assert skipped_lines(found) == ["compile: no compiler (T1)"]
+    assert report_tables.skipped_lines(found) == ["compile: no compiler (T1)"]
     (found,) = report_rows.by_device(rows[:2])
-    assert skipped_lines(found) == ["compile: no compiler"]
+    assert report_tables.skipped_lines(found) == ["compile: no compiler"]
 
 
 def test_times_are_those_of_the_rows(page):
@@ -249,7 +248,7 @@ def test_devices_are_never_mixed(tmp_path):
     assert len({path.name for path in paths}) == len(paths) == 5
 
 
-WRONG = ("text", -1, 0, [1], {"a": 1}, True, float("nan"), 1e400)
+WRONG = (None, "text", -1, 0, [1], {"a": 1}, True, float("nan"), 1e400)
 
 
 def test_rows_of_any_kind(tmp_path):
@@ -270,6 +269,7 @@ def test_rows_of_any_kind(tmp_path):
     for found in report_rows.by_device(wrong):
         kinds = {report_rows.kind_of(one) for one in found.latest}
         assert kinds <= {"op", "roofline", "decode_part", *report_rows.JOBS, "no numbers", "other"}
+        report_tables.op_tables(found)
         for title, make in SECTIONS.items():
             if title not in ("Ops", "Roofline", "Decode step", "Occupancy", "History"):
                 make(found, str(tmp_path / "other"))
