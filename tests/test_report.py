@@ -251,6 +251,15 @@ def test_devices_are_never_mixed(tmp_path):
 WRONG = (None, "text", -1, 0, [1], {"a": 1}, True, float("nan"), 1e400)
 
 
+@pytest.mark.parametrize("name", report_rows.NUMBERS)
+def test_numbers_that_are_none(name):
+    """Guards pictures against values that no axis has: such a row is of no known kind."""
+    for value in ("text", -1, [1], True, float("nan"), 1e400):
+        whole = row("rms_norm", "T1 C64", "triton", 20.0) | {name: value}
+        (found,) = report_rows.by_device([whole])
+        assert [report_rows.kind_of(one) for one in found.latest] == ["other"], value
+
+
 def test_rows_of_any_kind(tmp_path):
     """Guards the report against files of other tools and times: every field of a wrong type."""
     whole = row("rms_norm", "T1 C64", "triton", 20.0, part="linear", tokens_per_second=5.0)
