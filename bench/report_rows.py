@@ -107,10 +107,12 @@ def by_device(found: Iterable[dict], before: Iterable[dict] = ()) -> list[Measur
 def _sorted_out(device: str, found: list[dict], before: list[dict]) -> Measurements:
     latest: dict[str, dict] = {}
     for row in sorted(found, key=when):
-        latest[_key(row, row.get("impl"))] = row
-        if row.get("impl") not in WHOLE:  # what once stopped the whole case does so no more
-            for whole in WHOLE:
-                latest.pop(_key(row, whole), None)
+        for form in (row.get("impl"), *WHOLE):  # what failed or was skipped is so no more
+            key = _key(row, form, told=True)
+            if key in latest and not latest[key].get("median_us"):
+                del latest[key]
+        told = any(row.get(name) for name in ("median_us", "failure", "skipped"))
+        latest[_key(row, row.get("impl"), told)] = row
     kept = set(map(id, latest.values()))
     older = [*before, *(row for row in found if id(row) not in kept)]
     return Measurements(device, list(latest.values()), sorted(older, key=when))
@@ -199,11 +201,11 @@ def _sound(row: dict) -> bool:
     )
 
 
-def _key(row: dict, form: str | None) -> str:
-    """What a row is a measurement of; a row that only checks numbers replaces no time."""
+def _key(row: dict, form: str | None, told: bool) -> str:
+    """What a row is a measurement of. One that checks numbers and has nothing to tell replaces no
+    time."""
     if kind_of(row) == "other":
         return json.dumps(row, sort_keys=True)
-    told = bool(row["median_us"] or row["failure"] or row["skipped"])
     return json.dumps([form, told, *(row[name] for name in KEY)])
 
 

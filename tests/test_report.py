@@ -219,16 +219,17 @@ def test_a_check_replaces_no_time():
     assert [one["median_us"] for one in found.timed] == [20.0] and not found.older
 
 
-@pytest.mark.parametrize("whole", [None, "all"])
-def test_a_case_that_runs_again_failed_no_more(whole):
-    """Guards against the failure of a whole case that outlives the run that mended it."""
+@pytest.mark.parametrize("us", [20.0, None])
+@pytest.mark.parametrize("whole", [None, "all", "triton"])
+def test_a_case_that_runs_again_failed_no_more(whole, us):
+    """Guards against a failure, of a form or a whole case, that outlives the run that mended it."""
     stopped = {"op": "rms_norm", "case": "T1 C64", "impl": whole, "dtype": "bfloat16"}
     stopped |= {"failure": "died", "device": BASE["device"], "time": "2026-11-27T09:00:00Z"}
-    timed = row("rms_norm", "T1 C64", "triton", 20.0)
-    (found,) = report_rows.by_device([stopped, timed])
-    assert not any(one["failure"] for one in found.latest)
-    (found,) = report_rows.by_device([stopped | {"time": "2026-11-27T11:00:00Z"}, timed])
-    assert [one["failure"] for one in found.latest] == [None, "died"]
+    good = row("rms_norm", "T1 C64", "triton", us)
+    (found,) = report_rows.by_device([stopped, good])
+    assert [one["failure"] for one in found.latest] == [None]
+    (found,) = report_rows.by_device([stopped | {"time": "2026-11-27T11:00:00Z"}, good])
+    assert "died" in [one["failure"] for one in found.latest]
 
 
 def test_devices_are_never_mixed(tmp_path):
