@@ -122,10 +122,10 @@ class TestPieces:
             pack(tmp_path, tmp_path / "item", limit=3000)
 
     def test_shared_objects_shrink(self, tmp_path):
-        """Guards the size: an object of mostly the same must not be stored as it is."""
-        (tmp_path / "a.so").write_bytes(b"kernel " * 10000)
+        """Guards the size of objects, whose kernels resemble each other over megabytes."""
+        (tmp_path / "a.so").write_bytes(2 * os.urandom(1 << 20))
         (entry,) = pack(tmp_path, tmp_path / "item")
-        assert entry["bytes"] < 1000
+        assert entry["bytes"] < 1.1 * 2**20
 
 
 class TestPrepare:
@@ -227,7 +227,7 @@ class TestPrepare:
 
     def test_a_tool_that_fails(self):
         """Guards the reason beside an item: the line with the error, of pages of output."""
-        script = "print('many lines'); print('x.h: fatal error: no such file'); exit('end')"
+        script = "print('RuntimeError: see below\\nx.h: fatal error: no such file'); exit('end')"
         with pytest.raises(Failed, match="^x.h: fatal error: no such file$"):
             prepare.run_tool([sys.executable, "-c", script])
         with pytest.raises(Failed, match="no-such-tool"):
@@ -251,8 +251,8 @@ class TestInstall:
         assert len(tools.calls) == 2, "FA3 is no package"
         for call in tools.calls:
             assert "--no-index" in call and "--no-deps" in call
-            wheels = [part for part in call if part.endswith(".whl")]
-            assert wheels and all(Path(wheel).exists() for wheel in wheels)
+            assert list(Path(call[call.index("--find-links") + 1]).glob("*.whl"))
+        assert tools.calls[0][-2:] == ["small==1.0", "its-need"], "a need that is there stays"
         module = target / "flashinfer/data/aot/of_cascade/of_cascade.so"
         assert module.read_text() == "cascade"
         (line,) = [x for x in (folder / "env.sh").read_text().splitlines() if "FA3" in x]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.peers.bundle import BUILT, Bundle
-from bench.peers.prepare import Failed, run_tool
+from bench.peers.prepare import PIP, Failed, run_tool
 from model.terminal import InputError, track
 
 INSTALLED = "installed"  # in the bundle's folder: what was unpacked, shared objects among it
@@ -67,11 +67,12 @@ def _install(bundle: Bundle, name: str, target: Path | None) -> None:
     files = bundle.unpack(name, folder)
     if name == BUILT:
         shutil.copytree(folder, _flashinfer(target) / "data/aot", dirs_exist_ok=True)
-    wheels = [str(path) for path in files if path.suffix == ".whl"]
-    if wheels:
+    if any(path.suffix == ".whl" for path in files):
         into = ["--target", str(target), "--upgrade"] if target else []
-        command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-        run_tool([*command, "--no-index", "--no-deps", *into, *wheels])
+        command = [*PIP, "install", "--no-index", "--no-deps", "--find-links", str(folder), *into]
+        head, *needs = bundle.items[name]["wanted"]
+        # What it needs is left as it is where it is there already, in whatever version.
+        run_tool([*command, head, *(need.partition("==")[0] for need in needs)])
 
 
 def _flashinfer(target: Path | None) -> Path:

@@ -52,15 +52,17 @@ def prepare(folder: Path, names: Sequence[str], target: Target) -> list[dict]:
 
 
 def run_tool(command: Sequence[str], env: dict[str, str] | None = None) -> str:
-    """What a tool prints. Raises Failed with the last line of its complaint."""
+    """What a tool prints. Raises Failed with the line of its complaint that tells most."""
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
     except OSError as error:
         raise Failed(f"{command[0]}: {error.strerror}") from None
     if done.returncode:
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
-        raise Failed((errors or lines or [f"{command[0]} failed"])[0].strip())
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        told = [
+            line for mark in ("fatal error:", "error:") for line in lines if mark in line.lower()
+        ]
+        raise Failed((told or lines or [f"{command[0]} failed"])[0])
     return done.stdout
 
 
@@ -122,7 +124,7 @@ def _fetch(item: Item, staged: Path, wheels: Path, target: Target) -> None:
         into = wheels / requirement  # of its own, so that its wheel is known
         into.mkdir(parents=True, exist_ok=True)
         if not any(into.glob("*.whl")):
-            run_tool([*_PIP, "download", *_for(target), "--dest", str(into), requirement])
+            run_tool([*PIP, "download", *_for(target), "--dest", str(into), requirement])
         (wheel,) = into.glob("*.whl")
         if item.takes is None:
             shutil.copy(wheel, staged)
@@ -136,7 +138,7 @@ def _fetch(item: Item, staged: Path, wheels: Path, target: Target) -> None:
                 archive.extract(info, staged)
 
 
-_PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 
 def _for(target: Target) -> list[str]:
@@ -172,7 +174,7 @@ def _build_environment(work: Path, arch: str) -> dict[str, str]:
     home, site, stubs = _cuda_home(), work / "site", work / "stubs"
     if not (site / "flashinfer").exists():
         wheels = ["--no-deps", "--only-binary=:all:", *ITEMS["flashinfer"].wheels]
-        run_tool([*_PIP, "install", "--target", str(site), *wheels])
+        run_tool([*PIP, "install", "--target", str(site), *wheels])
     stubs.mkdir(parents=True, exist_ok=True)
     # The driver's library is not on a machine without a GPU; its name is all that linking needs.
     source, soname = stubs / "empty.cpp", "-Wl,-soname,libcuda.so.1"
