@@ -34,7 +34,7 @@ Processing [x.sqlite] with [cuda_gpu_trace.py]...
 Start (us),Duration (us),CorrId,GrdX,GrdY,GrdZ,Device,Ctx,GreenCtx,Strm,Name
 30,"1,000.5",2,1,1,1,"NVIDIA H200, MIG (0)",1,,7,"f<int, 4>(int)"
 10,5,1,1,1,1,NVIDIA H200 (0),1,,7,g
-12,10,3,1,1,1,NVIDIA H200 (0),1,,20,g
+12,1,3,1,1,1,NVIDIA H200 (0),1,,20,g
 """
 
 
@@ -84,8 +84,8 @@ def test_later_versions():
     found = summarise(NEW_TRACE, "report")
     assert by_name(found["kernels"])["f<int, 4>(int)"]["total_us"] == 1000.5
     gpu = found["gpu"]
-    assert (gpu["gaps"], gpu["gap_us"], gpu["largest_gap_us"]) == (1, 8.0, 8.0)
-    assert gpu["busy_us"] == 12 + 1000.5
+    assert (gpu["gaps"], gpu["gap_us"], gpu["largest_gap_us"]) == (1, 15.0, 15.0)
+    assert gpu["busy_us"] == 5 + 1000.5
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_later_versions():
     [
         (NEW_TRACE.replace("Duration (us)", "Length (us)"), "report: no column 'Duration' among"),
         (NEW_TRACE.replace("Start (us)", "Start (days)"), r"'Start \(days\)' has no unit of time"),
-        (NEW_TRACE.replace("12,10,", "12,N/A,"), r"no number in column 'Duration \(us\)'"),
+        (NEW_TRACE.replace("12,1,", "12,N/A,"), r"no number in column 'Duration \(us\)'"),
         (CPU.replace("Instances", "Count"), "report: no column 'Instances' among"),
         ("SKIPPED: x.sqlite does not contain GPU trace data.\n", "neither GPU activity nor NVTX"),
         ("", "neither GPU activity nor NVTX"),
