@@ -12,7 +12,6 @@ import torch
 from bench import fp64, histogram, numerics, timm_judge, validate, validate_model
 from bench.cases import OPS, numerics_cases
 from bench.comparison import EDGES, compared
-from bench.fp64_model import Exact
 from bench.numerics import Error, compare, roundoff
 from bench.validate_model import Work
 from model.terminal import InputError, Parser
@@ -255,16 +254,15 @@ class TestModel:
             ]
             assert all(fields["max_err"] < 2e-5 for _, _, fields in rows)
 
-    @pytest.mark.parametrize("fault", ["norm", "lm_head", "layers.1.post_norm"])
-    def test_a_fault_of_one_percent_fails(self, fault, half):
-        """Guards the rule for 16 bits: one weight tensor a hundredth too large is no rounding."""
+    @pytest.mark.parametrize("fault", ["norm", "lm_head"])
+    def test_a_small_fault_fails(self, fault, half):
+        """Guards the rule for 16 bits: one weight tensor 0.25 % too large is no rounding."""
         case = validate_model.CASES[0]
-        twin = Exact(half.model)
+        wrong = SimpleNamespace(model=half.model, ids=half.ids)
+        wrong.exact, wrong.rounded = half.exact, half.rounded  # of the right weights
         weight = half.model.decoder.get_parameter(fault)
         before = weight.clone()
-        weight.mul_(1.01)
-        wrong = SimpleNamespace(**{name: getattr(half, name) for name in ("model", "ids")})
-        wrong.exact, wrong.rounded = twin, half.rounded
+        weight.mul_(1.0025)
         try:
             (_, _, fields), *_ = validate_model.verdicts(case, wrong, ("eager",), libraries=False)
         finally:
