@@ -82,6 +82,7 @@ def pairs_of(*logs: float) -> list:
         ([0.15] * 9 + [-1.0], "slower"),  # one spoilt pair of ten hides nothing
         ([0.08] * 10, "same"),  # sure, but below the threshold
         ([0.3] * 6 + [-0.5] * 4, "unclear"),  # the centre is clear, but pairs disagree
+        ([0.3] * 6 + [0.05] * 4, "unclear"),  # or agree on less than counts
         ([0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7], "unclear"),  # all slower, widely
         ([-0.15] * 9 + [1.0], "faster"),
     ],
@@ -108,9 +109,13 @@ def test_spread_of_rows_is_that_of_repeats_or_else_of_percentiles():
 
 STAND_IN = {
     "torch.py": """
+import os
 float32 = "float32"
 def device(name): return name
-def set_num_threads(n): assert n == 1
+def set_num_threads(n):
+    assert n == 1 and int(os.environ["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
+    for cache in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        assert "bench-caches-" in os.environ[cache]
 """,
     "bench/__init__.py": "",
     "bench/rows.py": "def device_name(device): return 'stand-in'\n",

@@ -33,8 +33,10 @@ def run(monkeypatch, capsys, *runs: dict[str, float | str]) -> tuple[int, dict]:
     parser = Parser()
     gate.add_arguments(parser)
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
     code = gate.run(parser.parse_args(["--json"]))
-    assert set(threads) == {1} and torch.get_num_threads() == before
+    assert set(threads) == {1} and torch.get_num_threads() == 2
+    torch.set_num_threads(before)
     assert next(told, None) is None, "a ratio that holds is measured once"
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     return code, row

@@ -141,7 +141,8 @@ def test_a_gpu_with_rows_gets_its_tables(tmp_path):
         measured("decode_step", shape, "default", 4_000),  # measured again
         measured("decode_step", shape, "default, FP8 KV", 3_500),
         measured("prefix_attention", case, "eager", 1_000),
-        measured("prefix_attention", case, "triton", 50),
+        measured("prefix_attention", case, "triton", 70),
+        measured("prefix_attention", case, "triton", 50),  # again
         measured("prefix_attention", case, "fa3", 60),
         measured("prefix_attention", case, "flashinfer", 75),
         measured("prefix_attention", "B1", "triton", 50) | {"median_us": None, "failure": "off"},
