@@ -284,6 +284,7 @@ class TestList:
     def test_every_peer_has_a_row(self, capsys):
         """Guards the list: what a CPU lacks has its reason and a way to get it, in one line."""
         code, document = peers(capsys, "--device", "cpu")
+        assert (code, document) == peers(capsys, "list", "--device", "cpu")
         assert code == 0
         rows = {(row["op"], row["peer"]): row for row in document["peers"]}
         assert rows.keys() == {(op, name) for op, named in PEERS.items() for name in named}

@@ -25,16 +25,19 @@ TARGET = Target()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`list`, which is the default, `prepare` and `install`."""
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--json", action="store_true", help="no table; one JSON document")
+    device = {"help": "cpu or cuda (default: cuda if there is one)"}
+    as_json = {"action": "store_true", "help": "no table; one JSON document"}
+    parser.add_argument("--device", **device)
+    parser.add_argument("--json", **as_json)
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     telling = actions.add_parser(
         "list", help="every peer, its library, and why it cannot be used (default)"
     )
     making = actions.add_parser("prepare", help="fetch and pack peers for a machine without net")
     reading = actions.add_parser("install", help="install what `prepare` packed; torch stays")
+    telling.add_argument("--device", default=argparse.SUPPRESS, **device)
     for action in (telling, making, reading):  # also behind the action's name
-        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+        action.add_argument("--json", default=argparse.SUPPRESS, **as_json)
     for action in (making, reading):
         action.add_argument("--dir", type=Path, required=True, metavar="DIR", help="the bundle")
         action.add_argument(
