@@ -140,6 +140,7 @@ class Timing:
     def __init__(self, us): self.median_us = us
 def sets_for(num_bytes, device): return 2
 def measure(candidates, *, device, sets, budget_s):
+    print("not an answer")
     found = {name: call(sets - 1) for name, call in candidates.items()}
     return {name: Timing(TIMES[op] * next(NOISE)) for name, (op, _, _) in found.items()}
 """,
