@@ -14,11 +14,21 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     package_dir={"": "."},  # makes an editable install one line in a .pth file
-    packages=["kernels", "model", "pacore_sched", "bench", "bench.peers", "profiles"],
+    packages=[
+        "kernels",
+        "model",
+        "pacore_sched",
+        "bench",
+        "bench.compare",
+        "bench.peers",
+        "bench.report",
+        "bench.validate",
+        "profiles",
+    ],
     package_data={
         "kernels": ["tuned/*.json"],
         "pacore_sched": ["*.jinja"],
-        "bench": ["*.jinja", "*.json", "peers/*.md"],
+        "bench": ["report/*.jinja", "peers/*.md"],
         "profiles": ["*.jsonl"],
     },
     install_requires=[

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import compare, gate, listing, report, rows, validate
+from bench import compare, gate, listing, rows
 from bench.commands import COMMANDS, TIME_BUDGET_S, filter_arguments
 from bench.ops import device_named
 from bench.peers import command as peers
+from bench.report import command as report
+from bench.validate import command as validate
 from model.terminal import Parser, run_command
 
 ALL = ("numerics", "ops", "decode", "e2e")
@@ -42,6 +44,8 @@ def measure(options: argparse.Namespace) -> int:
     device = device_named(options.device)
     if options.list or options.repro:
         return listing.run(options, device)
+    if options.report:
+        report.check(options.report)  # now, not after minutes of work
     found: list[dict] = []
     for command in ALL if options.command == "all" else (options.command,):
         made = []

@@ -2,8 +2,9 @@
 
 Read from `ncu --import REPORT --page raw --csv`: one column per metric, then a row of units, then a
 row per launch. The format is that of a real export of 2022.3, whose units are spelt "usecond" and
-"Gbyte/second"; those of later versions, "us" and "Gbyte/s", were seen in public reports. Metrics of
-tensor cores have other names on other architectures: the largest of those present counts.
+"Gbyte/second"; the spelling of later versions, "us" and "Gbyte/s", is from excerpts that others
+have published. Metrics of tensor cores have other names on other architectures: the largest of
+those present counts.
 """
 
 import re

@@ -6,8 +6,9 @@ from math import log2
 import numpy as np
 import pytest
 
-from bench import charts, charts_grid, charts_ops, charts_runs, report_rows
 from bench.peers import PEERS
+from bench.report import charts, charts_grid, charts_ops, charts_runs
+from bench.report import rows as report_rows
 from tests.report_rows import every_kind, heat, part, row
 
 pytest.importorskip("matplotlib")

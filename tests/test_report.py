@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, report_rows, report_tables
-from bench.report_sections import SECTIONS
+from bench.report import command as report
+from bench.report import rows as report_rows
+from bench.report import tables as report_tables
+from bench.report.sections import SECTIONS
 from model.terminal import InputError, Parser
 from tests.report_rows import every_kind, heat, row
 

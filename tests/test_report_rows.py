@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import report_rows
+from bench.report import rows as report_rows
 from tests.report_rows import BASE, row
 
 

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from bench import fp64, histogram, numerics, timm_judge, validate, validate_model
+from bench import numerics
+from bench import rows as rows_module
 from bench.cases import OPS, numerics_cases
-from bench.comparison import EDGES, compared
 from bench.numerics import Error, compare, roundoff
-from bench.validate_model import Work
+from bench.validate import command as validate
+from bench.validate import fp64, histogram, timm_judge
+from bench.validate import model as validate_model
+from bench.validate.comparison import EDGES, compared
+from bench.validate.model import Work
 from model.terminal import InputError, Parser
 
 CPU = torch.device("cpu")
@@ -297,7 +301,8 @@ class TestPictures:
         folder = tmp_path / "new" / "folder"
         assert run(*SMALL, "--out", str(folder)) == 0
         assert "picture: " in capsys.readouterr().out
-        names = {path.name for path in folder.iterdir()}
+        names = {path.name for path in folder.glob("*.png")}
+        assert rows_module.read(folder / "validate.jsonl"), "kept as they came"
         assert names == {f"errors-{x}.png" for x in ("bfloat16", "float16", "float32")}
         pixels = image.imread(folder / "errors-float32.png")[..., :3]
         orange = np.array([1.0, 127 / 255, 14 / 255])  # the second form's colour

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import timm_judge, transformers_judge
+from bench.validate import timm_judge, transformers_judge
 from kernels.vision_attention import vision_attention
 from model.config import TINY
 from model.image import Views

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report_rows import role
+from bench.report.rows import role
 from pacore_sched.plots import DPI, pyplot
 
 WIDTH, TALLEST = 7.6, 9.4  # inches: a page's width, and its height

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.torchvision_stub import torchvision_or_stub
-from bench.transformers_judge import like
+from bench.validate.torchvision_stub import torchvision_or_stub
+from bench.validate.transformers_judge import like
 from model.step3vl import Step3VL
 
 

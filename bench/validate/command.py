@@ -3,8 +3,8 @@
 Ops are judged by formulas in fp64 that share no code with them (fp64.py), on the awkward shapes of
 `numerics` and on the same inputs in 16 bits; the model by its twin in fp64, and in fp32 by
 transformers and timm where they are installed. Errors are relative to max(rms(reference),
-|reference|); a result's worst element is shown in full. `--out` makes pictures of how errors
-spread.
+|reference|); a result's worst element is shown in full. `--out` keeps the rows as they come, and
+makes pictures of how errors spread.
 """
 
 import argparse
@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
-from bench import fp64, histogram, rows, show, validate_model
+from bench import rows, show
 from bench.cases import OPS, WRITTEN, Case, numerics_cases
-from bench.comparison import compared, fields, nothing
 from bench.numerics import Error, form, results, roundoff, tolerance
 from bench.ops import DTYPES, device_named, dtypes_named, one_line
-from bench.validate_model import ModelCase, Work
+from bench.validate import fp64, histogram
+from bench.validate import model as validate_model
+from bench.validate.comparison import compared, fields, nothing
+from bench.validate.model import ModelCase, Work
 from kernels._launch import IMPLS, ImplError, check_triton
 from model.terminal import InputError, track
 from pacore_sched.plots import check_folder
@@ -44,7 +46,7 @@ WRONG_BF16 = "Triton's interpreter multiplies bfloat16 wrongly: it needs a GPU"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options beside the filters, device and `--json`, which other commands have too."""
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write pictures of how errors spread to DIR"
+        "--out", type=Path, metavar="DIR", help="rows, and pictures of how errors spread"
     )
 
 
@@ -53,15 +55,18 @@ def run(options: argparse.Namespace) -> int:
     device = device_named(options.device)
     if options.out:
         check_folder(options.out)
-    made = list(
-        validate(
-            device,
-            ops=options.op,
-            shape=options.shape,
-            forms=options.impl,
-            dtypes=dtypes_named(options.dtype),
-        )
+    work = validate(
+        device,
+        ops=options.op,
+        shape=options.shape,
+        forms=options.impl,
+        dtypes=dtypes_named(options.dtype),
     )
+    made = []
+    for row in work:
+        made.append(row)
+        if options.out:
+            rows.append(options.out / "validate.jsonl", [row])
     pictures = histogram.draw(made, options.out) if options.out else []
     if options.json:
         print(json.dumps({"rows": made, "pictures": [str(path) for path in pictures]}))

@@ -5,7 +5,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from bench.charts import (
+from bench.report.charts import (
     BLUE,
     BROWN,
     EAGER,
@@ -19,7 +19,7 @@ from bench.charts import (
     panels,
     save,
 )
-from bench.report_rows import best, grouped, when
+from bench.report.rows import best, grouped, when
 from pacore_sched.plots import area_and_line
 
 PARTS = ((BLUE, ""), (ORANGE, "//"), (GREEN, "\\\\"), (SKY, "xx"), (PINK, ".."), ("#F0E442", "--"))

@@ -14,11 +14,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bench import timm_judge, transformers_judge
-from bench.comparison import compared, fields, nothing
-from bench.fp64_model import Exact, rounding_to
 from bench.numerics import MODEL_TOLERANCE, Error, compare, exact_fp32
 from bench.ops import one_line
+from bench.validate import timm_judge, transformers_judge
+from bench.validate.comparison import compared, fields, nothing
+from bench.validate.fp64_model import Exact, rounding_to
 from kernels._launch import ImplError
 from model.decoder import Step
 from model.kv_cache import PAGE_SIZE

@@ -6,8 +6,8 @@ from math import ceil, floor, log2
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.charts import INK, panels, plain, save
-from bench.report_rows import best, grouped
+from bench.report.charts import INK, panels, plain, save
+from bench.report.rows import best, grouped
 
 POINT = re.compile(r"(?:(?P<front>.*) )?B(?P<B>\d+) P(?P<P>\d+) S(?P<S>\d+)(?: (?P<behind>.+))?")
 COLUMNS = 2  # of panels

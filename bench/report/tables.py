@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from bench.report_rows import Measurements, grouped, kind_of
+from bench.report.rows import Measurements, grouped, kind_of
 from bench.show import TIMES, error, skipped, time_line, worst
 
 Column = tuple[str, str, Callable[[float], str]]  # heading, field, how a value is written

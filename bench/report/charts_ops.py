@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.charts import (
+from bench.report.charts import (
     EAGER,
     INK,
     OURS,
@@ -20,7 +20,7 @@ from bench.charts import (
     save,
     times_axis,
 )
-from bench.report_rows import best, grouped, role
+from bench.report.rows import best, grouped, role
 
 MOST = 24  # cases of an op that are drawn: those first in a file tell most
 HEAD, CASE, FORM = 1.1, 0.20, 0.115  # inches: of a picture, of a case in it, of each of its forms

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import charts_grid, charts_ops, charts_runs, report_tables
-from bench.report_rows import JOBS, Measurements, grouped, kind_of, name_of
-from bench.report_tables import Table
+from bench.report import charts_grid, charts_ops, charts_runs
+from bench.report import tables as report_tables
+from bench.report.rows import JOBS, Measurements, grouped, kind_of, name_of
+from bench.report.tables import Table
 
 
 class Block(NamedTuple):

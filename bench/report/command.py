@@ -14,10 +14,10 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import report_rows
-from bench.report_rows import Measurements, name_of
-from bench.report_sections import SECTIONS, Block, Section
-from bench.report_tables import Table, skipped_lines
+from bench.report import rows as report_rows
+from bench.report.rows import Measurements, name_of
+from bench.report.sections import SECTIONS, Block, Section
+from bench.report.tables import Table, skipped_lines
 from model.terminal import InputError, track
 from pacore_sched.plots import check_folder
 
@@ -146,7 +146,7 @@ def _html(devices: Sequence[Measurements], parts: Sequence[dict]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(
+    return environment.get_template("page.html.jinja").render(
         parts=parts,
         origins=_origins(devices),
         count=sum(len(found.latest) for found in devices),

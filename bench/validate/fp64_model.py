@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.fp64 import attention, axial_turned, convolved, half_turned, layer, logistic, rms
+from bench.validate.fp64 import (
+    attention,
+    axial_turned,
+    convolved,
+    half_turned,
+    layer,
+    logistic,
+    rms,
+)
 from model.config import Config
 from model.step3vl import Step3VL
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.comparison import EDGES
+from bench.validate.comparison import EDGES
 from pacore_sched.plots import pyplot
 
 COLUMNS, PANEL, DPI = 3, (4.6, 2.7), 110

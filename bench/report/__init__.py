@@ -1,0 +1,1 @@
+"""Rows as one HTML page and pictures: `python -m bench report`."""

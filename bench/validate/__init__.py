@@ -1,0 +1,1 @@
+"""Every op and the whole tiny model against fp64, transformers and timm: `bench validate`."""
