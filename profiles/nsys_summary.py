@@ -2,8 +2,8 @@
 
 Read from the CSV of `nsys stats`, whose reports have one name up to version 2022 and another since:
 `cuda_gpu_trace`, `nvtx_sum` and `nvtx_gpu_proj_trace`. The formats are those of real exports of
-2022.4; of 2023 and later only headings, in excerpts that others
-have published: they have a column more (GreenCtx).
+2022.4; of 2023 and later only headings were at hand, in excerpts that others have published: they
+have a column more (GreenCtx).
 """
 
 from collections import defaultdict

@@ -1,7 +1,7 @@
 """`python -m profiles torch` and `proton`: traces recorded here, and GPU traces written by hand.
 
-The GPU events follow published excerpts of PyTorch's traces: a launch in its host thread, a kernel on the
-GPU's own, one correlation id for both.
+The GPU events follow published excerpts of PyTorch's traces: a launch in its host thread, a kernel
+on the GPU's own, one correlation id for both.
 """
 
 import argparse
