@@ -17,9 +17,9 @@ from profiles.tools import check_gpu, exported, show, tool, watched
 
 EPILOG = """\
 Only what lies between cudaProfilerStart and cudaProfilerStop is profiled: the kernels of one call
-(`python -m profiles launch`), after warm-up. Caches are emptied before every pass (--cache all) and
-clocks locked to their base (--clocks base), as ncu does by itself: times are then comparable with
-each other, and longer than those of `bench ops`, whose clocks are the GPU's own. If ncu says
+(`python -m profiles launch`), after warm-up. Caches are emptied before every pass (--cache all).
+Clocks stay the GPU's own, as in `bench ops`; --clocks base locks them to their base for the run,
+as ncu does by itself, which makes times of different days comparable, and longer. If ncu says
 ERR_NVGPUCTRPERM, an administrator must allow performance counters for users, or run it.
 
 examples:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="launches to pass over")
     parser.add_argument("--count", type=int, metavar="N", help="of launches (default: all)")
     parser.add_argument("--cache", choices=("all", "none"), default="all", help="(default: all)")
-    parser.add_argument("--clocks", choices=("base", "none"), default="base")
+    parser.add_argument("--clocks", choices=("none", "base"), default="none")
     parser.add_argument("--summarise", type=Path, metavar="REPORT", help="a report, or its raw CSV")
     parser.add_argument("--dry-run", action="store_true", help="print the command line")
     parser.add_argument("--json", action="store_true", help="no table; one JSON document")

@@ -238,7 +238,7 @@ def _model(preset: str, device: torch.device, dtype: torch.dtype) -> Step3VL:
 
 
 def _decode(preset: str, step: DecodeCase, device: torch.device, dtype: torch.dtype) -> list[dict]:
-    return time_decode(_model(preset, device, dtype), step)
+    return time_decode(_model(preset, device, dtype), step, breakdown=True)
 
 
 def _engine(
@@ -299,7 +299,7 @@ def _gpu(device: torch.device) -> dict:
 
 
 def _show(outcome: Outcome, out: Path) -> None:
-    timed = [row for row in outcome.rows if row.get("median_us")]
+    timed = [row for row in outcome.rows if row.get("p20_us")]
     if timed:
         show.times(timed)
     failed = [row for row in outcome.rows if row["failure"]]

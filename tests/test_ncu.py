@@ -104,7 +104,7 @@ def test_command_line():
     given = options("--op", "rms_norm", "--shape", "T16", "--impl", "triton", "--out", "d")
     assert ncu.command_line("ncu", given) == [
         "ncu", "--set=full", "--target-processes=all", "--profile-from-start=off",
-        "--cache-control=all", "--clock-control=base", "--force-overwrite", "--export=d/rms_norm",
+        "--cache-control=all", "--clock-control=none", "--force-overwrite", "--export=d/rms_norm",
         sys.executable, "-m", "profiles", "launch", "--op", "rms_norm",
         "--shape", "T16", "--impl", "triton", "--device=cuda",
     ]  # fmt: skip
