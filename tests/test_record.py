@@ -187,10 +187,11 @@ def test_decode_step_is_recorded(tmp_path, capsys):
     """Guards the path that a GPU takes with the 10B, here with `tiny`."""
     arguments = ["record", "--out", str(tmp_path), "--device", "cpu", "--section", "decode"]
     assert command.main([*arguments, "--shape", "B4"]) == 0
-    eager, default = rows.read(tmp_path / "decode.jsonl")
+    eager, default, *parts = rows.read(tmp_path / "decode.jsonl")
     assert eager["case"] == default["case"] == "tiny B4 P256 S64"
     assert default["roofline_pct"] > 0
-    assert "2 rows written" in capsys.readouterr().out
+    assert {row["op"] for row in parts} == {"decode_part"}
+    assert f"{2 + len(parts)} rows written" in capsys.readouterr().out
 
 
 def test_images_are_recorded(tmp_path):
