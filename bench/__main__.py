@@ -12,11 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import compare, gate, listing, rows
+from bench import gate, listing, rows
 from bench.commands import COMMANDS, TIME_BUDGET_S, filter_arguments
+from bench.compare import command as compare
 from bench.ops import device_named
 from bench.peers import command as peers
 from bench.report import command as report
+from bench.timing import keep_freed_memory
 from bench.validate import command as validate
 from model.terminal import Parser, run_command
 
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> int:
     """Run a measuring command, or `ALL` of them: rows as they come to a file, then tables."""
     device = device_named(options.device)
+    keep_freed_memory()
     if options.list or options.repro:
         return listing.run(options, device)
     if options.report:
@@ -71,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     whole = commands.add_parser("all", help=f"{', '.join(ALL)}: what there is without a command")
     _add_shared(whole)
     nothing = {"op": (), "shape": "", "impl": (), "dtype": (), "model": None, "vision": False}
-    sizes = {"batch": (), "prefix": (), "suffix": ()}
+    sizes = {"batch": (16,), "prefix": (), "suffix": ()}
     whole.set_defaults(grid=True, budget=TIME_BUDGET_S, **nothing, **sizes)
     for name, command in COMMANDS.items():
         of_command = commands.add_parser(name, help=command.help, description=command.help)

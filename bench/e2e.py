@@ -27,7 +27,8 @@ from pacore_sched.pacore import Pacore, engine_for
 from pacore_sched.request import Sampling
 
 MODELS = {"cpu": ("smollm2-135m", "tiny"), "cuda": ("step3-vl-10b", "step3-vl-10b")}
-WIDTHS, MAX_TOKENS, PROMPT_TOKENS = (16,), 64, 1500
+WIDTHS, PROMPT_TOKENS = (16,), 1500
+MAX_TOKENS = {"cpu": 32, "cuda": 64}
 KV_TOKENS = 12288  # both prompts and all rollouts
 TIMELINE = 200  # points at most
 
@@ -43,7 +44,7 @@ def run(device: torch.device) -> Iterator[dict]:
 
 
 def ask(
-    model: Step3VL, widths: tuple[int, ...] = WIDTHS, max_tokens: int = MAX_TOKENS
+    model: Step3VL, widths: tuple[int, ...] = WIDTHS, max_tokens: int | None = None
 ) -> list[dict]:
     """Rows of a whole PaCoRe answer: all prefills and decode steps of all rounds.
 
@@ -52,6 +53,7 @@ def ask(
     how many rollouts ran and how much KV was in use, after each of some steps. Errors are
     those of the rollouts' log-probabilities up to where their tokens part, if they do.
     """
+    max_tokens = max_tokens or MAX_TOKENS[model.device.type]
     question = [{"role": "user", "content": _question(model)}]
     seconds, decoding, pacores, rollouts, watches = {}, {}, {}, {}, {}
     with progress("question", len(FORMS) * (sum(widths) + 1) * max_tokens) as advance:

@@ -46,9 +46,9 @@ class Floor:
 
 FLOORS = (
     Floor("prefix_attention", BIG, "eager", 83.4, (49.9, 83.6), 20),
-    Floor("prefix_attention", BIG, "sdpa-reuse", 5.3, (2.0, 5.5), 1.3),
+    Floor("prefix_attention", BIG, "sdpa", 5.3, (2.0, 5.5), 1.3),
     Floor("prefix_attention", SMALL, "eager", 8.1, (13.0, 20.6), 4),
-    Floor("prefix_attention", SMALL, "sdpa-reuse", 2.6, (1.9, 4.0), 1.2),
+    Floor("prefix_attention", SMALL, "sdpa", 2.6, (1.9, 4.0), 1.2),
     Floor("vision_attention", f"{PHOTO} H2 D96", "eager", 1.30, (1.06, 1.69), 0.85),
     Floor("projector", f"{PHOTO} C192", "eager", 1.69, (1.67, 2.03), 1.2),
     Floor("layer_norm", "T1296 C1536", "eager", 2.03, (2.25, 3.63), 1.3),

@@ -9,6 +9,7 @@ that empties the L2. A candidate that waits for the GPU in between cannot be cap
 call at a time between two events, its launches included, and its timing says "events".
 """
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ COLD = 5  # input sets together are this many times the last-level cache
 MAX_SETS = 64
 MIN_REPEATS = 5
 MAX_REPEATS = 1000
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,19 @@ def prepare(
     return of_kind(candidates, sets, device)
 
 
+@cache
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, as a GPU's allocator does, if its libc is glibc.
+
+    By itself glibc gives large blocks back to the system at once, and smaller ones by the heap's
+    luck. Pages that must then be had anew make the same call several times as long, or not.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(option, value)
+
+
 def sets_for(set_bytes: int, device: torch.device | str) -> int:
     """Input sets of `set_bytes` each that do not fit the cache: at least one, at most MAX_SETS."""
     return max(1, min(MAX_SETS, -(-COLD * cache_bytes(torch.device(device)) // max(1, set_bytes))))
@@ -100,6 +115,7 @@ def cache_bytes(device: torch.device) -> int:
 def _cpu_repeats(
     candidates: Mapping[str, Candidate], sets: int, device: torch.device
 ) -> dict[str, Repeat]:
+    keep_freed_memory()
     indices = cycle(range(sets))  # one for all, or a candidate would warm the next one's inputs
 
     def repeat(call: Candidate) -> float:

@@ -30,7 +30,7 @@ VARIABLE = "PACORE_SPANS"
 DOMAIN = "pacore"  # NVTX's
 
 
-class _Ranges(NamedTuple):
+class Ranges(NamedTuple):
     """How a mode makes ranges by name: as a context, and begun, to be ended by a call."""
 
     span: Callable[[str], AbstractContextManager]
@@ -68,13 +68,13 @@ def begin(name: str, which: object = None) -> Callable[[], object]:
 
 
 @contextmanager
-def use(mode: str) -> Iterator[None]:
-    """Within the block spans are in `mode`, one of MODES, in all threads.
+def use(mode: "str | Ranges") -> Iterator[None]:
+    """Within the block spans are in `mode`, one of MODES or ranges of one's own, in all threads.
 
     Raises ValueError for another mode, ModuleNotFoundError where "nvtx" lacks its library.
     """
     global _ranges
-    before, _ranges = _ranges, _made(mode)
+    before, _ranges = _ranges, mode if isinstance(mode, Ranges) else _made(mode)
     try:
         yield
     finally:
@@ -95,22 +95,22 @@ def _end_nothing() -> None:
 
 
 @cache
-def _made(mode: str) -> _Ranges | None:
+def _made(mode: str) -> Ranges | None:
     if mode not in MODES:
         raise ValueError(f"spans {mode!r}: choose one of {', '.join(MODES)}")
     return {"off": lambda: None, "nvtx": _nvtx, "torch": _torch}[mode]()
 
 
-def _nvtx() -> _Ranges:
+def _nvtx() -> Ranges:
     import nvtx  # optional
 
     def begin(name: str) -> Callable[[], object]:
         return partial(nvtx.end_range, nvtx.start_range(name, domain=DOMAIN))
 
-    return _Ranges(partial(nvtx.annotate, domain=DOMAIN), begin)
+    return Ranges(partial(nvtx.annotate, domain=DOMAIN), begin)
 
 
-def _torch() -> _Ranges:
+def _torch() -> Ranges:
     from torch.profiler import record_function  # users of this module may do without torch
 
     def begin(name: str) -> Callable[[], object]:
@@ -118,7 +118,7 @@ def _torch() -> _Ranges:
         opened.__enter__()
         return partial(opened.__exit__, None, None, None)
 
-    return _Ranges(record_function, begin)
+    return Ranges(record_function, begin)
 
 
-_ranges: _Ranges | None = _made(os.environ.get(VARIABLE) or "off")
+_ranges: Ranges | None = _made(os.environ.get(VARIABLE) or "off")

@@ -15,7 +15,7 @@ from profiles.markdown import Row, folder, markdown, milliseconds, one, small, s
 
 PROFILES = Path(__file__).parent
 RESULTS = PROFILES / "results"
-OPS_CPU = RESULTS / "amd-epyc-2-threads"  # of ops, and of models end to end
+OPS_CPU = RESULTS / "amd-epyc-avx2-2-threads"  # of ops, and of models end to end
 FOLD_CPU = ENGINE_CPU = RESULTS / "amd-epyc-avx2-2-threads"
 SIMULATED = PROFILES / "simulated" / "h200.jsonl"
 STATIC = PROFILES / "static_baseline.jsonl"
@@ -31,7 +31,6 @@ DECODE = {  # label, case
 DECODE_FORMS = {
     " eager": "eager",
     " SDPA": "sdpa",
-    " SDPA, kept buffers": "sdpa-reuse",
     " ours": "portable",
 }
 
@@ -60,15 +59,15 @@ class Job(NamedTuple):
 
 JOBS = (
     Job(
-        "SmolLM2, prompt of 1,481 tokens, widths 16, up to 64 tokens: whole answer",
+        "SmolLM2, prompt of 1,481 tokens, widths 16, up to 32 tokens: whole answer",
         "pacore",
-        "smollm2-135m P1481 W16 T64",
+        "smollm2-135m P1481 W16 T32",
         "tokens_per_second",
     ),
     Job(
         "of that, decode steps of the 16 rollouts",
         "pacore",
-        "smollm2-135m P1481 W16 T64",
+        "smollm2-135m P1481 W16 T32",
         "decode_tokens_per_second",
     ),
     Job("`tiny`, photo of 1280 x 720 to first logits", "photo", "tiny 6 crops, 98 tokens"),

@@ -80,7 +80,7 @@ class TestTelling:
         found = json.loads(told(capsys, "ops", "--list", "--json"))["cases"]
         assert [row["case"] for row in found] == [case.name for case in cases("cpu")]
         first = found[0]
-        assert first["impls"] == ["eager", "portable", "sdpa", "sdpa-reuse"]
+        assert first["impls"] == ["eager", "portable", "sdpa"]
         assert first["bytes"] == cases("cpu")[0].bytes(torch.float32)
 
     def test_repro_makes_the_same_row(self, quick, capsys):

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import compare, rows, turns
-from bench.slowdown import judged, unpaired
+from bench import rows
+from bench.compare import command as compare
+from bench.compare import turns
+from bench.compare.slowdown import judged, unpaired
 from model.terminal import InputError, Parser
 
 THRESHOLD = 0.1

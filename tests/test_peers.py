@@ -76,7 +76,7 @@ class TestTorch:
         case = small_case(forest, window=window)
         made = case.inputs(0, CPU, torch.float32)
         expected = reference(case, made)
-        for peer in (PREFIX["sdpa"], PREFIX["sdpa-reuse"], partial(flex, compiled=False)):
+        for peer in (PREFIX["sdpa"], partial(flex, compiled=False)):
             verdict = judge(case, peer, made, expected)
             assert verdict.failure is None, peer
 
@@ -347,9 +347,7 @@ class TestFastTree:
 
 
 class TestAbsence:
-    @pytest.mark.parametrize(
-        "name", [name for name in PREFIX if name not in ("sdpa", "sdpa-reuse")]
-    )
+    @pytest.mark.parametrize("name", [name for name in PREFIX if name != "sdpa"])
     def test_what_cannot_run_says_why(self, name):
         """Guards the table's footer: a peer that is missing has a reason, in one line."""
         made = small_case([fork(8, [2, 3])], fp8=True).inputs(0, CPU, torch.float32)

@@ -29,7 +29,6 @@ from kernels.qk_norm_rope import qk_norm_rope
 
 ATTENTION = (
     ("sdpa", TORCH, sdpa),
-    ("sdpa-reuse", TORCH, partial(sdpa, reuse=True)),
     ("sdpa-flash", TORCH, partial(sdpa, backend="FLASH_ATTENTION")),
     ("sdpa-cudnn", CUDNN, partial(sdpa, backend="CUDNN_ATTENTION")),
     ("flex", COMPILE, flex),
@@ -75,7 +74,7 @@ ENTRIES: dict[str, tuple[tuple[str, Library, Prepare], ...]] = {
     "quick_gelu": (("compile", COMPILE, partial(compiled, quick_gelu)),),
     "linear_quick_gelu": (("compile", COMPILE, partial(compiled, linear_quick_gelu)),),
 }
-ON_CPU = {("prefix_attention", "sdpa"), ("prefix_attention", "sdpa-reuse")}  # unless one chooses
+ON_CPU = {("prefix_attention", "sdpa")}  # unless one chooses
 PEERS: dict[str, dict[str, Peer]] = {  # by op, then by name
     op: {
         name: Peer(name, op, prepare, library, on_cpu=(op, name) in ON_CPU)

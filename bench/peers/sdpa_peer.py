@@ -15,12 +15,11 @@ from bench.peers.peer import Unavailable
 from kernels.prefix_plan import PlanNode, PrefixPlan
 
 
-def sdpa(inputs: dict, *, reuse: bool = False, backend: str | None = None) -> Callable[[], Tensor]:
+def sdpa(inputs: dict, *, backend: str | None = None) -> Callable[[], Tensor]:
     """prefix_attention by gathering every sequence's tokens into one padded call of
     scaled_dot_product_attention, with a mask only where sequences differ or rows are causal.
 
-    With `reuse` the gathered K and V live in buffers that are kept between calls: on a CPU the page
-    faults of fresh memory cost several times the copy itself. `backend`: see `only`.
+    `backend`: see `only`.
     """
     q, k_pages, v_pages, plan = (inputs[name] for name in ("q", "k_pages", "v_pages", "plan"))
     if k_pages.dtype != q.dtype:
@@ -28,16 +27,14 @@ def sdpa(inputs: dict, *, reuse: bool = False, backend: str | None = None) -> Ca
     rows, slots, mask = _padded(plan, k_pages.shape[1], q.device, inputs["window"])
     options = {"scale": inputs["scale"], "enable_gqa": True, **_masking(mask)}
     flat_k, flat_v = k_pages.view(-1, q.shape[2]), v_pages.view(-1, q.shape[2])
-    kept = q.new_empty(2, slots.numel(), q.shape[2]) if reuse else (None, None)
 
     def call() -> Tensor:
         # [sequences, heads, rows or tokens, head_dim]
         query = q[rows].transpose(1, 2)
         k, v = (
-            torch.index_select(flat, 0, slots.view(-1), out=out)
-            for flat, out in zip((flat_k, flat_v), kept, strict=True)
+            torch.index_select(flat, 0, slots.view(-1)).view(*slots.shape, -1)
+            for flat in (flat_k, flat_v)
         )
-        k, v = (x.view(*slots.shape, -1) for x in (k, v))
         with only(backend) if backend else nullcontext():
             result = F.scaled_dot_product_attention(query, k, v, **options)
         out = torch.zeros_like(q)

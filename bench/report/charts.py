@@ -24,7 +24,7 @@ PEER_COLOURS = {  # by the first word of a name
     **{"flashinfer": PINK, "fa2": BLACK, "fa3": SKY, "fasttree": WINE},
 }
 PEER_MARKERS = {  # by the second word; those of a third, "alone", are hollow
-    **{"": "o", "reuse": "P", "copied": "v", "cascade": "^", "folded": "P"},
+    **{"": "o", "copied": "v", "cascade": "^", "folded": "P"},
     **{"flash": "X", "cudnn": "*", "efficient": "p", "varlen": "h"},
 }
 STYLE = {

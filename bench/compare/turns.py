@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
 from bench import rows
-from bench.slowdown import Pair
+from bench.compare.slowdown import Pair
 from model.terminal import InputError
 
-WORKER = Path(__file__).with_name("compare_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 WORKING_TREE = "."
 # glibc gives freed memory back to the system or not by the heap's luck, and pages that must be had
 # anew made a step seven times as long: here it keeps what it had, up to 32 MiB at once.

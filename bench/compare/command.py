@@ -3,7 +3,7 @@
 A and B are commits, "." for the working tree, or two files of rows. Commits are unpacked into a
 temporary folder; a process of each prepares a case and they take turns at timing it, A B B A A B
 ..., one at a time, so that drift of the machine meets both alike. What looks changed is measured
-again in new processes, and that measurement decides: bench/slowdown.py says how. Exit code 1 if B
+again in new processes, and that measurement decides: slowdown.py says how. Exit code 1 if B
 is slower somewhere, or wrong where A is right.
 """
 
@@ -16,10 +16,11 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from bench import rows, turns
+from bench import rows
 from bench.cases import OPS
+from bench.compare import turns
+from bench.compare.slowdown import Pair, judged, unpaired
 from bench.ops import DTYPES, device_named
-from bench.slowdown import Pair, judged, unpaired
 from model.terminal import InputError, progress, table
 
 # How many processes of a side, one after the other, each for `--rounds` pairs of runs; and the
