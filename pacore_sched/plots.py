@@ -56,12 +56,16 @@ def area_and_line(
     kv: Sequence[float],
     running: Sequence[float],
 ) -> Any:  # noqa: ANN401
-    """KV in use as an area, rollouts as a line on an axis of its own, which is returned."""
-    axes.fill_between(times, kv, color="C0", alpha=0.3, linewidth=0)
+    """KV in use as an area, rollouts as a line on an axis of its own, which is returned.
+
+    What stands at a time held from the time before it until then, from zero on for the first.
+    """
+    times, kv, running = [0.0, *times], [kv[0], *kv], [running[0], *running]
+    axes.fill_between(times, kv, step="pre", color="C0", alpha=0.3, linewidth=0)
     axes.yaxis.label.set_color("C0")
     axes.set_title(title, loc="left", fontsize=10, pad=3)
     right = axes.twinx()
-    right.plot(times, running, color="C3", linewidth=1.2)
+    right.plot(times, running, drawstyle="steps-pre", color="C3", linewidth=1.2)
     right.set_ylabel("rollouts", color="C3")
     right.spines["top"].set_visible(False)
     return right

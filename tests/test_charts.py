@@ -245,13 +245,15 @@ def test_timelines_draw_the_rows(drawn, tmp_path):
     panels, right = drawn[0].axes[:2], drawn[0].axes[2:]
     assert [axes.get_title(loc="left") for axes in panels] == ["tiny, eager", "tiny, default"]
     for axes in right:
-        assert list(axes.lines[0].get_xdata()) == timeline["seconds"]
-        assert list(axes.lines[0].get_ydata()) == timeline["running"]
+        line = axes.lines[0]
+        assert list(line.get_xdata()) == [0.0, *timeline["seconds"]]
+        assert list(line.get_ydata()) == [1, *timeline["running"]]
+        assert line.get_drawstyle() == "steps-pre", "a step's state held while it ran"
         assert axes.get_ylim()[1] > 16
     area = panels[0].collections[0].get_paths()[0].vertices
-    assert {(x, y) for x, y in area if y} == set(
-        zip(timeline["seconds"], timeline["kv_tokens"], strict=True)
-    )
+    assert {y for x, y in area if 1.0 < x <= 2.5} == {0, 400}
+    assert {y for x, y in area if 0.0 < x < 1.0} <= {0, 900}
+    assert {y for _, y in area} == {0, *timeline["kv_tokens"]}
 
 
 @pytest.mark.parametrize(
