@@ -31,9 +31,8 @@ PHOTO = "4x 8x8 + 1x 12x12"
 class Floor:
     """`over`'s time over the portable form's must be `floor` or more.
 
-    `recorded` is the ratio that profiles/results/amd-epyc-2-threads/bench.jsonl had by two threads
-    at commit d70f76e2d437, `seen` the least and the most of seven runs of this command on a machine
-    with two cores and ten busy processes.
+    `recorded` is the ratio that profiles/results/amd-epyc-avx2-2-threads/bench.jsonl has by two
+    threads, `seen` the least and the most of three runs of this command on the same machine.
     """
 
     op: str
@@ -45,14 +44,14 @@ class Floor:
 
 
 FLOORS = (
-    Floor("prefix_attention", BIG, "eager", 83.4, (49.9, 83.6), 20),
-    Floor("prefix_attention", BIG, "sdpa", 5.3, (2.0, 5.5), 1.3),
-    Floor("prefix_attention", SMALL, "eager", 8.1, (13.0, 20.6), 4),
-    Floor("prefix_attention", SMALL, "sdpa", 2.6, (1.9, 4.0), 1.2),
-    Floor("vision_attention", f"{PHOTO} H2 D96", "eager", 1.30, (1.06, 1.69), 0.85),
-    Floor("projector", f"{PHOTO} C192", "eager", 1.69, (1.67, 2.03), 1.2),
-    Floor("layer_norm", "T1296 C1536", "eager", 2.03, (2.25, 3.63), 1.3),
-    Floor("silu_mul", "T256 F12288", "eager", 1.75, (1.36, 1.84), 1.0),
+    Floor("prefix_attention", BIG, "eager", 24.8, (25.2, 27.5), 10),
+    Floor("prefix_attention", BIG, "sdpa", 4.6, (5.3, 7.0), 2.5),
+    Floor("prefix_attention", SMALL, "eager", 11.7, (16.0, 17.1), 6),
+    Floor("prefix_attention", SMALL, "sdpa", 2.1, (3.1, 3.6), 1.4),
+    Floor("vision_attention", f"{PHOTO} H2 D96", "eager", 1.47, (1.34, 1.39), 1.0),
+    Floor("projector", f"{PHOTO} C192", "eager", 1.95, (1.82, 2.12), 1.2),
+    Floor("layer_norm", "T1296 C1536", "eager", 2.51, (2.62, 2.72), 1.5),
+    Floor("silu_mul", "T256 F12288", "eager", 1.45, (1.43, 1.45), 1.1),
 )
 CASES = len({(floor.op, floor.case) for floor in FLOORS})
 

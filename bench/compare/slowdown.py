@@ -7,19 +7,19 @@ pair it falls into, an outlier that the median of the log ratios, the centre, do
 
 B is slower if
 
-- the centre is above the margin: the larger of the threshold and SPREADS times the spread. That is
-  1.4826 times the median absolute deviation of the log ratios (one standard deviation, were they
-  normal): by how much both sides' runs differ from one to the next, drift aside;
+- the centre is above the margin: the larger of the threshold and ERRORS standard errors of the
+  centre. These come from the spread, 1.4826 times the median absolute deviation of the log ratios
+  (one standard deviation, were they normal): by how much both sides' runs differ from one to the
+  next, drift aside;
 - and nearly all pairs say so: AGREE of them, 9 of 10, are above the threshold themselves.
 
 Faster is the same the other way round. A centre beyond the threshold that is not enough for either
-is "unclear". Two standard deviations of a single pair are some five of the median of ten, so that
-noise alone hardly reaches the margin. What could is what stays as long as a process does, as where
-its memory lies: so `bench compare` takes a first finding as no more than a reason to measure again,
-twice as often, in two new processes, and judges by the second measurement alone, in which the luck
-of the first has no part; what is unclear then is left to a third, in four. Of synthetic rows of a
-busy machine (tests/test_compare.py) none of 8,000 equal ones was told apart, and 395 of 400
-doublings were.
+is "unclear". Noise alone hardly does both. What could is what stays as long as a process does, as
+where its memory lies: so `bench compare` takes a first finding as no more than a reason to measure
+again, twice as often, in two new processes, and judges by the second measurement alone, in which
+the luck of the first has no part; what is unclear then is left to a third, in four. Of synthetic
+rows of a busy machine (tests/test_compare.py) none of 32,000 equal ones was told apart; 1,574 of
+1,600 doublings were, and 1,544 of 1,600 rows half as slow again.
 """
 
 import math
@@ -27,9 +27,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-SPREADS = 2.0
+ERRORS = 3.6
+SPREADS = 2.0  # of rows that have not been measured in turns
 AGREE = 0.85
 NORMAL = 1.4826  # standard deviations in a median absolute deviation
+MEDIAN_ERROR = 1.2533  # of the median of n normal numbers, in standard deviations / sqrt(n)
 P80 = 0.8416  # the 80th percentile of a normal distribution, in standard deviations
 
 Pair = tuple[float, float]  # neighbouring runs of A and of B
@@ -53,7 +55,7 @@ def judged(pairs: Sequence[Pair], threshold: float) -> Change:
     spread = NORMAL * median(abs(value - centre) for value in logs)
     least, sign = math.log1p(threshold), math.copysign(1, centre)
     agreeing = sum(sign * value > least for value in logs)
-    margin = max(least, SPREADS * spread)
+    margin = max(least, ERRORS * MEDIAN_ERROR * spread / math.sqrt(len(logs)))
     settled = abs(centre) > margin and agreeing >= AGREE * len(logs)
     return Change(
         math.exp(centre), math.exp(margin), agreeing, len(logs), _verdict(centre, least, settled)
