@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 	&& echo $$python && break; done)
 
 # Tests run side by side, but not where they would share a GPU.
-SIDE_BY_SIDE := $(shell nvidia-smi >/dev/null 2>&1 || echo -n auto --maxprocesses 4 --dist worksteal)
+SIDE_BY_SIDE := $(shell nvidia-smi >/dev/null 2>&1 || echo --numprocesses auto --maxprocesses 4 --dist worksteal)
 
 .DEFAULT_GOAL := help
 .PHONY: bench test gate lint setup clean help
