@@ -13,7 +13,7 @@ from pathlib import Path
 from model.terminal import InputError
 from profiles import ncu_summary
 from profiles.launch import add_case_arguments
-from profiles.tools import check_gpu, exported, show, tool, watched
+from profiles.tools import check_gpu, exported, reported, show, tool
 
 EPILOG = """\
 Only what lies between cudaProfilerStart and cudaProfilerStop is profiled: the kernels of one call
@@ -58,12 +58,7 @@ def run(options: argparse.Namespace) -> int:
     command = command_line(tool("ncu"), options)
     check_gpu("ncu")
     report = options.out / f"{options.op}.ncu-rep"
-    options.out.mkdir(parents=True, exist_ok=True)
-    report.unlink(missing_ok=True)
-    code = watched(command)
-    if not report.exists():
-        raise InputError(f"ncu wrote no {report}: what it said is above")
-    print(f"report: {report}", file=sys.stderr)
+    code = reported(command, report)
     _summarise(report, options.json)
     return int(code != 0)
 

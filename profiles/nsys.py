@@ -7,13 +7,12 @@ window; the summary is read from what `nsys stats` exports of it.
 import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from model.terminal import InputError
 from profiles import nsys_summary
-from profiles.tools import exported, show, spans_in_nvtx, tool, watched
+from profiles.tools import exported, reported, show, spans_in_nvtx, tool
 
 EPILOG = """\
 CPUs are not sampled (--sample=none --cpuctxsw=none): that takes rights and time. Kernels in CUDA
@@ -62,12 +61,7 @@ def run(options: argparse.Namespace) -> int:
         print(show(command_line("nsys", options), environment))
         return 0
     command = command_line(tool("nsys"), options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    report.unlink(missing_ok=True)
-    code = watched(command, environment)
-    if not report.exists():
-        raise InputError(f"nsys wrote no {report}: what it said is above")
-    print(f"report: {report}", file=sys.stderr)
+    code = reported(command, report, environment)
     _summarise(report, options.json)
     return int(code != 0)
 

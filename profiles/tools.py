@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -54,6 +55,19 @@ def watched(command: Sequence[str], environment: dict[str, str] | None = None) -
     """
     print(show(command, environment), file=sys.stderr, flush=True)
     return subprocess.run(command, env=environment, stdout=sys.stderr.fileno()).returncode
+
+
+def reported(
+    command: Sequence[str], report: Path, environment: dict[str, str] | None = None
+) -> int:
+    """Run a profiler that is to write `report`; its exit code. Raises InputError without one."""
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
+    code = watched(command, environment)
+    if not report.exists():
+        raise InputError(f"{Path(command[0]).name} wrote no {report}: what it said is above")
+    print(f"report: {report}", file=sys.stderr)
+    return code
 
 
 def exported(command: Sequence[str], fails: bool = False) -> str:

@@ -116,6 +116,7 @@ float32 = "float32"
 def device(name): return name
 def set_num_threads(n):
     assert n == 1 and int(os.environ["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
+    assert os.environ["MALLOC_MMAP_MAX_"] == "0"
     for cache in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         assert "bench-caches-" in os.environ[cache]
 """,

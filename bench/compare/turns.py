@@ -19,8 +19,9 @@ from model.terminal import InputError
 WORKER = Path(__file__).with_name("worker.py")
 WORKING_TREE = "."
 # glibc gives freed memory back to the system or not by the heap's luck, and pages that must be had
-# anew made a step seven times as long: here it keeps what it had, up to 32 MiB at once.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 30)}
+# anew made a step seven times as long: both sides keep it, also those from before
+# bench/timing.py's `keep_freed_memory`, which does the same.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 Shape = tuple[str, str]  # op, case
 Key = tuple[str, str, str]  # op, case, form
 

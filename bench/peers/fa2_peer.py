@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.peers.layout import Paged, block_table, indptr, paged
 from bench.peers.peer import Library, Unavailable, imported, on_gpu
-from bench.peers.vllm_object import arguments, loaded, version
+from bench.peers.vllm_object import arguments, loaded, unmasked, version
 
 PACKAGE_PAGE = 256  # tokens per page: what the package's kernels are built for
 
@@ -41,19 +41,7 @@ def varlen(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, in
         return lambda q, k, v, starts, longest: function(q, k, v, starts, starts, longest, longest)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
-        given = OFF | {
-            "q": q,
-            "k": k,
-            "v": v,
-            "cu_seqlens_q": starts,
-            "cu_seqlens_k": starts,
-            "max_seqlen_q": longest,
-            "max_seqlen_k": longest,
-            "softmax_scale": q.shape[2] ** -0.5,
-            "is_causal": False,
-            "window_size_left": -1,
-            "window_size_right": -1,
-        }
+        given = OFF | unmasked(q, k, v, starts, longest)
         return library.varlen_fwd(*arguments(library.varlen_fwd, given))[0]
 
     return attend

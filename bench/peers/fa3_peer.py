@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.peers.layout import Segment, block_table, indptr, levels, paged
 from bench.peers.peer import Library, Unavailable, imported, on_gpu
-from bench.peers.vllm_object import arguments, loaded, version
+from bench.peers.vllm_object import arguments, loaded, unmasked, version
 
 # What the op's schema asks for and these calls leave off; every other argument is None.
 OFF = {
@@ -60,20 +60,7 @@ def varlen(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, in
     library = check(device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
-        given = OFF | {
-            "q": q,
-            "k": k,
-            "v": v,
-            "cu_seqlens_q": starts,
-            "cu_seqlens_k": starts,
-            "max_seqlen_q": longest,
-            "max_seqlen_k": longest,
-            "softmax_scale": q.shape[2] ** -0.5,
-            "is_causal": False,
-            "window_size_left": -1,
-            "window_size_right": -1,
-            "num_splits": 1,
-        }
+        given = OFF | unmasked(q, k, v, starts, longest) | {"num_splits": 1}
         return library.fwd(*arguments(library.fwd, given))[0]
 
     return attend

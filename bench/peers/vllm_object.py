@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bench.peers.peer import Unavailable, distribution
 
@@ -37,6 +38,23 @@ def version(number: int, package: str) -> str | None:
 def arguments(op: torch._ops.OpOverloadPacket, given: dict) -> list:
     """`given` in the order of the op's schema, None for what it does not name."""
     return [given.get(argument.name) for argument in op.default._schema.arguments]
+
+
+def unmasked(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> dict:
+    """What both versions' ops are given for attention without a mask within packed sequences."""
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": starts,
+        "cu_seqlens_k": starts,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+        "softmax_scale": q.shape[2] ** -0.5,
+        "is_causal": False,
+        "window_size_left": -1,
+        "window_size_right": -1,
+    }
 
 
 def _path(number: int) -> str | None:
