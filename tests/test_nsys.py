@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from model.terminal import InputError, Parser
-from profiles import nsys
+from profiles import nsys, tools
 from profiles.exports import number, tables
 from profiles.nsys_summary import display, summarise
 
@@ -205,3 +205,13 @@ def test_tables_are_shown(capsys):
     display(summarise(GPU, "report"), "report")
     shown = capsys.readouterr().out
     assert "13 gaps" in shown and "prefix_attention_kernel" in shown and "decoder layer" in shown
+
+
+def test_a_report_from_before_is_not_taken_for_a_new_one(tmp_path, capfd):
+    """Guards the summary of a run that wrote nothing against showing the last one's figures."""
+    report = tmp_path / "new" / "a.nsys-rep"
+    write = f"open({str(report)!r}, 'w').write('x')"
+    assert tools.reported([sys.executable, "-c", write], report) == 0
+    assert f"report: {report}" in capfd.readouterr().err
+    with pytest.raises(InputError, match="wrote no .*a.nsys-rep: what it said is above"):
+        tools.reported([sys.executable, "-c", "print('no')"], report)
