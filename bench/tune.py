@@ -26,8 +26,8 @@ from bench.ops import one_line
 from bench.timing import Timing, measure, sets_for
 from kernels import _tiles
 from kernels._compile import launches_recorded
-from kernels._launch import ImplError
 from kernels._tiles import Gpu, Tiles, record_tiles, use_tiles
+from kernels.errors import ImplError
 from model.terminal import InputError
 
 BUDGET_S = 0.2  # of timing, for each candidate on each case

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels._spans import spanned
+from kernels.errors import ImplError
 
 IMPLS = ("eager", "portable", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what ops compute with
@@ -14,10 +15,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what ops compute w
 
 # Set by kernels/_compile.py, which records the launches of Triton kernels instead of making them.
 without_gpu: ContextVar[bool] = ContextVar("without_gpu", default=False)
-
-
-class ImplError(ValueError):
-    """The implementation asked for does not exist, or this machine cannot run it."""
 
 
 def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Callable]) -> Callable:
@@ -31,7 +28,7 @@ def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Calla
     """
     forms = {"portable": forms["eager"], **forms}
     if impl is None:
-        impl = "triton" if device.type == "cuda" and "triton" in forms else "portable"
+        impl = "triton" if runs_on_gpu(device) and "triton" in forms else "portable"
     if impl not in IMPLS:
         raise ImplError(f"impl {impl!r} of {op}: choose one of {', '.join(IMPLS)}")
     if impl not in forms:
@@ -39,6 +36,11 @@ def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Calla
     if impl == "triton":
         check_triton(op, device)
     return spanned(op, forms[impl])
+
+
+def runs_on_gpu(device: torch.device) -> bool:
+    """Whether ops take the forms of a GPU: on one, and where launches are recorded without one."""
+    return device.type == "cuda" or without_gpu.get()
 
 
 def check_triton(op: str, device: torch.device) -> None:

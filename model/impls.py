@@ -2,7 +2,8 @@
 
 import torch
 
-from kernels._launch import IMPLS, ImplError
+from kernels._launch import IMPLS
+from kernels.errors import ImplError
 
 OPS = (
     "rms_norm",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
-from kernels._launch import ImplError
+from kernels.errors import ImplError
 
 T = TypeVar("T")
 

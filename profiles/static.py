@@ -29,8 +29,8 @@ from bench.inputs import Node, fork
 from bench.numerics import form
 from bench.ops import one_line
 from kernels._compile import Launch, compiler, launches_recorded
-from kernels._launch import ImplError
 from kernels._tiles import A100, H200, Gpu, Tiles, record_tiles, use_tiles
+from kernels.errors import ImplError
 from model.terminal import track
 from profiles.sass import figures, sass
 from profiles.sass_loop import anatomy

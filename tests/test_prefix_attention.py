@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels._launch import ImplError
+from kernels.errors import ImplError
 from kernels.fp8 import quantise_e4m3
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_plan import PlanNode, PrefixPlan

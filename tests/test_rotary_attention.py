@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bench.inputs import Node, fork, prefix_plan, rotary_attention_inputs
-from kernels._launch import ImplError
 from kernels._tiles import Gpu, assume_gpu, use_tiles
+from kernels.errors import ImplError
 from kernels.rotary_attention import rotary_attention
 from tests.errors import max_error
 

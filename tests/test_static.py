@@ -17,8 +17,9 @@ from triton.runtime.jit import JITFunction
 
 from kernels import _launch
 from kernels._compile import compiler, launches_recorded
-from kernels._launch import ImplError, pick
+from kernels._launch import pick
 from kernels._tiles import A100, H200, gpu_of
+from kernels.errors import ImplError
 from profiles.sass import count_mix, load_bytes, min_load_bytes, programs_per_sm, wide_loads
 from profiles.static import broken_rules, update
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from kernels import _launch
-from kernels._launch import ImplError
+from kernels.errors import ImplError
 from model.image import load_image, preprocess
 from model.impls import OPS
 from model.prompt import build_prompt

@@ -24,7 +24,8 @@ from bench.validate import fp64, histogram
 from bench.validate import model as validate_model
 from bench.validate.comparison import compared, fields, nothing
 from bench.validate.model import ModelCase, Work
-from kernels._launch import IMPLS, ImplError, check_triton
+from kernels._launch import IMPLS, check_triton
+from kernels.errors import ImplError
 from model.terminal import InputError, track
 from pacore_sched.plots import check_folder
 

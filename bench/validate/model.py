@@ -19,7 +19,7 @@ from bench.ops import one_line
 from bench.validate import timm_judge, transformers_judge
 from bench.validate.comparison import compared, fields, nothing
 from bench.validate.fp64_model import Exact, rounding_to
-from kernels._launch import ImplError
+from kernels.errors import ImplError
 from model.decoder import Step
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
