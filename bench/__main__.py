@@ -17,11 +17,13 @@ from bench.commands import COMMANDS, TIME_BUDGET_S, filter_arguments
 from bench.compare import command as compare
 from bench.ops import device_named
 from bench.peers import command as peers
+from bench.poison import PoisonedError
 from bench.report import command as report
 from bench.timing import keep_freed_memory
 from bench.validate import command as validate
 from model.terminal import Parser, run_command
 
+NO_MORE = "this process can do no more; `python -m profiles record` gives every case a process"
 ALL = ("numerics", "ops", "decode", "e2e")
 OTHERS = {
     "validate": (validate, "every op and the tiny model against fp64 and other libraries"),
@@ -50,22 +52,29 @@ def measure(options: argparse.Namespace) -> int:
     if options.report:
         report.check(options.report)  # now, not after minutes of work
     found: list[dict] = []
+    poisoned: PoisonedError | None = None
     for command in ALL if options.command == "all" else (options.command,):
         made = []
-        for row in COMMANDS[command].run(options, device):
-            made.append(row)
-            if options.out:
-                rows.append(options.out, [row])
-        if not options.json:
+        try:
+            for row in COMMANDS[command].run(options, device):
+                made.append(row)
+                if options.out:
+                    rows.append(options.out, [row])
+        except PoisonedError as error:
+            poisoned = error
+        if made and not options.json:
             COMMANDS[command].display(made)
         found += made
-    if options.report:
+        if poisoned:
+            print(f"error: {poisoned.form}: {poisoned}: {NO_MORE}", file=sys.stderr)
+            break
+    if options.report and found:
         page, *pictures = report.write(found, options.report)
         if not options.json:
             print(f"\nreport: {page} and {len(pictures)} pictures beside it")
     if options.json:
         print(json.dumps({"rows": found}))
-    return int(any(row.get("failure") for row in found))
+    return int(poisoned is not None or any(row.get("failure") for row in found))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,6 +40,11 @@ MODELS = {"cpu": "smollm2-135m", "cuda": "step3-vl-10b"}
 SIZES = {"cpu": ((1, 16), (512,), (64,)), "cuda": ((16, 64, 1), (2048, 8192), (512,))}
 
 
+def forms_on(device_type: str) -> tuple[str, ...]:
+    """The forms that are timed of a whole step, in their order."""
+    return (*FORMS, FP8) if device_type == "cuda" else tuple(FORMS)
+
+
 @dataclass(frozen=True)
 class DecodeCase:
     """`batch` rollouts of `suffix` tokens, the new one included, over `prefix` shared ones."""
@@ -119,19 +124,20 @@ def time_decode(
     model: Step3VL,
     case: DecodeCase,
     budget_s: float = 3.0,
-    fp8_kv: bool | None = None,
+    names: Sequence[str] = (),
     breakdown: bool = False,
 ) -> list[dict]:
-    """One row per entry of FORMS, and one of FP8 KV if `fp8_kv` (on a GPU, if None); with
-    `breakdown` also one per form and kind of work.
+    """One row per form of `names` (`forms_on` the device if empty); with `breakdown` also one per
+    form and kind of work.
 
     Errors are those of the logits against the eager ones. Leaves the model with the best form of
     every op.
     """
     config, decoder, device = model.config.decoder, model.decoder, model.device
-    step, cache = _prepare(case, model)
-    forms = {name: (impl, cache) for name, impl in FORMS.items()}
-    if fp8_kv or (fp8_kv is None and device.type == "cuda"):
+    step, cache = prepare(case, model)
+    names = names or forms_on(device.type)
+    forms = {name: (FORMS[name], cache) for name in names if name != FP8}
+    if FP8 in names:
         forms[FP8] = (None, _quantised(cache, model))
     ids = torch.arange(case.batch, device=device) % config.vocab_size
     seeds = torch.arange(case.batch, device=device)
@@ -145,7 +151,7 @@ def time_decode(
         return sample(drawn, seeds, step.positions, temperature=1.0, impl=impl)[0]
 
     with torch.inference_mode():
-        expected = logits(*forms["eager"])
+        expected = logits("eager", cache)
         errors = {name: compare(logits(*form), expected) for name, form in forms.items()}
     calls = {name: partial(next_tokens, *form) for name, form in forms.items()}
     timings = measure(
@@ -216,7 +222,7 @@ def _quantised(cache: KVCache, model: Step3VL) -> KVCache:
     return fp8
 
 
-def _prepare(case: DecodeCase, model: Step3VL) -> tuple[Step, KVCache]:
+def prepare(case: DecodeCase, model: Step3VL) -> tuple[Step, KVCache]:
     """The step and KV pages full of random numbers."""
     device = model.device
     pages = -(-case.prefix // PAGE_SIZE) + case.batch * -(-case.suffix // PAGE_SIZE)

@@ -13,9 +13,9 @@ from statistics import quantiles
 
 import torch
 
-from bench.decode import FORMS, FP8, DecodeCase
+from bench.decode import FORMS, FP8, DecodeCase, forms_on
 from bench.numerics import MODEL_TOLERANCE, Verdict, compare
-from bench.ops import MAIN_DTYPE
+from bench.ops import MAIN_DTYPE, NOT_RUN
 from bench.rows import measured, with_speedups
 from bench.show import titled
 from bench.timing import Timing
@@ -44,23 +44,23 @@ def run(device: torch.device) -> Iterator[dict]:
 
 
 def time_engine(
-    model: Step3VL, case: DecodeCase, steps: int, blocks: int, fp8_kv: bool | None = None
+    model: Step3VL, case: DecodeCase, steps: int, blocks: int, names: Sequence[str] = ()
 ) -> list[dict]:
-    """One row per form, whose blocks of steps alternate. Leaves the model with the best forms.
+    """One row per form of `names` (`forms_on` the device if empty), whose blocks of steps
+    alternate. Leaves the model with the best forms.
 
     `host_us` is what a launch costs the host beside computing, `idle_pct` the share of the time
-    in which a GPU had nothing to do, `padding_pct` that of rows computed for nobody, `same_tokens`
-    whether rollouts say what they say in the eager form (in 16 bits they part sooner or later).
+    in which a GPU had nothing to do, `padding_pct` that of rows computed for nobody, `graphs`
+    whether steps were CUDA graphs, `same_tokens` whether rollouts say what they say in the eager
+    form (in 16 bits they part sooner or later), None if that was not run.
     """
-    forms = {name: (impl, None) for name, impl in FORMS.items()}
-    if fp8_kv or (fp8_kv is None and model.device.type == "cuda"):
-        forms[FP8] = (None, torch.float8_e4m3fn)
     total = case.suffix + blocks * (steps + SETTLE) + 2
-    loads = {name: _Load(model, case, impl, kv, total) for name, (impl, kv) in forms.items()}
+    names = names or forms_on(model.device.type)
+    loads = {name: _Load(model, case, name, total) for name in names}
     for _ in range(blocks):
         for load in loads.values():
             load.block(steps)
-    rows = [load.row(name, case, loads["eager"]) for name, load in loads.items()]
+    rows = [load.row(name, case, loads.get("eager")) for name, load in loads.items()]
     for load in loads.values():
         load.engine.executor.close()
     model.set_impl(None)
@@ -74,15 +74,17 @@ class _Load:
         self,
         model: Step3VL,
         case: DecodeCase,
-        impl: str | None,
-        kv_dtype: torch.dtype | None,
+        form: str,
         total: int,
     ) -> None:
-        self.model, self.impl, self.fp8 = model, impl, kv_dtype is not None
-        model.set_impl(impl)
+        self.model, self.impl, self.fp8 = model, FORMS.get(form), form == FP8
+        model.set_impl(self.impl)
         pages = -(-case.prefix // PAGE_SIZE) + case.batch * (-(-total // PAGE_SIZE) + 1)
         self.engine: Engine = engine_for(
-            model, kv_dtype=kv_dtype, kv_tokens=pages * PAGE_SIZE, max_running=case.batch
+            model,
+            kv_dtype=torch.float8_e4m3fn if self.fp8 else None,
+            kv_tokens=pages * PAGE_SIZE,
+            max_running=case.batch,
         )
         draw = random.Random(0)
         ids = [draw.randrange(256) for _ in range(case.prefix + 1)]
@@ -116,9 +118,10 @@ class _Load:
         self.idle_s += executor.idle_s - before.idle_s
         self.padding += executor.padding_rows - before.padding_rows
 
-    def row(self, name: str, case: DecodeCase, eager: "_Load") -> dict:
+    def row(self, name: str, case: DecodeCase, eager: "_Load | None") -> dict:
         model, config = self.model, self.model.config.decoder
-        mean_kv, agreement = self.kv_tokens / self.steps, self._agreement(eager)
+        mean_kv = self.kv_tokens / self.steps
+        agreement = self._agreement(eager) if eager else None
         of_step = replace(case, suffix=round((mean_kv - case.prefix) / case.batch))
         cut = quantiles(self.seconds, n=10, method="inclusive")
         row = measured(
@@ -129,7 +132,7 @@ class _Load:
             dtype=model.dtype,
             num_bytes=of_step.bytes(config, model.dtype, self.fp8),
             flops=of_step.flops(config),
-            verdict=self._verdict(eager, agreement),
+            verdict=self._verdict(eager, agreement) if eager else NOT_RUN,
             timing=Timing(cut[1] * 1e6, cut[4] * 1e6, cut[7] * 1e6, len(self.seconds), "clock"),
         )
         wall = sum(self.seconds)
@@ -137,6 +140,7 @@ class _Load:
             "tokens_per_second": case.batch * self.steps / wall,
             "host_us": 1e6 * self.host_s / self.steps,
             "idle_pct": 100 * self.idle_s / wall,
+            "graphs": len(self.engine.executor.graphs) > 0,
             "padding_pct": 100 * self.padding / max(1, self.padding + case.batch * self.steps),
             "same_tokens": agreement,
         }
@@ -170,7 +174,7 @@ class _Load:
 def display(rows: Sequence[dict]) -> None:
     """The rows as a table."""
     header = ("case", "form", " step us", " p20..p80", " % roofline", " x eager", " tokens/s")
-    header += (" host us", " idle", " padding", " as eager")
+    header += (" host us", " idle", "graphs", " padding", " as eager")
     lines = [
         [
             row["case"],
@@ -178,12 +182,13 @@ def display(rows: Sequence[dict]) -> None:
             f"{row['median_us']:,.0f}",
             f"{row['p20_us']:,.0f}..{row['p80_us']:,.0f}",
             f"{row['roofline_pct']:.1f}",
-            f"{row['speedup']:.2f}",
+            f"{row['speedup']:.2f}" if row["speedup"] else "",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['host_us']:,.0f}",
             f"{row['idle_pct']:.1f} %",
+            "yes" if row["graphs"] else "no",
             f"{row['padding_pct']:.1f} %",
-            f"{100 * row['same_tokens']:.0f} %",
+            "" if row["same_tokens"] is None else f"{100 * row['same_tokens']:.0f} %",
         ]
         for row in rows
     ]

@@ -46,20 +46,31 @@ def random_tower(config: Config, device: torch.device) -> VisionTower:
     return tower
 
 
+def forms_on(device_type: str) -> dict[str, str | None]:
+    """The forms that are timed, each with its `impl` for all ops."""
+    return FORMS | ({"portable": "portable"} if device_type == "cuda" else {})
+
+
 def case_name(config: Config, size: tuple[int, int]) -> str:
     """As in "tiny 728 x 728"."""
     return f"{config.name} {size[0]} x {size[1]}"
 
 
 def encode(
-    tower: VisionTower, config: Config, size: tuple[int, int], budget_s: float = 4.0
+    tower: VisionTower,
+    config: Config,
+    size: tuple[int, int],
+    budget_s: float = 4.0,
+    names: Sequence[str] = (),
 ) -> list[dict]:
-    """Rows of one image, (width, height) pixels, in every form."""
+    """Rows of one image, (width, height) pixels, in the forms `names` (all if empty)."""
     device, dtype = tower.projector.device, tower.projector.dtype
     grids = views_of(*size, config.vision)
     views, tokens = _views(tower, grids), sum(map(output_tokens, grids))
     tower.graphs.enabled = False
-    forms = FORMS | ({"portable": "portable"} if device.type == "cuda" else {})
+    forms = {
+        name: impl for name, impl in forms_on(device.type).items() if name in names or not names
+    }
 
     def encoded(impl: str | None) -> Tensor:
         tower.impl.update(impl_per_op(impl))

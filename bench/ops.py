@@ -1,8 +1,8 @@
 """The op table: every form of an op checked, then timed beside the others, as rows.
 
-A form whose numbers are wrong is not timed: its row says why in `failure` and has no times. A peer
+A form whose numbers are wrong is not timed unless asked for: its row says why in `failure`. A peer
 that is not installed or cannot take a case, and a case that the device has no memory for, have a
-row that says so in `skipped`.
+row that says so in `skipped`. A form whose error spoils the process ends the work (poison.py).
 """
 
 import math
@@ -15,9 +15,11 @@ import torch
 from bench.cases import OPS, Case
 from bench.numerics import Verdict, form, judge, reference
 from bench.peers import NAMES, PEERS, Unavailable, version
+from bench.poison import check_poison
 from bench.rows import measured, with_speedups
-from bench.timing import Timing, measure, sets_for
-from kernels._launch import IMPLS, ImplError
+from bench.timing import CandidateError, Timing, measure, sets_for
+from kernels._launch import IMPLS
+from kernels.errors import ImplError
 from model.terminal import InputError
 
 MAIN_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -106,17 +108,19 @@ def time_case(
     dtype: torch.dtype,
     impls: Sequence[str] = (),
     budget_s: float = 1.0,
+    anyway: bool = False,
 ) -> list[dict]:
     """Rows with the errors and times of the case's forms and peers.
 
     The forms are `impls`, or all that exist and all peers; `budget_s` seconds of timing are shared
-    by all of them. Raises ImplError if one of `impls` does not exist.
+    by all of them. With `anyway` a form over its tolerance is timed, too; its row still says so in
+    `failure`. Raises ImplError if one of `impls` does not exist, PoisonedError as `verdicts_of`.
     """
     if reason := _too_large(case, device, dtype):
         return [_row(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
     names = forms_of(case, impls) or forms_here(case, device)
     verdicts = verdicts_of(case, device, dtype, names, required=bool(impls))
-    timings = _timings(case, verdicts, device, dtype, budget_s)
+    timings = _timings(case, verdicts, device, dtype, budget_s, anyway)
     rows = [
         _row(case, name, device, dtype, verdict, timings.get(name))
         for name, verdict in verdicts.items()
@@ -157,6 +161,7 @@ def verdicts_of(
     """What `judge` says of each form; forms that do not exist are left out unless `required`.
 
     expected: the inputs and what `reference` makes of them, if they are there already.
+    Raises PoisonedError for a form after which the process is of no use.
     """
     if expected is None:
         inputs = case.inputs(0, device, dtype)
@@ -170,6 +175,7 @@ def verdicts_of(
             if required:
                 raise
         except Exception as error:  # a broken form must not hide the others
+            check_poison(name, error)
             found[name] = _stopped(error)
     return found
 
@@ -180,27 +186,36 @@ def _timings(
     device: torch.device,
     dtype: torch.dtype,
     budget_s: float,
+    anyway: bool,
 ) -> dict[str, Timing]:
-    """Times of the forms and peers with right numbers; why there are none is put into `found`."""
-    calls = prepared(case, found, device, dtype)
+    """Times of the forms and peers with right numbers, of all that ran with `anyway`; why one has
+    none is put into `found`."""
+    calls = prepared(case, found, device, dtype, anyway)
     while calls:
         candidates = {name: partial(_call, of_sets) for name, of_sets in calls.items()}
         sets = len(next(iter(calls.values())))
         try:
             return measure(candidates, device=device, sets=sets, budget_s=budget_s)
-        except Exception as error:  # of peers first: they must not cost the op's forms their times
-            stopped = [name for name in calls if name in case.peers] or list(calls)
-            found |= {name: _stopped(error, found[name]) for name in stopped}
-            calls = {name: of_sets for name, of_sets in calls.items() if name not in stopped}
+        except CandidateError as failed:  # it must not cost the others their times
+            name, error = failed.candidate, failed.error
+            check_poison(name, error)
+            found[name] = _stopped(error, found[name])
+            del calls[name]
     return {}
 
 
 def prepared(
-    case: Case, found: dict[str, Verdict], device: torch.device, dtype: torch.dtype
+    case: Case,
+    found: dict[str, Verdict],
+    device: torch.device,
+    dtype: torch.dtype,
+    anyway: bool = False,
 ) -> dict[str, list[Callable]]:
     """The call of every form for every set of inputs, each made once: what a form prepares at its
-    first call for an input (a schedule, a compiled kernel) is neither timed nor captured."""
-    good = [name for name, verdict in found.items() if not verdict.failure and not verdict.skipped]
+    first call for an input (a schedule, a compiled kernel) is neither timed nor captured.
+
+    The forms are those that are right, with `anyway` also those that are merely wrong."""
+    good = [name for name, verdict in found.items() if _can_be_timed(verdict, anyway)]
     if not good:
         return {}
     sets = sets_for(case.bytes(dtype), device)
@@ -214,8 +229,14 @@ def prepared(
                     call()
             calls[name] = of_sets
         except Exception as error:
+            check_poison(name, error)
             found[name] = _stopped(error, found[name])
     return calls
+
+
+def _can_be_timed(verdict: Verdict, anyway: bool) -> bool:
+    ran = not math.isnan(verdict.max_err)
+    return not verdict.skipped and (not verdict.failure or (anyway and ran))
 
 
 def _call(of_sets: Sequence[Callable], index: int) -> object:

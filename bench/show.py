@@ -29,9 +29,9 @@ def times(rows: Sequence[Row]) -> None:
 def time_line(row: Row) -> list[str]:
     """The cells of TIMES."""
     line = [row["op"], row["case"], row["impl"], row["dtype"]]
-    if row["failure"]:
-        return [*line, *[""] * 6, error(row["max_err"]), f"FAILED: {row['failure']}"]
     us = row["median_us"]
+    if us is None:
+        return [*line, *[""] * 6, error(row["max_err"]), f"FAILED: {row['failure']}"]
     return [
         *line,
         _microseconds(us),
@@ -164,7 +164,8 @@ def _microseconds(value: float) -> str:
 
 def _note(row: Row) -> str:
     """What is out of the ordinary about a time."""
-    notes = ["launches included"] if row["timer"] == "events" else []
+    notes = [f"WRONG: {row['failure']}"] if row["failure"] else []
+    notes += ["launches included"] if row["timer"] == "events" else []
     if row.get("tokens_per_second"):
         notes.append(f"{row['tokens_per_second']:,.1f} tokens/s")
     return ", ".join(notes)

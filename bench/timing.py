@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model.cuda_graph import CudaGraph
+
 Candidate = Callable[[int], object]
 
 COLD = 5  # input sets together are this many times the last-level cache
@@ -29,6 +31,14 @@ MAX_SETS = 64
 MIN_REPEATS = 5
 MAX_REPEATS = 1000
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+class CandidateError(Exception):
+    """What a candidate raised while it was timed, which is this error's cause."""
+
+    def __init__(self, candidate: str, error: Exception) -> None:
+        super().__init__(f"{candidate}: {error}")
+        self.candidate, self.error = candidate, error
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Time `candidates`, each called with an index below `sets`, for about `budget_s` seconds.
 
-    Warm-up is not counted. Every candidate gets at least MIN_REPEATS repeats, however long.
+    Warm-up is not counted. Every candidate gets at least MIN_REPEATS repeats, however long. Raises
+    CandidateError if one of them fails.
     """
     with torch.inference_mode(), _garbage_collection_off():
         repeats = prepare(candidates, device=device, sets=sets)
@@ -62,7 +73,8 @@ def measure(
             if count >= MIN_REPEATS and time.perf_counter() > end:
                 break
             for name in order:
-                samples[name].append(repeats[name].run())
+                with _blamed(name):
+                    samples[name].append(repeats[name].run())
             order.reverse()
     return {name: _summary(samples[name], repeats[name].timer) for name in candidates}
 
@@ -124,8 +136,9 @@ def _cpu_repeats(
         call(index)
         return (time.perf_counter_ns() - start) / 1e3
 
-    for call in candidates.values():
-        repeat(call)
+    for name, call in candidates.items():
+        with _blamed(name):
+            repeat(call)
     return {name: Repeat(partial(repeat, call), "clock") for name, call in candidates.items()}
 
 
@@ -144,38 +157,37 @@ def _cuda_repeats(
         return start.elapsed_time(end) * 1e3 / calls
 
     def prepared(call: Candidate) -> Repeat:
-        graph = _capture(call, sets)
+        graph = _capture(call, sets, device)
         if graph is not None:
             return Repeat(partial(repeat, graph.replay, sets), "graph")
         indices = cycle(range(sets))
         return Repeat(partial(repeat, lambda: call(next(indices)), 1), "events")
 
-    repeats = {name: prepared(call) for name, call in candidates.items()}
-    for ready in repeats.values():
-        ready.run()
+    repeats = {}
+    for name, call in candidates.items():
+        with _blamed(name):
+            repeats[name] = prepared(call)
+            repeats[name].run()
     return repeats
 
 
-def _capture(call: Candidate, sets: int) -> torch.cuda.CUDAGraph | None:
+def _capture(call: Candidate, sets: int, device: torch.device) -> CudaGraph | None:
     """A graph of one call per input set, or None if the candidate waits for the GPU.
 
-    A capture that fails leaves the default random generator unusable, so waiting is found out
-    before. What else cannot be captured is an error.
+    A capture that fails spoils the process, so waiting is found out before. What else cannot be
+    captured is an error.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for index in range(min(sets, 2)):  # compiles kernels, creates library handles
+    for index in range(min(sets, 2)):  # compiles kernels, creates library handles
+        call(index)
+    torch.cuda.synchronize()
+    if _waits(call):
+        return None
+
+    def all_sets() -> None:
+        for index in range(sets):
             call(index)
-        torch.cuda.synchronize()
-        if _waits(call):
-            return None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for index in range(sets):
-                call(index)
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph
+
+    return CudaGraph(all_sets, device)
 
 
 def _waits(call: Candidate) -> bool:
@@ -197,6 +209,15 @@ def _waits(call: Candidate) -> bool:
 def _summary(samples: list[float], timer: str) -> Timing:
     p20, median, p80 = (float(value) for value in np.percentile(samples, [20, 50, 80]))
     return Timing(p20, median, p80, len(samples), timer)
+
+
+@contextmanager
+def _blamed(candidate: str) -> Iterator[None]:
+    """Give what is raised inside the candidate's name."""
+    try:
+        yield
+    except Exception as error:
+        raise CandidateError(candidate, error) from error
 
 
 @contextmanager

@@ -10,6 +10,17 @@ from torch import Tensor
 from kernels._kept import holding
 
 _capturing = Lock()  # PyTorch allows one capture at a time; images are encoded in a thread
+_failures: list[str] = []
+
+
+def failed_capture() -> str | None:
+    """Why a capture failed in this process, if one did.
+
+    PyTorch (2.11) then leaves the allocator's pool open: `torch.cuda.empty_cache()`, and with it
+    every later capture, raises an internal assertion. Plain work goes on; whoever measures should
+    end the process.
+    """
+    return _failures[0] if _failures else None
 
 
 class CudaGraph:
@@ -17,10 +28,15 @@ class CudaGraph:
 
     `body` runs once before it is captured, and must have no effect then that matters. Graphs of one
     `pool` (torch.cuda.graph_pool_handle) share memory and must be replayed on one stream. Threads
-    that capture wait for each other. Raises RuntimeError for a body that cannot be captured.
+    that capture wait for each other. Raises RuntimeError for a body that cannot be captured, and
+    for every body after that (`failed_capture`).
     """
 
-    def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: object) -> None:
+    def __init__(
+        self, body: Callable[[], Tensor | None], device: torch.device, pool: object = None
+    ) -> None:
+        if _failures:
+            raise RuntimeError(f"no CUDA graph after a failed capture: {_failures[0]}")
         self._graph = torch.cuda.CUDAGraph()
         with _capturing, torch.cuda.device(device):
             stream = _stream(torch.cuda.current_device())
@@ -28,16 +44,25 @@ class CudaGraph:
             try:
                 with torch.cuda.stream(stream), holding() as self._held:
                     body()  # compiles what is not compiled, fills tables
-                    with torch.cuda.graph(
-                        self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-                    ):
-                        self._output = body()
+                    self._output = self._capture(body, pool, stream)
             finally:  # the caches serve what was computed, also if the rest failed
                 torch.cuda.current_stream().wait_stream(stream)
 
-    def replay(self) -> Tensor:
+    def replay(self) -> Tensor | None:
         self._graph.replay()
         return self._output
+
+    def _capture(
+        self, body: Callable[[], Tensor | None], pool: object, stream: torch.cuda.Stream
+    ) -> Tensor | None:
+        try:
+            with torch.cuda.graph(
+                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                return body()
+        except Exception as error:
+            _failures.append(str(error))
+            raise
 
 
 @cache

@@ -102,8 +102,9 @@ class VisionTower(nn.Module):
             rows = torch.cat([places[index] for index in order])
         views, grids = [views[i] for i in order], tuple(grids[i] for i in order)
         patches = spanned("vision pack", self.patches)(views, grids)
-        key = (grids, *self.impl.values())
-        graph = self.graphs.find(key, partial(self.encode, grids=grids), patches)
+        impls = self.impl.values()
+        body = partial(self.encode, grids=grids)
+        graph = self.graphs.find((grids, *impls), body, patches, impls)
         if graph is None:
             return self.encode(patches, grids, out, rows)
         features = graph(patches)

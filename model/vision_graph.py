@@ -6,7 +6,7 @@ changes weights clears the graphs (`VisionTower.prepare` does).
 """
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 
 import torch
 from torch import Tensor
@@ -32,9 +32,9 @@ class Graphs:
 
     At most `max_graphs`, those used last, in one memory pool, so that they take what the largest
     takes beside their inputs and outputs; they must run on one stream. More than `max_rows` inputs
-    keep a GPU busy by themselves and are not captured. `enabled`: None for on CUDA, False for
-    never. What cannot be captured (an op that copies from the host, too little memory) is run
-    plainly from then on, with one warning.
+    keep a GPU busy by themselves and are not captured. `enabled`: None for on CUDA in Triton forms,
+    False for never. What cannot be captured after all (too little memory) is run plainly from then
+    on, with one warning.
     """
 
     capture = GraphOfInputs
@@ -46,15 +46,21 @@ class Graphs:
         self._pool = None
 
     def find(
-        self, key: Hashable, body: Callable[[Tensor], Tensor], inputs: Tensor
+        self,
+        key: Hashable,
+        body: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        impls: Collection[str | None],
     ) -> Callable[[Tensor], Tensor] | None:
-        """The graph to call with `inputs` in place of `body`, if there is one.
+        """The graph to call with `inputs` in place of `body`, whose ops run in the forms `impls`,
+        if there is one.
 
         There is none for a caller who captures a graph: it takes the plain call in.
         """
         if inputs.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        enabled = inputs.is_cuda if self.enabled is None else self.enabled
+        in_triton = inputs.is_cuda and {*impls} <= {None, "triton"}
+        enabled = in_triton if self.enabled is None else self.enabled
         if not enabled or len(inputs) > self.max_rows:
             return None
         graph = self._graphs.get(key)  # False: it could not be captured

@@ -19,7 +19,7 @@ from model.decoder import Step
 from model.kv_cache import KVCache
 from model.lru import Lru
 from model.step3vl import Step3VL
-from pacore_sched.decode_step import DecodeStep, Drawing, Settings, Tables
+from pacore_sched.decode_step import DecodeStep, Drawing, Settings, Tables, capturable
 from pacore_sched.plan import StepBatch
 
 LEVELS = 3  # nodes on a path that there is always room for: images, prompt, rollout
@@ -100,9 +100,10 @@ class DecodeGraph:
 class DecodeGraphs:
     """Graphs by number of rows, tree shape and sampling settings, each captured at first use.
 
-    They share a memory pool and must be replayed on one stream. `enabled`: None for on CUDA in
-    Triton forms, False for never. If one cannot be captured (too little memory, an op that waits
-    for the device), steps run plainly from then on, with one warning.
+    They share a memory pool and must be replayed on one stream. `enabled`: None for where the
+    model's forms can be captured (`capturable`), False for never. If one cannot be captured after
+    all (too little memory), steps run plainly from then on, with one warning. `len` is the number
+    of graphs captured.
     """
 
     capture = CudaGraph
@@ -117,10 +118,13 @@ class DecodeGraphs:
         config = model.config.decoder
         self._group = config.heads // config.kv_heads
 
+    def __len__(self) -> int:
+        return len(self._graphs)
+
     def find(self, step: StepBatch, settings: Sequence[Settings]) -> DecodeGraph | None:
         """The graph for a decode step, `settings` those of each row, if there is one."""
         model = self._of[0]
-        enabled = model.device.type == "cuda" if self.enabled is None else self.enabled
+        enabled = capturable(model) if self.enabled is None else self.enabled
         rows = len(step.positions)
         if not enabled or len(set(settings)) > 1 or rows > self.buckets[-1]:
             return None

@@ -22,6 +22,22 @@ from pacore_sched.request import Rollout, Sampling
 Settings = tuple[float, int, float]  # temperature, top_k, top_p
 
 
+def advances(model: Step3VL) -> bool:
+    """Whether attention reads its plan on the device alone, where it can be moved on."""
+    return _in_triton(model, "prefix_attention")
+
+
+def capturable(model: Step3VL) -> bool:
+    """Whether a decode step in the model's forms can be a CUDA graph: the plan advances on the
+    device, and tokens are drawn without waiting for it, as PyTorch's top-p does."""
+    return model.device.type == "cuda" and advances(model) and _in_triton(model, "sample")
+
+
+def _in_triton(model: Step3VL, op: str) -> bool:
+    impl = model.impl[op]
+    return impl == "triton" or (impl is None and model.device.type == "cuda")
+
+
 def settings_of(sampling: Sampling) -> Settings:
     return sampling.temperature, sampling.top_k, sampling.top_p
 

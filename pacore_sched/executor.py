@@ -24,6 +24,7 @@ from pacore_sched.decode_step import (
     DecodeStep,
     Drawing,
     Tables,
+    advances,
     packed_results,
     settings_of,
     unpacked_results,
@@ -214,10 +215,9 @@ class ModelExecutor:
         model, device = self.model, self.model.device
         packed = _packed(rows.step, device, owners=owners)
         step = self._step(rows.step, packed)
-        advances = _advances(model)
         drawing = Drawing.of(settings, device)
-        decode = DecodeStep(step, packed.tensors["owners"], drawing, advances)
-        left = step.plan.room + 1 if advances else 1
+        decode = DecodeStep(step, packed.tensors["owners"], drawing, advances(model))
+        left = step.plan.room + 1 if decode.advances else 1
 
         def run() -> Tensor:
             return decode.run(model, self.cache, self._tables)
@@ -291,9 +291,3 @@ def _packed(step: StepBatch, device: torch.device, **lists: Sequence[int]) -> Pa
     )
     packed.fill(arrays)
     return packed
-
-
-def _advances(model: Step3VL) -> bool:
-    """Whether attention reads its plan on the device alone, where it can be moved on."""
-    impl = model.impl["prefix_attention"]
-    return impl == "triton" or (impl is None and model.device.type == "cuda")

@@ -13,11 +13,11 @@ from bench import __main__ as command
 from bench import cases as cases_module
 from bench import commands, decode, ops, roofline, rows, show, timing
 from bench.cases import OPS, cases, numerics_cases
-from bench.decode import DecodeCase, time_decode
+from bench.decode import DecodeCase, forms_on, time_decode
 from bench.inputs import fork
 from bench.peers import PEERS, Unavailable
 from bench.peers.sdpa_peer import sdpa
-from kernels._launch import ImplError
+from kernels.errors import ImplError
 from model.config import PRESETS
 from model.step3vl import Step3VL
 from model.terminal import InputError
@@ -209,7 +209,7 @@ class TestDecode:
     def test_rows(self, quick):
         """Guards the step itself: the forms agree, and the model is not left in the slow one."""
         model = Step3VL.from_preset("tiny")
-        made = time_decode(model, DecodeCase(3, 70, 5), fp8_kv=True)
+        made = time_decode(model, DecodeCase(3, 70, 5), names=forms_on("cuda"))
         assert [row["impl"] for row in made] == ["eager", "default", "default, FP8 KV"]
         assert [row["case"] for row in made] == ["tiny B3 P70 S5"] * 3
         assert made[0]["speedup"] == 1

@@ -4,6 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -47,6 +48,34 @@ def test_one_capture_at_a_time(counted: SimpleNamespace):
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: CudaGraph(body, torch.device("cpu"), None), range(12)))
     assert most == 1 and counted.streams == 1
+
+
+def test_nothing_is_captured_after_a_failed_capture(counted, monkeypatch: pytest.MonkeyPatch):
+    """Guards the rest of the process: PyTorch's allocator is broken by then, and the next capture
+    would end in an internal assertion, far from its cause."""
+    monkeypatch.setattr(cuda_graph, "_failures", [])
+
+    def graph(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    body = Mock()
+    with pytest.raises(RuntimeError, match="^operation not permitted"):
+        CudaGraph(body, torch.device("cpu"))
+    assert cuda_graph.failed_capture() == "operation not permitted when stream is capturing"
+    body.reset_mock()
+    with pytest.raises(RuntimeError, match="after a failed capture: operation not permitted"):
+        CudaGraph(body, torch.device("cpu"))
+    body.assert_not_called()
+
+
+def test_what_fails_before_capture_spoils_nothing(counted, monkeypatch: pytest.MonkeyPatch):
+    """Guards against giving up graphs for good because memory was short once."""
+    monkeypatch.setattr(cuda_graph, "_failures", [])
+    with pytest.raises(RuntimeError, match="memory"):
+        CudaGraph(Mock(side_effect=RuntimeError("out of memory")), torch.device("cpu"))
+    assert cuda_graph.failed_capture() is None
+    CudaGraph(Mock(), torch.device("cpu"))
 
 
 @pytest.mark.gpu

@@ -6,14 +6,18 @@ plan and tables, by Triton's interpreter.
 
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels._tiles import use_tiles
+from model.impls import impl_per_op
 from model.step3vl import Step3VL
+from pacore_sched import decode_graph
 from pacore_sched.decode_graph import default_buckets
+from pacore_sched.decode_step import capturable
 from pacore_sched.executor import ModelExecutor
 from pacore_sched.plan import plan_step
 from pacore_sched.request import Batch, Sampling, Segment
@@ -142,6 +146,39 @@ def test_what_cannot_be_captured_runs_plainly(hand: Hand, plain: Step3VL):
         hand.decode(rollouts, 2)
     assert len(tries) == 1
     check(plain, OTHER, *rollouts)
+
+
+@pytest.mark.parametrize(
+    ("device", "impl", "expected"),
+    [
+        ("cuda", None, True),
+        ("cuda", "triton", True),
+        ("cuda", {"rms_norm": "eager"}, True),
+        ("cuda", "eager", False),
+        ("cuda", "portable", False),
+        ("cuda", {"prefix_attention": "eager"}, False),
+        ("cuda", {"sample": "eager"}, False),
+        ("cpu", None, False),
+    ],
+)
+def test_captured_by_form_not_by_device(device: str, impl: object, expected: bool):
+    """Guards eager models on a GPU: they wait for the device, and a capture that fails breaks the
+    allocator of the process, so that the fast form beside them gets no graphs either."""
+    model = SimpleNamespace(device=torch.device(device), impl=impl_per_op(impl))
+    assert capturable(model) == expected
+
+
+def test_an_eager_model_on_a_gpu_is_not_captured(hand: Hand, monkeypatch: pytest.MonkeyPatch):
+    """Guards the question itself: graphs left to themselves ask the form before they capture."""
+    monkeypatch.setattr(decode_graph, "capturable", lambda model: model.impl["sample"] != "eager")
+    hand.executor.graphs.enabled = None
+    rollouts = hand.group(prompt(hand, OTHER), 9, [1])
+    hand.model.set_impl("eager")
+    hand.decode(rollouts, 1)
+    assert counts() == (0, 0)
+    hand.model.set_impl({"prefix_attention": "triton"})
+    hand.decode(rollouts, 1)
+    assert counts() == (1, 1)
 
 
 def test_capacities(hand: Hand):

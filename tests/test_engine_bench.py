@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import engine, packing, replay
-from bench.decode import DecodeCase
+from bench.decode import DecodeCase, forms_on
 from model.step3vl import Step3VL
 from pacore_sched.request import Sampling
 from pacore_sched.workload import Workload
@@ -57,7 +57,7 @@ def test_engine_steps(tiny: Step3VL):
     """A full batch is what is timed: every step gives a token to each rollout, every byte that it
     must move is counted, and all forms say the same."""
     case = DecodeCase(4, 70, 3)
-    rows = engine.time_engine(tiny, case, steps=4, blocks=2, fp8_kv=True)
+    rows = engine.time_engine(tiny, case, steps=4, blocks=2, names=forms_on("cuda"))
     assert [row["impl"] for row in rows] == ["eager", "default", "default, FP8 KV"]
     first, last = case.suffix + engine.SETTLE, case.suffix + 2 * (engine.SETTLE + 4)
     few, many = (
@@ -72,6 +72,7 @@ def test_engine_steps(tiny: Step3VL):
         assert row["repeats"] == 8
         assert row["padding_pct"] == row["idle_pct"] == 0
         assert row["host_us"] > 0
+        assert row["graphs"] is False
     assert rows[1]["max_err"] > 0  # of two forms, hence not the form with itself
     assert rows[2]["max_err"] > rows[1]["max_err"]
     assert rows[2]["bytes"] < rows[1]["bytes"]

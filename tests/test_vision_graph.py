@@ -1,5 +1,7 @@
 """Which calls of the tower are captured and replayed; on a GPU, that replays compute the same."""
 
+from unittest.mock import MagicMock, Mock, patch
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +77,20 @@ def test_new_weights_and_forms_are_captured_anew(vision):
     assert counts() == (2, 2)
     vision(views)
     assert counts() == (3, 3)
+
+
+def test_captured_by_form_not_by_device():
+    """Guards eager towers on a GPU: what they copy from the host cannot be captured, and a capture
+    that fails breaks the process."""
+    inputs = MagicMock(is_cuda=True)
+    inputs.__len__.return_value = 8
+    with patch("torch.cuda.is_current_stream_capturing", return_value=False):
+        for impls, captured in (((None, "triton"), True), ((None, "eager"), False)):
+            graphs = Graphs()
+            graphs._pool, graphs.capture = object(), Mock()
+            for _ in range(2):
+                graphs.find("key", Mock(), inputs, impls)
+            assert graphs.capture.called == captured
 
 
 def test_a_few_small_batches(vision):
