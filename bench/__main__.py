@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import gate, listing, rows
+from bench import gate, jsonl, listing
 from bench.commands import COMMANDS, TIME_BUDGET_S, filter_arguments
 from bench.compare import command as compare
 from bench.ops import device_named
@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace) -> int:
             for row in COMMANDS[command].run(options, device):
                 made.append(row)
                 if options.out:
-                    rows.append(options.out, [row])
+                    jsonl.append(options.out, [row])
         except PoisonedError as error:
             poisoned = error
         if made and not options.json:

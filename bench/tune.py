@@ -19,7 +19,7 @@ import torch
 import triton
 from torch.overrides import TorchFunctionMode
 
-from bench import rows, show
+from bench import jsonl, rows, show
 from bench.cases import OPS, Case, in_modes
 from bench.numerics import Verdict, form, judge, reference
 from bench.ops import one_line
@@ -106,7 +106,7 @@ def write(gpu: Gpu, key: Key, tiles: Tiles) -> Path:
     table = json.loads(path.read_text()) if path.exists() else {}
     table.setdefault(key[0], {})[key[1]] = tiles
     partial_path = path.with_suffix(f".{os.getpid()}")
-    rows.write_json(partial_path, {op: dict(sorted(table[op].items())) for op in sorted(table)})
+    jsonl.write_json(partial_path, {op: dict(sorted(table[op].items())) for op in sorted(table)})
     partial_path.replace(path)
     _tiles._table.cache_clear()
     return path

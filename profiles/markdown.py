@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench import rows
+from bench import jsonl
 from model.terminal import InputError
 
 Row = dict
@@ -19,7 +19,7 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def folder(path: Path) -> list[Row]:
     """The rows of all JSONL files of a folder, the latest last."""
-    found = [row for file in sorted(path.glob("*.jsonl")) for row in rows.read(file)]
+    found = [row for file in sorted(path.glob("*.jsonl")) for row in jsonl.read(file)]
     return sorted(found, key=lambda row: row.get("time") or "")
 
 

@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import rows
+from bench import jsonl
 from profiles.gpu_tables import gpus
 from profiles.kernel_tables import DECODE_KERNELS, VISION_KERNELS, Kernel, kernel_table
 from profiles.markdown import Row, folder, markdown, milliseconds, one, small, spread
@@ -21,7 +21,7 @@ SIMULATED = PROFILES / "simulated" / "h200.jsonl"
 STATIC = PROFILES / "static_baseline.jsonl"
 
 measured = cache(folder)
-recorded = cache(rows.read)
+recorded = cache(jsonl.read)
 
 DECODE = {  # label, case
     "32/8 heads of 128, 16 rollouts, prefix 2,048, suffix 128": "B16 P2048 S128",

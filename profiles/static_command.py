@@ -10,7 +10,7 @@ from pathlib import Path
 
 import triton
 
-from bench import rows, show
+from bench import jsonl, show
 from bench.cases import OPS
 from bench.tune import check_compiles
 from model.terminal import InputError
@@ -43,13 +43,13 @@ def run(options: argparse.Namespace) -> int:
     for op in options.op:
         if op not in OPS:
             raise InputError(f"unknown op {op!r}; choose of {', '.join(OPS)}")
-    known = rows.read(options.baseline)
+    known = jsonl.read(options.baseline)
     with redirect_stdout(sys.stderr):  # Triton prints there what ptxas refuses
         found = static.sweep(options.op, options.arch, quick=options.quick, mix=options.sass)
     if options.update:
         known = static.update(known, found, options.op, options.arch)
         options.baseline.unlink(missing_ok=True)
-        rows.append(options.baseline, known)
+        jsonl.append(options.baseline, known)
     wrong = static.broken_rules(found, known)
     if options.json:
         print(json.dumps({"rows": found, "broken_rules": wrong}))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command
 from bench import cases as cases_module
-from bench import commands, decode, ops, roofline, rows, show, timing
+from bench import commands, decode, jsonl, ops, roofline, rows, show, timing
 from bench.cases import OPS, cases, numerics_cases
 from bench.decode import DecodeCase, forms_on, time_decode
 from bench.inputs import fork
@@ -158,7 +158,7 @@ class TestOps:
         )
         assert eager["roofline_pct"] == pytest.approx(100 * floor / eager["median_us"])
         assert eager["speedup"] == 1
-        assert rows.read(file) == document["rows"]
+        assert jsonl.read(file) == document["rows"]
 
     def test_tables(self, quick, monkeypatch, capsys):
         """Guards the tables a person reads, failed rows among them."""
@@ -236,12 +236,12 @@ class TestRows:
     def test_interrupted_write_is_cut_off(self, tmp_path):
         """Guards a record that was killed in the middle of a line: the rest must stay readable."""
         file = tmp_path / "rows.jsonl"
-        rows.append(file, [{"a": 1}])
+        jsonl.append(file, [{"a": 1}])
         with file.open("a") as text:
             text.write('{"a": 2, "b')
-        assert rows.read(file) == [{"a": 1}]
-        rows.append(file, [{"a": 3}])
-        assert rows.read(file) == [{"a": 1}, {"a": 3}]
+        assert jsonl.read(file) == [{"a": 1}]
+        jsonl.append(file, [{"a": 3}])
+        assert jsonl.read(file) == [{"a": 1}, {"a": 3}]
 
     @pytest.mark.parametrize("line", ["{", "[1]", ""])
     def test_other_content_is_named(self, tmp_path, line):
@@ -249,7 +249,7 @@ class TestRows:
         file = tmp_path / "rows.jsonl"
         file.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
         with pytest.raises(InputError, match=r"rows\.jsonl:2"):
-            rows.read(file)
+            jsonl.read(file)
 
     def test_commit(self, tmp_path, monkeypatch):
         """Guards the commit of a row: none outside git, a mark for changes that it lacks."""

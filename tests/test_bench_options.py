@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import breakdown, commands, decode, ops, repro, roofline, rows, show, timing
+from bench import breakdown, commands, decode, jsonl, ops, repro, roofline, rows, show, timing
 from bench.cases import OPS, cases, numerics_cases
 from bench.decode import DecodeCase
 from kernels._spans import span
@@ -165,7 +165,7 @@ class TestSchema:
     def test_rows_say_theirs(self):
         """Guards rows against being taken for those of another meaning."""
         found = rows.origin(CPU)
-        assert found["schema"] == rows.SCHEMA
+        assert found["schema"] == jsonl.SCHEMA
         assert found["time"].endswith("Z")
 
     def test_others_are_refused(self, tmp_path):
@@ -173,7 +173,7 @@ class TestSchema:
         file = tmp_path / "rows.jsonl"
         file.write_text('{"op": "a"}\n{"op": "a", "schema": 99, "commit": "abc"}\n')
         with pytest.raises(InputError, match=r":2: rows of schema 99, not 1; commit abc can read"):
-            rows.read(file)
+            jsonl.read(file)
 
 
 class TestPytestFrontEnd:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import rows
+from bench import jsonl, rows
 from model.terminal import InputError, Parser
 from profiles import tables
 from profiles.gpu_tables import NONE_YET, gpus
@@ -85,9 +85,9 @@ def test_figures():
 def test_the_latest_good_row_counts(tmp_path):
     """Guards tables against old rows, of whatever file, and against rows that failed."""
     old = {"op": "x", "time": "2026-01-01T00:00:00Z", "n": 1}
-    rows.append(tmp_path / "a.jsonl", [old | {"time": "2026-01-03T00:00:00Z", "n": 3}])
-    rows.append(tmp_path / "b.jsonl", [old, old | {"time": "2026-01-02T00:00:00Z", "n": 2}])
-    rows.append(tmp_path / "c.jsonl", [old | {"time": "2026-01-04", "n": 4, "failure": "off"}])
+    jsonl.append(tmp_path / "a.jsonl", [old | {"time": "2026-01-03T00:00:00Z", "n": 3}])
+    jsonl.append(tmp_path / "b.jsonl", [old, old | {"time": "2026-01-02T00:00:00Z", "n": 2}])
+    jsonl.append(tmp_path / "c.jsonl", [old | {"time": "2026-01-04", "n": 4, "failure": "off"}])
     assert one(folder(tmp_path), op="x")["n"] == 3
     with pytest.raises(InputError, match="needs a row with op 'y'"):
         one(folder(tmp_path), op="y")
@@ -130,7 +130,7 @@ def test_a_gpu_with_rows_gets_its_tables(tmp_path):
     """Guards the first GPU's rows: they become README's tables by lying in a folder, and the line
     that says that there are none goes."""
     cpu = tmp_path / "cpu"
-    rows.append(cpu / "ops.jsonl", [measured("op", "c", "eager", 9, device="AMD EPYC, 2 threads")])
+    jsonl.append(cpu / "ops.jsonl", [measured("op", "c", "eager", 9, device="AMD EPYC, 2 threads")])
     assert gpus(tmp_path) == NONE_YET
     shape, case = "step3-vl-10b B16 P2048 S512", "B16 P2048 S512"
     found = [
@@ -147,7 +147,7 @@ def test_a_gpu_with_rows_gets_its_tables(tmp_path):
         measured("prefix_attention", case, "flashinfer", 75),
         measured("prefix_attention", "B1", "triton", 50) | {"median_us": None, "failure": "off"},
     ]
-    rows.append(tmp_path / "h100" / "all.jsonl", found)
+    jsonl.append(tmp_path / "h100" / "all.jsonl", found)
     origin, steps, ops = gpus(tmp_path).split("\n\n")
     assert "NVIDIA H100" in origin and "bfloat16 5,000 GB/s, 771 TFLOP/s" in origin
     assert "`profiles/results/h100/`" in origin and "commit abc" in origin

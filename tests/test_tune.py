@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from bench import numerics, rows, tune
+from bench import jsonl, numerics, rows, tune
 from bench.__main__ import main
 from bench.cases import OPS, Case
 from bench.timing import Timing
@@ -174,7 +174,7 @@ def test_command_writes_table_and_rows(toy, monkeypatch, capsys):
         "short": 256,
         "long": 64,
     }
-    written = rows.read(toy / "profiles" / "results" / "nvidia-h200" / "tune.jsonl")
+    written = jsonl.read(toy / "profiles" / "results" / "nvidia-h200" / "tune.jsonl")
     assert len(written) == 15
     assert "chosen" in capsys.readouterr().out
 

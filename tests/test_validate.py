@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import numerics
-from bench import rows as rows_module
+from bench import jsonl, numerics
 from bench.cases import OPS, numerics_cases
 from bench.numerics import Error, compare, roundoff
 from bench.validate import command as validate
@@ -302,7 +301,7 @@ class TestPictures:
         assert run(*SMALL, "--out", str(folder)) == 0
         assert "picture: " in capsys.readouterr().out
         names = {path.name for path in folder.glob("*.png")}
-        assert rows_module.read(folder / "validate.jsonl"), "kept as they came"
+        assert jsonl.read(folder / "validate.jsonl"), "kept as they came"
         assert names == {f"errors-{x}.png" for x in ("bfloat16", "float16", "float32")}
         pixels = image.imread(folder / "errors-float32.png")[..., :3]
         orange = np.array([1.0, 127 / 255, 14 / 255])  # the second form's colour

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from bench import rows
+from bench import jsonl
 from bench.cases import OPS
 from bench.compare import turns
 from bench.compare.slowdown import Pair, judged, unpaired
@@ -224,7 +224,7 @@ def _by_key(path: Path, options: argparse.Namespace) -> dict[tuple[str, ...], li
     if not path.exists():
         raise InputError(f"there is no file {path}")
     found: dict[tuple[str, ...], list[dict]] = {}
-    for row in rows.read(path):
+    for row in jsonl.read(path):
         key = tuple(row.get(name) for name in ("op", "case", "impl", "dtype", "device"))
         chosen = (
             all(key)

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench import rows
+from bench import jsonl, rows
 from kernels._launch import IMPLS
 from model.terminal import InputError
 
@@ -55,7 +55,7 @@ def read(paths: Sequence[Path]) -> list[dict]:
         if not path.exists():
             raise InputError(f"{path}: no such file")
         try:
-            found += rows.read(path)
+            found += jsonl.read(path)
         except UnicodeDecodeError:
             raise InputError(f"{path}: not a text file of rows, a JSON object a line") from None
         except OSError as error:
@@ -78,7 +78,7 @@ def committed(path: Path) -> list[dict]:
         for commit in reversed(commits):
             copy.write_bytes(_git(folder, "show", f"{commit}:./{path.name}") or b"")
             try:
-                found += rows.read(copy)
+                found += jsonl.read(copy)
             except (InputError, UnicodeDecodeError):
                 continue
     return found

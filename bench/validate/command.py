@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench import rows, show
+from bench import jsonl, rows, show
 from bench.cases import OPS, WRITTEN, Case, numerics_cases
 from bench.numerics import Error, form, results, roundoff, tolerance
 from bench.ops import DTYPES, device_named, dtypes_named, one_line
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     for row in work:
         made.append(row)
         if options.out:
-            rows.append(options.out / "validate.jsonl", [row])
+            jsonl.append(options.out / "validate.jsonl", [row])
     pictures = histogram.draw(made, options.out) if options.out else []
     if options.json:
         print(json.dumps({"rows": made, "pictures": [str(path) for path in pictures]}))
