@@ -13,6 +13,7 @@ from bench import (
     fold,
     fp8_kv,
     images,
+    jsonl,
     packing,
     replay,
     rows,
@@ -22,6 +23,7 @@ from bench import (
     vision_cost,
 )
 from bench.cases import OPS, Case, cases, numerics_cases
+from bench.launch_sites import case_sites, decode_sites
 from bench.ops import (
     DTYPES,
     FORMS,
@@ -33,7 +35,9 @@ from bench.ops import (
     time_case,
 )
 from kernels._tiles import gpu_of
+from model.config import PRESETS
 from model.terminal import InputError, track
+from pacore_sched.compile_ahead import warm_up
 
 TIME_BUDGET_S = 1.0  # per case
 
@@ -61,14 +65,26 @@ def chosen_cases(
 
 def numerics(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Errors of every op's forms on awkward shapes in every dtype."""
-    for case, dtype in track(chosen_cases("numerics", options, device), "numerics"):
+    chosen = chosen_cases("numerics", options, device)
+    warm_up(case_sites(chosen, options.impl), device)
+    for case, dtype in track(chosen, "numerics"):
         yield from check_case(case, device, dtype, options.impl)
 
 
 def ops(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Errors and times of every op's forms and peers on the model's shapes."""
-    for case, dtype in track(chosen_cases("ops", options, device), "ops"):
+    chosen = chosen_cases("ops", options, device)
+    warm_up(case_sites(chosen, options.impl), device)
+    for case, dtype in track(chosen, "ops"):
         yield from time_case(case, device, dtype, options.impl, options.budget)
+
+
+def decode_steps(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """Errors and times of decode steps, and what they are made of."""
+    name, dtypes, chosen = decode.chosen(options, device)
+    sites = [site for dtype in dtypes for site in decode_sites(PRESETS[name], chosen, dtype)]
+    warm_up(sites, device)
+    yield from decode.run(options, device)
 
 
 def ceilings(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
@@ -103,7 +119,7 @@ def tuning(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
         if best:
             tune.write(gpu, plan.key, best)
         if not options.out:
-            rows.append(tune.results(gpu), made)
+            jsonl.append(tune.results(gpu), made)
         yield from made
 
 
@@ -212,7 +228,7 @@ COMMANDS = {
     ),
     "decode": Command(
         "a decode step of a whole model by batch, prefix and suffix, and what it is made of",
-        decode.run,
+        decode_steps,
         decode.display,
         decode.add_arguments,
     ),
