@@ -92,16 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Rows of the steps asked for, and of what they are made of."""
-    name = options.model or MODELS[device.type]
-    if name not in PRESETS:
-        raise InputError(f"unknown model {name!r}; choose of {', '.join(PRESETS)}")
-    asked = (options.batch, options.prefix, options.suffix)
-    sizes = [given or default for given, default in zip(asked, SIZES[device.type], strict=True)]
-    if min(map(min, sizes)) < 1:
-        raise InputError("--batch, --prefix and --suffix are at least 1")
-    for dtype in dtypes_named(options.dtype) or (MAIN_DTYPE[device.type],):
+    name, dtypes, cases = chosen(options, device)
+    for dtype in dtypes:
         model, free = None, free_bytes(device)  # before the weights are there
-        for case in track([DecodeCase(*size) for size in product(*sizes)], "decode"):
+        for case in track(cases, "decode"):
             needed = needed_bytes(PRESETS[name], case, dtype)
             if needed > free:
                 reason = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -109,6 +103,21 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
                 continue
             model = model or Step3VL.from_preset(name, device=device, dtype=dtype)
             yield from time_decode(model, case, breakdown=True)
+
+
+def chosen(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[str, tuple[torch.dtype, ...], list[DecodeCase]]:
+    """The preset, the dtypes and the steps asked for. Raises InputError for what does not exist."""
+    name = options.model or MODELS[device.type]
+    if name not in PRESETS:
+        raise InputError(f"unknown model {name!r}; choose of {', '.join(PRESETS)}")
+    asked = (options.batch, options.prefix, options.suffix)
+    sizes = [given or default for given, default in zip(asked, SIZES[device.type], strict=True)]
+    if min(map(min, sizes)) < 1:
+        raise InputError("--batch, --prefix and --suffix are at least 1")
+    dtypes = dtypes_named(options.dtype) or (MAIN_DTYPE[device.type],)
+    return name, dtypes, [DecodeCase(*size) for size in product(*sizes)]
 
 
 def needed_bytes(config: Config, case: DecodeCase, dtype: torch.dtype) -> int:

@@ -168,11 +168,16 @@ def results(
     case: Case, run: Prepare, inputs: dict, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """What a call returns and what it wrote into copies of its inputs, floats as `dtype`."""
-    copies = {name: _copy(value, dtype) for name, value in inputs.items()}
+    copies = copied(inputs, dtype)
     with torch.inference_mode(), exact_fp32(), _poisoned_allocations():
         returned = run(copies)()
     found = list(returned) if isinstance(returned, tuple) else [returned]
     return found + [copies[name] for name in WRITTEN.get(case.op, ())]
+
+
+def copied(inputs: dict, dtype: torch.dtype | None = None) -> dict:
+    """An op's arguments with copies of its tensors, floats as `dtype`."""
+    return {name: _copy(value, dtype) for name, value in inputs.items()}
 
 
 def _copy(value: object, dtype: torch.dtype | None) -> object:

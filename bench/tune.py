@@ -9,15 +9,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import triton
-from torch.overrides import TorchFunctionMode
 
 from bench import jsonl, rows, show
 from bench.cases import OPS, Case, in_modes
@@ -27,6 +25,7 @@ from bench.timing import Timing, measure, sets_for
 from kernels import _tiles
 from kernels._compile import launches_recorded
 from kernels._tiles import Gpu, Tiles, record_tiles, use_tiles
+from kernels._unfilled import unfilled
 from kernels.errors import ImplError
 from model.terminal import InputError
 
@@ -153,37 +152,6 @@ def display(made: Sequence[dict]) -> None:
 def text(tiles: Tiles) -> str:
     """As in "block=1024 num_warps=4"."""
     return " ".join(f"{name}={value}" for name, value in tiles.items())
-
-
-@contextmanager
-def unfilled() -> Iterator[None]:
-    """Leave large tensors of floats as they are allocated: their pages then cost nothing."""
-    with _Unfilled():
-        yield
-
-
-class _Unfilled(TorchFunctionMode):
-    LARGE = 1 << 20
-
-    def __torch_function__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
-        kwargs = kwargs or {}
-        name, x = func.__name__, args[0] if args else None
-        made = name == "randn" or (name == "full" and isinstance(args[1], float))
-        if made and math.prod(x) >= self.LARGE:
-            return torch.empty(x, dtype=kwargs.get("dtype"), device=kwargs.get("device"))
-        if not (torch.is_tensor(x) and x.is_floating_point() and x.numel() >= self.LARGE):
-            return func(*args, **kwargs)
-        if name in ("mul_", "masked_fill_"):
-            return x
-        if name == "__setitem__":
-            return None
-        if name == "contiguous":
-            return torch.empty_like(x, **kwargs)
-        if name == "to" and isinstance(args[-1], torch.dtype):
-            return torch.empty_like(x, dtype=args[-1])
-        if name == "matmul":  # as weights are folded
-            return x.new_empty(*x.shape[:-1], *args[1].shape[1:])
-        return func(*args, **kwargs)
 
 
 def _asked(case: Case, dtype: torch.dtype, gpu: Gpu) -> dict[Key, Tiles]:

@@ -19,9 +19,10 @@ from bench.cost import GPUS
 from bench.numerics import form
 from bench.ops import select
 from bench.roofline import Roofline
-from bench.tune import check_compiles, unfilled
+from bench.tune import check_compiles
 from kernels._compile import Launch, launches_recorded
 from kernels._tiles import Gpu, Tiles, record_tiles
+from kernels._unfilled import unfilled
 from kernels.gemm_cut import Cut
 
 OPS = ("vision_attention", "projector", "linear_quick_gelu")

@@ -12,7 +12,7 @@ that works on a tile rotates the tile's queries anew.
 import torch
 from torch import Tensor
 
-from kernels._launch import check, check_triton
+from kernels._launch import check, check_triton, runs_on_gpu
 from kernels._spans import spanned
 from kernels._tiles import Gpu, Tiles, tiles
 from kernels.prefix_attention import check_pages, prefix_attention
@@ -67,7 +67,7 @@ def rotary_attention(
 
 
 def _is_triton(impl: str | None, qkv: Tensor) -> bool:
-    return impl == "triton" or (impl is None and qkv.is_cuda)
+    return impl == "triton" or (impl is None and runs_on_gpu(qkv.device))
 
 
 def _prefers_fused(qkv: Tensor, k_pages: Tensor, plan: PrefixPlan) -> bool:

@@ -19,6 +19,7 @@ from kernels.prefix_plan import PrefixPlan
 from model.decoder import Step
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
+from pacore_sched.compile_ahead import warm_up
 from pacore_sched.decode_graph import DecodeGraphs, default_buckets
 from pacore_sched.decode_step import (
     DecodeStep,
@@ -31,6 +32,7 @@ from pacore_sched.decode_step import (
 )
 from pacore_sched.image_encoder import Features, ImageEncoder
 from pacore_sched.kv_memory import pages_that_fit
+from pacore_sched.launch_sites import engine_sites
 from pacore_sched.plan import StepBatch
 from pacore_sched.prefix_tree import PrefixTree
 from pacore_sched.request import Batch, Rollout, Segment
@@ -108,6 +110,9 @@ class ModelExecutor:
         self.graphs = DecodeGraphs(
             model, self.cache, self._tables, buckets or default_buckets(max_running)
         )
+        if not {None, "triton"}.isdisjoint(model.impl.values()):
+            of = (model.config, model.dtype, self.cache.k.dtype, self.graphs.buckets)
+            warm_up(engine_sites(*of), model.device)
         self._standing: _Standing | None = None
         self._encoder: ImageEncoder | None = None
         self._on_host: dict[Rollout, list[Tensor]] = {}

@@ -30,6 +30,7 @@ from bench.numerics import form
 from bench.ops import one_line
 from kernels._compile import Launch, compiler, launches_recorded
 from kernels._tiles import A100, H200, Gpu, Tiles, record_tiles, use_tiles
+from kernels._unfilled import unfilled
 from kernels.errors import ImplError
 from model.terminal import track
 from profiles.sass import figures, sass
@@ -217,7 +218,7 @@ def _worsened(row: Row, known: Row) -> Iterator[str]:
 
 def _attempts(case: Case, dtype: torch.dtype, gpu: Gpu, quick: bool) -> Iterator[Attempt]:
     """The case's launches in every choice of tiles, on their way through the compiler."""
-    with tune.unfilled():
+    with unfilled():
         arguments = case.inputs(0, torch.device("cpu"), dtype)
     with record_tiles() as asked:
         yield from _launched(case, gpu, arguments)

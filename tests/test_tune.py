@@ -14,6 +14,7 @@ from bench.timing import Timing
 from kernels import _launch, _tiles
 from kernels._launch import pick
 from kernels._tiles import H200, Gpu, tiles
+from kernels._unfilled import unfilled
 from model.terminal import InputError
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -217,7 +218,7 @@ def test_where_triton_interprets_it_says_so(toy, monkeypatch):
 def test_unfilled_leaves_large_tensors_alone():
     """Guards the dry run's memory: a large cache is allocated, not written; small tensors, whose
     values decide what an op does, are."""
-    with tune.unfilled():
+    with unfilled():
         small = torch.full((8,), 3.0).mul_(2)
         large = torch.randn((1 << 20, 1 << 8), dtype=torch.bfloat16).mul_(2)
         cache = torch.full((1 << 20, 1 << 8), math.nan).masked_fill_(torch.tensor(True), 1.0)

@@ -1,0 +1,68 @@
+"""Where the benchmarks launch kernels: sites for `compile_ahead`, all of them on CPU tensors."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import product
+
+import torch
+
+from bench.cases import BIG, Case, cases, numerics_cases
+from bench.decode import SIZES, DecodeCase, prepare
+from bench.numerics import copied, form
+from bench.ops import DTYPES, MAIN_DTYPE, forms_of
+from kernels._compile_worker import Site
+from kernels.sampling import sample
+from model.config import Config
+from pacore_sched.launch_sites import engine_sites, one_layer
+
+
+def all_sites() -> list[Site]:
+    """What a GPU run of all benchmarks launches: errors in every dtype, times and the engine."""
+    main = MAIN_DTYPE["cuda"]
+    steps = [DecodeCase(*sizes) for sizes in product(*SIZES["cuda"])]
+    return [
+        *case_sites((case, dtype) for dtype in DTYPES for case in numerics_cases()),
+        *case_sites((case, main) for case in cases("cuda")),
+        *decode_sites(BIG, steps, main),
+        *engine_sites(BIG, main),
+        *engine_sites(BIG, main, torch.float8_e4m3fn),
+    ]
+
+
+def case_sites(chosen: Iterable[tuple[Case, torch.dtype]], impls: Sequence[str] = ()) -> list[Site]:
+    """The Triton forms of cases, or those of `impls`: as numbers are checked, and as times are."""
+    return [
+        partial(launch_case, case, name, dtype)
+        for case, dtype in chosen
+        for name in ("triton", *case.modes)
+        if not impls or name in forms_of(case, impls)
+    ]
+
+
+def decode_sites(config: Config, cases: Iterable[DecodeCase], dtype: torch.dtype) -> list[Site]:
+    """The steps of `bench decode`, over KV pages in `dtype` and in FP8."""
+    return [
+        partial(launch_decode, config, case, dtype, kv_dtype)
+        for case in cases
+        for kv_dtype in (dtype, torch.float8_e4m3fn)
+    ]
+
+
+def launch_case(case: Case, name: str, dtype: torch.dtype) -> None:
+    """Call one form on a case's inputs, and on copies of them, whose alignment may differ."""
+    inputs = case.inputs(0, torch.device("cpu"), dtype)
+    form(case.op, name)(inputs)()
+    form(case.op, name)(copied(inputs))()
+
+
+def launch_decode(
+    config: Config, case: DecodeCase, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> None:
+    """One decode step in the best form of every op."""
+    model = one_layer(config, dtype)
+    step, cache = prepare(case, model)
+    if kv_dtype != dtype:
+        cache = model.new_cache(cache.num_pages, kv_dtype)
+    ids, decoder = torch.zeros(case.batch, dtype=torch.int64), model.decoder
+    logits = decoder.logits(decoder(decoder.embed(ids), step, cache))
+    sample(logits, ids, step.positions, temperature=1.0)

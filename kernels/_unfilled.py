@@ -1,0 +1,42 @@
+"""Large tensors left as they are allocated, where only shapes and addresses count: recording what
+ops launch needs no numbers, and pages that nobody touches cost neither time nor memory."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Leave large tensors of floats unfilled, and large matrix products uncomputed."""
+    with _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    LARGE = 1 << 20  # elements
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
+        kwargs = kwargs or {}
+        name, x = func.__name__, args[0] if args else None
+        made = name == "randn" or (name == "full" and isinstance(args[1], float))
+        if made and math.prod(x) >= self.LARGE:
+            return torch.empty(x, dtype=kwargs.get("dtype"), device=kwargs.get("device"))
+        if name == "linear" and args[1].numel() >= self.LARGE:
+            return x.new_empty(*x.shape[:-1], len(args[1]))
+        if not (torch.is_tensor(x) and x.is_floating_point() and x.numel() >= self.LARGE):
+            return func(*args, **kwargs)
+        if name in ("mul_", "masked_fill_", "normal_"):
+            return x
+        if name == "__setitem__":
+            return None
+        if name == "contiguous":
+            return torch.empty_like(x, **kwargs)
+        if name == "to" and (isinstance(args[-1], torch.dtype) or kwargs.get("copy")):
+            return torch.empty_like(x, dtype=args[-1])
+        if name == "matmul":  # as weights are folded
+            return x.new_empty(*x.shape[:-1], *args[1].shape[1:])
+        return func(*args, **kwargs)
