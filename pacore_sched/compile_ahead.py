@@ -25,6 +25,7 @@ from threading import Timer
 import torch
 import triton
 from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.runtime.cache import triton_key
 
 from kernels._compile_cache import entry, is_compiled
 from kernels._compile_worker import Found, Site
@@ -93,14 +94,14 @@ def warm_up(sites: Sequence[Site], device: torch.device) -> None:
 def _stamp(sites: Sequence[Site], gpu: Gpu) -> Path:
     """A file named by all that the launches of `sites` on `gpu` and their keys depend on."""
     digest = hashlib.sha256(pickle.dumps((sites, gpu)))
-    knobs = triton.knobs
-    options = (knobs.runtime.debug, knobs.compilation.instrumentation_mode)
-    digest.update(f"{torch.__version__} {options} {get_cache_invalidating_env_vars()}".encode())
+    own = {name: os.environ[name] for name in os.environ if name.startswith(("PACORE_", "TRITON_"))}
+    others = get_cache_invalidating_env_vars()
+    digest.update(f"{triton_key()} {torch.__version__} {sorted(own.items())} {others}".encode())
     for package in ("kernels", "model", "pacore_sched", "bench"):
         sources = [*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.json")]
         for path in sorted(sources):
             digest.update(path.read_bytes())
-    return Path(knobs.cache.dir) / "warm_up" / f"{digest.hexdigest()}.json"
+    return Path(triton.knobs.cache.dir) / "warm_up" / f"{digest.hexdigest()}.json"
 
 
 def _holds(stamp: Path) -> bool:
