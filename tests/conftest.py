@@ -9,6 +9,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
+os.environ["PACORE_WARM_UP"] = "0"  # tests compile what they launch, and nothing else
 
 # Triton kernels are tested on the GPU where there is one, else in Triton's interpreter, which has
 # to be chosen before a kernel is defined. Its bf16 products are wrong: fp16 and fp32 only there.

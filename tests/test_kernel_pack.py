@@ -85,7 +85,7 @@ def test_another_wheel_finds_all_and_launches_as_compiled(stub, packed, tmp_path
     assert (done.failures, done.compiled) == ((), len(done.keys))
     folder = tmp_path / "cache"
     monkeypatch.setattr(cache, "triton_key", lambda: OTHER_WHEEL)
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(folder))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     assert unpack(path) == (len(done.keys), len(done.keys))
     assert unpack(path) == (len(done.keys), 0)
     environment = {"TRITON_CACHE_DIR": str(folder), "TRITON_KEY_OF_ANOTHER_WHEEL": OTHER_WHEEL}
@@ -98,7 +98,7 @@ def test_another_wheel_finds_all_and_launches_as_compiled(stub, packed, tmp_path
 
 def test_a_pack_that_would_not_be_found_is_refused(packed, tmp_path, monkeypatch):
     """Guards a node's first minutes: kernels of another Triton or ptxas would lie there unused."""
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     with monkeypatch.context() as patch:
         patch.setattr(triton, "__version__", "3.7.0")
         with pytest.raises(InputError, match=r"with Triton 3\.6\.0 and this is 3\.7\.0: pack"):
@@ -111,7 +111,7 @@ def test_a_pack_that_would_not_be_found_is_refused(packed, tmp_path, monkeypatch
 
 def test_other_files_are_refused(packed, tmp_path, monkeypatch):
     """Guards the message: a wrong path or half a download gave a traceback."""
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     half = tmp_path / "half.pack"
     half.write_bytes(packed[0].read_bytes()[:-1000])
     for path in (tmp_path / "none.pack", Path(__file__), half):
@@ -129,7 +129,7 @@ def told(*arguments: str) -> int:
 def test_the_command_tells_what_it_did(packed, tmp_path, monkeypatch, capsys):
     """Guards scripts that read its JSON, and the exit code of a pack that lacks a kernel."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     count = len(packed[1].keys)
     assert told("unpack", str(packed[0]), "--json") == 0
     done = json.loads(capsys.readouterr().out)
@@ -144,6 +144,7 @@ def test_the_command_tells_what_it_did(packed, tmp_path, monkeypatch, capsys):
 
 def test_refuses_where_nothing_could_be_compiled_or_written(packed, tmp_path, monkeypatch):
     """Guards the message: after minutes of work, or as a traceback, it would come too late."""
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(InputError, match="TRITON_INTERPRET is set"):
         told("unpack", str(packed[0]))
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
