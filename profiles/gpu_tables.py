@@ -24,10 +24,11 @@ def gpus(results: Path) -> str:
 
 
 def _latest(found: Sequence[Row]) -> list[Row]:
-    """Of each op, case, form and dtype the last row, if it has a time."""
+    """Of each op, case, form and dtype the last row, if it has a time and is right."""
     key = ("op", "case", "impl", "dtype")
     of_key = {tuple(row.get(name) for name in key): row for row in found}
-    return [r for r in of_key.values() if r["op"] == "roofline" or r.get("median_us")]
+    right = [row for row in of_key.values() if not row["failure"]]
+    return [row for row in right if row["op"] == "roofline" or row.get("median_us")]
 
 
 def _origin(path: Path, found: Sequence[Row]) -> str:

@@ -1,83 +1,72 @@
 """`python -m profiles record`: what it would do, in which order, and what it keeps."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import roofline, rows, timing
+from bench import jsonl
 from bench.cases import OPS
 from model.terminal import InputError
 from profiles import __main__ as command
-from profiles import record as record_module
-from profiles.record import Task, record, select, tasks
+from profiles import supervisor as supervisor_module
+from profiles.planning import record as planned_tasks
+from profiles.record import Recorded, record
+from profiles.supervisor import ROOT, Supervisor
+from profiles.task import Row, Task, outstanding, select
+from tests.fake_worker import ENVIRONMENT
+from tests.test_supervisor import COMMAND, hide
 
-CPU = torch.device("cpu")
-ROOT = rows.ROOT
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ORIGIN = {name: ENVIRONMENT[name] for name in ("device", "commit")}
 ABSENT = ["rich", "PIL", "jinja2", "tokenizers", "safetensors", "gguf", "transformers", "skimage"]
-ON_A_BARE_MACHINE = f"""
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {ABSENT}:
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
-import torch
-torch.set_num_threads(2)
-import bench.__main__
-from profiles.__main__ import main
-"""
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Few repeats and a small roofline, measured anew; a clean commit."""
-    monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
-    monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 64)
-    monkeypatch.setitem(roofline.COPY_CACHES, "cpu", 1)
-    monkeypatch.setattr(rows, "commit", lambda: "abc")
-    rows.machine.cache_clear()
-    yield
-    rows.machine.cache_clear()
-    roofline.roofline.cache_clear()
-    roofline._copy_gb_s.cache_clear()
+@pytest.fixture
+def supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
+    monkeypatch.setattr(supervisor_module, "GRACE_S", 0.3)
+    with Supervisor(COMMAND, end=time.monotonic() + 60) as supervisor:
+        yield supervisor
 
 
-def planned(log, name, section="ops", fail=None):
-    """A task that notes its run and makes one row."""
+def planned(name: str, section: str = "ops") -> Task:
+    """A task for fake workers, with one row."""
+    return Task(section, "op", name, "float32", ("bad",), 5.0)
 
-    def run():
-        log.append(name)
-        if fail:
-            raise fail
-        row = {"op": "op", "case": name, "impl": "eager", "dtype": "float32", "failure": None}
-        return [row | rows.origin(CPU)]
 
-    return Task(section, "op", name, torch.float32, run)
+def run(out: Path, work: list[Task], supervisor: Supervisor, tasks_in_time: int = 100) -> Recorded:
+    left = iter(range(tasks_in_time))
+    return record(out, work, supervisor, ORIGIN, lambda: next(left, None) is not None)
+
+
+def row_of(name: str, **other: object) -> Row:
+    row = {"section": "ops", "op": "op", "case": name, "impl": "bad", "dtype": "float32"}
+    return row | {"failure": None, "time": "2026-01-01T00:00:05Z"} | ORIGIN | other
 
 
 def test_everything_is_planned():
-    """Guards against an op, a dtype or a batch size that is never measured."""
-    for kind, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        work = list(tasks(torch.device(kind)))
+    """Guards against an op, a dtype or a batch size that is never measured, and against an engine
+    that spoils the process before the ops have been timed."""
+    for device, dtype in ((CPU, "float32"), (CUDA, "bfloat16")):
+        work = planned_tasks(device)
         assert [*dict.fromkeys(task.section for task in work)] == [
             "roofline",
             "numerics",
+            "ops",
             "decode",
             "engine",
             "vision",
-            "ops",
         ]
         keys = [(task.section, task.key) for task in work]
         assert len(set(keys)) == len(keys), "tasks with one key: the second would never be redone"
         checked = {(task.op, task.dtype) for task in work if task.section == "numerics"}
-        assert checked == {
-            (op, dtype) for op in OPS for dtype in (torch.float32, torch.float16, torch.bfloat16)
-        }
+        assert checked == {(op, name) for op in OPS for name in ("float32", "float16", "bfloat16")}
         timed = {(task.op, task.dtype) for task in work if task.section == "ops"}
         assert timed == {(op, dtype) for op in OPS}
     steps = {task.case for task in work if task.section == "decode"}
@@ -86,163 +75,178 @@ def test_everything_is_planned():
     assert steps == {f"step3-vl-10b B{batch} P2048 S128" for batch in (16, 32, 64)}
 
 
-def test_budget(tmp_path):
+def test_forms():
+    """Guards eight minutes on a GPU: by default nothing that compiles for every case; on demand
+    those forms and peers alone, without the breakdown, or what is wrong as well."""
+
+    def forms(**options: object) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for task in planned_tasks(CUDA, **options):
+            found.setdefault(task.section, set()).update(task.forms)
+        return found
+
+    ours = {"eager", "portable", "triton", "triton-invariant", "triton-separate", "triton-fused"}
+    quick = {"sdpa", "sdpa-flash", "sdpa-cudnn", "cudnn", "cudnn-folded"}
+    steps = {"eager", "default", "default, FP8 KV"}
+    assert forms() == {
+        "roofline": set(),
+        "numerics": ours,
+        "ops": ours | quick,
+        "decode": steps,
+        "engine": steps,
+        "vision": {"eager", "default", "portable"},
+    }
+    assert forms(peers=False)["ops"] == ours
+    asked = forms(forms=("triton", "flex", "default"))
+    assert asked["ops"] == {"triton", "flex"} and asked["numerics"] == {"triton"}
+    assert asked["decode"] == asked["engine"] == {"default"}
+    with pytest.raises(InputError, match="unknown form 'tritn'; choose of eager, portable"):
+        planned_tasks(CUDA, forms=("tritn",))
+    for breakdown in (True, False):
+        tasks = planned_tasks(CUDA, breakdown=breakdown, anyway=not breakdown)
+        of = {task.section: task.arguments for task in tasks}
+        assert of["decode"]["breakdown"] == breakdown and of["ops"]["anyway"] != breakdown
+
+
+def test_budget(tmp_path, supervisor):
     """Guards the time limit of a machine: nothing new is started, and what is left is named."""
-    log, now = [], iter([0.0, 0.0, 5.0, 10.0, 15.0])
-    work = [planned(log, name) for name in "abcd"]
-    outcome = record(tmp_path, CPU, work, budget_s=10, clock=lambda: next(now))
-    assert log == ["a", "b"]
-    assert [task.case for task in outcome.left_out] == ["c", "d"]
-    assert [row["case"] for row in rows.read(tmp_path / "ops.jsonl")] == ["a", "b"]
+    found = run(tmp_path, [planned(name) for name in "abcd"], supervisor, tasks_in_time=2)
+    assert [task.case for task in found.left_out] == ["c", "d"]
+    assert [row["case"] for row in jsonl.read(tmp_path / "ops.jsonl")] == ["a", "b"]
 
 
-def test_resumes(tmp_path):
+def test_resumes(tmp_path, supervisor):
     """Guards against measuring twice, and against leaving out what failed the first time."""
-    log = []
-    first = [planned(log, "a"), planned(log, "b", fail=RuntimeError("out of memory\ntrace"))]
-    outcome = record(tmp_path, CPU, first, budget_s=60)
-    assert outcome.rows[1]["failure"] == "RuntimeError: out of memory"
-    again = [planned(log, name) for name in "abc"]
-    outcome = record(tmp_path, CPU, again, budget_s=60)
-    assert log == ["a", "b", "c", "b"]
-    assert outcome.kept == 1
-    record(tmp_path, CPU, again, budget_s=60)
-    assert log == ["a", "b", "c", "b"]
+    found = run(tmp_path, [planned("a"), planned("raise")], supervisor)
+    assert [row["failure"] for row in found.rows] == [None, "ValueError: two"]
+    found = run(tmp_path, [planned(name) for name in ("a", "raise", "c")], supervisor)
+    assert [row["case"] for row in found.rows] == ["c", "raise"]
+    assert found.kept == 1
+    assert run(tmp_path, [planned(name) for name in "ac"], supervisor).rows == []
 
 
-def test_missing_rows_come_first_and_then_the_oldest(tmp_path, monkeypatch):
-    """Guards short runs after every commit: each would measure the first sections anew and never
+def test_missing_rows_come_first_and_then_the_oldest():
+    """Guards short runs after every commit: each would measure the first sections again and never
     come to the others. Rows of another machine are none, and rows without a time are the oldest."""
-    row = {"op": "op", "impl": "eager", "dtype": "float32", "failure": None} | rows.origin(CPU)
-    untimed = {name: value for name, value in row.items() if name != "time"}
-
-    def taken(name, second, **other):
-        return row | {"case": name, "time": f"2026-01-01T00:00:0{second}Z"} | other
-
-    old = [taken("late", 9), taken("early", 1), untimed | {"case": "untimed"}]
-    old += [taken("elsewhere", 1, device="another machine"), taken("renewed", 1)]
-    rows.append(tmp_path / "ops.jsonl", [*old, taken("renewed", 8)])
-    rows.append(tmp_path / "numerics.jsonl", [taken("middle", 5)])
-    monkeypatch.setattr(rows, "commit", lambda: "def")
-    rows.machine.cache_clear()
-    log = []
-    work = [planned(log, "middle", "numerics")]
+    untimed = row_of("untimed", commit="old")
+    del untimed["time"]
+    rows = [
+        row_of("late", time="9", commit="old"),
+        row_of("early", time="1", commit="old"),
+        untimed,
+        row_of("elsewhere", time="1", device="another"),
+        row_of("renewed", time="1", commit="old"),
+        row_of("renewed", time="8", commit="old"),
+        row_of("middle", time="5", commit="old", section="numerics"),
+    ]
     names = ("late", "renewed", "early", "untimed", "elsewhere", "never")
-    record(tmp_path, CPU, [*work, *(planned(log, name) for name in names)], budget_s=60)
-    assert log == ["elsewhere", "never", "untimed", "early", "middle", "renewed", "late"]
+    work = [planned("middle", "numerics"), *map(planned, names)]
+    found = [task.case for task in outstanding(work, rows, ORIGIN)]
+    assert found == ["elsewhere", "never", "untimed", "early", "middle", "renewed", "late"]
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("abc", "def"), ("abc+dirty", "abc+dirty"), ("unknown", "unknown")]
+    ("taken", "now", "done"),
+    [
+        ("abc", "abc", True),
+        ("abc", "def", False),
+        ("abc+dirty", "abc+dirty", False),
+        ("unknown", "unknown", False),
+    ],
 )
-def test_other_code_is_measured_anew(tmp_path, monkeypatch, first, second):
+def test_other_code_is_measured_again(taken: str, now: str, done: bool):
     """Guards against rows of other code, or of code that nobody can name, passing as this one's."""
-    log = []
-    for commit in (first, second):
-        monkeypatch.setattr(rows, "commit", lambda commit=commit: commit)
-        rows.machine.cache_clear()
-        record(tmp_path, CPU, [planned(log, "a")], budget_s=60)
-    assert log == ["a", "a"]
+    rows = [row_of("a", commit=taken)]
+    assert (outstanding([planned("a")], rows, ORIGIN | {"commit": now}) == []) == done
+
+
+def test_done_means_every_form():
+    """Guards a case whose peer was not measured, or whose one form failed last; a case that does
+    not fit the memory has one row for all forms."""
+    task = Task("ops", "op", "a", "float32", ("triton", "eager"))
+    triton, eager = row_of("a", impl="triton"), row_of("a", impl="eager")
+    attempt = row_of("a", impl=None, failure="killed")
+    for rows, done in (
+        ([triton], False),
+        ([triton, eager], True),
+        ([triton, eager | {"failure": "off"}], False),
+        ([triton, eager | {"failure": "off"}, eager], True),
+        ([triton, eager, attempt], False),
+        ([attempt, triton, eager], True),
+        ([row_of("a", impl="all", skipped="needs 900 GB")], True),
+        ([row_of("a", impl="all", section="numerics")], False),
+    ):
+        assert (outstanding([task], rows, ORIGIN) == []) == done, rows
 
 
 def test_rows_are_on_disk_at_once(tmp_path):
     """Guards what was measured before a run was ended in the middle."""
-    work = [planned([], "a", "numerics"), planned([], "b", fail=KeyboardInterrupt())]
-    with pytest.raises(KeyboardInterrupt):
-        record(tmp_path, CPU, work, budget_s=60)
-    assert [row["case"] for row in rows.read(tmp_path / "numerics.jsonl")] == ["a"]
-    environment = json.loads((tmp_path / "environment.json").read_text())
-    assert environment["commit"] == "abc"
-    assert environment["torch"] == torch.__version__
-
-
-def test_model_is_released_between_sections(tmp_path, monkeypatch):
-    """Guards the memory of a small GPU: the 10B must not stay beside the op table."""
-    held = []
-    monkeypatch.setattr(record_module.Step3VL, "from_preset", lambda *a, **k: held.append(a) or a)
-    record_module._model("tiny", CPU, torch.float32)
-    record_module._model("tiny", CPU, torch.float32)
-    assert len(held) == 1
-    record(tmp_path, CPU, [planned([], "a")], budget_s=60)
-    assert record_module._model.cache_info().currsize == 0
-
-
-def test_command(tmp_path, capsys):
-    """Guards the command from end to end on real, small cases, and its second run."""
-    arguments = ["record", "--out", str(tmp_path), "--device", "cpu", "--json"]
-    assert (
-        command.main([*arguments, "--section", "numerics", "ops", "--shape", "rms_norm T1 "]) == 0
+    code = f"""if True:
+        import time
+        from pathlib import Path
+        from profiles.supervisor import Supervisor, stops_on_signals
+        from tests.test_record import COMMAND, planned, run
+        work = [planned("a", "numerics"), planned("hang")]
+        supervisor = Supervisor(COMMAND, end=time.monotonic() + 60)
+        with supervisor, stops_on_signals(supervisor):
+            found = run(Path({str(tmp_path)!r}), work, supervisor)
+        print([row["failure"] for row in found.rows])
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
+    for _ in range(300):
+        if (tmp_path / "numerics.jsonl").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] in ("[None, 'stopped']\n", "[None]\n")
+    assert [row["case"] for row in jsonl.read(tmp_path / "numerics.jsonl")] == ["a"]
+
+
+def test_command_on_a_bare_machine(tmp_path, monkeypatch, capsys):
+    """Guards the command from end to end on real, small cases, and its second run, on a GPU node:
+    torch, Triton and NumPy alone, and no .git."""
+    monkeypatch.setenv("GIT_DIR", "/nonexistent")
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    monkeypatch.setenv("PYTHONPATH", hide(tmp_path, ABSENT))
+    out = tmp_path / "out"
+    arguments = ["record", "--out", str(out), "--device", "cpu", "--json"]
+    arguments += ["--section", "numerics", "ops", "--shape", "rms_norm T1 "]
+    assert command.main(arguments) == 0
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made["left_out"] == []
     assert {row["dtype"] for row in made["rows"]} == {"bfloat16", "float16", "float32"}
-    assert (
-        rows.read(tmp_path / "numerics.jsonl") + rows.read(tmp_path / "ops.jsonl") == made["rows"]
-    )
-    assert command.main([*arguments, "--section", "ops", "--shape", "rms_norm T1 "]) == 0
-    assert json.loads(capsys.readouterr().out) == {"rows": [], "kept": 1, "left_out": []}
+    timed = jsonl.read(out / "ops.jsonl")
+    assert jsonl.read(out / "numerics.jsonl") + timed == made["rows"]
+    assert [row["impl"] for row in timed] == ["eager", "portable"]
+    assert all(row["median_us"] > 0 for row in timed)
+    found = json.loads((out / "environment.json").read_text())
+    assert found["commit"] == "abc" and found["torch"] == torch.__version__
+    assert command.main(arguments) == 0
+    kept = len({(row["op"], row["case"], row["dtype"], row["section"]) for row in made["rows"]})
+    assert json.loads(capsys.readouterr().out) == {"rows": [], "kept": kept, "left_out": []}
 
 
-def test_decode_step_is_recorded(tmp_path, capsys):
-    """Guards the path that a GPU takes with the 10B, here with `tiny`."""
-    arguments = ["record", "--out", str(tmp_path), "--device", "cpu", "--section", "decode"]
-    assert command.main([*arguments, "--shape", "B4"]) == 0
-    eager, default, *parts = rows.read(tmp_path / "decode.jsonl")
-    assert eager["case"] == default["case"] == "tiny B4 P256 S64"
-    assert default["roofline_pct"] > 0
-    assert {row["op"] for row in parts} == {"decode_part"}
-    assert f"{2 + len(parts)} rows written" in capsys.readouterr().out
-
-
-def test_images_are_recorded(tmp_path):
-    """Guards the path that a GPU takes with the 10B's tower, here with that of `tiny`."""
-    arguments = ["record", "--out", str(tmp_path), "--device", "cpu", "--section", "vision"]
-    assert command.main([*arguments, "--shape", "728 x 728"]) == 0
-    eager, default = rows.read(tmp_path / "vision.jsonl")
-    assert eager["case"] == default["case"] == "tiny 728 x 728"
-    assert default["views"] == 1 and default["gemm_pct"] > 0
-
-
-def test_mistakes(tmp_path):
-    """Guards the one clear line for a user's mistake."""
+def test_mistakes(tmp_path, monkeypatch, supervisor):
+    """Guards the one clear line for a user's mistake, also where a worker finds it."""
+    work = planned_tasks(CPU)
     with pytest.raises(InputError, match="unknown section 'opps'; choose of roofline, numerics"):
-        select(list(tasks(CPU)), ["opps"], "")
+        select(work, ["opps"], "")
     with pytest.raises(InputError, match="'softmax'"):
-        select(list(tasks(CPU)), [], "softmax")
+        select(work, [], "softmax")
     with pytest.raises(InputError, match="--budget must be a positive"):
         command.main(["record", "--out", str(tmp_path), "--budget", "0"])
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):
-        record(tmp_path / "file", CPU, [planned([], "a")], budget_s=60)
+        run(tmp_path / "file", [planned("a")], supervisor)
+    with pytest.raises(InputError, match="unknown form 'tritn'"):
+        command.main(["record", "--out", str(tmp_path), "--device", "cpu", "--forms", "tritn"])
 
 
-def test_bare_machine(tmp_path):
-    """Guards a GPU node with torch, Triton and NumPy alone: no other package may be needed."""
-    arguments = ["record", "--out", str(tmp_path), "--device", "cpu"]
-    arguments += ["--section", "numerics", "--shape", "T1 C97"]
-    script = f"{ON_A_BARE_MACHINE}sys.exit(main({arguments}))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(rows.read(tmp_path / "numerics.jsonl")) == 12
-
-
-@pytest.mark.gpu
-def test_gpu_environment(tmp_path):
-    """Guards the record of the machine behind the rows."""
-    record(tmp_path, torch.device("cuda"), [planned([], "a")], budget_s=60)
-    environment = json.loads((tmp_path / "environment.json").read_text())
-    assert environment["device"] == torch.cuda.get_device_name()
-    assert environment["driver"]
-    assert environment["state"]["clocks.max.sm"].endswith("MHz")
-
-
-def test_engine_steps_are_recorded(tmp_path):
-    """Guards the path that a GPU takes with the 10B's engine, on a machine without a tokenizer."""
-    arguments = ["record", "--out", str(tmp_path), "--device", "cpu", "--section", "engine"]
-    code = f"{ON_A_BARE_MACHINE}\nsys.exit(main({arguments}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    eager, default = rows.read(tmp_path / "engine.jsonl")
-    assert eager["case"] == default["case"] == "tiny B4 P256 S16"
-    assert eager["same_tokens"] == default["same_tokens"] == 1
-    assert default["tokens_per_second"] > 0
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(tmp_path):
+    """Guards the same line of both commands where the GPU is missing."""
+    for name in ("record", "first-light"):
+        with pytest.raises(InputError, match="^device 'cuda': this machine has no GPU"):
+            command.main([name, "--out", str(tmp_path), "--device", "cuda"])

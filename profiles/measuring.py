@@ -1,0 +1,173 @@
+"""What a worker does for each section's tasks, on one device, from which models stay loaded."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import images, rows
+from bench.cases import Case, cases, numerics_cases
+from bench.decode import DecodeCase, time_decode
+from bench.engine import time_engine
+from bench.ops import MAIN_DTYPE, check_case, device_named, time_case
+from bench.poison import check_poison
+from bench.timing import CandidateError, keep_freed_memory
+from model.config import PRESETS
+from model.cuda_graph import failed_capture
+from model.step3vl import Step3VL
+from model.vision import VisionTower
+from profiles import planning
+from profiles.kernel_pack import unpack
+from profiles.pytest_tasks import run_test
+from profiles.task import Row, Task
+
+
+class Measuring:
+    """Carries out tasks on a device: rows of what each measured."""
+
+    def __init__(self, device: str | None) -> None:
+        self._name = device
+        self._models: dict[tuple[str, torch.dtype], Step3VL] = {}
+        self._towers: dict[str, VisionTower] = {}
+        keep_freed_memory()
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Raises InputError if there is none of its name: in answer to the first task."""
+        device = device_named(self._name)
+        rows.machine(device)  # cached by it: tests may change the number of threads
+        return device
+
+    def carry_out(self, task: Task) -> list[Row]:
+        """The rows of a task, with errors that spoil the process blamed on their form."""
+        try:
+            return SECTIONS[task.section](self, task)
+        except CandidateError as failed:
+            check_poison(failed.candidate, failed.error)
+            raise failed.error from failed
+
+    def spoiled(self) -> bool:
+        """Whether nothing should be measured in this process any more, whatever was said."""
+        return failed_capture() is not None
+
+    def plan(self, task: Task) -> list[Row]:
+        """One row with the tasks of the command `task.op`, and the machine that they are for."""
+        tasks = planning.PLANS[task.op](self.device, **task.arguments)
+        found = {"tasks": [json.loads(one.to_json()) for one in tasks], "failure": None}
+        return [found | {"environment": environment(self.device)}]
+
+    def probe(self, task: Task) -> list[Row]:
+        """Whether a kernel runs here at all; if so, the plan of `first-light` is the last row."""
+        if path := task.arguments.get("kernels"):
+            unpack(Path(path))
+        case = next(case for case in numerics_cases() if case.op == task.op)
+        made = check_case(case, self.device, MAIN_DTYPE[self.device.type], task.forms)
+        if any(row["failure"] for row in made):
+            return made
+        return [*made, *self.plan(replace(task, op="first-light", arguments={}))]
+
+    def roofline(self, task: Task) -> list[Row]:
+        return [rows.ceiling(self.device, _dtype(task))]
+
+    def numerics(self, task: Task) -> list[Row]:
+        return check_case(self._case(task), self.device, _dtype(task), task.forms)
+
+    def ops(self, task: Task) -> list[Row]:
+        budget_s, anyway = task.arguments["budget_s"], task.arguments["anyway"]
+        return time_case(self._case(task), self.device, _dtype(task), task.forms, budget_s, anyway)
+
+    def decode(self, task: Task) -> list[Row]:
+        options = task.arguments
+        return time_decode(
+            self._model(options["preset"], _dtype(task)),
+            DecodeCase(*options["sizes"]),
+            options["budget_s"],
+            names=task.forms,
+            breakdown=options["breakdown"],
+        )
+
+    def engine(self, task: Task) -> list[Row]:
+        options = task.arguments
+        model, case = self._model(options["preset"], _dtype(task)), DecodeCase(*options["sizes"])
+        return time_engine(model, case, options["steps"], options["blocks"], task.forms)
+
+    def vision(self, task: Task) -> list[Row]:
+        options = task.arguments
+        config = PRESETS[options["preset"]]
+        tower = self._towers.get(config.name) or images.random_tower(config, self.device)
+        self._towers[config.name] = tower
+        return images.encode(tower, config, options["size"], options["budget_s"], task.forms)
+
+    def tests(self, task: Task) -> list[Row]:
+        return [run_test(task.case) | rows.origin(self.device)]
+
+    @cached_property
+    def _cases(self) -> dict[tuple[str, str], Case]:
+        known = [*cases(self.device.type), *numerics_cases()]
+        return {(case.op, case.name): case for case in known}
+
+    def _case(self, task: Task) -> Case:
+        return self._cases[task.op, task.case]
+
+    def _model(self, preset: str, dtype: torch.dtype) -> Step3VL:
+        key = preset, dtype
+        if key not in self._models:
+            self._models[key] = Step3VL.from_preset(preset, device=self.device, dtype=dtype)
+        return self._models[key]
+
+
+SECTIONS: dict[str, Callable[[Measuring, Task], list[Row]]] = {
+    name: getattr(Measuring, name)
+    for name in (
+        "plan", "probe", "roofline", "numerics", "tests", "ops", "decode", "engine", "vision",
+    )
+}  # fmt: skip
+
+
+def environment(device: torch.device) -> Row:
+    """The machine and its software, as this process finds them."""
+    found = rows.origin(device) | {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "gcc": _first_line(["gcc", "--version"]),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return found | _gpu(device) if device.type == "cuda" else found
+
+
+def _gpu(device: torch.device) -> Row:
+    properties = torch.cuda.get_device_properties(device)
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperature.gpu"
+    state = rows.nvidia_smi(fields)
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "state": state and dict(zip(fields.split(","), state.split(", "), strict=True)),
+    }
+
+
+def _dtype(task: Task) -> torch.dtype:
+    return getattr(torch, task.dtype)
+
+
+def _first_line(command: Sequence[str]) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.partition("\n")[0]

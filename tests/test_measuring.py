@@ -1,0 +1,186 @@
+"""What a worker does for a task, and whom it blames: in this process, on small cases."""
+
+import pytest
+import torch
+
+from bench import ops, roofline, timing
+from bench.poison import poisons
+from model import cuda_graph
+from profiles import measuring as measuring_module
+from profiles.measuring import Measuring
+from profiles.planning import first_light, record
+from profiles.pytest_tasks import collected, run_test
+from profiles.task import Task
+from profiles.worker import answer_to
+
+CPU = torch.device("cpu")
+ILLEGAL = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Few repeats and a small roofline, measured again."""
+    monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
+    monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 64)
+    monkeypatch.setitem(roofline.COPY_CACHES, "cpu", 1)
+    yield
+    roofline.roofline.cache_clear()
+    roofline._copy_gb_s.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def measuring() -> Measuring:
+    return Measuring("cpu")
+
+
+def task(tasks: list[Task], section: str, text: str) -> Task:
+    return next(t for t in tasks if t.section == section and text in str(t))
+
+
+def broken(monkeypatch, form: str, error: Exception, calls: int = 0) -> None:
+    """Let a form of every op raise, after so many calls."""
+    plain, left = ops.form, [calls]
+
+    def form_of(op: str, name: str):
+        def prepare(inputs: dict):
+            call = plain(op, name)(inputs)
+
+            def run():
+                if name == form:
+                    left[0] -= 1
+                    if left[0] < 0:
+                        raise error
+                return call()
+
+            return run
+
+        return prepare
+
+    monkeypatch.setattr(ops, "form", form_of)
+
+
+@pytest.mark.parametrize("plan", [record, first_light])
+@pytest.mark.parametrize(
+    ("section", "text", "op"),
+    [
+        ("roofline", "", "roofline"),
+        ("numerics", "rms_norm, T1 C97", "rms_norm"),
+        ("ops", "rms_norm, T1 ", "rms_norm"),
+        ("decode", "B4", "decode_step"),
+        ("engine", "", "engine_step"),
+        ("vision", "1920", "vision"),
+    ],
+)
+def test_each_section(measuring, plan, section: str, text: str, op: str):
+    """Guards the path that a GPU takes with the 10B, here with `tiny`: every planned task can be
+    carried out, in just the forms that it names."""
+    one = task(plan(CPU), section, text)
+    made = [row for row in measuring.carry_out(one) if row["op"] == op]
+    assert [row.get("impl") for row in made] == list(one.forms or [None])
+    assert all(row["failure"] is None for row in made)
+    assert {row["case"] for row in made} == {one.case}
+    if section not in ("roofline", "numerics"):
+        assert all(row["median_us"] > 0 and row["roofline_pct"] > 0 for row in made)
+
+
+def test_a_decode_step_by_part(measuring):
+    """Guards --no-breakdown, and the breakdown without it."""
+    for breakdown in (False, True):
+        one = task(record(CPU, breakdown=breakdown), "decode", "B1 ")
+        parts = [row for row in measuring.carry_out(one) if row["op"] == "decode_part"]
+        assert bool(parts) == breakdown
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3], ids=["checked", "prepared", "timed"])
+def test_the_form_that_poisons_is_named(measuring, monkeypatch, calls: int):
+    """Guards the other forms of a case: an illegal access while numbers are checked, inputs are
+    prepared or times are taken ends the task there, and names the form that did it."""
+    broken(monkeypatch, "portable", ILLEGAL, calls)
+    answer = answer_to(task(record(CPU), "ops", "rms_norm, T1 "), measuring.carry_out)
+    assert answer["spoiled"] and answer["form"] == "portable" and answer["rows"] == []
+    assert answer["failure"] == f"RuntimeError: {ILLEGAL}"
+
+
+def test_an_error_that_poisons_nothing_costs_no_process(measuring, monkeypatch):
+    """Guards the time: a form that merely raises has its row, the others theirs, in one process."""
+    broken(monkeypatch, "portable", ValueError("out of range"), calls=3)
+    answer = answer_to(task(record(CPU), "ops", "rms_norm, T1 "), measuring.carry_out)
+    eager, portable = answer["rows"]
+    assert not answer["spoiled"] and answer["failure"] is None
+    assert portable["failure"] == "ValueError: out of range" and eager["median_us"] > 0
+
+
+def test_a_failed_capture_spoils_the_process(measuring, monkeypatch):
+    """Guards what comes after it: the engine goes on without graphs, and says so in its row, but
+    this process can capture nothing more."""
+    assert not measuring.spoiled()
+    monkeypatch.setattr(cuda_graph, "_failures", ["operation not permitted"])
+    assert measuring.spoiled()
+
+
+def test_wrong_forms_are_timed_on_demand(measuring, monkeypatch):
+    """Guards --time-anyway: over its tolerance a form has both a time and its failure, otherwise
+    the failure alone; one that cannot run has no time either way."""
+    monkeypatch.setattr("bench.numerics.excess", lambda error, allowed: "max error 1 exceeds 0")
+    for anyway in (False, True):
+        made = measuring.carry_out(task(record(CPU, anyway=anyway), "ops", "rms_norm, T1 "))
+        assert [row["failure"] for row in made] == ["max error 1 exceeds 0"] * 2
+        assert [row["median_us"] is not None for row in made] == [anyway] * 2
+    broken(monkeypatch, "portable", ValueError("no"))
+    eager, portable = measuring.carry_out(task(record(CPU, anyway=True), "ops", "rms_norm, T1 "))
+    assert eager["median_us"] and portable["median_us"] is None
+    assert portable["failure"] == "ValueError: no"
+
+
+def test_the_probe_stops_at_a_wrong_result(measuring, monkeypatch):
+    """Guards the minutes after it: where the first kernel is wrong there is no plan."""
+    probe = Task("probe", "silu_mul", "probe", None, ("portable",))
+    monkeypatch.setattr(measuring_module.planning, "PLANS", {"first-light": lambda device: []})
+    assert "tasks" in measuring.carry_out(probe)[-1]
+    broken(monkeypatch, "portable", ValueError("no"))
+    (row,) = measuring.carry_out(probe)
+    assert row["failure"] == "ValueError: no"
+
+
+def test_what_poisons():
+    """Guards both sides: errors of CUDA, Triton, cuBLAS, capture end a process, others do not."""
+    for text in (
+        str(ILLEGAL),
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx",
+        "operation not permitted when stream is capturing",
+        "captures_underway.empty() INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp",
+    ):
+        assert poisons(text)
+    for text in (
+        "CUDA out of memory. Tried to allocate 20.00 GiB",
+        "out of resource: shared memory, Required: 240000, Hardware limit: 232448",
+        "max error 1.0e-2 exceeds 1.0e-3",
+    ):
+        assert not poisons(text)
+
+
+def test_tests_as_tasks():
+    """Guards the tests among the tasks: found by name, run one by one, told apart. A list that has
+    fallen behind the tests' names would silently leave them out."""
+    names = collected()
+    for file in ("test_decode_graph", "test_cuda_graph", "test_timing", "test_sampling_triton"):
+        assert any(file in name for name in names), file
+    assert run_test(next(name for name in names if "timing" in name)).items() >= {
+        ("failure", None),
+        ("skipped", "Skipped: needs an NVIDIA GPU"),
+    }
+
+
+def test_a_failed_test_has_its_reason():
+    """Guards the row of a test that fails or is not there."""
+    assert "no test" in run_test("tests/test_measuring.py::no_such_test")["failure"]
+
+
+@pytest.mark.gpu
+def test_gpu_environment():
+    """Guards the record of the machine behind the rows."""
+    found = measuring_module.environment(torch.device("cuda"))
+    assert found["device"] == torch.cuda.get_device_name()
+    assert found["driver"]
+    assert found["state"]["clocks.max.sm"].endswith("MHz")
