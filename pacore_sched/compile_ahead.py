@@ -27,7 +27,7 @@ import triton
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.runtime.cache import triton_key
 
-from kernels._compile_cache import entry, is_compiled
+from kernels._compile_cache import entry, is_compiled, sources
 from kernels._compile_worker import Found, Site
 from kernels._tiles import Gpu, gpu_of
 from model.terminal import track
@@ -96,11 +96,9 @@ def _stamp(sites: Sequence[Site], gpu: Gpu) -> Path:
     digest = hashlib.sha256(pickle.dumps((sites, gpu)))
     own = {name: os.environ[name] for name in os.environ if name.startswith(("PACORE_", "TRITON_"))}
     others = get_cache_invalidating_env_vars()
-    digest.update(f"{triton_key()} {torch.__version__} {sorted(own.items())} {others}".encode())
-    for package in ("kernels", "model", "pacore_sched", "bench"):
-        sources = [*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.json")]
-        for path in sorted(sources):
-            digest.update(path.read_bytes())
+    text = sources("kernels", "model", "pacore_sched", "bench")
+    parts = (text, triton_key(), torch.__version__, sorted(own.items()), others)
+    digest.update(str(parts).encode())
     return Path(triton.knobs.cache.dir) / "warm_up" / f"{digest.hexdigest()}.json"
 
 

@@ -9,8 +9,8 @@ import io
 import json
 import tarfile
 import tempfile
+import warnings
 from collections.abc import Sequence
-from lzma import LZMAError
 from pathlib import Path
 
 import triton
@@ -18,7 +18,7 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
-from kernels._compile_cache import entry, is_compiled
+from kernels._compile_cache import entry, is_compiled, sources
 from kernels._compile_worker import Site
 from kernels._tiles import Gpu
 from model.terminal import InputError
@@ -42,7 +42,8 @@ def pack(path: Path, sites: Sequence[Site], gpus: Sequence[Gpu]) -> Summary:
 def unpack(path: Path) -> tuple[int, int]:
     """Put a pack's kernels into Triton's cache: how many it holds, and how many were new here.
 
-    Raises InputError for a file that is no pack, or one made by another Triton or ptxas.
+    Raises InputError for a file that is no pack, or one made by another Triton or ptxas; warns of
+    one made from another text of the kernels.
     """
     try:
         with tarfile.open(path) as archive:
@@ -58,7 +59,7 @@ def unpack(path: Path) -> tuple[int, int]:
                     (folder / name).write_bytes(content)
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, EOFError, tarfile.TarError, LZMAError) as error:
+    except Exception as error:  # whatever another file, or half of one, leads to
         raise InputError(f"{path} is no file of `profiles kernels pack`: {error}") from error
     for folder in new:
         _list_files(folder)
@@ -68,6 +69,7 @@ def unpack(path: Path) -> tuple[int, int]:
 def _write(path: Path, keys: Sequence[str], archs: Sequence[int]) -> None:
     """Entries in the order of the keys: neighbours compress well."""
     manifest = {"triton": triton.__version__, "archs": archs, "keys": keys}
+    manifest["sources"] = sources("kernels")
     partial = path.with_name(path.name + ".partial")
     with tarfile.open(partial, "w:xz") as archive:
         _add(archive, MANIFEST, json.dumps(manifest).encode())
@@ -89,12 +91,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check(path: Path, manifest: dict) -> None:
-    """Refuse what this Triton would never look up."""
+    """Refuse what this Triton would never look up, and warn of what it may not."""
     if manifest["triton"] != triton.__version__:
         raise InputError(
             f"{path} was packed with Triton {manifest['triton']} and this is"
             f" {triton.__version__}: pack with the version that is to launch the kernels"
         )
+    if manifest["sources"] != sources("kernels"):
+        text = f"{path} was packed from other kernels: what has changed is compiled at first use"
+        warnings.warn(text, stacklevel=3)
     known = tuple(make_backend(GPUTarget("cuda", arch, 32)).hash() for arch in manifest["archs"])
     environment = str(sorted(get_cache_invalidating_env_vars().items()))
     for key in manifest["keys"]:
