@@ -19,10 +19,14 @@ import pytest
 import torch
 import triton
 
+from bench import commands
+from bench.__main__ import main
 from bench.cases import numerics_cases
 from bench.launch_sites import case_sites
 from kernels._tiles import H200
-from pacore_sched import compile_ahead
+from model.config import PRESETS
+from model.step3vl import Step3VL
+from pacore_sched import compile_ahead, executor
 from pacore_sched.compile_ahead import warm_up
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,3 +131,29 @@ def test_only_gpus_are_warmed_up(cache, monkeypatch):
 def test_the_sites_are_all_that_an_engine_launches():
     """Guards the list: what it lacks is compiled in the middle of a run."""
     assert json.loads(without_interpreter("-m", "tests.engine_launches")) == {}
+
+
+class Reached(Exception):
+    """Raised in place of warming up."""
+
+
+@pytest.mark.parametrize("command", ["numerics --op silu_mul", "ops --op sample", "decode"])
+def test_the_benchmarks_warm_up_before_they_measure(command, monkeypatch):
+    """Guards the hook: without it the first row waits for the compiler."""
+
+    def reached(sites: Sequence[Callable], device: torch.device) -> None:
+        raise Reached if sites and device == torch.device("cpu") else AssertionError
+
+    monkeypatch.setattr(commands, "warm_up", reached)
+    with pytest.raises(Reached):
+        main([*command.split(), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("impl", [None, "triton", "eager"])
+def test_an_engine_warms_up_unless_it_is_eager(impl, monkeypatch):
+    """Guards the hook, and eager engines against a wait for kernels that they do not launch."""
+    found = []
+    monkeypatch.setattr(executor, "warm_up", lambda sites, device: found.append(len(sites)))
+    model = Step3VL(PRESETS["tiny"], impl=impl)
+    executor.ModelExecutor(model, num_pages=8, max_running=2).close()
+    assert len(found) == (impl != "eager") and all(found)
