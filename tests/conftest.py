@@ -8,6 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.gpu_guard import (  # noqa: F401 - hooks
+    pytest_collection_modifyitems,
+    pytest_runtest_call,
+    pytest_runtest_logreport,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+)
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
 os.environ["PACORE_WARM_UP"] = "0"  # tests compile what they launch, and nothing else
 
@@ -41,10 +49,17 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def triton_device() -> str:
-    """Where Triton kernels run: on the GPU, or interpreted on the CPU."""
+    """Where Triton kernels run: on the GPU, which marks the test `gpu`, or interpreted."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def interpreter() -> None:
+    """For a test whose Triton kernels take the tensors of a CPU: skips where they are compiled."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs Triton's interpreter, which is off where there is a GPU")
 
 
 @pytest.fixture
@@ -67,11 +82,3 @@ def steady_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return TensorHandle(product.data.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-
-
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

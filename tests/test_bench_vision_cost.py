@@ -71,7 +71,7 @@ def test_work_of_a_product():
     assert work.sum() == 9 * 12 * 54 * 128 * 256 * 32
 
 
-def test_mistakes(monkeypatch):
+def test_mistakes(interpreter, monkeypatch):
     """Guards the one line: ops without a model, and a process in which Triton interprets."""
     with pytest.raises(InputError, match="prefix_attention, or of vision_attention, projector"):
         command.main(["cost", "--op", "sample"])

@@ -191,23 +191,19 @@ def full_of_tiles(rows: int, most: int) -> tuple[Capacity, list[PlanNode]]:
 @example(full_of_tiles(40, 5), (64, 16))
 @example(full_of_tiles(51, 17), (64, 0))
 @given(decode_forests(), st.sampled_from([(64, 16), (0, 16), (64, 0), (128, 16)]))
-def test_capacity_holds_every_forest(step: tuple[Capacity, list[PlanNode]], sizes):
+def test_capacity_holds_every_forest(
+    triton_device: str, step: tuple[Capacity, list[PlanNode]], sizes: tuple[int, int]
+):
     """A schedule that had room for fewer tiles than some membership has would end a run."""
     capacity, nodes = step
     sizes = sizes if sizes[0] or 4 * capacity.most_rows <= 16 else (64, 16)
-    plan = PrefixPlan.build(
-        nodes, num_rows=capacity.rows, num_pages=300, page_size=PAGE, capacity=capacity
-    )
+    shape = {"num_rows": capacity.rows, "num_pages": 300, "page_size": PAGE}
+    plan = PrefixPlan.build(nodes, **shape, capacity=capacity, device=triton_device)
+    without = PrefixPlan.build(nodes, **shape, device=triton_device)
     cut = Cut(kv_heads=1, group=4, sizes=sizes, grain=4, overhead=1, programs=1)
-    padded, exact = Schedule(plan, cut), Schedule(replace_capacity(plan), cut)
+    padded, exact = Schedule(plan, cut), Schedule(without, cut)
     assert all(room >= used for room, used in zip(padded.counts, exact.counts, strict=True))
     assert padded.starts[-1] == exact.starts[-1]  # empty tiles have no place on the line
-
-
-def replace_capacity(plan: PrefixPlan) -> PrefixPlan:
-    return PrefixPlan.build(
-        plan.nodes, num_rows=plan.num_rows, num_pages=plan.num_pages, page_size=PAGE
-    )
 
 
 def test_what_a_padded_plan_refuses():

@@ -109,7 +109,7 @@ def test_rounds_and_engine_steps():
     assert second.end > ranges[steps[-1]].end
 
 
-def test_batch_invariant_in_a_span(monkeypatch):
+def test_batch_invariant_in_a_span(interpreter, monkeypatch):
     """Guards the one op that asks which form it got: in a span it is a wrapper's."""
     import kernels.prefix_attention as module
 
