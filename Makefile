@@ -8,14 +8,24 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 # Tests run side by side, but not where they would share a GPU.
 SIDE_BY_SIDE := $(shell nvidia-smi >/dev/null 2>&1 || echo --numprocesses auto --maxprocesses 4 --dist worksteal)
 
+# A GPU's tests share it: 8 processes fit its memory, and compile kernels on 16 cores. What hangs ends
+# its process, which xdist replaces.
+GPU_WORKERS ?= 8
+ON_GPU := -m pytest --ignore-glob='tests/test_peers*' --timeout 60 --timeout-method thread
+
 .DEFAULT_GOAL := help
-.PHONY: bench test gate lint setup clean help
+.PHONY: bench test test-gpu gate lint setup clean help
 
 bench: .venv/.ready  ## check every op, time them, answer a question end to end; a page in report/
 	@.venv/bin/python -m bench --report report
 
 test: .venv/.ready  ## run the tests
 	@.venv/bin/python -m pytest $(SIDE_BY_SIDE)
+
+test-gpu: .venv/.ready  ## only what runs on a GPU, without the peers, side by side
+	@echo "test-gpu: $(GPU_WORKERS) processes (GPU_WORKERS=...), then one for what may hang the GPU or times it"
+	@.venv/bin/python $(ON_GPU) -m "gpu and not slow_gpu" --numprocesses $(GPU_WORKERS) --dist worksteal; \
+	status=$$?; .venv/bin/python $(ON_GPU) -m "gpu and slow_gpu" --numprocesses 1 || status=1; exit $$status
 
 gate: .venv/.ready  ## hold kernels, speed-ups and README's tables against what is committed
 	@.venv/bin/python -m profiles static --quick
@@ -34,7 +44,7 @@ clean:  ## remove .venv and everything else that was made here
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## show this
-	@sed -n 's/^\([a-z]*\):.*##/make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' Makefile | expand -t 14
 
 .venv/.ready: setup.py Makefile .ci/environment.py
 	@test -n "$(PYTHON)" || { echo "setup: no Python 3.11 to 3.13 on the PATH; name one with PYTHON=..." >&2; exit 1; }

@@ -46,6 +46,7 @@ setup(
         "test": [
             "pytest",
             "pytest-benchmark",
+            "pytest-timeout",
             "pytest-xdist",
             "hypothesis",
             "transformers>=5.17",  # the first with Step3p7VisionModel

@@ -101,6 +101,7 @@ class TestGpu:
         assert torch.randn(3, device="cuda").isfinite().all()
         assert torch.cuda.get_sync_debug_mode() == 0
 
+    @pytest.mark.slow_gpu
     def test_graph_time_is_that_of_one_call(self):
         """Guards the division by the calls in a graph: a copy cannot beat the roofline by half."""
         device = torch.device("cuda")

@@ -25,6 +25,9 @@ WAYS = {
     "tma": {"tma": 1, "rows": 32, "block": 32},
     "specialized": {"tma": 1, "specialize": 1},
 }
+SPECIALIZED_LAST = [
+    pytest.param(way, marks=pytest.mark.slow_gpu if way == "specialized" else ()) for way in WAYS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +71,7 @@ def by_hand(qkv: Tensor, grids: list, heads: int, theta: float = 1e4) -> Tensor:
     return torch.cat(outs)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SPECIALIZED_LAST)
 @pytest.mark.parametrize("dim", [64, 72, 80, 96, 128])
 def test_head_dims(triton_device: str, dim: int, way: str):
     """Heads of one part, of two, and with elements to spare in the second; ragged views."""
@@ -109,7 +112,7 @@ RAGGED = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SPECIALIZED_LAST)
 @pytest.mark.parametrize("grids", RAGGED.values(), ids=RAGGED.keys())
 def test_ragged_batches(triton_device: str, grids: list, way: str):
     qkv = draw(grids, 2, 24, triton_device)
@@ -169,7 +172,18 @@ def test_rows_may_stand_apart(triton_device: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", [{}, {"tma": 1}, {"tma": 1, "specialize": 1, "num_warps": 4}])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"tma": 1},
+        pytest.param(
+            {"tma": 1, "specialize": 1, "num_warps": 4},
+            marks=pytest.mark.slow_gpu,
+            id="specialized",
+        ),
+    ],
+)
 def test_real_shapes(way: dict):
     """A photo's views in the model's own shape, in the tiles of the GPU; twice the same bits."""
     grids = [(36, 36)] * 3 + [(52, 52)]
