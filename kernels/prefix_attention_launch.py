@@ -12,6 +12,7 @@ from kernels.fp8 import converts_e4m3
 from kernels.prefix_attention_decode import Rotary
 from kernels.prefix_attention_tiles import Kind
 from kernels.prefix_attention_triton import KVPages, prefix_attention_kernel
+from kernels.prefix_check import faults_of, raise_fault
 from kernels.prefix_merge import merge_kernel
 from kernels.prefix_plan import PrefixPlan
 from kernels.prefix_schedule import Cut, schedule_of
@@ -114,6 +115,7 @@ def launch(
         "INVARIANT": cut.invariant,
     }
     block = min(chosen["block"], plan.page_size)
+    faults = faults_of(cut.programs, q.device)
     prefix_attention_kernel[(cut.programs,)](
         q=q,
         **_pages(k_pages, v_pages, k_scale, v_scale, block if chosen["tma"] else 0),
@@ -132,11 +134,13 @@ def launch(
         WINDOW=cut.window,
         NATIVE_FP8=converts_e4m3(q.device),
         TMA=bool(chosen["tma"]),
+        faults=faults,
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
         **schedule.line,
         **shape,
     )
+    raise_fault(faults)
     merge_kernel[(rows, heads)](
         out=out,
         lse=lse,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.fp8 import from_e4m3
 from kernels.prefix_attention_decode import new_token, rotated
+from kernels.prefix_check import checked_stop
 from kernels.prefix_schedule import (
     ALONE,
     EDGE,
@@ -78,6 +79,7 @@ def prefix_attention_kernel(
     INVARIANT: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
+    faults=(),  # of prefix_check.py: empty, or int32 [programs, NUMBERS]
 ):
     program = tl.program_id(0)
     share = tl.load(stretch)
@@ -91,6 +93,9 @@ def prefix_attention_kernel(
             place = tl.maximum(program * share - KV_HEADS * begin, 0)
             stop = tl.minimum((program + 1) * share - KV_HEADS * begin, KV_HEADS * length)
             tile = tl.load(first_tile + size * tl.num_programs(0) + program)
+            if len(faults):
+                line = (starts + low, tiles + low * RECORD, size, count, begin, length)
+                stop = checked_stop(faults[0], line, place, stop, tile, grain, overhead)
             while place < stop:
                 head = place // length
                 start = tl.load(starts + low + tile)
@@ -139,6 +144,8 @@ def prefix_attention_kernel(
                 tile = tl.where(goal == places, tile + 1, tile)
                 # A padded plan has empty tiles behind the head's last: they are not walked.
                 tile = tl.where(place == (head + 1) * length, 0, tile)
+                if len(faults):
+                    stop = checked_stop(faults[0], line, place, stop, tile, grain, overhead)
 
 
 @triton.jit
