@@ -44,6 +44,17 @@ TOLERANCES: dict[str, tuple[Error, Error]] = {
     "projector": (Error(5, 1), Error(200, 42)),
 }
 
+# Allowed on top in fp32, in roundoffs: what a GPU's approximate instructions may add, which the
+# interpreter computes exactly. From the documented errors by the functions of ptx_errors.py, over
+# inputs as the cases draw them; a result below the rms counts for less.
+APPROXIMATE: dict[str, Error] = {
+    "qk_norm_rope": Error(4.2, 3),
+    "rms_norm": Error(4.2, 3),
+    "layer_norm": Error(4.4, 3.1),
+    "silu_mul": Error(11.5, 3.4),
+    "quick_gelu": Error(5.4, 3),
+}
+
 # Of a whole model's results in fp32: far above rounding, far below a fault. Whole models are not
 # judged in 16 bits, where rounding adds up over the layers; their ops are, one by one.
 MODEL_TOLERANCE = 1e-3
@@ -108,8 +119,10 @@ def tolerance(op: str, dtype: torch.dtype) -> Error:
     """The errors that a result of `op` in `dtype` may have; of integers none."""
     if not dtype.is_floating_point:
         return Error(0, 0)
-    limits, unit = TOLERANCES[op][dtype.itemsize == 4], roundoff(dtype)
-    return Error(limits.max * unit, limits.rms * unit)
+    wide, unit = dtype.itemsize == 4, roundoff(dtype)
+    limits = TOLERANCES[op][wide]
+    more = APPROXIMATE.get(op, Error(0, 0)) if wide else Error(0, 0)
+    return Error((limits.max + more.max) * unit, (limits.rms + more.rms) * unit)
 
 
 def roundoff(dtype: torch.dtype) -> float:
