@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._tiles import use_tiles
@@ -48,7 +49,7 @@ def plain() -> Step3VL:
 
 
 @pytest.fixture
-def hand() -> Iterator[Hand]:
+def hand(interpreter: None) -> Iterator[Hand]:
     """An executor with recorded graphs of 2 and 4 rows."""
     Recorded.made = Recorded.replays = 0
     model = Step3VL.from_preset("tiny", seed=1, impl={"prefix_attention": "triton"})
@@ -213,12 +214,47 @@ def test_buckets():
             assert min(b for b in buckets if b >= rows) - rows < 8
 
 
+def of_8_rows(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`linear` with fewer than 8 rows of x as a product of 8.
+
+    cuBLAS may choose another kernel for another number of rows, and that sums in another order: a
+    row's bits would depend on how many rows pad its step.
+    """
+
+    def padded(x: Tensor, *weights: Tensor) -> Tensor:
+        return linear(F.pad(x, (0, 0, 0, max(0, 8 - len(x)))), *weights)[: len(x)]
+
+    return padded
+
+
+def test_products_of_8_rows(plain: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """Guards the comparison on a GPU: every product of a decode step has to be of 8 rows."""
+    rows, linear = [], F.linear
+
+    def spy(x: Tensor, *weights: Tensor) -> Tensor:
+        rows.append(len(x))
+        return linear(x, *weights)
+
+    monkeypatch.setattr(F, "linear", of_8_rows(spy))
+    hand = Hand(plain)
+    rollouts = hand.group(hand.prompt(OTHER), 9, [1, 2, 3])
+    assert len(OTHER) in rows
+    rows.clear()
+    hand.decode(rollouts, 2)
+    assert set(rows) == {8}
+    monkeypatch.setattr(F, "linear", linear)
+    check(plain, OTHER, *rollouts)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_graphs_on_a_gpu(dtype: torch.dtype, kv_dtype: torch.dtype | None):
+def test_graphs_on_a_gpu(
+    dtype: torch.dtype, kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+):
     """The tokens and log-probabilities of plain steps, over changes of membership and of pages,
     while images are encoded beside them, and over memory that was given back meanwhile."""
+    monkeypatch.setattr(F, "linear", of_8_rows(F.linear))
     model = Step3VL.from_preset("tiny", seed=1, device="cuda", dtype=dtype)
     told = []
     for enabled in (False, True):
