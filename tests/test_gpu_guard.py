@@ -55,8 +55,13 @@ import pytest
 def test_good(i):
     pass
 """
+WRAPPED = """try:
+        raise RuntimeError('CUDA error: unknown error')
+    except RuntimeError as error:
+        raise ValueError('no result') from error"""
 BAD = {
     "test_access": "launch('bad kernel')",
+    "test_wrapped": WRAPPED,
     "test_capture": "raise RuntimeError('!block->private INTERNAL ASSERT FAILED at x.cpp:1')",
     "test_triton": "raise RuntimeError('Triton Error [CUDA]: misaligned address')",
 }
@@ -115,6 +120,7 @@ def test_a_cuda_error_costs_one_test(folder: Path):
     assert len(passed) == 40, run.stdout
     assert failed == BAD.keys() | HARMLESS.keys()
     assert run.stdout.count("replacing crashed worker") == len(BAD)
+    assert "RuntimeError: CUDA error: an illegal memory access was encountered" in run.stdout
 
 
 def test_a_cuda_error_ends_a_single_process(folder: Path):
