@@ -11,6 +11,7 @@ from bench.decode import SIZES, DecodeCase, prepare
 from bench.numerics import copied, form
 from bench.ops import DTYPES, MAIN_DTYPE, forms_of
 from kernels._compile_worker import Site
+from kernels.prefix_check import check_schedule
 from kernels.sampling import sample
 from model.config import Config
 from pacore_sched.launch_sites import engine_sites, one_layer
@@ -20,8 +21,10 @@ def all_sites() -> list[Site]:
     """What a GPU run of all benchmarks launches: errors in every dtype, times and the engine."""
     main = MAIN_DTYPE["cuda"]
     steps = [DecodeCase(*sizes) for sizes in product(*SIZES["cuda"])]
+    numerics = case_sites((case, dtype) for dtype in DTYPES for case in numerics_cases())
     return [
-        *case_sites((case, dtype) for dtype in DTYPES for case in numerics_cases()),
+        *numerics,
+        *(partial(launch_checked, site) for site in numerics),
         *case_sites((case, main) for case in cases("cuda")),
         *decode_sites(BIG, steps, main),
         *engine_sites(BIG, main),
@@ -53,6 +56,15 @@ def launch_case(case: Case, name: str, dtype: torch.dtype) -> None:
     inputs = case.inputs(0, torch.device("cpu"), dtype)
     form(case.op, name)(inputs)()
     form(case.op, name)(copied(inputs))()
+
+
+def launch_checked(site: Site) -> None:
+    """A site with the debug check of schedules compiled in."""
+    token = check_schedule.set(True)
+    try:
+        site()
+    finally:
+        check_schedule.reset(token)
 
 
 def launch_decode(
