@@ -19,12 +19,15 @@ from pacore_sched.launch_sites import engine_sites, one_layer
 
 def all_sites() -> list[Site]:
     """What a GPU run of all benchmarks launches: errors in every dtype, times and the engine."""
+    numerics = case_sites((case, dtype) for dtype in DTYPES for case in numerics_cases())
+    return [*numerics, *(partial(launch_checked, site) for site in numerics), *timed_sites()]
+
+
+def timed_sites() -> list[Site]:
+    """What is timed on a GPU: the op table, decode steps and the engine."""
     main = MAIN_DTYPE["cuda"]
     steps = [DecodeCase(*sizes) for sizes in product(*SIZES["cuda"])]
-    numerics = case_sites((case, dtype) for dtype in DTYPES for case in numerics_cases())
     return [
-        *numerics,
-        *(partial(launch_checked, site) for site in numerics),
         *case_sites((case, main) for case in cases("cuda")),
         *decode_sites(BIG, steps, main),
         *engine_sites(BIG, main),

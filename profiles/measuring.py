@@ -6,7 +6,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,16 @@ from bench import images, rows
 from bench.cases import Case, cases, numerics_cases
 from bench.decode import DecodeCase, time_decode
 from bench.engine import time_engine
+from bench.launch_sites import timed_sites
 from bench.ops import MAIN_DTYPE, check_case, device_named, time_case
 from bench.poison import check_poison
 from bench.timing import CandidateError, keep_freed_memory
+from kernels._tiles import gpu_of
 from model.config import PRESETS
 from model.cuda_graph import failed_capture
 from model.step3vl import Step3VL
 from model.vision import VisionTower
+from pacore_sched.compile_ahead import compile_ahead
 from profiles import planning
 from profiles.kernel_pack import unpack
 from profiles.pytest_tasks import run_test
@@ -32,7 +35,7 @@ from profiles.task import Row, Task
 
 
 class Measuring:
-    """Carries out tasks on a device: rows of what each measured."""
+    """Carries out tasks on a device: a method for each section, whose rows are what it measured."""
 
     def __init__(self, device: str | None) -> None:
         self._name = device
@@ -50,7 +53,7 @@ class Measuring:
     def carry_out(self, task: Task) -> list[Row]:
         """The rows of a task, with errors that spoil the process blamed on their form."""
         try:
-            return SECTIONS[task.section](self, task)
+            return getattr(self, task.section)(task)
         except CandidateError as failed:
             check_poison(failed.candidate, failed.error)
             raise failed.error from failed
@@ -67,13 +70,23 @@ class Measuring:
 
     def probe(self, task: Task) -> list[Row]:
         """Whether a kernel runs here at all; if so, the plan of `first-light` is the last row."""
-        if path := task.arguments.get("kernels"):
+        path = task.arguments.get("kernels")
+        if path:
             unpack(Path(path))
         case = next(case for case in numerics_cases() if case.op == task.op)
         made = check_case(case, self.device, MAIN_DTYPE[self.device.type], task.forms)
         if any(row["failure"] for row in made):
             return made
-        return [*made, *self.plan(replace(task, op="first-light", arguments={}))]
+        plan = replace(task, op="first-light", arguments={"packed": bool(path)})
+        return [*made, *self.plan(plan)]
+
+    def compile(self, task: Task) -> list[Row]:
+        """Compile what will be timed, in processes beside each other."""
+        done = compile_ahead(timed_sites(), [gpu_of(self.device)], workers=os.cpu_count())
+        row = {"op": task.op, "case": task.case, "impl": None, "dtype": None, "failure": None}
+        row |= {"kernels": len(done.keys), "compiled": done.compiled}
+        row["failure"] = next(iter(done.failures), None)
+        return [row | rows.origin(self.device)]
 
     def roofline(self, task: Task) -> list[Row]:
         return [rows.ceiling(self.device, _dtype(task))]
@@ -123,14 +136,6 @@ class Measuring:
         if key not in self._models:
             self._models[key] = Step3VL.from_preset(preset, device=self.device, dtype=dtype)
         return self._models[key]
-
-
-SECTIONS: dict[str, Callable[[Measuring, Task], list[Row]]] = {
-    name: getattr(Measuring, name)
-    for name in (
-        "plan", "probe", "roofline", "numerics", "tests", "ops", "decode", "engine", "vision",
-    )
-}  # fmt: skip
 
 
 def environment(device: torch.device) -> Row:

@@ -44,10 +44,11 @@ def record(
     _check_forms(forms, device.type)
     main = _name(MAIN_DTYPE[device.type])
     wanted = tuple(forms)
-    return [
+    roofs = [
         Task("roofline", "roofline", "copy, matrix product", _name(dtype))
         for dtype in TIMED_DTYPES[device.type]
-    ] + [
+    ]
+    return [*_compile(device.type, 180), *roofs] + [
         task
         for task in (
             *_numerics(device.type, wanted),
@@ -60,9 +61,12 @@ def record(
     ]  # fmt: skip
 
 
-def first_light(device: torch.device) -> list[Task]:
+def first_light(device: torch.device, packed: bool = False) -> list[Task]:
     """What the first minutes on a GPU should tell: whether every kernel is right, then how fast
-    ours are. Eager, which takes a second for some steps, is the reference and is not timed."""
+    ours are. Eager, which takes a second for some steps, is the reference and is not timed.
+
+    packed: whether the kernels came compiled
+    """
     on_gpu = device.type == "cuda"
     main = _name(MAIN_DTYPE[device.type])
     checks = [
@@ -91,10 +95,16 @@ def first_light(device: torch.device) -> list[Task]:
         for task in _images(device.type, ("default",), main, budget_s=2.0, limit_s=40)
         if task.arguments["size"] == (1920, 1080)
     ]
-    return [*checks, *tests, roof, *timed, *steps, *engine, *tower]
+    compiling = [] if packed else _compile(device.type, 60)
+    return [*checks, *tests, *compiling, roof, *timed, *steps, *engine, *tower]
 
 
 PLANS: dict[str, Callable[..., list[Task]]] = {"record": record, "first-light": first_light}
+
+
+def _compile(device_type: str, limit_s: float) -> list[Task]:
+    """On a GPU: all that is timed, before anything waits for the compiler."""
+    return [Task("compile", "compile", "all kernels", limit_s=limit_s)] * (device_type == "cuda")
 
 
 def _numerics(device_type: str, wanted: tuple[str, ...]) -> Iterator[Task]:

@@ -135,11 +135,22 @@ def test_wrong_forms_are_timed_on_demand(measuring, monkeypatch):
 def test_the_probe_stops_at_a_wrong_result(measuring, monkeypatch):
     """Guards the minutes after it: where the first kernel is wrong there is no plan."""
     probe = Task("probe", "silu_mul", "probe", None, ("portable",))
-    monkeypatch.setattr(measuring_module.planning, "PLANS", {"first-light": lambda device: []})
+    plans = {"first-light": lambda device, packed: []}
+    monkeypatch.setattr(measuring_module.planning, "PLANS", plans)
     assert "tasks" in measuring.carry_out(probe)[-1]
     broken(monkeypatch, "portable", ValueError("no"))
     (row,) = measuring.carry_out(probe)
     assert row["failure"] == "ValueError: no"
+
+
+def test_kernels_are_compiled_before_the_op_table():
+    """Guards the timing stages of a GPU, whose one worker would compile for minutes; not if the
+    kernels came compiled, nor on a CPU."""
+    gpu = torch.device("cuda")
+    sections = [one.section for one in first_light(gpu)]
+    assert sections.index("compile") < sections.index("ops")
+    assert "compile" not in [one.section for one in first_light(gpu, packed=True)]
+    assert "compile" not in [one.section for one in first_light(CPU)]
 
 
 def test_what_poisons():

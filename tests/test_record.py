@@ -56,6 +56,7 @@ def test_everything_is_planned():
     for device, dtype in ((CPU, "float32"), (CUDA, "bfloat16")):
         work = planned_tasks(device)
         assert [*dict.fromkeys(task.section for task in work)] == [
+            *(["compile"] if device is CUDA else []),
             "roofline",
             "numerics",
             "ops",
@@ -89,6 +90,7 @@ def test_forms():
     quick = {"sdpa", "sdpa-flash", "sdpa-cudnn", "cudnn", "cudnn-folded"}
     steps = {"eager", "default", "default, FP8 KV"}
     assert forms() == {
+        "compile": set(),
         "roofline": set(),
         "numerics": ours,
         "ops": ours | quick,
