@@ -33,7 +33,7 @@ from kernels._tiles import Gpu, gpu_of
 from model.terminal import track
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_WORKERS = 8  # each imports PyTorch: about 0.5 GB
+MAX_WORKERS = 16  # each imports PyTorch: about 0.5 GB
 LIMIT_S = 900.0  # after which warming up is given up
 
 

@@ -31,6 +31,13 @@ def default_buckets(max_running: int) -> tuple[int, ...]:
     return (*(rows for rows in (1, 2, 4) if rows < max_running), *range(8, last + 1, 8))
 
 
+def node_rows(rows: int, group: int) -> list[int]:
+    """What graphs of `rows` rows allow a node to have: the rows of attention's tiles of 16 and 64
+    query vectors, `group` to a row, as far as they are fewer, and all."""
+    tiles = [vectors // group for vectors in (16, 64)]
+    return [*(tile for tile in tiles if 0 < tile < rows), rows]
+
+
 class DecodeGraph:
     """One captured step: fill it with up to `capacity.rows` rollouts, then replay it."""
 
@@ -142,8 +149,7 @@ class DecodeGraphs:
         """The least bucket, with the row tiles that attention takes for nodes as large as these."""
         rows = next(bucket for bucket in self.buckets if bucket >= len(step.positions))
         most = max(node.row_end - node.row_start for node in step.plan_nodes)
-        tiles = [vectors // self._group for vectors in (16, 64)]
-        most = next((tile for tile in tiles if most <= tile < rows), rows)
+        most = next(tile for tile in node_rows(rows, self._group) if most <= tile)
         return Capacity(rows, most, max(LEVELS, _levels(step)))
 
     def _captured(

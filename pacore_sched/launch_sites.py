@@ -18,7 +18,7 @@ from kernels.sampling import sample
 from model.config import Config
 from model.decoder import Step
 from model.step3vl import Step3VL
-from pacore_sched.decode_graph import LEVELS, DecodeGraph, default_buckets
+from pacore_sched.decode_graph import LEVELS, DecodeGraph, default_buckets, node_rows
 from pacore_sched.decode_step import Settings, Tables
 from pacore_sched.plan import plan_step
 from pacore_sched.prefix_tree import PrefixTree
@@ -63,8 +63,7 @@ def launch_graph(config: Config, dtype: torch.dtype, kv_dtype: torch.dtype, rows
     """What the CUDA graphs of decode steps of up to `rows` rollouts hold."""
     model = one_layer(config, dtype)
     group = config.decoder.heads // config.decoder.kv_heads
-    tiles = {vectors // group for vectors in (16, 64)}
-    for most in sorted({rows, *(tile for tile in tiles if 0 < tile < rows)}):
+    for most in node_rows(rows, group):
         cache, tables = model.new_cache(PAGES, kv_dtype), Tables(rows, model.device)
         capacity = Capacity(rows, most, LEVELS)
         DecodeGraph(model, cache, tables, capacity, SETTINGS[0], _Uncaptured, None)
