@@ -1,8 +1,8 @@
 """How far the approximate instructions of a GPU may be off, and what that adds to an op's error.
 
 Triton compiles exp2 and exp of fp32 to ex2.approx, rsqrt to rsqrt.approx and `/` to div.full; its
-interpreter computes them exactly. (log2 is CUDA's, of single instructions without lg2.approx.) What
-is documented of them, PTX ISA 9.1, section 9.7.3:
+interpreter computes them exactly. (log2 becomes CUDA's own function, without lg2.approx.) What PTX
+ISA 9.1, section 9.7.3, documents as their largest errors:
 
     ex2.approx.f32     2 ulp from the correctly rounded result
     div.full.f32       2 ulp

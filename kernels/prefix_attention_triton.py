@@ -4,6 +4,7 @@
 prefix_schedule.py lays, tile by tile, and leaves normalised partial results with their log-sum-exp.
 `merge_kernel` merges each row's partials in fp32, in a fixed order. Rows that see a single node,
 which one program has done alone (those of a first prefill, say), are finished by the first kernel.
+prefix_check.py can check the walk.
 
 Rounding points, for inputs of 16 bits: scores, softmax, sums and merges are fp32; probabilities are
 rounded to q's dtype before their product with V, and the result once, at the end. Scores inside are

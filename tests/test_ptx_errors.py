@@ -14,7 +14,7 @@ from tests.approximate import SIDES, approximate
 
 CPU = torch.device("cpu")
 SLOW = {"prefix_attention", "T67 32/8 heads of 128", "ragged decode", "T7 C1536 F8960"}
-SLOW |= {"B17 V997 k5 p0.9"}
+SLOW |= {"B17 V997 k5 p0.9", "1x 1x1 + 1x 9x15 + 1x 1x13 H3 D96"}  # all tried once, and pass
 CASES = [case for case in numerics_cases() if not {case.op, case.name} & SLOW]
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has errors of its own")
 
