@@ -16,9 +16,11 @@ import torch
 from bench.decode import FORMS, FP8, DecodeCase, forms_on
 from bench.numerics import MODEL_TOLERANCE, Verdict, compare
 from bench.ops import MAIN_DTYPE, NOT_RUN
+from bench.poison import PoisonedError
 from bench.rows import measured, with_speedups
 from bench.show import titled
 from bench.timing import Timing
+from model.cuda_graph import failed_capture
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
 from model.terminal import track
@@ -35,12 +37,17 @@ SETTLE = 3  # steps of a block that are not counted
 
 
 def run(device: torch.device) -> Iterator[dict]:
-    """Rows of every case: eager, the default, and on a GPU FP8 KV."""
+    """Rows of every case: eager, the default, and on a GPU FP8 KV.
+
+    Raises PoisonedError after a case whose steps could not be captured.
+    """
     name, cases, steps, blocks = CASES[device.type]
     model = Step3VL.from_preset(name, device=device, dtype=MAIN_DTYPE[device.type])
     for batch, prompt, suffix in track(cases, "engine"):
         case = DecodeCase(batch, prompt, suffix)
         yield from time_engine(model, case, steps, blocks)
+        if why := failed_capture():  # the next case would be timed without graphs, too
+            raise PoisonedError("a CUDA graph", RuntimeError(why))
 
 
 def time_engine(

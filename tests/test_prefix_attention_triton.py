@@ -342,7 +342,9 @@ def test_real_shapes(dtype, batch):
         0, "cuda", dtype, forest=[fork(2048, range(100, 100 + batch))], return_lse=True
     )
     expected = prefix_attention(**inputs, impl="eager")
-    for _ in range(3):  # a race would show now and then
-        out, lse = prefix_attention(**inputs, impl="triton")
-        assert max_error(out, expected[0]) < 2**-6
-        assert max_error(lse, expected[1]) < 1e-4
+    out, lse = prefix_attention(**inputs, impl="triton")
+    assert max_error(out, expected[0]) < 2**-6
+    assert max_error(lse, expected[1]) < 1e-4
+    for _ in range(2):  # a race, or a wait that is missing, would show now and then
+        again = prefix_attention(**inputs, impl="triton")
+        assert torch.equal(again[0], out) and torch.equal(again[1], lse)
