@@ -13,6 +13,7 @@ SIGNS = (
     "illegal memory access",
     "device-side assert",
     "misaligned address",
+    "unspecified launch failure",
     "stream is capturing",
     "during capture",
     "failed capture",

@@ -10,16 +10,11 @@ The hooks are in force where a conftest.py imports them.
 """
 
 import os
-import re
 from collections.abc import Generator
 
 import pytest
 
-POISON = re.compile(
-    "CUDA error|illegal memory access|device-side assert|misaligned address"
-    "|unspecified launch failure|INTERNAL ASSERT"
-)
-
+from bench.poison import poisons
 
 def has_gpu() -> bool:
     import torch
@@ -97,7 +92,7 @@ def _on_gpu(item: pytest.Item) -> bool:
 def _poisons(error: BaseException | None) -> bool:
     """Whether the error, or one that led to it, is of the kind that a process does not survive."""
     while error is not None:
-        if POISON.search(str(error)):
+        if poisons(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
