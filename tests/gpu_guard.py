@@ -16,6 +16,7 @@ import pytest
 
 from bench.poison import poisons
 
+
 def has_gpu() -> bool:
     import torch
 
