@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -146,7 +147,8 @@ class _Pool:
         self._end()
         for process in self._processes:
             process.wait()
-            process.stdin.close()
+            with suppress(OSError):  # what a dead process was not sent is sent once more
+                process.stdin.close()
             process.stdout.close()
 
     def _start(self) -> subprocess.Popen:
