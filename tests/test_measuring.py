@@ -157,6 +157,7 @@ def test_what_poisons():
     """Guards both sides: errors of CUDA, Triton, cuBLAS, capture end a process, others do not."""
     for text in (
         str(ILLEGAL),
+        "CUDA error: the launch timed out and was terminated",
         "Triton Error [CUDA]: an illegal memory access was encountered",
         "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx",
         "operation not permitted when stream is capturing",
