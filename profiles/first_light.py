@@ -12,6 +12,7 @@ GIT_COMMIT names the commit where there is no .git.
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -126,7 +127,9 @@ class Visit:
         (result,) = self._supervisor.run([probe], may_start=lambda task: True)
         result.raise_mistake()
         plan = next((row for row in result.rows if "tasks" in row), None)
-        if plan is not None:
+        if plan is None:
+            print(result.stderr, file=sys.stderr)
+        else:
             jsonl.write_json(self._out / "environment.json", plan["environment"])
             self._origin = {name: plan["environment"][name] for name in ORIGIN}
         self._keep(replace(result, rows=[row for row in result.rows if row is not plan]))

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from kernels._tiles import gpu_of
 from model.config import PRESETS
 from model.cuda_graph import failed_capture
 from model.step3vl import Step3VL
+from model.terminal import InputError
 from model.vision import VisionTower
 from pacore_sched.compile_ahead import compile_ahead
 from profiles import planning
@@ -71,14 +73,14 @@ class Measuring:
     def probe(self, task: Task) -> list[Row]:
         """Whether a kernel runs here at all; if so, the plan of `first-light` is the last row."""
         path = task.arguments.get("kernels")
-        if path:
-            unpack(Path(path))
+        packed = [_unpacked(path) | rows.origin(self.device)] if path else []
         case = next(case for case in numerics_cases() if case.op == task.op)
         made = check_case(case, self.device, MAIN_DTYPE[self.device.type], task.forms)
         if any(row["failure"] for row in made):
-            return made
-        plan = replace(task, op="first-light", arguments={"packed": bool(path)})
-        return [*made, *self.plan(plan)]
+            return [*packed, *made]
+        has_kernels = any(row["failure"] is None for row in packed)
+        plan = replace(task, op="first-light", arguments={"packed": has_kernels})
+        return [*packed, *made, *self.plan(plan)]
 
     def compile(self, task: Task) -> list[Row]:
         """Compile what will be timed, in processes beside each other."""
@@ -136,6 +138,19 @@ class Measuring:
         if key not in self._models:
             self._models[key] = Step3VL.from_preset(preset, device=self.device, dtype=dtype)
         return self._models[key]
+
+
+def _unpacked(path: str) -> Row:
+    """The row of a pack of kernels: one that does not fit costs time, and not the visit."""
+    row = {"op": "kernels", "case": Path(path).name, "impl": None, "dtype": None}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        try:
+            kernels, new = unpack(Path(path))
+        except InputError as error:
+            return row | {"failure": str(error)}
+    failure = next((str(warning.message) for warning in found), None)
+    return row | {"kernels": kernels, "new": new, "failure": failure}
 
 
 def environment(device: torch.device) -> Row:

@@ -1,5 +1,7 @@
 """What a worker does for a task, and whom it blames: in this process, on small cases."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -141,6 +143,34 @@ def test_the_probe_stops_at_a_wrong_result(measuring, monkeypatch):
     broken(monkeypatch, "portable", ValueError("no"))
     (row,) = measuring.carry_out(probe)
     assert row["failure"] == "ValueError: no"
+
+
+def test_a_pack_that_does_not_fit_costs_no_visit(measuring, monkeypatch, tmp_path):
+    """Guards the minutes on a GPU: with a wrong or an old pack kernels are compiled there, a row
+    says why; with one that fits they are not."""
+    planned = []
+
+    def first_light(device: torch.device, packed: bool) -> list[Task]:
+        planned.append(packed)
+        return []
+
+    monkeypatch.setattr(measuring_module.planning, "PLANS", {"first-light": first_light})
+    path = tmp_path / "kernels.tar"
+    path.write_text("no pack")
+    arguments = {"kernels": str(path)}
+    probe = Task("probe", "silu_mul", "probe", None, ("portable",), arguments=arguments)
+    assert "is no file of `profiles kernels pack`" in measuring.carry_out(probe)[0]["failure"]
+    for warning in ("old", None):
+
+        def unpack(path: object, warning: str | None = warning) -> tuple[int, int]:
+            if warning:
+                warnings.warn(warning, stacklevel=1)
+            return 3, 2
+
+        monkeypatch.setattr(measuring_module, "unpack", unpack)
+        row = measuring.carry_out(probe)[0]
+        assert row["failure"] == warning and row["kernels"] == 3
+    assert planned == [False, False, True]
 
 
 def test_kernels_are_compiled_before_the_op_table():
