@@ -57,7 +57,7 @@ def time_engine(
     alternate. Leaves the model with the best forms.
 
     `host_us` is what a launch costs the host beside computing, `idle_pct` the share of the time
-    in which a GPU had nothing to do, `padding_pct` that of rows computed for nobody, `graphs`
+    in which a GPU had nothing to do, `padding_pct` that of padding rows, `graphs`
     whether steps were CUDA graphs, `same_tokens` whether rollouts say what they say in the eager
     form (in 16 bits they part sooner or later), None if that was not run.
     """

@@ -2,7 +2,7 @@
 
 An illegal access ends a process's CUDA context: every later call fails, whatever it is. A failed
 graph capture leaves PyTorch's allocator broken (`model.cuda_graph.failed_capture`). Whatever says
-so is taken for such an error: a process started anew costs seconds, a wrong verdict much more.
+so is taken for such an error: a new process costs seconds, a wrong verdict much more.
 """
 
 SIGNS = (

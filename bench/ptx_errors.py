@@ -8,7 +8,7 @@ ISA 9.1, section 9.7.3, documents as their largest errors:
     div.full.f32       2 ulp
     rsqrt.approx.f32   a relative error of 2^-22.9
 
-Below, in roundoffs of fp32: relative errors of 2^-24, of which an ulp is one or two.
+Below, in roundoffs of fp32: relative errors of 2^-24. An ulp is one or two roundoffs.
 """
 
 import torch

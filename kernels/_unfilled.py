@@ -1,5 +1,5 @@
 """Large tensors left as they are allocated, where only shapes and addresses count: recording what
-ops launch needs no numbers, and pages that nobody touches cost neither time nor memory."""
+ops launch needs no numbers, and pages that are never touched cost neither time nor memory."""
 
 import math
 from collections.abc import Iterator

@@ -42,9 +42,9 @@ def raise_fault(faults: tuple[Tensor] | tuple[()]) -> None:
             raise RuntimeError(
                 f"the schedule of prefix attention is wrong: program {program}, at place {place} of"
                 f" a stretch that ends at {stop}, was led to tile {tile} of the"
-                f" {('larger', 'smaller')[size]} size, of which there are {count};"
+                f" {('larger', 'smaller')[size]} size, which has {count} tiles;"
                 f" the tile spans {places} places and needs {needed}, and the place is {offset}"
-                " behind its first"
+                " past its first"
             )
 
 
@@ -65,7 +65,7 @@ def checked_stop(faults, line, place, stop, tile, grain, overhead):
     grains = tl.maximum(tl.cdiv(end, grain) - first, 0)
     needed = tl.where(grains > 0, grains + overhead, 0)
     offset = place % tl.maximum(length, 1) - (start - begin)
-    # An empty tile, of which places are 0, is passed over.
+    # An empty tile has no places and is skipped.
     holds = (offset >= 0) & ((offset < places) | (offset + places == 0))
     wrong = (place < stop) & ~(exists & holds & (places == needed))
     numbers = (1, size, tile, count, place, stop, offset, places, needed)

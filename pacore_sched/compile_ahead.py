@@ -1,4 +1,4 @@
-"""Kernels compiled before they are launched, in processes of their own, behind a progress bar.
+"""Kernels compiled before they are launched, in processes of their own, with a progress bar.
 
     warm_up(engine_sites(config, dtype), device)
 

@@ -1,7 +1,7 @@
 """Where the engine launches kernels: sites for `compile_ahead`, all of them on CPU tensors.
 
 Kernels depend on the widths of a model, not on its layers or weights, so one layer without weights
-stands for it. Steps are built as the executor builds them, sizes are one of each class that kernels
+is enough. Steps are built as the executor builds them, sizes are one of each class that kernels
 tell apart: row tiles, and numbers of rows that 16 divides or does not.
 """
 
@@ -32,7 +32,7 @@ SETTINGS: tuple[Settings, ...] = (
     (1.0, 20, 0.95),
 )
 CHUNKS = (1, 4, 16, 100, 2048)  # prompt tokens of a step
-DECODING = (1, 4, 16, 32)  # rollouts beside them, and without CUDA graphs
+DECODING = (1, 4, 16, 32)  # rollouts in the same step, and in steps without CUDA graphs
 IMAGES = ((1, 0), (1, 3), (1, 9))  # whole views, crops
 PAGES = 64
 
@@ -102,7 +102,7 @@ def launch_step(
 
 
 def launch_images(config: Config, dtype: torch.dtype, whole: int, crops: int) -> None:
-    """The vision tower on so many views."""
+    """The vision tower on `whole` global views and `crops` crops."""
     vision = one_layer(config, dtype).vision
     sizes = [config.vision.crop_size] * crops + [
         config.vision.grid * config.vision.patch_size

@@ -78,9 +78,9 @@ def run(options: argparse.Namespace) -> int:
     if options.kernels and not options.kernels.is_file():
         raise InputError(f"--kernels {options.kernels}: there is no such file")
     start = time.monotonic()
-    command = worker_command(options.device)
+    command, spare = worker_command(options.device), options.device == "cuda"
     with (
-        Supervisor(command, end=start + options.seconds) as supervisor,
+        Supervisor(command, end=start + options.seconds, spare=spare) as supervisor,
         stops_on_signals(supervisor) as signals,
     ):
         visit = Visit(options.out, supervisor, start, options.seconds, options.workers)

@@ -1,7 +1,7 @@
 """A file of compiled kernels, to be carried to a GPU node that runs the same Triton.
 
 Triton names a kernel's entry in its cache by a hash that differs between wheels of one version. A
-pack holds the keys (`kernels/_compile_cache.py`) and what stands under them; unpacking puts it
+pack holds the keys (`kernels/_compile_cache.py`) and their entries; unpacking puts it
 where the Triton of that node looks.
 """
 
@@ -103,7 +103,7 @@ def _check(path: Path, manifest: dict) -> None:
     known = tuple(make_backend(GPUTarget("cuda", arch, 32)).hash() for arch in manifest["archs"])
     environment = str(sorted(get_cache_invalidating_env_vars().items()))
     for key in manifest["keys"]:
-        of_backend = key.partition("-")[2]  # behind the hash of the source
+        of_backend = key.partition("-")[2]  # after the hash of the source
         if not (of_backend.startswith(known) and key.endswith(environment)):
             raise InputError(
                 f"{path} was packed with another ptxas or other variables of Triton than here:"

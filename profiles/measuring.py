@@ -83,7 +83,7 @@ class Measuring:
         return [*packed, *made, *self.plan(plan)]
 
     def compile(self, task: Task) -> list[Row]:
-        """Compile what will be timed, in processes beside each other."""
+        """Compile what will be timed, in parallel processes."""
         done = compile_ahead(timed_sites(), [gpu_of(self.device)], workers=os.cpu_count())
         row = {"op": task.op, "case": task.case, "impl": None, "dtype": None, "failure": None}
         row |= {"kernels": len(done.keys), "compiled": done.compiled}

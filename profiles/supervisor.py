@@ -25,7 +25,7 @@ from profiles.task import NOT_STARTED, OUT_OF_TIME, Result, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 90.0  # for a worker's imports
-GRACE_S = 1.0  # beyond a limit, in which the worker writes where it stands
+GRACE_S = 1.0  # beyond a limit, in which the worker writes its stacks
 STDERR_CHARACTERS = 4000
 STRIKES = 3
 OWN = {"PACORE_WARM_UP": "0"}  # a task of its own compiles, outside the others' limits
@@ -117,11 +117,16 @@ class Worker:
 
 class Supervisor:
     """Workers that run `command`. All are killed at `end`, on the monotonic clock, and when the
-    `with` block around it is left."""
+    `with` block around it is left.
 
-    def __init__(self, command: Sequence[str], *, end: float) -> None:
+    spare: keep one worker in reserve, whose imports are done by the time another must be replaced;
+        it takes a core for some seconds, which few cores cannot spare while something is timed
+    """
+
+    def __init__(self, command: Sequence[str], *, end: float, spare: bool = False) -> None:
         self.end = end
-        self._command = command
+        self._command, self._keeps_spare = command, spare
+        self._spare: Worker | None = None
         self._lost: Counter[tuple[str, str]] = Counter()  # workers, by op and form
         self._workers: set[Worker] = set()
         self._lock = threading.RLock()
@@ -248,10 +253,15 @@ class Supervisor:
 
     def _open(self, environment: Mapping[str, str]) -> Worker:
         with self._lock:  # so that `stop` kills it or it is not started
-            worker = Worker(self._command, environment)
-            self._workers.add(worker)
+            worker = None
+            if not environment:
+                worker, self._spare = self._spare, None
+            worker = worker or Worker(self._command, environment)
+            if self._keeps_spare and not self._spare:
+                self._spare = Worker(self._command, {})
+            self._workers |= {worker, self._spare} - {None}
             if self.stopped:
-                worker.kill()
+                self.stop()
         return worker
 
     def _close(self, worker: Worker | None) -> None:

@@ -164,7 +164,7 @@ def test_what_cannot_be_captured_runs_plainly(hand: Hand, plain: Step3VL):
 )
 def test_captured_by_form_not_by_device(device: str, impl: object, expected: bool):
     """Guards eager models on a GPU: they wait for the device, and a capture that fails breaks the
-    allocator of the process, so that the fast form beside them gets no graphs either."""
+    allocator of the process, so that the fast form gets no graphs either."""
     model = SimpleNamespace(device=torch.device(device), impl=impl_per_op(impl))
     assert capturable(model) == expected
 

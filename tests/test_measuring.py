@@ -40,7 +40,7 @@ def task(tasks: list[Task], section: str, text: str) -> Task:
 
 
 def broken(monkeypatch, form: str, error: Exception, calls: int = 0) -> None:
-    """Let a form of every op raise, after so many calls."""
+    """Let a form of every op raise, after `calls` calls."""
     plain, left = ops.form, [calls]
 
     def form_of(op: str, name: str):
@@ -204,7 +204,7 @@ def test_what_poisons():
 
 def test_tests_as_tasks():
     """Guards the tests among the tasks: found by name, run one by one, told apart. A list that has
-    fallen behind the tests' names would silently leave them out."""
+    become out of date would silently leave them out."""
     names = collected()
     for file in ("test_decode_graph", "test_cuda_graph", "test_timing", "test_sampling_triton"):
         assert any(file in name for name in names), file

@@ -85,8 +85,8 @@ def test_a_wrong_schedule_is_an_error(triton_device, spoil):
     assert all(schedule.counts), "tiles of both sizes"
     spoil(schedule)
     numbers = r"program \d, at place \d+ of a stretch that ends at \d+, was led to tile \d+ of the "
-    numbers += r"(larger|smaller) size, of which there are \d+; the tile spans -?\d+ places and "
-    numbers += r"needs \d+, and the place is -?\d+ behind"
+    numbers += r"(larger|smaller) size, which has \d+ tiles; the tile spans -?\d+ places and "
+    numbers += r"needs \d+, and the place is -?\d+ past"
     with toy(), checking(), pytest.raises(RuntimeError, match=numbers):
         prefix_attention(**inputs, impl="triton")
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -125,7 +125,7 @@ def test_a_form_that_cost_three_workers_is_given_up(supervisor: Supervisor):
 
 
 def test_workers_share_the_tasks(supervisor: Supervisor):
-    """Guards the parallel stages: nothing is run twice or left out, a crash beside them or not."""
+    """Guards the parallel stages: nothing is run twice or left out, with a crash among them or not."""
     cases = [f"case {index}" for index in range(20)]
     results = run(supervisor, [task("crash"), *map(task, cases)], workers=3)
     assert sorted(result.task.case for result in results) == sorted(["crash", *cases])
@@ -155,6 +155,29 @@ def test_a_worker_that_cannot_start(supervisor: Supervisor):
     (result,) = run(supervisor, [task("a")])
     assert result.failure == "the worker died: exit code 1"
     assert "No module named 'no_such_module'" in result.stderr
+
+
+def test_a_spare_worker_is_ready(monkeypatch: pytest.MonkeyPatch):
+    """Guards ten seconds of a GPU's time for each replaced worker: its imports are done by then.
+    None is left over, and one for another environment is not it."""
+    started: list[Mapping[str, str]] = []
+
+    class Counted(supervisor_module.Worker):
+        def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+            super().__init__(command, environment)
+            started.append(environment)
+
+    monkeypatch.setattr(supervisor_module, "Worker", Counted)
+    with Supervisor(COMMAND, end=time.monotonic() + 60, spare=True) as supervisor:
+        results = run(supervisor, [task("a")], environment={"CHECKED": "1"})
+        assert started == [{"CHECKED": "1"}, {}]
+        results += run(supervisor, [task(case) for case in ("b", "poison", "c")])
+        assert started == [{"CHECKED": "1"}, {}, {}, {}]
+        spare = supervisor._spare
+        results += run(supervisor, [task("d")])
+    pids = [result.rows[0]["pid"] for result in results if result.rows]
+    assert len({*pids}) == 4 and pids[-1] == spare._process.pid
+    assert supervisor._spare._process.wait(5) == -signal.SIGKILL
 
 
 def test_stop(supervisor: Supervisor):
