@@ -73,7 +73,7 @@ def first_light(device: torch.device, packed: bool = False) -> list[Task]:
         for case in numerics_cases()
         for form in (("triton", *case.modes) if on_gpu else ("portable",))
     ]
-    tests = [Task("tests", "test", name, limit_s=30) for name in pytest_tasks.collected()]
+    tests = [Task("tests", "test", name, limit_s=45) for name in pytest_tasks.collected()]
     roof = Task("roofline", "roofline", "copy, matrix product", main, limit_s=20)
     timed = []
     for case in _round_robin(cases(device.type)):

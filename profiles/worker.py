@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import TextIO
 
 from bench.poison import PoisonedError, poisons
 from profiles.task import Row, Task
@@ -26,11 +27,12 @@ def serve(carry_out: Callable[[Task], list[Row]], spoiled: Callable[[], bool] = 
     """Answer tasks until stdin ends. `spoiled` tells what no error may say."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    faulthandler.enable()
+    stacks = os.fdopen(os.dup(2), "w")  # pytest, in a task, turns 2 elsewhere
+    faulthandler.enable(stacks)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     answers.write("{}\n")  # ready
     for line in sys.stdin:
-        answer = answer_to(Task.from_json(line), carry_out)
+        answer = answer_to(Task.from_json(line), carry_out, stacks)
         answer["spoiled"] = answer["spoiled"] or spoiled()
         answers.write(json.dumps(answer) + "\n")
         if answer["spoiled"]:
@@ -38,11 +40,13 @@ def serve(carry_out: Callable[[Task], list[Row]], spoiled: Callable[[], bool] = 
             os._exit(SPOILED)
 
 
-def answer_to(task: Task, carry_out: Callable[[Task], list[Row]]) -> dict:
-    """The task's rows, or what it raised."""
+def answer_to(
+    task: Task, carry_out: Callable[[Task], list[Row]], stacks: TextIO = sys.stderr
+) -> dict:
+    """The task's rows, or what it raised; if it outlives its limit, its stacks go to `stacks`."""
     misses, start = count_misses(), time.monotonic()
     rows, failure, form, poisoned = [], None, None, False
-    faulthandler.dump_traceback_later(task.limit_s)
+    faulthandler.dump_traceback_later(task.limit_s, file=stacks)
     try:
         rows = carry_out(task)
     except PoisonedError as error:

@@ -48,6 +48,9 @@ def misbehave(case: str, form: str | None) -> None:
         return
     if case == "hang":
         time.sleep(1000)
+    if case == "captured":  # as under pytest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        time.sleep(1000)
     if case == "crash":
         ctypes.string_at(0)
     if case == "exit":
