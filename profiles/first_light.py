@@ -124,7 +124,7 @@ class Visit:
     def _prepared(self, probe: Task) -> list[Task]:
         """The tasks, once a kernel has run on the device; none if none did. Raises InputError if
         there is no such device."""
-        (result,) = self._supervisor.run([probe], may_start=lambda task: True)
+        result = self._supervisor.run_one(probe)
         result.raise_mistake()
         plan = next((row for row in result.rows if "tasks" in row), None)
         if plan is None:

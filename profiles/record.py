@@ -21,7 +21,7 @@ from pathlib import Path
 from bench import jsonl
 from model.terminal import InputError, progress
 from profiles.supervisor import Supervisor, stops_on_signals, worker_command
-from profiles.task import ORIGIN, OUT_OF_TIME, Row, Task, outstanding, select
+from profiles.task import ORIGIN, OUT_OF_TIME, STOPPED, Row, Task, outstanding, select
 
 PARALLEL = ("numerics",)
 MAX_WORKERS = 8
@@ -107,7 +107,9 @@ def planned(supervisor: Supervisor, options: argparse.Namespace) -> tuple[list[T
         "anyway": options.time_anyway,
     }
     task = Task("plan", "record", "plan", limit_s=120, arguments=arguments)
-    (result,) = supervisor.run([task], may_start=lambda task: True)
+    result = supervisor.run_one(task)
+    if result.failure == STOPPED:
+        raise KeyboardInterrupt
     result.raise_mistake()
     if result.failure:
         print(result.stderr, file=sys.stderr)

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from profiles.task import NOT_STARTED, OUT_OF_TIME, Result, Task
+from profiles.task import NOT_STARTED, OUT_OF_TIME, STOPPED, Result, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 90.0  # for a worker's imports
@@ -170,6 +170,11 @@ class Supervisor:
             else:
                 yield result
 
+    def run_one(self, task: Task) -> Result:
+        """The result of a task that has a worker to itself."""
+        results = self.run([task], may_start=lambda task: True)
+        return next(results, Result(task, failure=STOPPED))
+
     def stop(self) -> None:
         """Kill all workers and start no more; from any thread, or a signal handler."""
         with self._lock:
@@ -240,7 +245,7 @@ class Supervisor:
         again = () if form or self.stopped else tuple(task.form_by_form())
         result = Result(
             task,
-            failure="stopped" if self.stopped else str(lost),
+            failure=STOPPED if self.stopped else str(lost),
             form=form,
             seconds=seconds,
             exit_code=lost.exit_code,

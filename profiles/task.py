@@ -15,6 +15,7 @@ ORIGIN = ("device", "commit", "torch", "triton", "driver", "schema")  # fields o
 Key = tuple[str, str, str | None]  # op, case, dtype
 Row = dict[str, Any]
 NOT_STARTED = "not started: "
+STOPPED = "stopped"
 OUT_OF_TIME = f"{NOT_STARTED}out of time"
 
 

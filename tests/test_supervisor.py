@@ -13,7 +13,7 @@ import pytest
 
 from profiles import supervisor as supervisor_module
 from profiles.supervisor import Supervisor
-from profiles.task import OUT_OF_TIME, Result, Task
+from profiles.task import OUT_OF_TIME, STOPPED, Result, Task
 
 COMMAND = [sys.executable, "-m", "tests.fake_worker"]
 ROOT = supervisor_module.ROOT
@@ -191,6 +191,12 @@ def test_stop(supervisor: Supervisor):
         results.append(result)
         supervisor.stop()
     assert [result.failure for result in results] in ([None], [None, "stopped"])
+
+
+def test_stopped_before_it_began(supervisor: Supervisor):
+    """Guards a signal in the first moment: there is a result to tell of all the same."""
+    supervisor.stop()
+    assert supervisor.run_one(task("a")).failure == STOPPED
 
 
 def test_workers_end_with_their_parent(tmp_path):
