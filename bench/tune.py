@@ -21,6 +21,7 @@ from bench import jsonl, rows, show
 from bench.cases import OPS, Case, in_modes
 from bench.numerics import Verdict, form, judge, reference
 from bench.ops import one_line
+from bench.poison import check_poison
 from bench.timing import Timing, measure, sets_for
 from kernels import _tiles
 from kernels._compile import launches_recorded
@@ -170,6 +171,7 @@ def _rows(plan: Plan, case: Case, device: torch.device, dtype: torch.dtype) -> l
     try:
         timings = _timings(plan, case, good, device, dtype)
     except Exception as error:  # say so in the rows of all: they were timed together
+        check_poison(f"{plan.key[0]}, {plan.key[1]}", error)
         for index in good:
             verdicts[index] = replace(verdicts[index], failure=one_line(error))
     part, key = plan.key
@@ -200,6 +202,7 @@ def _verdicts(plan: Plan, case: Case, device: torch.device, dtype: torch.dtype) 
             with use_tiles(plan.key[0], **tiles):
                 verdicts.append(judge(case, form(case.op, case.form), inputs, expected))
         except Exception as error:  # one candidate must not hide the others
+            check_poison(text(tiles), error)
             verdicts.append(Verdict(math.nan, math.nan, one_line(error)))
     return verdicts
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from bench.decode import DecodeCase, forms_on, time_decode
 from bench.inputs import fork
 from bench.peers import PEERS, Unavailable
 from bench.peers.sdpa_peer import sdpa
+from bench.poison import PoisonedError
 from kernels.errors import ImplError
 from model.config import PRESETS
 from model.step3vl import Step3VL
@@ -230,6 +232,26 @@ class TestDecode:
         calls = 2 + 1 + timing.MIN_REPEATS  # expected and error, warm-up, repeats
         counted = counter.get_total_flops() / calls
         assert case.flops(model.config.decoder) == pytest.approx(counted, rel=0.002)
+
+
+def test_a_poisoned_process_ends_in_order(tmp_path, monkeypatch, capsys):
+    """Guards what was measured before a form ruined the process: it is on disk and in the tables,
+    one line names the form, and the exit code tells."""
+
+    def run(options: object, device: torch.device) -> Iterator[dict]:
+        yield {"op": "sample", "failure": None}
+        raise PoisonedError("triton", RuntimeError("CUDA error: an illegal memory access"))
+
+    shown: list[dict] = []
+    monkeypatch.setitem(
+        command.COMMANDS, "roofline", commands.Command("", run, lambda made: shown.extend(made))
+    )
+    out = tmp_path / "rows.jsonl"
+    assert command.main(["roofline", "--device", "cpu", "--out", str(out)]) == 1
+    assert jsonl.read(out) == shown == [{"op": "sample", "failure": None}]
+    told = capsys.readouterr().err
+    assert told.startswith("error: triton: RuntimeError: CUDA error: an illegal memory access: ")
+    assert "profiles record" in told and told.count("\n") == 1
 
 
 class TestRows:

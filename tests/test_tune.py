@@ -10,6 +10,7 @@ import triton
 from bench import jsonl, numerics, rows, tune
 from bench.__main__ import main
 from bench.cases import OPS, Case
+from bench.poison import PoisonedError
 from bench.timing import Timing
 from kernels import _launch, _tiles
 from kernels._launch import pick
@@ -135,6 +136,18 @@ def test_nothing_is_chosen_when_all_fail(toy):
     plan = tune.Plan(("double", "short"), CASES[:1], [{"block": 13, "num_warps": 4}])
     made = tune.tune(plan, CPU, FP32)
     assert tune.choose(made) is None and not made[0]["chosen"]
+
+
+def test_a_candidate_that_poisons_ends_it(toy, monkeypatch):
+    """Guards the table: after an illegal access all candidates after it would fail, and the best of
+    those before it be written as the best of all."""
+
+    def judge(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune, "judge", judge)
+    with pytest.raises(PoisonedError, match="illegal memory access"):
+        tune.tune(tune.plans(CASES, FP32, H200)[1], CPU, FP32)
 
 
 def test_a_timer_that_fails_is_told(toy, monkeypatch):
