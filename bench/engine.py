@@ -68,6 +68,9 @@ def time_engine(
         for load in loads.values():
             load.block(steps)
     rows = [load.row(name, case, loads.get("eager")) for name, load in loads.items()]
+    for row in rows:
+        if row["impl"] != "eager" and not row["graphs"]:
+            row["failure"] = row["failure"] or failed_capture()
     for load in loads.values():
         load.engine.executor.close()
     model.set_impl(None)

@@ -62,12 +62,16 @@ MODEL_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst errors over an op's results; what is wrong with them, or why there are none."""
+    """The worst errors over an op's results; what is wrong with them, or why there are none.
+
+    trace: of a form that raised, the end of its traceback
+    """
 
     max_err: float
     rms_err: float
     failure: str | None
     skipped: str | None = None
+    trace: str | None = None
 
 
 def form(op: str, name: str) -> Prepare:

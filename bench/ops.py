@@ -6,6 +6,7 @@ row that says so in `skipped`. A form whose error spoils the process ends the wo
 """
 
 import math
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,13 +20,14 @@ from bench.poison import check_poison
 from bench.rows import measured, with_speedups
 from bench.timing import CandidateError, Timing, measure, sets_for
 from kernels._launch import IMPLS
-from kernels.errors import ImplError
+from kernels.errors import ImplError, one_line
 from model.terminal import InputError
 
 MAIN_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FORMS = (*IMPLS, "triton-invariant", "triton-separate", "triton-fused", *NAMES)
+TRACE_CHARACTERS = 4000
 NOT_RUN = Verdict(math.nan, math.nan, None)
 TIMED_DTYPES = {"cpu": (torch.float32,), "cuda": DTYPES}
 
@@ -197,9 +199,8 @@ def _timings(
         try:
             return measure(candidates, device=device, sets=sets, budget_s=budget_s)
         except CandidateError as failed:  # it must not cost the others their times
-            name, error = failed.candidate, failed.error
-            check_poison(name, error)
-            found[name] = _stopped(error, found[name])
+            name = failed.candidate
+            found[name] = _stopped(failed.error, found[name])
             del calls[name]
     return {}
 
@@ -249,7 +250,8 @@ def _stopped(error: Exception, verdict: Verdict = NOT_RUN) -> Verdict:
         return replace(verdict, skipped=str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return replace(verdict, skipped="out of memory")
-    return replace(verdict, failure=one_line(error))
+    trace = "".join(traceback.format_exception(error))[-TRACE_CHARACTERS:]
+    return replace(verdict, failure=one_line(error), trace=trace)
 
 
 def _row(
@@ -271,9 +273,5 @@ def _row(
         verdict=verdict,
         timing=timing,
     )
-    return row | {"skipped": verdict.skipped, "version": version(case.op, name)}
-
-
-def one_line(error: Exception) -> str:
-    """Type and first line of an error, for a row's `failure`."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    row |= {"skipped": verdict.skipped, "version": version(case.op, name)}
+    return row | {"trace": verdict.trace} if verdict.trace else row

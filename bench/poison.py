@@ -5,6 +5,8 @@ graph capture leaves PyTorch's allocator broken (`model.cuda_graph.failed_captur
 so is taken for such an error: a new process costs seconds, a wrong verdict much more.
 """
 
+from kernels.errors import one_line
+
 SIGNS = (
     "CUDA error",
     "Triton Error [CUDA]",
@@ -25,7 +27,7 @@ class PoisonedError(Exception):
     """What `form` raised has spoiled this process for everything that comes after it."""
 
     def __init__(self, form: str, error: Exception) -> None:
-        super().__init__(f"{type(error).__name__}: {error}")
+        super().__init__(one_line(error))
         self.form = form
 
 

@@ -115,14 +115,16 @@ def device_name(device: torch.device) -> str:
 
 @cache
 def commit() -> str:
-    """The checkout's commit, with "+dirty" for tracked changes.
+    """The checkout's commit, with "+dirty" for tracked changes other than to recorded rows: those
+    that a run adds must not change its commit.
 
     Outside git, the environment variable GIT_COMMIT, or "unknown".
     """
     head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     if head is None:
         return os.environ.get("GIT_COMMIT", "unknown")
-    changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    status = ("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    changes = _output(*status, "--", ".", ":(exclude)profiles/results")
     return head + ("+dirty" if changes else "")
 
 

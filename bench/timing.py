@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.poison import check_poison
+from kernels.errors import one_line
 from model.cuda_graph import CudaGraph
 
 Candidate = Callable[[int], object]
@@ -34,10 +36,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class CandidateError(Exception):
-    """What a candidate raised while it was timed, which is this error's cause."""
+    """What a candidate raised while it was timed."""
 
     def __init__(self, candidate: str, error: Exception) -> None:
-        super().__init__(f"{candidate}: {error}")
+        super().__init__(f"{candidate}: {one_line(error)}")
         self.candidate, self.error = candidate, error
 
 
@@ -62,7 +64,7 @@ def measure(
     """Time `candidates`, each called with an index below `sets`, for about `budget_s` seconds.
 
     Warm-up is not counted. Every candidate gets at least MIN_REPEATS repeats, however long. Raises
-    CandidateError if one of them fails.
+    CandidateError if one of them fails, PoisonedError if that spoils the process.
     """
     with torch.inference_mode(), _garbage_collection_off():
         repeats = prepare(candidates, device=device, sets=sets)
@@ -217,6 +219,7 @@ def _blamed(candidate: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        check_poison(candidate, error)
         raise CandidateError(candidate, error) from error
 
 

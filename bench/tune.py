@@ -20,14 +20,13 @@ import triton
 from bench import jsonl, rows, show
 from bench.cases import OPS, Case, in_modes
 from bench.numerics import Verdict, form, judge, reference
-from bench.ops import one_line
 from bench.poison import check_poison
 from bench.timing import Timing, measure, sets_for
 from kernels import _tiles
 from kernels._compile import launches_recorded
 from kernels._tiles import Gpu, Tiles, record_tiles, use_tiles
 from kernels._unfilled import unfilled
-from kernels.errors import ImplError
+from kernels.errors import ImplError, one_line
 from model.terminal import InputError
 
 BUDGET_S = 0.2  # of timing, for each candidate on each case

@@ -20,7 +20,7 @@ from kernels._compile import Launch, compiler, launches_recorded
 from kernels._compile_cache import compilations, entry, is_compiled
 from kernels._tiles import Gpu
 from kernels._unfilled import unfilled
-from kernels.errors import ImplError
+from kernels.errors import ImplError, one_line
 
 Site = Callable[[], object]  # calls ops on CPU tensors; can be pickled
 
@@ -58,7 +58,7 @@ def compile_site(site: Site, gpu: Gpu, claims: Path) -> Found:
                 compile_now()
             compiled += 1
         except Exception as error:  # one kernel must not cost the others
-            failures.append(_last_line(error))
+            failures.append(one_line(error))
     return Found(tuple(found), compiled, tuple(failures))
 
 
@@ -79,7 +79,7 @@ def _answer(item: bytes, claims: Path) -> Found:
     try:
         return compile_site(*pickle.loads(item), claims)
     except Exception as error:
-        return Found((), failures=(_last_line(error),))
+        return Found((), failures=(one_line(error),))
 
 
 def _claim(path: Path) -> bool:
@@ -88,11 +88,6 @@ def _claim(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _last_line(error: Exception) -> str:
-    """Type and last line of an error: Triton's compiler shows the source first."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class CudaGraph:
         self, body: Callable[[], Tensor | None], device: torch.device, pool: object = None
     ) -> None:
         if _failures:
-            raise RuntimeError(f"no CUDA graph after a failed capture: {_failures[0]}")
+            raise RuntimeError(f"no CUDA graph after a {_failures[0]}")
         self._graph = torch.cuda.CUDAGraph()
         with _capturing, torch.cuda.device(device):
             stream = _stream(torch.cuda.current_device())
@@ -60,9 +60,9 @@ class CudaGraph:
                 self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
             ):
                 return body()
-        except Exception as error:
-            _failures.append(str(error))
-            raise
+        except Exception as error:  # in words that are the same whatever the cause
+            _failures.append(f"failed capture: {error}")
+            raise RuntimeError(_failures[0]) from error
 
 
 @cache

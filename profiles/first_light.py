@@ -182,8 +182,9 @@ class Visit:
         self.rows += made
         failures = [row["failure"] for row in made if row["failure"]]
         self._log(f"{result.task}: {result.seconds:.1f} s, {'; '.join(failures) or 'ok'}")
-        if failures and result.stderr:
-            self._log(result.stderr)
+        for text in (*(row.get("trace") for row in made), failures and result.stderr):
+            if text:
+                self._log(text)
 
     def _log(self, text: str) -> None:
         with (self._out / "log.txt").open("a") as file:

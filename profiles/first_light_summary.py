@@ -74,5 +74,5 @@ def _worst(rows: Sequence[Row]) -> Iterator[str]:
     for row in sorted(ours.values(), key=lambda row: row["roofline_pct"]):
         yield (
             f"  slowest {row['op']}: {row['case']}, {row['impl']}: {row['median_us']:,.1f} us,"
-            f" {row['roofline_pct']:.0f} % of roofline"
+            f" {row['roofline_pct']:.0f} % of roofline{', WRONG' if row['failure'] else ''}"
         )

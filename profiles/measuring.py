@@ -21,8 +21,7 @@ from bench.decode import DecodeCase, time_decode
 from bench.engine import time_engine
 from bench.launch_sites import timed_sites
 from bench.ops import MAIN_DTYPE, check_case, device_named, time_case
-from bench.poison import check_poison
-from bench.timing import CandidateError, keep_freed_memory
+from bench.timing import keep_freed_memory
 from kernels._tiles import gpu_of
 from model.config import PRESETS
 from model.cuda_graph import failed_capture
@@ -53,12 +52,8 @@ class Measuring:
         return device
 
     def carry_out(self, task: Task) -> list[Row]:
-        """The rows of a task, with errors that spoil the process blamed on their form."""
-        try:
-            return getattr(self, task.section)(task)
-        except CandidateError as failed:
-            check_poison(failed.candidate, failed.error)
-            raise failed.error from failed
+        """The rows of a task."""
+        return getattr(self, task.section)(task)
 
     def spoiled(self) -> bool:
         """Whether nothing should be measured in this process any more, whatever was said."""

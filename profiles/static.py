@@ -20,18 +20,17 @@ from threading import Lock
 import torch
 import triton
 from torch import Tensor
-from triton.compiler import CompilationError, CompiledKernel
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from bench import inputs, tune
 from bench.cases import SMOLLM2, Case, cases, in_modes
 from bench.inputs import Node, fork
 from bench.numerics import form
-from bench.ops import one_line
 from kernels._compile import Launch, compiler, launches_recorded
 from kernels._tiles import A100, H200, Gpu, Tiles, record_tiles, use_tiles
 from kernels._unfilled import unfilled
-from kernels.errors import ImplError
+from kernels.errors import ImplError, one_line
 from model.terminal import track
 from profiles.sass import figures, sass
 from profiles.sass_loop import anatomy
@@ -310,15 +309,8 @@ def _row(attempt: Attempt, mix: bool) -> Row:
             found = anatomy(sass(compiled.asm["cubin"]))
             row |= {"mix": found.mix, "loop": found.loop, "look_at": found.look_at}
     except Exception as error:  # one kernel must not hide the others
-        row["failure"] = _reason(error)
+        row["failure"] = one_line(error)
     return row
-
-
-def _reason(error: Exception) -> str:
-    """One line of an error; Triton's compiler shows the source first and the reason at the end."""
-    if isinstance(error, CompilationError):
-        return str(error).strip().splitlines()[-1]
-    return one_line(error)
 
 
 def _worse(one: Row, other: Row) -> Row:

@@ -218,22 +218,28 @@ class Supervisor:
     ) -> tuple[Worker | None, Result]:
         """One task; the worker for the next one, None if it must be a new one."""
         start = time.monotonic()
-        try:
-            if worker is None:
-                worker = self._open(environment)
+        if worker is None:
+            worker = self._open(environment)
+            try:
                 worker.ready(min(START_S, self.end - start))
-            start = time.monotonic()
+            except Lost as lost:  # no fault of the task's
+                result = self._lost_worker(worker, task, lost, time.monotonic() - start)
+                return None, replace(result, form=None, again=())
+        start = time.monotonic()
+        try:
             answer = worker.ask(task, min(task.limit_s, self.end - start))
         except Lost as lost:
-            return None, self._lost_worker(worker, task, lost, time.monotonic() - start)
+            result = self._lost_worker(worker, task, lost, time.monotonic() - start)
+            self._strike(task, result.form)
+            return None, result
         spoiled, form = answer.pop("spoiled"), answer["form"]
         again, code = (), None
         if spoiled:
             code = worker.wait()
             form = form or _only_form(task)
             self._strike(task, form)
-            if answer["failure"] and form and len(task.forms) > 1:
-                again = (task.without(form),)
+            if answer["failure"] and len(task.forms) > 1:
+                again = (task.without(form),) if form else tuple(task.form_by_form())
         answer |= {"form": form, "exit_code": code, "stderr": worker.stderr, "again": again}
         if spoiled:
             self._close(worker)
@@ -252,7 +258,6 @@ class Supervisor:
             stderr=worker.stderr,
             again=again,
         )
-        self._strike(task, form)
         self._close(worker)
         return result
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from bench.poison import PoisonedError, poisons
+from kernels.errors import one_line
 from profiles.task import Row, Task
 
 SPOILED = 86  # exit code
@@ -41,25 +42,26 @@ def serve(carry_out: Callable[[Task], list[Row]], spoiled: Callable[[], bool] = 
 
 
 def answer_to(
-    task: Task, carry_out: Callable[[Task], list[Row]], stacks: TextIO = sys.stderr
+    task: Task, carry_out: Callable[[Task], list[Row]], stacks: TextIO | None = None
 ) -> dict:
-    """The task's rows, or what it raised; if it outlives its limit, its stacks go to `stacks`."""
+    """The task's rows, or what it raised; if it outlives its limit, its stacks go to `stacks`
+    (stderr if None)."""
     misses, start = count_misses(), time.monotonic()
     rows, failure, form, poisoned = [], None, None, False
-    faulthandler.dump_traceback_later(task.limit_s, file=stacks)
+    faulthandler.dump_traceback_later(task.limit_s, file=stacks or sys.stderr)
     try:
         rows = carry_out(task)
     except PoisonedError as error:
         failure, form, poisoned = str(error), error.form, True
     except BaseException as error:  # a task that exits must not end the others
-        failure = f"{type(error).__name__}: {error}"
+        failure = one_line(error)
         traceback.print_exc()
     finally:
         faulthandler.cancel_dump_traceback_later()
     texts = [failure, *(row.get("failure") for row in rows)]
     return {
         "rows": rows,
-        "failure": failure and failure.strip().splitlines()[0],
+        "failure": failure,
         "form": form,
         "seconds": time.monotonic() - start,
         "cache_misses": count_misses() - misses,

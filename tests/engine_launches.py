@@ -33,7 +33,7 @@ class Graph:
 
 
 def drawn(*args: object, **options: object) -> tuple[Tensor, ...]:
-    """`sample`, whose tokens are in memory that nobody has written."""
+    """`sample`, whose tokens are in memory that was never written."""
     return tuple(result.zero_() for result in sample(*args, **options))
 
 

@@ -58,6 +58,8 @@ def misbehave(case: str, form: str | None) -> None:
     if case == "poison":
         error = RuntimeError("CUDA error: an illegal memory access was encountered")
         raise PoisonedError(form, error) if form else error
+    if case == "anonymous":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     if case == "raise":
         raise ValueError("two\nlines")
     if case == "half":

@@ -273,6 +273,23 @@ class TestRows:
         with pytest.raises(InputError, match=r"rows\.jsonl:2"):
             jsonl.read(file)
 
+    def test_recorded_rows_are_no_changes(self, tmp_path, monkeypatch):
+        """Guards a run whose rows are tracked: with the first that it adds, processes that start
+        later would name another commit, and nothing of it would be found again."""
+        monkeypatch.setattr(rows, "ROOT", tmp_path)
+        code, recorded = tmp_path / "code.py", tmp_path / "profiles" / "results" / "rows.jsonl"
+        recorded.parent.mkdir(parents=True)
+        who = ("-c", "user.name=a", "-c", "user.email=b")
+        for path in (code, recorded):
+            path.write_text("a\n")
+        for words in (["init"], ["add", "."], [*who, "commit", "-m", "c"]):
+            subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+        commit = rows.commit.__wrapped__
+        recorded.write_text("a\nb\n")
+        assert not commit().endswith("+dirty")
+        code.write_text("b\n")
+        assert commit().endswith("+dirty")
+
     def test_commit(self, tmp_path, monkeypatch):
         """Guards the commit of a row: none outside git, a mark for changes that it lacks."""
         monkeypatch.setattr(rows, "ROOT", tmp_path)

@@ -5,6 +5,7 @@ import torch
 
 from bench import engine, packing, replay
 from bench.decode import DecodeCase, forms_on
+from model import cuda_graph
 from model.step3vl import Step3VL
 from pacore_sched.request import Sampling
 from pacore_sched.workload import Workload
@@ -51,6 +52,15 @@ def test_replay(tiny: Step3VL):
         )
     assert rows[0]["steps"] > rows[1]["steps"]
     replay.display(rows)
+
+
+def test_an_engine_without_its_graphs_says_so(tiny: Step3VL, monkeypatch):
+    """Guards the headline: steps that could not be captured are another thing than those that
+    were, and the eager form, which is never captured, is not to blame."""
+    monkeypatch.setattr(cuda_graph, "_failures", ["failed capture: no memory"])
+    eager, default = engine.time_engine(tiny, DecodeCase(2, 70, 3), steps=2, blocks=1)
+    assert eager["failure"] is None
+    assert default["failure"] == "failed capture: no memory" and default["median_us"]
 
 
 def test_engine_steps(tiny: Step3VL):

@@ -110,6 +110,7 @@ def test_an_error_that_poisons_nothing_costs_no_process(measuring, monkeypatch):
     eager, portable = answer["rows"]
     assert not answer["spoiled"] and answer["failure"] is None
     assert portable["failure"] == "ValueError: out of range" and eager["median_us"] > 0
+    assert "in run\n" in portable["trace"] and "trace" not in eager  # where it was raised
 
 
 def test_a_failed_capture_spoils_the_process(measuring, monkeypatch):

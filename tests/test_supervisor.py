@@ -103,10 +103,10 @@ def test_the_form_to_blame_is_left_out(supervisor: Supervisor):
     assert [row["impl"] for row in again.rows] == ["good", "fine"]
 
 
-@pytest.mark.parametrize("case", ["hang", "crash"])
+@pytest.mark.parametrize("case", ["hang", "crash", "anonymous"])
 def test_forms_by_themselves_when_nobody_can_say(supervisor: Supervisor, case: str):
-    """Guards the other forms of a case when the process is gone before it can name one. The attempt
-    itself has a row, of no form."""
+    """Guards the other forms of a case when the process is gone before it can name one, or does not
+    know. The attempt itself has a row, of no form."""
     attempt, good, bad = run(supervisor, [task(case, "good", "bad", limit_s=1)])
     assert [row["impl"] for row in attempt.as_rows({})] == [None]
     assert good.rows[0]["impl"] == "good" and not good.failure
@@ -153,11 +153,16 @@ def test_nothing_outlasts_the_end(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_worker_that_cannot_start(supervisor: Supervisor):
-    """Guards a machine where torch does not even import: the reason is in the result."""
+    """Guards a machine where torch does not even import: the reason is in the result, and no form
+    is given up for it."""
     supervisor._command = [sys.executable, "-c", "import no_such_module"]
-    (result,) = run(supervisor, [task("a")])
-    assert result.failure == "the worker died: exit code 1"
-    assert "No module named 'no_such_module'" in result.stderr
+    results = run(supervisor, [task("a", "x")] * 3 + [task("a", "x", "y")])
+    for result in results:
+        assert result.failure == "the worker died: exit code 1"
+        assert "No module named 'no_such_module'" in result.stderr
+    assert [row["impl"] for row in results[-1].as_rows({})] == ["x", "y"]
+    supervisor._command = COMMAND
+    assert [result.failure for result in run(supervisor, [task("a", "x")])] == [None]
 
 
 def test_a_spare_worker_is_ready(monkeypatch: pytest.MonkeyPatch):

@@ -19,13 +19,13 @@ import torch
 from bench import jsonl, rows, show
 from bench.cases import OPS, WRITTEN, Case, numerics_cases
 from bench.numerics import Error, form, results, roundoff, tolerance
-from bench.ops import DTYPES, device_named, dtypes_named, one_line
+from bench.ops import DTYPES, device_named, dtypes_named
 from bench.validate import fp64, histogram
 from bench.validate import model as validate_model
 from bench.validate.comparison import compared, fields, nothing
 from bench.validate.model import ModelCase, Work
 from kernels._launch import IMPLS, check_triton
-from kernels.errors import ImplError
+from kernels.errors import ImplError, one_line
 from model.terminal import InputError, track
 from pacore_sched.plots import check_folder
 

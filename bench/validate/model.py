@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from bench.numerics import MODEL_TOLERANCE, Error, compare, exact_fp32
-from bench.ops import one_line
 from bench.validate import timm_judge, transformers_judge
 from bench.validate.comparison import compared, fields, nothing
 from bench.validate.fp64_model import Exact, rounding_to
-from kernels.errors import ImplError
+from kernels.errors import ImplError, one_line
 from model.decoder import Step
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
