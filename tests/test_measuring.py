@@ -59,6 +59,7 @@ def broken(monkeypatch, form: str, error: Exception, calls: int = 0) -> None:
         return prepare
 
     monkeypatch.setattr(ops, "form", form_of)
+    monkeypatch.setattr(ops, "sets_for", lambda *_: 1)  # checked, prepared, then timed
 
 
 @pytest.mark.parametrize("plan", [record, first_light])
