@@ -9,8 +9,10 @@ this test and replaces the worker. Without xdist the session ends.
 The hooks are in force where a conftest.py imports them.
 """
 
+import contextlib
 import os
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 
@@ -84,6 +86,22 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         " tests were not run (with pytest-xdist, as in make test-gpu, they are)",
         returncode=1,
     )
+
+
+@pytest.hookimpl(optionalhook=True)  # xdist's, in its controller
+def pytest_testnodeready(node: Any) -> None:
+    """Send tests to a worker that has just ended without an error of our own.
+
+    That its process ended is the next thing the controller hears of it, and then xdist gives those
+    tests to another; but the broken pipe would end the whole session before.
+    """
+    send = node.sendcommand
+
+    def sendcommand(name: str, **arguments: object) -> None:
+        with contextlib.suppress(OSError):
+            send(name, **arguments)
+
+    node.sendcommand = sendcommand
 
 
 def _on_gpu(item: pytest.Item) -> bool:

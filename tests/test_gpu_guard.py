@@ -4,8 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import xdist.newhooks
+from xdist.workermanage import WorkerController
+
+from tests import gpu_guard
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,6 +127,25 @@ def test_a_cuda_error_costs_one_test(folder: Path):
     assert failed == BAD.keys() | HARMLESS.keys()
     assert run.stdout.count("replacing crashed worker") == len(BAD)
     assert "RuntimeError: CUDA error: an illegal memory access was encountered" in run.stdout
+
+
+def test_the_controller_outlives_a_worker_that_ends_as_it_sends():
+    """Guards a rare end of the whole session: tests sent between a worker's end and the news of it.
+    The window is too short for a test to meet it, so the worker here has no process."""
+    node: Any = WorkerController.__new__(WorkerController)
+    node.log = lambda *_: None
+    sent = []
+    node.channel = SimpleNamespace(send=sent.append)
+    gpu_guard.pytest_testnodeready(node)
+    node.send_runtest_some([1, 2])
+    assert sent == [("runtests", {"indices": [1, 2]})]
+
+    def broken(_: object) -> None:
+        raise OSError("cannot send (already closed?)")
+
+    node.channel.send = broken
+    node.send_runtest_some([3])
+    assert hasattr(xdist.newhooks, "pytest_testnodeready")
 
 
 def test_a_cuda_error_ends_a_single_process(folder: Path):
