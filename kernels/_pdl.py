@@ -22,14 +22,14 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def wait_for_previous(PDL: tl.constexpr):
+def wait_for_previous(PDL: tl.constexpr) -> None:
     """Block until the previous kernel of the stream has ended. Nothing without PDL."""
     if PDL and not INTERPRETED:
         gdc_wait()
 
 
 @triton.jit
-def release_next(PDL: tl.constexpr):
+def release_next(PDL: tl.constexpr) -> None:
     """Let the next kernel start once all programs have come here or ended. Nothing without PDL.
 
     The next kernel's own wait makes this safe at any point after ours.
