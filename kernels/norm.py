@@ -6,6 +6,11 @@ rounds once, at the end. Where a residual is added, the rounded sum is what gets
 
 The Triton forms keep a row in registers between its one read and its one write: 4 bytes per element
 in 16 bits, 8 with a residual.
+
+rows        rows per program
+num_warps
+pdl         1: the program starts, and loads its vectors, while the kernel before it ends (sm_90).
+            weight, bias and gamma must then have been written before that kernel started.
 """
 
 import torch
@@ -15,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import DTYPES, check, pick
+from kernels._pdl import pdl_options, release_next, wait_for_previous
 from kernels._tiles import Gpu, Tiles, tiles
 
 MAX_WIDTH = 16384  # of the Triton forms: what a program's registers hold
@@ -131,12 +137,15 @@ def rms_norm_kernel(
     eps: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """ROWS rows, each of `width` <= BLOCK columns."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)
     mask = (row < rows) & (column < width)  # [ROWS, BLOCK]
     scale = tl.load(weight + column, mask=column < width, other=0)  # before anything waits
+    wait_for_previous(PDL)
+    release_next(PDL)
     s = tl.load(x + row * x_stride + column, mask=mask, other=0)
     if residual is not None:
         added = tl.load(residual + row * residual_stride + column, mask=mask, other=0)
@@ -163,6 +172,7 @@ def layer_norm_kernel(
     eps: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """ROWS rows, each of `width` <= BLOCK columns."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -171,11 +181,15 @@ def layer_norm_kernel(
     mask = (row < rows) & valid  # [ROWS, BLOCK]
     scale = tl.load(weight + column, mask=valid, other=0).to(tl.float32)  # before anything waits
     shift = tl.load(bias + column, mask=valid, other=0).to(tl.float32)
+    if gamma is not None:
+        factor = tl.load(gamma + column, mask=valid, other=0).to(tl.float32)
+    wait_for_previous(PDL)
+    release_next(PDL)
     s = tl.load(x + row * x_stride + column, mask=mask, other=0)
     if residual is not None:
         update = s.to(tl.float32)
         if gamma is not None:
-            update *= tl.load(gamma + column, mask=valid, other=0).to(tl.float32)
+            update *= factor
         added = tl.load(residual + row * residual_stride + column, mask=mask, other=0)
         s = (added.to(tl.float32) + update).to(s.dtype)
         tl.store(total + row * width + column, s, mask=mask)
@@ -234,13 +248,12 @@ def _launch(
             ROWS=chosen["rows"],
             BLOCK=triton.next_power_of_2(width),
             num_warps=chosen["num_warps"],
+            **pdl_options(chosen, x.device),
         )
     return y if total is None else (y, total)
 
 
 def _tiles_of(op: str, rows: int, width: int, device: torch.device) -> Tiles:
-    """Rows per program, and its warps."""
-
     def rule(gpu: Gpu) -> Tiles:
         # Two loads of 16 bytes per thread and operand. Narrow rows share a program once there are
         # enough of them for every SM.
@@ -248,7 +261,8 @@ def _tiles_of(op: str, rows: int, width: int, device: torch.device) -> Tiles:
         together = 1
         while block * together < 1024 and rows >= 4 * together * gpu.sms:
             together *= 2
-        return {"rows": together, "num_warps": min(16, max(1, block * together // 512))}
+        num_warps = min(16, max(1, block * together // 512))
+        return {"rows": together, "num_warps": num_warps, "pdl": 0}
 
     few = triton.next_power_of_2(rows)
     size = f"T<={few}" if few <= 64 else "T>64"
@@ -259,7 +273,9 @@ def rms_norm_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     """What `python -m bench tune` measures."""
     pairs = [(rows, warps) for rows in (1, 2) for warps in (1, 2, 4, 8, 16)]
     # Two rows of 4096 do not fit the registers of one warp.
-    return [{"rows": rows, "num_warps": warps} for rows, warps in pairs if warps >= rows]
+    plain = [{"rows": rows, "num_warps": warps, "pdl": 0} for rows, warps in pairs if warps >= rows]
+    early = [tiles | {"pdl": 1} for tiles in plain if tiles["rows"] == 1]
+    return plain + early * (gpu.arch >= 90)
 
 
 layer_norm_candidates = rms_norm_candidates

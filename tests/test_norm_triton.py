@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels._tiles import use_tiles
+from kernels._tiles import gpu_of, use_tiles
 from kernels.norm import MAX_WIDTH, layer_norm, rms_norm
 from tests.errors import max_error
 
@@ -103,6 +103,27 @@ def test_16_bits_round_alike(triton_device: str):
     for result, expected in zip(got, want, strict=True):
         assert (result != expected).float().mean() < 0.01
     assert torch.equal(got[2], want[2])  # the sum
+
+
+def test_early_start(triton_device: str):
+    """With PDL the same bits. Interpreted, its wait is nothing; on a GPU each kernel of the chain
+    starts while the one whose results it reads still runs."""
+    if gpu_of(torch.device(triton_device)).arch < 90:
+        pytest.skip("needs sm_90")
+    x, residual = draw((16, 4096), (16, 4096), device=triton_device)
+    weight, bias, gamma = draw(4096, 4096, 4096, device=triton_device)
+
+    def chain() -> tuple[Tensor, Tensor]:
+        given = x, residual
+        options = {"eps": 1e-5, "impl": "triton"}
+        for _ in range(4):
+            given = rms_norm(given[0], weight, residual=given[1], **options)
+            given = layer_norm(given[0], weight, bias, residual=given[1], gamma=gamma, **options)
+        return given
+
+    expected = chain()
+    with use_tiles("rms_norm", pdl=1), use_tiles("layer_norm", pdl=1):
+        assert all(map(torch.equal, chain(), expected))
 
 
 def test_cancellation(triton_device: str):
