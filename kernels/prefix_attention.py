@@ -39,7 +39,7 @@ def prefix_attention(
 
     Hq is a multiple of Hkv; query head h reads KV head h // (Hq / Hkv). Softmax and sums are fp32,
     the result has q's dtype. A row that sees no token gives zeros. With `return_lse` also
-    log(sum(exp(scale * q k))), natural base, fp32 [T, Hq], -inf for such a row.
+    log(sum(exp(scale * q k))), natural base, fp32 [T, Hq], -inf for such a row. `scale` is positive.
 
     k_scale, v_scale: fp32 [num_pages, Hkv, page_size] with pages of float8_e4m3fn (fp8.py), else
         None
@@ -52,6 +52,7 @@ def prefix_attention(
     """
     check(q.ndim == 3, "q must be [T, Hq, D]")
     check(q.shape[0] == plan.num_rows, f"the plan is for {plan.num_rows} rows, not {q.shape[0]}")
+    check(scale > 0, f"scale must be positive, not {scale}")
     check_pages(q, q.shape[1], k_pages, v_pages, k_scale, v_scale, plan, window)
     check(q.shape[2] == k_pages.shape[3], "q and pages must have the same head_dim")
     forms = {"eager": prefix_attention_ref, "portable": prefix_attention_portable}

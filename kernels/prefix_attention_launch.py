@@ -134,6 +134,8 @@ def launch(
         WINDOW=cut.window,
         NATIVE_FP8=converts_e4m3(q.device),
         TMA=bool(chosen["tma"]),
+        AHEAD=bool(chosen["ahead"]),
+        STEADY=bool(chosen["steady"]),
         faults=faults,
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],

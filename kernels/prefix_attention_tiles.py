@@ -6,6 +6,9 @@ programs    persistent programs per SM
 grain       tokens that a stretch is cut by; of the batch-invariant mode, of a chunk
 overhead    of starting on a tile, in grains
 tma         1: whole blocks by tensor copies (sm_90), if grain is a multiple of block
+ahead       1: the page of the next block waits in a register; 0: each block looks up its own, and
+            the look-up takes a stage of the pipeline
+steady      1: blocks that all rows see whole have a loop of their own, without masks
 """
 
 from dataclasses import dataclass
@@ -70,20 +73,29 @@ class Kind:
         """Choices without measurements: as much in flight as fits, and no register spilled.
 
         Where 64 tokens at a time would spill, 32 in more stages keep as much in flight; where an SM
-        has one program of 128 vectors, or has only small tiles to work on, so do more stages.
-        `python -m profiles static` shows what the compiler makes of it.
+        has one program of 128 vectors, so do more stages. `ahead` costs a buffer more than it has
+        room for on sm_80 beside a second program, and registers that fused e4m3 does not have.
+        Loops of their own for steady blocks fill the pipeline twice: only for 128 vectors, which
+        compute for longer than they wait. `python -m profiles static` shows what the compiler makes
+        of it.
         """
         old, wide = gpu.arch < 90, self.dim == 256 or self.large == 128
         half = (old or self.fp8) if self.dim == 256 else old and wide and self.fp8
         warps = 8 if wide or old and (self.fp8 or self.fused) else 4
+        ahead = not (self.fused and self.fp8 or old and self.large == 64 and warps == 4)
+        stages = 5 if half or self.large == 128 else 2 if self.dim == 256 else 3
+        if ahead and (self.fp8 or self.dim == 256):
+            stages = min(stages, 4)
         return {
             "block": 32 if half else 64,
             "num_warps": warps,
-            "num_stages": 5 if half or self.large != 64 else 2 if self.dim == 256 else 3,
+            "num_stages": stages,
             "programs": 1 if warps == 8 else 2 if self.large or old else 3,  # that are resident
             "grain": 256 if self.invariant else 16,
             "overhead": 0 if self.invariant else 2,
             "tma": 0,
+            "ahead": int(ahead),
+            "steady": int(self.large == 128 and not self.fp8),
         }
 
     def fuses(self) -> bool:

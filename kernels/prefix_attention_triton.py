@@ -80,6 +80,8 @@ def prefix_attention_kernel(
     INVARIANT: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,  # carry the next block's page in a register
+    STEADY: tl.constexpr,  # blocks that all rows see whole in a loop without masks
     faults=(),  # of prefix_check.py: empty, or int32 [programs, NUMBERS]
 ):
     program = tl.program_id(0)
@@ -140,6 +142,8 @@ def prefix_attention_kernel(
                         WINDOW,
                         NATIVE_FP8,
                         TMA,
+                        AHEAD,
+                        STEADY,
                     )
                 place += goal - done
                 tile = tl.where(goal == places, tile + 1, tile)
@@ -177,6 +181,8 @@ def _attend_tile(
     WINDOW: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
+    STEADY: tl.constexpr,
 ):
     """Grains first_grain..last_grain of a tile of `grains`, for one KV head."""
     row_start = tl.load(record + ROW)
@@ -233,17 +239,41 @@ def _attend_tile(
             peak = tl.sum(x.to(tl.float32) * k, 1) * qk_scale
             total += 1.0
             acc += v
-    # Descriptors read whole blocks, whatever lies behind the node's end: the last goes by pointers.
-    stop = high // BLOCK if TMA else tl.cdiv(high, BLOCK)
-    for tail in tl.static_range(2 if TMA else 1):
-        for at in range(stop if tail else low // BLOCK, tl.cdiv(high, BLOCK) if tail else stop):
+    # First a loop over blocks [whole, edge), then one over those on both sides of it. If STEADY, all
+    # rows see all of the first loop's tokens: no masks there. Its blocks may come by TMA, which reads
+    # whole ones, whatever lies behind the node's end; those of the second come by pointers.
+    first = low // BLOCK
+    every = tl.cdiv(high, BLOCK)
+    whole, edge = first, high // BLOCK if TMA else every
+    if STEADY:
+        least = low
+        if WINDOW:
+            least = tl.maximum(low, tl.max(tl.where(live, oldest, 0), 0))
+        whole = tl.minimum(tl.cdiv(least, BLOCK), every)
+        edge = tl.maximum(tl.minimum(high, tl.load(record + EDGE) + row_start) // BLOCK, whole)
+    before = whole - first
+    last = tl.maximum(every - 1, 0)
+    for outside in tl.static_range(2 if STEADY or TMA else 1):
+        start = 0 if outside else whole
+        stop = before + every - edge if outside else edge
+        if AHEAD:
+            page = _page(page_table, _block(start, outside, first, before, edge), last, PAGE, BLOCK)
+        for i in range(start, stop):
+            block = _block(i, outside, first, before, edge)
+            if AHEAD:
+                # Were a block's page loaded in its own trip, it would be one more stage of the
+                # pipeline, with all copies of K and V awaited at once.
+                next_block = _block(i + 1, outside, first, before, edge)
+                next_page = _page(page_table, next_block, last, PAGE, BLOCK)
+            else:
+                page = tl.load(page_table + block * BLOCK // PAGE)
             acc, peak, total = _attend_block(
                 acc,
                 peak,
                 total,
                 x,
-                tl.load(page_table + at * BLOCK // PAGE),
-                at * BLOCK,
+                page,
+                block * BLOCK,
                 low,
                 high,
                 visible,
@@ -258,8 +288,11 @@ def _attend_tile(
                 BLOCK,
                 WINDOW,
                 NATIVE_FP8,
-                TMA and not tail,
+                TMA and not outside,
+                outside or not STEADY,
             )
+            if AHEAD:
+                page = next_page
 
     divisor = tl.where(total > 0.0, total, 1.0)
     acc = acc / divisor[:, None]
@@ -275,6 +308,18 @@ def _attend_tile(
     else:
         tl.store(part_out + (vector[:, None] * D + dim[None, :]), acc, mask=live[:, None])
         tl.store(part_lse + vector, log, mask=live)
+
+
+@triton.jit
+def _block(i, outside: tl.constexpr, first, before, edge):
+    """The i-th block to work on: itself, or if `outside`, of those from `first`, then from `edge`."""
+    return tl.where(i < before, first + i, edge + i - before) if outside else i
+
+
+@triton.jit
+def _page(page_table, block, last, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """The page of a block, or of the last one behind that."""
+    return tl.load(page_table + tl.minimum(block, last) * BLOCK // PAGE)
 
 
 @triton.jit
@@ -300,31 +345,37 @@ def _attend_block(
     WINDOW: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Online softmax over those tokens of a block within a page that lie in [low, high)."""
+    """Online softmax over a block within a page; if MASKED, over its tokens in [low, high)."""
     # fp32 is for tests: in full precision, not TF32.
     PRECISION: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
     offset = tl.arange(0, BLOCK)
     token = first + offset
-    mine = (token >= low) & (token < high)  # [BLOCK]
+    mine = (token >= low) & (token < high) if MASKED else None  # [BLOCK]
     tile = (page.to(tl.int64) * KV_HEADS + head) * PAGE + first % PAGE
     k = _load_tile(kv.k, blocks[0], tile, mine, q.dtype, D, BLOCK, NATIVE_FP8, TMA)  # [BLOCK, D]
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [M, BLOCK]
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, BLOCK], not yet scaled
     if kv.k_scale is not None:
-        scores *= tl.load(kv.k_scale + tile + offset, mask=mine, other=0.0)[None, :]
-    seen = mine[None, :] & (token[None, :] < visible[:, None])
-    if WINDOW:
-        seen = seen & (token[None, :] >= oldest[:, None])
-    scores = tl.where(seen, scores, float("-inf"))
+        scores *= _load_scales(kv.k_scale + tile + offset, mine)[None, :]
+    if MASKED:
+        seen = mine[None, :] & (token[None, :] < visible[:, None])
+        if WINDOW:
+            seen = seen & (token[None, :] >= oldest[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
 
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing seen yet: no exp2(NaN)
-    weights = tl.exp2(scores - base[:, None])
+    # The scale is positive: the largest score stays the largest, and scaling shares the
+    # subtraction's instruction.
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * qk_scale)
+    base = new_peak
+    if MASKED:  # a row may have seen nothing yet: no exp2(NaN)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(scores * qk_scale - base[:, None])
     fade = tl.exp2(peak - base)
     total = total * fade + tl.sum(weights, 1)
     v = _load_tile(kv.v, blocks[1], tile, mine, q.dtype, D, BLOCK, NATIVE_FP8, TMA)
     if kv.v_scale is not None:
-        v_scale = tl.load(kv.v_scale + tile + offset, mask=mine, other=0.0)
+        v_scale = _load_scales(kv.v_scale + tile + offset, mine)
         if q.dtype == tl.float16:  # has not the exponents for a weight times a scale
             v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
         else:
@@ -334,11 +385,19 @@ def _attend_block(
 
 
 @triton.jit
+def _load_scales(source, mine):
+    if mine is None:
+        return tl.load(source)
+    else:  # noqa: RET505 - Triton compiles what stands behind a return
+        return tl.load(source, mask=mine, other=0.0)
+
+
+@triton.jit
 def _load_tile(
     pages,
     blocks,
     tile,
-    mine,
+    mine,  # tokens that are loaded, or None for all
     dtype: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -350,7 +409,10 @@ def _load_tile(
         x = blocks.load([tile.to(tl.int32), 0])
     else:
         offset = tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)[None, :]
-        x = tl.load(pages + tile * D + offset, mask=mine[:, None], other=0.0)
+        if mine is None:
+            x = tl.load(pages + tile * D + offset)
+        else:
+            x = tl.load(pages + tile * D + offset, mask=mine[:, None], other=0.0)
     if x.dtype == tl.uint8:
         x = from_e4m3(x, NATIVE_FP8)
     return x.to(dtype)

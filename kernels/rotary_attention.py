@@ -105,6 +105,7 @@ def _fused(
     check_layouts(qkv, positions, read | written)
     check(qkv.is_contiguous(), "qkv must be contiguous")
     check(len(qkv) == plan.num_rows, f"the plan is for {plan.num_rows} rows, not {len(qkv)}")
+    check(scale > 0, f"scale must be positive, not {scale}")
     heads = qkv.shape[1] // k_pages.shape[3] - 2 * k_pages.shape[1]
     check_pages(qkv, heads, k_pages, v_pages, k_scale, v_scale, plan, window)
     cut, chosen = cut_up(plan, qkv, heads, k_pages, window=window, fused=True)

@@ -149,5 +149,7 @@ def test_shapes_are_checked():
     ]:
         with pytest.raises(ValueError, match=message):
             prefix_attention(q, k, k, plan, scale=1.0)
+    with pytest.raises(ValueError, match="scale must be positive, not -1.0"):
+        prefix_attention(good, pages, pages, plan, scale=-1.0)
     with pytest.raises(ImplError):
         prefix_attention(good, pages, pages, plan, scale=1.0, impl="fastest")

@@ -22,6 +22,7 @@ from tests.errors import max_error
 from tests.prefix_trees import brute_force, lay_out, pools, trees
 
 PAGE = 16  # the least that the kernel takes
+SWITCHES = ("ahead", "steady")
 FP32, FP16 = 4e-6, 2**-9  # the latter: two roundoffs, of a probability and of the result
 
 
@@ -30,6 +31,13 @@ def unwritten_is_nan():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, params=["old", "new"])
+def form(request):
+    """Every test runs with all switches of the kernel off, and with all on."""
+    with use_tiles("prefix_attention", **dict.fromkeys(SWITCHES, int(request.param == "new"))):
+        yield request.param
 
 
 def toy(sms: int = 5) -> Gpu:
