@@ -4,6 +4,7 @@ The noise is counter-based (Philox4x32-10), so that a row's token is a function 
 and position alone, whatever else is in the batch. No generator state is kept anywhere.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,6 +26,43 @@ ROW = 16  # rows are padded to multiples of this many fp32, 64 bytes, to be alig
 BLOCK = 1 << 17  # counters computed at a time on a CPU: six int64 buffers of 1 MiB
 
 
+@dataclass(frozen=True)
+class SampleOutput:
+    """Where `sample` writes the B tokens that it draws, so that no other launch has to.
+
+    ids and last take a token of -1 as 0: its sequence ends, and what is computed of it after that
+    is ignored. Equal entries of `owners` leave any one of their tokens.
+    """
+
+    results: Tensor  # int32 [2, B]: tokens, and the bits of their log-probabilities in fp32
+    ids: Tensor | None = None  # int64 [B] tokens, as the next step's embedding reads them
+    last: Tensor | None = None  # int64 [N] a table of last tokens: last[owners[b]] = token
+    owners: Tensor | None = None  # int64 [B] in [0, N), which is not checked
+
+    @staticmethod
+    def of(rows: int, device: torch.device, **feeds: Tensor) -> "SampleOutput":
+        """With new memory for `results`."""
+        return SampleOutput(torch.empty(2, rows, dtype=torch.int32, device=device), **feeds)
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.results[0]
+
+    @property
+    def logprobs(self) -> Tensor:
+        return self.results[1].view(torch.float32)
+
+    def write(self, tokens: Tensor, logprobs: Tensor) -> None:
+        """Put int64 tokens and their fp32 log-probabilities where they belong, in PyTorch."""
+        self.tokens.copy_(tokens)
+        self.logprobs.copy_(logprobs)
+        fed = tokens.clamp_min(0)
+        if self.ids is not None:
+            self.ids.copy_(fed)
+        if self.last is not None:
+            self.last.index_copy_(0, self.owners, fed)
+
+
 def sample(
     logits: Tensor,
     seeds: Tensor,
@@ -33,12 +71,14 @@ def sample(
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
+    out: SampleOutput | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The token drawn for each row, and its log-probability.
 
-    logits: [B, V]; seeds, positions: int64 [B], any values. Returns tokens int64 [B] and logprobs
+    logits: [B, V]; seeds, positions: int64 [B], any values. Returns tokens int32 [B] and logprobs
     fp32 [B]: the log-softmax of the logits as given (no temperature, no truncation) at the token.
+    Both are views of `out.results`, which is new memory unless `out` says where to write.
 
     All in fp32 but top_p's sums. temperature 0 takes the largest logit, the lowest index on
     ties. Otherwise the scores are z = (logits - max(logits)) * (1 / temperature), and tokens are
@@ -64,8 +104,11 @@ def sample(
         f"sample: top_k must be 0 (off) or a positive integer, not {top_k}",
     )
     check(0 < top_p <= 1, f"sample: top_p must be above 0 and at most 1, not {top_p}")
+    out = out or SampleOutput.of(len(logits), logits.device)
+    _check_output(out, logits)
     form = pick("sample", impl, logits.device, _SAMPLE)
-    return form(logits, seeds, positions, temperature, top_k, top_p)
+    form(logits, seeds, positions, temperature, top_k, top_p, out)
+    return out.tokens, out.logprobs
 
 
 def sample_ref(
@@ -76,7 +119,7 @@ def sample_ref(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of `sample`.
+    """The definition of `sample`: int64 tokens and log-probabilities, which are then written.
 
     Exponentials, logarithms and sums are taken row by row, over rows that are aligned alike: torch
     may round them differently for other shapes and alignments.
@@ -162,9 +205,10 @@ def sample_triton(
     seeds: Tensor,
     positions: Tensor,
     temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+    top_k: int,
+    top_p: float,
+    out: SampleOutput,
+) -> None:
     """`sample` in two launches, in four with top_k or top_p; see sampling_triton.py."""
     batch, vocab = logits.shape
     _check_triton(logits)
@@ -176,7 +220,6 @@ def sample_triton(
     block = chosen["block"]
     blocks = triton.cdiv(vocab, block)
     empty = partial(torch.empty, device=logits.device)
-    tokens, logprobs = empty(batch, dtype=torch.int64), empty(batch, dtype=torch.float32)
     peaks, sums = empty(batch, blocks), empty(2, batch, blocks)
     winners = empty(batch, blocks, dtype=torch.int32)
     maxima = empty(batch, blocks * (block // GROUP.value) if truncated else 0)
@@ -199,7 +242,7 @@ def sample_triton(
     split = {"BLOCK": block, "num_warps": chosen["num_warps"]}
     padded = triton.next_power_of_2(blocks)
     if batch == 0:
-        return tokens, logprobs
+        return
     sample_scan_kernel[(batch * blocks,)](
         **rows, **noise, **split, sums=sums, maxima=maxima, winners=winners, size=peaks.numel(),
         GREEDY=greedy, TRUNCATED=truncated, TEMPERED=top_k == 0 and top_p < 1,
@@ -210,10 +253,9 @@ def sample_triton(
             **rows, **noise, **split, cuts=cuts, winners=winners, BLOCKS=padded
         )
     sample_pick_kernel[(batch,)](
-        **rows, **noise, sums=sums, winners=winners, tokens=tokens, logprobs=logprobs,
-        BLOCKS=padded, GREEDY=greedy, num_warps=1,
+        **rows, **noise, sums=sums, winners=winners, results=out.results, ids=out.ids,
+        last=out.last, owners=out.owners, BLOCKS=padded, GREEDY=greedy, num_warps=1,
     )  # fmt: skip
-    return tokens, logprobs
 
 
 def _cut(rows: dict, sums: Tensor, maxima: Tensor, padded: int, top_k: int, top_p: float) -> Tensor:
@@ -265,7 +307,19 @@ def _dtype_name(logits: Tensor) -> str:
     return str(logits.dtype).removeprefix("torch.")
 
 
-_SAMPLE = {"eager": sample_ref, "triton": sample_triton}
+def _sample_eager(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    out: SampleOutput,
+) -> None:
+    out.write(*sample_ref(logits, seeds, positions, temperature, top_k, top_p))
+
+
+_SAMPLE = {"eager": _sample_eager, "triton": sample_triton}
 
 
 def _check_triton(logits: Tensor) -> None:
@@ -275,6 +329,28 @@ def _check_triton(logits: Tensor) -> None:
         "sample: impl 'triton' needs rows of logits that are contiguous",
     )
     check(vocab <= 2**30, f"sample: impl 'triton' takes rows of at most 2^30 logits, not {vocab}")
+
+
+def _check_output(out: SampleOutput, logits: Tensor) -> None:
+    rows, words = len(logits), {"results": torch.int32}
+    shapes = {"results": (2, rows), "ids": (rows,), "owners": (rows,)}
+    check(
+        (out.last is None) == (out.owners is None), "sample: out.last and out.owners come together"
+    )
+    for name in ("results", "ids", "last", "owners"):
+        tensor, dtype = getattr(out, name), words.get(name, torch.int64)
+        if tensor is None:
+            continue
+        shape = shapes.get(name, tuple(tensor.shape[:1]))
+        check(
+            tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous(),
+            f"sample: out.{name} must be {dtype} {list(shape)} and contiguous,"
+            f" not {tensor.dtype} {list(tensor.shape)}",
+        )
+        check(
+            tensor.device == logits.device,
+            f"sample: out.{name} must be on {logits.device} like logits, not on {tensor.device}",
+        )
 
 
 def _check_tensors(logits: Tensor, seeds: Tensor, positions: Tensor) -> None:

@@ -6,7 +6,8 @@ Rows are split over programs, one per BLOCK tokens:
            and without truncation its token of the largest score at once
     cut    (with truncation) one program per row finds the least probable z that is kept
     draw   (with truncation) each block's token of the largest score among those that are kept
-    pick   one program per row: the best block's token and its log-probability
+    pick   one program per row: the best block's token and its log-probability, to wherever the
+           next step reads them
 
 `cut` reads little: the largest logits of groups of 64 tokens, which `scan` leaves behind, are
 logits themselves, so what they alone reach bounds the cut, and groups whose largest logit is beyond
@@ -328,8 +329,10 @@ def sample_pick_kernel(
     peaks,  # fp32 [B, blocks]
     sums,  # fp32 [2, B, blocks]
     winners,  # int32 [B, blocks]
-    tokens,  # int64 [B]
-    logprobs,  # fp32 [B]
+    results,  # int32 [2, B]: tokens; the bits of their log-probabilities
+    ids,  # int64 [B] or None: the tokens, 0 for -1
+    last,  # int64 or None: the same at last[owners[b]]
+    owners,  # int64 [B] or None
     vocab,
     stride,
     seed_stride,
@@ -358,5 +361,12 @@ def sample_pick_kernel(
     best = tl.max(z, axis=0)
     token = tl.min(tl.where(z == best, winner, vocab), axis=0)
     drawn = tl.max(tl.where(winner == token, x, -float("inf")), axis=0)
-    tl.store(tokens + row, tl.where(total == total, token, -1).to(tl.int64))
-    tl.store(logprobs + row, drawn - peak - tl.log(total))
+    token = tl.where(total == total, token, -1)
+    logprob = drawn - peak - tl.log(total)
+    tl.store(results + row, token)
+    tl.store(results + tl.num_programs(0) + row, logprob.to(tl.int32, bitcast=True))
+    fed = tl.maximum(token, 0).to(tl.int64)
+    if ids is not None:
+        tl.store(ids + row, fed)
+    if last is not None:
+        tl.store(last + tl.load(owners + row), fed)

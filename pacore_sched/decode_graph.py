@@ -63,43 +63,53 @@ class DecodeGraph:
             device=device,
             capacity=capacity,
         )
-        shapes = dict.fromkeys(("positions", "slots", "owners"), (rows,))
-        self._where = Packed(shapes, dtype=torch.int64, device=device)
-        where = self._where.tensors
-        self._fill_where((), (), ())
+        shapes = dict.fromkeys(("positions", "slots", "owners", "seeds"), (rows,))
+        self._rows = Packed(shapes, dtype=torch.int64, device=device)
+        self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        of_rows = self._rows.tensors
+        self._fill_rows((), (), (), ())
+        self._last = tables.last
         step = DecodeStep(
-            Step(where["positions"], where["slots"], self._plan),
-            where["owners"],
+            Step(of_rows["positions"], of_rows["slots"], self._plan),
+            of_rows["owners"],
+            of_rows["seeds"],
+            self._ids,
             Drawing(((settings, None),)),
             advances=True,
         )
         # Captured while all rows pad: the run before it changes nothing that matters.
         self._graph = capture(lambda: step.run(model, cache, tables), device, pool)
 
-    def fill(self, step: StepBatch, owners: Sequence[int]) -> int:
+    def fill(self, step: StepBatch, owners: Sequence[int], seeds: Sequence[int]) -> int:
         """Take in a decode step, whose rows' slots in the tables are `owners`.
 
         Returns how often `replay` may follow before pages are full.
         """
         rows = len(owners)
         self._plan.refill([*step.plan_nodes, *self.capacity.padding(rows, self._scratch)])
-        self._fill_where(step.positions, step.slots, owners)
+        self._fill_rows(step.positions, step.slots, owners, seeds)
+        torch.index_select(self._last, 0, self._rows.tensors["owners"], out=self._ids)
         return self._plan.room + 1
 
     def replay(self) -> Tensor:
         """The next step's results [2, capacity.rows], in memory that the one after it reuses."""
         return self._graph.replay()
 
-    def _fill_where(
-        self, positions: Sequence[int], slots: Sequence[int], owners: Sequence[int]
+    def _fill_rows(
+        self,
+        positions: Sequence[int],
+        slots: Sequence[int],
+        owners: Sequence[int],
+        seeds: Sequence[int],
     ) -> None:
         padding = self.capacity.rows - len(owners)
         scratch = [self._scratch * self._page_size] * padding
-        self._where.fill(
+        self._rows.fill(
             {
                 "positions": np.array([*positions, *[0] * padding]),
                 "slots": np.array([*slots, *scratch]),
                 "owners": np.array([*owners, *[self._nobody] * padding]),
+                "seeds": np.array([*seeds, *[0] * padding], np.int64),
             }
         )
 

@@ -1,8 +1,9 @@
 """A decode step on the device: every running rollout's last token in, its next one out.
 
-Nothing comes from the host: last tokens and seeds stand in tables, one entry per rollout, and the
-step ends by writing its tokens there and moving its plan one token on. So it can be run again and
-again as it is, and captured in a CUDA graph.
+Nothing comes from the host: the step reads the tokens that the one before it drew, moves its plan
+one token on, and leaves its own tokens where the next step reads them and in a table with an entry
+per rollout, from which whatever runs next starts. So it can be run again and again as it is, and
+captured in a CUDA graph. It launches nothing but the model's ops, `advance` and `sample`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels._packed import Packed
-from kernels.sampling import sample
+from kernels.sampling import SampleOutput, sample
 from model.decoder import Step
 from model.kv_cache import KVCache
 from model.step3vl import Step3VL
@@ -43,12 +44,11 @@ def settings_of(sampling: Sampling) -> Settings:
 
 
 class Tables:
-    """Last token and seed of each slot, int64 on the device; one more entry, for rows that pad."""
+    """Last token of each slot, int64 on the device; one more entry, for rows that pad."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self.nobody = slots
         self.last = torch.zeros(slots + 1, dtype=torch.int64, device=device)
-        self.seeds = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._owner: list[int | None] = [None] * slots  # nodes: none is ever named like another
 
     def claim(self, rollouts: Sequence[tuple[Rollout, int | None]]) -> None:
@@ -61,16 +61,13 @@ class Tables:
         if not new:
             return
         packed = Packed(
-            dict.fromkeys(("slots", "seeds", "last"), (len(new),)),
+            dict.fromkeys(("slots", "last"), (len(new),)),
             dtype=torch.int64,
             device=self.last.device,
         )
-        slots, seeds = [r.slot for r, _ in new], [r.seed for r, _ in new]
-        last = [last for _, last in new]
-        packed.fill({"slots": np.array(slots), "seeds": np.array(seeds), "last": np.array(last)})
-        entries = packed.tensors
-        self.last.index_copy_(0, entries["slots"], entries["last"])
-        self.seeds.index_copy_(0, entries["slots"], entries["seeds"])
+        slots, last = [r.slot for r, _ in new], [last for _, last in new]
+        packed.fill({"slots": np.array(slots), "last": np.array(last)})
+        self.last.index_copy_(0, packed.tensors["slots"], packed.tensors["last"])
         for rollout, _ in new:
             self._owner[rollout.slot] = rollout.node
 
@@ -100,51 +97,50 @@ class Drawing:
         return Drawing(tuple((own, packed.tensors[str(own)]) for own in rows))
 
     def draw(
-        self, model: Step3VL, hidden: Tensor, seeds: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [B] and log-probabilities fp32 [B] behind final hidden states [B, hidden].
+        self, model: Step3VL, hidden: Tensor, seeds: Tensor, positions: Tensor, **feeds: Tensor
+    ) -> Tensor:
+        """Draw the tokens that follow final hidden states [B, hidden]: `SampleOutput.results`.
 
         positions: [B] of the tokens to be drawn
+        feeds: where else they are written, as fields of `SampleOutput`
         """
         logits, impl = model.decoder.logits(hidden), model.impl["sample"]
+        out = SampleOutput.of(len(seeds), seeds.device, **feeds)
         tokens = torch.empty_like(seeds)
         logprobs = torch.empty_like(seeds, dtype=torch.float32)
         for (temperature, top_k, top_p), rows in self.parts:
             options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "impl": impl}
             if rows is None:
-                return sample(logits, seeds, positions, **options)
+                sample(logits, seeds, positions, out=out, **options)
+                return out.results
             drawn = sample(logits[rows], seeds[rows], positions[rows], **options)
-            tokens[rows], logprobs[rows] = drawn
-        return tokens, logprobs
+            tokens[rows], logprobs[rows] = drawn[0].long(), drawn[1]
+        out.write(tokens, logprobs)
+        return out.results
 
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """Rows in the plan's order; `owners` int64 [T] are their slots in the tables."""
+    """Rows in the plan's order. Tensors are int64 [T]."""
 
     step: Step
-    owners: Tensor
+    owners: Tensor  # slots in the tables
+    seeds: Tensor
+    ids: Tensor  # each row's last token; `run` leaves those of the next step here
     drawing: Drawing
     advances: bool  # whether the plan can be moved on, on the device
 
     def run(self, model: Step3VL, cache: KVCache, tables: Tables) -> Tensor:
-        """One step; what `packed_results` makes of it."""
-        embeddings = model.decoder.embed(tables.last[self.owners])
-        hidden = model.decoder(embeddings, self.step, cache)
-        positions = self.step.positions + 1
-        drawn = self.drawing.draw(model, hidden, tables.seeds[self.owners], positions)
-        # A token of -1 ends its rollout, whose next row, if there is one, counts for nothing.
-        tables.last.index_copy_(0, self.owners, drawn[0].clamp_min(0))
+        """One step's results, int32 [2, T], as `unpacked_results` reads them."""
+        hidden = model.decoder(model.decoder.embed(self.ids), self.step, cache)
+        # A plan that has moved on says where the tokens to be drawn will stand.
         if self.advances:
             self.step.advance()
-        return packed_results(*drawn)
-
-
-def packed_results(tokens: Tensor, logprobs: Tensor) -> Tensor:
-    """Tokens and the bits of log-probabilities, int32 [2, B], to be copied at once."""
-    return torch.stack([tokens.int(), logprobs.view(torch.int32)])
+        positions = self.step.positions if self.advances else self.step.positions + 1
+        feeds = {"ids": self.ids, "last": tables.last, "owners": self.owners}
+        return self.drawing.draw(model, hidden, self.seeds, positions, **feeds)
 
 
 def unpacked_results(results: Tensor) -> tuple[list[int], list[float]]:
-    """Both as lists."""
+    """Tokens and log-probabilities as lists, of `SampleOutput.results` on the host."""
     return results[0].tolist(), results[1].view(torch.float32).tolist()

@@ -26,7 +26,6 @@ from pacore_sched.decode_step import (
     Drawing,
     Tables,
     advances,
-    packed_results,
     settings_of,
     unpacked_results,
 )
@@ -210,18 +209,22 @@ class ModelExecutor:
         of_row = dict(rows.drawn)
         rollouts = [of_row[row] for row in range(len(order))]
         owners = [rollout.slot for rollout in rollouts]
+        seeds = [rollout.seed for rollout in rollouts]
         settings = [settings_of(rollout.group.sampling) for rollout in rollouts]
         node = batch.decode[0].node
         length = tree.length(node) - 1
         graph = self.graphs.find(rows.step, settings)
         if graph:
-            left = graph.fill(rows.step, owners)
+            left = graph.fill(rows.step, owners, seeds)
             return _Standing(batch, graph.replay, order, graph.capacity.rows, node, length, left)
         model, device = self.model, self.model.device
-        packed = _packed(rows.step, device, owners=owners)
-        step = self._step(rows.step, packed)
+        packed = _packed(rows.step, device, owners=owners, seeds=seeds)
+        step, of_rows = self._step(rows.step, packed), packed.tensors
+        ids = self._tables.last.index_select(0, of_rows["owners"])
         drawing = Drawing.of(settings, device)
-        decode = DecodeStep(step, packed.tensors["owners"], drawing, advances(model))
+        decode = DecodeStep(
+            step, of_rows["owners"], of_rows["seeds"], ids, drawing, advances(model)
+        )
         left = step.plan.room + 1 if decode.advances else 1
 
         def run() -> Tensor:
@@ -244,6 +247,8 @@ class ModelExecutor:
             last_slots=[slot for _, slot in rows.last],
             drawn_rows=[row for row, _ in rows.drawn],
             drawn_slots=[rollout.slot for _, rollout in rows.drawn],
+            drawn_seeds=[rollout.seed for _, rollout in rows.drawn],
+            drawn_positions=[rows.step.positions[row] + 1 for row, _ in rows.drawn],
             holes=[row for patch in rows.patches for row in patch.rows],
         )
         for rollout in rows.drafted:  # the host will say which of its tokens is the last
@@ -270,11 +275,9 @@ class ModelExecutor:
         hidden = model.decoder(embeddings, step, self.cache)
         if drawing is None:
             return given["ids"].new_empty(2, 0, dtype=torch.int32)
-        drawn_rows, drawn_slots = given["drawn_rows"], given["drawn_slots"]
-        seeds, positions = tables.seeds[drawn_slots], step.positions[drawn_rows] + 1
-        tokens, logprobs = drawing.draw(model, hidden[drawn_rows], seeds, positions)
-        tables.last.index_copy_(0, drawn_slots, tokens.clamp_min(0))
-        return packed_results(tokens, logprobs)
+        feeds = {"last": tables.last, "owners": given["drawn_slots"]}
+        hidden, seeds = hidden[given["drawn_rows"]], given["drawn_seeds"]
+        return drawing.draw(model, hidden, seeds, given["drawn_positions"], **feeds)
 
     def _step(self, step: StepBatch, packed: Packed) -> Step:
         plan = PrefixPlan.build(

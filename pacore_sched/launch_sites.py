@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels._compile_worker import Site
 from kernels.prefix_plan import Capacity, PrefixPlan
-from kernels.sampling import sample
+from kernels.sampling import SampleOutput, sample
 from model.config import Config
 from model.decoder import Step
 from model.step3vl import Step3VL
@@ -121,8 +121,11 @@ def one_layer(config: Config, dtype: torch.dtype) -> Step3VL:
 def _sample(model: Step3VL, rows: int) -> None:
     logits = torch.empty(rows, model.config.decoder.vocab_size, dtype=model.dtype)
     seeds = torch.zeros(rows, dtype=torch.int64)
-    for temperature, top_k, top_p in SETTINGS:
-        sample(logits, seeds, seeds, temperature=temperature, top_k=top_k, top_p=top_p)
+    table = {"last": seeds, "owners": seeds}
+    for feeds in ({"ids": seeds, **table}, table, {}):  # decoding, with prompts, in parts
+        out = SampleOutput.of(rows, model.device, **feeds)
+        for temperature, top_k, top_p in SETTINGS:
+            sample(logits, seeds, seeds, temperature=temperature, top_k=top_k, top_p=top_p, out=out)
 
 
 class _Uncaptured:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy.stats import chi2_contingency, chisquare
 
-from kernels.sampling import philox4x32, sample
+from kernels.sampling import SampleOutput, philox4x32, sample
 
 # The draws are fixed by their seeds, so a correct sampler fails these once for all or never.
 P_VALUE = 1e-3
@@ -302,13 +302,42 @@ def test_rows_that_are_no_distribution():
 def test_shapes_and_strides():
     """Guards the empty batch, strided rows, and writing into the logits."""
     tokens, logprobs = sample(torch.zeros(0, 9), ints(), ints(), temperature=1.0)
-    assert tokens.shape == logprobs.shape == (0,) and tokens.dtype == torch.int64
+    assert tokens.shape == logprobs.shape == (0,) and tokens.dtype == torch.int32
     logits, seeds = draw_logits(17, 6), torch.arange(12)[::2]
     kept = logits.clone()
     strided = sample(logits.t(), seeds, seeds, temperature=1.0)
     packed = sample(logits.t().contiguous(), seeds.clone(), seeds.clone(), temperature=1.0)
     assert torch.equal(strided[0], packed[0]) and torch.equal(strided[1], packed[1])
     assert torch.equal(logits, kept)
+
+
+@pytest.mark.parametrize(
+    ("field", "tensor"),
+    [
+        ("results", torch.zeros(2, 2)),
+        ("results", torch.zeros(2, 3, dtype=torch.int32)),
+        ("results", torch.zeros(2, 2, dtype=torch.int32).t()),
+        ("ids", torch.zeros(2, dtype=torch.int32)),
+        ("ids", ints(1, 2, 3)),
+        ("last", torch.zeros(9)),
+        ("last", ints(*range(9))[::2]),
+        ("owners", ints(1)),
+        ("owners", None),
+        ("owners", torch.zeros(2, dtype=torch.int64, device="meta")),
+    ],
+)
+def test_bad_outputs_are_named(field, tensor):
+    """Guards the kernel, which writes by these pointers without a look at what they point to."""
+    good = {
+        "results": torch.zeros(2, 2, dtype=torch.int32),
+        "ids": ints(0, 0),
+        "last": ints(*range(9)),
+        "owners": ints(3, 4),
+    }
+    logits, seeds = torch.zeros(2, 8), ints(1, 2)
+    sample(logits, seeds, seeds, temperature=0, out=SampleOutput(**good))
+    with pytest.raises(ValueError, match=rf"out\.{field}"):
+        sample(logits, seeds, seeds, temperature=0, out=SampleOutput(**good | {field: tensor}))
 
 
 @pytest.mark.parametrize(

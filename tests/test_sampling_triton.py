@@ -15,7 +15,7 @@ import triton.language as tl
 
 from kernels import sampling
 from kernels._tiles import use_tiles
-from kernels.sampling import sample
+from kernels.sampling import SampleOutput, sample
 from kernels.sampling_noise import gumbel, rough_gumbel
 
 ULP = 2.0**-24
@@ -228,6 +228,35 @@ def test_the_token_does_not_depend_on_the_split(triton_device):
             assert_same(*both(triton_device, logits, temperature=0.8, top_k=30))
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("fields", [(), ("ids",), ("last", "owners"), ("ids", "last", "owners")])
+def test_where_tokens_are_written(impl, fields, triton_device):
+    """Guards the next step's input: every token at its row and at its owner's entry, 0 for that of
+    a broken row, nothing beside them; and the results, of a number of rows that aligns nothing."""
+    logits = randn(3, 300).to(triton_device)
+    logits[1] = torch.nan
+    seeds = torch.arange(3).to(triton_device)
+    settings = {"temperature": 1.0, "impl": impl}
+    tokens, logprobs = sample(logits, seeds, seeds, **settings)
+    assert tokens[1] == -1 and tokens[0] != tokens[2] and min(tokens[0], tokens[2]) > 0
+    every = {
+        "ids": torch.full((3,), 7),
+        "last": torch.full((6,), 7),
+        "owners": torch.tensor([4, 0, 3]),
+    }
+    feeds = {name: every[name].to(triton_device) for name in fields}
+    out = SampleOutput.of(3, seeds.device, **feeds)
+    got = sample(logits, seeds, seeds, out=out, **settings)
+    for x, meant in zip(got, (tokens, logprobs), strict=True):
+        assert torch.equal(x.view(torch.int32), meant.view(torch.int32))
+    assert got[0].data_ptr() == out.results.data_ptr()
+    first, last = tokens[0].item(), tokens[2].item()
+    if "ids" in feeds:
+        assert feeds["ids"].tolist() == [first, 0, last]
+    if "last" in feeds:
+        assert feeds["last"].tolist() == [0, 7, 7, last, first, 7]
+
+
 @triton.jit
 def gumbel_kernel(words, out, N: tl.constexpr):
     index = tl.program_id(0) * N + tl.arange(0, N)
@@ -269,7 +298,7 @@ def test_shapes_and_settings_it_does_not_take(triton_device):
     tokens, logprobs = sample(
         torch.zeros(0, 9, device=triton_device), none, none, temperature=1.0, top_k=3, impl="triton"
     )
-    assert tokens.shape == logprobs.shape == (0,) and tokens.dtype == torch.int64
+    assert tokens.shape == logprobs.shape == (0,) and tokens.dtype == torch.int32
     seeds = torch.arange(4, device=triton_device)
     with pytest.raises(ValueError, match="contiguous"):
         sample(
