@@ -10,6 +10,7 @@ from bench.cases import BIG, Case, cases, numerics_cases
 from bench.decode import SIZES, DecodeCase, prepare
 from bench.numerics import copied, form
 from bench.ops import DTYPES, MAIN_DTYPE, forms_of
+from bench.pairs import pairs
 from kernels._compile_worker import Site
 from kernels.prefix_check import check_schedule
 from kernels.sampling import sample
@@ -24,11 +25,12 @@ def all_sites() -> list[Site]:
 
 
 def timed_sites() -> list[Site]:
-    """What is timed on a GPU: the op table, decode steps and the engine."""
+    """What is timed on a GPU: the op table, forms in pairs, decode steps and the engine."""
     main = MAIN_DTYPE["cuda"]
     steps = [DecodeCase(*sizes) for sizes in product(*SIZES["cuda"])]
     return [
         *case_sites((case, main) for case in cases("cuda")),
+        *pair_sites(main),
         *decode_sites(BIG, steps, main),
         *engine_sites(BIG, main),
         *engine_sites(BIG, main, torch.float8_e4m3fn),
@@ -42,6 +44,13 @@ def case_sites(chosen: Iterable[tuple[Case, torch.dtype]], impls: Sequence[str] 
         for case, dtype in chosen
         for name in ("triton", *case.modes)
         if not impls or name in forms_of(case, impls)
+    ]
+
+
+def pair_sites(dtype: torch.dtype) -> list[Site]:
+    """Both forms of every pair, whatever the rule."""
+    return [
+        partial(launch_case, case, name, dtype) for case, names in pairs("cuda") for name in names
     ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.cases import OPS, WRITTEN, Case
 from bench.peers import PEERS, Prepare
+from kernels._tiles import use_tiles
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,40 @@ def form(op: str, name: str) -> Prepare:
     """An implementation of `op`, or a peer, as a function from inputs to the call.
 
     "triton-invariant" is the Triton form in its batch-invariant mode, "triton-separate" two ops
-    where the fastest form is one, "triton-fused" one where the rule may choose two.
+    where the fastest form is one, "triton-fused" one where the rule may choose two. "triton tma=1"
+    is the Triton form with that one tile choice, whatever the rule says.
     """
     if name in PEERS.get(op, {}):
         return PEERS[op][name]
+    name, _, choice = name.partition(" ")
     impl, _, mode = name.partition("-")
     modes = {
         "invariant": {"batch_invariant": True},
         "separate": {"fused": False},
         "fused": {"fused": True},
     }
-    return lambda inputs: partial(OPS[op], **inputs, impl=impl, **modes.get(mode, {}))
+
+    def prepare(inputs: dict) -> Callable[[], object]:
+        return partial(OPS[op], **inputs, impl=impl, **modes.get(mode, {}))
+
+    return _in_tiles(prepare, op, choice) if choice else prepare
+
+
+def _in_tiles(prepare: Prepare, op: str, choice: str) -> Prepare:
+    """The calls of `prepare` with a tile choice, as in "tma=1", put over all others of `op`."""
+    name, _, value = choice.partition("=")
+    chosen = {name: int(value)}
+
+    def prepared(inputs: dict) -> Callable[[], object]:
+        call = prepare(inputs)
+
+        def run() -> object:
+            with use_tiles(op, **chosen):
+                return call()
+
+        return run
+
+    return prepared
 
 
 def reference(case: Case, inputs: dict) -> list[Tensor]:

@@ -74,9 +74,11 @@ def select(
 
 
 def forms_of(case: Case, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of `names` that the case's op has as a form, mode or peer."""
-    own = (*IMPLS, *case.modes, *case.peers)
-    return tuple(name for name in names if name in own or name in PEERS.get(case.op, ()))
+    """Those of `names` that the case's op has as a form, mode or peer, or as one of its forms with
+    a tile choice."""
+    ours = (*IMPLS, *case.modes)
+    others = (*case.peers, *PEERS.get(case.op, ()))
+    return tuple(name for name in names if name in others or name.partition(" ")[0] in ours)
 
 
 def forms_here(case: Case, device: torch.device) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def plans(cases: Sequence[Case], dtype: torch.dtype, gpu: Gpu) -> list[Plan]:
     found: dict[Key, tuple[list[Case], Tiles]] = {}
     for case in in_modes(cases):
         try:
-            asked = _asked(case, dtype, gpu)
+            asked = asked_tiles(case, dtype, gpu)
         except ImplError:
             continue
         for key, chosen in asked.items():
@@ -154,7 +154,7 @@ def text(tiles: Tiles) -> str:
     return " ".join(f"{name}={value}" for name, value in tiles.items())
 
 
-def _asked(case: Case, dtype: torch.dtype, gpu: Gpu) -> dict[Key, Tiles]:
+def asked_tiles(case: Case, dtype: torch.dtype, gpu: Gpu) -> dict[Key, Tiles]:
     """The keys that a case falls into, and their tiles as they are chosen now."""
     with unfilled():
         inputs = case.inputs(0, torch.device("cpu"), dtype)

@@ -13,6 +13,7 @@ from model.terminal import Parser, run_command
 
 COMMANDS = {
     "first-light": ("first_light", "the first minutes on a GPU: what works, what is wrong, times"),
+    "decisions": ("decisions", "what the rows of a first-light run say to do next, again"),
     "record": ("record", "all that this machine can measure, as rows in a folder"),
     "kernels": ("kernels_command", "pack: all kernels compiled here for a GPU node; unpack there"),
     "static": (

@@ -2,11 +2,12 @@
 
 Every case runs in a worker process with a time limit, so that a kernel that hangs, crashes or ruins
 its CUDA context costs its own result only. In order: a probe, the numerics of every kernel (many
-processes, schedules checked, launches blocking), the tests of graphs, races and bits, the op table
-in turns over the ops, decode steps, engine steps, the vision tower. DIR then has rows.jsonl (a row
-for every case at least), environment.json, summary.txt and log.txt. A second run into the same DIR
-leaves out what the same clean commit has good rows of. Needs torch, Triton and NumPy alone;
-GIT_COMMIT names the commit where there is no .git.
+processes, schedules checked, launches blocking), the tests of graphs, races and bits, what the next
+decisions hang on (the cost of a launch, old and new forms in pairs, linear layers), the op table in
+turns over the ops, decode steps, engine steps, the vision tower. DIR then has rows.jsonl (a row for
+every case at least), environment.json, summary.txt, which says what to do next, and log.txt. A
+second run into the same DIR leaves out what the same clean commit has good rows of. Needs torch,
+Triton and NumPy alone; GIT_COMMIT names the commit where there is no .git.
 """
 
 import argparse
@@ -22,18 +23,34 @@ from bench import jsonl
 from model.terminal import InputError, progress
 from profiles.first_light_summary import summary
 from profiles.supervisor import Supervisor, stops_on_signals, worker_command
-from profiles.task import NOT_STARTED, ORIGIN, OUT_OF_TIME, Result, Row, Task, outstanding
+from profiles.task import (
+    NOT_STARTED,
+    ORIGIN,
+    OUT_OF_TIME,
+    Result,
+    Row,
+    Task,
+    of_origin,
+    outstanding,
+)
 
 # The stages, and when each ends, as a share of all the time. What it left goes last.
 STAGES = {
     "numerics": 0.20,
     "tests": 0.30,
-    "ops": 0.63,
-    "decode": 0.75,
-    "engine": 0.85,
+    "pairs": 0.50,
+    "ops": 0.70,
+    "decode": 0.79,
+    "engine": 0.87,
     "vision": 0.95,
 }
-STAGE_OF = {"compile": "ops", "roofline": "ops"}  # what the op table needs first
+# The stages that other sections go with: the first of them that is asked for.
+STAGES_OF = {
+    "compile": ("pairs", "ops"),
+    "roofline": ("pairs", "ops"),
+    "launches": ("pairs",),
+    "linears": ("pairs",),
+}
 PARALLEL = ("numerics", "tests")
 CHECKED = {"CUDA_LAUNCH_BLOCKING": "1", "PACORE_CHECK_SCHEDULE": "1"}  # while numbers are checked
 LIMITS_FOR_S = 300.0  # what the tasks' limits are made for; shorter runs have shorter ones
@@ -111,13 +128,15 @@ class Visit:
 
     def run(self, stages: Sequence[str], probe: Task) -> str:
         """Probe, then all stages; the summary."""
-        work = [task for task in self._prepared(probe) if _stage(task) in stages]
-        todo = outstanding(work, jsonl.read(self._out / "rows.jsonl"), self._origin)
+        path = self._out / "rows.jsonl"
+        work = [task for task in self._prepared(probe) if _stage(task, stages)]
+        todo = outstanding(work, jsonl.read(path), self._origin)
         self._log(f"{len(todo)} of {len(work)} tasks to do")
         with progress("first light", len(todo)) as advance:
-            self._stages(todo, advance)
+            self._stages(todo, stages, advance)
         seconds = time.monotonic() - self._start
-        text = summary(self.rows, self._origin, seconds, len(work) - len(todo))
+        known = of_origin(jsonl.read(path), self._origin)
+        text = summary(self.rows, known, self._origin, seconds, len(work) - len(todo))
         (self._out / "summary.txt").write_text(text + "\n")
         return text
 
@@ -137,14 +156,16 @@ class Visit:
         scale = min(1.0, self._seconds / LIMITS_FOR_S)
         return [replace(task, limit_s=scale * task.limit_s) for task in tasks]
 
-    def _stages(self, todo: Sequence[Task], advance: Callable[[int], None]) -> None:
+    def _stages(
+        self, todo: Sequence[Task], stages: Sequence[str], advance: Callable[[int], None]
+    ) -> None:
         """Each stage until its time is up, then what they left, as long as there is time."""
-        left: list[Task] = []
+        left: dict[str, list[Task]] = {}
         for stage, share in STAGES.items():
-            tasks = [task for task in todo if _stage(task) == stage]
-            left += self._stage(stage, tasks, share, advance)
-        for stage in STAGES:
-            self._stage(stage, [task for task in left if _stage(task) == stage], 1.0, advance)
+            tasks = [task for task in todo if _stage(task, stages) == stage]
+            left[stage] = self._stage(stage, tasks, share, advance)
+        for stage, tasks in left.items():
+            self._stage(stage, tasks, 1.0, advance)
 
     def _stage(
         self, stage: str, tasks: Sequence[Task], share: float, advance: Callable[[int], None]
@@ -191,8 +212,10 @@ class Visit:
             file.write(f"{time.monotonic() - self._start:7.1f} {text}\n")
 
 
-def _stage(task: Task) -> str:
-    return STAGE_OF.get(task.section, task.section)
+def _stage(task: Task, stages: Sequence[str]) -> str | None:
+    """The stage that a task belongs to, if that is one of `stages`."""
+    possible = STAGES_OF.get(task.section, (task.section,))
+    return next((stage for stage in possible if stage in stages), None)
 
 
 def _failed(row: Row) -> bool:

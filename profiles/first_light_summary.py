@@ -1,34 +1,50 @@
-"""What a first-light run found, in at most 40 lines."""
+"""What a first-light run found, and what to do next, in at most 40 lines."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from profiles.decision_table import decisions
 from profiles.task import NOT_STARTED, Row
 
 LINES = 40
 STEPS = ("decode_step", "engine_step", "vision")
 
 
-def summary(rows: Sequence[Row], origin: Row, seconds: float, already: int) -> str:
-    """Counts by section, what failed, and the times that matter most."""
+def summary(
+    rows: Sequence[Row], known: Sequence[Row], origin: Row, seconds: float, already: int
+) -> str:
+    """Counts by section of the run's `rows`, what failed, and the times that matter most; of all
+    rows `known` of this device and commit, what they say to do next."""
     where = f"{origin['device']}, commit {origin['commit']}"
-    lines = [f"first light on {where}: {seconds:.0f} s, {already} cases already had good rows"]
-    lines += _counts(rows)
-    times = [*_steps(rows), *_worst(rows)]
-    failed = _failures(rows)
-    room = LINES - len(lines) - len(times)
-    if len(failed) > room:
-        failed = [*failed[: room - 1], f"... and {len(failed) - room + 1} more: rows.jsonl"]
-    return "\n".join([*lines, *failed, *times])
+    head = [f"first light on {where}: {seconds:.0f} s, {already} cases already had good rows"]
+    head += [*_counts(rows), "what to do next on a GPU:", *(f"  {line}" for line in decisions(known))]
+    steps = [*_steps(rows)]
+    failed = _shortened(_failures(rows), LINES - len(head) - len(steps))
+    worst = _shortened([*_worst(rows)], LINES - len(head) - len(steps) - len(failed))
+    return "\n".join([*head, *failed, *steps, *worst])
+
+
+def _shortened(lines: list[str], room: int) -> list[str]:
+    if len(lines) <= room:
+        return lines
+    return [*lines[: room - 1], f"... and {len(lines) - room + 1} more: rows.jsonl"][: max(room, 0)]
 
 
 def _counts(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each section that has something to tell, one for all others."""
+    fine = []
     for section in dict.fromkeys(row["section"] for row in rows):
         of_section = [row for row in rows if row["section"] == section]
         states = Counter(_state(row) for row in of_section)
         taken = sum(row.get("job", {}).get("seconds", 0) for row in of_section)
         counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-        yield f"  {section}: {counts}; {taken:.0f} s of workers"
+        text = f"{section}: {counts}; {taken:.0f} s of workers"
+        if states.keys() == {"ok"}:
+            fine.append(f"{section} {len(of_section)} ({taken:.0f} s)")
+        else:
+            yield f"  {text}"
+    if fine:
+        yield f"  all ok: {', '.join(fine)}"
 
 
 def _state(row: Row) -> str:

@@ -8,6 +8,7 @@ from bench.decode import FP8
 from kernels._launch import IMPLS
 from profiles.markdown import Row, folder, markdown, spread
 
+UNLISTED = ("pairs", "launches", "linears")  # sections that decide what to do next
 NONE_YET = "No GPU has been measured yet: no Triton kernel of this repository has run on one."
 STEP = re.compile(r"(?P<model>.+) B(?P<batch>\d+) P(?P<prefix>\d+) S(?P<suffix>\d+)")
 
@@ -26,7 +27,8 @@ def gpus(results: Path) -> str:
 def _latest(found: Sequence[Row]) -> list[Row]:
     """Of each op, case, form and dtype the last row, if it has a time and is right."""
     key = ("op", "case", "impl", "dtype")
-    of_key = {tuple(row.get(name) for name in key): row for row in found}
+    listed = [row for row in found if row.get("section") not in UNLISTED]
+    of_key = {tuple(row.get(name) for name in key): row for row in listed}
     right = [row for row in of_key.values() if not row["failure"]]
     return [row for row in right if row["op"] == "roofline" or row.get("median_us")]
 

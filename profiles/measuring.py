@@ -19,8 +19,11 @@ from bench import images, rows
 from bench.cases import Case, cases, numerics_cases
 from bench.decode import DecodeCase, time_decode
 from bench.engine import time_engine
+from bench.launch_cost import time_launches
 from bench.launch_sites import timed_sites
+from bench.linears import time_linear
 from bench.ops import MAIN_DTYPE, check_case, device_named, time_case
+from bench.pairs import time_pairs
 from bench.timing import keep_freed_memory
 from kernels._tiles import gpu_of
 from model.config import PRESETS
@@ -94,6 +97,19 @@ class Measuring:
     def ops(self, task: Task) -> list[Row]:
         budget_s, anyway = task.arguments["budget_s"], task.arguments["anyway"]
         return time_case(self._case(task), self.device, _dtype(task), task.forms, budget_s, anyway)
+
+    def launches(self, task: Task) -> list[Row]:
+        (form,), budget_s = task.forms, task.arguments["budget_s"]
+        return [time_launches(self.device, _dtype(task), form, budget_s)]
+
+    def pairs(self, task: Task) -> list[Row]:
+        case, budget_s = self._case(task), task.arguments["budget_s"]
+        return time_pairs(case, self.device, _dtype(task), task.forms, budget_s)
+
+    def linears(self, task: Task) -> list[Row]:
+        options = dict(task.arguments)
+        config = PRESETS[options.pop("preset")].decoder
+        return [time_linear(config, device=self.device, dtype=_dtype(task), **options)]
 
     def decode(self, task: Task) -> list[Row]:
         options = task.arguments

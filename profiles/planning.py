@@ -5,9 +5,10 @@ from itertools import zip_longest
 
 import torch
 
-from bench import decode, images
+from bench import decode, images, launch_cost, linears
 from bench.cases import Case, cases, numerics_cases
 from bench.ops import DTYPES, FORMS, MAIN_DTYPE, TIMED_DTYPES, forms_of
+from bench.pairs import pairs
 from kernels._launch import IMPLS
 from model.config import PRESETS
 from model.terminal import InputError
@@ -27,6 +28,7 @@ ENGINE = {
 QUICK_PEERS = ("sdpa", "sdpa-flash", "sdpa-cudnn", "cudnn", "cudnn-folded")
 LIBRARY_PEERS = ("sdpa-flash", "sdpa-cudnn", "cudnn-folded")  # for the first look at a GPU
 FIRST_LIGHT_S = 0.3  # of timing, for each form
+PAIR_S, LINEAR_S, LAUNCHES_S = 0.1, 0.1, 0.3  # the same where a decision hangs on it
 
 
 def record(
@@ -94,7 +96,8 @@ def first_light(device: torch.device, packed: bool = False) -> list[Task]:
         if task.arguments["size"] == (1920, 1080)
     ]
     compiling = [] if packed else _compile(device.type, 60)
-    return [*checks, *tests, *compiling, roof, *timed, *steps, *engine, *tower]
+    deciding = _deciding(device.type, main)
+    return [*checks, *tests, *compiling, roof, *deciding, *timed, *steps, *engine, *tower]
 
 
 PLANS: dict[str, Callable[..., list[Task]]] = {"record": record, "first-light": first_light}
@@ -103,6 +106,22 @@ PLANS: dict[str, Callable[..., list[Task]]] = {"record": record, "first-light": 
 def _compile(device_type: str, limit_s: float) -> list[Task]:
     """On a GPU: all that is timed, before anything waits for the compiler."""
     return [Task("compile", "compile", "all kernels", limit_s=limit_s)] * (device_type == "cuda")
+
+
+def _deciding(device_type: str, main: str) -> Iterator[Task]:
+    """What `profiles/decision_table.py` reads beside the numerics: fifteen seconds of a GPU."""
+    form = "triton" if device_type == "cuda" else "portable"
+    arguments = {"budget_s": LAUNCHES_S}
+    yield Task("launches", "launch", launch_cost.CASE, main, (form,), 20, arguments)
+    for case, forms in pairs(device_type):
+        arguments = {"budget_s": PAIR_S * len(forms)}
+        yield Task("pairs", case.op, case.name, main, forms, 30, arguments)
+    for rows in linears.ROWS:
+        for name in linears.NAMES:
+            arguments = {"preset": DECODE[device_type][0], "name": name, "rows": rows}
+            arguments |= {"budget_s": LINEAR_S}
+            case = linears.case_name(name, rows)
+            yield Task("linears", "linear", case, main, ("torch",), 20, arguments)
 
 
 def _numerics(device_type: str, wanted: tuple[str, ...]) -> Iterator[Task]:

@@ -118,6 +118,12 @@ def select(work: Sequence[Task], sections: Sequence[str], text: str) -> list[Tas
     return chosen
 
 
+def of_origin(rows: Iterable[Row], origin: Row) -> list[Row]:
+    """The rows that come from the device and commit of `origin`."""
+    fields = ("device", "commit")
+    return [row for row in rows if all(row.get(name) == origin[name] for name in fields)]
+
+
 def outstanding(work: Sequence[Task], rows: Iterable[Row], origin: Row) -> list[Task]:
     """The tasks that `rows` do not have good results of, from this device at this clean commit.
 

@@ -1,0 +1,40 @@
+"""What one launch costs inside a CUDA graph: a chain of launches with next to nothing to do."""
+
+from dataclasses import replace
+
+import torch
+
+from bench.ops import NOT_RUN
+from bench.rows import measured
+from bench.timing import measure
+from kernels.norm import rms_norm
+
+LAUNCHES, WIDTH = 100, 4096
+CASE = f"{LAUNCHES} x rms_norm T1 C{WIDTH}"
+
+
+def time_launches(device: torch.device, dtype: torch.dtype, impl: str, budget_s: float) -> dict:
+    """A row with the microseconds per launch; on a CPU, which has no graphs, per call."""
+    x = torch.randn(1, WIDTH, device=device, dtype=dtype)
+    weight = torch.randn(WIDTH, device=device, dtype=dtype)
+
+    def chain(_: int) -> torch.Tensor:
+        y = x
+        for _ in range(LAUNCHES):
+            y = rms_norm(y, weight, eps=1e-6, impl=impl)
+        return y
+
+    timing = measure({impl: chain}, device=device, budget_s=budget_s)[impl]
+    times = (timing.p20_us, timing.median_us, timing.p80_us)
+    p20, median, p80 = (us / LAUNCHES for us in times)
+    return measured(
+        "launch",
+        CASE,
+        impl,
+        device=device,
+        dtype=dtype,
+        num_bytes=dtype.itemsize * 3 * WIDTH,
+        flops=5 * WIDTH,
+        verdict=NOT_RUN,  # the op table has its errors
+        timing=replace(timing, p20_us=p20, median_us=median, p80_us=p80),
+    )
