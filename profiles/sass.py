@@ -128,12 +128,16 @@ MIX = {
     "copy 8": r"LDGSTS\.(\S*\.)?64\b",
     "copy 4": r"LDGSTS\.",
     "store": "STG",
+    "shared load 1, 2": r"LDS\.\S*[US](8|16)\b",
     "shared load": r"LDS",
     "shared store": r"STS",
     "spill": r"(LDL|STL)",
     "MUFU": "MUFU",
     "shuffle": "SHFL",
     "barrier": r"BAR\b",
+    "F2F": r"F2F\b",
+    "wgmma wait": r"WARPGROUP\.DEPBAR\S* gsb0, 0x0",  # until none is left
+    "copy wait": r"DEPBAR",
 }
 
 

@@ -1,24 +1,30 @@
 """The loop that a kernel spends its time in, as its SASS shows it, and what to look at there.
 
-A branch back to an earlier label closes a loop. The hottest cannot be known from text: taken is,
-of the loops without a loop inside, the one with most wgmma, else mma, else bytes loaded. Loops that
-the compiler unrolled are straight lines.
+A branch back to an earlier label closes a loop. (Waits for barriers spin after the kernel's end and
+branch back from there: those close none.) Which loops are hot cannot be known from text: taken are
+the innermost with matrix products, else the one that loads most. The hottest has most wgmma, else
+mma, else bytes. Loops that the compiler unrolled are straight lines.
 """
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from profiles.sass import BULK_SHARE, WIDE, count_mix
+from profiles.sass import BULK_SHARE, MIX, WIDE, count_mix
 
+# Name (of a wait for wgmma with what it waits for) and target.
 INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)[^;]*?(?:`\((\.L\w+)\))?\s*;", re.MULTILINE
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?"
+    r"([A-Z][\w.]*(?: gsb0, \w+)?)[^;]*?(?:`\((\.L\w+)\))?\s*;",
+    re.MULTILINE,
 )
 LABEL = re.compile(r"^(\.L\w+):", re.MULTILINE)
 PRODUCTS = ("wgmma", "mma")
+PRODUCT = re.compile("|".join(MIX[name] for name in PRODUCTS))
 BYTES = {"load 16": 16, "copy 16": 16, "load 8": 8, "copy 8": 8, "load 4": 4, "copy 4": 4}
 BYTES |= {"load 1, 2": 2}  # that a thread loads by an instruction of a class; TMA's are its own
+Span = tuple[int, int]  # first and last line or instruction
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,12 @@ class Anatomy:
 
     instructions: int
     mix: dict[str, int]
-    loop: dict[str, int] | None  # of the hottest loop; None without one
+    loops: list[dict[str, int]]  # the hot ones, in the order of the text
+
+    @property
+    def loop(self) -> dict[str, int] | None:
+        """The hottest; None without one."""
+        return max(self.loops, key=_heat, default=None)
 
     @property
     def look_at(self) -> str:
@@ -51,26 +62,47 @@ def anatomy(sass: str) -> Anatomy:
     """Of one kernel's SASS, as `nvdisasm -c` prints it."""
     found = list(INSTRUCTION.finditer(sass))
     names = [match[1] for match in found]
-    loops = _loops(sass, found)
-    inner = [loop for loop in loops if not any(_inside(other, loop) for other in loops)]
-    mixes = [count_mix(names[first : last + 1]) for first, last in inner]
-    hottest = max(mixes, key=_heat, default=None)
-    return Anatomy(len(names), count_mix(names), hottest)
+    products = [at for at, name in enumerate(names) if PRODUCT.match(name)]
+
+    def mix(loop: Span) -> dict[str, int]:
+        return count_mix(names[loop[0] : loop[1] + 1])
+
+    hot = hot_loops(_loops(sass, found), products, lambda loop: _bytes(mix(loop)))
+    return Anatomy(len(names), count_mix(names), [mix(loop) for loop in hot])
 
 
-def _loops(sass: str, instructions: Sequence[re.Match]) -> set[tuple[int, int]]:
+def hot_loops(
+    loops: Sequence[Span], products: Sequence[int], loaded: Callable[[Span], int]
+) -> list[Span]:
+    """Of a text's `loops` the innermost with `products` (lines), in the order of the text.
+
+    If no loop has one: of the innermost loops the first that has most bytes `loaded`.
+    """
+    busy = [loop for loop in loops if any(loop[0] <= at <= loop[1] for at in products)]
+    outer = busy or loops
+    inner = sorted(loop for loop in outer if not any(_inside(other, loop) for other in outer))
+    return inner if busy else sorted(inner, key=loaded, reverse=True)[:1]
+
+
+def _loops(sass: str, instructions: Sequence[re.Match]) -> list[Span]:
     """First and last instruction of every loop; the trap behind a kernel's end is none."""
     starts = [match.start() for match in instructions]
     labels = {label[1]: bisect_left(starts, label.start()) for label in LABEL.finditer(sass)}
-    branches = [
-        (labels[match[2]], at)
+    back = {
+        at: labels[match[2]]
         for at, match in enumerate(instructions)
-        if match[1].startswith("BRA") and match[2] in labels
-    ]
-    return {(first, last) for first, last in branches if first < last}
+        if match[1].startswith("BRA") and labels.get(match[2], at) < at
+    }
+
+    def returns(at: int) -> bool:
+        """Whether the loop right before the branch is a barrier's wait."""
+        names = (match[1] for match in instructions[back.get(at - 1, at) : at])
+        return any(name.startswith("SYNCS") for name in names)
+
+    return sorted((first, at) for at, first in back.items() if not returns(at))
 
 
-def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+def _inside(inner: Span, outer: Span) -> bool:
     return inner != outer and outer[0] <= inner[0] and inner[1] <= outer[1]
 
 

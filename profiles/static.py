@@ -32,6 +32,8 @@ from kernels._tiles import A100, H200, Gpu, Tiles, record_tiles, use_tiles
 from kernels._unfilled import unfilled
 from kernels.errors import ImplError, one_line
 from model.terminal import track
+from profiles import loop_figures
+from profiles.pipeline import pipelines
 from profiles.sass import figures, sass
 from profiles.sass_loop import anatomy
 
@@ -110,7 +112,7 @@ def sweep(
     """Rows of `ops` (all if empty) on `archs`, in the order of the cases.
 
     `quick` takes what tables and rules choose in bf16, and no candidates; `mix` adds the
-    instructions by class, of the hottest loop too, and what to look at.
+    instructions by class, of the hot loops too, what each copies ahead, and what to look at.
     """
     sites = [
         (case, dtype, GPUS[arch])
@@ -143,8 +145,9 @@ def broken_rules(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
     """What is wrong with `rows`, a line for each.
 
     Every row must compile, fit an SM and be known to the baseline. Against the baseline, no spill
-    is new, wgmma and tma stay, loads stay as wide, and as many programs fit an SM; registers may
-    move as long as that holds. Of rows by another Triton only spills, wgmma and tma count.
+    is new, wgmma and tma stay, loads stay as wide, as many programs fit an SM, and each hot loop
+    copies as far ahead with as few barriers, waits and instructions; registers may move as long as
+    that holds. Of rows by another Triton only spills, wgmma and tma count.
     """
     before = {key_of(row): row for row in baseline}
     comparable = any(row["triton"] == triton.__version__ for row in baseline)
@@ -170,7 +173,8 @@ def update(
     """The baseline with `rows` for all that it had of `ops` (all if empty) on `archs`."""
     kept = [row for row in baseline if (ops and row["op"] not in ops) or row["arch"] not in archs]
     good = [row for row in rows if not row["failure"]]
-    new = [{name: row[name] for name in (*KEY, *WORST, "op", "triton")} for row in good]
+    names = (*KEY, *WORST, *loop_figures.WORST, "op", "triton")
+    new = [{name: row[name] for name in names} for row in good]
     return sorted([*kept, *new], key=lambda row: (row["op"], *key_of(row)))
 
 
@@ -213,6 +217,8 @@ def _worsened(row: Row, known: Row) -> Iterator[str]:
     for name, least in at_least.items():
         if (row[name] or 0) < least:
             yield f"{name} {known[name]} -> {row[name]}"
+    if known["triton"] == row["triton"]:
+        yield from loop_figures.worsened(row, known)
 
 
 def _attempts(case: Case, dtype: torch.dtype, gpu: Gpu, quick: bool) -> Iterator[Attempt]:
@@ -295,7 +301,8 @@ def _row(attempt: Attempt, mix: bool) -> Row:
         "arch": attempt.arch,
         "dtype": attempt.dtype,
         "config": attempt.config,
-        **dict.fromkeys(WORST),
+        **dict.fromkeys((*WORST, *loop_figures.WORST)),
+        "bytes_to_cover": loop_figures.bytes_to_cover(attempt.arch),
         "triton": triton.__version__,
         "failure": attempt.failure,
     }
@@ -305,9 +312,12 @@ def _row(attempt: Attempt, mix: bool) -> Row:
         compiled = attempt.compiled
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         row |= asdict(figures(compiled, GPUS[attempt.arch]))
+        ahead, found = pipelines(compiled.asm["ttgir"]), anatomy(sass(compiled.asm["cubin"]))
+        row |= loop_figures.loop_figures(ahead, found, row["programs_per_sm"])
         if mix:
-            found = anatomy(sass(compiled.asm["cubin"]))
-            row |= {"mix": found.mix, "loop": found.loop, "look_at": found.look_at}
+            row["mix"], row["loop"], row["loops"] = found.mix, found.loop, found.loops
+            row["pipelines"] = [asdict(pipeline) for pipeline in ahead]
+            row["look_at"] = "; ".join([*loop_figures.remarks(ahead, found), found.look_at])
     except Exception as error:  # one kernel must not hide the others
         row["failure"] = one_line(error)
     return row
@@ -318,4 +328,5 @@ def _worse(one: Row, other: Row) -> Row:
     if one["failure"] or other["failure"]:
         return one if one["failure"] else other
     found = {name: [r[name] for r in (one, other) if r[name] is not None] for name in WORST}
-    return one | {name: WORST[name](values) for name, values in found.items() if values}
+    loops = {name: loop_figures.worse(name, one[name], other[name]) for name in loop_figures.WORST}
+    return one | {name: WORST[name](values) for name, values in found.items() if values} | loops

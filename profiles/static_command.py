@@ -1,10 +1,13 @@
 """`python -m profiles static`: compile every Triton kernel for sm_80 and sm_90 on any machine, and
 fail if one spills, does not fit or is worse than the committed baseline.
+
+Figures of loops are lists, loop by loop (`loop_figures`).
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from bench import jsonl, show
 from bench.cases import OPS
 from bench.tune import check_compiles
 from model.terminal import InputError
-from profiles import static
+from profiles import loop_figures, static
 
 BASELINE = Path(__file__).parent / "static_baseline.jsonl"
 
@@ -28,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sass",
         action="store_true",
-        help="instructions by class, those of the hottest loop, and what to look at in them",
+        help="instructions by class, hot loops with what they copy ahead, and what to look at",
     )
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")
     parser.add_argument("--update", action="store_true", help="write the rows to the baseline")
@@ -67,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
 def _show(found: list[dict]) -> None:
     header = ("op", "kernel", "sm", "dtype", "configuration", " registers", " spill B", " shared B")
     header += (" programs/SM", "wgmma", "tma", " load B", " by 16 B")
+    header += ("buffers", "wait", "KB in flight", "barriers", "instructions/block")
     figures = ("registers", "spill_bytes", "shared_bytes", "programs_per_sm")
     lines = [
         [
@@ -80,20 +84,41 @@ def _show(found: list[dict]) -> None:
             "yes" * bool(row["tma"]),
             str(row["min_load_bytes"] or ""),
             "" if row["wide_loads"] is None else f"{row['wide_loads']:.0%}",
+            *(_each(row[name]) for name in ("buffers", "async_wait")),
+            _each(row["bytes_in_flight"], lambda size: f"{size / 1e3:.0f}"),
+            *(_each(row[name]) for name in ("barriers", "instructions_per_block")),
         ]
         for row in found
     ]
     show.table(f"kernels, compiled by Triton {triton.__version__}", header, lines)
+    for arch in {row["arch"]: None for row in found}:
+        for gpu, (least, most) in loop_figures.bytes_to_cover(arch).items():
+            print(f"an SM of an {gpu} needs {least / 1e3:.0f} to {most / 1e3:.0f} KB in flight")
 
 
 def _show_sass(found: list[dict]) -> None:
-    """A paragraph per kernel: its text and its loop by class, and what to look at."""
+    """A paragraph per kernel: its text and its loops by class, and what to look at."""
     for row in found:
         if "mix" in row:
             print(f"\n{row['kernel']}, sm_{row['arch']}, {row['dtype']}, {row['config']}")
             print(f"  all      {_mix(row['mix'])}")
-            print(f"  loop     {_mix(row['loop']) if row['loop'] else 'none'}")
+            for loop in row["loops"]:
+                print(f"  loop     {_mix(loop)}")
+            for pipeline in row["pipelines"]:
+                print(f"  copies   {_ahead(pipeline, row['programs_per_sm'])}")
             print(f"  look at  {row['look_at']}")
+
+
+def _each(figure: list | None, text: Callable[[int], str] = str) -> str:
+    return " ".join("-" if value is None else text(value) for value in figure or ())
+
+
+def _ahead(pipeline: dict, programs: int) -> str:
+    """What one loop copies ahead, operand by operand."""
+    if not pipeline["buffers"]:
+        return "nothing by copies" if pipeline["buffers"] is not None else "not known"
+    buffers = f"buffers {_each(pipeline['buffers'])}, async_wait {_each([pipeline['async_wait']])}"
+    return f"{buffers}, {pipeline['bytes_ahead']:,} B x {programs} programs per SM"
 
 
 def _mix(mix: dict[str, int]) -> str:

@@ -52,6 +52,36 @@ def test_hottest_loop():
     assert anatomy(only_small).loop == {"mma": 2, "copy 16": 1, "other": 1}
 
 
+def test_every_loop_with_products():
+    """Guards what the baseline holds: all of them, in the order of the text."""
+    wgmma, mma = anatomy(ATTENTION).loops
+    assert wgmma["wgmma"] == 1 and mma["mma"] == 2
+    assert [sum(mix.values()) for mix in (wgmma, mma)] == [5, 4]
+    assert anatomy(listing("HMMA.16816 R24, R4, R6, R24", "EXIT", *TRAP)).loops == []
+
+
+def test_waits_for_barriers_are_no_loops_around_others():
+    """Guards tensor copies: their waits spin after the kernel's end and branch back into a loop."""
+    found = anatomy(
+        listing(
+            ".L_x_1:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR21], R5", "@!P0 BRA `(.L_x_3)",
+            ".L_x_2:", "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",
+            "@P1 BRA `(.L_x_1)", "@!P0 EXIT", "BRA `(.L_x_1)",
+            ".L_x_3:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR21], R5", "@!P0 BRA `(.L_x_3)",
+            "BRA `(.L_x_2)", *TRAP,
+        )
+    )  # fmt: skip
+    assert [sum(mix.values()) for mix in found.loops] == [4]
+
+
+def test_waits_for_products():
+    """Guards the count: only waits until no wgmma is left, not those that leave some running."""
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x{}"
+    loop = ("HGMMA.64x64x16.F32 R24, gdesc[UR8], R24, gsb0", wait.format(0), wait.format(1))
+    found = anatomy(listing(".L_x_1:", *loop, "DEPBAR.LE SB0, 0x4", "@P0 BRA `(.L_x_1)", *TRAP))
+    assert found.loop == {"wgmma": 1, "wgmma wait": 1, "copy wait": 1, "other": 2}
+
+
 def test_loads_decide_without_products():
     """Guards kernels bound by memory: the loop that brings most bytes."""
     found = anatomy(

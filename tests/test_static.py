@@ -20,6 +20,7 @@ from kernels._compile import compiler, launches_recorded
 from kernels._launch import pick
 from kernels._tiles import A100, H200, gpu_of
 from kernels.errors import ImplError
+from profiles import loop_figures
 from profiles.sass import count_mix, load_bytes, min_load_bytes, programs_per_sm, wide_loads
 from profiles.static import broken_rules, update
 
@@ -65,7 +66,12 @@ def test_a_row_for_each_kernel_and_choice(toy):
         for arch, size in ((80, 32), (90, 64))
         for dtype in ("bfloat16", "float16")
     ]
-    assert sorted(found) == sorted(copies + products)
+    paged = [
+        ("paged_kernel", arch, dtype, "SIZE=64 num_warps=4 num_stages=3")
+        for arch in (80, 90)
+        for dtype in ("bfloat16", "float16")
+    ]
+    assert sorted(found) == sorted(copies + products + paged)
 
 
 def test_figures_of_compiled_kernels(toy):
@@ -105,6 +111,33 @@ def test_worse_kernels_break_rules(toy):
     )
 
 
+def test_the_page_load_put_back_into_the_loop_breaks_rules(toy):
+    """Guards the loss that this repository had: a page number loaded for the loop's own block takes
+    a stage of the pipeline, and nothing overlaps. The same kernel that carries it does not."""
+    paged = next(row for row in toy[1] if row["kernel"] == "paged_kernel" and row["arch"] == 90)
+    assert (paged["buffers"], paged["async_wait"]) == ([3], [2])
+    block, programs = 2 * 64 * 64 * 2, paged["programs_per_sm"]
+    assert paged["bytes_in_flight"] == [block * programs]
+    arguments = ("static", "--quick", "--sass", "--json", "--baseline", str(toy[0]))
+    done = run("tests.static_toy", *arguments, "--reload", "--op", "paged", "--arch", "90")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    name = "paged_kernel, sm_90, bfloat16, SIZE=64 num_warps=4 num_stages=3"
+    assert f"{name}: async_wait 2 -> 0" in found["broken_rules"]
+    assert f"{name}: buffers 3 -> 2" in found["broken_rules"]
+    assert "scalars that take a stage of the loop's pipeline: 1" in found["rows"][0]["look_at"]
+
+
+def test_the_table_and_the_loops(toy):
+    """Guards what a person reads: figures loop by loop, and what an SM needs in flight."""
+    done = run("tests.static_toy", "static", "--sass", "--op", "paged", "--baseline", str(toy[0]))
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = next(line for line in done.stdout.splitlines() if " 90  bfloat16  SIZE=64" in line)
+    assert line.split()[-5:-1] == ["3", "2", "66", "2"]
+    assert "an SM of an h100 needs 18 to 25 KB in flight" in done.stdout
+    assert "buffers 3 3, async_wait 2, 16,384 B x 4 programs per SM" in done.stdout
+
+
 def test_refuses_to_compile_where_triton_interprets():
     """Guards the message: in such a process no kernel can be compiled."""
     done = run("profiles", "static", TRITON_INTERPRET="1")
@@ -126,6 +159,14 @@ GOOD = {
     "tma": True,
     "min_load_bytes": 16,
     "wide_loads": 0.95,
+    "buffers": [3, 2],
+    "async_wait": [2, 2],
+    "bytes_in_flight": [65536, 65536],
+    "barriers": [2, 9],
+    "instructions_per_block": [600, 360],
+    "f2f": [0, 0],
+    "narrow_shared_loads": [0, 0],
+    "wgmma_waits": [1, 0],
     "triton": triton.__version__,
     "failure": None,
 }
@@ -144,6 +185,8 @@ GOOD = {
         ({"min_load_bytes": None}, "min_load_bytes 16 -> None"),
         ({"wide_loads": 0.8}, "wide_loads 0.95 -> 0.8"),
         ({"programs_per_sm": 7}, "programs_per_sm 8 -> 7"),
+        ({"async_wait": [2, 0]}, "async_wait 2, 2 -> 2, 0"),
+        ({"barriers": [3, 9]}, "barriers 2, 9 -> 3, 9"),
         ({"shared_bytes": 232449}, "232449 bytes of shared memory, of 232448 that there are"),
         ({"failure": "ValueError: no"}, "ValueError: no"),
         ({"config": "BLOCK=1"}, "not in the baseline; --update puts it there"),
@@ -160,10 +203,19 @@ def test_rules_against_another_triton():
     """Guards runs with another compiler: it may schedule otherwise, but not spill or lose wgmma."""
     old = GOOD | {"triton": "0.1"}
     moved = GOOD | {"programs_per_sm": 1, "min_load_bytes": 4, "wide_loads": 0.0}
+    moved["buffers"], moved["barriers"] = [0, 0], [20, 20]
     assert broken_rules([moved], [old]) == []
     assert len(broken_rules([moved | {"spill_bytes": 4, "wgmma": False}], [old])) == 2
     assert broken_rules([GOOD | {"config": "new"}], [old]) == []
     assert len(broken_rules([GOOD | {"config": "new", "spill_bytes": 4}], [old])) == 1
+
+
+def test_a_baseline_without_figures_of_loops_does_not_hold_them():
+    """Guards baselines written before a figure was known: not compared, no error."""
+    older = {name: value for name, value in GOOD.items() if name not in loop_figures.WORST}
+    assert broken_rules([GOOD | {"async_wait": [0, 0]}], [older]) == []
+    (written,) = update([older], [GOOD], [], [90])
+    assert written["async_wait"] == [2, 2] and written["wgmma_waits"] == [1, 0]
 
 
 def test_update_replaces_what_was_compiled():
@@ -253,6 +305,7 @@ def test_count_mix():
     )
     names += (
         " LDS.128 STS LDSM.16.M88.4 STL LDL.64 HGMMA.64 HMMA.16816.F32 BAR.SYNC BARX UTMALDG.2D"
+        " LDS.U8 LDS.S16 F2F.BF16.F16 F2FP.BF16.F32.PACK_AB DEPBAR.LE WARPGROUP.DEPBAR.LE"
     )
     assert count_mix(names.split()) == {
         "wgmma": 1,
@@ -264,11 +317,14 @@ def test_count_mix():
         "load 1, 2": 1,
         "copy 8": 1,
         "copy 4": 1,
+        "shared load 1, 2": 2,
         "shared load": 2,
         "shared store": 1,
         "spill": 2,
         "barrier": 1,
-        "other": 2,
+        "F2F": 1,
+        "copy wait": 1,
+        "other": 4,
     }
 
 
