@@ -4,11 +4,10 @@ Two launches. `rotate_kernel` writes rotated queries and keys; `vision_attention
 and V. Were keys rotated where they are used, each row tile of a view would do it again, 22 of them
 for 52 x 52 tokens, and keys would reach the tensor cores through registers instead of straight from
 shared memory. It costs 8 bytes of traffic per query and key in 16 bits, most of it in L2.
+With TURN_Q it is keys alone: a query belongs to one row tile, which rotates it after the load.
 
 A head of D is cut in two parts, as tiles are powers of two: 96 is 64 + 32, not a padded 128. Scores
-are the sum of two products, and each part of V has its own sums. A pair of the rotation is two
-neighbouring elements: both in one part and in the 16 bytes that one thread loads, so that nothing
-is shuffled and weights keep their published order.
+are the sum of two products, and each part of V has its own sums.
 
 Rounding points, for inputs of 16 bits: rotated queries and keys; probabilities, before their
 product with V; the result. Scores inside are in units of log2 (`qk_scale` = scale * log2 e).
@@ -18,6 +17,8 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+from kernels.vision_attention_rotation import load_turn, load_turned
 
 
 class Parts(NamedTuple):
@@ -40,73 +41,13 @@ class Parts(NamedTuple):
         return self.first + self.rest
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def rotate_kernel(
-    qkv,  # [T, row_stride]
-    turned,  # [T, 2 * HEADS, FIRST + REST]
-    places,  # int32 [T], row << 16 | column of each token
-    cos,  # fp32 [side, D / 4]
-    sin,
-    tokens,
-    row_stride,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    REST: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """ROWS tokens of GROUP heads among those of Q, then K."""
-    groups: tl.constexpr = 2 * HEADS // GROUP
-    row = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(0) % groups * GROUP
-    live = row < tokens
-    place = tl.load(places + row, mask=live, other=0)
-    x = qkv + row.to(tl.int64) * row_stride + head * D
-    y = turned + row.to(tl.int64) * (2 * HEADS * (FIRST + REST)) + head * (FIRST + REST)
-    _rotate_part(x, y, live, place, cos, sin, 0, FIRST, D, FIRST + REST, GROUP)
-    if REST:
-        _rotate_part(x, y, live, place, cos, sin, FIRST, REST, D, FIRST + REST, GROUP)
-
-
-@triton.jit
-def _rotate_part(
-    x,  # of each token, its first head
-    y,
-    live,
-    place,
-    cos,
-    sin,
-    START: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Elements [START, START + WIDTH) of GROUP heads; those beyond D become 0."""
-    pair = START // 2 + tl.arange(0, WIDTH // 2)
-    by_row = pair >= D // 4  # a head's first half turns with the column, its second with the row
-    frequency = tl.where(by_row, pair - D // 4, pair)
-    position = tl.where(by_row[None, :], place[:, None] >> 16, place[:, None] & 0xFFFF)
-    angle = position * (D // 4) + frequency[None, :]
-    inside = live[:, None] & (pair < D // 2)[None, :]
-    c = tl.load(cos + angle, mask=inside, other=0.0)  # [ROWS, WIDTH / 2]
-    s = tl.load(sin + angle, mask=inside, other=0.0)
-    element = START + tl.arange(0, WIDTH)
-    mask = live[:, None] & (element < D)[None, :]
-    for i in tl.static_range(GROUP):
-        values = tl.load(x[:, None] + (i * D + element)[None, :], mask=mask, other=0.0)
-        a, b = tl.split(tl.reshape(values, [x.shape[0], WIDTH // 2, 2]))
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        both = tl.join(a * c - b * s, b * c + a * s)
-        result = tl.reshape(both, [x.shape[0], WIDTH]).to(values.dtype)
-        tl.store(y[:, None] + (i * PADDED + element)[None, :], result, mask=live[:, None])
-
-
 @triton.jit
 def vision_attention_kernel(
-    turned,  # [T, 2 * HEADS, FIRST + REST]: Q, then K
-    qkv,  # [T, row_stride], for V
+    turned,  # [T, HEADS of Q unless TURN_Q, then of K, FIRST + REST]
+    qkv,  # [T, row_stride], for V, with TURN_Q for Q, too
+    places,  # as of rotate_kernel, with cos and sin for TURN_Q alone
+    cos,
+    sin,
     q_first,  # with TMA, descriptors by tiles of one part: of Q, unless SPECIALIZE makes its own
     q_rest,
     k_first,  # of K, by blocks
@@ -127,6 +68,7 @@ def vision_attention_kernel(
     TAIL: tl.constexpr,  # tokens that hold what any view has beyond its last whole block
     TMA: tl.constexpr,
     SPECIALIZE: tl.constexpr,
+    TURN_Q: tl.constexpr,  # queries come from qkv and are rotated here; not with SPECIALIZE
 ):
     """Up to ROWS queries of one head and view.
 
@@ -137,11 +79,13 @@ def vision_attention_kernel(
     tile = tiles + tl.program_id(0) // HEADS * 3
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     blocks = (k_first, k_rest, v_first, v_rest)
+    rotation = (places, cos, sin)
     for short in tl.static_range(2 if SHORT else 1):
         if (end - first <= SHORT) == (short == 1):
             _attend_tile(
                 turned,
                 qkv,
+                rotation,
                 (q_first, q_rest),
                 blocks,
                 out,
@@ -161,6 +105,7 @@ def vision_attention_kernel(
                 TMA and not short,
                 TMA,
                 SPECIALIZE,
+                TURN_Q,
             )
 
 
@@ -168,6 +113,7 @@ def vision_attention_kernel(
 def _attend_tile(
     turned,
     qkv,
+    rotation,
     q_tiles,
     blocks,
     out,
@@ -187,10 +133,12 @@ def _attend_tile(
     TMA_Q: tl.constexpr,
     TMA: tl.constexpr,
     SPECIALIZE: tl.constexpr,
+    TURN_Q: tl.constexpr,
 ):
     """ROWS queries from token `first` on, of one head and the view [start, end)."""
     PADDED: tl.constexpr = FIRST + REST
-    STRIDE: tl.constexpr = 2 * HEADS * PADDED
+    Q_HEADS: tl.constexpr = 0 if TURN_Q else HEADS  # that `turned` has in front of K's
+    STRIDE: tl.constexpr = (Q_HEADS + HEADS) * PADDED
     live = first + tl.arange(0, ROWS) < end
     column = head * PADDED
     q = turned + first.to(tl.int64) * STRIDE + column
@@ -202,12 +150,19 @@ def _attend_tile(
             if REST
             else None,
         )
-    q0 = _load(q, q_tiles[0], first, column, live, STRIDE, FIRST, ROWS, TMA_Q)
+    if TURN_Q:
+        q0 = _turned_queries(qkv, rotation, first, live, head, row_stride, 0, FIRST, ROWS, D)
+    else:
+        q0 = _load(q, q_tiles[0], first, column, live, STRIDE, FIRST, ROWS, TMA_Q)
     acc0 = tl.zeros([ROWS, FIRST], tl.float32)
     q1, acc1 = q0, acc0
     if REST:
-        q1 = _load(q + FIRST, q_tiles[1], first, column + FIRST, live, STRIDE, REST, ROWS, TMA_Q)
         acc1 = tl.zeros([ROWS, REST], tl.float32)
+        if TURN_Q:
+            q1 = _turned_queries(qkv, rotation, first, live, head, row_stride, FIRST, REST, ROWS, D)
+        else:
+            later = column + FIRST
+            q1 = _load(q + FIRST, q_tiles[1], first, later, live, STRIDE, REST, ROWS, TMA_Q)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     whole = (end - start) // BLOCK
@@ -232,6 +187,7 @@ def _attend_tile(
                 row_stride,
                 qk_scale,
                 HEADS,
+                Q_HEADS,
                 D,
                 FIRST,
                 REST,
@@ -243,6 +199,28 @@ def _attend_tile(
     _store(target, acc0 / total[:, None], live, HEADS * D, D, FIRST)
     if REST:
         _store(target + FIRST, acc1 / total[:, None], live, HEADS * D, D - FIRST, REST)
+
+
+@triton.jit
+def _turned_queries(
+    qkv,
+    rotation,
+    first,
+    live,
+    head,
+    row_stride,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Elements [START, START + WIDTH) of ROWS queries from token `first` on, rotated."""
+    places, cos, sin = rotation
+    row = tl.arange(0, ROWS)
+    place = tl.load(places + first + row, mask=live, other=0)
+    q = qkv + first.to(tl.int64) * row_stride + head * D + row * row_stride
+    turn = load_turn(live, place, cos, sin, START, WIDTH, D)
+    return load_turned(q, live, turn, START, WIDTH, D)
 
 
 @triton.jit
@@ -262,6 +240,7 @@ def _attend_block(
     row_stride,
     qk_scale,
     HEADS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
     D: tl.constexpr,
     FIRST: tl.constexpr,
     REST: tl.constexpr,
@@ -273,9 +252,9 @@ def _attend_block(
     # fp32 is for tests: in full precision, not TF32.
     PRECISION: tl.constexpr = "ieee" if q0.dtype == tl.float32 else "tf32"
     PADDED: tl.constexpr = FIRST + REST
-    STRIDE: tl.constexpr = 2 * HEADS * PADDED
+    STRIDE: tl.constexpr = (Q_HEADS + HEADS) * PADDED
     mine = at + tl.arange(0, BLOCK) < end if MASKED else None
-    k_column = (HEADS + head) * PADDED
+    k_column = (Q_HEADS + head) * PADDED
     v_column = (2 * HEADS + head) * D
     k = turned + at.to(tl.int64) * STRIDE + k_column
     v = qkv + at.to(tl.int64) * row_stride + v_column

@@ -53,7 +53,7 @@ DECODE_KERNELS = (
     Kernel(
         "`rms_norm` with residual, 4,096 wide",
         "rms_norm_kernel",
-        "!-residual ROWS=1 BLOCK=4096 num_warps=8",
+        "!-residual ROWS=1 BLOCK=4096 !PDL=1 num_warps=8",
     ),
     Kernel("`silu_mul`", "silu_mul_kernel", "BLOCK=256"),
     Kernel(
@@ -67,7 +67,7 @@ VISION_KERNELS = (
     Kernel(
         "`vision_attention`, heads of 96",
         "vision_attention_kernel",
-        f"{TOWER} ROWS=128 BLOCK=64 TMA=0 num_stages=3",
+        f"{TOWER} ROWS=128 BLOCK=64 TMA=0 !TURN_Q=1 num_stages=3",
     ),
     Kernel(
         "the same, specialised, 128 x 128",
@@ -75,7 +75,7 @@ VISION_KERNELS = (
         f"{TOWER} ROWS=128 BLOCK=128 SPECIALIZE=1",
         archs=(90,),
     ),
-    Kernel("its rotation", "rotate_kernel", f"{TOWER} ROWS=32"),
+    Kernel("its rotation", "rotate_kernel", f"{TOWER} ROWS=32 !TURN_Q=1"),
     Kernel(
         "`projector`, a convolution, 128 x 256", "gemm_kernel", f"{GEMM} C=1536 TAPS=9 -out_rows"
     ),
@@ -83,7 +83,7 @@ VISION_KERNELS = (
     Kernel(
         "`layer_norm` with residual, 1,536 wide",
         "layer_norm_kernel",
-        "!-residual ROWS=1 BLOCK=2048 num_warps=4",
+        "!-residual ROWS=1 BLOCK=2048 !PDL=1 num_warps=4",
     ),
 )
 FIGURES: dict[str, Callable[[Row], object]] = {

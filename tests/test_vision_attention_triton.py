@@ -23,6 +23,8 @@ WAYS = {
     "pointers": {},
     "short last tiles": {"rows": 32, "block": 32},
     "tma": {"tma": 1, "rows": 32, "block": 32},
+    "turned queries": {"turn_q": 1, "rows": 32, "block": 32},
+    "turned queries, tma": {"turn_q": 1, "tma": 1, "rows": 32},
     "specialized": {"tma": 1, "specialize": 1},
 }
 SPECIALIZED_LAST = [
@@ -81,19 +83,21 @@ def test_head_dims(triton_device: str, dim: int, way: str):
     assert max_error(result.cpu(), by_hand(qkv, grids, 2)) < FP32
 
 
+@pytest.mark.parametrize("turn_q", [0, 1])
 @pytest.mark.parametrize("dim", [4, 16, 20, 36, 100])
-def test_other_head_dims(triton_device: str, dim: int):
+def test_other_head_dims(triton_device: str, dim: int, turn_q: int):
     """Any multiple of 4: below the least tile, and with padding in either part."""
     grids = [(2, 9)]
     qkv = draw(grids, 3, dim, triton_device)
-    assert max_error(run(qkv, grids, 3).cpu(), by_hand(qkv, grids, 3)) < FP32
+    assert max_error(run(qkv, grids, 3, turn_q=turn_q).cpu(), by_hand(qkv, grids, 3)) < FP32
 
 
+@pytest.mark.parametrize("turn_q", [0, 1])
 @pytest.mark.parametrize("grid", [(52, 52), (36, 36)])
-def test_view_sizes(triton_device: str, grid: tuple[int, int]):
+def test_view_sizes(triton_device: str, grid: tuple[int, int], turn_q: int):
     """Both sizes of the model: 16 tokens more than whole blocks, in the last row tile and block."""
     qkv = draw([grid], 1, 16, triton_device)
-    result = run(qkv, [grid], 1, rows=128, block=128, num_warps=8)
+    result = run(qkv, [grid], 1, rows=128, block=128, num_warps=8, turn_q=turn_q)
     assert max_error(result.cpu(), by_hand(qkv, [grid], 1)) < FP32
 
 
@@ -120,20 +124,36 @@ def test_ragged_batches(triton_device: str, grids: list, way: str):
     assert max_error(result.cpu(), by_hand(qkv, grids, 2)) < FP32
 
 
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("way", ["turned queries", "turned queries, tma"])
+@pytest.mark.parametrize("dim", [8, 24, 64, 72, 80, 96, 128])
+def test_where_queries_are_rotated_does_not_matter(dim: int, way: str, dtype: torch.dtype):
+    """Guards the rounding of rotated queries before their product: in either kernel, the same bits.
+
+    A GPU may contract the two kernels' products and sums differently.
+    """
+    grids = [(3, 5), (4, 8), (1, 1), (1, 17)]
+    qkv = draw(grids, 2, dim, "cpu", dtype)
+    before = run(qkv, grids, 2, **WAYS[way] | {"turn_q": 0})
+    assert torch.equal(run(qkv, grids, 2, **WAYS[way]), before)
+
+
+@pytest.mark.parametrize("turn_q", [0, 1])
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
-def test_sixteen_bits(triton_device: str, dtype: torch.dtype):
+def test_sixteen_bits(triton_device: str, dtype: torch.dtype, turn_q: int):
     """Against eager, which rounds at the same points but for the probabilities."""
     grids = [(5, 7), (4, 4)]
     qkv = draw(grids, 2, 96, triton_device, dtype)
     expected = vision_attention(qkv, grids, heads=2, impl="eager")
     allowed = FP16 * torch.finfo(dtype).eps / torch.finfo(torch.float16).eps
-    assert max_error(run(qkv, grids, 2), expected) < allowed
+    assert max_error(run(qkv, grids, 2, turn_q=turn_q), expected) < allowed
 
 
 @pytest.mark.usefixtures("steady_products")
-@pytest.mark.parametrize("way", ["pointers", "short last tiles", "tma"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "specialized"])
 def test_neighbours_do_not_matter(triton_device: str, way: str):
     """A view's bits are the same alone and among others, be these NaN."""
     grids = [(3, 7), (4, 4), (2, 5)]
@@ -144,12 +164,13 @@ def test_neighbours_do_not_matter(triton_device: str, way: str):
     assert among.isfinite().all()
 
 
-def test_heads_do_not_matter_to_each_other(triton_device: str):
+@pytest.mark.parametrize("turn_q", [0, 1])
+def test_heads_do_not_matter_to_each_other(triton_device: str, turn_q: int):
     """Heads of 24 are padded to 32, with what would be the next head's elements."""
     qkv = draw([(5, 7)], 3, 24, triton_device)
-    expected = run(qkv, [(5, 7)], 3)[:, :48]
+    expected = run(qkv, [(5, 7)], 3, turn_q=turn_q)[:, :48]
     qkv.view(35, 3, 3, 24)[:, :, 2] = float("nan")
-    assert torch.equal(run(qkv, [(5, 7)], 3)[:, :48], expected)
+    assert torch.equal(run(qkv, [(5, 7)], 3, turn_q=turn_q)[:, :48], expected)
 
 
 def test_large_scores(triton_device: str):
@@ -164,7 +185,7 @@ def test_rows_may_stand_apart(triton_device: str):
     wide = torch.full((35, 160), float("nan"), device=triton_device)
     qkv = wide[:, 7 : 7 + 144]
     qkv.copy_(draw([(5, 7)], 2, 24, triton_device))
-    for way in ("pointers", "tma"):  # which falls back: 7 elements are not 16 bytes
+    for way in ("pointers", "tma", "turned queries"):  # TMA falls back: 7 elements are not 16 bytes
         result = run(qkv, [(5, 7)], 2, **WAYS[way])
         assert max_error(result.cpu(), by_hand(qkv, [(5, 7)], 2)) < FP32
     with pytest.raises(ValueError, match="neighbouring columns"):
@@ -177,6 +198,7 @@ def test_rows_may_stand_apart(triton_device: str):
     [
         {},
         {"tma": 1},
+        {"turn_q": 1},
         pytest.param(
             {"tma": 1, "specialize": 1, "num_warps": 4},
             marks=pytest.mark.slow_gpu,
@@ -213,6 +235,8 @@ def test_mistakes_are_named(triton_device: str):
         run(torch.zeros(4, 396, device=triton_device), [(2, 2)], 1)
     with pytest.raises(ValueError, match="fp32, bf16 or fp16, not torch.float64"):
         run(torch.zeros(4, 48, device=triton_device).double(), [(2, 2)], 1)
+    with pytest.raises(ValueError, match="specialize and turn_q exclude each other"):
+        run(torch.zeros(4, 48, device=triton_device), [(2, 2)], 1, tma=1, specialize=1, turn_q=1)
     with pytest.raises(ValueError, match="sides are below 32768"):
         none = torch.zeros(1, 4)
         launch(torch.zeros(32768, 48), [(1, 32768)], 1, none, none)
@@ -276,8 +300,37 @@ def test_specialization_takes_place():
     assert done.stdout.splitlines() == [f"True {copies} True"] * 3, done.stderr
 
 
+TURNED = """
+import torch
+from kernels._compile import compiler, launches_recorded
+from kernels._tiles import H200, use_tiles
+from kernels.vision_attention import vision_attention
+from kernels.vision_attention_launch import vision_attention_candidates
+from profiles.sass import figures
+qkv = torch.empty(1296, 4608, dtype=torch.bfloat16)
+for tiles in vision_attention_candidates("D96 T>4096", H200):
+    if tiles["block"] == 64 and tiles["turn_q"]:
+        with launches_recorded(H200) as launches, use_tiles("vision_attention", **tiles):
+            vision_attention(qkv, [(36, 36)], heads=16, impl="triton")
+        with compiler(H200):
+            found = figures(launches[1].compile(), H200)
+        print(found.programs_per_sm, found.spill_bytes, found.wgmma)
+"""
+
+
+def test_turned_queries_leave_room_for_a_second_program():
+    """One program on an SM has nothing that computes while it exponentiates."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", TURNED], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.splitlines() == ["2 0 True"] * 2, done.stderr
+
+
 def test_candidates_begin_with_the_rule():
     for gpu in (H200, A100):
         candidates = vision_attention_candidates("D96 T>4096", gpu)
         assert candidates[0]["rows"] == 128 and not candidates[0]["specialize"]
-        assert all(gpu.arch >= 90 or not c["tma"] for c in candidates)
+        assert all(gpu.arch >= 90 or not (c["tma"] or c["turn_q"]) for c in candidates)
+        assert any(c["turn_q"] for c in candidates) == (gpu.arch >= 90)
+        assert not any(c["turn_q"] and (c is candidates[0] or c["specialize"]) for c in candidates)
