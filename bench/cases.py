@@ -100,6 +100,8 @@ def _cuda_cases() -> Iterator[Case]:
         yield _qk_norm_rope(rows)
         yield _rms_norm(rows, BIG.decoder.hidden)
         yield _silu_mul(rows, BIG.decoder.mlp_width)
+    yield _silu_mul(16, BIG.decoder.mlp_width, interleaved=True)
+    yield _silu_mul(4096, BIG.decoder.mlp_width, interleaved=True)
     yield _sample(64, BIG.decoder.vocab_size)
     yield _sample(64, BIG.decoder.vocab_size, top_k=20, top_p=0.95)
     yield from _cuda_vision_cases()
@@ -187,6 +189,7 @@ def numerics_cases() -> list[Case]:
         _rms_norm(1, 97, residual=False),
         _silu_mul(7, 12288),
         _silu_mul(1, 97),
+        _silu_mul(7, 97, interleaved=True),
         _sample(3, 151936),
         _sample(17, 997, top_k=5, top_p=0.9),
         _vision([(5, 7), (5, 7), (8, 3)], heads=2),
@@ -295,11 +298,12 @@ def _layer_norm(rows: int, width: int, residual: bool = True) -> Case:
     )
 
 
-def _silu_mul(rows: int, width: int) -> Case:
+def _silu_mul(rows: int, width: int, interleaved: bool = False) -> Case:
+    shape = {"rows": rows, "width": width, "interleaved": interleaved}
     return Case(
         op="silu_mul",
-        name=f"T{rows} F{width}",
-        inputs=partial(inputs.silu_mul_inputs, rows=rows, width=width),
+        name=f"T{rows} F{width}" + (" interleaved" if interleaved else ""),
+        inputs=partial(inputs.silu_mul_inputs, **shape),
         values=3 * rows * width,
         flops=5 * rows * width,
     )

@@ -72,10 +72,17 @@ def layer_norm_inputs(
 
 
 def silu_mul_inputs(
-    seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: int
+    seed: int,
+    device: Device,
+    dtype: torch.dtype,
+    *,
+    rows: int,
+    width: int,
+    interleaved: bool = False,
 ) -> dict:
     """`width` is F: the input has 2F columns."""
-    return {"gate_up": _Draw(seed, device, dtype)(rows, 2 * width)}
+    gate_up = _Draw(seed, device, dtype)(rows, 2 * width)
+    return {"gate_up": gate_up, "interleaved": interleaved}
 
 
 def quick_gelu_inputs(

@@ -16,12 +16,13 @@ from kernels._launch import DTYPES, check, pick
 from kernels._tiles import Gpu, Tiles, tiles
 
 
-def silu_mul(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
-    """silu(gate) * up, where silu(g) = g * sigmoid(g) and gate_up = [gate | up].
+def silu_mul(gate_up: Tensor, *, interleaved: bool = False, impl: str | None = None) -> Tensor:
+    """silu(gate) * up, where silu(g) = g * sigmoid(g).
 
-    gate_up: [T, 2F]; returns [T, F] of its dtype. silu(gate) is computed in fp32 and rounded to
-    that dtype before the product, as in transformers' Qwen3MLP. Raises ValueError for other shapes
-    and dtypes.
+    gate_up: [T, 2F], the halves [gate | up], or if `interleaved` the pairs gate 0, up 0, gate 1,
+    up 1 and so on. Returns [T, F] of its dtype. silu(gate) is computed in fp32 and rounded to that
+    dtype before the product, as in transformers' Qwen3MLP. Raises ValueError for other shapes and
+    dtypes.
     """
     _check_rows("silu_mul", "gate_up", gate_up)
     check(
@@ -29,7 +30,7 @@ def silu_mul(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
         f"silu_mul: gate_up must be [T, 2F] with gate and up of equal width,"
         f" not {list(gate_up.shape)}",
     )
-    return pick("silu_mul", impl, gate_up.device, _SILU_MUL)(gate_up)
+    return pick("silu_mul", impl, gate_up.device, _SILU_MUL)(gate_up, interleaved)
 
 
 def quick_gelu(x: Tensor, *, impl: str | None = None) -> Tensor:
@@ -41,9 +42,19 @@ def quick_gelu(x: Tensor, *, impl: str | None = None) -> Tensor:
     return pick("quick_gelu", impl, x.device, _QUICK_GELU)(x)
 
 
-def silu_mul_ref(gate_up: Tensor) -> Tensor:
+def gate_and_up(gate_up: Tensor, interleaved: bool, axis: int = 1) -> tuple[Tensor, Tensor]:
+    """Views of gates and ups, which are halves or pairs along `axis`: of activations, or with axis
+    0 of the weights that they are a product with.
+    """
+    if interleaved:
+        pairs = gate_up.shape[axis] // 2
+        return gate_up.unflatten(axis, (pairs, 2)).unbind(axis + 1)
+    return gate_up.chunk(2, axis)
+
+
+def silu_mul_ref(gate_up: Tensor, interleaved: bool = False) -> Tensor:
     """The definition of `silu_mul`."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate_and_up(gate_up, interleaved)
     wide = gate.float()
     return (wide * torch.sigmoid(wide)).to(gate.dtype) * up
 
@@ -54,8 +65,8 @@ def quick_gelu_ref(x: Tensor) -> Tensor:
     return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
 
 
-def _silu_mul_portable(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
+def _silu_mul_portable(gate_up: Tensor, interleaved: bool) -> Tensor:
+    gate, up = gate_and_up(gate_up, interleaved)
     return F.silu(gate).mul_(up)
 
 
@@ -70,16 +81,27 @@ def silu_mul_kernel(
     y: tl.tensor,
     width: tl.tensor,
     row_stride: tl.tensor,
+    INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """BLOCK columns of one row."""
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) % blocks * BLOCK
+    column = first + tl.arange(0, BLOCK)
     mask = column < width
     gate_up += row * row_stride
-    gate = tl.load(gate_up + column, mask=mask).to(tl.float32)
-    up = tl.load(gate_up + width + column, mask=mask)
+    if INTERLEAVED:
+        both = 2 * first + tl.arange(0, 2 * BLOCK)
+        pairs = tl.load(gate_up + both, mask=both < 2 * width)
+        gate, up = tl.split(tl.reshape(pairs, [BLOCK, 2]))
+        # A thread's 16 bytes of pairs become 8 bytes of results. Stored as 8 bytes they stay in the
+        # thread; stored as 16 bytes they would be exchanged through shared memory.
+        column = tl.max_contiguous(column, 64 // gate_up.dtype.element_ty.primitive_bitwidth)
+    else:
+        gate = tl.load(gate_up + column, mask=mask)
+        up = tl.load(gate_up + width + column, mask=mask)
+    gate = gate.to(tl.float32)
     tl.store(y + row * width + column, (gate * tl.sigmoid(gate)).to(up.dtype) * up, mask=mask)
 
 
@@ -101,16 +123,18 @@ def quick_gelu_kernel(
     tl.store(y + row * width + column, gelu.to(y.dtype.element_ty), mask=mask)
 
 
-def _silu_mul_triton(gate_up: Tensor) -> Tensor:
+def _silu_mul_triton(gate_up: Tensor, interleaved: bool) -> Tensor:
     y = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    return _launch("silu_mul", "gate_up", silu_mul_kernel, gate_up, y)
+    return _launch("silu_mul", "gate_up", silu_mul_kernel, gate_up, y, INTERLEAVED=interleaved)
 
 
 def _quick_gelu_triton(x: Tensor) -> Tensor:
     return _launch("quick_gelu", "x", quick_gelu_kernel, x, x.new_empty(x.shape))
 
 
-def _launch(op: str, name: str, kernel: triton.JITFunction, x: Tensor, y: Tensor) -> Tensor:
+def _launch(
+    op: str, name: str, kernel: triton.JITFunction, x: Tensor, y: Tensor, **options: bool
+) -> Tensor:
     check(x.stride(1) == 1, f"{op}: {name} must have neighbouring columns (stride 1)")
     rows, width = y.shape
     if y.numel() == 0:
@@ -123,6 +147,7 @@ def _launch(op: str, name: str, kernel: triton.JITFunction, x: Tensor, y: Tensor
         row_stride=x.stride(0),
         BLOCK=chosen["block"],
         num_warps=chosen["num_warps"],
+        **options,
     )
     return y
 

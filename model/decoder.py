@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels._spans import span, spanned
-from kernels.activation import silu_mul
+from kernels.activation import gate_and_up, silu_mul
 from kernels.norm import rms_norm
 from kernels.prefix_advance import advance
 from kernels.prefix_plan import PlanNode, PrefixPlan
@@ -53,7 +53,11 @@ class Step:
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and LM head. Holds Q/K/V and gate/up fused, as it uses them."""
+    """Embedding, layers, final norm and LM head. Holds Q/K/V and gate/up fused, as it uses them.
+
+    interleaved_gate_up: whether rows of the gate and the up projection alternate in `gate_up`
+        instead of following each other, so that a product's tile holds whole pairs
+    """
 
     def __init__(
         self,
@@ -62,9 +66,11 @@ class Decoder(nn.Module):
         impl: dict[str, str | None],
         device: torch.device | str,
         dtype: torch.dtype,
+        interleaved_gate_up: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.impl = config, impl
+        self.interleaved_gate_up = interleaved_gate_up
 
         def weight(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
@@ -89,7 +95,9 @@ class Decoder(nn.Module):
                 h = self._attention(h, layer, step, cache.layer(index))
                 h, residual = rms_norm(h, layer.post_norm, eps=eps, residual=residual, impl=impl)
                 gate_up = spanned("linear gate_up", F.linear)(h, layer.gate_up)
-                h = silu_mul(gate_up, impl=self.impl["silu_mul"])
+                h = silu_mul(
+                    gate_up, interleaved=self.interleaved_gate_up, impl=self.impl["silu_mul"]
+                )
                 h = spanned("linear down", F.linear)(h, layer.down)
                 last = index + 1 == len(self.layers)
                 next_norm = self.norm if last else self.layers[index + 1].input_norm
@@ -108,7 +116,7 @@ class Decoder(nn.Module):
         """Published name -> view into this module's storage."""
         tensors = {"model.embed_tokens.weight": self.embed_tokens}
         for index, layer in enumerate(self.layers):
-            for name, tensor in layer.checkpoint_tensors(self.config):
+            for name, tensor in layer.checkpoint_tensors(self.config, self.interleaved_gate_up):
                 tensors[f"model.layers.{index}.{name}.weight"] = tensor
         tensors["model.norm.weight"] = self.norm
         if not self.config.tied_embeddings:
@@ -149,10 +157,12 @@ class _Layer(nn.Module):
         self.gate_up = weight(2 * config.mlp_width, config.hidden)
         self.down = weight(config.hidden, config.mlp_width)
 
-    def checkpoint_tensors(self, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
+    def checkpoint_tensors(
+        self, config: DecoderConfig, interleaved_gate_up: bool
+    ) -> Iterator[tuple[str, Tensor]]:
         q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
         q, k, v = self.qkv.split([q_width, kv_width, kv_width])
-        gate, up = self.gate_up.chunk(2)
+        gate, up = gate_and_up(self.gate_up, interleaved_gate_up, axis=0)
         yield "input_layernorm", self.input_norm
         yield "self_attn.q_proj", q
         yield "self_attn.k_proj", k

@@ -28,6 +28,8 @@ class Step3VL(nn.Module):
     `impl` is "eager", "portable", "triton", None for the best on the device, or a dict of these per
     op. Parameters are allocated, not initialised: use the `from_` constructors. Images seen before
     are not encoded again: `vision.cache.budget` says how many bytes of them are held, 0 for none.
+    `interleaved_gate_up` is how the decoder stores weights (`Decoder`); logits and checkpoints are
+    the same either way.
     """
 
     def __init__(
@@ -38,13 +40,14 @@ class Step3VL(nn.Module):
         dtype: torch.dtype = torch.float32,
         impl: Impl = None,
         load_tokenizer: "Callable[[], Tokenizer] | None" = None,
+        interleaved_gate_up: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.impl = impl_per_op(impl)
         self._load_tokenizer = load_tokenizer
         options = {"impl": self.impl, "device": device, "dtype": dtype}
-        self.decoder = Decoder(config.decoder, **options)
+        self.decoder = Decoder(config.decoder, **options, interleaved_gate_up=interleaved_gate_up)
         self.vision = (
             VisionTower(config.vision, config.decoder.hidden, **options) if config.vision else None
         )
@@ -58,6 +61,7 @@ class Step3VL(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         impl: Impl = None,
+        interleaved_gate_up: bool = False,
     ) -> "Step3VL":
         """A preset with random weights drawn from `seed`, and a byte-level tokenizer.
 
@@ -65,17 +69,19 @@ class Step3VL(nn.Module):
         Raises InputError for an unknown name.
         """
         config = preset(name)
+        options = {"device": device, "dtype": dtype, "impl": impl}
+        options["interleaved_gate_up"] = interleaved_gate_up
         if name == "smollm2-135m":
             from model.gguf import smollm2_path
 
-            return cls.from_pretrained(smollm2_path(), device=device, dtype=dtype, impl=impl)
+            return cls.from_pretrained(smollm2_path(), **options)
 
         def load_tokenizer() -> "Tokenizer":
             from model.tokenizer import Tokenizer
 
             return Tokenizer.byte_level(config)
 
-        model = cls(config, device=device, dtype=dtype, impl=impl, load_tokenizer=load_tokenizer)
+        model = cls(config, load_tokenizer=load_tokenizer, **options)
         random_init(model.checkpoint_tensors(), seed)
         return model._prepared()
 
@@ -87,6 +93,7 @@ class Step3VL(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         impl: Impl = None,
+        interleaved_gate_up: bool = False,
     ) -> "Step3VL":
         """Load a directory of config.json and safetensors, or a llama-architecture GGUF file.
 
@@ -94,6 +101,7 @@ class Step3VL(nn.Module):
         """
         path = Path(path)
         options = {"device": device, "dtype": dtype, "impl": impl}
+        options["interleaved_gate_up"] = interleaved_gate_up
         load = _from_gguf if path.is_file() else _from_directory
         return load(cls, path, options)._prepared()
 

@@ -1,5 +1,11 @@
 """The Triton forms of silu_mul and quick_gelu against their definitions."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +15,29 @@ from bench.ptx_errors import DIV_ULP, sigmoid_error
 from kernels._tiles import use_tiles
 from kernels.activation import quick_gelu, silu_mul
 
+ROOT = Path(__file__).resolve().parent.parent
+# Of few and many rows and two dtypes: shared memory, loads, and what moves data between threads.
+COMPILED = """
+import json, re
+import torch
+from kernels._compile import compiler, launches_recorded
+from kernels._tiles import H200
+from kernels.activation import silu_mul
+
+found = []
+for rows in (16, 4096):
+    for dtype in (torch.bfloat16, torch.float32):
+        with launches_recorded(H200) as launches:
+            silu_mul(torch.empty(rows, 24576, dtype=dtype), interleaved=True, impl="triton")
+        with compiler(H200):
+            compiled = launches[0].compile()
+        sass = compiled.asm["sass"]
+        names = re.findall(r"(?:LDG|SHFL|LDS|STS|BAR)[.A-Z0-9]*", sass)
+        loads = [name for name in names if name.startswith("LDG")]
+        moves = [name for name in names if not name.startswith("LDG")]
+        found.append((compiled.metadata.shared, loads, moves))
+print(json.dumps(found))
+"""
 BLOCK = 16
 BOTH = ("triton", "eager")
 # fp32: roundings; the GPU's exponentials and divisions come on top. 16 bits: a value on the edge
@@ -65,6 +94,41 @@ def test_values(rows: int, width: int, dtype: torch.dtype, triton_device: str):
         if dtype != torch.float32 and result.numel() > 100:
             assert (result != expected).float().mean() < 0.01
     assert all(map(torch.equal, inputs, kept))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("width", [0, 1, 15, 16, 17, 53])  # about a tile, and several
+def test_interleaved_pairs(width: int, dtype: torch.dtype, triton_device: str):
+    """The bits of the halves: each pair's first is the gate, at the ends of tiles and of rows too,
+    and rows of a wider tensor begin where they do."""
+    halves, _ = draw(3, width, dtype, triton_device)
+    wide = torch.full((3, 2 * width + 6), torch.nan, dtype=dtype, device=triton_device)
+    pairs = wide[:, 2 : 2 + 2 * width]
+    pairs[:, ::2], pairs[:, 1::2] = halves.chunk(2, dim=1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    try:
+        with use_tiles("silu_mul", block=BLOCK):
+            got = silu_mul(pairs, interleaved=True, impl="triton")
+            want = silu_mul(halves, impl="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(got, want) and not got.isnan().any()
+
+
+def test_pairs_part_in_registers():
+    """Guards the loads' width and the split: a store as wide as the loads would make the compiler
+    exchange results through shared memory, behind a barrier."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 4
+    for shared, loads, moves in found:
+        assert (shared, moves) == (0, []) and set(loads) == {"LDG.E.128"}
 
 
 @pytest.mark.parametrize("rows", [1, 300])

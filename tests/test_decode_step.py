@@ -66,8 +66,8 @@ def launched(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_no_small_launches(
     settings: Settings, draws: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):
-    """Guards the step against the indices, casts, sums and copies that surrounded its ops: some
-    2 us each on a GPU, in every step."""
+    """Guards the step against the indices, casts, sums and copies that surrounded its ops, each a
+    launch of its own in every step."""
     names = launched(settings, monkeypatch)
     of_pytorch = [name for name in names if not name.endswith("_kernel")]
     assert of_pytorch == ["embedding"] + ["linear"] * 5  # qkv, o, gate_up, down; the LM head

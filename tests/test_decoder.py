@@ -65,6 +65,31 @@ def test_whole_forward(saved: tuple[Path, Tensor, Tensor], impl: str):
 
 
 @pytest.mark.parametrize("impl", FORMS)
+def test_interleaved_gate_up(saved: tuple[Path, Tensor, Tensor], impl: str, tmp_path: Path):
+    """The same checkpoint, its gates and ups stored in turns: the logits of transformers, and saved
+    again the same published tensors."""
+    path, ids, expected = saved
+    model = Step3VL.from_pretrained(path, impl=impl, interleaved_gate_up=True)
+    plain = Step3VL.from_pretrained(path, impl=impl)
+    stored, halves = (m.decoder.layers[0].gate_up for m in (model, plain))
+    width = SHAPE["intermediate_size"]
+    assert torch.equal(stored[4:6], halves[[2, 2 + width]])
+    assert max_error(model(ids), expected) < 1e-4
+    model.save_pretrained(tmp_path / "again")
+    again = Step3VL.from_pretrained(tmp_path / "again", impl=impl)
+    assert torch.equal(again.decoder.layers[-1].gate_up, plain.decoder.layers[-1].gate_up)
+
+
+def test_interleaved_random_weights():
+    """Random weights are drawn by published name: how they are stored does not change them."""
+    models = [Step3VL.from_preset("tiny", interleaved_gate_up=flag) for flag in (False, True)]
+    tensors = [model.checkpoint_tensors() for model in models]
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    logits = [model(range(20)) for model in models]
+    assert max_error(*logits) < 1e-5
+
+
+@pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("chunks", [(LENGTH,), (64, 64, 22), (37, 1, 63, 49), (1,) * 70 + (80,)])
 def test_through_the_cache(saved: tuple[Path, Tensor, Tensor], impl: str, chunks: tuple[int, ...]):
     """Prefill, chunked prefill and token by token give what one forward gives."""

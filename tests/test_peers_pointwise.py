@@ -105,6 +105,11 @@ class TestLiger:
         for case in CASES[op]:
             assert verdict_of(case, "liger", dtype).failure is None, case.name
 
+    def test_interleaved_pairs(self):
+        """Guards the reason beside the row: Liger would take gates for ups."""
+        with pytest.raises(Unavailable, match="halves only"):
+            verdict_of(cases._silu_mul(3, 64, interleaved=True), "liger")
+
     def test_older_versions(self, library):
         """Guards the reason beside the row, where a function came with a later version."""
         del library.LigerFusedGateUpSiLUMulFunction

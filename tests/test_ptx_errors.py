@@ -10,6 +10,7 @@ from bench import numerics
 from bench.cases import Case, numerics_cases
 from bench.numerics import Error, excess, form, judge, reference, summary
 from bench.ptx_errors import norm_error, sigmoid_error
+from kernels.activation import gate_and_up
 from tests.approximate import SIDES, approximate
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ def named(case: Case) -> str:
 def of_instructions(case: Case, inputs: dict) -> Tensor:
     """What approximate instructions may add to the relative error of each element."""
     if case.op == "silu_mul":
-        return sigmoid_error(inputs["gate_up"].chunk(2, dim=-1)[0])
+        return sigmoid_error(gate_and_up(**inputs)[0])
     if case.op == "quick_gelu":
         return sigmoid_error(1.702 * inputs["x"])
     if case.op != "layer_norm":

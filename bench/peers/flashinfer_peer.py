@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.peers.layout import Segment, indptr, levels, paged
-from bench.peers.peer import Library, distribution, imported, on_gpu
+from bench.peers.peer import Library, distribution, halves, imported, on_gpu
 
 WORKSPACE_BYTES = 512 << 20
 
@@ -67,7 +67,7 @@ def rms_norm(inputs: dict) -> Callable[[], object]:
 
 
 def silu_mul(inputs: dict) -> Callable[[], Tensor]:
-    gate_up = inputs["gate_up"]
+    gate_up = halves(inputs)
     return partial(check(gate_up.device).silu_and_mul, gate_up)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.peers.peer import Library, Unavailable, distribution, imported, on_gpu
+from bench.peers.peer import Library, Unavailable, distribution, halves, imported, on_gpu
 
 
 def rms_norm(inputs: dict) -> Callable[[], object]:
@@ -35,7 +35,7 @@ def layer_norm(inputs: dict) -> Callable[[], object]:
 
 def silu_mul(inputs: dict) -> Callable[[], Tensor]:
     """Gate and up as halves of one tensor, as the op has them."""
-    gate_up = inputs["gate_up"]
+    gate_up = halves(inputs)
     return partial(_function("LigerFusedGateUpSiLUMulFunction", gate_up), gate_up)
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import version as installed
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 Call = Callable[[], object]
 Prepare = Callable[[dict], Call]  # from an op's inputs to the call to time
@@ -73,6 +74,13 @@ def imported(module: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: a shared object without its CUDA
         raise Unavailable(f"not installed ({str(error).splitlines()[0]})") from None
+
+
+def halves(inputs: dict) -> Tensor:
+    """silu_mul's [gate | up]; Unavailable if they are interleaved."""
+    if inputs["interleaved"]:
+        raise Unavailable("takes gate and up as halves only")
+    return inputs["gate_up"]
 
 
 def on_gpu(device: torch.device) -> None:

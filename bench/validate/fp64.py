@@ -128,8 +128,8 @@ def _layer_norm(
     return layer(total, weight, bias, eps), total
 
 
-def _silu_mul(gate_up: Tensor) -> Results:
-    gate, up = gate_up.chunk(2, -1)
+def _silu_mul(gate_up: Tensor, interleaved: bool) -> Results:
+    gate, up = (gate_up[:, ::2], gate_up[:, 1::2]) if interleaved else gate_up.chunk(2, -1)
     return (gate * logistic(gate) * up,)
 
 
