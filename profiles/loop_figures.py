@@ -5,6 +5,7 @@ for what is not known or has no meaning there: an `async_wait` where nothing is 
 figure of a kernel without loops.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
@@ -71,19 +72,20 @@ def loop_figures(
     return {name: figures[name] or None for name in WORST}
 
 
-def remarks(pipelines: Sequence[Pipeline], found: Anatomy) -> Iterator[str]:
-    """What is amiss in the loops' pipelines."""
+def remarks(pipelines: Sequence[Pipeline], found: Anatomy) -> list[str]:
+    """What is amiss in the loops' pipelines, and in which (from 1, in the order of the text)."""
     mixes = found.loops if len(found.loops) == len(pipelines) else [{}] * len(pipelines)
+    loops = defaultdict(list)
     for at, (pipeline, mix) in enumerate(zip(pipelines, mixes, strict=True), 1):
-        loop = f"loop {at}" if len(pipelines) > 1 else "the loop"
-        if pipeline.async_wait == 0:
-            yield f"{loop} awaits its copies as soon as they are issued"
-        if pipeline.scalar_copies:
-            yield f"scalars that take a stage of {loop}'s pipeline: {pipeline.scalar_copies}"
-        if pipeline.buffers and pipeline.scalar_loads:
-            yield f"scalar loads in {loop}: {pipeline.scalar_loads}"
-        if mix.get("copy 4", 0) > pipeline.scalar_copies:
-            yield f"copies of 4 bytes in {loop}: {mix['copy 4']}"
+        amiss = {
+            "copies awaited as soon as they are issued": pipeline.async_wait == 0,
+            "a scalar takes a stage of the pipeline": pipeline.scalar_copies > 0,
+            "copies of 4 bytes": mix.get("copy 4", 0) > pipeline.scalar_copies,
+            "scalar loads": pipeline.buffers and pipeline.scalar_loads,
+        }
+        for text in filter(amiss.get, amiss):
+            loops[text].append(at)
+    return [f"{text} in loop {', '.join(map(str, where))}" for text, where in loops.items()]
 
 
 def worse(name: str, one: Figure, other: Figure) -> Figure:

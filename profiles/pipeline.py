@@ -21,6 +21,7 @@ LOAD = re.compile(
     r"\b(?:tt\.load|ttg\.async_copy_global_to_local) .*: tensor<((?:\d+x)+)!tt\.ptr<(\w+)>"
 )
 SCALAR_LOAD = re.compile(r"\btt\.load [^:]*: !tt\.ptr<")
+ANY_COPY = re.compile(r"\bttn?g\.async_\w*(?:global_to_local|gather)\b")
 TENSOR_COPY = "ttng.async_tma_copy_global_to_local"
 COPY = re.compile(
     rf"\b(?:ttg\.async_copy_global_to_local %[\w#]+, |{TENSOR_COPY} %[\w#]+\[[^]]*\] )(%[\w#]+)"
@@ -87,6 +88,8 @@ def _copies(lines: Sequence[str]) -> Iterator[_Copy]:
             buffers = held[0] if len(held) > len(sizes) else 1
             scalar = prod(sizes) == 1
             yield _Copy(at, alloc, buffers, _bytes(shape, kind), scalar, TENSOR_COPY in line)
+        elif ANY_COPY.search(line):
+            yield _Copy(at, None, buffers=0, size=0, scalar=False, tensor=False)
 
 
 def _alloc(lines: Sequence[str], before: int, name: str) -> int | None:

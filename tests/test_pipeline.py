@@ -68,6 +68,21 @@ def test_pending_groups():
     second = ATTENTION.replace("%token {num = 0", "%token {num = 1")
     assert pipelines(second)[1].bytes_ahead == 4  # the page number
     assert pipelines(second.replace("num = 1", "num = 2"))[1].bytes_ahead == BLOCK // 2 + 4
+    page = second.index("          %21 = ttg.async_copy")
+    wait = "          %15 = ttg.async_wait %token {num = 1 : i32}\n"
+    between = second.replace(wait, "")
+    page -= len(wait)
+    between = between[:page] + wait + between[page:]
+    assert pipelines(between)[1].bytes_ahead == BLOCK // 2  # K is younger than the last page number
+
+
+def test_while_loops():
+    """Guards the second half of a while loop, which is its body."""
+    loop = "scf.while (%0 = %1) : (i32) -> (i32) {{\n  {}\n}} do {{\n  {}\n}} loc(#loc1)\n"
+    text = loop.format(
+        "scf.condition(%2) %0 : i32", f"%4 = tt.load %5 : !tt.ptr<i32>\n  %3 = {DOT}"
+    )
+    assert pipelines(text) == [Pipeline((), None, None, scalar_copies=0, scalar_loads=1)]
 
 
 TENSOR_COPY = (
@@ -100,6 +115,7 @@ def test_what_is_not_recognised_is_not_known():
     """Guards other forms: None, no error and no 0, which the baseline would hold against it."""
     unknown = Pipeline(None, None, None, 0, 0)
     assert pipelines(PRODUCT.replace("ttg.local_alloc", "ttg.other_alloc")) == [unknown]
+    assert pipelines(PRODUCT.replace("[%0, %1] %12", "[%0, %1] to %12")) == [unknown]
     loop = f"scf.for %k = %0 to %1 step %2 : i32 {{\n  %3 = {DOT}\n}}\n"
     assert pipelines(loop) == [Pipeline((), None, None, 0, 0)]  # nothing is copied
     assert pipelines("ttg.warp_specialize(%0)\n" + loop) == [unknown]  # another warp may copy
@@ -134,12 +150,13 @@ def test_figures_and_remarks():
         "narrow_shared_loads": [0, 64],
         "wgmma_waits": [1, 0],
     }
-    assert list(remarks([CARRIED, RELOADED], found)) == [
-        "scalar loads in loop 1: 1",
-        "loop 2 awaits its copies as soon as they are issued",
-        "scalars that take a stage of loop 2's pipeline: 1",
-        "copies of 4 bytes in loop 2: 5",
+    assert remarks([CARRIED, RELOADED], found) == [
+        "scalar loads in loop 1",
+        "copies awaited as soon as they are issued in loop 2",
+        "a scalar takes a stage of the pipeline in loop 2",
+        "copies of 4 bytes in loop 2",
     ]
+    assert remarks([CARRIED, CARRIED], Anatomy(9, {}, [])) == ["scalar loads in loop 1, 2"]
     without = loop_figures.loop_figures([], Anatomy(9, {}, []), 2)
     assert set(without.values()) == {None}
 

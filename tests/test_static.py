@@ -20,7 +20,7 @@ from kernels._compile import compiler, launches_recorded
 from kernels._launch import pick
 from kernels._tiles import A100, H200, gpu_of
 from kernels.errors import ImplError
-from profiles import loop_figures
+from profiles import loop_figures, static
 from profiles.sass import count_mix, load_bytes, min_load_bytes, programs_per_sm, wide_loads
 from profiles.static import broken_rules, update
 
@@ -125,7 +125,7 @@ def test_the_page_load_put_back_into_the_loop_breaks_rules(toy):
     name = "paged_kernel, sm_90, bfloat16, SIZE=64 num_warps=4 num_stages=3"
     assert f"{name}: async_wait 2 -> 0" in found["broken_rules"]
     assert f"{name}: buffers 3 -> 2" in found["broken_rules"]
-    assert "scalars that take a stage of the loop's pipeline: 1" in found["rows"][0]["look_at"]
+    assert "a scalar takes a stage of the pipeline in loop 1" in found["rows"][0]["look_at"]
 
 
 def test_the_table_and_the_loops(toy):
@@ -208,6 +208,15 @@ def test_rules_against_another_triton():
     assert len(broken_rules([moved | {"spill_bytes": 4, "wgmma": False}], [old])) == 2
     assert broken_rules([GOOD | {"config": "new"}], [old]) == []
     assert len(broken_rules([GOOD | {"config": "new", "spill_bytes": 4}], [old])) == 1
+
+
+def test_a_row_holds_the_worst_of_its_launches():
+    """Guards launches that share a row: one figure, or one loop's, from each."""
+    other = GOOD | {"registers": 80, "min_load_bytes": None, "async_wait": [4, 0]}
+    worst = static._worse(GOOD, other)
+    assert worst == GOOD | {"registers": 80, "async_wait": [2, 0]}
+    failed = GOOD | {"failure": "ValueError: no"}
+    assert static._worse(GOOD, failed) == static._worse(failed, GOOD) == failed
 
 
 def test_a_baseline_without_figures_of_loops_does_not_hold_them():
