@@ -22,7 +22,7 @@ ATTENTION: Switches = {
     "ahead": (0, 1),  # the next block's page in a register
     "steady": (0, 1),  # no masks for whole blocks
     "pieces": (0, 1),  # the schedule writes a record per piece
-    "small_programs": (0, 3),  # tiles of 16 rows in a launch of their own
+    "split": (0, 1),  # the smaller tiles in a launch of their own
     "pdl": (0, 1),  # the kernel starts while the one before it ends
 }
 # Of each kind of device, what is compared on which cases of `bench ops`. Decode attention at 16

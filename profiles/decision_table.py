@@ -236,7 +236,7 @@ TABLE = (
             (lambda b16, b64: min(b16, b64) >= 85, "fine"),
             (
                 lambda b16, b64: b16 >= 85,
-                "tiles of 16 rows in a launch of their own (`small_programs`)",
+                "tiles of 16 rows in a launch of their own (`split`)",
             ),
             (always, "profile the loop of 16-row tiles with ncu: what does it wait for?"),
         ),

@@ -17,7 +17,8 @@ def summary(
     rows `known` of this device and commit, what they say to do next."""
     where = f"{origin['device']}, commit {origin['commit']}"
     head = [f"first light on {where}: {seconds:.0f} s, {already} cases already had good rows"]
-    head += [*_counts(rows), "what to do next on a GPU:", *(f"  {line}" for line in decisions(known))]
+    head += [*_counts(rows), "what to do next on a GPU:"]
+    head += [f"  {line}" for line in decisions(known)]
     steps = [*_steps(rows)]
     failed = _shortened(_failures(rows), LINES - len(head) - len(steps))
     worst = _shortened([*_worst(rows)], LINES - len(head) - len(steps) - len(failed))

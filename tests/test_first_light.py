@@ -15,7 +15,7 @@ from bench import jsonl
 from model.terminal import InputError
 from profiles import __main__ as command
 from profiles import first_light, supervisor
-from profiles.first_light import STAGES
+from profiles.first_light import STAGES, _stage
 from profiles.first_light_summary import LINES, summary
 from profiles.task import Row, Task
 from tests.fake_worker import ENVIRONMENT
@@ -105,6 +105,7 @@ def test_goes_on_where_it_stopped(fakes, tmp_path, capsys):
     fakes.pop(1)
     assert visit(tmp_path, *arguments) == 0
     assert json.loads(capsys.readouterr().out) == {"rows": [], "signals": []}
+    assert "wrong numbers or hangs: none ->" in (tmp_path / "summary.txt").read_text()
     os.environ["FAKE_COMMIT"] = "def"
     try:
         assert visit(tmp_path, *arguments) == 0
@@ -165,7 +166,8 @@ def test_a_signal_leaves_whole_lines(tmp_path, number: int):
 
 
 def test_summary_is_short():
-    """Guards a person's first look: 300 different failures still fit a page, and times stay."""
+    """Guards a person's first look: 300 different failures still fit a page, and times stay, and
+    what to do next does."""
     rows = [
         {"section": "numerics", "op": f"op{i}", "case": "c", "impl": "triton", "dtype": "x"}
         | {"failure": f"E{i}: no"}
@@ -173,8 +175,13 @@ def test_summary_is_short():
     ]
     step = {"section": "engine", "op": "engine_step", "case": "B16", "impl": "default"}
     step |= {"failure": None, "median_us": 7000.0, "roofline_pct": 75.4, "graphs": True}
-    lines = summary([*rows, step], ENVIRONMENT, 10.0, 0).splitlines()
+    slow = step | {"section": "ops", "op": "sample", "impl": "triton", "median_us": 9.0}
+    launch = step | {"section": "launches", "op": "launch", "median_us": 1.5}
+    found = [*rows, slow, step]
+    lines = summary(found, [*found, launch], ENVIRONMENT, 10.0, 0).splitlines()
     assert len(lines) == LINES
+    assert "  launch in a graph: 1.50 us -> launches are cheap: attention comes first" in lines
+    assert "  vision attention: not measured" in lines
     assert lines[-1].strip() == "engine_step B16, default: 7.00 ms, 75 % of roofline, CUDA graphs"
     assert lines[-2].startswith("... and ") and "rows.jsonl" in lines[-2]
 
@@ -215,3 +222,16 @@ def test_short_visits_have_short_limits(fakes, tmp_path, monkeypatch):
     fakes += [planted("ops", "fits", 200)]
     assert visit(tmp_path, "--seconds", "60") == 0
     assert outcome(jsonl.read(tmp_path / "rows.jsonl")) == {"fits": None}
+
+
+def test_what_comes_before_is_done_for_whoever_needs_it():
+    """Guards `--stage ops` and `--stage pairs`, each of which needs compiled kernels and the
+    roofline, once; a stage that needs neither does not wait for them."""
+    for section in ("compile", "roofline"):
+        task = planted(section, "a")
+        assert _stage(task, [*STAGES]) == _stage(task, ["pairs", "ops"]) == "pairs"
+        assert _stage(task, ["ops", "vision"]) == "ops"
+        assert _stage(task, ["vision"]) is None
+    assert _stage(planted("linears", "a"), [*STAGES]) == "pairs"
+    assert _stage(planted("linears", "a"), ["ops"]) is None
+    assert [*STAGES].index("pairs") < [*STAGES].index("ops")

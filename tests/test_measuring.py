@@ -86,6 +86,41 @@ def test_each_section(measuring, plan, section: str, text: str, op: str):
         assert all(row["median_us"] > 0 and row["roofline_pct"] > 0 for row in made)
 
 
+@pytest.mark.parametrize(
+    ("section", "text", "op"),
+    [
+        ("launches", "", "launch"),
+        ("pairs", "rms_norm", "rms_norm"),
+        ("pairs", "prefix_attention", "prefix_attention"),
+        ("linears", "lm_head T16", "linear"),
+        ("linears", "gate_up T64", "linear"),
+    ],
+)
+def test_what_decisions_hang_on(measuring, section: str, text: str, op: str):
+    """Guards the sections that first-light alone has: a row for each form that was planned, under
+    the task's own names, or a second run would measure it again."""
+    one = task(first_light(CPU), section, text)
+    made = measuring.carry_out(one)
+    assert [row["impl"] for row in made] == list(one.forms)
+    assert {(row["op"], row["case"], row["dtype"]) for row in made} == {one.key}
+    assert all(row["failure"] is None and row["median_us"] > 0 for row in made)
+    assert one.op == op
+
+
+def test_decisions_come_before_the_op_table():
+    """Guards the first minutes: what the next step hangs on is planned before what merely fills the
+    table, is cheap, and belongs to no other command."""
+    for device in (CPU, torch.device("cuda")):
+        work = first_light(device)
+        sections = [one.section for one in work]
+        deciding = [one for one in work if one.section in ("launches", "pairs", "linears")]
+        assert sections.index("roofline") < sections.index("launches") < sections.index("ops")
+        assert sum(one.arguments["budget_s"] for one in deciding) < 10
+        keys = [(one.section, one.key) for one in deciding]
+        assert len(set(keys)) == len(keys)
+        assert not {"launches", "pairs", "linears"} & {one.section for one in record(device)}
+
+
 def test_a_decode_step_by_part(measuring):
     """Guards --no-breakdown, and the breakdown without it."""
     for breakdown in (False, True):

@@ -147,6 +147,10 @@ def test_a_gpu_with_rows_gets_its_tables(tmp_path):
         measured("prefix_attention", case, "flashinfer", 75),
         measured("prefix_attention", "B1", "triton", 50) | {"median_us": None, "failure": "off"},
         measured("prefix_attention", "B2", "triton", 50, failure="off"),  # timed anyway
+        # Not the op table's: forms in pairs, and what has no case there.
+        measured("prefix_attention", case, "triton", 45, section="pairs"),
+        measured("prefix_attention", case, "triton ahead=1", 40, section="pairs"),
+        measured("launch", "100", "triton", 2, section="launches"),
     ]
     jsonl.append(tmp_path / "h100" / "all.jsonl", found)
     origin, steps, ops = gpus(tmp_path).split("\n\n")
