@@ -157,6 +157,9 @@ def test_figures_and_remarks():
         "copies of 4 bytes in loop 2",
     ]
     assert remarks([CARRIED, CARRIED], Anatomy(9, {}, [])) == ["scalar loads in loop 1, 2"]
+    only_page = remarks([RELOADED], Anatomy(9, {}, [{"copy 4": 1}]))
+    assert not any("4 bytes" in text for text in only_page)  # the scalar's own
+    assert remarks([Pipeline((), None, None, 0, scalar_loads=1)], found) == []
     without = loop_figures.loop_figures([], Anatomy(9, {}, []), 2)
     assert set(without.values()) == {None}
 
