@@ -39,9 +39,8 @@ PAIRS: dict[str, dict[tuple[str, str], Switches]] = {
         ("rms_norm", "T16 C4096"): {"pdl": (0, 1)},
     },
     "cpu": {  # tiles mean nothing there: the way of a row is the same
-        ("prefix_attention", "smollm2 B16 P1500 S64"): ATTENTION,
-        ("vision_attention", "4x 8x8 + 1x 12x12 H2 D96"): {"turn_q": (0, 1)},
-        ("rms_norm", "T16 C4096"): {"pdl": (0, 1)},
+        ("prefix_attention", "4 x (B4 P512 S64)"): {"ahead": (0, 1)},
+        ("rms_norm", "T256 C4096"): {"pdl": (0, 1)},
     },
 }
 HOPPER = ("pdl",)  # switches that need sm_90
