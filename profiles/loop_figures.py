@@ -15,7 +15,7 @@ from profiles.pipeline import Pipeline
 from profiles.sass_loop import Anatomy
 
 Figure = list[int | None] | None
-# The worse of two, and what the baseline allows: None does not guard.
+# The worse of two, which is also where the baseline lets no figure of GUARDED go.
 WORST: dict[str, Callable] = {
     "buffers": min,  # of the operand with fewest; 0: nothing is copied ahead
     "async_wait": min,  # 0: a copy is awaited as soon as it is issued
