@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from skimage import data
 
+from kernels._tiles import use_tiles
 from model.config import TINY
 from model.image import load_image, preprocess
 from model.prompt import build_prompt
@@ -62,12 +63,15 @@ def test_tiny_whole(triton_device: str):
     assert max_error(logits["triton"], logits["eager"]) < 1e-4
 
 
+@pytest.mark.parametrize("turn_q", [0, 1])
 @pytest.mark.parametrize("sides", [(), (70, 14, 70)])
-def test_views_of_odd_grids(models: tuple[Step3VL, Step3VL], sides: tuple[int, ...]):
-    """None, a single token, and sides that are no multiple of four, out of order."""
+def test_views_of_odd_grids(models: tuple[Step3VL, Step3VL], sides: tuple[int, ...], turn_q: int):
+    """None, a single token, and sides that are no multiple of four, out of order; queries rotated
+    with the keys or where they are used."""
     eager, ours = (model.vision for model in models)
     views = [torch.randn(3, side, side) for side in sides]
-    out, expected = ours(views), eager(views)
+    with use_tiles("vision_attention", turn_q=turn_q):
+        out, expected = ours(views), eager(views)
     assert out.shape == expected.shape == (ours.count(views), SMALL.decoder.hidden)
     if views:
         assert max_error(out, expected) < 1e-4
