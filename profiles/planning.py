@@ -115,7 +115,7 @@ def _deciding(device_type: str, main: str) -> Iterator[Task]:
     yield Task("launches", "launch", launch_cost.CASE, main, (form,), 20, arguments)
     for case, forms in pairs(device_type):
         arguments = {"budget_s": PAIR_S * len(forms)}
-        yield Task("pairs", case.op, case.name, main, forms, 20, arguments)
+        yield Task("pairs", case.op, case.name, main, forms, 30, arguments)
     for rows in linears.ROWS:
         for name in linears.NAMES:
             arguments = {"preset": DECODE[device_type][0], "name": name, "rows": rows}
