@@ -1,6 +1,7 @@
 """The launcher of prefix attention's Triton form."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,10 +36,8 @@ def prefix_attention_triton(
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`prefix_attention` in two launches; the first use of a plan cuts up its work before."""
-    cut, chosen = cut_up(
-        plan, q, q.shape[1], k_pages, window=window, batch_invariant=batch_invariant
-    )
-    return launch(q, k_pages, v_pages, plan, cut, chosen, scale, k_scale, v_scale)
+    made = cut_up(plan, q, q.shape[1], k_pages, window=window, batch_invariant=batch_invariant)
+    return launch(q, k_pages, v_pages, plan, *made, scale, k_scale, v_scale)
 
 
 def cut_up(
@@ -50,8 +49,9 @@ def cut_up(
     window: int,
     batch_invariant: bool = False,
     fused: bool = False,
-) -> tuple[Cut, Tiles]:
-    """How to cut the plan, and the tile choices, for q or its projection and so many query heads.
+) -> tuple[Cut, list[Tiles]]:
+    """How to cut the plan for q or its projection and so many query heads, and the tile choices of
+    the launch that attends: or of two, the second for the smaller tiles.
 
     Raises ValueError for what the Triton form does not offer.
     """
@@ -66,19 +66,27 @@ def cut_up(
     most = max(kind.large, kind.small)
     check(group <= most, f"{group} query heads per KV head: impl 'triton' has at most {most}")
     chosen = kind.choose(q.device)
-    whole = chosen["grain"] % min(chosen["block"], page_size) == 0
-    check(whole or not chosen["tma"], "tile choice tma: grain must be a multiple of block")
+    choices = [chosen]
+    if chosen["split"] and kind.large and kind.small:
+        check(chosen["pieces"], "tile choice split: only with pieces")
+        choices.append(replace(kind, large=0).choose(q.device))
+    for each in choices:
+        whole = chosen["grain"] % min(each["block"], page_size) == 0
+        check(whole or not each["tma"], "tile choice tma: grain must be a multiple of block")
+    sms = gpu_of(q.device).sms
     cut = Cut(
         kv_heads=kv_heads,
         group=group,
         sizes=(kind.large, kind.small),
         grain=chosen["grain"],
         overhead=0 if batch_invariant else chosen["overhead"],
-        programs=gpu_of(q.device).sms * chosen["programs"],
+        programs=sms * chosen["programs"],
         window=window,
         invariant=batch_invariant,
+        pieces=bool(chosen["pieces"]),
+        small_programs=sms * choices[1]["programs"] if len(choices) > 1 else 0,
     )
-    return cut, chosen
+    return cut, choices
 
 
 def launch(
@@ -87,13 +95,13 @@ def launch(
     v_pages: Tensor,
     plan: PrefixPlan,
     cut: Cut,
-    chosen: Tiles,
+    choices: list[Tiles],
     scale: float,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both launches, and before a plan's first ones its schedule.
+    """All launches, and before a plan's first ones its schedule.
 
     q: [T, Hq, D], or with `rotary` the projection [T, (Hq + 2 Hkv) * D]
     """
@@ -111,38 +119,46 @@ def launch(
         "KV_HEADS": cut.kv_heads,
         "GROUP": cut.group,
         "D": dim,
-        "SIZES": cut.sizes,
         "INVARIANT": cut.invariant,
     }
-    block = min(chosen["block"], plan.page_size)
-    faults = faults_of(cut.programs, q.device)
-    prefix_attention_kernel[(cut.programs,)](
-        q=q,
-        **_pages(k_pages, v_pages, k_scale, v_scale, block if chosen["tma"] else 0),
-        out=out,
-        lse=lse,
-        part_out=part_out,
-        part_lse=part_lse,
-        page_table=plan.pages,
-        first_tile=schedule.first_tile,
-        row_position=plan.row_position if cut.window else None,
-        rotary=rotary,
-        qk_scale=scale * LOG2E,
-        grain=cut.grain,
-        PAGE=plan.page_size,
-        BLOCK=block,
-        WINDOW=cut.window,
-        NATIVE_FP8=converts_e4m3(q.device),
-        TMA=bool(chosen["tma"]),
-        AHEAD=bool(chosen["ahead"]),
-        STEADY=bool(chosen["steady"]),
-        faults=faults,
-        num_warps=chosen["num_warps"],
-        num_stages=chosen["num_stages"],
-        **schedule.line,
-        **shape,
-    )
-    raise_fault(faults)
+    for number, chosen in enumerate(choices):
+        sizes = cut.sizes
+        if len(choices) > 1:
+            sizes = (0, cut.sizes[1]) if number else (cut.sizes[0], 0)
+        programs = cut.programs_of(number)
+        block = min(chosen["block"], plan.page_size)
+        faults = faults_of(programs, q.device)
+        prefix_attention_kernel[(programs,)](
+            q=q,
+            **_pages(k_pages, v_pages, k_scale, v_scale, block if chosen["tma"] else 0),
+            out=out,
+            lse=lse,
+            part_out=part_out,
+            part_lse=part_lse,
+            page_table=plan.pages,
+            pieces=schedule.pieces if cut.pieces else None,
+            large_programs=cut.programs_of(0),
+            first_tile=schedule.first_tile,
+            row_position=plan.row_position if cut.window else None,
+            rotary=rotary,
+            qk_scale=scale * LOG2E,
+            grain=cut.grain,
+            SIZES=sizes,
+            PAGE=plan.page_size,
+            BLOCK=block,
+            WINDOW=cut.window,
+            NATIVE_FP8=converts_e4m3(q.device),
+            TMA=bool(chosen["tma"]),
+            PIECES=cut.pieces,
+            AHEAD=bool(chosen["ahead"]),
+            STEADY=bool(chosen["steady"] and not (cut.invariant and cut.window)),
+            faults=(*faults, len(schedule.pieces)) if faults else (),
+            num_warps=chosen["num_warps"],
+            num_stages=chosen["num_stages"],
+            **schedule.line,
+            **shape,
+        )
+        raise_fault(faults)
     merge_kernel[(rows, heads)](
         out=out,
         lse=lse,
@@ -150,6 +166,8 @@ def launch(
         part_lse=part_lse,
         row_tiles=schedule.row_tiles,
         depth=schedule.row_tiles.shape[1],
+        SIZES=cut.sizes,
+        SPLIT=bool(cut.small_programs),
         AT_ONCE=1 if cut.invariant else max(1, 1024 // dim),
         num_warps=1,
         **schedule.line,

@@ -8,6 +8,9 @@ overhead    of starting on a tile, in grains
 tma         1: whole blocks by tensor copies (sm_90), if grain is a multiple of block
 ahead       1: the page of the next block waits in a register; 0: each block looks up its own, and
             the look-up takes a stage of the pipeline
+pieces      1: the schedule writes a record of each program's every piece; 0: programs walk the line
+split       1: with pieces, tiles of the smaller size have a line and a launch of their own, with as
+            many programs as they have alone
 steady      1: blocks that all rows see whole have a loop of their own, without masks
 """
 
@@ -95,6 +98,8 @@ class Kind:
             "overhead": 0 if self.invariant else 2,
             "tma": 0,
             "ahead": int(ahead),
+            "pieces": 1,
+            "split": 0,
             "steady": int(self.large == 128 and not self.fp8),
         }
 

@@ -19,18 +19,24 @@ from torch import Tensor
 
 from kernels.fp8 import from_e4m3
 from kernels.prefix_attention_decode import new_token, rotated
-from kernels.prefix_check import checked_stop
-from kernels.prefix_schedule import (
+from kernels.prefix_check import checked_piece, checked_stop
+from kernels.prefix_records import (
     ALONE,
     EDGE,
     END,
     FLAGS,
     GRAIN_START,
+    HEAD,
+    HIGH,
+    LOW,
+    NEXT,
     NODE_START,
     PAGE_START,
+    PIECE,
     RECORD,
     ROW,
     ROWS,
+    VECTOR,
     WRITES,
 )
 
@@ -47,7 +53,9 @@ class KVPages(NamedTuple):
 
 
 # Counts change from step to step: one compiled kernel serves them all.
-@triton.jit(do_not_specialize=["grain", "overhead", "large", "small", "large_slots"])
+@triton.jit(
+    do_not_specialize=["large_programs", "grain", "overhead", "large", "small", "large_slots"]
+)
 def prefix_attention_kernel(
     q,  # [T, Hq, D]
     kv,  # KVPages
@@ -58,6 +66,8 @@ def prefix_attention_kernel(
     part_out,  # fp32 [vectors, D], vectors of the larger size first
     part_lse,  # fp32 [vectors]
     page_table,
+    pieces,  # int32 [pieces, PIECE], with PIECES; what follows tells the same without
+    large_programs,
     tiles,  # int32 [tiles, RECORD]
     starts,  # int32 [tiles + 1]
     stretch,
@@ -80,98 +90,225 @@ def prefix_attention_kernel(
     INVARIANT: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
+    PIECES: tl.constexpr,
     AHEAD: tl.constexpr,  # carry the next block's page in a register
     STEADY: tl.constexpr,  # blocks that all rows see whole in a loop without masks
     faults=(),  # of prefix_check.py: empty, or int32 [programs, NUMBERS]
 ):
-    program = tl.program_id(0)
-    share = tl.load(stretch)
-    middle = tl.load(starts + large)
+    pools = (q, kv, (k_blocks, v_blocks), page_table, row_position, rotary)
     for size in tl.static_range(2):
         if SIZES[size] > 0:
-            low = large if size else 0
-            count = small if size else large
-            begin = middle if size else 0
-            length = tl.load(starts + low + count) - begin
-            place = tl.maximum(program * share - KV_HEADS * begin, 0)
-            stop = tl.minimum((program + 1) * share - KV_HEADS * begin, KV_HEADS * length)
-            tile = tl.load(first_tile + size * tl.num_programs(0) + program)
-            if len(faults):
-                line = (starts + low, tiles + low * RECORD, size, count, begin, length)
-                stop = checked_stop(faults[0], line, place, stop, tile, grain, overhead)
-            while place < stop:
-                head = place // length
-                start = tl.load(starts + low + tile)
-                places = tl.load(starts + low + tile + 1) - start
-                # Places of the tile that are behind us, and those that will be.
-                done = tl.maximum(place - head * length - (start - begin), 0)
-                goal = tl.minimum(places, done + stop - place)
-                if INVARIANT:
-                    goal = tl.minimum(goal, done + 1)
-                    slot = place
-                else:
-                    slot = head * count + tile + program
-                if goal > tl.maximum(done, overhead):
-                    vectors = slot.to(tl.int64) * SIZES[size]
-                    if size:
-                        vectors += large_slots * SIZES[0]
-                    _attend_tile(
-                        q,
-                        kv,
-                        (k_blocks, v_blocks),
-                        out,
-                        lse,
-                        part_out + vectors * D,
-                        part_lse + vectors,
-                        page_table,
-                        tiles + (low + tile) * RECORD,
-                        row_position,
-                        rotary,
-                        head,
-                        tl.maximum(done - overhead, 0),
-                        goal - overhead,
-                        places - overhead,
-                        qk_scale,
-                        grain,
-                        KV_HEADS,
-                        GROUP,
-                        D,
-                        PAGE,
-                        BLOCK,
-                        SIZES[size],
-                        WINDOW,
-                        NATIVE_FP8,
-                        TMA,
-                        AHEAD,
-                        STEADY,
-                    )
-                place += goal - done
-                tile = tl.where(goal == places, tile + 1, tile)
-                # A padded plan has empty tiles behind the head's last: they are not walked.
-                tile = tl.where(place == (head + 1) * length, 0, tile)
-                if len(faults):
-                    stop = checked_stop(faults[0], line, place, stop, tile, grain, overhead)
+            if PIECES:
+                _walk_pieces(
+                    pools,
+                    (out, lse, part_out, part_lse),
+                    pieces,
+                    large_programs if size else 0,
+                    qk_scale,
+                    KV_HEADS,
+                    GROUP,
+                    D,
+                    PAGE,
+                    BLOCK,
+                    SIZES[size],
+                    WINDOW,
+                    NATIVE_FP8,
+                    TMA,
+                    AHEAD,
+                    STEADY,
+                    faults,
+                )
+            else:
+                _walk_line(
+                    pools,
+                    (out, lse, part_out, part_lse),
+                    (tiles, starts, stretch, first_tile),
+                    (grain, overhead, large, small, large_slots),
+                    size,
+                    qk_scale,
+                    KV_HEADS,
+                    GROUP,
+                    D,
+                    PAGE,
+                    BLOCK,
+                    SIZES,
+                    WINDOW,
+                    INVARIANT,
+                    NATIVE_FP8,
+                    TMA,
+                    AHEAD,
+                    STEADY,
+                    faults,
+                )
+
+
+@triton.jit
+def _walk_pieces(
+    pools,
+    results,
+    pieces,
+    first,  # piece of program 0
+    qk_scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    WINDOW: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
+    STEADY: tl.constexpr,
+    faults,
+):
+    """The program's pieces of one size, as `pieces_kernel` has written them down."""
+    at = first + tl.program_id(0)
+    if len(faults):
+        at = checked_piece(faults, pieces, at, M // GROUP)
+    while at >= 0:
+        piece = pieces + at.to(tl.int64) * PIECE
+        at = tl.load(piece + NEXT)
+        rows = tl.load(piece + ROWS)
+        if rows > 0:
+            _attend_tile(
+                pools,
+                results,
+                tl.load(piece + VECTOR).to(tl.int64),
+                tl.load(piece + ROW),
+                rows,
+                tl.load(piece + PAGE_START),
+                tl.load(piece + NODE_START) if WINDOW else 0,
+                tl.load(piece + FLAGS),
+                tl.load(piece + LOW),
+                tl.load(piece + HIGH),
+                tl.load(piece + EDGE),
+                tl.load(piece + HEAD),
+                qk_scale,
+                KV_HEADS,
+                GROUP,
+                D,
+                PAGE,
+                BLOCK,
+                M,
+                WINDOW,
+                NATIVE_FP8,
+                TMA,
+                AHEAD,
+                STEADY,
+            )
+        if len(faults):
+            at = checked_piece(faults, pieces, at, M // GROUP)
+
+
+@triton.jit
+def _walk_line(
+    pools,
+    results,
+    schedule,
+    counts,
+    size: tl.constexpr,
+    qk_scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIZES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    INVARIANT: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
+    STEADY: tl.constexpr,
+    faults,
+):
+    """The program's stretch of one size's tiles, tile by tile."""
+    tiles, starts, stretch, first_tile = schedule
+    grain, overhead, large, small, large_slots = counts
+    program = tl.program_id(0)
+    share = tl.load(stretch)
+    low = large if size else 0
+    count = small if size else large
+    begin = tl.load(starts + large) if size else 0
+    length = tl.load(starts + low + count) - begin
+    place = tl.maximum(program * share - KV_HEADS * begin, 0)
+    stop = tl.minimum((program + 1) * share - KV_HEADS * begin, KV_HEADS * length)
+    tile = tl.load(first_tile + size * tl.num_programs(0) + program)
+    if len(faults):
+        line = (starts + low, tiles + low * RECORD, size, count, begin, length)
+        stop = checked_stop(faults[0], program, line, place, stop, tile, grain, overhead)
+    while place < stop:
+        head = place // length
+        start = tl.load(starts + low + tile)
+        places = tl.load(starts + low + tile + 1) - start
+        # Places of the tile that are behind us, and those that will be.
+        done = tl.maximum(place - head * length - (start - begin), 0)
+        goal = tl.minimum(places, done + stop - place)
+        if INVARIANT:
+            goal = tl.minimum(goal, done + 1)
+            slot = place
+        else:
+            slot = head * count + tile + program
+        if goal > tl.maximum(done, overhead):
+            vectors = slot.to(tl.int64) * SIZES[size]
+            if size:
+                vectors += large_slots * SIZES[0]
+            record = tiles + (low + tile) * RECORD
+            grain_start = tl.load(record + GRAIN_START)
+            first_grain = tl.maximum(done - overhead, 0)
+            # What holds for the tile's end, and for all of it.
+            flags = tl.where(goal == places, tl.load(record + FLAGS), 0)
+            flags = tl.where(first_grain == 0, flags, flags & WRITES)
+            _attend_tile(
+                pools,
+                results,
+                vectors,
+                tl.load(record + ROW),
+                tl.load(record + ROWS),
+                tl.load(record + PAGE_START),
+                tl.load(record + NODE_START) if WINDOW else 0,
+                flags,
+                (grain_start + first_grain) * grain,
+                tl.minimum((grain_start + goal - overhead) * grain, tl.load(record + END)),
+                tl.load(record + EDGE),
+                head,
+                qk_scale,
+                KV_HEADS,
+                GROUP,
+                D,
+                PAGE,
+                BLOCK,
+                SIZES[size],
+                WINDOW,
+                NATIVE_FP8,
+                TMA,
+                AHEAD,
+                STEADY,
+            )
+        place += goal - done
+        tile = tl.where(goal == places, tile + 1, tile)
+        # A padded plan has empty tiles behind the head's last: they are not walked.
+        tile = tl.where(place == (head + 1) * length, 0, tile)
+        if len(faults):
+            stop = checked_stop(faults[0], program, line, place, stop, tile, grain, overhead)
 
 
 @triton.jit
 def _attend_tile(
-    q,
-    kv,
-    blocks,
-    out,
-    lse,
-    part_out,
-    part_lse,
-    page_table,
-    record,
-    row_position,
-    rotary,
+    pools,
+    results,
+    first_vector,
+    row_start,
+    rows,
+    page_start,
+    node_start,
+    flags,
+    low,
+    high,
+    edge,
     head,
-    first_grain,
-    last_grain,
-    grains,
     qk_scale,
-    grain,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -184,12 +321,17 @@ def _attend_tile(
     AHEAD: tl.constexpr,
     STEADY: tl.constexpr,
 ):
-    """Grains first_grain..last_grain of a tile of `grains`, for one KV head."""
-    row_start = tl.load(record + ROW)
+    """Tokens [low, high) of a tile's node for the tile's rows and one KV head.
+
+    first_vector: of the partial result, unless the flag ALONE says that this is the result
+    edge: row r sees no token from edge + r on
+    """
+    q, kv, blocks, page_table, row_position, rotary = pools
+    out, lse, part_out, part_lse = results
     # Adds 0, which the compiler cannot know: what follows from `vector` is then not computed before
     # all tiles and held in registers for each, nor from here to the stores, which do the same.
-    vector = tl.arange(0, M) + tl.minimum(grains, 0)
-    count = tl.load(record + ROWS) * GROUP
+    vector = tl.arange(0, M) + tl.minimum(rows, 0)
+    count = rows * GROUP
     live = vector < count
     row = row_start + vector // GROUP
     first_head = row_start.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
@@ -205,25 +347,21 @@ def _attend_tile(
             q + first * D + qkv_head * D, rotary.q_weight, rotary.positions + row, live, rotary, D
         )
 
-    end = tl.load(record + END)
-    visible = tl.load(record + EDGE) + row  # [M] and no more than `end`, which `high` sees to
+    visible = edge + row  # [M]
     oldest = visible
     if WINDOW:
         position = tl.load(row_position + row, mask=live, other=0)
-        oldest = position - (WINDOW - 1) - tl.load(record + NODE_START)
-    grain_start = tl.load(record + GRAIN_START)
-    low = (grain_start + first_grain) * grain
-    high = tl.minimum((grain_start + last_grain) * grain, end)
-    page_table += tl.load(record + PAGE_START)
+        oldest = position - (WINDOW - 1) - node_start
+    page_table += page_start
 
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     if rotary is not None:  # noqa: SIM102 - decided at compile time
         # The node's new token, its last, has not been written: it comes from the projection, and
-        # whoever owns the node's last grain writes it.
-        if ((tl.load(record + FLAGS) & WRITES) != 0) & (last_grain == grains):
-            high = tl.minimum(high, end - 1)
+        # whoever owns the node's end writes it.
+        if (flags & WRITES) != 0:
+            high -= 1
             k, v = new_token(
                 q,
                 kv,
@@ -239,31 +377,31 @@ def _attend_tile(
             peak = tl.sum(x.to(tl.float32) * k, 1) * qk_scale
             total += 1.0
             acc += v
-    # First a loop over blocks [whole, edge), then one over those on both sides of it. If STEADY, all
+    # First a loop over blocks [whole, stop), then one over those on both sides of it. If STEADY, all
     # rows see all of the first loop's tokens: no masks there. Its blocks may come by TMA, which reads
     # whole ones, whatever lies behind the node's end; those of the second come by pointers.
     first = low // BLOCK
     every = tl.cdiv(high, BLOCK)
-    whole, edge = first, high // BLOCK if TMA else every
+    whole, stop = first, high // BLOCK if TMA else every
     if STEADY:
         least = low
         if WINDOW:
             least = tl.maximum(low, tl.max(tl.where(live, oldest, 0), 0))
         whole = tl.minimum(tl.cdiv(least, BLOCK), every)
-        edge = tl.maximum(tl.minimum(high, tl.load(record + EDGE) + row_start) // BLOCK, whole)
+        stop = tl.maximum(tl.minimum(high, edge + row_start) // BLOCK, whole)
     before = whole - first
     last = tl.maximum(every - 1, 0)
     for outside in tl.static_range(2 if STEADY or TMA else 1):
-        start = 0 if outside else whole
-        stop = before + every - edge if outside else edge
+        begin = 0 if outside else whole
+        end = before + every - stop if outside else stop
         if AHEAD:
-            page = _page(page_table, _block(start, outside, first, before, edge), last, PAGE, BLOCK)
-        for i in range(start, stop):
-            block = _block(i, outside, first, before, edge)
+            page = _page(page_table, _block(begin, outside, first, before, stop), last, PAGE, BLOCK)
+        for i in range(begin, end):
+            block = _block(i, outside, first, before, stop)
             if AHEAD:
                 # Were a block's page loaded in its own trip, it would be one more stage of the
                 # pipeline, with all copies of K and V awaited at once.
-                next_block = _block(i + 1, outside, first, before, edge)
+                next_block = _block(i + 1, outside, first, before, stop)
                 next_page = _page(page_table, next_block, last, PAGE, BLOCK)
             else:
                 page = tl.load(page_table + block * BLOCK // PAGE)
@@ -297,23 +435,23 @@ def _attend_tile(
     divisor = tl.where(total > 0.0, total, 1.0)
     acc = acc / divisor[:, None]
     log = peak + tl.log2(divisor)  # -inf if nothing was seen
-    vector = tl.arange(0, M) + tl.minimum(last_grain - first_grain, 0)
+    vector = tl.arange(0, M) + tl.minimum(flags, 0)
     live = vector < count
-    alone = tl.load(record + FLAGS) & ALONE
-    if (alone != 0) & (last_grain - first_grain == grains):
+    if (flags & ALONE) != 0:
         q_head = vector // GROUP * (KV_HEADS * GROUP) + vector % GROUP
         target = out + first_head * D + (q_head[:, None] * D + dim[None, :])
         tl.store(target, acc.to(out.dtype.element_ty), mask=live[:, None])
         tl.store(lse + first_head + q_head, log * LN2, mask=live)
     else:
-        tl.store(part_out + (vector[:, None] * D + dim[None, :]), acc, mask=live[:, None])
-        tl.store(part_lse + vector, log, mask=live)
+        part = part_out + first_vector * D
+        tl.store(part + (vector[:, None] * D + dim[None, :]), acc, mask=live[:, None])
+        tl.store(part_lse + first_vector + vector, log, mask=live)
 
 
 @triton.jit
-def _block(i, outside: tl.constexpr, first, before, edge):
-    """The i-th block to work on: itself, or if `outside`, of those from `first`, then from `edge`."""
-    return tl.where(i < before, first + i, edge + i - before) if outside else i
+def _block(i, outside: tl.constexpr, first, before, stop):
+    """The i-th block to work on: itself, or if `outside`, of those from `first`, then from `stop`."""
+    return tl.where(i < before, first + i, stop + i - before) if outside else i
 
 
 @triton.jit

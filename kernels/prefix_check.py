@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.prefix_schedule import END, GRAIN_START, RECORD
+from kernels.prefix_records import END, GRAIN_START, HIGH, LOW, NEXT, PIECE, RECORD, ROWS
 
 VARIABLE = "PACORE_CHECK_SCHEDULE"
 check_schedule: ContextVar[bool] = ContextVar(
     "check_schedule", default=os.environ.get(VARIABLE) == "1"
 )
-NUMBERS = tl.constexpr(9)  # that a fault leaves: 1, and what `raise_fault` unpacks
+NUMBERS = tl.constexpr(9)  # that a fault leaves: 1 or 2, and what `raise_fault` unpacks
 
 
 def faults_of(programs: int, device: torch.device) -> tuple[Tensor] | tuple[()]:
@@ -37,6 +37,13 @@ def raise_fault(faults: tuple[Tensor] | tuple[()]) -> None:
     if not faults or (faults[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     for program, (wrong, *numbers) in enumerate(faults[0].tolist()):
+        if wrong == 2:
+            at, count, rows, low, high, following, *_ = numbers
+            raise RuntimeError(
+                f"the schedule of prefix attention is wrong: program {program} was led to piece"
+                f" {at} of {count}, which has {rows} rows, tokens {low} to {high}, and names"
+                f" {following} as the next one"
+            )
         if wrong:
             size, tile, count, place, stop, offset, places, needed = numbers
             raise RuntimeError(
@@ -49,7 +56,7 @@ def raise_fault(faults: tuple[Tensor] | tuple[()]) -> None:
 
 
 @triton.jit
-def checked_stop(faults, line, place, stop, tile, grain, overhead):
+def checked_stop(faults, program, line, place, stop, tile, grain, overhead):
     """`stop`, or if `tile` is not the one that holds `place`, `place`: there the walk ends.
 
     line: of the tiles of one size starts and records, the size, their number, the places before
@@ -70,5 +77,28 @@ def checked_stop(faults, line, place, stop, tile, grain, overhead):
     wrong = (place < stop) & ~(exists & holds & (places == needed))
     numbers = (1, size, tile, count, place, stop, offset, places, needed)
     for i in tl.static_range(NUMBERS):
-        tl.store(faults + tl.program_id(0) * NUMBERS + i, numbers[i], mask=wrong)
+        tl.store(faults + program * NUMBERS + i, numbers[i], mask=wrong)
     return tl.where(wrong, place, stop)
+
+
+@triton.jit
+def checked_piece(faults, pieces, at, most_rows):
+    """`at`, or if that is no sound piece, -1: there the walk ends.
+
+    Pieces stand in the order in which they are walked, so that a walk that only goes on ends.
+    """
+    reports, count = faults
+    exists = (at >= 0) & (at < count)
+    piece = pieces + at.to(tl.int64) * PIECE
+    rows = tl.load(piece + ROWS, mask=exists, other=0)
+    some = exists & (rows != 0)
+    low = tl.load(piece + LOW, mask=some, other=0)
+    high = tl.load(piece + HIGH, mask=some, other=1)
+    following = tl.load(piece + NEXT, mask=exists, other=-1)
+    sound = (rows >= 0) & (rows <= most_rows) & (low >= 0) & (low < high)
+    sound = sound & ((following == -1) | (following > at))
+    wrong = (at >= 0) & ~(exists & sound)
+    numbers = (2, at, count, rows, low, high, following)
+    for i in tl.static_range(7):
+        tl.store(reports + tl.program_id(0) * NUMBERS + i, numbers[i], mask=wrong)
+    return tl.where(wrong, -1, at)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.prefix_schedule import ALONE, FLAGS, RECORD, ROW
+from kernels.prefix_records import ALONE, FLAGS, RECORD, ROW
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -28,12 +28,12 @@ def merge_kernel(
     D: tl.constexpr,
     SIZES: tl.constexpr,
     INVARIANT: tl.constexpr,
+    SPLIT: tl.constexpr,
     AT_ONCE: tl.constexpr,  # partials in flight
 ):
     """One query vector: sum of 2^lse * out over its partials, in the order of its path."""
     row, q_head = tl.program_id(0), tl.program_id(1)
     head = q_head // GROUP
-    share = tl.load(stretch)
     middle = tl.load(starts + large)
     dim = tl.arange(0, D)
     peak = float("-inf")
@@ -53,7 +53,8 @@ def merge_kernel(
                 slot = head * length + start
                 slots = stop - start
             else:
-                line = KV_HEADS * begin + head * length
+                share = tl.load(stretch + is_small.to(tl.int32))
+                line = (0 if SPLIT else KV_HEADS * begin) + head * length
                 first = (line + start + overhead) // share
                 slot = head * count + tile - tl.where(is_small, large, 0) + first
                 slots = tl.where(stop > start, (line + stop - 1) // share - first + 1, 0)

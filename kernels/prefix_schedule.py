@@ -36,21 +36,23 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._packed import Packed
+from kernels.prefix_check import faults_of, raise_fault
+from kernels.prefix_pieces import pieces_kernel
 from kernels.prefix_plan import PrefixPlan
-
-# Columns of a tile's record. A row r of the tile sees the first min(end, edge + r) tokens.
-ROW = tl.constexpr(0)  # the tile's first row
-ROWS = tl.constexpr(1)
-PAGE_START = tl.constexpr(2)  # the node's first entry in the page table
-NODE_START = tl.constexpr(3)  # tokens before the node in its sequences
-FLAGS = tl.constexpr(4)  # the sum of those below
-GRAIN_START = tl.constexpr(5)  # first grain in sight; from here on set by `schedule_kernel`
-END = tl.constexpr(6)
-EDGE = tl.constexpr(7)
-RECORD = tl.constexpr(8)
-# Flags.
-ALONE = tl.constexpr(1)  # the tile's rows see no other node
-WRITES = tl.constexpr(2)  # the tile's rows are tokens of the node, written in this step
+from kernels.prefix_records import (
+    ALONE,
+    EDGE,
+    END,
+    FLAGS,
+    GRAIN_START,
+    NODE_START,
+    PAGE_START,
+    PIECE,
+    RECORD,
+    ROW,
+    ROWS,
+    WRITES,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ class Cut:
     programs: int
     window: int = 0  # tokens that a row sees at most, itself included; 0 is all
     invariant: bool = False
+    pieces: bool = False  # whether each program's pieces are written down
+    small_programs: int = 0  # of the smaller tiles' own launch and line; 0: one for both sizes
+
+    def programs_of(self, size: int) -> int:
+        """How many share the tiles of a size."""
+        return self.small_programs if size and self.small_programs else self.programs
 
     def size_of(self, rows: int) -> int:
         """Which of the two sizes a node of so many rows is cut by."""
@@ -88,8 +96,11 @@ class Schedule:
         self.row_tiles = self._packed.tensors["row_tiles"]  # -1 where a path is shorter
         empty = partial(torch.empty, dtype=torch.int32, device=device)
         self.starts = empty(count + 1)  # prefix sums of places
-        self.stretch = empty(1)  # places of one program
-        self.first_tile = empty(2, cut.programs)
+        self.stretch = empty(2)  # places of one program, for each size
+        self.first_tile = empty(2, max(cut.programs, cut.small_programs))
+        # First the pieces that programs begin with, then all others: a place for every slot.
+        first = cut.programs_of(0) + cut.programs_of(1)
+        self.pieces = empty(first + sum(self.slots) if cut.pieces else 0, PIECE.value)
         self.refill()
 
     def refill(self) -> None:
@@ -111,7 +122,7 @@ class Schedule:
         }
 
     def update(self) -> None:
-        """Lay the line anew from the plan's lengths on the device: one launch, no host work."""
+        """Lay the line anew from the plan's lengths on the device: no host work."""
         plan, cut = self.plan, self.cut
         schedule_kernel[(1,)](
             self.tiles,
@@ -125,14 +136,40 @@ class Schedule:
             plan.row_position if cut.window else plan.kv_len,
             self.counts[0],
             sum(self.counts),
-            cut.programs,
+            cut.programs_of(0),
+            cut.programs_of(1),
             cut.grain,
             cut.overhead,
             KV_HEADS=cut.kv_heads,
             WINDOW=cut.window,
+            SPLIT=bool(cut.small_programs),
             BLOCK=256,
             num_warps=8,
         )
+        if cut.pieces:
+            self.write_pieces()
+
+    def write_pieces(self) -> None:
+        """Write down what each program does, as the line has it."""
+        cut = self.cut
+        most = self.first_tile.shape[1]
+        faults = faults_of(2 * most, self.pieces.device)
+        pieces_kernel[(triton.cdiv(most, 32), 2)](
+            self.pieces,
+            first_tile=self.first_tile,
+            large_programs=cut.programs_of(0),
+            small_programs=cut.programs_of(1),
+            grain=cut.grain,
+            KV_HEADS=cut.kv_heads,
+            SIZES=cut.sizes,
+            INVARIANT=cut.invariant,
+            SPLIT=bool(cut.small_programs),
+            BLOCK=32,
+            faults=faults,
+            num_warps=1,
+            **self.line,
+        )
+        raise_fault(faults)
 
 
 def schedule_of(plan: PrefixPlan, cut: Cut) -> Schedule:
@@ -174,7 +211,7 @@ def _most_tiles(plan: PrefixPlan, cut: Cut) -> list[int]:
 
 def _slots(plan: PrefixPlan, cut: Cut, counts: list[int]) -> list[int]:
     if not cut.invariant:
-        return [cut.kv_heads * count + cut.programs for count in counts]
+        return [cut.kv_heads * counts[size] + cut.programs_of(size) for size in (0, 1)]
     if plan.capacity:
         raise ValueError("the batch-invariant mode has no schedule for padded plans")
     # As many as the tiles can grow to have grains.
@@ -213,24 +250,28 @@ def _lay_out(plan: PrefixPlan, cut: Cut, counts: list[int]) -> dict[str, np.ndar
     return {"tiles": records, "node_of_tile": node, "row_tiles": row_tiles}
 
 
-@triton.jit(do_not_specialize=["large", "count", "programs", "grain", "overhead"])
+@triton.jit(
+    do_not_specialize=["large", "count", "large_programs", "small_programs", "grain", "overhead"]
+)
 def schedule_kernel(
     tiles,  # int32 [tiles, RECORD]
     node_of_tile,
     starts,  # int32 [tiles + 1]
-    stretch,
-    first_tile,  # int32 [2, programs]
+    stretch,  # int32 [2]
+    first_tile,  # int32 [2, programs of the launch that has more]
     kv_len,
     row_start,
     causal_offset,
     row_position,  # int32 [T], read if there is a window
     large,  # tiles of the larger size, which come first
     count,  # all tiles
-    programs,
+    large_programs,
+    small_programs,
     grain,
     overhead,
     KV_HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,  # a line for either size, with programs of its own
     BLOCK: tl.constexpr,
 ):
     """One program: what each tile sees, prefix sums of the places, where each stretch begins."""
@@ -264,16 +305,20 @@ def schedule_kernel(
     tl.debug_barrier()  # what follows reads `starts` back
 
     middle = tl.load(starts + large)
-    line = KV_HEADS * total
-    share = tl.maximum((line + programs - 1) // programs, 1)
-    tl.store(stretch, share)
-    for at in range(0, programs, BLOCK):
-        program = at + tl.arange(0, BLOCK)
-        for size in tl.static_range(2):
-            low = large if size else 0
-            begin = middle if size else 0
-            length = (total - middle) if size else middle  # of one KV head's part of the line
-            place = tl.maximum(program * share - KV_HEADS * begin, 0)
+    most = tl.maximum(large_programs, small_programs)
+    for size in tl.static_range(2):
+        programs = small_programs if size else large_programs
+        low = large if size else 0
+        begin = middle if size else 0
+        length = (total - middle) if size else middle  # of one KV head's part of the line
+        line = KV_HEADS * (length if SPLIT else total)
+        share = tl.maximum((line + programs - 1) // programs, 1)
+        tl.store(stretch + size, share)
+        for at in range(0, programs, BLOCK):
+            program = at + tl.arange(0, BLOCK)
+            place = program * share
+            if not SPLIT:
+                place = tl.maximum(place - KV_HEADS * begin, 0)
             place = begin + tl.minimum(place, KV_HEADS * length) % tl.maximum(length, 1)
             # The tile that holds `place` is the first one to end behind it: bisection.
             tile = tl.zeros_like(program) + low
@@ -283,4 +328,4 @@ def schedule_kernel(
                 behind = tl.load(starts + between + 1, mask=between < count, other=0) > place
                 last = tl.where((tile < last) & behind, between, last)
                 tile = tl.where((tile < last) & ~behind, between + 1, tile)
-            tl.store(first_tile + size * programs + program, tile - low, mask=program < programs)
+            tl.store(first_tile + size * most + program, tile - low, mask=program < programs)

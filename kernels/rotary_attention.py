@@ -108,5 +108,5 @@ def _fused(
     check(scale > 0, f"scale must be positive, not {scale}")
     heads = qkv.shape[1] // k_pages.shape[3] - 2 * k_pages.shape[1]
     check_pages(qkv, heads, k_pages, v_pages, k_scale, v_scale, plan, window)
-    cut, chosen = cut_up(plan, qkv, heads, k_pages, window=window, fused=True)
-    return launch(qkv, k_pages, v_pages, plan, cut, chosen, scale, k_scale, v_scale, rotary)[0]
+    made = cut_up(plan, qkv, heads, k_pages, window=window, fused=True)
+    return launch(qkv, k_pages, v_pages, plan, *made, scale, k_scale, v_scale, rotary)[0]

@@ -58,7 +58,7 @@ class TestModel:
             line, schedule = lay(plan, cut), Schedule(plan, cut)
             assert list(line.counts) == schedule.counts, cut
             assert line.starts.tolist() == schedule.starts.tolist(), cut
-            assert line.share == schedule.stretch.item(), cut
+            assert schedule.stretch.tolist() == [line.share] * 2, cut
             found = schedule.first_tile.cpu().numpy()
             assert (found == line.first_tile)[line.first_tile >= 0].all(), cut
             size = (line.tile >= line.counts[0]).astype(int)

@@ -13,7 +13,21 @@ import torch
 from bench.inputs import Node, fork, prefix_plan
 from kernels.prefix_attention_tiles import Kind
 from kernels.prefix_plan import PlanNode, PrefixPlan
-from kernels.prefix_schedule import EDGE, GRAIN_START, ROW, ROWS, Cut, Schedule
+from kernels.prefix_records import (
+    ALONE,
+    EDGE,
+    END,
+    FLAGS,
+    GRAIN_START,
+    HIGH,
+    LOW,
+    NEXT,
+    ROW,
+    ROWS,
+    VECTOR,
+    WRITES,
+)
+from kernels.prefix_schedule import Cut, Schedule
 
 PAGE = 16
 CUT = Cut(kv_heads=2, group=4, sizes=(64, 16), grain=4, overhead=2, programs=5)
@@ -61,7 +75,8 @@ def test_the_line(triton_device, forest, programs, window):
     starts = [0, *accumulate(places)]
     assert schedule.starts.tolist() == starts
 
-    share = int(schedule.stretch)
+    share = int(schedule.stretch[0])
+    assert schedule.stretch.tolist() == [share] * 2
     assert share == max(1, -(-cut.kv_heads * starts[-1] // programs))
     large = schedule.counts[0]
     line = [at for at in walk(cut, large, len(places)) for _ in range(places[at[2]])]
@@ -81,6 +96,62 @@ def walk(cut: Cut, large: int, tiles: int) -> list[tuple[int, int, int]]:
         for head in range(cut.kv_heads)
         for tile in of_size
     ]
+
+
+MODES = {
+    "one line": {},
+    "two lines": {"small_programs": 7},
+    "two lines, one of few programs": {"small_programs": 2},
+    "batch-invariant": {"invariant": True, "overhead": 0},
+}
+
+
+@pytest.mark.parametrize("window", [0, 18])
+@pytest.mark.parametrize("programs", [1, 5, 600])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+@pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS.keys())
+def test_the_pieces(triton_device, forest, mode, programs, window):
+    """Every program's pieces against its places of the line, one by one."""
+    plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
+    cut = replace(CUT, programs=programs, window=window, pieces=True, **mode)
+    schedule = Schedule(plan, cut)
+    tiles, starts = schedule.tiles.tolist(), schedule.starts.tolist()
+    large, pieces, found = schedule.counts[0], schedule.pieces.tolist(), []
+    for size in (0, 1):
+        first = cut.programs if size else 0
+        for program in range(cut.programs_of(size)):
+            at = first + program if pieces[first + program][ROWS.value] else -1
+            while at >= 0:
+                found.append((size, program, *pieces[at][: NEXT.value]))
+                at = pieces[at][NEXT.value]
+
+    expected, place = [], 0
+    for size, head, tile in walk(cut, large, len(tiles)):
+        if cut.small_programs and (size, head, tile) == (1, 0, large):
+            place = 0  # of a line of its own
+        record, share = tiles[tile], int(schedule.stretch[size])
+        places = starts[tile + 1] - starts[tile]
+        of_program: dict[int, list[int]] = {}
+        for grain in range(-cut.overhead, places - cut.overhead):
+            of_program.setdefault(place // share, []).append(grain)
+            place += 1
+        for program, own in of_program.items():
+            grains = [grain for grain in own if grain >= 0]
+            chunks = [[grain] for grain in grains] if cut.invariant else [grains] * bool(grains)
+            for chunk in chunks:
+                slot = head * schedule.counts[size] + tile - size * large + program
+                if cut.invariant:
+                    slot = place - places + chunk[0] - size * cut.kv_heads * starts[large]
+                piece = [*record, head, schedule.slots[0] * 64 * size + slot * cut.sizes[size]]
+                piece[LOW.value] = (record[GRAIN_START.value] + chunk[0]) * cut.grain
+                high = (record[GRAIN_START.value] + chunk[-1] + 1) * cut.grain
+                piece[HIGH.value] = min(high, record[END.value])
+                ends = chunk[-1] == places - cut.overhead - 1
+                whole = ends and chunk[0] == 0
+                piece[FLAGS.value] &= ALONE.value * whole + WRITES.value * ends
+                expected.append((size, program, *piece))
+    assert found == sorted(expected, key=lambda piece: piece[:2])
+    assert len({piece[2 + VECTOR.value] for piece in found}) == len(found), "a slot for each"
 
 
 def test_tiles_cover_their_rows(triton_device):

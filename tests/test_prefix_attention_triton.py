@@ -22,7 +22,7 @@ from tests.errors import max_error
 from tests.prefix_trees import brute_force, lay_out, pools, trees
 
 PAGE = 16  # the least that the kernel takes
-SWITCHES = ("ahead", "steady")
+SWITCHES = ("ahead", "steady", "pieces", "split")
 FP32, FP16 = 4e-6, 2**-9  # the latter: two roundoffs, of a probability and of the result
 
 
@@ -233,6 +233,19 @@ def test_inputs_are_only_read(triton_device):
     run(**inputs)
     for name, tensor in before.items():
         assert torch.equal(inputs[name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
+
+
+@pytest.mark.usefixtures("steady_products")
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("switch", ["ahead", "pieces"])
+def test_a_switch_leaves_the_bits(triton_device, form, switch, invariant):
+    """Guards what only changes how keys are found, not who reads them or in which order."""
+    inputs = inputs_of(triton_device, [fork(40, [1, 3, 17]), fork(20, [2])], heads=18, kv_heads=3)
+    options = {"grain": 16, "batch_invariant": True} if invariant else {}
+    tiles = {"split": 0, switch: int(form == "old")}
+    both = [run(**inputs, **options, tiles=each) for each in ({"split": 0}, tiles)]
+    for result, same in zip(*both, strict=True):
+        assert torch.equal(result, same)
 
 
 @pytest.mark.usefixtures("steady_products")

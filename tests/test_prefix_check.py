@@ -12,6 +12,7 @@ from kernels._tiles import Gpu, assume_gpu, use_tiles
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention_launch import cut_up
 from kernels.prefix_check import check_schedule
+from kernels.prefix_records import HIGH, LOW, NEXT, ROWS
 from kernels.prefix_schedule import Schedule, schedule_of
 from tests.test_rotary_attention import run as fused
 from tests.test_rotary_attention import step
@@ -38,14 +39,15 @@ def inputs_of(device: str) -> dict:
 
 
 @contextmanager
-def toy(grain: int = 4) -> Iterator[None]:
-    with assume_gpu(TOY), use_tiles("prefix_attention", programs=1, grain=grain, overhead=1):
+def toy(grain: int = 4, pieces: int = 1) -> Iterator[None]:
+    chosen = {"programs": 1, "grain": grain, "overhead": 1, "pieces": pieces}
+    with assume_gpu(TOY), use_tiles("prefix_attention", **chosen):
         yield
 
 
-def schedule_in(inputs: dict) -> Schedule:
+def schedule_in(inputs: dict, pieces: int) -> Schedule:
     """The one that the next run will use."""
-    with toy():
+    with toy(pieces=pieces):
         cut, _ = cut_up(inputs["plan"], inputs["q"], 8, inputs["k_pages"], window=0)
     return schedule_of(inputs["plan"], cut)
 
@@ -77,26 +79,43 @@ def sums_that_stay(schedule: Schedule) -> None:
 SPOILS = [no_such_tile, tile_before, tile_behind, stretch_too_long, sums_that_fall, sums_that_stay]
 
 
+@pytest.mark.parametrize("pieces", [0, 1], ids=["line", "pieces"])
 @pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)
-def test_a_wrong_schedule_is_an_error(triton_device, spoil):
+def test_a_wrong_schedule_is_an_error(triton_device, spoil, pieces):
     """Guards against a loop that never ends, or reads what is not there: nothing told where."""
     inputs = inputs_of(triton_device)
-    schedule = schedule_in(inputs)
+    schedule = schedule_in(inputs, pieces)
     assert all(schedule.counts), "tiles of both sizes"
     spoil(schedule)
     numbers = r"program \d, at place \d+ of a stretch that ends at \d+, was led to tile \d+ of the "
     numbers += r"(larger|smaller) size, which has \d+ tiles; the tile spans -?\d+ places and "
     numbers += r"needs \d+, and the place is -?\d+ past"
+    with toy(pieces=pieces), checking(), pytest.raises(RuntimeError, match=numbers):
+        schedule.write_pieces() if pieces else prefix_attention(**inputs, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("column", "wrong"),
+    [(NEXT, 1 << 20), (NEXT, 0), (ROWS, 17), (ROWS, -1), (LOW, 1 << 20), (HIGH, -1)],
+)
+def test_a_wrong_piece_is_an_error(triton_device, column, wrong):
+    """Guards the walk along the pieces: no way back, and nothing that is not there."""
+    inputs = inputs_of(triton_device)
+    schedule = schedule_in(inputs, pieces=1)
+    schedule.pieces[:, column.value] = wrong
+    numbers = r"program \d was led to piece \d+ of \d+, which has -?\d+ rows, tokens -?\d+ to -?\d+,"
+    numbers += r" and names -?\d+ as the next one"
     with toy(), checking(), pytest.raises(RuntimeError, match=numbers):
         prefix_attention(**inputs, impl="triton")
 
 
+@pytest.mark.parametrize("pieces", [0, 1], ids=["line", "pieces"])
 @pytest.mark.parametrize("invariant", [False, True])
-def test_a_sound_schedule_gives_the_same_bits(triton_device, invariant):
+def test_a_sound_schedule_gives_the_same_bits(triton_device, invariant, pieces):
     """Guards the loop under the check: it must end where the loop without it ends."""
     call = partial(prefix_attention, impl="triton", batch_invariant=invariant)
     inputs = inputs_of(triton_device)
-    with toy(grain=16 if invariant else 4):
+    with toy(16 if invariant else 4, pieces):
         plain = call(**inputs)
         with checking():
             assert all(map(torch.equal, call(**inputs), plain))
@@ -109,6 +128,6 @@ def test_the_fused_form_is_checked(triton_device):
     with checking():
         assert torch.equal(fused(inputs, **options)[0], plain)
         (schedule,) = inputs["plan"].schedules.values()
-        no_such_tile(schedule)
-        with pytest.raises(RuntimeError, match="was led to tile 1048576 of the smaller size"):
+        schedule.pieces[:, NEXT.value] = 1 << 20
+        with pytest.raises(RuntimeError, match="was led to piece 1048576 of"):
             fused(inputs, **options)
