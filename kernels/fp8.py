@@ -96,3 +96,10 @@ def from_e4m3_bits(code: tl.tensor) -> tl.tensor:
 def from_e4m3(code: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
     """Bytes (uint8) of e4m3 to what converts exactly to 16-bit floats, see `converts_e4m3`."""
     return code.to(tl.float8e4nv, bitcast=True) if NATIVE else from_e4m3_bits(code)
+
+
+@triton.jit
+def power_below(x: tl.tensor) -> tl.tensor:
+    """The largest power of two that is at most x, fp32 above 0; 1 for 0."""
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(power > 0.0, power, 1.0)

@@ -39,8 +39,9 @@ def prefix_attention(
 
     Hq is a multiple of Hkv; query head h reads KV head h // (Hq / Hkv). Softmax and sums are fp32,
     the result has q's dtype. A row that sees no token gives zeros. With `return_lse` also
-    log(sum(exp(scale * q k))), natural base, fp32 [T, Hq], -inf for such a row. `scale` is positive.
+    log(sum(exp(scale * q k))), natural base, fp32 [T, Hq], -inf for such a row.
 
+    scale: positive
     k_scale, v_scale: fp32 [num_pages, Hkv, page_size] with pages of float8_e4m3fn (fp8.py), else
         None
     window: a row sees at most so many of its sequence's last tokens, its own included; 0 is all

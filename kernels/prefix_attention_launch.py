@@ -8,6 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels._launch import DTYPES, check
+from kernels._pdl import pdl_options
 from kernels._tiles import Tiles, gpu_of
 from kernels.fp8 import converts_e4m3
 from kernels.prefix_attention_decode import Rotary
@@ -152,9 +153,11 @@ def launch(
             PIECES=cut.pieces,
             AHEAD=bool(chosen["ahead"]),
             STEADY=bool(chosen["steady"] and not (cut.invariant and cut.window)),
+            HALF=k_scale is not None and bool(chosen["fp16"]),
             faults=(*faults, len(schedule.pieces)) if faults else (),
             num_warps=chosen["num_warps"],
             num_stages=chosen["num_stages"],
+            **pdl_options(chosen, q.device),
             **schedule.line,
             **shape,
         )
@@ -170,6 +173,7 @@ def launch(
         SPLIT=bool(cut.small_programs),
         AT_ONCE=1 if cut.invariant else max(1, 1024 // dim),
         num_warps=1,
+        **pdl_options(choices[0], q.device),
         **schedule.line,
         **shape,
     )

@@ -12,6 +12,8 @@ pieces      1: the schedule writes a record of each program's every piece; 0: pr
 split       1: with pieces, tiles of the smaller size have a line and a launch of their own, with as
             many programs as they have alone
 steady      1: blocks that all rows see whole have a loop of their own, without masks
+pdl         1: attention and merge start while the kernel before them ends (_pdl.py, sm_90)
+fp16        of e4m3. 1: products in fp16, which holds e4m3 exactly; 0: in q's dtype
 """
 
 from dataclasses import dataclass
@@ -100,7 +102,9 @@ class Kind:
             "ahead": int(ahead),
             "pieces": 1,
             "split": 0,
+            "pdl": 0,
             "steady": int(self.large == 128 and not self.fp8),
+            **({"fp16": 0} if self.fp8 else {}),
         }
 
     def fuses(self) -> bool:
@@ -119,6 +123,13 @@ def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
         kin += [{"grain": n} for n in (128, 512)]
     else:
         kin += [{"grain": 64}, {"overhead": 0}, {"overhead": 6}]
+    kin += [{name: 1 - rule[name]} for name in ("ahead", "steady", "pieces")]
+    kin += [{"split": 1}] if kind.large and kind.small else []
+    if kind.fp8:  # with more in flight it spills, on sm_90; fused, with four warps in any case
+        kin += [
+            {"fp16": 1, "num_warps": 8, "programs": 1} if kind.fused else {"fp16": 1, "ahead": 0}
+        ]
+    kin += [{"pdl": 1}] if gpu.arch >= 90 else []
     if gpu.arch >= 90 and not tight:
         kin += [{"tma": 1, "grain": max(64, rule["grain"])}]
     candidates = [rule, *(rule | change for change in kin)]

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kernels._pdl import release_next, wait_for_previous
 from kernels.prefix_records import ALONE, FLAGS, RECORD, ROW
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -30,11 +31,15 @@ def merge_kernel(
     INVARIANT: tl.constexpr,
     SPLIT: tl.constexpr,
     AT_ONCE: tl.constexpr,  # partials in flight
+    PDL: tl.constexpr,
 ):
     """One query vector: sum of 2^lse * out over its partials, in the order of its path."""
     row, q_head = tl.program_id(0), tl.program_id(1)
     head = q_head // GROUP
+    # The schedule is older than the kernel that leaves the partials, and than the one before that.
     middle = tl.load(starts + large)
+    wait_for_previous(PDL)
+    release_next(PDL)
     dim = tl.arange(0, D)
     peak = float("-inf")
     total = 0.0

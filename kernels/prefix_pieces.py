@@ -20,11 +20,8 @@ from kernels.prefix_records import (
     HIGH,
     LOW,
     NEXT,
-    NODE_START,
-    PAGE_START,
     PIECE,
     RECORD,
-    ROW,
     ROWS,
     VECTOR,
     WRITES,
@@ -130,12 +127,13 @@ def pieces_kernel(
 @triton.jit
 def _write(piece, record, live, head, vector, first_grain, last_grain, grains, grain):
     """The records of pieces, but for NEXT: grains first_grain..last_grain of tiles of `grains`."""
-    for column in tl.static_range(EDGE + 1):
-        if column == ROW or column == ROWS or column == PAGE_START or column == NODE_START:
-            tl.store(piece + column, tl.load(record + column, mask=live), mask=live)
+    for column in tl.static_range(FLAGS):  # ROW, ROWS, PAGE_START, NODE_START
+        tl.store(piece + column, tl.load(record + column, mask=live), mask=live)
     flags = tl.load(record + FLAGS, mask=live, other=0)
     whole = last_grain - first_grain == grains
-    flags = (flags & tl.where(whole, ALONE, 0)) | (flags & tl.where(last_grain == grains, WRITES, 0))
+    flags = (flags & tl.where(whole, ALONE, 0)) | (
+        flags & tl.where(last_grain == grains, WRITES, 0)
+    )
     tl.store(piece + FLAGS, flags, mask=live)
     grain_start = tl.load(record + GRAIN_START, mask=live, other=0)
     end = tl.load(record + END, mask=live, other=0)

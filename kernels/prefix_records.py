@@ -19,8 +19,8 @@ RECORD = tl.constexpr(8)
 ALONE = tl.constexpr(1)  # the tile's rows see no other node
 WRITES = tl.constexpr(2)  # the tile's rows are tokens of the node, written in this step
 
-# Columns of a piece's record: the tile's, but for its tokens [low, high), and flags that hold if the
-# piece has all of the tile (ALONE) or its end (WRITES). Half a line of L2: all its loads are one.
+# Columns of a piece's record: the tile's, but for its tokens [low, high), and for flags, which hold
+# if the piece has all of the tile (ALONE) or its end (WRITES). Half a line of L2: one trip for all.
 LOW = tl.constexpr(5)
 HIGH = tl.constexpr(6)
 HEAD = tl.constexpr(8)  # KV head

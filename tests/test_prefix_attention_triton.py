@@ -22,7 +22,7 @@ from tests.errors import max_error
 from tests.prefix_trees import brute_force, lay_out, pools, trees
 
 PAGE = 16  # the least that the kernel takes
-SWITCHES = ("ahead", "steady", "pieces", "split")
+SWITCHES = ("ahead", "steady", "pieces", "split", "fp16", "pdl")
 FP32, FP16 = 4e-6, 2**-9  # the latter: two roundoffs, of a probability and of the result
 
 
@@ -169,19 +169,29 @@ def test_blocks_smaller_than_pages(triton_device):
     check(inputs, tiles={"block": 16}, grain=8)
 
 
-@pytest.mark.parametrize(("arch", "size"), [(80, 1.0), (90, 1.0), (90, 1e-3)])
-def test_fp8_pages(triton_device, arch, size):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("arch", "sizes"), [(80, (1.0, 1.0)), (90, (1.0, 1.0)), (90, (1.0, 1e-3)), (90, (1e5, 1e-3))]
+)
+def test_fp8_pages(triton_device, arch, sizes, dtype):
     """Either way of reading e4m3; slots and scales that nobody owns are NaN.
 
-    A weight times the scale of small values would be subnormal in fp16.
+    A weight times the scale of small values would be subnormal in fp16, and large queries would be
+    infinite there.
     """
-    inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])], torch.float16)
-    inputs["v_pages"] *= size
+    inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])], dtype)
+    if sizes[0] > 1 and dtype == torch.float16:
+        pytest.skip("fp16 has no such queries")
+    inputs["q"] = (
+        (inputs["q"] * sizes[0]).bfloat16().to(dtype)
+    )  # so that products in fp16 are exact
+    inputs["k_pages"] /= sizes[0]
+    inputs["v_pages"] *= sizes[1]
     for name in ("k", "v"):
         pages, scales = quantise_e4m3(inputs[f"{name}_pages"])
         inputs |= {f"{name}_pages": pages, f"{name}_scale": scales}
     gpu = Gpu("toy", arch, sms=5, shared_bytes=163 * 1024)
-    with assume_gpu(gpu), use_tiles("prefix_attention", programs=1, grain=4):
+    with assume_gpu(gpu), use_tiles("prefix_attention", programs=1, grain=4, pdl=0):
         out, lse = prefix_attention(**inputs, impl="triton")
     expected = prefix_attention(**inputs, impl="eager")
     assert max_error(out, expected[0]) < FP16
