@@ -1,4 +1,4 @@
-"""Random prefix trees for the tests of prefix attention, and a brute force in fp64."""
+"""For the tests of prefix attention: random prefix trees, a brute force in fp64, the switches."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.prefix_plan import PlanNode
+
+# Tile choices of prefix attention with an old form, 0, and a new one, 1.
+SWITCHES = ("ahead", "steady", "pieces", "split", "fp16", "pdl")
 
 
 @dataclass

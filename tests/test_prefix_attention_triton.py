@@ -19,10 +19,9 @@ from kernels.fp8 import quantise_e4m3
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_plan import PlanNode, PrefixPlan
 from tests.errors import max_error
-from tests.prefix_trees import brute_force, lay_out, pools, trees
+from tests.prefix_trees import SWITCHES, brute_force, lay_out, pools, trees
 
 PAGE = 16  # the least that the kernel takes
-SWITCHES = ("ahead", "steady", "pieces", "split", "fp16", "pdl")
 FP32, FP16 = 4e-6, 2**-9  # the latter: two roundoffs, of a probability and of the result
 
 

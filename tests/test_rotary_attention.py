@@ -8,6 +8,7 @@ from kernels._tiles import Gpu, assume_gpu, use_tiles
 from kernels.errors import ImplError
 from kernels.rotary_attention import rotary_attention
 from tests.errors import max_error
+from tests.prefix_trees import SWITCHES
 
 PAGE = 16
 FOREST = [fork(33, [1, 15, 16, 17, 40]), Node(3, new=1), fork(PAGE, [2])]
@@ -27,6 +28,14 @@ def step(
     """A decode step whose new K and V are not in their pages yet: their slots are NaN."""
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "page_size": PAGE}
     return rotary_attention_inputs(0, device, dtype, forest=forest, fp8=fp8, **shape)
+
+
+@pytest.fixture(autouse=True, params=["old", "new"])
+def form(request):
+    """Every test runs with all switches of the kernel off, and with all on."""
+    chosen = dict.fromkeys(SWITCHES, int(request.param == "new")) | {"pdl": 0}  # sm_80 has none
+    with use_tiles("prefix_attention", **chosen):
+        yield
 
 
 def run(inputs: dict, arch: int = 90, grain: int = 4, **options) -> tuple[torch.Tensor, dict]:
