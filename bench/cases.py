@@ -182,7 +182,7 @@ def numerics_cases() -> list[Case]:
             }.items()
         ),
         _rotary("ragged decode", [fork(130, [1, 63, 64, 65]), Node(100, new=1)]),
-        _rotary("smollm2 ragged decode", [fork(70, [1, 9])], heads=_heads(SMOLLM2)),
+        _rotary("smollm2 ragged decode", [fork(70, [1, 9, 2, 33, 64, 5])], heads=_heads(SMOLLM2)),
         _qk_norm_rope(67, skip=3),
         _qk_norm_rope(5, SMOLLM2.name),
         _rms_norm(7, 4096),

@@ -10,7 +10,7 @@ from bench.cases import BIG, Case, cases, numerics_cases
 from bench.decode import SIZES, DecodeCase, prepare
 from bench.numerics import copied, form
 from bench.ops import DTYPES, MAIN_DTYPE, forms_of
-from bench.pairs import pairs
+from bench.pairs import CHECKED_DTYPE, checks, pairs
 from kernels._compile_worker import Site
 from kernels.prefix_check import check_schedule
 from kernels.sampling import sample
@@ -21,7 +21,8 @@ from pacore_sched.launch_sites import engine_sites, one_layer
 def all_sites() -> list[Site]:
     """What a GPU run of all benchmarks launches: errors in every dtype, times and the engine."""
     numerics = case_sites((case, dtype) for dtype in DTYPES for case in numerics_cases())
-    return [*numerics, *(partial(launch_checked, site) for site in numerics), *timed_sites()]
+    checked = (partial(launch_checked, site) for site in (*numerics, *check_sites()))
+    return [*numerics, *checked, *timed_sites()]
 
 
 def timed_sites() -> list[Site]:
@@ -51,6 +52,15 @@ def pair_sites(dtype: torch.dtype) -> list[Site]:
     """Both forms of every pair, whatever the rule."""
     return [
         partial(launch_case, case, name, dtype) for case, names in pairs("cuda") for name in names
+    ]
+
+
+def check_sites() -> list[Site]:
+    """Both forms of what `first-light` checks before it times pairs."""
+    return [
+        partial(launch_case, case, name, CHECKED_DTYPE)
+        for case, names in checks("cuda")
+        for name in names
     ]
 
 

@@ -56,6 +56,8 @@ APPROXIMATE: dict[str, Error] = {
     "quick_gelu": Error(5.4, 3),
 }
 
+TILES_OF = {"rotary_attention": "prefix_attention"}  # whose kernel has most of an op's choices
+
 # Of a whole model's results in fp32: far above rounding, far below a fault. Whole models are not
 # judged in 16 bits, where rounding adds up over the layers; their ops are, one by one.
 MODEL_TOLERANCE = 1e-3
@@ -99,7 +101,8 @@ def form(op: str, name: str) -> Prepare:
 
 
 def _in_tiles(prepare: Prepare, op: str, choice: str) -> Prepare:
-    """The calls of `prepare` with a tile choice, as in "tma=1", put over all others of `op`."""
+    """The calls of `prepare` with a tile choice, as in "tma=1", put over all others of `op`, and
+    over those of the op that it is made of."""
     name, _, value = choice.partition("=")
     chosen = {name: int(value)}
 
@@ -107,7 +110,7 @@ def _in_tiles(prepare: Prepare, op: str, choice: str) -> Prepare:
         call = prepare(inputs)
 
         def run() -> object:
-            with use_tiles(op, **chosen):
+            with use_tiles(op, **chosen), use_tiles(TILES_OF.get(op, op), **chosen):
                 return call()
 
         return run

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels._launch import check
 from kernels._tiles import Tiles, gpu_of
+from kernels.errors import ImplError
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -41,10 +41,11 @@ def release_next(PDL: tl.constexpr) -> None:
 def pdl_options(chosen: Tiles, device: torch.device) -> dict[str, bool]:
     """What a launch gets for the tile choice `pdl`: the kernel's PDL and, if set, `launch_pdl`.
 
-    Raises ValueError where `pdl` is chosen for a GPU older than sm_90.
+    Raises ImplError where `pdl` is chosen for a GPU older than sm_90.
     """
     if not chosen.get("pdl"):
         return {"PDL": False}
     arch = gpu_of(device).arch
-    check(arch >= 90, f"pdl=1 needs sm_90 or newer, not sm_{arch}")
+    if arch < 90:
+        raise ImplError(f"pdl=1 needs sm_90 or newer, not sm_{arch}")
     return {"PDL": True, "launch_pdl": True}

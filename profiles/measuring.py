@@ -23,7 +23,7 @@ from bench.launch_cost import time_launches
 from bench.launch_sites import timed_sites
 from bench.linears import time_linear
 from bench.ops import MAIN_DTYPE, check_case, device_named, time_case
-from bench.pairs import time_pairs
+from bench.pairs import check_forms, time_pairs
 from bench.timing import keep_freed_memory
 from kernels._tiles import gpu_of
 from model.config import PRESETS
@@ -92,7 +92,7 @@ class Measuring:
         return [rows.ceiling(self.device, _dtype(task))]
 
     def numerics(self, task: Task) -> list[Row]:
-        return check_case(self._case(task), self.device, _dtype(task), task.forms)
+        return check_forms(self._case(task), self.device, _dtype(task), task.forms)
 
     def ops(self, task: Task) -> list[Row]:
         budget_s, anyway = task.arguments["budget_s"], task.arguments["anyway"]

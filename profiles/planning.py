@@ -8,7 +8,7 @@ import torch
 from bench import decode, images, launch_cost, linears
 from bench.cases import Case, cases, numerics_cases
 from bench.ops import DTYPES, FORMS, MAIN_DTYPE, TIMED_DTYPES, forms_of
-from bench.pairs import pairs
+from bench.pairs import CHECKED_DTYPE, checks, pairs
 from kernels._launch import IMPLS
 from model.config import PRESETS
 from model.terminal import InputError
@@ -69,12 +69,7 @@ def first_light(device: torch.device, packed: bool = False) -> list[Task]:
     """
     on_gpu = device.type == "cuda"
     main = _name(MAIN_DTYPE[device.type])
-    checks = [
-        Task("numerics", case.op, case.name, _name(dtype), (form,), limit_s=20)
-        for dtype in DTYPES
-        for case in numerics_cases()
-        for form in (("triton", *case.modes) if on_gpu else ("portable",))
-    ]
+    numerics = _first_numerics(device.type)
     tests = [Task("tests", "test", name, limit_s=45) for name in pytest_tasks.collected()]
     roof = Task("roofline", "roofline", "copy, matrix product", main, limit_s=20)
     timed = []
@@ -97,7 +92,7 @@ def first_light(device: torch.device, packed: bool = False) -> list[Task]:
     ]
     compiling = [] if packed else _compile(device.type, 60)
     deciding = _deciding(device.type, main)
-    return [*checks, *tests, *compiling, roof, *deciding, *timed, *steps, *engine, *tower]
+    return [*numerics, *tests, *compiling, roof, *deciding, *timed, *steps, *engine, *tower]
 
 
 PLANS: dict[str, Callable[..., list[Task]]] = {"record": record, "first-light": first_light}
@@ -106,6 +101,16 @@ PLANS: dict[str, Callable[..., list[Task]]] = {"record": record, "first-light": 
 def _compile(device_type: str, limit_s: float) -> list[Task]:
     """On a GPU: all that is timed, before anything waits for the compiler."""
     return [Task("compile", "compile", "all kernels", limit_s=limit_s)] * (device_type == "cuda")
+
+
+def _first_numerics(device_type: str) -> Iterator[Task]:
+    """Every form of the numerics cases, then both forms of what will be timed in pairs."""
+    for dtype in DTYPES:
+        for case in numerics_cases():
+            for form in ("triton", *case.modes) if device_type == "cuda" else ("portable",):
+                yield Task("numerics", case.op, case.name, _name(dtype), (form,), limit_s=20)
+    for case, forms in checks(device_type):
+        yield Task("numerics", case.op, case.name, _name(CHECKED_DTYPE), forms, limit_s=20)
 
 
 def _deciding(device_type: str, main: str) -> Iterator[Task]:

@@ -10,19 +10,18 @@ import torch
 
 from bench import launch_cost, linears, pairs, timing
 from bench.cases import BIG, TINY, numerics_cases
-from bench.launch_sites import pair_sites, timed_sites
+from bench.launch_sites import all_sites, launch_checked, pair_sites, timed_sites
 from bench.numerics import form
 from bench.rows import ROOT
-from kernels._tiles import A100, H200, record_tiles
+from kernels._tiles import A100, H200, record_tiles, use_tiles
+from profiles.planning import first_light
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-PLANNED = {("prefix_attention", "pdl"), ("prefix_attention", "fp16")}  # no kernel has them yet
 LAUNCHED = """
 import json
 import torch
 from bench.launch_sites import launch_case
-from bench.pairs import pairs
-from bench.tune import asked_tiles
+from bench.pairs import checks, pairs, refusals
 from kernels._compile_worker import launches_of
 from kernels._tiles import H200
 
@@ -34,12 +33,11 @@ def launched(case, name):
     ]
 
 found = []
-for case, names in pairs("cuda"):
-    ((_, tiles),) = asked_tiles(case, torch.bfloat16, H200).items()
-    for old, new in zip(names[1::2], names[2::2]):
-        switch = old.split()[1].partition("=")[0]
+for case, names in [*((c, names[1:]) for c, names in pairs("cuda")), *checks("cuda")]:
+    refused = refusals(case, torch.bfloat16, names, H200)
+    for old, new in zip(names[::2], names[1::2]):
         differ = launched(case, old) != launched(case, new)
-        found.append((case.op, case.name, switch, switch in tiles, differ))
+        found.append((case.op, case.name, new, refused.get(new), differ))
 print(json.dumps(found))
 """
 
@@ -55,16 +53,16 @@ def case_of(op: str, name: str) -> pairs.Case:
 
 def test_every_switch_is_one():
     """Guards against a switch whose name no kernel knows, or whose two values launch the same: its
-    pair would tell nothing, or be skipped on the GPU. Triton does not interpret there."""
+    pair or check would tell nothing, or be skipped on the GPU. Triton does not interpret there."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHED], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert {(op, name) for op, name, *_ in found} == {*pairs.PAIRS["cuda"]}
-    assert {(op, switch) for op, _, switch, known, _ in found if not known} <= PLANNED
-    assert not [one for *one, known, differ in found if known and not differ]
+    known = {*pairs.PAIRS["cuda"], *pairs.CHECKS["cuda"]}
+    assert {(op, name) for op, name, *_ in found} == known
+    assert not [one for *one, refused, differ in found if refused or not differ]
 
 
 def test_packs_hold_both_forms():
@@ -74,6 +72,28 @@ def test_packs_hold_both_forms():
     assert {(*attention, "triton ahead=0"), (*attention, "triton ahead=1")} <= forms
     sites = [site for site in timed_sites() if "triton ahead=1" in site.args]
     assert len(sites) == 5
+
+
+def test_every_timed_switch_is_checked_first():
+    """Guards the order of a visit: a form's times mean nothing unless its numbers are right, on
+    small cases whose schedule is checked, in kernels that the pack holds."""
+    timed = {(op, name) for (op, _), switches in pairs.PAIRS["cuda"].items() for name in switches}
+    tasks = [task for task in first_light(torch.device("cuda")) if task.section == "numerics"]
+    forms = {(task.op, task.case, form) for task in tasks for form in task.forms if " " in form}
+    of_switches = {(op, form.split()[1].partition("=")[0]) for op, _, form in forms}
+    assert timed <= of_switches
+    checked = [site.args[0] for site in all_sites() if site.func is launch_checked]
+    packed = {(site.args[0].op, site.args[0].name, site.args[1]) for site in checked}
+    assert forms <= packed
+
+
+def test_choices_of_an_op_made_of_others(interpreter):
+    """Guards the checks of rotary attention: nearly all its choices are prefix attention's."""
+    case = case_of("rotary_attention", "smollm2 ragged decode")
+    with record_tiles() as asked:
+        form(case.op, "triton-fused ahead=0")(case.inputs(0, CPU, FP32))()
+    ((_, tiles),) = [one for one in asked.items() if one[0][0] == "prefix_attention"]
+    assert tiles["ahead"] == 0
 
 
 def test_a_form_with_a_tile_choice(interpreter):
@@ -103,14 +123,28 @@ def test_what_is_not_there_is_skipped(monkeypatch):
     none may fail because sm_80 has no early start."""
     case = case_of("rms_norm", "T7 C4096")
     names = ("portable", "portable pdl=1", "portable nosuch=1")
-    monkeypatch.setattr(pairs, "chosen_tiles", lambda *_: {"rows": 1, "pdl": 0})
-    for gpu, reason in ((H200, None), (A100, "pdl needs sm_90")):
-        monkeypatch.setattr(pairs, "gpu_of", lambda device, gpu=gpu: gpu)
-        found = {row["pair"]: row for row in pairs.time_pairs(case, CPU, FP32, names, 0.01)}
-        assert found["nosuch 1"]["skipped"] == "the case has no tile choice nosuch"
-        assert found["pdl 1"]["skipped"] == reason
-        assert (found["pdl 1"]["median_us"] is None) == bool(reason)
-        assert found["rule"]["median_us"] > 0 and not any(row["failure"] for row in found.values())
+    monkeypatch.setattr(pairs, "_refused", lambda *_: {"portable pdl=1": "not here"})
+    found = {row["pair"]: row for row in pairs.time_pairs(case, CPU, FP32, names, 0.01)}
+    assert found["pdl 1"]["skipped"] == "not here" and found["pdl 1"]["median_us"] is None
+    assert found["rule"]["median_us"] > 0 and found["nosuch 1"]["median_us"] > 0
+    assert not any(row["failure"] for row in found.values())
+    checked = {row["impl"]: row for row in pairs.check_forms(case, CPU, FP32, names)}
+    assert checked["portable pdl=1"]["skipped"] == "not here"
+    assert checked["portable"]["max_err"] < 1e-5 and not checked["portable"]["skipped"]
+
+
+def test_why_a_form_cannot_be_had(interpreter):
+    """Guards the words of those rows: the op's own, for what it refuses on this GPU or beside its
+    other choices; nothing for a form that exists."""
+    norm, forest = case_of("rms_norm", "T7 C4096"), case_of("prefix_attention", "ragged forest")
+    names = ("triton pdl=0", "triton pdl=1", "triton nosuch=1")
+    unknown = {"triton nosuch=1": "the case has no tile choice nosuch"}
+    assert pairs.refusals(norm, FP32, names, H200) == unknown
+    early = {"triton pdl=1": "pdl=1 needs sm_90 or newer, not sm_80"}
+    assert pairs.refusals(norm, FP32, names, A100) == unknown | early
+    alone = {"triton split=1": "tile choice split: only with pieces"}
+    with use_tiles("prefix_attention", pieces=0):
+        assert pairs.refusals(forest, FP32, [*alone], H200) == alone
 
 
 def test_linears_are_those_of_the_model():
