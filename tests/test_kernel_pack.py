@@ -21,7 +21,7 @@ from triton.backends import nvidia
 from triton.runtime import cache
 
 from bench.cases import TINY, cases, numerics_cases
-from bench.launch_sites import launch_case
+from bench.launch_sites import check_sites, launch_case
 from kernels._tiles import H200
 from model.terminal import InputError, Parser
 from pacore_sched.compile_ahead import Summary
@@ -32,10 +32,12 @@ from profiles.kernel_pack import pack, unpack
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_WHEEL = "3.6.0-of-another-wheel"
 DTYPE = torch.bfloat16
+SPLIT = "smollm2 ragged decode", "triton split=1"
 
 
 def few_sites() -> list[Callable]:
-    """Every kernel at least once: each form of each op, and a captured decode step."""
+    """Every kernel at least once: each form of each op, a captured decode step; launches that the
+    rule does not choose."""
     first = {}
     for case in numerics_cases():
         for form in ("triton", *case.modes):
@@ -43,7 +45,13 @@ def few_sites() -> list[Callable]:
     forms = [partial(launch_case, case, form, DTYPE) for (_, form), case in first.items()]
     view = next(case for case in cases("cuda") if case.op == "projector")  # tiles are split
     decode = partial(launch_graph, TINY, DTYPE, DTYPE, 4)
-    return [*forms, partial(launch_case, view, "triton", DTYPE), decode]
+    switched = [
+        site
+        for site in check_sites()
+        if (site.args[0].name, site.args[1]) in (SPLIT, ("T7 C4096", "triton pdl=1"))
+    ]
+    assert len(switched) == 2
+    return [*forms, partial(launch_case, view, "triton", DTYPE), decode, *switched]
 
 
 @pytest.fixture(scope="module")
