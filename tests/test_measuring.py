@@ -107,6 +107,18 @@ def test_what_decisions_hang_on(measuring, section: str, text: str, op: str):
     assert one.op == op
 
 
+def test_both_forms_of_a_switch_are_checked(measuring):
+    """Guards what a pair's times rest on: the numbers of both values, under the task's own names,
+    before anything is timed."""
+    work = first_light(CPU)
+    one = task(work, "numerics", "pdl=1")
+    made = measuring.carry_out(one)
+    assert [row["impl"] for row in made] == list(one.forms) == ["portable pdl=0", "portable pdl=1"]
+    assert {(row["op"], row["case"], row["dtype"]) for row in made} == {one.key}
+    assert all(row["failure"] is None and row["max_err"] < 0.1 for row in made)
+    assert work.index(one) < work.index(task(work, "pairs", ""))
+
+
 def test_decisions_come_before_the_op_table():
     """Guards the first minutes: what the next step hangs on is planned before what merely fills the
     table, is cheap, and belongs to no other command."""
