@@ -24,7 +24,7 @@ COMMANDS = {
     "nsys": ("nsys", "Nsight Systems: timeline of a command, gaps between its kernels"),
     "ncu": ("ncu", "Nsight Compute: counters of an op's kernels, and why warps stall"),
     "proton": ("proton", "Triton's Proton: time of an op's kernels in a stream of calls"),
-    "tables": ("tables", "README's tables of measurements, from the committed rows"),
+    "tables": ("tables", "the tables of README and docs/, from the committed rows"),
     "launch": ("launch", "one case of an op between cudaProfilerStart and Stop, for a profiler"),
 }
 

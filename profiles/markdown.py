@@ -1,4 +1,4 @@
-"""Rows found and figures written: what README's tables are put together with."""
+"""Rows found and figures written: what the documents' tables are put together with."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -1,8 +1,8 @@
-"""`python -m profiles tables`: README's tables of measurements, from the committed rows.
+"""`python -m profiles tables`: the tables of README and docs/, from the committed rows.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; profiles/readme_tables.py says
-what it is made of. The command compares what stands there with what the rows give and exits with 1
-if they differ; `--write` puts the rows' tables in place. Nothing is measured.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; each document has a module that
+says what its tables are made of. The command compares what stands there with what the rows give
+and exits with 1 if they differ; `--write` puts the rows' tables in place. Nothing is measured.
 """
 
 import argparse
@@ -13,9 +13,13 @@ from pathlib import Path
 
 from bench import rows
 from model.terminal import InputError, table
-from profiles.readme_tables import TABLES
+from profiles import readme_tables, switch_tables
 
-README = rows.ROOT / "README.md"
+Tables = dict[str, Callable[[], str]]
+DOCUMENTS: dict[Path, Tables] = {
+    rows.ROOT / "README.md": readme_tables.TABLES,
+    rows.ROOT / "docs" / "kernel_switches.md": switch_tables.TABLES,
+}
 MARKED = re.compile(r"^<!-- table: (.+?) -->\n(.*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)
 BEGIN, END = re.compile(r"^<!-- table: ", re.MULTILINE), re.compile(r"^<!-- end -->$", re.MULTILINE)
 
@@ -23,32 +27,41 @@ BEGIN, END = re.compile(r"^<!-- table: ", re.MULTILINE), re.compile(r"^<!-- end 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own options."""
     parser.add_argument("--write", action="store_true", help="put the rows' tables in place")
-    parser.add_argument(
-        "--file", type=Path, default=README, metavar="FILE", help="default: README.md"
-    )
+    names = " or ".join(file.name for file in DOCUMENTS)
+    parser.add_argument("--file", type=Path, metavar="FILE", help=f"only this one: {names}")
     parser.add_argument("--json", action="store_true", help="no table; one JSON document")
 
 
 def run(options: argparse.Namespace) -> int:
     """Compare or write; 1 if a table is not what the rows give, and was not written."""
-    try:
-        text = options.file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {options.file}: {error.strerror}") from None
-    made = renewed(text, TABLES)
-    states = compared(text, made)
-    stale = [name for name, state in states.items() if state == "differs"]
-    if stale and options.write:
-        options.file.write_text(made, encoding="utf-8")
-        states |= dict.fromkeys(stale, "written")
+    documents = {options.file: tables_of(options.file)} if options.file else DOCUMENTS
+    found = {file: _read(file) for file in documents}
+    made = {file: _made(file, found[file], tables) for file, tables in documents.items()}
+    states = []
+    for file, text in made.items():
+        for name, state in compared(found[file], text).items():
+            written = state == "differs" and options.write
+            states.append((file.name, name, "written" if written else state))
+        if options.write and text != found[file]:
+            file.write_text(text, encoding="utf-8")
     if options.json:
-        print(json.dumps({"tables": [{"name": n, "state": s} for n, s in states.items()]}))
+        columns = ("file", "name", "state")
+        print(json.dumps({"tables": [dict(zip(columns, line, strict=True)) for line in states]}))
     else:
-        table(f"tables of {options.file.name}", ("table", "state"), list(states.items()))
-    return int("differs" in states.values())
+        table("tables of measurements", ("document", "table", "state"), states)
+    return int(any(state == "differs" for *_, state in states))
 
 
-def renewed(text: str, tables: dict[str, Callable[[], str]]) -> str:
+def tables_of(file: Path) -> Tables:
+    """The tables of the document that `file` is, or is a copy of; raises InputError if none is."""
+    found = [tables for document, tables in DOCUMENTS.items() if document.name == file.name]
+    if not found:
+        names = ", ".join(document.name for document in DOCUMENTS)
+        raise InputError(f"{file}: only these have tables: {names}")
+    return found[0]
+
+
+def renewed(text: str, tables: Tables) -> str:
     """`text` with every marked table made anew.
 
     Raises InputError for a marker without its end, for a name that is not in `tables`, and for one
@@ -74,3 +87,17 @@ def compared(text: str, made: str) -> dict[str, str]:
 
 def _marked(name: str, body: str) -> str:
     return f"<!-- table: {name} -->\n{body}\n<!-- end -->"
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _made(file: Path, text: str, tables: Tables) -> str:
+    try:
+        return renewed(text, tables)
+    except InputError as error:
+        raise InputError(f"{file.name}: {error}") from None

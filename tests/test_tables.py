@@ -1,18 +1,16 @@
-"""README's tables: that they are what the committed rows give, and how figures are written."""
+"""The documents' tables: what the committed rows give, and how figures are written."""
 
 import json
 
 import pytest
 
-from bench import jsonl, rows
+from bench import jsonl
 from model.terminal import InputError, Parser
 from profiles import tables
 from profiles.gpu_tables import NONE_YET, gpus
 from profiles.kernel_tables import Kernel, chosen, kernel_table
 from profiles.markdown import folder, markdown, milliseconds, one, small, spread
-from profiles.readme_tables import TABLES
-
-README = rows.ROOT / "README.md"
+from profiles.switch_tables import LOOPS, Switch, both_forms, switch_table
 
 
 def run(*arguments: str) -> int:
@@ -21,11 +19,12 @@ def run(*arguments: str) -> int:
     return tables.run(parser.parse_args(arguments))
 
 
-def test_readme_is_what_the_rows_give():
-    """Guards every measured table of README: a figure changed by hand, or rows without a table."""
-    text = README.read_text()
-    states = tables.compared(text, tables.renewed(text, TABLES))
-    assert states == dict.fromkeys(TABLES, "agrees"), "python -m profiles tables --write"
+@pytest.mark.parametrize("file", tables.DOCUMENTS, ids=lambda file: file.name)
+def test_a_document_is_what_the_rows_give(file):
+    """Guards every table of README and docs/: a figure changed by hand, or rows without a table."""
+    text, made = file.read_text(), tables.DOCUMENTS[file]
+    states = tables.compared(text, tables.renewed(text, made))
+    assert states == dict.fromkeys(made, "agrees"), "python -m profiles tables --write"
 
 
 MADE = {"small": lambda: "| a |\n|---|\n| 2 |"}
@@ -34,17 +33,43 @@ TEXT = "Before.\n\n<!-- table: small -->\n| a |\n|---|\n| 1 |\n<!-- end -->\nAft
 
 def test_writing_changes_the_marked_body_alone(tmp_path, monkeypatch, capsys):
     """Guards the text around the tables, the exit codes, and the JSON document."""
-    monkeypatch.setattr(tables, "TABLES", MADE)
     file = tmp_path / "README.md"
+    monkeypatch.setattr(tables, "DOCUMENTS", {file: MADE})
     file.write_text(TEXT)
-    assert run("--file", str(file)) == 1 and file.read_text() == TEXT
+    assert run() == 1 and file.read_text() == TEXT
     assert "differs" in capsys.readouterr().out
-    assert run("--file", str(file), "--write", "--json") == 0
+    assert run("--write", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {
-        "tables": [{"name": "small", "state": "written"}]
+        "tables": [{"file": "README.md", "name": "small", "state": "written"}]
     }
     assert file.read_text() == TEXT.replace("1 |\n<!--", "2 |\n<!--")
-    assert run("--file", str(file)) == 0
+    assert run() == 0
+
+
+def test_each_document_has_tables_of_its_own(tmp_path, monkeypatch, capsys):
+    """Guards the second document: it counts, `--file` takes one alone or a copy of it, and what is
+    wrong says where; nothing is written unless all documents are right."""
+    monkeypatch.setattr(tables, "DOCUMENTS", {tmp_path / "a.md": MADE, tmp_path / "b.md": MADE})
+    good = TEXT.replace("1 |\n<!--", "2 |\n<!--")
+    for a, b, code in ((good, good, 0), (TEXT, good, 1), (good, TEXT, 1)):
+        (tmp_path / "a.md").write_text(a)
+        (tmp_path / "b.md").write_text(b)
+        assert run() == code
+    assert run("--file", str(tmp_path / "a.md")) == 0
+    copy = tmp_path / "copies" / "b.md"
+    copy.parent.mkdir()
+    copy.write_text(TEXT)
+    assert run("--file", str(copy)) == 1
+    with pytest.raises(InputError, match="c.md: only these have tables: a.md, b.md"):
+        run("--file", str(tmp_path / "c.md"))
+    (tmp_path / "a.md").write_text(TEXT)
+    (tmp_path / "b.md").write_text("Nothing.\n")
+    with pytest.raises(InputError, match="b.md: no marker for small"):
+        run("--write")
+    assert (tmp_path / "a.md").read_text() == TEXT
+    (tmp_path / "b.md").unlink()
+    with pytest.raises(InputError, match="cannot read .*b.md"):
+        run()
 
 
 @pytest.mark.parametrize(
@@ -117,6 +142,43 @@ def test_kernels_are_chosen_by_words_of_their_configuration():
     for config, found in (("D=128", 2), ("D=64", 0)):
         with pytest.raises(InputError, match=f"{found} rows of the static baseline"):
             chosen(Kernel("it", "k", config), 90, baseline)
+
+
+SWITCH = Switch("it", "k", "D=128 90:AHEAD=1 num_warps=4", "AHEAD=0", "AHEAD=1 launch_pdl=True")
+
+
+def test_a_switch_is_shown_by_both_of_its_forms():
+    """Guards the tables of switches: the old figure stands first, one that both forms have stands
+    alone, and loops that are new or unknown are seen."""
+    old = compiled(90, "AHEAD=0 D=128 num_warps=4", buffers=[2, None], bytes_in_flight=[8192, None])
+    new = compiled(90, "AHEAD=1 D=128 num_warps=4 launch_pdl=True", registers=91, wgmma=False)
+    new |= {"buffers": [3, 2], "bytes_in_flight": None}
+    figures = {" registers": lambda row: row["registers"], " programs per SM": lambda row: 2}
+    figures |= {name: LOOPS[name] for name in (" buffers", " KB in flight")}
+    made = switch_table([SWITCH._replace(archs=(90,))], figures, [new, old])
+    assert made.splitlines() == [
+        "| kernel in bf16 | for | registers | programs per SM | buffers | KB in flight |",
+        "|---|---|---:|---:|---:|---:|",
+        "| it | sm_90 | 90 -> 91 | 2 | 2, - -> 3, 2 | 8, - -> - |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        (["AHEAD=0 D=128 num_warps=4"], "0 rows .* have .*AHEAD=1"),
+        (["AHEAD=1 D=128 num_warps=4 launch_pdl=True"], "0 rows .* have .*AHEAD=0"),
+        (["AHEAD=0 D=128 num_warps=4", "AHEAD=0 D=128 num_warps=4 X=1"], "2 rows .*AHEAD=0"),
+        (
+            ["AHEAD=0 D=128 num_warps=4 X=0", "AHEAD=1 D=128 num_warps=4 launch_pdl=True X=1"],
+            "k on sm_90, it: more than AHEAD=0 -> AHEAD=1 .* differs: X=0 X=1",
+        ),
+    ],
+)
+def test_forms_that_do_not_differ_in_the_switch_alone_are_refused(configs, message):
+    """Guards against figures of another switch: a form that is missing, doubled, or not a twin."""
+    with pytest.raises(InputError, match=message):
+        both_forms(SWITCH, 90, [compiled(90, config) for config in configs])
 
 
 def measured(op: str, case: str, impl: str, us: float, **more) -> dict:
