@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bench import launch_cost, linears, pairs, timing
-from bench.cases import BIG, TINY, numerics_cases
+from bench.cases import BIG, TINY, _prefix, numerics_cases
+from bench.inputs import fork
 from bench.launch_sites import all_sites, launch_checked, pair_sites, timed_sites
 from bench.numerics import form
 from bench.rows import ROOT
@@ -136,7 +137,8 @@ def test_what_is_not_there_is_skipped(monkeypatch):
 def test_why_a_form_cannot_be_had(interpreter):
     """Guards the words of those rows: the op's own, for what it refuses on this GPU or beside its
     other choices; nothing for a form that exists."""
-    norm, forest = case_of("rms_norm", "T7 C4096"), case_of("prefix_attention", "ragged forest")
+    norm = case_of("rms_norm", "T7 C4096")
+    forest = _prefix("tiles of both sizes", [fork(9, [3] * 5)], heads=(4, 1, 16))
     names = ("triton pdl=0", "triton pdl=1", "triton nosuch=1")
     unknown = {"triton nosuch=1": "the case has no tile choice nosuch"}
     assert pairs.refusals(norm, FP32, names, H200) == unknown
