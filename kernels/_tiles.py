@@ -50,12 +50,23 @@ def gpu_of(device: torch.device) -> Gpu:
     return _properties(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def tiles(op: str, key: str, device: torch.device, rule: Callable[[Gpu], Tiles]) -> Tiles:
-    """How `op` cuts its work for inputs of class `key`: from the GPU's table, else by `rule`."""
+def tiles(
+    op: str,
+    key: str,
+    device: torch.device,
+    rule: Callable[[Gpu], Tiles],
+    *,
+    overridden: bool = True,
+) -> Tiles:
+    """How `op` cuts its work for inputs of class `key`: from the GPU's table, else by `rule`.
+
+    overridden: whether `use_tiles` has a say
+    """
     gpu = gpu_of(device)
     chosen = _table(gpu.name).get(op, {}).get(key)
     chosen = rule(gpu) if chosen is None else chosen
-    chosen = chosen | _overrides.get().get(op, {})
+    if overridden:
+        chosen = chosen | _overrides.get().get(op, {})
     asked = _asked.get()
     if asked is not None:
         asked[op, key] = chosen

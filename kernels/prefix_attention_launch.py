@@ -1,7 +1,6 @@
 """The launcher of prefix attention's Triton form."""
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ def cut_up(
     choices = [chosen]
     if chosen["split"] and kind.large and kind.small:
         check(chosen["pieces"], "tile choice split: only with pieces")
-        choices.append(replace(kind, large=0).choose(q.device))
+        choices.append(kind.choose_small(q.device))
     for each in choices:
         whole = chosen["grain"] % min(each["block"], page_size) == 0
         check(whole or not each["tma"], "tile choice tma: grain must be a multiple of block")
@@ -157,7 +156,7 @@ def launch(
             faults=(*faults, len(schedule.pieces)) if faults else (),
             num_warps=chosen["num_warps"],
             num_stages=chosen["num_stages"],
-            **pdl_options(chosen, q.device),
+            **pdl_options(choices[0], q.device),
             **schedule.line,
             **shape,
         )

@@ -16,7 +16,7 @@ pdl         1: attention and merge start while the kernel before them ends (_pdl
 fp16        of e4m3. 1: products in fp16, which holds e4m3 exactly; 0: in q's dtype
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,12 +74,21 @@ class Kind:
         """Its tile choices, from the GPU's table or by rule."""
         return tiles(OP, self.key, device, self.rule)
 
+    def choose_small(self, device: torch.device) -> Tiles:
+        """Those of the smaller tiles' own launch, as of a class that has no others.
+
+        What is tried out for this class is not meant for them.
+        """
+        small = replace(self, large=0)
+        return tiles(OP, small.key, device, small.rule, overridden=False)
+
     def rule(self, gpu: Gpu) -> Tiles:
         """Choices without measurements: as much in flight as fits, and no register spilled.
 
         Where 64 tokens at a time would spill, 32 in more stages keep as much in flight; where an SM
         has one program of 128 vectors, so do more stages. `ahead` costs a buffer more than it has
-        room for on sm_80 beside a second program, and registers that fused e4m3 does not have.
+        room for on sm_80 beside a second program, and registers that fused e4m3 does not have;
+        `pieces` costs some that the fused form of small tiles alone does not have.
         Loops of their own for steady blocks fill the pipeline twice: only for 128 vectors, which
         compute for longer than they wait. `python -m profiles static` shows what the compiler makes
         of it.
@@ -87,7 +96,9 @@ class Kind:
         old, wide = gpu.arch < 90, self.dim == 256 or self.large == 128
         half = (old or self.fp8) if self.dim == 256 else old and wide and self.fp8
         warps = 8 if wide or old and (self.fp8 or self.fused) else 4
-        ahead = not (self.fused and self.fp8 or old and self.large == 64 and warps == 4)
+        ahead = not (self.fused and (self.fp8 or old and self.large == 128))
+        ahead = ahead and not (old and self.large == 64 and warps == 4)
+        lean = self.fused and not (self.large or self.fp8 or old)
         stages = 5 if half or self.large == 128 else 2 if self.dim == 256 else 3
         if ahead and (self.fp8 or self.dim == 256):
             stages = min(stages, 4)
@@ -100,7 +111,7 @@ class Kind:
             "overhead": 0 if self.invariant else 2,
             "tma": 0,
             "ahead": int(ahead),
-            "pieces": 1,
+            "pieces": int(not lean),
             "split": 0,
             "pdl": 0,
             "steady": int(self.large == 128 and not self.fp8),
@@ -118,19 +129,26 @@ def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     rule = kind.rule(gpu)
     kin = [{"programs": n} for n in (1, 2, 3, 4)]
     tight = kind.fused and (kind.fp8 or not kind.large)  # more, or fewer stages, would spill
-    kin += [] if tight else [{"num_stages": n} for n in (3, 5)]
+    spills = kind.invariant and kind.fp8
+    kin += (
+        []
+        if tight
+        else [{"num_stages": n} for n in ((3,) if kind.dim == 256 or spills else (3, 5))]
+    )
     if kind.invariant:
         kin += [{"grain": n} for n in (128, 512)]
     else:
         kin += [{"grain": 64}, {"overhead": 0}, {"overhead": 6}]
-    kin += [{name: 1 - rule[name]} for name in ("ahead", "steady", "pieces")]
+    # What is off for the registers' sake stays off.
+    off = ("ahead", "steady") if kind.fused and kind.fp8 else () if rule["pieces"] else ("pieces",)
+    kin += [{name: 1 - rule[name]} for name in ("ahead", "steady", "pieces") if name not in off]
     kin += [{"split": 1}] if kind.large and kind.small else []
     if kind.fp8:  # with more in flight it spills, on sm_90; fused, with four warps in any case
         kin += [
             {"fp16": 1, "num_warps": 8, "programs": 1} if kind.fused else {"fp16": 1, "ahead": 0}
         ]
     kin += [{"pdl": 1}] if gpu.arch >= 90 else []
-    if gpu.arch >= 90 and not tight:
+    if gpu.arch >= 90 and not tight and not spills:
         kin += [{"tma": 1, "grain": max(64, rule["grain"])}]
     candidates = [rule, *(rule | change for change in kin)]
     return [one for at, one in enumerate(candidates) if one not in candidates[:at]]

@@ -176,7 +176,7 @@ def _walk_pieces(
             attend_tile(
                 pools,
                 results,
-                tl.load(piece + VECTOR).to(tl.int64),
+                tl.load(piece + VECTOR),
                 tl.load(piece + ROW),
                 rows,
                 tl.load(piece + PAGE_START),

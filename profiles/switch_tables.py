@@ -151,6 +151,14 @@ TURN_Q = (
         "TURN_Q=1 maxnreg=128",
         archs=(90,),
     ),
+    Switch(
+        "the same, 64 queries at a time",
+        "vision_attention_kernel",
+        VISION_ATTENTION.replace("ROWS=128", "ROWS=64 num_warps=4"),
+        "TURN_Q=0",
+        "TURN_Q=1",
+        archs=(90,),
+    ),
     Switch("its rotation", "rotate_kernel", ROTATION, "TURN_Q=0", "TURN_Q=1", archs=(90,)),
 )
 NORMS = (
