@@ -27,7 +27,7 @@ test-gpu: .venv/.ready  ## only what runs on a GPU, without the peers, side by s
 	@.venv/bin/python $(ON_GPU) -m "gpu and not slow_gpu" --numprocesses $(GPU_WORKERS) --dist worksteal; \
 	status=$$?; .venv/bin/python $(ON_GPU) -m "gpu and slow_gpu" --numprocesses 1 || status=1; exit $$status
 
-gate: .venv/.ready  ## hold kernels, speed-ups and README's tables against what is committed
+gate: .venv/.ready  ## hold kernels, speed-ups and tables against what is committed
 	@.venv/bin/python -m profiles static --quick
 	@.venv/bin/python -m bench gate
 	@.venv/bin/python -m profiles tables
