@@ -34,7 +34,7 @@ class PyTorchOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def launched(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launched(settings: Settings, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """All launches of a graph of one layer, in order; Triton's end in "_kernel"."""
     names: list[str] = []
 
@@ -48,12 +48,13 @@ def launched(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 body()
 
     model = one_layer(PRESETS["tiny"], torch.bfloat16)
-    cache, tables = model.new_cache(8), Tables(4, model.device)
+    cache, tables = model.new_cache(8), Tables(rows, model.device)
     with launches_recorded(H200), monkeypatch.context() as patch:
         # Of the class that kernels are of: pytest's process has Triton interpret.
         record = lambda kernel, *args, **options: names.append(kernel.fn.__name__)  # noqa: E731
         patch.setattr(type(advance_kernel), "run", record)
-        DecodeGraph(model, cache, tables, Capacity(4, 4, LEVELS), settings, Recorded, None)
+        capacity = Capacity(rows, rows, LEVELS)
+        DecodeGraph(model, cache, tables, capacity, settings, Recorded, None)
     return names
 
 
@@ -62,16 +63,21 @@ def launched(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     [((1.0, 0, 1.0), ()), ((0.0, 0, 1.0), ()), ((1.0, 20, 0.95), ("cut", "draw"))],
     ids=["plain", "greedy", "truncated"],
 )
+@pytest.mark.parametrize(("rows", "pieces"), [(4, ()), (64, ("pieces",))])
 @torch.no_grad()  # in inference mode a cast would be recorded as a view
 def test_no_small_launches(
-    settings: Settings, draws: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    settings: Settings,
+    draws: tuple[str, ...],
+    rows: int,
+    pieces: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """Guards the step against the indices, casts, sums and copies that surrounded its ops, each a
-    launch of its own in every step."""
-    names = launched(settings, monkeypatch)
+    launch of its own in every step. Small tiles alone, by rule, have no pieces written down."""
+    names = launched(settings, rows, monkeypatch)
     of_pytorch = [name for name in names if not name.endswith("_kernel")]
     assert of_pytorch == ["embedding"] + ["linear"] * 5  # qkv, o, gate_up, down; the LM head
     layers = len(names) - names[::-1].index(LAST_OF_LAYERS)
-    plan = [f"{name}_kernel" for name in ("advance", "schedule", "pieces")]
+    plan = [f"{name}_kernel" for name in ("advance", "schedule", *pieces)]
     samples = [f"sample_{part}_kernel" for part in ("scan", *draws, "pick")]
     assert names[layers:] == [*plan, "linear", *samples]
