@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.cases import OPS, WRITTEN, Case
 from bench.peers import PEERS, Prepare
-from kernels._tiles import use_tiles
+from kernels._tiles import Tiles, use_tiles
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def form(op: str, name: str) -> Prepare:
 
     "triton-invariant" is the Triton form in its batch-invariant mode, "triton-separate" two ops
     where the fastest form is one, "triton-fused" one where the rule may choose two. "triton tma=1"
-    is the Triton form with that one tile choice, whatever the rule says.
+    is the Triton form with that tile choice, whatever the rule says; there may be several.
     """
     if name in PEERS.get(op, {}):
         return PEERS[op][name]
@@ -101,10 +101,9 @@ def form(op: str, name: str) -> Prepare:
 
 
 def _in_tiles(prepare: Prepare, op: str, choice: str) -> Prepare:
-    """The calls of `prepare` with a tile choice, as in "tma=1", put over all others of `op`, and
-    over those of the op that it is made of."""
-    name, _, value = choice.partition("=")
-    chosen = {name: int(value)}
+    """The calls of `prepare` with tile choices, as in "tma=1 grain=64", put over all others of
+    `op`, and over those of the op that it is made of."""
+    chosen = choices_of(choice)
 
     def prepared(inputs: dict) -> Callable[[], object]:
         call = prepare(inputs)
@@ -116,6 +115,12 @@ def _in_tiles(prepare: Prepare, op: str, choice: str) -> Prepare:
         return run
 
     return prepared
+
+
+def choices_of(text: str) -> Tiles:
+    """Tile choices as a form's name has them, as in "tma=1 grain=64"."""
+    pairs = (one.partition("=") for one in text.split())
+    return {name: int(value) for name, _, value in pairs}
 
 
 def reference(case: Case, inputs: dict) -> list[Tensor]:

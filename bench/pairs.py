@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from bench.cases import Case, cases, numerics_cases
-from bench.numerics import form
+from bench.numerics import choices_of, form
 from bench.ops import NOT_RUN, check_case, time_case
 from bench.rows import measured
 from bench.tune import asked_tiles
@@ -32,6 +32,8 @@ ATTENTION: Switches = {
 }
 ONE_SIZE = {name: values for name, values in ATTENTION.items() if name != "split"}  # of tiles
 FP16: Switches = {"fp16": (0, 1)}  # products of e4m3 in fp16
+# What both forms of a switch have besides: with `ahead`, fp16 would spill on sm_90.
+BESIDE = {"fp16": " ahead=0"}
 TURN_Q: Switches = {"turn_q": (0, 1)}  # Q rotated in the kernel
 PDL: Switches = {"pdl": (0, 1)}
 # Of each kind of device, what is compared on which cases of `bench ops`. Decode attention at 16
@@ -78,7 +80,7 @@ def pairs(device_type: str) -> list[tuple[Case, tuple[str, ...]]]:
     """The cases of a kind of device with the forms to time, as in "triton", "triton ahead=0"."""
     found = _known(cases(device_type), PAIRS, device_type)
     return [
-        (case, (impl, *(f"{impl} {n}={v}" for n, values in switches.items() for v in values)))
+        (case, (impl, *(_named(impl, n, v) for n, values in switches.items() for v in values)))
         for case, impl, switches in found
     ]
 
@@ -86,10 +88,14 @@ def pairs(device_type: str) -> list[tuple[Case, tuple[str, ...]]]:
 def checks(device_type: str) -> list[tuple[Case, tuple[str, ...]]]:
     """Numerics cases with both forms of a switch, an entry for each switch."""
     return [
-        (case, tuple(f"{impl} {name}={value}" for value in values))
+        (case, tuple(_named(impl, name, value) for value in values))
         for case, impl, switches in _known(numerics_cases(), CHECKS, device_type)
         for name, values in switches.items()
     ]
+
+
+def _named(impl: str, switch: str, value: int) -> str:
+    return f"{impl} {switch}={value}{BESIDE.get(switch, '')}"
 
 
 def _known(
@@ -141,9 +147,9 @@ def refusals(case: Case, dtype: torch.dtype, names: Sequence[str], gpu: Gpu) -> 
         inputs = case.inputs(0, torch.device("cpu"), dtype)
     found = {}
     for name in names:
-        switch = name.partition(" ")[2].partition("=")[0]
-        if switch not in known:
-            found[name] = f"the case has no tile choice {switch}"
+        missing = choices_of(name.partition(" ")[2]).keys() - known
+        if missing:
+            found[name] = f"the case has no tile choice {', '.join(sorted(missing))}"
             continue
         try:
             with launches_recorded(gpu):
@@ -172,10 +178,9 @@ def _refused(
 
 
 def _of_pair(name: str, tiles: Tiles | None) -> dict:
-    switch, _, value = name.partition(" ")[2].partition("=")
-    if not switch:
-        return {"tiles": tiles, "pair": "rule"}
-    return {"tiles": (tiles or {}) | {switch: int(value)}, "pair": f"{switch} {value}"}
+    chosen = choices_of(name.partition(" ")[2])
+    pair = next((f"{switch} {value}" for switch, value in chosen.items()), "rule")
+    return {"tiles": tiles | chosen if tiles is not None else chosen or None, "pair": pair}
 
 
 def _skipped(case: Case, name: str, device: torch.device, dtype: torch.dtype, reason: str) -> dict:

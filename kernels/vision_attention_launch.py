@@ -85,9 +85,9 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
 def _most_registers(chosen: Tiles, parts: Parts, gpu: Gpu) -> int | None:
     """The limit with which two programs fit an SM of sm_90 that also rotate their queries.
 
-    Heads of 64 + 32 take 144 registers without it, and spill none of the 128 with it, but ptxas then
-    runs one product at a time. All other heads, fewer rows and larger blocks lose no program to the
-    rotation.
+    Heads of 64 + 32 take 144 registers without it, and spill none of the 128 with it, but ptxas
+    then runs one product at a time. All other heads, fewer rows and larger blocks lose no program
+    to the rotation.
     """
     tight = tuple(parts) == (64, 32) and chosen["block"] <= 64 and chosen["num_warps"] == 8
     return 128 if chosen["turn_q"] and tight and gpu.arch >= 90 else None
@@ -196,8 +196,8 @@ def vision_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
         longer = {"block": 128, "num_stages": 2}
         specialized = {"tma": 1, "specialize": 1, "num_warps": 4}
         kin += [longer, {"tma": 1}, longer | {"tma": 1}]
-        # On sm_80 the loop would be 40 % longer: rotated queries stay in registers there. Nobody has
-        # looked at other heads than the model's.
+        # On sm_80 the loop would be 40 % longer: rotated queries stay in registers there. Of heads
+        # only the model's have been looked at.
         turned = [{}, {"tma": 1}, longer, {"rows": 64, "num_warps": 4}]
         kin += [one | {"turn_q": 1} for one in turned if key.startswith("D96")]
         kin += [specialized, longer | specialized]
