@@ -6,7 +6,8 @@ to n grains (of `grain` tokens) of its node takes overhead + n places on a line,
 tiles of the larger M for every KV head, then those of the smaller one. Each of P persistent
 programs takes an equal stretch of the line (stream-K), wherever that begins and ends: the work is
 balanced to within one grain by construction, for one long prefix, for ragged suffixes and for a
-thousand small nodes alike, and a tile is split only where a stretch ends.
+thousand small nodes alike, and a tile is split only where a stretch ends. If the tiles of the
+smaller M have a launch of their own, either size has a line and programs to itself.
 
 The program that works on a tile leaves its partial result in the slot
 
@@ -20,10 +21,11 @@ In the batch-invariant mode a grain is a chunk cut at multiples of `grain` token
 leaves a partial of its own, in the slot that is its place on the line: a row's numbers are then
 those of its own path alone.
 
-All that depends on lengths is computed on the device, by one small launch per step for all layers:
-when lengths advance there, a captured CUDA graph needs nothing from the host. What a padded plan's
-schedule has room for is all that its capacity allows, behind the tiles of either size are empty
-ones without a place on the line, and a refilled plan refills it.
+All that depends on lengths is computed on the device, by one small launch per step for all layers,
+or two where programs find their pieces written down (prefix_pieces.py): when lengths advance there,
+a captured CUDA graph needs nothing from the host. What a padded plan's schedule has room for is all
+that its capacity allows, behind the tiles of either size are empty ones without a place on the
+line, and a refilled plan refills it.
 """
 
 from dataclasses import dataclass
