@@ -139,10 +139,12 @@ def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
         kin += [{"grain": n} for n in (128, 512)]
     else:
         kin += [{"grain": 64}, {"overhead": 0}, {"overhead": 6}]
-    # What is off for the registers' sake stays off.
-    off = ("ahead", "steady") if kind.fused and kind.fp8 else () if rule["pieces"] else ("pieces",)
+    # What the fused form has no registers for stays off.
+    off = {name for name in ("ahead", "pieces") if kind.fused and not rule[name]}
+    if kind.fused and kind.fp8:
+        off = {"ahead", "steady"} if gpu.arch >= 90 else set()
     kin += [{name: 1 - rule[name]} for name in ("ahead", "steady", "pieces") if name not in off]
-    kin += [{"split": 1}] if kind.large and kind.small else []
+    kin += [{"split": 1}] if kind.large and kind.small and not kind.fused else []
     if kind.fp8:  # with more in flight it spills, on sm_90; fused, with four warps in any case
         kin += [
             {"fp16": 1, "num_warps": 8, "programs": 1} if kind.fused else {"fp16": 1, "ahead": 0}

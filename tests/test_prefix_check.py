@@ -124,8 +124,9 @@ def test_a_sound_schedule_gives_the_same_bits(triton_device, invariant, pieces):
 def test_the_fused_form_is_checked(triton_device):
     """Guards the decode step's fused form, which launches the same kernel."""
     inputs, options = step(triton_device), {"fused": True, "impl": "triton"}
-    plain, _ = fused(inputs, **options)
-    with checking():
+    with use_tiles("prefix_attention", pieces=1):
+        plain, _ = fused(inputs, **options)
+    with use_tiles("prefix_attention", pieces=1), checking():
         assert torch.equal(fused(inputs, **options)[0], plain)
         (schedule,) = inputs["plan"].schedules.values()
         schedule.pieces[:, NEXT.value] = 1 << 20
