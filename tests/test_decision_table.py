@@ -117,7 +117,7 @@ ANSWERS = {
     ],
     "gain by loading": [
         (switched(2.9, -4), "-4.0 to +2.9 %, cases: 2 -> not what programs wait for"),
-        (switched(2.9, 3.1, 1), "+1.0 to +3.1 %, cases: 3 -> make `ahead` 1 the rule"),
+        (switched(2.9, 3.1, 1), "+1.0 to +3.1 %, cases: 3 -> keep `ahead`, and drop the old form"),
     ],
     "launch in a graph": [
         ([row("launches", "launch", "100", 2.49)], "2.49 us -> launches are cheap"),
