@@ -85,6 +85,17 @@ def test_fp8_pages(triton_device, dtype, arch):
         check(inputs, arch=arch)
 
 
+def test_fp8_pages_of_small_values(triton_device):
+    """Weights times such scales are nothing in fp16, unless the new token, too, is taken in the
+    units of what follows."""
+    inputs = step(triton_device, fp8=True)
+    inputs["qkv"][:, -2 * 16 :] *= 1e-4  # V of both heads
+    inputs["v_scale"] *= 1e-4
+    expected, _ = run(inputs, impl="eager")
+    out, _ = run(inputs, impl="triton", fused=True)
+    assert max_error(out, expected) < 2**-6
+
+
 def test_without_qk_norm(triton_device):
     check(step(triton_device, SMALL) | {"q_weight": None, "k_weight": None})
 
