@@ -125,6 +125,12 @@ def test_the_pieces(triton_device, forest, mode, programs, window):
                 found.append((size, program, *pieces[at][: NEXT.value]))
                 at = pieces[at][NEXT.value]
 
+    if cut.small_programs:  # either line in equal stretches
+        places = (starts[large], starts[-1] - starts[large])
+        for size in (0, 1):
+            share = -(-cut.kv_heads * places[size] // cut.programs_of(size))
+            assert schedule.stretch[size] == max(1, share)
+
     expected, place = [], 0
     for size, head, tile in walk(cut, large, len(tiles)):
         if cut.small_programs and (size, head, tile) == (1, 0, large):

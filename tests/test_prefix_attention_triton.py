@@ -280,11 +280,13 @@ class TestBatchInvariance:
         out = run(q=q, scale=0.3, **inputs, **options)
         return dict(zip(chosen, out, strict=True))
 
+    @pytest.mark.parametrize("grain", [16, 48])
     @pytest.mark.parametrize("window", [0, 30])
-    def test_bits(self, triton_device, window):
-        options = {"batch_invariant": True, "grain": 16, "overhead": 0, "window": window}
+    def test_bits(self, triton_device, window, grain):
+        """Chunks of one block, and of several, whose order counts."""
+        options = {"batch_invariant": True, "grain": grain, "overhead": 0, "window": window}
         together = self.rows(triton_device, [0, 1, 2, 3], **options)
-        for chosen, sms in (([3], 5), ([2, 0], 3), ([3, 2, 1, 0], 7)):
+        for chosen, sms in (([3], 5), ([0], 4), ([2, 0], 3), ([3, 2, 1, 0], 7)):
             for rollout, out in self.rows(triton_device, chosen, sms=sms, **options).items():
                 assert torch.equal(out, together[rollout]), (chosen, rollout)
 

@@ -94,6 +94,12 @@ def test_a_wrong_schedule_is_an_error(triton_device, spoil, pieces):
         schedule.write_pieces() if pieces else prefix_attention(**inputs, impl="triton")
 
 
+WRONG_PIECE = (
+    r"program \d was led to piece \d+ of \d+, which has -?\d+ rows, tokens -?\d+ to -?\d+, and"
+    r" names -?\d+ as the next one"
+)
+
+
 @pytest.mark.parametrize(
     ("column", "wrong"),
     [(NEXT, 1 << 20), (NEXT, 0), (ROWS, 17), (ROWS, -1), (LOW, 1 << 20), (HIGH, -1)],
@@ -103,9 +109,17 @@ def test_a_wrong_piece_is_an_error(triton_device, column, wrong):
     inputs = inputs_of(triton_device)
     schedule = schedule_in(inputs, pieces=1)
     schedule.pieces[:, column.value] = wrong
-    numbers = r"program \d was led to piece \d+ of \d+, which has -?\d+ rows, tokens -?\d+ to"
-    numbers += r" -?\d+, and names -?\d+ as the next one"
-    with toy(), checking(), pytest.raises(RuntimeError, match=numbers):
+    with toy(), checking(), pytest.raises(RuntimeError, match=WRONG_PIECE):
+        prefix_attention(**inputs, impl="triton")
+
+
+def test_a_round_of_pieces_is_an_error(triton_device):
+    """Guards against a walk that never ends though each of its pieces is sound."""
+    inputs = inputs_of(triton_device)
+    pieces = schedule_in(inputs, pieces=1).pieces
+    pieces[:] = pieces[0].clone()
+    pieces[:, NEXT.value] = (torch.arange(len(pieces), device=pieces.device) + 1) % len(pieces)
+    with toy(), checking(), pytest.raises(RuntimeError, match=WRONG_PIECE):
         prefix_attention(**inputs, impl="triton")
 
 
