@@ -113,13 +113,17 @@ def launch(
         return out, lse
     schedule = schedule_of(plan, cut)
     vectors = sum(slots * size for slots, size in zip(schedule.slots, cut.sizes, strict=True))
-    part_out = q.new_empty(vectors, dim, dtype=torch.float32)
-    part_lse = q.new_empty(vectors, dtype=torch.float32)
-    shape = {
+    both = {  # what both kernels take
+        "out": out,
+        "lse": lse,
+        "part_out": q.new_empty(vectors, dim, dtype=torch.float32),
+        "part_lse": q.new_empty(vectors, dtype=torch.float32),
         "KV_HEADS": cut.kv_heads,
         "GROUP": cut.group,
         "D": dim,
         "INVARIANT": cut.invariant,
+        **pdl_options(choices[0], q.device),
+        **schedule.line,
     }
     for number, chosen in enumerate(choices):
         sizes = cut.sizes
@@ -131,10 +135,6 @@ def launch(
         prefix_attention_kernel[(programs,)](
             q=q,
             **_pages(k_pages, v_pages, k_scale, v_scale, block if chosen["tma"] else 0),
-            out=out,
-            lse=lse,
-            part_out=part_out,
-            part_lse=part_lse,
             page_table=plan.pages,
             pieces=schedule.pieces if cut.pieces else None,
             large_programs=cut.programs_of(0),
@@ -148,35 +148,35 @@ def launch(
             BLOCK=block,
             WINDOW=cut.window,
             NATIVE_FP8=converts_e4m3(q.device),
-            TMA=bool(chosen["tma"]),
-            PIECES=cut.pieces,
-            AHEAD=bool(chosen["ahead"]),
-            STEADY=bool(chosen["steady"] and not (cut.invariant and cut.window)),
-            HALF=k_scale is not None and bool(chosen["fp16"]),
             faults=(*faults, len(schedule.pieces)) if faults else (),
-            num_warps=chosen["num_warps"],
-            num_stages=chosen["num_stages"],
-            **pdl_options(choices[0], q.device),
-            **schedule.line,
-            **shape,
+            **_form(chosen, cut, fp8=k_scale is not None),
+            **both,
         )
         raise_fault(faults)
     merge_kernel[(rows, heads)](
-        out=out,
-        lse=lse,
-        part_out=part_out,
-        part_lse=part_lse,
         row_tiles=schedule.row_tiles,
         depth=schedule.row_tiles.shape[1],
         SIZES=cut.sizes,
         SPLIT=bool(cut.small_programs),
         AT_ONCE=1 if cut.invariant else max(1, 1024 // dim),
         num_warps=1,
-        **pdl_options(choices[0], q.device),
-        **schedule.line,
-        **shape,
+        **both,
     )
     return out, lse
+
+
+def _form(chosen: Tiles, cut: Cut, *, fp8: bool) -> dict[str, bool | int]:
+    """The kernel's switches and options, as its tile choices have them."""
+    return {
+        "TMA": bool(chosen["tma"]),
+        "PIECES": cut.pieces,
+        "AHEAD": bool(chosen["ahead"]),
+        # The order of blocks would depend on other rows' windows.
+        "STEADY": bool(chosen["steady"] and not (cut.invariant and cut.window)),
+        "HALF": fp8 and bool(chosen["fp16"]),
+        "num_warps": chosen["num_warps"],
+        "num_stages": chosen["num_stages"],
+    }
 
 
 def _pages(
