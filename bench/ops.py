@@ -100,10 +100,10 @@ def check_case(
     The forms are `impls`, or all that exist. Raises ImplError if one of `impls` does not.
     """
     if reason := _too_large(case, device, dtype):
-        return [_row(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
+        return [row_of(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
     names = forms_of(case, impls) or _forms(case, device)
     verdicts = verdicts_of(case, device, dtype, names, required=bool(impls))
-    return [_row(case, name, device, dtype, verdict) for name, verdict in verdicts.items()]
+    return [row_of(case, name, device, dtype, verdict) for name, verdict in verdicts.items()]
 
 
 def time_case(
@@ -121,12 +121,12 @@ def time_case(
     `failure`. Raises ImplError if one of `impls` does not exist, PoisonedError as `verdicts_of`.
     """
     if reason := _too_large(case, device, dtype):
-        return [_row(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
+        return [row_of(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
     names = forms_of(case, impls) or forms_here(case, device)
     verdicts = verdicts_of(case, device, dtype, names, required=bool(impls))
     timings = _timings(case, verdicts, device, dtype, budget_s, anyway)
     rows = [
-        _row(case, name, device, dtype, verdict, timings.get(name))
+        row_of(case, name, device, dtype, verdict, timings.get(name))
         for name, verdict in verdicts.items()
     ]
     return with_speedups(rows)
@@ -256,7 +256,7 @@ def _stopped(error: Exception, verdict: Verdict = NOT_RUN) -> Verdict:
     return replace(verdict, failure=one_line(error), trace=trace)
 
 
-def _row(
+def row_of(
     case: Case,
     name: str,
     device: torch.device,
@@ -264,6 +264,7 @@ def _row(
     verdict: Verdict,
     timing: Timing | None = None,
 ) -> dict:
+    """The row of one form of a case."""
     row = measured(
         case.op,
         case.name,

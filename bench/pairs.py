@@ -13,8 +13,7 @@ import torch
 
 from bench.cases import Case, cases, numerics_cases
 from bench.numerics import choices_of, form
-from bench.ops import NOT_RUN, check_case, time_case
-from bench.rows import measured
+from bench.ops import NOT_RUN, check_case, row_of, time_case
 from bench.tune import asked_tiles
 from kernels._compile import launches_recorded
 from kernels._tiles import Gpu, Tiles, gpu_of
@@ -166,7 +165,10 @@ def _there(
 ) -> tuple[list[str], list[dict]]:
     """The forms that can be had, and rows of the others."""
     reasons = _refused(case, device, dtype, [name for name in names if " " in name])
-    skipped = [_skipped(case, name, device, dtype, reason) for name, reason in reasons.items()]
+    skipped = [
+        row_of(case, name, device, dtype, replace(NOT_RUN, skipped=reason))
+        for name, reason in reasons.items()
+    ]
     return [name for name in names if name not in reasons], skipped
 
 
@@ -181,17 +183,3 @@ def _of_pair(name: str, tiles: Tiles | None) -> dict:
     chosen = choices_of(name.partition(" ")[2])
     pair = next((f"{switch} {value}" for switch, value in chosen.items()), "rule")
     return {"tiles": tiles | chosen if tiles is not None else chosen or None, "pair": pair}
-
-
-def _skipped(case: Case, name: str, device: torch.device, dtype: torch.dtype, reason: str) -> dict:
-    row = measured(
-        case.op,
-        case.name,
-        name,
-        device=device,
-        dtype=dtype,
-        num_bytes=case.bytes(dtype),
-        flops=case.flops,
-        verdict=replace(NOT_RUN, skipped=reason),
-    )
-    return row | {"skipped": reason}

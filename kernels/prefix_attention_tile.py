@@ -19,8 +19,8 @@ E4M3 = tl.constexpr(E4M3_MAX)
 
 @triton.jit
 def attend_tile(
-    pools,
-    results,
+    inputs,
+    outputs,
     first_vector,
     row_start,
     rows,
@@ -47,11 +47,14 @@ def attend_tile(
 ):
     """Tokens [low, high) of a tile's node for the tile's rows and one KV head.
 
+    inputs, outputs: as the kernel takes them, see the first lines below
     first_vector: of the partial result, unless the flag ALONE says that this is the result
+    row_start, rows: the tile's first row and their number
+    page_start, node_start: the node's first entry in the page table, tokens before the node
     edge: row r sees no token from edge + r on
     """
-    q, kv, blocks, page_table, row_position, rotary = pools
-    out, lse, part_out, part_lse = results
+    q, kv, blocks, page_table, row_position, rotary = inputs
+    out, lse, part_out, part_lse = outputs
     # Adds 0, which the compiler cannot know: what follows from `vector` is then not computed before
     # all tiles and held in registers for each, nor from here to the stores, which do the same.
     vector = tl.arange(0, M) + tl.minimum(rows, 0)

@@ -94,12 +94,12 @@ def prefix_attention_kernel(
 ):
     wait_for_previous(PDL)
     release_next(PDL)
-    pools = (q, kv, (k_blocks, v_blocks), page_table, row_position, rotary)
+    inputs = (q, kv, (k_blocks, v_blocks), page_table, row_position, rotary)
     for size in tl.static_range(2):
         if SIZES[size] > 0:
             if PIECES:
                 _walk_pieces(
-                    pools,
+                    inputs,
                     (out, lse, part_out, part_lse),
                     pieces,
                     large_programs if size else 0,
@@ -120,7 +120,7 @@ def prefix_attention_kernel(
                 )
             else:
                 _walk_line(
-                    pools,
+                    inputs,
                     (out, lse, part_out, part_lse),
                     (tiles, starts, stretch, first_tile),
                     (grain, overhead, large, small, large_slots),
@@ -145,8 +145,8 @@ def prefix_attention_kernel(
 
 @triton.jit
 def _walk_pieces(
-    pools,
-    results,
+    inputs,
+    outputs,
     pieces,
     first,  # piece of program 0
     qk_scale,
@@ -174,8 +174,8 @@ def _walk_pieces(
         rows = tl.load(piece + ROWS)
         if rows > 0:
             attend_tile(
-                pools,
-                results,
+                inputs,
+                outputs,
                 tl.load(piece + VECTOR),
                 tl.load(piece + ROW),
                 rows,
@@ -206,8 +206,8 @@ def _walk_pieces(
 
 @triton.jit
 def _walk_line(
-    pools,
-    results,
+    inputs,
+    outputs,
     schedule,
     counts,
     size: tl.constexpr,
@@ -265,8 +265,8 @@ def _walk_line(
             flags = tl.where(goal == places, tl.load(record + FLAGS), 0)
             flags = tl.where(first_grain == 0, flags, flags & WRITES)
             attend_tile(
-                pools,
-                results,
+                inputs,
+                outputs,
                 vectors,
                 tl.load(record + ROW),
                 tl.load(record + ROWS),
