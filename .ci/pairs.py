@@ -1,0 +1,122 @@
+"""Runs the tests with other Pythons and releases of PyTorch than CI does: `python3 .ci/pairs.py`.
+
+Each pair gets a clone of HEAD with an environment of its own (5 GB; kept under --folder for the next
+run), where `make setup`, `make test` and `profiles static --quick` run. What came of it replaces the
+pair's line in .ci/pairs.jsonl, which README's table is made of. Needs nothing but the standard
+library, and every Python by its name on the PATH. Exit code 1 if a pair failed.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / ".ci" / "pairs.jsonl"
+
+# Every Python with the oldest and the newest PyTorch, and each PyTorch between them once.
+PAIRS = (
+    ("python3.11", "2.11.0"),
+    ("python3.11", "2.13.0"),
+    ("python3.11", "2.15.0"),
+    ("python3.12", "2.11.0"),
+    ("python3.12", "2.12.1"),
+    ("python3.12", "2.15.0"),
+    ("python3.13", "2.11.0"),
+    ("python3.13", "2.14.1"),
+    ("python3.13", "2.15.0"),
+)
+
+VERSIONS = """
+import json, platform, torch, triton, numpy
+print(json.dumps({"python": platform.python_version(), "torch": torch.__version__,
+                  "triton": triton.__version__, "numpy": numpy.__version__}))
+"""
+
+
+def main() -> int:
+    """Run the chosen pairs, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    names = ", ".join("=".join(pair) for pair in PAIRS)
+    parser.add_argument(
+        "pair", nargs="*", metavar="PYTHON=TORCH", type=_pair, help=f"default: {names}"
+    )
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "pairs")
+    parser.add_argument("--setup", action="store_true", help="only set the environments up")
+    options = parser.parse_args()
+    failed = 0
+    for python, torch in options.pair or PAIRS:
+        clone = _clone(options.folder / f"{python}-torch{torch}")
+        environment = {**os.environ, "PYTHON": python, "TORCH": torch}
+        print(f"{python} with PyTorch {torch}: {clone}", flush=True)
+        if subprocess.run(["make", "setup"], cwd=clone, env=environment).returncode != 0:
+            failed += 1
+        elif not options.setup:
+            row = _row(clone, environment)
+            _keep(row)
+            print(json.dumps(row), flush=True)
+            failed += not row["ok"]
+    return int(failed > 0)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    python, sign, torch = text.partition("=")
+    if not (python and sign and torch):
+        raise argparse.ArgumentTypeError(f"{text!r}: want one such as python3.12=2.11.0")
+    return python, torch
+
+
+def _clone(folder: Path) -> Path:
+    """A clone of HEAD in `folder`; one that is there is brought up to date."""
+    if not folder.exists():
+        subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
+    fetched = ["git", "-C", folder, "fetch", "-q", ROOT, "HEAD"]
+    subprocess.run(fetched, check=True)
+    subprocess.run(["git", "-C", folder, "reset", "-q", "--hard", "FETCH_HEAD"], check=True)
+    return folder
+
+
+def _row(clone: Path, environment: dict) -> dict:
+    python = clone / ".venv" / "bin" / "python"
+    tests = _run(["make", "test"], clone, environment)
+    static = _run([python, "-m", "profiles", "static", "--quick"], clone, environment)
+    last_line = tests.stdout.rstrip().rpartition("\n")[2]
+    counts = {what: 0 for what in ("passed", "failed", "skipped", "error")}
+    counts |= {what: int(number) for number, what in re.findall(r"(\d+) ([a-z]+?)s?\b", last_line)}
+    head = _run(["git", "rev-parse", "--short=12", "HEAD"], clone, environment)
+    return {
+        **json.loads(_run([python, "-c", VERSIONS], clone, environment).stdout),
+        **{what: counts[what] for what in ("passed", "failed", "skipped", "error")},
+        "static": static.stdout.rstrip().rpartition("\n")[2],
+        "ok": tests.returncode == 0 and static.returncode == 0,
+        "commit": head.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _run(command: list, clone: Path, environment: dict) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, cwd=clone, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        print(done.stdout, flush=True)
+    return done
+
+
+def _keep(row: dict) -> None:
+    """Put the row into the file, in place of an older one of the same Python and PyTorch."""
+
+    def key(row: dict) -> tuple:
+        names = ("python", "torch")
+        return tuple([int(part) for part in re.findall(r"\d+", row[name])[:3]] for name in names)
+
+    lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+    rows = [old for old in map(json.loads, lines) if key(old) != key(row)]
+    lines = [json.dumps(kept) for kept in sorted([*rows, row], key=key)]
+    ROWS.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
