@@ -118,7 +118,9 @@ def checkout(name: str) -> Iterator[Path]:
     packed = _git("archive", "--format=tar", commit.stdout.decode().strip())
     with TemporaryDirectory(prefix="bench-compare-") as folder:
         with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
-            archive.extractall(folder, filter="data")
+            # Python has it from 3.11.4 on, and takes it unasked from 3.14 on.
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(folder)
         yield Path(folder)
 
 

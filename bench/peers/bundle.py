@@ -110,7 +110,9 @@ class Bundle:
         found = []
         for piece in self.items[name]["pieces"]:
             with tarfile.open(self.folder / piece["file"]) as archive:
-                archive.extractall(folder, filter="data")
+                # Python has it from 3.11.4 on, and takes it unasked from 3.14 on.
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)
+                archive.extractall(folder)
             found += [folder / held["file"] for held in piece["holds"]]
         return found
 

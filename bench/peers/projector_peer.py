@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.peers.peer import Library, Unavailable
+from bench.peers.peer import Library, Unavailable, on_gpu
 from kernels.projector import projector
 
 
@@ -33,7 +33,8 @@ def cudnn(inputs: dict, *, folded: bool = False) -> Callable[[], Tensor]:
 
 
 def check(device: torch.device) -> None:
-    """Raises Unavailable without cuDNN, which torch for CUDA brings along."""
+    """Raises Unavailable without a GPU, or without cuDNN, which torch for CUDA brings along."""
+    on_gpu(device)
     if not torch.backends.cudnn.is_available():
         raise Unavailable("needs cuDNN")
 
