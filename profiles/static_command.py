@@ -62,6 +62,12 @@ def run(options: argparse.Namespace) -> int:
         _show_sass(found)
     for text in wrong:
         print(f"BROKEN: {text}")
+    if not static.same_triton(known):
+        versions = ", ".join(sorted({row["triton"] for row in known})) or "no version"
+        print(
+            f"the baseline is of Triton {versions}: by {triton.__version__}, all must compile, fit"
+            " an SM, and keep wgmma and TMA; spills, loads and loops are not compared"
+        )
     spilling = sum(bool(row["spill_bytes"]) for row in found)
     print(f"{len(found)} kernels compiled, {spilling} of them spill, {len(wrong)} broken rules")
     return int(bool(wrong))

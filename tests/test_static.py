@@ -200,14 +200,17 @@ def test_each_rule(change, message):
 
 
 def test_rules_against_another_triton():
-    """Guards runs with another compiler: it may schedule otherwise, but not spill or lose wgmma."""
+    """Guards runs with another compiler: it may schedule otherwise and spill, but not lose wgmma or
+    tma, or make what does not fit."""
     old = GOOD | {"triton": "0.1"}
-    moved = GOOD | {"programs_per_sm": 1, "min_load_bytes": 4, "wide_loads": 0.0}
+    moved = GOOD | {"programs_per_sm": 1, "min_load_bytes": 4, "wide_loads": 0.0, "spill_bytes": 4}
     moved["buffers"], moved["barriers"] = [0, 0], [20, 20]
     assert broken_rules([moved], [old]) == []
-    assert len(broken_rules([moved | {"spill_bytes": 4, "wgmma": False}], [old])) == 2
-    assert broken_rules([GOOD | {"config": "new"}], [old]) == []
-    assert len(broken_rules([GOOD | {"config": "new", "spill_bytes": 4}], [old])) == 1
+    assert len(broken_rules([moved | {"tma": False, "wgmma": False}], [old])) == 2
+    new = moved | {"config": "new"}
+    assert broken_rules([new], [old]) == []
+    assert len(broken_rules([new | {"programs_per_sm": 0}], [old])) == 1
+    assert len(broken_rules([new], [GOOD])) == 2  # the same compiler: it spills, and is not known
 
 
 def test_a_row_holds_the_worst_of_its_launches():
