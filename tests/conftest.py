@@ -20,9 +20,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 os.environ["PACORE_WARM_UP"] = "0"  # tests compile what they launch, and nothing else
 
 # Triton kernels are tested on the GPU where there is one, else in Triton's interpreter, which has
-# to be chosen before a kernel is defined. Its bf16 products are wrong: fp16 and fp32 only there.
+# to be chosen before a kernel is defined, and is wrong for bf16 as it comes.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.interpreter import mend
+
+    mend()
 
 # One thread on every machine: sums split the same way, and tiny ops do not wait for other threads.
 torch.set_num_threads(1)
