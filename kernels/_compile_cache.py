@@ -56,5 +56,5 @@ class _Collector(triton.AsyncCompileMode):
         super().__init__(executor=None)
         self.found: dict[str, Callable[[], object]] = {}
 
-    def submit(self, key: str, compile_fn: Callable, finalize_fn: Callable) -> None:
+    def submit(self, key: str, compile_fn: Callable, *_: Callable) -> None:
         self.found.setdefault(key.removeprefix(f"{cache.triton_key()}-"), compile_fn)
