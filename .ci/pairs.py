@@ -1,9 +1,9 @@
 """Runs the tests with other Pythons and releases of PyTorch than CI does: `python3 .ci/pairs.py`.
 
-Each pair gets a clone of HEAD with an environment of its own (5 GB; kept under --folder for the next
-run), where `make setup`, `make test` and `profiles static --quick` run. What came of it replaces the
-pair's line in .ci/pairs.jsonl, which README's table is made of. Needs nothing but the standard
-library, and every Python by its name on the PATH. Exit code 1 if a pair failed.
+Each pair gets a clone of HEAD with an environment of its own (5 GB, kept under --folder for the
+next run), where `make setup`, `make test` and `profiles static --quick` run. What came of it
+replaces the pair's line in .ci/pairs.jsonl, which README's table is made of. Needs nothing but the
+standard library, and every Python by its name on the PATH. Exit code 1 if a pair failed.
 """
 
 import argparse
@@ -85,12 +85,11 @@ def _row(clone: Path, environment: dict) -> dict:
     tests = _run(["make", "test"], clone, environment)
     static = _run([python, "-m", "profiles", "static", "--quick"], clone, environment)
     last_line = tests.stdout.rstrip().rpartition("\n")[2]
-    counts = {what: 0 for what in ("passed", "failed", "skipped", "error")}
-    counts |= {what: int(number) for number, what in re.findall(r"(\d+) ([a-z]+?)s?\b", last_line)}
+    counts = {what: int(number) for number, what in re.findall(r"(\d+) ([a-z]+?)s?\b", last_line)}
     head = _run(["git", "rev-parse", "--short=12", "HEAD"], clone, environment)
     return {
         **json.loads(_run([python, "-c", VERSIONS], clone, environment).stdout),
-        **{what: counts[what] for what in ("passed", "failed", "skipped", "error")},
+        **{what: counts.get(what, 0) for what in ("passed", "failed", "skipped", "error")},
         "static": static.stdout.rstrip().rpartition("\n")[2],
         "ok": tests.returncode == 0 and static.returncode == 0,
         "commit": head.stdout.strip(),
