@@ -29,8 +29,9 @@ setup(
         "kernels": ["tuned/*.json"],
         "pacore_sched": ["*.jinja"],
         "bench": ["report/*.jinja", "peers/*.md"],
-        "profiles": ["*.jsonl"],
+        "profiles": ["*.jsonl", "results/*/*.jsonl"],  # `simulate` reads the rates of its GPU there
     },
+    entry_points={"console_scripts": ["step3vl-pacore = profiles.console:main"]},
     install_requires=[
         "torch>=2.11,<2.16",
         "triton>=3.6,<3.10",
@@ -56,7 +57,13 @@ setup(
             "regex",
             "ruff",
         ],
-        "bench": ["matplotlib", "nvtx; sys_platform == 'linux'", "pytest-benchmark"],
+        "bench": [
+            "gguf",
+            "matplotlib",
+            "nvtx; sys_platform == 'linux'",
+            "pytest-benchmark",
+            "scikit-image",
+        ],
         "peers": ["flash-attn", "xformers", "flashinfer-python", "liger-kernel"],
     },
 )

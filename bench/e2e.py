@@ -7,20 +7,19 @@ takes a hundred steps and more), the photo as often as any op.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 
 from bench.decode import FORMS
 from bench.numerics import MODEL_TOLERANCE, Verdict, compare, judged
 from bench.ops import MAIN_DTYPE
-from bench.rows import measured, with_speedups
+from bench.rows import LICENCE, measured, with_speedups
 from bench.timing import Timing, measure
 from bench.vision import tower_flops
 from model.image import load_image, preprocess
 from model.prompt import build_prompt
 from model.step3vl import Step3VL
-from model.terminal import progress
+from model.terminal import InputError, progress
 from pacore_sched.engine import Engine
 from pacore_sched.journal import Outcome
 from pacore_sched.pacore import Pacore, engine_for
@@ -35,6 +34,7 @@ TIMELINE = 200  # points at most
 
 def run(device: torch.device) -> Iterator[dict]:
     """Rows of the question and of the photo."""
+    _photo()  # what is missing for it is told now, not after the question's minutes
     text_model, image_model = MODELS[device.type]
     model = Step3VL.from_preset(text_model, device=device, dtype=MAIN_DTYPE[device.type])
     yield from ask(model)
@@ -163,16 +163,18 @@ def _rate(ends: list[tuple[float, int]]) -> float | None:
 def _question(model: Step3VL) -> str:
     """A text that everybody has, cut so that the whole prompt is about PROMPT_TOKENS long."""
     task = "Say in one sentence what this licence allows.\n\n"
-    text = (Path(__file__).parents[1] / "LICENSE").read_text()
-    words = " ".join(text.split())
+    words = " ".join(LICENCE.read_text().split())
     tokens = model.tokenizer.encode(words)
     return task + model.tokenizer.decode(tokens[: PROMPT_TOKENS - 60])
 
 
 def _photo():  # noqa: ANN202 -- PIL is only a dependency of those who have images
     """A photo of 1280 x 720 pixels."""
-    from PIL import Image
-    from skimage import data
+    try:
+        from PIL import Image
+        from skimage import data
+    except ImportError:
+        raise InputError("the photo needs scikit-image: pip install scikit-image") from None
 
     return load_image(Image.fromarray(data.astronaut())).resize((1280, 720))
 

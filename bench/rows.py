@@ -11,12 +11,16 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from bench.jsonl import SCHEMA
 from bench.numerics import Verdict
 from bench.roofline import roofline
 from bench.timing import Timing
+from kernels._compile_cache import sources
 
 ROOT = Path(__file__).resolve().parents[1]
+# A text that everybody has. A wheel keeps it with its metadata, beside the packages.
+LICENCE = next(ROOT.glob("step3vl_pacore-*.dist-info/licenses/LICENSE"), ROOT / "LICENSE")
 
 
 def measured(
@@ -118,14 +122,22 @@ def commit() -> str:
     """The checkout's commit, with "+dirty" for tracked changes other than to recorded rows: those
     that a run adds must not change its commit.
 
-    Outside git, the environment variable GIT_COMMIT, or "unknown".
+    Outside a checkout the environment variable GIT_COMMIT, or else the version with a hash of the
+    code: "0.1.0+0123456789ab".
     """
-    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    head = git("rev-parse", "--short=12", "HEAD")
     if head is None:
-        return os.environ.get("GIT_COMMIT", "unknown")
-    status = ("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    changes = _output(*status, "--", ".", ":(exclude)profiles/results")
+        code = sources("kernels", "model", "pacore_sched", "bench")
+        return os.environ.get("GIT_COMMIT") or f"{kernels.__version__}+{code[:12]}"
+    status = ("status", "--porcelain", "--untracked-files=no")
+    changes = git(*status, "--", ".", ":(exclude)profiles/results")
     return head + ("+dirty" if changes else "")
+
+
+def git(*arguments: str) -> str | None:
+    """What git says in this project's own checkout; None if it fails, and in a wheel, which may lie
+    inside the repository of another project."""
+    return _output("git", "-C", str(ROOT), *arguments) if (ROOT / ".git").exists() else None
 
 
 def nvidia_smi(fields: str) -> str | None:

@@ -1,121 +1,17 @@
-"""`python -m model describe`: what a model weighs, without allocating it."""
+"""`python -m model COMMAND`: what there is to know of a model without loading its weights."""
 
-import argparse
-import json
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
+from model.terminal import Parser, dispatch, run_command
 
-from model.config import PRESETS, Config
-from model.gguf import read_gguf
-from model.hf_config import read_config
-from model.impls import DTYPES
-from model.step3vl import Step3VL
-from model.terminal import InputError, Parser, run_command
+COMMANDS = {
+    "describe": ("model.describe", "parameters, tensors and bytes of a model"),
+}
 
 
-def describe(config: Config, dtype: torch.dtype) -> dict:
-    """Size of a model whose weights and KV cache have type `dtype`.
-
-    `parameters` counts tied embeddings once; `tensors` counts the checkpoint's names; `parts`
-    splits the parameters; `table` has name, shape and bytes of every tensor.
-    """
-    tensors = Step3VL(config, device="meta", dtype=dtype).checkpoint_tensors()
-    parts = {"vision tower": 0, "downsamplers": 0, "projector": 0, "decoder": 0}
-    for name, tensor in tensors.items():
-        parts[_part(name)] += tensor.numel()
-    parameters = sum(parts.values())
-    return {
-        "name": config.name,
-        "parameters": parameters,
-        "tensors": len(tensors),
-        "weight_bytes": parameters * dtype.itemsize,
-        "kv_bytes_per_token": config.decoder.kv_bytes_per_token(dtype.itemsize),
-        "parts": {part: count for part, count in parts.items() if count},
-        "table": [
-            {"name": name, "shape": list(t.shape), "bytes": t.numel() * dtype.itemsize}
-            for name, t in tensors.items()
-        ],
-    }
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `python -m model`."""
-    arguments = _parser().parse_args(argv)
-    found = describe(_config(arguments.model), DTYPES[arguments.dtype])
-    if not arguments.tensors:
-        del found["table"]
-    if arguments.json:
-        print(json.dumps(found))
-    else:
-        _print(found, arguments.dtype)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m model", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("describe", help="parameters, tensors and bytes of a model")
-    command.add_argument(
-        "model", help=f"{', '.join(PRESETS)}, a checkpoint directory or a GGUF file"
-    )
-    command.add_argument("--json", action="store_true", help="print one JSON document")
-    command.add_argument("--tensors", action="store_true", help="list every tensor")
-    command.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of weights and KV (default: bfloat16)"
-    )
-    return parser
-
-
-def _config(model: str) -> Config:
-    path = Path(model)
-    if model in PRESETS:
-        return PRESETS[model]
-    if path.is_dir():
-        return read_config(path)
-    if path.is_file():
-        return read_gguf(path)[0]
-    presets = ", ".join(PRESETS)
-    raise InputError(
-        f"{model} is neither a preset ({presets}) nor a checkpoint directory or GGUF file"
-    )
-
-
-def _part(name: str) -> str:
-    if name.startswith("vision_model.vit_downsampler"):
-        return "downsamplers"
-    if name.startswith("vision_model."):
-        return "vision tower"
-    return "projector" if name.startswith("vit_large_projector.") else "decoder"
-
-
-def _print(found: dict, dtype: str) -> None:
-    weights = found["weight_bytes"]
-    size = f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.2f} MB"
-    rows = [
-        ("parameters", f"{found['parameters']:,}"),
-        *((f"  {part}", f"{count:,}") for part, count in found["parts"].items()),
-        ("checkpoint tensors", f"{found['tensors']:,}"),
-        (f"weights in {dtype}", size),
-        (f"KV cache per token in {dtype}", f"{found['kv_bytes_per_token']:,} B"),
-    ]
-    _print_table(found["name"], rows)
-    if "table" in found:
-        _print_table(
-            "tensors", [(r["name"], "x".join(map(str, r["shape"]))) for r in found["table"]]
-        )
-
-
-def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Two aligned columns under a title, which is bold where rich is installed."""
-    left, right = (max(map(len, column)) for column in zip(*rows, strict=True))
-    text = "\n".join(f"  {name:{left}}  {value:>{right}}" for name, value in rows)
-    try:  # GPU nodes may offer torch, Triton and NumPy alone
-        from rich.console import Console
-    except ImportError:
-        print(f"{title}\n{text}")
-    else:
-        Console().print(title, style="bold", markup=False, highlight=False)
-        Console().print(text, markup=False, soft_wrap=True)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m model") -> int:
+    """Run the command; its exit code."""
+    return dispatch(Parser(prog=prog, description=__doc__), COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 import argparse
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from importlib import import_module
+from typing import Any, NoReturn, TypeVar
 
-from kernels.errors import ImplError
+from model import kernels_clash
 
 T = TypeVar("T")
 
@@ -18,7 +20,14 @@ class InputError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are InputErrors: one line instead of the whole usage."""
+    """An ArgumentParser whose complaints are InputErrors: one line instead of the whole usage.
+
+    A `description` may be a module's docstring: it loses the "`python -m ...`: " that it begins
+    with, as the usage has the name that was typed.
+    """
+
+    def __init__(self, *, description: str = "", **options: Any) -> None:  # noqa: ANN401
+        super().__init__(description=re.sub(r"\A`[^`]*`: ", "", description), **options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see `{self.prog} --help`)")
@@ -85,8 +94,40 @@ def table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> 
         print("  ".join(cells).rstrip())
 
 
+def dispatch(
+    parser: Parser, commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None
+) -> int:
+    """Run the command that `argv` (default: the process's) begins with; its exit code.
+
+    A command is a module, which has `add_arguments(parser)` and `run(options) -> int`, and a line
+    for `--help`. No module but its own is imported: some need no torch.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (module_name, text) in commands.items():
+        if argv[:1] == [name]:
+            module = import_module(module_name)
+            command = subparsers.add_parser(name, help=text, description=module.__doc__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+        else:
+            subparsers.add_parser(name, help=text)
+    options = parser.parse_args(argv)
+    return options.run(options)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit: with its code, or with 2 and one line on stderr for a user's mistake."""
+    """Run `main` and exit: with its code, or with 2 and one line on stderr for a user's mistake.
+
+    Before that it looks at whose `kernels` is installed, so it is for `main` to import ours.
+    """
+    if text := kernels_clash.error():
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+    if text := kernels_clash.warning():
+        print(f"warning: {text}", file=sys.stderr)
+    from kernels.errors import ImplError  # ours, as is known only now
+
     if hasattr(sys.stdout, "reconfigure"):  # models say what not every terminal can show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

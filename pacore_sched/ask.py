@@ -13,7 +13,7 @@ from pacore_sched.pacore import Answer, Pacore
 from pacore_sched.rounds import compact, load_template, parse_widths, round_widths
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question")
     parser.add_argument("--image", action="append", default=[], help="image file; may be repeated")
     shared.add_pacore_options(parser)

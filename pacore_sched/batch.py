@@ -18,7 +18,7 @@ from pacore_sched.questions import Question
 from pacore_sched.rounds import load_template, parse_widths, round_widths
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", help="JSONL file, a question per line")
     shared.add_pacore_options(parser)
     parser.add_argument(

@@ -16,7 +16,7 @@ from pacore_sched.pacore import Pacore
 from pacore_sched.questions import Question
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", help="JSONL file, a prompt per line")
     parser.add_argument("--n", type=int, default=8, help="samples per prompt")
     add_job_options(parser, "a prompt with its samples")

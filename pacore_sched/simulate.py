@@ -55,7 +55,7 @@ class Job:
     slo_s: float | None
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `simulate`."""
     add = parser.add_argument
     named = ", ".join([*WORKLOADS, CHAT])

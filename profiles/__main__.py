@@ -5,44 +5,43 @@ needed), time by span on any machine (`torch`), a timeline or the counters of a 
 `proton`), and all that a machine can measure as rows on disk (`record`).
 """
 
-import sys
 from collections.abc import Sequence
-from importlib import import_module
 
-from model.terminal import Parser, run_command
+from model.terminal import Parser, dispatch, run_command
 
 COMMANDS = {
-    "first-light": ("first_light", "the first minutes on a GPU: what works, what is wrong, times"),
-    "decisions": ("decisions", "what the rows of a first-light run say to do next, again"),
-    "record": ("record", "all that this machine can measure, as rows in a folder"),
-    "kernels": ("kernels_command", "pack: all kernels compiled here for a GPU node; unpack there"),
+    "first-light": (
+        "profiles.first_light",
+        "the first minutes on a GPU: what works, what is wrong, times",
+    ),
+    "decisions": ("profiles.decisions", "what the rows of a first-light run say to do next, again"),
+    "record": ("profiles.record", "all that this machine can measure, as rows in a folder"),
+    "kernels": (
+        "profiles.kernels_command",
+        "pack: all kernels compiled here for a GPU node; unpack there",
+    ),
     "static": (
-        "static_command",
+        "profiles.static_command",
         "registers, spills, occupancy, SASS of all kernels, without a GPU",
     ),
-    "torch": ("torch_trace", "PyTorch's profiler: a trace of an op or of decode steps, anywhere"),
-    "nsys": ("nsys", "Nsight Systems: timeline of a command, gaps between its kernels"),
-    "ncu": ("ncu", "Nsight Compute: counters of an op's kernels, and why warps stall"),
-    "proton": ("proton", "Triton's Proton: time of an op's kernels in a stream of calls"),
-    "tables": ("tables", "the tables of README and docs/, from the committed rows"),
-    "launch": ("launch", "one case of an op between cudaProfilerStart and Stop, for a profiler"),
+    "torch": (
+        "profiles.torch_trace",
+        "PyTorch's profiler: a trace of an op or of decode steps, anywhere",
+    ),
+    "nsys": ("profiles.nsys", "Nsight Systems: timeline of a command, gaps between its kernels"),
+    "ncu": ("profiles.ncu", "Nsight Compute: counters of an op's kernels, and why warps stall"),
+    "proton": ("profiles.proton", "Triton's Proton: time of an op's kernels in a stream of calls"),
+    "tables": ("profiles.tables", "the tables of README and docs/, from the committed rows"),
+    "launch": (
+        "profiles.launch",
+        "one case of an op between cudaProfilerStart and Stop, for a profiler",
+    ),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code. Only its own module is imported: some need no torch."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="python -m profiles", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    for name, (module_name, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        if argv[:1] == [name]:
-            module = import_module(f"profiles.{module_name}")
-            command.description = module.__doc__
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    options = parser.parse_args(argv)
-    return options.run(options)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m profiles") -> int:
+    """Run the command; its exit code."""
+    return dispatch(Parser(prog=prog, description=__doc__), COMMANDS, argv)
 
 
 if __name__ == "__main__":

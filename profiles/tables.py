@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compare or write; 1 if a table is not what the rows give, and was not written."""
+    if not any(file.exists() for file in DOCUMENTS):
+        raise InputError("tables are made of rows that only a checkout of the repository has")
     documents = {options.file: tables_of(options.file)} if options.file else DOCUMENTS
     found = {file: _read(file) for file in documents}
     made = {file: _made(file, found[file], tables) for file, tables in documents.items()}

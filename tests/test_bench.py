@@ -1,6 +1,7 @@
 """`python -m bench`: the op table, the decode step, the rows, and a user's mistakes."""
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 import triton
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels
 from bench import __main__ as command
 from bench import cases as cases_module
 from bench import commands, decode, jsonl, ops, roofline, rows, show, timing
@@ -291,14 +293,11 @@ class TestRows:
         assert commit().endswith("+dirty")
 
     def test_commit(self, tmp_path, monkeypatch):
-        """Guards the commit of a row: none outside git, a mark for changes that it lacks."""
+        """Guards the commit of a row: that of our checkout, not of a repository around a wheel,
+        where it is the code's version and hash; and a mark for changes that it lacks."""
         monkeypatch.setattr(rows, "ROOT", tmp_path)
-        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
         monkeypatch.delenv("GIT_COMMIT", raising=False)
         commit = rows.commit.__wrapped__
-        assert commit() == "unknown"
-        monkeypatch.setenv("GIT_COMMIT", "abc")
-        assert commit() == "abc"
 
         def git(*arguments):
             who = ("-c", "user.name=a", "-c", "user.email=a@b")
@@ -313,6 +312,11 @@ class TestRows:
         assert len(commit()) == 12
         (tmp_path / "file").write_text("two")
         assert commit().endswith("+dirty")
+        monkeypatch.setattr(rows, "ROOT", tmp_path / "site-packages")
+        rows.ROOT.mkdir()
+        assert re.fullmatch(rf"{re.escape(kernels.__version__)}\+[0-9a-f]{{12}}", commit())
+        monkeypatch.setenv("GIT_COMMIT", "abc")
+        assert commit() == "abc"
 
 
 @pytest.mark.gpu

@@ -12,7 +12,19 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import breakdown, commands, decode, jsonl, ops, repro, roofline, rows, show, timing
+from bench import (
+    breakdown,
+    command_line,
+    commands,
+    decode,
+    jsonl,
+    ops,
+    repro,
+    roofline,
+    rows,
+    show,
+    timing,
+)
 from bench.cases import OPS, cases, numerics_cases
 from bench.decode import DecodeCase
 from kernels._spans import span
@@ -210,7 +222,7 @@ class TestPytestFrontEnd:
 
 def test_every_command_explains_itself(capsys):
     """Guards `--help` of each command."""
-    for name in (*commands.COMMANDS, *command.OTHERS):
+    for name in (*commands.COMMANDS, *command_line.OTHERS):
         with pytest.raises(SystemExit):
             command.main([name, "--help"])
         assert len(capsys.readouterr().out) > 200

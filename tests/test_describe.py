@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.__main__ import describe, main
+from model.__main__ import main
 from model.config import SMOLLM2_135M, STEP3_VL_10B, TINY
+from model.describe import describe
 from model.hf_config import write_config
 from model.terminal import run_command
 

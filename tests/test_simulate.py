@@ -14,7 +14,7 @@ FAST = ("--problems", "3", "--max-tokens", "9000", "--max-running", "24", "--job
 
 def run(*arguments):
     parser = Parser(prog="simulate")
-    simulate.configure(parser)
+    simulate.add_arguments(parser)
     return simulate.run(parser.parse_args(arguments))
 
 

@@ -177,7 +177,7 @@ def when(row: dict) -> float:
 def _commit_time(commit: str) -> float:
     if not re.fullmatch("[0-9a-f]{7,40}", commit):
         return -math.inf
-    found = _git(rows.ROOT, "show", "--no-patch", "--format=%ct", commit)
+    found = rows.git("show", "--no-patch", "--format=%ct", commit)
     return float(found) if found else -math.inf
 
 
