@@ -281,7 +281,8 @@ for tiles in vision_attention_candidates("D96 T>4096", H200):
         with compiler(H200):
             asm = launches[1].compile().asm
         copies = [line for line in asm["ttgir"].splitlines() if "async_tma_copy" in line]
-        blocks = [re.findall(r"(?:tensor<|-> !ttg.memdesc<)(\\d+x\\d+)x", line) for line in copies]
+        both = r"(?:tensordesc<(?:tensor<)?|-> !ttg.memdesc<)(\\d+x\\d+)x"
+        blocks = [re.findall(both, line) for line in copies]
         print("setmaxnreg" in asm["ptx"], len(copies), all(a == b for a, b in blocks))
 """
 
