@@ -41,6 +41,8 @@ def mend() -> None:
         op = name.removeprefix("create_")
         if (op != name and op not in MOVES) or name == "get_all_ones_value":
             setattr(InterpreterBuilder, name, MENDED.get(op, _refused)(op, plain))
+        if op.startswith(("icmp", "fcmp")):
+            setattr(InterpreterBuilder, name, _truths(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.get_bf16 = _get_bf16  # Triton < 3.9 has none
     _mend_reductions()
     _mend_python_values()
@@ -82,7 +84,17 @@ def _compared(op: str, plain: Method) -> Method:
     def run(self: InterpreterBuilder, *operands: TensorHandle) -> object:
         if not _all_bf16(op, operands):
             return plain(self, *operands)
-        return TensorHandle(plain(self, *map(_wide, operands)).data, tl.int1)
+        return plain(self, *map(_wide, operands))
+
+    return run
+
+
+def _truths(compare: Method) -> Method:
+    """Triton's own give truths the type of what was compared: a scalar of them becomes a block of
+    integers, which 3.9 takes for no mask."""
+
+    def run(self: InterpreterBuilder, *operands: TensorHandle) -> TensorHandle:
+        return TensorHandle(compare(self, *operands).data, tl.int1)
 
     return run
 

@@ -332,3 +332,19 @@ def test_loops_to_a_bound_of_the_launch():
     out = torch.full((5,), -1)
     loop_kernel[(1,)](out, 5)
     assert out.tolist() == [0, -1, 2, -1, 4]
+
+
+@triton.jit
+def mask_kernel(x, out, bound):
+    row = tl.load(x).to(tl.int64)
+    mask = (tl.arange(0, 4) < bound) & (row >= 0)
+    assert mask.handle.data.dtype == bool, mask.handle.data.dtype  # Triton 3.9 takes nothing else
+    tl.store(out + tl.arange(0, 4), 1, mask=mask)
+
+
+def test_a_condition_that_becomes_a_block_stays_one():
+    """Guards masks with a part that is the same for all, whatever the type of what it compares."""
+    for row, bound, expected in ((0, 2, [1, 1, 0, 0]), (-1, 4, [0, 0, 0, 0])):
+        out = torch.zeros(4, dtype=torch.int32)
+        mask_kernel[(1,)](torch.tensor([row], dtype=torch.int32), out, bound)
+        assert out.tolist() == expected
