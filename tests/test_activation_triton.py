@@ -64,7 +64,7 @@ def agree(result: Tensor, expected: Tensor, sigmoid_of: Tensor) -> bool:
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, id="bf16")]
 )
 @pytest.mark.parametrize(
     ("rows", "width"),
@@ -97,7 +97,7 @@ def test_values(rows: int, width: int, dtype: torch.dtype, triton_device: str):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, id="bf16")]
 )
 @pytest.mark.parametrize("width", [0, 1, 15, 16, 17, 53])  # about a tile, and several
 def test_interleaved_pairs(width: int, dtype: torch.dtype, triton_device: str):

@@ -10,7 +10,7 @@ from kernels.gemm import convolution, gemm_candidates, halved, linear, windows_o
 from kernels.gemm_cut import BAND, cut_of
 from tests.errors import max_error
 
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+BF16 = pytest.param(torch.bfloat16, id="bf16")
 # Sums of another order in fp32; for 16 bits rounded once.
 TOLERANCES = {torch.float32: 5e-6, torch.float16: 2**-11 * 1.01, torch.bfloat16: 2**-8 * 1.01}
 TILE = 16

@@ -292,7 +292,7 @@ def test_bf16_is_refused_by_all_else():
 
 def test_bf16_beside_another_type_is_refused():
     """Handles that Triton never makes: one operand as its bits would be the worst of all."""
-    half, wide = TensorHandle(np.zeros((4, 4), np.uint16), tl.bfloat16), None
+    half = TensorHandle(np.zeros((4, 4), np.uint16), tl.bfloat16)
     wide = TensorHandle(np.zeros((4, 4), np.float32), tl.float32)
     builder = InterpreterBuilder()
     calls = [
@@ -301,6 +301,7 @@ def test_bf16_beside_another_type_is_refused():
         lambda: builder.create_dot(half, wide, wide, None, 0),
         lambda: builder.create_dot(half, half, half, None, 0),
         lambda: builder.create_fp_ext(half, tl.float64),
+        lambda: builder.create_fma(x=half, y=half, z=half),
     ]
     for call in calls:
         with pytest.raises(NotImplementedError, match="of bf16 would be wrong"):

@@ -8,7 +8,7 @@ from kernels._tiles import gpu_of, use_tiles
 from kernels.norm import MAX_WIDTH, layer_norm, rms_norm
 from tests.errors import max_error
 
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+BF16 = pytest.param(torch.bfloat16, id="bf16")
 # fp32: sums of other order. 16 bits: a value on the edge between two becomes the other one, and
 # rms_norm multiplies it with a weight and rounds again.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
@@ -95,10 +95,11 @@ def test_rows_stand_alone(rows: int, triton_device: str):
             assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, whole, strict=True))
 
 
-def test_16_bits_round_alike(triton_device: str):
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_16_bits_round_alike(dtype: torch.dtype, triton_device: str):
     """The rounding before rms_norm's weight: without it a quarter of the values differ."""
-    x, residual = draw((16, 256), (16, 256), dtype=torch.float16, device=triton_device)
-    vectors = draw(256, 256, 256, dtype=torch.float16, device=triton_device)
+    x, residual = draw((16, 256), (16, 256), dtype=dtype, device=triton_device)
+    vectors = draw(256, 256, 256, dtype=dtype, device=triton_device)
     got, want = (forms(x, residual, vectors, impl) for impl in ("triton", "eager"))
     for result, expected in zip(got, want, strict=True):
         assert (result != expected).float().mean() < 0.01

@@ -1,6 +1,8 @@
 """The cases as data, their inputs, and the check of numbers."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -299,6 +301,36 @@ class TestNumerics:
         assert judge(case, no_store, made, expected).max_err == math.inf
         assert made["k_pages"].isnan().all(), "judging must leave the inputs as they were"
         assert judge(case, form(case.op, "eager"), made, expected).failure is None
+
+
+def narrowed(case):
+    """The case with fewer heads or nodes where the interpreter would take long.
+
+    Queries per KV head, row tiles and kernels stay. smollm2's cases have several KV heads.
+    """
+    attends = case.op in ("prefix_attention", "rotary_attention")
+    if not attends or case.name.startswith("smollm2"):
+        return case
+    fewer = {"heads": 4, "kv_heads": 1}
+    if case.name.startswith("64/1"):
+        fewer = {"forest": (fork(130, [1, 9]), Node(20, new=2))}
+    return replace(case, inputs=partial(case.inputs, **fewer))
+
+
+class TestInterpreter:
+    @pytest.mark.usefixtures("interpreter")
+    @pytest.mark.parametrize(
+        ("case", "name"),
+        [
+            pytest.param(narrowed(case), name, id=f"{case.op} {case.name} {name}")
+            for case in numerics_cases()
+            for name in ("triton", *case.modes)
+        ],
+    )
+    def test_bf16_triton_forms_pass(self, case, name):
+        """Guards every Triton form in the dtype of GPUs where there is none."""
+        made = case.inputs(0, CPU, torch.bfloat16)
+        assert judge(case, form(case.op, name), made, reference(case, made)).failure is None
 
 
 @pytest.mark.gpu

@@ -22,7 +22,10 @@ from tests.errors import max_error
 from tests.prefix_trees import SWITCHES, brute_force, lay_out, pools, trees
 
 PAGE = 16  # the least that the kernel takes
-FP32, FP16 = 4e-6, 2**-9  # the latter: two roundoffs, of a probability and of the result
+BF16 = pytest.param(torch.bfloat16, id="bf16")
+# In 16 bits four roundoffs of the dtype, among them those of a probability and of the result.
+FP32, FP16 = 4e-6, 2**-9
+TOLERANCES = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: 2**-6}
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +62,8 @@ def check(inputs: dict, exact: float = FP32, **options) -> None:
     """Out and lse against the definition."""
     expected = prefix_attention(**inputs, impl="eager")
     for result, meant in zip(run(**inputs, **options), expected, strict=True):
-        assert max_error(result, meant) < (exact if result.dtype == torch.float32 else FP16)
+        wide = result.dtype == torch.float32
+        assert max_error(result, meant) < (exact if wide else TOLERANCES[result.dtype])
 
 
 @settings(max_examples=16, deadline=None, derandomize=True)
@@ -124,10 +128,11 @@ def test_forests(triton_device, forest):
     check(inputs_of(triton_device, forest, heads=4, kv_heads=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
 @pytest.mark.parametrize("name", ["one rollout", "several groups", "prefill beside decode"])
-def test_half_precision(triton_device, name):
+def test_half_precision(triton_device, name, dtype):
     """Partials stay fp32; what a single program finishes is rounded as well."""
-    check(inputs_of(triton_device, FORESTS[name], torch.float16, heads=4, kv_heads=1))
+    check(inputs_of(triton_device, FORESTS[name], dtype, heads=4, kv_heads=1))
 
 
 def test_both_sizes_and_several_kv_heads(triton_device):
@@ -168,7 +173,7 @@ def test_blocks_smaller_than_pages(triton_device):
     check(inputs, tiles={"block": 16}, grain=8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, BF16])
 @pytest.mark.parametrize(
     ("arch", "sizes"), [(80, (1.0, 1.0)), (90, (1.0, 1.0)), (90, (1.0, 1e-3)), (90, (1e5, 1e-3))]
 )
@@ -193,7 +198,7 @@ def test_fp8_pages(triton_device, arch, sizes, dtype):
     with assume_gpu(gpu), use_tiles("prefix_attention", programs=1, grain=4, pdl=0):
         out, lse = prefix_attention(**inputs, impl="triton")
     expected = prefix_attention(**inputs, impl="eager")
-    assert max_error(out, expected[0]) < FP16
+    assert max_error(out, expected[0]) < max(FP16, TOLERANCES[dtype])
     assert max_error(lse, expected[1]) < FP32
 
 
@@ -369,13 +374,13 @@ def test_bits_of_real_shapes(window):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch", [1, 16, 64])
 def test_real_shapes(dtype, batch):
-    """What the interpreter cannot see: bf16, tensor cores, races, the GPU's own tiles."""
+    """What the interpreter cannot see: tensor cores, races, the GPU's own tiles."""
     inputs = prefix_attention_inputs(
         0, "cuda", dtype, forest=[fork(2048, range(100, 100 + batch))], return_lse=True
     )
     expected = prefix_attention(**inputs, impl="eager")
     out, lse = prefix_attention(**inputs, impl="triton")
-    assert max_error(out, expected[0]) < 2**-6
+    assert max_error(out, expected[0]) < TOLERANCES[torch.bfloat16]
     assert max_error(lse, expected[1]) < 1e-4
     for _ in range(2):  # a race, or a wait that is missing, would show now and then
         again = prefix_attention(**inputs, impl="triton")

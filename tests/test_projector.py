@@ -12,7 +12,7 @@ from tests.errors import max_error
 
 FORMS = ("eager", "portable", "triton")
 FOLDED = pytest.mark.parametrize("folded", [False, True], ids=["unfolded", "folded"])
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+BF16 = pytest.param(torch.bfloat16, id="bf16")
 RAGGED = [(8, 8), (5, 7), (5, 7), (1, 1), (2, 9), (6, 6)]  # even, odd and one-token sides
 SMALL_TILES = {"block_m": 16, "block_n": 16, "block_k": 16, "overhead": 0, "programs": 1}
 

@@ -136,7 +136,9 @@ def test_own_tiles(tokens: int, triton_device: str):
         (torch.float16, None),
         (torch.float16, torch.float32),
         (torch.float32, torch.float16),
-        pytest.param(torch.bfloat16, None, marks=pytest.mark.gpu),
+        pytest.param(torch.bfloat16, None, id="bf16"),
+        pytest.param(torch.bfloat16, torch.float32, id="bf16, fp32 pages"),
+        pytest.param(torch.float32, torch.bfloat16, id="bf16 pages"),
     ],
 )
 def test_rounding(dtype: torch.dtype, pages: torch.dtype | None, triton_device: str):
@@ -149,9 +151,10 @@ def test_rounding(dtype: torch.dtype, pages: torch.dtype | None, triton_device: 
         assert (got != want).float().mean() < 0.01
 
 
-def test_v_is_copied(triton_device: str):
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, id="bf16")])
+def test_v_is_copied(dtype: torch.dtype, triton_device: str):
     """V is stored bit by bit."""
-    inputs = make(5, dtype=torch.float16, device=triton_device)
+    inputs = make(5, dtype=dtype, device=triton_device)
     got, want = run(inputs, "triton"), run(inputs, "eager")
     assert torch.equal(got["v_pages"].view(torch.int16), want["v_pages"].view(torch.int16))
 
@@ -172,7 +175,7 @@ def test_layouts(triton_device: str):
 
 @pytest.mark.parametrize("gpu", ["any", pytest.param("this", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, id="bf16")]
 )
 def test_fp8_pages(gpu: str, dtype: torch.dtype, triton_device: str):
     """V exactly as the quantiser has it, with and without the GPU's conversion; K but for values

@@ -14,6 +14,13 @@ PAGE = 16
 FOREST = [fork(33, [1, 15, 16, 17, 40]), Node(3, new=1), fork(PAGE, [2])]
 SMALL = [fork(5, [2])]  # where only the choice of a form matters
 PAGES = ("k_pages", "v_pages", "k_scale", "v_scale")
+BF16 = pytest.param(torch.bfloat16, id="bf16")
+# Of the output, and of pages beside their largest value: in 16 bits eight and four roundoffs.
+LIMITS = {
+    torch.float32: (4e-6, 1e-6),
+    torch.float16: (2**-8, 2**-9),
+    torch.bfloat16: (2**-5, 2**-6),
+}
 
 
 def step(
@@ -50,16 +57,16 @@ def check(inputs: dict, **options) -> None:
     """Output and pages as the two eager ops leave them; what the step does not own untouched."""
     expected, pages = run(inputs, impl="eager")
     out, written = run(inputs, impl="triton", **({"fused": True} | options))
-    half = inputs["qkv"].dtype != torch.float32
-    assert max_error(out, expected) < (2**-8 if half else 4e-6)
+    limit, of_pages = LIMITS[inputs["qkv"].dtype]
+    assert max_error(out, expected) < limit
     for name, meant in pages.items():
         result, meant = written[name].float(), meant.float()
         assert torch.equal(result.isnan(), meant.isnan()), name
         difference = (result - meant).nan_to_num().abs().max()
-        assert difference <= (2**-9 if half else 1e-6) * meant.nan_to_num().abs().max(), name
+        assert difference <= of_pages * meant.nan_to_num().abs().max(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 def test_a_step(triton_device, dtype):
     """Leaves of one token, of whole pages, of a first token on a page; a sequence on its own."""
     check(step(triton_device, dtype=dtype))
@@ -72,7 +79,14 @@ def test_whoever_owns_the_last_chunk(triton_device, grain):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "arch"), [(torch.float16, 80), (torch.float16, 90), (torch.float32, 90)]
+    ("dtype", "arch"),
+    [
+        (torch.float16, 80),
+        (torch.float16, 90),
+        (torch.float32, 90),
+        pytest.param(torch.bfloat16, 80, id="bf16, sm_80"),
+        pytest.param(torch.bfloat16, 90, id="bf16, sm_90"),
+    ],
 )
 def test_fp8_pages(triton_device, dtype, arch):
     """The step attends to its new token as later steps will read it: rounded to e4m3."""
@@ -205,7 +219,7 @@ def test_bad_input(triton_device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8", [False, True])
 def test_real_shapes(fp8):
-    """bf16 and the GPU's own tiles; an owner that another program overtakes would show as NaN."""
+    """The GPU's own tiles; an owner that another program overtakes would show as NaN."""
     forest = [fork(2048, range(100, 116))]
     inputs = step("cuda", forest, torch.bfloat16, heads=32, kv_heads=8, dim=128, fp8=fp8)
     expected = rotary_attention(

@@ -115,7 +115,7 @@ def test_tokens_are_those_of_the_definition(vocab, settings, triton_device):
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.95}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, id="bf16")])
 def test_the_vocabulary_that_counts(dtype, settings, triton_device):
     """Guards real tiles: 38 blocks, 2,374 groups, and a flat row, whose cut takes many passes."""
     logits = randn(1, 151_936, scale=1.0).to(dtype)

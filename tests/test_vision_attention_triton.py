@@ -17,6 +17,7 @@ from kernels.vision_attention_launch import _geometry, launch, vision_attention_
 from kernels.vision_attention_triton import Parts
 from tests.errors import max_error
 
+BF16 = pytest.param(torch.bfloat16, id="bf16")
 FP32, FP16 = 6e-6, 2**-9  # the latter: roundoffs of a rotated key and of a probability
 SMALL = {"rows": 16, "block": 16, "num_warps": 4}
 WAYS = {
@@ -125,7 +126,7 @@ def test_ragged_batches(triton_device: str, grids: list, way: str):
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 @pytest.mark.parametrize("way", ["turned queries", "turned queries, tma"])
 @pytest.mark.parametrize("dim", [8, 24, 64, 72, 80, 96, 128])
 def test_where_queries_are_rotated_does_not_matter(dim: int, way: str, dtype: torch.dtype):
@@ -140,9 +141,7 @@ def test_where_queries_are_rotated_does_not_matter(dim: int, way: str, dtype: to
 
 
 @pytest.mark.parametrize("turn_q", [0, 1])
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-)
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
 def test_sixteen_bits(triton_device: str, dtype: torch.dtype, turn_q: int):
     """Against eager, which rounds at the same points but for the probabilities."""
     grids = [(5, 7), (4, 4)]
