@@ -37,6 +37,6 @@ def warning() -> str | None:
     except metadata.PackageNotFoundError:
         return None
     return (
-        f"Hugging Face's `kernels` {version} is installed too, and its get_kernel cannot be imported:"
-        f" the package of that name is step3vl-pacore's; {ADVICE}"
+        f"Hugging Face's `kernels` {version} is installed too, and its get_kernel cannot be"
+        f" imported: the package of that name is step3vl-pacore's; {ADVICE}"
     )

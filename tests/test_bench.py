@@ -246,7 +246,7 @@ def test_a_poisoned_process_ends_in_order(tmp_path, monkeypatch, capsys):
 
     shown: list[dict] = []
     monkeypatch.setitem(
-        command.COMMANDS, "roofline", commands.Command("", run, lambda made: shown.extend(made))
+        commands.COMMANDS, "roofline", commands.Command("", run, lambda made: shown.extend(made))
     )
     out = tmp_path / "rows.jsonl"
     assert command.main(["roofline", "--device", "cpu", "--out", str(out)]) == 1
