@@ -19,6 +19,7 @@ OPS_CPU = RESULTS / "amd-epyc-avx2-2-threads"  # of ops, and of models end to en
 FOLD_CPU = ENGINE_CPU = RESULTS / "amd-epyc-avx2-2-threads"
 SIMULATED = PROFILES / "simulated" / "h200.jsonl"
 STATIC = PROFILES / "static_baseline.jsonl"
+PAIRS = PROFILES.parent / ".ci" / "pairs.jsonl"
 
 measured = cache(folder)
 recorded = cache(jsonl.read)
@@ -199,6 +200,19 @@ def compiled(kernels: Sequence[Kernel]) -> str:
     return kernel_table(kernels, recorded(STATIC))
 
 
+def pairs(file: Path = PAIRS) -> str:
+    """Pythons and releases of PyTorch that the tests have run with; written by `.ci/pairs.py`."""
+    header = ("Python", "PyTorch", "Triton", "NumPy", " passed", " failed", " skipped")
+    header += ("kernels for sm_80 and sm_90", "commit, date")
+    lines = []
+    for row in recorded(file):
+        versions = [row[name] for name in ("python", "torch", "triton", "numpy")]
+        counts = (row["passed"], row["failed"] + row["error"], row["skipped"])
+        when = f"{row['commit']}, {row['date']}"
+        lines.append([*versions, *(f"{count:,}" for count in counts), row["static"], when])
+    return markdown(header, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "end to end": end_to_end,
@@ -207,5 +221,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "fold": fold,
     "kernels of the vision path": lambda: compiled(VISION_KERNELS),
     "packing": packing,
+    "pairs": pairs,
     "simulated": simulated,
 }

@@ -206,6 +206,7 @@ def test_the_console_command(installed):
         (["nothing"], "invalid choice: 'nothing'"),
         (["profiles", "nothing"], "(see `step3vl-pacore profiles --help`)"),
         (["profiles", "tables"], "only a checkout of the repository has"),
+        (["bench", "compare", "HEAD", "."], "is no git checkout"),
     ):
         done = installed.run("step3vl-pacore", *arguments)
         assert done.returncode == 2

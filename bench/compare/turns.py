@@ -112,6 +112,9 @@ def checkout(name: str) -> Iterator[Path]:
     if name == WORKING_TREE:
         yield rows.ROOT
         return
+    if not (rows.ROOT / ".git").exists():  # git would find the repository around a wheel
+        why = f"{rows.ROOT} is no git checkout"
+        raise InputError(f'{name!r} is neither a commit ({why}), "." nor a .jsonl file')
     commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if commit.returncode:
         raise InputError(f'{name!r} is neither a commit, "." (the working tree) nor a .jsonl file')
