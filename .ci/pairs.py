@@ -2,8 +2,9 @@
 
 Each pair gets a clone of HEAD with an environment of its own (5 GB, kept under --folder for the
 next run), where `make setup`, `make test` and `profiles static --quick` run. What came of it
-replaces the pair's line in .ci/pairs.jsonl, which README's table is made of. Needs nothing but the
-standard library, and every Python by its name on the PATH. Exit code 1 if a pair failed.
+replaces the pair's line in .ci/pairs.jsonl, of which `python -m profiles tables --write` makes the
+table in README. Needs nothing but the standard library, and every Python by its name on the PATH.
+Exit code 1 if a pair failed.
 """
 
 import argparse
