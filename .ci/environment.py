@@ -4,9 +4,9 @@ The Makefile runs this with the Python that the environment is for; it needs not
 standard library. What is installed stands in setup.py; chosen here is only the build of PyTorch:
 1. the one that this Python already has, where it is in range and sees a CUDA device;
 2. where there is an NVIDIA GPU, the CUDA build;
-3. elsewhere the CPU build of PyTorch's own index, or what pip has where that cannot be reached.
+3. elsewhere the CPU build from PyTorch's own index, or pip's build if that cannot be reached.
 
-TORCH=2.14.1 in the environment takes that release instead, as pip has it.
+TORCH=2.14.1 in the environment installs that release from pip's index instead.
 """
 
 import json
@@ -95,7 +95,7 @@ def _install_all(release: str | None) -> None:
     else:
         ok = _install_cpu_torch()
     if not ok:
-        sys.exit("setup: pip could not install what stands in setup.py; its message is above")
+        sys.exit("setup: pip could not install the packages of setup.py; its message is above")
     if gpu and _run([PYTHON, "-c", PROBE]).returncode != 0:
         say("this PyTorch does not see the GPU: its build or the driver is the wrong one")
 
@@ -109,8 +109,9 @@ def _install_cpu_torch() -> bool:
         return _install_rest(CPU_TRITON)
     plain = CPU_TORCH.removesuffix("+cpu")
     say(
-        f"it is not to be had there; installing pip's {plain}, which may be the CUDA build of 5 GB"
-        " (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS pointing at PyTorch's CPU wheels avoids that)"
+        f"that index cannot be reached or has no such build; installing {plain} from pip's index,"
+        " which may be the CUDA build of 5 GB (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS pointing at"
+        " PyTorch's CPU wheels avoids that)"
     )
     return _pip(plain) and _install_rest()
 

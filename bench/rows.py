@@ -19,7 +19,7 @@ from bench.timing import Timing
 from kernels._compile_cache import sources
 
 ROOT = Path(__file__).resolve().parents[1]
-# A text that everybody has. A wheel keeps it with its metadata, beside the packages.
+# Benchmarks use it as a long prompt. A wheel keeps it with its metadata, beside the packages.
 LICENCE = next(ROOT.glob("step3vl_pacore-*.dist-info/licenses/LICENSE"), ROOT / "LICENSE")
 
 

@@ -19,7 +19,7 @@ OPS_CPU = RESULTS / "amd-epyc-avx2-2-threads"  # of ops, and of models end to en
 FOLD_CPU = ENGINE_CPU = RESULTS / "amd-epyc-avx2-2-threads"
 SIMULATED = PROFILES / "simulated" / "h200.jsonl"
 STATIC = PROFILES / "static_baseline.jsonl"
-PAIRS = PROFILES.parent / ".ci" / "pairs.jsonl"
+VERSIONS = PROFILES.parent / ".ci" / "versions.jsonl"
 
 measured = cache(folder)
 recorded = cache(jsonl.read)
@@ -200,16 +200,16 @@ def compiled(kernels: Sequence[Kernel]) -> str:
     return kernel_table(kernels, recorded(STATIC))
 
 
-def pairs(file: Path = PAIRS) -> str:
-    """Pythons and releases of PyTorch that the tests have run with; written by `.ci/pairs.py`."""
+def versions(file: Path = VERSIONS) -> str:
+    """Pythons and PyTorches that the tests have run with, from the rows of `.ci/versions.py`."""
     header = ("Python", "PyTorch", "Triton", "NumPy", " passed", " failed", " skipped")
     header += ("kernels for sm_80 and sm_90", "commit, date")
     lines = []
     for row in recorded(file):
-        versions = [row[name] for name in ("python", "torch", "triton", "numpy")]
+        found = [row[name] for name in ("python", "torch", "triton", "numpy")]
         counts = (row["passed"], row["failed"] + row["error"], row["skipped"])
         when = f"{row['commit']}, {row['date']}"
-        lines.append([*versions, *(f"{count:,}" for count in counts), row["static"], when])
+        lines.append([*found, *(f"{count:,}" for count in counts), row["static"], when])
     return markdown(header, lines)
 
 
@@ -221,6 +221,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "fold": fold,
     "kernels of the vision path": lambda: compiled(VISION_KERNELS),
     "packing": packing,
-    "pairs": pairs,
+    "versions": versions,
     "simulated": simulated,
 }

@@ -160,7 +160,7 @@ def broken_rules(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
         elif known:
             found = [*_unfit(row), *_worsened(row, known)]
         else:
-            found = [*_unfit(row)]
+            found = list(_unfit(row))
             if comparable:
                 found += [f"{row['spill_bytes']} bytes spilled"] * bool(row["spill_bytes"])
                 found += ["not in the baseline; --update puts it there"]
@@ -216,7 +216,8 @@ def _unfit(row: Row) -> Iterator[str]:
 def _worsened(row: Row, known: Row) -> Iterator[str]:
     """Figures of `row` that are worse than those `known`, before and after."""
     at_least = {"wgmma": known["wgmma"], "tma": known["tma"]}
-    if known["triton"] == row["triton"]:
+    same = known["triton"] == row["triton"]
+    if same:
         if row["spill_bytes"] > known["spill_bytes"]:
             yield f"spill_bytes {known['spill_bytes']} -> {row['spill_bytes']}"
         at_least |= {name: known[name] or 0 for name in ("min_load_bytes", "programs_per_sm")}
@@ -224,7 +225,7 @@ def _worsened(row: Row, known: Row) -> Iterator[str]:
     for name, least in at_least.items():
         if (row[name] or 0) < least:
             yield f"{name} {known[name]} -> {row[name]}"
-    if known["triton"] == row["triton"]:
+    if same:
         yield from loop_figures.worsened(row, known)
 
 

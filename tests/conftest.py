@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 os.environ["PACORE_WARM_UP"] = "0"  # tests compile what they launch, and nothing else
 
 # Triton kernels are tested on the GPU where there is one, else in Triton's interpreter, which has
-# to be chosen before a kernel is defined, and is wrong for bf16 as it comes.
+# to be chosen before a kernel is defined, and which Triton ships wrong for bf16.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     from tests.interpreter import mend

@@ -121,7 +121,7 @@ def checkout(name: str) -> Iterator[Path]:
     packed = _git("archive", "--format=tar", commit.stdout.decode().strip())
     with TemporaryDirectory(prefix="bench-compare-") as folder:
         with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
-            # Python has it from 3.11.4 on, and takes it unasked from 3.14 on.
+            # Refuses files outside the folder; Python has this filter from 3.11.4 on.
             archive.extraction_filter = getattr(tarfile, "data_filter", None)
             archive.extractall(folder)
         yield Path(folder)

@@ -110,7 +110,7 @@ class Bundle:
         found = []
         for piece in self.items[name]["pieces"]:
             with tarfile.open(self.folder / piece["file"]) as archive:
-                # Python has it from 3.11.4 on, and takes it unasked from 3.14 on.
+                # Refuses files outside the folder; Python has this filter from 3.11.4 on.
                 archive.extraction_filter = getattr(tarfile, "data_filter", None)
                 archive.extractall(folder)
             found += [folder / held["file"] for held in piece["holds"]]

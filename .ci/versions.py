@@ -1,10 +1,10 @@
-"""Runs the tests with other Pythons and releases of PyTorch than CI does: `python3 .ci/pairs.py`.
+"""`python3 .ci/versions.py`: the tests with other Pythons and releases of PyTorch than CI has.
 
 Each pair gets a clone of HEAD with an environment of its own (5 GB, kept under --folder for the
-next run), where `make setup`, `make test` and `profiles static --quick` run. What came of it
-replaces the pair's line in .ci/pairs.jsonl, of which `python -m profiles tables --write` makes the
-table in README. Needs nothing but the standard library, and every Python by its name on the PATH.
-Exit code 1 if a pair failed.
+next run), where `make setup`, `make test` and `profiles static --quick` run. The result replaces
+the pair's line in .ci/versions.jsonl; `python -m profiles tables --write` then puts it into README.
+Needs nothing but the standard library, and every Python by its name on the PATH. Exit code 1 if a
+pair failed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = ROOT / ".ci" / "pairs.jsonl"
+ROWS = ROOT / ".ci" / "versions.jsonl"
 
 # Every Python with the oldest and the newest PyTorch, and each PyTorch between them once.
 PAIRS = (
@@ -32,7 +32,7 @@ PAIRS = (
     ("python3.13", "2.15.0"),
 )
 
-VERSIONS = """
+INSTALLED = """
 import json, platform, torch, triton, numpy
 print(json.dumps({"python": platform.python_version(), "torch": torch.__version__,
                   "triton": triton.__version__, "numpy": numpy.__version__}))
@@ -46,7 +46,12 @@ def main() -> int:
     parser.add_argument(
         "pair", nargs="*", metavar="PYTHON=TORCH", type=_pair, help=f"default: {names}"
     )
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "pairs")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / "build" / "versions",
+        help="of the clones (default: build/versions)",
+    )
     parser.add_argument("--setup", action="store_true", help="only set the environments up")
     options = parser.parse_args()
     failed = 0
@@ -89,7 +94,7 @@ def _row(clone: Path, environment: dict) -> dict:
     counts = {what: int(number) for number, what in re.findall(r"(\d+) ([a-z]+?)s?\b", last_line)}
     head = _run(["git", "rev-parse", "--short=12", "HEAD"], clone, environment)
     return {
-        **json.loads(_run([python, "-c", VERSIONS], clone, environment).stdout),
+        **json.loads(_run([python, "-c", INSTALLED], clone, environment).stdout),
         **{what: counts.get(what, 0) for what in ("passed", "failed", "skipped", "error")},
         "static": static.stdout.rstrip().rpartition("\n")[2],
         "ok": tests.returncode == 0 and static.returncode == 0,
