@@ -11,7 +11,7 @@ SIDE_BY_SIDE := $(shell nvidia-smi >/dev/null 2>&1 || echo --numprocesses auto -
 # A GPU's tests share it: 8 processes fit its memory, and compile kernels on 16 cores. What hangs ends
 # its process, which xdist replaces.
 GPU_WORKERS ?= 8
-ON_GPU := -m pytest --ignore-glob='tests/test_peers*' --timeout 60 --timeout-method thread
+ON_GPU := -m pytest --ignore=tests/bench/peers --timeout 60 --timeout-method thread
 
 .DEFAULT_GOAL := help
 .PHONY: bench test test-gpu gate lint setup clean help

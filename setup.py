@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
+ROOMS = ("kernels", "model", "pacore_sched", "bench", "profiles")
 VERSION = re.search(r'^__version__ = "(.+)"$', Path("kernels/__init__.py").read_text(), re.M)
 
 setup(
@@ -14,22 +15,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     package_dir={"": "."},  # makes an editable install one line in a .pth file
-    packages=[
-        "kernels",
-        "model",
-        "pacore_sched",
-        "bench",
-        "bench.compare",
-        "bench.peers",
-        "bench.report",
-        "bench.validate",
-        "profiles",
-    ],
+    packages=find_packages(include=[f"{room}{inner}" for room in ROOMS for inner in ("", ".*")]),
     package_data={
         "kernels": ["tuned/*.json"],
-        "pacore_sched": ["*.jinja"],
+        "pacore_sched": ["answers/*.jinja"],
         "bench": ["report/*.jinja", "peers/*.md"],
-        "profiles": ["*.jsonl", "results/*/*.jsonl"],  # `simulate` reads the rates of its GPU there
+        # `simulate` reads the rates of its GPU from results/.
+        "profiles": ["static/*.jsonl", "results/*/*.jsonl"],
     },
     entry_points={"console_scripts": ["step3vl-pacore = profiles.console:main"]},
     install_requires=[

@@ -1,4 +1,4 @@
-"""What a piece of work is made of: its time by the spans inside it (kernels/_spans.py)."""
+"""What a piece of work is made of: its time by the spans inside it (kernels/runtime/spans.py)."""
 
 import time
 from collections import defaultdict
@@ -10,7 +10,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kernels._spans import Ranges, use
+from kernels.runtime.spans import Ranges, use
 
 WHOLE = "breakdown"  # the span round one call
 REPEATS = 3

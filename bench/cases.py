@@ -14,7 +14,6 @@ from bench import cost, forests, inputs
 from bench.inputs import Node, fork
 from bench.peers import peers_on
 from bench.vision import attention_flops, projector_flops, views_of
-from kernels._views import Grid, tokens_of
 from kernels.activation import quick_gelu, silu_mul
 from kernels.linear_quick_gelu import linear_quick_gelu
 from kernels.norm import layer_norm, rms_norm
@@ -22,6 +21,7 @@ from kernels.prefix_attention import prefix_attention
 from kernels.projector import output_tokens, projector
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.rotary_attention import rotary_attention
+from kernels.runtime.grids import Grid, tokens_of
 from kernels.sampling import sample
 from kernels.vision_attention import vision_attention
 from model.config import PRESETS, Config

@@ -34,10 +34,10 @@ from bench.ops import (
     select,
     time_case,
 )
-from kernels._tiles import gpu_of
+from kernels.runtime.tiles import gpu_of
 from model.config import PRESETS
 from model.terminal import InputError, track
-from pacore_sched.compile_ahead import warm_up
+from pacore_sched.engine.compile_ahead import warm_up
 
 TIME_BUDGET_S = 1.0  # per case
 

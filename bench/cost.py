@@ -1,8 +1,8 @@
 """What prefix attention moves and how evenly, by arithmetic on any machine: `python -m bench cost`.
 
-The model repeats in NumPy what kernels/prefix_schedule.py does on the device: tiles on a line, an
-equal stretch of it for every program, a partial result for every pair of a tile and a program.
-No KV is allocated and nothing is launched. Program p is taken to run on SM p mod SMs.
+The model repeats in NumPy what kernels/prefix_attention/schedule.py does on the device: tiles on a
+line, an equal stretch of it for every program, a partial result for every pair of a tile and a
+program. No KV is allocated and nothing is launched. Program p is taken to run on SM p mod SMs.
 
 Floors hold the copy bandwidth and the matrix rate against the bytes that must cross the bus (every
 token once, q, the result) and the useful operations; both are the datasheet's unless a measured
@@ -19,10 +19,10 @@ from bench import show
 from bench.forests import Forest, grid, telling
 from bench.inputs import prefix_plan
 from bench.roofline import Roofline
-from kernels._tiles import A100, H200, Gpu, assume_gpu
-from kernels.prefix_attention_launch import cut_up
+from kernels.prefix_attention.launch import cut_up
+from kernels.prefix_attention.schedule import Cut
 from kernels.prefix_plan import PrefixPlan
-from kernels.prefix_schedule import Cut
+from kernels.runtime.tiles import A100, H200, Gpu, assume_gpu
 from model.config import PRESETS
 from model.terminal import InputError
 

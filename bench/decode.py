@@ -20,8 +20,8 @@ from bench.ops import MAIN_DTYPE, NOT_RUN, dtypes_named
 from bench.rows import measured, origin, with_speedups
 from bench.show import times, titled
 from bench.timing import measure
-from kernels.fp8 import quantise_e4m3
 from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.fp8 import quantise_e4m3
 from kernels.sampling import sample
 from model.config import PRESETS, Config, DecoderConfig
 from model.decoder import Decoder, Step
@@ -29,9 +29,9 @@ from model.impls import impl_per_op
 from model.kv_cache import PAGE_SIZE, KVCache
 from model.step3vl import Step3VL
 from model.terminal import InputError, track
-from pacore_sched.kv_memory import free_bytes
-from pacore_sched.plan import plan_step
-from pacore_sched.prefix_tree import PrefixTree
+from pacore_sched.engine.kv_memory import free_bytes
+from pacore_sched.sched.plan import plan_step
+from pacore_sched.sched.prefix_tree import PrefixTree
 
 FORMS = {"eager": "eager", "default": None}  # of all ops; None is the best that the device has
 FP8 = "default, FP8 KV"  # the default form over pages of e4m3, on a GPU

@@ -16,14 +16,14 @@ from bench.ops import MAIN_DTYPE
 from bench.rows import LICENCE, measured, with_speedups
 from bench.timing import Timing, measure
 from bench.vision import tower_flops
-from model.image import load_image, preprocess
-from model.prompt import build_prompt
 from model.step3vl import Step3VL
 from model.terminal import InputError, progress
-from pacore_sched.engine import Engine
-from pacore_sched.journal import Outcome
-from pacore_sched.pacore import Pacore, engine_for
-from pacore_sched.request import Sampling
+from model.text.prompt import build_prompt
+from model.vision.image import load_image, preprocess
+from pacore_sched.answers.journal import Outcome
+from pacore_sched.answers.pacore import Pacore, engine_for
+from pacore_sched.engine.engine import Engine
+from pacore_sched.sched.request import Sampling
 
 MODELS = {"cpu": ("smollm2-135m", "tiny"), "cuda": ("step3-vl-10b", "step3-vl-10b")}
 WIDTHS, PROMPT_TOKENS = (16,), 1500
@@ -95,11 +95,11 @@ def look(model: Step3VL) -> list[dict]:
 
     The model's cache of images is off: every call sees the photo for the first time.
     """
-    model.vision.cache.budget = 0
+    model.vision.tower.cache.budget = 0
     views = preprocess(_photo(), model.config.vision)
     content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
     messages = [{"role": "user", "content": content}]
-    ids = build_prompt(messages, model.tokenizer, model.config, [views])
+    ids = build_prompt(messages, model.text.tokenizer, model.config, [views])
 
     def logits(impl: str | None) -> torch.Tensor:
         model.set_impl(impl)
@@ -112,7 +112,7 @@ def look(model: Step3VL) -> list[dict]:
         device=model.device,
         budget_s=4.0,
     )
-    grids = model.vision.grids([*views.crops, views.image])
+    grids = model.vision.tower.grids([*views.crops, views.image])
     rows = []
     for name, error in errors.items():
         row = measured(
@@ -164,8 +164,8 @@ def _question(model: Step3VL) -> str:
     """A text that everybody has, cut so that the whole prompt is about PROMPT_TOKENS long."""
     task = "Say in one sentence what this licence allows.\n\n"
     words = " ".join(LICENCE.read_text().split())
-    tokens = model.tokenizer.encode(words)
-    return task + model.tokenizer.decode(tokens[: PROMPT_TOKENS - 60])
+    tokens = model.text.tokenizer.encode(words)
+    return task + model.text.tokenizer.decode(tokens[: PROMPT_TOKENS - 60])
 
 
 def _photo():  # noqa: ANN202 -- PIL is only a dependency of those who have images

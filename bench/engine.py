@@ -24,9 +24,9 @@ from model.cuda_graph import failed_capture
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
 from model.terminal import track
-from pacore_sched.engine import Engine
-from pacore_sched.pacore import engine_for
-from pacore_sched.request import Sampling
+from pacore_sched.answers.pacore import engine_for
+from pacore_sched.engine.engine import Engine
+from pacore_sched.sched.request import Sampling
 
 # Batch, prompt, and tokens that each rollout already has; steps to time in a block, and blocks.
 CASES = {

@@ -14,8 +14,8 @@ from torch import Tensor
 from bench import rows, show
 from bench.inputs import projector_inputs
 from bench.numerics import compare
-from kernels._views import Grid
 from kernels.projector import fold, output_tokens, projector
+from kernels.runtime.grids import Grid
 from model.config import PRESETS
 
 GRID, CHANNELS = (28, 28), 256  # 49 tokens: two errors of 12,544 results compare within 1 %
@@ -27,7 +27,7 @@ EXACT = 1e-12  # far above rounding in fp64, far below that in fp32
 def run(device: torch.device, width: int | None = None, channels: int = CHANNELS) -> Iterator[dict]:
     """A row for each dtype, of the 10B's width if it is None."""
     model = PRESETS["step3-vl-10b"]
-    width, out = width or model.vision.width, model.decoder.hidden
+    width, out = width or model.vision.tower.width, model.decoder.hidden
     for dtype in DTYPES:
         made = projector_inputs(0, device, dtype, grids=[GRID], width=width, out=channels)
         found = errors(made)
@@ -37,7 +37,7 @@ def run(device: torch.device, width: int | None = None, channels: int = CHANNELS
             "case": f"C{width}, {channels} of {out} channels, {output_tokens(GRID)} tokens",
             "dtype": str(dtype).removeprefix("torch."),
             **found,
-            **work((model.vision.grid,) * 2, width, out, dtype.itemsize),
+            **work((model.vision.tower.grid,) * 2, width, out, dtype.itemsize),
             "failure": f"off by {found['fp64_max_err']:.1e} in fp64" if wrong else None,
             **rows.origin(device),
         }

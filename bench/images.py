@@ -17,13 +17,13 @@ from bench.ops import MAIN_DTYPE
 from bench.rows import measured, with_speedups
 from bench.timing import measure
 from bench.vision import tower_flops, views_of
-from kernels._views import Grid
 from kernels.projector import output_tokens
+from kernels.runtime.grids import Grid
 from model.config import PRESETS, Config
 from model.impls import impl_per_op
-from model.random_init import random_init
 from model.terminal import track
-from model.vision import VisionTower
+from model.vision.tower import VisionTower
+from model.weights.random_init import random_init
 
 MODELS = {"cpu": "tiny", "cuda": "step3-vl-10b"}
 SIZES = ((728, 728), (1280, 720), (1920, 1080), (3024, 3024))  # width, height

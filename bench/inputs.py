@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels._views import Grid, tokens_of
-from kernels.fp8 import quantise_e4m3
 from kernels.prefix_plan import PlanNode, PrefixPlan
 from kernels.projector import fold, output_tokens
+from kernels.runtime.fp8 import quantise_e4m3
+from kernels.runtime.grids import Grid, tokens_of
 
 Device = torch.device | str
 

@@ -11,11 +11,11 @@ from bench.decode import SIZES, DecodeCase, prepare
 from bench.numerics import copied, form
 from bench.ops import DTYPES, MAIN_DTYPE, forms_of
 from bench.pairs import CHECKED_DTYPE, checks, pairs
-from kernels._compile_worker import Site
-from kernels.prefix_check import check_schedule
+from kernels.compile.worker import Site
+from kernels.prefix_attention.check import check_schedule
 from kernels.sampling import sample
 from model.config import Config
-from pacore_sched.launch_sites import engine_sites, one_layer
+from pacore_sched.engine.launch_sites import engine_sites, one_layer
 
 
 def all_sites() -> list[Site]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.cases import OPS, WRITTEN, Case
 from bench.peers import PEERS, Prepare
-from kernels._tiles import Tiles, use_tiles
+from kernels.runtime.tiles import Tiles, use_tiles
 
 
 @dataclass(frozen=True)

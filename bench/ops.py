@@ -19,8 +19,8 @@ from bench.peers import NAMES, PEERS, Unavailable, version
 from bench.poison import check_poison
 from bench.rows import measured, with_speedups
 from bench.timing import CandidateError, Timing, measure, sets_for
-from kernels._launch import IMPLS
 from kernels.errors import ImplError, one_line
+from kernels.runtime.dispatch import IMPLS
 from model.terminal import InputError
 
 MAIN_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}

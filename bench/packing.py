@@ -19,9 +19,9 @@ from bench.rows import origin
 from bench.show import titled
 from model.step3vl import Step3VL
 from model.terminal import progress
-from pacore_sched.pacore import Answer, Pacore, engine_for
-from pacore_sched.problem_run import Problem
-from pacore_sched.request import Sampling
+from pacore_sched.answers.pacore import Answer, Pacore, engine_for
+from pacore_sched.answers.problem_run import Problem
+from pacore_sched.sched.request import Sampling
 
 MODELS = {"cpu": "smollm2-135m", "cuda": "step3-vl-10b"}
 WIDTHS, SAMPLING, KV_TOKENS = (8,), Sampling(max_tokens=128), 24_576

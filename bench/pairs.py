@@ -15,9 +15,9 @@ from bench.cases import Case, cases, numerics_cases
 from bench.numerics import choices_of, form
 from bench.ops import NOT_RUN, check_case, row_of, time_case
 from bench.tune import asked_tiles
-from kernels._compile import launches_recorded
-from kernels._tiles import Gpu, Tiles, gpu_of
-from kernels._unfilled import unfilled
+from kernels.compile.launches import launches_recorded
+from kernels.compile.unfilled import unfilled
+from kernels.runtime.tiles import Gpu, Tiles, gpu_of
 
 Switches = dict[str, tuple[int, int]]  # tile choice -> its old and its new value
 Table = dict[tuple[str, str], Switches]  # by op and name of a case

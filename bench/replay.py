@@ -21,14 +21,14 @@ from bench.rows import origin
 from bench.show import titled
 from model.step3vl import Step3VL
 from model.terminal import progress
-from pacore_sched.calibration import FittedCost, fit
-from pacore_sched.cost_model import StepShape, StepWork
-from pacore_sched.engine import Engine, policy_named
-from pacore_sched.pacore import engine_for
-from pacore_sched.prefix_tree import PrefixTree
-from pacore_sched.request import Batch, Group, Sampling
-from pacore_sched.simulator import Record, Replica, step_shape
-from pacore_sched.workload import Problem, Workload
+from pacore_sched.answers.pacore import engine_for
+from pacore_sched.engine.engine import Engine, policy_named
+from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.request import Batch, Group, Sampling
+from pacore_sched.sim.calibration import FittedCost, fit
+from pacore_sched.sim.cost_model import StepShape, StepWork
+from pacore_sched.sim.simulator import Record, Replica, step_shape
+from pacore_sched.sim.workload import Problem, Workload
 
 KV_TOKENS, TOKEN_BUDGET = 24_576, 512
 # What is judged, and what the cost model is fitted to: nothing of the one is in the other.

@@ -16,7 +16,7 @@ from bench.jsonl import SCHEMA
 from bench.numerics import Verdict
 from bench.roofline import roofline
 from bench.timing import Timing
-from kernels._compile_cache import sources
+from kernels.compile.cache import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 # Benchmarks use it as a long prompt. A wheel keeps it with its metadata, beside the packages.

@@ -19,9 +19,9 @@ from bench.rows import origin
 from bench.show import titled
 from model.kv_cache import PAGE_SIZE
 from model.terminal import track
-from pacore_sched.policy import KNOW_LENGTHS, POLICIES
-from pacore_sched.request import Group, Rollout, Sampling, Segment
-from pacore_sched.scheduler import Scheduler
+from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
+from pacore_sched.sched.request import Group, Rollout, Sampling, Segment
+from pacore_sched.sched.scheduler import Scheduler
 
 WIDTH, PROMPT, LENGTH = 16, 800, 2000  # rollouts of a group; tokens of its prompt, of a rollout
 STEPS, WARM_UP = 2000, 500

@@ -22,11 +22,11 @@ from bench.cases import OPS, Case, in_modes
 from bench.numerics import Verdict, form, judge, reference
 from bench.poison import check_poison
 from bench.timing import Timing, measure, sets_for
-from kernels import _tiles
-from kernels._compile import launches_recorded
-from kernels._tiles import Gpu, Tiles, record_tiles, use_tiles
-from kernels._unfilled import unfilled
+from kernels.compile.launches import launches_recorded
+from kernels.compile.unfilled import unfilled
 from kernels.errors import ImplError, one_line
+from kernels.runtime import tiles as tile_tables
+from kernels.runtime.tiles import Gpu, Tiles, record_tiles, use_tiles
 from model.terminal import InputError
 
 BUDGET_S = 0.2  # of timing, for each candidate on each case
@@ -101,13 +101,13 @@ def choose(made: Sequence[dict]) -> Tiles | None:
 
 def write(gpu: Gpu, key: Key, tiles: Tiles) -> Path:
     """Put one choice into the GPU's table, which stays whole at every moment; its path."""
-    path = _tiles.TABLES / f"{gpu.name}.json"
+    path = tile_tables.TABLES / f"{gpu.name}.json"
     table = json.loads(path.read_text()) if path.exists() else {}
     table.setdefault(key[0], {})[key[1]] = tiles
     partial_path = path.with_suffix(f".{os.getpid()}")
     jsonl.write_json(partial_path, {op: dict(sorted(table[op].items())) for op in sorted(table)})
     partial_path.replace(path)
-    _tiles._table.cache_clear()
+    tile_tables._table.cache_clear()
     return path
 
 

@@ -6,10 +6,10 @@ folded into one: the least work that there is.
 
 from collections.abc import Sequence
 
-from kernels._views import Grid, tokens_of
 from kernels.projector import output_tokens
+from kernels.runtime.grids import Grid, tokens_of
 from model.config import Config, VisionConfig
-from model.image import crop_layout
+from model.vision.image import crop_layout
 
 
 def views_of(width: int, height: int, vision: VisionConfig) -> list[Grid]:

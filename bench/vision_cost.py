@@ -20,10 +20,10 @@ from bench.numerics import form
 from bench.ops import select
 from bench.roofline import Roofline
 from bench.tune import check_compiles
-from kernels._compile import Launch, launches_recorded
-from kernels._tiles import Gpu, Tiles, record_tiles
-from kernels._unfilled import unfilled
-from kernels.gemm_cut import Cut
+from kernels.compile.launches import Launch, launches_recorded
+from kernels.compile.unfilled import unfilled
+from kernels.gemm.cut import Cut
+from kernels.runtime.tiles import Gpu, Tiles, record_tiles
 
 OPS = ("vision_attention", "projector", "linear_quick_gelu")
 Work = Callable[[dict, Tiles, Gpu], np.ndarray]  # multiply-adds of each program, in their order

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import DTYPES, check, pick
-from kernels._tiles import Gpu, Tiles, tiles
+from kernels.runtime.dispatch import DTYPES, check, pick
+from kernels.runtime.tiles import Gpu, Tiles, tiles
 
 
 def silu_mul(gate_up: Tensor, *, interleaved: bool = False, impl: str | None = None) -> Tensor:

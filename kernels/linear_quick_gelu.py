@@ -6,20 +6,20 @@ For inputs of 16 bits the linear layer's result is rounded to their dtype before
 which is computed in fp32 and rounded once more.
 
 The Triton form is the library's product and an activation kernel, or `fused` one product of ours
-(`gemm.py`) that applies the activation to its sums. The kernel of its own moves 4 bytes per element
-in 16 bits, the product computes 2 C operations: with C = 1536 and an H200's peaks, 4.8 TB/s and 990
-TFLOP/s, one takes a quarter of the other's time. So fused pays if our product comes within a fifth
-of the library's speed. Until that is measured the rule says no.
+(`gemm/op.py`) that applies the activation to its sums. The kernel of its own moves 4 bytes per
+element in 16 bits, the product computes 2 C operations: with C = 1536 and an H200's peaks, 4.8 TB/s
+and 990 TFLOP/s, one takes a quarter of the other's time. So fused pays if our product comes within
+a fifth of the library's speed. Until that is measured the rule says no.
 """
 
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kernels._launch import DTYPES, check, pick
-from kernels._tiles import Gpu, Tiles, tiles
 from kernels.activation import quick_gelu, quick_gelu_ref
 from kernels.gemm import linear
+from kernels.runtime.dispatch import DTYPES, check, pick
+from kernels.runtime.tiles import Gpu, Tiles, tiles
 
 
 def linear_quick_gelu(

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import DTYPES, check, pick
-from kernels._pdl import pdl_options, release_next, wait_for_previous
-from kernels._tiles import Gpu, Tiles, tiles
+from kernels.runtime.dispatch import DTYPES, check, pick
+from kernels.runtime.pdl import pdl_options, release_next, wait_for_previous
+from kernels.runtime.tiles import Gpu, Tiles, tiles
 
 MAX_WIDTH = 16384  # of the Triton forms: what a program's registers hold
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels._packed import Packed, on_device
+from kernels.runtime.staging import Packed, on_device
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ class PrefixPlan:
     capacity: Capacity | None  # of a padded plan
     nodes: tuple[PlanNode, ...]  # as it was built or filled last
     packed: Packed = field(repr=False)
-    schedules: dict = field(default_factory=dict, init=False, repr=False)  # by prefix_schedule.py
+    schedules: dict = field(
+        default_factory=dict, init=False, repr=False
+    )  # by prefix_attention/schedule.py
 
     def __post_init__(self) -> None:
         tensors = self.packed.tensors

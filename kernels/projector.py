@@ -10,7 +10,7 @@ With the 10B's widths that leaves width x 9 C1 weights, 226 MB in bf16, of C2 x 
 390 MB, and as much less work. In 16 bits both ways round three times, each about as harmfully:
 after the first convolution, at the end, and in between either its result or the folded weight.
 
-The Triton form is `gemm.py`'s convolution, twice: straight from packed tokens, all views in one
+The Triton form is `gemm/op.py`'s convolution, twice: straight from packed tokens, all views in one
 launch, each result row where the caller wants it. Without `folded` a linear layer comes after it.
 """
 
@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._launch import check, pick
-from kernels._views import Grid, tokens_of
 from kernels.gemm import check_placing, convolution, halved, linear
+from kernels.runtime.dispatch import check, pick
+from kernels.runtime.grids import Grid, tokens_of
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # w1, b1, w2, b2, w3
 Folded = tuple[Tensor, Tensor]  # a weight in channels-last and a bias

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import DTYPES, check, pick
-from kernels._rotary import cos_sin_of, pair_columns
-from kernels._tiles import Gpu, Tiles, tiles
-from kernels.fp8 import converts_e4m3, e4m3_scale, magnitude_bits, quantise_e4m3, to_e4m3
+from kernels.runtime.dispatch import DTYPES, check, pick
+from kernels.runtime.fp8 import converts_e4m3, e4m3_scale, magnitude_bits, quantise_e4m3, to_e4m3
+from kernels.runtime.rotary import cos_sin_of, pair_columns
+from kernels.runtime.tiles import Gpu, Tiles, tiles
 
 FEW_TOKENS = 64  # decode: what counts is that every SM has work
 
@@ -50,7 +50,7 @@ def qk_norm_rope(
     slots: int [T], page * page_size + offset, or -1 to store nothing
     k_pages, v_pages: [num_pages, Hkv, page_size, D], written in place
     k_scale, v_scale: fp32 [num_pages, Hkv, page_size], written in place, for pages of
-        float8_e4m3fn (see kernels/fp8.py) and only for them
+        float8_e4m3fn (see kernels/runtime/fp8.py) and only for them
     Raises ValueError for shapes that do not fit together; the Triton form also for dtypes, strides
     and devices other than it is made for.
     """

@@ -12,15 +12,15 @@ that works on a tile rotates the tile's queries anew.
 import torch
 from torch import Tensor
 
-from kernels._launch import check, check_triton, runs_on_gpu
-from kernels._spans import spanned
-from kernels._tiles import Gpu, Tiles, tiles
 from kernels.prefix_attention import check_pages, prefix_attention
-from kernels.prefix_attention_decode import Rotary
-from kernels.prefix_attention_launch import cut_up, launch
-from kernels.prefix_attention_tiles import Kind
+from kernels.prefix_attention.fused_decode import Rotary
+from kernels.prefix_attention.launch import cut_up, launch
+from kernels.prefix_attention.tiles import Kind
 from kernels.prefix_plan import PrefixPlan
 from kernels.qk_norm_rope import check_layouts, check_shapes, qk_norm_rope
+from kernels.runtime.dispatch import check, check_triton, runs_on_gpu
+from kernels.runtime.spans import spanned
+from kernels.runtime.tiles import Gpu, Tiles, tiles
 
 
 def rotary_attention(

@@ -7,7 +7,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from kernels._kept import holding
+from kernels.runtime.tensor_cache import holding
 
 _capturing = Lock()  # PyTorch allows one capture at a time; images are encoded in a thread
 _failures: list[str] = []

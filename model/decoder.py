@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels._spans import span, spanned
 from kernels.activation import gate_and_up, silu_mul
 from kernels.norm import rms_norm
-from kernels.prefix_advance import advance
+from kernels.prefix_attention.advance import advance
 from kernels.prefix_plan import PlanNode, PrefixPlan
 from kernels.rotary_attention import rotary_attention
+from kernels.runtime.spans import span, spanned
 from model.config import DecoderConfig
 from model.kv_cache import KVCache
 

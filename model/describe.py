@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from model.config import PRESETS, Config
-from model.gguf import read_gguf
-from model.hf_config import read_config
 from model.impls import DTYPES
 from model.step3vl import Step3VL
 from model.terminal import InputError
+from model.weights.gguf import read_gguf
+from model.weights.hf_config import read_config
 
 
 def describe(config: Config, dtype: torch.dtype) -> dict:

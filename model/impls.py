@@ -2,8 +2,8 @@
 
 import torch
 
-from kernels._launch import IMPLS
 from kernels.errors import ImplError
+from kernels.runtime.dispatch import IMPLS
 
 OPS = (
     "rms_norm",

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels._packed import on_device
+from kernels.runtime.staging import on_device
 from model.config import DecoderConfig
 
 PAGE_SIZE = 64
@@ -24,7 +24,7 @@ class KVCache:
     """k, v: [layers, num_pages, kv_heads, page_size, head_dim]; one head's page is contiguous.
 
     With dtype torch.float8_e4m3fn, k_scale and v_scale are fp32 [layers, num_pages, kv_heads,
-    page_size], one scale per token and head (kernels/fp8.py); with any other they are None.
+    page_size], one scale per token and head (kernels/runtime/fp8.py); with any other they are None.
     """
 
     def __init__(

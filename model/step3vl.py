@@ -13,13 +13,13 @@ from model.config import Config, preset
 from model.decoder import Decoder, Step
 from model.impls import Impl, impl_per_op
 from model.kv_cache import PAGE_SIZE, KVCache
-from model.random_init import random_init
 from model.terminal import InputError
-from model.vision import VisionTower
+from model.vision.tower import VisionTower
+from model.weights.random_init import random_init
 
 if TYPE_CHECKING:
-    from model.image import Views
-    from model.tokenizer import Tokenizer
+    from model.text.tokenizer import Tokenizer
+    from model.vision.image import Views
 
 
 class Step3VL(nn.Module):
@@ -72,12 +72,12 @@ class Step3VL(nn.Module):
         options = {"device": device, "dtype": dtype, "impl": impl}
         options["interleaved_gate_up"] = interleaved_gate_up
         if name == "smollm2-135m":
-            from model.gguf import smollm2_path
+            from model.weights.gguf import smollm2_path
 
             return cls.from_pretrained(smollm2_path(), **options)
 
         def load_tokenizer() -> "Tokenizer":
-            from model.tokenizer import Tokenizer
+            from model.text.tokenizer import Tokenizer
 
             return Tokenizer.byte_level(config)
 
@@ -119,7 +119,7 @@ class Step3VL(nn.Module):
 
         Raises InputError if it holds a checkpoint already or cannot be written.
         """
-        from model.checkpoint import save_checkpoint
+        from model.weights.checkpoint import save_checkpoint
 
         save_checkpoint(Path(path), self.checkpoint_tensors(), self.config)
         if self._load_tokenizer:
@@ -260,7 +260,11 @@ class Step3VL(nn.Module):
         return [[*views.crops, views.image] for views in prepared]
 
     def _preprocessed(self, image: object) -> "Views":
-        from model.image import Views, load_image, preprocess  # needs PIL
+        from model.vision.image import (  # needs PIL
+            Views,
+            load_image,
+            preprocess,
+        )
 
         return (
             image if isinstance(image, Views) else preprocess(load_image(image), self.config.vision)
@@ -287,11 +291,11 @@ class Step3VL(nn.Module):
 
 
 def _from_directory(cls: type[Step3VL], path: Path, options: dict) -> Step3VL:
-    from model.checkpoint import load_checkpoint
-    from model.hf_config import read_config
+    from model.weights.checkpoint import load_checkpoint
+    from model.weights.hf_config import read_config
 
     def load_tokenizer() -> "Tokenizer":
-        from model.tokenizer import Tokenizer
+        from model.text.tokenizer import Tokenizer
 
         return Tokenizer.from_directory(path)
 
@@ -303,13 +307,13 @@ def _from_directory(cls: type[Step3VL], path: Path, options: dict) -> Step3VL:
 
 
 def _from_gguf(cls: type[Step3VL], path: Path, options: dict) -> Step3VL:
-    from model.checkpoint import copy_tensors
-    from model.gguf import read_gguf
+    from model.weights.checkpoint import copy_tensors
+    from model.weights.gguf import read_gguf
 
     config, fields, tensors = read_gguf(path)
 
     def load_tokenizer() -> "Tokenizer":
-        from model.tokenizer import Tokenizer
+        from model.text.tokenizer import Tokenizer
 
         return Tokenizer.from_gguf_metadata(fields)
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from model.terminal import Parser, dispatch, run_command
 
 COMMANDS = {
-    "ask": ("pacore_sched.ask", "answer one question"),
-    "batch": ("pacore_sched.batch", "answer the questions of a file"),
-    "sample": ("pacore_sched.sample_groups", "several samples for every prompt of a file"),
-    "simulate": ("pacore_sched.simulate", "compare policies on a simulated machine"),
+    "ask": ("pacore_sched.cli.ask", "answer one question"),
+    "batch": ("pacore_sched.cli.batch", "answer the questions of a file"),
+    "sample": ("pacore_sched.cli.sample", "several samples for every prompt of a file"),
+    "simulate": ("pacore_sched.cli.simulate", "compare policies on a simulated machine"),
 }
 
 

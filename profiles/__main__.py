@@ -11,29 +11,44 @@ from model.terminal import Parser, dispatch, run_command
 
 COMMANDS = {
     "first-light": (
-        "profiles.first_light",
+        "profiles.first_light.command",
         "the first minutes on a GPU: what works, what is wrong, times",
     ),
-    "decisions": ("profiles.decisions", "what the rows of a first-light run say to do next, again"),
-    "record": ("profiles.record", "all that this machine can measure, as rows in a folder"),
+    "decisions": (
+        "profiles.first_light.decisions",
+        "what the rows of a first-light run say to do next, again",
+    ),
+    "record": ("profiles.runs.record", "all that this machine can measure, as rows in a folder"),
     "kernels": (
-        "profiles.kernels_command",
+        "profiles.packs.command",
         "pack: all kernels compiled here for a GPU node; unpack there",
     ),
     "static": (
-        "profiles.static_command",
+        "profiles.static.command",
         "registers, spills, occupancy, SASS of all kernels, without a GPU",
     ),
     "torch": (
-        "profiles.torch_trace",
+        "profiles.profilers.torch_trace",
         "PyTorch's profiler: a trace of an op or of decode steps, anywhere",
     ),
-    "nsys": ("profiles.nsys", "Nsight Systems: timeline of a command, gaps between its kernels"),
-    "ncu": ("profiles.ncu", "Nsight Compute: counters of an op's kernels, and why warps stall"),
-    "proton": ("profiles.proton", "Triton's Proton: time of an op's kernels in a stream of calls"),
-    "tables": ("profiles.tables", "the tables of README and docs/, from the committed rows"),
+    "nsys": (
+        "profiles.profilers.nsys",
+        "Nsight Systems: timeline of a command, gaps between its kernels",
+    ),
+    "ncu": (
+        "profiles.profilers.ncu",
+        "Nsight Compute: counters of an op's kernels, and why warps stall",
+    ),
+    "proton": (
+        "profiles.profilers.proton",
+        "Triton's Proton: time of an op's kernels in a stream of calls",
+    ),
+    "tables": (
+        "profiles.tables.command",
+        "the tables of README and docs/, from the committed rows",
+    ),
     "launch": (
-        "profiles.launch",
+        "profiles.profilers.launch",
         "one case of an op between cudaProfilerStart and Stop, for a profiler",
     ),
 }

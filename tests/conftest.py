@@ -8,14 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.gpu_guard import (  # noqa: F401 - hooks
-    pytest_collection_modifyitems,
-    pytest_runtest_call,
-    pytest_runtest_logreport,
-    pytest_runtest_makereport,
-    pytest_runtest_protocol,
-)
-
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
 os.environ["PACORE_WARM_UP"] = "0"  # tests compile what they launch, and nothing else
 
@@ -23,7 +15,7 @@ os.environ["PACORE_WARM_UP"] = "0"  # tests compile what they launch, and nothin
 # to be chosen before a kernel is defined, and which Triton ships wrong for bf16.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from tests.interpreter import mend
+    from tests.support.interpreter import mend
 
     mend()
 

@@ -18,8 +18,8 @@ is "unclear". Noise alone hardly does both. What could is what stays as long as 
 where its memory lies: so `bench compare` takes a first finding as no more than a reason to measure
 again, twice as often, in two new processes, and judges by the second measurement alone, in which
 the luck of the first has no part; what is unclear then is left to a third, in four. Of synthetic
-rows of a busy machine (tests/test_compare.py) none of 32,000 equal ones was told apart; 1,574 of
-1,600 doublings were, and 1,544 of 1,600 rows half as slow again.
+rows of a busy machine (tests/bench/test_compare.py) none of 32,000 equal ones was told apart; 1,574
+of 1,600 doublings were, and 1,544 of 1,600 rows half as slow again.
 """
 
 import math

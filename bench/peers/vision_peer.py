@@ -18,7 +18,7 @@ from bench.peers.layout import indptr
 from bench.peers.peer import TORCH, TORCH_GPU, Library, imported, on_gpu
 from bench.peers.projector_peer import CUDNN
 from bench.peers.sdpa_peer import only
-from kernels._views import Grid
+from kernels.runtime.grids import Grid
 from kernels.vision_attention import axial_rotary
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # rotated Q, rotated K, V [T, H, D] -> the same

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.rows import role
-from pacore_sched.plots import DPI, pyplot
+from pacore_sched.sim.plots import DPI, pyplot
 
 WIDTH, TALLEST = 7.6, 9.4  # inches: a page's width, and its height
 INK, GRID = "#333333", "#d9d9d9"

@@ -20,7 +20,7 @@ from bench.report.charts import (
     save,
 )
 from bench.report.rows import best, grouped, when
-from pacore_sched.plots import area_and_line
+from pacore_sched.sim.plots import area_and_line
 
 PARTS = ((BLUE, ""), (ORANGE, "//"), (GREEN, "\\\\"), (SKY, "xx"), (PINK, ".."), ("#F0E442", "--"))
 PARTS += (("#999999", "++"), (BROWN, ""))  # from the ninth on again from the first

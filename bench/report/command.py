@@ -19,7 +19,7 @@ from bench.report.rows import Measurements, name_of
 from bench.report.sections import SECTIONS, Block, Section
 from bench.report.tables import Table, skipped_lines
 from model.terminal import InputError, track
-from pacore_sched.plots import check_folder
+from pacore_sched.sim.plots import check_folder
 
 PAGE = "index.html"
 

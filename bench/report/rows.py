@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench import jsonl, rows
-from kernels._launch import IMPLS
+from kernels.runtime.dispatch import IMPLS
 from model.terminal import InputError
 
 JOBS = ("pacore", "photo", "vision", "engine_step", "packing", "replay", "scheduler_step")

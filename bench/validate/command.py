@@ -24,10 +24,10 @@ from bench.validate import fp64, histogram
 from bench.validate import model as validate_model
 from bench.validate.comparison import compared, fields, nothing
 from bench.validate.model import ModelCase, Work
-from kernels._launch import IMPLS, check_triton
 from kernels.errors import ImplError, one_line
+from kernels.runtime.dispatch import IMPLS, check_triton
 from model.terminal import InputError, track
-from pacore_sched.plots import check_folder
+from pacore_sched.sim.plots import check_folder
 
 RETURNED = {
     "prefix_attention": ("out", "lse"),

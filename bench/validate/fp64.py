@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case
-from kernels._views import Grid
 from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.grids import Grid
 
 Results = tuple[Tensor, ...]
 WORD = 2**32

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.validate.comparison import EDGES
-from pacore_sched.plots import pyplot
+from pacore_sched.sim.plots import pyplot
 
 COLUMNS, PANEL, DPI = 3, (4.6, 2.7), 110
 OUTER = np.concatenate([[EDGES[0] / 2], EDGES, [EDGES[-1] * 2]])

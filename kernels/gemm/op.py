@@ -1,0 +1,281 @@
+"""Linear layers and stride-2 convolutions of vision tokens as one Triton matrix product.
+
+    linear        out[i] = f(W x[i] + b)
+    convolution   3x3, stride 2, padding 1 on each view's grid, straight from its packed tokens
+
+Sums are fp32, rounded once after the bias; quick_gelu is applied to that rounded value, in fp32,
+and rounded again, as by F.linear and `quick_gelu` one after the other. Results go to rows of `out`
+in their order, or to those that `rows` names.
+
+The work is cut as cut.py says. If that cuts tiles, a second launch sums their parts in a fixed
+order, so that results do not change from run to run; the parts take a workspace in fp32 of at most
+two tiles per program: 33 MiB for tiles of 128 x 256 on 132 SMs.
+
+Tiles by rule, for 16 bits: of 128 x 256, which do 85 operations per byte that they read, where
+those of 64 x 256 do 51 and of 128 x 128 do 64; few rows take 64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.gemm.cut import cut_of
+from kernels.gemm.kernel import gemm_kernel, merge_stretches_kernel
+from kernels.runtime.dispatch import DTYPES, check, copyable
+from kernels.runtime.grids import Grid, tokens_of
+from kernels.runtime.tensor_cache import kept
+from kernels.runtime.tiles import Gpu, Tiles, gpu_of, tiles
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    quick_gelu: bool = False,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """f(x @ weight.T + bias): x [M, C], weight [N, C], bias [N] -> [M, N], or `out`.
+
+    out: [R, N], whose row rows[i] (int64 [M]) becomes result row i. Both or neither. That rows are
+    distinct and less than R is the caller's word: checking it would wait for the GPU.
+    Raises ValueError for shapes, dtypes, devices or memory layouts that do not fit.
+    """
+    check(x.ndim == 2 and weight.ndim == 2, "x and weight must have two axes")
+    check(weight.shape[1] == x.shape[1], f"weight must be [N, {x.shape[1]}] for x {list(x.shape)}")
+    check(weight.is_contiguous(), "weight must be contiguous")
+    return _launch(x, weight, bias, None, x.shape[0], quick_gelu, out, rows)
+
+
+def convolution(
+    x: Tensor,
+    grids: Sequence[Grid],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """3x3, stride 2, padding 1 on packed views: x [T, C], weight [N, C, 3, 3] -> [T', N], or `out`.
+
+    weight must be channels-last in memory; `out` and `rows` are as for `linear`.
+    Raises ValueError likewise.
+    """
+    tokens = tokens_of(grids)
+    check(x.ndim == 2 and x.shape[0] == tokens, f"x must be [{tokens}, C], as the grids say")
+    check(
+        weight.ndim == 4 and weight.shape[1:] == (x.shape[1], 3, 3),
+        f"weight must be [N, {x.shape[1]}, 3, 3], not {list(weight.shape)}",
+    )
+    by_tap = weight.permute(0, 2, 3, 1)
+    check(by_tap.is_contiguous(), "weight must be in torch.channels_last for impl 'triton'")
+    windows = windows_of(tuple(map(tuple, grids)), x.device)
+    return _launch(x, by_tap.flatten(1), bias, windows, windows.shape[1], False, out, rows)
+
+
+def check_placing(
+    x: Tensor, count: int, width: int, out: Tensor | None, rows: Tensor | None
+) -> None:
+    """Raise ValueError unless `count` results of so many columns can go to `rows` of out.
+
+    x: has their dtype and device.
+    """
+    check((out is None) == (rows is None), "out and rows come together or not at all")
+    if out is None:
+        return
+    check(out.ndim == 2 and out.shape[1] == width, f"out must be [R, {width}]")
+    check(out.stride(1) == 1, "out must have neighbouring columns (stride 1)")
+    check(
+        out.dtype == x.dtype and out.device == x.device,
+        f"out must be {x.dtype} on {x.device}",
+    )
+    check(
+        rows.dtype == torch.int64 and rows.shape == (count,) and rows.is_contiguous(),
+        f"rows must be int64 [{count}], without gaps",
+    )
+    check(rows.device == x.device, f"rows must be on {x.device}")
+
+
+def halved(grids: Sequence[Grid]) -> list[Grid]:
+    """The grids that a convolution leaves."""
+    return [(-(-rows // 2), -(-columns // 2)) for rows, columns in grids]
+
+
+@kept(64)
+def windows_of(grids: tuple[Grid, ...], device: torch.device) -> Tensor:
+    """Where each output's window lies: int32 [3, T'], kept for the last 64 batches of views.
+
+    Its first token (which may be outside, even negative), the columns of its view, and nine bits,
+    of which bit 3 a + b says whether tap (a, b) is inside.
+    """
+    of_one = {grid: _windows_of_one(grid) for grid in set(grids)}
+    tables, start = [torch.empty(3, 0, dtype=torch.int32)], 0
+    for rows, columns in grids:
+        table = of_one[rows, columns]
+        tables.append(table + torch.tensor([[start], [0], [0]], dtype=torch.int32))
+        start += rows * columns
+    return torch.cat(tables, dim=1).to(device)
+
+
+def _windows_of_one(grid: Grid) -> Tensor:
+    """`windows_of` a view alone, on the CPU."""
+    (rows, columns), [(out_rows, out_columns)] = grid, halved([grid])
+    row = 2 * torch.arange(out_rows)[:, None] - 1
+    column = 2 * torch.arange(out_columns) - 1
+    first, inside = row * columns + column, torch.tensor(0)
+    for tap in range(9):
+        at_row, at_column = row + tap // 3, column + tap % 3
+        valid = (at_row >= 0) & (at_row < rows) & (at_column >= 0) & (at_column < columns)
+        inside = inside | valid.long() << tap
+    return torch.stack([first, torch.full_like(first, columns), inside]).flatten(1).int()
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    windows: Tensor | None,
+    count: int,
+    quick_gelu: bool,
+    out: Tensor | None,
+    rows: Tensor | None,
+) -> Tensor:
+    """x [tokens, C], weight [N, taps * C]: `count` result rows."""
+    width, channels = weight.shape[0], x.shape[1]
+    _check_operands(x, weight, bias, count, out, rows)
+    if out is None:
+        out = x.new_empty(count, width)
+    if not count or not width:
+        return out
+    taps = 1 if windows is None else 9
+    chosen = _tiles_of(x, count, width, taps)
+    block_m, block_n, block_k = (chosen[f"block_{axis}"] for axis in "mnk")
+    cut = cut_of(
+        triton.cdiv(count, block_m),
+        triton.cdiv(width, block_n),
+        steps=taps * triton.cdiv(channels, block_k),
+        programs=gpu_of(x.device).sms * chosen["programs"],
+        overhead=chosen["overhead"],
+    )
+    result = {
+        "bias": bias,
+        "out": out,
+        "out_rows": rows,
+        "part": x.new_empty(cut.slots, block_m, block_n, dtype=torch.float32),
+        "rows": count,
+        "width": width,
+        "out_stride": out.stride(0),
+        "band": cut.band,
+        "whole": cut.whole,
+        "lanes": cut.lanes,
+        "share": cut.share,
+        "QUICK_GELU": quick_gelu,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    gemm_kernel[(cut.programs if cut.rest else min(cut.programs, cut.whole),)](
+        **_factors(x, weight, windows, chosen),
+        windows=windows,
+        a_stride=x.stride(0),
+        rest=cut.rest,
+        C=channels,
+        TAPS=taps,
+        BLOCK_K=block_k,
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
+        **result,
+    )
+    if cut.rest:
+        some = min(block_m, 8)
+        merge_stretches_kernel[(cut.rest, block_m // some)](
+            STEPS=cut.steps, ROWS=some, num_warps=4, **result
+        )
+    return out
+
+
+def _factors(x: Tensor, weight: Tensor, windows: Tensor | None, chosen: Tiles) -> dict:
+    """The kernel's arguments for both factors; with tma also descriptors of their blocks."""
+    m, n, k = (chosen[f"block_{axis}"] for axis in "mnk")
+    tma = bool(chosen["tma"]) and copyable(weight) and (windows is not None or copyable(x))
+    check(x.shape[1] % k == 0 or not tma, "tile choice tma: block_k must divide the channels")
+    return {
+        "a": x,
+        "w": weight,
+        "a_blocks": TensorDescriptor.from_tensor(x, [m, k]) if tma and windows is None else None,
+        "w_blocks": TensorDescriptor.from_tensor(weight, [n, k]) if tma else None,
+        "TMA": tma,
+    }
+
+
+def _tiles_of(x: Tensor, count: int, width: int, taps: int) -> Tiles:
+    """Tile choices for so many result rows of so many columns."""
+
+    def rule(gpu: Gpu) -> Tiles:
+        if x.dtype == torch.float32:  # no tensor cores: as much as registers hold
+            return _choice(64, 64, 16, num_warps=8, num_stages=2)
+        block_m = 64 if count <= 64 else 128
+        block_n = min(256, max(64, triton.next_power_of_2(width)))
+        warps = 8 if block_m * block_n > 128 * 128 else 4
+        buffers = gpu.shared_bytes // (2 * 64 * (block_m + block_n))
+        stages = min(4, buffers + (gpu.arch < 90))  # before, one stage needs no buffer
+        return _choice(block_m, block_n, 64, num_warps=warps, num_stages=stages)
+
+    few = triton.next_power_of_2(count)
+    size = f"M<={few}" if few <= 4096 else "M>4096"
+    kind = ("conv" if taps > 1 else "linear") + (" fp32" if x.dtype == torch.float32 else "")
+    return tiles("gemm", f"{size} N{width} C{x.shape[1]} {kind}", x.device, rule)
+
+
+def _choice(block_m: int, block_n: int, block_k: int, **others: int) -> Tiles:
+    """Tile choices, one program per SM unless said.
+
+    overhead  of cutting tiles, in steps of block_k: what writing and reading the parts costs
+    tma       1: the weight by tensor copies, and x too for a linear layer (sm_90), where rows
+              begin on 16 bytes
+    """
+    tile = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+    return tile | {"programs": 1, "overhead": 16, "tma": 0} | others
+
+
+def gemm_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """What `python -m bench tune` measures."""
+    if key.endswith("fp32"):
+        return [_choice(m, n, 16, num_warps=8, num_stages=2) for m, n in ((64, 64), (128, 64))]
+    new = gpu.arch >= 90
+    found = [
+        _choice(128, 256, 64, num_warps=8, num_stages=4),
+        _choice(128, 256, 64, num_warps=8, num_stages=3),
+        _choice(256, 128, 64, num_warps=8, num_stages=3),
+        _choice(128, 128, 64, num_warps=4, num_stages=3, programs=2),
+        _choice(128, 128, 32, num_warps=4, num_stages=5, programs=2),
+        _choice(64, 256, 64, num_warps=4, num_stages=3),
+        _choice(64, 128, 64, num_warps=4, num_stages=4, programs=2),
+    ]
+    found += [found[0] | {"overhead": n} for n in (8, 32)]
+    if new:
+        found += [one | {"tma": 1} for one in found[:3]]
+    return found
+
+
+def _check_operands(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    count: int,
+    out: Tensor | None,
+    rows: Tensor | None,
+) -> None:
+    check(x.dtype in DTYPES, f"x must be fp32, bf16 or fp16, not {x.dtype}")
+    check(x.stride(1) == 1 or x.shape[1] == 1, "x must have neighbouring channels (stride 1)")
+    width = weight.shape[0]
+    check(bias is None or bias.shape == (width,), f"bias must be [{width}]")
+    check_placing(x, count, width, out, rows)
+    for name, tensor in {"weight": weight, "bias": bias}.items():
+        check(
+            tensor is None or (tensor.dtype == x.dtype and tensor.device == x.device),
+            f"{name} must be {x.dtype} on {x.device} like x",
+        )

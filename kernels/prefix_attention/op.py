@@ -1,0 +1,227 @@
+"""Attention of a step's query rows over the prefix tree of paged KV.
+
+    out[r] = softmax(scale * q[r] K^T) V    over all tokens that row r sees (see prefix_plan.py)
+
+One op for decode, prefill, chunked prefill and their mixtures. The eager form gathers the whole KV
+of every sequence, as anyone would write it. The portable form reads each node once for all its rows
+and merges the partial results by log-sum-exp: the fast path of a CPU. The Triton form does the same
+in two launches on a GPU (schedule.py, kernel.py).
+
+Floor of a decode step: K and V of every token of the tree once, 2 * Hkv * D * itemsize bytes each.
+"""
+
+import math
+from inspect import unwrap
+
+import torch
+from torch import Tensor
+
+from kernels.prefix_attention.launch import prefix_attention_triton
+from kernels.prefix_plan import Part, PrefixPlan
+from kernels.runtime.dispatch import check, pick
+
+
+def prefix_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: PrefixPlan,
+    *,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    window: int = 0,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend q [T, Hq, D] to k_pages, v_pages [num_pages, Hkv, page_size, D] as `plan` says.
+
+    Hq is a multiple of Hkv; query head h reads KV head h // (Hq / Hkv). Softmax and sums are fp32,
+    the result has q's dtype. A row that sees no token gives zeros. With `return_lse` also
+    log(sum(exp(scale * q k))), natural base, fp32 [T, Hq], -inf for such a row.
+
+    scale: positive
+    k_scale, v_scale: fp32 [num_pages, Hkv, page_size] with pages of float8_e4m3fn (runtime/fp8.py),
+    else
+        None
+    window: a row sees at most so many of its sequence's last tokens, its own included; 0 is all
+    batch_invariant: a row's bits depend on its own path alone, not on what else is in the batch;
+        the Triton form only. The path's division into nodes must be the same. Its workspace grows
+        with rows and length, to gigabytes for a long prefill: one partial per chunk
+
+    Raises ValueError for shapes, dtypes, strides and devices that do not fit together or the plan.
+    """
+    check(q.ndim == 3, "q must be [T, Hq, D]")
+    check(q.shape[0] == plan.num_rows, f"the plan is for {plan.num_rows} rows, not {q.shape[0]}")
+    check(scale > 0, f"scale must be positive, not {scale}")
+    check_pages(q, q.shape[1], k_pages, v_pages, k_scale, v_scale, plan, window)
+    check(q.shape[2] == k_pages.shape[3], "q and pages must have the same head_dim")
+    forms = {"eager": prefix_attention_ref, "portable": prefix_attention_portable}
+    forms["triton"] = prefix_attention_triton
+    form = pick("prefix_attention", impl, q.device, forms)
+    options = {"k_scale": k_scale, "v_scale": v_scale, "window": window}
+    if batch_invariant:
+        offered = unwrap(form) is prefix_attention_triton  # in a span, maybe
+        check(offered, "batch_invariant: only impl 'triton' offers it")
+        options["batch_invariant"] = True
+    out, lse = form(q, k_pages, v_pages, plan, scale, **options)
+    return (out, lse) if return_lse else out
+
+
+def prefix_attention_ref(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: PrefixPlan,
+    scale: float,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    window: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The definition: for each run of rows with one path, gather the path's KV and attend to it."""
+    out = torch.zeros_like(q)
+    lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
+    group = q.shape[1] // k_pages.shape[1]
+    for start, end, path in plan.sequences:
+        index = torch.arange(start, end, device=q.device)[:, None]
+        keys, values, masks = [], [], []
+        for node in path:
+            pages = torch.tensor(node.pages, dtype=torch.long, device=q.device)
+            for parts, source, scales in ((keys, k_pages, k_scale), (values, v_pages, v_scale)):
+                kv = source[pages].float()
+                kv = kv if scales is None else kv * scales[pages][..., None]
+                kv = kv.transpose(0, 1).flatten(1, 2)[:, : node.kv_len]
+                parts.append(kv.repeat_interleave(group, dim=0))  # [Hq, kv_len, D]
+            token = torch.arange(node.kv_len, device=q.device)
+            masks.append(token <= node.kv_len - node.num_new + index - node.row_start)
+        seen = torch.cat(masks, dim=1)  # [rows, tokens]
+        if window:
+            age = seen.flip(1).cumsum(1).flip(1)  # 1 for the last token that the row sees
+            seen = seen & (age <= window)
+        rows = q[start:end].transpose(0, 1).float()  # [Hq, rows, D]
+        scores = rows @ torch.cat(keys, dim=1).transpose(1, 2) * scale
+        scores = scores.masked_fill(~seen, -math.inf)
+        result = scores.softmax(dim=-1) @ torch.cat(values, dim=1)
+        out[start:end] = result.transpose(0, 1).to(q.dtype)
+        lse[start:end] = scores.logsumexp(dim=-1).transpose(0, 1)
+    return out, lse
+
+
+def prefix_attention_portable(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: PrefixPlan,
+    scale: float,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    window: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Every node once for all its rows; partial results merged by log-sum-exp in fp32."""
+    out = torch.zeros_like(q, dtype=torch.float32)
+    lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
+    # One buffer for all parts' K and V: fresh memory costs more than the copy into it.
+    size = max((part.pages.numel() for part in plan.parts), default=0) * k_pages[0].numel()
+    buffers = k_pages.new_empty(2, size)
+    for part in plan.parts:
+        k = _gather(k_pages, k_scale, buffers[0], part)
+        v = _gather(v_pages, v_scale, buffers[1], part)
+        oldest = plan.row_position[part.rows] - (window - 1) if window else None
+        _merge(out, lse, part.rows, *_attend(q, k, v, part, scale, oldest))
+    return out.to(q.dtype), lse
+
+
+def _gather(pages: Tensor, scales: Tensor | None, buffer: Tensor, part: Part) -> Tensor:
+    """A part's K or V, fp32 [Hkv * n, tokens, D], in `buffer` if that is fp32."""
+    _, kv_heads, page_size, dim = pages.shape
+    head = torch.arange(kv_heads, device=pages.device)[:, None, None]
+    tiles = (part.pages * kv_heads + head).flatten()  # one head's page each
+    out = buffer[: tiles.numel() * page_size * dim].view(-1, page_size * dim)
+    if scales is None:
+        torch.index_select(pages.view(-1, page_size * dim), 0, tiles, out=out)
+        return out.view(kv_heads * len(part.pages), -1, dim).float()
+    values = pages.view(-1, page_size, dim)[tiles].float()
+    values *= scales.view(-1, page_size)[tiles][..., None]
+    return values.view(kv_heads * len(part.pages), -1, dim)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float, oldest: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Partial attention of a part's rows: out [n, m, Hq, D] and lse [n, m, Hq], fp32."""
+    (n, m), heads, (_, tokens, dim) = part.rows.shape, q.shape[1], k.shape
+    kv_heads = len(k) // n
+    rows = q[part.rows].float().mul_(scale).view(n, m, kv_heads, -1, dim)
+    rows = rows.permute(2, 0, 1, 3, 4).reshape(kv_heads * n, -1, dim)  # m * Hq/Hkv rows each
+    scores = rows @ k.transpose(1, 2)
+    by_token = scores.view(kv_heads, n, m, -1, tokens)
+
+    if part.least_visible < tokens:
+        token = torch.arange(part.least_visible, tokens, device=q.device)
+        hidden = token >= part.visible[:, :, None]  # [n, m, tokens that some row does not see]
+        by_token[..., part.least_visible :].masked_fill_(hidden[None, :, :, None], -math.inf)
+        # What lies behind a node's last token may be anything, NaN included: keep it out of P V.
+        rest = v.view(kv_heads, n, tokens, dim)[:, :, part.least_visible :]
+        rest.masked_fill_(hidden.all(1)[None, :, :, None], 0.0)
+    if oldest is not None:  # the place in the sequence from which on a row sees [n, m]
+        place = part.start[:, None, None] + torch.arange(tokens, device=q.device)
+        by_token.masked_fill_((place < oldest[..., None])[None, :, :, None], -math.inf)
+    # A row may see nothing of these pages: its maximum is -inf, and must not make exp(NaN).
+    top = scores.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    out = (weights @ v).div_(total.clamp_min(torch.finfo(torch.float32).tiny))
+    lse = top.add_(total.log())
+
+    def by_row(x: Tensor) -> Tensor:
+        return x.view(kv_heads, n, m, heads // kv_heads, -1).permute(1, 2, 0, 3, 4)
+
+    return by_row(out).reshape(n, m, heads, dim), by_row(lse).reshape(n, m, heads)
+
+
+def _merge(out: Tensor, lse: Tensor, rows: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
+    """Fold one partial result into the running ones, in place: a convex combination by exp(lse)."""
+    old_lse = lse[rows]
+    merged = torch.logaddexp(old_lse, new_lse)
+    # Nothing seen so far and nothing now: both weights are 0, not exp(-inf + inf).
+    base = merged.clamp_min(torch.finfo(torch.float32).min)
+    old_weight = (old_lse - base).exp_()[..., None]
+    new_weight = (new_lse - base).exp_()[..., None]
+    out[rows] = out[rows] * old_weight + new_out * new_weight
+    lse[rows] = merged
+
+
+def check_pages(
+    q: Tensor,
+    heads: int,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    plan: PrefixPlan,
+    window: int,
+) -> None:
+    """What attention asks of everything but Q itself, which q stands for by dtype and device."""
+    check(k_pages.ndim == 4 and k_pages.shape == v_pages.shape, "pages must be two [P, Hkv, S, D]")
+    check(k_pages.is_contiguous() and v_pages.is_contiguous(), "pages must be contiguous")
+    check(heads % k_pages.shape[1] == 0, "query heads must be a multiple of KV heads")
+    check(k_pages.shape[0] == plan.num_pages, f"the plan is for {plan.num_pages} pages")
+    check(k_pages.shape[2] == plan.page_size, f"the plan is for pages of {plan.page_size} tokens")
+    check(plan.kv_len.device == q.device, f"the plan must be on {q.device} like q")
+    check(window >= 0, f"window must be 0 (off) or a number of tokens, not {window}")
+    fp8 = k_pages.dtype == torch.float8_e4m3fn
+    check(k_pages.dtype == v_pages.dtype, "k_pages and v_pages must have one dtype")
+    check(fp8 or k_pages.dtype == q.dtype, f"pages must be {q.dtype} like q, or float8_e4m3fn")
+    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
+        check((scales is not None) == fp8, f"{name} goes with pages of float8_e4m3fn, and only so")
+        if scales is not None:
+            shape = list(k_pages.shape[:3])
+            check(list(scales.shape) == shape, f"{name} must be {shape}, not {list(scales.shape)}")
+            fits = scales.dtype == torch.float32 and scales.is_contiguous()
+            check(fits, f"{name} must be fp32 and contiguous")
+    given = {"k_pages": k_pages, "v_pages": v_pages, "k_scale": k_scale, "v_scale": v_scale}
+    for name, tensor in given.items():
+        check(tensor is None or tensor.device == q.device, f"{name} must be on {q.device} like q")

@@ -1,0 +1,333 @@
+"""How the work of prefix attention is cut up so that every SM gets the same share of it.
+
+A node's rows times the query heads of one KV head are cut into row tiles of at most M query
+vectors, M of two sizes: nodes of few rows do not pay for the larger one. A tile that has to attend
+to n grains (of `grain` tokens) of its node takes overhead + n places on a line, which holds the
+tiles of the larger M for every KV head, then those of the smaller one. Each of P persistent
+programs takes an equal stretch of the line (stream-K), wherever that begins and ends: the work is
+balanced to within one grain by construction, for one long prefix, for ragged suffixes and for a
+thousand small nodes alike, and a tile is split only where a stretch ends. If the tiles of the
+smaller M have a launch of their own, either size has a line and programs to itself.
+
+The program that works on a tile leaves its partial result in the slot
+
+    slot = head * tiles + tile + program
+
+of the tile's size, which no other pair of tile and program has: along the line at least one of the
+two grows from each partial to the next. A row's output merges the slots of its tiles, one for each
+node on its path; which programs those are follows from the prefix sums of the places.
+
+In the batch-invariant mode a grain is a chunk cut at multiples of `grain` tokens of the node, and
+leaves a partial of its own, in the slot that is its place on the line: a row's numbers are then
+those of its own path alone.
+
+All that depends on lengths is computed on the device, by one small launch per step for all layers,
+or two where programs find their pieces written down (pieces.py): when lengths advance there,
+a captured CUDA graph needs nothing from the host. What a padded plan's schedule has room for is all
+that its capacity allows, behind the tiles of either size are empty ones without a place on the
+line, and a refilled plan refills it.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.prefix_attention.check import faults_of, raise_fault
+from kernels.prefix_attention.pieces import pieces_kernel
+from kernels.prefix_attention.records import (
+    ALONE,
+    EDGE,
+    END,
+    FLAGS,
+    GRAIN_START,
+    NODE_START,
+    PAGE_START,
+    PIECE,
+    RECORD,
+    ROW,
+    ROWS,
+    WRITES,
+)
+from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.staging import Packed
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a schedule depends on besides the plan."""
+
+    kv_heads: int
+    group: int  # query heads per KV head
+    sizes: tuple[int, int]  # M of the larger and the smaller row tiles; 0 for a size not in use
+    grain: int  # tokens
+    overhead: int  # of a tile, in grains
+    programs: int
+    window: int = 0  # tokens that a row sees at most, itself included; 0 is all
+    invariant: bool = False
+    pieces: bool = False  # whether each program's pieces are written down
+    small_programs: int = 0  # of the smaller tiles' own launch and line; 0: one for both sizes
+
+    def programs_of(self, size: int) -> int:
+        """How many share the tiles of a size."""
+        return self.small_programs if size and self.small_programs else self.programs
+
+    def size_of(self, rows: int) -> int:
+        """Which of the two sizes a node of so many rows is cut by."""
+        small = self.sizes[1]
+        return int(bool(small) and (rows * self.group <= small or not self.sizes[0]))
+
+
+class Schedule:
+    """A plan's tiles and, as of the last `update`, every program's share of them."""
+
+    def __init__(self, plan: PrefixPlan, cut: Cut) -> None:
+        self.plan, self.cut = plan, cut
+        self.counts = _most_tiles(plan, cut)  # of each size
+        self.slots = _slots(plan, cut, self.counts)  # of partial results, for each size
+        count, device = sum(self.counts), plan.kv_len.device
+        shapes = {"tiles": (count, RECORD.value), "node_of_tile": (count,)}
+        shapes["row_tiles"] = (plan.num_rows, plan.levels)
+        self._packed = Packed(shapes, device=device)
+        self.tiles = self._packed.tensors["tiles"]
+        self.node_of_tile = self._packed.tensors["node_of_tile"]
+        self.row_tiles = self._packed.tensors["row_tiles"]  # -1 where a path is shorter
+        empty = partial(torch.empty, dtype=torch.int32, device=device)
+        self.starts = empty(count + 1)  # prefix sums of places
+        self.stretch = empty(2)  # places of one program, for each size
+        self.first_tile = empty(2, max(cut.programs, cut.small_programs))
+        # First the pieces that programs begin with, then all others: a place for every slot.
+        first = cut.programs_of(0) + cut.programs_of(1)
+        self.pieces = empty(first + sum(self.slots) if cut.pieces else 0, PIECE.value)
+        self.refill()
+
+    def refill(self) -> None:
+        """Cut up the plan's nodes as they are now, in the same tensors."""
+        self._packed.fill(_lay_out(self.plan, self.cut, self.counts))
+        self.update()
+
+    @property
+    def line(self) -> dict[str, Tensor | int]:
+        """What both launches of prefix attention take of it."""
+        return {
+            "tiles": self.tiles,
+            "starts": self.starts,
+            "stretch": self.stretch,
+            "large": self.counts[0],
+            "small": self.counts[1],
+            "large_slots": self.slots[0],
+            "overhead": self.cut.overhead,
+        }
+
+    def update(self) -> None:
+        """Lay the line anew from the plan's lengths on the device: no host work."""
+        plan, cut = self.plan, self.cut
+        schedule_kernel[(1,)](
+            self.tiles,
+            self.node_of_tile,
+            self.starts,
+            self.stretch,
+            self.first_tile,
+            plan.kv_len,
+            plan.row_start,
+            plan.causal_offset,
+            plan.row_position if cut.window else plan.kv_len,
+            self.counts[0],
+            sum(self.counts),
+            cut.programs_of(0),
+            cut.programs_of(1),
+            cut.grain,
+            cut.overhead,
+            KV_HEADS=cut.kv_heads,
+            WINDOW=cut.window,
+            SPLIT=bool(cut.small_programs),
+            BLOCK=256,
+            num_warps=8,
+        )
+        if cut.pieces:
+            self.write_pieces()
+
+    def write_pieces(self) -> None:
+        """Write down what each program does, as the line has it."""
+        cut = self.cut
+        most = self.first_tile.shape[1]
+        faults = faults_of(2 * most, self.pieces.device)
+        pieces_kernel[(triton.cdiv(most, 32), 2)](
+            self.pieces,
+            first_tile=self.first_tile,
+            large_programs=cut.programs_of(0),
+            small_programs=cut.programs_of(1),
+            grain=cut.grain,
+            KV_HEADS=cut.kv_heads,
+            SIZES=cut.sizes,
+            INVARIANT=cut.invariant,
+            SPLIT=bool(cut.small_programs),
+            BLOCK=32,
+            faults=faults,
+            num_warps=1,
+            **self.line,
+        )
+        raise_fault(faults)
+
+
+def schedule_of(plan: PrefixPlan, cut: Cut) -> Schedule:
+    """The plan cut up, made when first asked for."""
+    if cut not in plan.schedules:
+        plan.schedules[cut] = Schedule(plan, cut)
+    return plan.schedules[cut]
+
+
+Tile = tuple[int, int, int]  # node, first row, rows
+
+
+def _tiles_of_size(plan: PrefixPlan, cut: Cut, size: int) -> list[Tile]:
+    tiles = []
+    for index, node in enumerate(plan.nodes):
+        rows = node.row_end - node.row_start
+        if rows and cut.size_of(rows) == size:
+            step = cut.sizes[size] // cut.group
+            tiles += [
+                (index, row, min(step, node.row_end - row))
+                for row in range(node.row_start, node.row_end, step)
+            ]
+    return tiles
+
+
+def _most_tiles(plan: PrefixPlan, cut: Cut) -> list[int]:
+    """Tiles of each size: those of the plan, or of any that a padded plan can be filled with."""
+    if plan.capacity is None:
+        return [len(_tiles_of_size(plan, cut, size)) for size in (0, 1)]
+    rows, levels = plan.capacity.rows, plan.capacity.levels
+    large, small = (size // cut.group for size in cut.sizes)  # rows of a tile
+    if not large:
+        return [0, rows * levels]
+    # A level's nodes share its rows. Those cut by the larger size have more than `small` each, so
+    # that there are few, and of each but one tile is not full; leaves are not among them.
+    nodes = rows // (small + 1)
+    return [(levels - bool(small)) * (nodes + rows // large), rows * levels if small else 0]
+
+
+def _slots(plan: PrefixPlan, cut: Cut, counts: list[int]) -> list[int]:
+    if not cut.invariant:
+        return [cut.kv_heads * counts[size] + cut.programs_of(size) for size in (0, 1)]
+    if plan.capacity:
+        raise ValueError("the batch-invariant mode has no schedule for padded plans")
+    # As many as the tiles can grow to have grains.
+    grains = [-(-len(node.pages) * plan.page_size // cut.grain) for node in plan.nodes]
+    tiles = [_tiles_of_size(plan, cut, size) for size in (0, 1)]
+    return [cut.kv_heads * sum(grains[node] for node, _, _ in of_size) for of_size in tiles]
+
+
+def _lay_out(plan: PrefixPlan, cut: Cut, counts: list[int]) -> dict[str, np.ndarray]:
+    """Each tile's record and node, and each row's tiles from the root down."""
+    padded = []
+    empty = (len(plan.kv_len) - 1, 0, 0)  # a padded plan's last node is empty
+    for size, count in enumerate(counts):
+        tiles = _tiles_of_size(plan, cut, size)
+        padded += tiles + [empty] * (count - len(tiles))
+    node, row, rows = np.array(padded, int).reshape(-1, 3).T
+    # One entry for each row of each tile.
+    tile = np.repeat(np.arange(len(node)), rows)
+    entry_row = np.arange(len(tile)) + (row - np.cumsum(rows) + rows)[tile]
+    of_nodes = np.zeros((4, len(plan.kv_len)), int)
+    of_nodes[:, : len(plan.nodes)] = (
+        plan.depths,
+        plan.node_starts,
+        np.cumsum([0, *(len(n.pages) for n in plan.nodes)])[:-1],
+        [n.row_start + n.num_new for n in plan.nodes],
+    )
+    depth, node_start, page_start, end_of_new = of_nodes[:, node]
+    row_tiles = np.full((plan.num_rows, plan.levels), -1)
+    row_tiles[entry_row, depth[tile]] = tile
+    shared = (row_tiles >= 0).sum(1) > 1
+    alone = np.bincount(tile, shared[entry_row], minlength=len(node)) == 0
+    records = np.zeros((len(node), RECORD.value), int)
+    records[:, ROW.value], records[:, ROWS.value] = row, rows
+    records[:, PAGE_START.value], records[:, NODE_START.value] = page_start, node_start
+    records[:, FLAGS.value] = ALONE.value * alone + WRITES.value * (row < end_of_new)
+    return {"tiles": records, "node_of_tile": node, "row_tiles": row_tiles}
+
+
+@triton.jit(
+    do_not_specialize=["large", "count", "large_programs", "small_programs", "grain", "overhead"]
+)
+def schedule_kernel(
+    tiles,  # int32 [tiles, RECORD]
+    node_of_tile,
+    starts,  # int32 [tiles + 1]
+    stretch,  # int32 [2]
+    first_tile,  # int32 [2, programs of the launch that has more]
+    kv_len,
+    row_start,
+    causal_offset,
+    row_position,  # int32 [T], read if there is a window
+    large,  # tiles of the larger size, which come first
+    count,  # all tiles
+    large_programs,
+    small_programs,
+    grain,
+    overhead,
+    KV_HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,  # a line for either size, with programs of its own
+    BLOCK: tl.constexpr,
+):
+    """One program: what each tile sees, prefix sums of the places, where each stretch begins."""
+    total = 0
+    tl.store(starts, 0)
+    for at in range(0, count, BLOCK):
+        tile = at + tl.arange(0, BLOCK)
+        live = tile < count
+        record = tiles + tile * RECORD
+        node = tl.load(node_of_tile + tile, mask=live, other=0)
+        row = tl.load(record + ROW, mask=live, other=0)
+        rows = tl.load(record + ROWS, mask=live, other=0)
+        edge = tl.load(causal_offset + node) - tl.load(row_start + node) + 1
+        end = tl.maximum(tl.minimum(tl.load(kv_len + node), edge + row + rows - 1), 0)
+        first = tl.zeros_like(end)
+        if WINDOW:
+            oldest = tl.full([BLOCK], 2147483647, tl.int32)
+            for i in range(0, tl.max(rows, 0)):
+                inside = live & (i < rows)
+                at_row = tl.load(row_position + row + i, mask=inside, other=2147483647)
+                oldest = tl.minimum(oldest, at_row)
+            node_start = tl.load(record + NODE_START, mask=live, other=0)
+            first = tl.maximum(oldest - (WINDOW - 1) - node_start, 0) // grain
+        tl.store(record + GRAIN_START, first, mask=live)
+        tl.store(record + END, end, mask=live)
+        tl.store(record + EDGE, edge, mask=live)
+        grains = tl.maximum((end + grain - 1) // grain - first, 0)
+        places = tl.where(live & (grains > 0), grains + overhead, 0)
+        tl.store(starts + tile + 1, total + tl.cumsum(places, 0), mask=live)
+        total += tl.sum(places, 0)
+    tl.debug_barrier()  # what follows reads `starts` back
+
+    middle = tl.load(starts + large)
+    most = tl.maximum(large_programs, small_programs)
+    for size in tl.static_range(2):
+        programs = small_programs if size else large_programs
+        low = large if size else 0
+        begin = middle if size else 0
+        length = (total - middle) if size else middle  # of one KV head's part of the line
+        line = KV_HEADS * (length if SPLIT else total)
+        share = tl.maximum((line + programs - 1) // programs, 1)
+        tl.store(stretch + size, share)
+        for at in range(0, programs, BLOCK):
+            program = at + tl.arange(0, BLOCK)
+            place = program * share
+            if not SPLIT:
+                place = tl.maximum(place - KV_HEADS * begin, 0)
+            place = begin + tl.minimum(place, KV_HEADS * length) % tl.maximum(length, 1)
+            # The tile that holds `place` is the first one to end behind it: bisection.
+            tile = tl.zeros_like(program) + low
+            last = tl.zeros_like(program) + (count if size else large)
+            while tl.max(last - tile, 0) > 0:
+                between = (tile + last) // 2
+                behind = tl.load(starts + between + 1, mask=between < count, other=0) > place
+                last = tl.where((tile < last) & behind, between, last)
+                tile = tl.where((tile < last) & ~behind, between + 1, tile)
+            tl.store(first_tile + size * most + program, tile - low, mask=program < programs)

@@ -1,0 +1,156 @@
+"""How prefix attention cuts its work: tile choices by class of inputs, and what to tune among.
+
+block       tokens of K and V at a time, of one page
+num_warps, num_stages
+programs    persistent programs per SM
+grain       tokens that a stretch is cut by; of the batch-invariant mode, of a chunk
+overhead    of starting on a tile, in grains
+tma         1: whole blocks by tensor copies (sm_90), if grain is a multiple of block
+ahead       1: the page of the next block waits in a register; 0: each block looks up its own, and
+            the look-up takes a stage of the pipeline
+pieces      1: the schedule writes a record of each program's every piece; 0: programs walk the line
+split       1: with pieces, tiles of the smaller size have a line and a launch of their own, with as
+            many programs as they have alone
+steady      1: blocks that all rows see whole have a loop of their own, without masks
+pdl         1: attention and merge start while the kernel before them ends (runtime/pdl.py, sm_90)
+fp16        of e4m3. 1: products in fp16, which holds e4m3 exactly; 0: in q's dtype
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.tiles import Gpu, Tiles, tiles
+
+OP = "prefix_attention"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of inputs with tile choices of its own."""
+
+    dim: int
+    large: int  # M of the larger row tiles, 0 for none
+    small: int
+    fp8: bool = False
+    invariant: bool = False
+    fused: bool = False
+
+    @staticmethod
+    def of(
+        plan: PrefixPlan, group: int, dim: int, *, fp8: bool, invariant: bool, fused: bool
+    ) -> "Kind":
+        """The class of a plan, `group` query heads to a KV head.
+
+        16 is the least M of a tensor-core product, 64 that of wgmma: 16 rollouts of 4 heads fill
+        it. 128 vectors of head_dim 256 and their fp32 sums do not fit the registers. A size that
+        the plan has no use for is not compiled in. The batch-invariant mode has one size, whatever
+        is in the batch.
+        """
+        largest = 128 if dim < 256 else 64
+        if invariant:
+            return Kind(dim, 64 if group <= 64 else largest, 0, fp8, invariant, fused)
+        least, most = (group * rows for rows in plan.row_counts)
+        both = dim < 256 or most <= 16  # of head_dim 256 two sizes do not fit the registers either
+        small = 16 if both and group <= 16 and 0 < least <= 16 else 0
+        large = 0 if small and most <= 16 else 64 if max(most, group) <= 64 else largest
+        return Kind(dim, large, small, fp8, invariant, fused)
+
+    @property
+    def key(self) -> str:
+        """Its name in the tables, as in "D128 M64+16 fp8"."""
+        names = [name for name in ("fp8", "invariant", "fused") if getattr(self, name)]
+        return " ".join([f"D{self.dim}", f"M{self.large}+{self.small}", *names])
+
+    @staticmethod
+    def from_key(key: str) -> "Kind":
+        """The class that `key` names."""
+        dim, sizes, *names = key.split()
+        large, small = map(int, sizes[1:].split("+"))
+        return Kind(int(dim[1:]), large, small, **dict.fromkeys(names, True))
+
+    def choose(self, device: torch.device) -> Tiles:
+        """Its tile choices, from the GPU's table or by rule."""
+        return tiles(OP, self.key, device, self.rule)
+
+    def choose_small(self, device: torch.device) -> Tiles:
+        """Those of the smaller tiles' own launch, as of a class that has no others.
+
+        What is tried out for this class is not meant for them.
+        """
+        small = replace(self, large=0)
+        return tiles(OP, small.key, device, small.rule, overridden=False)
+
+    def rule(self, gpu: Gpu) -> Tiles:
+        """Choices without measurements: as much in flight as fits, and no register spilled.
+
+        Where 64 tokens at a time would spill, 32 in more stages keep as much in flight; where an SM
+        has one program of 128 vectors, so do more stages. `ahead` costs a buffer more than it has
+        room for on sm_80 beside a second program, and registers that fused e4m3 does not have;
+        `pieces` costs some that the fused form of small tiles alone does not have.
+        Loops of their own for steady blocks fill the pipeline twice: only for 128 vectors, which
+        compute for longer than they wait. `python -m profiles static` shows what the compiler makes
+        of it.
+        """
+        old, wide = gpu.arch < 90, self.dim == 256 or self.large == 128
+        half = (old or self.fp8) if self.dim == 256 else old and wide and self.fp8
+        warps = 8 if wide or old and (self.fp8 or self.fused) else 4
+        ahead = not (self.fused and (self.fp8 or old and self.large == 128))
+        ahead = ahead and not (old and self.large == 64 and warps == 4)
+        lean = self.fused and not (self.large or self.fp8 or old)
+        stages = 5 if half or self.large == 128 else 2 if self.dim == 256 else 3
+        if ahead and (self.fp8 or self.dim == 256):
+            stages = min(stages, 4)
+        return {
+            "block": 32 if half else 64,
+            "num_warps": warps,
+            "num_stages": stages,
+            "programs": 1 if warps == 8 else 2 if self.large or old else 3,  # that are resident
+            "grain": 256 if self.invariant else 16,
+            "overhead": 0 if self.invariant else 2,
+            "tma": 0,
+            "ahead": int(ahead),
+            "pieces": int(not lean),
+            "split": 0,
+            "pdl": 0,
+            "steady": int(self.large == 128 and not self.fp8),
+            **({"fp16": 0} if self.fp8 else {}),
+        }
+
+    def fuses(self) -> bool:
+        """Whether a decode step takes the fused form, by rule: where that fits the registers."""
+        return not self.fp8 or (self.dim < 256 and self.large < 128)
+
+
+def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """What `python -m bench tune` measures for inputs of class `key`: the rule, then its kin."""
+    kind = Kind.from_key(key)
+    rule = kind.rule(gpu)
+    kin = [{"programs": n} for n in (1, 2, 3, 4)]
+    tight = kind.fused and (kind.fp8 or not kind.large)  # more, or fewer stages, would spill
+    spills = kind.invariant and kind.fp8
+    kin += (
+        []
+        if tight
+        else [{"num_stages": n} for n in ((3,) if kind.dim == 256 or spills else (3, 5))]
+    )
+    if kind.invariant:
+        kin += [{"grain": n} for n in (128, 512)]
+    else:
+        kin += [{"grain": 64}, {"overhead": 0}, {"overhead": 6}]
+    # What the fused form has no registers for stays off.
+    off = {name for name in ("ahead", "pieces") if kind.fused and not rule[name]}
+    if kind.fused and kind.fp8:
+        off = {"ahead", "steady"} if gpu.arch >= 90 else set()
+    kin += [{name: 1 - rule[name]} for name in ("ahead", "steady", "pieces") if name not in off]
+    kin += [{"split": 1}] if kind.large and kind.small and not kind.fused else []
+    if kind.fp8:  # with more in flight it spills, on sm_90; fused, with four warps in any case
+        kin += [
+            {"fp16": 1, "num_warps": 8, "programs": 1} if kind.fused else {"fp16": 1, "ahead": 0}
+        ]
+    kin += [{"pdl": 1}] if gpu.arch >= 90 else []
+    if gpu.arch >= 90 and not tight and not spills:
+        kin += [{"tma": 1, "grain": max(64, rule["grain"])}]
+    candidates = [rule, *(rule | change for change in kin)]
+    return [one for at, one in enumerate(candidates) if one not in candidates[:at]]

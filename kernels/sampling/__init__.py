@@ -1,0 +1,10 @@
+"""Sampling token ids from logits: temperature, top-k, top-p, counted random numbers."""
+
+from kernels.sampling.op import SampleOutput, philox4x32, sample, sample_ref
+
+__all__ = [
+    "SampleOutput",
+    "philox4x32",
+    "sample",
+    "sample_ref",
+]

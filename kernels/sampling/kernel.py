@@ -1,0 +1,372 @@
+"""The Triton form of `sample`: no sort, no synchronisation, the same launches for every input.
+
+Rows are split over programs, one per BLOCK tokens:
+
+    scan   the only read of the logits from HBM: each block's largest logit and sum of exponentials,
+           and without truncation its token of the largest score at once
+    cut    (with truncation) one program per row finds the least probable z that is kept
+    draw   (with truncation) each block's token of the largest score among those that are kept
+    pick   one program per row: the best block's token and its log-probability, to wherever the
+           next step reads them
+
+`cut` reads little: the largest logits of groups of 64 tokens, which `scan` leaves behind, are
+logits themselves, so what they alone reach bounds the cut, and groups whose largest logit is beyond
+that bound are never looked at. It is exact whatever the logits are; a flat row with top_p alone has
+no such groups and takes a dozen passes over the row, which L2 holds.
+
+What of a row is computed, and in which order it is added up, depends on its logits and on BLOCK
+alone: its token and log-probability are the same bits in every batch and every slot.
+
+The token may differ from `sample_ref`'s, which rounds to fp32 as well,
+  - if two scores are within 2^-19 * max(1, |z|, |noise|) of each other: each is off by a few ulp of
+    its terms, and the winner of a block is found with z from the block's largest logit;
+  - if top_p is within 2^-19 of the probability that it is compared with: the exponentials' error
+    and that of sums, in fp32 within a thread and a block and in fp64 beyond.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.sampling.noise import gumbel, perturbed_argmax, random_words
+
+GROUP = tl.constexpr(64)  # tokens that share one entry of `maxima`
+INFINITY = tl.constexpr(0x7F800000)  # the bits of fp32 infinity
+VANISHED = tl.constexpr(0x42D00000)  # of 104: exp(-104) is 0 in fp32
+
+
+@triton.jit
+def load_logits(row_logits, tokens, mask):
+    """Logits in fp32, -inf where masked."""
+    return tl.load(row_logits + tokens, mask, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def exp(x):
+    """exp(x) for x <= 0; tl.exp also takes care of subnormal results, for half as much again."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def row_total(sums, mask, of_block, peak):
+    """The sum of exp(x - peak) over the row; NaN if it holds NaN or +inf, or only -inf."""
+    return tl.sum(tl.load(sums, mask, other=0.0) * exp(of_block - peak), axis=0)
+
+
+@triton.jit
+def depth(x, peak, inverse):
+    """How far z is below 0, as bits, which are ordered like it: from 0 to INFINITY."""
+    return tl.abs((x - peak) * inverse).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def sample_scan_kernel(
+    logits,  # [B, V]
+    seeds,  # int64 [B]
+    positions,  # int64 [B]
+    peaks,  # fp32 [B, blocks]: the largest logit of each block
+    sums,  # fp32 [2, B, blocks]: of exp(x - peak), NaN if one is; of exp((x - peak) / temperature)
+    maxima,  # fp32 [B, blocks, BLOCK / GROUP], with TRUNCATED
+    winners,  # int32 [B, blocks], without
+    vocab,
+    stride,
+    seed_stride,
+    position_stride,
+    inverse,  # of the temperature
+    blocks,
+    size,  # B * blocks
+    BLOCK: tl.constexpr,
+    GREEDY: tl.constexpr,
+    TRUNCATED: tl.constexpr,
+    TEMPERED: tl.constexpr,  # whether the second sum is wanted
+):
+    cell = tl.program_id(0)
+    row, block = cell // blocks, cell % blocks
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    x = load_logits(logits + row.to(tl.int64) * stride, tokens, tokens < vocab)  # [BLOCK]
+    peak = tl.max(x, axis=0)
+    below = x - tl.where(peak == -float("inf"), 0.0, peak)
+    tl.store(peaks + cell, peak)
+    tl.store(sums + cell, tl.sum(exp(below), axis=0))
+    if TEMPERED:
+        tl.store(sums + size + cell, tl.sum(exp(below * inverse), axis=0))
+    if TRUNCATED:
+        groups = tl.arange(0, BLOCK // GROUP)
+        grouped = tl.max(tl.reshape(x, [BLOCK // GROUP, GROUP]), axis=1)
+        tl.store(maxima + cell.to(tl.int64) * (BLOCK // GROUP) + groups, grouped)
+    else:
+        if GREEDY:
+            winner = tl.min(tl.where(x == peak, tokens, vocab), axis=0)
+        else:
+            # z is from the block's largest logit here: `pick` scores the winners from the row's.
+            seed = tl.load(seeds + row * seed_stride)
+            position = tl.load(positions + row * position_stride)
+            quads = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            words = random_words(seed, position, quads)
+            winner = perturbed_argmax(below * inverse, words, tokens, vocab)
+        tl.store(winners + cell, winner)
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def sample_cut_kernel(
+    logits,  # [B, V]
+    peaks,  # fp32 [B, blocks]
+    sums,  # fp32 [2, B, blocks]
+    maxima,  # fp32 [B, groups]
+    lists,  # int32 [B, groups]: scratch, the groups that are searched
+    cuts,  # int32 [B]: the largest depth that is kept
+    vocab,
+    stride,
+    inverse,
+    top_k,
+    top_p,
+    blocks,
+    groups,
+    size,  # B * blocks
+    BLOCKS: tl.constexpr,  # powers of two, at least blocks and groups
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,  # groups read at a time
+    BY_COUNT: tl.constexpr,
+    BY_MASS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    of_block = tl.load(peaks + row * blocks + block, block < blocks, other=-float("inf"))
+    peak = tl.max(of_block, axis=0)
+    total = row_total(sums + row * blocks + block, block < blocks, of_block, peak)
+    if total == total:  # otherwise the row is no distribution
+        group = tl.arange(0, GROUPS)
+        of_group = tl.load(maxima + row * groups + group, group < groups, other=-float("inf"))
+        depths = depth(of_group, peak, inverse)  # [GROUPS]
+        row_list = lists + row * groups
+        row_logits = logits + row * stride
+        if BY_COUNT:
+            hi = bound(depths, tl.full(depths.shape, 1, tl.float32), top_k)
+            count = list_groups(row_list, group, (depths <= hi) & (group < groups))
+            hi = search(
+                row_logits, row_list, count, vocab, peak, inverse, top_k, hi, TILE, BY_MASS=False
+            )
+        if BY_MASS:
+            if BY_COUNT:
+                count = list_groups(row_list, group, (depths <= hi) & (group < groups))
+                need = top_p * mass_of(row_logits, row_list, count, vocab, peak, inverse, hi, TILE)
+            else:
+                of_row = tl.load(sums + size + row * blocks + block, block < blocks, other=0.0)
+                need = top_p * tl.sum(of_row * exp((of_block - peak) * inverse), axis=0)
+                # Sums round: a thousandth more is surely enough for a bound.
+                hi = tl.minimum(bound(depths, mass(depths), need * 1.001), VANISHED)
+                count = list_groups(row_list, group, (depths <= hi) & (group < groups))
+            hi = search(
+                row_logits, row_list, count, vocab, peak, inverse, need, hi, TILE, BY_MASS=True
+            )
+        tl.store(cuts + row, hi)
+
+
+@triton.jit
+def mass(depths):
+    return exp(-depths.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def bound(depths, weights, need):
+    """A depth down to which `weights` reach `need`, near the least; INFINITY if nothing does."""
+    lo, hi = 0, INFINITY >> 12  # a relative precision of 2^-11 is enough
+    for _ in range(19):
+        middle = (lo + hi) // 2
+        reached = tl.sum(tl.where((depths >> 12) <= middle, weights, 0.0), axis=0) >= need
+        lo, hi = tl.where(reached, lo, middle + 1), tl.where(reached, middle, hi)
+    return tl.minimum((hi << 12) | 0xFFF, INFINITY)
+
+
+@triton.jit
+def list_groups(row_list, groups, chosen):
+    """Write those of `groups` that are `chosen`, in order; returns their number."""
+    chosen = chosen.to(tl.int32)
+    tl.debug_barrier()  # all threads have read what this overwrites
+    tl.store(row_list + tl.cumsum(chosen, axis=0) - 1, groups, chosen > 0)
+    tl.debug_barrier()  # and see what the others write
+    return tl.sum(chosen, axis=0)
+
+
+@triton.jit
+def load_depths(row_logits, row_list, first, count, vocab, peak, inverse, TILE: tl.constexpr):
+    """Depths of the tokens of TILE groups, [TILE * GROUP / 8, 8]; INFINITY beyond the last."""
+    rows: tl.constexpr = TILE * GROUP // 8
+    lane = tl.arange(0, rows)
+    slot = first + lane // (GROUP // 8)
+    group = tl.load(row_list + slot, slot < count, other=0)
+    tokens = group * GROUP + (lane % (GROUP // 8)) * 8
+    tokens = tl.multiple_of(tokens, 8)[:, None] + tl.arange(0, 8)[None, :]
+    x = load_logits(row_logits, tokens, (tokens < vocab) & (slot < count)[:, None])
+    return depth(x, peak, inverse)
+
+
+@triton.jit
+def mass_of(row_logits, row_list, count, vocab, peak, inverse, hi, TILE: tl.constexpr):
+    """The mass of the listed tokens down to depth `hi`."""
+    total = tl.zeros([TILE * GROUP // 8], tl.float32)
+    for first in range(0, count, TILE):
+        d = load_depths(row_logits, row_list, first, count, vocab, peak, inverse, TILE)
+        total += tl.sum(tl.where(d <= hi, mass(d), 0.0), axis=1)
+    return tl.sum(total.to(tl.float64), axis=0)
+
+
+@triton.jit
+def search(
+    row_logits,
+    row_list,
+    count,
+    vocab,
+    peak,
+    inverse,
+    need,
+    hi,
+    TILE: tl.constexpr,
+    BY_MASS: tl.constexpr,
+):
+    """The least depth c such that the listed tokens of depth <= c are `need` or more, or BY_MASS:
+    have a mass of `need`; `hi` if no less will do.
+
+    Every round measures at three depths in (lo, hi]: six rounds that cut z evenly, six that cut its
+    bits, and so on; after six, the interval shrinks to the depths in it, the list to their groups.
+    """
+    rows: tl.constexpr = TILE * GROUP // 8
+    lo, base = -1, tl.full((), 0, tl.float64)  # what is reached at lo
+    turn = 0
+    while hi - lo > 1:
+        if turn % 7 == 6:
+            lo, hi, count = narrow(row_logits, row_list, count, vocab, peak, inverse, lo, hi, TILE)
+        else:
+            a, b, c = quarters(lo, hi, turn < 6)
+            sum_a, sum_b = tl.zeros([rows], tl.float32), tl.zeros([rows], tl.float32)
+            sum_c = tl.zeros([rows], tl.float32)
+            for first in range(0, count, TILE):
+                d = load_depths(row_logits, row_list, first, count, vocab, peak, inverse, TILE)
+                weight = tl.where(d > lo, mass(d) if BY_MASS else 1.0, 0.0)
+                sum_a += tl.sum(tl.where(d <= a, weight, 0.0), axis=1)
+                sum_b += tl.sum(tl.where(d <= b, weight, 0.0), axis=1)
+                sum_c += tl.sum(tl.where(d <= c, weight, 0.0), axis=1)
+            at_a = base + tl.sum(sum_a.to(tl.float64), axis=0)
+            at_b = base + tl.sum(sum_b.to(tl.float64), axis=0)
+            at_c = base + tl.sum(sum_c.to(tl.float64), axis=0)
+            in_a, in_b, in_c = at_a >= need, at_b >= need, at_c >= need
+            hi = tl.where(in_a, a, tl.where(in_b, b, tl.where(in_c, c, hi)))
+            lo = tl.where(in_a, lo, tl.where(in_b, a, tl.where(in_c, b, c)))
+            base = tl.where(in_a, base, tl.where(in_b, at_a, tl.where(in_c, at_b, at_c)))
+        turn += 1
+    return hi
+
+
+@triton.jit
+def quarters(lo, hi, evenly):
+    """Three depths that cut (lo, hi] into four: `evenly` as z, else as bits."""
+    low = tl.maximum(lo, 0)
+    x = low.to(tl.float32, bitcast=True)
+    step = tl.maximum(tl.minimum(hi.to(tl.float32, bitcast=True), 64.0) - x, 0.0) * 0.25
+    half = (hi - lo) // 2
+    a = tl.where(evenly, (x + step).to(tl.int32, bitcast=True), lo + (half + 1) // 2)
+    b = tl.where(evenly, (x + 2 * step).to(tl.int32, bitcast=True), lo + half)
+    c = tl.where(evenly, (x + 3 * step).to(tl.int32, bitcast=True), lo + half + half // 2)
+    return tl.minimum(a, hi), tl.minimum(b, hi), tl.minimum(c, hi)
+
+
+@triton.jit
+def narrow(row_logits, row_list, count, vocab, peak, inverse, lo, hi, TILE: tl.constexpr):
+    """(lo, hi] without what is empty at its ends, and the list of the groups that reach into it."""
+    least, most, kept = hi, lo + 1, 0
+    for first in range(0, count, TILE):
+        d = load_depths(row_logits, row_list, first, count, vocab, peak, inverse, TILE)
+        inside = (d > lo) & (d <= hi)
+        least = tl.minimum(least, tl.min(tl.min(tl.where(inside, d, hi), axis=1), axis=0))
+        most = tl.maximum(most, tl.max(tl.max(tl.where(inside, d, lo + 1), axis=1), axis=0))
+        slot = first + tl.arange(0, TILE)
+        group = tl.load(row_list + slot, slot < count, other=0)
+        reach = tl.max(tl.reshape(inside.to(tl.int32), [TILE, GROUP]), axis=1) > 0
+        kept += list_groups(row_list + kept, group, reach & (slot < count))
+    return least - 1, most, kept
+
+
+@triton.jit
+def sample_draw_kernel(
+    logits,  # [B, V]
+    seeds,  # int64 [B]
+    positions,  # int64 [B]
+    peaks,  # fp32 [B, blocks]
+    cuts,  # int32 [B]
+    winners,  # int32 [B, blocks]: the vocabulary's size where nothing is kept
+    vocab,
+    stride,
+    seed_stride,
+    position_stride,
+    inverse,
+    blocks,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    cell = tl.program_id(0)
+    row, block = cell // blocks, cell % blocks
+    every = tl.arange(0, BLOCKS)
+    peak = tl.max(
+        tl.load(peaks + row * blocks + every, every < blocks, other=-float("inf")), axis=0
+    )
+    cut = tl.load(cuts + row)
+    winner = vocab
+    if depth(tl.load(peaks + cell), peak, inverse) <= cut:
+        tokens = block * BLOCK + tl.arange(0, BLOCK)
+        x = load_logits(logits + row.to(tl.int64) * stride, tokens, tokens < vocab)  # [BLOCK]
+        seed = tl.load(seeds + row * seed_stride)
+        position = tl.load(positions + row * position_stride)
+        quads = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        z = tl.where(depth(x, peak, inverse) <= cut, (x - peak) * inverse, -float("inf"))
+        winner = perturbed_argmax(z, random_words(seed, position, quads), tokens, vocab)
+    tl.store(winners + cell, winner)
+
+
+@triton.jit
+def sample_pick_kernel(
+    logits,  # [B, V]
+    seeds,  # int64 [B]
+    positions,  # int64 [B]
+    peaks,  # fp32 [B, blocks]
+    sums,  # fp32 [2, B, blocks]
+    winners,  # int32 [B, blocks]
+    results,  # int32 [2, B]: tokens; the bits of their log-probabilities
+    ids,  # int64 [B] or None: the tokens, 0 for -1
+    last,  # int64 or None: the same at last[owners[b]]
+    owners,  # int64 [B] or None
+    vocab,
+    stride,
+    seed_stride,
+    position_stride,
+    inverse,
+    blocks,
+    BLOCKS: tl.constexpr,
+    GREEDY: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    mask = block < blocks
+    of_block = tl.load(peaks + row * blocks + block, mask, other=-float("inf"))
+    peak = tl.max(of_block, axis=0)
+    total = row_total(sums + row * blocks + block, mask, of_block, peak)
+    winner = tl.load(winners + row * blocks + block, mask, other=vocab)
+    x = load_logits(logits + row * stride, winner, winner < vocab)  # [BLOCKS]
+    z = (x - peak) * inverse
+    if not GREEDY:
+        # Every winner has its own counter: its word is one of the four.
+        seed = tl.load(seeds + row * seed_stride)
+        position = tl.load(positions + row * position_stride)
+        of_quad = tl.reshape(gumbel(random_words(seed, position, winner // 4)), [BLOCKS, 4])
+        own = (winner % 4)[:, None] == tl.arange(0, 4)[None, :]
+        z += tl.sum(tl.where(own, of_quad, 0.0), axis=1)
+    best = tl.max(z, axis=0)
+    token = tl.min(tl.where(z == best, winner, vocab), axis=0)
+    drawn = tl.max(tl.where(winner == token, x, -float("inf")), axis=0)
+    token = tl.where(total == total, token, -1)
+    logprob = drawn - peak - tl.log(total)
+    tl.store(results + row, token)
+    tl.store(results + tl.num_programs(0) + row, logprob.to(tl.int32, bitcast=True))
+    fed = tl.maximum(token, 0).to(tl.int64)
+    if ids is not None:
+        tl.store(ids + row, fed)
+    if last is not None:
+        tl.store(last + tl.load(owners + row), fed)

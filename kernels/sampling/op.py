@@ -1,0 +1,371 @@
+"""Draws one token per row of logits: temperature, top-k, top-p, then Gumbel-max.
+
+The noise is counter-based (Philox4x32-10), so that a row's token is a function of its logits, seed
+and position alone, whatever else is in the batch. No generator state is kept anywhere.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.runtime.dispatch import DTYPES, check, pick
+from kernels.runtime.tiles import Gpu, Tiles, tiles
+from kernels.sampling.kernel import (
+    GROUP,
+    sample_cut_kernel,
+    sample_draw_kernel,
+    sample_pick_kernel,
+    sample_scan_kernel,
+)
+
+WORD = 0xFFFFFFFF  # the low 32 bits
+ROW = 16  # rows are padded to multiples of this many fp32, 64 bytes, to be aligned alike
+BLOCK = 1 << 17  # counters computed at a time on a CPU: six int64 buffers of 1 MiB
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """Where `sample` writes the B tokens that it draws, so that no other launch has to.
+
+    ids and last take a token of -1 as 0: its sequence ends, and what is computed of it after that
+    is ignored. Equal entries of `owners` leave any one of their tokens.
+    """
+
+    results: Tensor  # int32 [2, B]: tokens, and the bits of their log-probabilities in fp32
+    ids: Tensor | None = None  # int64 [B] tokens, as the next step's embedding reads them
+    last: Tensor | None = None  # int64 [N] a table of last tokens: last[owners[b]] = token
+    owners: Tensor | None = None  # int64 [B] in [0, N), which is not checked
+
+    @staticmethod
+    def of(rows: int, device: torch.device, **feeds: Tensor) -> "SampleOutput":
+        """With new memory for `results`."""
+        return SampleOutput(torch.empty(2, rows, dtype=torch.int32, device=device), **feeds)
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.results[0]
+
+    @property
+    def logprobs(self) -> Tensor:
+        return self.results[1].view(torch.float32)
+
+    def write(self, tokens: Tensor, logprobs: Tensor) -> None:
+        """Put int64 tokens and their fp32 log-probabilities where they belong, in PyTorch."""
+        self.tokens.copy_(tokens)
+        self.logprobs.copy_(logprobs)
+        fed = tokens.clamp_min(0)
+        if self.ids is not None:
+            self.ids.copy_(fed)
+        if self.last is not None:
+            self.last.index_copy_(0, self.owners, fed)
+
+
+def sample(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    out: SampleOutput | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The token drawn for each row, and its log-probability.
+
+    logits: [B, V]; seeds, positions: int64 [B], any values. Returns tokens int32 [B] and logprobs
+    fp32 [B]: the log-softmax of the logits as given (no temperature, no truncation) at the token.
+    Both are views of `out.results`, which is new memory unless `out` says where to write.
+
+    All in fp32 but top_p's sums. temperature 0 takes the largest logit, the lowest index on
+    ties. Otherwise the scores are z = (logits - max(logits)) * (1 / temperature), and tokens are
+    left out in two steps:
+      top_k > 0  keeps the tokens with z at least the k-th largest;
+      top_p < 1  keeps of those the fewest of the most probable whose probability, renormalised,
+                 reaches top_p, and every token that ties with the last of them.
+    Of the rest the largest z - log(-log1p(-u)) wins, u = (w + 0.5) * 2^-32 below 1, where the w of
+    token v is word v % 4 of Philox4x32-10 with counter (v // 4, position mod 2^32,
+    position >> 32 mod 2^32, 0) and the row's seed as key, as `tl.philox(seed, ...)` computes it.
+
+    A row that holds NaN or +inf, or only -inf, is no distribution: token -1, log-probability NaN.
+    Raises ValueError for shapes, dtypes, devices and settings that do not fit.
+    """
+    _check_tensors(logits, seeds, positions)
+    # Within these bounds neither the temperature nor its inverse is subnormal in fp32.
+    check(
+        temperature == 0 or 2.0**-126 <= temperature <= 2.0**126,
+        f"sample: temperature must be 0 or from 2^-126 to 2^126, not {temperature}",
+    )
+    check(
+        isinstance(top_k, int) and top_k >= 0,
+        f"sample: top_k must be 0 (off) or a positive integer, not {top_k}",
+    )
+    check(0 < top_p <= 1, f"sample: top_p must be above 0 and at most 1, not {top_p}")
+    out = out or SampleOutput.of(len(logits), logits.device)
+    _check_output(out, logits)
+    form = pick("sample", impl, logits.device, _SAMPLE)
+    form(logits, seeds, positions, temperature, top_k, top_p, out)
+    return out.tokens, out.logprobs
+
+
+def sample_ref(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The definition of `sample`: int64 tokens and log-probabilities, which are then written.
+
+    Exponentials, logarithms and sums are taken row by row, over rows that are aligned alike: torch
+    may round them differently for other shapes and alignments.
+    """
+    batch, vocab = logits.shape
+    width = -(-vocab // ROW) * ROW
+    scores = logits.new_full((batch, width), -torch.inf, dtype=torch.float32)
+    scores[:, :vocab] = logits
+    z = scores - scores.amax(1, keepdim=True)
+    if temperature > 0:
+        z.mul_(1 / temperature)
+        for row in z:
+            _truncate(row, top_k, top_p)
+        z.add_(_noise(seeds, positions, width // 4))
+    tokens = z.argmax(1, keepdim=True)
+    logprobs = scores.log_softmax(1).gather(1, tokens)
+    tokens = torch.where(logprobs.isnan(), -1, tokens)
+    return tokens[:, 0], logprobs[:, 0]
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The four output words of Philox4x32-10, in [0, 2^32).
+
+    counter: four, key: two int64 tensors of words in [0, 2^32), of shapes that broadcast. Source:
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+    """
+    c0, c1, c2, c3 = (word.clone() for word in torch.broadcast_tensors(*counter))
+    k0, k1 = key
+    product0, product2 = torch.empty_like(c0), torch.empty_like(c2)
+    for _ in range(10):
+        # int64 products wrap around, but their low and high halves are those of the unsigned ones.
+        # c1 and c3 are left with upper halves, which are masked off where they meet c0 and c2.
+        torch.mul(c0, 0xD2511F53, out=product0)
+        torch.mul(c2, 0xCD9E8D57, out=product2)
+        torch.bitwise_right_shift(product2, 32, out=c0)
+        torch.bitwise_right_shift(product0, 32, out=c2)
+        c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
+        c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
+        c1, product2 = product2, c1
+        c3, product0 = product0, c3
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1.bitwise_and_(WORD), c2, c3.bitwise_and_(WORD)
+
+
+def _noise(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
+    """-log(-log1p(-u)) of tokens 0 .. 4 * count - 1, fp32 [B, 4 * count]."""
+    noise = torch.empty(len(seeds), count, 4, device=seeds.device)
+    index = torch.arange(count, device=seeds.device)
+    zero = torch.zeros_like(index[:1])
+    rows = max(1, len(seeds) if seeds.is_cuda else BLOCK // count)
+    for block, seed, position in zip(
+        noise.split(rows), seeds[:, None].split(rows), positions[:, None].split(rows), strict=True
+    ):
+        counter = (index, position & WORD, (position >> 32) & WORD, zero)
+        words = philox4x32(counter, (seed & WORD, (seed >> 32) & WORD))
+        for column, word in enumerate(words):
+            block[:, :, column] = word
+    noise = noise.flatten(1)
+    for row in noise:
+        row.add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)  # -u
+        row.log1p_().neg_().log_().neg_()
+    return noise
+
+
+def _truncate(z: Tensor, top_k: int, top_p: float) -> None:
+    """Put -inf in place of those of z [V], at most 0, that top_k and then top_p leave out."""
+    if 0 < top_k < len(z):
+        z.masked_fill_(z < z.topk(top_k).values[-1], -torch.inf)
+    if top_p < 1:
+        wide = z.double()
+        total = wide.exp().sum()
+        # Tokens less probable than (1 - top_p) / V together miss 1 - top_p, so none is the one that
+        # reaches top_p: the rest, in practice few, are all there is to sort.
+        unlikely = wide < (total * ((1 - top_p) / len(z))).log()
+        ordered = wide[~unlikely].sort(descending=True).values
+        below = ordered.exp().cumsum(0) < top_p * total
+        last = below.sum().clamp_(max=len(ordered) - 1)
+        z.masked_fill_(wide < ordered.take(last), -torch.inf)
+
+
+def sample_triton(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    out: SampleOutput,
+) -> None:
+    """`sample` in two launches, in four with top_k or top_p; see kernel.py."""
+    batch, vocab = logits.shape
+    _check_triton(logits)
+    greedy = temperature == 0
+    top_k = 0 if greedy or top_k >= vocab else top_k
+    top_p = 1.0 if greedy else top_p
+    truncated = top_k > 0 or top_p < 1
+    chosen = _scan_tiles(logits, "greedy" if greedy else "truncated" if truncated else "plain")
+    block = chosen["block"]
+    blocks = triton.cdiv(vocab, block)
+    empty = partial(torch.empty, device=logits.device)
+    peaks, sums = empty(batch, blocks), empty(2, batch, blocks)
+    winners = empty(batch, blocks, dtype=torch.int32)
+    maxima = empty(batch, blocks * (block // GROUP.value) if truncated else 0)
+    rows = {
+        "logits": logits,
+        "vocab": vocab,
+        "stride": logits.stride(0),
+        "inverse": 1 / (temperature or 1),
+        "peaks": peaks,
+        "blocks": blocks,
+        # z + noise rounds as in the definition: no fused multiply-adds but those written out.
+        "enable_fp_fusion": False,
+    }
+    noise = {
+        "seeds": seeds,
+        "positions": positions,
+        "seed_stride": seeds.stride(0),
+        "position_stride": positions.stride(0),
+    }
+    split = {"BLOCK": block, "num_warps": chosen["num_warps"]}
+    padded = triton.next_power_of_2(blocks)
+    if batch == 0:
+        return
+    sample_scan_kernel[(batch * blocks,)](
+        **rows, **noise, **split, sums=sums, maxima=maxima, winners=winners, size=peaks.numel(),
+        GREEDY=greedy, TRUNCATED=truncated, TEMPERED=top_k == 0 and top_p < 1,
+    )  # fmt: skip
+    if truncated:
+        cuts = _cut(rows, sums, maxima, padded, top_k, top_p)
+        sample_draw_kernel[(batch * blocks,)](
+            **rows, **noise, **split, cuts=cuts, winners=winners, BLOCKS=padded
+        )
+    sample_pick_kernel[(batch,)](
+        **rows, **noise, sums=sums, winners=winners, results=out.results, ids=out.ids,
+        last=out.last, owners=out.owners, BLOCKS=padded, GREEDY=greedy, num_warps=1,
+    )  # fmt: skip
+
+
+def _cut(rows: dict, sums: Tensor, maxima: Tensor, padded: int, top_k: int, top_p: float) -> Tensor:
+    """The depth of each row's cut, int32 [B]."""
+    batch, groups = maxima.shape
+    chosen = tiles("sample_cut", _dtype_name(rows["logits"]), maxima.device, _cut_rule)
+    cuts = maxima.new_empty(batch, dtype=torch.int32)
+    sample_cut_kernel[(batch,)](
+        **rows, sums=sums, maxima=maxima, cuts=cuts,
+        lists=torch.empty_like(maxima, dtype=torch.int32), top_k=top_k, top_p=top_p,
+        groups=groups, size=sums[0].numel(), BLOCKS=padded, GROUPS=triton.next_power_of_2(groups),
+        TILE=chosen["tile"], BY_COUNT=top_k > 0, BY_MASS=top_p < 1, num_warps=chosen["num_warps"],
+        maxnreg=65536 // (32 * chosen["num_warps"]),  # a program for each SM: do not spill for more
+    )  # fmt: skip
+    return cuts
+
+
+def _scan_tiles(logits: Tensor, work: str) -> Tiles:
+    """How rows are split: whatever the batch is, as a row's sums must not depend on its company."""
+    return tiles("sample_scan", f"{_dtype_name(logits)} {work}", logits.device, _scan_rule)
+
+
+def _scan_rule(gpu: Gpu) -> Tiles:
+    return {"block": 4096, "num_warps": 8}
+
+
+def _cut_rule(gpu: Gpu) -> Tiles:
+    return {"tile": 64, "num_warps": 16}
+
+
+def sample_scan_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """Blocks whose tokens stay in registers: 8, 16 or 32 for each thread."""
+    return [
+        {"block": block, "num_warps": block // (32 * tokens)}
+        for block in (2048, 4096, 8192)
+        for tokens in (8, 16, 32)
+    ]
+
+
+def sample_cut_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """8 or 16 tokens for each thread, and few or many threads."""
+    return [
+        {"tile": tile, "num_warps": warps}
+        for tile, warps in ((32, 8), (64, 8), (64, 16), (128, 16))
+    ]
+
+
+def _dtype_name(logits: Tensor) -> str:
+    return str(logits.dtype).removeprefix("torch.")
+
+
+def _sample_eager(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    out: SampleOutput,
+) -> None:
+    out.write(*sample_ref(logits, seeds, positions, temperature, top_k, top_p))
+
+
+_SAMPLE = {"eager": _sample_eager, "triton": sample_triton}
+
+
+def _check_triton(logits: Tensor) -> None:
+    vocab = logits.shape[1]
+    check(
+        logits.stride(1) == 1 or vocab == 1,
+        "sample: impl 'triton' needs rows of logits that are contiguous",
+    )
+    check(vocab <= 2**30, f"sample: impl 'triton' takes rows of at most 2^30 logits, not {vocab}")
+
+
+def _check_output(out: SampleOutput, logits: Tensor) -> None:
+    rows, words = len(logits), {"results": torch.int32}
+    shapes = {"results": (2, rows), "ids": (rows,), "owners": (rows,)}
+    check(
+        (out.last is None) == (out.owners is None), "sample: out.last and out.owners come together"
+    )
+    for name in ("results", "ids", "last", "owners"):
+        tensor, dtype = getattr(out, name), words.get(name, torch.int64)
+        if tensor is None:
+            continue
+        shape = shapes.get(name, tuple(tensor.shape[:1]))
+        check(
+            tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous(),
+            f"sample: out.{name} must be {dtype} {list(shape)} and contiguous,"
+            f" not {tensor.dtype} {list(tensor.shape)}",
+        )
+        check(
+            tensor.device == logits.device,
+            f"sample: out.{name} must be on {logits.device} like logits, not on {tensor.device}",
+        )
+
+
+def _check_tensors(logits: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    check(
+        logits.dim() == 2 and logits.shape[1] > 0,
+        f"sample: logits must be [B, V], not {list(logits.shape)}",
+    )
+    check(logits.dtype in DTYPES, f"sample: logits must be fp32, bf16 or fp16, not {logits.dtype}")
+    for name, tensor in {"seeds": seeds, "positions": positions}.items():
+        check(
+            tensor.shape == logits.shape[:1] and tensor.dtype == torch.int64,
+            f"sample: {name} must be int64 [{len(logits)}], one per row of logits,"
+            f" not {tensor.dtype} {list(tensor.shape)}",
+        )
+        check(
+            tensor.device == logits.device,
+            f"sample: {name} must be on {logits.device} like logits, not on {tensor.device}",
+        )

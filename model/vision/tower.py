@@ -1,0 +1,317 @@
+"""The vision side: PE-lang tower, then the projector that gives the decoder 16 times fewer tokens.
+
+Views of different sizes run as one packed batch, those of one grid side by side: every linear layer
+sees all tokens of all views, attention and convolutions see each view by itself.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.gemm import check_placing
+from kernels.linear_quick_gelu import linear_quick_gelu
+from kernels.norm import layer_norm
+from kernels.projector import fold, output_tokens, projector
+from kernels.runtime.dispatch import check
+from kernels.runtime.grids import Grid, tokens_of
+from kernels.runtime.lru import Lru
+from kernels.runtime.spans import span, spanned
+from kernels.runtime.tensor_cache import held
+from kernels.vision_attention import vision_attention
+from model.config import VisionConfig
+from model.vision.cache import ImageCache
+from model.vision.graph import Graphs
+
+
+class VisionTower(nn.Module):
+    """Patch embedding, position embedding, ln_pre, blocks, two downsamplers and the projector.
+
+    What `prepare` derives from the weights, `cache` (for `Step3VL`) and `graphs` hold no parameters
+    and are in no checkpoint. After changing weights in place, call `prepare`.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        out_width: int,
+        *,
+        impl: dict[str, str | None],
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.config, self.impl = config, impl
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+        def kernel(*shape: int) -> nn.Parameter:
+            # Channels-last, the layout that the tokens already have.
+            tensor = weight(*shape).data.to(memory_format=torch.channels_last)
+            return nn.Parameter(tensor, requires_grad=False)
+
+        c = config.width
+        self.patch_embedding = weight(c, 3, config.patch_size, config.patch_size)
+        self.positional_embedding = weight(config.grid**2, c)
+        self.ln_pre = _LayerNorm(c, weight)
+        self.blocks = nn.ModuleList(_Block(config, weight) for _ in range(config.layers))
+        self.downsampler1, self.bias1 = kernel(2 * c, c, 3, 3), weight(2 * c)
+        self.downsampler2, self.bias2 = kernel(4 * c, 2 * c, 3, 3), weight(4 * c)
+        self.projector = weight(out_width, 4 * c)
+        self.cache, self.graphs = ImageCache(), Graphs()
+        self._interpolated = Lru(16)  # grid -> position embedding
+        self._folded: tuple[Tensor, Tensor] | None = None
+
+    def prepare(self) -> None:
+        """Derive from the weights what each call needs, and forget all that came of older ones.
+
+        The first call of `forward` does it if nobody has.
+        """
+        self._forget()
+        self._folded = fold(self.downsampler2, self.bias2, self.projector)
+
+    @torch.inference_mode()
+    def forward(
+        self, views: Sequence[Tensor], *, out: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Encode views [3, height, width] of any sizes to decoder embeddings [T', out_width].
+
+        The result holds each view's tokens in the order of the views, row-major within a view. With
+        `out` [R, out_width] and `rows`, T' distinct int64, token i goes to out[rows[i]] instead,
+        and `out` is returned. Raises ValueError for views that `grids` refuses, or for `out` and
+        `rows` that do not fit them.
+        """
+        if self._folded is None:
+            self.prepare()
+        grids = self.grids(views)
+        count = sum(map(output_tokens, grids))
+        check_placing(self.projector, count, len(self.projector), out, rows)
+        if not grids:
+            return self.projector.new_empty(0, len(self.projector)) if out is None else out
+        order = _side_by_side(grids)
+        if order != sorted(order):
+            if out is None:
+                out = self.projector.new_empty(count, len(self.projector))
+                rows = torch.arange(count, device=out.device)
+            places = rows.split([output_tokens(grid) for grid in grids])
+            rows = torch.cat([places[index] for index in order])
+        views, grids = [views[i] for i in order], tuple(grids[i] for i in order)
+        patches = spanned("vision pack", self.patches)(views, grids)
+        impls = self.impl.values()
+        body = partial(self.encode, grids=grids)
+        graph = self.graphs.find((grids, *impls), body, patches, impls)
+        if graph is None:
+            return self.encode(patches, grids, out, rows)
+        features = graph(patches)
+        return features.clone() if out is None else out.index_copy_(0, rows, features)
+
+    def grids(self, views: Sequence[Tensor]) -> list[Grid]:
+        """Each view's patches as rows x columns.
+
+        Raises ValueError for views that are not [3, height, width] in whole patches, at most as
+        many a side as the global view has, all of one dtype on one device.
+        """
+        size, side, grids = self.config.patch_size, self.config.grid, []
+        for i, view in enumerate(views):
+            shape, kind = list(view.shape), (view.dtype, view.device)
+            first = (views[0].dtype, views[0].device)
+            check(len(shape) == 3 and shape[0] == 3, f"view {i} is {shape}, not [3, height, width]")
+            check(
+                kind == first,
+                f"view {i} is {kind[0]} on {kind[1]}, view 0 {first[0]} on {first[1]}",
+            )
+            (rows, row), (columns, column) = (divmod(pixels, size) for pixels in shape[1:])
+            check(
+                row == column == 0,
+                f"view {i} has {shape[1]} x {shape[2]} pixels: sides must be multiples of {size}",
+            )
+            check(
+                0 < rows <= side and 0 < columns <= side,
+                f"view {i} has {rows} x {columns} patches: sides must be 1 to {side}",
+            )
+            grids.append((rows, columns))
+        return grids
+
+    def count(self, views: Sequence[Tensor]) -> int:
+        """Decoder embeddings that views give. Raises ValueError as `grids` does."""
+        return sum(map(output_tokens, self.grids(views)))
+
+    def patches(self, views: Sequence[Tensor], grids: Sequence[Grid]) -> Tensor:
+        """Pixels of all views by patch, packed [T, 3 * size * size], in the weights' dtype."""
+        weight, size = self.patch_embedding, self.config.patch_size
+        packed = weight.new_empty(tokens_of(grids), weight[0].numel())
+        parts = packed.split([rows * columns for rows, columns in grids])
+        for view, part, (rows, columns) in zip(views, parts, grids, strict=True):
+            pixels = view.to(weight.device).unflatten(2, (columns, size)).unflatten(1, (rows, size))
+            part.view(rows, columns, 3, size, size).copy_(pixels.permute(1, 3, 0, 2, 4))
+        return packed
+
+    def encode(
+        self,
+        patches: Tensor,
+        grids: Sequence[Grid],
+        out: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Tower and projector on packed patches; `out` and `rows` as in `kernels.projector`."""
+        return projector(
+            self.tower(patches, grids),
+            grids,
+            self.downsampler1,
+            self.bias1,
+            self.downsampler2,
+            self.bias2,
+            self.projector,
+            folded=self._folded,
+            out=out,
+            rows=rows,
+            impl=self.impl["projector"],
+        )
+
+    def tower(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Embedding, ln_pre and the blocks on packed patches: [T, width].
+
+        Each sub-layer's LayerScale and residual sum are folded into the next layer norm.
+        """
+        x = self._norm(self._embedded(patches, grids), self.ln_pre)
+        branch, gamma = None, None
+        for index, block in enumerate(self.blocks):
+            with span("vision layer", index):
+                if branch is None:
+                    h = self._norm(x, block.ln_1)
+                else:
+                    h, x = self._norm(branch, block.ln_1, x, gamma)
+                branch = self._attention(h, block, grids)
+                h, x = self._norm(branch, block.ln_2, x, block.ls_1)
+                branch, gamma = self._mlp(h, block), block.ls_2
+        return x + branch * gamma
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Published name -> this module's storage."""
+        tensors = {
+            "vision_model.conv1.weight": self.patch_embedding,
+            "vision_model.positional_embedding": self.positional_embedding,
+            "vision_model.ln_pre.weight": self.ln_pre.weight,
+            "vision_model.ln_pre.bias": self.ln_pre.bias,
+        }
+        for index, block in enumerate(self.blocks):
+            for name, tensor in block.checkpoint_tensors():
+                tensors[f"vision_model.transformer.resblocks.{index}.{name}"] = tensor
+        return tensors | {
+            "vision_model.vit_downsampler1.weight": self.downsampler1,
+            "vision_model.vit_downsampler1.bias": self.bias1,
+            "vision_model.vit_downsampler2.weight": self.downsampler2,
+            "vision_model.vit_downsampler2.bias": self.bias2,
+            "vit_large_projector.weight": self.projector,
+        }
+
+    def _norm(
+        self,
+        x: Tensor,
+        norm: "_LayerNorm",
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        eps, impl = self.config.norm_eps, self.impl["layer_norm"]
+        return layer_norm(
+            x, norm.weight, norm.bias, eps=eps, residual=residual, gamma=gamma, impl=impl
+        )
+
+    def _attention(self, h: Tensor, block: "_Block", grids: Sequence[Grid]) -> Tensor:
+        out = vision_attention(
+            spanned("linear vision qkv", F.linear)(h, block.qkv, block.qkv_bias),
+            grids,
+            heads=self.config.heads,
+            theta=self.config.rope_theta,
+            impl=self.impl["vision_attention"],
+        )
+        return spanned("linear vision out", F.linear)(out, block.out, block.out_bias)
+
+    def _mlp(self, h: Tensor, block: "_Block") -> Tensor:
+        h = linear_quick_gelu(h, block.fc, block.fc_bias, impl=self.impl["linear_quick_gelu"])
+        return spanned("linear vision proj", F.linear)(h, block.proj, block.proj_bias)
+
+    def _embedded(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """The convolution with stride and size of a patch as a product, and positions."""
+        weight = self.patch_embedding.flatten(1)
+        x = spanned("linear vision patches", F.linear)(patches, weight)
+        start = 0
+        for grid, same in groupby(grids):
+            positions, n = self._positions(grid), len(list(same))
+            end = start + n * len(positions)
+            x[start:end].view(n, *positions.shape).add_(positions)
+            start = end
+        return x
+
+    def _positions(self, grid: Grid) -> Tensor:
+        """The position embedding at a view's grid, [tokens, width], in the parameter's dtype."""
+        if grid == (self.config.grid, self.config.grid):
+            return self.positional_embedding
+        return held((id(self), grid), partial(self._interpolate, grid))
+
+    def _interpolate(self, grid: Grid) -> Tensor:
+        positions = self._interpolated.get(grid)
+        if positions is None:
+            side = self.config.grid
+            table = self.positional_embedding.view(1, side, side, -1).permute(0, 3, 1, 2)
+            table = F.interpolate(table, size=grid, mode="bilinear", align_corners=False)
+            positions = table.flatten(2)[0].T.contiguous()
+            self._interpolated.put(grid, positions)
+        return positions
+
+    def _forget(self) -> None:
+        self._folded = None
+        self._interpolated.clear()
+        self.graphs.clear()
+        self.cache.clear()
+
+    def _apply(self, *args: Any, **options: Any) -> "VisionTower":
+        """Every change of device or dtype passes here: what is derived must follow the weights."""
+        self._forget()
+        return super()._apply(*args, **options)
+
+
+def _side_by_side(grids: Sequence[Grid]) -> list[int]:
+    """Indices that bring equal grids together, otherwise in order."""
+    first = {grid: index for index, grid in reversed(list(enumerate(grids)))}
+    return sorted(range(len(grids)), key=lambda index: first[grids[index]])
+
+
+class _LayerNorm(nn.Module):
+    def __init__(self, width: int, weight: Callable[..., nn.Parameter]) -> None:
+        super().__init__()
+        self.weight, self.bias = weight(width), weight(width)
+
+
+class _Block(nn.Module):
+    """The weights of one block of the tower."""
+
+    def __init__(self, config: VisionConfig, weight: Callable[..., nn.Parameter]) -> None:
+        super().__init__()
+        c, hidden = config.width, config.mlp_width
+        self.ln_1, self.ln_2 = _LayerNorm(c, weight), _LayerNorm(c, weight)
+        self.qkv, self.qkv_bias = weight(3 * c, c), weight(3 * c)
+        self.out, self.out_bias = weight(c, c), weight(c)
+        self.fc, self.fc_bias = weight(hidden, c), weight(hidden)
+        self.proj, self.proj_bias = weight(c, hidden), weight(c)
+        self.ls_1, self.ls_2 = weight(c), weight(c)
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield "attn.in_proj_weight", self.qkv
+        yield "attn.in_proj_bias", self.qkv_bias
+        yield "attn.out_proj.weight", self.out
+        yield "attn.out_proj.bias", self.out_bias
+        for name, norm in (("ln_1", self.ln_1), ("ln_2", self.ln_2)):
+            yield f"{name}.weight", norm.weight
+            yield f"{name}.bias", norm.bias
+        yield "mlp.c_fc.weight", self.fc
+        yield "mlp.c_fc.bias", self.fc_bias
+        yield "mlp.c_proj.weight", self.proj
+        yield "mlp.c_proj.bias", self.proj_bias
+        yield "ls_1.gamma", self.ls_1
+        yield "ls_2.gamma", self.ls_2

@@ -1,0 +1,1 @@
+"""Where weights come from: checkpoints of safetensors, GGUF files, random numbers."""

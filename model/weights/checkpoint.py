@@ -1,0 +1,237 @@
+"""Checkpoint directories: safetensors shards by published names, their index, and config.json.
+
+The model side is a dict of published name -> tensor (`Step3VL.checkpoint_tensors`): loading copies
+into those tensors, saving writes them. Both are strict; nothing is renamed, guessed or skipped.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import Config
+from model.terminal import InputError, track
+from model.weights.hf_config import write_config
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def load_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Copy every tensor of the checkpoint in directory `path` into its namesake in `tensors`.
+
+    The shards are memory-mapped and go tensor by tensor to the device and dtype of the target.
+    Names, shapes and dtypes are compared before any data is touched. A model with tied embeddings
+    (`tensors` without lm_head.weight) takes a checkpoint with or without a copy of them.
+    Raises InputError for unreadable shards and names what is missing, unexpected or misshapen.
+    """
+    shapes, located = {}, {}
+    for file in _shards(path):
+        for name, (shape, dtype) in _header(file).items():
+            if name in located:
+                raise InputError(f"{name} is in both {located[name]} and {file.name} of {path}")
+            if dtype not in _DTYPES:
+                kinds = ", ".join(_DTYPES)
+                raise InputError(f"{file}: {name} has dtype {dtype}; supported are {kinds}")
+            shapes[name], located[name] = shape, file.name
+    _compare_with_index(path, located)
+    tied = _LM_HEAD in shapes and _LM_HEAD not in tensors and _EMBEDDING in shapes
+    if tied:
+        _check_tied(path / located[_EMBEDDING], path / located[_LM_HEAD])
+        del shapes[_LM_HEAD], located[_LM_HEAD]
+    _compare(shapes, tensors, path)
+    copy_tensors(_read(path, located), tensors, path)
+
+
+@torch.no_grad()
+def copy_tensors(
+    named: Iterable[tuple[str, Tensor]],
+    tensors: dict[str, Tensor],
+    source: Path | str = "the checkpoint",
+) -> None:
+    """Copy `named` tensors into their namesakes in `tensors`, all of which must come.
+
+    Raises InputError, naming `source`, for what is missing, unexpected or misshapen.
+    """
+    shapes = {}
+    for name, value in track(named, "loading weights", total=len(tensors)):
+        shapes[name] = tuple(value.shape)
+        if name in tensors and tensors[name].shape == value.shape:
+            tensors[name].copy_(value)
+    _compare(shapes, tensors, source)
+
+
+def save_checkpoint(
+    path: Path, tensors: dict[str, Tensor], config: Config, *, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write `tensors` as safetensors shards of at most `max_shard_bytes` with index and config.
+
+    `path` is made if need be and must not hold a checkpoint. Shards are written under temporary
+    names and config.json comes last, so an interrupted save does not pass for a checkpoint.
+    Raises InputError if `path` cannot be written.
+    """
+    shards = _plan_shards(tensors, max_shard_bytes)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    weight_map = {key: file for file, keys in zip(names, shards, strict=True) for key in keys}
+    index = {"metadata": {"total_size": _num_bytes(tensors.values())}, "weight_map": weight_map}
+    try:
+        _make_empty(path)
+        temporary = [path / f"{file}.tmp" for file in names]
+        with _removed_on_exit(temporary):
+            for file, keys in track(
+                zip(temporary, shards, strict=True), "saving weights", total=len(shards)
+            ):
+                _write_shard(file, {key: tensors[key] for key in keys})
+            for file, name in zip(temporary, names, strict=True):
+                file.rename(path / name)
+        _write_json(path / INDEX, index)
+        _write_json(path / "config.json", write_config(config))
+    except OSError as error:
+        raise InputError(f"cannot write checkpoint {path}: {error.strerror or error}") from None
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files that the index names, or without one all safetensors files of the directory."""
+    if not path.is_dir():
+        raise InputError(f"no checkpoint directory {path}")
+    if (path / INDEX).exists():
+        files = [path / file for file in sorted(set(_read_index(path).values()))]
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise InputError(f"{path / INDEX} names {_some(absent)}, which {path} does not hold")
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"no safetensors files in {path}")
+    return files
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path / INDEX} must be JSON with weight_map: name -> file") from None
+    return weight_map
+
+
+def _compare_with_index(path: Path, located: dict[str, str]) -> None:
+    if (path / INDEX).exists():
+        wrong = [name for name, file in _read_index(path).items() if located.get(name) != file]
+        wrong += sorted(located.keys() - _read_index(path).keys())
+        if wrong:
+            raise InputError(f"{path / INDEX} and its shards disagree about {_some(wrong)}")
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    # Imported late: machines that never read a checkpoint may lack safetensors.
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is damaged or not a safetensors file: {error}") from None
+
+
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    with _open(file) as shard:
+        slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+        return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+
+
+def _read(path: Path, located: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    for file in sorted(set(located.values())):
+        with _open(path / file) as shard:
+            for name in shard.offset_keys():
+                if name in located:
+                    yield name, shard.get_tensor(name)
+
+
+def _check_tied(embedding_file: Path, lm_head_file: Path) -> None:
+    with _open(embedding_file) as a, _open(lm_head_file) as b:
+        if not torch.equal(a.get_tensor(_EMBEDDING), b.get_tensor(_LM_HEAD)):
+            raise InputError(
+                f"{lm_head_file}: {_LM_HEAD} differs from {_EMBEDDING}, but the config ties them"
+            )
+
+
+def _compare(
+    shapes: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], source: Path | str
+) -> None:
+    """Raise an InputError that lists what `shapes` has too little, too much or otherwise."""
+    misshapen = [
+        f"{name} {list(shape)} instead of {list(tensors[name].shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    problems = {
+        "missing": [name for name in tensors if name not in shapes],
+        "unexpected": [name for name in shapes if name not in tensors],
+        "misshapen": misshapen,
+    }
+    found = [f"{len(v)} {kind}: {_some(v)}" for kind, v in problems.items() if v]
+    if found:
+        raise InputError(f"{source} does not fit the model: {'; '.join(found)}")
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _plan_shards(tensors: dict[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
+    """Names per shard, in order; a tensor above the limit gets a shard of its own."""
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        size += _num_bytes([tensor])
+        if shards[-1] and size > max_shard_bytes:
+            shards.append([])
+            size = _num_bytes([tensor])
+        shards[-1].append(name)
+    return shards
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _make_empty(path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    held = [f.name for f in path.iterdir() if f.name == "config.json" or "safetensors" in f.name]
+    if held:
+        raise InputError(f"{path} already holds {_some(sorted(held))}; save to another directory")
+
+
+@contextmanager
+def _removed_on_exit(files: list[Path]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError  # late, as in _open
+    from safetensors.torch import save_file
+
+    # Standard layout for the channels-last kernels; views are written without their whole storage.
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # how it reports a full disk, among others
+        raise OSError(str(error)) from None
+
+
+def _write_json(file: Path, data: dict) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(file)

@@ -1,0 +1,148 @@
+"""PaCoRe's rounds as text: their widths, the messages they pass on, the prompt of the next round.
+
+The algorithm is that of the PaCoRe report (arXiv 2601.05593) and its released client. What sends
+the prompts to a model is engine/engine.py. A conversation is a list of OpenAI-style chat messages.
+"""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.terminal import InputError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+# The names of the released template, so that its text works unchanged through `--template`.
+TEMPLATE_VARIABLES = {"original_prompt", "ref_responses"}
+
+
+def parse_widths(widths: str | Sequence[int]) -> tuple[int, ...]:
+    """Rollouts of each exploring round, from "32,4" or [32, 4]; "" or [] explores not at all.
+
+    Raises InputError for anything but positive integers.
+    """
+    values = widths
+    if isinstance(widths, str):
+        values = [_integer(part) for part in widths.split(",")] if widths.strip() else []
+    if not isinstance(values, list | tuple) or any(type(v) is not int or v < 1 for v in values):
+        raise InputError(
+            f"widths {widths!r} are not positive integers:"
+            " give the rollouts of each round, such as 16 or 32,4"
+        )
+    return tuple(values)
+
+
+def round_widths(widths: Sequence[int]) -> tuple[int, ...]:
+    """Rollouts of every round: the exploring ones, then one that gives the answer."""
+    return (*widths, 1)
+
+
+def compact(text: str) -> str:
+    """What a rollout passes on: all that follows its last `</think>`, or all of it without one."""
+    return text.rpartition("</think>")[2]
+
+
+def order_messages(texts: Sequence[str], seed: int = 42) -> list[str]:
+    """Messages in the order in which the next round reads them; empty ones are dropped.
+
+    Sorted by length, then shuffled by a generator made afresh from `seed` for every round of every
+    problem, then rid of empty ones, in this sequence, as in the released client: the order depends
+    on no other problem. Messages of equal length are sorted by their text, where the released
+    client keeps their order of arrival.
+    """
+    messages = sorted(texts, key=lambda text: (len(text), text))
+    random.Random(seed).shuffle(messages)
+    return [message for message in messages if message]
+
+
+def load_template(path: str | Path) -> "Template":
+    """Read a synthesis prompt: jinja2 with the variables `original_prompt` and `ref_responses`.
+
+    Raises InputError for a file that cannot be read or rendered, or uses other variables.
+    """
+    import jinja2  # GPU nodes may offer torch, Triton and NumPy alone
+    from jinja2 import meta
+
+    environment = jinja2.Environment()
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+        names = meta.find_undeclared_variables(environment.parse(source))
+        template = environment.from_string(source)
+    except OSError as error:
+        raise InputError(f"template {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"template {path}: not UTF-8 text") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"template {path}, line {error.lineno}: {error.message}") from error
+    if names != TEMPLATE_VARIABLES:
+        raise InputError(
+            f"template {path} uses the variables {', '.join(sorted(names)) or '(none)'}:"
+            f" it must use {' and '.join(sorted(TEMPLATE_VARIABLES))}, and no other"
+        )
+    try:  # a template may raise anything: here, rather than after a round of rollouts
+        template.render(original_prompt="problem", ref_responses=["message"])
+    except Exception as error:
+        raise InputError(f"template {path}: {error}") from error
+    return template
+
+
+def synthesis_prompt(
+    problem: str, messages: Sequence[str], template: "Template | None" = None
+) -> str:
+    """The prompt that shows a problem and the last round's messages, all of them verbatim."""
+    template = template or _default_template()
+    return template.render(original_prompt=problem, ref_responses=list(messages))
+
+
+def round_messages(
+    messages: Sequence[dict],
+    replies: Sequence[str],
+    *,
+    template: "Template | None" = None,
+    seed: int = 42,
+) -> list[dict]:
+    """The conversation that the next round is asked, from the first round's and the last replies.
+
+    Replies are whole generated texts, "" for one that failed. The text of the last user message
+    gives way to the synthesis prompt (several text parts are one problem, joined by newlines);
+    its other parts, the images, stand first, where their KV can be shared by all rounds. With no
+    reply to pass on the conversation stays as it was. `messages` are not changed.
+    Raises InputError if there is no user message, or its content is not text or a list of parts.
+    """
+    users = [index for index, message in enumerate(messages) if message.get("role") == "user"]
+    if not users:
+        raise InputError("the conversation has no user message")
+    references = order_messages([compact(reply) for reply in replies], seed)
+    if not references:
+        return list(messages)
+    asked = messages[users[-1]]
+    problem, images = _split_content(asked.get("content"))
+    prompt = synthesis_prompt(problem, references, template)
+    content = [*images, {"type": "text", "text": prompt}] if images else prompt
+    return [*messages[: users[-1]], {**asked, "content": content}, *messages[users[-1] + 1 :]]
+
+
+def _integer(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+@cache
+def _default_template() -> "Template":
+    return load_template(Path(__file__).with_name("synthesis.jinja"))
+
+
+def _split_content(content: object) -> tuple[str, list[dict]]:
+    """The text of a message, and its other parts."""
+    if isinstance(content, str):
+        return content, []
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        texts = [part.get("text") for part in content if part.get("type") == "text"]
+        if all(isinstance(text, str) for text in texts):
+            return "\n".join(texts), [part for part in content if part.get("type") != "text"]
+    raise InputError("the last user message's content must be text or a list of text/image parts")

@@ -1,0 +1,1 @@
+"""The commands of `python -m pacore_sched`, and what they share."""

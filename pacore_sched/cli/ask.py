@@ -1,0 +1,108 @@
+"""`python -m pacore_sched ask QUESTION`: one question, answered by PaCoRe."""
+
+import argparse
+import json
+import sys
+import time
+
+from model.terminal import InputError, progress
+from model.vision.image import load_image, preprocess
+from pacore_sched.answers.journal import Outcome
+from pacore_sched.answers.pacore import Answer, Pacore
+from pacore_sched.answers.rounds import compact, load_template, parse_widths, round_widths
+from pacore_sched.cli import options as shared
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("question")
+    parser.add_argument("--image", action="append", default=[], help="image file; may be repeated")
+    shared.add_pacore_options(parser)
+    shared.add_sampling_options(parser)
+    shared.add_model_options(parser)
+    shared.add_engine_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The `ask` command; 1 if it found no answer. Raises InputError for what is wrong with it."""
+    widths = parse_widths(options.widths)
+    template = load_template(options.template) if options.template else None
+    sampling = shared.checked_sampling(options)
+    if not options.question.strip():
+        raise InputError("the question is empty")
+    photos = [load_image(path) for path in options.image]
+    model = shared.load_model(options)
+    if photos and model.config.vision is None:
+        raise InputError(f"model {model.config.name} has no vision tower: it takes no images")
+    views = [preprocess(photo, model.config.vision) for photo in photos]
+    content = [{"type": "image"} for _ in views] + [{"type": "text", "text": options.question}]
+    engine = shared.make_engine(options, model, problems=1, width=max(round_widths(widths)))
+    pacore = Pacore(model, engine, widths, sampling, seed=options.seed, template=template)
+
+    def show(outcome: Outcome) -> None:
+        if not options.json:
+            print_rollout(outcome, last=outcome.round == len(widths))
+
+    start = time.perf_counter()
+    total = sum(round_widths(widths)) * sampling.max_tokens
+    with progress("rollouts", total) as advance:
+        answer = pacore.answer(
+            [{"role": "user", "content": content}], views, on_rollout=show, on_step=advance
+        )
+    seconds = time.perf_counter() - start
+    if options.json:
+        print(json.dumps(report(pacore, answer, seconds)))
+    else:
+        print_answer(pacore, answer, seconds)
+    if answer.error:
+        print(f"failed: {answer.error}", file=sys.stderr)
+    return int(answer.error is not None)
+
+
+def report(pacore: Pacore, answer: Answer, seconds: float) -> dict:
+    """The JSON document of `ask`."""
+    stats = pacore.engine.stats
+    return {
+        "answer": answer.text,
+        "error": answer.error,
+        "rounds": [
+            {
+                "prompt_tokens": round_.prompt_tokens,
+                "rollouts": [
+                    {
+                        "text": outcome.text,
+                        "tokens": outcome.num_tokens,
+                        "seed": outcome.seed,
+                        "finish_reason": outcome.finish_reason,
+                    }
+                    for outcome in round_.rollouts
+                ],
+            }
+            for round_ in answer.rounds
+        ],
+        "seconds": seconds,
+        "tokens_per_second": stats.generated / seconds,
+        "prefix_tokens_saved": pacore.prefix_tokens_saved,
+        "kv_tokens_read": stats.kv_read,
+        "kv_tokens_read_unshared": stats.kv_read_unshared,
+    }
+
+
+def print_rollout(outcome: Outcome, *, last: bool) -> None:
+    """One rollout, with the message that it passes on if that is not the whole text."""
+    name = "synthesis" if last else f"round {outcome.round + 1}, rollout {outcome.index + 1}"
+    print(f"--- {name}: {outcome.num_tokens} tokens, {outcome.finish_reason}", flush=True)
+    print(outcome.text.strip(), flush=True)
+    if (message := compact(outcome.text)) != outcome.text and not last:
+        print(f"    message: {message.strip()}", flush=True)
+
+
+def print_answer(pacore: Pacore, answer: Answer, seconds: float) -> None:
+    stats = pacore.engine.stats
+    print(f"=== answer\n{answer.text.strip()}")
+    print(
+        f"=== {stats.generated} tokens in {seconds:.1f} s:"
+        f" {stats.generated / seconds:.1f} tokens/s;"
+        f" {pacore.prefix_tokens_saved} prompt tokens shared instead of prefilled again;"
+        f" decode read the KV of {stats.kv_read} tokens instead of {stats.kv_read_unshared}"
+    )

@@ -1,0 +1,249 @@
+"""`python -m pacore_sched simulate`: policies side by side on a virtual clock.
+
+Every policy runs the same problems with the same lengths; a table shows medians over seeds with
+their spread, and what each policy gains over "fcfs" and "one-at-a-time". `--compare` runs all of it
+without shared reads and with FP8 KV too; `--out` adds pictures.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from model.config import preset
+from model.terminal import InputError, progress, track
+from pacore_sched.answers.rounds import parse_widths
+from pacore_sched.sched.policy import POLICIES
+from pacore_sched.sim import plots
+from pacore_sched.sim.cluster import Setting, simulate
+from pacore_sched.sim.cost_model import KV_DTYPES
+from pacore_sched.sim.machine import MACHINES, machine_named
+from pacore_sched.sim.metrics import metrics_row, timeline, times_to_answer
+from pacore_sched.sim.report import medians, print_report
+from pacore_sched.sim.trace import read_trace, trace_problems
+from pacore_sched.sim.workload import (
+    MAX_TOKENS,
+    SIGMA_W,
+    WORKLOADS,
+    Problem,
+    Workload,
+    bursty_arrivals,
+    chat_requests,
+    poisson_arrivals,
+    workload_named,
+)
+
+CHAT, CHAT_REQUESTS = "deepseek-r1", 2000
+BINS = 400  # of a timeline
+ARRIVALS = {"poisson": poisson_arrivals, "bursty": bursty_arrivals}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: problems, and what they are run on."""
+
+    workload: str
+    sigma_w: float | None
+    seed: int
+    problems: Sequence[Problem]
+    setting: Setting
+    slo_s: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `simulate`."""
+    add = parser.add_argument
+    named = ", ".join([*WORKLOADS, CHAT])
+    add("--workload", default="all", help=f"{named}, all, or a trace: Azure .csv, Mooncake .jsonl")
+    add("--policy", nargs="+", default=["all"], help=f"all, or of: {', '.join(POLICIES)}")
+    add("--model", default="step3-vl-10b", help="preset whose shapes are simulated")
+    add("--gpu", default="h200", help=f"one of {', '.join(MACHINES)}")
+    add("--gpus", type=int, default=1, help="replicas of the model")
+    add("--seeds", type=int, default=5, help="how many, counted from 0")
+    add("--problems", type=int, help="how many; default: the workload's")
+    add("--widths", help="rollouts per round, e.g. 16 or 32,4; default: the workload's")
+    add("--sigma-w", type=float, nargs="+", default=[SIGMA_W], help="spread within a problem")
+    add("--max-tokens", type=int, default=MAX_TOKENS, help="of one rollout")
+    add("--need", type=float, default=1.0, help="share of a round that the next one waits for")
+    add("--arrivals", choices=["all-at-once", *ARRIVALS], default="all-at-once")
+    add("--rate", type=float, default=0.02, help="problems per second that arrive on each GPU")
+    add("--slo", type=float, help="minutes to an answer; adds goodput")
+    add("--shared-reads", action=argparse.BooleanOptionalAction, default=True)
+    add("--kv", choices=KV_DTYPES, default="bf16", help="dtype of KV")
+    add("--compare", action="store_true", help="run without shared reads and with FP8 KV as well")
+    add("--max-running", type=int, default=256, help="rollouts that decode at once, per GPU")
+    add("--token-budget", type=int, default=2048, help="tokens that a step writes at most")
+    add("--page-size", type=int, default=64, help="tokens per page of KV")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    add("--out", type=Path, help="folder for pictures, rows and their medians")
+    add("--json", action="store_true", help="end with one line: a JSON document of all rows")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The `simulate` command. Raises InputError for what is wrong with its options."""
+    _check(options)
+    if options.out:
+        plots.check_folder(options.out)
+    jobs = list(_jobs(options))
+    rows, curves = [], {}
+    for job, (row, drawn) in zip(jobs, _run_all(jobs, options.jobs), strict=True):
+        rows.append(row)
+        first = job.seed == 0 and job.sigma_w in (None, options.sigma_w[0])
+        if first and _variant(job.setting) == (options.shared_reads, options.kv):
+            curves.setdefault(job.workload, []).append(drawn)
+    print_report(rows, (options.shared_reads, options.kv))
+    if options.out:
+        for path in _write(options.out, rows, curves):
+            print(f"wrote {path}")
+    if options.json:
+        print(json.dumps({"rows": rows}))
+    return 0
+
+
+def run_job(job: Job) -> tuple[dict, plots.Curves]:
+    """The row of one run and what is drawn of it."""
+    outcome = simulate(job.problems, job.setting)
+    row = metrics_row(outcome, job.workload, job.seed, job.slo_s)
+    ends, running, kv = timeline(outcome, BINS)
+    answered = np.sort(times_to_answer(outcome)) / 60
+    return row | {"sigma_w": job.sigma_w}, plots.Curves(
+        job.setting.policy, answered, ends / 60, running, kv
+    )
+
+
+def _run_all(jobs: Sequence[Job], processes: int) -> list[tuple[dict, plots.Curves]]:
+    """The results of all jobs, in their order."""
+    if processes == 1 or len(jobs) == 1:
+        return [run_job(job) for job in track(jobs, "simulate")]
+    done: dict[int, tuple[dict, plots.Curves]] = {}
+    with ProcessPoolExecutor(processes) as pool, progress("simulate", len(jobs)) as advance:
+        futures = {pool.submit(run_job, job): index for index, job in enumerate(jobs)}
+        try:
+            for future in as_completed(futures):
+                done[futures[future]] = future.result()
+                advance(1)
+        except BaseException:  # of one job, or Ctrl-C: the others are not waited for
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [done[index] for index in range(len(jobs))]
+
+
+def _jobs(options: argparse.Namespace) -> Iterator[Job]:
+    base = Setting(
+        gpus=options.gpus,
+        machine=machine_named(options.gpu),
+        config=preset(options.model),
+        shared_reads=options.shared_reads,
+        kv_dtype=options.kv,
+        max_running=options.max_running,
+        token_budget=options.token_budget,
+        page_size=options.page_size,
+        max_tokens=options.max_tokens,
+        need_share=options.need,
+    )
+    settings = [base]
+    if options.compare:
+        others = [replace(base, shared_reads=False, kv_dtype="bf16")]
+        others += [replace(base, shared_reads=True, kv_dtype=kv) for kv in KV_DTYPES]
+        settings += [other for other in others if _variant(other) != _variant(base)]
+    policies = list(POLICIES) if "all" in options.policy else options.policy
+    slo_s = options.slo * 60 if options.slo else None
+    for name, sigma_w, seed, problems in _workloads(options):
+        for policy in policies:
+            for setting in settings:
+                chosen = replace(setting, policy=policy)
+                yield Job(name, sigma_w, seed, problems, chosen, slo_s)
+
+
+def _workloads(
+    options: argparse.Namespace,
+) -> Iterator[tuple[str, float | None, int, Sequence[Problem]]]:
+    """(name, sigma_w, seed, problems) of everything that --workload, --sigma-w, --seeds name."""
+    name, seeds = options.workload, range(options.seeds)
+    if name == CHAT:
+        for seed in seeds:
+            count = options.problems or CHAT_REQUESTS
+            times = _arrivals(options, count, seed) or [0.0] * count
+            yield name, None, seed, chat_requests(count, seed, times)
+    elif name == "all" or name in WORKLOADS:
+        chosen = [_workload(options, each) for each in (WORKLOADS if name == "all" else [name])]
+        for workload in chosen:
+            for sigma_w in options.sigma_w:
+                drawn = replace(workload, sigma_w=sigma_w)
+                for seed in seeds:
+                    times = _arrivals(options, drawn.problems, seed)
+                    yield drawn.name, sigma_w, seed, drawn.draw(seed, times)
+    elif Path(name).suffix in (".csv", ".jsonl") or Path(name).exists():
+        requests = read_trace(name)[: options.problems]
+        for sigma_w in options.sigma_w if options.widths else [0.0]:
+            for seed in seeds:
+                problems = trace_problems(
+                    requests, parse_widths(options.widths or ""), sigma_w, seed, options.max_tokens
+                )
+                yield Path(name).name, sigma_w, seed, problems
+    else:
+        known = ", ".join([*WORKLOADS, CHAT, "all"])
+        raise InputError(f"workload {name!r} is neither a file nor one of {known}")
+
+
+def _workload(options: argparse.Namespace, name: str) -> Workload:
+    changes: dict = {"max_tokens": options.max_tokens}
+    if options.problems:
+        changes["problems"] = options.problems
+    if options.widths is not None:
+        changes["widths"] = parse_widths(options.widths)
+    return workload_named(name, **changes)
+
+
+def _arrivals(options: argparse.Namespace, count: int, seed: int) -> list[float] | None:
+    if options.arrivals == "all-at-once":
+        return None
+    return ARRIVALS[options.arrivals](count, options.rate * options.gpus, seed)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise InputError naming the first option that is out of range."""
+    for policy in options.policy:
+        if policy not in (*POLICIES, "all"):
+            known = ", ".join([*POLICIES, "all"])
+            raise InputError(f"unknown policy {policy!r}; choose of {known}")
+    least_one = ("gpus", "seeds", "problems", "max_tokens", "max_running", "page_size", "jobs")
+    for name in least_one:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+    for ok, message in (
+        (options.token_budget >= options.max_running, "--token-budget is below --max-running"),
+        (0 < options.need <= 1, "--need must be above 0 and at most 1"),
+        (options.rate > 0, "--rate must be positive"),
+        (options.slo is None or options.slo > 0, "--slo must be positive"),
+        (all(0 <= value <= 3 for value in options.sigma_w), "--sigma-w must be from 0 to 3"),
+    ):
+        if not ok:
+            raise InputError(message)
+
+
+def _variant(setting: Setting) -> tuple[bool, str]:
+    return setting.shared_reads, setting.kv_dtype
+
+
+def _write(folder: Path, rows: list[dict], curves: dict[str, list[plots.Curves]]) -> list[Path]:
+    """Write rows, medians and two pictures per workload. Raises InputError if it cannot."""
+    made = [folder / "rows.json", folder / "medians.jsonl"]
+    try:
+        made[0].write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        lines = [json.dumps(row) + "\n" for row in medians(rows)]
+        made[1].write_text("".join(lines), encoding="utf-8")
+        for workload, drawn in curves.items():
+            stem = Path(workload).stem
+            made += [folder / f"{stem}-occupancy.png", folder / f"{stem}-answers.png"]
+            plots.occupancy(made[-2], workload, drawn)
+            plots.answers(made[-1], workload, drawn)
+    except OSError as error:
+        raise InputError(f"cannot write {error.filename or folder}: {error.strerror}") from None
+    return made

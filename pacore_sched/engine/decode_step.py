@@ -1,0 +1,146 @@
+"""A decode step on the device: every running rollout's last token in, its next one out.
+
+Nothing comes from the host: the step reads the tokens that the one before it drew, moves its plan
+one token on, and leaves its own tokens where the next step reads them and in a table with an entry
+per rollout, from which whatever runs next starts. So it can be run again and again as it is, and
+captured in a CUDA graph. It launches nothing but the model's ops, `advance` and `sample`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.runtime.staging import Packed
+from kernels.sampling import SampleOutput, sample
+from model.decoder import Step
+from model.kv_cache import KVCache
+from model.step3vl import Step3VL
+from pacore_sched.sched.request import Rollout, Sampling
+
+Settings = tuple[float, int, float]  # temperature, top_k, top_p
+
+
+def advances(model: Step3VL) -> bool:
+    """Whether attention reads its plan on the device alone, where it can be moved on."""
+    return _in_triton(model, "prefix_attention")
+
+
+def capturable(model: Step3VL) -> bool:
+    """Whether a decode step in the model's forms can be a CUDA graph: the plan advances on the
+    device, and tokens are drawn without waiting for it, as PyTorch's top-p does."""
+    return model.device.type == "cuda" and advances(model) and _in_triton(model, "sample")
+
+
+def _in_triton(model: Step3VL, op: str) -> bool:
+    impl = model.impl[op]
+    return impl == "triton" or (impl is None and model.device.type == "cuda")
+
+
+def settings_of(sampling: Sampling) -> Settings:
+    return sampling.temperature, sampling.top_k, sampling.top_p
+
+
+class Tables:
+    """Last token of each slot, int64 on the device; one more entry, for rows that pad."""
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.nobody = slots
+        self.last = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        self._owner: list[int | None] = [None] * slots  # nodes: none is ever named like another
+
+    def claim(self, rollouts: Sequence[tuple[Rollout, int | None]]) -> None:
+        """Enter the rollouts whose slots hold something else, by their last tokens as the host
+        knows them; None where it does not. Raises ValueError if that is needed."""
+        new = [(r, last) for r, last in rollouts if self._owner[r.slot] != r.node]
+        unknown = next((rollout for rollout, last in new if last is None), None)
+        if unknown is not None:
+            raise ValueError(f"the last token of {unknown} is neither known nor in the table")
+        if not new:
+            return
+        packed = Packed(
+            dict.fromkeys(("slots", "last"), (len(new),)),
+            dtype=torch.int64,
+            device=self.last.device,
+        )
+        slots, last = [r.slot for r, _ in new], [last for _, last in new]
+        packed.fill({"slots": np.array(slots), "last": np.array(last)})
+        self.last.index_copy_(0, packed.tensors["slots"], packed.tensors["last"])
+        for rollout, _ in new:
+            self._owner[rollout.slot] = rollout.node
+
+    def forget(self, rollout: Rollout) -> None:
+        """Let the host say, the next time, which of its tokens is the last."""
+        self._owner[rollout.slot] = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How tokens are drawn from rows of logits: the same for all of them, or in parts."""
+
+    parts: tuple[tuple[Settings, Tensor | None], ...]  # None for all rows
+
+    @staticmethod
+    def of(settings: Sequence[Settings], device: torch.device) -> "Drawing":
+        """`settings` of each row."""
+        rows: dict[Settings, list[int]] = {}
+        for row, own in enumerate(settings):
+            rows.setdefault(own, []).append(row)
+        if len(rows) == 1:
+            return Drawing(((settings[0], None),))
+        packed = Packed(
+            {str(own): (len(of),) for own, of in rows.items()}, dtype=torch.int64, device=device
+        )
+        packed.fill({str(own): np.array(of) for own, of in rows.items()})
+        return Drawing(tuple((own, packed.tensors[str(own)]) for own in rows))
+
+    def draw(
+        self, model: Step3VL, hidden: Tensor, seeds: Tensor, positions: Tensor, **feeds: Tensor
+    ) -> Tensor:
+        """Draw the tokens that follow final hidden states [B, hidden]: `SampleOutput.results`.
+
+        positions: [B] of the tokens to be drawn
+        feeds: where else they are written, as fields of `SampleOutput`
+        """
+        logits, impl = model.decoder.logits(hidden), model.impl["sample"]
+        out = SampleOutput.of(len(seeds), seeds.device, **feeds)
+        tokens = torch.empty_like(seeds)
+        logprobs = torch.empty_like(seeds, dtype=torch.float32)
+        for (temperature, top_k, top_p), rows in self.parts:
+            options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "impl": impl}
+            if rows is None:
+                sample(logits, seeds, positions, out=out, **options)
+                return out.results
+            drawn = sample(logits[rows], seeds[rows], positions[rows], **options)
+            tokens[rows], logprobs[rows] = drawn[0].long(), drawn[1]
+        out.write(tokens, logprobs)
+        return out.results
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """Rows in the plan's order. Tensors are int64 [T]."""
+
+    step: Step
+    owners: Tensor  # slots in the tables
+    seeds: Tensor
+    ids: Tensor  # each row's last token; `run` leaves those of the next step here
+    drawing: Drawing
+    advances: bool  # whether the plan can be moved on, on the device
+
+    def run(self, model: Step3VL, cache: KVCache, tables: Tables) -> Tensor:
+        """One step's results, int32 [2, T], as `unpacked_results` reads them."""
+        hidden = model.decoder(model.decoder.embed(self.ids), self.step, cache)
+        # A plan that has moved on says where the tokens to be drawn will stand.
+        if self.advances:
+            self.step.advance()
+        positions = self.step.positions if self.advances else self.step.positions + 1
+        feeds = {"ids": self.ids, "last": tables.last, "owners": self.owners}
+        return self.drawing.draw(model, hidden, self.seeds, positions, **feeds)
+
+
+def unpacked_results(results: Tensor) -> tuple[list[int], list[float]]:
+    """Tokens and log-probabilities as lists, of `SampleOutput.results` on the host."""
+    return results[0].tolist(), results[1].view(torch.float32).tolist()

@@ -1,0 +1,77 @@
+"""Images into embeddings beside the decoding: one thread, and on a GPU one stream of its own."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels.runtime.spans import spanned
+from model.step3vl import Step3VL
+from model.terminal import InputError
+
+if TYPE_CHECKING:
+    from model.vision.image import Views
+
+
+class Features:
+    """Embeddings of some images, on their way. `count` is how many rows they will be."""
+
+    def __init__(
+        self, count: int, future: "Future[tuple[Tensor, torch.cuda.Event | None]]"
+    ) -> None:
+        self.count, self._future = count, future
+
+    def ready(self) -> bool:
+        """Whether nobody would have to wait for them; never if they have failed (`error`)."""
+        if not self._future.done() or self._future.exception():
+            return False
+        event = self._future.result()[1]
+        return event is None or event.query()
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why there are none, once it is known."""
+        return self._future.exception() if self._future.done() else None
+
+    def result(self) -> Tensor:
+        """[count, hidden], for work on the current stream. Raises what encoding them raised."""
+        features, event = self._future.result()
+        if event is not None:
+            torch.cuda.current_stream(features.device).wait_event(event)
+            features.record_stream(torch.cuda.current_stream(features.device))
+        return features
+
+
+class ImageEncoder:
+    """The model's vision tower, which nobody else may use meanwhile, in a thread."""
+
+    def __init__(self, model: Step3VL) -> None:
+        self._model = model
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vision")
+        self._stream = None
+        if model.device.type == "cuda":
+            self._stream = torch.cuda.Stream(model.device)
+            self._stream.wait_stream(torch.cuda.current_stream(model.device))  # for the weights
+
+    def encode(self, views: Sequence["Views"]) -> Features:
+        """Begin with some images. Raises InputError for a model that takes none."""
+        vision = self._model.vision
+        if vision is None:
+            raise InputError(
+                f"model {self._model.config.name} has no vision tower: it takes no images"
+            )
+        count = sum(vision.count([*image.crops, image.image]) for image in views)
+        return Features(count, self._thread.submit(spanned("encode images", self._run), views))
+
+    def close(self) -> None:
+        """End the thread once what it works on is done; what has not begun is dropped."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _run(self, views: Sequence["Views"]) -> tuple[Tensor, "torch.cuda.Event | None"]:
+        if self._stream is None:
+            return self._model.encode_images(views), None
+        with torch.cuda.device(self._model.device), torch.cuda.stream(self._stream):
+            features = self._model.encode_images(views)
+            return features, self._stream.record_event()

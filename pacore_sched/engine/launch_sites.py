@@ -1,0 +1,135 @@
+"""Where the engine launches kernels: sites for `compile_ahead`, all of them on CPU tensors.
+
+Kernels depend on the widths of a model, not on its layers or weights, so one layer without weights
+is enough. Steps are built as the executor builds them, sizes are one of each class that kernels
+tell apart: row tiles, and numbers of rows that 16 divides or does not.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from kernels.compile.worker import Site
+from kernels.prefix_plan import Capacity, PrefixPlan
+from kernels.sampling import SampleOutput, sample
+from model.config import Config
+from model.decoder import Step
+from model.step3vl import Step3VL
+from pacore_sched.engine.decode_graph import LEVELS, DecodeGraph, default_buckets, node_rows
+from pacore_sched.engine.decode_step import Settings, Tables
+from pacore_sched.sched.plan import plan_step
+from pacore_sched.sched.prefix_tree import PrefixTree
+
+# Temperature, top_k, top_p: as by default, greedy, tempered, truncated.
+SETTINGS: tuple[Settings, ...] = (
+    (1.0, 0, 1.0),
+    (0.0, 0, 1.0),
+    (1.0, 20, 1.0),
+    (1.0, 0, 0.95),
+    (1.0, 20, 0.95),
+)
+CHUNKS = (1, 4, 16, 100, 2048)  # prompt tokens of a step
+DECODING = (1, 4, 16, 32)  # rollouts in the same step, and in steps without CUDA graphs
+IMAGES = ((1, 0), (1, 3), (1, 9))  # whole views, crops
+PAGES = 64
+
+
+def engine_sites(
+    config: Config,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    buckets: Sequence[int] | None = None,
+) -> list[Site]:
+    """All that an engine on such a model launches: its images, prompts and decode steps.
+
+    buckets: numbers of rows that CUDA graphs are made for
+    """
+    of = (config, dtype, kv_dtype or dtype)
+    sites: list[Site] = [
+        partial(launch_graph, *of, rows) for rows in buckets or default_buckets(64)
+    ]
+    steps = {(chunk, rows) for chunk in CHUNKS for rows in (0, *DECODING)}
+    steps |= {(0, rows) for rows in DECODING}
+    sites += [partial(launch_step, *of, *step) for step in sorted(steps)]
+    if config.vision:
+        sites += [partial(launch_images, config, dtype, *counts) for counts in IMAGES]
+    return sites
+
+
+def launch_graph(config: Config, dtype: torch.dtype, kv_dtype: torch.dtype, rows: int) -> None:
+    """What the CUDA graphs of decode steps of up to `rows` rollouts hold."""
+    model = one_layer(config, dtype)
+    group = config.decoder.heads // config.decoder.kv_heads
+    for most in node_rows(rows, group):
+        cache, tables = model.new_cache(PAGES, kv_dtype), Tables(rows, model.device)
+        capacity = Capacity(rows, most, LEVELS)
+        DecodeGraph(model, cache, tables, capacity, SETTINGS[0], _Uncaptured, None)
+    _sample(model, rows)
+
+
+def launch_step(
+    config: Config, dtype: torch.dtype, kv_dtype: torch.dtype, chunk: int, rollouts: int
+) -> None:
+    """A step that reads `chunk` tokens of a prompt while some rollouts of another decode."""
+    model = one_layer(config, dtype)
+    tree = PrefixTree(PAGES + rollouts, model.new_cache(1).page_size)
+    work = []
+    if chunk:
+        work.append((tree.add(), chunk))
+        tree.append(work[0][0], chunk)
+    if rollouts:
+        root = tree.add()
+        tree.append(root, 100)
+        for _ in range(rollouts):
+            work.append((tree.add(root), 1))
+            tree.append(work[-1][0], 1)
+    batch = plan_step(tree, work)
+    cache = model.new_cache(PAGES + rollouts, kv_dtype)
+    plan = PrefixPlan.build(
+        batch.plan_nodes,
+        num_rows=len(batch.positions),
+        num_pages=cache.num_pages,
+        page_size=cache.page_size,
+    )
+    step = Step(torch.tensor(batch.positions), torch.tensor(batch.slots), plan)
+    model.decoder(model.decoder.embed(torch.zeros_like(step.positions)), step, cache)
+    if not chunk:
+        step.advance()
+    _sample(model, len(batch.last_rows))
+
+
+def launch_images(config: Config, dtype: torch.dtype, whole: int, crops: int) -> None:
+    """The vision tower on `whole` global views and `crops` crops."""
+    vision = one_layer(config, dtype).vision
+    sizes = [config.vision.crop_size] * crops + [
+        config.vision.grid * config.vision.patch_size
+    ] * whole
+    vision([torch.empty(3, size, size, dtype=dtype) for size in sizes])
+
+
+@cache
+def one_layer(config: Config, dtype: torch.dtype) -> Step3VL:
+    """A model of these widths with one layer, whose weights are whatever is in memory."""
+    decoder = replace(config.decoder, layers=1)
+    vision = config.vision and replace(config.vision, layers=1)
+    return Step3VL(replace(config, decoder=decoder, vision=vision), dtype=dtype)
+
+
+def _sample(model: Step3VL, rows: int) -> None:
+    logits = torch.empty(rows, model.config.decoder.vocab_size, dtype=model.dtype)
+    seeds = torch.zeros(rows, dtype=torch.int64)
+    table = {"last": seeds, "owners": seeds}
+    for feeds in ({"ids": seeds, **table}, table, {}):  # decoding, with prompts, in parts
+        out = SampleOutput.of(rows, model.device, **feeds)
+        for temperature, top_k, top_p in SETTINGS:
+            sample(logits, seeds, seeds, temperature=temperature, top_k=top_k, top_p=top_p, out=out)
+
+
+class _Uncaptured:
+    """Takes a CUDA graph's place: runs its body once."""
+
+    def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: object) -> None:
+        body()

@@ -1,0 +1,1 @@
+"""The simulator: the scheduler on a virtual clock. Nothing here imports torch."""

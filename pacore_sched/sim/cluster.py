@@ -1,0 +1,138 @@
+"""Many GPUs, a replica of the model on each, and one queue of problems that they pull from.
+
+A problem stays on the GPU that pulled it: its image's KV is there, and its later rounds wait for
+nobody else's clock. A single GPU takes every problem as it arrives, so that its policy sees the
+whole queue; one of many takes the next problem when none of its own rollouts waits to start.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from model.config import STEP3_VL_10B, Config
+from model.terminal import InputError
+from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
+from pacore_sched.sim.cost_model import CostModel, RooflineCost, StepWork, kv_capacity
+from pacore_sched.sim.machine import MACHINES, Machine
+from pacore_sched.sim.simulator import Record, Replica, Usage
+from pacore_sched.sim.workload import MAX_TOKENS, Problem
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the problems are run on. `num_pages` and `cost` follow from the machine if None."""
+
+    policy: str = "later-round-first"
+    gpus: int = 1
+    machine: Machine = MACHINES["h200"]
+    config: Config = STEP3_VL_10B
+    shared_reads: bool = True
+    kv_dtype: str = "bf16"
+    max_running: int = 256
+    token_budget: int = 2048
+    page_size: int = 64
+    max_tokens: int = MAX_TOKENS
+    need_share: float = 1.0
+    num_pages: int | None = None
+    cost: CostModel | None = None
+
+    def pages(self) -> int:
+        """Pages of one GPU. Raises InputError if the model leaves no room for KV."""
+        if self.num_pages is not None:
+            return self.num_pages
+        tokens = kv_capacity(self.config, self.machine, self.kv_dtype)
+        if tokens < self.page_size:
+            raise InputError(f"{self.config.name} leaves no room for KV on {self.machine.name}")
+        return tokens // self.page_size
+
+    def cost_model(self) -> CostModel:
+        """The given one, or the machine's roofline."""
+        work = StepWork(self.config.decoder, self.kv_dtype)
+        return self.cost or RooflineCost(work, self.machine, self.shared_reads)
+
+
+@dataclass
+class Outcome:
+    """What happened: a record per rollout, a usage per GPU, and when problems were answered."""
+
+    setting: Setting
+    problems: Sequence[Problem]
+    records: list[Record] = field(default_factory=list)
+    answered_s: list[float] = field(default_factory=list)  # of every problem
+    usages: list[Usage] = field(default_factory=list)
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    cancelled_tokens: int = 0
+    prefix_hit_tokens: int = 0
+
+
+def simulate(
+    problems: Sequence[Problem],
+    setting: Setting,
+    on_answer: Callable[[int], None] = lambda problems: None,
+) -> Outcome:
+    """Run all problems to their answers; `on_answer` is told of each as it comes.
+
+    Raises InputError if a rollout's KV can never fit on one GPU.
+    """
+    outcome = Outcome(setting, problems, answered_s=[0.0] * len(problems))
+
+    def answer(number: int, seconds: float) -> None:
+        outcome.answered_s[number] = seconds
+        on_answer(1)
+
+    replicas = [_replica(setting, outcome, answer) for _ in range(setting.gpus)]
+    order = sorted(range(len(problems)), key=lambda number: problems[number].arrival_s)
+    try:
+        _run(replicas, [(number, problems[number]) for number in order])
+    except ValueError as error:
+        raise InputError(f"a problem does not fit a GPU's KV: {error}") from None
+    for replica in replicas:
+        counts = replica.scheduler.counts
+        outcome.usages.append(replica.executor.usage)
+        outcome.preemptions += counts.preemptions
+        outcome.recomputed_tokens += counts.recomputed
+        outcome.cancelled_tokens += counts.cancelled
+        outcome.prefix_hit_tokens += counts.prefix_hits
+    return outcome
+
+
+def _replica(setting: Setting, outcome: Outcome, answer: Callable[[int, float], None]) -> Replica:
+    kind = POLICIES[setting.policy]
+    lengths = (lambda rollout: replica.length(rollout),) if setting.policy in KNOW_LENGTHS else ()
+    replica = Replica(
+        kind(*lengths),
+        setting.cost_model(),
+        setting.pages(),
+        setting.page_size,
+        max_running=setting.max_running,
+        token_budget=setting.token_budget,
+        max_tokens=setting.max_tokens,
+        need_share=setting.need_share,
+        on_round=outcome.records.extend,
+        on_answer=answer,
+    )
+    return replica
+
+
+def _run(replicas: Sequence[Replica], queue: Sequence[tuple[int, Problem]]) -> None:
+    """Let the replica that is behind all others take its next step, until nothing is left."""
+    taken = 0
+    clocks = [(0.0, index) for index in range(len(replicas))]
+    while clocks:
+        clock, index = heapq.heappop(clocks)
+        replica = replicas[index]
+        replica.executor.clock = clock
+        while taken < len(queue) and queue[taken][1].arrival_s <= clock:
+            if len(replicas) > 1 and replica.waits:
+                break
+            replica.submit(*queue[taken])
+            taken += 1
+        arrival = queue[taken][1].arrival_s if taken < len(queue) else float("inf")
+        sees = arrival > clock and (len(replicas) == 1 or not replica.waits)
+        if replica.step(arrival if sees else float("inf")):
+            heapq.heappush(clocks, (replica.executor.clock, index))
+        elif replica.runs:
+            raise RuntimeError("the scheduler has work and does nothing")
+        elif taken < len(queue):
+            heapq.heappush(clocks, (max(clock, arrival), index))

@@ -1,0 +1,117 @@
+"""GPUs as the simulator sees them: what rows measured on one say, or stated assumptions.
+
+Assumed until there are rows, for every GPU: copies reach 0.90 of the data sheet's bandwidth and
+matrix products 0.70 of its dense rate; a step reaches 0.90 of that bandwidth, 0.85 of that rate in
+its linear layers and 0.60 of it in attention; 0.4 ms per step go to launches, norms, sampling and
+the host; KV may use what is left of 0.90 of the memory beside the weights and 6 GB of workspace.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from model.terminal import InputError
+
+RESULTS = Path(__file__).resolve().parents[2] / "profiles" / "results"
+COPY_SHARE = 0.90  # of the data sheet's bandwidth
+GEMM_SHARE = 0.70  # of the data sheet's dense bf16 rate
+MODEL = "step3-vl-10b"  # whose decode rows tell a step's efficiency
+BEST_FORM = "default"  # the form of a decode row that the engine runs
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One GPU. Rates are per second, 1e9 and 1e12; `measured` says whether rows gave them."""
+
+    name: str
+    copy_gb_s: float  # bytes read plus bytes written by a copy
+    gemm_tflop_s: float  # bf16, dense
+    memory_bytes: float
+    bandwidth_efficiency: float = 0.90  # of a step, in terms of copy_gb_s
+    linear_efficiency: float = 0.85  # in terms of gemm_tflop_s
+    attention_efficiency: float = 0.60
+    overhead_s: float = 0.4e-3  # per step
+    memory_share: float = 0.90
+    workspace_bytes: float = 6e9
+    measured: bool = False
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.copy_gb_s * 1e9 * self.bandwidth_efficiency
+
+    @property
+    def linear_flops_per_s(self) -> float:
+        return self.gemm_tflop_s * 1e12 * self.linear_efficiency
+
+    @property
+    def attention_flops_per_s(self) -> float:
+        return self.gemm_tflop_s * 1e12 * self.attention_efficiency
+
+
+def _from_data_sheet(name: str, gb_s: float, tflop_s: float, memory_gb: float) -> Machine:
+    return Machine(name, COPY_SHARE * gb_s, GEMM_SHARE * tflop_s, memory_gb * 1e9)
+
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        _from_data_sheet("h200", 4800, 989, 141),
+        _from_data_sheet("h100", 3350, 989, 80),  # SXM
+        _from_data_sheet("a100", 2039, 312, 80),  # SXM, 80 GB
+    )
+}
+
+
+def machine_named(name: str, results: Path = RESULTS) -> Machine:
+    """The GPU called `name`, with what the rows of folders of `results` named after it say.
+
+    Raises InputError with the known names for another one, and for a file that is not rows.
+    """
+    if name not in MACHINES:
+        raise InputError(f"unknown GPU {name!r}; choose one of {', '.join(MACHINES)}")
+    rows = [
+        row
+        for folder in sorted(results.glob("*"))
+        if folder.is_dir() and name in folder.name.lower()
+        for path in sorted(folder.glob("*.jsonl"))
+        for row in _read(path)
+        if not row.get("failure") and row.get("dtype") == "bfloat16"
+    ]
+    return _measured(MACHINES[name], rows)
+
+
+def _measured(machine: Machine, rows: list[dict]) -> Machine:
+    """The latest ceilings, and the median efficiency of the decode steps, its overhead within."""
+    ceilings = [row for row in rows if row["op"] == "roofline"]
+    if ceilings:
+        latest = ceilings[-1]
+        rates = {name: latest[name] for name in ("copy_gb_s", "gemm_tflop_s")}
+        machine = replace(machine, **rates, measured=True)
+    shares = [
+        row["roofline_pct"] / 100
+        for row in rows
+        if row["op"] == "decode_step"
+        and row["impl"] == BEST_FORM
+        and row["case"].startswith(MODEL)
+        and row["roofline_pct"]
+    ]
+    if shares:
+        share = min(1.0, median(shares))
+        machine = replace(machine, bandwidth_efficiency=share, overhead_s=0.0, measured=True)
+    return machine
+
+
+def _read(path: Path) -> list[dict]:
+    """The rows of a JSONL file; a last line without an end is left out."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or "op" not in row:
+            raise InputError(f"{path}:{number}: not a measured row")
+        rows.append(row)
+    return rows

@@ -1,0 +1,249 @@
+"""The simulator: the engine's scheduler on a virtual clock, from event to event.
+
+A GPU is a Scheduler and a SimExecutor, whose cost model says how long steps take. Lengths are
+pinned: a rollout ends with its last token, whatever runs beside it. Between events (a rollout ends,
+a page fills, a problem arrives) batches change in nothing but lengths, so that the seconds of all
+steps up to the next event have a closed form: skipping them changes nothing.
+Rounds follow each other as in PaCoRe: when a group is done its problem's next round is submitted,
+and its image stays in KV.
+"""
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import ceil, inf
+
+from pacore_sched.sched.policy import LaterRoundFirst
+from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.request import Batch, Group, Rollout, Sampling, Segment
+from pacore_sched.sched.scheduler import Scheduler
+from pacore_sched.sim.cost_model import CostModel, StepShape, steps_until
+from pacore_sched.sim.workload import MAX_TOKENS, Problem
+
+
+@dataclass(slots=True)
+class Record:
+    """When one rollout was submitted, had its first token, and ended; seconds."""
+
+    problem: int
+    round: int
+    length: int  # pinned
+    submitted_s: float
+    first_s: float = inf
+    ended_s: float = inf
+    cancelled: bool = False
+
+
+@dataclass
+class Usage:
+    """What one GPU did. The arrays have an entry per event: from `starts[i]` to `ends[i]`,
+    `running[i]` rollouts decoded and a share `kv[i]` of all pages was in use."""
+
+    starts: array = field(default_factory=lambda: array("d"))
+    ends: array = field(default_factory=lambda: array("d"))
+    running: array = field(default_factory=lambda: array("d"))
+    kv: array = field(default_factory=lambda: array("d"))
+    bytes: int = 0
+    bytes_saved: int = 0  # by reading every node once instead of for every sequence
+    flops: int = 0
+    steps: int = 0
+
+    def add(self, start: float, end: float, running: int, kv: float) -> None:
+        self.starts.append(start)
+        self.ends.append(end)
+        self.running.append(running)
+        self.kv.append(kv)
+
+
+class SimExecutor:
+    """Executes batches by letting time pass: an engine's Executor, whose tokens are all 0.
+
+    `clock` is in seconds. Drafts are not known to it.
+    """
+
+    asynchronous = False
+
+    def __init__(
+        self, cost: CostModel, *, num_pages: int, page_size: int, max_running: int
+    ) -> None:
+        self.cost = cost
+        self.num_pages, self.page_size, self.max_running = num_pages, page_size, max_running
+        self.clock = 0.0
+        self.usage = Usage()
+
+    def launch(self, tree: PrefixTree, batch: Batch) -> int:
+        """Pass the time of one step."""
+        self.run(tree, batch, step_shape(tree, batch), 1)
+        return len(batch.sampled)
+
+    def collect(self, ticket: int) -> tuple[list[int], list[float]]:
+        """The step's tokens and log-probabilities."""
+        return [0] * ticket, [0.0] * ticket
+
+    def run(self, tree: PrefixTree, batch: Batch, shape: StepShape, steps: int) -> None:
+        """Pass the time of `steps` steps of a batch, the first of which has this shape."""
+        cost, usage, start = self.cost, self.usage, self.clock
+        self.clock += cost.seconds(shape, steps)
+        usage.steps += steps
+        usage.bytes += cost.work.bytes(shape, steps, cost.shared_reads)
+        usage.flops += cost.work.flops(shape, steps)
+        if cost.shared_reads:
+            saved = steps * (shape.kv_read_unshared - shape.kv_read)
+            usage.bytes_saved += saved * cost.work.kv_token_bytes
+        usage.add(start, self.clock, len(batch.decode), 1 - tree.free_pages / tree.num_pages)
+
+
+@dataclass(eq=False)
+class Run:
+    """A problem on its way: its image, which all rounds read, and the ends of the last round."""
+
+    number: int
+    problem: Problem
+    image: Segment | None
+    records: dict[Rollout, Record] = field(default_factory=dict)  # of the round that runs
+
+
+class Replica:
+    """One GPU with its scheduler, and the problems it has taken on.
+
+    need_share: a round is done when this share of its rollouts have ended (1: all of them)
+    on_round: told of the records of a round that is done
+    on_answer: told of the number of a problem whose last round is done, and when
+    """
+
+    def __init__(
+        self,
+        policy: LaterRoundFirst,
+        cost: CostModel,
+        num_pages: int,
+        page_size: int,
+        *,
+        max_running: int,
+        token_budget: int,
+        max_tokens: int = MAX_TOKENS,
+        need_share: float = 1.0,
+        on_round: Callable[[list[Record]], None],
+        on_answer: Callable[[int, float], None],
+    ) -> None:
+        self.executor = SimExecutor(
+            cost, num_pages=num_pages, page_size=page_size, max_running=max_running
+        )
+        self.scheduler = Scheduler(
+            num_pages, page_size, policy, max_running=max_running, token_budget=token_budget
+        )
+        self.sampling = Sampling(max_tokens, ignore_eos=True)
+        self.need_share = need_share
+        self.on_round, self.on_answer = on_round, on_answer
+        self.runs: dict[int, Run] = {}
+        self._batch, self._left = Batch(()), 0  # the last one, and the steps that it still holds
+
+    @property
+    def waits(self) -> bool:
+        """Whether a rollout is waiting to start."""
+        return any(group.waiting for group in self.scheduler.groups)
+
+    def length(self, rollout: Rollout) -> int:
+        """The pinned length of a rollout that has not ended."""
+        group = rollout.group
+        return self.runs[group.problem].problem.lengths[group.round][rollout.index]
+
+    def submit(self, number: int, problem: Problem) -> None:
+        """Take on a problem. Raises ValueError if one of its rollouts can never fit."""
+        image = Segment(problem.image_tokens) if problem.image_tokens else None
+        run = self.runs[number] = Run(number, problem, image)
+        if image:
+            self.scheduler.keep(image)
+        self._submit_round(run, 0, problem.prompt_tokens())
+
+    def step(self, until: float = inf) -> bool:
+        """Go on to the next event, or to the first step's end behind `until`; False if idle."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return False
+        if batch is not self._batch:
+            self._batch, self._left = batch, batch.steps
+        tree, clock = self.scheduler.tree, self.executor.clock
+        shape = step_shape(tree, batch)
+        steps = self._left
+        if steps > 1:
+            steps = min(steps, 1 + min(self._record(r).length - r.asked for r in batch.decode))
+            if until < inf:
+                cost = self.executor.cost
+                steps = steps_until(lambda k: cost.seconds(shape, k), until - clock, steps)
+        sampled = batch.sampled
+        for rollout in sampled:
+            if rollout.asked == 1:
+                self._record(rollout).first_s = clock + self.executor.cost.seconds(shape)
+        if steps > 1:
+            self.scheduler.repeat(steps - 1)
+        self._left -= steps
+        self.executor.run(tree, batch, shape, steps)
+        for rollout in sampled:
+            if not rollout.finish_reason and rollout.asked >= self._record(rollout).length:
+                self._end(rollout)
+        return True
+
+    def _record(self, rollout: Rollout) -> Record:
+        return self.runs[rollout.group.problem].records[rollout]
+
+    def _submit_round(self, run: Run, number: int, prompt_tokens: int) -> None:
+        lengths = run.problem.lengths[number]
+        path = [run.image] if run.image else []
+        if prompt_tokens > 1:  # the last token opens the rollouts' own nodes
+            path.append(Segment(prompt_tokens - 1))
+        exploring = number + 1 < len(run.problem.lengths)
+        need = ceil(self.need_share * len(lengths)) if exploring else len(lengths)
+        group = Group(path, 0, self.sampling, problem=run.number, round=number, need=need)
+        limit = self.sampling.max_tokens
+        group.rollouts = [Rollout(group, index, 0, limit) for index in range(len(lengths))]
+        run.records = {
+            rollout: Record(run.number, number, length, self.executor.clock)
+            for rollout, length in zip(group.rollouts, lengths, strict=True)
+        }
+        self.scheduler.submit(group)
+
+    def _end(self, rollout: Rollout) -> None:
+        """A rollout has its last token; perhaps its round, and its problem, are done with it."""
+        run, group = self.runs[rollout.group.problem], rollout.group
+        run.records[rollout].ended_s = self.executor.clock
+        for sibling in self.scheduler.finish(rollout, "length"):
+            run.records[sibling].ended_s = self.executor.clock
+            run.records[sibling].cancelled = True
+        if group.ended < group.need:
+            return
+        records = list(run.records.values())
+        self.on_round(records)
+        if group.round + 1 < len(run.problem.lengths):
+            ended = [record.length for record in records if not record.cancelled]
+            self._submit_round(run, group.round + 1, run.problem.prompt_tokens(ended))
+            return
+        if run.image:
+            self.scheduler.drop(run.image)
+        del self.runs[run.number]
+        self.on_answer(run.number, self.executor.clock)
+
+
+def step_shape(tree: PrefixTree, batch: Batch) -> StepShape:
+    """The shape of a batch's next step, whose tokens the scheduler has appended already."""
+    own = 0  # tokens of the rollouts' own nodes
+    members: dict[Group, int] = {}
+    for rollout in batch.decode:
+        own += rollout.asked
+        members[rollout.group] = members.get(rollout.group, 0) + 1
+    segments: dict[int, int] = {}  # node -> tokens of it that are read
+    unshared = own
+    for group, count in members.items():
+        unshared += count * (group.prompt_tokens - 1)
+        segments.update((segment.node, segment.tokens) for segment in group.path)
+    pairs, rows = unshared, len(batch.decode)
+    for chunk in batch.chunks:
+        *above, node = tree.path(chunk.owner.node)
+        segments.update((upper, tree.length(upper)) for upper in above)
+        segments[node] = chunk.stop
+        new = chunk.stop - chunk.start
+        context = sum(map(tree.length, above)) + chunk.start
+        unshared += context + new
+        pairs += new * context + new * (new + 1) // 2
+        rows += new
+    read = own + sum(segments.values())
+    return StepShape(rows, len(batch.sampled), read, unshared, pairs, len(segments))

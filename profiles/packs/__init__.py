@@ -1,0 +1,1 @@
+"""Kernels compiled here for a GPU node: packed, and unpacked there."""

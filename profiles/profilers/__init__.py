@@ -1,0 +1,1 @@
+"""Profilers: Nsight Systems and Compute, Proton, PyTorch's, and the reading of what they write."""

@@ -1,0 +1,102 @@
+"""`python -m profiles ncu --op OP`: one case of an op under Nsight Compute, and its summary.
+
+ncu runs every kernel of one warm call several times over, with counters of its own choosing. The
+report DIR/OP.ncu-rep is kept for the tool's own window; the summary is read from what
+`ncu --import` exports of it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from model.terminal import InputError
+from profiles.profilers import ncu_summary
+from profiles.profilers.launch import add_case_arguments
+from profiles.profilers.tools import check_gpu, exported, reported, show, tool
+
+EPILOG = """\
+Only what lies between cudaProfilerStart and cudaProfilerStop is profiled: the kernels of one call
+(`python -m profiles launch`), after warm-up. Caches are emptied before every pass (--cache all).
+Clocks stay the GPU's own, as in `bench ops`; --clocks base locks them to their base for the run,
+as ncu does by itself, which makes times of different days comparable, and longer. If ncu says
+ERR_NVGPUCTRPERM, an administrator must allow performance counters for users, or run it.
+
+examples:
+  python -m profiles ncu --op prefix_attention --shape "B16 P2048"
+  python -m profiles ncu --op rms_norm --impl eager --kernel "^(?!.*copy)" --dry-run
+  python -m profiles ncu --summarise traces/prefix_attention.ncu-rep
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    add_case_arguments(parser, required=False)
+    parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
+    parser.add_argument("--set", default="full", help="of sections, as `ncu --list-sets` has them")
+    parser.add_argument("--kernel", metavar="REGEX", help="these kernels of the call only")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="launches to pass over")
+    parser.add_argument("--count", type=int, metavar="N", help="of launches (default: all)")
+    parser.add_argument("--cache", choices=("all", "none"), default="all", help="(default: all)")
+    parser.add_argument("--clocks", choices=("none", "base"), default="none")
+    parser.add_argument("--summarise", type=Path, metavar="REPORT", help="a report, or its raw CSV")
+    parser.add_argument("--dry-run", action="store_true", help="print the command line")
+    parser.add_argument("--json", action="store_true", help="no table; one JSON document")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Profile and summarise. Raises InputError without op or report, ncu or a GPU."""
+    if options.summarise:
+        _summarise(options.summarise, options.json)
+        return 0
+    if not options.op:
+        raise InputError("say what to profile: --op OP, or --summarise REPORT")
+    if options.dry_run:
+        print(show(command_line("ncu", options)))
+        return 0
+    command = command_line(tool("ncu"), options)
+    check_gpu("ncu")
+    report = options.out / f"{options.op}.ncu-rep"
+    code = reported(command, report)
+    _summarise(report, options.json)
+    return int(code != 0)
+
+
+def command_line(ncu: str, options: argparse.Namespace) -> list[str]:
+    """What profiles the case."""
+    launches = [f"--launch-skip={options.skip}"] if options.skip else []
+    launches += [f"--launch-count={options.count}"] if options.count else []
+    given = {"shape": options.shape, "dtype": options.dtype, "impl": options.impl}
+    case = [part for name, value in given.items() if value for part in (f"--{name}", value)]
+    return [
+        ncu,
+        f"--set={options.set}",
+        "--target-processes=all",
+        "--profile-from-start=off",
+        *([f"--kernel-name=regex:{options.kernel}"] if options.kernel else []),
+        *launches,
+        f"--cache-control={options.cache}",
+        f"--clock-control={options.clocks}",
+        "--force-overwrite",
+        f"--export={options.out / options.op}",
+        *(sys.executable, "-m", "profiles", "launch", "--op", options.op, *case),
+        "--device=cuda",
+    ]
+
+
+def export(report: Path) -> str:
+    """The CSV that the summary is read from. Raises InputError if there is none."""
+    if not report.exists():
+        raise InputError(f"there is no report {report}")
+    if report.suffix != ".ncu-rep":
+        return report.read_text(errors="replace")
+    return exported([tool("ncu"), "--import", str(report), "--page", "raw", "--csv"])
+
+
+def _summarise(report: Path, as_json: bool) -> None:
+    launches = ncu_summary.summarise(export(report), report.name)
+    if as_json:
+        print(json.dumps({"report": str(report), "launches": launches}))
+    else:
+        ncu_summary.display(launches, report.name)

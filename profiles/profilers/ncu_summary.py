@@ -1,0 +1,131 @@
+"""What an ncu report says of each kernel: time, DRAM, tensor cores, occupancy, why warps stall.
+
+Read from `ncu --import REPORT --page raw --csv`: one column per metric, then a row of units, then a
+row per launch. The format is that of a real export of 2022.3, whose units are spelt "usecond" and
+"Gbyte/second"; the spelling of later versions, "us" and "Gbyte/s", is from excerpts that others
+have published. Metrics of tensor cores have other names on other architectures: the largest of
+those present counts.
+"""
+
+import re
+from collections.abc import Sequence
+
+from model.terminal import InputError, table
+from profiles.profilers.exports import Table, number, tables
+
+DURATION = "gpu__time_duration.sum"
+DRAM_RATE = ("dram__bytes.sum.per_second",)
+DRAM_PARTS = ("dram__bytes_read.sum.per_second", "dram__bytes_write.sum.per_second")
+DRAM_PEAK = (
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+)
+TENSOR = re.compile(
+    r"sm__(pipe_tensor(_op_[a-z]+)?_cycles_active|inst_executed_pipe_tensor(_op_[a-z]+)?)"
+    r"\.avg\.pct_of_peak_sustained_(active|elapsed)"
+)
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+OCCUPANCY = ("sm__warps_active.avg.pct_of_peak_sustained_active",)
+POSSIBLE = ("sm__maximum_warps_per_active_cycle_pct",)
+REGISTERS = ("launch__registers_per_thread",)
+SCALE = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+UNIT = re.compile(r"([numKMGT]?)(seconds?|s|bytes?|B)(/(second|s))?")
+TOP_STALLS = 3
+
+
+def summarise(text: str, source: str) -> list[dict]:
+    """Of each launch, in order: kernel, duration_us, dram_gb_s, dram_pct and tensor_pct of their
+    peaks, occupancy_pct and what it could be at most, registers of a thread, and `stalls`.
+
+    stalls: reason -> share of the time that a warp spends between two of its instructions, the
+        largest first. None for what was not collected.
+
+    Raises InputError for a text that is no raw page, or lacks the kernel's name or duration.
+    """
+    found = [t for t in tables(text, source) if t.has("Kernel Name")]
+    if not found:
+        raise InputError(f"{source}: no table of `ncu --import REPORT --page raw --csv`")
+    if found[0].has("Metric Name"):
+        raise InputError(f"{source}: one metric per line: export with --page raw --csv")
+    header = found[0].header
+    units, *launches = found[0].rows or [()]
+    found[0].texts(DURATION)  # complains if it is missing
+    if not launches or units[header.index("Kernel Name")]:
+        raise InputError(f"{source}: no row of units, or no launch behind it")
+    return [_launch(_Row(found[0], units, cells)) for cells in launches]
+
+
+def display(launches: Sequence[dict], source: str) -> None:
+    """One line per launch."""
+    header = ("kernel", " us", " DRAM GB/s", " of peak", " tensor", " occupancy", " at most")
+    header += (" registers", "warps wait for (share of their time)")
+    lines = [
+        [
+            launch["kernel"][:60],
+            f"{launch['duration_us']:,.2f}",
+            _text(launch["dram_gb_s"], "{:,.0f}"),
+            *(
+                _text(launch[name], "{:.1f} %")
+                for name in ("dram_pct", "tensor_pct", "occupancy_pct", "possible_occupancy_pct")
+            ),
+            _text(launch["registers"], "{:.0f}"),
+            ", ".join(f"{name} {share:.0%}" for name, share in launch["stalls"].items()),
+        ]
+        for launch in launches
+    ]
+    table(f"launches in {source}", header, lines)
+
+
+class _Row:
+    """The figures of one launch by the metrics' names."""
+
+    def __init__(self, of: Table, units: Sequence[str], cells: Sequence[str]) -> None:
+        names = list(of.header)
+        self.texts = dict(zip(names, cells, strict=True))
+        self.units = dict(zip(names, units, strict=True))
+
+    def first(self, names: Sequence[str]) -> float | None:
+        """The first of these metrics that has a number, in seconds or bytes where it has a unit of
+        them."""
+        for name in names:
+            value = number(self.texts.get(name, ""))
+            if value is not None:
+                unit = UNIT.fullmatch(self.units[name])
+                return value * SCALE[unit[1]] if unit else value
+        return None
+
+    def all(self, pattern: re.Pattern) -> dict[str, float]:
+        """Metrics that match as a whole, by name."""
+        found = {name: number(text) for name, text in self.texts.items() if pattern.fullmatch(name)}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _launch(row: _Row) -> dict:
+    duration, rate = row.first([DURATION]), row.first(DRAM_RATE)
+    if rate is None:
+        parts = [row.first([name]) for name in DRAM_PARTS]
+        rate = None if None in parts else sum(parts)
+    return {
+        "kernel": row.texts["Kernel Name"],
+        "duration_us": None if duration is None else duration * 1e6,
+        "dram_gb_s": None if rate is None else rate / 1e9,
+        "dram_pct": row.first(DRAM_PEAK),
+        "tensor_pct": max(row.all(TENSOR).values(), default=None),
+        "occupancy_pct": row.first(OCCUPANCY),
+        "possible_occupancy_pct": row.first(POSSIBLE),
+        "registers": row.first(REGISTERS),
+        "stalls": _stalls(row),
+    }
+
+
+def _stalls(row: _Row) -> dict[str, float]:
+    """Shares of the time between two instructions of a warp; "selected" is the issue itself."""
+    found = {STALL.fullmatch(name)[1]: value for name, value in row.all(STALL).items()}
+    whole = sum(found.values())
+    ordered = sorted(found.items(), key=lambda of: -of[1])
+    reasons = [(name, value) for name, value in ordered if name != "selected" and value > 0]
+    return {name: value / whole for name, value in reasons[:TOP_STALLS]}
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -1,0 +1,96 @@
+"""`python -m profiles proton --op OP`: time of each kernel by Proton, which is in Triton's wheel.
+
+It traces calls that follow each other as fast as they can, where ncu runs each kernel alone. Needs
+a GPU. The file DIR/OP.hatchet is for `proton-viewer`; the table is read from it as that viewer of
+Triton 3.6.0 reads it: a tree of frames with metrics, "time (ns)" and "count" among them. No file
+that a GPU has made has been read yet.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bench.ops import device_named
+from model.terminal import InputError, table
+from profiles.profilers.launch import WARM_UP, add_case_arguments, prepared
+from profiles.profilers.tools import INSTEAD, check_gpu
+
+TIME, COUNT = "time (ns)", "count"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_case_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
+    parser.add_argument("--calls", type=int, default=20, metavar="N", help="(default: 20)")
+    parser.add_argument("--json", action="store_true", help="no table; one JSON document")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Profile and summarise. Raises InputError without a GPU or Proton."""
+    check_gpu("Proton")
+    try:
+        from triton import profiler
+    except ImportError as error:
+        raise InputError(f"this Triton comes without Proton: {INSTEAD}") from error
+    name, call = prepared(options, device_named("cuda"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / options.op
+    with torch.inference_mode():
+        for _ in range(WARM_UP):
+            call()
+        torch.cuda.synchronize()
+        profiler.start(str(path))
+        for _ in range(options.calls):
+            call()
+        torch.cuda.synchronize()
+        profiler.finalize()
+    rows = kernels(path.with_suffix(".hatchet"))
+    if options.json:
+        print(json.dumps({"case": name, "calls": options.calls, "kernels": rows}))
+    else:
+        display(rows, f"{options.calls} x {name}")
+    return 0
+
+
+def kernels(path: Path) -> list[dict]:
+    """Launches, total_us and mean_us of every kernel, longest first.
+
+    Raises InputError for a file that is not Proton's tree.
+    """
+    try:
+        roots = json.loads(path.read_text())
+        found: dict[str, list[float]] = {}
+        for name, metrics in _leaves(roots[0]):
+            launches, time = found.setdefault(name, [0, 0.0])
+            found[name] = [launches + metrics.get(COUNT, 1), time + metrics[TIME] / 1e3]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no tree of Proton's: {error!r}") from error
+    rows = [
+        {"kernel": name, "launches": launches, "total_us": time, "mean_us": time / launches}
+        for name, (launches, time) in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row["total_us"])
+
+
+def display(rows: list[dict], title: str) -> None:
+    lines = [
+        [
+            row["kernel"][:80],
+            f"{row['launches']:,}",
+            f"{row['total_us']:,.1f}",
+            f"{row['mean_us']:.2f}",
+        ]
+        for row in rows
+    ]
+    table(title, ("kernel", " launches", " us", " mean us"), lines)
+
+
+def _leaves(node: dict) -> Iterator[tuple[str, dict]]:
+    """Frames that have a time of their own: kernels."""
+    if TIME in node.get("metrics", {}):
+        yield node["frame"]["name"], node["metrics"]
+    for child in node.get("children", []):
+        yield from _leaves(child)

@@ -1,0 +1,1 @@
+"""Runs of many tasks, each in a process that a supervisor watches."""

@@ -1,0 +1,204 @@
+"""What a worker does for each section's tasks, on one device, from which models stay loaded."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import images, rows
+from bench.cases import Case, cases, numerics_cases
+from bench.decode import DecodeCase, time_decode
+from bench.engine import time_engine
+from bench.launch_cost import time_launches
+from bench.launch_sites import timed_sites
+from bench.linears import time_linear
+from bench.ops import MAIN_DTYPE, check_case, device_named, time_case
+from bench.pairs import check_forms, time_pairs
+from bench.timing import keep_freed_memory
+from kernels.runtime.tiles import gpu_of
+from model.config import PRESETS
+from model.cuda_graph import failed_capture
+from model.step3vl import Step3VL
+from model.terminal import InputError
+from model.vision.tower import VisionTower
+from pacore_sched.engine.compile_ahead import compile_ahead
+from profiles.packs.kernel_pack import unpack
+from profiles.runs import planning
+from profiles.runs.pytest_tasks import run_test
+from profiles.runs.task import Row, Task
+
+
+class Measuring:
+    """Carries out tasks on a device: a method for each section, whose rows are what it measured."""
+
+    def __init__(self, device: str | None) -> None:
+        self._name = device
+        self._models: dict[tuple[str, torch.dtype], Step3VL] = {}
+        self._towers: dict[str, VisionTower] = {}
+        keep_freed_memory()
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Raises InputError if there is none of its name: in answer to the first task."""
+        device = device_named(self._name)
+        rows.machine(device)  # cached by it: tests may change the number of threads
+        return device
+
+    def carry_out(self, task: Task) -> list[Row]:
+        """The rows of a task."""
+        return getattr(self, task.section)(task)
+
+    def spoiled(self) -> bool:
+        """Whether nothing should be measured in this process any more, whatever was said."""
+        return failed_capture() is not None
+
+    def plan(self, task: Task) -> list[Row]:
+        """One row with the tasks of the command `task.op`, and the machine that they are for."""
+        tasks = planning.PLANS[task.op](self.device, **task.arguments)
+        found = {"tasks": [json.loads(one.to_json()) for one in tasks], "failure": None}
+        return [found | {"environment": environment(self.device)}]
+
+    def probe(self, task: Task) -> list[Row]:
+        """Whether a kernel runs here at all; if so, the plan of `first-light` is the last row."""
+        path = task.arguments.get("kernels")
+        packed = [_unpacked(path) | rows.origin(self.device)] if path else []
+        case = next(case for case in numerics_cases() if case.op == task.op)
+        made = check_case(case, self.device, MAIN_DTYPE[self.device.type], task.forms)
+        if any(row["failure"] for row in made):
+            return [*packed, *made]
+        has_kernels = any(row["failure"] is None for row in packed)
+        plan = replace(task, op="first-light", arguments={"packed": has_kernels})
+        return [*packed, *made, *self.plan(plan)]
+
+    def compile(self, task: Task) -> list[Row]:
+        """Compile what will be timed, in parallel processes."""
+        done = compile_ahead(timed_sites(), [gpu_of(self.device)], workers=os.cpu_count())
+        row = {"op": task.op, "case": task.case, "impl": None, "dtype": None, "failure": None}
+        row |= {"kernels": len(done.keys), "compiled": done.compiled}
+        row["failure"] = next(iter(done.failures), None)
+        return [row | rows.origin(self.device)]
+
+    def roofline(self, task: Task) -> list[Row]:
+        return [rows.ceiling(self.device, _dtype(task))]
+
+    def numerics(self, task: Task) -> list[Row]:
+        return check_forms(self._case(task), self.device, _dtype(task), task.forms)
+
+    def ops(self, task: Task) -> list[Row]:
+        budget_s, anyway = task.arguments["budget_s"], task.arguments["anyway"]
+        return time_case(self._case(task), self.device, _dtype(task), task.forms, budget_s, anyway)
+
+    def launches(self, task: Task) -> list[Row]:
+        (form,), budget_s = task.forms, task.arguments["budget_s"]
+        return [time_launches(self.device, _dtype(task), form, budget_s)]
+
+    def pairs(self, task: Task) -> list[Row]:
+        case, budget_s = self._case(task), task.arguments["budget_s"]
+        return time_pairs(case, self.device, _dtype(task), task.forms, budget_s)
+
+    def linears(self, task: Task) -> list[Row]:
+        options = dict(task.arguments)
+        config = PRESETS[options.pop("preset")].decoder
+        return [time_linear(config, device=self.device, dtype=_dtype(task), **options)]
+
+    def decode(self, task: Task) -> list[Row]:
+        options = task.arguments
+        return time_decode(
+            self._model(options["preset"], _dtype(task)),
+            DecodeCase(*options["sizes"]),
+            options["budget_s"],
+            names=task.forms,
+            breakdown=options["breakdown"],
+        )
+
+    def engine(self, task: Task) -> list[Row]:
+        options = task.arguments
+        model, case = self._model(options["preset"], _dtype(task)), DecodeCase(*options["sizes"])
+        return time_engine(model, case, options["steps"], options["blocks"], task.forms)
+
+    def vision(self, task: Task) -> list[Row]:
+        options = task.arguments
+        config = PRESETS[options["preset"]]
+        tower = self._towers.get(config.name) or images.random_tower(config, self.device)
+        self._towers[config.name] = tower
+        return images.encode(tower, config, options["size"], options["budget_s"], task.forms)
+
+    def tests(self, task: Task) -> list[Row]:
+        return [run_test(task.case) | rows.origin(self.device)]
+
+    @cached_property
+    def _cases(self) -> dict[tuple[str, str], Case]:
+        known = [*cases(self.device.type), *numerics_cases()]
+        return {(case.op, case.name): case for case in known}
+
+    def _case(self, task: Task) -> Case:
+        return self._cases[task.op, task.case]
+
+    def _model(self, preset: str, dtype: torch.dtype) -> Step3VL:
+        key = preset, dtype
+        if key not in self._models:
+            self._models[key] = Step3VL.from_preset(preset, device=self.device, dtype=dtype)
+        return self._models[key]
+
+
+def _unpacked(path: str) -> Row:
+    """The row of a pack of kernels: one that does not fit costs time, and not the visit."""
+    row = {"op": "kernels", "case": Path(path).name, "impl": None, "dtype": None}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        try:
+            kernels, new = unpack(Path(path))
+        except InputError as error:
+            return row | {"failure": str(error)}
+    failure = next((str(warning.message) for warning in found), None)
+    return row | {"kernels": kernels, "new": new, "failure": failure}
+
+
+def environment(device: torch.device) -> Row:
+    """The machine and its software, as this process finds them."""
+    found = rows.origin(device) | {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "gcc": _first_line(["gcc", "--version"]),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return found | _gpu(device) if device.type == "cuda" else found
+
+
+def _gpu(device: torch.device) -> Row:
+    properties = torch.cuda.get_device_properties(device)
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperature.gpu"
+    state = rows.nvidia_smi(fields)
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "state": state and dict(zip(fields.split(","), state.split(", "), strict=True)),
+    }
+
+
+def _dtype(task: Task) -> torch.dtype:
+    return getattr(torch, task.dtype)
+
+
+def _first_line(command: Sequence[str]) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.partition("\n")[0]

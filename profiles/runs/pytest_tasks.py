@@ -1,0 +1,79 @@
+"""Tests as supervised tasks: those that need a GPU for what the op table does not show.
+
+Graphs over plans that change, work of several threads, races and bits. Needs pytest, which a GPU
+node may lack: there are then no such tasks.
+"""
+
+from pathlib import Path
+
+from profiles.runs.task import Row
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = (
+    "tests/kernels/prefix_attention/test_prefix_attention_triton.py::test_real_shapes",
+    "tests/kernels/prefix_attention/test_prefix_attention_triton.py::test_bits_of_real_shapes",
+    "tests/kernels/test_rotary_attention.py::test_real_shapes",
+    "tests/pacore_sched/engine/test_decode_graph.py",
+    "tests/model/test_cuda_graph.py",
+    "tests/kernels/prefix_attention/test_prefix_advance.py",
+    "tests/kernels/test_sampling_triton.py::test_replay_of_a_graph",
+    "tests/bench/measure/test_timing.py",
+    "tests/kernels/test_vision_attention_triton.py::test_real_shapes",
+    "tests/model/vision/test_vision_graph.py",
+)
+QUIET = ["-q", "--no-header", "-p", "no:cacheprovider", "-m", "gpu and not slow_gpu"]
+
+
+class _Collected:
+    """A pytest plugin that keeps the tests' names, and how each one ended."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.failure: str | None = None
+        self.skipped: str | None = None
+
+    def pytest_collection_finish(self, session) -> None:  # noqa: ANN001 - pytest's own
+        self.names = [item.nodeid for item in session.items]
+
+    def pytest_runtest_logreport(self, report) -> None:  # noqa: ANN001
+        if report.failed:
+            lines = [line for line in report.longreprtext.splitlines() if line.startswith("E  ")]
+            self.failure = (lines or ["E  failed"])[0].removeprefix("E").strip()
+            print(report.longreprtext)
+        if report.skipped:
+            self.skipped = str(report.longrepr[-1])
+
+
+def collected() -> list[str]:
+    """The names of the tests, none without pytest."""
+    try:
+        import pytest  # noqa: F401
+    except ImportError:
+        return []
+    if not (ROOT / "tests").is_dir():
+        return []
+    found = _Collected()
+    _pytest(["--collect-only", *(f"{ROOT}/{name}" for name in TESTS)], found)
+    return found.names
+
+
+def run_test(name: str) -> Row:
+    """The row of one test, in this process."""
+    found = _Collected()
+    code = _pytest([f"{ROOT}/{name}"], found)
+    if not found.names and not found.failure:
+        found.failure = f"pytest ran no test: exit code {code}"
+    return {
+        "op": "test",
+        "case": name,
+        "impl": None,
+        "dtype": None,
+        "failure": found.failure,
+        "skipped": found.skipped,
+    }
+
+
+def _pytest(arguments: list[str], plugin: _Collected) -> int:
+    import pytest
+
+    return int(pytest.main([*QUIET, "--rootdir", str(ROOT), *arguments], plugins=[plugin]))

@@ -1,0 +1,1 @@
+"""What the compiler made of every kernel: registers, spills, SASS. Needs no GPU."""

@@ -1,0 +1,150 @@
+"""The end-to-end job on the tiny model: its rows, and that a wrong form cannot pass."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import e2e, images, show, vision
+from kernels.prefix_attention import op as prefix_attention
+from kernels.vision_attention import op as vision_attention
+from model.kv_cache import PAGE_SIZE
+from model.step3vl import Step3VL
+from model.vision.graph import Graphs
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Step3VL:
+    return Step3VL.from_preset("tiny", seed=1)
+
+
+def test_question(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """Both forms do the same work, and the rates follow from it."""
+    monkeypatch.setattr(e2e, "PROMPT_TOKENS", 200)
+    rows = e2e.ask(tiny, widths=(4,), max_tokens=6)
+    assert [row["impl"] for row in rows] == ["eager", "default"]
+    for row in rows:
+        assert row["failure"] is None
+        assert row["max_err"] < 1e-4
+        tokens = row["tokens_per_second"] * row["median_us"] / 1e6
+        assert tokens == pytest.approx(round(tokens), rel=1e-6)
+        assert 6 < round(tokens) <= 30  # 4 rollouts and the synthesis, 6 tokens each at most
+        assert row["decode_tokens_per_second"] > 0
+        seconds, running, kv = row["timeline"].values()
+        assert seconds == sorted(seconds)
+        assert max(running) == 4, "the four rollouts of the first round"
+        assert running[-1] == 0
+        assert max(kv) % PAGE_SIZE == 0
+        assert max(kv) >= 200, "the prompt, at least"
+    assert rows[0]["bytes"] == rows[1]["bytes"] > 0
+    assert rows[1]["speedup"] == pytest.approx(rows[0]["median_us"] / rows[1]["median_us"])
+
+
+def test_timeline_is_thinned(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """Guards rows against a point for each of thousands of steps, and against a lost end."""
+    monkeypatch.setattr(e2e, "PROMPT_TOKENS", 200)
+    monkeypatch.setattr(e2e, "TIMELINE", 4)
+    line = e2e.ask(tiny, widths=(2,), max_tokens=6)[1]["timeline"]
+    assert 2 <= len(line["seconds"]) <= 4
+    assert line["running"][-1] == 0
+
+
+def test_rate():
+    """The first step's tokens took the time before it: they do not count."""
+    assert e2e._rate([(10.0, 4), (11.0, 4), (12.0, 2)]) == 3.0
+    assert e2e._rate([(10.0, 4)]) is None
+
+
+def test_photo(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """A photo of 1280 x 720: six crops and a global view through both forms."""
+    monkeypatch.setattr(e2e, "measure", lambda calls, **_: dict.fromkeys(calls, TIMING))
+    rows = e2e.look(tiny)
+    assert [row["case"] for row in rows] == ["tiny 6 crops, 98 tokens"] * 2
+    assert [row["failure"] for row in rows] == [None, None]
+    assert 0 < rows[1]["max_err"] < 1e-4
+
+
+def test_a_wrong_form_fails(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """An attention with a wrong scale gives other rollouts and other logits: both rows fail."""
+    right = prefix_attention.prefix_attention_portable
+
+    def wrong(q, k, v, plan, scale, **options):
+        return right(q, k, v, plan, 1.01 * scale, **options)
+
+    monkeypatch.setattr(prefix_attention, "prefix_attention_portable", wrong)
+    monkeypatch.setattr(e2e, "PROMPT_TOKENS", 200)
+    monkeypatch.setattr(e2e, "measure", lambda calls, **_: dict.fromkeys(calls, TIMING))
+    for rows in (e2e.ask(tiny, widths=(4,), max_tokens=6), e2e.look(tiny)):
+        assert rows[0]["failure"] is None
+        assert rows[1]["failure"]
+
+
+def test_the_photo_is_encoded_every_time(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """Guards against a time of the image cache, its hashing included, and against a check of one
+    form by another's bits."""
+    calls, encode = [], tiny.vision.encode
+    monkeypatch.setattr(tiny.vision, "encode", lambda *a, **o: calls.append(1) or encode(*a, **o))
+    monkeypatch.setattr("model.vision.cache.image_key", lambda views: pytest.fail("hashed"))
+
+    def thrice(forms: dict, **_: object) -> dict:
+        return {name: [call(0) for _ in range(3)] and TIMING for name, call in forms.items()}
+
+    monkeypatch.setattr(e2e, "measure", thrice)
+    tiny.vision.cache.budget = 2**20
+    e2e.look(tiny)
+    assert len(calls) == 1 + 2 + 2 * 3  # expected, errors, times
+
+
+def test_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """A row per size and form: its views and tokens, and rates that follow from its time."""
+    monkeypatch.setattr(images, "SIZES", ((100, 100), (1280, 720)))
+    monkeypatch.setattr(images, "measure", lambda calls, **_: dict.fromkeys(calls, TIMING))
+
+    def no_graph(graphs: Graphs, *_: object) -> None:
+        assert graphs.enabled is False, "the timer captures, and nothing else"
+
+    monkeypatch.setattr(Graphs, "find", no_graph)
+    rows = list(images.run(CPU))
+    assert [(row["case"], row["impl"]) for row in rows] == [
+        (f"tiny {size}", form) for size in ("100 x 100", "1280 x 720") for form in e2e.FORMS
+    ]
+    assert [(row["views"], row["tokens"]) for row in rows[::2]] == [(1, 9), (7, 33)]
+    for row in rows:
+        assert row["failure"] is None
+        assert row["tflop_s"] == pytest.approx(row["flops"] / 1e6)  # of one microsecond
+        assert row["gemm_pct"] == pytest.approx(100 * row["tflop_s"] / row["gemm_tflop_s"])
+    assert 0 < rows[3]["max_err"] < 1e-4
+    show.jobs(rows)
+    assert "1280 x 720" in capsys.readouterr().out
+
+
+def test_a_wrong_tower_fails(monkeypatch: pytest.MonkeyPatch):
+    """Guards the check of the tower, which no op's own check replaces."""
+    right = vision_attention.vision_attention
+
+    def wrong(qkv: torch.Tensor, *args: object, impl: str | None, **options: object):
+        return right(qkv * (1 if impl == "eager" else 1.01), *args, impl=impl, **options)
+
+    monkeypatch.setattr("model.vision.tower.vision_attention", wrong)
+    monkeypatch.setattr(images, "SIZES", ((100, 100),))
+    monkeypatch.setattr(images, "measure", lambda calls, **_: dict.fromkeys(calls, TIMING))
+    eager, default = images.run(CPU)
+    assert eager["failure"] is None
+    assert "exceeds" in default["failure"]
+
+
+def test_vision_flops(tiny: Step3VL):
+    """The formula against PyTorch's own count of products, per view and for all."""
+    config = tiny.config
+    tower = Step3VL.from_preset("tiny", impl=None).vision
+    tower.impl["vision_attention"] = "eager"  # the counter does not know the fused one of a CPU
+    grids = vision.views_of(1280, 720, config.vision)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        tower(images._views(tower, grids))
+    assert vision.tower_flops(grids, config) == counter.get_total_flops()
+    assert vision.tower_flops(grids, config) == sum(
+        vision.tower_flops([grid], config) for grid in grids
+    )
+
+
+CPU = torch.device("cpu")
+TIMING = e2e.Timing(1.0, 1.0, 1.0, 1, "clock")

@@ -1,0 +1,89 @@
+"""The engine's benchmarks on a small model: what they run, and what their rows say."""
+
+import pytest
+import torch
+
+from bench import engine, packing, replay
+from bench.decode import DecodeCase, forms_on
+from model import cuda_graph
+from model.step3vl import Step3VL
+from pacore_sched.sched.request import Sampling
+from pacore_sched.sim.workload import Workload
+
+PLANS = (packing.Plan("one-at-a-time", 8), packing.Plan("later-round-first", 8))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Step3VL:
+    return Step3VL.from_preset("tiny", seed=1)
+
+
+def test_packing(tiny: Step3VL):
+    """The same rollouts under every plan, and fewer steps when problems run together."""
+    questions = ("One?", "Two?", "Three?")
+    greedy = Sampling(max_tokens=30, temperature=0.0)  # siblings say the same: drafts come true
+    plans = (*PLANS, packing.Plan("later-round-first", 8, speculate=8))
+    alone, together, drafted = packing.compare(
+        tiny, plans, questions=questions, widths=(2,), sampling=greedy
+    )
+    assert drafted["same_texts"] == 1
+    assert 0 < drafted["accepted"] <= drafted["drafted"] > together["drafted"] == 0
+    assert drafted["steps"] < together["steps"]
+    assert alone["same_texts"] == together["same_texts"] == 1
+    assert alone["steps"] > 1.8 * together["steps"]
+    assert alone["tokens_per_step"] < 2 < together["tokens_per_step"]
+    assert alone["prefilled"] == together["prefilled"] > 0
+    for row in (alone, together):
+        assert 0 < row["tta_mean_s"] <= row["makespan_s"]
+    packing.display([alone, together, drafted])
+
+
+def test_replay(tiny: Step3VL):
+    """Engine and simulator take the same steps under every policy: they share the scheduler. The
+    cost model is fitted to other problems than those that it is judged on."""
+    judged = Workload("judged", 3, (3,), 12, 0, 20, max_tokens=30)
+    fitted = [(Workload("fitted", 2, (4,), 8, 0, 30, max_tokens=20), PLANS[1])]
+    rows = replay.validate(tiny, judged, fitted, PLANS)
+    for row in rows:
+        assert row["steps"] == row["steps_simulated"] > 0
+        assert row["makespan_simulated_s"] > row["tta_mean_simulated_s"] > 0
+        assert row["makespan_error"] == pytest.approx(
+            row["makespan_simulated_s"] / row["makespan_s"] - 1
+        )
+    assert rows[0]["steps"] > rows[1]["steps"]
+    replay.display(rows)
+
+
+def test_an_engine_without_its_graphs_says_so(tiny: Step3VL, monkeypatch):
+    """Guards the headline: steps that could not be captured are another thing than those that
+    were, and the eager form, which is never captured, is not to blame."""
+    monkeypatch.setattr(cuda_graph, "_failures", ["failed capture: no memory"])
+    eager, default = engine.time_engine(tiny, DecodeCase(2, 70, 3), steps=2, blocks=1)
+    assert eager["failure"] is None
+    assert default["failure"] == "failed capture: no memory" and default["median_us"]
+
+
+def test_engine_steps(tiny: Step3VL):
+    """A full batch is what is timed: every step gives a token to each rollout, every byte that it
+    must move is counted, and all forms say the same."""
+    case = DecodeCase(4, 70, 3)
+    rows = engine.time_engine(tiny, case, steps=4, blocks=2, names=forms_on("cuda"))
+    assert [row["impl"] for row in rows] == ["eager", "default", "default, FP8 KV"]
+    first, last = case.suffix + engine.SETTLE, case.suffix + 2 * (engine.SETTLE + 4)
+    few, many = (
+        DecodeCase(4, 70, suffix).bytes(tiny.config.decoder, torch.float32)
+        for suffix in (first, last)
+    )
+    for row in rows[:2]:
+        assert few < row["bytes"] < many
+        assert row["same_tokens"] == 1
+        assert row["failure"] is None
+        assert row["max_err"] < 1e-4
+        assert row["repeats"] == 8
+        assert row["padding_pct"] == row["idle_pct"] == 0
+        assert row["host_us"] > 0
+        assert row["graphs"] is False
+    assert rows[1]["max_err"] > 0  # of two forms, hence not the form with itself
+    assert rows[2]["max_err"] > rows[1]["max_err"]
+    assert rows[2]["bytes"] < rows[1]["bytes"]
+    engine.display(rows)

@@ -1,0 +1,228 @@
+"""Filters, lists, reproduction commands, decode steps by part, and the pytest front end."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import (
+    breakdown,
+    command_line,
+    commands,
+    decode,
+    jsonl,
+    ops,
+    repro,
+    roofline,
+    rows,
+    show,
+    timing,
+)
+from bench.cases import OPS, cases, numerics_cases
+from bench.decode import DecodeCase
+from kernels.runtime.spans import span
+from model.config import PRESETS
+from model.terminal import InputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few repeats and a small roofline."""
+    monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
+    monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 64)
+    monkeypatch.setitem(roofline.COPY_CACHES, "cpu", 1)
+
+
+def told(capsys, *arguments):
+    assert command.main([*arguments, "--device", "cpu"]) == 0
+    return capsys.readouterr().out
+
+
+class TestFilters:
+    def test_an_exact_name_is_that_case_alone(self):
+        """Guards a command for one row against running every case whose name goes on."""
+        found = cases("cuda")
+        assert [c.name for c in ops.select(found, shape="prefill 2048")] == ["prefill 2048"]
+        assert len(ops.select(found, shape="prefill 204")) == 3
+
+    def test_forms(self):
+        """Guards `--impl`: cases without the form are left out, peers can be chosen."""
+        found = ops.select(cases("cpu"), impls=["sdpa"])
+        assert {case.op for case in found} == {"prefix_attention"}
+        assert ops.forms_of(found[0], ["cudnn", "sdpa", "eager"]) == ("sdpa", "eager")
+
+    def test_dtypes(self, capsys):
+        """Guards `--dtype`, by long and short names, against being left out of the work."""
+        out = told(capsys, "numerics", "--op", "rms_norm", "--dtype", "bf16", "float16", "--list")
+        assert "bfloat16" in out
+        assert "float16" in out
+        assert "float32" not in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["ops", "--impl", "fa9"], "unknown form 'fa9'; choose of eager, portable, triton"),
+            (["ops", "--op", "sample", "--impl", "flex"], "none of these cases has a form 'flex'"),
+            (["numerics", "--dtype", "int4"], "unknown dtype 'int4'; choose of bfloat16"),
+            (["decode", "--model", "gpt-5"], "unknown model 'gpt-5'; choose of "),
+            (["decode", "--batch", "0"], "are at least 1"),
+            (["decode", "--batch", "many"], "invalid int value: 'many'"),
+            (["frobnicate"], "invalid choice: 'frobnicate'"),
+        ],
+    )
+    def test_mistakes(self, arguments, message):
+        """Guards the one clear line for a user's mistake."""
+        with pytest.raises(InputError, match=message):
+            command.main(
+                [*arguments, "--device", "cpu"] if arguments[0] != "frobnicate" else arguments
+            )
+
+
+class TestTelling:
+    def test_list(self, capsys):
+        """Guards `--list`: every case with its forms, and nothing measured."""
+        found = json.loads(told(capsys, "ops", "--list", "--json"))["cases"]
+        assert [row["case"] for row in found] == [case.name for case in cases("cpu")]
+        first = found[0]
+        assert first["impls"] == ["eager", "portable", "sdpa"]
+        assert first["bytes"] == cases("cpu")[0].bytes(torch.float32)
+
+    def test_repro_makes_the_same_row(self, quick, capsys):
+        """Guards the command of a row: run as it is printed, it measures that row."""
+        out = told(capsys, "ops", "--op", "rms_norm", "--shape", "T16", "--repro")
+        lines = out.splitlines()
+        assert len(lines) == 2
+        words = shlex.split(lines[1])
+        assert words[:3] == ["python", "-m", "bench"]
+        made = json.loads(told(capsys, *words[3:], "--json"))["rows"]
+        assert [row["impl"] for row in made] == ["eager", "portable"]
+        assert {row["case"] for row in made} == {"T16 C4096"}
+
+    def test_a_failure_says_how_to_see_it_again(self, capsys):
+        """Guards the way from a failed row to a command that shows it."""
+        case = numerics_cases()[0]
+        row = ops.check_case(case, CPU, torch.float32, ["eager"])[0] | {"failure": "wrong"}
+        show.errors([row])
+        asked = repro.command(case.op, case.name, "eager", "float32", "numerics")
+        assert f"again: {asked}" in capsys.readouterr().out
+
+
+class TestDecode:
+    def test_rows_and_parts(self, quick, monkeypatch, capsys):
+        """Guards the step's parts: every form's, of known kinds, attention and products in them."""
+        monkeypatch.setattr(timing, "MIN_REPEATS", 1)
+        arguments = ("decode", "--model", "tiny", "--batch", "2", "--prefix", "70", "--suffix", "5")
+        made = json.loads(told(capsys, *arguments, "--json"))["rows"]
+        steps = [row for row in made if row["op"] == "decode_step"]
+        parts = [row for row in made if row["op"] == "decode_part"]
+        assert [row["impl"] for row in steps] == ["eager", "default"]
+        assert {row["impl"] for row in parts} == {"eager", "default"}
+        kinds = {row["part"] for row in parts}
+        assert {"linear", "rms_norm", "silu_mul", "sample", "prefix_attention"} <= kinds
+        assert kinds <= {*OPS, "linear", "embed", "other"}
+        assert all(row["median_us"] > 0 for row in parts)
+        decode.display(made)
+        assert "made of" in capsys.readouterr().out
+
+    def test_too_large(self, monkeypatch, capsys):
+        """Guards against a model that does not fit ending in a crash, or silence."""
+        monkeypatch.setattr(decode, "free_bytes", lambda device: 8 << 30)
+        out = told(capsys, "decode", "--model", "step3-vl-10b", "--batch", "4")
+        assert "needs 41.1 GB, 8.6 GB are free (step3-vl-10b B4 P512 S64)" in out
+
+    def test_needed(self):
+        """Guards the memory said to be needed: 20.3 GB of weights in bf16, KV and its FP8 copy."""
+        config = PRESETS["step3-vl-10b"]
+        case = DecodeCase(16, 2048, 512)
+        kv = 147_456 * (2048 + 16 * 512)
+        needed = decode.needed_bytes(config, case, torch.bfloat16)
+        assert needed == 2 * 10_171_750_144 + 2 * kv + 8 * 16 * 151_936
+
+
+class TestBreakdown:
+    def test_own_time(self):
+        """Guards against a span's time counted again in the one round it, or lost."""
+        x = torch.randn(300, 300)
+
+        def call():
+            with span("decoder layer", 0):
+                with span("outer"):
+                    x @ x
+                    with span("linear down"):
+                        for _ in range(40):
+                            x @ x
+                x + x
+
+        found = breakdown.parts(call, CPU)
+        assert found.keys() == {"outer", "linear", "other"}
+        assert found["linear"] > 4 * found["outer"] > 0
+        assert found["linear"] > found["other"] > 0
+
+    def test_spans_are_off_again(self):
+        """Guards what is measured next against the profiler's spans."""
+        breakdown.parts(lambda: None, CPU)
+        assert span("a") is span("b")
+
+
+class TestSchema:
+    def test_rows_say_theirs(self):
+        """Guards rows against being taken for those of another meaning."""
+        found = rows.origin(CPU)
+        assert found["schema"] == jsonl.SCHEMA
+        assert found["time"].endswith("Z")
+
+    def test_others_are_refused(self, tmp_path):
+        """Guards reports and comparisons against rows whose fields mean something else."""
+        file = tmp_path / "rows.jsonl"
+        file.write_text('{"op": "a"}\n{"op": "a", "schema": 99, "commit": "abc"}\n')
+        with pytest.raises(InputError, match=r":2: rows of schema 99, not 1; commit abc can read"):
+            jsonl.read(file)
+
+
+class TestPytestFrontEnd:
+    def test_tables_and_json(self, tmp_path):
+        """Guards `pytest bench/`: the command's cases, and samples of the project's timer."""
+        out = tmp_path / "b.json"
+        selected = "rms_norm and T1 and portable"
+        arguments = ["-k", selected, f"--benchmark-json={out}", "-p", "no:xdist"]
+        asked = [sys.executable, "-m", "pytest", "bench/", *arguments]
+        root = Path(command.__file__).parents[1]
+        # Where tests run side by side pytest-benchmark would see that in the environment, and rest.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        done = subprocess.run(asked, cwd=root, env=own, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = json.loads(out.read_text())["benchmarks"]
+        names = [f"test_op[rms_norm: T{rows} C4096: portable]" for rows in (1, 16)]
+        assert [row["name"] for row in found] == names
+        assert all(0 < row["stats"]["median"] < 60 for row in found)
+        assert found[0]["extra_info"]["timer"] == "clock"
+
+    def test_wrong_numbers_fail(self, monkeypatch):
+        """Guards against a table of a form that is fast because it is wrong."""
+        from bench import test_ops
+
+        right = OPS["quick_gelu"]
+        monkeypatch.setitem(OPS, "quick_gelu", lambda x, *, impl: right(x, impl=impl) * 1.01)
+        case = next(case for case in cases("cpu") if case.op == "quick_gelu")
+        monkeypatch.setattr(test_ops, "_expected", lambda case: made)
+        inputs = case.inputs(0, CPU, torch.float32)
+        made = inputs, [right(**inputs, impl="eager")]
+        with pytest.raises(AssertionError, match="exceeds"):
+            test_ops.test_op(SimpleNamespace(), case, "portable")
+
+
+def test_every_command_explains_itself(capsys):
+    """Guards `--help` of each command."""
+    for name in (*commands.COMMANDS, *command_line.OTHERS):
+        with pytest.raises(SystemExit):
+            command.main([name, "--help"])
+        assert len(capsys.readouterr().out) > 200

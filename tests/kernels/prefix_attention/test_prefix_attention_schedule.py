@@ -1,0 +1,254 @@
+"""How prefix attention's work is cut up, against the same sums by the host, tile by tile.
+
+What a wrong schedule costs is often time alone: results are right as long as every place of the
+line is somebody's. Nothing here attends, so trees may be as large as real ones.
+"""
+
+from dataclasses import fields, replace
+from itertools import accumulate
+
+import pytest
+import torch
+
+from bench.inputs import Node, fork, prefix_plan
+from kernels.prefix_attention.records import (
+    ALONE,
+    EDGE,
+    END,
+    FLAGS,
+    GRAIN_START,
+    HIGH,
+    LOW,
+    NEXT,
+    ROW,
+    ROWS,
+    VECTOR,
+    WRITES,
+)
+from kernels.prefix_attention.schedule import Cut, Schedule
+from kernels.prefix_attention.tiles import Kind
+from kernels.prefix_plan import PlanNode, PrefixPlan
+
+PAGE = 16
+CUT = Cut(kv_heads=2, group=4, sizes=(64, 16), grain=4, overhead=2, programs=5)
+FORESTS = {
+    "nothing": [],
+    "empty nodes alone": [Node(0, children=(Node(0),))],
+    "fewer places than programs": [Node(1, new=1)],
+    "both sizes": [fork(33, [1, 15, 16, 17]), Node(50, new=21), Node(0), fork(7, [5] * 17)],
+    # The line is laid in blocks of 256 tiles, and shared out among blocks of 256 programs.
+    "600 nodes": [fork(20 + at % 7, [1 + at % 5] * 3) for at in range(150)],
+}
+
+
+def in_sight(plan: PrefixPlan, cut: Cut, node: int, row: int, rows: int) -> tuple[int, int]:
+    """The first grain and the end of what the rows see of a node, from the formula of the plan."""
+    found = plan.nodes[node]
+    before = plan.node_starts[node]
+    offset = found.kv_len - found.num_new - found.row_start + 1
+    ends = [min(found.kv_len, offset + r) for r in range(row, row + rows)]
+    oldest = [int(plan.row_position[r]) - cut.window + 1 - before for r in range(row, row + rows)]
+    return (max(min(oldest), 0) // cut.grain if cut.window else 0), max(ends)
+
+
+@pytest.mark.parametrize("window", [0, 1, 18])
+@pytest.mark.parametrize("programs", [1, 5, 600])
+@pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS.keys())
+def test_the_line(triton_device, forest, programs, window):
+    """Every tile's places, their prefix sums, and where each program's stretch begins."""
+    plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
+    cut = replace(CUT, programs=programs, window=window)
+    schedule = Schedule(plan, cut)
+    places = []
+    for tile, (record, node) in enumerate(
+        zip(schedule.tiles.tolist(), schedule.node_of_tile.tolist(), strict=True)
+    ):
+        row, rows = record[ROW.value], record[ROWS.value]
+        first, end = in_sight(plan, cut, node, row, rows)
+        offset = plan.nodes[node].kv_len - plan.nodes[node].num_new
+        edge = offset - plan.nodes[node].row_start + 1
+        assert record[GRAIN_START.value : EDGE.value + 1] == [first, end, edge], tile
+        grains = max(-(-end // cut.grain) - first, 0)
+        places.append(grains + cut.overhead if grains else 0)
+        small = cut.group * (plan.nodes[node].row_end - plan.nodes[node].row_start) <= 16
+        assert small == (tile >= schedule.counts[0]), "the smaller tiles, and only they, come last"
+    starts = [0, *accumulate(places)]
+    assert schedule.starts.tolist() == starts
+
+    share = int(schedule.stretch[0])
+    assert schedule.stretch.tolist() == [share] * 2
+    assert share == max(1, -(-cut.kv_heads * starts[-1] // programs))
+    large = schedule.counts[0]
+    line = [at for at in walk(cut, large, len(places)) for _ in range(places[at[2]])]
+    for program in range(programs):
+        stretch = line[program * share : (program + 1) * share]
+        for size in (0, 1):
+            own = [tile for at, _, tile in stretch if at == size]
+            first = int(schedule.first_tile[size, program])
+            assert not own or first == own[0] - size * large, (size, program)
+
+
+def walk(cut: Cut, large: int, tiles: int) -> list[tuple[int, int, int]]:
+    """Size, KV head and tile, in the order of the line."""
+    return [
+        (size, head, tile)
+        for size, of_size in ((0, range(large)), (1, range(large, tiles)))
+        for head in range(cut.kv_heads)
+        for tile in of_size
+    ]
+
+
+MODES = {
+    "one line": {},
+    "two lines": {"small_programs": 7},
+    "two lines, one of few programs": {"small_programs": 2},
+    "batch-invariant": {"invariant": True, "overhead": 0},
+}
+
+
+@pytest.mark.parametrize("window", [0, 18])
+@pytest.mark.parametrize("programs", [1, 5, 600])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+@pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS.keys())
+def test_the_pieces(triton_device, forest, mode, programs, window):
+    """Every program's pieces against its places of the line, one by one."""
+    plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
+    cut = replace(CUT, programs=programs, window=window, pieces=True, **mode)
+    schedule = Schedule(plan, cut)
+    tiles, starts = schedule.tiles.tolist(), schedule.starts.tolist()
+    large, pieces, found = schedule.counts[0], schedule.pieces.tolist(), []
+    for size in (0, 1):
+        first = cut.programs if size else 0
+        for program in range(cut.programs_of(size)):
+            at = first + program if pieces[first + program][ROWS.value] else -1
+            while at >= 0:
+                found.append((size, program, *pieces[at][: NEXT.value]))
+                at = pieces[at][NEXT.value]
+
+    if cut.small_programs:  # either line in equal stretches
+        places = (starts[large], starts[-1] - starts[large])
+        for size in (0, 1):
+            share = -(-cut.kv_heads * places[size] // cut.programs_of(size))
+            assert schedule.stretch[size] == max(1, share)
+
+    expected, place = [], 0
+    for size, head, tile in walk(cut, large, len(tiles)):
+        if cut.small_programs and (size, head, tile) == (1, 0, large):
+            place = 0  # of a line of its own
+        record, share = tiles[tile], int(schedule.stretch[size])
+        places = starts[tile + 1] - starts[tile]
+        of_program: dict[int, list[int]] = {}
+        for grain in range(-cut.overhead, places - cut.overhead):
+            of_program.setdefault(place // share, []).append(grain)
+            place += 1
+        for program, own in of_program.items():
+            grains = [grain for grain in own if grain >= 0]
+            chunks = [[grain] for grain in grains] if cut.invariant else [grains] * bool(grains)
+            for chunk in chunks:
+                slot = head * schedule.counts[size] + tile - size * large + program
+                if cut.invariant:
+                    slot = place - places + chunk[0] - size * cut.kv_heads * starts[large]
+                piece = [*record, head, schedule.slots[0] * 64 * size + slot * cut.sizes[size]]
+                piece[LOW.value] = (record[GRAIN_START.value] + chunk[0]) * cut.grain
+                high = (record[GRAIN_START.value] + chunk[-1] + 1) * cut.grain
+                piece[HIGH.value] = min(high, record[END.value])
+                ends = chunk[-1] == places - cut.overhead - 1
+                whole = ends and chunk[0] == 0
+                piece[FLAGS.value] &= ALONE.value * whole + WRITES.value * ends
+                expected.append((size, program, *piece))
+    assert found == sorted(expected, key=lambda piece: piece[:2])
+    assert len({piece[2 + VECTOR.value] for piece in found}) == len(found), "a slot for each"
+
+
+def test_tiles_cover_their_rows(triton_device):
+    """Of 3 heads to a KV head a tile of 16 takes 5 rows, one of 64 takes 21."""
+    forest = [fork(20, [3] * 50), Node(30, new=7), Node(9, new=5)]
+    plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
+    schedule = Schedule(plan, replace(CUT, group=3))
+    found: dict[int, list[int]] = {}
+    for record, node in zip(schedule.tiles.tolist(), schedule.node_of_tile.tolist(), strict=True):
+        row, rows = record[ROW.value], record[ROWS.value]
+        of_node = plan.nodes[node].row_end - plan.nodes[node].row_start
+        assert 3 * rows <= (16 if 3 * of_node <= 16 else 64)
+        found.setdefault(node, []).extend(range(row, row + rows))
+    for index, node in enumerate(plan.nodes):
+        assert found[index] == list(range(node.row_start, node.row_end))
+    assert schedule.counts == [3 + 1, 50 + 1]
+
+
+def test_each_cut_is_another():
+    """A plan keeps its schedules by their cuts: with and without a window, of both modes."""
+    changes = {one.name: 1 for one in fields(Cut)} | {"sizes": (64, 0), "invariant": True}
+    cuts = [replace(CUT, **{name: value}) for name, value in changes.items()]
+    assert len({CUT, replace(CUT), *cuts}) == 1 + len(cuts)
+
+
+def of(rows: list[int], group: int = 4, dim: int = 128, **options) -> Kind:
+    """The class of a plan whose nodes have so many rows, side by side."""
+    ends = list(accumulate(rows))
+    nodes = [PlanNode([], 0, end - n, end) for n, end in zip(rows, ends, strict=True)]
+    plan = PrefixPlan.build(nodes, num_rows=sum(rows), num_pages=1, page_size=PAGE)
+    return Kind.of(
+        plan, group, dim, **({"fp8": False, "invariant": False, "fused": False} | options)
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "dim", "sizes"),
+    [
+        ([4, 1], 4, 128, (0, 16)),  # the small size does for all
+        ([5, 1], 4, 128, (64, 16)),
+        ([5, 5], 4, 128, (64, 0)),
+        ([5, 0], 4, 128, (64, 0)),  # nodes without rows have no tiles
+        ([16, 5], 4, 128, (64, 0)),
+        ([17, 1], 4, 128, (128, 16)),
+        ([17, 1], 4, 256, (64, 0)),  # of head_dim 256 neither 128 vectors nor two sizes
+        ([4, 1], 4, 256, (0, 16)),
+        ([1], 17, 128, (64, 0)),  # 17 heads: one row is beyond 16 vectors
+        ([1], 65, 128, (128, 0)),
+        ([], 65, 128, (128, 0)),  # no rows at all
+    ],
+)
+def test_row_tiles(rows, group, dim, sizes):
+    """The sizes of row tiles that a plan has use for, no others."""
+    kind = of(rows, group, dim)
+    assert (kind.large, kind.small) == sizes
+    assert Kind.from_key(kind.key) == kind
+
+
+def test_invariant_row_tiles():
+    """Of the batch-invariant mode: whatever is in the batch."""
+    kinds = {of(rows, invariant=True) for rows in ([1], [4, 1], [16], [17, 1], [200], [])}
+    assert len(kinds) == 1
+    assert all(Kind.from_key(kind.key) == kind for kind in kinds)
+
+
+@pytest.mark.parametrize("option", ["fp8", "invariant", "fused"])
+def test_options_have_tiles_of_their_own(option):
+    """Each takes registers: tables must not mix them up."""
+    assert of([4, 1], **{option: True}).key != of([4, 1]).key
+
+
+def test_slots_of_an_advancing_plan(triton_device):
+    """The batch-invariant mode has a slot for each chunk: for all that a plan's pages can hold."""
+    plan = PrefixPlan.build(
+        [PlanNode([0, 1, 2], 5, 0, 1, 1)], num_rows=1, num_pages=3, page_size=PAGE
+    )
+    cut = replace(CUT, sizes=(64, 0), grain=PAGE, overhead=0, invariant=True)
+    assert Schedule(plan, cut).slots == [cut.kv_heads * 3, 0]
+
+
+def test_the_host_tensors_stand_in_depth_first_order():
+    """Positions count whole ancestors, new tokens of them included, and no siblings."""
+    nodes = [
+        PlanNode([0], 9, 0, 5, 2),
+        PlanNode([1], 4, 2, 4, 0),
+        PlanNode([2], 3, 2, 3, 1),
+        PlanNode([3], 6, 3, 4, 1),
+        PlanNode([4], 2, 4, 5, 1),
+    ]
+    plan = PrefixPlan.build(nodes, num_rows=5, num_pages=5, page_size=PAGE)
+    assert plan.depths == [0, 1, 2, 2, 1]
+    assert plan.node_starts == [0, 9, 13, 13, 9]
+    assert plan.row_position.tolist() == [7, 8, 15, 18, 10]
+    assert torch.equal(plan.kv_len - plan.causal_offset, torch.tensor([2, 0, 1, 1, 1]))

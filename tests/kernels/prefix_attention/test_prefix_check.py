@@ -1,0 +1,148 @@
+"""The check of prefix attention's schedule: a wrong one is an error with its numbers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+
+from bench.inputs import Node, fork, prefix_attention_inputs
+from kernels.prefix_attention import prefix_attention
+from kernels.prefix_attention.check import check_schedule
+from kernels.prefix_attention.launch import cut_up
+from kernels.prefix_attention.records import HIGH, LOW, NEXT, ROWS
+from kernels.prefix_attention.schedule import Schedule, schedule_of
+from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
+from tests.kernels.test_rotary_attention import run as fused
+from tests.kernels.test_rotary_attention import step
+
+TOY = Gpu("toy", arch=90, sms=5, shared_bytes=227 * 1024)
+# Tiles of both sizes, several for most programs, and nodes without a token, which are passed over.
+FOREST = [fork(20, [1, 7, 2, 17, 3]), Node(9, new=5), Node(0, children=(Node(3, new=1),))]
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    token = check_schedule.set(True)
+    try:
+        yield
+    finally:
+        check_schedule.reset(token)
+
+
+def inputs_of(device: str) -> dict:
+    shape = {"heads": 8, "kv_heads": 2, "head_dim": 16, "page_size": 16}
+    return prefix_attention_inputs(
+        0, device, torch.float32, forest=FOREST, return_lse=True, **shape
+    )
+
+
+@contextmanager
+def toy(grain: int = 4, pieces: int = 1) -> Iterator[None]:
+    chosen = {"programs": 1, "grain": grain, "overhead": 1, "pieces": pieces}
+    with assume_gpu(TOY), use_tiles("prefix_attention", **chosen):
+        yield
+
+
+def schedule_in(inputs: dict, pieces: int) -> Schedule:
+    """The one that the next run will use."""
+    with toy(pieces=pieces):
+        cut, _ = cut_up(inputs["plan"], inputs["q"], 8, inputs["k_pages"], window=0)
+    return schedule_of(inputs["plan"], cut)
+
+
+def no_such_tile(schedule: Schedule) -> None:
+    schedule.first_tile.fill_(1 << 20)
+
+
+def tile_before(schedule: Schedule) -> None:
+    schedule.first_tile.zero_()
+
+
+def tile_behind(schedule: Schedule) -> None:
+    schedule.first_tile[:, 0] += 1
+
+
+def stretch_too_long(schedule: Schedule) -> None:
+    schedule.stretch += 3
+
+
+def sums_that_fall(schedule: Schedule) -> None:
+    schedule.starts[1] = 100
+
+
+def sums_that_stay(schedule: Schedule) -> None:
+    schedule.starts[1] = 0
+
+
+SPOILS = [no_such_tile, tile_before, tile_behind, stretch_too_long, sums_that_fall, sums_that_stay]
+
+
+@pytest.mark.parametrize("pieces", [0, 1], ids=["line", "pieces"])
+@pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)
+def test_a_wrong_schedule_is_an_error(triton_device, spoil, pieces):
+    """Guards against a loop that never ends, or reads what is not there: nothing told where."""
+    inputs = inputs_of(triton_device)
+    schedule = schedule_in(inputs, pieces)
+    assert all(schedule.counts), "tiles of both sizes"
+    spoil(schedule)
+    numbers = r"program \d, at place \d+ of a stretch that ends at \d+, was led to tile \d+ of the "
+    numbers += r"(larger|smaller) size, which has \d+ tiles; the tile spans -?\d+ places and "
+    numbers += r"needs \d+, and the place is -?\d+ past"
+    with toy(pieces=pieces), checking(), pytest.raises(RuntimeError, match=numbers):
+        schedule.write_pieces() if pieces else prefix_attention(**inputs, impl="triton")
+
+
+WRONG_PIECE = (
+    r"program \d was led to piece \d+ of \d+, which has -?\d+ rows, tokens -?\d+ to -?\d+, and"
+    r" names -?\d+ as the next one"
+)
+
+
+@pytest.mark.parametrize(
+    ("column", "wrong"),
+    [(NEXT, 1 << 20), (NEXT, 0), (ROWS, 17), (ROWS, -1), (LOW, 1 << 20), (HIGH, -1)],
+)
+def test_a_wrong_piece_is_an_error(triton_device, column, wrong):
+    """Guards the walk along the pieces: no way back, and nothing that is not there."""
+    inputs = inputs_of(triton_device)
+    schedule = schedule_in(inputs, pieces=1)
+    schedule.pieces[:, column.value] = wrong
+    with toy(), checking(), pytest.raises(RuntimeError, match=WRONG_PIECE):
+        prefix_attention(**inputs, impl="triton")
+
+
+def test_a_round_of_pieces_is_an_error(triton_device):
+    """Guards against a walk that never ends though each of its pieces is sound."""
+    inputs = inputs_of(triton_device)
+    pieces = schedule_in(inputs, pieces=1).pieces
+    pieces[:] = pieces[0].clone()
+    pieces[:, NEXT.value] = (torch.arange(len(pieces), device=pieces.device) + 1) % len(pieces)
+    with toy(), checking(), pytest.raises(RuntimeError, match=WRONG_PIECE):
+        prefix_attention(**inputs, impl="triton")
+
+
+@pytest.mark.parametrize("pieces", [0, 1], ids=["line", "pieces"])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_sound_schedule_gives_the_same_bits(triton_device, invariant, pieces):
+    """Guards the loop under the check: it must end where the loop without it ends."""
+    call = partial(prefix_attention, impl="triton", batch_invariant=invariant)
+    inputs = inputs_of(triton_device)
+    with toy(16 if invariant else 4, pieces):
+        plain = call(**inputs)
+        with checking():
+            assert all(map(torch.equal, call(**inputs), plain))
+
+
+def test_the_fused_form_is_checked(triton_device):
+    """Guards the decode step's fused form, which launches the same kernel."""
+    inputs, options = step(triton_device), {"fused": True, "impl": "triton"}
+    with use_tiles("prefix_attention", pieces=1):
+        plain, _ = fused(inputs, **options)
+    with use_tiles("prefix_attention", pieces=1), checking():
+        assert torch.equal(fused(inputs, **options)[0], plain)
+        (schedule,) = inputs["plan"].schedules.values()
+        schedule.pieces[:, NEXT.value] = 1 << 20
+        with pytest.raises(RuntimeError, match="was led to piece 1048576 of"):
+            fused(inputs, **options)

@@ -1,0 +1,137 @@
+"""Programmatic dependent launch: where compiled kernels wait, what launches carry, who refuses.
+
+Compilation happens in a process of its own, because pytest's has Triton interpret.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bench.inputs import fork, prefix_attention_inputs
+from kernels.compile.cache import compilations
+from kernels.compile.launches import Launch, compiler, launches_recorded
+from kernels.errors import ImplError
+from kernels.norm import layer_norm, layer_norm_candidates, rms_norm, rms_norm_candidates
+from kernels.prefix_attention import prefix_attention
+from kernels.prefix_attention.tiles import prefix_attention_candidates
+from kernels.runtime.pdl import pdl_options
+from kernels.runtime.tiles import A100, H200, assume_gpu, use_tiles
+from profiles.static.analysis import config_of
+from profiles.static.sass import sass
+from profiles.static.sass_loop import INSTRUCTION
+from tests.support import ROOT
+
+CPU = torch.device("cpu")
+LOADS = 2  # of 16 bytes, per thread and operand: 4096 columns in bf16 by 8 warps
+VECTORS = {"rms_norm_kernel": 1, "layer_norm_kernel": 3}  # weight; bias and gamma, too
+# What each launch may load before it waits: no kernel of a step writes weights, and the schedule,
+# of which the merge loads a number, is older than the kernel before the previous one.
+EARLY = [
+    *((name, LOADS * vectors) for name, vectors in VECTORS.items()),
+    *(("prefix_attention_kernel", 0),) * 2,  # `split`: one for each size of tiles
+    ("merge_kernel", 1),
+]
+PRINT = "import json; from tests import test_pdl as test; print(json.dumps(test.described()))"
+
+
+def described() -> list[dict]:
+    """Both norms with all that they can take, and attention in two launches with its merge, without
+    and with PDL, compiled for sm_90."""
+    forest = (fork(64, [16] * 8),)  # 32 query vectors above, 4 below: tiles of both sizes
+    shape = {"heads": 4, "kv_heads": 1, "head_dim": 64}
+    attention = prefix_attention_inputs(0, CPU, torch.bfloat16, forest=forest, **shape)
+    x = torch.empty(16, 4096, dtype=torch.bfloat16)
+    w, rows = x[0], []
+    for pdl in (0, 1):
+        chosen = {"pdl": pdl, "num_warps": 8}
+        with (
+            launches_recorded(H200) as launches,
+            use_tiles("rms_norm", **chosen),
+            use_tiles("layer_norm", **chosen),
+            use_tiles("prefix_attention", pdl=pdl, split=1),
+        ):
+            rms_norm(x, w, eps=1e-6, residual=x, impl="triton")
+            layer_norm(x, w, w, eps=1e-6, residual=x, gamma=w, impl="triton")
+            prefix_attention(**attention, impl="triton")
+        known = [one for one in launches if one.kernel.fn.__name__ in dict(EARLY)]
+        rows += [{"pdl": pdl} | _described(launch) for launch in known]
+    return rows
+
+
+def _described(launch: Launch) -> dict:
+    with compiler(H200):
+        kernel = launch.compile()
+    other = {name: value for name, value in launch.kwargs.items() if name != "launch_pdl"}
+    plain = Launch(launch.kernel, launch.args, other)
+    return {
+        "kernel": launch.kernel.fn.__name__,
+        "config": config_of(launch).split(),
+        "launched": kernel.metadata.launch_pdl,
+        "instructions": [match[1] for match in INSTRUCTION.finditer(sass(kernel.asm["cubin"]))],
+        "own key": compilations([launch], H200).keys() != compilations([plain], H200).keys(),
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PRINT]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_kernels_wait_before_they_touch_what_others_write(compiled: list[dict]):
+    """Guards the order in machine code: what nobody writes is loaded, then comes one wait, then the
+    release, then whatever else touches memory. No store and no loop comes before."""
+    for row, (kernel, early) in zip(compiled, EARLY * 2, strict=True):
+        assert row["kernel"] == kernel
+        names = row["instructions"]
+        assert names.count("ACQBULK") == names.count("PREEXIT") == row["pdl"]
+        if row["pdl"]:
+            wait = names.index("ACQBULK")
+            assert wait < names.index("PREEXIT")
+            loads = [at for at, name in enumerate(names) if name.startswith(("LDG", "UTMA"))]
+            assert sum(at < wait for at in loads) == early
+            late = sum(at > wait for at in loads)
+            assert late == LOADS * 2 if kernel in VECTORS else late  # x and the residual
+            assert not any(name.startswith(("STG", "BRA")) for name in names[:wait])
+
+
+def test_launches_carry_the_option(compiled: list[dict]):
+    """Guards the launch: a kernel that waits and is launched as ever gains nothing. Packs and the
+    static baseline, too, must tell such a kernel apart."""
+    for row in compiled:
+        assert row["launched"] == row["own key"] == bool(row["pdl"])
+        assert f"PDL={row['pdl']}" in row["config"]
+        assert ("launch_pdl=True" in row["config"]) == bool(row["pdl"])
+
+
+def test_older_gpus_refuse():
+    """sm_80 has no such launch: ptxas would fail in words that do not name the tile choice. Of what
+    a machine cannot run no kernels are compiled ahead."""
+    with assume_gpu(A100):
+        assert pdl_options({"pdl": 0}, CPU) == pdl_options({}, CPU) == {"PDL": False}
+        with pytest.raises(ImplError, match="pdl=1 needs sm_90 or newer, not sm_80"):
+            pdl_options({"pdl": 1}, CPU)
+    with assume_gpu(H200):
+        assert pdl_options({"pdl": 1}, CPU) == {"PDL": True, "launch_pdl": True}
+
+
+@pytest.mark.parametrize(
+    ("candidates", "key"),
+    [
+        (rms_norm_candidates, "T<=16 C4096"),
+        (layer_norm_candidates, "T<=16 C4096"),
+        (prefix_attention_candidates, "D64 M64+16"),
+    ],
+)
+def test_candidates(candidates: Callable, key: str):
+    """Both ways are measured where both exist; every choice names the one it is."""
+    assert {chosen["pdl"] for chosen in candidates(key, H200)} == {0, 1}
+    assert {chosen["pdl"] for chosen in candidates(key, A100)} == {0}

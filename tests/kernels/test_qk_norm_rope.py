@@ -1,0 +1,102 @@
+"""qk_norm_rope against complex rotation in fp64, and what it must leave untouched."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.qk_norm_rope import qk_norm_rope
+from tests.support.errors import max_error
+
+HEADS, KV_HEADS, PAGE = 4, 2, 4
+
+
+def run(
+    dim: int = 16, rotary: int = 16, norm: bool = True, slots: tuple[int, ...] = (9, 2, 15)
+) -> dict[str, Tensor]:
+    """One call on random inputs; pages start as NaN."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, dim, generator=generator) + 1 if norm else (None, None)
+    inv_freq = 1e4 ** -(torch.arange(0, rotary, 2).float() / rotary)
+    pages = torch.full((2, 5, KV_HEADS, PAGE, dim), math.nan)
+    inputs = {
+        "qkv": torch.randn(len(slots), (HEADS + 2 * KV_HEADS) * dim, generator=generator),
+        "q_weight": weights[0],
+        "k_weight": weights[1],
+        "inv_freq": inv_freq,
+        "positions": torch.tensor([0, 7, 100_000][: len(slots)]),
+        "slots": torch.tensor(slots, dtype=torch.long),
+        "k_pages": pages[0],
+        "v_pages": pages[1],
+    }
+    return inputs | {"q": qk_norm_rope(**inputs, eps=1e-6)}
+
+
+def expected_heads(x: Tensor, weight: Tensor | None, inv_freq: Tensor, positions: Tensor) -> Tensor:
+    """[T, heads, D] normalised and turned as complex numbers, in fp64."""
+    x = x.double()
+    if weight is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    half = len(inv_freq)
+    # The angle is rounded to fp32, as every implementation of this model has it.
+    angle = (positions[:, None].float() * inv_freq).double()[:, None]
+    turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(
+        torch.ones_like(angle), angle
+    )
+    return torch.cat([turned.real, turned.imag, x[..., 2 * half :]], dim=-1)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("dim", "rotary"), [(16, 16), (16, 8), (6, 2), (128, 128)])
+def test_values(dim: int, rotary: int, norm: bool):
+    """Norm, whole and partial rotation, far positions; K turned like Q, V stored as it is."""
+    got = run(dim, rotary, norm)
+    heads = got["qkv"].view(3, -1, dim).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+    q, k = (
+        expected_heads(x, weight, got["inv_freq"], got["positions"])
+        for x, weight in zip(heads, (got["q_weight"], got["k_weight"]), strict=False)
+    )
+    assert max_error(got["q"], q) < 1e-6
+    for row, slot in enumerate(got["slots"].tolist()):
+        page, offset = divmod(slot, PAGE)
+        assert max_error(got["k_pages"][page, :, offset], k[row]) < 1e-6
+        assert torch.equal(got["v_pages"][page, :, offset], heads[2][row])
+
+
+def test_only_its_slots_are_written():
+    """Other tokens' KV, and a row with slot -1 (padding of a batch), leave no trace."""
+    got = run(slots=(9, -1, 15))
+    for pages in (got["k_pages"], got["v_pages"]):
+        written = pages.isfinite().all(-1).all(1)  # [pages, offsets]
+        assert written.nonzero().tolist() == [[2, 1], [3, 3]]
+        assert pages.isnan().sum() == pages.numel() - 2 * KV_HEADS * 16
+    assert torch.equal(got["q"], run()["q"])  # the row is still normalised and turned
+
+
+def test_no_rows():
+    """An empty step returns nothing and writes nothing."""
+    got = run(slots=())
+    assert got["q"].shape == (0, HEADS, 16)
+    assert got["k_pages"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.zeros(3, 127)}, "qkv must be"),
+        ({"qkv": torch.zeros(3, 4 * 16)}, "qkv must be"),
+        ({"v_pages": torch.zeros(5, 2, 4, 8)}, "v_pages must have the shape of k_pages"),
+        ({"k_weight": None}, "give both"),
+        ({"q_weight": torch.zeros(8)}, r"q_weight must be \[16\]"),
+        ({"inv_freq": torch.zeros(9)}, "R <= D"),
+        ({"positions": torch.zeros(2, dtype=torch.long)}, r"positions must be \[3\]"),
+        ({"slots": torch.zeros(4, dtype=torch.long)}, r"slots must be \[3\]"),
+    ],
+)
+def test_shapes_are_checked(change: dict, message: str):
+    """Each would broadcast into wrong numbers or write out of bounds."""
+    good = run()
+    del good["q"]
+    with pytest.raises(ValueError, match=message):
+        qk_norm_rope(**(good | change))

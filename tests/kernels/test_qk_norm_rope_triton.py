@@ -1,0 +1,315 @@
+"""The Triton form of qk_norm_rope, and what all its forms do with FP8 pages and three axes."""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from transformers import Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
+from kernels.qk_norm_rope import qk_norm_rope
+from kernels.runtime.fp8 import quantise_e4m3
+from kernels.runtime.rotary import cos_sin
+from kernels.runtime.tiles import A100, assume_gpu, gpu_of, use_tiles
+from tests.support.errors import max_error
+
+PAGE = 4
+# fp32: sums of other order and other cos and sin. 16 bits: a value on the edge between two may be
+# rounded to the other one after the norm, after the weight and after the rotation.
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 3 * 2**-11, torch.bfloat16: 3 * 2**-8}
+E4M3 = torch.float8_e4m3fn
+
+
+def make(
+    tokens: int = 5,
+    heads: tuple[int, int] = (4, 2),
+    dim: int = 16,
+    rotary: int | None = None,
+    norm: bool = True,
+    dtype: torch.dtype = torch.float32,
+    pages: torch.dtype | None = None,
+    section: tuple[int, int, int] | None = None,
+    device: str = "cpu",
+) -> dict:
+    """Inputs; pages hold NaN, the second token has no slot and positions reach 131072."""
+    rotary = rotary or dim
+    q_heads, kv_heads = heads
+    weights = (torch.randn(2, dim) + 1).to(device, dtype) if norm else (None, None)
+    num_pages = tokens // PAGE + 2
+    slots = torch.randperm(num_pages * PAGE)[:tokens]
+    slots[1:2] = -1
+    axes = (3, tokens) if section else (tokens,)
+    positions = torch.randint(131072, axes)
+    positions[..., :1] = 131072
+    shape = (num_pages, kv_heads, PAGE, dim)
+    made = {
+        "qkv": torch.randn(tokens, (q_heads + 2 * kv_heads) * dim).to(device, dtype),
+        "q_weight": weights[0],
+        "k_weight": weights[1],
+        "inv_freq": (1e4 ** -(torch.arange(0, rotary, 2).float() / rotary)).to(device),
+        "positions": positions.to(device),
+        "slots": slots.to(device),
+        "k_pages": torch.full(shape, math.nan).to(device, pages or dtype),
+        "v_pages": torch.full(shape, math.nan).to(device, pages or dtype),
+        "mrope_section": section,
+    }
+    if pages == E4M3:
+        made |= {
+            name: torch.full(shape[:3], -7.0, device=device) for name in ("k_scale", "v_scale")
+        }
+    return made
+
+
+def run(inputs: dict, impl: str) -> dict[str, Tensor]:
+    """All results of a call; what it writes are copies, between pages that nothing may touch."""
+    around, written = {}, {}
+    for name in ("k_pages", "v_pages", "k_scale", "v_scale"):
+        if inputs.get(name) is not None:
+            spare = torch.full_like(inputs[name][:1], -9.0)
+            around[name] = torch.cat([spare, inputs[name], spare])
+            written[name] = around[name][1:-1]
+    q = qk_norm_rope(**(inputs | written), eps=1e-6, impl=impl)
+    for spare in around.values():
+        assert (spare[[0, -1]].float() == -9).all()
+    return {"q": q} | written
+
+
+def agree(inputs: dict, tolerance: float) -> None:
+    """The Triton form's results are the eager form's, and it leaves the same values untouched."""
+    got, want = run(inputs, "triton"), run(inputs, "eager")
+    for name, expected in want.items():
+        assert got[name].dtype == expected.dtype
+        untouched = expected.isnan()
+        assert torch.equal(got[name].isnan(), untouched), name
+        assert max_error(got[name][~untouched], expected[~untouched]) <= tolerance, name
+        assert name == "q" or untouched.any()  # the token without a slot, and spare rows
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens"),
+    [
+        ((1, 1), 1),  # one of everything, tiles beyond the heads there are
+        ((3, 1), 5),  # a tile of Q less one
+        ((4, 2), 2),  # whole tiles
+        ((5, 3), 5),  # a tile and one
+        ((11, 7), 3),  # primes, several tiles of each
+        ((4, 2), 0),  # no tokens
+    ],
+)
+def test_heads(heads: tuple[int, int], tokens: int, triton_device: str):
+    """Every head is worked on once, those of Q, K and V in their places."""
+    with use_tiles("qk_norm_rope", block_q=4, block_kv=2):
+        agree(make(tokens, heads, device=triton_device), 1e-6)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(
+    ("dim", "rotary"),
+    [
+        (16, 16),
+        (16, 8),  # half of the elements pass through
+        (6, 2),  # nothing a power of two: three pairs in a tile of four
+        (96, 96),  # 48 pairs in a tile of 64
+        (96, 32),  # neighbours stay neighbours across the end of the rotation
+        (64, 64),
+        (128, 128),
+        (256, 64),
+    ],
+)
+def test_head_dims(dim: int, rotary: int, norm: bool, triton_device: str):
+    """Norm over the head's own elements, whole and partial rotation, with and without norm."""
+    agree(make(3, (2, 1), dim, rotary, norm, device=triton_device), 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [3, 65])
+def test_own_tiles(tokens: int, triton_device: str):
+    """The rule's tiles for few and for many tokens, and heads that do not fill them."""
+    agree(make(tokens, (1, 1), 8, device=triton_device), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pages"),
+    [
+        (torch.float16, None),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float16),
+        pytest.param(torch.bfloat16, None, id="bf16"),
+        pytest.param(torch.bfloat16, torch.float32, id="bf16, fp32 pages"),
+        pytest.param(torch.float32, torch.bfloat16, id="bf16 pages"),
+    ],
+)
+def test_rounding(dtype: torch.dtype, pages: torch.dtype | None, triton_device: str):
+    """The same roundings: nearly all values are the same bits, none is far off."""
+    inputs = make(7, dim=128, dtype=dtype, pages=pages, device=triton_device)
+    least = max((dtype, pages or dtype), key=TOLERANCES.get)
+    agree(inputs, TOLERANCES[least])
+    if dtype != torch.float32:
+        got, want = run(inputs, "triton")["q"], run(inputs, "eager")["q"]
+        assert (got != want).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, id="bf16")])
+def test_v_is_copied(dtype: torch.dtype, triton_device: str):
+    """V is stored bit by bit, also what another type of 16 bits has no exponent for."""
+    inputs = make(5, dtype=dtype, device=triton_device)
+    inputs["qkv"][:, -2 * 16 :] *= torch.finfo(dtype).max / 8
+    got, want = run(inputs, "triton"), run(inputs, "eager")
+    assert torch.equal(got["v_pages"].view(torch.int16), want["v_pages"].view(torch.int16))
+
+
+def test_layouts(triton_device: str):
+    """Rows of a wider tensor and indices of 32 bits give the same bits; so does a row alone."""
+    inputs = make(5, device=triton_device)
+    want = run(inputs, "triton")
+    wide = torch.cat((inputs["qkv"], inputs["qkv"]), dim=1)
+    small = {name: inputs[name].int() for name in ("positions", "slots")}
+    got = run(inputs | {"qkv": wide[:, : inputs["qkv"].shape[1]]} | small, "triton")
+    for name in want:
+        assert torch.equal(got[name].nan_to_num(9), want[name].nan_to_num(9))
+    for t in range(5):
+        row = {name: inputs[name][t : t + 1] for name in ("qkv", "positions", "slots")}
+        assert torch.equal(run(inputs | row, "triton")["q"][0], want["q"][t])
+
+
+@pytest.mark.parametrize("gpu", ["any", pytest.param("this", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, id="bf16")]
+)
+def test_fp8_pages(gpu: str, dtype: torch.dtype, triton_device: str):
+    """V exactly as the quantiser has it, with and without the GPU's conversion; K but for values
+    on an edge."""
+    inputs = make(5, (5, 3), 32, dtype=dtype, pages=E4M3, device=triton_device)
+    inputs["qkv"][2, -32:] = 0  # the smallest scale there is
+    chosen = A100 if gpu == "any" else gpu_of(torch.device(triton_device))
+    with assume_gpu(chosen), use_tiles("qk_norm_rope", block_q=4, block_kv=2):
+        got = run(inputs, "triton")
+    want = run(inputs, "eager")
+    for name in ("v_pages", "v_scale"):
+        assert torch.equal(got[name].view(torch.uint8), want[name].view(torch.uint8))
+    assert max_error(got["k_scale"], want["k_scale"]) <= TOLERANCES[dtype]
+    codes = [x["k_pages"].view(torch.uint8).int() for x in (got, want)]
+    off = (codes[0] - codes[1]).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("impl", ["eager", "portable"])
+def test_fp8_definition(impl: str):
+    """Pages and scales are the quantised values of what other pages would hold, nothing else."""
+    inputs = make(5, pages=E4M3)
+    plain = inputs | {name: inputs[name].float() for name in ("k_pages", "v_pages")}
+    got = run(inputs, impl)
+    want = run(plain | {"k_scale": None, "v_scale": None}, impl)
+    assert torch.equal(got["q"], want["q"])
+    for kind in ("k", "v"):
+        page, scale = quantise_e4m3(want[f"{kind}_pages"])
+        untouched = scale.isnan()
+        assert untouched.any() and (got[f"{kind}_scale"][untouched] == -7).all()
+        assert torch.equal(got[f"{kind}_scale"][~untouched], scale[~untouched])
+        assert torch.equal(got[f"{kind}_pages"].view(torch.uint8), page.view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy, of inf * 0 in the interpreter
+def test_fp8_non_finite(triton_device: str):
+    """NaN and inf in one head of a token: its values are NaN, its neighbours' are not."""
+    inputs = make(3, pages=E4M3, norm=False, device=triton_device)
+    inputs["slots"] = torch.tensor([0, 1, 2], device=triton_device)
+    inputs["qkv"][0, -1], inputs["qkv"][1, -1] = math.nan, math.inf
+    got = run(inputs, "triton")
+    value = got["v_pages"].float() * got["v_scale"][..., None]
+    assert value[0, 1, :2].isnan().all()
+    assert value[0, 0, :3].isfinite().all() and value[0, 1, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize(
+    ("dim", "section"), [(128, (24, 20, 20)), (16, (4, 2, 2)), (12, (6, 0, 0))]
+)
+def test_three_axes_as_transformers(impl: str, dim: int, section: tuple, triton_device: str):
+    """Which axis a frequency takes: transformers' Qwen3-VL is the judge."""
+    inputs = make(5, dim=dim, norm=False, section=section, device=triton_device)
+    inputs["positions"] %= 1000  # the judge's cos and sin are of other roundings
+    config = Qwen3VLTextConfig(
+        head_dim=dim,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": list(section),
+            "mrope_interleaved": True,
+        },
+    )
+    judge = Qwen3VLTextRotaryEmbedding(config)
+    cos, sin = judge(torch.zeros(()), inputs["positions"][:, None].cpu())
+    inputs["inv_freq"] = judge.inv_freq.to(triton_device)
+    q = inputs["qkv"].cpu().view(5, -1, dim)[:, :4]
+    turned = torch.cat((-q[..., dim // 2 :], q[..., : dim // 2]), dim=-1)
+    want = q * cos[0][:, None] + turned * sin[0][:, None]
+    assert max_error(run(inputs, impl)["q"].cpu(), want) < 1e-6
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_three_axes(fp8: bool, triton_device: str):
+    """K takes the same axes as Q, in every kind of pages; partial rotation with three axes."""
+    inputs = make(5, dim=32, rotary=24, section=(5, 4, 3), device=triton_device)
+    agree(inputs, 1e-6)
+    if fp8:
+        k = run(inputs, "triton")["k_pages"].nan_to_num(0)
+        quantised = make(5, dim=32, rotary=24, section=(5, 4, 3), pages=E4M3, device=triton_device)
+        got = run(quantised | {n: x for n, x in inputs.items() if "pages" not in n}, "triton")
+        value = got["k_pages"].float() * got["k_scale"][..., None]
+        assert max_error(value.nan_to_num(0), k) < 2**-3
+
+
+@triton.jit
+def cos_sin_kernel(angle, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cos, sin = cos_sin(tl.load(angle + at, mask=at < n, other=0.0))
+    tl.store(out + at, cos, mask=at < n)
+    tl.store(out + n + at, sin, mask=at < n)
+
+
+@pytest.mark.parametrize(("theta", "dim"), [(1e6, 128), (1e4, 64)])
+def test_cos_sin(theta: float, dim: int, triton_device: str):
+    """Within 1e-7 of fp64 for positions up to 131072, on a GPU for each of them, and backwards."""
+    inv_freq = 1 / theta ** (torch.arange(0, dim, 2).float() / dim)
+    positions = torch.arange(0, 131072, 1 if triton_device == "cuda" else 61).float()
+    positions = torch.cat((positions, torch.tensor([131072.0, -1.0, -131072.0])))
+    angle = (positions[:, None] * inv_freq).flatten().to(triton_device)
+    got = torch.full((2, len(angle)), math.nan, device=triton_device)
+    block = 1 << 13
+    cos_sin_kernel[(triton.cdiv(len(angle), block),)](angle, got, len(angle), BLOCK=block)
+    want = torch.stack((angle.double().cos(), angle.double().sin()))
+    assert (got.double() - want).abs().max() < 1e-7
+
+
+def test_bad_arguments_are_named(triton_device: str):
+    """What would be read or written wrongly is refused before any launch."""
+    good = make(5, device=triton_device)
+    fp8 = make(5, pages=E4M3, device=triton_device)
+    three = make(5, section=(4, 2, 2), device=triton_device)
+    cases = [
+        (good | {"qkv": good["qkv"].double()}, "qkv must be fp32"),
+        (good | {"qkv": good["qkv"].T.contiguous().T}, "qkv must have neighbouring columns"),
+        (good | {"q_weight": good["q_weight"].half()}, "q_weight must be torch.float32"),
+        (good | {"k_weight": good["k_weight"].repeat_interleave(2)[::2]}, "k_weight .* contiguous"),
+        (good | {"inv_freq": good["inv_freq"].double()}, "inv_freq must be torch.float32"),
+        (good | {"positions": good["positions"].float()}, "positions must be torch.int32 or"),
+        (good | {"slots": good["slots"].to("meta")}, "slots must be on"),
+        (good | {"slots": good["slots"].repeat_interleave(2)[::2]}, "slots must be contiguous"),
+        (good | {"k_pages": good["k_pages"].mT.contiguous().mT}, "k_pages must be contiguous"),
+        (good | {"v_pages": good["v_pages"].half()}, "v_pages must have the dtype of k_pages"),
+        (good | {"k_scale": fp8["k_scale"]}, "k_scale goes with float8_e4m3fn pages"),
+        (fp8 | {"v_scale": None}, "v_scale goes with float8_e4m3fn pages"),
+        (fp8 | {"k_scale": fp8["k_scale"].half()}, "k_scale must be fp32"),
+        (fp8 | {"k_scale": fp8["k_scale"][1:]}, "k_scale must be fp32"),
+        (fp8 | {"v_scale": fp8["v_scale"].mT.contiguous().mT}, "v_scale must be contiguous"),
+        (three | {"mrope_section": (4, 2, 1)}, "mrope_section must add up to R/2"),
+        (three | {"mrope_section": None}, r"positions must be \[5\]"),
+        (good | {"mrope_section": (4, 2, 2)}, r"positions must be \[3, 5\]"),
+        (make(5, dim=5, rotary=4, device=triton_device), "even head_dim"),
+    ]
+    for inputs, message in cases:
+        with pytest.raises(ValueError, match=message):
+            qk_norm_rope(**inputs, impl="triton")

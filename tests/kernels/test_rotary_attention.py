@@ -1,0 +1,231 @@
+"""rotary_attention's fused form against the two ops in eager PyTorch."""
+
+import pytest
+import torch
+
+from bench.inputs import Node, fork, prefix_plan, rotary_attention_inputs
+from kernels.errors import ImplError
+from kernels.rotary_attention import rotary_attention
+from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
+from tests.support.errors import max_error
+from tests.support.prefix_trees import SWITCHES
+
+PAGE = 16
+FOREST = [fork(33, [1, 15, 16, 17, 40]), Node(3, new=1), fork(PAGE, [2])]
+SMALL = [fork(5, [2])]  # where only the choice of a form matters
+PAGES = ("k_pages", "v_pages", "k_scale", "v_scale")
+BF16 = pytest.param(torch.bfloat16, id="bf16")
+# Of the output, and of pages beside their largest value: in 16 bits eight and four roundoffs.
+LIMITS = {
+    torch.float32: (4e-6, 1e-6),
+    torch.float16: (2**-8, 2**-9),
+    torch.bfloat16: (2**-5, 2**-6),
+}
+
+
+def step(
+    device: str,
+    forest: list[Node] = FOREST,
+    dtype: torch.dtype = torch.float32,
+    heads: int = 6,
+    kv_heads: int = 2,
+    dim: int = 16,
+    fp8: bool = False,
+) -> dict:
+    """A decode step whose new K and V are not in their pages yet: their slots are NaN."""
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "page_size": PAGE}
+    return rotary_attention_inputs(0, device, dtype, forest=forest, fp8=fp8, **shape)
+
+
+@pytest.fixture(autouse=True, params=["old", "new"])
+def form(request):
+    """Every test runs with all switches of the kernel off, and with all on."""
+    chosen = dict.fromkeys(SWITCHES, int(request.param == "new")) | {"pdl": 0}  # sm_80 has none
+    with use_tiles("prefix_attention", **chosen):
+        yield
+
+
+def run(inputs: dict, arch: int = 90, grain: int = 4, **options) -> tuple[torch.Tensor, dict]:
+    """The output, and the pages and scales after it; those of `inputs` stay as they are."""
+    copies = {name: inputs[name].clone() for name in PAGES if name in inputs}
+    gpu = Gpu("toy", arch, sms=5, shared_bytes=163 * 1024)
+    with assume_gpu(gpu), use_tiles("prefix_attention", programs=1, grain=grain, overhead=1):
+        return rotary_attention(**(inputs | copies), **options), copies
+
+
+def check(inputs: dict, **options) -> None:
+    """Output and pages as the two eager ops leave them; what the step does not own untouched."""
+    expected, pages = run(inputs, impl="eager")
+    out, written = run(inputs, impl="triton", **({"fused": True} | options))
+    limit, of_pages = LIMITS[inputs["qkv"].dtype]
+    assert max_error(out, expected) < limit
+    for name, meant in pages.items():
+        result, meant = written[name].float(), meant.float()
+        assert torch.equal(result.isnan(), meant.isnan()), name
+        difference = (result - meant).nan_to_num().abs().max()
+        assert difference <= of_pages * meant.nan_to_num().abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+def test_a_step(triton_device, dtype):
+    """Leaves of one token, of whole pages, of a first token on a page; a sequence on its own."""
+    check(step(triton_device, dtype=dtype))
+
+
+@pytest.mark.parametrize("grain", [1, 3, 64])
+def test_whoever_owns_the_last_chunk(triton_device, grain):
+    """A last chunk that is the new token alone, one among others, the whole leaf."""
+    check(step(triton_device), grain=grain)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arch"),
+    [
+        (torch.float16, 80),
+        (torch.float16, 90),
+        (torch.float32, 90),
+        pytest.param(torch.bfloat16, 80, id="bf16, sm_80"),
+        pytest.param(torch.bfloat16, 90, id="bf16, sm_90"),
+    ],
+)
+def test_fp8_pages(triton_device, dtype, arch):
+    """The step attends to its new token as later steps will read it: rounded to e4m3."""
+    inputs = step(triton_device, dtype=dtype, fp8=True)
+    if dtype == torch.float32:  # a roundoff in K may tip its code: compare outputs
+        expected, _ = run(inputs, impl="eager")
+        out, _ = run(inputs, impl="triton", fused=True, arch=arch)
+        assert max_error(out, expected) < 2**-6
+    else:
+        check(inputs, arch=arch)
+
+
+def test_fp8_pages_of_small_values(triton_device):
+    """Weights times such scales are nothing in fp16, unless the new token, too, is taken in the
+    units of what follows."""
+    inputs = step(triton_device, fp8=True)
+    inputs["qkv"][:, -2 * 16 :] *= 1e-4  # V of both heads
+    inputs["v_scale"] *= 1e-4
+    expected, _ = run(inputs, impl="eager")
+    out, _ = run(inputs, impl="triton", fused=True)
+    assert max_error(out, expected) < 2**-6
+
+
+def test_without_qk_norm(triton_device):
+    check(step(triton_device, SMALL) | {"q_weight": None, "k_weight": None})
+
+
+def test_window(triton_device):
+    check(step(triton_device) | {"window": 9})
+
+
+def test_one_kv_head_of_64(triton_device):
+    check(step(triton_device, [fork(20, [3, 18])], heads=64, kv_heads=1, dim=32))
+
+
+def test_slots_of_nothing(triton_device):
+    """Slot -1 stores nothing, and the row still sees its own token."""
+    inputs = step(triton_device, [fork(20, [1, 17])])
+    out, _ = run(inputs, impl="eager")
+    nowhere = inputs | {"slots": torch.full_like(inputs["slots"], -1)}
+    result, pages = run(nowhere, impl="triton", fused=True)
+    assert max_error(result, out) < 4e-6
+    for name in ("k_pages", "v_pages"):
+        assert torch.equal(pages[name].nan_to_num(7.0), inputs[name].nan_to_num(7.0))
+
+
+class TestWhichForm:
+    """Fused by default in decode, never where it cannot be."""
+
+    @pytest.fixture
+    def two_ops(self, monkeypatch) -> list:
+        calls = []
+        real = rotary_attention.__globals__["qk_norm_rope"]
+
+        def spy(*args, **kwargs):
+            calls.append(kwargs["impl"])
+            return real(*args, **kwargs)
+
+        monkeypatch.setitem(rotary_attention.__globals__, "qk_norm_rope", spy)
+        return calls
+
+    def test_decode(self, triton_device, two_ops):
+        one = step(triton_device, SMALL)
+        run(one, impl="triton")
+        assert not two_ops
+        run(one, impl="triton", fused=False)
+        with use_tiles("rotary_attention", fused=0):
+            run(one, impl="triton")
+        assert two_ops == ["triton", "triton"]
+
+    def test_not_decode(self, triton_device, two_ops):
+        """Several new tokens, partial rotation, mixed implementations: the two ops, or an error."""
+        decode = step(triton_device, SMALL)
+        partial = decode | {"inv_freq": decode["inv_freq"][:4].clone()}
+        run(partial, impl="triton")
+        run(decode, impl=("eager", "triton"))
+        assert two_ops == ["triton", "eager"]
+        several = decode | {"plan": prefix_plan(0, triton_device, forest=[Node(9, new=2)])}
+        images = decode | {"positions": decode["positions"].expand(3, -1).contiguous()}
+        for inputs, impl in (
+            (several, "triton"),
+            (partial, "triton"),
+            (images, "triton"),
+            (decode, "portable"),
+            (decode, ("triton", "eager")),
+        ):
+            with pytest.raises(ValueError, match="fused: only"):
+                run(inputs, impl=impl, fused=True)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_option_counts(triton_device, fused):
+    """Either form takes scale, eps and window from its caller, and no argument for another."""
+    inputs = step(triton_device, [fork(33, [15, 17])], heads=8)
+    check(inputs | {"scale": 0.7, "eps": 0.5, "window": 21}, fused=fused)
+
+
+def test_bad_input(triton_device):
+    good = step(triton_device)
+    forests = {"rows": [fork(33, [1])], "pages": [fork(70, [1] * 7)]}
+    other = {
+        name: prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
+        for name, forest in forests.items()
+    }
+    other["page_size"] = prefix_plan(0, triton_device, forest=[*FOREST, Node(70)], page_size=32)
+    assert other["page_size"].num_pages == len(good["k_pages"])
+    for name, value, message in (
+        ("plan", other["rows"], "the plan is for 1 rows, not 7"),
+        ("plan", other["pages"], f"the plan is for {other['pages'].num_pages} pages"),
+        ("plan", other["page_size"], "the plan is for pages of 32 tokens"),
+        ("qkv", torch.cat([good["qkv"]] * 2, 1)[:, : good["qkv"].shape[1]], "qkv must be contig"),
+        ("qkv", good["qkv"].double(), "qkv must be"),
+        ("qkv", torch.cat([good["qkv"]] * 2, 1)[:, ::2], "qkv must"),
+        ("slots", good["slots"][:-1], "slots must be"),
+        ("positions", good["positions"].float(), "positions must be"),
+        ("k_pages", good["k_pages"][:-1], "v_pages must have the shape"),
+        ("qkv", good["qkv"][:, : 9 * 16].contiguous(), "query heads must be a multiple of KV"),
+        ("window", -1, "window must be"),
+        ("q_weight", None, "give both q_weight and k_weight"),
+        ("k_scale", torch.ones(1), "k_scale goes with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(good | {name: value}, impl="triton", fused=True)
+    if triton_device == "cuda":
+        cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in good.items()}
+        with pytest.raises(ImplError):
+            run(cpu, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_real_shapes(fp8):
+    """The GPU's own tiles; an owner that another program overtakes would show as NaN."""
+    forest = [fork(2048, range(100, 116))]
+    inputs = step("cuda", forest, torch.bfloat16, heads=32, kv_heads=8, dim=128, fp8=fp8)
+    expected = rotary_attention(
+        **(inputs | {name: inputs[name].clone() for name in PAGES if name in inputs}), impl="eager"
+    )
+    for _ in range(3):
+        copies = {name: inputs[name].clone() for name in PAGES if name in inputs}
+        out = rotary_attention(**(inputs | copies), impl="triton", fused=True)
+        assert max_error(out, expected) < 2**-5

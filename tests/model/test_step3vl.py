@@ -1,0 +1,99 @@
+"""The public surface of the whole model: constructors, saving, images in all their forms."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from kernels.errors import ImplError
+from kernels.runtime import dispatch
+from model.impls import OPS
+from model.step3vl import Step3VL
+from model.terminal import InputError
+from model.text.prompt import build_prompt
+from model.vision.image import load_image, preprocess
+
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Step3VL:
+    return Step3VL.from_preset("tiny", seed=3)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.effect_noise((640, 300), 60).convert("RGB").save(path)
+    return path
+
+
+def test_presets_are_repeatable(tiny: Step3VL):
+    """The same seed gives the same weights, another one others."""
+    again, other = (Step3VL.from_preset("tiny", seed=seed) for seed in (3, 4))
+    for name, tensor in tiny.checkpoint_tensors().items():
+        assert torch.equal(tensor, again.checkpoint_tensors()[name])
+        assert not torch.equal(tensor, other.checkpoint_tensors()[name]), name
+
+
+def test_save_and_load(tiny: Step3VL, photo: Path, tmp_path: Path):
+    """A saved model is whole: weights to the bit, also after use, shape, vision, tokenizer."""
+    fresh = Step3VL.from_preset("tiny", seed=3).checkpoint_tensors()
+    tiny.encode_images([photo])
+    tiny.save_pretrained(tmp_path / "saved")
+    loaded = Step3VL.from_pretrained(tmp_path / "saved")
+    assert loaded.config == tiny.config
+    for name, tensor in loaded.checkpoint_tensors().items():
+        assert torch.equal(tensor, fresh[name]), name
+    views = preprocess(load_image(photo), tiny.config.vision)
+    ids = build_prompt(QUESTION, tiny.tokenizer, tiny.config, [views])
+    assert build_prompt(QUESTION, loaded.tokenizer, loaded.config, [views]) == ids
+    assert torch.equal(loaded(ids, images=[photo]), tiny(ids, images=[photo]))
+    half = Step3VL.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert half(ids, images=[photo]).dtype == torch.bfloat16
+
+
+def test_images_in_any_form(tiny: Step3VL, photo: Path):
+    """A path, PIL's image and prepared views are the same picture."""
+    image = load_image(photo)
+    views = preprocess(image, tiny.config.vision)
+    ids = build_prompt(QUESTION, tiny.tokenizer, tiny.config, [views])
+    expected = tiny(ids, images=[views])
+    assert torch.equal(tiny(ids, images=[image]), expected)
+    assert torch.equal(tiny(ids, images=[str(photo)]), expected)
+    assert tiny.generate(ids, [photo], max_tokens=3)
+
+
+def test_impl_of_single_ops(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """One name for all ops or a name per op; both parts of the model follow a later change."""
+    model = Step3VL.from_preset("tiny", seed=3, impl={"prefix_attention": "eager"})
+    assert model.impl == dict.fromkeys(OPS) | {"prefix_attention": "eager"}
+    ids = list(range(1, 20))
+    assert torch.allclose(model(ids), tiny(ids), atol=1e-4)
+    model.set_impl("triton")
+    assert set(model.decoder.impl.values()) == set(model.vision.tower.impl.values()) == {"triton"}
+    monkeypatch.setattr(dispatch, "_interpreting", lambda: False)
+    with pytest.raises(ImplError, match="impl 'triton' of rms_norm needs a CUDA device"):
+        model(ids)
+    for impl in ("fast", {"rms_norm": "fast"}, {"softmax": "eager"}):
+        with pytest.raises(ImplError):
+            Step3VL.from_preset("tiny", impl=impl)
+
+
+def test_a_model_without_a_tokenizer(tiny: Step3VL, tmp_path: Path):
+    """Ids still work; text says what is missing."""
+    tiny.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "tokenizer.json").unlink()
+    model = Step3VL.from_pretrained(tmp_path / "saved")
+    assert model([1, 2, 3]).shape == (3, 512)
+    with pytest.raises(InputError, match=r"without a tokenizer\.json"):
+        _ = model.text.tokenizer
+
+
+def test_unknown_names():
+    """A preset that does not exist, a path that does not."""
+    with pytest.raises(InputError, match="unknown preset 'huge'; choose one of step3-vl-10b, tiny"):
+        Step3VL.from_preset("huge")
+    with pytest.raises(InputError, match="nowhere"):
+        Step3VL.from_pretrained("nowhere")

@@ -1,0 +1,154 @@
+"""Images that return: found by content, held within a budget, never served where they are wrong."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.runtime.lru import Lru
+from model.step3vl import Step3VL
+from model.vision.cache import ImageCache, image_key
+from model.vision.image import Views
+from tests.support.errors import max_error
+
+
+def photo(seed: int, crops: int = 2) -> Views:
+    generator = torch.Generator().manual_seed(seed)
+    return Views(
+        image=torch.randn(3, 56, 56, generator=generator),
+        crops=torch.randn(crops, 3, 28, 28, generator=generator),
+        newlines=(False,) * crops,
+    )
+
+
+@pytest.fixture
+def model() -> Step3VL:
+    return Step3VL.from_preset("tiny", seed=1)
+
+
+@pytest.fixture
+def encoded(model: Step3VL, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of views that each run of the tower got."""
+    counts, patches = [], model.vision.tower.patches
+
+    def spy(views: list[Tensor], grids: tuple) -> Tensor:
+        counts.append(len(views))
+        return patches(views, grids)
+
+    monkeypatch.setattr(model.vision.tower, "patches", spy)
+    return counts
+
+
+def test_an_image_is_encoded_once(model: Step3VL, encoded: list[int]):
+    """Twice in one call, then again in another; with the bits it gets without a cache."""
+    a, b = photo(1), photo(2)
+    alone = model.encode_images([a])
+    assert encoded == [3]
+    assert torch.equal(model.encode_images([photo(1)]), alone)
+    assert encoded == [3]
+    together = model.encode_images([b, a, b, a])
+    assert encoded == [3, 3]
+    features = together.chunk(4)
+    assert torch.equal(features[0], features[2])
+    assert torch.equal(features[1], alone) and torch.equal(features[3], alone)
+    assert torch.equal(model.encode_images([b]), features[0])
+    model.vision.tower.cache.budget = 0
+    assert torch.equal(model.encode_images([a]), alone)
+    assert torch.equal(model.encode_images([b]), features[0])
+    assert max_error(model.encode_images([b, a, b]), together[: 3 * len(alone)]) < 1e-5
+    assert encoded == [3, 3, 3, 3, 9]
+
+
+def test_what_is_served_cannot_be_changed(model: Step3VL):
+    """A caller that writes into its features must not write into the cache."""
+    with torch.inference_mode():
+        expected = model.encode_images([photo(1)]).clone()
+        for _ in range(2):  # new, then known
+            model.encode_images([photo(1)]).zero_()
+        assert expected.any() and torch.equal(model.encode_images([photo(1)]), expected)
+
+
+def test_another_impl_encodes_again(model: Step3VL, encoded: list[int]):
+    """Comparing two forms would compare one with itself."""
+    model.encode_images([photo(1)])
+    model.set_impl("eager")
+    model.encode_images([photo(1)])
+    assert encoded == [3, 3]
+
+
+def test_the_budget_holds_whole_images(model: Step3VL, encoded: list[int]):
+    """Two of three fit; the one used longest ago goes."""
+    cache, size = model.vision.tower.cache, model.encode_images([photo(1)]).nbytes
+    cache.budget = 2 * size
+    for seed in (2, 1, 3):  # 1 is used again: 2 makes room
+        model.encode_images([photo(seed)])
+    assert (len(cache), cache.held, encoded) == (2, 2 * size, [3, 3, 3])
+    model.encode_images([photo(1), photo(3)])
+    assert encoded == [3, 3, 3]
+    model.encode_images([photo(2)])
+    assert encoded == [3, 3, 3, 3]
+    cache.budget = size  # at once: memory is wanted now
+    assert (len(cache), cache.held) == (1, size)
+    model.encode_images([photo(2)])
+    assert encoded == [3, 3, 3, 3]
+    model.vision.tower.prepare()
+    assert (len(cache), cache.held) == (0, 0)
+
+
+def test_prompts_take_new_and_known_images(model: Step3VL):
+    """Both ways into a prompt: the projector's rows, and copies of the cached."""
+    a, b = photo(1), photo(2, crops=0)
+    hole, count = model.config.tokens.im_patch, model.vision.tower.count
+    ids = [1, *[hole] * count([*a.crops, a.image]), 2, *[hole] * count([b.image]), 3]
+    ids = torch.tensor([*ids, *ids])
+    images = [a, b, a, b]
+    cache = model.vision.tower.cache
+    cache.budget = 0
+    features = model.encode_images(images)
+    expected = model.embed(ids, features)
+    assert torch.equal(expected[ids == hole], features)
+    assert torch.equal(expected[ids != hole], model.decoder.embed(ids[ids != hole]))
+    assert torch.equal(model._embed_prompt(ids, images), expected)
+    cache.budget = 2**20
+    for _ in range(2):  # first all new, then all known
+        assert max_error(model._embed_prompt(ids, images), expected) < 1e-5
+    cache.clear()
+    model.encode_images([b])
+    assert max_error(model._embed_prompt(ids, images), expected) < 1e-5
+
+
+def test_keys_tell_images_apart():
+    """Values, shapes and dtypes count; how the values lie in memory and in views' batches not."""
+    a = torch.randn(2, 3, 14, 28)
+    key = image_key(a)
+    assert image_key(list(a.clone())) == image_key([a[0], a[1]])
+    assert image_key([a.transpose(2, 3).contiguous().transpose(2, 3)]) == image_key([a])
+    other = a.clone()
+    other[1, 2, 13, 27] += 1e-6
+    different = [other, a.flip(0), a[:1], [*a, a[:0]]]
+    different += [a.view(2, 3, 28, 14), a.view(torch.int32), a.bfloat16()]
+    assert len({key, *map(image_key, different)}) == 1 + len(different)
+
+
+def test_lru_against_a_list():
+    """Budget, order of use and sizes, against a list searched from the front."""
+    rng, lru, naive = random.Random(0), Lru(10), []
+    for step in range(2000):
+        key = rng.randrange(8)
+        if rng.random() < 0.5:
+            found = next((item for item in naive if item[0] == key), None)
+            if found:
+                naive.remove(found)
+                naive.append(found)
+            assert lru.get(key) == (found[1] if found else None)
+        else:
+            size = rng.randrange(1, 13)
+            lru.put(key, step, size)
+            naive = [item for item in naive if item[0] != key]
+            if size <= 10:
+                naive.append((key, step, size))
+            while sum(item[2] for item in naive) > 10:
+                naive.pop(0)
+        assert (len(lru), lru.held) == (len(naive), sum(item[2] for item in naive))
+    assert ImageCache().budget == 2**30

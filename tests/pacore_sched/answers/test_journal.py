@@ -1,0 +1,266 @@
+"""The journal of a run: what a kill, a full disk or another run may do to it, and may not."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.terminal import InputError
+from pacore_sched.answers import journal as journal_module
+from pacore_sched.answers.journal import Journal, Outcome, replace_file
+from tests.support import ROOT
+
+HEADER = {"model": "tiny", "widths": (4, 2), "seed": 0}
+OUTCOME = Outcome(
+    problem="a",
+    round=0,
+    index=0,
+    seed=2**62 + 1,
+    prompt_tokens=7,
+    finish_reason="stop",
+    text="four \u20ac\n</think>4",
+    num_tokens=3,
+    logprob=-0.1234567890123,
+)
+
+
+def outcomes_of(count: int, **changes: object) -> list[Outcome]:
+    return [replace(OUTCOME, index=index, **changes) for index in range(count)]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "results.journal.jsonl"
+
+
+def begin(path: Path, outcomes: list[Outcome]) -> None:
+    with Journal(path, HEADER, resume=False) as journal:
+        journal.add(outcomes)
+
+
+def resumed(path: Path, problem: str = "a") -> list[Outcome]:
+    with Journal(path, HEADER, resume=True) as journal:
+        return journal.outcomes(problem)
+
+
+def test_outcomes_return(path: Path):
+    """To the last bit, by round and index, whatever the order in which they ended."""
+    later = replace(OUTCOME, round=1)
+    other = replace(OUTCOME, problem="b", tokens=(1, 2, 3), logprobs=(-0.5, -1e-9, -3.25))
+    with Journal(path, HEADER, resume=False) as journal:
+        journal.add([later, *reversed(outcomes_of(3))])
+        journal.add([other], tokens=True)
+        assert journal.outcomes("a") == [*outcomes_of(3), later]
+        assert journal.outcomes("c") == []
+    assert resumed(path) == [*outcomes_of(3), later]
+    assert resumed(path, "b") == [other]
+
+
+def test_tokens_are_kept_where_asked_for(path: Path):
+    """A text run's journal is not swelled by token ids; the rest of the outcome is the same."""
+    whole = replace(OUTCOME, tokens=(1, 2), logprobs=(-1.0, -2.0))
+    begin(path, [whole])
+    assert resumed(path) == [OUTCOME]
+    assert "logprobs" not in path.read_text()
+
+
+def test_the_journal_is_readable_jsonl_while_it_is_written(path: Path):
+    """Guards what the page says: every line is on its way as soon as it is added."""
+    with Journal(path, HEADER, resume=False) as journal:
+        journal.add([OUTCOME])
+        journal.add_answer("a", "4", None)
+        journal.add_answer("a", "4", None)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["header", "rollout", "answer"]
+    assert lines[0] == {
+        "kind": "header", "format": 1, "model": "tiny", "widths": [4, 2], "seed": 0,
+    }  # fmt: skip
+    assert lines[1]["text"] == OUTCOME.text
+    with Journal(path, HEADER, resume=True) as journal:
+        journal.add_answer("a", "4", None)
+    assert len(path.read_text().splitlines()) == 3
+
+
+@given(st.data())
+def test_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
+    """A journal cut off at any byte resumes with all whole lines, and goes on as if uncut."""
+    path = tmp_path_factory.mktemp("cut") / "journal.jsonl"
+    begin(path, outcomes_of(3))
+    whole = path.read_bytes()
+    cut = data.draw(st.integers(0, len(whole)))
+    path.write_bytes(whole[:cut])
+    left = max(whole[:cut].count(b"\n") - 1, 0)
+    with Journal(path, HEADER, resume=True) as journal:
+        assert journal.outcomes("a") == outcomes_of(left)
+        assert journal.rollouts == left
+        journal.add(outcomes_of(3)[left:])
+    assert path.read_bytes() == whole
+
+
+def test_damage_in_the_middle_is_named(path: Path):
+    """Only the end may be torn: anything else is another hand's work, and stays as it is."""
+    begin(path, outcomes_of(3))
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*lines[:2], b'{"kind": "rol\n', *lines[3:]])
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match="line 3: damaged"):
+        resumed(path)
+    assert path.read_bytes() == damaged
+    path.write_bytes(b"".join([*lines[:3], b"\0\0\0\n"]))  # what a lost page may look like
+    assert resumed(path) == outcomes_of(2)
+
+
+@pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b'{"kind": "rollout"}\n', b"[]\n"])
+def test_no_journal_is_not_touched(path: Path, content: bytes):
+    """Guards a file of the user's that happens to have the journal's name."""
+    path.write_bytes(content)
+    for resume in (True, False):
+        with pytest.raises(InputError, match="is no journal"):
+            Journal(path, HEADER, resume=resume)
+    assert path.read_bytes() == content
+
+
+def test_nothing_is_overwritten(path: Path):
+    """A run that is there is not begun again over itself."""
+    begin(path, [OUTCOME])
+    with pytest.raises(InputError, match="--resume goes on with it"):
+        Journal(path, HEADER, resume=False)
+    assert resumed(path) == [OUTCOME]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"widths": (4,)}, r"widths \[4, 2\], which is \[4\] now"),
+        ({"seed": 1}, "seed 0, which is 1 now"),
+        ({"stop": ["x"]}, r"stop None, which is \['x'\] now"),
+    ],
+)
+def test_other_settings_are_refused(path: Path, changes: dict, message: str):
+    """Half of the results from other settings would be nobody's experiment."""
+    begin(path, [OUTCOME])
+    with pytest.raises(InputError, match=message):
+        Journal(path, HEADER | changes, resume=True)
+    with pytest.raises(InputError, match="model 'tiny', which is None now"):
+        Journal(path, {"widths": (4, 2), "seed": 0}, resume=True)
+
+
+def test_one_run_at_a_time(path: Path):
+    """Two runs in one journal would write each other's rollouts twice."""
+    with (
+        Journal(path, HEADER, resume=False),
+        pytest.raises(InputError, match="written by another run"),
+    ):
+        Journal(path, HEADER, resume=True)
+    assert resumed(path) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path):
+    """One line, before a model is loaded."""
+    with pytest.raises(InputError, match=r"cannot write .*nowhere.*: No such file"):
+        Journal(tmp_path / "nowhere" / "journal.jsonl", HEADER, resume=False)
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """Files cannot grow beyond `size` bytes: a write takes what fits, the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk(path: Path):
+    """What does not fit is taken back whole; what was there is there, and the run goes on later."""
+    journal = Journal(path, HEADER, resume=False)
+    journal.add(outcomes_of(2))
+    good = path.read_bytes()
+    with disk_of(len(good) + 50), pytest.raises(InputError, match="the 2 rollouts in it are safe"):
+        journal.add(outcomes_of(4)[2:])
+    assert path.read_bytes() == good
+    journal.close()
+    with Journal(path, HEADER, resume=True) as journal:
+        journal.add(outcomes_of(4)[2:])
+        assert journal.outcomes("a") == outcomes_of(4)
+
+
+def test_no_space_is_one_line(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The system's words, the file, and what to do."""
+    with Journal(path, HEADER, resume=False) as journal:
+        with monkeypatch.context() as patch:
+            patch.setattr(journal_module.os, "write", full)
+            with pytest.raises(InputError) as caught:
+                journal.add([OUTCOME])
+        assert "No space left on device" in str(caught.value)
+        assert "--resume" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        journal.add([OUTCOME])
+    assert resumed(path) == [OUTCOME]
+
+
+def full(file: int, data: bytes) -> int:
+    raise OSError(28, os.strerror(28))
+
+
+def test_a_write_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The system may take a part of a write and not be full: the rest follows."""
+    write = os.write
+    monkeypatch.setattr(journal_module.os, "write", lambda file, data: write(file, data[:10]))
+    begin(path, outcomes_of(2))
+    assert resumed(path) == outcomes_of(2)
+
+
+def test_killed(path: Path):
+    """kill -9 right after `add`: the rollout is there."""
+    script = f"""
+import os, signal
+from tests.pacore_sched.answers.test_journal import *
+journal = Journal({str(path)!r}, HEADER, resume=False)
+journal.add([OUTCOME])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    root = ROOT
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True)
+    assert done.returncode == -9
+    assert resumed(path) == [OUTCOME]
+
+
+def test_the_disk_is_waited_for_now_and_then(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once a second and at the end, not for every rollout: a disk may take ten milliseconds."""
+    now, syncs = [0.0], []
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(journal_module.os, "fsync", lambda file: syncs.append(now[0]))
+    with Journal(path, HEADER, resume=False) as journal:
+        for index, outcome in enumerate(outcomes_of(30)):
+            now[0] = 0.1 * index
+            journal.add([outcome])
+    assert len(syncs) in (3, 4)  # two seconds, with what rounding makes of tenths, and the end
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path):
+    """Half a results file is never seen, not even when the disk fills up or lines fail to come."""
+    path = tmp_path / "results.jsonl"
+    replace_file(path, ["one", "\u20ac"])
+    assert path.read_text(encoding="utf-8") == "one\n\u20ac\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
+    seen = []
+    replace_file(path, (seen.append(path.read_text(encoding="utf-8")) or "two" for _ in range(2)))
+    assert seen == ["one\n\u20ac\n"] * 2
+    replace_file(path, ["one", "\u20ac"])
+    with disk_of(100), pytest.raises(InputError, match=r"cannot write .*results.jsonl"):
+        replace_file(path, ["x" * 1000] * 100)
+    with pytest.raises(ZeroDivisionError):
+        replace_file(path, (str(1 / n) for n in (1, 0)))
+    assert path.read_text(encoding="utf-8") == "one\n\u20ac\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]

@@ -1,0 +1,466 @@
+"""PaCoRe over the engine: what each round is asked, what is shared, and that problems do not mix.
+
+On the tiny model where tokens must be the model's own; on a model of hashes for what can happen to
+problems, rounds and rollouts.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.config import TINY
+from model.step3vl import Step3VL
+from model.terminal import InputError
+from model.text.prompt import build_prompt
+from model.text.tokenizer import Tokenizer
+from model.vision.image import Views
+from pacore_sched.answers import problem_run
+from pacore_sched.answers.journal import Outcome
+from pacore_sched.answers.pacore import Answer, Pacore, engine_for
+from pacore_sched.answers.problem_run import Problem, rollout_seed
+from pacore_sched.answers.rounds import compact, round_messages
+from pacore_sched.engine.engine import Engine
+from pacore_sched.engine.stopping import Stopping
+from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
+from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.request import Batch, Sampling, Segment
+from tests.support.fake_executor import EOS, FakeExecutor, segment
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]},
+]
+COUNT = [{"role": "user", "content": "Count."}]
+SAMPLING = Sampling(max_tokens=12)
+TOKENIZER = Tokenizer.byte_level(TINY)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Step3VL:
+    return Step3VL.from_preset("tiny", seed=1)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Views:
+    generator = torch.Generator().manual_seed(0)
+    return Views(
+        image=torch.randn(3, 168, 168, generator=generator),
+        crops=torch.randn(2, 3, 112, 112, generator=generator),
+        newlines=(False, False),
+    )
+
+
+def pacore_on(tiny: Step3VL, widths: list[int], sampling: Sampling = SAMPLING, **options) -> Pacore:
+    return Pacore(tiny, engine_for(tiny, kv_tokens=16384), widths, sampling, **options)
+
+
+def is_idle(engine: Engine) -> bool:
+    """Whether nothing is left of what was asked: no work, no page."""
+    engine.scheduler.check_integrity()
+    tree = engine.scheduler.tree
+    return not engine.busy and tree.free_pages == tree.num_pages
+
+
+def test_rounds_ask_what_they_should(tiny: Step3VL, photo: Views):
+    """Every rollout equals the model's own loop on its round's prompt, image included."""
+    answer = pacore_on(tiny, [3, 2], seed=4).answer(MESSAGES, [photo])
+    assert [len(round_.rollouts) for round_ in answer.rounds] == [3, 2, 1]
+    asked = MESSAGES
+    for number, round_ in enumerate(answer.rounds):
+        ids = build_prompt(asked, tiny.tokenizer, TINY, [photo])
+        assert round_.prompt_tokens == len(ids)
+        for index, outcome in enumerate(round_.rollouts):
+            assert (outcome.round, outcome.index) == (number, index)
+            assert outcome.seed == rollout_seed(4, number, index)
+            options = {"max_tokens": 12, "temperature": 1.0, "seed": outcome.seed}
+            assert list(outcome.tokens) == tiny.generate(ids, [photo], **options)
+            assert outcome.num_tokens == len(outcome.tokens) == len(outcome.logprobs)
+            assert outcome.logprob == sum(outcome.logprobs)
+        asked = round_messages(MESSAGES, [outcome.text for outcome in round_.rollouts])
+    assert answer.text == compact(answer.rounds[-1].rollouts[0].text)
+
+
+def test_images_are_prefilled_once(tiny: Step3VL, photo: Views, monkeypatch: pytest.MonkeyPatch):
+    """System prompt and image stay in the tree for all rounds, and sharing changes no token."""
+    shared = pacore_on(tiny, [3])
+    answer = shared.answer(MESSAGES, [photo])
+    prompts = [round_.prompt_tokens for round_ in answer.rounds]
+    prefilled = shared.engine.scheduler.counts.prefilled
+    head = sum(prompts) - 2 - prefilled  # a prompt's last token is every rollout's own
+    assert head > 2 * (2 + TINY.vision.crop_tokens) + 2 + TINY.vision.image_tokens
+    assert shared.prefix_tokens_saved == 2 * (prompts[0] - 1) + head
+    assert is_idle(shared.engine)
+
+    monkeypatch.setattr(problem_run, "image_head_length", lambda *_: 0)
+    separate = pacore_on(tiny, [3])
+    assert _texts(separate.answer(MESSAGES, [photo])) == _texts(answer)
+    assert separate.engine.scheduler.counts.prefilled == sum(prompts) - 2
+
+
+def test_images_behind_the_head(tiny: Step3VL, photo: Views):
+    """An image further down, behind text, gets its own embeddings and not the first one's."""
+    other = replace(photo, image=-photo.image, crops=photo.crops + 1)
+    parts = [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
+    (outcome,) = pacore_on(tiny, []).answer(messages, [photo, other]).rounds[0].rollouts
+    ids = build_prompt(messages, tiny.tokenizer, TINY, [photo, other])
+    options = {"max_tokens": 12, "temperature": 1.0, "seed": outcome.seed}
+    assert list(outcome.tokens) == tiny.generate(ids, [photo, other], **options)
+    assert list(outcome.tokens) != tiny.generate(ids, [photo, photo], **options)
+
+
+def test_many_problems_at_once(tiny: Step3VL, photo: Views):
+    """Every problem's answer is what it is alone, seeds by its id; images among the others'."""
+    problems = [
+        Problem(MESSAGES, lambda: [photo], id="photo"),
+        Problem(COUNT, id="count"),
+        Problem([{"role": "user", "content": "Why?"}], id="why"),
+    ]
+    together = pacore_on(tiny, [3, 2])
+    answers = {answer.problem: answer for answer in together.answers(problems)}
+    assert is_idle(together.engine)
+    for problem in problems:
+        (alone,) = pacore_on(tiny, [3, 2]).answers([problem])
+        assert _texts(answers[problem.id]) == _texts(alone)
+    seeds = {o.seed for answer in answers.values() for r in answer.rounds for o in r.rollouts}
+    assert len(seeds) == 3 * (3 + 2 + 1)
+
+
+def test_other_widths_leave_a_rollout_alone(tiny: Step3VL):
+    """Rollout 1 of a round of 2 is rollout 1 of a round of 4."""
+    narrow, wide = (pacore_on(tiny, [width], seed=9).answer(COUNT) for width in (2, 4))
+    assert _texts(narrow)[0] == _texts(wide)[0][:2]
+
+
+def test_no_widths_is_one_rollout(tiny: Step3VL):
+    """Sequential mode: the question unmodified, one generation."""
+    pacore = pacore_on(tiny, [])
+    answer = pacore.answer(COUNT)
+    assert [len(round_.rollouts) for round_ in answer.rounds] == [1]
+    assert pacore.prefix_tokens_saved == 0
+
+
+def test_a_failed_rollout_is_reported():
+    """Logits of NaN end a rollout with a reason; it passes on no message, nor is it an answer."""
+    broken = Step3VL.from_preset("tiny", seed=1)
+    broken.decoder.norm.fill_(float("nan"))
+    answer = pacore_on(broken, [2]).answer(COUNT)
+    assert "not finite" in answer.error
+    assert answer.text == ""
+    for round_ in answer.rounds:
+        assert {(o.finish_reason, o.text) for o in round_.rollouts} == {("error", "")}
+
+
+def test_limits_are_named(tiny: Step3VL):
+    """A prompt beyond the context, and KV beyond memory, end before any work with a reason."""
+    long = [{"role": "user", "content": "x" * 9000}]
+    pacore = pacore_on(tiny, [2])
+    with pytest.raises(InputError, match="the context is 8192"):
+        pacore.answer(long)
+    assert is_idle(pacore.engine)
+    small = Pacore(tiny, engine_for(tiny, kv_tokens=512), [2], Sampling(max_tokens=8000))
+    with pytest.raises(InputError, match="rollout of up to 8000 need KV for .* memory for 512"):
+        small.answer(COUNT)
+
+
+def test_rollouts_fill_the_context_and_no_more():
+    """max_tokens is cut to what the prompt has left of it."""
+    near = [{"role": "user", "content": "x" * 8100}]
+    pacore = Pacore(HASHES, hashed().engine, [], Sampling(max_tokens=1000, ignore_eos=True))
+    (round_,) = pacore.answer(near).rounds
+    assert round_.prompt_tokens + round_.rollouts[0].num_tokens == TINY.decoder.max_positions
+
+
+def test_a_stop_string_ends_rollouts(tiny: Step3VL):
+    """The text ends before it; the same tokens up to there, and none after."""
+    sampling = Sampling(max_tokens=40)
+    whole = pacore_on(tiny, [], sampling).answer(COUNT).rounds[0].rollouts[0]
+    stop = whole.text[10:13]
+    cut = pacore_on(tiny, [], replace(sampling, stop=(stop,))).answer(COUNT).rounds[0].rollouts[0]
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.tokens == whole.tokens[: cut.num_tokens]
+    assert cut.num_tokens < whole.num_tokens
+
+
+class HashExecutor(FakeExecutor):
+    """A model of hashes whose images take a while, and fail if there are none."""
+
+    def segment(self, ids: list[int], features: object = None, first: int = 0) -> Segment:
+        made = segment(ids)
+        made.ready = features.ready if features else made.ready
+        return made
+
+    def encode(self, views: list[Views]) -> SimpleNamespace:
+        left = iter([*[False] * 3, *[True] * 1000])
+        error = None if views else RuntimeError("out of memory")
+        return SimpleNamespace(error=error, ready=lambda: next(left) and not error)
+
+
+HASHES = SimpleNamespace(config=TINY, tokenizer=TOKENIZER)
+
+
+def hashed(widths: tuple[int, ...] = (3, 2), pages: int = 4000, **options: object) -> Pacore:
+    named = ("policy", "ahead", "speculate", "max_running")
+    engine_options = {name: options.pop(name) for name in named if name in options}
+    engine = Engine(HashExecutor(pages), Stopping(TOKENIZER, [EOS]), **engine_options)
+    return Pacore(HASHES, engine, widths, SAMPLING, **options)
+
+
+def asked(count: int) -> list[Problem]:
+    return [Problem([{"role": "user", "content": f"{n}?"}], id=f"p{n}") for n in range(count)]
+
+
+def with_image(text: str) -> Problem:
+    """A problem named "photo"."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    layout = SimpleNamespace(newlines=(False,))
+    return Problem([{"role": "user", "content": content}], lambda: [layout], id="photo")
+
+
+def by_problem(answers) -> dict[str, Answer]:
+    return {answer.problem: answer for answer in answers}
+
+
+@settings(max_examples=40)
+@given(
+    policy=st.sampled_from([name for name in POLICIES if name not in KNOW_LENGTHS]),
+    ahead=st.booleans(),
+    pages=st.integers(150, 400),
+    max_running=st.integers(1, 16),
+    ended=st.integers(0, 30),
+)
+def test_known_outcomes_are_not_run_again(policy, ahead, pages, max_running, ended):
+    """Any beginning of a run, under any policy in any memory, plus what is run after it, is the
+    whole run: nothing is done twice, and nothing differs."""
+    before: list[Outcome] = []
+    whole = by_problem(hashed().answers(asked(5), on_rollout=before.append))
+    assert len(before) == 5 * 6
+    kept, again = before[:ended], []
+    pacore = hashed(policy=policy, ahead=ahead, pages=pages, max_running=max_running)
+    resumed = pacore.answers(
+        asked(5),
+        known=lambda id: [outcome for outcome in kept if outcome.problem == id],
+        on_rollout=again.append,
+    )
+    assert by_problem(resumed) == whole
+    assert len(again) == 30 - ended
+    assert is_idle(pacore.engine)
+
+
+def test_rollouts_arrive_as_they_end():
+    """The callback sees each rollout once, in order of ending; the answer holds all by index."""
+    seen: list[Outcome] = []
+    (answer,) = hashed((6,)).answers(asked(1), on_rollout=seen.append)
+    first = [outcome for outcome in seen if outcome.round == 0]
+    assert sorted(o.index for o in first) == list(range(6))
+    assert [o.num_tokens for o in first] == sorted(o.num_tokens for o in first)
+    assert seen[-1] == answer.rounds[1].rollouts[0]
+    assert [o.index for o in answer.rounds[0].rollouts] == list(range(6))
+
+
+def test_policies_see_problems_and_rounds():
+    """Problems count in order of arrival, rounds from 0: what policies go by."""
+    pacore = hashed((2, 2))
+    answers = by_problem(pacore.answers(asked(3)))
+    assert len(answers) == 3
+    groups = {r.group for batch in pacore.engine.executor.launched for r in batch.sampled}
+    places = sorted((group.problem, group.round) for group in groups)
+    assert places == [(problem, number) for problem in range(3) for number in range(3)]
+
+
+def test_answers_arrive_as_problems_end():
+    """A problem behind a long queue does not keep back those that are done."""
+    pacore, running = hashed(max_running=3), []
+    for _ in pacore.answers(asked(8)):
+        running.append(len(pacore.engine.scheduler.groups))
+    assert len(running) == 8
+    assert running[0] > 0
+
+
+def test_problems_are_taken_in_as_there_is_room(monkeypatch: pytest.MonkeyPatch):
+    """Guards against ten thousand images read, and prompts held, before the first answer."""
+    monkeypatch.setattr("pacore_sched.answers.pacore.AHEAD", 12)
+    taken, most = [], []
+
+    def arriving():
+        for problem in asked(40):
+            taken.append(problem)
+            yield problem
+
+    for ended, _ in enumerate(hashed(max_running=4).answers(arriving())):
+        most.append(len(taken) - ended)
+    assert len(taken) == 40
+    assert max(most) <= 12 + 4 + 2  # one rollout each in the engine, waiting for images, in hand
+
+
+def test_synthesis_at_m_of_n():
+    """A round goes on with its first messages; cancelled rollouts are told, and pass nothing on."""
+    (answer,) = hashed((5,), min_messages=2).answers(asked(1))
+    reasons = [outcome.finish_reason for outcome in answer.rounds[0].rollouts]
+    assert reasons.count("cancelled") == 3
+    cancelled = [o for o in answer.rounds[0].rollouts if o.finish_reason == "cancelled"]
+    assert {o.text for o in cancelled} == {""}
+    assert [o.finish_reason for o in answer.rounds[1].rollouts] != ["cancelled"]
+    with pytest.raises(InputError, match="at least one message"):
+        hashed(min_messages=0)
+
+
+def test_a_round_cut_off_between_its_end_and_its_cancellations():
+    """Enough messages in the journal are enough: what was not told of the others is cancelled."""
+    before: list[Outcome] = []
+    pacore = hashed((5,), min_messages=2)
+    (whole,) = pacore.answers(asked(1), on_rollout=before.append)
+    kept = [outcome for outcome in before if outcome.finish_reason != "cancelled"][:2]
+    again: list[Outcome] = []
+    (resumed,) = hashed((5,), min_messages=2).answers(
+        asked(1), known=lambda id: kept, on_rollout=again.append
+    )
+    assert [outcome.round for outcome in again] == [1]
+    assert resumed.text == whole.text
+    pairs = zip(resumed.rounds[0].rollouts, whole.rounds[0].rollouts, strict=True)
+    assert all((a.index, a.seed, a.text) == (b.index, b.seed, b.text) for a, b in pairs)
+
+
+def test_a_resumed_round_waits_for_what_is_missing():
+    """Of two messages that are to end, one is in the journal: one more is waited for, not two."""
+    before: list[Outcome] = []
+    options = {"min_messages": 2, "max_running": 1}
+    (whole,) = hashed((5,), **options).answers(asked(1), on_rollout=before.append)
+    (resumed,) = hashed((5,), **options).answers(asked(1), known=lambda id: before[:1])
+    reasons = [outcome.finish_reason for outcome in resumed.rounds[0].rollouts]
+    assert reasons.count("cancelled") == 3
+    assert resumed.text == whole.text
+
+
+def test_samples_without_a_synthesis():
+    """Groups of samples: one round, and no answer made of it."""
+    (answer,) = hashed((4,), synthesis=False).answers(asked(1))
+    assert [len(round_.rollouts) for round_ in answer.rounds] == [4]
+    assert (answer.text, answer.error) == ("", None)
+
+
+def broken_image() -> list[Views]:
+    raise InputError("birds.png is no image")
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (Problem([{"role": "user", "content": "x" * 9000}], id="bad"), "the context is 8192"),
+        (Problem(MESSAGES, broken_image, id="bad"), "birds.png is no image"),
+        (Problem(MESSAGES, id="bad"), "image parts in the messages: 1, images given: 0"),
+        (Problem([{"role": "user", "content": 5}], id="bad"), "a string or a list of parts"),
+    ],
+)
+def test_a_problem_fails_alone(problem: Problem, reason: str):
+    """Its reason is told, it holds no page, and the others' answers are what they are without."""
+    pacore = hashed()
+    answers = by_problem(pacore.answers([*asked(2), problem]))
+    bad = answers.pop("bad")
+    assert reason in bad.error
+    assert (bad.text, bad.rounds) == ("", ())
+    assert answers == by_problem(hashed().answers(asked(2)))
+    assert is_idle(pacore.engine)
+
+
+def test_images_that_cannot_be_encoded():
+    """The tower's failure is its problem's own: nobody waits for it for ever."""
+    pacore = hashed()
+    problem = replace(with_image("How many?"), load=list, messages=asked(1)[0].messages)
+    answers = by_problem(pacore.answers([problem, *asked(2)]))
+    assert answers["photo"].error == "the images cannot be encoded: out of memory"
+    assert answers["p1"].error is None
+    assert is_idle(pacore.engine)
+
+
+def test_images_that_take_their_time():
+    """Nobody else is there, and the images are not read yet: that is no reason to go."""
+
+    def slowly() -> list:
+        time.sleep(0.2)
+        return [SimpleNamespace(newlines=(False,))]
+
+    (answer,) = hashed().answers([replace(with_image("How many?"), load=slowly)])
+    assert (answer.problem, answer.error) == ("photo", None)
+
+
+def test_samples_that_fail_fail_alone(monkeypatch: pytest.MonkeyPatch):
+    """A prompt has its samples as long as one of them has ended well."""
+    pacore = hashed((3,), synthesis=False)
+    launch = pacore.engine.executor.launch
+
+    def broken(tree: PrefixTree, batch: Batch) -> tuple[list[int], list[float]]:
+        tokens, logprobs = launch(tree, batch)
+        failed = [rollout.index in bad for rollout in batch.sampled]
+        return [-1 if f else t for f, t in zip(failed, tokens, strict=True)], logprobs
+
+    monkeypatch.setattr(pacore.engine.executor, "launch", broken)
+    for bad, error in (({0}, False), ({0, 1, 2}, True)):
+        (answer,) = pacore.answers(asked(1))
+        assert [o.finish_reason == "error" for o in answer.rounds[0].rollouts] == [
+            index in bad for index in range(3)
+        ]
+        assert bool(answer.error) == error
+
+
+def test_a_problem_may_fail_later():
+    """A synthesis prompt beyond the context fails its problem; the rounds before it are told."""
+    pacore = hashed((30,))
+    answers = by_problem(pacore.answers([with_image("x" * 8000), *asked(1)]))
+    assert "the context is 8192" in answers["photo"].error
+    assert len(answers["photo"].rounds) == 1
+    assert answers["p0"].error is None
+    assert is_idle(pacore.engine)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_whoever_stops_early_leaves_an_idle_engine(ahead: bool):
+    """By leaving the loop, or by an exception from a callback: no page is lost."""
+    pacore = hashed(ahead=ahead)
+
+    def stop_at(count: int) -> Callable[[object], None]:
+        seen = []
+
+        def stop(what: object) -> None:
+            seen.append(what)
+            if len(seen) == count:
+                raise KeyboardInterrupt
+
+        return stop
+
+    for callbacks in ({"on_rollout": stop_at(7)}, {"on_step": stop_at(5)}):
+        with pytest.raises(KeyboardInterrupt):
+            list(pacore.answers([with_image("How many?"), *asked(6)], **callbacks))
+        assert not pacore.engine.scheduler.groups
+        pacore.engine.step()  # one may be in flight
+        assert is_idle(pacore.engine)
+    answers = pacore.answers([*asked(6), with_image("How many?")])
+    next(answers)
+    answers.close()
+    assert not pacore.engine.scheduler.groups
+    pacore.engine.step()
+    assert is_idle(pacore.engine)
+    assert by_problem(pacore.answers(asked(2))) == by_problem(hashed().answers(asked(2)))
+
+
+def test_seeds_are_the_problems_own():
+    """Ids that look like other seeds' parts make none of them."""
+    seeds = {
+        rollout_seed(seed, number, index, problem)
+        for seed in (0, 1)
+        for number in (0, 1)
+        for index in (0, 1)
+        for problem in ("", "1", "0/1", "1/0")
+    }
+    assert len(seeds) == 2 * 2 * 2 * 4
+
+
+def _texts(answer: Answer) -> list[list[str]]:
+    return [[outcome.text for outcome in round_.rollouts] for round_ in answer.rounds]

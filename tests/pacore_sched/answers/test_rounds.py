@@ -1,0 +1,284 @@
+"""PaCoRe's rounds as text, compared byte by byte with what the spec of the pipeline says."""
+
+import copy
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.terminal import InputError
+from pacore_sched.answers import rounds
+
+# The released template's structure and variable names around sentences of no meaning.
+RELEASED_STRUCTURE = """\
+OPENING.
+
+Original Problem:
+{{ original_prompt }}
+
+Reference Responses:
+{% for response in ref_responses %}
+Reference {{ loop.index }}:
+{{ response }}
+{% endfor %}
+
+CLOSING.
+"""
+
+OPENING = (
+    "Here is a problem, followed by answers that were written independently of each other."
+    " Some of them may be wrong: check them, keep what holds, and work out an answer of your own."
+)
+CLOSING = "With the problem and these references in mind, write out your full solution."
+
+
+def image(name):
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{name}"}}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+@pytest.mark.parametrize(
+    "given_widths, parsed",
+    [
+        ("16", (16,)),
+        ("32,4", (32, 4)),
+        (" 32 , 4 ", (32, 4)),
+        ("1", (1,)),
+        ("", ()),
+        ("  ", ()),
+        ("1000000000000", (10**12,)),
+        ([16], (16,)),
+        ((32, 4), (32, 4)),
+        ([], ()),
+    ],
+)
+def test_widths(given_widths, parsed):
+    """Every notation that a command line or a JSON request may use means what it says."""
+    assert rounds.parse_widths(given_widths) == parsed
+    assert rounds.round_widths(rounds.parse_widths(given_widths)) == (*parsed, 1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["0", "-4", "16,0", "4.0", "1e3", "four", "16,", ",", "16 4", "16;4", "9" * 5000]
+    + [[0], [-1], [4.0], ["16"], [True], [None], [[16]], None, 16, b"16", {16: 4}],
+)
+def test_widths_that_are_not_positive_integers(bad):
+    """A wrong width is the user's mistake, told in one line; it must not become another width."""
+    with pytest.raises(InputError, match="positive integers") as error:
+        rounds.parse_widths(bad)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "reply, message",
+    [
+        ("thoughts\n</think>\n\nThe answer is 4.\n", "\n\nThe answer is 4.\n"),
+        ("a</think>b</think>\nc", "\nc"),
+        ("never closed", "never closed"),
+        ("  kept as it is \n", "  kept as it is \n"),
+        ("<think>open only", "<think>open only"),
+        ("ends here</think>", ""),
+        ("", ""),
+    ],
+)
+def test_compact(reply, message):
+    """Only what follows the last marker goes on, with its newlines; the first would be wrong."""
+    assert rounds.compact(reply) == message
+
+
+def test_order_is_that_of_the_released_client():
+    """Sorted, shuffled with the empty ones still in place, then dropped; any other sequence of
+    these steps gives the references in another order than the released client."""
+    texts = ["dddd", "", "a", "ccc", "eeeee", "", "bb"]
+    expected = sorted(texts, key=len)
+    random.Random(42).shuffle(expected)
+    expected = [message for message in expected if message]
+    assert rounds.order_messages(texts) == expected
+    assert rounds.order_messages(texts) == ["bb", "ccc", "a", "eeeee", "dddd"]
+    assert rounds.order_messages(texts, seed=7) != expected
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.text("ab\n", max_size=3), max_size=20), st.integers(0, 5), st.data())
+def test_order_depends_on_the_set_of_messages_alone(texts, seed, data):
+    """Neither the order of arrival nor earlier use of a generator may change a prompt."""
+    ordered = rounds.order_messages(texts, seed)
+    assert sorted(ordered) == sorted(message for message in texts if message)
+    assert rounds.order_messages(data.draw(st.permutations(texts)), seed) == ordered
+
+
+def test_prompt_byte_by_byte():
+    """Every blank line counts: the model was trained on this whitespace."""
+    prompt = rounds.synthesis_prompt("What is 2 + 2?", ["\n\nIt is 4.", "Four.\n"])
+    assert prompt == (
+        OPENING + "\n"
+        "\n"
+        "Original Problem:\n"
+        "What is 2 + 2?\n"
+        "\n"
+        "Reference Responses:\n"
+        "\n"
+        "Reference 1:\n"
+        "\n"
+        "\n"
+        "It is 4.\n"
+        "\n"
+        "Reference 2:\n"
+        "Four.\n"
+        "\n"
+        "\n"
+        "\n" + CLOSING
+    )
+
+
+def test_messages_are_shown_verbatim():
+    """Text of the model or the user is never markup: neither template nor HTML."""
+    odd = "{{ 1 + 1 }} {% endfor %} <b>&\"' \r\n\ttab"
+    prompt = rounds.synthesis_prompt(odd, [odd])
+    assert prompt.count(odd) == 2
+
+
+def test_template_of_the_released_structure(tmp_path):
+    """The released text must work unchanged: its variable names and its whitespace."""
+    path = tmp_path / "released.jinja"
+    path.write_text(RELEASED_STRUCTURE, encoding="utf-8")
+    prompt = rounds.synthesis_prompt("P", ["\n\nA", "B"], rounds.load_template(path))
+    assert prompt == (
+        "OPENING.\n\nOriginal Problem:\nP\n\nReference Responses:\n"
+        "\nReference 1:\n\n\nA\n\nReference 2:\nB\n\n\nCLOSING."
+    )
+    ours = rounds.synthesis_prompt("P", ["\n\nA", "B"])
+    assert ours == prompt.replace("OPENING.", OPENING).replace("CLOSING.", CLOSING)
+
+
+def test_template_may_use_what_jinja_offers(tmp_path):
+    """jinja2's own functions are no unknown variables."""
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{{ original_prompt }}{% for i in range(ref_responses | length) %}"
+        " [{{ ref_responses[i] }}]{% endfor %}"
+    )
+    assert rounds.synthesis_prompt("P", ["a", "b"], rounds.load_template(path)) == "P [a] [b]"
+
+
+@pytest.mark.parametrize(
+    "source, complaint",
+    [
+        ("{{ original_prompt }} {% for r in ref_responses %}", "line 1: Unexpected end"),
+        ("a\n{{ original_prompt | nosuch }}{{ ref_responses }}", "line 2: No filter"),
+        ("{{ original_prompt }}", "it must use original_prompt and ref_responses"),
+        ("", r"variables \(none\): it must use"),
+        ("{{ original_prompt }}{{ ref_responses }}{{ question }}", "question"),
+        ("{{ original_prompt }}{{ ref_responses + 1 }}", "concatenate"),
+        ("{{ original_prompt }}{{ ref_responses }}{% include 'x' %}", "loader"),
+        (b"\xff\xfe{{ original_prompt }}{{ ref_responses }}", "not UTF-8"),
+    ],
+)
+def test_template_that_cannot_serve(tmp_path, source, complaint):
+    """A bad template is told by its file's name before any rollout runs."""
+    path = tmp_path / "mine.jinja"
+    path.write_bytes(source if isinstance(source, bytes) else source.encode())
+    with pytest.raises(InputError, match=complaint) as error:
+        rounds.load_template(path)
+    assert "mine.jinja" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_template_that_is_not_a_file(tmp_path):
+    """A missing file or a directory is a mistake of the user, not a traceback."""
+    with pytest.raises(InputError, match="nosuch.jinja: No such file"):
+        rounds.load_template(tmp_path / "nosuch.jinja")
+    with pytest.raises(InputError, match="directory"):
+        rounds.load_template(tmp_path)
+
+
+def test_default_template_is_found_from_anywhere(tmp_path, monkeypatch):
+    """The packaged file is looked up beside the module, not in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    rounds._default_template.cache_clear()
+    assert rounds.synthesis_prompt("P", ["m"]).startswith(OPENING)
+    assert Path(rounds.__file__).with_name("synthesis.jinja").is_file()
+
+
+def test_next_round_keeps_earlier_turns():
+    """Only the last user message changes; the original problem is embedded, not a later prompt."""
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "First question"},
+        {"role": "assistant", "content": "First answer"},
+        {"role": "user", "content": "Second question", "name": "ann"},
+    ]
+    before = copy.deepcopy(messages)
+    following = rounds.round_messages(messages, ["why</think>yes", "", "no"])
+    references = rounds.order_messages(["yes", "", "no"])
+    prompt = rounds.synthesis_prompt("Second question", references)
+    assert sorted(references) == ["no", "yes"]
+    assert following == [*before[:3], {"role": "user", "content": prompt, "name": "ann"}]
+    assert messages == before
+
+
+def test_next_round_keeps_what_follows_the_user():
+    """An opened answer behind the last user message stays where it is."""
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Well,"}]
+    following = rounds.round_messages(messages, ["r"])
+    assert following[0]["content"] == rounds.synthesis_prompt("Q", ["r"])
+    assert following[1:] == messages[1:]
+
+
+def test_next_round_puts_images_first():
+    """Images are neither lost nor stringified (the released client does both), and they stand in
+    front of the text, or their KV could not be shared."""
+    content = [text("Compare"), image("one"), text("with"), image("two"), text("now.")]
+    messages = [{"role": "user", "content": content}]
+    (following,) = rounds.round_messages(messages, ["r"])
+    prompt = rounds.synthesis_prompt("Compare\nwith\nnow.", ["r"])
+    assert following["content"] == [image("one"), image("two"), text(prompt)]
+    assert messages[0]["content"] == content
+
+
+def test_next_round_of_text_parts_is_text():
+    """A list without images needs no list."""
+    messages = [{"role": "user", "content": [text("Q")]}]
+    (following,) = rounds.round_messages(messages, ["r"])
+    assert following["content"] == rounds.synthesis_prompt("Q", ["r"])
+
+
+def test_next_round_takes_template_and_seed(tmp_path):
+    """The caller's template and seed must reach the prompt."""
+    path = tmp_path / "own.jinja"
+    path.write_text("{{ original_prompt }}: {{ ref_responses | join('|') }}")
+    replies = [letter * size for size, letter in enumerate("abcdef", start=1)]
+    messages = [{"role": "user", "content": "Q"}]
+    (following,) = rounds.round_messages(
+        messages, replies, template=rounds.load_template(path), seed=7
+    )
+    assert following["content"] == "Q: " + "|".join(rounds.order_messages(replies, 7))
+
+
+@pytest.mark.parametrize("replies", [[], ["", ""], ["cut</think>"]])
+def test_next_round_without_messages_asks_the_problem(replies):
+    """With nothing to show the model is asked the problem itself, not an empty list."""
+    messages = [{"role": "user", "content": [text("Q"), image("one")]}]
+    assert rounds.round_messages(messages, replies) == messages
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "system", "content": "Q"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": ["Q"]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+    ],
+)
+def test_conversation_that_asks_nothing(messages):
+    """A malformed conversation is told in one line."""
+    with pytest.raises(InputError, match="user message"):
+        rounds.round_messages(messages, ["r"])

@@ -1,0 +1,187 @@
+"""`python -m pacore_sched ask`: its document, its lines, and one clear line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kernels.runtime import dispatch
+from model.step3vl import Step3VL
+from model.terminal import run_command
+from pacore_sched.__main__ import main
+from tests.support import ROOT
+
+TINY = ["--model", "tiny", "--max-tokens", "8"]
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Run the command in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pacore_sched", "ask", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            run_command(main)
+        return exit.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    path = tmp_path / "photo.png"
+    Image.effect_noise((640, 300), 60).convert("RGB").save(path)
+    return str(path)
+
+
+def test_json(ask, photo: str):
+    """The document's keys are a public surface; the same seed gives the same document."""
+    arguments = ["How many?", *TINY, "--widths", "3,2", "--image", photo, "--json", "--seed", "5"]
+    code, out, err = ask(*arguments)
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert [len(round_["rollouts"]) for round_ in document["rounds"]] == [3, 2, 1]
+    for round_ in document["rounds"]:
+        for rollout in round_["rollouts"]:
+            assert set(rollout) == {"text", "tokens", "seed", "finish_reason"}
+            assert 1 <= rollout["tokens"] <= 8
+            assert rollout["finish_reason"] in ("stop", "length")
+    assert document["tokens_per_second"] > 0
+    assert document["error"] is None
+    first, second, last = (round_["prompt_tokens"] for round_ in document["rounds"])
+    assert document["prefix_tokens_saved"] > 2 * first + second
+    again = json.loads(ask(*arguments)[1])
+    assert again["rounds"] == document["rounds"]
+    assert again["answer"] == document["answer"]
+    other = json.loads(ask(*arguments[:-1], "6")[1])
+    assert other["rounds"] != document["rounds"]
+
+
+def test_text(ask):
+    """For people: each rollout, the answer, and what sharing saved."""
+    code, out, _ = ask("Count.", *TINY, "--widths", "2")
+    assert code == 0
+    assert out.count("--- round 1, rollout") == 2
+    assert "--- synthesis" in out
+    assert "=== answer" in out
+    assert "tokens/s" in out.splitlines()[-1]
+    assert "prompt tokens shared" in out.splitlines()[-1]
+
+
+def test_a_stop_string(ask):
+    """--stop ends texts before it."""
+    arguments = ["Count.", *TINY, "--widths", "", "--json"]
+    text = json.loads(ask(*arguments)[1])["answer"]
+    cut = json.loads(ask(*arguments, "--stop", text[3:5])[1])
+    assert cut["answer"] == text[: text.index(text[3:5])]
+    assert cut["rounds"][0]["rollouts"][0]["finish_reason"] == "stop"
+
+
+def test_no_answer_says_why(ask, monkeypatch: pytest.MonkeyPatch):
+    """Logits of NaN: a line and exit code 1, and the reason in the document."""
+    load = Step3VL.from_preset
+
+    def broken(*arguments, **options) -> Step3VL:
+        model = load(*arguments, **options)
+        model.decoder.norm.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(Step3VL, "from_preset", broken)
+    code, out, err = ask("Count.", *TINY, "--widths", "2", "--json")
+    assert (code, json.loads(out)["answer"]) == (1, "")
+    assert "not finite" in json.loads(out)["error"]
+    assert err == f"failed: {json.loads(out)['error']}\n"
+
+
+def test_own_template(ask, tmp_path: Path):
+    """--template replaces the synthesis prompt."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ original_prompt }}|{{ ref_responses | length }}")
+    arguments = ["Count.", *TINY, "--widths", "2", "--json"]
+    default = json.loads(ask(*arguments)[1])
+    own = json.loads(ask(*arguments, "--template", str(template))[1])
+    assert own["rounds"][0] == default["rounds"][0]
+    assert own["rounds"][1]["prompt_tokens"] < default["rounds"][1]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Count.", "--model", "tiniest"], "unknown preset 'tiniest'"),
+        (["Count.", *TINY, "--widths", "0"], "widths '0' are not positive integers"),
+        (["Count.", *TINY, "--widths", "4,x"], "widths '4,x' are not positive integers"),
+        (["Count.", *TINY, "--widths", "2.5"], "widths '2.5' are not positive integers"),
+        (["Count.", *TINY, "--impl", "fast"], "impl 'fast'"),
+        (["Count.", *TINY, "--impl", "triton", "--device", "cpu"], "impl 'triton'"),
+        (["Count.", *TINY, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["Count.", *TINY, "--device", "toaster"], "device 'toaster' cannot be used"),
+        (["Count.", *TINY, "--device", "meta"], "device 'meta' cannot be used"),
+        (["  ", *TINY], "the question is empty"),
+        (["Count.", *TINY, "--image", "nowhere.png"], "nowhere.png"),
+        (["Count.", *TINY, "--template", "nowhere.jinja"], "nowhere.jinja"),
+        (["Count.", *TINY, "--max-tokens", "0"], "--max-tokens must be at least 1"),
+        (["Count.", *TINY, "--max-tokens", "many"], "invalid int value: 'many'"),
+        (["Count.", *TINY, "--temperature", "-1"], "--temperature must be 0, or from"),
+        (["Count.", *TINY, "--temperature", "1e-39"], "--temperature must be 0, or from"),
+        (["Count.", *TINY, "--temperature", "nan"], "--temperature must be 0, or from"),
+        (["Count.", *TINY, "--top-p", "0"], "--top-p must be above 0"),
+        (["Count.", *TINY, "--stop", ""], "a stop string is empty"),
+        (["Count.", *TINY, "--policy", "best"], "there is no policy 'best'"),
+        (["Count.", *TINY, "--kv-tokens", "64"], "need KV for"),
+        (["x" * 9000, *TINY], "the context is 8192"),
+        ([], "required: question"),
+    ],
+)
+def test_mistakes(ask, arguments: list[str], message: str, monkeypatch):
+    """One line on stderr, nothing on stdout, exit code 2."""
+    monkeypatch.setattr(dispatch, "_interpreting", lambda: False)  # as a user's Triton is
+    code, out, err = ask(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_image_for_a_text_model(ask, photo: str):
+    """smollm2 has no vision tower: say so, rather than answer without having looked."""
+    code, _, err = ask("What is this?", "--image", photo, "--max-tokens", "1")
+    assert code == 2
+    assert "takes no images" in err
+
+
+def test_as_a_process(tmp_path: Path):
+    """The real thing: a corrupt image through the shell, no traceback."""
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"not an image")
+    command = [sys.executable, "-m", "pacore_sched", "ask", "What?", *TINY, "--image", str(bad)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "bad.png" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_stdout_cannot_take():
+    """A full disk is one line and no success, a reader that has gone is none of our business, and
+    characters that a terminal does not have are written as escapes."""
+    script = "from model.terminal import run_command; run_command(lambda: print('\\u2603'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+
+    def start(stdout: object) -> subprocess.Popen:
+        command, kept = [sys.executable, "-c", script], subprocess.PIPE
+        cwd = ROOT
+        return subprocess.Popen(command, stdout=stdout, stderr=kept, cwd=cwd, env=environment)
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        runs = [start(stdout) for stdout in (full, writer, subprocess.PIPE)]
+    os.close(writer)
+    ends = [(*run.communicate(), run.returncode) for run in runs]
+    line = b"error: cannot write the output: No space left on device\n"
+    assert ends == [(None, line, 2), (None, b"", 0), (b"\\u2603\n", b"", 0)]

@@ -1,0 +1,459 @@
+"""`python -m pacore_sched batch` and `sample`: results, mistakes, and what a kill may not cost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from model.terminal import run_command
+from pacore_sched.__main__ import main
+from pacore_sched.answers import journal as journal_module
+from pacore_sched.answers.journal import Journal
+from pacore_sched.answers.problem_run import rollout_seed
+from pacore_sched.cli import jobs
+from tests.support import ROOT
+
+TINY = ["--model", "tiny", "--max-tokens", "8", "--kv-tokens", "4096"]
+QUESTIONS = [{"question": "Who?"}, {"id": "when", "question": "When?"}, {"question": "Why?"}]
+
+
+class Call:
+    """The command in this process, on a file of questions in `folder`."""
+
+    def __init__(
+        self, folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture
+    ) -> None:
+        self.folder, self._patch, self._capture = folder, patch, capture
+        self.questions, self.out = folder / "questions.jsonl", folder / "results.jsonl"
+        self.journal = folder / "results.journal.jsonl"
+        self.command = "batch"
+        self.ask(*QUESTIONS)
+
+    def ask(self, *lines: object) -> None:
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        self.questions.write_text("\n".join(texts))
+
+    def arguments(self, *more: str, out: Path | None = None) -> list[str]:
+        paths = [str(self.questions), "--out", str(out or self.out)]
+        widths = ["--widths", "3"] if self.command == "batch" else ["--n", "3"]
+        return ["pacore_sched", self.command, *paths, *widths, *TINY, *more]
+
+    def __call__(self, *more: str, out: Path | None = None) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr)"""
+        self._patch.setattr(sys, "argv", self.arguments(*more, out=out))
+        with pytest.raises(SystemExit) as exit:
+            run_command(main)
+        return exit.value.code, *self._capture.readouterr()
+
+    def results(self, out: Path | None = None) -> list[dict]:
+        return [json.loads(line) for line in (out or self.out).read_text().splitlines()]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call:
+    return Call(tmp_path, monkeypatch, capsys)
+
+
+def test_results(call: Call):
+    """A line per question, in their order, with every rollout of every round; keys are public."""
+    code, out, err = call("--widths", "3,2", "--seed", "7")
+    assert (code, err) == (0, "")
+    assert "3 of 3 problems, 0 of them failed; 18 rollouts" in out
+    results = call.results()
+    assert [result["id"] for result in results] == ["1", "when", "3"]
+    for result in results:
+        assert set(result) == {"id", "answer", "failed", "error", "rounds"}
+        assert (result["failed"], result["error"]) == (False, None)
+        assert [len(round_["rollouts"]) for round_ in result["rounds"]] == [3, 2, 1]
+        for number, round_ in enumerate(result["rounds"]):
+            assert round_["prompt_tokens"] > 0
+            for index, rollout in enumerate(round_["rollouts"]):
+                assert set(rollout) == {"text", "tokens", "seed", "finish_reason"}
+                assert rollout["seed"] == rollout_seed(7, number, index, result["id"])
+                assert 1 <= rollout["tokens"] <= 8
+        last = result["rounds"][-1]["rollouts"][0]["text"]
+        assert result["answer"] == last.rpartition("</think>")[2]
+
+
+def test_json(call: Call):
+    """One document on stdout, and nothing else."""
+    code, out, err = call("--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert document["problems"] == document["ended"] == 3
+    assert (document["failed"], document["rollouts"], document["resumed_rollouts"]) == (0, 12, 0)
+    rollouts = [r for result in call.results() for round_ in result["rounds"] for r in
+                round_["rollouts"]]  # fmt: skip
+    assert document["tokens"] == sum(rollout["tokens"] for rollout in rollouts)
+    assert document["tokens_per_second"] == pytest.approx(document["tokens"] / document["seconds"])
+    assert (document["out"], document["journal"]) == (str(call.out), str(call.journal))
+    assert document["preemptions"] == 0
+    assert document["kv_tokens_read_unshared"] > document["kv_tokens_read"] > 0
+
+
+def test_a_result_depends_on_its_question_alone(call: Call):
+    """Neither on the other questions, nor on the policy, nor on how many run at once."""
+    call()
+    whole = {result["id"]: result for result in call.results()}
+    call.ask(QUESTIONS[1], {"question": "Where?"})
+    for options in (
+        ["--max-running", "2"],
+        ["--policy", "one-at-a-time"],
+        ["--kv-tokens", "960"],
+        ["--speculate", "8"],
+    ):
+        other = call.folder / f"{options[1]}.jsonl"
+        assert call(*options, out=other)[0] == 0
+        assert call.results(other)[0] == whole["when"]
+
+
+def test_what_is_wrong_fails_alone(call: Call):
+    """A malformed line, an empty question, a duplicate id, a missing and a broken image, a prompt
+    beyond the context: each with its line and reason, the others answered as ever."""
+    call()
+    expected = call.results()
+    photo = call.folder / "photo.png"
+    Image.effect_noise((640, 300), 60).convert("RGB").save(photo)
+    (call.folder / "broken.png").write_bytes(b"not an image")
+    wrong = [
+        ("{", "line 4: not JSON"),
+        ({"question": " "}, "line 5: the question is empty"),
+        ({"id": "when", "question": "When?"}, "line 6: id 'when' is that of line 2"),
+        ({"question": "How many?", "image": "cats.png"}, "line 7: no image file 'cats.png'"),
+        ({"question": "How many?", "image": "broken.png"}, "line 8: "),
+        ({"question": "x" * 9000}, "line 9: the prompt has"),
+    ]
+    photo_question = {"id": "photo", "question": "How many?", "image": "photo.png"}
+    call.ask(*QUESTIONS, *(line for line, _ in wrong), photo_question)
+    out = call.folder / "others.jsonl"
+    code, _, err = call(out=out)
+    assert code == 1
+    results = call.results(out)
+    assert results[:3] == expected
+    for result, (_, reason) in zip(results[3:9], wrong, strict=True):
+        assert result["failed"]
+        assert result["error"].startswith(reason)
+        assert (result["answer"], result["rounds"]) == ("", [])
+        assert f"failed: {result['error']}" in err.splitlines()
+    assert "broken.png" in results[7]["error"]
+    assert (results[9]["id"], results[9]["failed"]) == ("photo", False)
+    assert err.count("\n") == len(wrong)
+
+
+def test_many_failures_are_not_all_told(call: Call):
+    """The terminal shows some; the output has them all."""
+    call.ask(*["{"] * 30, {"question": "Who?"})
+    code, _, err = call()
+    assert code == 1
+    assert err.count("\n") == jobs.SHOWN_FAILURES + 1
+    assert err.endswith("failed: 20 more\n")
+    assert sum(result["failed"] for result in call.results()) == 30
+
+
+KILL = """
+import os, signal, sys
+from pacore_sched import journal
+from pacore_sched.__main__ import main
+
+lines, write = 0, os.write
+
+def dying(file, data):
+    global lines
+    lines += 1
+    if lines <= {lines}:
+        return write(file, data)
+    write(file, data[: len(data) * {part} // 100])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+journal.os.write = dying
+sys.argv = {argv}
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "points"), [("batch", ((2, 100), (3, 50))), ("sample", ((3, 50),))]
+)
+def test_killed_and_resumed(call: Call, command: str, points: tuple):
+    """kill -9 at several points, also within the writing of a line, then --resume: the same file as
+    undisturbed, byte for byte, and no finished rollout runs again."""
+    call.command = command
+    whole = call.folder / "whole.jsonl"
+    assert call(out=whole)[0] == 0
+    rollouts = 12 if command == "batch" else 9
+    kept = 0
+    for lines, part in points:  # whole lines written, and percent of the next one
+        script = KILL.format(lines=lines, part=part, argv=call.arguments("--resume"))
+        killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not call.out.exists()
+        lines = [json.loads(x) for x in call.journal.read_bytes().split(b"\n")[:-1]]
+        now = sum(line["kind"] == "rollout" for line in lines)
+        assert now >= kept
+        kept = now
+    assert 0 < kept < rollouts
+    code, out, _ = call("--resume", "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert (document["resumed_rollouts"], document["rollouts"]) == (kept, rollouts)
+    if command == "batch":
+        assert call.out.read_bytes() == whole.read_bytes()
+    assert _without_logprobs(call.results()) == _without_logprobs(call.results(whole))
+
+
+def _without_logprobs(results: list[dict]) -> list[dict]:
+    """Log-probabilities may round otherwise beside other rollouts."""
+    for result in results:
+        for sample in result.get("samples", ()):
+            sample["logprobs"] = len(sample["logprobs"])
+    return results
+
+
+def test_resuming_what_is_done_changes_nothing(call: Call):
+    """Nor does it run anything: a script may always say --resume."""
+    assert call("--resume")[0] == 0
+    before = call.out.read_bytes(), call.journal.read_bytes()
+    code, out, _ = call("--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["tokens"] == 0
+    assert (call.out.read_bytes(), call.journal.read_bytes()) == before
+
+
+def test_a_mended_image_is_answered_on_resume(call: Call):
+    """Problems that failed before their first rollout are tried again."""
+    call.ask({"question": "How many?", "image": "photo.png"}, *QUESTIONS)
+    assert call()[0] == 1
+    Image.effect_noise((640, 300), 60).convert("RGB").save(call.folder / "photo.png")
+    code, out, _ = call("--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["resumed_rollouts"] == 12
+    assert not any(result["failed"] for result in call.results())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--widths", "4"], "widths [3], which is [4] now"),
+        (["--seed", "1"], "seed 0, which is 1 now"),
+        (["--max-tokens", "9"], "max_tokens 8, which is 9 now"),
+        (["--stop", "x"], "stop [], which is ['x'] now"),
+        (["--min-messages", "2"], "min_messages None, which is 2 now"),
+        (["--kv-dtype", "fp8"], "kv_dtype None, which is 'fp8' now"),
+    ],
+)
+def test_other_settings_are_not_resumed(call: Call, options: list[str], message: str):
+    """The one that differs is named, and nothing is touched."""
+    with Journal(call.journal, _header_of(call), resume=False):
+        pass
+    before = call.journal.read_bytes()
+    code, _, err = call("--resume", *options)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert call.journal.read_bytes() == before
+
+
+def _header_of(call: Call) -> dict:
+    """What a run without further options begins its journal with."""
+    out = call.folder / "for_header.jsonl"
+    assert call(out=out)[0] == 0
+    first = json.loads(out.with_suffix(".journal.jsonl").read_text().splitlines()[0])
+    return {key: value for key, value in first.items() if key not in ("kind", "format")}
+
+
+def test_other_questions_are_not_resumed(call: Call):
+    """A changed file of questions is another run."""
+    call()
+    call.ask(*QUESTIONS, {"question": "Where?"})
+    code, _, err = call("--resume")
+    assert code == 2
+    assert "questions_sha256" in err
+
+
+def test_nothing_is_overwritten(call: Call):
+    """Neither an output nor a journal, whatever is asked."""
+    call.out.write_text("precious")
+    code, _, err = call()
+    assert (code, "choose another --out" in err) == (2, True)
+    code, _, err = call("--resume")
+    assert (code, "nothing to resume" in err) == (2, True)
+    assert call.out.read_text() == "precious"
+    call.out.unlink()
+    assert call()[0] == 0
+    before = call.journal.read_bytes()
+    code, _, err = call()
+    assert (code, "--resume goes on with it" in err) == (2, True)
+    assert call.journal.read_bytes() == before
+
+
+def test_a_full_disk(call: Call, monkeypatch: pytest.MonkeyPatch):
+    """One line, no success, and with room again the run goes on from what was written."""
+    writes, write = [], os.write
+
+    def filling(file: int, data: bytes) -> int:
+        writes.append(data)
+        if len(writes) > 5:
+            raise OSError(28, os.strerror(28))
+        return write(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module.os, "write", filling)
+        code, out, err = call()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: cannot write")
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+    assert not call.out.exists()
+    code, out, _ = call("--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["resumed_rollouts"] >= 3
+    whole = call.folder / "whole.jsonl"
+    call(out=whole)
+    assert call.out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_the_user(call: Call, monkeypatch: pytest.MonkeyPatch, number: int):
+    """Ctrl-C and SIGTERM: exit code 130, what is done is kept, and a line says how to go on."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    add = Journal.add
+
+    def stopping(self: Journal, outcomes: list, **options: object) -> None:
+        add(self, outcomes, **options)
+        if self.rollouts == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Journal, "add", stopping)
+    code, out, err = call("--json")
+    assert code == 130
+    document = json.loads(out)
+    assert document["stopped"]
+    assert 2 <= document["rollouts"] < 12
+    assert "--resume goes on from there" in err
+    assert not call.out.exists()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    monkeypatch.setattr(Journal, "add", add)
+    assert call("--resume")[0] == 0
+    whole = call.folder / "whole.jsonl"
+    call(out=whole)
+    assert call.out.read_bytes() == whole.read_bytes()
+
+
+def test_samples(call: Call):
+    """Groups for RL: ids and log-probabilities token by token, the ids those of the text."""
+    call.command = "sample"
+    code, _, err = call()
+    assert (code, err) == (0, "")
+    results = call.results()
+    assert [result["id"] for result in results] == ["1", "when", "3"]
+    for result in results:
+        assert set(result) == {"id", "failed", "error", "prompt_tokens", "samples"}
+        assert len(result["samples"]) == 3
+        assert len({tuple(sample["tokens"]) for sample in result["samples"]}) == 3
+        for index, sample in enumerate(result["samples"]):
+            assert set(sample) == {"text", "tokens", "logprobs", "seed", "finish_reason"}
+            assert sample["seed"] == rollout_seed(0, 0, index, result["id"])
+            assert len(sample["tokens"]) == len(sample["logprobs"]) <= 8
+            assert all(logprob <= 0 for logprob in sample["logprobs"])
+
+
+def test_fp8_kv(call: Call):
+    """Another KV gives other numbers, and a run like any other."""
+    assert call("--kv-dtype", "fp8")[0] == 0
+    fp8, other = call.results(), call.folder / "other.jsonl"
+    assert call(out=other)[0] == 0
+    assert not any(result["failed"] for result in fp8)
+    assert [r["rounds"][0]["rollouts"][0]["seed"] for r in fp8] == [
+        r["rounds"][0]["rollouts"][0]["seed"] for r in call.results(other)
+    ]
+
+
+def test_synthesis_at_m_of_n(call: Call):
+    """--min-messages ends a round early; its cancelled rollouts are told as such."""
+    assert call("--min-messages", "2", "--max-tokens", "40")[0] == 0
+    reasons = [
+        [rollout["finish_reason"] for rollout in result["rounds"][0]["rollouts"]]
+        for result in call.results()
+    ]
+    assert all(len(round_) == 3 for round_ in reasons)
+    assert any("cancelled" in round_ for round_ in reasons)
+
+
+def test_cancelled_rollouts_are_told_after_a_kill(call: Call):
+    """A kill between a round's last message and its cancellations costs the output no rollout."""
+    options = ["--min-messages", "2", "--max-tokens", "20"]
+    assert call(*options)[0] == 0
+    lines = call.journal.read_text().splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines) if '"finish_reason": "cancelled"' in line)
+    call.journal.write_text("".join(lines[:cut]))
+    for _ in range(2):  # what is told of them is written once
+        assert call("--resume", *options)[0] == 0
+        for result in call.results():
+            assert [len(round_["rollouts"]) for round_ in result["rounds"]] == [3, 1]
+        journal = call.journal.read_text()
+        assert journal.count('"kind": "rollout"') == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--widths", "0"], "widths '0' are not positive integers"),
+        (["--min-messages", "0"], "at least one message"),
+        (["--policy", "best"], "there is no policy 'best'"),
+        (["--policy", "oracle"], "knows lengths beforehand"),
+        (["--max-running", "0"], "--max-running must be at least 1"),
+        (["--kv-tokens", "0"], "--kv-tokens must be at least 1"),
+        (["--stop", ""], "a stop string is empty"),
+        (["--out", "nowhere/results.jsonl"], "no folder nowhere"),
+        (["--out", "."], "--out '.' is not the name of a file"),
+        (["--kv-tokens", "99999999999999"], "no memory for the KV of 99999999999999 tokens"),
+        (["--template", "nowhere.jinja"], "nowhere.jinja"),
+        (["--kv-dtype", "fp4"], "invalid choice: 'fp4'"),
+    ],
+)
+def test_mistakes(call: Call, options: list[str], message: str):
+    """One line on stderr, exit code 2, and no file is begun."""
+    code, out, err = call(*options)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert [path.name for path in call.folder.iterdir()] == ["questions.jsonl"]
+
+
+def test_a_file_that_is_not_there(call: Call):
+    """Before a model is loaded."""
+    call.questions.unlink()
+    code, _, err = call()
+    assert code == 2
+    assert "No such file" in err
+
+
+def test_the_journal_can_be_read_meanwhile(call: Call, monkeypatch: pytest.MonkeyPatch):
+    """Answers are there as problems end, not only when all have."""
+    seen, note = [], Journal.add_answer
+
+    def look(self: Journal, *ending: object) -> None:
+        note(self, *ending)
+        lines = [json.loads(line) for line in call.journal.read_text().splitlines()]
+        seen.append(sum(line["kind"] == "answer" for line in lines))
+
+    monkeypatch.setattr(Journal, "add_answer", look)
+    assert call()[0] == 0
+    assert seen == [1, 2, 3]
+
+
+def test_a_command_loads_only_its_own_modules():
+    """Guards the start of commands that need no model, such as --help."""
+    script = "import sys, pacore_sched.__main__; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    loaded = done.stdout.split()
+    assert "pacore_sched.__main__" in loaded
+    assert not {"model.step3vl", "pacore_sched.engine.engine", "pacore_sched.cli.simulate"} & {
+        *loaded
+    }

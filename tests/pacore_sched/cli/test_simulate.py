@@ -1,0 +1,168 @@
+"""`python -m pacore_sched simulate`: its table, its document, its pictures, and its complaints."""
+
+import json
+import sys
+
+import pytest
+
+from model.terminal import InputError, Parser
+from pacore_sched.cli import simulate
+from pacore_sched.sim.report import gains, geometric_mean
+
+FAST = ("--problems", "3", "--max-tokens", "9000", "--max-running", "24", "--jobs", "1")
+
+
+def run(*arguments):
+    parser = Parser(prog="simulate")
+    simulate.add_arguments(parser)
+    return simulate.run(parser.parse_args(arguments))
+
+
+def rows_of(capsys, *arguments):
+    assert run("--json", *FAST, *arguments) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+
+
+def test_table_and_document(capsys):
+    """Guards the command's face: a table per workload, gains, and one document at the end."""
+    assert (
+        run("--workload", "vqa", "--seeds", "2", "--policy", "fcfs", "barrier", "--json", *FAST)
+        == 0
+    )
+    *lines, document = capsys.readouterr().out.splitlines()
+    text = "\n".join(lines)
+    assert "vqa, sigma_w 0.55: medians of 2 seeds" in text
+    assert "times better in mean time to answer" in text
+    rows = json.loads(document)["rows"]
+    assert [(row["policy"], row["seed"]) for row in rows] == [
+        ("fcfs", 0),
+        ("barrier", 0),
+        ("fcfs", 1),
+        ("barrier", 1),
+    ]
+
+
+def test_sweep_and_variants(capsys):
+    """Guards what is crossed with what: workloads, spreads, and the three variants of --compare."""
+    found = rows_of(
+        capsys,
+        *("--workload", "all", "--seeds", "1", "--policy", "later-round-first"),
+        *("--sigma-w", "0.35", "0.8", "--compare", "--max-tokens", "65536"),
+    )
+    keys = {(r["workload"], r["sigma_w"], r["shared_reads"], r["kv_dtype"]) for r in found}
+    assert len(found) == len(keys) == 4 * 2 * 3
+    runs = {
+        (r["sigma_w"], r["shared_reads"], r["kv_dtype"]): r for r in found if r["workload"] == "vl"
+    }
+    shared, apart, fp8 = ((0.8, *v) for v in ((True, "bf16"), (False, "bf16"), (True, "fp8")))
+    assert runs[shared]["makespan_s"] < runs[apart]["makespan_s"]
+    assert runs[fp8]["makespan_s"] < runs[shared]["makespan_s"]
+
+
+def test_processes_do_not_change_rows(capsys):
+    """Guards the pool: the same rows in the same order as from one process."""
+    arguments = ("--workload", "vqa", "--seeds", "2", "--policy", "fcfs", "later-round-first")
+    assert rows_of(capsys, *arguments, "--jobs", "2") == rows_of(capsys, *arguments)
+
+
+def test_arrivals_widths_and_objective(capsys):
+    """Guards options that shape the problems: later arrivals, other rounds, goodput."""
+    common = ("--workload", "vqa", "--seeds", "1", "--policy", "fcfs")
+    (plain,) = rows_of(capsys, *common, "--slo", "60")
+    (spaced,) = rows_of(capsys, *common, "--arrivals", "poisson", "--rate", "0.0001")
+    (wide,) = rows_of(capsys, *common, "--widths", "4,2")
+    assert plain["goodput_per_h"] == pytest.approx(3 * 3600 / plain["makespan_s"])
+    assert spaced["makespan_s"] > 5 * plain["makespan_s"]
+    assert spaced["tta_mean_s"] < plain["tta_mean_s"]
+    assert wide["used_tok_s"] < plain["used_tok_s"]
+
+
+def test_traces_and_chat(capsys, tmp_path):
+    """Guards workloads that are not groups: a file's requests, and the fit of chat traffic."""
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"timestamp": 500 * i, "input_length": 300, "output_length": 40} for i in range(5)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    found = rows_of(
+        capsys, "--workload", str(trace), "--seeds", "1", "--policy", "fcfs", "--problems", "4"
+    )
+    assert found[0]["workload"] == "trace.jsonl"
+    assert found[0]["used_tok_s"] * found[0]["makespan_s"] == pytest.approx(4 * 40)
+    (chat,) = rows_of(capsys, "--workload", "deepseek-r1", "--seeds", "1", "--policy", "fcfs")
+    assert chat["workload"] == "deepseek-r1"
+
+
+def test_pictures(capsys, tmp_path):
+    """Guards the files: two pictures per workload with something drawn, and all rows."""
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "made" / "here"
+    assert (
+        run("--workload", "vqa", "--seeds", "2", "--policy", "fcfs", "--out", str(out), *FAST) == 0
+    )
+    assert {path.name for path in out.iterdir()} == {
+        "vqa-occupancy.png",
+        "vqa-answers.png",
+        "rows.json",
+        "medians.jsonl",
+    }
+    assert all(path.stat().st_size > 10_000 for path in out.glob("*.png"))
+    rows = json.loads((out / "rows.json").read_text())["rows"]
+    assert [row["seed"] for row in rows] == [0, 1]
+    (line,) = map(json.loads, (out / "medians.jsonl").read_text().splitlines())
+    assert (line["policy"], line["seeds"], line["goodput_per_h"]) == ("fcfs", 2, None)
+    middle = (rows[0]["makespan_s"] + rows[1]["makespan_s"]) / 2
+    assert line["makespan_s"] == pytest.approx(middle, rel=1e-4)
+    assert "vqa-answers.png" in capsys.readouterr().out
+
+
+def test_pictures_without_matplotlib(monkeypatch, tmp_path):
+    """Guards installations without the extra: said at once, not after minutes of simulation."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(simulate, "run_job", lambda job: pytest.fail("simulated in vain"))
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        run("--out", str(tmp_path), *FAST)
+
+
+def test_gains():
+    """Guards the ratios: only runs of the same problems are compared, above 1 is better."""
+    row = {"workload": "w", "sigma_w": 0.5, "seed": 0, "shared_reads": True, "kv_dtype": "bf16"}
+    rows = [
+        row | {"policy": "fcfs", "tta_mean_s": 30.0},
+        row | {"policy": "ours", "tta_mean_s": 20.0},
+        row | {"policy": "ours", "tta_mean_s": 1.0, "seed": 1},  # without a counterpart
+    ]
+    assert gains(rows, "fcfs", "tta_mean_s") == {"fcfs": [1.0], "ours": [1.5]}
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--workload", "nowhere"), "neither a file nor one of vqa"),
+        (("--workload", "nowhere.csv"), "nowhere.csv: No such file"),
+        (("--policy", "lifo"), "unknown policy 'lifo'"),
+        (("--gpu", "b200"), "unknown GPU 'b200'"),
+        (("--model", "llama"), "unknown preset 'llama'"),
+        (("--gpus", "0"), "--gpus 0: it must be at least 1"),
+        (("--seeds", "0"), "--seeds 0"),
+        (("--widths", "0"), "positive integers"),
+        (("--sigma-w", "-1"), "--sigma-w must be from 0 to 3"),
+        (("--max-tokens", "2000", "--workload", "vl"), "not between 0 and the limit"),
+        (("--max-running", "4096"), "--token-budget is below --max-running"),
+        (("--need", "0"), "--need must be above 0"),
+        (("--rate", "0"), "--rate must be positive"),
+        (("--slo", "-1"), "--slo must be positive"),
+        (("--kv", "fp4"), "invalid choice: 'fp4'"),
+        (("--max-tokens", "700000", "--workload", "vqa", "--policy", "fcfs"), "does not fit"),
+    ],
+)
+def test_bad_options(arguments, message):
+    """Guards the user's side: one line that names the mistake."""
+    with pytest.raises(InputError, match=message):
+        run("--jobs", "1", "--problems", "2", *arguments)
+
+
+def test_out_that_cannot_be_written(tmp_path):
+    """Guards against finding out after the simulation."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        run("--out", str(tmp_path / "file" / "folder"), *FAST)

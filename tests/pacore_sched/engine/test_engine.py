@@ -1,0 +1,225 @@
+"""The engine on a model of hashes: what a rollout says is its own affair, whatever else runs."""
+
+from collections import Counter
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.terminal import InputError
+from pacore_sched.engine.engine import Engine
+from pacore_sched.engine.stopping import Stopping
+from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
+from pacore_sched.sched.request import Group, Rollout, Sampling
+from tests.support.fake_executor import EOS, VOCABULARY, FakeExecutor, expected, segment
+
+NAMES = [name for name in POLICIES if name not in KNOW_LENGTHS]
+
+
+class Letters:
+    """A tokenizer of one letter per id."""
+
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([ord("a") + id % 26])
+
+
+def engine_of(executor: FakeExecutor, **options: object) -> Engine:
+    return Engine(executor, Stopping(Letters(), [EOS]), **options)
+
+
+def run(engine: Engine, groups: list[Group]) -> list[Rollout]:
+    """All rollouts in the order in which they end, checking the tree at every step."""
+    ended = []
+    for step in count():
+        if not engine.busy:
+            break
+        assert step < 20_000
+        ended += engine.step()
+        engine.scheduler.check_integrity()
+    for batch in engine.executor.launched:
+        rows = len(batch.decode) + sum(map(len, batch.drafts))
+        rows += sum(chunk.stop - chunk.start for chunk in batch.chunks)
+        assert 0 < rows <= engine.scheduler.token_budget
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert Counter(ended) == Counter(rollouts)
+    assert engine.scheduler.tree.free_pages == engine.executor.num_pages
+    assert engine.stats.generated == sum(len(rollout.tokens) for rollout in rollouts)
+    return ended
+
+
+@st.composite
+def jobs(draw):
+    """An engine with too little memory, and the groups that it is asked for."""
+    vocabulary = draw(st.sampled_from([VOCABULARY, VOCABULARY, 6]))
+    pages = draw(st.integers(12, 20))
+    executor = FakeExecutor(pages, 4, draw(st.integers(1, 12)), vocabulary)
+    engine = engine_of(
+        executor,
+        policy=draw(st.sampled_from(NAMES)),
+        max_running=draw(st.sampled_from([None, None, 3])),
+        token_budget=draw(st.integers(1, 24)),
+        ahead=draw(st.booleans()),
+        speculate=draw(st.sampled_from([0, 0, 2, 8])),
+        host_pages=draw(st.sampled_from([0, 0, 6, 100])),
+    )
+    ids = st.lists(st.integers(1, 99), min_size=0, max_size=9)
+    groups = []
+    for problem in range(draw(st.integers(1, 5))):
+        head = segment(draw(ids))
+        for round_ in range(draw(st.integers(1, 2))):
+            width = draw(st.integers(1, 8))
+            groups.append(
+                engine.submit(
+                    [head, segment(draw(ids))],
+                    draw(st.integers(1, 99)),
+                    {index: draw(st.integers(0, 9)) for index in range(width)},
+                    Sampling(max_tokens=draw(st.sampled_from([1, 7, 20, 24]))),
+                    problem=problem,
+                    round=round_,
+                    need=draw(st.sampled_from([None, width, 1])),
+                )
+            )
+    return engine, groups
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(jobs())
+def test_tokens_are_those_of_a_rollout_alone(job):
+    """Preempted, moved to the host, drafted, pipelined, under any policy: every token is what the
+    rollout would have said undisturbed, and cancelled ones are a beginning of that."""
+    engine, groups = job
+    run(engine, groups)
+    for group in groups:
+        for rollout in group.rollouts:
+            alone = expected(group, rollout, vocabulary=engine.executor.vocabulary)
+            if rollout.finish_reason == "cancelled":
+                assert rollout.tokens == alone[: len(rollout.tokens)]
+            else:
+                assert rollout.tokens == alone
+                assert rollout.finish_reason == ("stop" if alone[-1] == EOS else "length")
+                assert len(rollout.logprobs) == len(alone)
+        assert sum(r.finish_reason != "cancelled" for r in group.rollouts) == group.need
+
+
+def test_a_prompt_is_written_once():
+    """Eight rollouts of one prompt prefill it once, and the next round finds the image in KV."""
+    executor = FakeExecutor(200)
+    engine = engine_of(executor)
+    head = segment(range(1, 31))
+    engine.scheduler.keep(head)
+    for round_ in range(2):
+        seeds = dict(enumerate(range(8)))
+        path = [head, segment(range(5, 15))]
+        run_group = engine.submit(path, 7, seeds, Sampling(max_tokens=3), round=round_)
+        while engine.busy:
+            engine.step()
+        assert engine.scheduler.counts.prefilled == 30 + 10 * (round_ + 1)
+        assert [r.tokens for r in run_group.rollouts] == [
+            expected(run_group, r) for r in run_group.rollouts
+        ]
+    assert engine.scheduler.tree.free_pages == 200 - 8
+    engine.scheduler.drop(head)
+    assert engine.scheduler.tree.free_pages == 200
+
+
+def test_siblings_wait_until_the_prompt_is_warm():
+    """No rollout starts, nor is its prompt read, before the last chunk of it has been written."""
+    executor = FakeExecutor(200)
+    engine = engine_of(executor, token_budget=16)
+    engine.submit([segment(range(1, 41))], 7, {0: 0, 1: 1}, Sampling(max_tokens=2))
+    while engine.busy:
+        engine.step()
+    work = [(len(b.decode), [c.stop - c.start for c in b.chunks]) for b in executor.launched]
+    assert work[:4] == [(0, [16]), (0, [16]), (0, [8]), (2, [])]
+
+
+def test_images_are_waited_for_while_others_decode():
+    """A prompt whose images are not encoded yet neither blocks others nor is forgotten."""
+    executor = FakeExecutor(200)
+    engine = engine_of(executor)
+    encoded = False
+    late = segment(range(1, 9))
+    late.ready = lambda: encoded
+    first = engine.submit([late], 7, {0: 0}, Sampling(max_tokens=4), problem=0)
+    second = engine.submit([segment([1])], 7, {0: 0}, Sampling(max_tokens=4), problem=1)
+    for _ in range(8):
+        engine.step()
+    assert second.rollouts[0].finish_reason and not first.rollouts[0].tokens
+    encoded = True
+    while engine.busy:
+        engine.step()
+    assert first.rollouts[0].tokens == expected(first, first.rollouts[0])
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_cancel(ahead: bool):
+    """A cancelled group gives back every page at once; others go on undisturbed."""
+    executor = FakeExecutor(200)
+    engine = engine_of(executor, ahead=ahead)
+    sampling = Sampling(max_tokens=30)
+    groups = [
+        engine.submit([segment([1, 2, 3])], 7, {0: 3, 1: 4}, sampling, problem=problem)
+        for problem in range(2)
+    ]
+    for _ in range(5):
+        engine.step()
+    assert {r.finish_reason for r in engine.cancel(groups[0])} == {"cancelled"}
+    assert engine.cancel(groups[0]) == []
+    engine.scheduler.check_integrity()
+    while engine.busy:
+        engine.step()
+    for rollout in groups[1].rollouts:
+        assert rollout.tokens == expected(groups[1], rollout)
+    assert engine.scheduler.tree.free_pages == 200
+
+
+def test_errors_end_a_rollout_alone():
+    """A row of NaN is the token -1: that rollout ends with "error" and says nothing."""
+
+    class Broken(FakeExecutor):
+        def launch(self, tree, batch):
+            tokens, logprobs = super().launch(tree, batch)
+            return [
+                -1 if r.seed == 5 else t for r, t in zip(batch.sampled, tokens, strict=True)
+            ], logprobs
+
+    engine = engine_of(Broken(200))
+    group = engine.submit([segment([1])], 7, {0: 4, 1: 5}, Sampling(max_tokens=6))
+    run(engine, [group])
+    assert [r.finish_reason == "error" for r in group.rollouts] == [False, True]
+    assert engine.text(group.rollouts[1]) == ""
+    assert group.rollouts[1].tokens == []
+
+
+def test_what_never_fits_is_refused():
+    """More KV than there is for one rollout is said at once, with the figures."""
+    engine = engine_of(FakeExecutor(10))
+    with pytest.raises(InputError, match="KV for 44 tokens, there is memory for 40"):
+        engine.submit([segment([1] * 5)], 7, {0: 0}, Sampling(max_tokens=35))
+    with pytest.raises(InputError, match="0 rollouts"):
+        engine.submit([], 7, {}, Sampling())
+    with pytest.raises(InputError, match="max_tokens must be at least 1, not 0"):
+        engine.submit([], 7, {0: 0}, Sampling(max_tokens=0))
+    assert not engine.busy
+    group = engine.submit([segment([1] * 8)], 7, {0: 0, 1: 1}, Sampling(max_tokens=32))
+    run(engine, [group])
+
+
+@pytest.mark.parametrize("name", [*KNOW_LENGTHS, "lifo"])
+def test_unknown_policies(name: str):
+    """A policy that cannot be had is named, with those that can."""
+    with pytest.raises(InputError, match=f"policy {name!r}|knows lengths"):
+        engine_of(FakeExecutor(10), policy=name)
+
+
+def test_counts_of_shared_reads():
+    """What sharing saves is counted from the tree: the prompt once per step, not per rollout."""
+    engine = engine_of(FakeExecutor(200))
+    seeds = {index: index for index in range(4)}
+    engine.submit([segment([9] * 70)], 7, seeds, Sampling(max_tokens=3, ignore_eos=True))
+    while engine.busy:
+        engine.step()
+    own = 4 * (1 + 2 + 3)
+    assert engine.stats.kv_read == 3 * 70 + own
+    assert engine.stats.kv_read_unshared == 4 * 3 * 70 + own

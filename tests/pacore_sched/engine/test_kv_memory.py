@@ -1,0 +1,71 @@
+"""How many pages there is memory for, and what is said when there is not enough."""
+
+import pytest
+import torch
+
+from model.config import PRESETS
+from model.kv_cache import PAGE_SIZE, KVCache, page_bytes
+from model.terminal import InputError
+from pacore_sched.engine import kv_memory
+from pacore_sched.engine.kv_memory import pages_that_fit
+
+TINY = PRESETS["tiny"].decoder
+LARGE = PRESETS["step3-vl-10b"].decoder
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def a_free_gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_memory, "free_bytes", lambda device: 10**9)
+
+
+def fit(config=LARGE, dtype=torch.bfloat16, device=CPU, **options) -> int:
+    return pages_that_fit(config, device=device, dtype=dtype, **{"most_tokens": 10**9} | options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_page_is_what_a_cache_takes(dtype: torch.dtype):
+    """An estimate that forgot layers or scales would run out of memory, or leave it unused."""
+    one, two = (KVCache(TINY, pages, dtype=dtype) for pages in (1, 2))
+
+    def size(cache: KVCache) -> int:
+        tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+        return sum(x.nbytes for x in tensors if x is not None)
+
+    assert size(two) - size(one) == size(one) == page_bytes(TINY, dtype)
+
+
+def test_a_share_of_what_is_free():
+    """147,456 bytes for a token of the 10B in bf16; less of a CPU, which is not ours alone."""
+    page = PAGE_SIZE * 147_456
+    assert fit() == 5 * 10**8 // page
+    assert fit(device=torch.device("cuda")) == 9 * 10**8 // page
+    assert fit(share=1.0) == 10**9 // page
+    assert fit(dtype=torch.float8_e4m3fn, share=1.0) == 10**9 // (page * 33 // 64)
+
+
+def test_no_more_than_can_be_used():
+    """A machine with much memory does not spend it on pages that nobody could fill."""
+    assert fit(most_tokens=PAGE_SIZE * 7) == 7
+    assert fit(most_tokens=PAGE_SIZE * 7 + 1) == 8
+    assert fit(most_tokens=PAGE_SIZE, least_tokens=PAGE_SIZE * 3) == 3
+
+
+def test_too_little():
+    """The error says what is needed, what is free, and what of that may be used."""
+    least = fit(share=1.0)
+    assert fit(share=1.0, least_tokens=least * PAGE_SIZE) == least
+    message = r"KV for 6720 tokens needs 0\.99 GB, but of 1\.00 GB of free memory 50% may be used"
+    with pytest.raises(InputError, match=message):
+        fit(least_tokens=least * PAGE_SIZE)
+    with pytest.raises(InputError, match=r"needs 0\.01 GB"):
+        fit(share=0.001)
+    for share in (0.0, -1.0, 1.1, float("nan")):
+        with pytest.raises(InputError, match="share of memory"):
+            fit(share=share)
+
+
+def test_free_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+    """Between a page of KV and a thousand terabytes."""
+    monkeypatch.undo()
+    assert 2**20 < kv_memory.free_bytes(CPU) < 2**50

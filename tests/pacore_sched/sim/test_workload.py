@@ -1,0 +1,204 @@
+"""Workloads: the generator's statistics, fits, arrivals, and readers of public traces."""
+
+import json
+from dataclasses import replace
+from math import log
+
+import numpy as np
+import pytest
+
+from model.terminal import InputError
+from pacore_sched.sim.trace import read_trace, trace_problems
+from pacore_sched.sim.workload import (
+    WORKLOADS,
+    Problem,
+    bursty_arrivals,
+    chat_requests,
+    clipped_mean,
+    fit_lengths,
+    mu_of_clipped_mean,
+    poisson_arrivals,
+    workload_named,
+)
+
+
+def test_the_four_workloads():
+    """Guards the sizes that all published figures of the simulator are for."""
+    shapes = {name: (w.problems, w.widths, w.mean_tokens) for name, w in WORKLOADS.items()}
+    assert shapes == {
+        "vqa": (96, (16,), 3_000),
+        "vl": (48, (16,), 12_000),
+        "math": (16, (16,), 32_000),
+        "high": (16, (32, 4), 12_000),
+    }
+
+
+def test_rounds_and_limits():
+    """Guards the shape of a problem: every round's width, then the one that answers."""
+    for problem in workload_named("high", problems=40).draw(0):
+        assert [len(lengths) for lengths in problem.lengths] == [32, 4, 1]
+        assert all(1 <= length <= 65536 for lengths in problem.lengths for length in lengths)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("sigma_w", [0.35, 0.8])
+def test_mean_is_kept_by_clipping_and_by_spread(name, sigma_w):
+    """Guards a sweep of sigma_w against changing how much there is to do."""
+    problems = workload_named(name, problems=20_000 // 16, sigma_w=sigma_w).draw(1)
+    per_problem = np.array([np.mean(problem.lengths[0]) for problem in problems])
+    error = per_problem.std() / len(problems) ** 0.5
+    assert abs(per_problem.mean() - WORKLOADS[name].mean_tokens) < 4 * error
+
+
+def test_spread_is_found_again():
+    """Guards the generator's two spreads and the fit, by each other, where nothing is clipped."""
+    workload = workload_named("vqa", problems=4000, max_tokens=10**9, sigma_w=0.4)
+    fitted = fit_lengths(problem.lengths[0] for problem in workload.draw(0))
+    assert fitted.sigma_b == pytest.approx(0.7, rel=0.04)
+    assert fitted.sigma_w == pytest.approx(0.4, rel=0.01)
+    assert fitted.mu == pytest.approx(log(3000) - (0.7**2 + 0.4**2) / 2, abs=0.05)
+
+
+def test_fit_of_unequal_groups_by_hand():
+    """Guards the variance components against groups of different sizes."""
+    groups = [[np.e**1, np.e**3], [np.e**4, np.e**5, np.e**6, np.e**5]]
+    fitted = fit_lengths(groups)  # logs: means 2 and 5, all 4
+    within = (2 + 2) / 4
+    between = 2 * 4 + 4 * 1
+    size = 6 - (4 + 16) / 6
+    assert fitted.mu == pytest.approx(4)
+    assert fitted.sigma_w == pytest.approx(within**0.5)
+    assert fitted.sigma_b == pytest.approx(((between - within) / size) ** 0.5)
+    with pytest.raises(ValueError, match="two problems"):
+        fit_lengths([[1, 2]])
+    with pytest.raises(ValueError, match="two rollouts"):
+        fit_lengths([[1], [2]])
+
+
+def test_lengths_are_pinned():
+    """Guards comparisons between policies: same seed, same lengths, also of more problems."""
+    workload = workload_named("vl")
+    assert workload.draw(3) == workload.draw(3)
+    assert workload.draw(3) != workload.draw(4)
+    assert replace(workload, problems=5).draw(3) == workload.draw(3)[:5]
+
+
+def test_clipped_mean_by_sampling():
+    """Guards the formula of the mean behind mu."""
+    values = np.exp(np.random.default_rng(0).normal(10, 0.9, 400_000)).clip(max=40_000)
+    assert clipped_mean(10, 0.9, 40_000) == pytest.approx(values.mean(), rel=0.01)
+    assert clipped_mean(mu_of_clipped_mean(30_000, 0.9, 40_000), 0.9, 40_000) == pytest.approx(
+        30_000
+    )
+    assert mu_of_clipped_mean(500, 0, 1000) == pytest.approx(log(500))
+    with pytest.raises(InputError, match="between 0 and the limit"):
+        mu_of_clipped_mean(70_000, 0.9, 65_536)
+
+
+def test_synthesis_prompt_grows_with_messages():
+    """Guards later rounds' prefill: the question, and a message of each rollout that ended."""
+    problem = Problem(0.0, 800, 100, ((1000, 20), (5,)), template_tokens=50, message_tokens=300)
+    assert problem.prompt_tokens() == 100
+    assert problem.prompt_tokens([1000, 20]) == 100 + 50 + 300 + 20
+    assert problem.tokens == 1025
+
+
+def test_arrivals():
+    """Guards rates, and that bursts are burstier than Poisson at the same rate."""
+    even, bursty = poisson_arrivals(20_000, 0.5, 0), bursty_arrivals(20_000, 0.5, 0, variation=4.0)
+    for times, variation in ((even, 1.0), (bursty, 4.0)):
+        gaps = np.diff([0.0, *times])
+        assert (gaps >= 0).all()
+        assert gaps.mean() == pytest.approx(2.0, rel=0.1)
+        assert gaps.std() / gaps.mean() == pytest.approx(variation, rel=0.1)
+    with pytest.raises(InputError, match="rate"):
+        poisson_arrivals(3, 0, 0)
+
+
+def test_chat_requests_have_the_published_means():
+    """Guards the fit's parameters: a mean output of 2,133 tokens, a median input of 215."""
+    problems = chat_requests(50_000, 0, [0.0] * 50_000)
+    outputs = np.array([problem.tokens for problem in problems])
+    assert outputs.mean() == pytest.approx(2133, rel=0.05)
+    assert np.percentile(outputs, 99) == pytest.approx(15_063, rel=0.1)
+    assert np.median([p.prompt_tokens() for p in problems]) == pytest.approx(215, rel=0.1)
+
+
+AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:47.6805900,4808,10
+2023-11-16 18:15:46.6805900,374,44
+"""
+
+
+def test_azure_trace(tmp_path):
+    """Guards the reader: seven digits of a second, order of arrival, time from the first."""
+    path = tmp_path / "AzureLLMInferenceTrace_conv.csv"
+    path.write_text(AZURE)
+    requests = read_trace(path)
+    assert [(r.arrival_s, r.input_tokens, r.output_tokens) for r in requests] == [
+        (0.0, 374, 44),
+        (1.0, 4808, 10),
+    ]
+    assert trace_problems(requests)[1] == Problem(1.0, 0, 4808, ((10,),))
+
+
+def test_mooncake_trace(tmp_path):
+    """Guards the reader of the other format: milliseconds, and hash ids kept."""
+    lines = [
+        {"timestamp": 3000, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]},
+        {"timestamp": 4500, "input_length": 10, "output_length": 2, "hash_ids": [0]},
+    ]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    first, second = read_trace(path)
+    assert (first.arrival_s, first.output_tokens, first.hash_ids) == (0.0, 500, (0, 1))
+    assert (second.arrival_s, second.input_tokens) == (1.5, 10)
+
+
+def test_trace_as_rounds(tmp_path):
+    """Guards what a trace becomes with widths: rounds of rollouts as long as its outputs."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 9, "output_length": 1000}\n')
+    requests = read_trace(path) * 300
+    drawn = trace_problems(requests, (16,), 0.5, seed=2)
+    assert [len(lengths) for lengths in drawn[0].lengths] == [16, 1]
+    lengths = [length for problem in drawn for length in problem.lengths[0]]
+    assert np.mean(lengths) == pytest.approx(1000, rel=0.05)
+    assert np.log(lengths).std() == pytest.approx(0.5, rel=0.05)
+    cut = trace_problems(requests, (16,), 0.5, max_tokens=900)
+    assert max(max(problem.lengths[0]) for problem in cut) == 900
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "TIMESTAMP,ContextTokens\n", "line 1: no column GeneratedTokens"),
+        ("a.csv", AZURE + "2023-11-16 18:15:48,12,many\n", "line 4: GeneratedTokens is 'many'"),
+        ("a.csv", AZURE + "yesterday,12,3\n", "line 4: TIMESTAMP is 'yesterday'"),
+        ("a.csv", AZURE + "2023-11-16 18:15:48,12\n", "line 4: no GeneratedTokens"),
+        ("a.csv", AZURE + "2023-11-16 18:15:48,0,3\n", "line 4: ContextTokens is '0'"),
+        ("a.csv", AZURE.splitlines()[0] + "\n", "it has no requests"),
+        ("a.jsonl", '{"timestamp": 1}\n', "line 1: no input_length"),
+        ("a.jsonl", "\n[1]\n", "line 2: not a JSON object"),
+        (
+            "a.jsonl",
+            '{"timestamp": NaN, "input_length": 1, "output_length": 1}',
+            "timestamp is nan",
+        ),
+        ("a.txt", "", r"must end with \.csv or \.jsonl"),
+    ],
+)
+def test_bad_traces_are_named(tmp_path, name, text, message):
+    """Guards the user's side: file and line of what is wrong."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_trace(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_missing_trace():
+    """Guards against a traceback for a mistyped name."""
+    with pytest.raises(InputError, match=r"nowhere\.csv: No such file"):
+        read_trace("nowhere.csv")
+    with pytest.raises(InputError, match="unknown workload 'maths'.*math"):
+        workload_named("maths")

@@ -1,0 +1,167 @@
+"""Kernels compiled here and launched elsewhere: the pack, and Triton's launchers without a GPU.
+
+What is launched arrives at a libcuda that runs nothing (stub_libcuda.c), built by gcc.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends import nvidia
+from triton.runtime import cache
+
+from bench.cases import TINY, cases, numerics_cases
+from bench.launch_sites import check_sites, launch_case
+from kernels.runtime.tiles import H200
+from model.terminal import InputError, Parser
+from pacore_sched.engine.compile_ahead import Summary
+from pacore_sched.engine.launch_sites import launch_graph
+from profiles.packs import command as kernels_command
+from profiles.packs import kernel_pack
+from profiles.packs.kernel_pack import pack, unpack
+from tests.support import ROOT
+
+OTHER_WHEEL = "3.6.0-of-another-wheel"
+DTYPE = torch.bfloat16
+SPLIT = "smollm2 ragged decode", "triton split=1"
+
+
+def few_sites() -> list[Callable]:
+    """Every kernel at least once: each form of each op, a captured decode step; launches that the
+    rule does not choose."""
+    first = {}
+    for case in numerics_cases():
+        for form in ("triton", *case.modes):
+            first.setdefault((case.op, form), case)
+    forms = [partial(launch_case, case, form, DTYPE) for (_, form), case in first.items()]
+    view = next(case for case in cases("cuda") if case.op == "projector")  # tiles are split
+    decode = partial(launch_graph, TINY, DTYPE, DTYPE, 4)
+    switched = [
+        site
+        for site in check_sites()
+        if (site.args[0].name, site.args[1]) in (SPLIT, ("T7 C4096", "triton pdl=1"))
+    ]
+    assert len(switched) == 2
+    return [*forms, partial(launch_case, view, "triton", DTYPE), decode, *switched]
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory) -> Path:
+    """The folder of a libcuda.so.1 that runs nothing."""
+    if not shutil.which("gcc"):
+        pytest.skip("Triton's launchers, and the libcuda they are tested with, need gcc")
+    folder = tmp_path_factory.mktemp("stub")
+    include = Path(nvidia.__file__).parent / "include"
+    command = ["gcc", "-shared", "-fPIC", f"-I{include}", str(ROOT / "tests" / "stub_libcuda.c")]
+    subprocess.run([*command, "-o", str(folder / "libcuda.so.1")], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> tuple[Path, Summary]:
+    """A pack of `few_sites` for sm_90."""
+    path = tmp_path_factory.mktemp("pack") / "kernels.pack"
+    return path, pack(path, few_sites(), [H200])
+
+
+def launched(stub: Path, sites: list[Callable], **environment: str) -> dict:
+    """What tests/support/stub_launches.py tells of the sites."""
+    file = stub / "sites.pickle"
+    file.write_bytes(pickle.dumps(sites))
+    libcuda = {"LD_LIBRARY_PATH": str(stub), "TRITON_LIBCUDA_PATH": str(stub)}
+    env = os.environ | libcuda | environment
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.support.stub_launches", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_another_wheel_finds_all_and_launches_as_compiled(stub, packed, tmp_path, monkeypatch):
+    """Guards the keys (a GPU node that compiles again loses minutes), and launchers, grids, blocks,
+    shared memory and parameters, which nothing but a GPU would see."""
+    path, done = packed
+    assert (done.failures, done.compiled) == ((), len(done.keys))
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(cache, "triton_key", lambda: OTHER_WHEEL)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    assert unpack(path) == (len(done.keys), len(done.keys))
+    with (
+        pytest.warns(UserWarning, match="packed from other kernels"),
+        monkeypatch.context() as edit,
+    ):
+        edit.setattr(kernel_pack, "sources", lambda *packages: "of today")
+        assert unpack(path) == (len(done.keys), 0)
+    environment = {"TRITON_CACHE_DIR": str(folder), "TRITON_KEY_OF_ANOTHER_WHEEL": OTHER_WHEEL}
+    found = launched(stub, few_sites(), **environment)
+    assert found["wrong"] == []
+    assert (found["misses"], found["hits"]) == (0, len(done.keys))
+    sources = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
+    assert set(found["launches"]) == set(re.findall(r"^def (\w+_kernel)\(", sources, re.M))
+
+
+def test_a_pack_that_would_not_be_found_is_refused(packed, tmp_path, monkeypatch):
+    """Guards a node's first minutes: kernels of another Triton or ptxas would lie there unused."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    here = re.escape(triton.__version__)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "__version__", "9.0.0")
+        with pytest.raises(InputError, match=rf"with Triton {here} and this is 9\.0\.0: pack"):
+            unpack(packed[0])
+    monkeypatch.setattr(kernel_pack, "get_cache_invalidating_env_vars", lambda: {"A": "1"})
+    with pytest.raises(InputError, match="another ptxas or other variables"):
+        unpack(packed[0])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_other_files_are_refused(packed, tmp_path, monkeypatch):
+    """Guards the message: a wrong path or half a download gave a traceback."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    half = tmp_path / "half.pack"
+    half.write_bytes(packed[0].read_bytes()[:-1000])
+    for path in (tmp_path / "none.pack", Path(__file__), half):
+        with pytest.raises(InputError, match=r"is no file of `profiles kernels pack`"):
+            unpack(path)
+
+
+def told(*arguments: str) -> int:
+    """The command's exit code."""
+    parser = Parser()
+    kernels_command.add_arguments(parser)
+    return kernels_command.run(parser.parse_args(arguments))
+
+
+def test_the_command_tells_what_it_did(packed, tmp_path, monkeypatch, capsys):
+    """Guards scripts that read its JSON, and the exit code of a pack that lacks a kernel."""
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    count = len(packed[1].keys)
+    assert told("unpack", str(packed[0]), "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert (done["kernels"], done["new"], done["bytes"]) == (count, count, packed[0].stat().st_size)
+    assert told("unpack", str(packed[0])) == 0
+    assert f"{count} kernels, 0 of them new here" in capsys.readouterr().out
+    monkeypatch.setattr(kernels_command, "all_sites", lambda: [partial(int, "x")])
+    assert told("pack", "--out", str(tmp_path / "broken.pack"), "--arch", "90") == 1
+    out = capsys.readouterr().out
+    assert out.startswith("FAILED: ValueError: invalid literal") and "0 kernels" in out
+
+
+def test_refuses_where_nothing_could_be_compiled_or_written(packed, tmp_path, monkeypatch):
+    """Guards the message: after minutes of work, or as a traceback, it would come too late."""
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    with pytest.raises(InputError, match="TRITON_INTERPRET is set"):
+        told("unpack", str(packed[0]))
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(InputError, match="there is no folder"):
+        told("pack", "--out", str(tmp_path / "nowhere" / "kernels.pack"))

@@ -1,0 +1,238 @@
+"""`python -m profiles first-light`: what it leaves on disk, whatever goes wrong meanwhile."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from bench import jsonl
+from model.terminal import InputError
+from profiles import __main__ as command
+from profiles.first_light import command as first_light
+from profiles.first_light.command import STAGES, _stage
+from profiles.first_light.summary import LINES, summary
+from profiles.runs import supervisor
+from profiles.runs.task import Row, Task
+from tests.profiles.test_supervisor import COMMAND, ROOT, hide
+from tests.support.fake_worker import ENVIRONMENT
+
+PLANTED = ("hang", "crash", "poison")
+WITH_FAKES = """if True:
+    import json, sys
+    from profiles import __main__, first_light, supervisor
+    first_light.LEAST_S, first_light.LIMITS_FOR_S = 0, 1
+    first_light.worker_command = lambda device: {command!r}
+    plain = first_light._probe
+    first_light._probe = lambda options: first_light.replace(
+        plain(options), arguments={{"tasks": json.loads({tasks!r})}}
+    )
+    sys.exit(__main__.main({arguments!r}))
+"""
+
+
+def planted(section: str, case: str, limit_s: float = 2.0) -> Task:
+    return Task(section, f"op of {case}", case, "float32", ("bad",), limit_s)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+    """What fake workers say there is to do: filled by the test."""
+    tasks: list[Task] = []
+    plain = first_light._probe
+
+    def probe(options: object) -> Task:
+        as_data = [asdict(task) for task in tasks]
+        return first_light.replace(plain(options), arguments={"tasks": as_data})
+
+    monkeypatch.setattr(first_light, "worker_command", lambda device: COMMAND)
+    monkeypatch.setattr(first_light, "_probe", probe)
+    monkeypatch.setattr(first_light, "LEAST_S", 0)
+    monkeypatch.setattr(first_light, "LIMITS_FOR_S", 1)
+    monkeypatch.setattr(supervisor, "GRACE_S", 0.3)
+    return tasks
+
+
+def visit(out: Path, *more: str) -> int:
+    arguments = ["first-light", "--device", "cpu", "--workers", "2", "--out", str(out)]
+    return command.main([*arguments, *more])
+
+
+def outcome(rows: list[Row]) -> dict[str, str | None]:
+    return {row["case"]: row["failure"] for row in rows}
+
+
+def test_names_exactly_what_was_planted(fakes, tmp_path, capsys):
+    """Guards the report: a hang, a crash and a poisoned context are named, nothing else is, every
+    case has a row, stages keep their order, and all fits into eight files."""
+    for stage in reversed(STAGES):
+        fakes += [planted(stage, f"{stage} a"), planted(stage, f"{stage} b")]
+    fakes += [planted("numerics", case, 1) for case in PLANTED]
+    assert visit(tmp_path, "--seconds", "60") == 1
+    rows = jsonl.read(tmp_path / "rows.jsonl")
+    assert {case for case, failure in outcome(rows).items() if failure} == {*PLANTED}
+    assert len(rows) == len(fakes)
+    assert list(dict.fromkeys(row["section"] for row in rows)) == list(STAGES)
+    assert all("job" in row for row in rows)
+    text = capsys.readouterr().out
+    assert all(f"first {case}" in text for case in PLANTED)
+    assert text.count("FAILED numerics") == 3 and text.count("FAILED ") == 3
+    assert (tmp_path / "summary.txt").read_text() == text
+    assert len(text.splitlines()) <= LINES
+    assert len(list(tmp_path.iterdir())) <= 8
+    assert "in misbehave" in (tmp_path / "log.txt").read_text()
+    assert json.loads((tmp_path / "environment.json").read_text()) == ENVIRONMENT
+
+
+def test_goes_on_where_it_stopped(fakes, tmp_path, capsys):
+    """Guards the second visit: what is good is not done again, what failed is; rows of another
+    commit are none."""
+    fakes += [planted("numerics", "good"), planted("numerics", "crash"), planted("ops", "late", 90)]
+    arguments = ("--seconds", "30", "--json")
+    assert visit(tmp_path, *arguments) == 1
+    assert outcome(json.loads(capsys.readouterr().out)["rows"]) == {
+        "good": None,
+        "crash": "the worker died: SIGSEGV",
+        "late": "not started: out of time",
+    }
+    fakes[2] = planted("ops", "late")
+    visit(tmp_path, *arguments)
+    assert [*outcome(json.loads(capsys.readouterr().out)["rows"])] == ["crash", "late"]
+    fakes.pop(1)
+    assert visit(tmp_path, *arguments) == 0
+    assert json.loads(capsys.readouterr().out) == {"rows": [], "signals": []}
+    assert "wrong numbers or hangs: none ->" in (tmp_path / "summary.txt").read_text()
+    os.environ["FAKE_COMMIT"] = "def"
+    try:
+        assert visit(tmp_path, *arguments) == 0
+    finally:
+        del os.environ["FAKE_COMMIT"]
+    assert [*outcome(json.loads(capsys.readouterr().out)["rows"])] == ["good", "late"]
+
+
+def test_what_a_stage_leaves_comes_last(fakes, tmp_path, monkeypatch):
+    """Guards the later stages against an earlier one that takes too long, and its own rest, for
+    which there is time in the end."""
+    monkeypatch.setattr(first_light, "STAGES", {"numerics": 0.0, "tests": 0.5, "ops": 0.6})
+    fakes += [planted(stage, stage) for stage in ("numerics", "tests", "ops")]
+    assert visit(tmp_path, "--seconds", "30") == 0
+    rows = jsonl.read(tmp_path / "rows.jsonl")
+    assert [row["section"] for row in rows] == ["tests", "ops", "numerics"]
+
+
+def test_a_probe_that_fails_ends_it(fakes, tmp_path, monkeypatch, capsys):
+    """Guards the first seconds: where no kernel runs at all the error is told, in full, at once."""
+    broken = Task("probe", "silu_mul", "broken", None, ("triton",), 20)
+    monkeypatch.setattr(first_light, "_probe", lambda options: broken)
+    assert visit(tmp_path, "--seconds", "60") == 1
+    (row,) = jsonl.read(tmp_path / "rows.jsonl")
+    assert row["failure"] == "RuntimeError: no kernel image is available"
+    assert "Traceback" in row["job"]["stderr"]
+    told = capsys.readouterr()
+    assert "no kernel image is available" in told.out and "Traceback" in told.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_whole_lines(tmp_path, number: int):
+    """Guards what was measured when somebody ends the command: whole lines, the summary, a row for
+    each case, and an exit code that tells."""
+    tasks = [planted("numerics", f"a{i}") for i in range(5)] + [planted("numerics", "hang", 50)]
+    tasks += [planted("ops", "b")]
+    arguments = ["first-light", "--out", str(tmp_path), "--seconds", "100", "--workers", "1"]
+    code = WITH_FAKES.format(
+        command=COMMAND,
+        tasks=json.dumps([asdict(task) for task in tasks]),
+        arguments=[*arguments, "--device", "cpu", "--json"],
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    path = tmp_path / "rows.jsonl"
+    for _ in range(200):
+        if path.exists() and path.read_text().count("\n") == 5:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    document = json.loads(process.communicate(timeout=20)[0])
+    assert process.returncode == 128 + number and document["signals"] == [number]
+    assert path.read_text().endswith("\n")
+    stopped = {"hang": "stopped", "b": "not started: stopped"}
+    assert outcome(jsonl.read(path)) == {f"a{i}": None for i in range(5)} | stopped
+    assert "not started" in (tmp_path / "summary.txt").read_text()
+
+
+def test_summary_is_short():
+    """Guards a person's first look: 300 different failures still fit a page, and times stay, and
+    what to do next does."""
+    rows = [
+        {"section": "numerics", "op": f"op{i}", "case": "c", "impl": "triton", "dtype": "x"}
+        | {"failure": f"E{i}: no"}
+        for i in range(300)
+    ]
+    step = {"section": "engine", "op": "engine_step", "case": "B16", "impl": "default"}
+    step |= {"failure": None, "median_us": 7000.0, "roofline_pct": 75.4, "graphs": True}
+    slow = step | {"section": "ops", "op": "sample", "impl": "triton", "median_us": 9.0}
+    launch = step | {"section": "launches", "op": "launch", "median_us": 1.5}
+    found = [*rows, slow, step]
+    lines = summary(found, [*found, launch], ENVIRONMENT, 10.0, 0).splitlines()
+    assert len(lines) == LINES
+    assert "  launch in a graph: 1.50 us -> launches are cheap: attention comes first" in lines
+    assert "  vision attention: not measured" in lines
+    assert lines[-1].strip() == "engine_step B16, default: 7.00 ms, 75 % of roofline, CUDA graphs"
+    assert lines[-2].startswith("... and ") and "rows.jsonl" in lines[-2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds", "30"], "--seconds must be at least 60, not 30"),
+        (["--seconds", "nan"], "--seconds must be at least 60"),
+        (["--workers", "0"], "--workers must be at least 1, not 0"),
+        (["--kernels", "none.tar"], "--kernels none.tar: there is no such file"),
+        (["--stage", "opps"], "invalid choice: 'opps'"),
+    ],
+)
+def test_mistakes(tmp_path, arguments: list[str], message: str):
+    """Guards the one clear line for a user's mistake."""
+    with pytest.raises(InputError, match=message):
+        visit(tmp_path, *arguments)
+
+
+def test_real_work_on_a_bare_machine(tmp_path, monkeypatch):
+    """Guards a GPU node: torch, Triton and NumPy alone, no .git, and real workers. Here for the
+    engine's steps on a CPU."""
+    absent = ["rich", "PIL", "jinja2", "tokenizers", "safetensors", "gguf", "pytest", "nvtx"]
+    monkeypatch.setenv("PYTHONPATH", hide(tmp_path, absent))
+    monkeypatch.setenv("GIT_DIR", "/nonexistent")
+    monkeypatch.setenv("GIT_COMMIT", "abcdef")
+    assert visit(tmp_path / "out", "--stage", "engine", "--seconds", "90") == 0
+    probe, step = jsonl.read(tmp_path / "out" / "rows.jsonl")
+    assert (probe["op"], step["op"]) == ("silu_mul", "engine_step")
+    assert step["commit"] == "abcdef" and step["median_us"] and step["graphs"] is False
+
+
+def test_short_visits_have_short_limits(fakes, tmp_path, monkeypatch):
+    """Guards short runs: no task begins unless its limit fits, so that limits made for five minutes
+    would leave most of one unused."""
+    monkeypatch.setattr(first_light, "LIMITS_FOR_S", 300)
+    fakes += [planted("ops", "fits", 200)]
+    assert visit(tmp_path, "--seconds", "60") == 0
+    assert outcome(jsonl.read(tmp_path / "rows.jsonl")) == {"fits": None}
+
+
+def test_what_comes_before_is_done_for_whoever_needs_it():
+    """Guards `--stage ops` and `--stage pairs`, each of which needs compiled kernels and the
+    roofline, once; a stage that needs neither does not wait for them."""
+    for section in ("compile", "roofline"):
+        task = planted(section, "a")
+        assert _stage(task, [*STAGES]) == _stage(task, ["pairs", "ops"]) == "pairs"
+        assert _stage(task, ["ops", "vision"]) == "ops"
+        assert _stage(task, ["vision"]) is None
+    assert _stage(planted("linears", "a"), [*STAGES]) == "pairs"
+    assert _stage(planted("linears", "a"), ["ops"]) is None
+    assert [*STAGES].index("pairs") < [*STAGES].index("ops")

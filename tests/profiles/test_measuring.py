@@ -1,0 +1,277 @@
+"""What a worker does for a task, and whom it blames: in this process, on small cases."""
+
+import warnings
+
+import pytest
+import torch
+
+from bench import ops, roofline, timing
+from bench.poison import poisons
+from model import cuda_graph
+from profiles.runs import measuring as measuring_module
+from profiles.runs.measuring import Measuring
+from profiles.runs.planning import first_light, record
+from profiles.runs.pytest_tasks import collected, run_test
+from profiles.runs.task import Task
+from profiles.runs.worker import answer_to
+
+CPU = torch.device("cpu")
+ILLEGAL = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Few repeats and a small roofline, measured again."""
+    monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
+    monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 64)
+    monkeypatch.setitem(roofline.COPY_CACHES, "cpu", 1)
+    yield
+    roofline.roofline.cache_clear()
+    roofline._copy_gb_s.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def measuring() -> Measuring:
+    return Measuring("cpu")
+
+
+def task(tasks: list[Task], section: str, text: str) -> Task:
+    return next(t for t in tasks if t.section == section and text in str(t))
+
+
+def broken(monkeypatch, form: str, error: Exception, calls: int = 0) -> None:
+    """Let a form of every op raise, after `calls` calls."""
+    plain, left = ops.form, [calls]
+
+    def form_of(op: str, name: str):
+        def prepare(inputs: dict):
+            call = plain(op, name)(inputs)
+
+            def run():
+                if name == form:
+                    left[0] -= 1
+                    if left[0] < 0:
+                        raise error
+                return call()
+
+            return run
+
+        return prepare
+
+    monkeypatch.setattr(ops, "form", form_of)
+    monkeypatch.setattr(ops, "sets_for", lambda *_: 1)  # checked, prepared, then timed
+
+
+@pytest.mark.parametrize("plan", [record, first_light])
+@pytest.mark.parametrize(
+    ("section", "text", "op"),
+    [
+        ("roofline", "", "roofline"),
+        ("numerics", "rms_norm, T1 C97", "rms_norm"),
+        ("ops", "rms_norm, T1 ", "rms_norm"),
+        ("decode", "B4", "decode_step"),
+        ("engine", "", "engine_step"),
+        ("vision", "1920", "vision"),
+    ],
+)
+def test_each_section(measuring, plan, section: str, text: str, op: str):
+    """Guards the path that a GPU takes with the 10B, here with `tiny`: every planned task can be
+    carried out, in just the forms that it names."""
+    one = task(plan(CPU), section, text)
+    made = [row for row in measuring.carry_out(one) if row["op"] == op]
+    assert [row.get("impl") for row in made] == list(one.forms or [None])
+    assert all(row["failure"] is None for row in made)
+    assert {row["case"] for row in made} == {one.case}
+    if section not in ("roofline", "numerics"):
+        assert all(row["median_us"] > 0 and row["roofline_pct"] > 0 for row in made)
+
+
+@pytest.mark.parametrize(
+    ("section", "text", "op"),
+    [
+        ("launches", "", "launch"),
+        ("pairs", "rms_norm", "rms_norm"),
+        ("pairs", "prefix_attention", "prefix_attention"),
+        ("linears", "lm_head T16", "linear"),
+        ("linears", "gate_up T64", "linear"),
+    ],
+)
+def test_what_decisions_hang_on(measuring, section: str, text: str, op: str):
+    """Guards the sections that first-light alone has: a row for each form that was planned, under
+    the task's own names, or a second run would measure it again."""
+    one = task(first_light(CPU), section, text)
+    made = measuring.carry_out(one)
+    assert [row["impl"] for row in made] == list(one.forms)
+    assert {(row["op"], row["case"], row["dtype"]) for row in made} == {one.key}
+    assert all(row["failure"] is None and row["median_us"] > 0 for row in made)
+    assert one.op == op
+
+
+def test_both_forms_of_a_switch_are_checked(measuring):
+    """Guards what a pair's times rest on: the numbers of both values, under the task's own names,
+    before anything is timed."""
+    work = first_light(CPU)
+    one = task(work, "numerics", "pdl=1")
+    made = measuring.carry_out(one)
+    assert [row["impl"] for row in made] == list(one.forms) == ["portable pdl=0", "portable pdl=1"]
+    assert {(row["op"], row["case"], row["dtype"]) for row in made} == {one.key}
+    assert all(row["failure"] is None and row["max_err"] < 0.1 for row in made)
+    assert work.index(one) < work.index(task(work, "pairs", ""))
+
+
+def test_decisions_come_before_the_op_table():
+    """Guards the first minutes: what the next step hangs on is planned before what merely fills the
+    table, is cheap, and belongs to no other command."""
+    for device in (CPU, torch.device("cuda")):
+        work = first_light(device)
+        sections = [one.section for one in work]
+        deciding = [one for one in work if one.section in ("launches", "pairs", "linears")]
+        assert sections.index("roofline") < sections.index("launches") < sections.index("ops")
+        assert sum(one.arguments["budget_s"] for one in deciding) < 10
+        keys = [(one.section, one.key) for one in deciding]
+        assert len(set(keys)) == len(keys)
+        assert not {"launches", "pairs", "linears"} & {one.section for one in record(device)}
+
+
+def test_a_decode_step_by_part(measuring):
+    """Guards --no-breakdown, and the breakdown without it."""
+    for breakdown in (False, True):
+        one = task(record(CPU, breakdown=breakdown), "decode", "B1 ")
+        parts = [row for row in measuring.carry_out(one) if row["op"] == "decode_part"]
+        assert bool(parts) == breakdown
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3], ids=["checked", "prepared", "timed"])
+def test_the_form_that_poisons_is_named(measuring, monkeypatch, calls: int):
+    """Guards the other forms of a case: an illegal access while numbers are checked, inputs are
+    prepared or times are taken ends the task there, and names the form that did it."""
+    broken(monkeypatch, "portable", ILLEGAL, calls)
+    answer = answer_to(task(record(CPU), "ops", "rms_norm, T1 "), measuring.carry_out)
+    assert answer["spoiled"] and answer["form"] == "portable" and answer["rows"] == []
+    assert answer["failure"] == f"RuntimeError: {ILLEGAL}"
+
+
+def test_an_error_that_poisons_nothing_costs_no_process(measuring, monkeypatch):
+    """Guards the time: a form that merely raises has its row, the others theirs, in one process."""
+    broken(monkeypatch, "portable", ValueError("out of range"), calls=3)
+    answer = answer_to(task(record(CPU), "ops", "rms_norm, T1 "), measuring.carry_out)
+    eager, portable = answer["rows"]
+    assert not answer["spoiled"] and answer["failure"] is None
+    assert portable["failure"] == "ValueError: out of range" and eager["median_us"] > 0
+    assert "in run\n" in portable["trace"] and "trace" not in eager  # where it was raised
+
+
+def test_a_failed_capture_spoils_the_process(measuring, monkeypatch):
+    """Guards what comes after it: the engine goes on without graphs, and says so in its row, but
+    this process can capture nothing more."""
+    assert not measuring.spoiled()
+    monkeypatch.setattr(cuda_graph, "_failures", ["operation not permitted"])
+    assert measuring.spoiled()
+
+
+def test_wrong_forms_are_timed_on_demand(measuring, monkeypatch):
+    """Guards --time-anyway: over its tolerance a form has both a time and its failure, otherwise
+    the failure alone; one that cannot run has no time either way."""
+    monkeypatch.setattr("bench.numerics.excess", lambda error, allowed: "max error 1 exceeds 0")
+    for anyway in (False, True):
+        made = measuring.carry_out(task(record(CPU, anyway=anyway), "ops", "rms_norm, T1 "))
+        assert [row["failure"] for row in made] == ["max error 1 exceeds 0"] * 2
+        assert [row["median_us"] is not None for row in made] == [anyway] * 2
+    broken(monkeypatch, "portable", ValueError("no"))
+    eager, portable = measuring.carry_out(task(record(CPU, anyway=True), "ops", "rms_norm, T1 "))
+    assert eager["median_us"] and portable["median_us"] is None
+    assert portable["failure"] == "ValueError: no"
+
+
+def test_the_probe_stops_at_a_wrong_result(measuring, monkeypatch):
+    """Guards the minutes after it: where the first kernel is wrong there is no plan."""
+    probe = Task("probe", "silu_mul", "probe", None, ("portable",))
+    plans = {"first-light": lambda device, packed: []}
+    monkeypatch.setattr(measuring_module.planning, "PLANS", plans)
+    assert "tasks" in measuring.carry_out(probe)[-1]
+    broken(monkeypatch, "portable", ValueError("no"))
+    (row,) = measuring.carry_out(probe)
+    assert row["failure"] == "ValueError: no"
+
+
+def test_a_pack_that_does_not_fit_costs_no_visit(measuring, monkeypatch, tmp_path):
+    """Guards the minutes on a GPU: with a wrong or an old pack kernels are compiled there, a row
+    says why; with one that fits they are not."""
+    planned = []
+
+    def first_light(device: torch.device, packed: bool) -> list[Task]:
+        planned.append(packed)
+        return []
+
+    monkeypatch.setattr(measuring_module.planning, "PLANS", {"first-light": first_light})
+    path = tmp_path / "kernels.tar"
+    path.write_text("no pack")
+    arguments = {"kernels": str(path)}
+    probe = Task("probe", "silu_mul", "probe", None, ("portable",), arguments=arguments)
+    assert "is no file of `profiles kernels pack`" in measuring.carry_out(probe)[0]["failure"]
+    for warning in ("old", None):
+
+        def unpack(path: object, warning: str | None = warning) -> tuple[int, int]:
+            if warning:
+                warnings.warn(warning, stacklevel=1)
+            return 3, 2
+
+        monkeypatch.setattr(measuring_module, "unpack", unpack)
+        row = measuring.carry_out(probe)[0]
+        assert row["failure"] == warning and row["kernels"] == 3
+    assert planned == [False, False, True]
+
+
+def test_kernels_are_compiled_before_the_op_table():
+    """Guards the timing stages of a GPU, whose one worker would compile for minutes; not if the
+    kernels came compiled, nor on a CPU."""
+    gpu = torch.device("cuda")
+    sections = [one.section for one in first_light(gpu)]
+    assert sections.index("compile") < sections.index("ops")
+    assert "compile" not in [one.section for one in first_light(gpu, packed=True)]
+    assert "compile" not in [one.section for one in first_light(CPU)]
+
+
+def test_what_poisons():
+    """Guards both sides: errors of CUDA, Triton, cuBLAS, capture end a process, others do not."""
+    for text in (
+        str(ILLEGAL),
+        "CUDA error: the launch timed out and was terminated",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx",
+        "operation not permitted when stream is capturing",
+        "captures_underway.empty() INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp",
+    ):
+        assert poisons(text)
+    for text in (
+        "CUDA out of memory. Tried to allocate 20.00 GiB",
+        "out of resource: shared memory, Required: 240000, Hardware limit: 232448",
+        "max error 1.0e-2 exceeds 1.0e-3",
+    ):
+        assert not poisons(text)
+
+
+def test_tests_as_tasks():
+    """Guards the tests among the tasks: found by name, run one by one, told apart. A list that has
+    become out of date would silently leave them out."""
+    names = collected()
+    for file in ("test_decode_graph", "test_cuda_graph", "test_timing", "test_sampling_triton"):
+        assert any(file in name for name in names), file
+    assert run_test(next(name for name in names if "timing" in name)).items() >= {
+        ("failure", None),
+        ("skipped", "Skipped: needs an NVIDIA GPU"),
+    }
+
+
+def test_a_failed_test_has_its_reason():
+    """Guards the row of a test that fails or is not there."""
+    assert "no test" in run_test("tests/profiles/test_measuring.py::no_such_test")["failure"]
+
+
+@pytest.mark.gpu
+def test_gpu_environment():
+    """Guards the record of the machine behind the rows."""
+    found = measuring_module.environment(torch.device("cuda"))
+    assert found["device"] == torch.cuda.get_device_name()
+    assert found["driver"]
+    assert found["state"]["clocks.max.sm"].endswith("MHz")

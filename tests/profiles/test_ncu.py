@@ -1,0 +1,166 @@
+"""`python -m profiles ncu`: its command line, and what it makes of ncu's exports.
+
+tests/profiles/data/ncu_2022_raw.csv is what ncu 2022.3.0 prints with `--page raw --csv` of a report
+that is delivered with it (addConstDouble, on a GPU of 48 bytes of DRAM per cycle), cut down to 47
+of its 763 columns.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.terminal import InputError, Parser
+from profiles.profilers import launch, ncu
+from profiles.profilers.ncu_summary import display, summarise
+
+DATA = Path(__file__).parent / "data" / "ncu_2022_raw.csv"
+RAW = DATA.read_text()
+# As later versions spell units, with --print-units base and separated thousands; what Hopper's
+# wgmma counts in; two launches, one of which has no figures.
+NEW = """\
+==PROF== Connected to process 1 (python)
+"ID","Kernel Name","Context","dram__bytes_read.sum.per_second","dram__bytes_write.sum.per_second",\
+"dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",\
+"sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active",\
+"sm__inst_executed_pipe_tensor_op_hmma.avg.pct_of_peak_sustained_active"
+"","","","byte/s","Gbyte/s","%","ns","%","%"
+"0","prefix_attention_kernel","1","3,000,000,000,000","500","72.9","12,345","61.5","0"
+"1","merge_kernel","1","n/a","500","n/a","2,000","",""
+"""
+
+
+def options(*words: str) -> argparse.Namespace:
+    parser = Parser()
+    ncu.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def changed(column: str, value: str, row: int = 2) -> str:
+    """The real export with another cell."""
+    rows = list(csv.reader(RAW.splitlines()))
+    rows[row][rows[0].index(column)] = value
+    return "\n".join(",".join(f'"{cell}"' for cell in cells) for cells in rows)
+
+
+def test_real_export():
+    """Guards units, the choice of metrics and the stall reasons' shares, against hand's sums."""
+    (found,) = summarise(RAW, "report")
+    assert found["kernel"] == "addConstDouble(int, double *, double, double *)"
+    assert found["duration_us"] == pytest.approx(239.008)
+    moved = (25.170048e6 + 23.673216e6) / 239.008e-6  # bytes read and written, per second
+    assert found["dram_gb_s"] == pytest.approx(204.358281)
+    assert found["dram_gb_s"] == pytest.approx(moved / 1e9, rel=1e-3)
+    assert (found["dram_pct"], found["tensor_pct"]) == (91.749499, 0.0)
+    assert (found["occupancy_pct"], found["possible_occupancy_pct"]) == (74.451195, 100.0)
+    assert found["registers"] == 16
+    assert list(found["stalls"]) == ["long_scoreboard", "short_scoreboard", "wait"]
+    latency = 83.67  # "warp cycles per issued instruction": the sum of all reasons
+    assert found["stalls"]["long_scoreboard"] == pytest.approx(66.985584 / latency, rel=1e-3)
+
+
+def test_later_versions():
+    """Guards other spellings of units, thousands, wgmma's own counter, and absent figures."""
+    attention, merge = summarise(NEW, "report")
+    assert attention["duration_us"] == pytest.approx(12.345)
+    assert attention["dram_gb_s"] == pytest.approx(3500)
+    assert (attention["dram_pct"], attention["tensor_pct"]) == (72.9, 61.5)
+    assert merge["duration_us"] == pytest.approx(2)
+    missing = ("dram_gb_s", "dram_pct", "tensor_pct", "occupancy_pct", "registers")
+    assert [merge[name] for name in missing] == [None] * 5 and merge["stalls"] == {}
+
+
+def test_selected_is_no_reason_to_wait():
+    """Guards the stall list against the one "reason" that is work."""
+    text = changed("smsp__average_warps_issue_stalled_selected_per_issue_active.ratio", "500")
+    (found,) = summarise(text, "report")
+    assert list(found["stalls"])[0] == "long_scoreboard"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RAW.replace("gpu__time_duration.sum", "time"), "no column 'gpu__time_duration.sum' among"),
+        (RAW.replace("Kernel Name", "Kernel"), "no table of `ncu --import REPORT --page raw"),
+        ("==ERROR== nothing", "no table of `ncu --import REPORT --page raw"),
+        ("\n".join(RAW.splitlines()[:2]), "no row of units, or no launch"),
+        ("\n".join(RAW.splitlines()[:1]), "no row of units, or no launch"),
+        ("\n".join([RAW.splitlines()[0], RAW.splitlines()[2]]), "no row of units, or no launch"),
+        ('"ID","Kernel Name","Metric Name"\n"0","f","x"\n', "one metric per line: export with"),
+    ],
+)
+def test_what_is_missing_is_named(text, message):
+    """Guards other pages and new versions: a complaint, no wrong figure and no traceback."""
+    with pytest.raises(InputError, match=message):
+        summarise(text, "report")
+
+
+def test_command_line():
+    """Guards what ncu is asked: one op, its own kernels, after warm-up, caches and clocks said."""
+    given = options("--op", "rms_norm", "--shape", "T16", "--impl", "triton", "--out", "d")
+    assert ncu.command_line("ncu", given) == [
+        "ncu", "--set=full", "--target-processes=all", "--profile-from-start=off",
+        "--cache-control=all", "--clock-control=none", "--force-overwrite", "--export=d/rms_norm",
+        sys.executable, "-m", "profiles", "launch", "--op", "rms_norm",
+        "--shape", "T16", "--impl", "triton", "--device=cuda",
+    ]  # fmt: skip
+    given = options("--op", "x", "--kernel", "merge", "--skip", "1", "--count", "2")
+    line = ncu.command_line("ncu", given)
+    assert {"--kernel-name=regex:merge", "--launch-skip=1", "--launch-count=2"} < set(line)
+
+
+def test_mistakes(monkeypatch, tmp_path):
+    """Guards one clear line for a missing op, tool, GPU or report."""
+    with pytest.raises(InputError, match="say what to profile"):
+        ncu.run(options())
+    with pytest.raises(InputError, match="there is no report"):
+        ncu.run(options("--summarise", str(tmp_path / "x.ncu-rep")))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="ncu is not on the PATH: install .* profiles torch"):
+        ncu.run(options("--op", "rms_norm"))
+    monkeypatch.setattr(ncu, "tool", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="ncu needs a GPU"):
+        ncu.run(options("--op", "rms_norm"))
+
+
+def test_summary_of_a_file(capsys):
+    """Guards exports made elsewhere: a raw CSV needs no tool here; both views."""
+    assert ncu.run(options("--summarise", str(DATA), "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["launches"] == summarise(RAW, "x")
+    display(summarise(NEW, "report"), "report")
+    shown = capsys.readouterr().out
+    assert "3,500" in shown and "61.5 %" in shown
+
+
+class Cudart:
+    def __init__(self, log: list) -> None:
+        self.cudaProfilerStart = lambda: log.append("start")
+        self.cudaProfilerStop = lambda: log.append("stop")
+
+
+def test_launch_marks_warm_calls_alone(monkeypatch):
+    """Guards what ncu and nsys see: compilation before the marks, all of the calls between them,
+    and the wait for the last kernel."""
+    log = []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(log))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    launch.between_marks(lambda: log.append("call"), 2, torch.device("cuda"))
+    assert log == ["call"] * launch.WARM_UP + ["wait", "start", "call", "call", "wait", "stop"]
+
+
+def test_launch_runs_a_case(capsys):
+    """Guards the driver on a real op, and its mistakes."""
+    parser = Parser()
+    launch.add_arguments(parser)
+    words = ["--op", "rms_norm", "--device", "cpu"]
+    assert launch.run(parser.parse_args([*words, "--impl", "eager", "--dtype", "bf16"])) == 0
+    assert "1 x rms_norm" in (shown := capsys.readouterr().out) and "eager, bfloat16" in shown
+    with pytest.raises(InputError, match="unknown op 'norm'"):
+        launch.run(parser.parse_args(["--op", "norm", "--device", "cpu"]))
+    with pytest.raises(InputError, match="no case has 'T0 '"):
+        launch.run(parser.parse_args([*words, "--shape", "T0 "]))

@@ -1,0 +1,75 @@
+"""What a whole engine launches on a GPU and `engine_sites` leaves out, by name, as JSON.
+
+For pacore_sched/engine/test_warm_up.py, which runs this in a process of its own: pytest's
+interprets Triton.
+"""
+
+import json
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.compile.cache import compilations
+from kernels.compile.launches import launches_recorded
+from kernels.compile.worker import launches_of
+from kernels.runtime.tiles import H200
+from kernels.sampling import sample
+from model.config import PRESETS
+from model.step3vl import Step3VL
+from pacore_sched.answers.pacore import engine_for
+from pacore_sched.engine import decode_step
+from pacore_sched.engine.launch_sites import engine_sites
+from pacore_sched.sched.request import Sampling
+
+PROMPTS, ROLLOUTS, KV = (3, 40, 130), 5, (None, torch.float8_e4m3fn)
+
+
+class Graph:
+    """A CUDA graph that is no graph: its body runs at each replay."""
+
+    def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: object) -> None:
+        self.replay = body
+        body()
+
+
+def drawn(*args: object, **options: object) -> tuple[Tensor, ...]:
+    """`sample`, whose tokens are in memory that was never written."""
+    return tuple(result.zero_() for result in sample(*args, **options))
+
+
+def run_engine(model: Step3VL, kv_dtype: torch.dtype | None) -> None:
+    """Prompts of several lengths, one after the other, so that steps mix reading and decoding."""
+    engine = engine_for(model, kv_dtype=kv_dtype, kv_tokens=4096, max_running=16)
+    graphs = engine.executor.graphs
+    graphs.enabled, graphs.capture = True, Graph
+    for length in PROMPTS:
+        sampling = Sampling(6, temperature=1.0, ignore_eos=True)
+        segment = engine.executor.segment([1] * length)
+        engine.submit([segment], 1, dict(enumerate(range(ROLLOUTS))), sampling)
+        engine.step()
+    while engine.busy:
+        engine.step()
+    assert len(graphs)
+
+
+def missing() -> dict[str, int]:
+    """Names of kernels, and how many of each are not among the sites'."""
+    decode_step.sample = drawn
+    config, found = PRESETS["tiny"], {}
+    for kv_dtype in KV:
+        model = Step3VL.from_preset("tiny", dtype=torch.bfloat16)
+        with launches_recorded(H200) as launches:
+            run_engine(model, kv_dtype)
+        sites = engine_sites(config, torch.bfloat16, kv_dtype)
+        known = {key for s in sites for key in compilations(launches_of(s, H200), H200)}
+        for launch in launches:
+            if set(compilations([launch], H200)) - known:
+                name = launch.kernel.fn.__name__
+                found[name] = found.get(name, 0) + 1
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(missing()))

@@ -1,0 +1,117 @@
+"""An executor without a model, for tests: a next token is a hash of the context found in its pages.
+
+It goes by what it reads back from "KV": a page lost, shared, overwritten or written too late, a
+stale slot or a forgotten token changes every token that follows.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+from pacore_sched.sched.plan import plan_step
+from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.request import Batch, Group, Rollout, Segment
+
+VOCABULARY = 40
+EOS = 0
+
+
+def next_token(context: Sequence[int], seed: int, vocabulary: int = VOCABULARY) -> int:
+    """What the "model" says behind some tokens; small vocabularies repeat themselves."""
+    near = context[-2:] if vocabulary < VOCABULARY else context  # repetitive, for drafts
+    return (
+        zlib.crc32(repr((list(near), seed if vocabulary == VOCABULARY else 0)).encode())
+        % vocabulary
+    )
+
+
+def expected(
+    group: Group, rollout: Rollout, eos: int = EOS, vocabulary: int = VOCABULARY
+) -> list[int]:
+    """The tokens of a rollout that has the machine for itself."""
+    context = [token for segment in group.path for token in segment.inputs] + [group.last_token]
+    tokens = []
+    while len(tokens) < rollout.max_tokens and (not tokens or tokens[-1] != eos):
+        tokens.append(next_token(context + tokens, rollout.seed, vocabulary))
+    return tokens
+
+
+def segment(ids: Sequence[int]) -> Segment:
+    return Segment(len(ids), inputs=list(ids))
+
+
+class FakeExecutor:
+    """`launch` computes at once; `collect` may come later, as on a GPU."""
+
+    asynchronous = False
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int = 4,
+        max_running: int = 16,
+        vocabulary: int = VOCABULARY,
+    ) -> None:
+        self.num_pages, self.page_size, self.max_running = num_pages, page_size, max_running
+        self.vocabulary = vocabulary
+        self.kv: dict[int, int] = {}  # slot of a token -> token
+        self.last: dict[int, tuple[Rollout, int]] = {}  # slot of a rollout -> its last token
+        self.host: dict[Rollout, list[int | None]] = {}
+        self.launched: list[Batch] = []
+
+    def launch(self, tree: PrefixTree, batch: Batch) -> tuple[list[int], list[float]]:
+        self.launched.append(batch)
+        self._move(batch)
+        work, drawn = {}, []
+        drafts = batch.drafts or [()] * len(batch.decode)
+        for rollout, draft in zip(batch.decode, drafts, strict=True):
+            work[rollout.node] = [self._last(rollout), *draft]
+        for chunk in batch.chunks:
+            owner = chunk.owner
+            known = (
+                owner.inputs
+                if isinstance(owner, Segment)
+                else [owner.group.last_token, *owner.tokens]
+            )
+            work[owner.node] = known[chunk.start : chunk.stop]
+            assert len(work[owner.node]) == chunk.stop - chunk.start, "tokens that are not known"
+        for rollout in batch.decode:
+            assert tree.length(rollout.node) <= rollout.max_tokens
+        plan_step(tree, [(node, len(tokens)) for node, tokens in work.items()])  # may refuse
+        for node, tokens in work.items():
+            length = tree.length(node)
+            slots = tree.slots(node, length - len(tokens), length)
+            self.kv.update(zip(slots, tokens, strict=True))
+        for rollout, draft in zip(
+            batch.sampled, [*drafts, *[()] * len(batch.chunks)], strict=False
+        ):
+            context = self._context(tree, rollout)
+            for end in range(len(context) - len(draft), len(context) + 1):
+                drawn.append(next_token(context[:end], rollout.seed, self.vocabulary))
+            self.last[rollout.slot] = rollout, drawn[-1]
+            if draft:  # the host knows better which token is the last
+                del self.last[rollout.slot]
+        return drawn, [-1.0] * len(drawn)
+
+    def collect(self, ticket: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
+        return ticket
+
+    def _last(self, rollout: Rollout) -> int:
+        owner, token = self.last.get(rollout.slot, (None, 0))
+        if owner is rollout:
+            return token
+        known = [rollout.group.last_token, *rollout.tokens]
+        assert len(known) >= rollout.asked, "the last token is still in flight"
+        return known[-1]
+
+    def _context(self, tree: PrefixTree, rollout: Rollout) -> list[int]:
+        path = tree.path(rollout.node)
+        return [self.kv[slot] for node in path for slot in tree.slots(node, 0, tree.length(node))]
+
+    def _move(self, batch: Batch) -> None:
+        size = self.page_size
+        for rollout, pages in batch.evicted:
+            slots = [page * size + i for page in pages for i in range(size)]
+            self.host[rollout] = [self.kv.get(slot) for slot in slots]
+        for rollout, pages in batch.restored:
+            slots = [page * size + i for page in pages for i in range(size)]
+            self.kv.update(zip(slots, self.host.pop(rollout), strict=False))
