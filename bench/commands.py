@@ -36,7 +36,8 @@ from bench.ops import (
 )
 from kernels.runtime.tiles import gpu_of
 from model.config import PRESETS
-from model.terminal import InputError, track
+from model.errors import InputError
+from model.terminal import track
 from pacore_sched.engine.compile_ahead import warm_up
 
 TIME_BUDGET_S = 1.0  # per case

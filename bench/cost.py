@@ -22,9 +22,10 @@ from bench.roofline import Roofline
 from kernels.prefix_attention.launch import cut_up
 from kernels.prefix_attention.schedule import Cut
 from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.tiles import A100, H200, Gpu, assume_gpu
 from model.config import PRESETS
-from model.terminal import InputError
+from model.errors import InputError
 
 # Copy GB/s, and TFLOP/s of dense bf16 products and of fp32, of the datasheets: H200 SXM; A100 SXM
 # with 80 GB.
@@ -98,7 +99,7 @@ def lay(plan: PrefixPlan, cut: Cut) -> Line:
     sight = [(begin.min(), end.max()) for begin, end in _of_tiles(plan, cut, tiles)]
     first, end = np.array(sight, dtype=np.int64).reshape(-1, 2).T
     first = first // cut.grain
-    grains = np.maximum(-(-end // cut.grain) - first, 0)
+    grains = np.maximum(cdiv(end, cut.grain) - first, 0)
     places = np.where(grains > 0, grains + cut.overhead, 0)
     starts = np.concatenate([[0], np.cumsum(places)])
     share = max(-(-cut.kv_heads * int(starts[-1]) // cut.programs), 1)

@@ -21,14 +21,17 @@ from bench.rows import measured, origin, with_speedups
 from bench.show import times, titled
 from bench.timing import measure
 from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.dtypes import dtype_name
 from kernels.runtime.fp8 import quantise_e4m3
 from kernels.sampling import sample
 from model.config import PRESETS, Config, DecoderConfig
 from model.decoder import Decoder, Step
+from model.errors import InputError
 from model.impls import impl_per_op
 from model.kv_cache import PAGE_SIZE, KVCache
 from model.step3vl import Step3VL
-from model.terminal import InputError, track
+from model.terminal import track
 from pacore_sched.engine.kv_memory import free_bytes
 from pacore_sched.sched.plan import plan_step
 from pacore_sched.sched.prefix_tree import PrefixTree
@@ -211,7 +214,7 @@ def _parts(model: Step3VL, case: DecodeCase, calls: dict[str, Callable]) -> list
             "op": "decode_part",
             "case": f"{model.config.name} {case.name}",
             "impl": name,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             "part": part,
             "median_us": us,
             "failure": None,
@@ -234,7 +237,7 @@ def _quantised(cache: KVCache, model: Step3VL) -> KVCache:
 def prepare(case: DecodeCase, model: Step3VL) -> tuple[Step, KVCache]:
     """The step and KV pages full of random numbers."""
     device = model.device
-    pages = -(-case.prefix // PAGE_SIZE) + case.batch * -(-case.suffix // PAGE_SIZE)
+    pages = cdiv(case.prefix, PAGE_SIZE) + case.batch * cdiv(case.suffix, PAGE_SIZE)
     tree = PrefixTree(pages, PAGE_SIZE)
     root = tree.add()
     tree.append(root, case.prefix)

@@ -16,8 +16,10 @@ from bench.ops import MAIN_DTYPE
 from bench.rows import LICENCE, measured, with_speedups
 from bench.timing import Timing, measure
 from bench.vision import tower_flops
+from kernels.runtime.arithmetic import cdiv
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError, progress
+from model.terminal import progress
 from model.text.prompt import build_prompt
 from model.vision.image import load_image, preprocess
 from pacore_sched.answers.journal import Outcome
@@ -148,7 +150,7 @@ class _Watch:
 
     def timeline(self) -> dict[str, list]:
         """At most TIMELINE of the steps, the last among them."""
-        every = -(-len(self._states) // TIMELINE)
+        every = cdiv(len(self._states), TIMELINE)
         columns = zip(*self._states[::-1][::every][::-1], strict=True)
         return dict(zip(("seconds", "running", "kv_tokens"), map(list, columns), strict=True))
 

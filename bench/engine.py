@@ -20,6 +20,7 @@ from bench.poison import PoisonedError
 from bench.rows import measured, with_speedups
 from bench.show import titled
 from bench.timing import Timing
+from kernels.runtime.arithmetic import cdiv
 from model.cuda_graph import failed_capture
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
@@ -89,7 +90,7 @@ class _Load:
     ) -> None:
         self.model, self.impl, self.fp8 = model, FORMS.get(form), form == FP8
         model.set_impl(self.impl)
-        pages = -(-case.prefix // PAGE_SIZE) + case.batch * (-(-total // PAGE_SIZE) + 1)
+        pages = cdiv(case.prefix, PAGE_SIZE) + case.batch * (cdiv(total, PAGE_SIZE) + 1)
         self.engine: Engine = engine_for(
             model,
             kv_dtype=torch.float8_e4m3fn if self.fp8 else None,

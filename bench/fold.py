@@ -15,6 +15,7 @@ from bench import rows, show
 from bench.inputs import projector_inputs
 from bench.numerics import compare
 from kernels.projector import fold, output_tokens, projector
+from kernels.runtime.dtypes import dtype_name
 from kernels.runtime.grids import Grid
 from model.config import PRESETS
 
@@ -35,7 +36,7 @@ def run(device: torch.device, width: int | None = None, channels: int = CHANNELS
         yield {
             "op": "fold",
             "case": f"C{width}, {channels} of {out} channels, {output_tokens(GRID)} tokens",
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             **found,
             **work((model.vision.tower.grid,) * 2, width, out, dtype.itemsize),
             "failure": f"off by {found['fp64_max_err']:.1e} in fp64" if wrong else None,

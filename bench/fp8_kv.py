@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bench import rows, show
+from kernels.runtime.arithmetic import cdiv
 from model.decoder import Step
 from model.step3vl import Step3VL
 
@@ -23,7 +24,7 @@ def run(device: torch.device) -> list[dict]:
 
 def logits(model: Step3VL, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Logits [T, vocab] of ids [T] over KV pages of `dtype`; None is the model's own."""
-    cache = model.new_cache(-(-len(ids) // 64), dtype)
+    cache = model.new_cache(cdiv(len(ids), 64), dtype)
     with torch.inference_mode():
         embeddings = model.decoder.embed(ids)
         step = Step.of_sequence(0, len(ids), cache)

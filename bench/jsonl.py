@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.terminal import InputError
+from model.errors import InputError
 
 SCHEMA = 1  # of rows; one more whenever a field changes its meaning
 

@@ -8,6 +8,7 @@ import torch
 from bench import repro
 from bench.commands import chosen_cases
 from bench.ops import forms_here, forms_of
+from kernels.runtime.dtypes import dtype_name
 from model.terminal import table
 
 
@@ -17,7 +18,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         {
             "op": case.op,
             "case": case.name,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "bytes": case.bytes(dtype),
             "flops": case.flops,
             "impls": list(forms_of(case, options.impl) or forms_here(case, device)),

@@ -21,7 +21,8 @@ from bench.rows import measured, with_speedups
 from bench.timing import CandidateError, Timing, measure, sets_for
 from kernels.errors import ImplError, one_line
 from kernels.runtime.dispatch import IMPLS
-from model.terminal import InputError
+from kernels.runtime.dtypes import dtype_name
+from model.errors import InputError
 
 MAIN_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,7 +45,7 @@ def device_named(name: str | None) -> torch.device:
 
 def dtypes_named(names: Sequence[str]) -> tuple[torch.dtype, ...]:
     """Dtypes by their names, long or short. Raises InputError for one that ops do not have."""
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    known = {dtype_name(dtype): dtype for dtype in DTYPES}
     for name in names:
         if SHORT.get(name, name) not in known:
             raise InputError(f"unknown dtype {name!r}; choose of {', '.join(known)}")

@@ -17,6 +17,7 @@ import torch
 from bench.ops import MAIN_DTYPE
 from bench.rows import origin
 from bench.show import titled
+from kernels.runtime.dtypes import dtype_name
 from model.step3vl import Step3VL
 from model.terminal import progress
 from pacore_sched.answers.pacore import Answer, Pacore, engine_for
@@ -97,7 +98,7 @@ def compare(
             "op": "packing",
             "case": f"{model.config.name} {len(questions)} x {list(widths)} T{sampling.max_tokens}",
             "impl": run.plan.name,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             **run.figures(),
             "same_texts": sum(map(eq, said, texts[0])) / len(texts[0]),
             **origin(model.device),

@@ -19,6 +19,7 @@ from bench.ops import MAIN_DTYPE
 from bench.packing import ALL, MODELS, PLANS, Plan
 from bench.rows import origin
 from bench.show import titled
+from kernels.runtime.dtypes import dtype_name
 from model.step3vl import Step3VL
 from model.terminal import progress
 from pacore_sched.answers.pacore import engine_for
@@ -73,7 +74,7 @@ def validate(
                 "op": "replay",
                 "case": f"{model.config.name} {judged.problems} x {list(judged.widths)}",
                 "impl": plan.name,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": dtype_name(model.dtype),
                 "makespan_s": makespans[0],
                 "makespan_simulated_s": makespans[1],
                 "makespan_error": makespans[1] / makespans[0] - 1,

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from bench.timing import cache_bytes, measure
+from kernels.runtime.dtypes import dtype_name
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices
 COPY_CACHES = {"cpu": 4, "cuda": 16}  # the copied buffer, in last-level caches
@@ -37,9 +38,7 @@ class Roofline:
 @cache
 def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
     """Measure `device` once per process and dtype."""
-    return Roofline(
-        str(device), str(dtype).removeprefix("torch."), _copy_gb_s(device), _gemm(device, dtype)
-    )
+    return Roofline(str(device), dtype_name(dtype), _copy_gb_s(device), _gemm(device, dtype))
 
 
 @cache

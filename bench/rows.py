@@ -17,6 +17,7 @@ from bench.numerics import Verdict
 from bench.roofline import roofline
 from bench.timing import Timing
 from kernels.compile.cache import sources
+from kernels.runtime.dtypes import dtype_name
 
 ROOT = Path(__file__).resolve().parents[1]
 # Benchmarks use it as a long prompt. A wheel keeps it with its metadata, beside the packages.
@@ -44,7 +45,7 @@ def measured(
         "op": op,
         "case": case,
         "impl": impl,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "p20_us": timing and timing.p20_us,
         "median_us": timing and timing.median_us,
         "p80_us": timing and timing.p80_us,

@@ -24,6 +24,7 @@ import torch
 
 from bench.poison import check_poison
 from kernels.errors import one_line
+from kernels.runtime.arithmetic import cdiv
 from model.cuda_graph import CudaGraph
 
 Candidate = Callable[[int], object]
@@ -113,7 +114,7 @@ def keep_freed_memory() -> None:
 
 def sets_for(set_bytes: int, device: torch.device | str) -> int:
     """Input sets of `set_bytes` each that do not fit the cache: at least one, at most MAX_SETS."""
-    return max(1, min(MAX_SETS, -(-COLD * cache_bytes(torch.device(device)) // max(1, set_bytes))))
+    return max(1, min(MAX_SETS, cdiv(COLD * cache_bytes(torch.device(device)), max(1, set_bytes))))
 
 
 @cache

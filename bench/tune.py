@@ -27,7 +27,7 @@ from kernels.compile.unfilled import unfilled
 from kernels.errors import ImplError, one_line
 from kernels.runtime import tiles as tile_tables
 from kernels.runtime.tiles import Gpu, Tiles, record_tiles, use_tiles
-from model.terminal import InputError
+from model.errors import InputError
 
 BUDGET_S = 0.2  # of timing, for each candidate on each case
 Key = tuple[str, str]  # what asks for tiles, an op or a part of one, and the class of its inputs

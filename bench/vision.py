@@ -7,6 +7,7 @@ folded into one: the least work that there is.
 from collections.abc import Sequence
 
 from kernels.projector import output_tokens
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.grids import Grid, tokens_of
 from model.config import Config, VisionConfig
 from model.vision.image import crop_layout
@@ -26,7 +27,7 @@ def attention_flops(grids: Sequence[Grid], width: int) -> int:
 
 def projector_flops(grids: Sequence[Grid], width: int, out: int) -> int:
     """Of a convolution to 2 * width channels, and of the folded one to `out`."""
-    mid = sum(-(-rows // 2) * -(-columns // 2) for rows, columns in grids)
+    mid = sum(cdiv(rows, 2) * cdiv(columns, 2) for rows, columns in grids)
     end = sum(map(output_tokens, grids))
     return 36 * width * (mid * width + end * out)
 

@@ -23,6 +23,7 @@ from bench.tune import check_compiles
 from kernels.compile.launches import Launch, launches_recorded
 from kernels.compile.unfilled import unfilled
 from kernels.gemm.cut import Cut
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.tiles import Gpu, Tiles, record_tiles
 
 OPS = ("vision_attention", "projector", "linear_quick_gelu")
@@ -115,7 +116,7 @@ def _attention(given: dict, tiles: Tiles, gpu: Gpu) -> np.ndarray:
 
 
 def _gemm(given: dict, tiles: Tiles, gpu: Gpu) -> np.ndarray:
-    steps = given["TAPS"] * -(-given["C"] // given["BLOCK_K"])
+    steps = given["TAPS"] * cdiv(given["C"], given["BLOCK_K"])
     programs = gpu.sms * tiles["programs"]
     names = ("band", "whole", "rest", "lanes", "share")
     cut = Cut(steps, programs, **{name: given[name] for name in names})

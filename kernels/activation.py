@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.runtime.dispatch import DTYPES, check, pick
+from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.tiles import Gpu, Tiles, tiles
 
 
@@ -140,7 +142,7 @@ def _launch(
     if y.numel() == 0:
         return y
     chosen = _tiles_of(op, rows, width, x.device)
-    kernel[(rows * triton.cdiv(width, chosen["block"]),)](
+    kernel[(rows * cdiv(width, chosen["block"]),)](
         x,
         y,
         width=width,
@@ -159,7 +161,7 @@ def _tiles_of(op: str, rows: int, width: int, device: torch.device) -> Tiles:
         # Two loads of 16 bytes per thread and operand: 32 KiB and more on an SM full of warps. If
         # that leaves SMs without work, one load.
         block = 2048
-        while block > 256 and rows * triton.cdiv(width, block) < 2 * gpu.sms:
+        while block > 256 and rows * cdiv(width, block) < 2 * gpu.sms:
             block //= 2
         return {"block": block, "num_warps": 4 if block > 512 else block // 256}
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kernels.activation import quick_gelu, quick_gelu_ref
 from kernels.gemm import linear
-from kernels.runtime.dispatch import DTYPES, check, pick
+from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.tiles import Gpu, Tiles, tiles
 
 

@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.runtime.dispatch import DTYPES, check, pick
+from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.pdl import pdl_options, release_next, wait_for_previous
 from kernels.runtime.tiles import Gpu, Tiles, tiles
 
@@ -234,7 +236,7 @@ def _launch(
     total = None if residual is None else x.new_empty(x.shape)
     if rows:
         chosen = _tiles_of(op, rows, width, x.device)
-        kernel[(triton.cdiv(rows, chosen["rows"]),)](
+        kernel[(cdiv(rows, chosen["rows"]),)](
             x=x,
             residual=residual,
             **vectors,

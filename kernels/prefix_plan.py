@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.staging import Packed, on_device
 
 
@@ -253,7 +254,7 @@ class PrefixPlan:
         """All that some row sees, node by node once: nodes batched by depth, rows and pages."""
         shapes: dict[tuple[int, int, int], list[int]] = {}
         for index, (node, depth) in enumerate(zip(self.nodes, self.depths, strict=True)):
-            rows, pages = node.row_end - node.row_start, -(-node.kv_len // self.page_size)
+            rows, pages = node.row_end - node.row_start, cdiv(node.kv_len, self.page_size)
             if rows and pages:
                 shapes.setdefault((depth, rows, pages), []).append(index)
         most = max(1, PART_TOKENS // self.page_size)

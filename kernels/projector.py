@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gemm import check_placing, convolution, halved, linear
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.grids import Grid, tokens_of
 
@@ -79,7 +80,7 @@ def fold(w2: Tensor, b2: Tensor, w3: Tensor) -> Folded:
 def output_tokens(grid: Grid) -> int:
     """Tokens that a view of this grid becomes."""
     rows, columns = grid
-    return -(-rows // 4) * -(-columns // 4)
+    return cdiv(rows, 4) * cdiv(columns, 4)
 
 
 def projector_ref(

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.runtime.dispatch import DTYPES, check, pick
+from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.fp8 import converts_e4m3, e4m3_scale, magnitude_bits, quantise_e4m3, to_e4m3
 from kernels.runtime.rotary import cos_sin_of, pair_columns
 from kernels.runtime.tiles import Gpu, Tiles, tiles
@@ -302,7 +304,7 @@ def _qk_norm_rope_triton(
     if tokens == 0:
         return q
     chosen = _tiles_of(tokens, heads, kv_heads, head_dim, qkv.device)
-    blocks = triton.cdiv(heads, chosen["block_q"]) + 2 * triton.cdiv(kv_heads, chosen["block_kv"])
+    blocks = cdiv(heads, chosen["block_q"]) + 2 * cdiv(kv_heads, chosen["block_kv"])
     if k_scale is not None:  # as bytes: before sm_89 Triton has no type for e4m3
         k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
     qk_norm_rope_kernel[(tokens * blocks,)](

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields, replace
 
-from model.terminal import InputError
+from model.errors import InputError
 
 
 @dataclass(frozen=True)

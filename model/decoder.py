@@ -16,6 +16,7 @@ from kernels.norm import rms_norm
 from kernels.prefix_attention.advance import advance
 from kernels.prefix_plan import PlanNode, PrefixPlan
 from kernels.rotary_attention import rotary_attention
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.spans import span, spanned
 from model.config import DecoderConfig
 from model.kv_cache import KVCache
@@ -37,7 +38,7 @@ class Step:
         """
         end, device = start + length, cache.k.device
         positions = torch.arange(start, end, device=device)
-        node = PlanNode(range(-(-end // cache.page_size)), end, 0, length, num_new=length)
+        node = PlanNode(range(cdiv(end, cache.page_size)), end, 0, length, num_new=length)
         plan = PrefixPlan.build(
             [node],
             num_rows=length,

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from model.config import PRESETS, Config
+from model.errors import InputError
 from model.impls import DTYPES
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from model.weights.gguf import read_gguf
 from model.weights.hf_config import read_config
 

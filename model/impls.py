@@ -1,9 +1,9 @@
 """How a model computes, by name: the implementation of each op, and the dtype."""
 
-import torch
-
 from kernels.errors import ImplError
+from kernels.runtime import dtypes
 from kernels.runtime.dispatch import IMPLS
+from kernels.runtime.dtypes import dtype_name
 
 OPS = (
     "rms_norm",
@@ -17,7 +17,7 @@ OPS = (
     "sample",
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {dtype_name(dtype): dtype for dtype in dtypes.DTYPES}
 
 Impl = str | dict[str, str] | None
 

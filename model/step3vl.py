@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kernels.runtime.arithmetic import cdiv
 from kernels.sampling import sample
 from model.config import Config, preset
 from model.decoder import Decoder, Step
+from model.errors import InputError
 from model.impls import Impl, impl_per_op
 from model.kv_cache import PAGE_SIZE, KVCache
-from model.terminal import InputError
 from model.vision.tower import VisionTower
 from model.weights.random_init import random_init
 
@@ -159,7 +160,7 @@ class Step3VL(nn.Module):
         images that do not match the `<im_patch>` ids.
         """
         ids = self._checked_ids(input_ids, 0)
-        cache = self.new_cache(-(-len(ids) // PAGE_SIZE))
+        cache = self.new_cache(cdiv(len(ids), PAGE_SIZE))
         embeddings = self._embed_prompt(ids, images)
         hidden = self.decoder(embeddings, Step.of_sequence(0, len(ids), cache), cache)
         return self.decoder.logits(hidden)
@@ -182,7 +183,7 @@ class Step3VL(nn.Module):
         Temperature 0 is greedy. Raises InputError as `forward` does.
         """
         ids = self._checked_ids(input_ids, max_tokens)
-        cache = self.new_cache(-(-(len(ids) + max_tokens) // PAGE_SIZE))
+        cache = self.new_cache(cdiv(len(ids) + max_tokens, PAGE_SIZE))
         embeddings, length = self._embed_prompt(ids, images), 0
         seeds, generated = torch.tensor([seed], device=self.device), []
         while len(generated) < max_tokens:

@@ -11,12 +11,9 @@ from importlib import import_module
 from typing import Any, NoReturn, TypeVar
 
 from model import kernels_clash
+from model.errors import InputError
 
 T = TypeVar("T")
-
-
-class InputError(ValueError):
-    """A mistake in what the user gave: one line that names it and says what would be right."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,6 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.gpu_guard import (  # noqa: F401 - hooks
+    pytest_collection_modifyitems,
+    pytest_runtest_call,
+    pytest_runtest_logreport,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+)
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
 os.environ["PACORE_WARM_UP"] = "0"  # tests compile what they launch, and nothing else
 

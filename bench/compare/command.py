@@ -21,7 +21,9 @@ from bench.cases import OPS
 from bench.compare import turns
 from bench.compare.slowdown import Pair, judged, unpaired
 from bench.ops import DTYPES, device_named
-from model.terminal import InputError, progress, table
+from kernels.runtime.dtypes import dtype_name
+from model.errors import InputError
+from model.terminal import progress, table
 
 # How many processes of a side, one after the other, each for `--rounds` pairs of runs; and the
 # verdicts that leave the last word to the next stage.
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--impl", nargs="+", default=(), help="these forms or peers (default: forms)"
     )
-    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    names = [dtype_name(dtype) for dtype in DTYPES]
     parser.add_argument("--dtype", choices=names, help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory, TemporaryFile
 
 from bench import rows
 from bench.compare.slowdown import Pair
-from model.terminal import InputError
+from model.errors import InputError
 
 WORKER = Path(__file__).with_name("worker.py")
 WORKING_TREE = "."

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from kernels.runtime.dtypes import dtype_name
+
 
 class Worker:
     """Answers requests: each method below is one, with its arguments, and returns JSON."""
@@ -36,7 +38,7 @@ class Worker:
         return {
             "root": str(Path(rows.__file__).resolve().parents[1]),
             "device": rows.device_name(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "cases": list(self.cases),
         }
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.terminal import InputError
+from model.errors import InputError
 
 MANIFEST = "manifest.json"
 SCHEMA = 1

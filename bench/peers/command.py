@@ -18,7 +18,8 @@ from bench.peers.flashinfer_modules import DEFAULT, MODULES
 from bench.peers.install import install
 from bench.peers.peer import Peer
 from bench.peers.prepare import Target, prepare
-from model.terminal import InputError, table
+from model.errors import InputError
+from model.terminal import table
 
 TARGET = Target()
 

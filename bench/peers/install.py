@@ -12,7 +12,8 @@ import torch
 
 from bench.peers.bundle import BUILT, Bundle
 from bench.peers.prepare import PIP, Failed, run_tool
-from model.terminal import InputError, track
+from model.errors import InputError
+from model.terminal import track
 
 INSTALLED = "installed"  # in the bundle's folder: what was unpacked, shared objects among it
 

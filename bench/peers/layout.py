@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.peers.peer import Unavailable
 from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.runtime.arithmetic import cdiv
 
 NOTHING = PlanNode((), 0, 0, 0)
 
@@ -90,7 +91,7 @@ def levels(inputs: dict) -> list[list[Segment]]:
             if node is before:
                 start = segments.pop().start
             before = node
-            pages = node.pages[: -(-node.kv_len // inputs["plan"].page_size)]
+            pages = node.pages[: cdiv(node.kv_len, inputs["plan"].page_size)]
             pages = torch.tensor(pages, dtype=torch.int32)
             segments.append(Segment(start, end, pages, node.kv_len))
         found.append(segments)

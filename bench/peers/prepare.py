@@ -14,7 +14,8 @@ from pathlib import Path
 
 from bench.peers.bundle import BUILT, ITEMS, Bundle, Item, pack
 from bench.rows import ROOT
-from model.terminal import InputError, track
+from model.errors import InputError
+from model.terminal import track
 
 WORK = ".work"  # in the bundle's folder: what was fetched and not packed yet
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.rows import role
+from kernels.runtime.arithmetic import cdiv
 from pacore_sched.sim.plots import DPI, pyplot
 
 WIDTH, TALLEST = 7.6, 9.4  # inches: a page's width, and its height
@@ -135,4 +136,4 @@ def nice(low: float, high: float, most: int = 5) -> list[float]:
         found = coarser
         if len(found) <= most:
             return found
-    return found[:: -(-len(found) // most) or 1]
+    return found[:: cdiv(len(found), most) or 1]

@@ -18,7 +18,8 @@ from bench.report import rows as report_rows
 from bench.report.rows import Measurements, name_of
 from bench.report.sections import SECTIONS, Block, Section
 from bench.report.tables import Table, skipped_lines
-from model.terminal import InputError, track
+from model.errors import InputError
+from model.terminal import track
 from pacore_sched.sim.plots import check_folder
 
 PAGE = "index.html"

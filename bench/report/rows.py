@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from bench import jsonl, rows
 from kernels.runtime.dispatch import IMPLS
-from model.terminal import InputError
+from model.errors import InputError
 
 JOBS = ("pacore", "photo", "vision", "engine_step", "packing", "replay", "scheduler_step")
 TEXTS = ("op", "case", "impl", "dtype", "policy", "part", "failure", "skipped", "timer", "version")

@@ -26,7 +26,9 @@ from bench.validate.comparison import compared, fields, nothing
 from bench.validate.model import ModelCase, Work
 from kernels.errors import ImplError, one_line
 from kernels.runtime.dispatch import IMPLS, check_triton
-from model.terminal import InputError, track
+from kernels.runtime.dtypes import dtype_name
+from model.errors import InputError
+from model.terminal import track
 from pacore_sched.sim.plots import check_folder
 
 RETURNED = {
@@ -212,7 +214,7 @@ def _row(case: Case | ModelCase, name: str, dtype: torch.dtype, against: str) ->
         "op": case.op,
         "case": case.name,
         "impl": name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "reference": against,
     }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.cases import Case
 from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.grids import Grid
 
 Results = tuple[Tensor, ...]
@@ -92,7 +93,7 @@ def convolved(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """3x3, stride 2, padding 1, as a product with patches: [C, R, S] -> [C', R/2, S/2], up."""
     patches = F.unfold(image[None], 3, padding=1, stride=2)[0]  # [C * 9, places]
     result = weight.flatten(1) @ patches + bias[:, None]
-    return result.unflatten(1, [-(-side // 2) for side in image.shape[1:]])
+    return result.unflatten(1, [cdiv(side, 2) for side in image.shape[1:]])
 
 
 def downsampled(x: Tensor, grid: Grid, *convolutions: tuple[Tensor, Tensor]) -> Tensor:
@@ -263,7 +264,7 @@ def _sample(
 
 def _noise(vocab: int, seed: int, position: int) -> np.ndarray:
     """-log(-log1p(-u)), its u from Philox4x32-10 in NumPy's unsigned integers: [vocab]."""
-    index = np.arange(-(-vocab // 4), dtype=np.uint64)
+    index = np.arange(cdiv(vocab, 4), dtype=np.uint64)
     low, mask = np.uint64(32), np.uint64(WORD - 1)
     c = [index, *(np.full_like(index, x) for x in (position % WORD, position // WORD % WORD, 0))]
     k = [seed % WORD, seed // WORD % WORD]

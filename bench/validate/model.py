@@ -19,6 +19,7 @@ from bench.validate import timm_judge, transformers_judge
 from bench.validate.comparison import compared, fields, nothing
 from bench.validate.fp64_model import Exact, rounding_to
 from kernels.errors import ImplError, one_line
+from kernels.runtime.arithmetic import cdiv
 from model.decoder import Step
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
@@ -61,7 +62,7 @@ class Work:
         decoder, ids = self.model.decoder, self.mixed
         holes = (ids == self.model.config.tokens.im_patch).nonzero()[:, 0]
         embeddings = self.model.vision(self.views, out=decoder.embed(ids), rows=holes)
-        cache = self.model.new_cache(-(-len(ids) // PAGE_SIZE))
+        cache = self.model.new_cache(cdiv(len(ids), PAGE_SIZE))
         return decoder.logits(decoder(embeddings, Step.of_sequence(0, len(ids), cache), cache))
 
 

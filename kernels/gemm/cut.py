@@ -20,6 +20,8 @@ second launch sums tile by tile, in the order of K.
 from dataclasses import dataclass
 from functools import lru_cache
 
+from kernels.runtime.arithmetic import cdiv
+
 BAND = 16  # with tiles of 128 x 256, 132 programs read as much of the weight as of the other factor
 
 
@@ -40,7 +42,7 @@ class Cut:
         """Partial tiles in the workspace: at most one per program and one per tile of the rest."""
         if not self.rest:
             return 0
-        longest = -(-self.rest // self.lanes)
+        longest = cdiv(self.rest, self.lanes)
         return self.lanes * (-(-longest * self.steps // self.share) + longest - 1)
 
     def work(self, program: int) -> int:
@@ -59,7 +61,7 @@ def cut_of(m_tiles: int, n_tiles: int, steps: int, programs: int, overhead: int)
     are cut only if that gains more.
     """
     tiles = m_tiles * n_tiles
-    band = -(-m_tiles // -(-m_tiles // BAND))
+    band = cdiv(m_tiles, cdiv(m_tiles, BAND))
     whole = tiles // programs * programs
     rest = tiles - whole
     if rest:
@@ -74,7 +76,7 @@ def _lanes(rest: int, most: int, steps: int, programs: int) -> tuple[int, int]:
     """How many lanes and each program's share: the most lanes that lengthen it by at most 2 %."""
 
     def share(lanes: int) -> int:
-        return -(-(-(-rest // lanes) * steps) // (programs // lanes))
+        return cdiv(cdiv(rest, lanes) * steps, programs // lanes)
 
     shares = {lanes: share(lanes) for lanes in range(1, min(most, rest) + 1)}
     least = min(shares.values())

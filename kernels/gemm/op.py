@@ -24,7 +24,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gemm.cut import cut_of
 from kernels.gemm.kernel import gemm_kernel, merge_stretches_kernel
-from kernels.runtime.dispatch import DTYPES, check, copyable
+from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.dispatch import check, copyable
+from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.grids import Grid, tokens_of
 from kernels.runtime.tensor_cache import kept
 from kernels.runtime.tiles import Gpu, Tiles, gpu_of, tiles
@@ -102,7 +104,7 @@ def check_placing(
 
 def halved(grids: Sequence[Grid]) -> list[Grid]:
     """The grids that a convolution leaves."""
-    return [(-(-rows // 2), -(-columns // 2)) for rows, columns in grids]
+    return [(cdiv(rows, 2), cdiv(columns, 2)) for rows, columns in grids]
 
 
 @kept(64)
@@ -155,9 +157,9 @@ def _launch(
     chosen = _tiles_of(x, count, width, taps)
     block_m, block_n, block_k = (chosen[f"block_{axis}"] for axis in "mnk")
     cut = cut_of(
-        triton.cdiv(count, block_m),
-        triton.cdiv(width, block_n),
-        steps=taps * triton.cdiv(channels, block_k),
+        cdiv(count, block_m),
+        cdiv(width, block_n),
+        steps=taps * cdiv(channels, block_k),
         programs=gpu_of(x.device).sms * chosen["programs"],
         overhead=chosen["overhead"],
     )

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dispatch import check, pick
 
 
@@ -53,7 +54,7 @@ def advance_ref(plan: PrefixPlan, positions: Tensor, slots: Tensor) -> None:
 
 def _advance_triton(plan: PrefixPlan, positions: Tensor, slots: Tensor) -> None:
     block = 128
-    advance_kernel[(triton.cdiv(plan.num_rows, block),)](
+    advance_kernel[(cdiv(plan.num_rows, block),)](
         plan.leaf_of_row,
         plan.kv_len,
         plan.causal_offset,

@@ -13,7 +13,8 @@ from kernels.prefix_attention.merge import merge_kernel
 from kernels.prefix_attention.schedule import Cut, schedule_of
 from kernels.prefix_attention.tiles import Kind
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime.dispatch import DTYPES, check
+from kernels.runtime.dispatch import check
+from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.fp8 import converts_e4m3
 from kernels.runtime.pdl import pdl_options
 from kernels.runtime.tiles import Tiles, gpu_of

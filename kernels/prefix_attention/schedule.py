@@ -54,6 +54,7 @@ from kernels.prefix_attention.records import (
     WRITES,
 )
 from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.staging import Packed
 
 
@@ -156,7 +157,7 @@ class Schedule:
         cut = self.cut
         most = self.first_tile.shape[1]
         faults = faults_of(2 * most, self.pieces.device)
-        pieces_kernel[(triton.cdiv(most, 32), 2)](
+        pieces_kernel[(cdiv(most, 32), 2)](
             self.pieces,
             first_tile=self.first_tile,
             large_programs=cut.programs_of(0),
@@ -217,7 +218,7 @@ def _slots(plan: PrefixPlan, cut: Cut, counts: list[int]) -> list[int]:
     if plan.capacity:
         raise ValueError("the batch-invariant mode has no schedule for padded plans")
     # As many as the tiles can grow to have grains.
-    grains = [-(-len(node.pages) * plan.page_size // cut.grain) for node in plan.nodes]
+    grains = [cdiv(len(node.pages) * plan.page_size, cut.grain) for node in plan.nodes]
     tiles = [_tiles_of_size(plan, cut, size) for size in (0, 1)]
     return [cut.kv_heads * sum(grains[node] for node, _, _ in of_size) for of_size in tiles]
 

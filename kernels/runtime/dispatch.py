@@ -10,7 +10,6 @@ from kernels.errors import ImplError
 from kernels.runtime.spans import spanned
 
 IMPLS = ("eager", "portable", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what ops compute with
 
 
 # Set by kernels/compile/launches.py, which records the launches of Triton kernels instead of making

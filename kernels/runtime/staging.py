@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.runtime.arithmetic import cdiv
+
 ALIGNMENT = 16  # bytes: Triton compiles a kernel anew for pointers that stand on fewer
 
 
@@ -31,7 +33,7 @@ class Packed:
         for name, shape in shapes.items():
             size = int(np.prod(shape))
             self._ranges[name] = end, size
-            end += -(-size // step) * step
+            end += cdiv(size, step) * step
         self._buffer = torch.zeros(end, dtype=dtype, device=device)
         self.tensors = {
             name: self._buffer[start : start + size].view(shapes[name])

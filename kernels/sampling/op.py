@@ -11,7 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.runtime.dispatch import DTYPES, check, pick
+from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dtypes import DTYPES, dtype_name
 from kernels.runtime.tiles import Gpu, Tiles, tiles
 from kernels.sampling.kernel import (
     GROUP,
@@ -125,7 +127,7 @@ def sample_ref(
     may round them differently for other shapes and alignments.
     """
     batch, vocab = logits.shape
-    width = -(-vocab // ROW) * ROW
+    width = cdiv(vocab, ROW) * ROW
     scores = logits.new_full((batch, width), -torch.inf, dtype=torch.float32)
     scores[:, :vocab] = logits
     z = scores - scores.amax(1, keepdim=True)
@@ -218,7 +220,7 @@ def sample_triton(
     truncated = top_k > 0 or top_p < 1
     chosen = _scan_tiles(logits, "greedy" if greedy else "truncated" if truncated else "plain")
     block = chosen["block"]
-    blocks = triton.cdiv(vocab, block)
+    blocks = cdiv(vocab, block)
     empty = partial(torch.empty, device=logits.device)
     peaks, sums = empty(batch, blocks), empty(2, batch, blocks)
     winners = empty(batch, blocks, dtype=torch.int32)
@@ -261,7 +263,7 @@ def sample_triton(
 def _cut(rows: dict, sums: Tensor, maxima: Tensor, padded: int, top_k: int, top_p: float) -> Tensor:
     """The depth of each row's cut, int32 [B]."""
     batch, groups = maxima.shape
-    chosen = tiles("sample_cut", _dtype_name(rows["logits"]), maxima.device, _cut_rule)
+    chosen = tiles("sample_cut", dtype_name(rows["logits"].dtype), maxima.device, _cut_rule)
     cuts = maxima.new_empty(batch, dtype=torch.int32)
     sample_cut_kernel[(batch,)](
         **rows, sums=sums, maxima=maxima, cuts=cuts,
@@ -275,7 +277,7 @@ def _cut(rows: dict, sums: Tensor, maxima: Tensor, padded: int, top_k: int, top_
 
 def _scan_tiles(logits: Tensor, work: str) -> Tiles:
     """How rows are split: whatever the batch is, as a row's sums must not depend on its company."""
-    return tiles("sample_scan", f"{_dtype_name(logits)} {work}", logits.device, _scan_rule)
+    return tiles("sample_scan", f"{dtype_name(logits.dtype)} {work}", logits.device, _scan_rule)
 
 
 def _scan_rule(gpu: Gpu) -> Tiles:
@@ -301,10 +303,6 @@ def sample_cut_candidates(key: str, gpu: Gpu) -> list[Tiles]:
         {"tile": tile, "num_warps": warps}
         for tile, warps in ((32, 8), (64, 8), (64, 16), (128, 16))
     ]
-
-
-def _dtype_name(logits: Tensor) -> str:
-    return str(logits.dtype).removeprefix("torch.")
 
 
 def _sample_eager(

@@ -17,7 +17,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.runtime.dispatch import DTYPES, check, copyable
+from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.dispatch import check, copyable
+from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.grids import Grid
 from kernels.runtime.tensor_cache import kept
 from kernels.runtime.tiles import Gpu, Tiles, gpu_of, tiles
@@ -112,7 +114,7 @@ def _rotated(
     count = heads if turn_q else 2 * heads
     turned = qkv.new_empty(len(qkv), count * parts.padded)
     group = math.gcd(count, ROTATE_HEADS)
-    rotate_kernel[(triton.cdiv(len(qkv), ROTATE_ROWS) * (count // group),)](
+    rotate_kernel[(cdiv(len(qkv), ROTATE_ROWS) * (count // group),)](
         qkv,
         turned,
         places,

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from model.config import Config, TokenIds
-from model.terminal import InputError
+from model.errors import InputError
 from model.text.tokenizer import Tokenizer
 from model.vision.image import Views
 

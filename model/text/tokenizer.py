@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.config import Config
-from model.terminal import InputError
+from model.errors import InputError
 
 if TYPE_CHECKING:
     import tokenizers

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from model.config import VisionConfig
-from model.terminal import InputError
+from model.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image

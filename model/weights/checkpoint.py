@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from model.config import Config
-from model.terminal import InputError, track
+from model.errors import InputError
+from model.terminal import track
 from model.weights.hf_config import write_config
 
 INDEX = "model.safetensors.index.json"

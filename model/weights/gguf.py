@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.config import Config, DecoderConfig, TokenIds
-from model.terminal import InputError
+from model.errors import InputError
 from model.weights.hf_config import check_config, check_number
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import Config, DecoderConfig, TokenIds, VisionConfig
-from model.terminal import InputError
+from model.errors import InputError
 
 _DECODER_KEYS = {
     "vocab_size": "vocab_size",

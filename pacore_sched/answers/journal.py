@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from model.terminal import InputError
+from model.errors import InputError
 
 FORMAT = 1
 HEADER = b'{"kind": "header"'  # how a journal begins

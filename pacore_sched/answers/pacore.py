@@ -15,8 +15,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kernels.runtime.arithmetic import cdiv
+from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, page_bytes
-from model.terminal import InputError
 from pacore_sched.answers.journal import Outcome
 from pacore_sched.answers.problem_run import Problem, ProblemRun, Settings
 from pacore_sched.answers.rounds import compact, round_widths
@@ -241,7 +242,7 @@ def engine_for(
 
     Raises InputError if there is no memory for the KV.
     """
-    num_pages = -(-kv_tokens // PAGE_SIZE) if kv_tokens else None
+    num_pages = cdiv(kv_tokens, PAGE_SIZE) if kv_tokens else None
     if num_pages:
         size = num_pages * page_bytes(model.config.decoder, kv_dtype or model.dtype)
         if size > (free := free_bytes(model.device)):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kernels.runtime.spans import begin
-from model.terminal import InputError
+from model.errors import InputError
 from model.text.prompt import build_prompt, image_head_length
 from pacore_sched.answers.journal import Outcome
 from pacore_sched.answers.rounds import round_messages

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.terminal import InputError
+from model.errors import InputError
 
 KEYS = {"id", "question", "messages", "image", "images"}
 

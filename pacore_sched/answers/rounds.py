@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.terminal import InputError
+from model.errors import InputError
 
 if TYPE_CHECKING:
     from jinja2 import Template

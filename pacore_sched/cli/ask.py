@@ -5,7 +5,8 @@ import json
 import sys
 import time
 
-from model.terminal import InputError, progress
+from model.errors import InputError
+from model.terminal import progress
 from model.vision.image import load_image, preprocess
 from pacore_sched.answers.journal import Outcome
 from pacore_sched.answers.pacore import Answer, Pacore

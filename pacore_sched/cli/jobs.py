@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from kernels import __version__
+from kernels.runtime.dtypes import dtype_name
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from model.vision.image import Views, load_image, preprocess
 from pacore_sched.answers.journal import Journal, Outcome, replace_file
 from pacore_sched.answers.pacore import Answer, Pacore
@@ -149,7 +150,7 @@ def _header(
         "version": __version__,
         "model": str(path.resolve()) if path.exists() else options.model,
         "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "kv_dtype": options.kv_dtype,
         "impl": options.impl,
         "questions_sha256": digest,

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from kernels.runtime.dispatch import IMPLS
+from model.errors import InputError
 from model.impls import DTYPES
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.stopping import checked_stops

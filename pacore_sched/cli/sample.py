@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.answers.journal import Outcome
 from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.questions import Question

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from model.config import preset
-from model.terminal import InputError, progress, track
+from model.errors import InputError
+from model.terminal import progress, track
 from pacore_sched.answers.rounds import parse_widths
 from pacore_sched.sched.policy import POLICIES
 from pacore_sched.sim import plots

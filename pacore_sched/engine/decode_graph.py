@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.prefix_plan import Capacity, PrefixPlan
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.lru import Lru
 from kernels.runtime.staging import Packed
 from model.cuda_graph import CudaGraph
@@ -27,7 +28,7 @@ LEVELS = 3  # nodes on a path that there is always room for: images, prompt, rol
 
 def default_buckets(max_running: int) -> tuple[int, ...]:
     """1, 2, 4, 8, and from there on in steps of 8."""
-    last = -(-max_running // 8) * 8
+    last = cdiv(max_running, 8) * 8
     return (*(rows for rows in (1, 2, 4) if rows < max_running), *range(8, last + 1, 8))
 
 

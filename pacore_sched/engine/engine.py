@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kernels.runtime.spans import span, spanned
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.engine.speculation import SiblingDrafts
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES, LaterRoundFirst

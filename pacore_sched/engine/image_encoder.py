@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels.runtime.spans import spanned
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError
 
 if TYPE_CHECKING:
     from model.vision.image import Views

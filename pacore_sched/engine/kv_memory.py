@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from kernels.runtime.arithmetic import cdiv
 from model.config import DecoderConfig
+from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, page_bytes
-from model.terminal import InputError
 
 # Of the memory that is free once the weights are there. The rest of a GPU's is for activations,
 # the images' too, and CUDA graphs; a CPU's is not ours alone.
@@ -35,14 +36,14 @@ def pages_that_fit(
     if not 0 < share <= 1:
         raise InputError(f"the share of memory for KV must be above 0 and at most 1, not {share}")
     size, free = page_bytes(config, dtype), free_bytes(device)
-    fitting, least = int(share * free) // size, -(-max(least_tokens, 1) // PAGE_SIZE)
+    fitting, least = int(share * free) // size, cdiv(max(least_tokens, 1), PAGE_SIZE)
     if fitting < least:
         raise InputError(
             f"KV for {least * PAGE_SIZE} tokens needs {least * size / 1e9:.2f} GB, but of"
             f" {free / 1e9:.2f} GB of free memory {share:.0%} may be used: lower max_tokens,"
             " or take FP8 KV"
         )
-    return max(least, min(fitting, -(-most_tokens // PAGE_SIZE)))
+    return max(least, min(fitting, cdiv(most_tokens, PAGE_SIZE)))
 
 
 def free_bytes(device: torch.device) -> int:

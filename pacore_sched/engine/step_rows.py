@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.sched.plan import StepBatch, plan_step
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Chunk, Rollout, Segment

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import Protocol
 
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.sched.request import Rollout
 
 

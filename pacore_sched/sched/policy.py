@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
+from kernels.runtime.arithmetic import cdiv
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Group, Rollout
 
@@ -125,7 +126,7 @@ class ReserveMax(Fcfs):
         running = [(r.node, r.max_tokens - tree.length(r.node)) for r in view.running]
         come = sum(tree.pages_needed(node, tokens) for node, tokens in running)
         size = tree.page_size  # `pages` holds what is known of the rollout
-        own = -(-rollout.max_tokens // size) + -(-(1 + rollout.asked) // -size)
+        own = cdiv(rollout.max_tokens, size) - (1 + rollout.asked) // size
         return come + pages + own <= tree.free_pages
 
 

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from kernels.runtime.arithmetic import cdiv
+
 
 class OutOfPages(Exception):
     """The pool has fewer free pages than a reservation needs. Nothing was changed."""
@@ -99,7 +101,7 @@ class PrefixTree:
                 f" cannot be cut to {length}"
             )
         entry.length = length
-        used = -(-length // self.page_size)
+        used = cdiv(length, self.page_size)
         self._free.extend(reversed(entry.pages[used:]))
         del entry.pages[used:]
         entry.capacity = used * self.page_size
@@ -141,7 +143,7 @@ class PrefixTree:
         """Pages that appending `new_tokens` to each of some nodes would take."""
         entries = map(self._nodes.__getitem__, nodes)
         lacking = [new_tokens + entry.length - entry.capacity for entry in entries]
-        return sum(-(-tokens // self.page_size) for tokens in lacking if tokens > 0)
+        return sum(cdiv(tokens, self.page_size) for tokens in lacking if tokens > 0)
 
     def room(self, node: int) -> int:
         """Tokens that can be appended to a node before it takes another page."""
@@ -222,7 +224,7 @@ class PrefixTree:
     def _check_node(self, node: int, entry: _Node, children: int) -> None:
         parent = self._nodes.get(entry.parent)
         start = parent.start + parent.length if parent else 0
-        pages = -(-entry.length // self.page_size)
+        pages = cdiv(entry.length, self.page_size)
         orphan = entry.parent is not None and (parent is None or entry.parent >= node)
         for fault, message in (
             (orphan, f"its parent {entry.parent} is not an older node of the tree"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from operator import itemgetter
 
+from kernels.runtime.arithmetic import cdiv
 from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Chunk, Group, Rollout, Segment
@@ -73,7 +74,7 @@ class Scheduler:
         """Pages that the largest rollout of a group takes, with its prompt."""
         size = self.tree.page_size
         own = max(rollout.max_tokens for rollout in group.rollouts)
-        return -(-own // size) + sum(-(-segment.tokens // size) for segment in group.path)
+        return cdiv(own, size) + sum(cdiv(segment.tokens, size) for segment in group.path)
 
     def submit(self, group: Group) -> None:
         """Take in a group. Raises ValueError if one of its rollouts can never fit the pages."""
@@ -279,8 +280,8 @@ class Scheduler:
     def _fits(self, group: Group, *, busy: bool) -> bool:
         """Whether a group's next rollout may start with the free pages, its prompt included."""
         size, rollout = self.tree.page_size, group.waiting[0]
-        pages = -(-(1 + rollout.asked) // size)
-        pages += sum(-(-segment.tokens // size) for segment in group.path if segment.node is None)
+        pages = cdiv(1 + rollout.asked, size)
+        pages += sum(cdiv(segment.tokens, size) for segment in group.path if segment.node is None)
         if self.running or busy:
             return self.policy.admits(rollout, pages, self)
         while pages > self.tree.free_pages:
@@ -354,7 +355,7 @@ class Scheduler:
         """Take the pages from the rollout that the policy names; it keeps its tokens."""
         rollout = self.policy.victim(self.running)
         pages, length = self.tree.pages(rollout.node), self.tree.length(rollout.node)
-        used = pages[: -(-length // self.tree.page_size)]
+        used = pages[: cdiv(length, self.tree.page_size)]
         if len(used) <= self.host_pages:
             self._evicted.append((rollout, used))
             self._moved[rollout] = length
@@ -406,7 +407,7 @@ class Scheduler:
 
     def _forget_moved(self, rollout: Rollout) -> int:
         """Free a rollout's pages on the host; how many they were."""
-        pages = -(-self._moved.pop(rollout) // self.tree.page_size)
+        pages = cdiv(self._moved.pop(rollout), self.tree.page_size)
         self.host_pages += pages
         return pages
 

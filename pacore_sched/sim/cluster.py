@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from model.config import STEP3_VL_10B, Config
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
 from pacore_sched.sim.cost_model import CostModel, RooflineCost, StepWork, kv_capacity
 from pacore_sched.sim.machine import MACHINES, Machine

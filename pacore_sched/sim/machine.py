@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from model.terminal import InputError
+from model.errors import InputError
 
 RESULTS = Path(__file__).resolve().parents[2] / "profiles" / "results"
 COPY_SHARE = 0.90  # of the data sheet's bandwidth

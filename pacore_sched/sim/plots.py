@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from model.terminal import InputError
+from model.errors import InputError
 
 SIZE, DPI = (9.0, 5.0), 130
 DASHES = ("-", "--", "-.")  # beside colours, for print and for those who cannot tell them

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.answers.rounds import round_widths
 from pacore_sched.sim.workload import MAX_TOKENS, Problem
 

@@ -14,7 +14,7 @@ from math import erf, exp, log, sqrt
 
 import numpy as np
 
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.answers.rounds import round_widths
 
 SIGMA_B, SIGMA_W = 0.7, 0.55

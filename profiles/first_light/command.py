@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import jsonl
-from model.terminal import InputError, progress
+from model.errors import InputError
+from model.terminal import progress
 from profiles.first_light.summary import summary
 from profiles.runs.supervisor import Supervisor, stops_on_signals, worker_command
 from profiles.runs.task import (

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import jsonl
-from model.terminal import InputError, table
+from model.errors import InputError
+from model.terminal import table
 from profiles.first_light.decision_table import attention_lines, copy_rate, decisions, good, latest
 from profiles.runs.task import Row, of_origin
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from bench.launch_sites import all_sites
 from bench.tune import check_compiles
 from kernels.runtime.tiles import A100, H200
-from model.terminal import InputError
+from model.errors import InputError
 from profiles.packs.kernel_pack import pack, unpack
 
 # Tables of tile choices are by name: those of an architecture may differ.

@@ -21,7 +21,7 @@ from triton.compiler.compiler import make_backend
 from kernels.compile.cache import entry, is_compiled, sources
 from kernels.compile.worker import Site
 from kernels.runtime.tiles import Gpu
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.engine.compile_ahead import Summary, compile_ahead
 
 MANIFEST = "manifest.json"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from model.terminal import InputError
+from model.errors import InputError
 
 EMPTY = {"", "-", "None", "N/A", "n/a", "nan"}
 IN_US = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "s": 1e6}

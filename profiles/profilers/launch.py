@@ -13,6 +13,7 @@ import torch
 from bench.cases import OPS, cases
 from bench.numerics import form
 from bench.ops import FORMS, MAIN_DTYPE, device_named, dtypes_named, select
+from kernels.runtime.dtypes import dtype_name
 
 WARM_UP = 3
 
@@ -48,7 +49,7 @@ def prepared(options: argparse.Namespace, device: torch.device) -> tuple[str, Ca
     dtype = given[0] if given else MAIN_DTYPE[device.type]
     inputs = case.inputs(0, device, dtype)
     call = form(case.op, options.impl)(inputs) if options.impl else partial(OPS[case.op], **inputs)
-    shown = str(dtype).removeprefix("torch.")
+    shown = dtype_name(dtype)
     return f"{case.op}, {case.name}, {options.impl or 'best form'}, {shown}", call
 
 

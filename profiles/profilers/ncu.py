@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from model.terminal import InputError
+from model.errors import InputError
 from profiles.profilers import ncu_summary
 from profiles.profilers.launch import add_case_arguments
 from profiles.profilers.tools import check_gpu, exported, reported, show, tool

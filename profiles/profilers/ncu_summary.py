@@ -10,7 +10,8 @@ those present counts.
 import re
 from collections.abc import Sequence
 
-from model.terminal import InputError, table
+from model.errors import InputError
+from model.terminal import table
 from profiles.profilers.exports import Table, number, tables
 
 DURATION = "gpu__time_duration.sum"

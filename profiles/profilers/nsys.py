@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.terminal import InputError
+from model.errors import InputError
 from profiles.profilers import nsys_summary
 from profiles.profilers.tools import exported, reported, show, spans_in_nvtx, tool
 

@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from kernels.runtime.spans import DOMAIN, family
-from model.terminal import InputError, table
+from model.errors import InputError
+from model.terminal import table
 from profiles.profilers.exports import Table, tables
 
 REPORTS = {

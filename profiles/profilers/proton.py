@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from bench.ops import device_named
-from model.terminal import InputError, table
+from model.errors import InputError
+from model.terminal import table
 from profiles.profilers.launch import WARM_UP, add_case_arguments, prepared
 from profiles.profilers.tools import INSTEAD, check_gpu
 

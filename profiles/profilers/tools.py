@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from kernels.runtime.spans import VARIABLE
-from model.terminal import InputError
+from model.errors import InputError
 
 INSTEAD = "`python -m profiles torch` needs PyTorch alone"
 PACKAGES = {"nsys": "Nsight Systems", "ncu": "Nsight Compute"}

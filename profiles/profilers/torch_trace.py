@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.decode import DecodeCase
 from bench.ops import MAIN_DTYPE, device_named
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.spans import span, use
+from model.errors import InputError
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.sched.request import Sampling
 from profiles.profilers import trace_summary
@@ -115,7 +116,7 @@ def decoding(
     """An engine all of whose rollouts decode; yields its step."""
     model = Step3VL.from_preset(preset, device=device, dtype=MAIN_DTYPE[device.type])
     tokens = case.suffix + WARM_UP + steps + 2
-    pages = -(-case.prefix // PAGE_SIZE) + case.batch * (-(-tokens // PAGE_SIZE) + 1)
+    pages = cdiv(case.prefix, PAGE_SIZE) + case.batch * (cdiv(tokens, PAGE_SIZE) + 1)
     engine = engine_for(model, kv_tokens=pages * PAGE_SIZE, max_running=case.batch)
     with engine.executor as executor:
         if not graphs:

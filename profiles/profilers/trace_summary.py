@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from kernels.runtime.spans import family
-from model.terminal import InputError, table
+from model.errors import InputError
+from model.terminal import table
 
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")

@@ -28,8 +28,8 @@ from bench.timing import keep_freed_memory
 from kernels.runtime.tiles import gpu_of
 from model.config import PRESETS
 from model.cuda_graph import failed_capture
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from model.vision.tower import VisionTower
 from pacore_sched.engine.compile_ahead import compile_ahead
 from profiles.packs.kernel_pack import unpack

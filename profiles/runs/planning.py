@@ -10,8 +10,9 @@ from bench.cases import Case, cases, numerics_cases
 from bench.ops import DTYPES, FORMS, MAIN_DTYPE, TIMED_DTYPES, forms_of
 from bench.pairs import CHECKED_DTYPE, checks, pairs
 from kernels.runtime.dispatch import IMPLS
+from kernels.runtime.dtypes import dtype_name
 from model.config import PRESETS
-from model.terminal import InputError
+from model.errors import InputError
 from profiles.runs import pytest_tasks
 from profiles.runs.task import Task
 
@@ -44,10 +45,10 @@ def record(
     Raises InputError for a form that nothing has.
     """
     _check_forms(forms, device.type)
-    main = _name(MAIN_DTYPE[device.type])
+    main = dtype_name(MAIN_DTYPE[device.type])
     wanted = tuple(forms)
     roofs = [
-        Task("roofline", "roofline", "copy, matrix product", _name(dtype))
+        Task("roofline", "roofline", "copy, matrix product", dtype_name(dtype))
         for dtype in TIMED_DTYPES[device.type]
     ]
     measured = (
@@ -68,7 +69,7 @@ def first_light(device: torch.device, packed: bool = False) -> list[Task]:
     packed: whether the kernels came compiled
     """
     on_gpu = device.type == "cuda"
-    main = _name(MAIN_DTYPE[device.type])
+    main = dtype_name(MAIN_DTYPE[device.type])
     numerics = _first_numerics(device.type)
     tests = [Task("tests", "test", name, limit_s=45) for name in pytest_tasks.collected()]
     roof = Task("roofline", "roofline", "copy, matrix product", main, limit_s=20)
@@ -108,9 +109,9 @@ def _first_numerics(device_type: str) -> Iterator[Task]:
     for dtype in DTYPES:
         for case in numerics_cases():
             for form in ("triton", *case.modes) if device_type == "cuda" else ("portable",):
-                yield Task("numerics", case.op, case.name, _name(dtype), (form,), limit_s=20)
+                yield Task("numerics", case.op, case.name, dtype_name(dtype), (form,), limit_s=20)
     for case, forms in checks(device_type):
-        yield Task("numerics", case.op, case.name, _name(CHECKED_DTYPE), forms, limit_s=20)
+        yield Task("numerics", case.op, case.name, dtype_name(CHECKED_DTYPE), forms, limit_s=20)
 
 
 def _deciding(device_type: str, main: str) -> Iterator[Task]:
@@ -133,7 +134,7 @@ def _numerics(device_type: str, wanted: tuple[str, ...]) -> Iterator[Task]:
     for dtype in DTYPES:
         for case in numerics_cases():
             forms = _of(wanted, _ours(case, device_type))
-            yield Task("numerics", case.op, case.name, _name(dtype), forms, limit_s=60)
+            yield Task("numerics", case.op, case.name, dtype_name(dtype), forms, limit_s=60)
 
 
 def _ops(device_type: str, wanted: tuple[str, ...], peers: bool, anyway: bool) -> Iterator[Task]:
@@ -141,7 +142,9 @@ def _ops(device_type: str, wanted: tuple[str, ...], peers: bool, anyway: bool) -
     for case in cases(device_type):
         quick = [name for name in case.peers if name in QUICK_PEERS] if peers else []
         forms = forms_of(case, wanted) if wanted else (*_ours(case, device_type), *quick)
-        yield Task("ops", case.op, case.name, _name(MAIN_DTYPE[device_type]), forms, 90, arguments)
+        yield Task(
+            "ops", case.op, case.name, dtype_name(MAIN_DTYPE[device_type]), forms, 90, arguments
+        )
 
 
 def _steps(
@@ -156,7 +159,7 @@ def _steps(
 ) -> Iterator[Task]:
     """Tasks of a whole model: "decode" steps, or "engine" steps."""
     preset, sizes, *length = {"decode": DECODE, "engine": ENGINE}[section][device_type]
-    main = _name(MAIN_DTYPE[device_type])
+    main = dtype_name(MAIN_DTYPE[device_type])
     for size in sizes:
         arguments = {"preset": preset, "sizes": size}
         if section == "decode":
@@ -208,7 +211,3 @@ def _round_robin(found: Sequence[Case]) -> list[Case]:
     for case in found:
         by_op.setdefault(case.op, []).append(case)
     return [case for row in zip_longest(*by_op.values()) for case in row if case]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -19,7 +19,8 @@ from itertools import groupby
 from pathlib import Path
 
 from bench import jsonl
-from model.terminal import InputError, progress
+from model.errors import InputError
+from model.terminal import progress
 from profiles.runs.supervisor import Supervisor, stops_on_signals, worker_command
 from profiles.runs.task import ORIGIN, OUT_OF_TIME, STOPPED, Row, Task, outstanding, select
 

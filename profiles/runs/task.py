@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from model.terminal import InputError
+from model.errors import InputError
 
 ORIGIN = ("device", "commit", "torch", "triton", "driver", "schema")  # fields of a row
 Key = tuple[str, str, str | None]  # op, case, dtype

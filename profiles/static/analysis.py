@@ -30,6 +30,7 @@ from bench.numerics import form
 from kernels.compile.launches import Launch, compiler, launches_recorded
 from kernels.compile.unfilled import unfilled
 from kernels.errors import ImplError, one_line
+from kernels.runtime.dtypes import dtype_name
 from kernels.runtime.tiles import A100, H200, Gpu, Tiles, record_tiles, use_tiles
 from model.terminal import track
 from profiles.static import loop_figures
@@ -273,7 +274,7 @@ def _dtype(launch: Launch) -> str:
     tensors = [
         value for value in (*launch.args, *launch.kwargs.values()) if isinstance(value, Tensor)
     ]
-    names = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    names = {dtype_name(tensor.dtype) for tensor in tensors}
     plain = {
         name for name in names if name == "float32" or not name.startswith(("float", "bfloat"))
     }

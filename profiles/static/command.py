@@ -16,7 +16,7 @@ import triton
 from bench import jsonl, show
 from bench.cases import OPS
 from bench.tune import check_compiles
-from model.terminal import InputError
+from model.errors import InputError
 from profiles.static import analysis as static
 from profiles.static import loop_figures
 

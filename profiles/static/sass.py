@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from triton import knobs
 from triton.compiler import CompiledKernel
 
+from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.tiles import Gpu
 
 # Of an SM, sm_80 and sm_90 alike. Registers are given to a warp in units of 256 and lie in four
@@ -68,9 +69,9 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def programs_per_sm(registers: int, shared_bytes: int, num_warps: int, gpu: Gpu) -> int:
     """How many programs of a kernel an SM holds at once; 0 if not even one fits."""
-    of_warp = -(-max(registers, 1) * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    of_warp = cdiv(max(registers, 1) * 32, REGISTER_UNIT) * REGISTER_UNIT
     by_registers = REGISTERS_PARTITION // of_warp * PARTITIONS // num_warps
-    of_program = -(-shared_bytes // SHARED_UNIT) * SHARED_UNIT + SHARED_RESERVED
+    of_program = cdiv(shared_bytes, SHARED_UNIT) * SHARED_UNIT + SHARED_RESERVED
     by_shared = gpu.shared_bytes_sm // of_program
     return min(by_registers, by_shared, MAX_WARPS // num_warps, MAX_PROGRAMS)
 

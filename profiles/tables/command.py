@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import rows
-from model.terminal import InputError, table
+from model.errors import InputError
+from model.terminal import table
 from profiles.tables import readme as readme_tables
 from profiles.tables import switches as switch_tables
 

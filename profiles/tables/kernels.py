@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from model.terminal import InputError
+from model.errors import InputError
 from profiles.tables.markdown import Row, markdown
 
 ARCHS = (90, 80)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench import jsonl
-from model.terminal import InputError
+from model.errors import InputError
 
 Row = dict
 

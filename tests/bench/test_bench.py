@@ -23,8 +23,8 @@ from bench.peers.sdpa_peer import sdpa
 from bench.poison import PoisonedError
 from kernels.errors import ImplError
 from model.config import PRESETS
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError
 
 CPU = torch.device("cpu")
 FIELDS = [

@@ -29,7 +29,7 @@ from bench.cases import OPS, cases, numerics_cases
 from bench.decode import DecodeCase
 from kernels.runtime.spans import span
 from model.config import PRESETS
-from model.terminal import InputError
+from model.errors import InputError
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,8 @@ from bench import rows
 from bench.compare import command as compare
 from bench.compare import turns
 from bench.compare.slowdown import judged, unpaired
-from model.terminal import InputError, Parser
+from model.errors import InputError
+from model.terminal import Parser
 
 THRESHOLD = 0.1
 

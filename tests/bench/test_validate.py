@@ -17,7 +17,8 @@ from bench.validate import fp64, histogram, timm_judge
 from bench.validate import model as validate_model
 from bench.validate.comparison import EDGES, compared
 from bench.validate.model import Work
-from model.terminal import InputError, Parser
+from model.errors import InputError
+from model.terminal import Parser
 
 CPU = torch.device("cpu")
 SMALL = ("--op", "rms_norm", "--shape", "T1 C97 alone")

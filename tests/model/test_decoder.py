@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from kernels.prefix_plan import PlanNode, PrefixPlan
 from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
 from model.decoder import Step
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from tests.support.errors import max_error
 
 SHAPE = {

@@ -8,9 +8,9 @@ from PIL import Image
 
 from kernels.errors import ImplError
 from kernels.runtime import dispatch
+from model.errors import InputError
 from model.impls import OPS
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from model.text.prompt import build_prompt
 from model.vision.image import load_image, preprocess
 

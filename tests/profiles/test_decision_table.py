@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import jsonl, linears, pairs
-from model.terminal import InputError
+from model.errors import InputError
 from profiles import __main__ as command
 from profiles.first_light import decision_table
 from profiles.first_light.decision_table import BATCHES, FP8_CASE, TABLE, decisions, latest

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import jsonl
-from model.terminal import InputError
+from model.errors import InputError
 from profiles import __main__ as command
 from profiles.first_light import command as first_light
 from profiles.first_light.command import STAGES, _stage

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.terminal import InputError, Parser
+from model.errors import InputError
+from model.terminal import Parser
 from profiles.profilers import launch, ncu
 from profiles.profilers.ncu_summary import display, summarise
 

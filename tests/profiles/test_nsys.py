@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from model.terminal import InputError, Parser
+from model.errors import InputError
+from model.terminal import Parser
 from profiles.profilers import nsys, tools
 from profiles.profilers.exports import number, tables
 from profiles.profilers.nsys_summary import display, summarise

@@ -13,7 +13,7 @@ import torch
 
 from bench import jsonl
 from bench.cases import OPS
-from model.terminal import InputError
+from model.errors import InputError
 from profiles import __main__ as command
 from profiles.runs import supervisor as supervisor_module
 from profiles.runs.planning import record as planned_tasks

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from bench import jsonl
-from model.terminal import InputError, Parser
+from model.errors import InputError
+from model.terminal import Parser
 from profiles.tables import command as tables
 from profiles.tables.gpu import NONE_YET, gpus
 from profiles.tables.kernels import Kernel, chosen, kernel_table

@@ -10,7 +10,8 @@ import json
 import pytest
 import torch
 
-from model.terminal import InputError, Parser
+from model.errors import InputError
+from model.terminal import Parser
 from profiles.profilers import proton, torch_trace
 from profiles.profilers.trace_summary import OUTSIDE, display, summarise
 

@@ -17,7 +17,7 @@ from kernels.runtime import dispatch
 from kernels.runtime import tiles as tile_tables
 from kernels.runtime.dispatch import pick
 from kernels.runtime.tiles import H200, Gpu, tiles
-from model.terminal import InputError
+from model.errors import InputError
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 RULE = {"block": 64, "num_warps": 4}

@@ -17,7 +17,8 @@ import torch
 from bench.peers import PEERS, bundle, command, install, prepare
 from bench.peers.bundle import BUILT, Bundle, Item, pack
 from bench.peers.prepare import Failed
-from model.terminal import InputError, Parser
+from model.errors import InputError
+from model.terminal import Parser
 
 OBJECT = "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
 ITEMS = {

@@ -15,7 +15,8 @@ from bench.report import command as report
 from bench.report import rows as report_rows
 from bench.report import tables as report_tables
 from bench.report.sections import SECTIONS
-from model.terminal import InputError, Parser
+from model.errors import InputError
+from model.terminal import Parser
 from tests.support.report_rows import every_kind, heat, row
 
 pytest.importorskip("matplotlib")

@@ -13,7 +13,7 @@ from bench import __main__ as command
 from bench import vision_cost
 from kernels.gemm.cut import cut_of
 from kernels.runtime.tiles import H200
-from model.terminal import InputError
+from model.errors import InputError
 from tests.support import ROOT
 
 

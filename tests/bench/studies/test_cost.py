@@ -15,7 +15,7 @@ from bench.roofline import Roofline
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention.schedule import Cut, Schedule
 from kernels.runtime.tiles import H200, Gpu, assume_gpu
-from model.terminal import InputError
+from model.errors import InputError
 
 PAGE = 8
 FORESTS = {

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import preset
-from model.terminal import InputError
+from model.errors import InputError
 from model.text.prompt import CHATML, build_prompt, image_head_length, image_ids
 from model.text.tokenizer import Tokenizer
 from model.vision.image import Views

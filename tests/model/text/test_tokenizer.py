@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from model.config import preset
-from model.terminal import InputError
+from model.errors import InputError
 from model.text.tokenizer import Tokenizer
 from model.weights.gguf import smollm2_path
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model.config import preset
-from model.terminal import InputError
+from model.errors import InputError
 from model.text.prompt import image_ids
 from model.vision.image import MEAN, STD, crop_layout, load_image, preprocess
 from tests.support.errors import max_error

@@ -7,8 +7,8 @@ from torch import Tensor
 from bench.validate import timm_judge, transformers_judge
 from kernels.vision_attention import vision_attention
 from model.config import TINY
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from model.text.prompt import image_ids
 from model.vision.image import Views
 from tests.support.errors import max_error

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from model.config import TINY, Config, DecoderConfig
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from model.weights import checkpoint
 from model.weights.checkpoint import INDEX, copy_tensors, load_checkpoint, save_checkpoint
 from model.weights.hf_config import read_config

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from model.config import SMOLLM2_135M, DecoderConfig
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from model.weights.gguf import read_gguf, smollm2_path
 
 gguf = pytest.importorskip("gguf")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
 from model.config import PRESETS, STEP3_VL_10B, TINY, Config, DecoderConfig, TokenIds, VisionConfig
-from model.terminal import InputError
+from model.errors import InputError
 from model.weights.hf_config import read_config, write_config
 
 # The keys of the published StepVL config.json, at the 10B's sizes where a key has any.

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.answers import journal as journal_module
 from pacore_sched.answers.journal import Journal, Outcome, replace_file
 from tests.support import ROOT

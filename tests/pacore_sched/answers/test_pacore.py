@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import TINY
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from model.text.prompt import build_prompt
 from model.text.tokenizer import Tokenizer
 from model.vision.image import Views

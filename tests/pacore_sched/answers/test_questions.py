@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.answers.questions import Question, read_questions
 
 

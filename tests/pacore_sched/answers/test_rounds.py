@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.answers import rounds
 
 # The released template's structure and variable names around sentences of no meaning.

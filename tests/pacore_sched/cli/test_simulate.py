@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from model.terminal import InputError, Parser
+from model.errors import InputError
+from model.terminal import Parser
 from pacore_sched.cli import simulate
 from pacore_sched.sim.report import gains, geometric_mean
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from model.text.prompt import build_prompt
 from model.vision.image import load_image, preprocess
 from pacore_sched.engine.engine import Engine

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model.config import PRESETS
+from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, KVCache, page_bytes
-from model.terminal import InputError
 from pacore_sched.engine import kv_memory
 from pacore_sched.engine.kv_memory import pages_that_fit
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import TINY
-from model.terminal import InputError
+from model.errors import InputError
 from model.text.tokenizer import Tokenizer
 from pacore_sched.engine.stopping import Stopping, checked_stops
 from pacore_sched.sched.request import Group, Rollout, Sampling

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import SMOLLM2_135M, STEP3_VL_10B
+from model.errors import InputError
 from model.step3vl import Step3VL
-from model.terminal import InputError
 from pacore_sched.sim.calibration import fit, nonnegative_least_squares
 from pacore_sched.sim.cost_model import (
     RooflineCost,

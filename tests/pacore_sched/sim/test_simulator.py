@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from model.config import TINY
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import POLICIES, LaterRoundFirst

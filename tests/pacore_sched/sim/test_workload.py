@@ -7,7 +7,7 @@ from math import log
 import numpy as np
 import pytest
 
-from model.terminal import InputError
+from model.errors import InputError
 from pacore_sched.sim.trace import read_trace, trace_problems
 from pacore_sched.sim.workload import (
     WORKLOADS,

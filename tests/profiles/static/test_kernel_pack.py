@@ -23,7 +23,8 @@ from triton.runtime import cache
 from bench.cases import TINY, cases, numerics_cases
 from bench.launch_sites import check_sites, launch_case
 from kernels.runtime.tiles import H200
-from model.terminal import InputError, Parser
+from model.errors import InputError
+from model.terminal import Parser
 from pacore_sched.engine.compile_ahead import Summary
 from pacore_sched.engine.launch_sites import launch_graph
 from profiles.packs import command as kernels_command

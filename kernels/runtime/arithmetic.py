@@ -1,0 +1,6 @@
+"""Integer arithmetic that rooms without Triton share."""
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up, for b > 0; of NumPy arrays, element by element."""
+    return -(-a // b)
