@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import gate, jsonl, listing
+from bench.bundles import command as peers
 from bench.commands import COMMANDS, TIME_BUDGET_S, filter_arguments
 from bench.compare import command as compare
 from bench.ops import device_named
-from bench.peers import command as peers
 from bench.poison import PoisonedError
 from bench.report import command as report
 from bench.timing import keep_freed_memory

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.plan_node import PlanNode
+from kernels.prefix_plan import PrefixPlan
 from kernels.projector import fold, output_tokens
 from kernels.runtime.fp8 import quantise_e4m3
 from kernels.runtime.grids import Grid, tokens_of

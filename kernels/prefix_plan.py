@@ -15,7 +15,7 @@ A decode step's plan may be padded: made for a `Capacity`, it keeps its tensors 
 while `refill` gives it other nodes, so that a captured CUDA graph can serve whoever is running.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
@@ -24,19 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.plan_node import PlanNode
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.staging import Packed, on_device
-
-
-@dataclass(frozen=True)
-class PlanNode:
-    """One node on the host: page ids, tokens held, rows [row_start, row_end), new tokens."""
-
-    pages: Sequence[int]
-    kv_len: int
-    row_start: int
-    row_end: int
-    num_new: int = 0  # tokens of this step written into the node: its first rows
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from kernels.activation import gate_and_up, silu_mul
 from kernels.norm import rms_norm
+from kernels.plan_node import PlanNode
 from kernels.prefix_attention.advance import advance
-from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.prefix_plan import PrefixPlan
 from kernels.rotary_attention import rotary_attention
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.spans import span, spanned

@@ -261,11 +261,7 @@ class Step3VL(nn.Module):
         return [[*views.crops, views.image] for views in prepared]
 
     def _preprocessed(self, image: object) -> "Views":
-        from model.vision.image import (  # needs PIL
-            Views,
-            load_image,
-            preprocess,
-        )
+        from model.vision.image import Views, load_image, preprocess  # needs PIL
 
         return (
             image if isinstance(image, Views) else preprocess(load_image(image), self.config.vision)

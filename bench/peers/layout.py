@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bench.peers.peer import Unavailable
-from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.plan_node import PlanNode
+from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.arithmetic import cdiv
 
 NOTHING = PlanNode((), 0, 0, 0)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.peers.peer import Unavailable
-from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.plan_node import PlanNode
+from kernels.prefix_plan import PrefixPlan
 
 
 def sdpa(inputs: dict, *, backend: str | None = None) -> Callable[[], Tensor]:

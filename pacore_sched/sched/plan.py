@@ -6,7 +6,7 @@ Made of ints; the executor turns it into tensors. What a step shall do is not de
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kernels.prefix_plan import PlanNode
+from kernels.plan_node import PlanNode
 from pacore_sched.sched.prefix_tree import PrefixTree
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.plan_node import PlanNode
+from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
 from model.decoder import Step
 from model.errors import InputError

@@ -1,10 +1,11 @@
-"""The rooms import one way, modules form no cycle, and each room keeps out what it must not know.
+"""The rooms import one way, nothing forms a cycle, and each room keeps out what it must not know.
 
 The rules are read off the source, so imports inside functions count too. A check takes a mapping
 from module names to source text; each is shown to fail on a planted source.
 """
 
 import ast
+from collections.abc import Container, Iterable
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -12,46 +13,52 @@ import pytest
 from tests.support import ROOT
 
 ROOMS = ("kernels", "model", "pacore_sched", "bench", "profiles")  # each may import those before it
+
+# A package, or a module, and what it reaches neither itself nor through what it imports.
 FORBIDDEN = {
     "kernels": {"transformers"},
-    "pacore_sched.sched.prefix_tree": {"torch"},
-    "pacore_sched.answers.rounds": {"torch"},
-    "pacore_sched.sched.plan": {"torch"},
-    "pacore_sched.sched.policy": {"torch"},
-    "pacore_sched.sched.scheduler": {"torch"},
-    "pacore_sched.sched.request": {"torch"},
-    "pacore_sched.engine.step_rows": {"torch"},
+    "kernels.errors": {"torch"},
+    "kernels.plan_node": {"torch"},
+    "model.config": {"torch"},
+    "model.errors": {"torch"},
+    "model.terminal": {"torch"},
+    "pacore_sched.sched": {"torch"},
+    "pacore_sched.sim": {"torch"},
     "pacore_sched.engine.speculation": {"torch"},
-    "pacore_sched.sim.cost_model": {"torch"},
-    "pacore_sched.sim.workload": {"torch"},
-    "pacore_sched.sim.simulator": {"torch"},
-    "pacore_sched.sim.cluster": {"torch"},
-    "pacore_sched.sim.metrics": {"torch"},
+    "pacore_sched.engine.step_rows": {"torch"},
     "pacore_sched.engine.stopping": {"torch"},
-    "pacore_sched.answers.questions": {"torch"},
     "pacore_sched.answers.journal": {"torch"},
+    "pacore_sched.answers.questions": {"torch"},
+    "pacore_sched.answers.rounds": {"torch"},
+    "pacore_sched.cli.simulate": {"torch"},
+    "profiles.first_light": {"torch"},
+    "profiles.runs.record": {"torch"},
 }
 
 
 def sources() -> dict[str, str]:
-    """Module name -> source text, for every module of every room."""
+    """Module name -> source text, for every module of every room; a package's has its name."""
     return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text()
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): (
+            path.read_text()
+        )
         for room in ROOMS
         for path in sorted((ROOT / room).rglob("*.py"))
     }
 
 
-def imports(module: str, source: str) -> set[str]:
-    """Every name that `module` imports anywhere: `from a import b` counts as "a" and as "a.b"."""
-    names = set()
+def imports(module: str, source: str, modules: Container[str] = ()) -> set[str]:
+    """Every name that `module` imports anywhere: `from a import b` counts as "a" and as "a.b", or
+    as "a.b" alone if that is one of `modules`."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             above = module.split(".")[: -node.level] if node.level else []
             base = ".".join([*above, *filter(None, [node.module])])
-            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            full = {f"{base}.{alias.name}" for alias in node.names}
+            names |= full if all(name in modules for name in full) else {base} | full
     return names
 
 
@@ -67,26 +74,63 @@ def wrong_directions(modules: dict[str, str]) -> list[str]:
     return wrong
 
 
-def cycle(modules: dict[str, str]) -> list[str]:
-    """The modules of one import cycle, or [] if there is none."""
-    graph = {m: (imports(m, source) & modules.keys()) - {m} for m, source in modules.items()}
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        return error.args[1]
-    return []
+def cycles(modules: dict[str, str]) -> list[list[str]]:
+    """The import cycles among what stands side by side in a folder, modules and packages alike.
+
+    A package's own `__init__` stands beside its modules, which every import of them runs first.
+    """
+    graphs: dict[str, dict[str, set[str]]] = {}
+    for module, source in modules.items():
+        for name in imports(module, source, modules) & modules.keys():
+            shared, ours, theirs = _where_they_part(module, name)
+            if ours != theirs:
+                graphs.setdefault(shared, {}).setdefault(ours, set()).add(theirs)
+    found = []
+    for graph in graphs.values():
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            found.append(error.args[1])
+    return found
+
+
+def _where_they_part(module: str, name: str) -> tuple[str, str, str]:
+    """The deepest folder that holds both, and what they are or lie in there."""
+    ours, theirs = module.split("."), name.split(".")
+    same = 0
+    while same < min(len(ours), len(theirs)) and ours[same] == theirs[same]:
+        same += 1
+    return ".".join(ours[:same]), ".".join(ours[: same + 1]), ".".join(theirs[: same + 1])
 
 
 def forbidden_imports(modules: dict[str, str]) -> list[str]:
-    """The imports that FORBIDDEN rules out, made by a module itself."""
+    """How modules reach what FORBIDDEN keeps from them, by way of which others."""
     return [
-        f"{module} imports {name}"
-        for module, source in modules.items()
+        " imports ".join(chain)
         for scope, forbidden in FORBIDDEN.items()
+        for module in modules
         if module == scope or module.startswith(f"{scope}.")
-        for name in imports(module, source)
-        if name.split(".")[0] in forbidden
+        if (chain := _chain(module, forbidden, modules))
     ]
+
+
+def _chain(start: str, wanted: Iterable[str], modules: dict[str, str]) -> list[str]:
+    """The shortest chain of imports from a module to one of `wanted`; [] if there is none."""
+    came_from: dict[str, str] = {}
+    waiting = [start]
+    for module in waiting:
+        for name in sorted(imports(module, modules[module])):
+            parts = name.split(".")
+            for prefix in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
+                if prefix in wanted:
+                    chain = [prefix, module]
+                    while chain[-1] != start:
+                        chain.append(came_from[chain[-1]])
+                    return chain[::-1]
+                if prefix in modules and prefix != start and prefix not in came_from:
+                    came_from[prefix] = module
+                    waiting.append(prefix)
+    return []
 
 
 def test_imports_go_one_way():
@@ -95,28 +139,32 @@ def test_imports_go_one_way():
 
 
 def test_no_import_cycles():
-    """Guards against two modules that can only be understood, and imported, together."""
-    assert cycle(sources()) == []
+    """Guards against two modules or packages that can only be understood together."""
+    assert cycles(sources()) == []
 
 
 def test_forbidden_imports():
-    """Guards `kernels` against transformers, and the scheduler's bookkeeping against torch."""
+    """Guards `kernels` against transformers, and the scheduler and the simulator against torch."""
     assert forbidden_imports(sources()) == []
+    assert all(any(name.startswith(scope) for name in sources()) for scope in FORBIDDEN)
 
 
-def test_packages_are_the_rooms():
-    """Guards setup.py against a room that an installed copy would lack."""
-    setup = ast.parse((ROOT / "setup.py").read_text())
-    packages = next(
-        ast.literal_eval(node.value)
-        for node in ast.walk(setup)
-        if isinstance(node, ast.keyword) and node.arg == "packages"
-    )
-    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-    nested = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*/__init__.py")}
-    inside = {".".join(path.relative_to(ROOT).parts) for path in nested}
-    assert set(ROOMS) == folders
-    assert set(packages) == folders | inside
+def test_every_folder_is_a_package():
+    """Guards the wheel against a folder that setup.py's find_packages passes over."""
+    folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == {*ROOMS, "tests"}
+
+
+def test_no_private_module_is_shared():
+    """Guards the meaning of a leading underscore: what another package imports has none."""
+    private = [
+        f"{module} imports {name}"
+        for module, source in sources().items()
+        for name in imports(module, source) & sources().keys()
+        if name.rpartition(".")[2].startswith("_") and not name.endswith(".__main__")
+    ]
+    assert private == []
 
 
 @pytest.mark.parametrize(
@@ -134,9 +182,8 @@ def test_packages_are_the_rooms():
 def test_wrong_direction_is_found(source):
     """Guards the check itself: each way to write an import is seen."""
     assert wrong_directions({"kernels.norm": source})
-    assert not wrong_directions(
-        {"profiles.profilers.ncu": source.replace("tests.conftest", "model")}
-    )
+    in_last = source.replace("tests.conftest", "model")
+    assert not wrong_directions({"profiles.profilers.ncu": in_last})
 
 
 @pytest.mark.parametrize(
@@ -146,17 +193,45 @@ def test_wrong_direction_is_found(source):
         {"model.a": "from model import b", "model.b": "import model.a"},
         {"model.a": "def f():\n    from .b import x", "model.b": "from . import a"},
         {"model.a": "import model.b", "model.b": "import model.c", "model.c": "import model.a"},
+        {  # of packages, though their modules form none
+            "model.b": "from model.p import two",
+            "model.p.one": "import model.b",
+            "model.p.two": "",
+            "model.p": "",
+        },
+        {
+            "model.p.one": "import model.q.one",
+            "model.q.one": "",
+            "model.q.two": "import model.p.two",
+            "model.p.two": "",
+            "model.b": "",
+        },
     ],
 )
 def test_cycle_is_found(planted):
     """Guards the check itself, also against relative and deferred imports."""
-    assert cycle(planted)
-    assert not cycle({**planted, "model.b": ""})
+    assert cycles(planted)
+    assert not cycles({**planted, "model.b": "", "model.q.two": ""})
 
 
 def test_forbidden_import_is_found():
     """Guards the check itself: the rule for a package holds for its modules, and only for them."""
     assert forbidden_imports({"kernels.norm": "def f():\n    import transformers.models"})
-    assert forbidden_imports({"pacore_sched.answers.rounds": "from torch import Tensor"})
+    assert forbidden_imports({"pacore_sched.sched.plan": "from torch import Tensor"})
     assert not forbidden_imports({"pacore_sched.engine.engine": "import torch"})
-    assert not forbidden_imports({"model.weights": "import transformers"})
+    assert not forbidden_imports({"model.weights.gguf": "import transformers"})
+
+
+def test_forbidden_import_is_found_through_others():
+    """Guards the check itself: a module is not free of torch if what it imports, or the package
+    that this lies in, is not."""
+    through = {"pacore_sched.sched.plan": "from model.terminal import table", "model": ""}
+    planted = through | {
+        "model.terminal": "def f():\n    import model.x",
+        "model.x": "import torch",
+    }
+    assert "pacore_sched.sched.plan imports model.terminal imports model.x imports torch" in (
+        forbidden_imports(planted)
+    )
+    assert forbidden_imports(through | {"model.terminal": "", "model": "import torch"})
+    assert not forbidden_imports(through | {"model.terminal": ""})

@@ -173,6 +173,15 @@ def test_rooms_import_on_a_bare_node():
     assert result.returncode == 0, result.stderr
 
 
+def test_scheduler_and_simulator_need_no_torch():
+    """Guards what runs where there is no torch, as the rules of test_layers.py promise."""
+    rooms = ("pacore_sched.sched", "pacore_sched.sim")
+    free = sorted(name for name in modules() if name.startswith(rooms))
+    assert len(free) > 15
+    result = import_without({"torch", "triton"}, free)
+    assert result.returncode == 0, result.stderr
+
+
 def test_blocker_blocks():
     """Guards the test above: what is blocked is not found, and what is not blocked is."""
     result = import_without({"PIL"}, ["json", "PIL.Image"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.prefix_plan import PlanNode
+from kernels.plan_node import PlanNode
 
 # Tile choices of prefix attention with an old form, 0, and a new one, 1.
 SWITCHES = ("ahead", "steady", "pieces", "split", "fp16", "pdl")

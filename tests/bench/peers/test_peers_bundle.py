@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.peers import PEERS, bundle, command, install, prepare
-from bench.peers.bundle import BUILT, Bundle, Item, pack
-from bench.peers.prepare import Failed
+from bench.bundles import bundle, command, install, prepare
+from bench.bundles.bundle import BUILT, Bundle, Item, pack
+from bench.bundles.prepare import Failed
+from bench.peers import PEERS
 from model.errors import InputError
 from model.terminal import Parser
 
@@ -42,7 +43,7 @@ class Tools:
                 raise Failed(f"no {word} today")
         if "download" in call:
             self.download(Path(call[call.index("--dest") + 1]), call[-1])
-        elif "bench.peers.flashinfer_modules" in call:
+        elif "bench.bundles.flashinfer_modules" in call:
             path = Path(env["FLASHINFER_WORKSPACE_BASE"]) / f"of_{call[-1]}.so"
             path.write_text(call[-1])
             return f"it says more\n{path}\n"
@@ -199,7 +200,7 @@ class TestPrepare:
         tools.broken, tools.calls = set(), []
         code, rows = made(capsys, tmp_path, "--only", BUILT, "--build", "page", "norm")
         assert code == 0
-        assert [c[-1] for c in tools.of("bench.peers.flashinfer_modules")] == ["page", "norm"]
+        assert [c[-1] for c in tools.of("bench.bundles.flashinfer_modules")] == ["page", "norm"]
         piece = tmp_path / f"{BUILT}.tar.xz"
         assert names_in(piece) == [f"of_{n}/of_{n}.so" for n in ("cascade", "norm", "page")]
         tools.calls.clear()

@@ -9,10 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention.advance import advance
 from kernels.prefix_attention.schedule import Cut, Schedule
-from kernels.prefix_plan import Capacity, PlanNode, PrefixPlan
+from kernels.prefix_plan import Capacity, PrefixPlan
 from kernels.rotary_attention import rotary_attention
 from kernels.runtime.staging import ALIGNMENT, Packed
 from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from bench.inputs import Node, fork, prefix_plan
+from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention.advance import advance
-from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
 from tests.support.errors import max_error
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.errors import ImplError
+from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention
-from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.fp8 import quantise_e4m3
 from tests.support.errors import max_error
 from tests.support.prefix_trees import Node, brute_force, lay_out, pools, trees

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench.inputs import Node, fork, prefix_plan
+from kernels.plan_node import PlanNode
 from kernels.prefix_attention.records import (
     ALONE,
     EDGE,
@@ -27,7 +28,7 @@ from kernels.prefix_attention.records import (
 )
 from kernels.prefix_attention.schedule import Cut, Schedule
 from kernels.prefix_attention.tiles import Kind
-from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.prefix_plan import PrefixPlan
 
 PAGE = 16
 CUT = Cut(kv_heads=2, group=4, sizes=(64, 16), grain=4, overhead=2, programs=5)

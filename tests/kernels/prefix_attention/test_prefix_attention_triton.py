@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bench.inputs import Node as InputNode
 from bench.inputs import fork, prefix_attention_inputs
+from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention
-from kernels.prefix_plan import PlanNode, PrefixPlan
+from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.fp8 import quantise_e4m3
 from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
 from tests.support.errors import max_error

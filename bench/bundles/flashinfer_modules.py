@@ -1,4 +1,4 @@
-"""FlashInfer's modules that the peers call, built ahead: `-m bench.peers.flashinfer_modules NAME`.
+"""FlashInfer's modules that peers call, built ahead: `-m bench.bundles.flashinfer_modules NAME`.
 
 For bf16 and head_dim 128, without a window; everything else FlashInfer compiles at its first call.
 A process of its own, for what FlashInfer reads from the environment as it is imported. Needs

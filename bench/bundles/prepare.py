@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from bench.peers.bundle import BUILT, ITEMS, Bundle, Item, pack
+from bench.bundles.bundle import BUILT, ITEMS, Bundle, Item, pack
 from bench.rows import ROOT
 from model.errors import InputError
 from model.terminal import track
@@ -159,7 +159,7 @@ def _build(names: Sequence[str], staged: Path, work: Path, target: Target) -> di
     env, failures = _build_environment(work, target.arch), {}
     for name in track([name for name in names if name != target.arch], "modules"):
         try:
-            command = [sys.executable, "-m", "bench.peers.flashinfer_modules", name]
+            command = [sys.executable, "-m", "bench.bundles.flashinfer_modules", name]
             built = Path(run_tool(command, env).splitlines()[-1])
         except Failed as reason:
             failures[name] = str(reason)

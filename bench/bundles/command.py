@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
+from bench.bundles.bundle import BUILT, ITEMS
+from bench.bundles.flashinfer_modules import DEFAULT, MODULES
+from bench.bundles.install import install
+from bench.bundles.prepare import Target, prepare
 from bench.ops import device_named
 from bench.peers import PEERS
-from bench.peers.bundle import BUILT, ITEMS
-from bench.peers.flashinfer_modules import DEFAULT, MODULES
-from bench.peers.install import install
 from bench.peers.peer import Peer
-from bench.peers.prepare import Target, prepare
 from model.errors import InputError
 from model.terminal import table
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from bench.peers.bundle import BUILT, Bundle
-from bench.peers.prepare import PIP, Failed, run_tool
+from bench.bundles.bundle import BUILT, Bundle
+from bench.bundles.prepare import PIP, Failed, run_tool
 from model.errors import InputError
 from model.terminal import track
 
