@@ -32,15 +32,16 @@ gate: .venv/.ready  ## hold kernels, speed-ups and tables against what is commit
 	@.venv/bin/python -m bench gate
 	@.venv/bin/python -m profiles tables
 
-lint: .venv/.ready  ## check style and formatting
+lint: .venv/.ready  ## check style, formatting and types
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --quiet --check .
+	@.venv/bin/mypy --no-error-summary
 
 setup: .venv/.ready  ## only set up .venv
 	@echo "setup: .venv is ready"
 
 clean:  ## remove .venv and everything else that was made here
-	rm -rf .venv build report *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build report *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## show this

@@ -48,6 +48,7 @@ setup(
             "scipy",
             "regex",
             "ruff",
+            "mypy",
         ],
         "bench": [
             "gguf",
