@@ -97,11 +97,11 @@ def look(model: Step3VL) -> list[dict]:
 
     The model's cache of images is off: every call sees the photo for the first time.
     """
-    model.vision.tower.cache.budget = 0
+    model.vision.cache.budget = 0
     views = preprocess(_photo(), model.config.vision)
     content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
     messages = [{"role": "user", "content": content}]
-    ids = build_prompt(messages, model.text.tokenizer, model.config, [views])
+    ids = build_prompt(messages, model.tokenizer, model.config, [views])
 
     def logits(impl: str | None) -> torch.Tensor:
         model.set_impl(impl)
@@ -114,7 +114,7 @@ def look(model: Step3VL) -> list[dict]:
         device=model.device,
         budget_s=4.0,
     )
-    grids = model.vision.tower.grids([*views.crops, views.image])
+    grids = model.vision.grids([*views.crops, views.image])
     rows = []
     for name, error in errors.items():
         row = measured(
@@ -166,8 +166,8 @@ def _question(model: Step3VL) -> str:
     """A text that everybody has, cut so that the whole prompt is about PROMPT_TOKENS long."""
     task = "Say in one sentence what this licence allows.\n\n"
     words = " ".join(LICENCE.read_text().split())
-    tokens = model.text.tokenizer.encode(words)
-    return task + model.text.tokenizer.decode(tokens[: PROMPT_TOKENS - 60])
+    tokens = model.tokenizer.encode(words)
+    return task + model.tokenizer.decode(tokens[: PROMPT_TOKENS - 60])
 
 
 def _photo():  # noqa: ANN202 -- PIL is only a dependency of those who have images

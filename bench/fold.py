@@ -28,7 +28,7 @@ EXACT = 1e-12  # far above rounding in fp64, far below that in fp32
 def run(device: torch.device, width: int | None = None, channels: int = CHANNELS) -> Iterator[dict]:
     """A row for each dtype, of the 10B's width if it is None."""
     model = PRESETS["step3-vl-10b"]
-    width, out = width or model.vision.tower.width, model.decoder.hidden
+    width, out = width or model.vision.width, model.decoder.hidden
     for dtype in DTYPES:
         made = projector_inputs(0, device, dtype, grids=[GRID], width=width, out=channels)
         found = errors(made)
@@ -38,7 +38,7 @@ def run(device: torch.device, width: int | None = None, channels: int = CHANNELS
             "case": f"C{width}, {channels} of {out} channels, {output_tokens(GRID)} tokens",
             "dtype": dtype_name(dtype),
             **found,
-            **work((model.vision.tower.grid,) * 2, width, out, dtype.itemsize),
+            **work((model.vision.grid,) * 2, width, out, dtype.itemsize),
             "failure": f"off by {found['fp64_max_err']:.1e} in fp64" if wrong else None,
             **rows.origin(device),
         }

@@ -17,7 +17,7 @@ def run(device: torch.device) -> list[dict]:
     """One row: SmolLM2 over the licence of this repository, with FP8 pages and with its own."""
     model = Step3VL.from_preset("smollm2-135m", device=device)
     text = " ".join(rows.LICENCE.read_text().split())
-    ids = torch.tensor(model.text.tokenizer.encode(text)[:TOKENS], device=device)
+    ids = torch.tensor(model.tokenizer.encode(text)[:TOKENS], device=device)
     found = compare(logits(model, ids), logits(model, ids, torch.float8_e4m3fn), ids)
     return [{"op": "fp8_kv", "case": model.config.name} | found | rows.origin(device)]
 

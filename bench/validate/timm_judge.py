@@ -87,7 +87,7 @@ def tokens(model: Step3VL, view: Tensor) -> Tensor:
     judge = pe_lang(
         vision.width, vision.layers, vision.heads, vision.mlp_width, grid, patch=vision.patch_size
     )
-    load(judge, model.vision.tower.checkpoint_tensors(), (vision.grid, vision.grid))
+    load(judge, model.vision.checkpoint_tensors(), (vision.grid, vision.grid))
     return like(model, judge).forward_features(view[None])[0]
 
 

@@ -72,7 +72,7 @@ def tower(model: Step3VL) -> Any:  # noqa: ANN401
     heads, dim = vision.heads, vision.head_dim
     half_rotation = torch.cat([torch.arange(0, dim, 2), torch.arange(1, dim, 2)])
     state = {}
-    for name, tensor in model.vision.tower.checkpoint_tensors().items():
+    for name, tensor in model.vision.checkpoint_tensors().items():
         name = name.removeprefix("vision_model.")
         for old, new in RENAMED.items():
             name = name.replace(old, new)
@@ -111,4 +111,4 @@ def features(model: Step3VL, views: list[Tensor]) -> Tensor:
     """Decoder embeddings [T', hidden] of views [3, height, width]."""
     judge = tower(model)
     tokens = [judge(view[None]).last_hidden_state.flatten(0, -2) for view in views]
-    return torch.cat(tokens) @ model.vision.tower.projector.T
+    return torch.cat(tokens) @ model.vision.projector.T

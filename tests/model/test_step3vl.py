@@ -72,7 +72,7 @@ def test_impl_of_single_ops(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
     ids = list(range(1, 20))
     assert torch.allclose(model(ids), tiny(ids), atol=1e-4)
     model.set_impl("triton")
-    assert set(model.decoder.impl.values()) == set(model.vision.tower.impl.values()) == {"triton"}
+    assert set(model.decoder.impl.values()) == set(model.vision.impl.values()) == {"triton"}
     monkeypatch.setattr(dispatch, "_interpreting", lambda: False)
     with pytest.raises(ImplError, match="impl 'triton' of rms_norm needs a CUDA device"):
         model(ids)
@@ -88,7 +88,7 @@ def test_a_model_without_a_tokenizer(tiny: Step3VL, tmp_path: Path):
     model = Step3VL.from_pretrained(tmp_path / "saved")
     assert model([1, 2, 3]).shape == (3, 512)
     with pytest.raises(InputError, match=r"without a tokenizer\.json"):
-        _ = model.text.tokenizer
+        _ = model.tokenizer
 
 
 def test_unknown_names():

@@ -84,7 +84,7 @@ def test_tower_is_all_in_spans():
     model = Step3VL.from_preset("tiny", seed=0)
     config = model.config.vision
     side = config.crop_size
-    events = recorded(lambda: model.vision.tower([torch.rand(3, side, side)]))
+    events = recorded(lambda: model.vision([torch.rand(3, side, side)]))
     assert outside(events) == set()
     products = {f"linear vision {name}" for name in ("patches", "qkv", "out", "proj")}
     ops = {"layer_norm", "vision_attention", "linear_quick_gelu", "projector"}

@@ -149,11 +149,11 @@ def test_prepare_follows_the_weights():
     model, other = (Step3VL.from_preset("tiny", seed=seed) for seed in (1, 2))
     photo = Views(views_of(168)[0], torch.empty(0, 3, 112, 112), ())
     views = views_of(70, 112)
-    model.vision.tower(views), model.encode_images([photo])
+    model.vision(views), model.encode_images([photo])
     for name, tensor in other.checkpoint_tensors().items():
         model.checkpoint_tensors()[name].copy_(tensor)
-    model.vision.tower.prepare()
-    assert torch.equal(model.vision.tower(views), other.vision(views))
+    model.vision.prepare()
+    assert torch.equal(model.vision(views), other.vision(views))
     assert torch.equal(model.encode_images([photo]), other.encode_images([photo]))
 
 
@@ -161,7 +161,7 @@ def test_another_dtype_needs_no_prepare():
     """Derived tensors left behind in fp32 by Module.to."""
     model = Step3VL.from_preset("tiny", seed=1)
     views = views_of(70)
-    model.vision.tower(views)
+    model.vision(views)
     half = Step3VL.from_preset("tiny", seed=1, dtype=torch.bfloat16)
     assert torch.equal(model.to(torch.bfloat16).vision(views), half.vision(views))
 

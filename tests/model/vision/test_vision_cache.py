@@ -30,13 +30,13 @@ def model() -> Step3VL:
 @pytest.fixture
 def encoded(model: Step3VL, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of views that each run of the tower got."""
-    counts, patches = [], model.vision.tower.patches
+    counts, patches = [], model.vision.patches
 
     def spy(views: list[Tensor], grids: tuple) -> Tensor:
         counts.append(len(views))
         return patches(views, grids)
 
-    monkeypatch.setattr(model.vision.tower, "patches", spy)
+    monkeypatch.setattr(model.vision, "patches", spy)
     return counts
 
 
@@ -53,7 +53,7 @@ def test_an_image_is_encoded_once(model: Step3VL, encoded: list[int]):
     assert torch.equal(features[0], features[2])
     assert torch.equal(features[1], alone) and torch.equal(features[3], alone)
     assert torch.equal(model.encode_images([b]), features[0])
-    model.vision.tower.cache.budget = 0
+    model.vision.cache.budget = 0
     assert torch.equal(model.encode_images([a]), alone)
     assert torch.equal(model.encode_images([b]), features[0])
     assert max_error(model.encode_images([b, a, b]), together[: 3 * len(alone)]) < 1e-5
@@ -79,7 +79,7 @@ def test_another_impl_encodes_again(model: Step3VL, encoded: list[int]):
 
 def test_the_budget_holds_whole_images(model: Step3VL, encoded: list[int]):
     """Two of three fit; the one used longest ago goes."""
-    cache, size = model.vision.tower.cache, model.encode_images([photo(1)]).nbytes
+    cache, size = model.vision.cache, model.encode_images([photo(1)]).nbytes
     cache.budget = 2 * size
     for seed in (2, 1, 3):  # 1 is used again: 2 makes room
         model.encode_images([photo(seed)])
@@ -92,18 +92,18 @@ def test_the_budget_holds_whole_images(model: Step3VL, encoded: list[int]):
     assert (len(cache), cache.held) == (1, size)
     model.encode_images([photo(2)])
     assert encoded == [3, 3, 3, 3]
-    model.vision.tower.prepare()
+    model.vision.prepare()
     assert (len(cache), cache.held) == (0, 0)
 
 
 def test_prompts_take_new_and_known_images(model: Step3VL):
     """Both ways into a prompt: the projector's rows, and copies of the cached."""
     a, b = photo(1), photo(2, crops=0)
-    hole, count = model.config.tokens.im_patch, model.vision.tower.count
+    hole, count = model.config.tokens.im_patch, model.vision.count
     ids = [1, *[hole] * count([*a.crops, a.image]), 2, *[hole] * count([b.image]), 3]
     ids = torch.tensor([*ids, *ids])
     images = [a, b, a, b]
-    cache = model.vision.tower.cache
+    cache = model.vision.cache
     cache.budget = 0
     features = model.encode_images(images)
     expected = model.embed(ids, features)

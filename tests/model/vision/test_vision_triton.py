@@ -57,7 +57,7 @@ def test_tiny_whole(triton_device: str):
         model = Step3VL.from_preset("tiny", seed=0, impl=impl, device=triton_device)
         views = preprocess(load_image(Image.fromarray(data.astronaut())), TINY.vision)
         question = [{"role": "user", "content": [{"type": "image"}]}]
-        ids = torch.tensor(build_prompt(question, model.text.tokenizer, TINY, [views]))
+        ids = torch.tensor(build_prompt(question, model.tokenizer, TINY, [views]))
         logits[impl] = model(ids, images=[views])
     assert logits["triton"].shape[0] > TINY.vision.image_tokens
     assert max_error(logits["triton"], logits["eager"]) < 1e-4
@@ -68,7 +68,7 @@ def test_tiny_whole(triton_device: str):
 def test_views_of_odd_grids(models: tuple[Step3VL, Step3VL], sides: tuple[int, ...], turn_q: int):
     """None, a single token, and sides that are no multiple of four, out of order; queries rotated
     with the keys or where they are used."""
-    eager, ours = (model.vision.tower for model in models)
+    eager, ours = (model.vision for model in models)
     views = [torch.randn(3, side, side) for side in sides]
     with use_tiles("vision_attention", turn_q=turn_q):
         out, expected = ours(views), eager(views)

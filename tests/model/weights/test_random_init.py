@@ -65,7 +65,7 @@ def test_activations_keep_their_scale_at_full_depth(width):
     vision = VisionConfig(width, 47, 4, 2 * width, image_size=56, crop_size=28)
     model = Step3VL(Config("deep", decoder, vision))
     random_init(model.checkpoint_tensors(), 0)
-    features = model.vision.tower([torch.randn(3, 56, 56)])
+    features = model.vision([torch.randn(3, 56, 56)])
     assert 0.3 < features.square().mean().sqrt() < 5
     logits = model(torch.arange(100))
     assert 0.5 < logits.std() < 2

@@ -28,7 +28,7 @@ def tiny() -> Step3VL:
 
 def engine_of(model: Step3VL, pages: int, kv_dtype: torch.dtype | None, **options: object):
     executor = ModelExecutor(model, num_pages=pages, max_running=6, kv_dtype=kv_dtype)
-    return Engine(executor, Stopping(model.text.tokenizer, model.config.tokens.eos), **options)
+    return Engine(executor, Stopping(model.tokenizer, model.config.tokens.eos), **options)
 
 
 def run(engine: Engine, wanted: Sequence[Sequence[int]], need: int | None = None) -> list[Group]:
