@@ -1,8 +1,7 @@
-"""The commands of `python -m bench` that measure: each yields rows and shows them as a table."""
+"""The commands of `python -m bench` that measure, each by what it yields and how that is shown."""
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -22,11 +21,12 @@ from bench import (
     tune,
     vision_cost,
 )
-from bench.cases import OPS, Case, cases, numerics_cases
+from bench.cases import Case, cases, numerics_cases
 from bench.launch_sites import case_sites, decode_sites
+from bench.listing import Chosen
+from bench.measurement import Measurement, Several
 from bench.ops import (
     DTYPES,
-    FORMS,
     MAIN_DTYPE,
     TIMED_DTYPES,
     check_case,
@@ -34,6 +34,7 @@ from bench.ops import (
     select,
     time_case,
 )
+from bench.options import case_arguments, filter_arguments
 from kernels.runtime.tiles import gpu_of
 from model.config import PRESETS
 from model.errors import InputError
@@ -43,30 +44,26 @@ from pacore_sched.engine.compile_ahead import warm_up
 TIME_BUDGET_S = 1.0  # per case
 
 
-class Command(NamedTuple):
-    """`run` yields rows on a device, `display` prints them, `arguments` adds options of its own."""
-
-    help: str
-    run: Callable[[argparse.Namespace, torch.device], Iterator[dict]]
-    display: Callable[[Sequence[dict]], None]
-    arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+def checked_cases(options: argparse.Namespace, device: torch.device) -> Chosen:
+    """What `numerics` works on, given its filters, in order."""
+    return _filtered(options, numerics_cases(), DTYPES)
 
 
-def chosen_cases(
-    command: str, options: argparse.Namespace, device: torch.device
-) -> list[tuple[Case, torch.dtype]]:
-    """What `numerics` or `ops` works on, given its filters, in order."""
-    if command == "numerics":
-        found, default = numerics_cases(), DTYPES
-    else:
-        found, default = cases(device.type, options.grid), (MAIN_DTYPE[device.type],)
+def timed_cases(options: argparse.Namespace, device: torch.device) -> Chosen:
+    """What `ops` works on, given its filters, in order."""
+    return _filtered(options, cases(device.type, options.grid), (MAIN_DTYPE[device.type],))
+
+
+def _filtered(
+    options: argparse.Namespace, found: Sequence[Case], default: Sequence[torch.dtype]
+) -> Chosen:
     found = select(found, options.op, options.shape, options.impl)
     return [(case, dtype) for dtype in dtypes_named(options.dtype) or default for case in found]
 
 
 def numerics(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Errors of every op's forms on awkward shapes in every dtype."""
-    chosen = chosen_cases("numerics", options, device)
+    chosen = checked_cases(options, device)
     warm_up(case_sites(chosen, options.impl), device)
     for case, dtype in track(chosen, "numerics"):
         yield from check_case(case, device, dtype, options.impl)
@@ -74,7 +71,7 @@ def numerics(options: argparse.Namespace, device: torch.device) -> Iterator[dict
 
 def ops(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Errors and times of every op's forms and peers on the model's shapes."""
-    chosen = chosen_cases("ops", options, device)
+    chosen = timed_cases(options, device)
     warm_up(case_sites(chosen, options.impl), device)
     for case, dtype in track(chosen, "ops"):
         yield from time_case(case, device, dtype, options.impl, options.budget)
@@ -141,33 +138,6 @@ def display_costs(made: Sequence[dict]) -> None:
     (vision_cost if "padding" in made[0] else cost).display(made)
 
 
-def case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which cases: `--op` and `--shape`."""
-    parser.add_argument("--op", nargs="+", default=(), metavar="OP", help=f"of {', '.join(OPS)}")
-    parser.add_argument(
-        "--shape", default="", metavar="TEXT", help="the case of this name, or all with TEXT in it"
-    )
-
-
-def filter_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which cases, in which forms and dtypes."""
-    case_arguments(parser)
-    parser.add_argument(
-        "--impl",
-        nargs="+",
-        default=(),
-        metavar="FORM",
-        help=f"these forms, modes and peers only (default: all that run here): {', '.join(FORMS)}",
-    )
-    parser.add_argument(
-        "--dtype",
-        nargs="+",
-        default=(),
-        metavar="DTYPE",
-        help="bfloat16, float16, float32 (default: numerics all, times fp32 on a CPU, bf16 else)",
-    )
-
-
 def check_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `numerics`: the filters, and what tells instead of measuring."""
     filter_arguments(parser)
@@ -217,64 +187,23 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-COMMANDS = {
-    "ops": Command(
-        "errors and times of every op beside its peers", ops, show.times, time_arguments
-    ),
-    "numerics": Command(
-        "errors of every op on awkward shapes in every dtype",
-        numerics,
-        show.errors,
-        check_arguments,
-    ),
-    "decode": Command(
-        "a decode step of a whole model by batch, prefix and suffix, and what it is made of",
-        decode_steps,
-        decode.display,
-        decode.add_arguments,
-    ),
-    "e2e": Command(
-        "a question and a photo through whole models",
-        end_to_end,
-        show.jobs,
-        end_to_end_arguments,
-    ),
-    "roofline": Command("what this machine can do at best", ceilings, show.ceilings),
-    "sched": Command(
-        "what the scheduler costs per step", lambda options, device: sched.run(), sched.display
-    ),
-    "engine": Command(
-        "whole steps of the engine while its batch is full",
-        lambda options, device: engine.run(device),
-        engine.display,
-    ),
-    "packing": Command(
-        "what packing many problems is worth (minutes)",
-        lambda options, device: packing.run(device),
-        packing.display,
-    ),
-    "replay": Command(
-        "how far the simulator is from the engine (minutes)",
-        lambda options, device: replay.run(device),
-        replay.display,
-    ),
-    "tune": Command(
-        "measure tile choices on a GPU, write kernels/tuned/", tuning, tune.display, tune_arguments
-    ),
-    "cost": Command(
-        "bytes, balance and floors by arithmetic, without a GPU",
-        costs,
-        display_costs,
-        cost_arguments,
-    ),
-    "fp8": Command(
-        "what FP8 KV pages do to a real model",
-        lambda options, device: iter(fp8_kv.run(device)),
-        fp8_kv.display,
-    ),
-    "fold": Command(
-        "what folding the projector's layers does to its numbers",
-        lambda options, device: fold.run(device),
-        fold.display,
-    ),
-}
+OPS_TIMED = Measurement("ops", ops, show.times, time_arguments, timed_cases)
+NUMERICS = Measurement("numerics", numerics, show.errors, check_arguments, checked_cases)
+DECODE = Measurement("decode", decode_steps, decode.display, decode.add_arguments)
+E2E = Measurement("e2e", end_to_end, show.jobs, end_to_end_arguments)
+ROOFLINE = Measurement("roofline", ceilings, show.ceilings)
+SCHED = Measurement("sched", lambda options, device: sched.run(), sched.display)
+ENGINE = Measurement("engine", lambda options, device: engine.run(device), engine.display)
+PACKING = Measurement("packing", lambda options, device: packing.run(device), packing.display)
+REPLAY = Measurement("replay", lambda options, device: replay.run(device), replay.display)
+TUNE = Measurement("tune", tuning, tune.display, tune_arguments)
+COST = Measurement("cost", costs, display_costs, cost_arguments)
+FP8 = Measurement("fp8", lambda options, device: iter(fp8_kv.run(device)), fp8_kv.display)
+FOLD = Measurement("fold", lambda options, device: fold.run(device), fold.display)
+ALL = Several(
+    (NUMERICS, OPS_TIMED, DECODE, E2E),
+    {
+        **{"op": (), "shape": "", "impl": (), "dtype": (), "model": None, "vision": False},
+        **{"grid": True, "budget": TIME_BUDGET_S, "batch": (16,), "prefix": (), "suffix": ()},
+    },
+)

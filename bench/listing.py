@@ -2,18 +2,21 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 
 import torch
 
 from bench import repro
-from bench.commands import chosen_cases
+from bench.cases import Case
 from bench.ops import forms_here, forms_of
 from kernels.runtime.dtypes import dtype_name
 from model.terminal import table
 
+Chosen = Sequence[tuple[Case, torch.dtype]]
 
-def run(options: argparse.Namespace, device: torch.device) -> int:
-    """Print one or the other, and measure nothing."""
+
+def run(options: argparse.Namespace, device: torch.device, command: str, chosen: Chosen) -> int:
+    """Print one or the other of what `command` would measure."""
     found = [
         {
             "op": case.op,
@@ -23,11 +26,11 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
             "flops": case.flops,
             "impls": list(forms_of(case, options.impl) or forms_here(case, device)),
         }
-        for case, dtype in chosen_cases(options.command, options, device)
+        for case, dtype in chosen
     ]
     for row in found:
         row["commands"] = [
-            repro.command(row["op"], row["case"], impl, row["dtype"], options.command)
+            repro.command(row["op"], row["case"], impl, row["dtype"], command)
             for impl in row["impls"]
         ]
     if options.json:

@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
+from pkgutil import resolve_name
+from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from model import kernels_clash
@@ -96,17 +97,19 @@ def dispatch(
 ) -> int:
     """Run the command that `argv` (default: the process's) begins with; its exit code.
 
-    A command is a module, which has `add_arguments(parser)` and `run(options) -> int`, and a line
-    for `--help`. No module but its own is imported: some need no torch.
+    A command is the name of what has `add_arguments(parser)` and `run(options) -> int`, a module
+    or, as "module:object", something in it, and a line for `--help`. No module but its own is
+    imported: some need no torch.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (module_name, text) in commands.items():
+    for name, (place, text) in commands.items():
         if argv[:1] == [name]:
-            module = import_module(module_name)
-            command = subparsers.add_parser(name, help=text, description=module.__doc__)
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            command = resolve_name(place)
+            about = command.__doc__ if isinstance(command, ModuleType) else text
+            subparser = subparsers.add_parser(name, help=text, description=about)
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
         else:
             subparsers.add_parser(name, help=text)
     options = parser.parse_args(argv)

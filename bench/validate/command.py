@@ -20,6 +20,7 @@ from bench import jsonl, rows, show
 from bench.cases import OPS, WRITTEN, Case, numerics_cases
 from bench.numerics import Error, form, results, roundoff, tolerance
 from bench.ops import DTYPES, device_named, dtypes_named
+from bench.options import filter_arguments, output_arguments
 from bench.validate import fp64, histogram
 from bench.validate import model as validate_model
 from bench.validate.comparison import compared, fields, nothing
@@ -47,7 +48,9 @@ WRONG_BF16 = "Triton's interpreter multiplies bfloat16 wrongly: it needs a GPU"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options beside the filters, device and `--json`, which other commands have too."""
+    """The command's own options."""
+    filter_arguments(parser)
+    output_arguments(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="rows, and pictures of how errors spread"
     )

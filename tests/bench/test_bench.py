@@ -18,6 +18,7 @@ from bench import commands, decode, jsonl, ops, roofline, rows, show, timing
 from bench.cases import OPS, cases, numerics_cases
 from bench.decode import DecodeCase, forms_on, time_decode
 from bench.inputs import fork
+from bench.measurement import Measurement
 from bench.peers import PEERS, Unavailable
 from bench.peers.sdpa_peer import sdpa
 from bench.poison import PoisonedError
@@ -245,9 +246,8 @@ def test_a_poisoned_process_ends_in_order(tmp_path, monkeypatch, capsys):
         raise PoisonedError("triton", RuntimeError("CUDA error: an illegal memory access"))
 
     shown: list[dict] = []
-    monkeypatch.setitem(
-        commands.COMMANDS, "roofline", commands.Command("", run, lambda made: shown.extend(made))
-    )
+    failing = Measurement("roofline", run, lambda made: shown.extend(made))
+    monkeypatch.setattr(commands, "ROOFLINE", failing)
     out = tmp_path / "rows.jsonl"
     assert command.main(["roofline", "--device", "cpu", "--out", str(out)]) == 1
     assert jsonl.read(out) == shown == [{"op": "sample", "failure": None}]

@@ -14,8 +14,6 @@ import torch
 from bench import __main__ as command
 from bench import (
     breakdown,
-    command_line,
-    commands,
     decode,
     jsonl,
     ops,
@@ -222,7 +220,7 @@ class TestPytestFrontEnd:
 
 def test_every_command_explains_itself(capsys):
     """Guards `--help` of each command."""
-    for name in (*commands.COMMANDS, *command_line.OTHERS):
+    for name in command.COMMANDS:
         with pytest.raises(SystemExit):
             command.main([name, "--help"])
         assert len(capsys.readouterr().out) > 200

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import __main__ as command
 from bench import jsonl, numerics
 from bench.cases import OPS, numerics_cases
 from bench.numerics import Error, compare, roundoff
@@ -18,22 +19,13 @@ from bench.validate import model as validate_model
 from bench.validate.comparison import EDGES, compared
 from bench.validate.model import Work
 from model.errors import InputError
-from model.terminal import Parser
 
 CPU = torch.device("cpu")
 SMALL = ("--op", "rms_norm", "--shape", "T1 C97 alone")
 
 
 def run(*words: str) -> int:
-    """The command with the filters that all commands share."""
-    parser = Parser(prog="python -m bench validate")
-    for name in ("op", "impl", "dtype"):
-        parser.add_argument(f"--{name}", nargs="+", default=())
-    parser.add_argument("--shape", default="")
-    parser.add_argument("--device")
-    parser.add_argument("--json", action="store_true")
-    validate.add_arguments(parser)
-    return validate.run(parser.parse_args(words))
+    return command.main(["validate", *words])
 
 
 @pytest.fixture

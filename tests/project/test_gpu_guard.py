@@ -35,7 +35,7 @@ pytest.main(["--collect-only", "-qq", "-m", "gpu", *sys.argv[1:]], plugins=[List
 # A GPU that remembers an illegal access, as a CUDA context does, until its process ends.
 CONFTEST = """
 import pytest
-from tests import gpu_guard
+from tests.support import gpu_guard
 from tests.support.gpu_guard import *
 
 pending = []

@@ -64,8 +64,8 @@ print(tuple(Qwen3ForCausalLM(config)(torch.arange(5)[None]).logits.shape))
 # The help of every command and a little work of some, in one process: torch is imported once.
 COMMANDS = """
 import contextlib, io, sys
-import model.__main__, pacore_sched.__main__, profiles.__main__
-from bench import command_line, commands, e2e, fp8_kv
+import bench.__main__, model.__main__, pacore_sched.__main__, profiles.__main__
+from bench import e2e, fp8_kv
 from model.step3vl import Step3VL
 from profiles.console import main
 
@@ -82,7 +82,7 @@ def call(*argv):
 
 known = {
     (): pacore_sched.__main__.COMMANDS,
-    ("bench",): ("all", *commands.COMMANDS, *command_line.OTHERS),
+    ("bench",): bench.__main__.COMMANDS,
     ("profiles",): profiles.__main__.COMMANDS,
     ("model",): model.__main__.COMMANDS,
 }

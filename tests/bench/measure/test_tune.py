@@ -180,7 +180,7 @@ def test_table_keeps_what_it_had(toy):
 
 def test_command_writes_table_and_rows(toy, monkeypatch, capsys):
     """Guards the command as a GPU would run it: the best of every key, the rows beside it."""
-    monkeypatch.setattr("bench.command_line.device_named", lambda name: FakeCuda())
+    monkeypatch.setattr("bench.measurement.device_named", lambda name: FakeCuda())
     monkeypatch.setattr("bench.commands.gpu_of", lambda device: H200)
     monkeypatch.setattr("bench.commands.tune.tune", on_cpu(tune.tune))
     assert main(["tune", "--op", "double"]) == 1  # some candidates failed, and their rows say so
