@@ -18,7 +18,7 @@ RESULTS = PROFILES / "results"
 OPS_CPU = RESULTS / "amd-epyc-avx2-2-threads"  # of ops, and of models end to end
 FOLD_CPU = ENGINE_CPU = RESULTS / "amd-epyc-avx2-2-threads"
 SIMULATED = PROFILES / "simulated" / "h200.jsonl"
-STATIC = PROFILES / "static_baseline.jsonl"
+STATIC = PROFILES / "static" / "baseline.jsonl"
 VERSIONS = PROFILES.parent / ".ci" / "versions.jsonl"
 
 measured = cache(folder)

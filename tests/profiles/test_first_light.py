@@ -19,13 +19,16 @@ from profiles.first_light.command import STAGES, _stage
 from profiles.first_light.summary import LINES, summary
 from profiles.runs import supervisor
 from profiles.runs.task import Row, Task
-from tests.profiles.test_supervisor import COMMAND, ROOT, hide
+from tests.profiles.test_supervisor import COMMAND, hide
+from tests.support import ROOT
 from tests.support.fake_worker import ENVIRONMENT
 
 PLANTED = ("hang", "crash", "poison")
 WITH_FAKES = """if True:
     import json, sys
-    from profiles import __main__, first_light, supervisor
+    from profiles import __main__
+    from profiles.first_light import command as first_light
+    from profiles.runs import supervisor
     first_light.LEAST_S, first_light.LIMITS_FOR_S = 0, 1
     first_light.worker_command = lambda device: {command!r}
     plain = first_light._probe

@@ -36,7 +36,11 @@ EARLY = [
     *(("prefix_attention_kernel", 0),) * 2,  # `split`: one for each size of tiles
     ("merge_kernel", 1),
 ]
-PRINT = "import json; from tests import test_pdl as test; print(json.dumps(test.described()))"
+PRINT = """
+import json
+from tests.kernels.runtime.test_pdl import described
+print(json.dumps(described()))
+"""
 
 
 def described() -> list[dict]:

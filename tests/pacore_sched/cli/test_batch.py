@@ -157,7 +157,7 @@ def test_many_failures_are_not_all_told(call: Call):
 
 KILL = """
 import os, signal, sys
-from pacore_sched import journal
+from pacore_sched.answers import journal
 from pacore_sched.__main__ import main
 
 lines, write = 0, os.write
