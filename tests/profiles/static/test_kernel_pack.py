@@ -107,7 +107,7 @@ def test_another_wheel_finds_all_and_launches_as_compiled(stub, packed, tmp_path
     found = launched(stub, few_sites(), **environment)
     assert found["wrong"] == []
     assert (found["misses"], found["hits"]) == (0, len(done.keys))
-    sources = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
+    sources = "".join(file.read_text() for file in (ROOT / "kernels").rglob("*.py"))
     assert set(found["launches"]) == set(re.findall(r"^def (\w+_kernel)\(", sources, re.M))
 
 
