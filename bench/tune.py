@@ -8,7 +8,6 @@ geometric mean of its times.
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 import triton
 
 from bench import jsonl, rows, show
-from bench.cases import OPS, Case, in_modes
+from bench.cases import Case, in_modes
 from bench.numerics import Verdict, form, judge, reference
 from bench.poison import check_poison
 from bench.timing import Timing, measure, sets_for
@@ -26,7 +25,7 @@ from kernels.compile.launches import launches_recorded
 from kernels.compile.unfilled import unfilled
 from kernels.errors import ImplError, one_line
 from kernels.runtime import tiles as tile_tables
-from kernels.runtime.tiles import Gpu, Tiles, record_tiles, use_tiles
+from kernels.runtime.tiles import TUNABLES, Gpu, Tiles, record_tiles, use_tiles
 from model.errors import InputError
 
 BUDGET_S = 0.2  # of timing, for each candidate on each case
@@ -56,7 +55,7 @@ def plans(cases: Sequence[Case], dtype: torch.dtype, gpu: Gpu) -> list[Plan]:
         for key, chosen in asked.items():
             found.setdefault(key, ([], chosen))[0].append(case)
     return [
-        Plan(key, of_key, _unique([chosen, *candidates(of_key[0].op, *key, gpu)]))
+        Plan(key, of_key, _unique([chosen, *TUNABLES[key[0]].candidates(key[1], gpu)]))
         for key, (of_key, chosen) in found.items()
     ]
 
@@ -65,19 +64,6 @@ def check_compiles() -> None:
     """Raise InputError where Triton interprets: launches would run instead of being recorded."""
     if triton.knobs.runtime.interpret:
         raise InputError("TRITON_INTERPRET is set: unset it, Triton would not compile here")
-
-
-def candidates(op: str, part: str, key: str, gpu: Gpu) -> list[Tiles]:
-    """What `<part>_candidates(key, gpu)` offers; nothing if there is no such.
-
-    It stands in the op's module, in that of the op named `part`, or in one whose name begins like
-    theirs, if that has been imported.
-    """
-    places = (OPS[op].__module__, f"kernels.{part}")
-    for name, module in list(sys.modules.items()):
-        if name.startswith(places) and hasattr(module, f"{part}_candidates"):
-            return getattr(module, f"{part}_candidates")(key, gpu)
-    return []
 
 
 def tune(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[dict]:

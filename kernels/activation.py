@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
-from kernels.runtime.tiles import Gpu, Tiles, tiles
+from kernels.runtime.tiles import Gpu, Tiles, Tunable
 
 
 def silu_mul(gate_up: Tensor, *, interleaved: bool = False, impl: str | None = None) -> Tensor:
@@ -141,7 +141,9 @@ def _launch(
     rows, width = y.shape
     if y.numel() == 0:
         return y
-    chosen = _tiles_of(op, rows, width, x.device)
+    few = triton.next_power_of_2(rows)
+    key = f"{f'T<={few}' if few <= 64 else 'T>64'} F{width}"
+    chosen = TUNABLE[op].choose(key, x.device, rows, width)
     kernel[(rows * cdiv(width, chosen["block"]),)](
         x,
         y,
@@ -154,30 +156,21 @@ def _launch(
     return y
 
 
-def _tiles_of(op: str, rows: int, width: int, device: torch.device) -> Tiles:
-    """Columns per program, and its warps."""
-
-    def rule(gpu: Gpu) -> Tiles:
-        # Two loads of 16 bytes per thread and operand: 32 KiB and more on an SM full of warps. If
-        # that leaves SMs without work, one load.
-        block = 2048
-        while block > 256 and rows * cdiv(width, block) < 2 * gpu.sms:
-            block //= 2
-        return {"block": block, "num_warps": 4 if block > 512 else block // 256}
-
-    few = triton.next_power_of_2(rows)
-    size = f"T<={few}" if few <= 64 else "T>64"
-    return tiles(op, f"{size} F{width}", device, rule)
+def _rule(gpu: Gpu, rows: int, width: int) -> Tiles:
+    """Columns per program, and its warps: two loads of 16 bytes per thread and operand, 32 KiB and
+    more on an SM full of warps. If that leaves SMs without work, one load."""
+    block = 2048
+    while block > 256 and rows * cdiv(width, block) < 2 * gpu.sms:
+        block //= 2
+    return {"block": block, "num_warps": 4 if block > 512 else block // 256}
 
 
-def silu_mul_candidates(key: str, gpu: Gpu) -> list[Tiles]:
-    """What `python -m bench tune` measures."""
+def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
     shapes = ((256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8))
     return [{"block": block, "num_warps": warps} for block, warps in shapes]
 
 
-quick_gelu_candidates = silu_mul_candidates
-
+TUNABLE = {op: Tunable(op, _rule, _candidates) for op in ("silu_mul", "quick_gelu")}
 _SILU_MUL = {"eager": silu_mul_ref, "portable": _silu_mul_portable, "triton": _silu_mul_triton}
 _QUICK_GELU = {
     "eager": quick_gelu_ref,

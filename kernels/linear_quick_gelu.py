@@ -20,7 +20,7 @@ from kernels.activation import quick_gelu, quick_gelu_ref
 from kernels.gemm import linear
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
-from kernels.runtime.tiles import Gpu, Tiles, tiles
+from kernels.runtime.tiles import Tunable
 
 
 def linear_quick_gelu(
@@ -60,22 +60,18 @@ def _portable(x: Tensor, weight: Tensor, bias: Tensor, fused: bool | None) -> Te
 
 def _triton(x: Tensor, weight: Tensor, bias: Tensor, fused: bool | None) -> Tensor:
     if fused is None:
-        fused = bool(_choice(x, weight)["fused"])
+        few = triton.next_power_of_2(len(x))
+        size = f"T<={few}" if few <= 4096 else "T>4096"
+        key = f"{size} C{x.shape[1]} F{weight.shape[0]}"
+        fused = bool(TUNABLE.choose(key, x.device)["fused"])
     if fused:
         return linear(x, weight, bias, quick_gelu=True)
     return quick_gelu(F.linear(x, weight, bias), impl="triton")
 
 
-def _choice(x: Tensor, weight: Tensor) -> Tiles:
-    few = triton.next_power_of_2(len(x))
-    size = f"T<={few}" if few <= 4096 else "T>4096"
-    key = f"{size} C{x.shape[1]} F{weight.shape[0]}"
-    return tiles("linear_quick_gelu", key, x.device, lambda gpu: {"fused": 0})
-
-
-def linear_quick_gelu_candidates(key: str, gpu: Gpu) -> list[Tiles]:
-    """What `python -m bench tune` measures."""
-    return [{"fused": 0}, {"fused": 1}]
-
-
+TUNABLE = Tunable(
+    "linear_quick_gelu",
+    rule=lambda gpu: {"fused": 0},
+    candidates=lambda key, gpu: [{"fused": 0}, {"fused": 1}],
+)
 _FORMS = {"eager": linear_quick_gelu_ref, "portable": _portable, "triton": _triton}

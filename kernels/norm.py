@@ -23,7 +23,7 @@ from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.pdl import pdl_options, release_next, wait_for_previous
-from kernels.runtime.tiles import Gpu, Tiles, tiles
+from kernels.runtime.tiles import Gpu, Tiles, Tunable
 
 MAX_WIDTH = 16384  # of the Triton forms: what a program's registers hold
 
@@ -235,7 +235,9 @@ def _launch(
     y = x.new_empty(x.shape)
     total = None if residual is None else x.new_empty(x.shape)
     if rows:
-        chosen = _tiles_of(op, rows, width, x.device)
+        few = triton.next_power_of_2(rows)
+        key = f"{f'T<={few}' if few <= 64 else 'T>64'} C{width}"
+        chosen = TUNABLE[op].choose(key, x.device, rows, width)
         kernel[(cdiv(rows, chosen["rows"]),)](
             x=x,
             residual=residual,
@@ -255,24 +257,18 @@ def _launch(
     return y if total is None else (y, total)
 
 
-def _tiles_of(op: str, rows: int, width: int, device: torch.device) -> Tiles:
-    def rule(gpu: Gpu) -> Tiles:
-        # Two loads of 16 bytes per thread and operand. Narrow rows share a program once there are
-        # enough of them for every SM.
-        block = triton.next_power_of_2(width)
-        together = 1
-        while block * together < 1024 and rows >= 4 * together * gpu.sms:
-            together *= 2
-        num_warps = min(16, max(1, block * together // 512))
-        return {"rows": together, "num_warps": num_warps, "pdl": 0}
-
-    few = triton.next_power_of_2(rows)
-    size = f"T<={few}" if few <= 64 else "T>64"
-    return tiles(op, f"{size} C{width}", device, rule)
+def _rule(gpu: Gpu, rows: int, width: int) -> Tiles:
+    """Two loads of 16 bytes per thread and operand. Narrow rows share a program once there are
+    enough of them for every SM."""
+    block = triton.next_power_of_2(width)
+    together = 1
+    while block * together < 1024 and rows >= 4 * together * gpu.sms:
+        together *= 2
+    num_warps = min(16, max(1, block * together // 512))
+    return {"rows": together, "num_warps": num_warps, "pdl": 0}
 
 
-def rms_norm_candidates(key: str, gpu: Gpu) -> list[Tiles]:
-    """What `python -m bench tune` measures."""
+def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
     pairs = [(rows, warps) for rows in (1, 2) for warps in (1, 2, 4, 8, 16)]
     # Two rows of 4096 do not fit the registers of one warp.
     plain = [{"rows": rows, "num_warps": warps, "pdl": 0} for rows, warps in pairs if warps >= rows]
@@ -280,8 +276,7 @@ def rms_norm_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     return plain + early * (gpu.arch >= 90)
 
 
-layer_norm_candidates = rms_norm_candidates
-
+TUNABLE = {op: Tunable(op, _rule, _candidates) for op in ("rms_norm", "layer_norm")}
 _RMS_NORM = {"eager": rms_norm_ref, "portable": _rms_norm_portable, "triton": _rms_norm_triton}
 _LAYER_NORM = {
     "eager": layer_norm_ref,

@@ -20,7 +20,7 @@ from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.fp8 import converts_e4m3, e4m3_scale, magnitude_bits, quantise_e4m3, to_e4m3
 from kernels.runtime.rotary import cos_sin_of, pair_columns
-from kernels.runtime.tiles import Gpu, Tiles, tiles
+from kernels.runtime.tiles import Gpu, Tiles, Tunable
 
 FEW_TOKENS = 64  # decode: what counts is that every SM has work
 
@@ -303,7 +303,9 @@ def _qk_norm_rope_triton(
     q = qkv.new_empty(tokens, heads, head_dim)
     if tokens == 0:
         return q
-    chosen = _tiles_of(tokens, heads, kv_heads, head_dim, qkv.device)
+    few = tokens <= FEW_TOKENS
+    key = f"T{'<=' if few else '>'}{FEW_TOKENS} {heads}/{kv_heads} D{head_dim}"
+    chosen = TUNABLE.choose(key, qkv.device, few, heads, kv_heads, head_dim)
     blocks = cdiv(heads, chosen["block_q"]) + 2 * cdiv(kv_heads, chosen["block_kv"])
     if k_scale is not None:  # as bytes: before sm_89 Triton has no type for e4m3
         k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
@@ -354,29 +356,27 @@ def check_layouts(qkv: Tensor, positions: Tensor, others: dict[str, Tensor | Non
         check(x.is_contiguous(), f"{name} must be contiguous")
 
 
-def _tiles_of(tokens: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Tiles:
-    """Heads of Q, and of K or V, per program, and its warps."""
-    few = tokens <= FEW_TOKENS
+def _rule(gpu: Gpu, few: bool, heads: int, kv_heads: int, head_dim: int) -> Tiles:
+    """Heads of Q, and of K or V, per program, and its warps.
 
-    def rule(gpu: Gpu) -> Tiles:
-        # A warp's threads take 16 bytes of both halves at once: 512 elements. Few tokens are spread
-        # as thin as that; with many, two such loads in flight and 32 warps keep an SM at 64 KiB.
-        heads_at_once = max(1, 512 // triton.next_power_of_2(head_dim))
-        block = heads_at_once if few else 2 * heads_at_once
-        return {
-            "block_q": min(block, triton.next_power_of_2(heads)),
-            "block_kv": min(block, triton.next_power_of_2(kv_heads)),
-            "num_warps": 1,
-        }
-
-    size = f"T<={FEW_TOKENS}" if few else f"T>{FEW_TOKENS}"
-    return tiles("qk_norm_rope", f"{size} {heads}/{kv_heads} D{head_dim}", device, rule)
+    A warp's threads take 16 bytes of both halves at once: 512 elements. Few tokens are spread as
+    thin as that; with many, two such loads in flight and 32 warps keep an SM at 64 KiB.
+    """
+    heads_at_once = max(1, 512 // triton.next_power_of_2(head_dim))
+    block = heads_at_once if few else 2 * heads_at_once
+    return {
+        "block_q": min(block, triton.next_power_of_2(heads)),
+        "block_kv": min(block, triton.next_power_of_2(kv_heads)),
+        "num_warps": 1,
+    }
 
 
-def qk_norm_rope_candidates(key: str, gpu: Gpu) -> list[Tiles]:
-    """What `python -m bench tune` measures."""
+def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
     shapes = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 4))
     return [{"block_q": m, "block_kv": min(m, 8), "num_warps": warps} for m, warps in shapes]
 
 
 _FORMS = {"eager": qk_norm_rope_ref, "triton": _qk_norm_rope_triton}
+
+
+TUNABLE = Tunable("qk_norm_rope", _rule, _candidates)

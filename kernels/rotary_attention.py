@@ -20,7 +20,7 @@ from kernels.prefix_plan import PrefixPlan
 from kernels.qk_norm_rope import check_layouts, check_shapes, qk_norm_rope
 from kernels.runtime.dispatch import check, check_triton, runs_on_gpu
 from kernels.runtime.spans import spanned
-from kernels.runtime.tiles import Gpu, Tiles, tiles
+from kernels.runtime.tiles import Tunable
 
 
 def rotary_attention(
@@ -75,13 +75,14 @@ def _prefers_fused(qkv: Tensor, k_pages: Tensor, plan: PrefixPlan) -> bool:
     group = (qkv.shape[1] // dim - 2 * kv_heads) // kv_heads
     fp8 = k_pages.dtype == torch.float8_e4m3fn
     kind = Kind.of(plan, group, dim, fp8=fp8, invariant=False, fused=True)
-    rule = tiles("rotary_attention", kind.key, qkv.device, lambda gpu: {"fused": int(kind.fuses())})
-    return bool(rule["fused"])
+    return bool(TUNABLE.choose(kind.key, qkv.device, kind)["fused"])
 
 
-def rotary_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
-    """Two ops, or one."""
-    return [{"fused": 0}, {"fused": 1}]
+TUNABLE = Tunable(  # two ops, or one
+    "rotary_attention",
+    rule=lambda gpu, kind: {"fused": int(kind.fuses())},
+    candidates=lambda key, gpu: [{"fused": 0}, {"fused": 1}],
+)
 
 
 def _fused(

@@ -29,7 +29,7 @@ from kernels.runtime.dispatch import check, copyable
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.grids import Grid, tokens_of
 from kernels.runtime.tensor_cache import kept
-from kernels.runtime.tiles import Gpu, Tiles, gpu_of, tiles
+from kernels.runtime.tiles import Gpu, Tiles, Tunable, gpu_of
 
 
 def linear(
@@ -215,21 +215,22 @@ def _factors(x: Tensor, weight: Tensor, windows: Tensor | None, chosen: Tiles) -
 
 def _tiles_of(x: Tensor, count: int, width: int, taps: int) -> Tiles:
     """Tile choices for so many result rows of so many columns."""
-
-    def rule(gpu: Gpu) -> Tiles:
-        if x.dtype == torch.float32:  # no tensor cores: as much as registers hold
-            return _choice(64, 64, 16, num_warps=8, num_stages=2)
-        block_m = 64 if count <= 64 else 128
-        block_n = min(256, max(64, triton.next_power_of_2(width)))
-        warps = 8 if block_m * block_n > 128 * 128 else 4
-        buffers = gpu.shared_bytes // (2 * 64 * (block_m + block_n))
-        stages = min(4, buffers + (gpu.arch < 90))  # before, one stage needs no buffer
-        return _choice(block_m, block_n, 64, num_warps=warps, num_stages=stages)
-
     few = triton.next_power_of_2(count)
     size = f"M<={few}" if few <= 4096 else "M>4096"
     kind = ("conv" if taps > 1 else "linear") + (" fp32" if x.dtype == torch.float32 else "")
-    return tiles("gemm", f"{size} N{width} C{x.shape[1]} {kind}", x.device, rule)
+    key = f"{size} N{width} C{x.shape[1]} {kind}"
+    return TUNABLE.choose(key, x.device, x.dtype, count, width)
+
+
+def _rule(gpu: Gpu, dtype: torch.dtype, count: int, width: int) -> Tiles:
+    if dtype == torch.float32:  # no tensor cores: as much as registers hold
+        return _choice(64, 64, 16, num_warps=8, num_stages=2)
+    block_m = 64 if count <= 64 else 128
+    block_n = min(256, max(64, triton.next_power_of_2(width)))
+    warps = 8 if block_m * block_n > 128 * 128 else 4
+    buffers = gpu.shared_bytes // (2 * 64 * (block_m + block_n))
+    stages = min(4, buffers + (gpu.arch < 90))  # before, one stage needs no buffer
+    return _choice(block_m, block_n, 64, num_warps=warps, num_stages=stages)
 
 
 def _choice(block_m: int, block_n: int, block_k: int, **others: int) -> Tiles:
@@ -243,8 +244,7 @@ def _choice(block_m: int, block_n: int, block_k: int, **others: int) -> Tiles:
     return tile | {"programs": 1, "overhead": 16, "tma": 0} | others
 
 
-def gemm_candidates(key: str, gpu: Gpu) -> list[Tiles]:
-    """What `python -m bench tune` measures."""
+def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
     if key.endswith("fp32"):
         return [_choice(m, n, 16, num_warps=8, num_stages=2) for m, n in ((64, 64), (128, 64))]
     new = gpu.arch >= 90
@@ -261,6 +261,9 @@ def gemm_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     if new:
         found += [one | {"tma": 1} for one in found[:3]]
     return found
+
+
+TUNABLE = Tunable("gemm", _rule, _candidates)
 
 
 def _check_operands(

@@ -21,9 +21,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime.tiles import Gpu, Tiles, tiles
+from kernels.runtime.tiles import Gpu, Tiles, Tunable
 
-OP = "prefix_attention"
+LEAST_M = 16  # of a tensor-core product
+WGMMA_M = 64  # of a warpgroup's: 16 rollouts of 4 query heads fill it
+LARGEST_M = 128
+WIDEST_DIM = 256  # head_dim for whose sums registers are short
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,29 @@ class Kind:
     ) -> "Kind":
         """The class of a plan, `group` query heads to a KV head.
 
-        16 is the least M of a tensor-core product, 64 that of wgmma: 16 rollouts of 4 heads fill
-        it. 128 vectors of head_dim 256 and their fp32 sums do not fit the registers. A size that
-        the plan has no use for is not compiled in. The batch-invariant mode has one size, whatever
-        is in the batch.
+        By the query vectors (rows times group) of the nodes with the fewest and the most rows,
+        M of the larger + the smaller tiles:
+
+            fewest    most         head_dim < 256    head_dim 256
+            <= 16     <= 16            0 + 16           0 + 16
+            <= 16     17 to 64        64 + 16          64 + 0
+            <= 16     > 64           128 + 16          64 + 0
+            > 16      <= 64           64 + 0           64 + 0
+            > 16      > 64           128 + 0           64 + 0
+
+        More than 16 query heads to a KV head have no smaller tiles, and more than 64 have 128. A
+        size that the plan has no use for is not compiled in. 128 vectors of head_dim 256 and their
+        fp32 sums do not fit the registers, nor do two sizes. The batch-invariant mode has one size,
+        64 if the group fits, whatever is in the batch.
         """
-        largest = 128 if dim < 256 else 64
+        largest = LARGEST_M if dim < WIDEST_DIM else WGMMA_M
         if invariant:
-            return Kind(dim, 64 if group <= 64 else largest, 0, fp8, invariant, fused)
+            return Kind(dim, WGMMA_M if group <= WGMMA_M else largest, 0, fp8, invariant, fused)
         least, most = (group * rows for rows in plan.row_counts)
-        both = dim < 256 or most <= 16  # of head_dim 256 two sizes do not fit the registers either
-        small = 16 if both and group <= 16 and 0 < least <= 16 else 0
-        large = 0 if small and most <= 16 else 64 if max(most, group) <= 64 else largest
-        return Kind(dim, large, small, fp8, invariant, fused)
+        both = dim < WIDEST_DIM or most <= LEAST_M
+        small = LEAST_M if both and group <= LEAST_M and 0 < least <= LEAST_M else 0
+        large = WGMMA_M if max(most, group) <= WGMMA_M else largest
+        return Kind(dim, 0 if small and most <= LEAST_M else large, small, fp8, invariant, fused)
 
     @property
     def key(self) -> str:
@@ -72,7 +85,7 @@ class Kind:
 
     def choose(self, device: torch.device) -> Tiles:
         """Its tile choices, from the GPU's table or by rule."""
-        return tiles(OP, self.key, device, self.rule)
+        return TUNABLE.choose(self.key, device, self)
 
     def choose_small(self, device: torch.device) -> Tiles:
         """Those of the smaller tiles' own launch, as of a class that has no others.
@@ -80,27 +93,40 @@ class Kind:
         What is tried out for this class is not meant for them.
         """
         small = replace(self, large=0)
-        return tiles(OP, small.key, device, small.rule, overridden=False)
+        return TUNABLE.choose(small.key, device, small, overridden=False)
 
     def rule(self, gpu: Gpu) -> Tiles:
         """Choices without measurements: as much in flight as fits, and no register spilled.
 
-        Where 64 tokens at a time would spill, 32 in more stages keep as much in flight; where an SM
-        has one program of 128 vectors, so do more stages. `ahead` costs a buffer more than it has
-        room for on sm_80 beside a second program, and registers that fused e4m3 does not have;
-        `pieces` costs some that the fused form of small tiles alone does not have.
-        Loops of their own for steady blocks fill the pipeline twice: only for 128 vectors, which
-        compute for longer than they wait. `python -m profiles static` shows what the compiler makes
-        of it.
+        Blocks of 64 tokens, 4 warps, 3 stages, with `ahead` and `pieces`, without `steady`, but:
+
+            choice      value  where                                  why
+            block       32     head_dim 256 on sm_80 or with e4m3;    64 tokens would spill
+                               M 128 with e4m3 on sm_80
+            num_warps   8      M 128, head_dim 256; on sm_80 also     one program per SM needs them
+                               e4m3 and fused
+            num_stages  5      blocks of 32, M 128                    as much in flight as else
+                        2      head_dim 256 in blocks of 64           shared memory
+                        <= 4   `ahead` with e4m3 or head_dim 256      it costs a buffer
+            programs    1      8 warps
+                        2      larger tiles, or sm_80                 that are resident
+                        3      smaller tiles alone, on sm_90
+            ahead       0      fused e4m3; fused M 128 on sm_80       registers
+                               M 64 by 4 warps on sm_80               room for a second program
+            pieces      0      fused smaller tiles alone, on sm_90    registers
+            steady      1      M 128, but e4m3                        fills the pipeline twice: for
+                                                                      what computes for longer
+
+        `python -m profiles static` shows what the compiler makes of it.
         """
-        old, wide = gpu.arch < 90, self.dim == 256 or self.large == 128
-        half = (old or self.fp8) if self.dim == 256 else old and wide and self.fp8
-        warps = 8 if wide or old and (self.fp8 or self.fused) else 4
-        ahead = not (self.fused and (self.fp8 or old and self.large == 128))
-        ahead = ahead and not (old and self.large == 64 and warps == 4)
+        old, widest, largest = gpu.arch < 90, self.dim == WIDEST_DIM, self.large == LARGEST_M
+        half = (old or self.fp8) if widest else old and largest and self.fp8
+        warps = 8 if widest or largest or (old and (self.fp8 or self.fused)) else 4
+        ahead = not (self.fused and (self.fp8 or (old and largest)))
+        ahead = ahead and not (old and self.large == WGMMA_M and warps == 4)
         lean = self.fused and not (self.large or self.fp8 or old)
-        stages = 5 if half or self.large == 128 else 2 if self.dim == 256 else 3
-        if ahead and (self.fp8 or self.dim == 256):
+        stages = 5 if half or largest else 2 if widest else 3
+        if ahead and (self.fp8 or widest):
             stages = min(stages, 4)
         return {
             "block": 32 if half else 64,
@@ -114,17 +140,17 @@ class Kind:
             "pieces": int(not lean),
             "split": 0,
             "pdl": 0,
-            "steady": int(self.large == 128 and not self.fp8),
+            "steady": int(largest and not self.fp8),
             **({"fp16": 0} if self.fp8 else {}),
         }
 
     def fuses(self) -> bool:
         """Whether a decode step takes the fused form, by rule: where that fits the registers."""
-        return not self.fp8 or (self.dim < 256 and self.large < 128)
+        return not self.fp8 or (self.dim < WIDEST_DIM and self.large < LARGEST_M)
 
 
-def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
-    """What `python -m bench tune` measures for inputs of class `key`: the rule, then its kin."""
+def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """The rule, then its kin."""
     kind = Kind.from_key(key)
     rule = kind.rule(gpu)
     kin = [{"programs": n} for n in (1, 2, 3, 4)]
@@ -133,7 +159,7 @@ def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     kin += (
         []
         if tight
-        else [{"num_stages": n} for n in ((3,) if kind.dim == 256 or spills else (3, 5))]
+        else [{"num_stages": n} for n in ((3,) if kind.dim == WIDEST_DIM or spills else (3, 5))]
     )
     if kind.invariant:
         kin += [{"grain": n} for n in (128, 512)]
@@ -154,3 +180,6 @@ def prefix_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
         kin += [{"tma": 1, "grain": max(64, rule["grain"])}]
     candidates = [rule, *(rule | change for change in kin)]
     return [one for at, one in enumerate(candidates) if one not in candidates[:at]]
+
+
+TUNABLE = Tunable("prefix_attention", lambda gpu, kind: kind.rule(gpu), _candidates)

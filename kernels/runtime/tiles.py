@@ -50,32 +50,45 @@ def gpu_of(device: torch.device) -> Gpu:
     return _properties(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def tiles(
-    op: str,
-    key: str,
-    device: torch.device,
-    rule: Callable[[Gpu], Tiles],
-    *,
-    overridden: bool = True,
-) -> Tiles:
-    """How `op` cuts its work for inputs of class `key`: from the GPU's table, else by `rule`.
+@dataclass(frozen=True, eq=False)
+class Tunable:
+    """The tile choices of an op, or of a part of one that has its own: made once, by its module.
 
-    overridden: whether `use_tiles` has a say
+    rule        of a GPU and what else `choose` is told of the inputs
+    candidates  of a key and a GPU: what `python -m bench tune` measures
     """
-    gpu = gpu_of(device)
-    chosen = _table(gpu.name).get(op, {}).get(key)
-    chosen = rule(gpu) if chosen is None else chosen
-    if overridden:
-        chosen = chosen | _overrides.get().get(op, {})
-    asked = _asked.get()
-    if asked is not None:
-        asked[op, key] = chosen
-    return chosen
+
+    name: str
+    rule: Callable[..., Tiles]
+    candidates: Callable[[str, Gpu], list[Tiles]] = lambda key, gpu: []
+
+    def __post_init__(self) -> None:
+        TUNABLES[self.name] = self
+
+    def choose(
+        self, key: str, device: torch.device, *inputs: object, overridden: bool = True
+    ) -> Tiles:
+        """How to cut the work for inputs of class `key`: by the GPU's table, else by the rule.
+
+        overridden: whether `use_tiles` has a say
+        """
+        gpu = gpu_of(device)
+        chosen = _table(gpu.name).get(self.name, {}).get(key)
+        chosen = self.rule(gpu, *inputs) if chosen is None else chosen
+        if overridden:
+            chosen = chosen | _overrides.get().get(self.name, {})
+        asked = _asked.get()
+        if asked is not None:
+            asked[self.name, key] = chosen
+        return chosen
+
+
+TUNABLES: dict[str, Tunable] = {}  # by name: all whose modules have been imported
 
 
 @contextmanager
 def record_tiles() -> Iterator[dict[tuple[str, str], Tiles]]:
-    """Collect what `tiles` answers inside, by op and key: the keys that inputs fall into."""
+    """Collect what is chosen inside, by tunable and key: the keys that inputs fall into."""
     asked: dict[tuple[str, str], Tiles] = {}
     token = _asked.set(asked)
     try:
@@ -96,7 +109,7 @@ def assume_gpu(gpu: Gpu) -> Iterator[None]:
 
 @contextmanager
 def use_tiles(op: str, **chosen: int) -> Iterator[None]:
-    """Put `chosen` over whatever `tiles` finds for `op`: for tuning and for tests."""
+    """Put `chosen` over whatever is found for `op`: for tuning and for tests."""
     token = _overrides.set(_overrides.get() | {op: _overrides.get().get(op, {}) | chosen})
     try:
         yield

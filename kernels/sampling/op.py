@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES, dtype_name
-from kernels.runtime.tiles import Gpu, Tiles, tiles
+from kernels.runtime.tiles import Gpu, Tiles, Tunable
 from kernels.sampling.kernel import (
     GROUP,
     sample_cut_kernel,
@@ -263,7 +263,7 @@ def sample_triton(
 def _cut(rows: dict, sums: Tensor, maxima: Tensor, padded: int, top_k: int, top_p: float) -> Tensor:
     """The depth of each row's cut, int32 [B]."""
     batch, groups = maxima.shape
-    chosen = tiles("sample_cut", dtype_name(rows["logits"].dtype), maxima.device, _cut_rule)
+    chosen = CUT.choose(dtype_name(rows["logits"].dtype), maxima.device)
     cuts = maxima.new_empty(batch, dtype=torch.int32)
     sample_cut_kernel[(batch,)](
         **rows, sums=sums, maxima=maxima, cuts=cuts,
@@ -277,18 +277,10 @@ def _cut(rows: dict, sums: Tensor, maxima: Tensor, padded: int, top_k: int, top_
 
 def _scan_tiles(logits: Tensor, work: str) -> Tiles:
     """How rows are split: whatever the batch is, as a row's sums must not depend on its company."""
-    return tiles("sample_scan", f"{dtype_name(logits.dtype)} {work}", logits.device, _scan_rule)
+    return SCAN.choose(f"{dtype_name(logits.dtype)} {work}", logits.device)
 
 
-def _scan_rule(gpu: Gpu) -> Tiles:
-    return {"block": 4096, "num_warps": 8}
-
-
-def _cut_rule(gpu: Gpu) -> Tiles:
-    return {"tile": 64, "num_warps": 16}
-
-
-def sample_scan_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _scan_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     """Blocks whose tokens stay in registers: 8, 16 or 32 for each thread."""
     return [
         {"block": block, "num_warps": block // (32 * tokens)}
@@ -297,12 +289,16 @@ def sample_scan_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     ]
 
 
-def sample_cut_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _cut_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     """8 or 16 tokens for each thread, and few or many threads."""
     return [
         {"tile": tile, "num_warps": warps}
         for tile, warps in ((32, 8), (64, 8), (64, 16), (128, 16))
     ]
+
+
+SCAN = Tunable("sample_scan", lambda gpu: {"block": 4096, "num_warps": 8}, _scan_candidates)
+CUT = Tunable("sample_cut", lambda gpu: {"tile": 64, "num_warps": 16}, _cut_candidates)
 
 
 def _sample_eager(

@@ -10,7 +10,6 @@ turn_q      1: queries are rotated where they are used, keys alone by the first 
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import triton
@@ -22,7 +21,7 @@ from kernels.runtime.dispatch import check, copyable
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.grids import Grid
 from kernels.runtime.tensor_cache import kept
-from kernels.runtime.tiles import Gpu, Tiles, gpu_of, tiles
+from kernels.runtime.tiles import Gpu, Tiles, Tunable, gpu_of
 from kernels.vision_attention.kernel import Parts, vision_attention_kernel
 from kernels.vision_attention.rotation import rotate_kernel
 
@@ -166,10 +165,10 @@ def _tiles_of(qkv: Tensor, dim: int) -> Tiles:
     few = triton.next_power_of_2(len(qkv))
     size = f"T<={few}" if few <= 4096 else "T>4096"
     key = f"D{dim} {size}" + " fp32" * (qkv.dtype == torch.float32)
-    return tiles(OP, key, qkv.device, partial(_rule, key))
+    return TUNABLE.choose(key, qkv.device, key)
 
 
-def _rule(key: str, gpu: Gpu) -> Tiles:
+def _rule(gpu: Gpu, key: str) -> Tiles:
     """Choices without measurements; `python -m profiles static` shows what becomes of them.
 
     128 queries at a time: for 64, keys and values would have to come from L2 faster than it can.
@@ -188,9 +187,9 @@ def _rule(key: str, gpu: Gpu) -> Tiles:
     }
 
 
-def vision_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
-    """What `python -m bench tune` measures for inputs of class `key`: the rule, then its kin."""
-    rule = _rule(key, gpu)
+def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
+    """The rule, then its kin."""
+    rule = _rule(gpu, key)
     kin = [{"num_stages": 2}, {"num_stages": 4}, {"block": 32, "num_stages": 4}]
     spills = key.startswith("D128")
     kin += [] if spills else [{"rows": 64, "num_warps": 4}]  # for batches that leave SMs idle
@@ -206,3 +205,6 @@ def vision_attention_candidates(key: str, gpu: Gpu) -> list[Tiles]:
         kin += [] if spills else [{"rows": 256} | specialized]
     candidates = [rule, *(rule | change for change in kin)]
     return [one for at, one in enumerate(candidates) if one not in candidates[:at]]
+
+
+TUNABLE = Tunable("vision_attention", _rule, _candidates)

@@ -31,7 +31,7 @@ from kernels.compile.launches import Launch, compiler, launches_recorded
 from kernels.compile.unfilled import unfilled
 from kernels.errors import ImplError, one_line
 from kernels.runtime.dtypes import dtype_name
-from kernels.runtime.tiles import A100, H200, Gpu, Tiles, record_tiles, use_tiles
+from kernels.runtime.tiles import A100, H200, TUNABLES, Gpu, Tiles, record_tiles, use_tiles
 from model.terminal import track
 from profiles.static import loop_figures
 from profiles.static.pipeline import pipelines
@@ -241,7 +241,7 @@ def _attempts(case: Case, dtype: torch.dtype, gpu: Gpu, quick: bool) -> Iterator
     if quick or dtype != DTYPES[0]:
         return
     for part, key in asked:
-        for tiles in tune.candidates(case.op, part, key, gpu):
+        for tiles in TUNABLES[part].candidates(key, gpu):
             with use_tiles(part, **tiles):
                 yield from _launched(case, gpu, arguments, tiles)
 

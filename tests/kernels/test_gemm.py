@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.gemm import convolution, halved, linear, windows_of
 from kernels.gemm.cut import BAND, cut_of
-from kernels.gemm.op import gemm_candidates
+from kernels.gemm.op import TUNABLE
 from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
 from tests.support.errors import max_error
 
@@ -273,7 +273,7 @@ def test_candidates_name_every_choice():
     """What tuning measures has all that the launcher asks for, and no two alike."""
     for key in ("M<=1024 N3072 C1536 conv", "M<=64 N8 C8 linear fp32"):
         for arch in (80, 90):
-            found = gemm_candidates(key, Gpu("toy", arch, 100, 160 * 1024))
+            found = TUNABLE.candidates(key, Gpu("toy", arch, 100, 160 * 1024))
             assert all(set(one) == {*tile(), "overhead"} for one in found)
             assert len({tuple(one.items()) for one in found}) == len(found)
             assert arch >= 90 or not any(one["tma"] for one in found)

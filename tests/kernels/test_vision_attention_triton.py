@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.runtime.tiles import A100, H200, use_tiles
 from kernels.vision_attention import vision_attention
 from kernels.vision_attention.kernel import Parts
-from kernels.vision_attention.launch import _geometry, launch, vision_attention_candidates
+from kernels.vision_attention.launch import TUNABLE, _geometry, launch
 from tests.support.errors import max_error
 
 BF16 = pytest.param(torch.bfloat16, id="bf16")
@@ -270,10 +270,10 @@ import re
 import torch
 from kernels.compile.launches import compiler, launches_recorded
 from kernels.runtime.tiles import H200, use_tiles
-from kernels.vision_attention.op import vision_attention
-from kernels.vision_attention.launch import vision_attention_candidates
+from kernels.vision_attention import vision_attention
+from kernels.vision_attention.launch import TUNABLE
 qkv = torch.empty(30, 288, dtype=torch.bfloat16)
-for tiles in vision_attention_candidates("D96 T>4096", H200):
+for tiles in TUNABLE.candidates("D96 T>4096", H200):
     if tiles["specialize"]:
         with launches_recorded(H200) as launches, use_tiles("vision_attention", **tiles):
             vision_attention(qkv, [(5, 6)], heads=1, impl="triton")
@@ -304,11 +304,11 @@ TURNED = """
 import torch
 from kernels.compile.launches import compiler, launches_recorded
 from kernels.runtime.tiles import H200, use_tiles
-from kernels.vision_attention.op import vision_attention
-from kernels.vision_attention.launch import vision_attention_candidates
+from kernels.vision_attention import vision_attention
+from kernels.vision_attention.launch import TUNABLE
 from profiles.static.sass import figures
 qkv = torch.empty(1296, 4608, dtype=torch.bfloat16)
-for tiles in vision_attention_candidates("D96 T>4096", H200):
+for tiles in TUNABLE.candidates("D96 T>4096", H200):
     if tiles["block"] == 64 and tiles["turn_q"]:
         with launches_recorded(H200) as launches, use_tiles("vision_attention", **tiles):
             vision_attention(qkv, [(36, 36)], heads=16, impl="triton")
@@ -332,7 +332,7 @@ def test_turned_queries_leave_room_for_a_second_program():
 
 def test_candidates_begin_with_the_rule():
     for gpu in (H200, A100):
-        candidates = vision_attention_candidates("D96 T>4096", gpu)
+        candidates = TUNABLE.candidates("D96 T>4096", gpu)
         assert candidates[0]["rows"] == 128 and not candidates[0]["specialize"]
         assert all(gpu.arch >= 90 or not (c["tma"] or c["turn_q"]) for c in candidates)
         assert any(c["turn_q"] for c in candidates) == (gpu.arch >= 90)

@@ -14,7 +14,7 @@ from torch import Tensor
 import bench.cases
 from bench.cases import Case
 from kernels.runtime.dispatch import pick
-from kernels.runtime.tiles import Gpu, Tiles, tiles
+from kernels.runtime.tiles import Gpu, Tiles, Tunable
 
 
 @triton.jit
@@ -66,13 +66,17 @@ def plain(x: Tensor, *, impl: str | None = None) -> Tensor:
     return pick("plain", impl, x.device, {"eager": Tensor.clone})(x)
 
 
-def copy_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _copy_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     wrong = [{"block": 1000}] if "--wrong" in sys.argv else []
     return [{"block": 4096}, {"block": 8192, "num_warps": 1}, *wrong]
 
 
+COPY = Tunable("copy", lambda gpu: {"block": 1024, "num_warps": 4}, _copy_candidates)
+PRODUCT = Tunable("product", lambda gpu: {"size": 64 if gpu.arch == 90 else 32})
+
+
 def _copy_triton(x: Tensor) -> Tensor:
-    chosen = tiles("copy", "any", x.device, lambda gpu: {"block": 1024, "num_warps": 4})
+    chosen = COPY.choose("any", x.device)
     out = torch.empty_like(x)
     copy_kernel[(1,)](x, out, x.numel(), BLOCK=chosen["block"], num_warps=chosen["num_warps"])
     return out
@@ -80,7 +84,7 @@ def _copy_triton(x: Tensor) -> Tensor:
 
 def _product(a: Tensor) -> Tensor:
     out = torch.empty_like(a)
-    size = tiles("product", "any", a.device, lambda gpu: {"size": 64 if gpu.arch == 90 else 32})
+    size = PRODUCT.choose("any", a.device)
     product_kernel[(1,)](a, a, out, SIZE=size["size"])
     return out
 

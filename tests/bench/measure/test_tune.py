@@ -16,7 +16,7 @@ from kernels.compile.unfilled import unfilled
 from kernels.runtime import dispatch
 from kernels.runtime import tiles as tile_tables
 from kernels.runtime.dispatch import pick
-from kernels.runtime.tiles import H200, Gpu, tiles
+from kernels.runtime.tiles import H200, Tunable
 from model.errors import InputError
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -29,7 +29,7 @@ def double(x, *, impl=None):
 
 
 def _double(x):
-    chosen = tiles("double", "short" if len(x) < 100 else "long", x.device, lambda gpu: RULE)
+    chosen = TUNABLE.choose("short" if len(x) < 100 else "long", x.device)
     used.append(chosen)
     if chosen["block"] == 13:
         raise ValueError("13 is no power of 2")
@@ -40,8 +40,13 @@ def plain(x, *, impl=None):
     return pick("plain", impl, x.device, {"eager": lambda x: x})(x)
 
 
-def double_candidates(key: str, gpu: Gpu) -> list[dict]:
-    return [{"block": block, "num_warps": 4} for block in (13, 64, 128, 256, 512)]
+TUNABLE = Tunable(
+    "double",
+    rule=lambda gpu: RULE,
+    candidates=lambda key, gpu: [
+        {"block": block, "num_warps": 4} for block in (13, 64, 128, 256, 512)
+    ],
+)
 
 
 def case(length: int, op: str = "double") -> Case:
@@ -168,9 +173,9 @@ def test_table_keeps_what_it_had(toy):
     """Guards the other ops' entries, and that an op sees its new tiles at once."""
     path = tune.write(H200, ("double", "long"), {"block": 32})
     tune.write(H200, ("attention", "any"), {"block": 1})
-    assert tiles("double", "short", CPU, lambda gpu: RULE) == RULE
+    assert TUNABLE.choose("short", CPU) == RULE
     tune.write(H200, ("double", "short"), {"block": 16})
-    assert tiles("double", "short", CPU, lambda gpu: RULE) == {"block": 16}
+    assert TUNABLE.choose("short", CPU) == {"block": 16}
     assert path == toy / "tuned" / "nvidia-h200.json" and list(path.parent.iterdir()) == [path]
     assert json.loads(path.read_text()) == {
         "attention": {"any": {"block": 1}},

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,11 +15,10 @@ from bench.inputs import fork, prefix_attention_inputs
 from kernels.compile.cache import compilations
 from kernels.compile.launches import Launch, compiler, launches_recorded
 from kernels.errors import ImplError
-from kernels.norm import layer_norm, layer_norm_candidates, rms_norm, rms_norm_candidates
+from kernels.norm import layer_norm, rms_norm
 from kernels.prefix_attention import prefix_attention
-from kernels.prefix_attention.tiles import prefix_attention_candidates
 from kernels.runtime.pdl import pdl_options
-from kernels.runtime.tiles import A100, H200, assume_gpu, use_tiles
+from kernels.runtime.tiles import A100, H200, TUNABLES, assume_gpu, use_tiles
 from profiles.static.analysis import config_of
 from profiles.static.sass import sass
 from profiles.static.sass_loop import INSTRUCTION
@@ -128,14 +126,15 @@ def test_older_gpus_refuse():
 
 
 @pytest.mark.parametrize(
-    ("candidates", "key"),
+    ("op", "key"),
     [
-        (rms_norm_candidates, "T<=16 C4096"),
-        (layer_norm_candidates, "T<=16 C4096"),
-        (prefix_attention_candidates, "D64 M64+16"),
+        ("rms_norm", "T<=16 C4096"),
+        ("layer_norm", "T<=16 C4096"),
+        ("prefix_attention", "D64 M64+16"),
     ],
 )
-def test_candidates(candidates: Callable, key: str):
+def test_candidates(op: str, key: str):
     """Both ways are measured where both exist; every choice names the one it is."""
+    candidates = TUNABLES[op].candidates
     assert {chosen["pdl"] for chosen in candidates(key, H200)} == {0, 1}
     assert {chosen["pdl"] for chosen in candidates(key, A100)} == {0}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.runtime import tiles as tile_tables
-from kernels.runtime.tiles import A100, H200, assume_gpu, gpu_of, record_tiles, tiles, use_tiles
+from kernels.runtime.tiles import A100, H200, Tunable, assume_gpu, gpu_of, record_tiles, use_tiles
 
 CPU = torch.device("cpu")
 
@@ -17,6 +17,7 @@ def tables(tmp_path, monkeypatch):
     monkeypatch.setattr(tile_tables, "TABLES", tmp_path)
     table = {"copy": {"small": {"block": 512, "num_warps": 2}}}
     (tmp_path / "nvidia-h200.json").write_text(json.dumps(table))
+    monkeypatch.setattr(tile_tables, "TUNABLES", {})
     tile_tables._table.cache_clear()
     yield
     tile_tables._table.cache_clear()
@@ -26,31 +27,35 @@ def rule(gpu):
     return {"block": gpu.sms, "num_warps": 4}
 
 
+def tiles(name: str, key: str) -> dict[str, int]:
+    return Tunable(name, rule).choose(key, CPU)
+
+
 def test_table_comes_before_the_rule(tables):
     """Guards the order of choices: table, rule, and overrides on top of either."""
-    assert tiles("copy", "small", CPU, rule) == {"block": 512, "num_warps": 2}
-    assert tiles("copy", "large", CPU, rule) == {"block": H200.sms, "num_warps": 4}
+    assert tiles("copy", "small") == {"block": 512, "num_warps": 2}
+    assert tiles("copy", "large") == {"block": H200.sms, "num_warps": 4}
     with use_tiles("copy", block=64), use_tiles("copy", num_warps=1), use_tiles("other", block=1):
-        assert tiles("copy", "small", CPU, rule) == {"block": 64, "num_warps": 1}
-    assert tiles("copy", "small", CPU, rule) == {"block": 512, "num_warps": 2}  # the table is whole
+        assert tiles("copy", "small") == {"block": 64, "num_warps": 1}
+    assert tiles("copy", "small") == {"block": 512, "num_warps": 2}  # the table is whole
 
 
 def test_assumed_gpu(tables):
     """Guards compilation ahead of time: another GPU's table must not be taken."""
     with assume_gpu(A100):
         assert gpu_of(torch.device("cuda", 0)) == gpu_of(CPU) == A100
-        assert tiles("copy", "small", CPU, rule) == {"block": A100.sms, "num_warps": 4}
+        assert tiles("copy", "small") == {"block": A100.sms, "num_warps": 4}
     assert gpu_of(CPU) == H200
 
 
 def test_record_tiles(tables):
     """Guards tuning: the keys that an op asked for, with what it got; nothing outside."""
-    tiles("copy", "before", CPU, rule)
+    tiles("copy", "before")
     with record_tiles() as asked:
-        tiles("copy", "small", CPU, rule)
+        tiles("copy", "small")
         with use_tiles("merge", block=8):
-            tiles("merge", "any", CPU, rule)
-    tiles("copy", "after", CPU, rule)
+            tiles("merge", "any")
+    tiles("copy", "after")
     assert asked == {
         ("copy", "small"): {"block": 512, "num_warps": 2},
         ("merge", "any"): {"block": 8, "num_warps": 4},

@@ -63,7 +63,13 @@ def stub(tmp_path_factory) -> Path:
         pytest.skip("Triton's launchers, and the libcuda they are tested with, need gcc")
     folder = tmp_path_factory.mktemp("stub")
     include = Path(nvidia.__file__).parent / "include"
-    command = ["gcc", "-shared", "-fPIC", f"-I{include}", str(ROOT / "tests/support/stub_libcuda.c")]
+    command = [
+        "gcc",
+        "-shared",
+        "-fPIC",
+        f"-I{include}",
+        str(ROOT / "tests/support/stub_libcuda.c"),
+    ]
     subprocess.run([*command, "-o", str(folder / "libcuda.so.1")], check=True)
     return folder
 
