@@ -1,6 +1,6 @@
 """Shapes and constants of the model: frozen dataclasses and the named presets."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from model.errors import InputError
 
@@ -87,12 +87,9 @@ class Config:
     vision: VisionConfig | None = None
     tokens: TokenIds = TokenIds()
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
     @staticmethod
     def from_dict(data: dict) -> "Config":
-        """The inverse of `to_dict`. Raises InputError for unknown and missing keys."""
+        """The inverse of `dataclasses.asdict`. Raises InputError for unknown and missing keys."""
         top = _checked(Config, data, "config")
         vision = top.get("vision")
         tokens = _checked(TokenIds, top.get("tokens", {}), "tokens")

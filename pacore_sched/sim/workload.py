@@ -8,7 +8,7 @@ clipping is the workload's. Assumed, for want of public figures of the lengths o
 a rollout's `</think>`, of 512 tokens, or the whole of a shorter rollout.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import erf, exp, log, sqrt
 
@@ -138,34 +138,6 @@ def clipped_mean(mu: float, sigma: float, limit: float) -> float:
         return min(exp(mu), limit)
     z = (log(limit) - mu) / sigma
     return exp(mu + sigma**2 / 2) * _normal_cdf(z - sigma) + limit * _normal_cdf(-z)
-
-
-@dataclass(frozen=True)
-class LengthFit:
-    """Log-normal lengths with a part common to a problem's rollouts and one of their own."""
-
-    mu: float
-    sigma_b: float
-    sigma_w: float
-
-
-def fit_lengths(groups: Iterable[Sequence[int]]) -> LengthFit:
-    """Fit measured lengths, a sequence per problem, by variance components (one-way ANOVA).
-
-    Lengths that were cut at max_tokens count as they are: with many, the spread comes out too
-    small. Raises ValueError unless two problems and two rollouts of one of them are there.
-    """
-    logs = [np.log(np.asarray(group, dtype=float)) for group in groups if len(group)]
-    sizes = np.array([len(group) for group in logs])
-    total = sizes.sum()
-    if len(logs) < 2 or total == len(logs):
-        raise ValueError("a fit needs two problems, and one of two rollouts")
-    means = np.array([group.mean() for group in logs])
-    mu = float(np.concatenate(logs).mean())
-    within = sum(((group - group.mean()) ** 2).sum() for group in logs) / (total - len(logs))
-    between = (sizes * (means - mu) ** 2).sum() / (len(logs) - 1)
-    size = (total - (sizes**2).sum() / total) / (len(logs) - 1)  # of a group, as ANOVA counts it
-    return LengthFit(mu, sqrt(max(0.0, (between - within) / size)), sqrt(within))
 
 
 def poisson_arrivals(count: int, rate: float, seed: int) -> list[float]:

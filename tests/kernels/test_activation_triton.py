@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bench.numerics import errors
-from bench.ptx_errors import DIV_ULP, sigmoid_error
 from kernels.activation import quick_gelu, silu_mul
 from kernels.runtime.tiles import use_tiles
+from tests.kernels.runtime.ptx_errors import DIV_ULP, sigmoid_error
 from tests.support import ROOT
 
 # Of few and many rows and two dtypes: shared memory, loads, and what moves data between threads.

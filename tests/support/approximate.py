@@ -5,7 +5,7 @@ import pytest
 from numpy import ndarray
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from bench.ptx_errors import DIV_ULP, EX2_ULP, RSQRT
+from tests.kernels.runtime.ptx_errors import DIV_ULP, EX2_ULP, RSQRT
 
 LOG2E = np.float32(1.4426950408889634)
 SIDES = {"random": (0, 0), "both up": (1, 1), "apart": (1, -1)}  # of functions, of quotients

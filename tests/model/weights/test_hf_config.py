@@ -129,7 +129,7 @@ def test_flat_step_vl(read):
 def test_what_we_write_reads_back(config, read):
     """A field that config.json does not carry, in our form or the published one."""
     assert read(write_config(config)) == config
-    assert read(config.to_dict()) == config
+    assert read(asdict(config)) == config
 
 
 def test_every_field_reads_back(read):
@@ -293,7 +293,7 @@ def test_refuses_in_a_vision_model(path, value, words, read):
 def test_refuses_in_our_own_form(path, value, words, read):
     """A misspelt key that leaves its field at the default."""
     with pytest.raises(InputError, match=words):
-        read(merged(TINY.to_dict(), path, value))
+        read(merged(asdict(TINY), path, value))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"model_type": 5}', "{}"])

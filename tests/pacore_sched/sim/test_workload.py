@@ -1,4 +1,4 @@
-"""Workloads: the generator's statistics, fits, arrivals, and readers of public traces."""
+"""Workloads: the generator's statistics, arrivals, and readers of public traces."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,6 @@ from pacore_sched.sim.workload import (
     bursty_arrivals,
     chat_requests,
     clipped_mean,
-    fit_lengths,
     mu_of_clipped_mean,
     poisson_arrivals,
     workload_named,
@@ -50,29 +49,15 @@ def test_mean_is_kept_by_clipping_and_by_spread(name, sigma_w):
     assert abs(per_problem.mean() - WORKLOADS[name].mean_tokens) < 4 * error
 
 
-def test_spread_is_found_again():
-    """Guards the generator's two spreads and the fit, by each other, where nothing is clipped."""
+def test_spreads_are_those_asked_for():
+    """Guards the generator's two spreads where nothing is clipped: analysis of variance by hand."""
     workload = workload_named("vqa", problems=4000, max_tokens=10**9, sigma_w=0.4)
-    fitted = fit_lengths(problem.lengths[0] for problem in workload.draw(0))
-    assert fitted.sigma_b == pytest.approx(0.7, rel=0.04)
-    assert fitted.sigma_w == pytest.approx(0.4, rel=0.01)
-    assert fitted.mu == pytest.approx(log(3000) - (0.7**2 + 0.4**2) / 2, abs=0.05)
-
-
-def test_fit_of_unequal_groups_by_hand():
-    """Guards the variance components against groups of different sizes."""
-    groups = [[np.e**1, np.e**3], [np.e**4, np.e**5, np.e**6, np.e**5]]
-    fitted = fit_lengths(groups)  # logs: means 2 and 5, all 4
-    within = (2 + 2) / 4
-    between = 2 * 4 + 4 * 1
-    size = 6 - (4 + 16) / 6
-    assert fitted.mu == pytest.approx(4)
-    assert fitted.sigma_w == pytest.approx(within**0.5)
-    assert fitted.sigma_b == pytest.approx(((between - within) / size) ** 0.5)
-    with pytest.raises(ValueError, match="two problems"):
-        fit_lengths([[1, 2]])
-    with pytest.raises(ValueError, match="two rollouts"):
-        fit_lengths([[1], [2]])
+    logs = np.log([problem.lengths[0] for problem in workload.draw(0)])  # [problems, rollouts]
+    within = logs.var(axis=1, ddof=1).mean()
+    between = logs.mean(axis=1).var(ddof=1) - within / logs.shape[1]
+    assert between**0.5 == pytest.approx(0.7, rel=0.04)
+    assert within**0.5 == pytest.approx(0.4, rel=0.01)
+    assert logs.mean() == pytest.approx(log(3000) - (0.7**2 + 0.4**2) / 2, abs=0.05)
 
 
 def test_lengths_are_pinned():

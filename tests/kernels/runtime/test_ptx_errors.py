@@ -9,8 +9,8 @@ from torch import Tensor
 from bench import numerics
 from bench.cases import Case, numerics_cases
 from bench.numerics import Error, excess, form, judge, reference, summary
-from bench.ptx_errors import norm_error, sigmoid_error
 from kernels.activation import gate_and_up
+from tests.kernels.runtime.ptx_errors import norm_error, sigmoid_error
 from tests.support.approximate import SIDES, approximate
 
 CPU = torch.device("cpu")
