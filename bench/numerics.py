@@ -46,8 +46,8 @@ TOLERANCES: dict[str, tuple[Error, Error]] = {
 }
 
 # Allowed on top in fp32, in roundoffs: what a GPU's approximate instructions may add, which the
-# interpreter computes exactly. From the documented errors (tests/kernels/runtime/ptx_errors.py), over
-# inputs as the cases draw them; a result below the rms counts for less.
+# interpreter computes exactly. From their documented errors (tests/kernels/runtime/ptx_errors.py),
+# over inputs as the cases draw them; a result below the rms counts for less.
 APPROXIMATE: dict[str, Error] = {
     "qk_norm_rope": Error(4.2, 3),
     "rms_norm": Error(4.2, 3),
