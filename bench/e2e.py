@@ -114,7 +114,7 @@ def look(model: Step3VL) -> list[dict]:
         device=model.device,
         budget_s=4.0,
     )
-    grids = model.vision.grids([*views.crops, views.image])
+    grids = model.vision.grids(views.all)
     rows = []
     for name, error in errors.items():
         row = measured(

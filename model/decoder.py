@@ -4,7 +4,7 @@ One forward for prefill, chunked prefill, decode and their mixtures: a step is a
 each with a position, a slot of the KV pages to write, and a plan that says what its row sees.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -106,9 +106,15 @@ class Decoder(nn.Module):
                 h, residual = rms_norm(h, next_norm, eps=eps, residual=residual, impl=impl)
         return h
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Embedding rows of int [T] ids: [T, hidden]."""
-        return spanned("embed", F.embedding)(input_ids, self.embed_tokens)
+    def embed(self, input_ids: Tensor, images: Iterable[tuple[Tensor, Tensor]] = ()) -> Tensor:
+        """Embedding rows of int [T] ids: [T, hidden].
+
+        images: pairs of rows, int64 [n], and features [n, hidden] that stand there instead
+        """
+        embeddings = spanned("embed", F.embedding)(input_ids, self.embed_tokens)
+        for rows, features in images:
+            embeddings.index_copy_(0, rows, features)
+        return embeddings
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head on final hidden states [T, hidden]: [T, vocab]."""

@@ -15,12 +15,13 @@ from model.decoder import Decoder, Step
 from model.errors import InputError
 from model.impls import Impl, impl_per_op
 from model.kv_cache import PAGE_SIZE, KVCache
+from model.vision.image import Views, load_image, preprocess
 from model.vision.tower import VisionTower
 from model.weights.random_init import random_init
 
 if TYPE_CHECKING:
     from model.text.tokenizer import Tokenizer
-    from model.vision.image import Views
+    from model.vision.image import ImageSource
 
 
 class Step3VL(nn.Module):
@@ -152,7 +153,9 @@ class Step3VL(nn.Module):
         return KVCache(self.config.decoder, num_pages, device=self.device, dtype=dtype)
 
     @torch.inference_mode()
-    def forward(self, input_ids: Sequence[int] | Tensor, images: Sequence = ()) -> Tensor:
+    def forward(
+        self, input_ids: Sequence[int] | Tensor, images: "Sequence[Views | ImageSource]" = ()
+    ) -> Tensor:
         """Logits [T, vocab] of one sequence of T ids.
 
         images: `Views`, PIL images or paths, as many as the ids hold placeholders for, in order.
@@ -169,7 +172,7 @@ class Step3VL(nn.Module):
     def generate(
         self,
         input_ids: Sequence[int] | Tensor,
-        images: Sequence = (),
+        images: "Sequence[Views | ImageSource]" = (),
         *,
         max_tokens: int = 64,
         temperature: float = 0.0,
@@ -206,66 +209,51 @@ class Step3VL(nn.Module):
         return generated
 
     @torch.inference_mode()
-    def encode_images(self, images: Sequence) -> Tensor:
+    def encode_images(self, images: "Sequence[Views | ImageSource]") -> Tensor:
         """Decoder embeddings [features, hidden] of images, each its crops, then its global view.
 
         images: `Views`, PIL images or paths. Those seen lately come from `vision.cache`.
         Raises InputError for images given to a text-only model.
         """
-        images = self._views(images)
-        rows = torch.arange(self._count(images), device=self.device)
-        features = self.decoder.embed_tokens.new_empty(len(rows), self.config.decoder.hidden)
-        self._encode(images, features, rows)
-        return features
+        views = self._views(images)
+        if self.vision is None or not views:
+            return self.decoder.embed_tokens.new_empty(0, self.config.decoder.hidden)
+        return self.vision.cache.encode([image.all for image in views], self.vision)
 
-    def embed(self, ids: Tensor, features: Tensor) -> Tensor:
-        """Embeddings [T, hidden] of ids [T]; `<im_patch>` positions take `features` in order.
+    def count_features(self, images: Sequence[Views]) -> int:
+        """Embeddings that `encode_images` gives. Raises InputError for a text-only model."""
+        tower = self._tower()
+        return sum(tower.count(image.all) for image in images)
+
+    def _embed_prompt(self, ids: Tensor, images: "Sequence[Views | ImageSource]") -> Tensor:
+        """Embeddings [T, hidden] of ids [T], whose `<im_patch>` ids take the images' in order.
 
         Raises InputError if their numbers differ.
         """
-        embeddings = self.decoder.embed(ids)
-        if self.vision:
-            embeddings.index_copy_(0, self._holes(ids, len(features)), features)
-        return embeddings
-
-    def _embed_prompt(self, ids: Tensor, images: Sequence) -> Tensor:
-        """`embed` with what `encode_images` gives, written where it belongs without a copy."""
-        images, embeddings = self._views(images), self.decoder.embed(ids)
-        if self.vision:
-            self._encode(images, embeddings, self._holes(ids, self._count(images)))
-        return embeddings
-
-    def _encode(self, images: list[list[Tensor]], out: Tensor, rows: Tensor) -> None:
-        """Write the embeddings of images, given as their views, to out[rows], in order."""
-        if images:
-            rows = rows.split([self.vision.count(views) for views in images])
-            self.vision.cache.encode(images, rows, out, self.vision)
-
-    def _count(self, images: list[list[Tensor]]) -> int:
-        return sum(self.vision.count(views) for views in images)
-
-    def _holes(self, ids: Tensor, count: int) -> Tensor:
-        """Positions of the `<im_patch>` ids. Raises InputError if they are not `count`."""
-        holes = (ids == self.config.tokens.im_patch).nonzero()[:, 0]
-        if len(holes) != count:
+        views = self._views(images)
+        if self.vision is None:
+            return self.decoder.embed(ids)
+        rows = (ids == self.config.tokens.im_patch).nonzero()[:, 0]
+        count = self.count_features(views)
+        if len(rows) != count:
             raise InputError(
-                f"the prompt has {len(holes)} <im_patch> tokens, the images give {count}"
+                f"the prompt has {len(rows)} <im_patch> tokens, the images give {count}"
             )
-        return holes
+        return self.decoder.embed(ids, [(rows, self.encode_images(views))] if views else [])
 
-    def _views(self, images: Sequence) -> list[list[Tensor]]:
-        """Each image's crops, then its global view."""
-        if images and self.vision is None:
+    def _tower(self) -> VisionTower:
+        if self.vision is None:
             raise InputError(f"model {self.config.name} has no vision tower: it takes no images")
-        prepared = [self._preprocessed(image) for image in images]
-        return [[*views.crops, views.image] for views in prepared]
+        return self.vision
 
-    def _preprocessed(self, image: object) -> "Views":
-        from model.vision.image import Views, load_image, preprocess  # needs PIL
-
-        return (
-            image if isinstance(image, Views) else preprocess(load_image(image), self.config.vision)
-        )
+    def _views(self, images: "Sequence[Views | ImageSource]") -> list[Views]:
+        if not images:
+            return []
+        config = self._tower().config
+        return [
+            image if isinstance(image, Views) else preprocess(load_image(image), config)
+            for image in images
+        ]
 
     def _prepared(self) -> "Step3VL":
         """This model, once its weights are in."""

@@ -19,10 +19,8 @@ from bench.validate import timm_judge, transformers_judge
 from bench.validate.comparison import compared, fields, nothing
 from bench.validate.fp64_model import Exact, rounding_to
 from kernels.errors import ImplError, one_line
-from kernels.runtime.arithmetic import cdiv
-from model.decoder import Step
-from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
+from model.vision.image import Views
 
 SEED, PROMPT = 1, 70  # more than one page of tokens
 OF_ROUNDING = Error(max=2.0, rms=1.25)  # allowed in 16 bits, of the rounded model's error
@@ -58,12 +56,9 @@ class Work:
         return vision.tower(vision.patches(views, vision.grids(views)), vision.grids(views))
 
     def logits_of_mixed(self) -> Tensor:
-        """Our model on text with the views' tokens in it."""
-        decoder, ids = self.model.decoder, self.mixed
-        holes = (ids == self.model.config.tokens.im_patch).nonzero()[:, 0]
-        embeddings = self.model.vision(self.views, out=decoder.embed(ids), rows=holes)
-        cache = self.model.new_cache(cdiv(len(ids), PAGE_SIZE))
-        return decoder.logits(decoder(embeddings, Step.of_sequence(0, len(ids), cache), cache))
+        """Our model on text with the views' tokens in it, each view an image without crops."""
+        images = [Views(view, view.new_empty(0, *view.shape), ()) for view in self.views]
+        return self.model(self.mixed, images)
 
 
 @dataclass(frozen=True)

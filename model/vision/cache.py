@@ -7,13 +7,17 @@ other sizes do, and then that is what returns.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernels.runtime.lru import Lru
+
+if TYPE_CHECKING:
+    from model.vision.tower import VisionTower
 
 
 class ImageCache(Lru):
@@ -26,34 +30,26 @@ class ImageCache(Lru):
     def __init__(self, budget: int = 2**30) -> None:
         super().__init__(budget)
 
-    def encode(
-        self,
-        images: Sequence[Sequence[Tensor]],
-        rows: Sequence[Tensor],
-        out: Tensor,
-        tower: Callable[..., object],
-    ) -> None:
-        """Write the embeddings of image i, given as its views, to out[rows[i]].
+    def encode(self, images: Sequence[Sequence[Tensor]], tower: "VisionTower") -> Tensor:
+        """Embeddings [tokens, hidden] of one image or more, given as their views, in order.
 
-        `tower(views, out=out, rows=rows)` is called once, for all images that are new.
+        `tower` is called once, for all images that are new. The result is the caller's own.
         """
-        new: dict[object, list[int]] = {}  # key -> which of `images` it is
-        for index, views in enumerate(images):
-            key = image_key(views) if self.budget else index
-            known = self.get(key)
-            if known is None:
-                new.setdefault(key, []).append(index)
-            else:
-                out.index_copy_(0, rows[index], known)
+        keys: list[Hashable] = list(map(image_key, images) if self.budget else range(len(images)))
+        known: dict[Hashable, Tensor] = {
+            key: found for key in keys if (found := self.get(key)) is not None
+        }
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
         if new:
-            firsts = [first for first, *_ in new.values()]
-            views = [view for first in firsts for view in images[first]]
-            tower(views, out=out, rows=torch.cat([rows[first] for first in firsts]))
-        for key, (first, *again) in new.items() if self.budget else ():
-            embeddings = out[rows[first]]  # a copy: `out` is the caller's
-            self.put(key, embeddings, embeddings.nbytes)
-            for index in again:
-                out.index_copy_(0, rows[index], embeddings)
+            features = tower([view for views in new.values() for view in views])
+            parts = features.split([tower.count(views) for views in new.values()])
+            for key, part in zip(new, parts, strict=True):
+                known[key] = part.clone() if self.budget else part
+                if self.budget:
+                    self.put(key, known[key], part.nbytes)
+            if len(new) == len(images):
+                return features
+        return torch.cat([known[key] for key in keys])
 
 
 def image_key(views: Sequence[Tensor]) -> bytes:

@@ -15,7 +15,7 @@ import warnings
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from model.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    ImageSource: TypeAlias = str | Path | bytes | Image.Image
 
 # TIFF is left out: its decoder prints to stderr and accepts some truncated files.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM")
@@ -66,8 +68,13 @@ class Views:
     crops: torch.Tensor
     newlines: tuple[bool, ...]
 
+    @property
+    def all(self) -> list[torch.Tensor]:
+        """The crops, then the global view: the order of an image's embeddings."""
+        return [*self.crops, self.image]
 
-def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+
+def load_image(source: ImageSource) -> Image.Image:
     """The image in a file, in a file's bytes, or in a PIL image, as 8-bit RGB.
 
     As in the reference, EXIF orientation is not applied and transparency is dropped, not blended;

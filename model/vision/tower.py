@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.gemm import check_placing
 from kernels.linear_quick_gelu import linear_quick_gelu
 from kernels.norm import layer_norm
 from kernels.projector import fold, output_tokens, projector
@@ -76,31 +75,24 @@ class VisionTower(nn.Module):
         self._folded = fold(self.downsampler2, self.bias2, self.projector)
 
     @torch.inference_mode()
-    def forward(
-        self, views: Sequence[Tensor], *, out: Tensor | None = None, rows: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, views: Sequence[Tensor]) -> Tensor:
         """Encode views [3, height, width] of any sizes to decoder embeddings [T', out_width].
 
-        The result holds each view's tokens in the order of the views, row-major within a view. With
-        `out` [R, out_width] and `rows`, T' distinct int64, token i goes to out[rows[i]] instead,
-        and `out` is returned. Raises ValueError for views that `grids` refuses, or for `out` and
-        `rows` that do not fit them.
+        The result holds each view's tokens in the order of the views, row-major within a view.
+        Raises ValueError for views that `grids` refuses.
         """
         if self._folded is None:
             self.prepare()
-        grids = self.grids(views)
-        count = sum(map(output_tokens, grids))
-        check_placing(self.projector, count, len(self.projector), out, rows)
-        if not grids:
-            return self.projector.new_empty(0, len(self.projector)) if out is None else out
-        order = _side_by_side(grids)
+        given = self.grids(views)
+        if not given:
+            return self.projector.new_empty(0, len(self.projector))
+        order, out, rows = _side_by_side(given), None, None
         if order != sorted(order):
-            if out is None:
-                out = self.projector.new_empty(count, len(self.projector))
-                rows = torch.arange(count, device=out.device)
-            places = rows.split([output_tokens(grid) for grid in grids])
+            counts = [output_tokens(grid) for grid in given]
+            out = self.projector.new_empty(sum(counts), len(self.projector))
+            places = torch.arange(len(out), device=out.device).split(counts)
             rows = torch.cat([places[index] for index in order])
-        views, grids = [views[i] for i in order], tuple(grids[i] for i in order)
+        views, grids = [views[i] for i in order], tuple(given[i] for i in order)
         patches = spanned("vision pack", self.patches)(views, grids)
         impls = self.impl.values()
         body = partial(self.encode, grids=grids)
@@ -108,7 +100,9 @@ class VisionTower(nn.Module):
         if graph is None:
             return self.encode(patches, grids, out, rows)
         features = graph(patches)
-        return features.clone() if out is None else out.index_copy_(0, rows, features)
+        if out is None or rows is None:
+            return features.clone()
+        return out.index_copy_(0, rows, features)
 
     def grids(self, views: Sequence[Tensor]) -> list[Grid]:
         """Each view's patches as rows x columns.

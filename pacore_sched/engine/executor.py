@@ -267,12 +267,12 @@ class ModelExecutor:
     ) -> Tensor:
         model, tables = self.model, self._tables
         ids = given["ids"].index_copy(0, given["last_rows"], tables.last[given["last_slots"]])
-        embeddings = model.decoder.embed(ids)
         holes = given["holes"].split([len(patch.rows) for patch in rows.patches])
-        for patch, place in zip(rows.patches, holes, strict=True):
-            features = patch.features.result()[patch.first : patch.first + len(patch.rows)]
-            embeddings.index_copy_(0, place, features)
-        hidden = model.decoder(embeddings, step, self.cache)
+        images = [
+            (place, patch.features.result()[patch.first : patch.first + len(patch.rows)])
+            for patch, place in zip(rows.patches, holes, strict=True)
+        ]
+        hidden = model.decoder(model.decoder.embed(ids, images), step, self.cache)
         if drawing is None:
             return given["ids"].new_empty(2, 0, dtype=torch.int32)
         feeds = {"last": tables.last, "owners": given["drawn_slots"]}

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kernels.runtime.spans import spanned
-from model.errors import InputError
 from model.step3vl import Step3VL
 
 if TYPE_CHECKING:
@@ -57,12 +56,7 @@ class ImageEncoder:
 
     def encode(self, views: Sequence["Views"]) -> Features:
         """Begin with some images. Raises InputError for a model that takes none."""
-        vision = self._model.vision
-        if vision is None:
-            raise InputError(
-                f"model {self._model.config.name} has no vision tower: it takes no images"
-            )
-        count = sum(vision.count([*image.crops, image.image]) for image in views)
+        count = self._model.count_features(views)
         return Features(count, self._thread.submit(spanned("encode images", self._run), views))
 
     def close(self) -> None:

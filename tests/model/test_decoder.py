@@ -117,7 +117,7 @@ def test_a_fork_equals_separate_sequences(saved: tuple[Path, Tensor, Tensor], im
     cache, prompt, page = model.new_cache(6), 70, 64
     tails = ids[70:73], ids[100:103]
     with torch.inference_mode():
-        model.decoder(model.embed(ids[:prompt], ids), Step.of_sequence(0, prompt, cache), cache)
+        model.decoder(model.decoder.embed(ids[:prompt]), Step.of_sequence(0, prompt, cache), cache)
         for i in range(3):
             nodes = [
                 PlanNode([0, 1], prompt, 0, 2),

@@ -73,7 +73,7 @@ def test_whole_model(tiny: Step3VL):
     for photo in photos:
         ids += [7, *image_ids(photo.newlines, TINY)]
     ids = torch.tensor([*ids, 9, 10, 11])
-    views = [*photos[0].crops, photos[0].image, photos[1].image]
+    views = [*photos[0].all, *photos[1].all]
     expected = transformers_judge.logits(tiny, ids, views)
     assert max_error(tiny(ids, images=photos), expected) < 1e-4
     with pytest.raises(InputError, match="26 <im_patch> tokens, the images give 9"):
@@ -125,23 +125,6 @@ def test_views_of_one_grid_run_side_by_side(tiny: Step3VL, monkeypatch: pytest.M
     together = tiny.vision(views)
     assert seen == [((8, 8),) * 3 + ((12, 12),) * 2]
     assert max_error(together, torch.cat([tiny.vision([view]) for view in views])) < 1e-5
-
-
-@pytest.mark.parametrize("impl", FORMS)
-@pytest.mark.parametrize("sides", [(112,), (112, 168, 112)])
-def test_results_go_where_they_are_wanted(impl: str, sides: tuple[int, ...]):
-    """Rows in any order; the others keep what they held. No views write nothing."""
-    vision = Step3VL.from_preset("tiny", seed=1, impl=impl).vision
-    views = views_of(*sides)
-    count = vision.count(views)
-    rows = torch.randperm(count + 3)[:count]
-    out = torch.full((count + 3, TINY.decoder.hidden), 7.0)
-    assert vision(views, out=out, rows=rows) is out
-    assert torch.equal(out[rows], vision(views))
-    assert out.eq(7).all(dim=1).sum() == 3
-    before = out.clone()
-    vision([], out=out, rows=rows[:0])
-    assert torch.equal(out, before)
 
 
 def test_prepare_follows_the_weights():
@@ -196,15 +179,6 @@ def test_mistakes_are_named(tiny: Step3VL):
     ]:
         with pytest.raises(ValueError, match=message):
             tiny.vision([small, view])
-    out, rows = torch.zeros(1, TINY.decoder.hidden), torch.zeros(1, dtype=torch.long)
-    with pytest.raises(ValueError, match="out and rows come together"):
-        tiny.vision([small], out=out)
-    with pytest.raises(ValueError, match=r"rows must be int64 \[2\]"):
-        tiny.vision([small, small], out=out, rows=rows)
-    with pytest.raises(ValueError, match="out must be torch.float32 on cpu"):
-        tiny.vision([small], out=out.half(), rows=rows)
-    with pytest.raises(ValueError, match="out must be torch.float32 on cpu"):
-        tiny.vision([], out=out.half(), rows=rows[:0])
     with pytest.raises(ValueError, match="grids hold 12 tokens, qkv 11"):
         vision_attention(torch.zeros(11, 24), [(3, 4)], heads=1)
     for width in (0, 25):

@@ -96,26 +96,18 @@ def test_the_budget_holds_whole_images(model: Step3VL, encoded: list[int]):
     assert (len(cache), cache.held) == (0, 0)
 
 
-def test_prompts_take_new_and_known_images(model: Step3VL):
-    """Both ways into a prompt: the projector's rows, and copies of the cached."""
-    a, b = photo(1), photo(2, crops=0)
-    hole, count = model.config.tokens.im_patch, model.vision.count
-    ids = [1, *[hole] * count([*a.crops, a.image]), 2, *[hole] * count([b.image]), 3]
-    ids = torch.tensor([*ids, *ids])
-    images = [a, b, a, b]
-    cache = model.vision.cache
-    cache.budget = 0
-    features = model.encode_images(images)
-    expected = model.embed(ids, features)
-    assert torch.equal(expected[ids == hole], features)
-    assert torch.equal(expected[ids != hole], model.decoder.embed(ids[ids != hole]))
-    assert torch.equal(model._embed_prompt(ids, images), expected)
-    cache.budget = 2**20
-    for _ in range(2):  # first all new, then all known
-        assert max_error(model._embed_prompt(ids, images), expected) < 1e-5
-    cache.clear()
-    model.encode_images([b])
-    assert max_error(model._embed_prompt(ids, images), expected) < 1e-5
+def test_new_and_known_images_in_order(model: Step3VL, encoded: list[int]):
+    """Whatever the cache knows of the images of a call, their embeddings come in its order."""
+    a, b, c = photo(1), photo(2, crops=0), photo(3)
+    images = [a, b, a, c, b]
+    expected = torch.cat([model.encode_images([image]) for image in images])
+    for known in ([], [b], [a, c], [a, b, c]):
+        model.vision.cache.clear()
+        if known:
+            model.encode_images(known)
+        encoded.clear()
+        assert max_error(model.encode_images(images), expected) < 1e-5
+        assert sum(encoded) == 7 - sum(len(image.all) for image in known)
 
 
 def test_keys_tell_images_apart():
