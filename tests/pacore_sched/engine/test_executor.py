@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
 from model.errors import InputError
 from model.step3vl import Step3VL
 from model.text.prompt import build_prompt
-from model.vision.image import load_image, preprocess
+from model.vision.image import Views, load_image, preprocess
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.engine.stopping import Stopping
@@ -271,16 +272,21 @@ def test_drafts(tiny: Step3VL):
     assert drafted.logprobs == pytest.approx(plain.logprobs[: len(drafted.logprobs)], abs=1e-4)
 
 
-def test_images(tiny: Step3VL):
-    """A head with the image, a tail with the question, and a second image that begins in the head
-    and ends in the tail; chunks cut through the image's rows."""
+def asked_about_images(model: Step3VL) -> tuple[list[Views], list[int]]:
+    """Two images with a question, and the ids of the prompt."""
     images = [
-        preprocess(load_image(Image.effect_noise(size, 60).convert("RGB")), tiny.config.vision)
+        preprocess(load_image(Image.effect_noise(size, 60).convert("RGB")), model.config.vision)
         for size in ((640, 300), (40, 50))
     ]
     parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What?"}]
     messages = [{"role": "user", "content": parts}]
-    ids = build_prompt(messages, tiny.tokenizer, tiny.config, images)
+    return images, build_prompt(messages, model.tokenizer, model.config, images)
+
+
+def test_images(tiny: Step3VL):
+    """A head with the image, a tail with the question, and a second image that begins in the head
+    and ends in the tail; chunks cut through the image's rows."""
+    images, ids = asked_about_images(tiny)
     patches = [i for i, id in enumerate(ids) if id == tiny.config.tokens.im_patch]
     cut = patches[-2]
     with ModelExecutor(tiny, num_pages=40, max_running=4) as executor:
@@ -301,6 +307,38 @@ def test_images(tiny: Step3VL):
         check(tiny, ids[:-1], *rollouts, images=tuple(images))
         with pytest.raises(InputError, match=f"has {len(patches) + 1} <im_patch> tokens"):
             executor.segment(ids, features, 1)
+
+
+def test_the_decoder_is_given_the_same_rows(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """By `forward`, by `generate`, and by the engine: two prompts in one step, in chunks."""
+    asked = [asked_about_images(tiny) for _ in range(2)]
+    hole = tiny.config.tokens.im_patch
+    seen, decoder = [], tiny.decoder.forward
+
+    def spy(embeddings: Tensor, *step: object) -> Tensor:
+        seen.append(embeddings)
+        return decoder(embeddings, *step)
+
+    monkeypatch.setattr(tiny.decoder, "forward", spy)
+    prompts = []
+    for images, ids in asked:
+        tiny(ids, images)
+        tiny.generate(ids, images, max_tokens=1)
+        prompts.append(seen[-1])
+        assert torch.equal(seen[-2], seen[-1])
+        patches = torch.tensor(ids) == hole
+        assert torch.equal(prompts[-1][patches], tiny.encode_images(images))
+        text = torch.tensor(ids)[~patches]
+        assert torch.equal(prompts[-1][~patches], tiny.decoder.embed(text))
+    cut = asked[0][1].index(hole) + 3  # within a crop
+    with ModelExecutor(tiny, num_pages=40, max_running=4) as executor:
+        hand = Hand(tiny)
+        hand.executor = executor
+        segments = [executor.segment(ids, executor.encode(images)) for images, ids in asked]
+        for start, stop in ((0, cut), (cut, len(prompts[0]))):
+            chunks = tuple(hand.write(segment, stop - start) for segment in segments)
+            hand.collect(hand.launch(Batch((), chunks)))
+            assert torch.equal(seen[-1], torch.cat([prompt[start:stop] for prompt in prompts]))
 
 
 def test_encoding_beside_decoding(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
