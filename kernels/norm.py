@@ -13,6 +13,8 @@ pdl         1: the program starts, and loads its vectors, while the kernel befor
             weight, bias and gamma must then have been written before that kernel started.
 """
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -26,6 +28,18 @@ from kernels.runtime.pdl import pdl_options, release_next, wait_for_previous
 from kernels.runtime.tiles import Gpu, Tiles, Tunable
 
 MAX_WIDTH = 16384  # of the Triton forms: what a program's registers hold
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, residual: None = None, impl: str | None = None
+) -> Tensor: ...
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, residual: Tensor, impl: str | None = None
+) -> tuple[Tensor, Tensor]: ...
 
 
 def rms_norm(
@@ -43,6 +57,32 @@ def rms_norm(
     """
     _check_rows("rms_norm", x, {"weight": weight}, residual)
     return pick("rms_norm", impl, x.device, _RMS_NORM)(x, weight, eps, residual)
+
+
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    residual: None = None,
+    gamma: None = None,
+    impl: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    residual: Tensor,
+    gamma: Tensor | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def layer_norm(

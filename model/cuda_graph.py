@@ -3,11 +3,16 @@
 from collections.abc import Callable
 from functools import cache
 from threading import Lock
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from kernels.runtime.tensor_cache import holding
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE as Pool  # what `torch.cuda.graph_pool_handle` returns
+
+T = TypeVar("T")
 
 _capturing = Lock()  # PyTorch allows one capture at a time; images are encoded in a thread
 _failures: list[str] = []
@@ -23,7 +28,7 @@ def failed_capture() -> str | None:
     return _failures[0] if _failures else None
 
 
-class CudaGraph:
+class CudaGraph(Generic[T]):
     """`body` as it was when captured: `replay` runs it again and returns its reused output.
 
     `body` runs once before it is captured, and must have no effect then that matters. Graphs of one
@@ -33,7 +38,7 @@ class CudaGraph:
     """
 
     def __init__(
-        self, body: Callable[[], Tensor | None], device: torch.device, pool: object = None
+        self, body: Callable[[], T], device: torch.device, pool: "Pool | None" = None
     ) -> None:
         if _failures:
             raise RuntimeError(f"no CUDA graph after a {_failures[0]}")
@@ -48,13 +53,11 @@ class CudaGraph:
             finally:  # the caches serve what was computed, also if the rest failed
                 torch.cuda.current_stream().wait_stream(stream)
 
-    def replay(self) -> Tensor | None:
+    def replay(self) -> T:
         self._graph.replay()
         return self._output
 
-    def _capture(
-        self, body: Callable[[], Tensor | None], pool: object, stream: torch.cuda.Stream
-    ) -> Tensor | None:
+    def _capture(self, body: Callable[[], T], pool: "Pool | None", stream: torch.cuda.Stream) -> T:
         try:
             with torch.cuda.graph(
                 self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"

@@ -21,6 +21,7 @@ from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.spans import span, spanned
 from model.config import DecoderConfig
 from model.kv_cache import KVCache
+from model.module_list import ModuleList
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,23 @@ class Decoder(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
         self.embed_tokens = weight(config.vocab_size, config.hidden)
-        self.layers = nn.ModuleList(_Layer(config, weight) for _ in range(config.layers))
+        layers = (_Layer(config, weight) for _ in range(config.layers))
+        self.layers: ModuleList[_Layer] = ModuleList(layers)
         self.norm = weight(config.hidden)
         tied = config.tied_embeddings
         self.lm_head = self.embed_tokens if tied else weight(config.vocab_size, config.hidden)
         # Computed on the CPU in fp32, so that every device rotates by the same frequencies.
         dim = config.head_dim
         inv_freq = config.rope_theta ** -(torch.arange(0, dim, 2, device="cpu").float() / dim)
+        self.inv_freq: Tensor
         self.register_buffer("inv_freq", inv_freq.to(device), persistent=False)
 
     def forward(self, embeddings: Tensor, step: Step, cache: KVCache) -> Tensor:
         """Final hidden states [T, hidden] of embeddings [T, hidden]; their KV goes to `cache`."""
         eps, impl = self.config.norm_eps, self.impl["rms_norm"]
         residual = embeddings
-        h = rms_norm(embeddings, self.layers[0].input_norm, eps=eps, impl=impl)
+        norms = [*(layer.input_norm for layer in self.layers), self.norm]
+        h = rms_norm(embeddings, norms[0], eps=eps, impl=impl)
         for index, layer in enumerate(self.layers):
             with span("decoder layer", index):
                 h = self._attention(h, layer, step, cache.layer(index))
@@ -101,8 +105,7 @@ class Decoder(nn.Module):
                     gate_up, interleaved=self.interleaved_gate_up, impl=self.impl["silu_mul"]
                 )
                 h = spanned("linear down", F.linear)(h, layer.down)
-                last = index + 1 == len(self.layers)
-                next_norm = self.norm if last else self.layers[index + 1].input_norm
+                next_norm = norms[index + 1]
                 h, residual = rms_norm(h, next_norm, eps=eps, residual=residual, impl=impl)
         return h
 
@@ -122,7 +125,7 @@ class Decoder(nn.Module):
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Published name -> view into this module's storage."""
-        tensors = {"model.embed_tokens.weight": self.embed_tokens}
+        tensors: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed_tokens}
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.checkpoint_tensors(self.config, self.interleaved_gate_up):
                 tensors[f"model.layers.{index}.{name}.weight"] = tensor
@@ -175,7 +178,7 @@ class _Layer(nn.Module):
         yield "self_attn.q_proj", q
         yield "self_attn.k_proj", k
         yield "self_attn.v_proj", v
-        if config.qk_norm:
+        if self.q_norm is not None and self.k_norm is not None:
             yield "self_attn.q_norm", self.q_norm
             yield "self_attn.k_norm", self.k_norm
         yield "self_attn.o_proj", self.o

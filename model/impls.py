@@ -27,7 +27,8 @@ def impl_per_op(impl: Impl) -> dict[str, str | None]:
 
     Raises ImplError for an unknown op or implementation.
     """
-    per_op = dict.fromkeys(OPS) | impl if isinstance(impl, dict) else dict.fromkeys(OPS, impl)
+    per_op: dict[str, str | None] = dict.fromkeys(OPS)
+    per_op |= impl if isinstance(impl, dict) else dict.fromkeys(OPS, impl)
     for op, name in per_op.items():
         if op not in OPS:
             raise ImplError(f"unknown op {op!r}; the model's ops are {', '.join(OPS)}")

@@ -21,7 +21,8 @@ def error() -> str | None:
             f"{OURS} is gone, as after uninstalling Hugging Face's `kernels`:"
             f" install step3vl-pacore again with --force-reinstall --no-deps, and {ADVICE}"
         )
-    found = find_spec("kernels").origin
+    spec = find_spec("kernels")
+    found = spec.origin if spec else None
     if found and Path(found).resolve() == OURS and MARK in OURS.read_text(encoding="utf-8"):
         return None
     return (

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,15 @@ from model.weights.random_init import random_init
 if TYPE_CHECKING:
     from model.text.tokenizer import Tokenizer
     from model.vision.image import ImageSource
+
+
+class _Options(TypedDict):
+    """What the constructors of a model have in common."""
+
+    device: torch.device | str
+    dtype: torch.dtype
+    impl: Impl
+    interleaved_gate_up: bool
 
 
 class Step3VL(nn.Module):
@@ -48,11 +57,18 @@ class Step3VL(nn.Module):
         self.config = config
         self.impl = impl_per_op(impl)
         self._load_tokenizer = load_tokenizer
-        options = {"impl": self.impl, "device": device, "dtype": dtype}
-        self.decoder = Decoder(config.decoder, **options, interleaved_gate_up=interleaved_gate_up)
-        self.vision = (
-            VisionTower(config.vision, config.decoder.hidden, **options) if config.vision else None
+        self.decoder = Decoder(
+            config.decoder,
+            impl=self.impl,
+            device=device,
+            dtype=dtype,
+            interleaved_gate_up=interleaved_gate_up,
         )
+        self.vision: VisionTower | None = None
+        if config.vision:
+            self.vision = VisionTower(
+                config.vision, config.decoder.hidden, impl=self.impl, device=device, dtype=dtype
+            )
 
     @classmethod
     def from_preset(
@@ -71,8 +87,9 @@ class Step3VL(nn.Module):
         Raises InputError for an unknown name.
         """
         config = preset(name)
-        options = {"device": device, "dtype": dtype, "impl": impl}
-        options["interleaved_gate_up"] = interleaved_gate_up
+        options = _Options(
+            device=device, dtype=dtype, impl=impl, interleaved_gate_up=interleaved_gate_up
+        )
         if name == "smollm2-135m":
             from model.weights.gguf import smollm2_path
 
@@ -102,8 +119,9 @@ class Step3VL(nn.Module):
         Raises InputError for anything missing, unexpected, misshapen or corrupt.
         """
         path = Path(path)
-        options = {"device": device, "dtype": dtype, "impl": impl}
-        options["interleaved_gate_up"] = interleaved_gate_up
+        options = _Options(
+            device=device, dtype=dtype, impl=impl, interleaved_gate_up=interleaved_gate_up
+        )
         load = _from_gguf if path.is_file() else _from_directory
         return load(cls, path, options)._prepared()
 
@@ -188,7 +206,8 @@ class Step3VL(nn.Module):
         ids = self._checked_ids(input_ids, max_tokens)
         cache = self.new_cache(cdiv(len(ids) + max_tokens, PAGE_SIZE))
         embeddings, length = self._embed_prompt(ids, images), 0
-        seeds, generated = torch.tensor([seed], device=self.device), []
+        seeds = torch.tensor([seed], device=self.device)
+        generated: list[int] = []
         while len(generated) < max_tokens:
             step = Step.of_sequence(length, len(embeddings), cache)
             length += len(embeddings)
@@ -275,7 +294,7 @@ class Step3VL(nn.Module):
         return ids
 
 
-def _from_directory(cls: type[Step3VL], path: Path, options: dict) -> Step3VL:
+def _from_directory(cls: type[Step3VL], path: Path, options: _Options) -> Step3VL:
     from model.weights.checkpoint import load_checkpoint
     from model.weights.hf_config import read_config
 
@@ -291,7 +310,7 @@ def _from_directory(cls: type[Step3VL], path: Path, options: dict) -> Step3VL:
     return model
 
 
-def _from_gguf(cls: type[Step3VL], path: Path, options: dict) -> Step3VL:
+def _from_gguf(cls: type[Step3VL], path: Path, options: _Options) -> Step3VL:
     from model.weights.checkpoint import copy_tensors
     from model.weights.gguf import read_gguf
 

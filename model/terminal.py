@@ -5,11 +5,11 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pkgutil import resolve_name
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from model import kernels_clash
 from model.errors import InputError
@@ -54,7 +54,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate behind a progress bar; `total` is needed for items without a length."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with progress(description, total) as advance:
         for item in items:
@@ -142,6 +142,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except OSError as error:  # of stdout: its reader has gone, or its disk is full
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
+        assert sys.__stdout__ is not None  # it has refused what was printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # for what is left
         if error.errno == errno.EPIPE:
             sys.exit(0)
@@ -149,5 +150,5 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(2)
 
 
-def _justify(name: str) -> str:
+def _justify(name: str) -> Literal["left", "right"]:
     return "right" if name.startswith(" ") else "left"

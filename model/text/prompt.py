@@ -60,6 +60,7 @@ def build_prompt(
 def image_ids(newlines: Sequence[bool], config: Config) -> list[int]:
     """The ids that stand for one image: its crops (one per item of `newlines`), then all of it."""
     tokens, vision = config.tokens, config.vision
+    assert vision is not None, f"{config.name} takes no images"
     ids = []
     for newline in newlines:
         ids += [tokens.patch_start, *[tokens.im_patch] * vision.crop_tokens, tokens.patch_end]

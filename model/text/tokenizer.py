@@ -100,7 +100,9 @@ class Tokenizer:
         missing = [key for key in needed if key not in fields]
         if missing:
             raise InputError(f"this GGUF file says nothing of its tokenizer's {', '.join(missing)}")
-        split = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        split: list[pre_tokenizers.PreTokenizer] = [
+            pre_tokenizers.ByteLevel(add_prefix_space=False)
+        ]
         kind = fields["model"], fields["pre"]
         if kind == ("gpt2", "smollm"):
             split.insert(0, pre_tokenizers.Digits(individual_digits=True))
@@ -185,7 +187,7 @@ class Tokenizer:
             return self.added[id].encode()
         text, chars = self._backend.id_to_token(id) or "", _bytes_of_chars()
         # A character outside the alphabet means that the file does not spell this token in it.
-        return bytes(map(chars.get, text)) if chars.keys() >= set(text) else text.encode()
+        return bytes(chars[c] for c in text) if chars.keys() >= set(text) else text.encode()
 
 
 class TextStream:

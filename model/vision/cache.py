@@ -61,5 +61,5 @@ def image_key(views: Sequence[Tensor]) -> bytes:
 
 def _view_key(view: Tensor) -> bytes:
     digest = hashlib.sha256(f"{view.dtype} {tuple(view.shape)};".encode())
-    digest.update(view.cpu().contiguous().view(torch.uint8).numpy())
+    digest.update(view.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.digest()

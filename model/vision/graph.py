@@ -7,6 +7,7 @@ changes weights clears the graphs (`VisionTower.prepare` does).
 
 import warnings
 from collections.abc import Callable, Collection, Hashable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +15,16 @@ from torch import Tensor
 from kernels.runtime.lru import Lru
 from model.cuda_graph import CudaGraph
 
+if TYPE_CHECKING:
+    from model.cuda_graph import Pool
+
 
 class GraphOfInputs:
     """`body` captured once; called with new inputs, it replays and returns its reused output."""
 
-    def __init__(self, body: Callable[[Tensor], Tensor], inputs: Tensor, pool: object) -> None:
+    def __init__(
+        self, body: Callable[[Tensor], Tensor], inputs: Tensor, pool: "Pool | None"
+    ) -> None:
         self._inputs = inputs.clone()
         self._graph = CudaGraph(lambda: body(self._inputs), inputs.device, pool)
 
@@ -43,7 +49,7 @@ class Graphs:
         self.enabled: bool | None = None
         self.max_rows = max_rows
         self._graphs, self._seen = Lru(max_graphs), Lru(64)
-        self._pool = None
+        self._pool: Pool | None = None
 
     def find(
         self,

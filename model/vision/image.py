@@ -107,7 +107,7 @@ def crop_layout(width: int, height: int, config: VisionConfig) -> CropLayout:
     window = _window(*size, config)
     if window == 0:
         return CropLayout(padded, size, 0, size, (), ())
-    canvas = tuple(_snapped(side, window) for side in size)
+    canvas = _snapped(size[0], window), _snapped(size[1], window)
     # A canvas side below the window still gives one crop, which reaches beyond it.
     lefts, tops = (range(0, max(side - window, 0) + 1, window) for side in canvas)
     boxes = tuple((x, y, x + window, y + window) for y in tops for x in lefts)

@@ -23,6 +23,7 @@ from kernels.runtime.spans import span, spanned
 from kernels.runtime.tensor_cache import held
 from kernels.vision_attention import vision_attention
 from model.config import VisionConfig
+from model.module_list import ModuleList
 from model.vision.cache import ImageCache
 from model.vision.graph import Graphs
 
@@ -58,7 +59,8 @@ class VisionTower(nn.Module):
         self.patch_embedding = weight(c, 3, config.patch_size, config.patch_size)
         self.positional_embedding = weight(config.grid**2, c)
         self.ln_pre = _LayerNorm(c, weight)
-        self.blocks = nn.ModuleList(_Block(config, weight) for _ in range(config.layers))
+        blocks = (_Block(config, weight) for _ in range(config.layers))
+        self.blocks: ModuleList[_Block] = ModuleList(blocks)
         self.downsampler1, self.bias1 = kernel(2 * c, c, 3, 3), weight(2 * c)
         self.downsampler2, self.bias2 = kernel(4 * c, 2 * c, 3, 3), weight(4 * c)
         self.projector = weight(out_width, 4 * c)
@@ -173,21 +175,24 @@ class VisionTower(nn.Module):
         Each sub-layer's LayerScale and residual sum are folded into the next layer norm.
         """
         x = self._norm(self._embedded(patches, grids), self.ln_pre)
-        branch, gamma = None, None
+        last: tuple[Tensor, Tensor] | None = None  # sub-layer's result, and its LayerScale
         for index, block in enumerate(self.blocks):
             with span("vision layer", index):
-                if branch is None:
+                if last is None:
                     h = self._norm(x, block.ln_1)
                 else:
-                    h, x = self._norm(branch, block.ln_1, x, gamma)
-                branch = self._attention(h, block, grids)
-                h, x = self._norm(branch, block.ln_2, x, block.ls_1)
-                branch, gamma = self._mlp(h, block), block.ls_2
+                    h, x = self._norm_of_sum(x, *last, block.ln_1)
+                h, x = self._norm_of_sum(
+                    x, self._attention(h, block, grids), block.ls_1, block.ln_2
+                )
+                last = self._mlp(h, block), block.ls_2
+        assert last is not None, "a tower has blocks"
+        branch, gamma = last
         return x + branch * gamma
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Published name -> this module's storage."""
-        tensors = {
+        tensors: dict[str, Tensor] = {
             "vision_model.conv1.weight": self.patch_embedding,
             "vision_model.positional_embedding": self.positional_embedding,
             "vision_model.ln_pre.weight": self.ln_pre.weight,
@@ -204,16 +209,22 @@ class VisionTower(nn.Module):
             "vit_large_projector.weight": self.projector,
         }
 
-    def _norm(
-        self,
-        x: Tensor,
-        norm: "_LayerNorm",
-        residual: Tensor | None = None,
-        gamma: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def _norm(self, x: Tensor, norm: "_LayerNorm") -> Tensor:
         eps, impl = self.config.norm_eps, self.impl["layer_norm"]
+        return layer_norm(x, norm.weight, norm.bias, eps=eps, impl=impl)
+
+    def _norm_of_sum(
+        self, x: Tensor, branch: Tensor, gamma: Tensor, norm: "_LayerNorm"
+    ) -> tuple[Tensor, Tensor]:
+        """x + gamma * branch: normalised, and as it is."""
         return layer_norm(
-            x, norm.weight, norm.bias, eps=eps, residual=residual, gamma=gamma, impl=impl
+            branch,
+            norm.weight,
+            norm.bias,
+            eps=self.config.norm_eps,
+            residual=x,
+            gamma=gamma,
+            impl=self.impl["layer_norm"],
         )
 
     def _attention(self, h: Tensor, block: "_Block", grids: Sequence[Grid]) -> Tensor:

@@ -31,7 +31,8 @@ def load_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
     (`tensors` without lm_head.weight) takes a checkpoint with or without a copy of them.
     Raises InputError for unreadable shards and names what is missing, unexpected or misshapen.
     """
-    shapes, located = {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    located: dict[str, str] = {}  # name -> file
     for file in _shards(path):
         for name, (shape, dtype) in _header(file).items():
             if name in located:
@@ -190,7 +191,8 @@ def _some(names: list[str], limit: int = 4) -> str:
 
 def _plan_shards(tensors: dict[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
     """Names per shard, in order; a tensor above the limit gets a shard of its own."""
-    shards, size = [[]], 0
+    shards: list[list[str]] = [[]]
+    size = 0
     for name, tensor in tensors.items():
         size += _num_bytes([tensor])
         if shards[-1] and size > max_shard_bytes:

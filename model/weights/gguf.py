@@ -148,9 +148,9 @@ def _read_decoder(values: dict[str, Any], vocab_size: int, tied: bool) -> Decode
 
 
 def _name(path: Path, metadata: dict[str, Any]) -> str:
-    parts = [metadata.get(f"general.{key}") for key in ("basename", "size_label")]
-    named = all(isinstance(part, str) for part in parts)
-    return "-".join(parts).lower() if named else path.stem
+    basename, size = metadata.get("general.basename"), metadata.get("general.size_label")
+    named = isinstance(basename, str) and isinstance(size, str)
+    return f"{basename}-{size}".lower() if named else path.stem
 
 
 def _shortest(value: float) -> float:

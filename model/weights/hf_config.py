@@ -99,8 +99,9 @@ def write_config(config: Config) -> dict:
         **_TEXT_FIXED,
         "eos_token_id": list(config.tokens.eos),
     }
-    own = {"name": config.name, "tokens": asdict(config.tokens)}
-    del own["tokens"]["eos"]
+    tokens = asdict(config.tokens)
+    del tokens["eos"]
+    own: dict[str, object] = {"name": config.name, "tokens": tokens}
     if config.vision is None:
         return text | {_OWN_KEY: own}
     published = {*_VISION_KEYS, "mlp_width"}
@@ -149,7 +150,7 @@ def _read_decoder(text: dict, model_type: str) -> dict:
     _require_fixed(text, _TEXT_FIXED, "")
     layer_types = text.get("layer_types") or []
     _refuse(text, "layer_types", layer_types == ["full_attention"] * len(layer_types))
-    found = {field: text.get(key) for field, key in _DECODER_KEYS.items()}
+    found: dict[str, Any] = {field: text.get(key) for field, key in _DECODER_KEYS.items()}
     found["rope_theta"] = _rope_theta(text)
     found["kv_heads"] = found["kv_heads"] or found["heads"]
     found["tied_embeddings"] = found["tied_embeddings"] or False
@@ -220,6 +221,7 @@ def check_config(config: Config) -> None:
     """Raise InputError unless all numbers have their type, are positive, and head counts divide."""
     for part in (config.decoder, config.vision):
         for field in fields(part) if part is not None else ():
+            assert isinstance(field.type, type)  # model/config.py evaluates its annotations
             check_number(field.name, getattr(part, field.name), field.type)
     for field in fields(TokenIds):
         ids = getattr(config.tokens, field.name)
@@ -235,7 +237,9 @@ def check_number(key: str, value: object, kind: type) -> None:
     if kind is bool:
         if type(value) is not bool:
             raise InputError(f"{key} is {value!r}; it must be true or false")
-    elif type(value) not in (int, kind) or not 0 < value < math.inf:
+        return
+    fits = type(value) in (int, kind) and isinstance(value, int | float) and 0 < value < math.inf
+    if not fits:
         raise InputError(f"{key} is {value!r}; it must be a positive {kind.__name__}")
 
 
