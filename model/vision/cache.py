@@ -9,15 +9,20 @@ other sizes do, and then that is what returns.
 import hashlib
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kernels.runtime.lru import Lru
 
-if TYPE_CHECKING:
-    from model.vision.tower import VisionTower
+
+class Tower(Protocol):
+    """What is asked of a vision tower: model.vision.tower.VisionTower has it."""
+
+    def __call__(self, views: Sequence[Tensor]) -> Tensor: ...
+
+    def count(self, views: Sequence[Tensor]) -> int: ...
 
 
 class ImageCache(Lru):
@@ -30,7 +35,7 @@ class ImageCache(Lru):
     def __init__(self, budget: int = 2**30) -> None:
         super().__init__(budget)
 
-    def encode(self, images: Sequence[Sequence[Tensor]], tower: "VisionTower") -> Tensor:
+    def encode(self, images: Sequence[Sequence[Tensor]], tower: Tower) -> Tensor:
         """Embeddings [tokens, hidden] of one image or more, given as their views, in order.
 
         `tower` is called once, for all images that are new. The result is the caller's own.
