@@ -8,12 +8,11 @@ transformers does, sandboxed, because templates come with checkpoints.
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from model.config import Config, TokenIds
 from model.errors import InputError
 from model.text.tokenizer import Tokenizer
-from model.vision.image import Views
 
 if TYPE_CHECKING:
     import jinja2
@@ -32,8 +31,18 @@ ROLES = ("system", "user", "assistant")
 IMAGE, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
+class HasNewlines(Protocol):
+    """Of an image, what its ids depend on: model.vision.image.Views has it."""
+
+    @property
+    def newlines(self) -> tuple[bool, ...]: ...
+
+
 def build_prompt(
-    messages: Sequence[Mapping], tokenizer: Tokenizer, config: Config, views: Sequence[Views] = ()
+    messages: Sequence[Mapping],
+    tokenizer: Tokenizer,
+    config: Config,
+    views: Sequence[HasNewlines] = (),
 ) -> list[int]:
     """The ids of a conversation up to where the assistant's next turn begins.
 
