@@ -14,13 +14,16 @@ GPU_WORKERS ?= 8
 ON_GPU := -m pytest --ignore=tests/bench/peers --timeout 60 --timeout-method thread
 
 .DEFAULT_GOAL := help
-.PHONY: bench test test-gpu gate lint setup clean help
+.PHONY: bench test quick test-gpu gate lint setup clean help
 
 bench: .venv/.ready  ## check every op, time them, answer a question end to end; a page in report/
 	@.venv/bin/python -m bench --report report
 
 test: .venv/.ready  ## run the tests
 	@.venv/bin/python -m pytest $(SIDE_BY_SIDE)
+
+quick: .venv/.ready  ## in a minute: what needs no interpreted kernels, processes or other libraries
+	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not interpreter and not cli and not judge"
 
 test-gpu: .venv/.ready  ## only what runs on a GPU, without the peers, side by side
 	@echo "test-gpu: $(GPU_WORKERS) processes (GPU_WORKERS=...), then one for what may hang the GPU or times it"
