@@ -126,6 +126,7 @@ class _Pool:
     def ask(self, item: bytes) -> Found:
         """What a worker answers, as soon as one is free."""
         worker = self._idle.get()
+        assert worker.stdin and worker.stdout  # pipes, as _start has them
         try:
             pickle.dump(item, worker.stdin)
             worker.stdin.flush()
@@ -147,6 +148,7 @@ class _Pool:
         self._end()
         for process in self._processes:
             process.wait()
+            assert process.stdin and process.stdout
             with suppress(OSError):  # what a dead process was not sent is sent once more
                 process.stdin.close()
             process.stdout.close()

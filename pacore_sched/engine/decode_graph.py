@@ -6,7 +6,8 @@ without waiting for the GPU. Rows that pad write to a page of their own and draw
 """
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,6 +40,15 @@ def node_rows(rows: int, group: int) -> list[int]:
     return [*(tile for tile in tiles if 0 < tile < rows), rows]
 
 
+class Captured(Protocol):
+    """What a captured step can do."""
+
+    def replay(self) -> Tensor | None: ...
+
+
+Capture = Callable[[Callable[[], Tensor], torch.device, object], Captured]  # (body, device, pool)
+
+
 class DecodeGraph:
     """One captured step: fill it with up to `capacity.rows` rollouts, then replay it."""
 
@@ -49,7 +59,7 @@ class DecodeGraph:
         tables: Tables,
         capacity: Capacity,
         settings: Settings,
-        capture: type[CudaGraph],
+        capture: Capture,
         pool: object,
     ) -> None:
         self.capacity = capacity
@@ -94,7 +104,9 @@ class DecodeGraph:
 
     def replay(self) -> Tensor:
         """The next step's results [2, capacity.rows], in memory that the one after it reuses."""
-        return self._graph.replay()
+        results = self._graph.replay()
+        assert results is not None
+        return results
 
     def _fill_rows(
         self,
@@ -124,7 +136,7 @@ class DecodeGraphs:
     of graphs captured.
     """
 
-    capture = CudaGraph
+    capture: Capture = CudaGraph
 
     def __init__(
         self, model: Step3VL, cache: KVCache, tables: Tables, buckets: Sequence[int]
@@ -132,7 +144,8 @@ class DecodeGraphs:
         self.enabled: bool | None = None
         self.buckets = sorted(buckets)
         self._of = model, cache, tables
-        self._graphs, self._pool = Lru(64), None
+        self._graphs = Lru(64)
+        self._pool: object = None  # of memory
         config = model.config.decoder
         self._group = config.heads // config.kv_heads
 

@@ -8,6 +8,7 @@ captured in a CUDA graph. It launches nothing but the model's ops, `advance` and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -109,11 +110,11 @@ class Drawing:
         tokens = torch.empty_like(seeds)
         logprobs = torch.empty_like(seeds, dtype=torch.float32)
         for (temperature, top_k, top_p), rows in self.parts:
-            options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "impl": impl}
+            draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, impl=impl)
             if rows is None:
-                sample(logits, seeds, positions, out=out, **options)
+                draw(logits, seeds, positions, out=out)
                 return out.results
-            drawn = sample(logits[rows], seeds[rows], positions[rows], **options)
+            drawn = draw(logits[rows], seeds[rows], positions[rows])
             tokens[rows], logprobs[rows] = drawn[0].long(), drawn[1]
         out.write(tokens, logprobs)
         return out.results

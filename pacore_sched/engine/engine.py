@@ -9,7 +9,7 @@ still its own.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from kernels.runtime.spans import span, spanned
 from model.errors import InputError
@@ -31,14 +31,17 @@ class Executor(Protocol):
     max_running: int
     asynchronous: bool  # whether `launch` returns before the step is done
 
-    def launch(self, tree: PrefixTree, batch: Batch) -> object:
-        """Begin a step; on a GPU without waiting for it."""
+    def launch(self, tree: PrefixTree, batch: Batch) -> Any:
+        """Begin a step, on a GPU without waiting for it; its ticket, of a type of one's own."""
 
-    def collect(self, ticket: object) -> tuple[list[int], list[float]]:
+    def collect(self, ticket: Any) -> tuple[list[int], list[float]]:
         """A step's tokens and log-probabilities in the order of `batch.sampled`.
 
         A rollout with a draft has 1 + len(draft) of them: after its last token, and each drafted.
         """
+
+
+ExecutorT = TypeVar("ExecutorT", bound=Executor)
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Stats:
     kv_read_unshared: int = 0  # the same if every rollout had read its whole context itself
 
 
-class Engine:
+class Engine(Generic[ExecutorT]):
     """Groups of rollouts in, ended rollouts out.
 
     policy: a name in POLICIES, or a policy
@@ -69,7 +72,7 @@ class Engine:
 
     def __init__(
         self,
-        executor: Executor,
+        executor: ExecutorT,
         stopping: Stopping,
         *,
         policy: LaterRoundFirst | str = "later-round-first",
@@ -261,7 +264,8 @@ class Engine:
         if batch is same:  # every rollout has grown by one token
             shared, unshared = shared + rows, unshared + rows
         else:
-            nodes, rows, unshared = {}, len(batch.decode), 0
+            nodes: dict[int, int] = {}
+            rows, unshared = len(batch.decode), 0
             tree = self.scheduler.tree
             for rollout in batch.decode:
                 unshared += tree.context_length(rollout.node)

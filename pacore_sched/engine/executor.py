@@ -48,7 +48,7 @@ class Ticket:
 
     results: Tensor  # int32 [2, rows], on the host
     order: Sequence[int]  # the results' columns in the order of collection
-    times: Times
+    times: Times | None
 
 
 @dataclass

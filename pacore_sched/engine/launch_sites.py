@@ -103,11 +103,10 @@ def launch_step(
 
 def launch_images(config: Config, dtype: torch.dtype, whole: int, crops: int) -> None:
     """The vision tower on `whole` global views and `crops` crops."""
-    vision = one_layer(config, dtype).vision
-    sizes = [config.vision.crop_size] * crops + [
-        config.vision.grid * config.vision.patch_size
-    ] * whole
-    vision([torch.empty(3, size, size, dtype=dtype) for size in sizes])
+    tower, vision = one_layer(config, dtype).vision, config.vision
+    assert tower is not None and vision is not None
+    sizes = [vision.crop_size] * crops + [vision.grid * vision.patch_size] * whole
+    tower([torch.empty(3, size, size, dtype=dtype) for size in sizes])
 
 
 @cache
@@ -129,7 +128,8 @@ def _sample(model: Step3VL, rows: int) -> None:
 
 
 class _Uncaptured:
-    """Takes a CUDA graph's place: runs its body once."""
+    """Takes a CUDA graph's place: runs its body as it is, once at first."""
 
     def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: object) -> None:
+        self.replay = body
         body()

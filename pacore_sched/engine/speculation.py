@@ -68,7 +68,8 @@ class SiblingDrafts:
         for sibling in (*(r for r in rollout.group.rollouts if r is not rollout), rollout):
             budget -= index.catch_up(sibling, budget)
         most = min(most, self._lengths.get(rollout, LONGEST // 2))
-        context, draft = rollout.tokens[-max(ORDERS) :], []
+        context = rollout.tokens[-max(ORDERS) :]
+        draft: list[int] = []
         while len(draft) < most:  # a match near its source's end goes on from what it gave
             follows = index.follow([*context, *draft], most - len(draft))
             if not follows:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,16 +29,19 @@ class Stats:
 
 @dataclass(frozen=True)
 class Times:
-    """CUDA events around a step; all None on a CPU."""
+    """CUDA events around a step."""
 
-    before: torch.cuda.Event | None = None  # the end of the step before it
-    start: torch.cuda.Event | None = None
-    end: torch.cuda.Event | None = None
+    before: torch.cuda.Event | None  # the end of the step before it
+    start: torch.cuda.Event
+    end: torch.cuda.Event
     copied: torch.cuda.Event | None = None  # its results are on the host
 
 
 class StepTimer:
-    """Adds to `stats`, without ever making the host wait for more than a step's results."""
+    """Adds to `stats`, without ever making the host wait for more than a step's results.
+
+    There are no `Times` on a CPU.
+    """
 
     def __init__(self, stats: Stats, device: torch.device) -> None:
         self._stats, self._cuda = stats, device.type == "cuda"
@@ -52,29 +55,28 @@ class StepTimer:
         yield
         self._stats.host_s += time.perf_counter() - start - self._computing
 
-    def step(self, run: Callable[[], Tensor]) -> tuple[Tensor, Times]:
+    def step(self, run: Callable[[], Tensor]) -> tuple[Tensor, Times | None]:
         """Run what the device does of a step."""
         if not self._cuda:
-            start = time.perf_counter()
+            began = time.perf_counter()
             results = run()
-            self._computing = time.perf_counter() - start
+            self._computing = time.perf_counter() - began
             self._stats.device_s += self._computing
-            return results, Times()
+            return results, None
         start = _event()
         results = run()
         before, self._last = self._last, _event()
         return results, Times(before, start, self._last)
 
-    def copied(self, times: Times) -> Times:
+    def copied(self, times: Times | None) -> Times | None:
         """The same, once the copy of the results has been launched."""
-        if not self._cuda:
-            return times
-        return Times(times.before, times.start, times.end, _event())
+        return times and replace(times, copied=_event())
 
-    def wait(self, times: Times) -> None:
+    def wait(self, times: Times | None) -> None:
         """Wait for a step's results, and count its times."""
-        if times.copied is None:
+        if times is None:
             return
+        assert times.copied is not None, "the copy of the results has been launched"
         times.copied.synchronize()
         self._stats.device_s += times.start.elapsed_time(times.end) / 1e3
         if times.before is not None:

@@ -19,9 +19,15 @@ class View(Protocol):
     """What a policy may look at of the scheduler."""
 
     tree: PrefixTree
-    running: Collection[Rollout]  # in the order in which they started
-    groups: Collection[Group]  # not done yet
     steps: int  # decode steps so far
+
+    @property
+    def running(self) -> Collection[Rollout]:
+        """In the order in which they started."""
+
+    @property
+    def groups(self) -> Collection[Group]:
+        """Not done yet."""
 
 
 class LaterRoundFirst:
@@ -81,7 +87,7 @@ class Fcfs(LaterRoundFirst):
         return (group.number,)
 
     def victim(self, running: Collection[Rollout]) -> Rollout:
-        return next(reversed(running))
+        return [*running][-1]
 
 
 class SglangLike(Fcfs):
@@ -237,7 +243,10 @@ class Oracle(Predicted):
 
     def __init__(self, length: Callable[[Rollout], int], watermark: float = 0.01) -> None:
         super().__init__(watermark)
-        self.expected = length
+        self._length = length
+
+    def expected(self, rollout: Rollout) -> int:
+        return self._length(rollout)
 
     def order(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
         return sorted(rollouts, key=self.expected, reverse=True)

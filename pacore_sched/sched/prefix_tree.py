@@ -222,7 +222,7 @@ class PrefixTree:
             raise IntegrityError(f"page {lost} is lost: neither free nor owned by a node")
 
     def _check_node(self, node: int, entry: _Node, children: int) -> None:
-        parent = self._nodes.get(entry.parent)
+        parent = None if entry.parent is None else self._nodes.get(entry.parent)
         start = parent.start + parent.length if parent else 0
         pages = cdiv(entry.length, self.page_size)
         orphan = entry.parent is not None and (parent is None or entry.parent >= node)

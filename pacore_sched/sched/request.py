@@ -32,7 +32,7 @@ class Segment:
     ready: Callable[[], bool] = lambda: True  # whether it can: images may be still in the tower
     # The scheduler's:
     users: int = field(default=0, init=False)  # groups, and problems, that will still read it
-    node: int | None = field(default=None, init=False)  # in the prefix tree, while it has KV
+    node: int = field(default=-1, init=False)  # in the prefix tree; -1: it has no KV
     written: int = field(default=0, init=False)  # tokens whose KV is there
 
 
@@ -53,7 +53,7 @@ class Rollout:
     finish_reason: str | None = None
     # The scheduler's:
     asked: int = field(default=0, init=False)  # tokens asked for: known, or in flight
-    node: int | None = field(default=None, init=False)  # None: waiting, or ended
+    node: int = field(default=-1, init=False)  # in the prefix tree; -1: waiting, or ended
     slot: int = field(default=-1, init=False)  # its place in the executor's tables while it runs
     preemptions: int = field(default=0, init=False)
 
@@ -80,6 +80,9 @@ class Group:
     @property
     def prompt_tokens(self) -> int:
         return sum(segment.tokens for segment in self.path) + 1
+
+
+Moved = tuple[Rollout, tuple[int, ...]]  # between device and host, with its pages on the device
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -109,11 +112,17 @@ class Batch:
     chunks: tuple[Chunk, ...] = ()
     drafts: tuple[tuple[int, ...], ...] = ()
     steps: int = 1  # for so many steps in a row nothing will change but lengths
-    # Rollouts and their pages, to be copied to the host and back before the step.
-    evicted: tuple[tuple[Rollout, tuple[int, ...]], ...] = ()
-    restored: tuple[tuple[Rollout, tuple[int, ...]], ...] = ()
+    # To be copied to the host and back before the step.
+    evicted: tuple[Moved, ...] = ()
+    restored: tuple[Moved, ...] = ()
 
     @property
     def sampled(self) -> tuple[Rollout, ...]:
         """The rollouts that draw a token, in the order in which these come back."""
-        return (*self.decode, *(chunk.owner for chunk in self.chunks if chunk.samples))
+        return (*self.decode, *self.resumed)
+
+    @property
+    def resumed(self) -> tuple[Rollout, ...]:
+        """The rollouts whose chunks sample: all their tokens are written with them."""
+        owners = (chunk.owner for chunk in self.chunks if chunk.samples)
+        return tuple(owner for owner in owners if isinstance(owner, Rollout))

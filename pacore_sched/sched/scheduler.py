@@ -15,7 +15,7 @@ from operator import itemgetter
 from kernels.runtime.arithmetic import cdiv
 from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, Chunk, Group, Rollout, Segment
+from pacore_sched.sched.request import Batch, Chunk, Group, Moved, Rollout, Segment
 
 
 @dataclass
@@ -65,10 +65,11 @@ class Scheduler:
         self._behind: dict[Rollout, None] = {}  # running ones that are not
         self._turn = 0  # the step before which those need pages again
         self._ends: list[tuple[int, int]] = []  # heap of (step, node): they reach max_tokens
-        self._batch, self._nodes = Batch(()), []  # the last one, and its decoding rollouts' nodes
+        self._batch = Batch(())  # the last one
+        self._nodes: list[int] = []  # its decoding rollouts'
         self._left = 0  # steps for which `_batch` still holds
         self._moved: dict[Rollout, int] = {}  # tokens of preempted rollouts, on the host
-        self._evicted: list[tuple[Rollout, tuple[int, ...]]] = []
+        self._evicted: list[Moved] = []
 
     def pages_at_most(self, group: Group) -> int:
         """Pages that the largest rollout of a group takes, with its prompt."""
@@ -95,7 +96,7 @@ class Scheduler:
     def drop(self, segment: Segment) -> None:
         """Take back one `keep`."""
         segment.users -= 1
-        if not segment.users and segment.node is not None:
+        if not segment.users and segment.node >= 0:
             self._forget(segment)
 
     def schedule(self) -> Batch | None:
@@ -107,11 +108,13 @@ class Scheduler:
         before = self.counts.preemptions
         if self._turn <= self.steps:
             self._turn_pages()
-        chunks, decoding = [], self._decoding
+        chunks: list[Chunk] = []
+        decoding = self._decoding
         budget = self.token_budget - len(decoding)
         for rollout in self._behind:
             budget -= self._write_rollout(rollout, budget, chunks)
-        restored, waits = [], True
+        restored: list[Moved] = []
+        waits = True
         if self.counts.preemptions == before:  # else a token of who starts may be in flight
             restored, waits = self._admit(budget, chunks)
         if not decoding and not chunks:
@@ -126,9 +129,8 @@ class Scheduler:
         )
         self._left = steps
         self.repeat(1)
-        for chunk in chunks:
-            if chunk.samples:
-                self._join(chunk.owner)
+        for rollout in self._batch.resumed:
+            self._join(rollout)
         return self._batch
 
     def repeat(self, steps: int) -> None:
@@ -242,15 +244,15 @@ class Scheduler:
                 tree.provide(node, steps)
         self._turn = self.steps + steps
 
-    def _admit(
-        self, budget: int, chunks: list[Chunk]
-    ) -> tuple[list[tuple[Rollout, tuple[int, ...]]], bool]:
+    def _admit(self, budget: int, chunks: list[Chunk]) -> tuple[list[Moved], bool]:
         """Prefill and start what the policy lets in.
 
         Returns what is fetched from the host, and whether somebody waits for something else than
         pages, slots or tokens: the next step may be another then.
         """
-        restored, waits, fresh = [], False, set()
+        restored: list[Moved] = []
+        waits = False
+        fresh: set[Segment] = set()
         self.policy.begin(self)
         if not self.policy.fixed:
             entries = ((self.policy.key(group), group) for _, group in self._queue)
@@ -281,7 +283,7 @@ class Scheduler:
         """Whether a group's next rollout may start with the free pages, its prompt included."""
         size, rollout = self.tree.page_size, group.waiting[0]
         pages = cdiv(1 + rollout.asked, size)
-        pages += sum(cdiv(segment.tokens, size) for segment in group.path if segment.node is None)
+        pages += sum(cdiv(segment.tokens, size) for segment in group.path if segment.node < 0)
         if self.running or busy:
             return self.policy.admits(rollout, pages, self)
         while pages > self.tree.free_pages:
@@ -293,7 +295,7 @@ class Scheduler:
         self, group: Group, segment: Segment, budget: int, chunks: list[Chunk]
     ) -> int:
         """Write the next chunk of a segment; its tokens. Its pages are all taken at once."""
-        if segment.node is None:
+        if segment.node < 0:
             above = [s.node for s in group.path[: group.path.index(segment)]]
             segment.node = self.tree.add(above[-1] if above else None)
             self.tree.provide(segment.node, segment.tokens)
@@ -306,11 +308,7 @@ class Scheduler:
         return segment.written - start
 
     def _start_rollouts(
-        self,
-        group: Group,
-        budget: int,
-        chunks: list[Chunk],
-        restored: list[tuple[Rollout, tuple[int, ...]]],
+        self, group: Group, budget: int, chunks: list[Chunk], restored: list[Moved]
     ) -> int:
         """Start as many rollouts of a warm group as fit; the tokens that they write."""
         left = budget
@@ -382,14 +380,14 @@ class Scheduler:
 
     def _forget(self, segment: Segment) -> None:
         self.tree.release(segment.node)
-        segment.node, segment.written = None, 0
+        segment.node, segment.written = -1, 0
         del self._segments[segment]
         self._left = 0  # somebody may start in its pages
 
     def _end(self, rollout: Rollout, reason: str) -> None:
         """Take a rollout out of wherever it is."""
         rollout.finish_reason = reason
-        if rollout.node is not None:
+        if rollout.node >= 0:
             self._stop(rollout)
             return
         group = rollout.group
@@ -416,7 +414,7 @@ class Scheduler:
         self._decoding.pop(rollout.node, None)
         self._behind.pop(rollout, None)
         self._slots.append(rollout.slot)
-        rollout.node, rollout.slot = None, -1
+        rollout.node = rollout.slot = -1
         del self.running[rollout]
         self._left = 0
 

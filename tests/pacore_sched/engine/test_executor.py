@@ -47,7 +47,7 @@ class Hand:
 
     def write(self, segment: Segment, tokens: int, parent: int | None = None) -> Chunk:
         """The chunk of a segment's next tokens."""
-        if segment.node is None:
+        if segment.node < 0:
             segment.node = self.tree.add(parent)
         start, segment.written = segment.written, segment.written + tokens
         self.tree.append(segment.node, tokens)
@@ -77,7 +77,7 @@ class Hand:
         for rollout in rollouts:
             self.tree.release(rollout.node)
             self.slots.insert(0, rollout.slot)
-            rollout.node, rollout.slot = None, -1
+            rollout.node = rollout.slot = -1
 
     def launch(self, batch: Batch) -> tuple[Batch, object]:
         """Append the tokens of `decode`, and launch."""
