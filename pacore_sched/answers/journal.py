@@ -70,7 +70,7 @@ class Journal:
         is damaged elsewhere than at its end, or if it cannot be written.
         """
         self.path = Path(path)
-        header = json.loads(json.dumps({"kind": "header", "format": FORMAT, **header}))
+        line: dict = json.loads(json.dumps({"kind": "header", "format": FORMAT, **header}))
         self._places: dict[str, list[int]] = {}  # problem -> where its rollouts' lines begin
         self._answered: set[str] = set()
         self._synced = time.monotonic()
@@ -82,9 +82,9 @@ class Journal:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
         try:
             self._lock()
-            self._size = self._read(header, resume)
+            self._size = self._read(line, resume)
             if not self._size:
-                self._write([header])
+                self._write([line])
         except BaseException:
             os.close(self._file)
             raise
@@ -151,7 +151,7 @@ class Journal:
                 torn = record is None
                 if number == 1 and not line.startswith(HEADER) and not HEADER.startswith(line):
                     raise InputError(f"{self.path} is there, and is no journal of a run")
-                if not torn:
+                if record is not None:
                     self._note(record, number, end, header, resume)
                     end += len(line)
         os.ftruncate(self._file, end)

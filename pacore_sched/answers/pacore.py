@@ -9,11 +9,11 @@ that is too long or a broken image, fails alone.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from kernels.runtime.arithmetic import cdiv
 from model.errors import InputError
@@ -25,6 +25,7 @@ from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.engine.kv_memory import free_bytes
 from pacore_sched.engine.stopping import Stopping
+from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.request import Group, Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Pacore:
     def __init__(
         self,
         model: "Step3VL",
-        engine: Engine,
+        engine: Engine[ModelExecutor],
         widths: Sequence[int],
         sampling: Sampling,
         *,
@@ -140,7 +141,7 @@ class Pacore:
         known: Callable[[str], Iterable[Outcome]] = lambda id: (),
         on_rollout: Callable[[Outcome], None] = lambda outcome: None,
         on_step: Callable[[int], None] = lambda tokens: None,
-    ) -> Iterator[list[Answer]]:
+    ) -> Generator[list[Answer], None, None]:
         """`answers` one step of the engine at a time, each with the answers that it has led to."""
         arrivals = _Arrivals(self, problems, known)
         live: dict[Group, ProblemRun] = {}
@@ -223,6 +224,16 @@ class Pacore:
         return Answer(run.id, text, error, rounds)
 
 
+class EngineOptions(TypedDict, total=False):
+    """What `engine_for` passes on to Engine, which says what it is."""
+
+    policy: LaterRoundFirst | str
+    token_budget: int
+    ahead: bool | None
+    speculate: int
+    host_pages: int
+
+
 def engine_for(
     model: "Step3VL",
     *,
@@ -230,15 +241,14 @@ def engine_for(
     kv_tokens: int | None = None,
     most_tokens: int | None = None,
     max_running: int = 256,
-    **options: object,
-) -> Engine:
+    **options: Unpack[EngineOptions],
+) -> Engine[ModelExecutor]:
     """An engine on a model.
 
     kv_dtype: of the KV pages: the model's, or torch.float8_e4m3fn
     kv_tokens: of which there is room for KV; the default is what free memory has
     most_tokens: no more of them than these, then
     max_running: rollouts that decode at once
-    options: Engine's
 
     Raises InputError if there is no memory for the KV.
     """
@@ -308,9 +318,10 @@ class _Arrivals:
 
     def _fill(self) -> None:
         while len(self._queue) < IMAGES_AHEAD:
-            number, problem = next(self._problems, (None, None))
-            if problem is None:
+            arrival = next(self._problems, None)
+            if arrival is None:
                 return
+            number, problem = arrival
             pacore, known = self._pacore, self._known(problem.id)
             run = ProblemRun(pacore.model, pacore.engine, pacore.settings, problem, number, known)
             load = problem.load if not run.over else None

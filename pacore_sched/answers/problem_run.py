@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from model.step3vl import Step3VL
     from model.vision.image import Views
+    from pacore_sched.engine.executor import ModelExecutor
     from pacore_sched.engine.image_encoder import Features
 
 
@@ -64,7 +65,7 @@ class ProblemRun:
     def __init__(
         self,
         model: "Step3VL",
-        engine: Engine,
+        engine: "Engine[ModelExecutor]",
         settings: Settings,
         problem: Problem,
         number: int,
@@ -95,7 +96,7 @@ class ProblemRun:
     def error(self) -> str | None:
         """Why the current round will never start: its images could not be encoded."""
         error = self._features.error if self._features else None
-        return error and f"the images cannot be encoded: {error}"
+        return f"the images cannot be encoded: {error}" if error else None
 
     def set_images(self, images: Future) -> None:
         """Where the images are: `next_round` waits for them, and raises what they raised."""
@@ -128,14 +129,16 @@ class ProblemRun:
 
     def take(self, rollout: Rollout) -> Outcome:
         """Note that a rollout of the current round has ended."""
-        passes_on = rollout.finish_reason in ("stop", "length")
+        reason = rollout.finish_reason
+        assert reason is not None
+        passes_on = reason in ("stop", "length")
         outcome = Outcome(
             problem=self.id,
             round=len(self.rounds),
             index=rollout.index,
             seed=rollout.seed,
             prompt_tokens=rollout.group.prompt_tokens,
-            finish_reason=rollout.finish_reason,
+            finish_reason=reason,
             text=self._engine.text(rollout) if passes_on else "",
             num_tokens=len(rollout.tokens),
             logprob=sum(rollout.logprobs),

@@ -54,7 +54,8 @@ def read_questions(path: str | Path) -> QuestionFile:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    questions, lines = [], {}
+    questions: list[Question] = []
+    lines: dict[str, int] = {}
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             questions.append(_question(number, line, path.parent, lines))

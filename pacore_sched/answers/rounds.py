@@ -125,11 +125,12 @@ def round_messages(
     return [*messages[: users[-1]], {**asked, "content": content}, *messages[users[-1] + 1 :]]
 
 
-def _integer(text: str) -> int | None:
+def _integer(text: str) -> int:
+    """The integer that a text is; 0, which is no width either, for any other text."""
     try:
         return int(text)
     except ValueError:
-        return None
+        return 0
 
 
 @cache

@@ -7,7 +7,7 @@ import time
 
 from model.errors import InputError
 from model.terminal import progress
-from model.vision.image import load_image, preprocess
+from model.vision.image import load_image
 from pacore_sched.answers.journal import Outcome
 from pacore_sched.answers.pacore import Answer, Pacore
 from pacore_sched.answers.rounds import compact, load_template, parse_widths, round_widths
@@ -33,9 +33,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("the question is empty")
     photos = [load_image(path) for path in options.image]
     model = shared.load_model(options)
-    if photos and model.config.vision is None:
-        raise InputError(f"model {model.config.name} has no vision tower: it takes no images")
-    views = [preprocess(photo, model.config.vision) for photo in photos]
+    views = shared.views_of(photos, model) if photos else []
     content = [{"type": "image"} for _ in views] + [{"type": "text", "text": options.question}]
     engine = shared.make_engine(options, model, problems=1, width=max(round_widths(widths)))
     pacore = Pacore(model, engine, widths, sampling, seed=options.seed, template=template)

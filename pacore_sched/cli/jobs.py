@@ -22,7 +22,7 @@ from kernels import __version__
 from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError
 from model.step3vl import Step3VL
-from model.vision.image import Views, load_image, preprocess
+from model.vision.image import Views, load_image
 from pacore_sched.answers.journal import Journal, Outcome, replace_file
 from pacore_sched.answers.pacore import Answer, Pacore
 from pacore_sched.answers.problem_run import Problem
@@ -223,9 +223,7 @@ def _ending(answer: Answer, line: int) -> Ending:
 
 def _problem(question: Question, model: Step3VL) -> Problem:
     def load() -> list[Views]:
-        if model.config.vision is None:
-            raise InputError(f"model {model.config.name} has no vision tower: it takes no images")
-        return [preprocess(load_image(path), model.config.vision) for path in question.images]
+        return shared.views_of(map(load_image, question.images), model)
 
     return Problem(question.messages, load if question.images else None, question.id)
 

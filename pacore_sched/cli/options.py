@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,11 +12,16 @@ from model.errors import InputError
 from model.impls import DTYPES
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
+from model.vision.image import Views, preprocess
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.engine.engine import Engine
+from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.engine.stopping import checked_stops
 from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
 from pacore_sched.sched.request import Sampling
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 
@@ -86,9 +92,17 @@ def load_model(options: argparse.Namespace) -> Step3VL:
     return load(options.model, device=device, dtype=dtype, impl=options.impl)
 
 
+def views_of(images: Iterable["Image.Image"], model: Step3VL) -> list[Views]:
+    """Images as the model takes them. Raises InputError if it takes none."""
+    vision = model.config.vision
+    if vision is None:
+        raise InputError(f"model {model.config.name} has no vision tower: it takes no images")
+    return [preprocess(image, vision) for image in images]
+
+
 def make_engine(
     options: argparse.Namespace, model: Step3VL, *, problems: int, width: int
-) -> Engine:
+) -> Engine[ModelExecutor]:
     """The engine that the options describe, no larger than needed for so many problems and
     rollouts per round. Raises InputError for what is wrong with the options."""
     _check(

@@ -17,7 +17,9 @@ class Counts(Protocol):
     ended: int
     rollouts: int
     tokens: int
-    seconds: float
+
+    @property
+    def seconds(self) -> float: ...
 
 
 @contextmanager

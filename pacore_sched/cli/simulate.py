@@ -91,7 +91,8 @@ def run(options: argparse.Namespace) -> int:
     if options.out:
         plots.check_folder(options.out)
     jobs = list(_jobs(options))
-    rows, curves = [], {}
+    rows: list[dict] = []
+    curves: dict[str, list[plots.Curves]] = {}
     for job, (row, drawn) in zip(jobs, _run_all(jobs, options.jobs), strict=True):
         rows.append(row)
         first = job.seed == 0 and job.sigma_w in (None, options.sigma_w[0])
@@ -169,8 +170,8 @@ def _workloads(
     if name == CHAT:
         for seed in seeds:
             count = options.problems or CHAT_REQUESTS
-            times = _arrivals(options, count, seed) or [0.0] * count
-            yield name, None, seed, chat_requests(count, seed, times)
+            arrivals = _arrivals(options, count, seed) or [0.0] * count
+            yield name, None, seed, chat_requests(count, seed, arrivals)
     elif name == "all" or name in WORKLOADS:
         chosen = [_workload(options, each) for each in (WORKLOADS if name == "all" else [name])]
         for workload in chosen:
