@@ -194,12 +194,13 @@ def _workloads(
 
 
 def _workload(options: argparse.Namespace, name: str) -> Workload:
-    changes: dict = {"max_tokens": options.max_tokens}
-    if options.problems:
-        changes["problems"] = options.problems
-    if options.widths is not None:
-        changes["widths"] = parse_widths(options.widths)
-    return workload_named(name, **changes)
+    named = workload_named(name)
+    return replace(
+        named,
+        max_tokens=options.max_tokens,
+        problems=options.problems or named.problems,
+        widths=named.widths if options.widths is None else parse_widths(options.widths),
+    )
 
 
 def _arrivals(options: argparse.Namespace, count: int, seed: int) -> list[float] | None:

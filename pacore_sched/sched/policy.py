@@ -275,6 +275,8 @@ def peak(left: Iterable[tuple[int, int]]) -> int:
     return most
 
 
+# Made with a function that tells a rollout's length.
+KNOW_LENGTHS: dict[str, type[Oracle]] = {"oracle": Oracle, "oracle-shortest": OracleShortest}
 POLICIES: dict[str, type[LaterRoundFirst]] = {
     "later-round-first": LaterRoundFirst,
     "fcfs": Fcfs,
@@ -284,7 +286,5 @@ POLICIES: dict[str, type[LaterRoundFirst]] = {
     "one-at-a-time": OneAtATime,
     "predicted": Predicted,
     "shortest-expected": ShortestExpected,
-    "oracle": Oracle,
-    "oracle-shortest": OracleShortest,
+    **KNOW_LENGTHS,
 }
-KNOW_LENGTHS = ("oracle", "oracle-shortest")  # made with a function that tells a rollout's length

@@ -72,7 +72,8 @@ def fit(
         predicted = np.maximum(columns @ weights, seconds.min())
     heights = np.cumsum(weights[: len(knots)])
     points = tuple(int(knot) for knot in knots), tuple(heights.tolist())
-    return FittedCost(work, *points, *weights[len(knots) :].tolist(), shared_reads)
+    sampled, kv_token, pair, segment = weights[len(knots) :].tolist()
+    return FittedCost(work, *points, sampled, kv_token, pair, segment, shared_reads)
 
 
 def nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:

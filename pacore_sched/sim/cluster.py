@@ -98,10 +98,10 @@ def simulate(
 
 
 def _replica(setting: Setting, outcome: Outcome, answer: Callable[[int, float], None]) -> Replica:
-    kind = POLICIES[setting.policy]
-    lengths = (lambda rollout: replica.length(rollout),) if setting.policy in KNOW_LENGTHS else ()
-    replica = Replica(
-        kind(*lengths),
+    name = setting.policy
+    knowing = KNOW_LENGTHS.get(name)
+    replica: Replica = Replica(
+        knowing(lambda rollout: replica.length(rollout)) if knowing else POLICIES[name](),
         setting.cost_model(),
         setting.pages(),
         setting.page_size,

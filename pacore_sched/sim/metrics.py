@@ -24,6 +24,7 @@ Cost, in tokens unless said otherwise:
 mbu and mfu are None for a cost model without a roofline.
 """
 
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -94,7 +95,7 @@ def timeline(outcome: Outcome, bins: int) -> tuple[np.ndarray, np.ndarray, np.nd
     return edges[1:], running / width, kv / width / len(outcome.usages)
 
 
-def _integral(usage: Usage, values: Sequence[float], at: np.ndarray) -> np.ndarray:
+def _integral(usage: Usage, values: array, at: np.ndarray) -> np.ndarray:
     """Of a piecewise constant function, from 0 to the times `at`; 0 while a GPU was idle."""
     ends = np.frombuffer(usage.ends)
     starts = np.frombuffer(usage.starts)

@@ -52,9 +52,9 @@ def occupancy(path: Path, workload: str, runs: Sequence[Curves]) -> None:
 def area_and_line(
     axes: Any,  # noqa: ANN401
     title: str,
-    times: Sequence[float],
-    kv: Sequence[float],
-    running: Sequence[float],
+    times: Sequence[float] | np.ndarray,
+    kv: Sequence[float] | np.ndarray,
+    running: Sequence[float] | np.ndarray,
 ) -> Any:  # noqa: ANN401
     """KV in use as an area, rollouts as a line on an axis of its own, which is returned.
 

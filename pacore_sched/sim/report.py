@@ -61,13 +61,16 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def _median(values: Sequence[float | None]) -> float | None:
-    return None if None in values else float(f"{median(values):.5g}")
+    known = [value for value in values if value is not None]
+    return None if len(known) < len(values) else float(f"{median(known):.5g}")
 
 
 def _policies(workload: str, sigma_w: float | None, rows: Sequence[dict]) -> None:
-    header = ("policy", " makespan min", " time to answer min", " p50", " p95", " p99")
-    header += (" used tok/s", " slots", " KV", " MBU", " tail", " preempted", " recomputed")
+    header = ["policy", " makespan min", " time to answer min", " p50", " p95", " p99"]
+    header += [" used tok/s", " slots", " KV", " MBU", " tail", " preempted", " recomputed"]
     goodput = rows[0]["goodput_per_h"] is not None
+    if goodput:
+        header.append(" goodput/h")
     lines = []
     for policy in _unique(row["policy"] for row in rows):
         of_policy = [row for row in rows if row["policy"] == policy]
@@ -96,7 +99,7 @@ def _policies(workload: str, sigma_w: float | None, rows: Sequence[dict]) -> Non
     title = (
         f"{workload}{spread}: medians of {runs} seeds (least..most), {gpus} GPU{'s' * (gpus > 1)}"
     )
-    table(title, header + ((" goodput/h",) if goodput else ()), lines)
+    table(title, header, lines)
 
 
 def _variants(rows: Sequence[dict], variants: Sequence[Variant]) -> None:

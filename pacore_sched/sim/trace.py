@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from model.errors import InputError
 from pacore_sched.answers.rounds import round_widths
 from pacore_sched.sim.workload import MAX_TOKENS, Problem
 
+T = TypeVar("T")
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -90,8 +92,8 @@ def _azure(path: Path, lines: Iterator[str]) -> Iterator[Request]:
     for row in rows:
         where = f"trace {path}, line {rows.line_num}"
         time = _field(where, row, "TIMESTAMP", _seconds)
-        tokens = (_field(where, row, name, _positive) for name in AZURE_COLUMNS[1:])
-        yield Request(time, *tokens)
+        read, made = (_field(where, row, name, _positive) for name in AZURE_COLUMNS[1:])
+        yield Request(time, read, made)
 
 
 def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[Request]:
@@ -109,11 +111,12 @@ def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[Request]:
             _field(where, row, "timestamp", _finite) / 1e3,
             _field(where, row, "input_length", _positive),
             _field(where, row, "output_length", _positive),
-            tuple(_field(where, row, "hash_ids", list)) if "hash_ids" in row else (),
+            _field(where, row, "hash_ids", tuple) if "hash_ids" in row else (),
         )
 
 
-def _field(where: str, row: dict, name: str, convert: Callable[[object], object]) -> object:
+def _field(where: str, row: dict[str, Any], name: str, convert: Callable[[Any], T]) -> T:
+    """A row's field as `convert` has it, which raises ValueError or TypeError for what is wrong."""
     if row.get(name) is None:
         raise InputError(f"{where}: no {name}")
     try:
@@ -122,15 +125,15 @@ def _field(where: str, row: dict, name: str, convert: Callable[[object], object]
         raise InputError(f"{where}: {name} is {row[name]!r}") from None
 
 
-def _positive(value: object) -> int:
-    """A positive integer. Raises ValueError for anything else."""
+def _positive(value: str | float) -> int:
+    """A positive integer. Raises ValueError or TypeError for anything else."""
     number = int(value)
     if number != float(value) or number < 1:
         raise ValueError(value)
     return number
 
 
-def _finite(value: object) -> float:
+def _finite(value: str | float) -> float:
     number = float(value)
     if not isfinite(number):
         raise ValueError(value)

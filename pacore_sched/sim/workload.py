@@ -9,7 +9,7 @@ a rollout's `</think>`, of 512 tokens, or the whole of a shorter rollout.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import erf, exp, log, sqrt
 
 import numpy as np
@@ -99,11 +99,11 @@ WORKLOADS = {
 }
 
 
-def workload_named(name: str, **changes: object) -> Workload:
-    """The workload called `name` with some fields changed. Raises InputError with known names."""
+def workload_named(name: str) -> Workload:
+    """The workload called `name`. Raises InputError with known names."""
     if name not in WORKLOADS:
         raise InputError(f"unknown workload {name!r}; choose one of {', '.join(WORKLOADS)}")
-    return replace(WORKLOADS[name], **changes)
+    return WORKLOADS[name]
 
 
 def chat_requests(count: int, seed: int, arrivals: Sequence[float]) -> list[Problem]:

@@ -135,7 +135,7 @@ def test_timeline_of_bins_that_cut_events():
 
 def test_timeline_and_row_agree_on_a_real_run():
     """Guards both against each other where events are many."""
-    problems = workload_named("vqa", problems=4).draw(0)
+    problems = replace(workload_named("vqa"), problems=4).draw(0)
     run = simulate(problems, Setting(gpus=2, max_running=20))
     row = metrics_row(run, "vqa", 0)
     _, running, kv = timeline(run, 37)
@@ -149,7 +149,7 @@ def test_timeline_and_row_agree_on_a_real_run():
 def test_a_lone_round_has_the_published_occupancy():
     """Guards the spread of lengths: a lone 16-wide round uses 42 % of its slots at sigma_w 0.55."""
     shares = []
-    for problem in workload_named("vqa", problems=2000, max_tokens=10**9).draw(0):
+    for problem in replace(workload_named("vqa"), problems=2000, max_tokens=10**9).draw(0):
         lengths = np.array(problem.lengths[0])
         shares.append(lengths.mean() / lengths.max())
     assert np.mean(shares) == pytest.approx(0.42, abs=0.03)
