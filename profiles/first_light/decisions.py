@@ -69,7 +69,7 @@ def gained(rows: Sequence[Row]) -> list[Row]:
     for (op, case, switch), both in found.items():
         if len(both) == 2:
             (old, before), (new, after) = sorted(both)
-            row = {"op": op, "case": case, "switch": f"{switch} {old} -> {new}"}
+            row: Row = {"op": op, "case": case, "switch": f"{switch} {old} -> {new}"}
             row |= {"old us": round(before, 2), "new us": round(after, 2)}
             made.append(row | {"saves %": round(100 * (1 - after / before), 1)})
     return made

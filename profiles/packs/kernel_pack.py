@@ -47,7 +47,7 @@ def unpack(path: Path) -> tuple[int, int]:
     """
     try:
         with tarfile.open(path) as archive:
-            members = ((member.name, archive.extractfile(member).read()) for member in archive)
+            members = ((member.name, _content(archive, member)) for member in archive)
             manifest = json.loads(next(members)[1])
             _check(path, manifest)
             folders = [entry(key) for key in manifest["keys"]]
@@ -64,6 +64,13 @@ def unpack(path: Path) -> tuple[int, int]:
     for folder in new:
         _list_files(folder)
     return len(folders), len(new)
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    if file is None:
+        raise ValueError(f"{member.name} is no file")
+    return file.read()
 
 
 def _write(path: Path, keys: Sequence[str], archs: Sequence[int]) -> None:

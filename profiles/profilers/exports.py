@@ -23,7 +23,7 @@ class Table:
 
     source: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: list[Sequence[str]]
 
     def has(self, *names: str) -> bool:
         """Whether there are columns of these names, whatever their unit."""
@@ -34,9 +34,14 @@ class Table:
         place = self._place(name)
         return [row[place] for row in self.rows]
 
-    def numbers(self, name: str) -> list[float | None]:
-        """A column of numbers; None where there is none."""
-        return [number(text) for text in self.texts(name)]
+    def numbers(self, name: str) -> list[float]:
+        """A column of numbers. Raises InputError if a row has none."""
+        found = [number(text) for text in self.texts(name)]
+        known = [value for value in found if value is not None]
+        if len(known) < len(found):
+            heading = self.header[self._place(name)]
+            raise InputError(f"{self.source}: a row has no number in column {heading!r}")
+        return known
 
     def microseconds(self, name: str) -> list[float]:
         """A column of times, whose heading has the unit, in microseconds."""
@@ -45,10 +50,7 @@ class Table:
         if not found or found[1] not in IN_US:
             units = ", ".join(IN_US)
             raise InputError(f"{self.source}: column {heading!r} has no unit of time ({units})")
-        times = self.numbers(name)
-        if None in times:
-            raise InputError(f"{self.source}: a row has no number in column {heading!r}")
-        return [time * IN_US[found[1]] for time in times]
+        return [time * IN_US[found[1]] for time in self.numbers(name)]
 
     def _place(self, name: str) -> int:
         for place, heading in enumerate(self.header):

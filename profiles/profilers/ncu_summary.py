@@ -58,8 +58,8 @@ def summarise(text: str, source: str) -> list[dict]:
 
 def display(launches: Sequence[dict], source: str) -> None:
     """One line per launch."""
-    header = ("kernel", " us", " DRAM GB/s", " of peak", " tensor", " occupancy", " at most")
-    header += (" registers", "warps wait for (share of their time)")
+    header = ["kernel", " us", " DRAM GB/s", " of peak", " tensor", " occupancy", " at most"]
+    header += [" registers", "warps wait for (share of their time)"]
     lines = [
         [
             launch["kernel"][:60],
@@ -104,8 +104,8 @@ class _Row:
 def _launch(row: _Row) -> dict:
     duration, rate = row.first([DURATION]), row.first(DRAM_RATE)
     if rate is None:
-        parts = [row.first([name]) for name in DRAM_PARTS]
-        rate = None if None in parts else sum(parts)
+        parts = [part for name in DRAM_PARTS if (part := row.first([name])) is not None]
+        rate = sum(parts) if len(parts) == len(DRAM_PARTS) else None
     return {
         "kernel": row.texts["Kernel Name"],
         "duration_us": None if duration is None else duration * 1e6,
@@ -121,7 +121,8 @@ def _launch(row: _Row) -> dict:
 
 def _stalls(row: _Row) -> dict[str, float]:
     """Shares of the time between two instructions of a warp; "selected" is the issue itself."""
-    found = {STALL.fullmatch(name)[1]: value for name, value in row.all(STALL).items()}
+    metrics = row.all(STALL).items()
+    found = {named[1]: value for name, value in metrics if (named := STALL.fullmatch(name))}
     whole = sum(found.values())
     ordered = sorted(found.items(), key=lambda of: -of[1])
     reasons = [(name, value) for name, value in ordered if name != "selected" and value > 0]

@@ -83,7 +83,7 @@ class Measuring:
     def compile(self, task: Task) -> list[Row]:
         """Compile what will be timed, in parallel processes."""
         done = compile_ahead(timed_sites(), [gpu_of(self.device)], workers=os.cpu_count())
-        row = {"op": task.op, "case": task.case, "impl": None, "dtype": None, "failure": None}
+        row: Row = {"op": task.op, "case": task.case, "impl": None, "dtype": None, "failure": None}
         row |= {"kernels": len(done.keys), "compiled": done.compiled}
         row["failure"] = next(iter(done.failures), None)
         return [row | rows.origin(self.device)]
@@ -194,6 +194,7 @@ def _gpu(device: torch.device) -> Row:
 
 
 def _dtype(task: Task) -> torch.dtype:
+    assert task.dtype is not None, task
     return getattr(torch, task.dtype)
 
 

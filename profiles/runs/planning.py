@@ -1,7 +1,8 @@
 """Which tasks `record` and `first-light` have on a device, in order, as data for the supervisor."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 
@@ -122,12 +123,12 @@ def _deciding(device_type: str, main: str) -> Iterator[Task]:
     for case, forms in pairs(device_type):
         arguments = {"budget_s": PAIR_S * len(forms)}
         yield Task("pairs", case.op, case.name, main, forms, 30, arguments)
+    preset = DECODE[device_type][0]
     for rows in linears.ROWS:
         for name in linears.NAMES:
-            arguments = {"preset": DECODE[device_type][0], "name": name, "rows": rows}
-            arguments |= {"budget_s": LINEAR_S}
-            case = linears.case_name(name, rows)
-            yield Task("linears", "linear", case, main, ("torch",), 20, arguments)
+            product = {"preset": preset, "name": name, "rows": rows, "budget_s": LINEAR_S}
+            text = linears.case_name(name, rows)
+            yield Task("linears", "linear", text, main, ("torch",), 20, product)
 
 
 def _numerics(device_type: str, wanted: tuple[str, ...]) -> Iterator[Task]:
@@ -158,14 +159,16 @@ def _steps(
     limit_s: float = 180.0,
 ) -> Iterator[Task]:
     """Tasks of a whole model: "decode" steps, or "engine" steps."""
-    preset, sizes, *length = {"decode": DECODE, "engine": ENGINE}[section][device_type]
+    options: dict[str, Any]
+    if section == "decode":
+        preset, sizes = DECODE[device_type]
+        options = {"breakdown": breakdown, "budget_s": budget_s}
+    else:
+        preset, sizes, steps, most = ENGINE[device_type]
+        options = {"steps": steps, "blocks": blocks or most}
     main = dtype_name(MAIN_DTYPE[device_type])
     for size in sizes:
-        arguments = {"preset": preset, "sizes": size}
-        if section == "decode":
-            arguments |= {"breakdown": breakdown, "budget_s": budget_s}
-        else:
-            arguments |= {"steps": length[0], "blocks": blocks or length[1]}
+        arguments = {"preset": preset, "sizes": size, **options}
         case = f"{preset} {decode.DecodeCase(*size).name}"
         yield Task(section, f"{section}_step", case, main, tuple(forms), limit_s, arguments)
 
@@ -194,7 +197,7 @@ def _ours(case: Case, device_type: str) -> tuple[str, ...]:
     return (*IMPLS, *case.modes) if device_type == "cuda" else IMPLS[:2]
 
 
-def _of(wanted: Sequence[str], forms: Sequence[str]) -> tuple[str, ...]:
+def _of(wanted: Sequence[str], forms: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in forms if not wanted or name in wanted)
 
 

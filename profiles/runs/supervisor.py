@@ -50,9 +50,11 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=ROOT,
-            env=os.environ | OWN | environment,
+            env={**os.environ, **OWN, **environment},
             start_new_session=True,  # Ctrl-C is for us; a worker's children die with it
         )
+        assert self._process.stdin and self._process.stdout
+        self._questions, self._answers = self._process.stdin, self._process.stdout
         self._seen = 0
 
     def ready(self, wait_s: float) -> None:
@@ -63,8 +65,8 @@ class Worker:
         """The answer, within `wait_s` seconds. Raises Lost."""
         self._seen = os.fstat(self._log.fileno()).st_size
         try:
-            self._process.stdin.write(task.to_json().encode() + b"\n")
-            self._process.stdin.flush()
+            self._questions.write(task.to_json().encode() + b"\n")
+            self._questions.flush()
         except OSError:  # it has died: reading says so
             pass
         return self._answer(wait_s, "no answer")
@@ -104,7 +106,7 @@ class Worker:
 
         timer = threading.Timer(max(0.0, wait_s) + GRACE_S, expire)
         timer.start()
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         timer.cancel()
         if line.endswith(b"\n"):
             return json.loads(line)
@@ -151,7 +153,8 @@ class Supervisor:
         `workers` processes share the tasks in order, and end with the last one. After `stop` the
         tasks at work are given up, and those not begun have no results.
         """
-        todo, results = deque(tasks), queue.Queue()
+        todo = deque(tasks)
+        results: queue.Queue[Result | Exception | None] = queue.Queue()  # None: a thread has ended
         threads = [
             threading.Thread(
                 target=self._serve, args=(todo, results, may_start, environment or {}), daemon=True
@@ -185,7 +188,7 @@ class Supervisor:
     def _serve(
         self,
         todo: deque[Task],
-        results: queue.Queue,
+        results: "queue.Queue[Result | Exception | None]",
         may_start: Callable[[Task], bool],
         environment: Mapping[str, str],
     ) -> None:
@@ -233,7 +236,8 @@ class Supervisor:
             self._strike(task, result.form)
             return None, result
         spoiled, form = answer.pop("spoiled"), answer["form"]
-        again, code = (), None
+        again: tuple[Task, ...] = ()
+        code = None
         if spoiled:
             code = worker.wait()
             form = form or _only_form(task)
@@ -269,7 +273,7 @@ class Supervisor:
             worker = worker or Worker(self._command, environment)
             if self._keeps_spare and not self._spare:
                 self._spare = Worker(self._command, {})
-            self._workers |= {worker, self._spare} - {None}
+            self._workers |= {one for one in (worker, self._spare) if one}
             if self.stopped:
                 self.stop()
         return worker

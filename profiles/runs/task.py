@@ -77,9 +77,9 @@ class Result:
 
     def raise_mistake(self) -> None:
         """Raise InputError if that is what the worker answered."""
-        name = f"{InputError.__name__}: "
-        if (self.failure or "").startswith(name):
-            raise InputError(self.failure.removeprefix(name))
+        name, failure = f"{InputError.__name__}: ", self.failure or ""
+        if failure.startswith(name):
+            raise InputError(failure.removeprefix(name))
 
     def as_rows(self, origin: Row) -> list[Row]:
         """What was measured, then a row for each form that the failure leaves without one.
@@ -95,7 +95,7 @@ class Result:
                 shape | {"impl": form, "failure": self.failure} | origin | {"time": now}
                 for form in forms
             ]
-        job = {"seconds": round(self.seconds, 3), "exit_code": self.exit_code}
+        job: Row = {"seconds": round(self.seconds, 3), "exit_code": self.exit_code}
         job |= {"cache_misses": self.cache_misses, "stderr": self.stderr}
         rows = [{"section": task.section} | row for row in rows]
         rows[:1] = [row | {"job": job} for row in rows[:1]]

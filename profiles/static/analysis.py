@@ -55,9 +55,9 @@ KEY = ("kernel", "arch", "dtype", "config")
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _extra(op: str, name: str, form: str = "triton", **shape: object) -> Case:
+def _extra(op: str, name: str, **shape: object) -> Case:
     made = partial(getattr(inputs, f"{op}_inputs"), **shape)
-    return Case(op, name, made, values=0, flops=0, form=form)
+    return Case(op, name, made, values=0, flops=0)
 
 
 # What the op table of a GPU lacks: other heads, forms without a residual, a second result.
@@ -72,7 +72,10 @@ CASES = [
         for name, forest in (("decode", DECODE), ("prefill", PREFILL))
     ),
     _extra("prefix_attention", "decode with lse", forest=DECODE, return_lse=True),
-    _extra("prefix_attention", "invariant fp8", forest=DECODE, fp8=True, form="triton-invariant"),
+    replace(
+        _extra("prefix_attention", "invariant fp8", forest=DECODE, fp8=True),
+        form="triton-invariant",
+    ),
     *(
         _extra("rotary_attention", f"decode D{heads['head_dim']}", forest=DECODE, **heads)
         for heads in (SMOLLM2_HEADS, WIDE_HEADS)
@@ -319,6 +322,7 @@ def _row(attempt: Attempt, mix: bool) -> Row:
         return row
     try:
         compiled = attempt.compiled
+        assert compiled is not None  # there was no failure
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         row |= asdict(figures(compiled, GPUS[attempt.arch]))
         ahead, found = pipelines(compiled.asm["ttgir"]), anatomy(sass(compiled.asm["cubin"]))

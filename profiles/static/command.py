@@ -75,9 +75,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _show(found: list[dict]) -> None:
-    header = ("op", "kernel", "sm", "dtype", "configuration", " registers", " spill B", " shared B")
-    header += (" programs/SM", "wgmma", "tma", " load B", " by 16 B")
-    header += ("buffers", "wait", "KB in flight", "barriers", "instructions/block")
+    header = ["op", "kernel", "sm", "dtype", "configuration", " registers", " spill B", " shared B"]
+    header += [" programs/SM", "wgmma", "tma", " load B", " by 16 B"]
+    header += ["buffers", "wait", "KB in flight", "barriers", "instructions/block"]
     figures = ("registers", "spill_bytes", "shared_bytes", "programs_per_sm")
     lines = [
         [

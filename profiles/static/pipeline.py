@@ -84,7 +84,8 @@ def _copies(lines: Sequence[str]) -> Iterator[_Copy]:
             target, shape, kind = found.groups()
             alloc = _alloc(lines, at, target)
             sizes = _sizes(shape)
-            held = _sizes(BUFFERS.search(lines[alloc])[1]) if alloc is not None else []
+            shapes = BUFFERS.search(lines[alloc]) if alloc is not None else None
+            held = _sizes(shapes[1]) if shapes else []
             buffers = held[0] if len(held) > len(sizes) else 1
             scalar = prod(sizes) == 1
             yield _Copy(at, alloc, buffers, _bytes(shape, kind), scalar, TENSOR_COPY in line)

@@ -70,8 +70,8 @@ def _decode_steps(found: Sequence[Row]) -> str:
                 *((spread(fp8), _mbu(fp8)) if fp8 else ("", "")),
             ]
         )
-    header = ("decode step, ms (p20..p80)", " rollouts", " prefix", " suffix", " eager", " ours")
-    header += (" tokens/s", " MBU", " ours, FP8 KV", " MBU")
+    header = ["decode step, ms (p20..p80)", " rollouts", " prefix", " suffix", " eager", " ours"]
+    header += [" tokens/s", " MBU", " ours, FP8 KV", " MBU"]
     return markdown(header, lines) if lines else ""
 
 

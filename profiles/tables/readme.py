@@ -202,8 +202,8 @@ def compiled(kernels: Sequence[Kernel]) -> str:
 
 def versions(file: Path = VERSIONS) -> str:
     """Pythons and PyTorches that the tests have run with, from the rows of `.ci/versions.py`."""
-    header = ("Python", "PyTorch", "Triton", "NumPy", " passed", " failed", " skipped")
-    header += ("kernels for sm_80 and sm_90", "commit, date")
+    header = ["Python", "PyTorch", "Triton", "NumPy", " passed", " failed", " skipped"]
+    header += ["kernels for sm_80 and sm_90", "commit, date"]
     lines = []
     for row in recorded(file):
         found = [row[name] for name in ("python", "torch", "triton", "numpy")]

@@ -96,6 +96,7 @@ def test_later_versions():
         (NEW_TRACE.replace("Start (us)", "Start (days)"), r"'Start \(days\)' has no unit of time"),
         (NEW_TRACE.replace("12,1,", "12,N/A,"), r"no number in column 'Duration \(us\)'"),
         (CPU.replace("Instances", "Count"), "report: no column 'Instances' among"),
+        (CPU.replace("275282218,2,", "275282218,N/A,"), "no number in column 'Instances'"),
         ("SKIPPED: x.sqlite does not contain GPU trace data.\n", "neither GPU activity nor NVTX"),
         ("", "neither GPU activity nor NVTX"),
     ],
