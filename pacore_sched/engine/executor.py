@@ -126,7 +126,7 @@ class ModelExecutor:
         config = self.model.config
         hole = config.tokens.im_patch if self.model.vision else None
         prompt = Prompt.of(ids, config.decoder.vocab_size, hole, features, first_feature)
-        ready = features.ready if prompt.holes else lambda: True
+        ready = features.ready if features and prompt.holes else lambda: True
         return Segment(len(ids), inputs=prompt, ready=ready)
 
     def encode(self, views: Sequence["Views"]) -> Features:

@@ -7,7 +7,7 @@ rollout is not known here: the row takes it from the executor's table, at the ro
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from model.errors import InputError
 from pacore_sched.sched.plan import StepBatch, plan_step
@@ -15,10 +15,13 @@ from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Chunk, Rollout, Segment
 
 
-class HasCount(Protocol):
+class ImageFeatures(Protocol):
     """Embeddings of images, perhaps still on their way (image_encoder.py)."""
 
     count: int
+
+    def result(self) -> Any:
+        """[count, hidden], a tensor: nothing is known of it here."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,16 @@ class Prompt:
 
     ids: Sequence[int]
     holes: Sequence[int] = ()  # where, ascending
-    features: HasCount | None = None
+    features: ImageFeatures | None = None
     first: int = 0  # the row of `features` for the first hole
 
     @staticmethod
     def of(
-        ids: Sequence[int], vocabulary: int, hole: int | None, features: HasCount | None, first: int
+        ids: Sequence[int],
+        vocabulary: int,
+        hole: int | None,
+        features: ImageFeatures | None,
+        first: int,
     ) -> "Prompt":
         """Check ids; those equal to `hole` (None: there are none) take `features` in order.
 
@@ -55,7 +62,7 @@ class Patch:
     """Rows that take embeddings of images, one after the other from row `first` of these."""
 
     rows: Sequence[int]
-    features: HasCount
+    features: ImageFeatures
     first: int
 
 
@@ -110,10 +117,12 @@ def _write(rows: Rows, chunk: Chunk, end: int) -> None:
     """Known tokens: a segment's, or a rollout's that is taken up again."""
     owner, first = chunk.owner, end - (chunk.stop - chunk.start)
     if isinstance(owner, Segment):
-        prompt: Prompt = owner.inputs
+        prompt = owner.inputs
+        assert isinstance(prompt, Prompt)
         rows.ids[first:end] = prompt.ids[chunk.start : chunk.stop]
         low, high = (bisect_left(prompt.holes, place) for place in (chunk.start, chunk.stop))
         if low < high:
+            assert prompt.features is not None  # `Prompt.of` has seen to that
             holes = [first + place - chunk.start for place in prompt.holes[low:high]]
             rows.patches.append(Patch(holes, prompt.features, prompt.first + low))
         return
