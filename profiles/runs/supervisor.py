@@ -188,7 +188,7 @@ class Supervisor:
     def _serve(
         self,
         todo: deque[Task],
-        results: "queue.Queue[Result | Exception | None]",
+        results: queue.Queue[Result | Exception | None],
         may_start: Callable[[Task], bool],
         environment: Mapping[str, str],
     ) -> None:
