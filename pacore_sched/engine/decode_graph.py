@@ -7,7 +7,7 @@ without waiting for the GPU. Rows that pad write to a page of their own and draw
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from model.kv_cache import KVCache
 from model.step3vl import Step3VL
 from pacore_sched.engine.decode_step import DecodeStep, Drawing, Settings, Tables, capturable
 from pacore_sched.sched.plan import StepBatch
+
+if TYPE_CHECKING:
+    from model.cuda_graph import Pool
 
 LEVELS = 3  # nodes on a path that there is always room for: images, prompt, rollout
 
@@ -43,10 +46,10 @@ def node_rows(rows: int, group: int) -> list[int]:
 class Captured(Protocol):
     """What a captured step can do."""
 
-    def replay(self) -> Tensor | None: ...
+    def replay(self) -> Tensor: ...
 
 
-Capture = Callable[[Callable[[], Tensor], torch.device, object], Captured]  # (body, device, pool)
+Capture = Callable[[Callable[[], Tensor], torch.device, "Pool | None"], Captured]
 
 
 class DecodeGraph:
@@ -60,7 +63,7 @@ class DecodeGraph:
         capacity: Capacity,
         settings: Settings,
         capture: Capture,
-        pool: object,
+        pool: "Pool | None",
     ) -> None:
         self.capacity = capacity
         device, rows = model.device, capacity.rows
@@ -104,9 +107,7 @@ class DecodeGraph:
 
     def replay(self) -> Tensor:
         """The next step's results [2, capacity.rows], in memory that the one after it reuses."""
-        results = self._graph.replay()
-        assert results is not None
-        return results
+        return self._graph.replay()
 
     def _fill_rows(
         self,
@@ -145,7 +146,7 @@ class DecodeGraphs:
         self.buckets = sorted(buckets)
         self._of = model, cache, tables
         self._graphs = Lru(64)
-        self._pool: object = None  # of memory
+        self._pool: Pool | None = None
         config = model.config.decoder
         self._group = config.heads // config.kv_heads
 
