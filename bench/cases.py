@@ -39,9 +39,7 @@ OPS: dict[str, Callable] = {
     "linear_quick_gelu": linear_quick_gelu,
     "projector": projector,
 }
-WRITTEN = dict.fromkeys(
-    ("qk_norm_rope", "rotary_attention"), ("k_pages", "v_pages")
-)  # inputs that an op writes in place
+STORING = ("qk_norm_rope", "rotary_attention")  # ops that write K and V into their pages
 
 BIG, TINY = PRESETS["step3-vl-10b"], PRESETS["tiny"]
 SMOLLM2 = PRESETS["smollm2-135m"]

@@ -19,6 +19,7 @@ from bench import show
 from bench.forests import Forest, grid, telling
 from bench.inputs import prefix_plan
 from bench.roofline import Roofline
+from kernels.kv_pages import KVPages
 from kernels.prefix_attention.launch import cut_up
 from kernels.prefix_attention.schedule import Cut
 from kernels.prefix_plan import PrefixPlan
@@ -85,11 +86,11 @@ class Line:
 def cut_of(plan: PrefixPlan, shape: Shape, gpu: Gpu) -> Cut:
     """How the launcher cuts `plan` up on `gpu`."""
     q = torch.empty(0, shape.heads, shape.head_dim, dtype=shape.dtype, device="meta")
-    pages = torch.empty(0, shape.kv_heads, plan.page_size, shape.head_dim, device="meta")
-    pages = pages.to(torch.float8_e4m3fn if shape.fp8 else shape.dtype)
+    k = torch.empty(0, shape.kv_heads, plan.page_size, shape.head_dim, device="meta")
+    k = k.to(torch.float8_e4m3fn if shape.fp8 else shape.dtype)
     options = {"window": shape.window, "batch_invariant": shape.invariant, "fused": shape.fused}
     with assume_gpu(gpu):
-        cut, _ = cut_up(plan, q, shape.heads, pages, **options)
+        cut, _ = cut_up(plan, q, shape.heads, KVPages(k, k), **options)
     return replace(cut, small_programs=0)  # one line for both sizes is what is modelled
 
 

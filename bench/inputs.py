@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_plan import PrefixPlan
 from kernels.projector import fold, output_tokens
@@ -121,7 +122,8 @@ def qk_norm_rope_inputs(
     num_pages = 2 * math.ceil(rows / page_size)
     slots = torch.randperm(num_pages * page_size, generator=draw.host)[:rows]
     slots[:skip] = -1
-    pages = (num_pages, kv_heads, page_size, head_dim)
+    shape = (num_pages, kv_heads, page_size, head_dim)
+    nothing = torch.full(shape, math.nan, device=device, dtype=dtype)
     pair = torch.arange(head_dim // 2, device=device).float()
     return {
         "qkv": draw(rows, (heads + 2 * kv_heads) * head_dim),
@@ -130,8 +132,7 @@ def qk_norm_rope_inputs(
         "inv_freq": theta ** (-2 * pair / head_dim),
         "positions": torch.randint(0, 4096, (rows,), generator=draw.host).to(device),
         "slots": slots.to(device),
-        "k_pages": torch.full(pages, math.nan, device=device, dtype=dtype),
-        "v_pages": torch.full(pages, math.nan, device=device, dtype=dtype),
+        "pages": KVPages(nothing, nothing.clone()),
         "eps": 1e-6,
     }
 
@@ -155,18 +156,16 @@ def prefix_attention_inputs(
     plan = prefix_plan(seed, device, forest=forest, page_size=page_size)
     unused = _unused(plan).to(device)[:, None, :, None]
     shape = (plan.num_pages, kv_heads, page_size, head_dim)
-    made = {
-        "q": draw(plan.num_rows, heads, head_dim),
-        "k_pages": draw(*shape).masked_fill_(unused, math.nan),
-        "v_pages": draw(*shape).masked_fill_(unused, math.nan),
+    q = draw(plan.num_rows, heads, head_dim)
+    pages = KVPages(*(draw(*shape).masked_fill_(unused, math.nan) for _ in range(2)))
+    return {
+        "q": q,
+        "pages": quantised(pages) if fp8 else pages,
         "plan": plan,
         "scale": head_dim**-0.5,
         "window": window,
         "return_lse": return_lse,
     }
-    for name in ("k", "v") if fp8 else ():  # NaN stays NaN, in pages and scales
-        made[f"{name}_pages"], made[f"{name}_scale"] = quantise_e4m3(made[f"{name}_pages"])
-    return made
 
 
 def rotary_attention_inputs(
@@ -202,11 +201,17 @@ def rotary_attention_inputs(
         "positions": plan.row_position.long(),
         "slots": page * page_size + offset,
     }
-    for name in ("k", "v"):
-        made[f"{name}_pages"][page, :, offset] = math.nan
-        if fp8:
-            made[f"{name}_pages"], made[f"{name}_scale"] = quantise_e4m3(made[f"{name}_pages"])
+    for x in (made["pages"].k, made["pages"].v):
+        x[page, :, offset] = math.nan
+    if fp8:
+        made["pages"] = quantised(made["pages"])
     return made
+
+
+def quantised(pages: KVPages) -> KVPages:
+    """FP8 pages of the same values; NaN stays NaN, in pages and scales."""
+    (k, k_scale), (v, v_scale) = quantise_e4m3(pages.k), quantise_e4m3(pages.v)
+    return KVPages(k, v, k_scale, v_scale)
 
 
 def prefix_plan(

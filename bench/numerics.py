@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.cases import OPS, WRITTEN, Case
+from bench.cases import OPS, STORING, Case
 from bench.peers import PEERS, Prepare
+from kernels.kv_pages import KVPages
 from kernels.runtime.tiles import Tiles, use_tiles
 
 
@@ -221,7 +222,7 @@ def results(
     with torch.inference_mode(), exact_fp32(), _poisoned_allocations():
         returned = run(copies)()
     found = list(returned) if isinstance(returned, tuple) else [returned]
-    return found + [copies[name] for name in WRITTEN.get(case.op, ())]
+    return found + list(copies["pages"][:2] if case.op in STORING else ())
 
 
 def copied(inputs: dict, dtype: torch.dtype | None = None) -> dict:
@@ -230,13 +231,18 @@ def copied(inputs: dict, dtype: torch.dtype | None = None) -> dict:
 
 
 def _copy(value: object, dtype: torch.dtype | None) -> object:
+    def copy(x: Tensor) -> Tensor:
+        # FP8 pages stay what they are: their values are exact in every wider type.
+        wide = x.is_floating_point() and x.dtype.itemsize > 1
+        return x.to(dtype if wide else None, copy=True)
+
+    if isinstance(value, Tensor):
+        return copy(value)
+    if isinstance(value, KVPages):
+        return value.map(copy)
     if isinstance(value, tuple):  # of tensors, as folded weights are, or of numbers
         return tuple(_copy(part, dtype) for part in value)
-    if not isinstance(value, Tensor):
-        return value
-    # FP8 pages stay what they are: their values are exact in every wider type.
-    wide = value.is_floating_point() and value.dtype.itemsize > 1
-    return value.to(dtype if wide else None, copy=True)
+    return value
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """From the QKV projection to attention's inputs: per-head RMSNorm, rotary, and the paged KV store.
 
     q_h <- rotate(rms_norm(q_h) * q_weight)        k_h <- rotate(rms_norm(k_h) * k_weight)
-    k_pages[slot // page_size, h, slot % page_size] <- k_h        and the same for v, unchanged
+    pages.k[slot // page_size, h, slot % page_size] <- k_h        and the same for v, unchanged
 
 The rotation pairs element i with i + R/2 of the first R elements (half rotation, as GPT-NeoX, Llama
 and Qwen3 have it) by the angle positions * inv_freq[i]; elements from R on pass through.
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.kv_pages import KVPages
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
@@ -32,13 +33,10 @@ def qk_norm_rope(
     inv_freq: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     *,
     eps: float = 1e-6,
     mrope_section: tuple[int, int, int] | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Normalise and rotate Q and K, store K and V into their pages, return Q as [T, Hq, D].
@@ -50,16 +48,15 @@ def qk_norm_rope(
         frequency i takes axis i % 3 while i < 3 * mrope_section[i % 3], time from there on
         (the interleaved order of Qwen3-VL); mrope_section adds up to R / 2
     slots: int [T], page * page_size + offset, or -1 to store nothing
-    k_pages, v_pages: [num_pages, Hkv, page_size, D], written in place
-    k_scale, v_scale: fp32 [num_pages, Hkv, page_size], written in place, for pages of
-        float8_e4m3fn (see kernels/runtime/fp8.py) and only for them
-    Raises ValueError for shapes that do not fit together; the Triton form also for dtypes, strides
-    and devices other than it is made for.
+    pages: written in place, of any dtype
+    Raises ValueError for shapes that do not fit together, and for pages that `KVPages.check`
+    refuses; the Triton form also for dtypes, strides and devices other than it is made for.
     """
-    inputs = (qkv, q_weight, k_weight, inv_freq, positions, slots, k_pages, v_pages)
-    check_shapes(*inputs, mrope_section, k_scale, v_scale)
+    pages.check(qkv.device)
+    inputs = (qkv, q_weight, k_weight, inv_freq, positions, slots, pages)
+    check_shapes(*inputs, mrope_section)
     run = pick("qk_norm_rope", impl, qkv.device, _FORMS)
-    return run(*inputs, eps=eps, mrope_section=mrope_section, k_scale=k_scale, v_scale=v_scale)
+    return run(*inputs, eps=eps, mrope_section=mrope_section)
 
 
 def check_shapes(
@@ -69,17 +66,12 @@ def check_shapes(
     inv_freq: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     mrope_section: tuple[int, int, int] | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
 ) -> None:
-    _, kv_heads, _, head_dim = k_pages.shape
+    kv_heads, head_dim = pages.kv_heads, pages.head_dim
     heads, rest = divmod(qkv.shape[-1], head_dim)
     check(qkv.ndim == 2 and rest == 0 and heads > 2 * kv_heads, "qkv must be [T, (Hq + 2 Hkv) * D]")
-    check(v_pages.shape == k_pages.shape, "v_pages must have the shape of k_pages")
-    check(v_pages.dtype == k_pages.dtype, "v_pages must have the dtype of k_pages")
     check((q_weight is None) == (k_weight is None), "give both q_weight and k_weight, or neither")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         check(weight is None or weight.shape == (head_dim,), f"{name} must be [{head_dim}]")
@@ -90,14 +82,6 @@ def check_shapes(
     check(slots.shape == (tokens,), f"slots must be [{tokens}]")
     fits = mrope_section is None or sum(mrope_section) == len(inv_freq)
     check(fits, "mrope_section must add up to R/2")
-    fp8 = k_pages.dtype == torch.float8_e4m3fn
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        check(
-            (scale is not None) == fp8, f"{name} goes with float8_e4m3fn pages and only with them"
-        )
-        if scale is not None:
-            fits = scale.dtype == torch.float32 and scale.shape == k_pages.shape[:-1]
-            check(fits, f"{name} must be fp32 {list(k_pages.shape[:-1])}")
 
 
 def qk_norm_rope_ref(
@@ -107,19 +91,16 @@ def qk_norm_rope_ref(
     inv_freq: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     *,
     eps: float,
     mrope_section: tuple[int, int, int] | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
 ) -> Tensor:
     """The definition. Rounds to qkv's dtype after the norm, its weight, and the rotation."""
-    _, kv_heads, page_size, head_dim = k_pages.shape
+    kv_heads, page_size, head_dim = pages.kv_heads, pages.page_size, pages.head_dim
     heads = qkv.shape[-1] // head_dim - 2 * kv_heads
     q, k, v = qkv.view(-1, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
-    if q_weight is not None:
+    if q_weight is not None and k_weight is not None:
         q = _rms_norm(q, eps) * q_weight
         k = _rms_norm(k, eps) * k_weight
     angle = _positions_of_frequencies(positions, mrope_section)[:, None].float() * inv_freq
@@ -128,12 +109,15 @@ def qk_norm_rope_ref(
 
     keep = slots >= 0
     page, offset = slots[keep] // page_size, slots[keep] % page_size
-    for x, pages, scale in ((k[keep], k_pages, k_scale), (v[keep], v_pages, v_scale)):
+    for x, target, scale in (
+        (k[keep], pages.k, pages.k_scale),
+        (v[keep], pages.v, pages.v_scale),
+    ):
         if scale is None:
-            pages[page, :, offset] = x.to(pages.dtype)
+            target[page, :, offset] = x.to(target.dtype)
         else:  # as bytes: not every device stores e4m3 by index
             stored, scale[page, :, offset] = quantise_e4m3(x)
-            pages.view(torch.uint8)[page, :, offset] = stored.view(torch.uint8)
+            target.view(torch.uint8)[page, :, offset] = stored.view(torch.uint8)
     return q
 
 
@@ -287,18 +271,13 @@ def _qk_norm_rope_triton(
     inv_freq: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     *,
     eps: float,
     mrope_section: tuple[int, int, int] | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
 ) -> Tensor:
-    written = {"k_pages": k_pages, "v_pages": v_pages, "k_scale": k_scale, "v_scale": v_scale}
-    read = {"q_weight": q_weight, "k_weight": k_weight, "inv_freq": inv_freq, "slots": slots}
-    check_layouts(qkv, positions, read | written)
-    _, kv_heads, page_size, head_dim = k_pages.shape
+    check_layouts(qkv, q_weight, k_weight, inv_freq, positions, slots, pages)
+    kv_heads, head_dim = pages.kv_heads, pages.head_dim
     tokens, heads = len(qkv), qkv.shape[1] // head_dim - 2 * kv_heads
     q = qkv.new_empty(tokens, heads, head_dim)
     if tokens == 0:
@@ -307,8 +286,6 @@ def _qk_norm_rope_triton(
     key = f"T{'<=' if few else '>'}{FEW_TOKENS} {heads}/{kv_heads} D{head_dim}"
     chosen = TUNABLE.choose(key, qkv.device, few, heads, kv_heads, head_dim)
     blocks = cdiv(heads, chosen["block_q"]) + 2 * cdiv(kv_heads, chosen["block_kv"])
-    if k_scale is not None:  # as bytes: before sm_89 Triton has no type for e4m3
-        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
     qk_norm_rope_kernel[(tokens * blocks,)](
         qkv,
         q_weight,
@@ -316,10 +293,7 @@ def _qk_norm_rope_triton(
         inv_freq,
         positions,
         slots,
-        k_pages,
-        v_pages,
-        k_scale,
-        v_scale,
+        *pages.as_bytes(),
         q,
         qkv_stride=qkv.stride(0),
         axis_stride=positions.stride(0),
@@ -329,7 +303,7 @@ def _qk_norm_rope_triton(
         HEAD_DIM=head_dim,
         ROTARY=2 * len(inv_freq),
         PAIRS=triton.next_power_of_2(head_dim // 2),
-        PAGE_SIZE=page_size,
+        PAGE_SIZE=pages.page_size,
         HEIGHT=3 * mrope_section[1] if mrope_section else 0,
         WIDTH=3 * mrope_section[2] if mrope_section else 0,
         NATIVE_FP8=converts_e4m3(qkv.device),
@@ -340,17 +314,31 @@ def _qk_norm_rope_triton(
     return q
 
 
-def check_layouts(qkv: Tensor, positions: Tensor, others: dict[str, Tensor | None]) -> None:
-    """What the kernel takes for granted beyond shapes."""
-    given = {"positions": positions} | {name: x for name, x in others.items() if x is not None}
+def check_layouts(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    inv_freq: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    pages: KVPages,
+) -> None:
+    """What the kernel takes for granted beyond shapes and `KVPages.check`."""
     check(qkv.dtype in DTYPES, f"qkv must be fp32, bf16 or fp16, not {qkv.dtype}")
     check(qkv.stride(1) == 1, "qkv must have neighbouring columns (stride 1)")
-    check(others["k_pages"].shape[-1] % 2 == 0, "k_pages must have an even head_dim")
-    allowed = dict.fromkeys(("q_weight", "k_weight"), (qkv.dtype,))
-    allowed |= dict.fromkeys(("positions", "slots"), (torch.int32, torch.int64))
-    allowed |= dict.fromkeys(("k_pages", "v_pages"), (*DTYPES, torch.float8_e4m3fn))
-    for name, x in given.items():
-        dtypes = allowed.get(name, (torch.float32,))
+    check(pages.head_dim % 2 == 0, "pages must have an even head_dim")
+    stored = pages.k.dtype
+    check(pages.fp8 or stored in DTYPES, f"pages must be fp32, bf16, fp16 or e4m3, not {stored}")
+    integers = (torch.int32, torch.int64)
+    for name, x, dtypes in (
+        ("q_weight", q_weight, (qkv.dtype,)),
+        ("k_weight", k_weight, (qkv.dtype,)),
+        ("inv_freq", inv_freq, (torch.float32,)),
+        ("positions", positions, integers),
+        ("slots", slots, integers),
+    ):
+        if x is None:
+            continue
         check(x.dtype in dtypes, f"{name} must be {' or '.join(map(str, dtypes))}, not {x.dtype}")
         check(x.device == qkv.device, f"{name} must be on {qkv.device} like qkv, not {x.device}")
         check(x.is_contiguous(), f"{name} must be contiguous")

@@ -9,10 +9,10 @@ them to their page. That saves a launch and the trip of Q through memory; in ret
 that works on a tile rotates the tile's queries anew.
 """
 
-import torch
 from torch import Tensor
 
-from kernels.prefix_attention import check_pages, prefix_attention
+from kernels.kv_pages import KVPages
+from kernels.prefix_attention import check_attention, prefix_attention
 from kernels.prefix_attention.fused_decode import Rotary
 from kernels.prefix_attention.launch import cut_up, launch
 from kernels.prefix_attention.tiles import Kind
@@ -30,14 +30,11 @@ def rotary_attention(
     inv_freq: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     plan: PrefixPlan,
     *,
     scale: float,
     eps: float = 1e-6,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
     window: int = 0,
     fused: bool | None = None,
     impl: str | None | tuple[str | None, str | None] = None,
@@ -51,30 +48,31 @@ def rotary_attention(
 
     Raises ValueError as the two ops do, and for `fused` where there is no such form.
     """
+    pages.check(qkv.device)
     impls = impl if isinstance(impl, tuple) else (impl, impl)
-    offered = plan.is_decode and 2 * len(inv_freq) == k_pages.shape[-1] and positions.ndim == 1
+    offered = plan.is_decode and 2 * len(inv_freq) == pages.head_dim and positions.ndim == 1
     offered = offered and all(_is_triton(name, qkv) for name in impls)
     check(offered or not fused, "fused: only impl 'triton' of a decode step with whole rotation")
-    if offered and (_prefers_fused(qkv, k_pages, plan) if fused is None else fused):
+    if offered and (_prefers_fused(qkv, pages, plan) if fused is None else fused):
         rotary = Rotary(q_weight, k_weight, inv_freq, positions, slots, eps)
         run = spanned("rotary_attention", _fused)
-        return run(qkv, rotary, k_pages, v_pages, plan, scale, k_scale, v_scale, window)
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
-    args = (qkv, q_weight, k_weight, inv_freq, positions, slots, k_pages, v_pages)
-    q = qk_norm_rope(*args, eps=eps, impl=impls[0], **scales)
-    options = scales | {"scale": scale, "window": window, "impl": impls[1]}
-    return prefix_attention(q, k_pages, v_pages, plan, **options)
+        return run(qkv, rotary, pages, plan, scale, window)
+    q = qk_norm_rope(
+        qkv, q_weight, k_weight, inv_freq, positions, slots, pages, eps=eps, impl=impls[0]
+    )
+    out = prefix_attention(q, pages, plan, scale=scale, window=window, impl=impls[1])
+    assert isinstance(out, Tensor)  # no lse beside it
+    return out
 
 
 def _is_triton(impl: str | None, qkv: Tensor) -> bool:
     return impl == "triton" or (impl is None and runs_on_gpu(qkv.device))
 
 
-def _prefers_fused(qkv: Tensor, k_pages: Tensor, plan: PrefixPlan) -> bool:
-    _, kv_heads, _, dim = k_pages.shape
+def _prefers_fused(qkv: Tensor, pages: KVPages, plan: PrefixPlan) -> bool:
+    kv_heads, dim = pages.kv_heads, pages.head_dim
     group = (qkv.shape[1] // dim - 2 * kv_heads) // kv_heads
-    fp8 = k_pages.dtype == torch.float8_e4m3fn
-    kind = Kind.of(plan, group, dim, fp8=fp8, invariant=False, fused=True)
+    kind = Kind.of(plan, group, dim, fp8=pages.fp8, invariant=False, fused=True)
     return bool(TUNABLE.choose(kind.key, qkv.device, kind)["fused"])
 
 
@@ -86,28 +84,14 @@ TUNABLE = Tunable(  # two ops, or one
 
 
 def _fused(
-    qkv: Tensor,
-    rotary: Rotary,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    plan: PrefixPlan,
-    scale: float,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    window: int,
+    qkv: Tensor, rotary: Rotary, pages: KVPages, plan: PrefixPlan, scale: float, window: int
 ) -> Tensor:
     check_triton("rotary_attention", qkv.device)
-    weights = (rotary.q_weight, rotary.k_weight, rotary.inv_freq)
-    where = (rotary.positions, rotary.slots, k_pages, v_pages)
-    check_shapes(qkv, *weights, *where, None, k_scale, v_scale)
-    written = {"k_pages": k_pages, "v_pages": v_pages, "k_scale": k_scale, "v_scale": v_scale}
-    read = {name: x for name, x in rotary._asdict().items() if isinstance(x, Tensor)}
-    positions = read.pop("positions")
-    check_layouts(qkv, positions, read | written)
+    read = rotary[:-1]  # all but eps
+    check_shapes(qkv, *read, pages, None)
+    check_layouts(qkv, *read, pages)
     check(qkv.is_contiguous(), "qkv must be contiguous")
-    check(len(qkv) == plan.num_rows, f"the plan is for {plan.num_rows} rows, not {len(qkv)}")
-    check(scale > 0, f"scale must be positive, not {scale}")
-    heads = qkv.shape[1] // k_pages.shape[3] - 2 * k_pages.shape[1]
-    check_pages(qkv, heads, k_pages, v_pages, k_scale, v_scale, plan, window)
-    made = cut_up(plan, qkv, heads, k_pages, window=window, fused=True)
-    return launch(qkv, k_pages, v_pages, plan, *made, scale, k_scale, v_scale, rotary)[0]
+    heads = qkv.shape[1] // pages.head_dim - 2 * pages.kv_heads
+    check_attention(qkv, heads, pages, plan, scale, window)
+    made = cut_up(plan, qkv, heads, pages, window=window, fused=True)
+    return launch(qkv, pages, plan, *made, scale, rotary)[0]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.activation import gate_and_up, silu_mul
+from kernels.kv_pages import KVPages
 from kernels.norm import rms_norm
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention.advance import advance
@@ -134,9 +135,7 @@ class Decoder(nn.Module):
             tensors["lm_head.weight"] = self.lm_head
         return tensors
 
-    def _attention(
-        self, h: Tensor, layer: "_Layer", step: Step, pages: dict[str, Tensor | None]
-    ) -> Tensor:
+    def _attention(self, h: Tensor, layer: "_Layer", step: Step, pages: KVPages) -> Tensor:
         out = rotary_attention(
             spanned("linear qkv", F.linear)(h, layer.qkv),
             layer.q_norm,
@@ -144,11 +143,11 @@ class Decoder(nn.Module):
             self.inv_freq,
             step.positions,
             step.slots,
-            plan=step.plan,
+            pages,
+            step.plan,
             scale=self.config.head_dim**-0.5,
             eps=self.config.norm_eps,
             impl=(self.impl["qk_norm_rope"], self.impl["prefix_attention"]),
-            **pages,
         )
         return spanned("linear o", F.linear)(out.flatten(1), layer.o)
 

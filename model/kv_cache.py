@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.kv_pages import KVPages
 from kernels.runtime.staging import on_device
 from model.config import DecoderConfig
 
@@ -45,11 +46,9 @@ class KVCache:
         self.num_pages = num_pages
         self.page_size = page_size
 
-    def layer(self, index: int) -> dict[str, torch.Tensor | None]:
-        """One layer's pages, and their scales if they have any, by the names that ops take."""
-        tensors = {"k_pages": self.k, "v_pages": self.v}
-        tensors |= {"k_scale": self.k_scale, "v_scale": self.v_scale}
-        return {name: x if x is None else x[index] for name, x in tensors.items()}
+    def layer(self, index: int) -> KVPages:
+        """One layer's pages, and their scales if they have any."""
+        return KVPages(self.k, self.v, self.k_scale, self.v_scale).map(lambda x: x[index])
 
     def to_host(self, pages: Sequence[int]) -> list[Tensor]:
         """Copies of pages, bit by bit, in pinned memory: each tensor's [layers, n, ...].

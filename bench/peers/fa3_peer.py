@@ -41,8 +41,8 @@ def cascade(inputs: dict) -> Callable[[], Tensor]:
         _prepared(
             library,
             inputs,
-            inputs["k_pages"],
-            inputs["v_pages"],
+            inputs["pages"].k,
+            inputs["pages"].v,
             segments,
             causal=segments is tree[-1],
         )

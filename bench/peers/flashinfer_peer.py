@@ -37,7 +37,7 @@ def plain(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
 
 def cascade(inputs: dict) -> Callable[[], Tensor]:
     """A launch for every level of the tree, and a merge for every level but the last."""
-    q, k = inputs["q"], inputs["k_pages"]
+    q, (k, v, *_) = inputs["q"], inputs["pages"]
     flashinfer, tree = check(q.device), levels(inputs)
     tables = [_tables(segments, k.shape[2]) for segments in tree]
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(tree), _workspace(q.device), "HND")
@@ -48,7 +48,7 @@ def cascade(inputs: dict) -> Callable[[], Tensor]:
         causal=True,  # of the last level, which holds the rows' own tokens
         **_options(inputs),
     )
-    return lambda: wrapper.run(q, (k, inputs["v_pages"]))
+    return lambda: wrapper.run(q, (k, v))
 
 
 def rms_norm(inputs: dict) -> Callable[[], object]:

@@ -32,8 +32,8 @@ def flex(inputs: dict, *, compiled: bool = True) -> Callable[[], Tensor]:
 
 def packed(inputs: dict) -> tuple[Tensor, Tensor]:
     """K and V of all tokens, node after node: [tokens, Hkv, D]."""
-    plan, device = inputs["plan"], inputs["q"].device
-    if inputs["k_pages"].dtype != inputs["q"].dtype:
+    kv, plan, device = inputs["pages"], inputs["plan"], inputs["q"].device
+    if kv.k.dtype != inputs["q"].dtype:
         raise Unavailable("takes K and V of q's dtype only")
     pages, places = [], []
     for node in plan.nodes:
@@ -41,7 +41,7 @@ def packed(inputs: dict) -> tuple[Tensor, Tensor]:
         pages.append(torch.tensor(node.pages, dtype=torch.long)[token // plan.page_size])
         places.append(token % plan.page_size)
     page, place = torch.cat(pages).to(device), torch.cat(places).to(device)
-    return inputs["k_pages"][page, :, place], inputs["v_pages"][page, :, place]
+    return kv.k[page, :, place], kv.v[page, :, place]
 
 
 def _mask(plan: PrefixPlan, window: int, device: torch.device) -> Callable:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.peers.peer import Unavailable
+from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.arithmetic import cdiv
@@ -54,7 +55,7 @@ def paged(inputs: dict, *, copied: bool = False, page_size: int | None = None) -
     pages are rebuilt, and what is full of the same tokens is one page again.
     """
     runs, held = _sequences(inputs), inputs["plan"].page_size
-    pools, size = [inputs["k_pages"], inputs["v_pages"]], page_size or held
+    pools, size = list(inputs["pages"][:2]), page_size or held
     anew = copied or size != held
     kept = 0 if anew else len(pools[0])
     segments: list[Segment] = []
@@ -111,13 +112,14 @@ def block_table(segments: list[Segment]) -> Tensor:
 
 def _sequences(inputs: dict) -> list[tuple[int, int, list[PlanNode]]]:
     plan: PrefixPlan = inputs["plan"]
-    if inputs["k_pages"].dtype != inputs["q"].dtype:
+    pages: KVPages = inputs["pages"]
+    if pages.k.dtype != inputs["q"].dtype:
         raise Unavailable("has no scale of K and V per token and head")
     runs = plan.sequences
     if sum(end - start for start, end, _ in runs) != plan.num_rows:
         raise Unavailable("cannot take a row that sees no token")
-    for name in ("k_pages", "v_pages"):
-        inputs[name].nan_to_num_(0.0)
+    for x in (pages.k, pages.v):
+        x.nan_to_num_(0.0)
     return runs
 
 

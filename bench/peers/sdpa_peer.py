@@ -22,12 +22,12 @@ def sdpa(inputs: dict, *, backend: str | None = None) -> Callable[[], Tensor]:
 
     `backend`: see `only`.
     """
-    q, k_pages, v_pages, plan = (inputs[name] for name in ("q", "k_pages", "v_pages", "plan"))
-    if k_pages.dtype != q.dtype:
+    q, pages, plan = inputs["q"], inputs["pages"], inputs["plan"]
+    if pages.k.dtype != q.dtype:
         raise Unavailable("takes K and V of q's dtype only")
-    rows, slots, mask = _padded(plan, k_pages.shape[1], q.device, inputs["window"])
+    rows, slots, mask = _padded(plan, pages.kv_heads, q.device, inputs["window"])
     options = {"scale": inputs["scale"], "enable_gqa": True, **_masking(mask)}
-    flat_k, flat_v = k_pages.view(-1, q.shape[2]), v_pages.view(-1, q.shape[2])
+    flat_k, flat_v = pages.k.view(-1, q.shape[2]), pages.v.view(-1, q.shape[2])
 
     def call() -> Tensor:
         # [sequences, heads, rows or tokens, head_dim]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench import jsonl, rows, show
-from bench.cases import OPS, WRITTEN, Case, numerics_cases
+from bench.cases import OPS, STORING, Case, numerics_cases
 from bench.numerics import Error, form, results, roundoff, tolerance
 from bench.ops import DTYPES, device_named, dtypes_named
 from bench.options import filter_arguments, output_arguments
@@ -189,7 +189,7 @@ def _verdicts(
 
 def _names(op: str) -> tuple[str, ...]:
     """What the results of an op are called, in the order of `numerics.results`."""
-    return (*RETURNED.get(op, ("out",)), *WRITTEN.get(op, ()))
+    return (*RETURNED.get(op, ("out",)), *(("k_pages", "v_pages") if op in STORING else ()))
 
 
 def _allowed(op: str, dtype: torch.dtype) -> Error:

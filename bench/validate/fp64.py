@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case
+from kernels.kv_pages import KVPages
 from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.grids import Grid
@@ -33,9 +34,12 @@ def reference(case: Case, inputs: dict) -> list[Tensor]:
 
 
 def _wide(value: object) -> object:
-    if isinstance(value, Tensor):
-        return value.to("cpu", torch.float64 if value.is_floating_point() else None, copy=True)
-    return value
+    def widened(x: Tensor) -> Tensor:
+        return x.to("cpu", torch.float64 if x.is_floating_point() else None, copy=True)
+
+    if isinstance(value, KVPages):
+        return value.map(widened)
+    return widened(value) if isinstance(value, Tensor) else value
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -149,11 +153,10 @@ def _qk_norm_rope(
     inv_freq: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     eps: float,
 ) -> Results:
-    _, kv_heads, page_size, dim = k_pages.shape
+    _, kv_heads, page_size, dim = pages.k.shape
     heads = qkv.unflatten(1, (-1, dim))
     q, k, v = heads.tensor_split([heads.shape[1] - 2 * kv_heads, heads.shape[1] - kv_heads], 1)
     q = half_turned(rms(q, q_weight, eps), positions, inv_freq)
@@ -161,31 +164,29 @@ def _qk_norm_rope(
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
             page, offset = divmod(slot, page_size)
-            k_pages[page, :, offset], v_pages[page, :, offset] = k[token], v[token]
-    return q, k_pages, v_pages
+            pages.k[page, :, offset], pages.v[page, :, offset] = k[token], v[token]
+    return q, pages.k, pages.v
 
 
 def _prefix_attention(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     plan: PrefixPlan,
     scale: float,
     window: int = 0,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
     return_lse: bool = False,
 ) -> Results:
     """Row by row, over the tokens that the row sees, in the order of its sequence."""
-    if k_scale is not None:
-        k_pages, v_pages = k_pages * k_scale[..., None], v_pages * v_scale[..., None]
+    keys, values = pages.k, pages.v
+    if pages.k_scale is not None:
+        keys, values = keys * pages.k_scale[..., None], values * pages.v_scale[..., None]
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:2], -torch.inf)
     for row in range(len(q)):
         slots = _seen(plan, row)[-window:]  # all for a window of 0
         if slots:
             page, offset = torch.tensor(slots).T
-            k, v = k_pages[page, :, offset], v_pages[page, :, offset]
+            k, v = keys[page, :, offset], values[page, :, offset]
             out[row : row + 1], lse[row : row + 1] = attention(q[row : row + 1], k, v, scale)
     return (out, lse) if return_lse else (out,)
 
@@ -201,10 +202,11 @@ def _seen(plan: PrefixPlan, row: int) -> list[tuple[int, int]]:
     return slots
 
 
-def _rotary_attention(plan: PrefixPlan, scale: float, window: int, **inputs: Tensor) -> Results:
-    q, k_pages, v_pages = _qk_norm_rope(**inputs, eps=1e-6)
-    out = _prefix_attention(q, k_pages, v_pages, plan, scale, window)
-    return *out, k_pages, v_pages
+def _rotary_attention(
+    pages: KVPages, plan: PrefixPlan, scale: float, window: int, **inputs: Tensor
+) -> Results:
+    q, k, v = _qk_norm_rope(**inputs, pages=pages, eps=1e-6)
+    return *_prefix_attention(q, pages, plan, scale, window), k, v
 
 
 def _vision_attention(

@@ -8,14 +8,14 @@ advance       moves a decode step's plan on by a token, on the device
 """
 
 from kernels.prefix_attention.op import (
-    check_pages,
+    check_attention,
     prefix_attention,
     prefix_attention_portable,
     prefix_attention_ref,
 )
 
 __all__ = [
-    "check_pages",
+    "check_attention",
     "prefix_attention",
     "prefix_attention_portable",
     "prefix_attention_ref",

@@ -9,11 +9,8 @@ which one program has done alone (those of a first prefill, say), are finished b
 check.py can check the walk.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kernels.prefix_attention.check import checked_piece, checked_stop
 from kernels.prefix_attention.records import (
@@ -36,15 +33,6 @@ from kernels.prefix_attention.records import (
 )
 from kernels.prefix_attention.row_tile import attend_tile
 from kernels.runtime.pdl import release_next, wait_for_previous
-
-
-class KVPages(NamedTuple):
-    """K and V as the kernel takes them."""
-
-    k: Tensor  # [num_pages, KV_HEADS, PAGE, D], of q's dtype, or the bytes of e4m3
-    v: Tensor
-    k_scale: Tensor | None  # fp32 [num_pages, KV_HEADS, PAGE], with e4m3
-    v_scale: Tensor | None
 
 
 # Counts change from step to step: one compiled kernel serves them all.

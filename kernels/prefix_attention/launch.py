@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.kv_pages import KVPages
 from kernels.prefix_attention.check import faults_of, raise_fault
 from kernels.prefix_attention.fused_decode import Rotary
-from kernels.prefix_attention.kernel import KVPages, prefix_attention_kernel
+from kernels.prefix_attention.kernel import prefix_attention_kernel
 from kernels.prefix_attention.merge import merge_kernel
 from kernels.prefix_attention.schedule import Cut, schedule_of
 from kernels.prefix_attention.tiles import Kind
@@ -26,26 +27,23 @@ LOG2E = 1 / math.log(2)
 
 def prefix_attention_triton(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     plan: PrefixPlan,
     scale: float,
     *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
     window: int = 0,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`prefix_attention` in two launches; the first use of a plan cuts up its work before."""
-    made = cut_up(plan, q, q.shape[1], k_pages, window=window, batch_invariant=batch_invariant)
-    return launch(q, k_pages, v_pages, plan, *made, scale, k_scale, v_scale)
+    made = cut_up(plan, q, q.shape[1], pages, window=window, batch_invariant=batch_invariant)
+    return launch(q, pages, plan, *made, scale)
 
 
 def cut_up(
     plan: PrefixPlan,
     q: Tensor,
     heads: int,
-    k_pages: Tensor,
+    pages: KVPages,
     *,
     window: int,
     batch_invariant: bool = False,
@@ -56,20 +54,19 @@ def cut_up(
 
     Raises ValueError for what the Triton form does not offer.
     """
-    kv_heads, page_size, dim = k_pages.shape[1:]
+    kv_heads, page_size, dim = pages.kv_heads, pages.page_size, pages.head_dim
     check(q.dtype in DTYPES, f"q must be bf16, fp16 or fp32, not {q.dtype}")
     check(q.is_contiguous(), "q must be contiguous")
     check(dim in HEAD_DIMS, f"head_dim {dim}: impl 'triton' has {HEAD_DIMS}")
     check(page_size in PAGE_SIZES, f"page_size {page_size}: impl 'triton' has {PAGE_SIZES}")
     group = heads // kv_heads
-    fp8 = k_pages.dtype == torch.float8_e4m3fn
-    kind = Kind.of(plan, group, dim, fp8=fp8, invariant=batch_invariant, fused=fused)
+    kind = Kind.of(plan, group, dim, fp8=pages.fp8, invariant=batch_invariant, fused=fused)
     most = max(kind.large, kind.small)
     check(group <= most, f"{group} query heads per KV head: impl 'triton' has at most {most}")
     chosen = kind.choose(q.device)
     choices = [chosen]
     if chosen["split"] and kind.large and kind.small:
-        check(chosen["pieces"], "tile choice split: only with pieces")
+        check(bool(chosen["pieces"]), "tile choice split: only with pieces")
         choices.append(kind.choose_small(q.device))
     for each in choices:
         whole = chosen["grain"] % min(each["block"], page_size) == 0
@@ -92,21 +89,18 @@ def cut_up(
 
 def launch(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     plan: PrefixPlan,
     cut: Cut,
     choices: list[Tiles],
     scale: float,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All launches, and before a plan's first ones its schedule.
 
     q: [T, Hq, D], or with `rotary` the projection [T, (Hq + 2 Hkv) * D]
     """
-    rows, dim = len(q), k_pages.shape[-1]
+    rows, dim = len(q), pages.head_dim
     heads = cut.kv_heads * cut.group
     out = q.new_empty(rows, heads, dim)
     lse = q.new_empty(rows, heads, dtype=torch.float32)
@@ -135,7 +129,7 @@ def launch(
         faults = faults_of(programs, q.device)
         prefix_attention_kernel[(programs,)](
             q=q,
-            **_pages(k_pages, v_pages, k_scale, v_scale, block if chosen["tma"] else 0),
+            **_pages(pages, block if chosen["tma"] else 0),
             page_table=plan.pages,
             pieces=schedule.pieces if cut.pieces else None,
             large_programs=cut.programs_of(0),
@@ -150,7 +144,7 @@ def launch(
             WINDOW=cut.window,
             NATIVE_FP8=converts_e4m3(q.device),
             faults=(*faults, len(schedule.pieces)) if faults else (),
-            **_form(chosen, cut, fp8=k_scale is not None),
+            **_form(chosen, cut, fp8=pages.fp8),
             **both,
         )
         raise_fault(faults)
@@ -180,16 +174,13 @@ def _form(chosen: Tiles, cut: Cut, *, fp8: bool) -> dict[str, bool | int]:
     }
 
 
-def _pages(
-    k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block: int
-) -> dict:
+def _pages(pages: KVPages, block: int) -> dict:
     """The kernel's arguments for K and V; with `block` also descriptors of blocks of so many."""
-    if k_scale is not None:  # as bytes: before sm_89 Triton has no type for e4m3
-        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
+    kv = pages.as_bytes()
     return {
-        "kv": KVPages(k_pages, v_pages, k_scale, v_scale),
-        "k_blocks": _descriptor(k_pages, block) if block else None,
-        "v_blocks": _descriptor(v_pages, block) if block else None,
+        "kv": kv,
+        "k_blocks": _descriptor(kv.k, block) if block else None,
+        "v_blocks": _descriptor(kv.v, block) if block else None,
     }
 
 

@@ -16,6 +16,7 @@ from inspect import unwrap
 import torch
 from torch import Tensor
 
+from kernels.kv_pages import KVPages
 from kernels.prefix_attention.launch import prefix_attention_triton
 from kernels.prefix_plan import Part, PrefixPlan
 from kernels.runtime.dispatch import check, pick
@@ -23,28 +24,22 @@ from kernels.runtime.dispatch import check, pick
 
 def prefix_attention(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     plan: PrefixPlan,
     *,
     scale: float,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
     window: int = 0,
     batch_invariant: bool = False,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend q [T, Hq, D] to k_pages, v_pages [num_pages, Hkv, page_size, D] as `plan` says.
+    """Attend q [T, Hq, D] to `pages`, of q's dtype or FP8, as `plan` says.
 
     Hq is a multiple of Hkv; query head h reads KV head h // (Hq / Hkv). Softmax and sums are fp32,
     the result has q's dtype. A row that sees no token gives zeros. With `return_lse` also
     log(sum(exp(scale * q k))), natural base, fp32 [T, Hq], -inf for such a row.
 
     scale: positive
-    k_scale, v_scale: fp32 [num_pages, Hkv, page_size] with pages of float8_e4m3fn (runtime/fp8.py),
-    else
-        None
     window: a row sees at most so many of its sequence's last tokens, its own included; 0 is all
     batch_invariant: a row's bits depend on its own path alone, not on what else is in the batch;
         the Triton form only. The path's division into nodes must be the same. Its workspace grows
@@ -53,45 +48,46 @@ def prefix_attention(
     Raises ValueError for shapes, dtypes, strides and devices that do not fit together or the plan.
     """
     check(q.ndim == 3, "q must be [T, Hq, D]")
-    check(q.shape[0] == plan.num_rows, f"the plan is for {plan.num_rows} rows, not {q.shape[0]}")
-    check(scale > 0, f"scale must be positive, not {scale}")
-    check_pages(q, q.shape[1], k_pages, v_pages, k_scale, v_scale, plan, window)
-    check(q.shape[2] == k_pages.shape[3], "q and pages must have the same head_dim")
+    pages.check(q.device)
+    check_attention(q, q.shape[1], pages, plan, scale, window)
+    check(q.shape[2] == pages.head_dim, "q and pages must have the same head_dim")
     forms = {"eager": prefix_attention_ref, "portable": prefix_attention_portable}
     forms["triton"] = prefix_attention_triton
     form = pick("prefix_attention", impl, q.device, forms)
-    options = {"k_scale": k_scale, "v_scale": v_scale, "window": window}
+    options = {"window": window}
     if batch_invariant:
         offered = unwrap(form) is prefix_attention_triton  # in a span, maybe
         check(offered, "batch_invariant: only impl 'triton' offers it")
         options["batch_invariant"] = True
-    out, lse = form(q, k_pages, v_pages, plan, scale, **options)
+    out, lse = form(q, pages, plan, scale, **options)
     return (out, lse) if return_lse else out
 
 
 def prefix_attention_ref(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     plan: PrefixPlan,
     scale: float,
     *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
     window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The definition: for each run of rows with one path, gather the path's KV and attend to it."""
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
-    group = q.shape[1] // k_pages.shape[1]
+    group = q.shape[1] // pages.kv_heads
     for start, end, path in plan.sequences:
         index = torch.arange(start, end, device=q.device)[:, None]
-        keys, values, masks = [], [], []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        masks = []
         for node in path:
-            pages = torch.tensor(node.pages, dtype=torch.long, device=q.device)
-            for parts, source, scales in ((keys, k_pages, k_scale), (values, v_pages, v_scale)):
-                kv = source[pages].float()
-                kv = kv if scales is None else kv * scales[pages][..., None]
+            ids = torch.tensor(node.pages, dtype=torch.long, device=q.device)
+            for parts, source, scales in (
+                (keys, pages.k, pages.k_scale),
+                (values, pages.v, pages.v_scale),
+            ):
+                kv = source[ids].float()
+                kv = kv if scales is None else kv * scales[ids][..., None]
                 kv = kv.transpose(0, 1).flatten(1, 2)[:, : node.kv_len]
                 parts.append(kv.repeat_interleave(group, dim=0))  # [Hq, kv_len, D]
             token = torch.arange(node.kv_len, device=q.device)
@@ -111,24 +107,21 @@ def prefix_attention_ref(
 
 def prefix_attention_portable(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     plan: PrefixPlan,
     scale: float,
     *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
     window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Every node once for all its rows; partial results merged by log-sum-exp in fp32."""
     out = torch.zeros_like(q, dtype=torch.float32)
     lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
     # One buffer for all parts' K and V: fresh memory costs more than the copy into it.
-    size = max((part.pages.numel() for part in plan.parts), default=0) * k_pages[0].numel()
-    buffers = k_pages.new_empty(2, size)
+    size = max((part.pages.numel() for part in plan.parts), default=0) * pages.k[0].numel()
+    buffers = pages.k.new_empty(2, size)
     for part in plan.parts:
-        k = _gather(k_pages, k_scale, buffers[0], part)
-        v = _gather(v_pages, v_scale, buffers[1], part)
+        k = _gather(pages.k, pages.k_scale, buffers[0], part)
+        v = _gather(pages.v, pages.v_scale, buffers[1], part)
         oldest = plan.row_position[part.rows] - (window - 1) if window else None
         _merge(out, lse, part.rows, *_attend(q, k, v, part, scale, oldest))
     return out.to(q.dtype), lse
@@ -194,34 +187,19 @@ def _merge(out: Tensor, lse: Tensor, rows: Tensor, new_out: Tensor, new_lse: Ten
     lse[rows] = merged
 
 
-def check_pages(
-    q: Tensor,
-    heads: int,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    plan: PrefixPlan,
-    window: int,
+def check_attention(
+    q: Tensor, heads: int, pages: KVPages, plan: PrefixPlan, scale: float, window: int
 ) -> None:
-    """What attention asks of everything but Q itself, which q stands for by dtype and device."""
-    check(k_pages.ndim == 4 and k_pages.shape == v_pages.shape, "pages must be two [P, Hkv, S, D]")
-    check(k_pages.is_contiguous() and v_pages.is_contiguous(), "pages must be contiguous")
-    check(heads % k_pages.shape[1] == 0, "query heads must be a multiple of KV heads")
-    check(k_pages.shape[0] == plan.num_pages, f"the plan is for {plan.num_pages} pages")
-    check(k_pages.shape[2] == plan.page_size, f"the plan is for pages of {plan.page_size} tokens")
+    """Raise ValueError unless q, pages already checked, the plan and the options fit together.
+
+    q: [T, ...], or the projection: its rows, dtype and device count
+    """
+    check(len(q) == plan.num_rows, f"the plan is for {plan.num_rows} rows, not {len(q)}")
+    check(scale > 0, f"scale must be positive, not {scale}")
+    check(heads % pages.kv_heads == 0, "query heads must be a multiple of KV heads")
+    check(pages.num_pages == plan.num_pages, f"the plan is for {plan.num_pages} pages")
+    check(pages.page_size == plan.page_size, f"the plan is for pages of {plan.page_size} tokens")
     check(plan.kv_len.device == q.device, f"the plan must be on {q.device} like q")
     check(window >= 0, f"window must be 0 (off) or a number of tokens, not {window}")
-    fp8 = k_pages.dtype == torch.float8_e4m3fn
-    check(k_pages.dtype == v_pages.dtype, "k_pages and v_pages must have one dtype")
-    check(fp8 or k_pages.dtype == q.dtype, f"pages must be {q.dtype} like q, or float8_e4m3fn")
-    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
-        check((scales is not None) == fp8, f"{name} goes with pages of float8_e4m3fn, and only so")
-        if scales is not None:
-            shape = list(k_pages.shape[:3])
-            check(list(scales.shape) == shape, f"{name} must be {shape}, not {list(scales.shape)}")
-            fits = scales.dtype == torch.float32 and scales.is_contiguous()
-            check(fits, f"{name} must be fp32 and contiguous")
-    given = {"k_pages": k_pages, "v_pages": v_pages, "k_scale": k_scale, "v_scale": v_scale}
-    for name, tensor in given.items():
-        check(tensor is None or tensor.device == q.device, f"{name} must be on {q.device} like q")
+    fits = pages.fp8 or pages.k.dtype == q.dtype
+    check(fits, f"pages must be {q.dtype} like q, or float8_e4m3fn")

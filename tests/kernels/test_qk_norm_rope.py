@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.kv_pages import KVPages
 from kernels.qk_norm_rope import qk_norm_rope
 from tests.support.errors import max_error
 
@@ -14,12 +15,12 @@ HEADS, KV_HEADS, PAGE = 4, 2, 4
 
 def run(
     dim: int = 16, rotary: int = 16, norm: bool = True, slots: tuple[int, ...] = (9, 2, 15)
-) -> dict[str, Tensor]:
+) -> dict:
     """One call on random inputs; pages start as NaN."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, dim, generator=generator) + 1 if norm else (None, None)
     inv_freq = 1e4 ** -(torch.arange(0, rotary, 2).float() / rotary)
-    pages = torch.full((2, 5, KV_HEADS, PAGE, dim), math.nan)
+    pages = KVPages(*torch.full((2, 5, KV_HEADS, PAGE, dim), math.nan))
     inputs = {
         "qkv": torch.randn(len(slots), (HEADS + 2 * KV_HEADS) * dim, generator=generator),
         "q_weight": weights[0],
@@ -27,8 +28,7 @@ def run(
         "inv_freq": inv_freq,
         "positions": torch.tensor([0, 7, 100_000][: len(slots)]),
         "slots": torch.tensor(slots, dtype=torch.long),
-        "k_pages": pages[0],
-        "v_pages": pages[1],
+        "pages": pages,
     }
     return inputs | {"q": qk_norm_rope(**inputs, eps=1e-6)}
 
@@ -60,17 +60,17 @@ def test_values(dim: int, rotary: int, norm: bool):
     assert max_error(got["q"], q) < 1e-6
     for row, slot in enumerate(got["slots"].tolist()):
         page, offset = divmod(slot, PAGE)
-        assert max_error(got["k_pages"][page, :, offset], k[row]) < 1e-6
-        assert torch.equal(got["v_pages"][page, :, offset], heads[2][row])
+        assert max_error(got["pages"].k[page, :, offset], k[row]) < 1e-6
+        assert torch.equal(got["pages"].v[page, :, offset], heads[2][row])
 
 
 def test_only_its_slots_are_written():
     """Other tokens' KV, and a row with slot -1 (padding of a batch), leave no trace."""
     got = run(slots=(9, -1, 15))
-    for pages in (got["k_pages"], got["v_pages"]):
-        written = pages.isfinite().all(-1).all(1)  # [pages, offsets]
+    for x in got["pages"][:2]:
+        written = x.isfinite().all(-1).all(1)  # [pages, offsets]
         assert written.nonzero().tolist() == [[2, 1], [3, 3]]
-        assert pages.isnan().sum() == pages.numel() - 2 * KV_HEADS * 16
+        assert x.isnan().sum() == x.numel() - 2 * KV_HEADS * 16
     assert torch.equal(got["q"], run()["q"])  # the row is still normalised and turned
 
 
@@ -78,7 +78,7 @@ def test_no_rows():
     """An empty step returns nothing and writes nothing."""
     got = run(slots=())
     assert got["q"].shape == (0, HEADS, 16)
-    assert got["k_pages"].isnan().all()
+    assert got["pages"].k.isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,10 @@ def test_no_rows():
     [
         ({"qkv": torch.zeros(3, 127)}, "qkv must be"),
         ({"qkv": torch.zeros(3, 4 * 16)}, "qkv must be"),
-        ({"v_pages": torch.zeros(5, 2, 4, 8)}, "v_pages must have the shape of k_pages"),
+        (
+            {"pages": KVPages(torch.zeros(5, 2, 4, 16), torch.zeros(5, 2, 4, 8))},
+            "pages.v must have the shape of pages.k",
+        ),
         ({"k_weight": None}, "give both"),
         ({"q_weight": torch.zeros(8)}, r"q_weight must be \[16\]"),
         ({"inv_freq": torch.zeros(9)}, "R <= D"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
+from kernels.kv_pages import KVPages
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.runtime.fp8 import quantise_e4m3
 from kernels.runtime.rotary import cos_sin
@@ -45,36 +46,33 @@ def make(
     positions = torch.randint(131072, axes)
     positions[..., :1] = 131072
     shape = (num_pages, kv_heads, PAGE, dim)
-    made = {
+    values = torch.full((2, *shape), math.nan).to(device, pages or dtype)
+    scales = torch.full((2, *shape[:3]), -7.0, device=device) if pages == E4M3 else ()
+    return {
         "qkv": torch.randn(tokens, (q_heads + 2 * kv_heads) * dim).to(device, dtype),
         "q_weight": weights[0],
         "k_weight": weights[1],
         "inv_freq": (1e4 ** -(torch.arange(0, rotary, 2).float() / rotary)).to(device),
         "positions": positions.to(device),
         "slots": slots.to(device),
-        "k_pages": torch.full(shape, math.nan).to(device, pages or dtype),
-        "v_pages": torch.full(shape, math.nan).to(device, pages or dtype),
+        "pages": KVPages(*values, *scales),
         "mrope_section": section,
     }
-    if pages == E4M3:
-        made |= {
-            name: torch.full(shape[:3], -7.0, device=device) for name in ("k_scale", "v_scale")
-        }
-    return made
 
 
 def run(inputs: dict, impl: str) -> dict[str, Tensor]:
     """All results of a call; what it writes are copies, between pages that nothing may touch."""
-    around, written = {}, {}
-    for name in ("k_pages", "v_pages", "k_scale", "v_scale"):
-        if inputs.get(name) is not None:
-            spare = torch.full_like(inputs[name][:1], -9.0)
-            around[name] = torch.cat([spare, inputs[name], spare])
-            written[name] = around[name][1:-1]
-    q = qk_norm_rope(**(inputs | written), eps=1e-6, impl=impl)
-    for spare in around.values():
-        assert (spare[[0, -1]].float() == -9).all()
-    return {"q": q} | written
+
+    def between_spares(x: Tensor) -> Tensor:
+        spare = torch.full_like(x[:1], -9.0)
+        return torch.cat([spare, x, spare])
+
+    around = inputs["pages"].map(between_spares)
+    written = around.map(lambda x: x[1:-1])
+    q = qk_norm_rope(**(inputs | {"pages": written}), eps=1e-6, impl=impl)
+    for x in around:
+        assert x is None or (x[[0, -1]].float() == -9).all()
+    return {"q": q} | {name: x for name, x in written._asdict().items() if x is not None}
 
 
 def agree(inputs: dict, tolerance: float) -> None:
@@ -157,7 +155,7 @@ def test_v_is_copied(dtype: torch.dtype, triton_device: str):
     inputs = make(5, dtype=dtype, device=triton_device)
     inputs["qkv"][:, -2 * 16 :] *= torch.finfo(dtype).max / 8
     got, want = run(inputs, "triton"), run(inputs, "eager")
-    assert torch.equal(got["v_pages"].view(torch.int16), want["v_pages"].view(torch.int16))
+    assert torch.equal(got["v"].view(torch.int16), want["v"].view(torch.int16))
 
 
 def test_layouts(triton_device: str):
@@ -187,10 +185,10 @@ def test_fp8_pages(gpu: str, dtype: torch.dtype, triton_device: str):
     with assume_gpu(chosen), use_tiles("qk_norm_rope", block_q=4, block_kv=2):
         got = run(inputs, "triton")
     want = run(inputs, "eager")
-    for name in ("v_pages", "v_scale"):
+    for name in ("v", "v_scale"):
         assert torch.equal(got[name].view(torch.uint8), want[name].view(torch.uint8))
     assert max_error(got["k_scale"], want["k_scale"]) <= TOLERANCES[dtype]
-    codes = [x["k_pages"].view(torch.uint8).int() for x in (got, want)]
+    codes = [x["k"].view(torch.uint8).int() for x in (got, want)]
     off = (codes[0] - codes[1]).abs()
     assert off.max() <= 1 and (off > 0).float().mean() < 0.01
 
@@ -199,16 +197,16 @@ def test_fp8_pages(gpu: str, dtype: torch.dtype, triton_device: str):
 def test_fp8_definition(impl: str):
     """Pages and scales are the quantised values of what other pages would hold, nothing else."""
     inputs = make(5, pages=E4M3)
-    plain = inputs | {name: inputs[name].float() for name in ("k_pages", "v_pages")}
+    plain = KVPages(inputs["pages"].k.float(), inputs["pages"].v.float())
     got = run(inputs, impl)
-    want = run(plain | {"k_scale": None, "v_scale": None}, impl)
+    want = run(inputs | {"pages": plain}, impl)
     assert torch.equal(got["q"], want["q"])
     for kind in ("k", "v"):
-        page, scale = quantise_e4m3(want[f"{kind}_pages"])
+        page, scale = quantise_e4m3(want[kind])
         untouched = scale.isnan()
         assert untouched.any() and (got[f"{kind}_scale"][untouched] == -7).all()
         assert torch.equal(got[f"{kind}_scale"][~untouched], scale[~untouched])
-        assert torch.equal(got[f"{kind}_pages"].view(torch.uint8), page.view(torch.uint8))
+        assert torch.equal(got[kind].view(torch.uint8), page.view(torch.uint8))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy, of inf * 0 in the interpreter
@@ -218,7 +216,7 @@ def test_fp8_non_finite(triton_device: str):
     inputs["slots"] = torch.tensor([0, 1, 2], device=triton_device)
     inputs["qkv"][0, -1], inputs["qkv"][1, -1] = math.nan, math.inf
     got = run(inputs, "triton")
-    value = got["v_pages"].float() * got["v_scale"][..., None]
+    value = got["v"].float() * got["v_scale"][..., None]
     assert value[0, 1, :2].isnan().all()
     assert value[0, 0, :3].isfinite().all() and value[0, 1, 2].isfinite().all()
 
@@ -255,10 +253,10 @@ def test_three_axes(fp8: bool, triton_device: str):
     inputs = make(5, dim=32, rotary=24, section=(5, 4, 3), device=triton_device)
     agree(inputs, 1e-6)
     if fp8:
-        k = run(inputs, "triton")["k_pages"].nan_to_num(0)
+        k = run(inputs, "triton")["k"].nan_to_num(0)
         quantised = make(5, dim=32, rotary=24, section=(5, 4, 3), pages=E4M3, device=triton_device)
-        got = run(quantised | {n: x for n, x in inputs.items() if "pages" not in n}, "triton")
-        value = got["k_pages"].float() * got["k_scale"][..., None]
+        got = run(quantised | {n: x for n, x in inputs.items() if n != "pages"}, "triton")
+        value = got["k"].float() * got["k_scale"][..., None]
         assert max_error(value.nan_to_num(0), k) < 2**-3
 
 
@@ -287,7 +285,8 @@ def test_cos_sin(theta: float, dim: int, triton_device: str):
 def test_bad_arguments_are_named(triton_device: str):
     """What would be read or written wrongly is refused before any launch."""
     good = make(5, device=triton_device)
-    fp8 = make(5, pages=E4M3, device=triton_device)
+    pages = good["pages"]
+    fp8 = make(5, pages=E4M3, device=triton_device)["pages"]
     three = make(5, section=(4, 2, 2), device=triton_device)
     cases = [
         (good | {"qkv": good["qkv"].double()}, "qkv must be fp32"),
@@ -298,18 +297,26 @@ def test_bad_arguments_are_named(triton_device: str):
         (good | {"positions": good["positions"].float()}, "positions must be torch.int32 or"),
         (good | {"slots": good["slots"].to("meta")}, "slots must be on"),
         (good | {"slots": good["slots"].repeat_interleave(2)[::2]}, "slots must be contiguous"),
-        (good | {"k_pages": good["k_pages"].mT.contiguous().mT}, "k_pages must be contiguous"),
-        (good | {"v_pages": good["v_pages"].half()}, "v_pages must have the dtype of k_pages"),
-        (good | {"k_scale": fp8["k_scale"]}, "k_scale goes with float8_e4m3fn pages"),
-        (fp8 | {"v_scale": None}, "v_scale goes with float8_e4m3fn pages"),
-        (fp8 | {"k_scale": fp8["k_scale"].half()}, "k_scale must be fp32"),
-        (fp8 | {"k_scale": fp8["k_scale"][1:]}, "k_scale must be fp32"),
-        (fp8 | {"v_scale": fp8["v_scale"].mT.contiguous().mT}, "v_scale must be contiguous"),
         (three | {"mrope_section": (4, 2, 1)}, "mrope_section must add up to R/2"),
         (three | {"mrope_section": None}, r"positions must be \[5\]"),
         (good | {"mrope_section": (4, 2, 2)}, r"positions must be \[3, 5\]"),
         (make(5, dim=5, rotary=4, device=triton_device), "even head_dim"),
     ]
+    wrong_pages = [
+        (pages._replace(k=pages.k.mT.contiguous().mT), "pages.k must be contiguous"),
+        (pages._replace(v=pages.v.half()), "pages.v must have the dtype of pages.k"),
+        (pages.map(Tensor.double), "pages must be fp32, bf16, fp16 or e4m3"),
+        (pages._replace(k_scale=fp8.k_scale), "pages.k_scale goes with pages of float8_e4m3fn"),
+        (fp8._replace(v_scale=None), "pages.v_scale goes with pages of float8_e4m3fn"),
+        (fp8._replace(k_scale=fp8.k_scale.half()), "pages.k_scale must be fp32"),
+        (fp8._replace(k_scale=fp8.k_scale[1:]), "pages.k_scale must be fp32"),
+        (
+            fp8._replace(v_scale=fp8.v_scale.mT.contiguous().mT),
+            "pages.v_scale must be contiguous",
+        ),
+        (pages._replace(v=pages.v.to("meta")), "pages.v must be on"),
+    ]
+    cases += [(good | {"pages": wrong}, message) for wrong, message in wrong_pages]
     for inputs, message in cases:
         with pytest.raises(ValueError, match=message):
             qk_norm_rope(**inputs, impl="triton")

@@ -5,6 +5,7 @@ import torch
 
 from bench.inputs import Node, fork, prefix_plan, rotary_attention_inputs
 from kernels.errors import ImplError
+from kernels.kv_pages import KVPages
 from kernels.rotary_attention import rotary_attention
 from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
 from tests.support.errors import max_error
@@ -13,7 +14,6 @@ from tests.support.prefix_trees import SWITCHES
 PAGE = 16
 FOREST = [fork(33, [1, 15, 16, 17, 40]), Node(3, new=1), fork(PAGE, [2])]
 SMALL = [fork(5, [2])]  # where only the choice of a form matters
-PAGES = ("k_pages", "v_pages", "k_scale", "v_scale")
 BF16 = pytest.param(torch.bfloat16, id="bf16")
 # Of the output, and of pages beside their largest value: in 16 bits eight and four roundoffs.
 LIMITS = {
@@ -45,12 +45,12 @@ def form(request):
         yield
 
 
-def run(inputs: dict, arch: int = 90, grain: int = 4, **options) -> tuple[torch.Tensor, dict]:
+def run(inputs: dict, arch: int = 90, grain: int = 4, **options) -> tuple[torch.Tensor, KVPages]:
     """The output, and the pages and scales after it; those of `inputs` stay as they are."""
-    copies = {name: inputs[name].clone() for name in PAGES if name in inputs}
+    copies = inputs["pages"].map(torch.clone)
     gpu = Gpu("toy", arch, sms=5, shared_bytes=163 * 1024)
     with assume_gpu(gpu), use_tiles("prefix_attention", programs=1, grain=grain, overhead=1):
-        return rotary_attention(**(inputs | copies), **options), copies
+        return rotary_attention(**(inputs | {"pages": copies}), **options), copies
 
 
 def check(inputs: dict, **options) -> None:
@@ -59,8 +59,10 @@ def check(inputs: dict, **options) -> None:
     out, written = run(inputs, impl="triton", **({"fused": True} | options))
     limit, of_pages = LIMITS[inputs["qkv"].dtype]
     assert max_error(out, expected) < limit
-    for name, meant in pages.items():
-        result, meant = written[name].float(), meant.float()
+    for name, result, meant in zip(pages._fields, written, pages, strict=True):
+        if meant is None:
+            continue
+        result, meant = result.float(), meant.float()
         assert torch.equal(result.isnan(), meant.isnan()), name
         difference = (result - meant).nan_to_num().abs().max()
         assert difference <= of_pages * meant.nan_to_num().abs().max(), name
@@ -104,7 +106,7 @@ def test_fp8_pages_of_small_values(triton_device):
     units of what follows."""
     inputs = step(triton_device, fp8=True)
     inputs["qkv"][:, -2 * 16 :] *= 1e-4  # V of both heads
-    inputs["v_scale"] *= 1e-4
+    inputs["pages"].v_scale.mul_(1e-4)
     expected, _ = run(inputs, impl="eager")
     out, _ = run(inputs, impl="triton", fused=True)
     assert max_error(out, expected) < 2**-6
@@ -129,8 +131,8 @@ def test_slots_of_nothing(triton_device):
     nowhere = inputs | {"slots": torch.full_like(inputs["slots"], -1)}
     result, pages = run(nowhere, impl="triton", fused=True)
     assert max_error(result, out) < 4e-6
-    for name in ("k_pages", "v_pages"):
-        assert torch.equal(pages[name].nan_to_num(7.0), inputs[name].nan_to_num(7.0))
+    for x, was in zip(pages[:2], inputs["pages"][:2], strict=True):
+        assert torch.equal(x.nan_to_num(7.0), was.nan_to_num(7.0))
 
 
 class TestWhichForm:
@@ -186,13 +188,14 @@ def test_every_option_counts(triton_device, fused):
 
 def test_bad_input(triton_device):
     good = step(triton_device)
+    pages = good["pages"]
     forests = {"rows": [fork(33, [1])], "pages": [fork(70, [1] * 7)]}
     other = {
         name: prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
         for name, forest in forests.items()
     }
     other["page_size"] = prefix_plan(0, triton_device, forest=[*FOREST, Node(70)], page_size=32)
-    assert other["page_size"].num_pages == len(good["k_pages"])
+    assert other["page_size"].num_pages == pages.num_pages
     for name, value, message in (
         ("plan", other["rows"], "the plan is for 1 rows, not 7"),
         ("plan", other["pages"], f"the plan is for {other['pages'].num_pages} pages"),
@@ -202,16 +205,17 @@ def test_bad_input(triton_device):
         ("qkv", torch.cat([good["qkv"]] * 2, 1)[:, ::2], "qkv must"),
         ("slots", good["slots"][:-1], "slots must be"),
         ("positions", good["positions"].float(), "positions must be"),
-        ("k_pages", good["k_pages"][:-1], "v_pages must have the shape"),
+        ("pages", pages._replace(k=pages.k[:-1]), "pages.v must have the shape"),
         ("qkv", good["qkv"][:, : 9 * 16].contiguous(), "query heads must be a multiple of KV"),
         ("window", -1, "window must be"),
         ("q_weight", None, "give both q_weight and k_weight"),
-        ("k_scale", torch.ones(1), "k_scale goes with"),
+        ("pages", pages._replace(k_scale=torch.ones(1)), "pages.k_scale goes with"),
     ):
         with pytest.raises(ValueError, match=message):
             run(good | {name: value}, impl="triton", fused=True)
     if triton_device == "cuda":
         cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in good.items()}
+        cpu["pages"] = pages.map(torch.Tensor.cpu)
         with pytest.raises(ImplError):
             run(cpu, impl="triton")
 
@@ -222,10 +226,9 @@ def test_real_shapes(fp8):
     """The GPU's own tiles; an owner that another program overtakes would show as NaN."""
     forest = [fork(2048, range(100, 116))]
     inputs = step("cuda", forest, torch.bfloat16, heads=32, kv_heads=8, dim=128, fp8=fp8)
-    expected = rotary_attention(
-        **(inputs | {name: inputs[name].clone() for name in PAGES if name in inputs}), impl="eager"
-    )
+    copies = {"pages": inputs["pages"].map(torch.clone)}
+    expected = rotary_attention(**(inputs | copies), impl="eager")
     for _ in range(3):
-        copies = {name: inputs[name].clone() for name in PAGES if name in inputs}
+        copies = {"pages": inputs["pages"].map(torch.clone)}
         out = rotary_attention(**(inputs | copies), impl="triton", fused=True)
         assert max_error(out, expected) < 2**-5

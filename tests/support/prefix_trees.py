@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 
 # Tile choices of prefix attention with an old form, 0, and a new one, 1.
@@ -58,9 +59,7 @@ def lay_out(roots: list[Node], page: int) -> tuple[list[PlanNode], int, int]:
     return nodes, rows, num_pages
 
 
-def pools(
-    nodes: list[PlanNode], num_pages: int, kv_heads: int, dim: int, page: int
-) -> tuple[Tensor, Tensor]:
+def pools(nodes: list[PlanNode], num_pages: int, kv_heads: int, dim: int, page: int) -> KVPages:
     """K and V pages: random where a node holds a token, NaN everywhere else."""
     generator = torch.Generator().manual_seed(num_pages)
     pair = []
@@ -71,19 +70,17 @@ def pools(
                 value = torch.randn(kv_heads, dim, generator=generator)
                 pool[node.pages[token // page], :, token % page] = value
         pair.append(pool)
-    return pair[0], pair[1]
+    return KVPages(*pair)
 
 
 def brute_force(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: KVPages,
     nodes: list[PlanNode],
     scale: float,
     window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Row by row, in fp64, from the visibility formula alone."""
-    page = k_pages.shape[2]
     out = torch.zeros_like(q, dtype=torch.float64)
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
     for row in range(q.shape[0]):
@@ -92,13 +89,14 @@ def brute_force(
             if node.row_start <= row < node.row_end:
                 offset = node.kv_len - node.num_new
                 visible = min(node.kv_len, offset + row - node.row_start + 1)
-                seen += [(node.pages[t // page], t % page) for t in range(visible)]
+                places = (divmod(token, pages.page_size) for token in range(visible))
+                seen += [(node.pages[index], at) for index, at in places]
         if not seen:
             continue
         index, at = torch.tensor(seen[-window:]).T
-        group = q.shape[1] // k_pages.shape[1]
-        k = k_pages[index, :, at].double().repeat_interleave(group, dim=1)  # [tokens, Hq, D]
-        v = v_pages[index, :, at].double().repeat_interleave(group, dim=1)
+        group = q.shape[1] // pages.kv_heads
+        k = pages.k[index, :, at].double().repeat_interleave(group, dim=1)  # [tokens, Hq, D]
+        v = pages.v[index, :, at].double().repeat_interleave(group, dim=1)
         scores = (k * q[row].double()).sum(-1) * scale
         out[row] = (scores.softmax(0)[..., None] * v).sum(0)
         lse[row] = scores.logsumexp(0)

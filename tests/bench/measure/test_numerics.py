@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases as cases_module
 from bench import inputs, numerics, ops
-from bench.cases import OPS, WRITTEN, cases, numerics_cases
+from bench.cases import OPS, STORING, cases, numerics_cases
 from bench.forests import BATCHES, PREFIXES, SUFFIXES
 from bench.inputs import Node, fork
 from bench.numerics import TOLERANCES, compare, form, judge, reference
+from kernels.kv_pages import KVPages
 from model import impls
 
 CPU = torch.device("cpu")
@@ -51,17 +52,16 @@ class TestCases:
     def test_values_are_those_of_inputs_and_results(self, case):
         """Guards the bytes behind every percentage: inputs read and results written once."""
         made = case.inputs(0, CPU, torch.float32)
-        written = {id(made[name]) for name in WRITTEN.get(case.op, ())}
         results = form(case.op, "eager")(made)()
         results = results if isinstance(results, tuple) else (results,)
+        if case.op in STORING:
+            results += made["pages"][:2]
         if "folded" in made:  # weights that spare the reading of others
             read = [x for name, x in made.items() if name not in ("w2", "b2", "w3", "out")]
             made = dict(enumerate([*read, *made["folded"]]))
         tensors = [x for x in made.values() if torch.is_tensor(x) and x.is_floating_point()]
-        count = sum(x.numel() for x in tensors if id(x) not in written)
+        count = sum(x.numel() for x in tensors)
         count += sum(x.isfinite().sum().item() for x in results if x.is_floating_point())
-        for name in WRITTEN.get(case.op, ()):
-            count += made[name].isfinite().sum().item()
         # Rows that store nothing, and frequencies and log-probabilities, which are not counted.
         assert case.values == pytest.approx(count, rel=0.02)
 
@@ -142,7 +142,7 @@ class TestInputs:
         for case in numerics_cases():
             first, again, other = (case.inputs(s, CPU, torch.float32) for s in (0, 0, 1))
             for name, value in first.items():
-                if torch.is_tensor(value):
+                if isinstance(value, (torch.Tensor, KVPages)):
                     torch.testing.assert_close(value, again[name], rtol=0, atol=0, equal_nan=True)
             name = next(n for n, value in first.items() if torch.is_tensor(value))
             assert not torch.equal(first[name], other[name])
@@ -153,19 +153,19 @@ class TestInputs:
         made = inputs.prefix_attention_inputs(
             0, CPU, torch.float32, forest=[fork(9, [1, 4])], kv_heads=2, head_dim=8, page_size=4
         )
-        plan, k_pages = made["plan"], made["k_pages"]
+        plan, k = made["plan"], made["pages"].k
         owned = torch.zeros(plan.num_pages, 4, dtype=torch.bool)
         for node in plan.nodes:
             for token in range(node.kv_len):
                 owned[node.pages[token // 4], token % 4] = True
-        assert torch.equal(k_pages.isfinite(), owned[:, None, :, None].expand_as(k_pages))
+        assert torch.equal(k.isfinite(), owned[:, None, :, None].expand_as(k))
         fp8 = inputs.prefix_attention_inputs(
             0, CPU, torch.float32, forest=[fork(9, [1, 4])], page_size=4, fp8=True
-        )
-        assert fp8["k_pages"].dtype == torch.float8_e4m3fn
-        for name in ("k", "v"):
-            assert torch.equal(fp8[f"{name}_scale"].isfinite().all(1), owned)
-            assert torch.equal(fp8[f"{name}_pages"].float().isfinite().all(3).all(1), owned)
+        )["pages"]
+        assert fp8.k.dtype == fp8.v.dtype == torch.float8_e4m3fn
+        for x, scale in ((fp8.k, fp8.k_scale), (fp8.v, fp8.v_scale)):
+            assert torch.equal(scale.isfinite().all(1), owned)
+            assert torch.equal(x.float().isfinite().all(3).all(1), owned)
         assert owned.sum() == 14
         assert plan.num_pages > 5
         assert list(plan.nodes[0].pages) != sorted(plan.nodes[0].pages)
@@ -177,8 +177,8 @@ class TestInputs:
         slots = made["slots"]
         assert (slots[:3] == -1).all()
         assert len(slots[3:].unique()) == 64
-        assert made["k_pages"].isnan().all()
-        assert made["v_pages"].isnan().all()
+        assert made["pages"].k.isnan().all()
+        assert made["pages"].v.isnan().all()
 
 
 class TestNumerics:
@@ -299,7 +299,7 @@ class TestNumerics:
             return form(case.op, "eager")(x | {"slots": torch.full_like(x["slots"], -1)})
 
         assert judge(case, no_store, made, expected).max_err == math.inf
-        assert made["k_pages"].isnan().all(), "judging must leave the inputs as they were"
+        assert made["pages"].k.isnan().all(), "judging must leave the inputs as they were"
         assert judge(case, form(case.op, "eager"), made, expected).failure is None
 
 

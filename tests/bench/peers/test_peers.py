@@ -102,7 +102,7 @@ class TestLayout:
         case = small_case(forest, window=window)
         made = case.inputs(0, CPU, torch.float32)
         (expected,) = reference(case, made)
-        given = dict(made, k_pages=made["k_pages"].clone(), v_pages=made["v_pages"].clone())
+        given = made | {"pages": made["pages"].map(torch.clone)}
         found = paged(given, copied=copied, page_size=page_size)
         assert found.k.shape[2] == (page_size or PAGE)
         assert found.k.isfinite().all()
@@ -124,9 +124,9 @@ class TestLayout:
         first, second = found.segments
         assert first.pages[:4].tolist() == list(made["plan"].nodes[0].pages[:4])
         assert first.pages[:4].tolist() == second.pages[:4].tolist()
-        assert len(found.k) == len(made["k_pages"]) + 1 + 3
+        assert len(found.k) == made["pages"].num_pages + 1 + 3
         whole = small_case([fork(4 * PAGE, [2, 9])]).inputs(0, CPU, torch.float32)
-        assert paged(whole).k is whole["k_pages"], "nothing to rebuild, nothing to copy"
+        assert paged(whole).k is whole["pages"].k, "nothing to rebuild, nothing to copy"
 
     def test_larger_pages_are_shared(self):
         """Guards FA2's baseline: rebuilt for its page size, a shared prefix is still there once."""
@@ -151,7 +151,7 @@ class TestLayout:
             out = torch.zeros_like(made["q"])
             lse = made["q"].new_full(made["q"].shape[:2], -torch.inf)
             for s in (s for s in segments if s.length):
-                k, v = gathered(made["k_pages"], s), gathered(made["v_pages"], s)
+                k, v = gathered(made["pages"].k, s), gathered(made["pages"].v, s)
                 out[s.start : s.end], lse[s.start : s.end] = attend(
                     made["q"][s.start : s.end], k, v, made["scale"], segments is tree[-1]
                 )

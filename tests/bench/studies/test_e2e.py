@@ -67,8 +67,8 @@ def test_a_wrong_form_fails(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
     """An attention with a wrong scale gives other rollouts and other logits: both rows fail."""
     right = prefix_attention.prefix_attention_portable
 
-    def wrong(q, k, v, plan, scale, **options):
-        return right(q, k, v, plan, 1.01 * scale, **options)
+    def wrong(q, pages, plan, scale, **options):
+        return right(q, pages, plan, 1.01 * scale, **options)
 
     monkeypatch.setattr(prefix_attention, "prefix_attention_portable", wrong)
     monkeypatch.setattr(e2e, "PROMPT_TOKENS", 200)

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention.advance import advance
@@ -53,14 +54,14 @@ def rows_of(nodes: list[PlanNode]) -> int:
     return sum(node.num_new for node in nodes)
 
 
-def kv(nodes: list[PlanNode], device: str) -> tuple[Tensor, Tensor]:
+def kv(nodes: list[PlanNode], device: str) -> KVPages:
     """Pages: random where a node holds, or will hold, a token; NaN for everything else."""
     generator = torch.Generator().manual_seed(rows_of(nodes))
     pair = torch.full((2, PAGES, KV_HEADS, PAGE, DIM), math.nan)
     for node in nodes:
         for page in node.pages:
             pair[:, page] = torch.randn(2, KV_HEADS, PAGE, DIM, generator=generator)
-    return tuple(pair.to(device))
+    return KVPages(*pair.to(device))
 
 
 def build(nodes: list[PlanNode], device: str, capacity: Capacity | None = None) -> PrefixPlan:
@@ -91,13 +92,13 @@ def test_attention_over_refilled_plans(triton_device: str, group: int, changes: 
     with assume_gpu(TOY), use_tiles("prefix_attention", programs=1, grain=4, overhead=1):
         for seed, groups in enumerate(HISTORY[:changes]):
             nodes, steps = nodes_of(groups, seed=seed), seed % 3
-            k_pages, v_pages = kv(nodes, triton_device)
+            pages = kv(nodes, triton_device)
             rows = rows_of(nodes)
             plan.refill(nodes + capacity.padding(rows, SCRATCH))
             positions, slots = plan.row_position.clone(), torch.zeros_like(plan.row_position)
             for _ in range(steps):
                 advance(plan, positions, slots, impl="triton")
-            options = {"k_pages": k_pages, "v_pages": v_pages, "scale": 0.3}
+            options = {"pages": pages, "scale": 0.3}
             out = prefix_attention(q, plan=plan, impl="triton", **options)
             fresh = build(nodes_of(groups, steps, seed), triton_device)
             expected = prefix_attention(q[:rows], plan=fresh, impl="eager", **options)
@@ -118,22 +119,22 @@ def test_fused_step_over_a_refilled_plan(triton_device: str):
         for seed, groups in enumerate(HISTORY[:3]):
             nodes = nodes_of(groups, seed=seed)
             rows, pages = rows_of(nodes), kv(nodes, triton_device)
-            written = [x.clone() for x in pages]
+            written = pages.map(Tensor.clone)
             plan.refill(nodes + capacity.padding(rows, SCRATCH))
             leaves = [node for node in nodes if node.num_new]
             where = [n.pages[(n.kv_len - 1) // PAGE] * PAGE + (n.kv_len - 1) % PAGE for n in leaves]
             slots = torch.tensor(where + [SCRATCH * PAGE] * (ROWS - rows), device=triton_device)
             args = (weight, weight, inv_freq, plan.row_position.clone())
             out = rotary_attention(
-                qkv, *args, slots, *written, plan, scale=0.3, fused=True, impl="triton"
+                qkv, *args, slots, written, plan, scale=0.3, fused=True, impl="triton"
             )
             args = (weight, weight, inv_freq, plan.row_position[:rows].clone())
             fresh = build(nodes, triton_device)
             expected = rotary_attention(
-                qkv[:rows], *args, slots[:rows], *pages, fresh, scale=0.3, impl="eager"
+                qkv[:rows], *args, slots[:rows], pages, fresh, scale=0.3, impl="eager"
             )
             assert max_error(out[:rows], expected) < 4e-6, seed
-            for own, others in zip(written, pages, strict=True):
+            for own, others in zip(written[:2], pages[:2], strict=True):
                 torch.testing.assert_close(
                     own[:SCRATCH], others[:SCRATCH], rtol=1e-5, atol=1e-5, equal_nan=True
                 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench.inputs import Node, fork, prefix_plan
+from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention.advance import advance
@@ -78,8 +79,8 @@ def test_schedules_advance_too(triton_device):
     plan = leaves_with_room(triton_device, 0, lengths=lengths)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 16, generator=generator).to(triton_device)
-    pages = torch.randn(plan.num_pages, 1, PAGE, 16, generator=generator).to(triton_device)
-    inputs = {"q": q, "k_pages": pages, "v_pages": pages.flip(3).contiguous(), "scale": 0.3}
+    k = torch.randn(plan.num_pages, 1, PAGE, 16, generator=generator).to(triton_device)
+    inputs = {"q": q, "pages": KVPages(k, k.flip(3).contiguous()), "scale": 0.3}
     positions, slots = (x.clone() for x in where(plan))
     toy = Gpu("toy", 90, sms=3, shared_bytes=227 * 1024)
     modes = [{"window": 0}, {"window": 21}, {"batch_invariant": True}]
@@ -141,9 +142,9 @@ def test_cuda_graph():
     """A captured step replays without the host: each replay is one step further."""
     plan = prefix_plan(0, "cuda", forest=[fork(100, [1] * 8)])
     q = torch.randn(8, 32, 128, device="cuda", dtype=torch.bfloat16)
-    pages = torch.randn(plan.num_pages, 8, 64, 128, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(plan.num_pages, 8, 64, 128, device="cuda", dtype=torch.bfloat16)
     positions, slots = plan.row_position.long(), torch.zeros(8, device="cuda", dtype=torch.int64)
-    inputs = {"q": q, "k_pages": pages, "v_pages": pages, "scale": 0.1, "plan": plan}
+    inputs = {"q": q, "pages": KVPages(k, k), "scale": 0.1, "plan": plan}
     prefix_attention(**inputs)  # compiles, and lays the schedule
     advance(plan, positions, slots)
     graph = torch.cuda.CUDAGraph()

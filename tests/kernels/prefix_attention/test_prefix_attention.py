@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.inputs import quantised
 from kernels.errors import ImplError
+from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime.fp8 import quantise_e4m3
 from tests.support.errors import max_error
 from tests.support.prefix_trees import Node, brute_force, lay_out, pools, trees
 
@@ -30,12 +31,12 @@ def test_random_trees(roots: list[Node], heads: tuple[int, int], window: int):
     """
     nodes, rows, num_pages = lay_out(roots, PAGE)
     q = torch.randn(rows, heads[0], 8, generator=torch.Generator().manual_seed(1))
-    k_pages, v_pages = pools(nodes, num_pages, heads[1], 8, PAGE)
+    pages = pools(nodes, num_pages, heads[1], 8, PAGE)
     plan = PrefixPlan.build(nodes, num_rows=rows, num_pages=num_pages, page_size=PAGE)
-    expected, expected_lse = brute_force(q, k_pages, v_pages, nodes, 0.3, window)
+    expected, expected_lse = brute_force(q, pages, nodes, 0.3, window)
     options = {"scale": 0.3, "window": window, "return_lse": True}
     for impl in FORMS:
-        out, lse = prefix_attention(q, k_pages, v_pages, plan, impl=impl, **options)
+        out, lse = prefix_attention(q, pages, plan, impl=impl, **options)
         assert max_error(out, expected) < 2e-6, impl
         assert max_error(lse, expected_lse) < 2e-6, impl
 
@@ -46,10 +47,10 @@ def test_chunks_of_a_long_node(impl: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("kernels.prefix_plan.PART_TOKENS", 2 * PAGE)
     nodes, rows, num_pages = lay_out([Node(41, 37, [Node(3, 2, [])])], PAGE)
     q = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(1))
-    k_pages, v_pages = pools(nodes, num_pages, 1, 8, PAGE)
+    pages = pools(nodes, num_pages, 1, 8, PAGE)
     plan = PrefixPlan.build(nodes, num_rows=rows, num_pages=num_pages, page_size=PAGE)
-    expected, _ = brute_force(q, k_pages, v_pages, nodes, 0.3)
-    out = prefix_attention(q, k_pages, v_pages, plan, scale=0.3, impl=impl)
+    expected, _ = brute_force(q, pages, nodes, 0.3)
+    out = prefix_attention(q, pages, plan, scale=0.3, impl=impl)
     assert max_error(out, expected) < 2e-6
 
 
@@ -58,14 +59,11 @@ def test_large_scores_do_not_overflow(impl: str):
     """Scores in the hundreds overflow exp unless each partial subtracts its own maximum."""
     nodes, rows, num_pages = lay_out([Node(9, 0, [Node(5, 1, []), Node(6, 1, [])])], PAGE)
     q = 60 * torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(1))
-    k_pages, v_pages = pools(nodes, num_pages, 1, 8, PAGE)
+    pages = pools(nodes, num_pages, 1, 8, PAGE)
     plan = PrefixPlan.build(nodes, num_rows=rows, num_pages=num_pages, page_size=PAGE)
-    expected, _ = brute_force(q, k_pages, v_pages, nodes, 1.0)
+    expected, _ = brute_force(q, pages, nodes, 1.0)
     assert expected.isfinite().all()
-    assert (
-        max_error(prefix_attention(q, k_pages, v_pages, plan, scale=1.0, impl=impl), expected)
-        < 1e-4
-    )
+    assert max_error(prefix_attention(q, pages, plan, scale=1.0, impl=impl), expected) < 1e-4
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -73,26 +71,25 @@ def test_fp8_pages(impl: str):
     """Pages of e4m3 mean page * scale; pages and scales nobody owns are NaN."""
     nodes, rows, num_pages = lay_out([Node(9, 0, [Node(5, 1, []), Node(6, 2, [])])], PAGE)
     q = torch.randn(rows, 4, 8, generator=torch.Generator().manual_seed(1))
-    pages = [quantise_e4m3(pool) for pool in pools(nodes, num_pages, 2, 8, PAGE)]
-    (k, k_scale), (v, v_scale) = pages
+    pages = quantised(pools(nodes, num_pages, 2, 8, PAGE))
     plan = PrefixPlan.build(nodes, num_rows=rows, num_pages=num_pages, page_size=PAGE)
-    meant = [page.float() * scale[..., None] for page, scale in pages]
-    expected, _ = brute_force(q, *meant, nodes, 0.3)
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
-    out = prefix_attention(q, k, v, plan, scale=0.3, impl=impl, **scales)
+    k = pages.k.float() * pages.k_scale[..., None]
+    v = pages.v.float() * pages.v_scale[..., None]
+    expected, _ = brute_force(q, KVPages(k, v), nodes, 0.3)
+    out = prefix_attention(q, pages, plan, scale=0.3, impl=impl)
     assert max_error(out, expected) < 2e-6
 
 
 def test_a_wrong_page_is_noticed():
     """Guards the tests themselves: with a wrong page in the plan the result must differ."""
     nodes, rows, num_pages = lay_out([Node(9, 1, [])], PAGE)
-    k_pages, v_pages = pools(nodes, num_pages, 1, 8, PAGE)
+    pages = pools(nodes, num_pages, 1, 8, PAGE)
     q = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(1))
-    expected, _ = brute_force(q, k_pages, v_pages, nodes, 0.3)
+    expected, _ = brute_force(q, pages, nodes, 0.3)
     wrong = [PlanNode([nodes[0].pages[0]] * 3, 9, 0, 1, 1)]
     plan = PrefixPlan.build(wrong, num_rows=rows, num_pages=num_pages, page_size=PAGE)
     for impl in FORMS:
-        out = prefix_attention(q, k_pages, v_pages, plan, scale=0.3, impl=impl)
+        out = prefix_attention(q, pages, plan, scale=0.3, impl=impl)
         assert max_error(out, expected) > 1e-2
 
 
@@ -144,13 +141,13 @@ def test_shapes_are_checked():
         (torch.zeros(1, 4, 16), pages, "same head_dim"),
         (good, pages[:3], "the plan is for 4 pages"),
         (good, torch.zeros(4, 2, 8, 8), "pages of 4 tokens"),
-        (good, torch.zeros(4, PAGE, 2, 8).transpose(1, 2), "pages must be contiguous"),
+        (good, torch.zeros(4, PAGE, 2, 8).transpose(1, 2), "pages.k must be contiguous"),
         (good, pages.half(), "pages must be torch.float32 like q"),
         (good, pages.to(torch.float8_e4m3fn), "k_scale goes with pages of float8_e4m3fn"),
     ]:
         with pytest.raises(ValueError, match=message):
-            prefix_attention(q, k, k, plan, scale=1.0)
+            prefix_attention(q, KVPages(k, k), plan, scale=1.0)
     with pytest.raises(ValueError, match="scale must be positive, not -1.0"):
-        prefix_attention(good, pages, pages, plan, scale=-1.0)
+        prefix_attention(good, KVPages(pages, pages), plan, scale=-1.0)
     with pytest.raises(ImplError):
-        prefix_attention(good, pages, pages, plan, scale=1.0, impl="fastest")
+        prefix_attention(good, KVPages(pages, pages), plan, scale=1.0, impl="fastest")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.inputs import Node as InputNode
-from bench.inputs import fork, prefix_attention_inputs
+from bench.inputs import fork, prefix_attention_inputs, quantised
+from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime.fp8 import quantise_e4m3
 from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
 from tests.support.errors import max_error
 from tests.support.prefix_trees import SWITCHES, brute_force, lay_out, pools, trees
@@ -85,14 +85,13 @@ def test_random_trees(triton_device, roots, heads, window, invariant, sms):
     plan = PrefixPlan.build(
         nodes, num_rows=rows, num_pages=num_pages, page_size=PAGE, device=triton_device
     )
-    expected = brute_force(q, *pages, nodes, 0.3, window)
+    expected = brute_force(q, pages, nodes, 0.3, window)
     results = run(
         sms,
         grain=16 if invariant else 4,
         overhead=0 if invariant else 1,
         q=q.to(triton_device),
-        k_pages=pages[0].to(triton_device),
-        v_pages=pages[1].to(triton_device),
+        pages=pages.map(lambda x: x.to(triton_device)),
         plan=plan,
         scale=0.3,
         window=window,
@@ -190,11 +189,8 @@ def test_fp8_pages(triton_device, arch, sizes, dtype):
     inputs["q"] = (
         (inputs["q"] * sizes[0]).bfloat16().to(dtype)
     )  # so that products in fp16 are exact
-    inputs["k_pages"] /= sizes[0]
-    inputs["v_pages"] *= sizes[1]
-    for name in ("k", "v"):
-        pages, scales = quantise_e4m3(inputs[f"{name}_pages"])
-        inputs |= {f"{name}_pages": pages, f"{name}_scale": scales}
+    k, v, *_ = inputs["pages"]
+    inputs["pages"] = quantised(KVPages(k / sizes[0], v * sizes[1]))
     gpu = Gpu("toy", arch, sms=5, shared_bytes=163 * 1024)
     with assume_gpu(gpu), use_tiles("prefix_attention", programs=1, grain=4, pdl=0):
         out, lse = prefix_attention(**inputs, impl="triton")
@@ -216,9 +212,9 @@ def test_rows_that_see_nothing(triton_device):
     """No node, or only empty ones: zeros and -inf, also beside rows that see something."""
     nodes = [PlanNode([], 0, 0, 2), PlanNode([1], 5, 2, 3)]
     plan = PrefixPlan.build(nodes, num_rows=4, num_pages=2, page_size=PAGE, device=triton_device)
-    pages = torch.ones(2, 1, PAGE, 16, device=triton_device)
+    ones = torch.ones(2, 1, PAGE, 16, device=triton_device)
     q = torch.ones(4, 1, 16, device=triton_device)
-    out, lse = run(q=q, k_pages=pages, v_pages=pages, plan=plan, scale=1.0, return_lse=True)
+    out, lse = run(q=q, pages=KVPages(ones, ones), plan=plan, scale=1.0, return_lse=True)
     seen = torch.tensor([0.0, 0.0, 1.0, 0.0], device=triton_device)
     torch.testing.assert_close(out, seen[:, None, None].expand_as(out), rtol=FP32, atol=0)
     assert lse[:, 0].tolist() == [-math.inf, -math.inf, pytest.approx(16 + math.log(5)), -math.inf]
@@ -226,16 +222,15 @@ def test_rows_that_see_nothing(triton_device):
 
 def test_no_rows_and_no_nodes(triton_device):
     plan = PrefixPlan.build([], num_rows=0, num_pages=1, page_size=PAGE, device=triton_device)
-    pages = torch.ones(1, 1, PAGE, 16, device=triton_device)
+    ones = torch.ones(1, 1, PAGE, 16, device=triton_device)
     q = torch.ones(0, 1, 16, device=triton_device)
-    assert run(q=q, k_pages=pages, v_pages=pages, plan=plan, scale=1.0).shape == (0, 1, 16)
+    assert run(q=q, pages=KVPages(ones, ones), plan=plan, scale=1.0).shape == (0, 1, 16)
 
 
 def test_a_wrong_page_is_noticed(triton_device):
     """Guards the tests themselves: a wrong entry of the page table must show."""
     inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])])
-    inputs["k_pages"].nan_to_num_()
-    inputs["v_pages"].nan_to_num_()
+    inputs["pages"] = inputs["pages"].map(torch.nan_to_num)
     expected = prefix_attention(**inputs, impl="eager")[0]
     assert max_error(run(**inputs)[0], expected) < FP32
     inputs["plan"].pages[1] = inputs["plan"].pages[0]
@@ -244,10 +239,11 @@ def test_a_wrong_page_is_noticed(triton_device):
 
 def test_inputs_are_only_read(triton_device):
     inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])])
-    before = {name: inputs[name].clone() for name in ("q", "k_pages", "v_pages")}
+    tensors = (inputs["q"], *inputs["pages"][:2])
+    before = [x.clone() for x in tensors]
     run(**inputs)
-    for name, tensor in before.items():
-        assert torch.equal(inputs[name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
+    for x, was in zip(tensors, before, strict=True):
+        assert torch.equal(x.nan_to_num(7.0), was.nan_to_num(7.0))
 
 
 @pytest.mark.usefixtures("steady_products")
@@ -271,19 +267,17 @@ class TestBatchInvariance:
 
     def rows(self, device: str, chosen: list[int], **options) -> dict[int, Tensor]:
         """Outputs of these rollouts over a prefix of 53 tokens, by rollout."""
-        pages = torch.randn(
-            (4 + 3 * 4, 2, PAGE, 16), generator=torch.Generator().manual_seed(0)
-        ).to(device)
+        k = torch.randn((4 + 3 * 4, 2, PAGE, 16), generator=torch.Generator().manual_seed(0))
+        pages = KVPages(k, k.flip(1).contiguous()).map(lambda x: x.to(device))
         q = torch.randn((4, 4, 16), generator=torch.Generator().manual_seed(1))[chosen].to(device)
         nodes = [PlanNode([3, 1, 0, 2], 53, 0, len(chosen))]
         for row, rollout in enumerate(chosen):
             own = [4 + 3 * rollout + index for index in range(3)]
             nodes.append(PlanNode(own, self.LENGTHS[rollout], row, row + 1, 1))
         plan = PrefixPlan.build(
-            nodes, num_rows=len(chosen), num_pages=len(pages), page_size=PAGE, device=device
+            nodes, num_rows=len(chosen), num_pages=len(k), page_size=PAGE, device=device
         )
-        inputs = {"k_pages": pages, "v_pages": pages.flip(1).contiguous(), "plan": plan}
-        out = run(q=q, scale=0.3, **inputs, **options)
+        out = run(q=q, scale=0.3, pages=pages, plan=plan, **options)
         return dict(zip(chosen, out, strict=True))
 
     @pytest.mark.parametrize("grain", [16, 48])

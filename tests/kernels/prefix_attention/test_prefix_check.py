@@ -48,7 +48,7 @@ def toy(grain: int = 4, pieces: int = 1) -> Iterator[None]:
 def schedule_in(inputs: dict, pieces: int) -> Schedule:
     """The one that the next run will use."""
     with toy(pieces=pieces):
-        cut, _ = cut_up(inputs["plan"], inputs["q"], 8, inputs["k_pages"], window=0)
+        cut, _ = cut_up(inputs["plan"], inputs["q"], 8, inputs["pages"], window=0)
     return schedule_of(inputs["plan"], cut)
 
 

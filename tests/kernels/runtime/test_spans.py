@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from kernels.kv_pages import KVPages
 from kernels.runtime import spans
 from kernels.runtime.dispatch import pick
 from kernels.runtime.spans import begin, family, span, spanned, use
@@ -114,12 +115,12 @@ def test_batch_invariant_in_a_span(interpreter, monkeypatch):
     """Guards the one op that asks which form it got: in a span it is a wrapper's."""
     import kernels.prefix_attention.op as module
 
-    monkeypatch.setattr(module, "check_pages", lambda *given: None)
+    monkeypatch.setattr(module, "check_attention", lambda *given: None)
     monkeypatch.setattr(
         module, "prefix_attention_triton", lambda *given, **options: (options, None)
     )
-    q, pages = torch.zeros(1, 1, 64), torch.zeros(1, 1, 16, 64)
-    call = [q, pages, pages, SimpleNamespace(num_rows=1)]
+    q, k = torch.zeros(1, 1, 64), torch.zeros(1, 1, 16, 64)
+    call = [q, KVPages(k, k), SimpleNamespace()]
     options = {"scale": 1.0, "batch_invariant": True}
     with use("torch"):
         given = module.prefix_attention(*call, **options, impl="triton")

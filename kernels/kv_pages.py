@@ -1,0 +1,70 @@
+"""K and V of one layer in pages, as all ops take them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.runtime.dispatch import check
+
+
+class KVPages(NamedTuple):
+    """Pages of one layer: ops that store K and V write into them.
+
+    k, v: [num_pages, Hkv, page_size, D], contiguous and of one dtype
+    k_scale, v_scale: fp32 [num_pages, Hkv, page_size] with pages of float8_e4m3fn
+        (runtime/fp8.py), else None
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def num_pages(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[3]
+
+    @property
+    def fp8(self) -> bool:
+        return self.k.dtype == torch.float8_e4m3fn
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "KVPages":
+        """What `function` makes of each tensor that there is."""
+        scales = (x if x is None else function(x) for x in (self.k_scale, self.v_scale))
+        return KVPages(function(self.k), function(self.v), *scales)
+
+    def as_bytes(self) -> "KVPages":
+        """For Triton, which before sm_89 has no type for e4m3: FP8 values as uint8."""
+        if not self.fp8:
+            return self
+        return self._replace(k=self.k.view(torch.uint8), v=self.v.view(torch.uint8))
+
+    def check(self, device: torch.device) -> None:
+        """Raise ValueError unless the tensors fit together and are on `device`."""
+        check(self.k.ndim == 4, "pages.k must be [num_pages, Hkv, page_size, D]")
+        check(self.v.shape == self.k.shape, "pages.v must have the shape of pages.k")
+        check(self.v.dtype == self.k.dtype, "pages.v must have the dtype of pages.k")
+        shape, fp8 = self.k.shape[:3], self.fp8
+        for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
+            given = scale is not None
+            check(given == fp8, f"pages.{name} goes with pages of float8_e4m3fn, and only so")
+            fits = scale is None or (scale.dtype == torch.float32 and scale.shape == shape)
+            check(fits, f"pages.{name} must be fp32 {list(shape)}")
+        for name, x in zip(self._fields, self, strict=True):
+            if x is not None:
+                check(x.is_contiguous(), f"pages.{name} must be contiguous")
+                check(x.device == device, f"pages.{name} must be on {device}, not {x.device}")
