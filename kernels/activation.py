@@ -50,8 +50,10 @@ def gate_and_up(gate_up: Tensor, interleaved: bool, axis: int = 1) -> tuple[Tens
     """
     if interleaved:
         pairs = gate_up.shape[axis] // 2
-        return gate_up.unflatten(axis, (pairs, 2)).unbind(axis + 1)
-    return gate_up.chunk(2, axis)
+        gate, up = gate_up.unflatten(axis, (pairs, 2)).unbind(axis + 1)
+    else:
+        gate, up = gate_up.chunk(2, axis)
+    return gate, up
 
 
 def silu_mul_ref(gate_up: Tensor, interleaved: bool = False) -> Tensor:

@@ -291,7 +291,8 @@ def _part(indices: list[int], first: int, pages: int, plan: PrefixPlan) -> Part:
 
 def _starts(nodes: tuple[PlanNode, ...], depths: list[int]) -> list[int]:
     """Tokens before each node in the sequences that hold it."""
-    starts, path = [], []
+    starts: list[int] = []
+    path: list[int] = []
     for node, depth in zip(nodes, depths, strict=True):
         del path[depth:]
         starts.append(sum(path))
@@ -307,7 +308,9 @@ def _is_decode(nodes: tuple[PlanNode, ...], num_rows: int) -> bool:
 
 def _depths(nodes: tuple[PlanNode, ...]) -> list[int]:
     """How many nodes contain each node's rows. Raises ValueError unless ranges are nested."""
-    depths, open_ends, last_start, first_free = [], [], 0, 0
+    depths: list[int] = []
+    open_ends: list[int] = []
+    last_start = first_free = 0
     for index, node in enumerate(nodes):
         if node.row_start < last_start:
             raise ValueError(f"node {index}: nodes must stand in depth-first order of their rows")

@@ -108,7 +108,7 @@ def _eager(
     rows: Tensor | None,
 ) -> Tensor:
     result = projector_ref(x, grids, *weights)
-    return result if out is None else out.index_copy_(0, rows, result)
+    return _placed(result, out, rows)
 
 
 def _portable(
@@ -128,7 +128,7 @@ def _portable(
         return F.conv2d(y, *folded, stride=2, padding=1).flatten(2).transpose(1, 2)
 
     result = _by_grid(x, grids, len(folded[0]), images_to_tokens)
-    return result if out is None else out.index_copy_(0, rows, result)
+    return _placed(result, out, rows)
 
 
 def _triton(
@@ -145,6 +145,11 @@ def _triton(
     if folded is not None:
         return convolution(y, grids, *folded, out=out, rows=rows)
     return linear(convolution(y, grids, w2, b2), w3, out=out, rows=rows)
+
+
+def _placed(result: Tensor, out: Tensor | None, rows: Tensor | None) -> Tensor:
+    """`result`, or `out` with it in `rows`."""
+    return result if out is None or rows is None else out.index_copy_(0, rows, result)
 
 
 _FORMS = {"eager": _eager, "portable": _portable, "triton": _triton}

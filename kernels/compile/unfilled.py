@@ -21,7 +21,9 @@ class _Unfilled(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
         kwargs = kwargs or {}
-        name, x = func.__name__, args[0] if args else None
+        if not args:
+            return func(**kwargs)
+        name, x = func.__name__, args[0]
         made = name == "randn" or (name == "full" and isinstance(args[1], float))
         if made and math.prod(x) >= self.LARGE:
             return torch.empty(x, dtype=kwargs.get("dtype"), device=kwargs.get("device"))

@@ -77,7 +77,8 @@ def main() -> None:
 
 def _answer(item: bytes, claims: Path) -> Found:
     try:
-        return compile_site(*pickle.loads(item), claims)
+        site, gpu = pickle.loads(item)
+        return compile_site(site, gpu, claims)
     except Exception as error:
         return Found((), failures=(one_line(error),))
 

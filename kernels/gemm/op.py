@@ -87,7 +87,7 @@ def check_placing(
     x: has their dtype and device.
     """
     check((out is None) == (rows is None), "out and rows come together or not at all")
-    if out is None:
+    if out is None or rows is None:
         return
     check(out.ndim == 2 and out.shape[1] == width, f"out must be [R, {width}]")
     check(out.stride(1) == 1, "out must have neighbouring columns (stride 1)")

@@ -237,7 +237,7 @@ def _attend_block(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, BLOCK], not yet scaled
     if kv.k_scale is not None:
         scores *= _load_scales(kv.k_scale + tile + offset, mine)[None, :]
-    if MASKED:
+    if mine is not None:
         seen = mine[None, :] & (token[None, :] < visible[:, None])
         if WINDOW:
             seen = seen & (token[None, :] >= oldest[:, None])

@@ -124,7 +124,7 @@ def _properties(index: int) -> Gpu:
         name=found.name.lower().replace(" ", "-"),
         arch=10 * found.major + found.minor,
         sms=found.multi_processor_count,
-        shared_bytes=found.shared_memory_per_block_optin,
+        shared_bytes=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # no stub
     )
 
 

@@ -62,6 +62,7 @@ class SampleOutput:
         if self.ids is not None:
             self.ids.copy_(fed)
         if self.last is not None:
+            assert self.owners is not None  # they come together
             self.last.index_copy_(0, self.owners, fed)
 
 

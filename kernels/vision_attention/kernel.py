@@ -264,7 +264,7 @@ def _attend_block(
     if REST:
         k1 = _load(k + FIRST, blocks[1], at, k_column + FIRST, mine, STRIDE, REST, BLOCK, TMA)
         scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
-    if MASKED:
+    if mine is not None:
         scores = tl.where(mine[None, :], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * qk_scale)
     weights = tl.exp2(scores * qk_scale - new_peak[:, None])

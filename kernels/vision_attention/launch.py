@@ -147,18 +147,18 @@ def _geometry(grids: tuple[Grid, ...], rows: int, device: torch.device) -> tuple
         work += [(first, start, end) for first in range(start, end, rows)]
         start = end
     work.sort(key=lambda tile: tile[1] - tile[2])  # stable: a view's tiles stay together
-    made = torch.cat(places), torch.tensor(work)
-    return tuple(x.to(device, torch.int32) for x in made)
+    return torch.cat(places).to(device, torch.int32), torch.tensor(work).to(device, torch.int32)
 
 
 def _descriptors(
     x: Tensor, parts: Parts, rows: int
 ) -> tuple[TensorDescriptor, TensorDescriptor | None]:
     """Of tiles of `rows` rows and the first or second part of a head."""
-    return tuple(
-        TensorDescriptor(x, x.shape, x.stride(), [rows, width]) if width else None
-        for width in parts
-    )
+
+    def of(width: int) -> TensorDescriptor:
+        return TensorDescriptor(x, x.shape, x.stride(), [rows, width])
+
+    return of(parts.first), of(parts.rest) if parts.rest else None
 
 
 def _tiles_of(qkv: Tensor, dim: int) -> Tiles:

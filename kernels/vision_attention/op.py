@@ -104,7 +104,8 @@ def axial_rotary(
         torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
     )
     table = axis_rotary(max(rows, columns), head_dim, theta, device)
-    return tuple(torch.cat([x[column.flatten()], x[row.flatten()]], dim=-1) for x in table)
+    cos, sin = (torch.cat([x[column.flatten()], x[row.flatten()]], dim=-1) for x in table)
+    return cos, sin
 
 
 @kept(maxsize=16)
