@@ -1,4 +1,4 @@
-"""A list of modules that says of what: those of PyTorch hold Modules, with any attributes."""
+"""A list of modules whose type says which; of PyTorch's own, attributes go unchecked."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar

@@ -3,6 +3,8 @@ only where there is one."""
 
 import os
 import random
+import sys
+from collections.abc import Generator
 
 import numpy as np
 import pytest
@@ -46,6 +48,17 @@ def seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_roofline() -> Generator[None]:
+    """A CPU's ceilings from small work, once a process: no test is about how high they are."""
+    from bench import roofline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(roofline.GEMM_SIZE, "cpu", 64)
+        patch.setitem(roofline.COPY_CACHES, "cpu", 1)
+        yield
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """The CPU, and a GPU where there is one."""
@@ -85,3 +98,31 @@ def steady_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return TensorHandle(product.data.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+# What takes seconds is left out of `make quick` by its mark, and no other test may do it: start a
+# Python process (`cli`), import transformers or timm (`judge`).
+_now: list[pytest.Item] = []
+
+
+def pytest_runtest_logstart() -> None:
+    _now.clear()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
+    _now[:] = [item]
+    return (yield)
+
+
+def _refuse_the_unmarked(event: str, args: tuple) -> None:
+    mark = None
+    if event == "subprocess.Popen" and sys.executable in (args[0], *args[1][:1]):
+        mark = "cli"
+    elif event == "import" and args[0] in ("transformers", "timm"):
+        mark = "judge"
+    if mark and _now and not _now[0].get_closest_marker(mark):
+        pytest.fail(f"{event} {args[0]}: such a test needs the mark `{mark}`")
+
+
+sys.addaudithook(_refuse_the_unmarked)

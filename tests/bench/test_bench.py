@@ -45,15 +45,8 @@ FIELDS += ["roofline_pct", "max_err", "rms_err", "commit"]
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Few repeats and a small roofline: for tests of what surrounds the numbers."""
+    """Few repeats: for tests of what surrounds the numbers."""
     monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
-    monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 64)
-    monkeypatch.setitem(roofline.COPY_CACHES, "cpu", 1)
-    roofline.roofline.cache_clear()
-    roofline._copy_gb_s.cache_clear()
-    yield
-    roofline.roofline.cache_clear()
-    roofline._copy_gb_s.cache_clear()
 
 
 class TestOps:

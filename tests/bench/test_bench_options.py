@@ -18,7 +18,6 @@ from bench import (
     jsonl,
     ops,
     repro,
-    roofline,
     rows,
     show,
     timing,
@@ -34,10 +33,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Few repeats and a small roofline."""
+    """Few repeats."""
     monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
-    monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 64)
-    monkeypatch.setitem(roofline.COPY_CACHES, "cpu", 1)
 
 
 def told(capsys, *arguments):
@@ -187,6 +184,7 @@ class TestSchema:
 
 
 class TestPytestFrontEnd:
+    @pytest.mark.cli
     def test_tables_and_json(self, tmp_path):
         """Guards `pytest bench/`: the command's cases, and samples of the project's timer."""
         out = tmp_path / "b.json"

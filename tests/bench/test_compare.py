@@ -182,6 +182,7 @@ def changed(path: str, old: str, new: str) -> dict[str, str]:
     return {path: STAND_IN[path].replace(old, new)}
 
 
+@pytest.mark.cli
 def test_a_planted_slow_down_is_found_and_equal_commits_are_equal(repository, capsys):
     """Guards the whole way from two commits to an exit code, the working tree among them."""
     before = repository()
@@ -198,6 +199,7 @@ def test_a_planted_slow_down_is_found_and_equal_commits_are_equal(repository, ca
     assert len(found["rows"]) == 4
 
 
+@pytest.mark.cli
 def test_tables_name_what_changed(repository, capsys):
     """Guards what a person sees: op, case, ratio and the sum."""
     before = repository()
@@ -209,6 +211,7 @@ def test_tables_name_what_changed(repository, capsys):
     assert "6 rows" in out and "2 faster" in out
 
 
+@pytest.mark.cli
 def test_cases_and_forms_of_one_side_are_named(repository, capsys):
     """Guards against a silent gap: a new case, and a form that B no longer gets right."""
     before = repository(**changed("bench/cases.py", ', Case("rms_norm", "T2")', ""))
@@ -226,6 +229,7 @@ def test_cases_and_forms_of_one_side_are_named(repository, capsys):
     assert {r["verdict"] for r in found["rows"]} == {"same"} and len(found["rows"]) == 3
 
 
+@pytest.mark.cli
 def test_a_process_that_dies_costs_only_what_comes_after(repository, capsys):
     """Guards what is finished: it is told, with what the process said last."""
     before = repository()
@@ -244,6 +248,7 @@ def test_a_process_that_dies_costs_only_what_comes_after(repository, capsys):
     assert "silu_mul" in found["wrong"][0] and "no memory" in found["wrong"][0]
 
 
+@pytest.mark.cli
 def test_ctrl_c_leaves_no_process_and_no_folder(repository, monkeypatch):
     """Guards the user's machine: workers end and checkouts go, whenever it comes."""
     processes = []
@@ -281,6 +286,7 @@ def test_turns_alternate_so_that_drift_leaves_the_ratios():
     assert judged(pairs["rms_norm", "T1", "eager"], 0.01).ratio == pytest.approx(1)
 
 
+@pytest.mark.cli
 def test_this_checkout_has_the_names_that_the_worker_uses(tmp_path):
     """Guards the worker against renamed functions: it times a real case of the working tree."""
     settings = turns.Settings("cpu", None, 1)

@@ -172,6 +172,7 @@ def test_a_missing_result_fails(monkeypatch, capsys):
     assert row["failure"].startswith("ValueError: zip()")
 
 
+@pytest.mark.judge
 def test_a_broken_model_hides_no_other(half, monkeypatch):
     """Guards the rest of a run against a model that raises in one form."""
     case = validate_model.CASES[0]
@@ -224,6 +225,7 @@ def test_the_result_nearest_its_limit_is_shown(monkeypatch, capsys):
     assert row["max_err"] < roundoff(torch.bfloat16)
 
 
+@pytest.mark.judge
 class TestModel:
     """The whole model."""
 

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from transformers import Qwen3Config
-from transformers.activations import QuickGELUActivation
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from kernels.activation import quick_gelu, silu_mul
 
@@ -63,10 +60,14 @@ def test_interleaved_pairs(impl, dtype, device):
             assert (got != silu_mul(halves, impl=impl)).sum() <= 0.001 * got.numel()
 
 
+@pytest.mark.judge
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_silu_mul_rounds_like_transformers(impl, dtype):
     """Guards the rounding between silu and product; without it a quarter of the values differ."""
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
     gate_up = draw(16, 128, dtype=dtype)
     judge = Qwen3MLP(Qwen3Config(hidden_size=128, intermediate_size=64, hidden_act="silu"))
     gate, up = gate_up.chunk(2, dim=-1)
@@ -78,9 +79,12 @@ def test_silu_mul_rounds_like_transformers(impl, dtype):
         assert (got != want).float().mean().item() < 0.01
 
 
+@pytest.mark.judge
 @pytest.mark.parametrize("impl", IMPLS)
 def test_quick_gelu_matches_transformers(impl):
     """Guards the constant 1.702 and against the exact GELU."""
+    from transformers.activations import QuickGELUActivation
+
     x = draw(16, 97, dtype=torch.float32)
     assert_close("quick_gelu", quick_gelu(x, impl=impl), QuickGELUActivation()(x.double()))
 

@@ -116,6 +116,7 @@ def test_interleaved_pairs(width: int, dtype: torch.dtype, triton_device: str):
     assert torch.equal(got, want) and not got.isnan().any()
 
 
+@pytest.mark.cli
 def test_pairs_part_in_registers():
     """Guards the loads' width and the split: a store as wide as the loads would make the compiler
     exchange results through shared memory, behind a barrier."""

@@ -12,7 +12,6 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2_contingency, chisquare
 
 from kernels.sampling import SampleOutput, philox4x32, sample
 
@@ -110,6 +109,7 @@ def test_philox_known_answers():
         assert torch.equal(got, want)
 
 
+@pytest.mark.cli
 def test_philox_matches_triton(tmp_path):
     """Guards the seed's and position's halves: a Triton kernel must draw the same words."""
     seeds = [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF0]
@@ -186,6 +186,8 @@ def test_top_p_reached_exactly():
 @pytest.mark.parametrize("settings", [{}, {"top_k": 6}, {"top_p": 0.8}, {"temperature": 0.7}])
 def test_distribution_is_the_softmax(settings):
     """Guards the noise: frequencies of 3,000 draws over positions, then over seeds."""
+    from scipy.stats import chisquare
+
     settings = {"temperature": 1.0, **settings}
     logits = draw_logits(11, scale=1.0)
     z = (logits.double() / settings["temperature"]).tolist()
@@ -200,6 +202,8 @@ def test_distribution_is_the_softmax(settings):
 
 def test_positions_and_seeds_are_independent():
     """Guards against correlation between a token, its successor and the neighbouring seed's."""
+    from scipy.stats import chi2_contingency
+
     logits, count = draw_logits(6, scale=0.5), 3000
     here = draws(logits, count + 1, temperature=1.0)
     neighbour = draws(logits, count, seeds=torch.full((count,), 8), temperature=1.0)
@@ -256,6 +260,8 @@ def test_temperature_zero_and_tiny():
 
 def test_huge_temperature_is_uniform():
     """Guards scores that vanish: only -inf stays out."""
+    from scipy.stats import chisquare
+
     logits = draw_logits(8, scale=100)
     logits[3] = -torch.inf
     counts = np.bincount(draws(logits, 4000, temperature=2.0**126), minlength=8)

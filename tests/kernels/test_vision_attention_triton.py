@@ -286,6 +286,7 @@ for tiles in TUNABLE.candidates("D96 T>4096", H200):
 """
 
 
+@pytest.mark.cli
 def test_specialization_takes_place():
     """Triton gives up on it without a word: no warp group then hands registers to another.
 
@@ -318,6 +319,7 @@ for tiles in TUNABLE.candidates("D96 T>4096", H200):
 """
 
 
+@pytest.mark.cli
 def test_turned_queries_leave_room_for_a_second_program():
     """One program on an SM has nothing that computes while it exponentiates.
 

@@ -23,6 +23,8 @@ from tests.profiles.test_supervisor import COMMAND, hide
 from tests.support import ROOT
 from tests.support.fake_worker import ENVIRONMENT
 
+pytestmark = pytest.mark.cli
+
 PLANTED = ("hang", "crash", "poison")
 WITH_FAKES = """if True:
     import json, sys

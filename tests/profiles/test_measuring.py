@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from bench import ops, roofline, timing
+from bench import ops, timing
 from bench.poison import poisons
 from model import cuda_graph
 from profiles.runs import measuring as measuring_module
@@ -21,13 +21,8 @@ ILLEGAL = RuntimeError("CUDA error: an illegal memory access was encountered")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Few repeats and a small roofline, measured again."""
+    """Few repeats."""
     monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
-    monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 64)
-    monkeypatch.setitem(roofline.COPY_CACHES, "cpu", 1)
-    yield
-    roofline.roofline.cache_clear()
-    roofline._copy_gb_s.cache_clear()
 
 
 @pytest.fixture(scope="module")

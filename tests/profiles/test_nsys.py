@@ -209,6 +209,7 @@ def test_tables_are_shown(capsys):
     assert "13 gaps" in shown and "prefix_attention_kernel" in shown and "decoder layer" in shown
 
 
+@pytest.mark.cli
 def test_a_report_from_before_is_not_taken_for_a_new_one(tmp_path, capfd):
     """Guards the summary of a run that wrote nothing against showing the last one's figures."""
     report = tmp_path / "new" / "a.nsys-rep"

@@ -110,6 +110,7 @@ def test_forms():
         assert of["decode"]["breakdown"] == breakdown and of["ops"]["anyway"] != breakdown
 
 
+@pytest.mark.cli
 def test_budget(tmp_path, supervisor):
     """Guards the time limit of a machine: nothing new is started, and what is left is named."""
     found = run(tmp_path, [planned(name) for name in "abcd"], supervisor, tasks_in_time=2)
@@ -117,6 +118,7 @@ def test_budget(tmp_path, supervisor):
     assert [row["case"] for row in jsonl.read(tmp_path / "ops.jsonl")] == ["a", "b"]
 
 
+@pytest.mark.cli
 def test_resumes(tmp_path, supervisor):
     """Guards against measuring twice, and against leaving out what failed the first time."""
     found = run(tmp_path, [planned("a"), planned("raise")], supervisor)
@@ -181,6 +183,7 @@ def test_done_means_every_form():
         assert (outstanding([task], rows, ORIGIN) == []) == done, rows
 
 
+@pytest.mark.cli
 def test_rows_are_on_disk_at_once(tmp_path):
     """Guards what was measured before a run was ended in the middle."""
     code = f"""if True:
@@ -206,6 +209,7 @@ def test_rows_are_on_disk_at_once(tmp_path):
     assert [row["case"] for row in jsonl.read(tmp_path / "numerics.jsonl")] == ["a"]
 
 
+@pytest.mark.cli
 def test_command_on_a_bare_machine(tmp_path, monkeypatch, capsys):
     """Guards the command from end to end on real, small cases, and its second run, on a GPU node:
     torch, Triton and NumPy alone, and no .git."""
@@ -230,6 +234,7 @@ def test_command_on_a_bare_machine(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == {"rows": [], "kept": kept, "left_out": []}
 
 
+@pytest.mark.cli
 def test_mistakes(tmp_path, monkeypatch, supervisor):
     """Guards the one clear line for a user's mistake, also where a worker finds it."""
     work = planned_tasks(CPU)
@@ -246,6 +251,7 @@ def test_mistakes(tmp_path, monkeypatch, supervisor):
         command.main(["record", "--out", str(tmp_path), "--device", "cpu", "--forms", "tritn"])
 
 
+@pytest.mark.cli
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(tmp_path):
     """Guards the same line of both commands where the GPU is missing."""

@@ -15,6 +15,8 @@ from profiles.runs import supervisor as supervisor_module
 from profiles.runs.supervisor import Supervisor
 from profiles.runs.task import OUT_OF_TIME, STOPPED, Result, Task
 
+pytestmark = pytest.mark.cli
+
 COMMAND = [sys.executable, "-m", "tests.support.fake_worker"]
 ROOT = supervisor_module.ROOT
 

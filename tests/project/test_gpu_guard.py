@@ -13,6 +13,8 @@ from xdist.workermanage import WorkerController
 
 from tests.support import ROOT, gpu_guard
 
+pytestmark = pytest.mark.cli
+
 # Collects as on a machine with a GPU, and tells of each test whether -m chose it.
 COLLECT = """
 import pytest, sys, torch

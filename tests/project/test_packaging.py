@@ -15,6 +15,8 @@ import pytest
 import kernels
 from tests.support import ROOT, wheels
 
+pytestmark = pytest.mark.cli
+
 ROOMS = ("kernels", "model", "pacore_sched", "bench", "profiles")
 
 # What a GPU node may lack, and the modules that are only for machines that have it.
@@ -159,6 +161,7 @@ def test_kernels_package_imports_nothing():
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
 
 
+@pytest.mark.judge
 def test_transformers_works_beside_the_checkout():
     """Guards transformers' models, which would call that library if it seemed installed."""
     result = run(QWEN3)

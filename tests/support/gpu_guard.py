@@ -40,7 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if has_gpu():
             if "triton_device" in item.fixturenames:
                 item.add_marker("gpu")
-        elif _on_gpu(item):
+            continue
+        if {"triton_device", "interpreter"} & {*item.fixturenames}:
+            item.add_marker("interpreter")
+        if _on_gpu(item):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 

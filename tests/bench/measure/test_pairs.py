@@ -52,6 +52,7 @@ def case_of(op: str, name: str) -> pairs.Case:
     return next(case for case in numerics_cases() if (case.op, case.name) == (op, name))
 
 
+@pytest.mark.cli
 def test_every_switch_is_one():
     """Guards against a switch whose name no kernel knows, or whose two values launch the same: its
     pair or check would tell nothing, or be skipped on the GPU. Triton does not interpret there."""

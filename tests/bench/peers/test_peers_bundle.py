@@ -228,6 +228,7 @@ class TestPrepare:
         assert not names & {"torch", "triton", "numpy"}
         assert all("==" in wheel for item in bundle.ITEMS.values() for wheel in item.wheels)
 
+    @pytest.mark.cli
     def test_a_tool_that_fails(self):
         """Guards the reason beside an item: the line with the error, of pages of output."""
         script = "print('RuntimeError: see below\\nx.h: fatal error: no such file'); exit('end')"

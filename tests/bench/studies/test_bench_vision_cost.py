@@ -26,6 +26,7 @@ def bench_cost(*arguments):
     return json.loads(done.stdout.splitlines()[-1])["rows"]
 
 
+@pytest.mark.cli
 def test_rows():
     """Guards the reading of the launches: their programs, their useful and their padded work."""
     photo = "8x 36x36 + 1x 52x52"

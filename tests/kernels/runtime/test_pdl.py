@@ -88,6 +88,7 @@ def compiled() -> list[dict]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.cli
 def test_kernels_wait_before_they_touch_what_others_write(compiled: list[dict]):
     """Guards the order in machine code: what nobody writes is loaded, then comes one wait, then the
     release, then whatever else touches memory. No store and no loop comes before."""
@@ -105,6 +106,7 @@ def test_kernels_wait_before_they_touch_what_others_write(compiled: list[dict]):
             assert not any(name.startswith(("STG", "BRA")) for name in names[:wait])
 
 
+@pytest.mark.cli
 def test_launches_carry_the_option(compiled: list[dict]):
     """Guards the launch: a kernel that waits and is launched as ever gains nothing. Packs and the
     static baseline, too, must tell such a kernel apart."""

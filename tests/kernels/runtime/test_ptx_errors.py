@@ -17,7 +17,6 @@ CPU = torch.device("cpu")
 SLOW = {"prefix_attention", "T67 32/8 heads of 128", "ragged decode", "T7 C1536 F8960"}
 SLOW |= {"B17 V997 k5 p0.9", "1x 1x1 + 1x 9x15 + 1x 1x13 H3 D96"}  # all tried once, and pass
 CASES = [case for case in numerics_cases() if not {case.op, case.name} & SLOW]
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has errors of its own")
 
 
 def named(case: Case) -> str:
@@ -38,7 +37,7 @@ def of_instructions(case: Case, inputs: dict) -> Tensor:
     return norm_error(x.mean(-1, keepdim=True) / x.std(-1, keepdim=True))
 
 
-@interpreted
+@pytest.mark.usefixtures("interpreter")  # a GPU has errors of its own
 @pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_limits_allow_documented_errors(monkeypatch, case, sides):
@@ -67,7 +66,7 @@ def test_limits_allow_no_more(op):
         assert derived <= allowed <= 1.1 * derived
 
 
-@interpreted
+@pytest.mark.usefixtures("interpreter")  # a GPU has errors of its own
 @pytest.mark.parametrize("op", ["silu_mul", "quick_gelu"])
 def test_errors_are_really_put_in(monkeypatch, op):
     """Guards the test above: without what is allowed for instructions, activations fail."""

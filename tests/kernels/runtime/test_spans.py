@@ -172,6 +172,7 @@ def test_nvtx_gets_names_in_our_domain(monkeypatch):
     assert log == ["start pacore:round 2", "push pacore:rms_norm", "pop", "end round 2"]
 
 
+@pytest.mark.cli
 def test_environment_and_imports():
     """Guards the switch that a profiler's child process is given, and modules that must not import
     torch for the sake of spans that are off."""

@@ -53,6 +53,7 @@ def flat(chat):
     ]
 
 
+@pytest.mark.judge
 @pytest.mark.parametrize("template", ["SmolLM2", "ChatML"])
 @pytest.mark.parametrize("chat", CHATS)
 def test_equals_transformers(chat, template):

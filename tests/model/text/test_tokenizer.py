@@ -97,6 +97,7 @@ def test_text_is_never_a_special_token(text):
     assert smollm2().decode(ids) == text
 
 
+@pytest.mark.judge
 def test_smollm2_equals_transformers():
     """Guards against a misreading of the GGUF file that the plain BPE here shares.
 
@@ -201,6 +202,7 @@ def directory(tmp_path):
     return tmp_path
 
 
+@pytest.mark.judge
 def test_directory_equals_transformers(directory):
     """Guards reading of tokenizer.json: normaliser kept, limits and padding in it dropped."""
     from transformers import PreTrainedTokenizerFast

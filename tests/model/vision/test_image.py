@@ -96,6 +96,7 @@ def transformers_processor():
     return importlib.import_module(module.__name__).Step3p7ImageProcessor()
 
 
+@pytest.mark.judge
 def test_geometry_equals_transformers(transformers_processor):
     """Guards the algorithm as a whole against an independent reading of it."""
 

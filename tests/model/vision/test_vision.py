@@ -22,6 +22,7 @@ def tiny() -> Step3VL:
     return Step3VL.from_preset("tiny", seed=1)
 
 
+@pytest.mark.judge
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("side", [VISION.image_size, VISION.crop_size, 70])
 def test_tower_and_downsamplers(tiny: Step3VL, impl: str, side: int):
@@ -47,6 +48,7 @@ def test_views_in_one_batch(tiny: Step3VL, impl: str):
         assert vision([]).shape == (0, TINY.decoder.hidden)
 
 
+@pytest.mark.judge
 @pytest.mark.parametrize("side", [VISION.image_size, VISION.crop_size])
 def test_blocks_against_timm(tiny: Step3VL, side: int):
     """A second, unrelated implementation of the blocks, with interleaved rotation as published."""
@@ -58,6 +60,7 @@ def test_blocks_against_timm(tiny: Step3VL, side: int):
         assert max_error(ours, expected) < 1e-4
 
 
+@pytest.mark.judge
 def test_whole_model(tiny: Step3VL):
     """Vision, linear and Qwen3 put together from transformers: image features in their places."""
     generator = torch.Generator().manual_seed(5)

@@ -74,6 +74,7 @@ def smollm2():
     return read_gguf(smollm2_path())
 
 
+@pytest.mark.judge
 @pytest.mark.parametrize("qtype", [Q.F32, Q.F16, Q.Q8_0, Q.Q4_1])
 @pytest.mark.parametrize("tied", [True, False])
 def test_agrees_with_transformers(qtype, tied, tmp_path):

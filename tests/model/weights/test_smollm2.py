@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from model.step3vl import Step3VL
 from model.text.prompt import build_prompt
@@ -18,8 +16,11 @@ def smollm2() -> Step3VL:
     return Step3VL.from_preset("smollm2-135m")
 
 
-def transformers_model() -> LlamaForCausalLM:
+def transformers_model() -> torch.nn.Module:
     """The GGUF as transformers reads it; `from_pretrained` would want accelerate for the same."""
+    from transformers import AutoConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     path = smollm2_path()
     reference = LlamaForCausalLM(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
     tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=reference)["tensors"]
@@ -29,6 +30,7 @@ def transformers_model() -> LlamaForCausalLM:
     return reference.eval()
 
 
+@pytest.mark.judge
 def test_logits_equal_transformers(smollm2: Step3VL):
     """Dequantisation, the undone row permutation, rotation, norms, tied head: all 30 layers."""
     ids = build_prompt(QUESTION, smollm2.tokenizer, smollm2.config)

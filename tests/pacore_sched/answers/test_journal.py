@@ -221,6 +221,7 @@ def test_a_write_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch):
     assert resumed(path) == outcomes_of(2)
 
 
+@pytest.mark.cli
 def test_killed(path: Path):
     """kill -9 right after `add`: the rollout is there."""
     script = f"""

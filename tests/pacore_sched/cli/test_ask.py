@@ -153,6 +153,7 @@ def test_an_image_for_a_text_model(ask, photo: str):
     assert "takes no images" in err
 
 
+@pytest.mark.cli
 def test_as_a_process(tmp_path: Path):
     """The real thing: a corrupt image through the shell, no traceback."""
     bad = tmp_path / "bad.png"
@@ -166,6 +167,7 @@ def test_as_a_process(tmp_path: Path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.cli
 def test_what_stdout_cannot_take():
     """A full disk is one line and no success, a reader that has gone is none of our business, and
     characters that a terminal does not have are written as escapes."""

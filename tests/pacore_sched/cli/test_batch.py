@@ -176,6 +176,7 @@ main()
 """
 
 
+@pytest.mark.cli
 @pytest.mark.parametrize(
     ("command", "points"), [("batch", ((2, 100), (3, 50))), ("sample", ((3, 50),))]
 )
@@ -448,6 +449,7 @@ def test_the_journal_can_be_read_meanwhile(call: Call, monkeypatch: pytest.Monke
     assert seen == [1, 2, 3]
 
 
+@pytest.mark.cli
 def test_a_command_loads_only_its_own_modules():
     """Guards the start of commands that need no model, such as --help."""
     script = "import sys, pacore_sched.__main__; print(*sys.modules)"

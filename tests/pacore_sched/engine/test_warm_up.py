@@ -30,6 +30,8 @@ from pacore_sched.engine import compile_ahead, executor
 from pacore_sched.engine.compile_ahead import warm_up
 from tests.support import ROOT
 
+pytestmark = pytest.mark.cli
+
 CUDA = torch.device("cuda")
 LOOK_UP = """
 import json, pickle, sys

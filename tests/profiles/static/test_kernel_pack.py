@@ -32,6 +32,8 @@ from profiles.packs import kernel_pack
 from profiles.packs.kernel_pack import pack, unpack
 from tests.support import ROOT
 
+pytestmark = pytest.mark.cli
+
 OTHER_WHEEL = "3.6.0-of-another-wheel"
 DTYPE = torch.bfloat16
 SPLIT = "smollm2 ragged decode", "triton split=1"

@@ -53,6 +53,7 @@ def toy(tmp_path_factory) -> tuple[Path, list[dict]]:
     return path, json.loads(done.stdout)["rows"]
 
 
+@pytest.mark.cli
 def test_a_row_for_each_kernel_and_choice(toy):
     """Guards the sweep: every architecture and dtype, candidates in bf16 only, ops without a Triton
     form left out, and the rule asked anew for each GPU."""
@@ -80,6 +81,7 @@ def test_a_row_for_each_kernel_and_choice(toy):
     assert sorted(found) == sorted(copies + products + paged)
 
 
+@pytest.mark.cli
 def test_figures_of_compiled_kernels(toy):
     """Guards the reading of cubin, PTX and metadata: figures that follow from the kernels' text."""
     rows = {(row["kernel"], row["arch"], row["config"].split()[0]): row for row in toy[1]}
@@ -98,6 +100,7 @@ def test_figures_of_compiled_kernels(toy):
     assert not any(row["tma"] for row in toy[1])
 
 
+@pytest.mark.cli
 def test_worse_kernels_break_rules(toy):
     """Guards the comparison from end to end: an input at an odd address halves nothing but loads,
     and a candidate that does not compile is told with its reason."""
@@ -119,6 +122,7 @@ def test_worse_kernels_break_rules(toy):
     )
 
 
+@pytest.mark.cli
 def test_the_page_load_put_back_into_the_loop_breaks_rules(toy):
     """Guards the loss that this repository had: a page number loaded for the loop's own block takes
     a stage of the pipeline, and nothing overlaps. The same kernel that carries it does not."""
@@ -136,6 +140,7 @@ def test_the_page_load_put_back_into_the_loop_breaks_rules(toy):
     assert "a scalar takes a stage of the pipeline in loop 1" in found["rows"][0]["look_at"]
 
 
+@pytest.mark.cli
 def test_the_table_and_the_loops(toy):
     """Guards what a person reads: figures loop by loop, and what an SM needs in flight."""
     done = run(
@@ -148,6 +153,7 @@ def test_the_table_and_the_loops(toy):
     assert "buffers 3 3, async_wait 2, 16,384 B x 4 programs per SM" in done.stdout
 
 
+@pytest.mark.cli
 def test_refuses_to_compile_where_triton_interprets():
     """Guards the message: in such a process no kernel can be compiled."""
     done = run("profiles", "static", TRITON_INTERPRET="1")
