@@ -22,8 +22,8 @@ bench: .venv/.ready  ## check every op, time them, answer a question end to end;
 test: .venv/.ready  ## run the tests
 	@.venv/bin/python -m pytest $(SIDE_BY_SIDE)
 
-quick: .venv/.ready  ## in a minute: what needs no interpreted kernels, processes or other libraries
-	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not interpreter and not cli and not judge"
+quick: .venv/.ready  ## in a minute: without interpreted kernels, Python processes, other libraries
+	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not (gpu or interpreter or cli or judge)"
 
 test-gpu: .venv/.ready  ## only what runs on a GPU, without the peers, side by side
 	@echo "test-gpu: $(GPU_WORKERS) processes (GPU_WORKERS=...), then one for what may hang the GPU or times it"
