@@ -126,8 +126,15 @@ def test_ragged_batches(triton_device: str, grids: list, way: str):
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
-@pytest.mark.parametrize("way", ["turned queries", "turned queries, tma"])
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        ("turned queries", torch.float32),
+        ("turned queries", torch.bfloat16),
+        ("turned queries, tma", torch.float16),
+    ],
+    ids=("fp32", "bf16", "fp16, tma"),
+)
 @pytest.mark.parametrize("dim", [8, 24, 64, 72, 80, 96, 128])
 def test_where_queries_are_rotated_does_not_matter(dim: int, way: str, dtype: torch.dtype):
     """Guards the rounding of rotated queries before their product: in either kernel, the same bits.

@@ -317,6 +317,10 @@ def narrowed(case):
     return replace(case, inputs=partial(case.inputs, **fewer))
 
 
+# Other modes differ in what is launched, not in what is computed: one case of each op has them.
+FIRST_WITH_MODES = {case.op: case for case in reversed(numerics_cases()) if case.modes}.values()
+
+
 class TestInterpreter:
     @pytest.mark.usefixtures("interpreter")
     @pytest.mark.parametrize(
@@ -324,7 +328,7 @@ class TestInterpreter:
         [
             pytest.param(narrowed(case), name, id=f"{case.op} {case.name} {name}")
             for case in numerics_cases()
-            for name in ("triton", *case.modes)
+            for name in ("triton", *(case.modes if case in FIRST_WITH_MODES else ()))
         ],
     )
     def test_bf16_triton_forms_pass(self, case, name):

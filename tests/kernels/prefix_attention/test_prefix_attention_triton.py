@@ -251,7 +251,7 @@ def test_inputs_are_only_read(triton_device):
 @pytest.mark.parametrize("switch", ["ahead", "pieces"])
 def test_a_switch_leaves_the_bits(triton_device, form, switch, invariant):
     """Guards what only changes how keys are found, not who reads them or in which order."""
-    inputs = inputs_of(triton_device, [fork(40, [1, 3, 17]), fork(20, [2])], heads=18, kv_heads=3)
+    inputs = inputs_of(triton_device, [fork(40, [1, 3, 17]), fork(20, [2])], heads=12, kv_heads=2)
     options = {"grain": 16, "batch_invariant": True} if invariant else {}
     tiles = {"split": 0, switch: int(form == "old")}
     both = [run(**inputs, **options, tiles=each) for each in ({"split": 0}, tiles)]
