@@ -93,7 +93,7 @@ def write(gpu: Gpu, key: Key, tiles: Tiles) -> Path:
     partial_path = path.with_suffix(f".{os.getpid()}")
     jsonl.write_json(partial_path, {op: dict(sorted(table[op].items())) for op in sorted(table)})
     partial_path.replace(path)
-    tile_tables._table.cache_clear()
+    tile_tables.table_of.cache_clear()
     return path
 
 

@@ -73,7 +73,7 @@ class Tunable:
         overridden: whether `use_tiles` has a say
         """
         gpu = gpu_of(device)
-        chosen = _table(gpu.name).get(self.name, {}).get(key)
+        chosen = table_of(gpu.name).get(self.name, {}).get(key)
         chosen = self.rule(gpu, *inputs) if chosen is None else chosen
         if overridden:
             chosen = chosen | _overrides.get().get(self.name, {})
@@ -129,7 +129,7 @@ def _properties(index: int) -> Gpu:
 
 
 @cache
-def _table(gpu_name: str) -> dict[str, dict[str, Tiles]]:
+def table_of(gpu_name: str) -> dict[str, dict[str, Tiles]]:
     """{op: {key: tiles}} of a GPU; empty if it has no table."""
     path = TABLES / f"{gpu_name}.json"
     return json.loads(path.read_text()) if path.exists() else {}

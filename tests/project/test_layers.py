@@ -15,6 +15,8 @@ from tests.support import ROOT
 
 ROOMS = ("kernels", "model", "pacore_sched", "bench", "profiles")  # each may import those before it
 
+MOST_FILES = 14  # of a folder
+
 # A package, or a module, and what it reaches neither itself nor through what it imports.
 FORBIDDEN = {
     "kernels": {"transformers"},
@@ -162,6 +164,14 @@ def test_every_folder_is_a_package():
     folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
     assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == {*ROOMS, "tests"}
+
+
+def test_folders_stay_small():
+    """Guards against a folder in which nobody finds anything."""
+    undivided = {ROOT / "bench", ROOT / "bench" / "peers"}  # still
+    folders = {path.parent for room in (*ROOMS, "tests") for path in (ROOT / room).rglob("*.py")}
+    sizes = {str(folder): len([*folder.glob("*.py")]) for folder in folders - undivided}
+    assert {folder: size for folder, size in sizes.items() if size > MOST_FILES} == {}
 
 
 def test_no_private_module_is_shared():

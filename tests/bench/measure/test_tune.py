@@ -74,12 +74,12 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "sets_for", lambda set_bytes, device: 2)
     monkeypatch.setattr(tune, "measure", decreed)
     monkeypatch.setattr("bench.rows.roofline", lambda device, dtype: None)
-    tile_tables._table.cache_clear()
+    tile_tables.table_of.cache_clear()
     used.clear()
     yield tmp_path
     OPS.clear()
     OPS.update(ops)
-    tile_tables._table.cache_clear()
+    tile_tables.table_of.cache_clear()
 
 
 MICROSECONDS = {  # by length and block

@@ -18,9 +18,9 @@ def tables(tmp_path, monkeypatch):
     table = {"copy": {"small": {"block": 512, "num_warps": 2}}}
     (tmp_path / "nvidia-h200.json").write_text(json.dumps(table))
     monkeypatch.setattr(tile_tables, "TUNABLES", {})
-    tile_tables._table.cache_clear()
+    tile_tables.table_of.cache_clear()
     yield
-    tile_tables._table.cache_clear()
+    tile_tables.table_of.cache_clear()
 
 
 def rule(gpu):
