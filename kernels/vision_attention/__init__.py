@@ -1,4 +1,4 @@
-"""Attention of the vision tower: rotated on the fly, each view for itself."""
+"""Attention of the vision tower: each view for itself, queries and keys rotated along two axes."""
 
 from kernels.vision_attention.op import (
     axial_rotary,
