@@ -72,7 +72,7 @@ def _failures(rows: Sequence[Row]) -> list[str]:
 def _steps(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if row["op"] in STEPS and row.get("median_us"):
-            graphs = {True: ", CUDA graphs", False: ", no graphs", None: ""}[row.get("graphs")]
+            graphs = {True: ", CUDA graphs", False: ", no graphs"}.get(row.get("graphs", ""), "")
             yield (
                 f"  {row['op']} {row['case']}, {row['impl']}: {row['median_us'] / 1e3:,.2f} ms,"
                 f" {row['roofline_pct']:.0f} % of roofline{graphs}"
