@@ -4,9 +4,11 @@ The statistic is judged on synthetic runs, whose truth is known; the command on 
 whose bench tells times instead of taking them.
 """
 
+import ast
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +286,14 @@ def test_turns_alternate_so_that_drift_leaves_the_ratios():
     )
     assert "".join(log) == "ABBAABBA"
     assert judged(pairs["rms_norm", "T1", "eager"], 0.01).ratio == pytest.approx(1)
+
+
+def test_the_worker_begins_without_our_code():
+    """Guards commits from before a move: until it knows whose code to time it may import none."""
+    nodes = ast.parse(turns.WORKER.read_text()).body
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names}
 
 
 @pytest.mark.cli
