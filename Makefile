@@ -22,7 +22,7 @@ bench: .venv/.ready  ## check every op, time them, answer a question end to end;
 test: .venv/.ready  ## run the tests
 	@.venv/bin/python -m pytest $(SIDE_BY_SIDE)
 
-quick: .venv/.ready  ## in a minute: without interpreted kernels, Python processes, other libraries
+quick: .venv/.ready  ## the fast tests, in a minute: no Triton interpreter, no subprocesses, no transformers or timm
 	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not (gpu or interpreter or cli or judge)"
 
 test-gpu: .venv/.ready  ## only what runs on a GPU, without the peers, side by side

@@ -1,4 +1,4 @@
-"""The commands of `python -m bench` that measure, each by what it yields and how that is shown."""
+"""The commands of `python -m bench` that measure: each yields rows and shows them as a table."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from bench import (
     fp8_kv,
     images,
     jsonl,
+    listing,
     packing,
     replay,
     rows,
@@ -52,6 +53,16 @@ def checked_cases(options: argparse.Namespace, device: torch.device) -> Chosen:
 def timed_cases(options: argparse.Namespace, device: torch.device) -> Chosen:
     """What `ops` works on, given its filters, in order."""
     return _filtered(options, cases(device.type, options.grid), (MAIN_DTYPE[device.type],))
+
+
+def tell_checked(options: argparse.Namespace, device: torch.device) -> int:
+    """What `numerics` would do."""
+    return listing.run(options, device, "numerics", checked_cases(options, device))
+
+
+def tell_timed(options: argparse.Namespace, device: torch.device) -> int:
+    """What `ops` would do."""
+    return listing.run(options, device, "ops", timed_cases(options, device))
 
 
 def _filtered(
@@ -187,19 +198,19 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-OPS_TIMED = Measurement("ops", ops, show.times, time_arguments, timed_cases)
-NUMERICS = Measurement("numerics", numerics, show.errors, check_arguments, checked_cases)
-DECODE = Measurement("decode", decode_steps, decode.display, decode.add_arguments)
-E2E = Measurement("e2e", end_to_end, show.jobs, end_to_end_arguments)
-ROOFLINE = Measurement("roofline", ceilings, show.ceilings)
-SCHED = Measurement("sched", lambda options, device: sched.run(), sched.display)
-ENGINE = Measurement("engine", lambda options, device: engine.run(device), engine.display)
-PACKING = Measurement("packing", lambda options, device: packing.run(device), packing.display)
-REPLAY = Measurement("replay", lambda options, device: replay.run(device), replay.display)
-TUNE = Measurement("tune", tuning, tune.display, tune_arguments)
-COST = Measurement("cost", costs, display_costs, cost_arguments)
-FP8 = Measurement("fp8", lambda options, device: iter(fp8_kv.run(device)), fp8_kv.display)
-FOLD = Measurement("fold", lambda options, device: fold.run(device), fold.display)
+OPS_TIMED = Measurement(ops, show.times, time_arguments, tell_timed)
+NUMERICS = Measurement(numerics, show.errors, check_arguments, tell_checked)
+DECODE = Measurement(decode_steps, decode.display, decode.add_arguments)
+E2E = Measurement(end_to_end, show.jobs, end_to_end_arguments)
+ROOFLINE = Measurement(ceilings, show.ceilings)
+SCHED = Measurement(lambda options, device: sched.run(), sched.display)
+ENGINE = Measurement(lambda options, device: engine.run(device), engine.display)
+PACKING = Measurement(lambda options, device: packing.run(device), packing.display)
+REPLAY = Measurement(lambda options, device: replay.run(device), replay.display)
+TUNE = Measurement(tuning, tune.display, tune_arguments)
+COST = Measurement(costs, display_costs, cost_arguments)
+FP8 = Measurement(lambda options, device: iter(fp8_kv.run(device)), fp8_kv.display)
+FOLD = Measurement(lambda options, device: fold.run(device), fold.display)
 ALL = Several(
     (NUMERICS, OPS_TIMED, DECODE, E2E),
     {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench import jsonl, listing
+from bench import jsonl
 from bench.ops import device_named
 from bench.options import shared_arguments
 from bench.poison import PoisonedError
@@ -23,23 +23,21 @@ class Measurement:
     """One of `python -m bench`'s commands, as `model.terminal.dispatch` takes it.
 
     `rows` yields them on a device, `display` prints them, `arguments` adds options of its own.
-    With `chosen` it can also list its cases and print their commands (`--list`, `--repro`).
+    `tell` prints its cases or their commands instead, for those that have `--list` and `--repro`.
     """
 
-    name: str
     rows: Callable[[argparse.Namespace, torch.device], Iterator[dict]]
     display: Callable[[Sequence[dict]], None]
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    chosen: Callable[[argparse.Namespace, torch.device], listing.Chosen] | None = None
+    tell: Callable[[argparse.Namespace, torch.device], int] | None = None
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         self.arguments(parser)
         shared_arguments(parser)
 
     def run(self, options: argparse.Namespace) -> int:
-        if self.chosen and (options.list or options.repro):
-            device = device_named(options.device)
-            return listing.run(options, device, self.name, self.chosen(options, device))
+        if self.tell and (options.list or options.repro):
+            return self.tell(options, device_named(options.device))
         return measure([self], options)
 
 

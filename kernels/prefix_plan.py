@@ -79,9 +79,8 @@ class PrefixPlan:
     capacity: Capacity | None  # of a padded plan
     nodes: tuple[PlanNode, ...]  # as it was built or filled last
     packed: Packed = field(repr=False)
-    schedules: dict = field(
-        default_factory=dict, init=False, repr=False
-    )  # by prefix_attention/schedule.py
+    # What prefix_attention/schedule.py has made of this plan.
+    schedules: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         tensors = self.packed.tensors

@@ -1,1 +1,1 @@
-"""Peers on their way to a machine without the internet: fetched, built, packed, installed."""
+"""Bundles of peer libraries for a machine without the internet: fetched, built, installed."""

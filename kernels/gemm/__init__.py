@@ -2,10 +2,4 @@
 
 from kernels.gemm.op import check_placing, convolution, halved, linear, windows_of
 
-__all__ = [
-    "check_placing",
-    "convolution",
-    "halved",
-    "linear",
-    "windows_of",
-]
+__all__ = ["check_placing", "convolution", "halved", "linear", "windows_of"]

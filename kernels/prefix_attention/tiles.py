@@ -103,9 +103,9 @@ class Kind:
             choice      value  where                                  why
             block       32     head_dim 256 on sm_80 or with e4m3;    64 tokens would spill
                                M 128 with e4m3 on sm_80
-            num_warps   8      M 128, head_dim 256; on sm_80 also     one program per SM needs them
-                               e4m3 and fused
-            num_stages  5      blocks of 32, M 128                    as much in flight as else
+            num_warps   8      M 128, head_dim 256; e4m3 or fused     one program per SM needs them
+                               on sm_80
+            num_stages  5      blocks of 32, M 128                    keeps as much in flight
                         2      head_dim 256 in blocks of 64           shared memory
                         <= 4   `ahead` with e4m3 or head_dim 256      it costs a buffer
             programs    1      8 warps
@@ -114,8 +114,8 @@ class Kind:
             ahead       0      fused e4m3; fused M 128 on sm_80       registers
                                M 64 by 4 warps on sm_80               room for a second program
             pieces      0      fused smaller tiles alone, on sm_90    registers
-            steady      1      M 128, but e4m3                        fills the pipeline twice: for
-                                                                      what computes for longer
+            steady      1      M 128, but e4m3                        fills the pipeline twice: pays
+                                                                      where computing takes longer
 
         `python -m profiles static` shows what the compiler makes of it.
         """

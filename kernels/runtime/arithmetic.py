@@ -1,4 +1,4 @@
-"""Integer arithmetic that rooms without Triton share."""
+"""Integer arithmetic, without Triton or torch."""
 
 
 def cdiv(a: int, b: int) -> int:

@@ -2,9 +2,4 @@
 
 from kernels.sampling.op import SampleOutput, philox4x32, sample, sample_ref
 
-__all__ = [
-    "SampleOutput",
-    "philox4x32",
-    "sample",
-    "sample_ref",
-]
+__all__ = ["SampleOutput", "philox4x32", "sample", "sample_ref"]

@@ -1,1 +1,1 @@
-"""Kernels compiled here for a GPU node: packed, and unpacked there."""
+"""Packs of kernels: compiled and packed on one machine, unpacked on a GPU node."""

@@ -1,1 +1,1 @@
-"""Profilers: Nsight Systems and Compute, Proton, PyTorch's, and the reading of what they write."""
+"""Profilers: Nsight Systems, Nsight Compute, Proton and PyTorch's, and parsers of their output."""

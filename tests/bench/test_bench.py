@@ -239,7 +239,7 @@ def test_a_poisoned_process_ends_in_order(tmp_path, monkeypatch, capsys):
         raise PoisonedError("triton", RuntimeError("CUDA error: an illegal memory access"))
 
     shown: list[dict] = []
-    failing = Measurement("roofline", run, lambda made: shown.extend(made))
+    failing = Measurement(run, lambda made: shown.extend(made))
     monkeypatch.setattr(commands, "ROOFLINE", failing)
     out = tmp_path / "rows.jsonl"
     assert command.main(["roofline", "--device", "cpu", "--out", str(out)]) == 1
