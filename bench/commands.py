@@ -31,12 +31,12 @@ from bench.ops import (
     MAIN_DTYPE,
     TIMED_DTYPES,
     check_case,
-    dtypes_named,
+    parse_dtypes,
     select,
     time_case,
 )
 from bench.options import case_arguments, filter_arguments
-from kernels.runtime.tiles import gpu_of
+from kernels.runtime.configs import gpu_of
 from model.config import PRESETS
 from model.errors import InputError
 from model.terminal import track
@@ -69,7 +69,7 @@ def _filtered(
     options: argparse.Namespace, found: Sequence[Case], default: Sequence[torch.dtype]
 ) -> Chosen:
     found = select(found, options.op, options.shape, options.impl)
-    return [(case, dtype) for dtype in dtypes_named(options.dtype) or default for case in found]
+    return [(case, dtype) for dtype in parse_dtypes(options.dtype) or default for case in found]
 
 
 def numerics(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
@@ -118,7 +118,9 @@ def tuning(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
         raise InputError("tune measures on a GPU and this is none; --dry-run lists the candidates")
     tune.check_compiles()
     gpu = gpu_of(device)
-    work = tune.plans(select(cases("cuda"), options.op, options.shape), MAIN_DTYPE["cuda"], gpu)
+    work = tune.tuning_sets(
+        select(cases("cuda"), options.op, options.shape), MAIN_DTYPE["cuda"], gpu
+    )
     if options.dry_run:
         yield from map(tune.listed, work)
         return

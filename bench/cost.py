@@ -20,11 +20,11 @@ from bench.forests import Forest, grid, telling
 from bench.inputs import prefix_plan
 from bench.roofline import Roofline
 from kernels.kv_pages import KVPages
-from kernels.prefix_attention.launch import cut_up
-from kernels.prefix_attention.schedule import Cut
+from kernels.prefix_attention.launch import plan_launch
+from kernels.prefix_attention.schedule import ScheduleSpec
 from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.arithmetic import cdiv
-from kernels.runtime.tiles import A100, H200, Gpu, assume_gpu
+from kernels.runtime.configs import A100, H200, Gpu, assume_gpu
 from model.config import PRESETS
 from model.errors import InputError
 
@@ -78,62 +78,62 @@ class Line:
     work: np.ndarray  # [programs] places
     tile: np.ndarray  # [items], as all below
     program: np.ndarray
-    slot: np.ndarray  # of the partial result, within the tile's size
+    partial: np.ndarray  # of the partial result, within the tile's size
     tokens: np.ndarray
     vectors: np.ndarray  # that it leaves for the merge; 0 if it finishes them itself
 
 
-def cut_of(plan: PrefixPlan, shape: Shape, gpu: Gpu) -> Cut:
+def spec_of(plan: PrefixPlan, shape: Shape, gpu: Gpu) -> ScheduleSpec:
     """How the launcher cuts `plan` up on `gpu`."""
     q = torch.empty(0, shape.heads, shape.head_dim, dtype=shape.dtype, device="meta")
     k = torch.empty(0, shape.kv_heads, plan.page_size, shape.head_dim, device="meta")
     k = k.to(torch.float8_e4m3fn if shape.fp8 else shape.dtype)
     options = {"window": shape.window, "batch_invariant": shape.invariant, "fused": shape.fused}
     with assume_gpu(gpu):
-        cut, _ = cut_up(plan, q, shape.heads, KVPages(k, k), **options)
-    return replace(cut, small_programs=0)  # one line for both sizes is what is modelled
+        spec, _ = plan_launch(plan, q, shape.heads, KVPages(k, k), **options)
+    return replace(spec, small_programs=0)  # one line for both sizes is what is modelled
 
 
-def lay(plan: PrefixPlan, cut: Cut) -> Line:
+def lay(plan: PrefixPlan, spec: ScheduleSpec) -> Line:
     """The schedule of `plan`, by arithmetic alone."""
-    tiles, counts = _tiles(plan, cut)
-    sight = [(begin.min(), end.max()) for begin, end in _of_tiles(plan, cut, tiles)]
+    tiles, counts = _tiles(plan, spec)
+    sight = [(begin.min(), end.max()) for begin, end in _of_tiles(plan, spec, tiles)]
     first, end = np.array(sight, dtype=np.int64).reshape(-1, 2).T
-    first = first // cut.grain
-    grains = np.maximum(cdiv(end, cut.grain) - first, 0)
-    places = np.where(grains > 0, grains + cut.overhead, 0)
+    first = first // spec.grain
+    grains = np.maximum(cdiv(end, spec.grain) - first, 0)
+    places = np.where(grains > 0, grains + spec.overhead, 0)
     starts = np.concatenate([[0], np.cumsum(places)])
-    share = max(-(-cut.kv_heads * int(starts[-1]) // cut.programs), 1)
+    share = max(-(-spec.kv_heads * int(starts[-1]) // spec.programs), 1)
 
-    begins = _begins(cut, counts, starts)  # [kv_heads, tiles]
-    index, program, low, high = _items(cut, np.tile(places, cut.kv_heads), begins.ravel(), share)
+    begins = _begins(spec, counts, starts)  # [kv_heads, tiles]
+    index, program, low, high = _items(spec, np.tile(places, spec.kv_heads), begins.ravel(), share)
     head, tile = np.divmod(index, max(len(tiles), 1))
     small = tile >= counts[0]
-    if cut.invariant:  # a slot for every place of the size
-        slot = begins.ravel()[index] + low - small * cut.kv_heads * starts[counts[0]]
+    if spec.invariant:  # a partial for every place of the size
+        partial = begins.ravel()[index] + low - small * spec.kv_heads * starts[counts[0]]
     else:
-        slot = head * np.array(counts)[small * 1] + tile - small * counts[0] + program
-    tokens = np.minimum((first[tile] + high) * cut.grain, end[tile])
+        partial = head * np.array(counts)[small * 1] + tile - small * counts[0] + program
+    tokens = np.minimum((first[tile] + high) * spec.grain, end[tile])
     finished = _alone(plan, tiles)[tile] & (high - low == grains[tile])
     return Line(
         counts=counts,
         starts=starts,
         share=share,
-        first_tile=_first_tiles(cut, counts, starts, share),
-        work=np.clip(cut.kv_heads * starts[-1] - share * np.arange(cut.programs), 0, share),
+        first_tile=_first_tiles(spec, counts, starts, share),
+        work=np.clip(spec.kv_heads * starts[-1] - share * np.arange(spec.programs), 0, share),
         tile=tile,
         program=program,
-        slot=slot,
-        tokens=tokens - (first[tile] + low) * cut.grain,
-        vectors=np.where(finished, 0, tiles[tile, 2] * cut.group),
+        partial=partial,
+        tokens=tokens - (first[tile] + low) * spec.grain,
+        vectors=np.where(finished, 0, tiles[tile, 2] * spec.group),
     )
 
 
 def cost(name: str, forest: Forest, shape: Shape, gpu: Gpu, best: Roofline) -> dict:
     """The row of one tree: bytes, operations, items, balance, floors."""
     plan = prefix_plan(0, "cpu", forest=forest, page_size=shape.page_size)
-    cut = cut_of(plan, shape, gpu)
-    line = lay(plan, cut)
+    spec = spec_of(plan, shape, gpu)
+    line = lay(plan, spec)
     shared, unshared, pairs = tokens(plan, shape.window)
     token_bytes = shape.kv_heads * shape.token_bytes
     io_bytes = 2 * plan.num_rows * shape.heads * shape.head_dim * shape.dtype.itemsize
@@ -155,9 +155,9 @@ def cost(name: str, forest: Forest, shape: Shape, gpu: Gpu, best: Roofline) -> d
         "io_bytes": io_bytes,
         "flops": flops,
         "items": len(line.tile),
-        "programs": cut.programs,
+        "programs": spec.programs,
         "balance_places": _balance(line.work, gpu),
-        "balance_bytes": _balance(np.bincount(line.program, line.tokens, cut.programs), gpu),
+        "balance_bytes": _balance(np.bincount(line.program, line.tokens, spec.programs), gpu),
         "floor_us": floor(shared),
         "floor_with_partials_us": floor(shared, partial_bytes),
         "floor_unshared_us": floor(unshared),
@@ -174,9 +174,9 @@ def rotary(name: str, forest: Forest, gpu: Gpu, best: Roofline, fp32_tflop_s: fl
     once for every program that works on it.
     """
     plan, shape = prefix_plan(0, "cpu", forest=forest), Shape(fused=True)
-    cut = cut_of(plan, shape, gpu)
-    line = lay(plan, cut)
-    row = line.vectors.sum() + (line.vectors == 0).sum() * cut.group  # finished by the item itself
+    spec = spec_of(plan, shape, gpu)
+    line = lay(plan, spec)
+    row = line.vectors.sum() + (line.vectors == 0).sum() * spec.group  # finished by the item itself
     vectors = {"separate": plan.num_rows * shape.heads, "fused": int(row)}
     vector_bytes = shape.head_dim * shape.dtype.itemsize
     # Of Q: read, written, and read again once per item; or read once per item.
@@ -267,14 +267,14 @@ def _balance(work: np.ndarray, gpu: Gpu) -> float:
     return float(of_sm.max() / of_sm.mean()) if of_sm.any() else 1.0
 
 
-def _tiles(plan: PrefixPlan, cut: Cut) -> tuple[np.ndarray, tuple[int, int]]:
+def _tiles(plan: PrefixPlan, spec: ScheduleSpec) -> tuple[np.ndarray, tuple[int, int]]:
     """Tiles (node, first row, rows) of the larger size, then of the smaller; how many of each."""
     tiles: tuple[list, list] = ([], [])
     for index, node in enumerate(plan.nodes):
         rows = node.row_end - node.row_start
-        size = cut.size_of(rows)
-        for first in range(0, rows, max(cut.sizes[size] // cut.group, 1)):
-            many = min(cut.sizes[size] // cut.group, rows - first)
+        size = spec.size_of(rows)
+        for first in range(0, rows, max(spec.sizes[size] // spec.group, 1)):
+            many = min(spec.sizes[size] // spec.group, rows - first)
             tiles[size].append((index, node.row_start + first, many))
     counts = (len(tiles[0]), len(tiles[1]))
     return np.array(tiles[0] + tiles[1], dtype=np.int64).reshape(-1, 3), counts
@@ -300,48 +300,50 @@ def _sights(plan: PrefixPlan, window: int) -> list[Sight]:
     ]
 
 
-def _of_tiles(plan: PrefixPlan, cut: Cut, tiles: np.ndarray) -> Iterator[Sight]:
-    sights = _sights(plan, cut.window)
+def _of_tiles(plan: PrefixPlan, spec: ScheduleSpec, tiles: np.ndarray) -> Iterator[Sight]:
+    sights = _sights(plan, spec.window)
     for index, row, rows in tiles:
         first = row - plan.nodes[index].row_start
         begin, end = sights[index]
         yield begin[first : first + rows], end[first : first + rows]
 
 
-def _begins(cut: Cut, counts: tuple[int, int], starts: np.ndarray) -> np.ndarray:
+def _begins(spec: ScheduleSpec, counts: tuple[int, int], starts: np.ndarray) -> np.ndarray:
     """Where each tile begins on the line, for every KV head [kv_heads, tiles]."""
     middle, total = starts[counts[0]], starts[-1]
-    head = np.arange(cut.kv_heads)[:, None]
+    head = np.arange(spec.kv_heads)[:, None]
     large = head * middle + starts[: counts[0]]
-    small = cut.kv_heads * middle + head * (total - middle) + starts[counts[0] : -1] - middle
+    small = spec.kv_heads * middle + head * (total - middle) + starts[counts[0] : -1] - middle
     return np.concatenate([large, small], axis=1)
 
 
 def _items(
-    cut: Cut, places: np.ndarray, begins: np.ndarray, share: int
+    spec: ScheduleSpec, places: np.ndarray, begins: np.ndarray, share: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of every item: its tile, its program, the grains [low, high) of the tile."""
-    if cut.invariant:
+    if spec.invariant:
         index = np.repeat(np.arange(len(places)), places)
         low = np.arange(len(index)) - np.repeat(np.cumsum(places) - places, places)
         return index, (begins[index] + low) // share, low, low + 1
-    first, last = (begins + cut.overhead) // share, (begins + places - 1) // share
+    first, last = (begins + spec.overhead) // share, (begins + places - 1) // share
     many = np.where(places > 0, last - first + 1, 0)
     index = np.repeat(np.arange(len(places)), many)
     program = first[index] + np.arange(len(index)) - np.repeat(np.cumsum(many) - many, many)
     done = program * share - begins[index]  # places of the tile that lie behind the program
-    low = np.maximum(done - cut.overhead, 0)
-    return index, program, low, np.minimum(done + share, places[index]) - cut.overhead
+    low = np.maximum(done - spec.overhead, 0)
+    return index, program, low, np.minimum(done + share, places[index]) - spec.overhead
 
 
-def _first_tiles(cut: Cut, counts: tuple[int, int], starts: np.ndarray, share: int) -> np.ndarray:
+def _first_tiles(
+    spec: ScheduleSpec, counts: tuple[int, int], starts: np.ndarray, share: int
+) -> np.ndarray:
     """The tile of each size in which each program starts."""
     middle, total = int(starts[counts[0]]), int(starts[-1])
-    begin = np.arange(cut.programs) * share
+    begin = np.arange(spec.programs) * share
     found = []
     for low, high, count in ((0, middle, 0), (middle, total, counts[0])):
-        place = np.maximum(begin, cut.kv_heads * low) - cut.kv_heads * low
-        has_any = (place < cut.kv_heads * (high - low)) & (begin + share > cut.kv_heads * low)
+        place = np.maximum(begin, spec.kv_heads * low) - spec.kv_heads * low
+        has_any = (place < spec.kv_heads * (high - low)) & (begin + share > spec.kv_heads * low)
         place = low + place % max(high - low, 1)
         tile = np.searchsorted(starts[1:], place, side="right") - count
         found.append(np.where(has_any, tile, -1))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.breakdown import parts
 from bench.numerics import Verdict, compare
-from bench.ops import MAIN_DTYPE, NOT_RUN, dtypes_named
+from bench.ops import MAIN_DTYPE, NOT_RUN, parse_dtypes
 from bench.rows import measured, origin, with_speedups
 from bench.show import times, titled
 from bench.timing import measure
@@ -33,8 +33,8 @@ from model.kv_cache import PAGE_SIZE, KVCache
 from model.step3vl import Step3VL
 from model.terminal import track
 from pacore_sched.engine.kv_memory import free_bytes
-from pacore_sched.sched.plan import plan_step
 from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.step_batch import build_step_batch
 
 FORMS = {"eager": "eager", "default": None}  # of all ops; None is the best that the device has
 FP8 = "default, FP8 KV"  # the default form over pages of e4m3, on a GPU
@@ -119,7 +119,7 @@ def chosen(
     sizes = [given or default for given, default in zip(asked, SIZES[device.type], strict=True)]
     if min(map(min, sizes)) < 1:
         raise InputError("--batch, --prefix and --suffix are at least 1")
-    dtypes = dtypes_named(options.dtype) or (MAIN_DTYPE[device.type],)
+    dtypes = parse_dtypes(options.dtype) or (MAIN_DTYPE[device.type],)
     return name, dtypes, [DecodeCase(*size) for size in product(*sizes)]
 
 
@@ -244,7 +244,7 @@ def prepare(case: DecodeCase, model: Step3VL) -> tuple[Step, KVCache]:
     leaves = [tree.add(root) for _ in range(case.batch)]
     for leaf in leaves:
         tree.append(leaf, case.suffix)
-    batch = plan_step(tree, [(leaf, 1) for leaf in leaves])
+    batch = build_step_batch(tree, [(leaf, 1) for leaf in leaves])
     plan = PrefixPlan.build(
         batch.plan_nodes,
         num_rows=case.batch,

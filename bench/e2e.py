@@ -22,7 +22,7 @@ from model.step3vl import Step3VL
 from model.terminal import progress
 from model.text.prompt import build_prompt
 from model.vision.image import load_image, preprocess
-from pacore_sched.answers.journal import Outcome
+from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.pacore import Pacore, engine_for
 from pacore_sched.engine.engine import Engine
 from pacore_sched.sched.request import Sampling
@@ -196,7 +196,7 @@ def _decode_bytes(pacore: Pacore) -> int:
 
 
 def _same_rollouts(
-    mine: Sequence[Outcome], eager: Sequence[Outcome], dtype: torch.dtype
+    mine: Sequence[RolloutResult], eager: Sequence[RolloutResult], dtype: torch.dtype
 ) -> Verdict:
     """Compare log-probabilities while the tokens agree; in fp32 most rollouts must agree whole."""
     pairs, whole = [], 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bench import jsonl
-from bench.ops import device_named
+from bench.ops import parse_device
 from bench.options import shared_arguments
 from bench.poison import PoisonedError
 from bench.report import command as report
@@ -37,7 +37,7 @@ class Measurement:
 
     def run(self, options: argparse.Namespace) -> int:
         if self.tell and (options.list or options.repro):
-            return self.tell(options, device_named(options.device))
+            return self.tell(options, parse_device(options.device))
         return measure([self], options)
 
 
@@ -58,7 +58,7 @@ class Several:
 
 def measure(parts: Sequence[Measurement], options: argparse.Namespace) -> int:
     """Run them; 1 if a form's numbers are wrong or it could not run, else 0."""
-    device = device_named(options.device)
+    device = parse_device(options.device)
     keep_freed_memory()
     if options.report:
         report.check(options.report)  # now, not after minutes of work

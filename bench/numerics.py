@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.cases import OPS, STORING, Case
 from bench.peers import PEERS, Prepare
 from kernels.kv_pages import KVPages
-from kernels.runtime.tiles import Tiles, use_tiles
+from kernels.runtime.configs import KernelConfig, use_config
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ APPROXIMATE: dict[str, Error] = {
     "quick_gelu": Error(5.4, 3),
 }
 
-TILES_OF = {"rotary_attention": "prefix_attention"}  # whose kernel has most of an op's choices
+TUNED_PART = {"rotary_attention": "prefix_attention"}  # whose kernel has most of an op's choices
 
 # Of a whole model's results in fp32: far above rounding, far below a fault. Whole models are not
 # judged in 16 bits, where rounding adds up over the layers; their ops are, one by one.
@@ -98,10 +98,10 @@ def form(op: str, name: str) -> Prepare:
     def prepare(inputs: dict) -> Callable[[], object]:
         return partial(OPS[op], **inputs, impl=impl, **modes.get(mode, {}))
 
-    return _in_tiles(prepare, op, choice) if choice else prepare
+    return _with_config(prepare, op, choice) if choice else prepare
 
 
-def _in_tiles(prepare: Prepare, op: str, choice: str) -> Prepare:
+def _with_config(prepare: Prepare, op: str, choice: str) -> Prepare:
     """The calls of `prepare` with tile choices, as in "tma=1 grain=64", put over all others of
     `op`, and over those of the op that it is made of."""
     chosen = choices_of(choice)
@@ -110,7 +110,7 @@ def _in_tiles(prepare: Prepare, op: str, choice: str) -> Prepare:
         call = prepare(inputs)
 
         def run() -> object:
-            with use_tiles(op, **chosen), use_tiles(TILES_OF.get(op, op), **chosen):
+            with use_config(op, **chosen), use_config(TUNED_PART.get(op, op), **chosen):
                 return call()
 
         return run
@@ -118,7 +118,7 @@ def _in_tiles(prepare: Prepare, op: str, choice: str) -> Prepare:
     return prepared
 
 
-def choices_of(text: str) -> Tiles:
+def choices_of(text: str) -> KernelConfig:
     """Tile choices as a form's name has them, as in "tma=1 grain=64"."""
     pairs = (one.partition("=") for one in text.split())
     return {name: int(value) for name, _, value in pairs}

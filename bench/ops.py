@@ -33,7 +33,7 @@ NOT_RUN = Verdict(math.nan, math.nan, None)
 TIMED_DTYPES = {"cpu": (torch.float32,), "cuda": DTYPES}
 
 
-def device_named(name: str | None) -> torch.device:
+def parse_device(name: str | None) -> torch.device:
     """ "cpu" or "cuda"; None is a GPU if there is one. Raises InputError for another or no GPU."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name not in MAIN_DTYPE:
@@ -43,7 +43,7 @@ def device_named(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def dtypes_named(names: Sequence[str]) -> tuple[torch.dtype, ...]:
+def parse_dtypes(names: Sequence[str]) -> tuple[torch.dtype, ...]:
     """Dtypes by their names, long or short. Raises InputError for one that ops do not have."""
     known = {dtype_name(dtype): dtype for dtype in DTYPES}
     for name in names:

@@ -2,7 +2,7 @@
 
 The same questions with the same seeds, hence the same rollouts, under several policies: SmolLM2 on
 a CPU, the 10B with random weights on a GPU. Real lengths: rollouts end where the model ends them.
-All plans take turns step by step, each on an engine of its own and a clock that counts its own
+All setups take turns step by step, each on an engine of its own and a clock that counts its own
 steps only: whatever slows the machine for a minute slows all of them.
 """
 
@@ -39,7 +39,7 @@ QUESTIONS = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class Setup:
     """One way to run the questions."""
 
     policy: str
@@ -53,39 +53,39 @@ class Plan:
 
 
 ALL = len(QUESTIONS) * WIDTHS[0]
-PLANS = (
-    Plan("one-at-a-time", ALL),
-    Plan("later-round-first", ALL),
-    Plan("later-round-first", ALL, speculate=8),
-    Plan("fcfs", 16),
-    Plan("later-round-first", 16),
-    Plan("shortest-expected", 16),
+SETUPS = (
+    Setup("one-at-a-time", ALL),
+    Setup("later-round-first", ALL),
+    Setup("later-round-first", ALL, speculate=8),
+    Setup("fcfs", 16),
+    Setup("later-round-first", 16),
+    Setup("shortest-expected", 16),
 )
 
 
 def run(device: torch.device) -> Iterator[dict]:
-    """A row per plan."""
+    """A row per setup."""
     name = MODELS[device.type]
     model = Step3VL.from_preset(name, device=device, dtype=MAIN_DTYPE[device.type])
-    yield from compare(model, PLANS)
+    yield from compare(model, SETUPS)
 
 
 def compare(
     model: Step3VL,
-    plans: Sequence[Plan],
+    setups: Sequence[Setup],
     *,
     questions: Sequence[str] = QUESTIONS,
     widths: tuple[int, ...] = WIDTHS,
     sampling: Sampling = SAMPLING,
 ) -> list[dict]:
-    """Rows of the plans, the first of which is the base line.
+    """Rows of the setups, the first of which is the base line.
 
-    `same_texts` is the share of rollouts that say what they said in the first plan: all, unless
+    `same_texts` is the share of rollouts that say what they said in the first setup: all, unless
     products of other batch sizes round so differently that a draw tips over.
     """
-    runs = [_Run(model, plan, questions, widths, sampling) for plan in plans]
+    runs = [_Run(model, setup, questions, widths, sampling) for setup in setups]
     going = list(runs)
-    with progress("packing", len(plans) * len(questions)) as advance:
+    with progress("packing", len(setups) * len(questions)) as advance:
         while going:  # the one that is furthest behind: all have the same to say
             run = min(going, key=lambda run: run.engine.stats.generated)
             before = len(run.ends)
@@ -97,7 +97,7 @@ def compare(
         {
             "op": "packing",
             "case": f"{model.config.name} {len(questions)} x {list(widths)} T{sampling.max_tokens}",
-            "impl": run.plan.name,
+            "impl": run.setup.name,
             "dtype": dtype_name(model.dtype),
             **run.figures(),
             "same_texts": sum(map(eq, said, texts[0])) / len(texts[0]),
@@ -113,18 +113,18 @@ class _Run:
     def __init__(
         self,
         model: Step3VL,
-        plan: Plan,
+        setup: Setup,
         questions: Sequence[str],
         widths: tuple[int, ...],
         sampling: Sampling,
     ) -> None:
-        self.plan = plan
+        self.setup = setup
         self.engine = engine_for(
             model,
-            policy=plan.policy,
-            max_running=plan.max_running,
+            policy=setup.policy,
+            max_running=setup.max_running,
             kv_tokens=KV_TOKENS,
-            speculate=plan.speculate,
+            speculate=setup.speculate,
         )
         problems = [
             Problem([{"role": "user", "content": question}], id=str(number))
@@ -148,7 +148,7 @@ class _Run:
         return True
 
     def texts(self) -> list[str]:
-        """What every rollout said, in an order that is the same for all plans."""
+        """What every rollout said, in an order that is the same for all setups."""
         answers = (answer for _, answer in sorted(self._answers.items()))
         rounds = (round_ for answer in answers for round_ in answer.rounds)
         return [rollout.text for round_ in rounds for rollout in round_.rollouts]

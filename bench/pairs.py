@@ -14,10 +14,10 @@ import torch
 from bench.cases import Case, cases, numerics_cases
 from bench.numerics import choices_of, form
 from bench.ops import NOT_RUN, check_case, row_of, time_case
-from bench.tune import asked_tiles
+from bench.tune import requested_configs
 from kernels.compile.launches import launches_recorded
 from kernels.compile.unfilled import unfilled
-from kernels.runtime.tiles import Gpu, Tiles, gpu_of
+from kernels.runtime.configs import Gpu, KernelConfig, gpu_of
 
 Switches = dict[str, tuple[int, int]]  # tile choice -> its old and its new value
 Table = dict[tuple[str, str], Switches]  # by op and name of a case
@@ -117,7 +117,7 @@ def time_pairs(
     there, made = _there(case, device, dtype, names)
     if there:
         made = time_case(case, device, dtype, there, budget_s, anyway=True) + made
-    tiles = chosen_tiles(case, device, dtype)
+    tiles = chosen_config(case, device, dtype)
     return [row | _of_pair(row["impl"], tiles) for row in made]
 
 
@@ -130,18 +130,18 @@ def check_forms(
     return (check_case(case, device, dtype, there) if there else []) + made
 
 
-def chosen_tiles(case: Case, device: torch.device, dtype: torch.dtype) -> Tiles | None:
+def chosen_config(case: Case, device: torch.device, dtype: torch.dtype) -> KernelConfig | None:
     """The tile choices of a case on a GPU; None where none are made."""
     if device.type != "cuda":
         return None
-    asked = asked_tiles(case, dtype, gpu_of(device))
+    asked = requested_configs(case, dtype, gpu_of(device))
     return next((tiles for (op, _), tiles in asked.items() if op == case.op), {})
 
 
 def refusals(case: Case, dtype: torch.dtype, names: Sequence[str], gpu: Gpu) -> dict[str, str]:
     """Why forms with a tile choice cannot be had on `gpu`: the case makes no such choice, or the op
     refuses it beside its others. Nothing is launched."""
-    known = {name for tiles in asked_tiles(case, dtype, gpu).values() for name in tiles}
+    known = {name for tiles in requested_configs(case, dtype, gpu).values() for name in tiles}
     with unfilled():
         inputs = case.inputs(0, torch.device("cpu"), dtype)
     found = {}
@@ -179,7 +179,7 @@ def _refused(
     return refusals(case, dtype, names, gpu_of(device)) if on_gpu else {}
 
 
-def _of_pair(name: str, tiles: Tiles | None) -> dict:
+def _of_pair(name: str, tiles: KernelConfig | None) -> dict:
     chosen = choices_of(name.partition(" ")[2])
     pair = next((f"{switch} {value}" for switch, value in chosen.items()), "rule")
     return {"tiles": tiles | chosen if tiles is not None else chosen or None, "pair": pair}

@@ -16,7 +16,7 @@ from statistics import fmean, median
 import torch
 
 from bench.ops import MAIN_DTYPE
-from bench.packing import ALL, MODELS, PLANS, Plan
+from bench.packing import ALL, MODELS, SETUPS, Setup
 from bench.rows import origin
 from bench.show import titled
 from kernels.runtime.dtypes import dtype_name
@@ -35,11 +35,11 @@ KV_TOKENS, TOKEN_BUDGET = 24_576, 512
 # What is judged, and what the cost model is fitted to: nothing of the one is in the other.
 JUDGED = Workload("judged", 8, (8,), 60, 0, 40, max_tokens=200)
 FITTED = (
-    (Workload("fitted wide", 5, (12,), 40, 0, 90, max_tokens=120), Plan("later-round-first", ALL)),
-    (Workload("fitted narrow", 3, (5,), 50, 0, 25, max_tokens=120), Plan("fcfs", 10)),
-    (Workload("fitted alone", 3, (4,), 40, 0, 60, max_tokens=120), Plan("one-at-a-time", ALL)),
+    (Workload("fitted wide", 5, (12,), 40, 0, 90, max_tokens=120), Setup("later-round-first", ALL)),
+    (Workload("fitted narrow", 3, (5,), 50, 0, 25, max_tokens=120), Setup("fcfs", 10)),
+    (Workload("fitted alone", 3, (4,), 40, 0, 60, max_tokens=120), Setup("one-at-a-time", ALL)),
 )
-JUDGED_PLANS = [plan for plan in PLANS if not plan.speculate]
+JUDGED_PLANS = [plan for plan in SETUPS if not plan.speculate]
 SAMPLES = list[tuple[StepShape, float]]
 
 
@@ -53,8 +53,8 @@ def run(device: torch.device) -> Iterator[dict]:
 def validate(
     model: Step3VL,
     judged: Workload = JUDGED,
-    fitted: Sequence[tuple[Workload, Plan]] = FITTED,
-    plans: Sequence[Plan] = JUDGED_PLANS,
+    fitted: Sequence[tuple[Workload, Setup]] = FITTED,
+    plans: Sequence[Setup] = JUDGED_PLANS,
 ) -> list[dict]:
     """Rows of the plans: measured and simulated seconds, and the simulator's errors."""
     problems = judged.draw(seed=0)
@@ -99,7 +99,7 @@ class Replay:
     samples: the shape and the seconds of every step
     """
 
-    def __init__(self, model: Step3VL, plan: Plan, problems: Sequence[Problem]) -> None:
+    def __init__(self, model: Step3VL, plan: Setup, problems: Sequence[Problem]) -> None:
         self.engine = engine_for(
             model,
             policy=plan.policy,
@@ -163,7 +163,7 @@ class Simulated:
 
 
 def simulate(
-    cost: FittedCost, plan: Plan, problems: Sequence[Problem], max_tokens: int
+    cost: FittedCost, plan: Setup, problems: Sequence[Problem], max_tokens: int
 ) -> Simulated:
     """The same problems on the virtual clock."""
     answers: list[float] = []

@@ -14,12 +14,12 @@ import torch
 
 from bench.cases import Case, cases
 from bench.numerics import reference
-from bench.ops import MAIN_DTYPE, device_named, forms_here, prepared, verdicts_of
+from bench.ops import MAIN_DTYPE, forms_here, parse_device, prepared, verdicts_of
 from bench.timing import MAX_REPEATS, MIN_REPEATS, prepare
 
 pytest.importorskip("pytest_benchmark")
 
-DEVICE = device_named(None)
+DEVICE = parse_device(None)
 DTYPE = MAIN_DTYPE[DEVICE.type]
 BUDGET_S = 0.3  # of timing per form and case
 PAIRS = [

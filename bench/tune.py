@@ -24,8 +24,8 @@ from bench.timing import Timing, measure, sets_for
 from kernels.compile.launches import launches_recorded
 from kernels.compile.unfilled import unfilled
 from kernels.errors import ImplError, one_line
-from kernels.runtime import tiles as tile_tables
-from kernels.runtime.tiles import TUNABLES, Gpu, Tiles, record_tiles, use_tiles
+from kernels.runtime import configs
+from kernels.runtime.configs import TUNABLES, Gpu, KernelConfig, record_configs, use_config
 from model.errors import InputError
 
 BUDGET_S = 0.2  # of timing, for each candidate on each case
@@ -33,29 +33,29 @@ Key = tuple[str, str]  # what asks for tiles, an op or a part of one, and the cl
 
 
 @dataclass(frozen=True)
-class Plan:
+class TuningSet:
     """What there is to measure for one key: the cases that fall into it and the tiles to try."""
 
     key: Key
     cases: list[Case]
-    candidates: list[Tiles]  # what is chosen now comes first
+    candidates: list[KernelConfig]  # what is chosen now comes first
 
 
-def plans(cases: Sequence[Case], dtype: torch.dtype, gpu: Gpu) -> list[Plan]:
+def tuning_sets(cases: Sequence[Case], dtype: torch.dtype, gpu: Gpu) -> list[TuningSet]:
     """The keys that `cases` fall into on `gpu`, with their candidates. Nothing runs on a device.
 
     Ops without a Triton form have no keys.
     """
-    found: dict[Key, tuple[list[Case], Tiles]] = {}
+    found: dict[Key, tuple[list[Case], KernelConfig]] = {}
     for case in in_modes(cases):
         try:
-            asked = asked_tiles(case, dtype, gpu)
+            asked = requested_configs(case, dtype, gpu)
         except ImplError:
             continue
         for key, chosen in asked.items():
             found.setdefault(key, ([], chosen))[0].append(case)
     return [
-        Plan(key, of_key, _unique([chosen, *TUNABLES[key[0]].candidates(key[1], gpu)]))
+        TuningSet(key, of_key, _unique([chosen, *TUNABLES[key[0]].candidates(key[1], gpu)]))
         for key, (of_key, chosen) in found.items()
     ]
 
@@ -66,7 +66,7 @@ def check_compiles() -> None:
         raise InputError("TRITON_INTERPRET is set: unset it, Triton would not compile here")
 
 
-def tune(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[dict]:
+def tune(plan: TuningSet, device: torch.device, dtype: torch.dtype) -> list[dict]:
     """Check and time the plan's candidates on all its cases: a row each, the best ones `chosen`."""
     made = [row for case in plan.cases for row in _rows(plan, case, device, dtype)]
     best = choose(made)
@@ -75,7 +75,7 @@ def tune(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[dict]:
     return made
 
 
-def choose(made: Sequence[dict]) -> Tiles | None:
+def choose(made: Sequence[dict]) -> KernelConfig | None:
     """The best tiles by the rows of one key: None if none are right on all cases."""
     scores = []
     for tiles in _unique([row["tiles"] for row in made]):
@@ -85,15 +85,15 @@ def choose(made: Sequence[dict]) -> Tiles | None:
     return min(scores, key=lambda scored: scored[0])[1] if scores else None
 
 
-def write(gpu: Gpu, key: Key, tiles: Tiles) -> Path:
+def write(gpu: Gpu, key: Key, tiles: KernelConfig) -> Path:
     """Put one choice into the GPU's table, which stays whole at every moment; its path."""
-    path = tile_tables.TABLES / f"{gpu.name}.json"
+    path = configs.TABLES / f"{gpu.name}.json"
     table = json.loads(path.read_text()) if path.exists() else {}
     table.setdefault(key[0], {})[key[1]] = tiles
     partial_path = path.with_suffix(f".{os.getpid()}")
     jsonl.write_json(partial_path, {op: dict(sorted(table[op].items())) for op in sorted(table)})
     partial_path.replace(path)
-    tile_tables.table_of.cache_clear()
+    configs.table_of.cache_clear()
     return path
 
 
@@ -102,7 +102,7 @@ def results(gpu: Gpu) -> Path:
     return rows.ROOT / "profiles" / "results" / gpu.name / "tune.jsonl"
 
 
-def listed(plan: Plan) -> dict:
+def listed(plan: TuningSet) -> dict:
     """A plan as a row, for a dry run."""
     part, key = plan.key
     names = [case.name for case in plan.cases]
@@ -135,21 +135,21 @@ def display(made: Sequence[dict]) -> None:
     show.table("tile choices", header, lines)
 
 
-def text(tiles: Tiles) -> str:
+def text(tiles: KernelConfig) -> str:
     """As in "block=1024 num_warps=4"."""
     return " ".join(f"{name}={value}" for name, value in tiles.items())
 
 
-def asked_tiles(case: Case, dtype: torch.dtype, gpu: Gpu) -> dict[Key, Tiles]:
+def requested_configs(case: Case, dtype: torch.dtype, gpu: Gpu) -> dict[Key, KernelConfig]:
     """The keys that a case falls into, and their tiles as they are chosen now."""
     with unfilled():
         inputs = case.inputs(0, torch.device("cpu"), dtype)
-    with launches_recorded(gpu), record_tiles() as asked:
+    with launches_recorded(gpu), record_configs() as asked:
         form(case.op, case.form)(inputs)()
     return asked
 
 
-def _rows(plan: Plan, case: Case, device: torch.device, dtype: torch.dtype) -> list[dict]:
+def _rows(plan: TuningSet, case: Case, device: torch.device, dtype: torch.dtype) -> list[dict]:
     verdicts = _verdicts(plan, case, device, dtype)
     good = [index for index, verdict in enumerate(verdicts) if not verdict.failure]
     timings: dict[str, Timing] = {}
@@ -177,14 +177,16 @@ def _rows(plan: Plan, case: Case, device: torch.device, dtype: torch.dtype) -> l
     ]
 
 
-def _verdicts(plan: Plan, case: Case, device: torch.device, dtype: torch.dtype) -> list[Verdict]:
+def _verdicts(
+    plan: TuningSet, case: Case, device: torch.device, dtype: torch.dtype
+) -> list[Verdict]:
     """What the op's tolerances say of each candidate."""
     inputs = case.inputs(0, device, dtype)
     expected = reference(case, inputs)
     verdicts = []
     for tiles in plan.candidates:
         try:
-            with use_tiles(plan.key[0], **tiles):
+            with use_config(plan.key[0], **tiles):
                 verdicts.append(judge(case, form(case.op, case.form), inputs, expected))
         except Exception as error:  # one candidate must not hide the others
             check_poison(text(tiles), error)
@@ -193,14 +195,14 @@ def _verdicts(plan: Plan, case: Case, device: torch.device, dtype: torch.dtype) 
 
 
 def _timings(
-    plan: Plan, case: Case, good: Sequence[int], device: torch.device, dtype: torch.dtype
+    plan: TuningSet, case: Case, good: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Timing]:
     """Times of the candidates `good`, by their number."""
     sets = sets_for(case.bytes(dtype), device)
     calls = [form(case.op, case.form)(case.inputs(seed, device, dtype)) for seed in range(sets)]
 
-    def call(tiles: Tiles, index: int) -> object:
-        with use_tiles(plan.key[0], **tiles):
+    def call(tiles: KernelConfig, index: int) -> object:
+        with use_config(plan.key[0], **tiles):
             return calls[index]()
 
     for index in good:  # what an op prepares once for an input must not be captured
@@ -210,5 +212,5 @@ def _timings(
     return measure(forms, device=device, sets=sets, budget_s=BUDGET_S * len(good)) if good else {}
 
 
-def _unique(choices: Sequence[Tiles]) -> list[Tiles]:
+def _unique(choices: Sequence[KernelConfig]) -> list[KernelConfig]:
     return [tiles for index, tiles in enumerate(choices) if tiles not in choices[:index]]

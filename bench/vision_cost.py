@@ -22,12 +22,14 @@ from bench.roofline import Roofline
 from bench.tune import check_compiles
 from kernels.compile.launches import Launch, launches_recorded
 from kernels.compile.unfilled import unfilled
-from kernels.gemm.cut import Cut
+from kernels.gemm.stream_k import StreamK
 from kernels.runtime.arithmetic import cdiv
-from kernels.runtime.tiles import Gpu, Tiles, record_tiles
+from kernels.runtime.configs import Gpu, KernelConfig, record_configs
 
 OPS = ("vision_attention", "projector", "linear_quick_gelu")
-Work = Callable[[dict, Tiles, Gpu], np.ndarray]  # multiply-adds of each program, in their order
+Work = Callable[
+    [dict, KernelConfig, Gpu], np.ndarray
+]  # multiply-adds of each program, in their order
 
 
 def table(ops: Sequence[str], gpu_name: str, copy_gb_s: float | None, name: str) -> Iterator[dict]:
@@ -48,7 +50,7 @@ def work_of(case: Case, gpu: Gpu) -> list[np.ndarray]:
     """Of each launch with products, the multiply-adds of its programs in their order."""
     with unfilled():
         inputs = case.inputs(0, torch.device("cpu"), torch.bfloat16)
-    with launches_recorded(gpu) as launches, record_tiles() as asked:
+    with launches_recorded(gpu) as launches, record_configs() as asked:
         form(case.op, case.form)(inputs)()
     modelled = [launch for launch in launches if launch.kernel.fn.__name__ in WORK]
     tiles = [chosen for (part, _), chosen in asked.items() if part in PARTS]
@@ -107,7 +109,7 @@ def display(rows: Sequence[dict]) -> None:
     show.table(f"vision ops by arithmetic ({rows[0]['gpu']}, datasheet)", header, lines)
 
 
-def _attention(given: dict, tiles: Tiles, gpu: Gpu) -> np.ndarray:
+def _attention(given: dict, tiles: KernelConfig, gpu: Gpu) -> np.ndarray:
     first, start, end = given["tiles"].long().numpy().T
     tokens, block = end - start, given["BLOCK"]
     rows = np.where(end - first <= given["SHORT"], given["SHORT"], given["ROWS"])
@@ -115,11 +117,11 @@ def _attention(given: dict, tiles: Tiles, gpu: Gpu) -> np.ndarray:
     return np.repeat(2 * rows * keys * (given["FIRST"] + given["REST"]), given["HEADS"])
 
 
-def _gemm(given: dict, tiles: Tiles, gpu: Gpu) -> np.ndarray:
+def _gemm(given: dict, tiles: KernelConfig, gpu: Gpu) -> np.ndarray:
     steps = given["TAPS"] * cdiv(given["C"], given["BLOCK_K"])
     programs = gpu.sms * tiles["programs"]
     names = ("band", "whole", "rest", "lanes", "share")
-    cut = Cut(steps, programs, **{name: given[name] for name in names})
+    cut = StreamK(steps, programs, **{name: given[name] for name in names})
     step = given["BLOCK_M"] * given["BLOCK_N"] * given["BLOCK_K"]
     return np.array([cut.work(program) * step for program in range(programs)])
 

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.configs import Gpu, KernelConfig, Tunable
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
-from kernels.runtime.tiles import Gpu, Tiles, Tunable
 
 
 def silu_mul(gate_up: Tensor, *, interleaved: bool = False, impl: str | None = None) -> Tensor:
@@ -158,7 +158,7 @@ def _launch(
     return y
 
 
-def _rule(gpu: Gpu, rows: int, width: int) -> Tiles:
+def _rule(gpu: Gpu, rows: int, width: int) -> KernelConfig:
     """Columns per program, and its warps: two loads of 16 bytes per thread and operand, 32 KiB and
     more on an SM full of warps. If that leaves SMs without work, one load."""
     block = 2048
@@ -167,7 +167,7 @@ def _rule(gpu: Gpu, rows: int, width: int) -> Tiles:
     return {"block": block, "num_warps": 4 if block > 512 else block // 256}
 
 
-def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     shapes = ((256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8))
     return [{"block": block, "num_warps": warps} for block, warps in shapes]
 

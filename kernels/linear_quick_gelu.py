@@ -18,9 +18,9 @@ from torch import Tensor
 
 from kernels.activation import quick_gelu, quick_gelu_ref
 from kernels.gemm import linear
+from kernels.runtime.configs import Tunable
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
-from kernels.runtime.tiles import Tunable
 
 
 def linear_quick_gelu(

@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.configs import Gpu, KernelConfig, Tunable
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.pdl import pdl_options, release_next, wait_for_previous
-from kernels.runtime.tiles import Gpu, Tiles, Tunable
 
 MAX_WIDTH = 16384  # of the Triton forms: what a program's registers hold
 
@@ -297,7 +297,7 @@ def _launch(
     return y if total is None else (y, total)
 
 
-def _rule(gpu: Gpu, rows: int, width: int) -> Tiles:
+def _rule(gpu: Gpu, rows: int, width: int) -> KernelConfig:
     """Two loads of 16 bytes per thread and operand. Narrow rows share a program once there are
     enough of them for every SM."""
     block = triton.next_power_of_2(width)
@@ -308,7 +308,7 @@ def _rule(gpu: Gpu, rows: int, width: int) -> Tiles:
     return {"rows": together, "num_warps": num_warps, "pdl": 0}
 
 
-def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     pairs = [(rows, warps) for rows in (1, 2) for warps in (1, 2, 4, 8, 16)]
     # Two rows of 4096 do not fit the registers of one warp.
     plain = [{"rows": rows, "num_warps": warps, "pdl": 0} for rows, warps in pairs if warps >= rows]

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from kernels.kv_pages import KVPages
 from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.configs import Gpu, KernelConfig, Tunable
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.fp8 import converts_e4m3, e4m3_scale, magnitude_bits, quantise_e4m3, to_e4m3
 from kernels.runtime.rotary import cos_sin_of, pair_columns
-from kernels.runtime.tiles import Gpu, Tiles, Tunable
 
 FEW_TOKENS = 64  # decode: what counts is that every SM has work
 
@@ -344,7 +344,7 @@ def check_layouts(
         check(x.is_contiguous(), f"{name} must be contiguous")
 
 
-def _rule(gpu: Gpu, few: bool, heads: int, kv_heads: int, head_dim: int) -> Tiles:
+def _rule(gpu: Gpu, few: bool, heads: int, kv_heads: int, head_dim: int) -> KernelConfig:
     """Heads of Q, and of K or V, per program, and its warps.
 
     A warp's threads take 16 bytes of both halves at once: 512 elements. Few tokens are spread as
@@ -359,7 +359,7 @@ def _rule(gpu: Gpu, few: bool, heads: int, kv_heads: int, head_dim: int) -> Tile
     }
 
 
-def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     shapes = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 4))
     return [{"block_q": m, "block_kv": min(m, 8), "num_warps": warps} for m, warps in shapes]
 

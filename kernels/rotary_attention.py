@@ -13,14 +13,14 @@ from torch import Tensor
 
 from kernels.kv_pages import KVPages
 from kernels.prefix_attention import check_attention, prefix_attention
+from kernels.prefix_attention.configs import InputClass
 from kernels.prefix_attention.fused_decode import Rotary
-from kernels.prefix_attention.launch import cut_up, launch
-from kernels.prefix_attention.tiles import Kind
+from kernels.prefix_attention.launch import launch, plan_launch
 from kernels.prefix_plan import PrefixPlan
 from kernels.qk_norm_rope import check_layouts, check_shapes, qk_norm_rope
+from kernels.runtime.configs import Tunable
 from kernels.runtime.dispatch import check, check_triton, runs_on_gpu
 from kernels.runtime.spans import spanned
-from kernels.runtime.tiles import Tunable
 
 
 def rotary_attention(
@@ -72,7 +72,7 @@ def _is_triton(impl: str | None, qkv: Tensor) -> bool:
 def _prefers_fused(qkv: Tensor, pages: KVPages, plan: PrefixPlan) -> bool:
     kv_heads, dim = pages.kv_heads, pages.head_dim
     group = (qkv.shape[1] // dim - 2 * kv_heads) // kv_heads
-    kind = Kind.of(plan, group, dim, fp8=pages.fp8, invariant=False, fused=True)
+    kind = InputClass.of(plan, group, dim, fp8=pages.fp8, invariant=False, fused=True)
     return bool(TUNABLE.choose(kind.key, qkv.device, kind)["fused"])
 
 
@@ -93,5 +93,5 @@ def _fused(
     check(qkv.is_contiguous(), "qkv must be contiguous")
     heads = qkv.shape[1] // pages.head_dim - 2 * pages.kv_heads
     check_attention(qkv, heads, pages, plan, scale, window)
-    made = cut_up(plan, qkv, heads, pages, window=window, fused=True)
+    made = plan_launch(plan, qkv, heads, pages, window=window, fused=True)
     return launch(qkv, pages, plan, *made, scale, rotary)[0]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from kernels.runtime.tensor_cache import holding
+from kernels.runtime.tensor_cache import pinning
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE as Pool  # what `torch.cuda.graph_pool_handle` returns
@@ -47,7 +47,7 @@ class CudaGraph(Generic[T]):
             stream = _stream(torch.cuda.current_device())
             stream.wait_stream(torch.cuda.current_stream())
             try:
-                with torch.cuda.stream(stream), holding() as self._held:
+                with torch.cuda.stream(stream), pinning() as self._pinned:
                     body()  # compiles what is not compiled, fills tables
                     self._output = self._capture(body, pool, stream)
             finally:  # the caches serve what was computed, also if the rest failed

@@ -15,7 +15,7 @@ from bench.bundles.bundle import BUILT, ITEMS
 from bench.bundles.flashinfer_modules import DEFAULT, MODULES
 from bench.bundles.install import install
 from bench.bundles.prepare import Target, prepare
-from bench.ops import device_named
+from bench.ops import parse_device
 from bench.peers import PEERS
 from bench.peers.peer import Peer
 from model.errors import InputError
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         found = {"items": install(options.dir, options.only, options.target)}
         display = _display_installed
     else:
-        found = {"peers": listed(device_named(options.device))}
+        found = {"peers": listed(parse_device(options.device))}
         display = _display_listed
     if options.json:
         print(json.dumps(found))

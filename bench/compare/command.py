@@ -20,7 +20,7 @@ from bench import jsonl
 from bench.cases import OPS
 from bench.compare import turns
 from bench.compare.slowdown import Pair, judged, unpaired
-from bench.ops import DTYPES, device_named
+from bench.ops import DTYPES, parse_device
 from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError
 from model.terminal import progress, table
@@ -103,7 +103,7 @@ def _of_commits(options: argparse.Namespace) -> Found:
     for op in options.op:
         if op not in OPS:
             raise InputError(f"unknown op {op!r}; choose of {', '.join(OPS)}")
-    device = device_named(options.device)
+    device = parse_device(options.device)
     settings = turns.Settings(device.type, options.dtype, options.threads)
     found, made, shapes = Found(options.a, options.b), {}, None
     with ExitStack() as stack:

@@ -19,7 +19,7 @@ from bench import jsonl, rows
 from kernels.runtime.dispatch import IMPLS
 from model.errors import InputError
 
-JOBS = ("pacore", "photo", "vision", "engine_step", "packing", "replay", "scheduler_step")
+WHOLE_RUNS = ("pacore", "photo", "vision", "engine_step", "packing", "replay", "scheduler_step")
 TEXTS = ("op", "case", "impl", "dtype", "policy", "part", "failure", "skipped", "timer", "version")
 TEXTS += ("device", "driver", "torch", "triton", "commit", "time")
 NUMBERS = ("p20_us", "median_us", "p80_us", "bytes", "flops", "roofline_pct", "speedup", "max_err")
@@ -119,10 +119,10 @@ def _sorted_out(device: str, found: list[dict], before: list[dict]) -> Measureme
 
 
 def kind_of(row: dict) -> str:
-    """ "op", "roofline", "decode_part", one of JOBS, "no numbers" (failed or skipped), "other"."""
+    """ "op", "roofline", "decode_part", a whole run, "no numbers" or "other"."""
     if not _sound(row):
         return "other"
-    if row["op"] in (*JOBS, "roofline"):
+    if row["op"] in (*WHOLE_RUNS, "roofline"):
         return row["op"]
     if row["op"] == "decode_part":
         return "decode_part" if row["part"] and row["median_us"] else "other"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bench.report import charts_grid, charts_ops, charts_runs
 from bench.report import tables as report_tables
-from bench.report.rows import JOBS, Measurements, grouped, kind_of, name_of
+from bench.report.rows import WHOLE_RUNS, Measurements, grouped, kind_of, name_of
 from bench.report.tables import Table
 
 
@@ -83,7 +83,7 @@ def decode_steps(found: Measurements, stem: str) -> Section | None:
 
 
 def occupancy(found: Measurements, stem: str) -> Section | None:
-    rows = [row for row in found.of(*JOBS) if charts_runs.has_timeline(row)]
+    rows = [row for row in found.of(*WHOLE_RUNS) if charts_runs.has_timeline(row)]
     if not rows:
         return None
     picture = charts_runs.timelines(Path(f"{stem}.png"), rows)
@@ -104,7 +104,7 @@ def errors(found: Measurements, stem: str) -> Section | None:
 
 
 def history(found: Measurements, stem: str) -> Section | None:
-    rows = [row for row in (*found.older, *found.latest) if kind_of(row) in ("op", *JOBS)]
+    rows = [row for row in (*found.older, *found.latest) if kind_of(row) in ("op", *WHOLE_RUNS)]
     cases = charts_runs.history(rows)
     if not cases:
         return None

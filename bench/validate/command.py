@@ -19,7 +19,7 @@ import torch
 from bench import jsonl, rows, show
 from bench.cases import OPS, STORING, Case, numerics_cases
 from bench.numerics import Error, form, results, roundoff, tolerance
-from bench.ops import DTYPES, device_named, dtypes_named
+from bench.ops import DTYPES, parse_device, parse_dtypes
 from bench.options import filter_arguments, output_arguments
 from bench.validate import fp64, histogram
 from bench.validate import model as validate_model
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Validate what the options choose; 1 if a result exceeds what it is allowed, else 0."""
-    device = device_named(options.device)
+    device = parse_device(options.device)
     if options.out:
         check_folder(options.out)
     work = validate(
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         ops=options.op,
         shape=options.shape,
         forms=options.impl,
-        dtypes=dtypes_named(options.dtype),
+        dtypes=parse_dtypes(options.dtype),
     )
     made = []
     for row in work:

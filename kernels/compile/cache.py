@@ -15,7 +15,7 @@ import triton
 from triton.runtime import cache
 
 from kernels.compile.launches import Launch, compiler
-from kernels.runtime.tiles import Gpu
+from kernels.runtime.configs import Gpu
 
 
 def compilations(launches: Iterable[Launch], gpu: Gpu) -> dict[str, Callable[[], object]]:

@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from kernels.runtime.configs import Gpu, assume_gpu
 from kernels.runtime.dispatch import without_gpu
-from kernels.runtime.tiles import Gpu, assume_gpu
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from kernels.compile.cache import compilations, entry, is_compiled
 from kernels.compile.launches import Launch, compiler, launches_recorded
 from kernels.compile.unfilled import unfilled
 from kernels.errors import ImplError, one_line
-from kernels.runtime.tiles import Gpu
+from kernels.runtime.configs import Gpu
 
 Site = Callable[[], object]  # calls ops on CPU tensors; can be pickled
 

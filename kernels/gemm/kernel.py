@@ -21,13 +21,13 @@ def gemm_kernel(
     bias,  # [N] or None
     out,  # [.., N]
     out_rows,  # int64 [rows], or None for 0, 1, ..
-    part,  # fp32 [slots, BLOCK_M, BLOCK_N]
+    part,  # fp32 [partials, BLOCK_M, BLOCK_N]
     windows,  # int32 [3, rows] with nine taps: first token, columns, bits of the taps inside
     rows,  # M
     width,  # N
     a_stride,
     out_stride,
-    band,  # from here on of a Cut
+    band,  # from here on of a StreamK
     whole,
     rest,
     lanes,
@@ -80,9 +80,9 @@ def gemm_kernel(
                 acc, bias, out, out_rows, m + row, n + column, rows, width, out_stride, QUICK_GELU
             )
         else:
-            slot = ((turn + at) * lanes + lane).to(tl.int64)
+            partial = ((turn + at) * lanes + lane).to(tl.int64)
             here = row[:, None] * BLOCK_N + column
-            tl.store(part + slot * (BLOCK_M * BLOCK_N) + here, acc)
+            tl.store(part + partial * (BLOCK_M * BLOCK_N) + here, acc)
 
 
 @triton.jit
@@ -175,8 +175,8 @@ def _finish(acc, bias, out, out_rows, row, column, rows, width, stride, QUICK_GE
 
 
 @triton.jit(do_not_specialize=["rows", "band", "whole", "lanes", "share"])
-def merge_stretches_kernel(
-    part,  # fp32 [slots, BLOCK_M, BLOCK_N]
+def merge_partials_kernel(
+    part,  # fp32 [partials, BLOCK_M, BLOCK_N]
     bias,
     out,
     out_rows,
@@ -202,6 +202,6 @@ def merge_stretches_kernel(
     here = (tl.program_id(1) * ROWS + row)[:, None] * BLOCK_N + column
     acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for turn in range(at * STEPS // share, tl.cdiv((at + 1) * STEPS, share)):
-        slot = ((turn + at) * lanes + lane).to(tl.int64)
-        acc += tl.load(part + slot * (BLOCK_M * BLOCK_N) + here)
+        partial = ((turn + at) * lanes + lane).to(tl.int64)
+        acc += tl.load(part + partial * (BLOCK_M * BLOCK_N) + here)
     _finish(acc, bias, out, out_rows, m + row, n + column, rows, width, out_stride, QUICK_GELU)

@@ -11,7 +11,7 @@ The work is cut as cut.py says. If that cuts tiles, a second launch sums their p
 order, so that results do not change from run to run; the parts take a workspace in fp32 of at most
 two tiles per program: 33 MiB for tiles of 128 x 256 on 132 SMs.
 
-Tiles by rule, for 16 bits: of 128 x 256, which do 85 operations per byte that they read, where
+Configs by rule, for 16 bits: of 128 x 256, which do 85 operations per byte that they read, where
 those of 64 x 256 do 51 and of 128 x 128 do 64; few rows take 64.
 """
 
@@ -22,14 +22,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.gemm.cut import cut_of
-from kernels.gemm.kernel import gemm_kernel, merge_stretches_kernel
+from kernels.gemm.kernel import gemm_kernel, merge_partials_kernel
+from kernels.gemm.stream_k import stream_k
 from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.configs import Gpu, KernelConfig, Tunable, gpu_of
 from kernels.runtime.dispatch import check, copyable
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.grids import Grid, tokens_of
-from kernels.runtime.tensor_cache import kept
-from kernels.runtime.tiles import Gpu, Tiles, Tunable, gpu_of
+from kernels.runtime.tensor_cache import cached_tensors
 
 
 def linear(
@@ -107,7 +107,7 @@ def halved(grids: Sequence[Grid]) -> list[Grid]:
     return [(cdiv(rows, 2), cdiv(columns, 2)) for rows, columns in grids]
 
 
-@kept(64)
+@cached_tensors(64)
 def windows_of(grids: tuple[Grid, ...], device: torch.device) -> Tensor:
     """Where each output's window lies: int32 [3, T'], kept for the last 64 batches of views.
 
@@ -154,9 +154,9 @@ def _launch(
     if not count or not width:
         return out
     taps = 1 if windows is None else 9
-    chosen = _tiles_of(x, count, width, taps)
+    chosen = _config_of(x, count, width, taps)
     block_m, block_n, block_k = (chosen[f"block_{axis}"] for axis in "mnk")
-    cut = cut_of(
+    cut = stream_k(
         cdiv(count, block_m),
         cdiv(width, block_n),
         steps=taps * cdiv(channels, block_k),
@@ -167,7 +167,7 @@ def _launch(
         "bias": bias,
         "out": out,
         "out_rows": rows,
-        "part": x.new_empty(cut.slots, block_m, block_n, dtype=torch.float32),
+        "part": x.new_empty(cut.partials, block_m, block_n, dtype=torch.float32),
         "rows": count,
         "width": width,
         "out_stride": out.stride(0),
@@ -193,13 +193,13 @@ def _launch(
     )
     if cut.rest:
         some = min(block_m, 8)
-        merge_stretches_kernel[(cut.rest, block_m // some)](
+        merge_partials_kernel[(cut.rest, block_m // some)](
             STEPS=cut.steps, ROWS=some, num_warps=4, **result
         )
     return out
 
 
-def _factors(x: Tensor, weight: Tensor, windows: Tensor | None, chosen: Tiles) -> dict:
+def _factors(x: Tensor, weight: Tensor, windows: Tensor | None, chosen: KernelConfig) -> dict:
     """The kernel's arguments for both factors; with tma also descriptors of their blocks."""
     m, n, k = (chosen[f"block_{axis}"] for axis in "mnk")
     tma = bool(chosen["tma"]) and copyable(weight) and (windows is not None or copyable(x))
@@ -213,7 +213,7 @@ def _factors(x: Tensor, weight: Tensor, windows: Tensor | None, chosen: Tiles) -
     }
 
 
-def _tiles_of(x: Tensor, count: int, width: int, taps: int) -> Tiles:
+def _config_of(x: Tensor, count: int, width: int, taps: int) -> KernelConfig:
     """Tile choices for so many result rows of so many columns."""
     few = triton.next_power_of_2(count)
     size = f"M<={few}" if few <= 4096 else "M>4096"
@@ -222,7 +222,7 @@ def _tiles_of(x: Tensor, count: int, width: int, taps: int) -> Tiles:
     return TUNABLE.choose(key, x.device, x.dtype, count, width)
 
 
-def _rule(gpu: Gpu, dtype: torch.dtype, count: int, width: int) -> Tiles:
+def _rule(gpu: Gpu, dtype: torch.dtype, count: int, width: int) -> KernelConfig:
     if dtype == torch.float32:  # no tensor cores: as much as registers hold
         return _choice(64, 64, 16, num_warps=8, num_stages=2)
     block_m = 64 if count <= 64 else 128
@@ -233,7 +233,7 @@ def _rule(gpu: Gpu, dtype: torch.dtype, count: int, width: int) -> Tiles:
     return _choice(block_m, block_n, 64, num_warps=warps, num_stages=stages)
 
 
-def _choice(block_m: int, block_n: int, block_k: int, **others: int) -> Tiles:
+def _choice(block_m: int, block_n: int, block_k: int, **others: int) -> KernelConfig:
     """Tile choices, one program per SM unless said.
 
     overhead  of cutting tiles, in steps of block_k: what writing and reading the parts costs
@@ -244,7 +244,7 @@ def _choice(block_m: int, block_n: int, block_k: int, **others: int) -> Tiles:
     return tile | {"programs": 1, "overhead": 16, "tma": 0} | others
 
 
-def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     if key.endswith("fp32"):
         return [_choice(m, n, 16, num_warps=8, num_stages=2) for m, n in ((64, 64), (128, 64))]
     new = gpu.arch >= 90

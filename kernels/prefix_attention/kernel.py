@@ -37,7 +37,7 @@ from kernels.runtime.pdl import release_next, wait_for_previous
 
 # Counts change from step to step: one compiled kernel serves them all.
 @triton.jit(
-    do_not_specialize=["large_programs", "grain", "overhead", "large", "small", "large_slots"]
+    do_not_specialize=["large_programs", "grain", "overhead", "large", "small", "large_partials"]
 )
 def prefix_attention_kernel(
     q,  # [T, Hq, D]
@@ -53,7 +53,7 @@ def prefix_attention_kernel(
     large_programs,
     tiles,  # int32 [tiles, RECORD]
     starts,  # int32 [tiles + 1]
-    stretch,
+    range_length,
     first_tile,  # int32 [2, programs]
     row_position,  # int32 [T], with WINDOW
     rotary,  # None, or a Rotary: q is then the QKV projection
@@ -62,7 +62,7 @@ def prefix_attention_kernel(
     overhead,  # of a tile, in grains
     large,  # tiles of the larger size, which come first
     small,
-    large_slots,
+    large_partials,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -110,8 +110,8 @@ def prefix_attention_kernel(
                 _walk_line(
                     inputs,
                     (out, lse, part_out, part_lse),
-                    (tiles, starts, stretch, first_tile),
-                    (grain, overhead, large, small, large_slots),
+                    (tiles, starts, range_length, first_tile),
+                    (grain, overhead, large, small, large_partials),
                     size,
                     qk_scale,
                     KV_HEADS,
@@ -216,10 +216,10 @@ def _walk_line(
     faults,
 ):
     """The program's stretch of one size's tiles, tile by tile."""
-    tiles, starts, stretch, first_tile = schedule
-    grain, overhead, large, small, large_slots = counts
+    tiles, starts, range_length, first_tile = schedule
+    grain, overhead, large, small, large_partials = counts
     program = tl.program_id(0)
-    share = tl.load(stretch)
+    share = tl.load(range_length)
     low = large if size else 0
     count = small if size else large
     begin = tl.load(starts + large) if size else 0
@@ -239,13 +239,13 @@ def _walk_line(
         goal = tl.minimum(places, done + stop - place)
         if INVARIANT:
             goal = tl.minimum(goal, done + 1)
-            slot = place
+            partial = place
         else:
-            slot = head * count + tile + program
+            partial = head * count + tile + program
         if goal > tl.maximum(done, overhead):
-            vectors = slot.to(tl.int64) * SIZES[size]
+            vectors = partial.to(tl.int64) * SIZES[size]
             if size:
-                vectors += large_slots * SIZES[0]
+                vectors += large_partials * SIZES[0]
             record = tiles + (low + tile) * RECORD
             grain_start = tl.load(record + GRAIN_START)
             first_grain = tl.maximum(done - overhead, 0)

@@ -8,17 +8,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.kv_pages import KVPages
 from kernels.prefix_attention.check import faults_of, raise_fault
+from kernels.prefix_attention.configs import InputClass
 from kernels.prefix_attention.fused_decode import Rotary
 from kernels.prefix_attention.kernel import prefix_attention_kernel
 from kernels.prefix_attention.merge import merge_kernel
-from kernels.prefix_attention.schedule import Cut, schedule_of
-from kernels.prefix_attention.tiles import Kind
+from kernels.prefix_attention.schedule import ScheduleSpec, schedule_of
 from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.configs import KernelConfig, gpu_of
 from kernels.runtime.dispatch import check
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.fp8 import converts_e4m3
 from kernels.runtime.pdl import pdl_options
-from kernels.runtime.tiles import Tiles, gpu_of
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
@@ -35,11 +35,11 @@ def prefix_attention_triton(
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`prefix_attention` in two launches; the first use of a plan cuts up its work before."""
-    made = cut_up(plan, q, q.shape[1], pages, window=window, batch_invariant=batch_invariant)
+    made = plan_launch(plan, q, q.shape[1], pages, window=window, batch_invariant=batch_invariant)
     return launch(q, pages, plan, *made, scale)
 
 
-def cut_up(
+def plan_launch(
     plan: PrefixPlan,
     q: Tensor,
     heads: int,
@@ -48,7 +48,7 @@ def cut_up(
     window: int,
     batch_invariant: bool = False,
     fused: bool = False,
-) -> tuple[Cut, list[Tiles]]:
+) -> tuple[ScheduleSpec, list[KernelConfig]]:
     """How to cut the plan for q or its projection and so many query heads, and the tile choices of
     the launch that attends: or of two, the second for the smaller tiles.
 
@@ -60,7 +60,7 @@ def cut_up(
     check(dim in HEAD_DIMS, f"head_dim {dim}: impl 'triton' has {HEAD_DIMS}")
     check(page_size in PAGE_SIZES, f"page_size {page_size}: impl 'triton' has {PAGE_SIZES}")
     group = heads // kv_heads
-    kind = Kind.of(plan, group, dim, fp8=pages.fp8, invariant=batch_invariant, fused=fused)
+    kind = InputClass.of(plan, group, dim, fp8=pages.fp8, invariant=batch_invariant, fused=fused)
     most = max(kind.large, kind.small)
     check(group <= most, f"{group} query heads per KV head: impl 'triton' has at most {most}")
     chosen = kind.choose(q.device)
@@ -72,7 +72,7 @@ def cut_up(
         whole = chosen["grain"] % min(each["block"], page_size) == 0
         check(whole or not each["tma"], "tile choice tma: grain must be a multiple of block")
     sms = gpu_of(q.device).sms
-    cut = Cut(
+    spec = ScheduleSpec(
         kv_heads=kv_heads,
         group=group,
         sizes=(kind.large, kind.small),
@@ -84,15 +84,15 @@ def cut_up(
         pieces=bool(chosen["pieces"]),
         small_programs=sms * choices[1]["programs"] if len(choices) > 1 else 0,
     )
-    return cut, choices
+    return spec, choices
 
 
 def launch(
     q: Tensor,
     pages: KVPages,
     plan: PrefixPlan,
-    cut: Cut,
-    choices: list[Tiles],
+    spec: ScheduleSpec,
+    choices: list[KernelConfig],
     scale: float,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -101,73 +101,75 @@ def launch(
     q: [T, Hq, D], or with `rotary` the projection [T, (Hq + 2 Hkv) * D]
     """
     rows, dim = len(q), pages.head_dim
-    heads = cut.kv_heads * cut.group
+    heads = spec.kv_heads * spec.group
     out = q.new_empty(rows, heads, dim)
     lse = q.new_empty(rows, heads, dtype=torch.float32)
     if not rows:
         return out, lse
-    schedule = schedule_of(plan, cut)
-    vectors = sum(slots * size for slots, size in zip(schedule.slots, cut.sizes, strict=True))
+    schedule = schedule_of(plan, spec)
+    vectors = sum(
+        partials * size for partials, size in zip(schedule.partials, spec.sizes, strict=True)
+    )
     both = {  # what both kernels take
         "out": out,
         "lse": lse,
         "part_out": q.new_empty(vectors, dim, dtype=torch.float32),
         "part_lse": q.new_empty(vectors, dtype=torch.float32),
-        "KV_HEADS": cut.kv_heads,
-        "GROUP": cut.group,
+        "KV_HEADS": spec.kv_heads,
+        "GROUP": spec.group,
         "D": dim,
-        "INVARIANT": cut.invariant,
+        "INVARIANT": spec.invariant,
         **pdl_options(choices[0], q.device),
         **schedule.line,
     }
     for number, chosen in enumerate(choices):
-        sizes = cut.sizes
+        sizes = spec.sizes
         if len(choices) > 1:
-            sizes = (0, cut.sizes[1]) if number else (cut.sizes[0], 0)
-        programs = cut.programs_of(number)
+            sizes = (0, spec.sizes[1]) if number else (spec.sizes[0], 0)
+        programs = spec.programs_of(number)
         block = min(chosen["block"], plan.page_size)
         faults = faults_of(programs, q.device)
         prefix_attention_kernel[(programs,)](
             q=q,
             **_pages(pages, block if chosen["tma"] else 0),
             page_table=plan.pages,
-            pieces=schedule.pieces if cut.pieces else None,
-            large_programs=cut.programs_of(0),
+            pieces=schedule.pieces if spec.pieces else None,
+            large_programs=spec.programs_of(0),
             first_tile=schedule.first_tile,
-            row_position=plan.row_position if cut.window else None,
+            row_position=plan.row_position if spec.window else None,
             rotary=rotary,
             qk_scale=scale * LOG2E,
-            grain=cut.grain,
+            grain=spec.grain,
             SIZES=sizes,
             PAGE=plan.page_size,
             BLOCK=block,
-            WINDOW=cut.window,
+            WINDOW=spec.window,
             NATIVE_FP8=converts_e4m3(q.device),
             faults=(*faults, len(schedule.pieces)) if faults else (),
-            **_form(chosen, cut, fp8=pages.fp8),
+            **_form(chosen, spec, fp8=pages.fp8),
             **both,
         )
         raise_fault(faults)
     merge_kernel[(rows, heads)](
         row_tiles=schedule.row_tiles,
         depth=schedule.row_tiles.shape[1],
-        SIZES=cut.sizes,
-        SPLIT=bool(cut.small_programs),
-        AT_ONCE=1 if cut.invariant else max(1, 1024 // dim),
+        SIZES=spec.sizes,
+        SPLIT=bool(spec.small_programs),
+        AT_ONCE=1 if spec.invariant else max(1, 1024 // dim),
         num_warps=1,
         **both,
     )
     return out, lse
 
 
-def _form(chosen: Tiles, cut: Cut, *, fp8: bool) -> dict[str, bool | int]:
+def _form(chosen: KernelConfig, spec: ScheduleSpec, *, fp8: bool) -> dict[str, bool | int]:
     """The kernel's switches and options, as its tile choices have them."""
     return {
         "TMA": bool(chosen["tma"]),
-        "PIECES": cut.pieces,
+        "PIECES": spec.pieces,
         "AHEAD": bool(chosen["ahead"]),
         # The order of blocks would depend on other rows' windows.
-        "STEADY": bool(chosen["steady"] and not (cut.invariant and cut.window)),
+        "STEADY": bool(chosen["steady"] and not (spec.invariant and spec.window)),
         "HALF": fp8 and bool(chosen["fp16"]),
         "num_warps": chosen["num_warps"],
         "num_stages": chosen["num_stages"],

@@ -9,7 +9,7 @@ from kernels.runtime.pdl import release_next, wait_for_previous
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["depth", "large", "small", "large_slots", "overhead"])
+@triton.jit(do_not_specialize=["depth", "large", "small", "large_partials", "overhead"])
 def merge_kernel(
     out,  # [T, Hq, D]
     lse,  # fp32 [T, Hq]
@@ -18,11 +18,11 @@ def merge_kernel(
     row_tiles,  # int32 [T, depth]
     tiles,
     starts,
-    stretch,
+    range_length,
     depth,
     large,
     small,
-    large_slots,
+    large_partials,
     overhead,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -44,7 +44,7 @@ def merge_kernel(
     peak = float("-inf")
     total = 0.0
     acc = tl.zeros([D], tl.float32)
-    partials = 0
+    total_partials = 0
     finished = depth > 0
     for at in range(0, depth):
         tile = tl.load(row_tiles + row.to(tl.int64) * depth + at)
@@ -55,23 +55,23 @@ def merge_kernel(
             length = tl.load(starts + tl.where(is_small, large + small, large)) - begin
             start, stop = tl.load(starts + tile) - begin, tl.load(starts + tile + 1) - begin
             if INVARIANT:
-                slot = head * length + start
-                slots = stop - start
+                partial = head * length + start
+                num_partials = stop - start
             else:
-                share = tl.load(stretch + is_small.to(tl.int32))
+                share = tl.load(range_length + is_small.to(tl.int32))
                 line = (0 if SPLIT else KV_HEADS * begin) + head * length
                 first = (line + start + overhead) // share
-                slot = head * count + tile - tl.where(is_small, large, 0) + first
-                slots = tl.where(stop > start, (line + stop - 1) // share - first + 1, 0)
+                partial = head * count + tile - tl.where(is_small, large, 0) + first
+                num_partials = tl.where(stop > start, (line + stop - 1) // share - first + 1, 0)
             record = tiles + tile * RECORD
             finished = finished & ((tl.load(record + FLAGS) & ALONE) != 0)
-            partials += slots
+            total_partials += num_partials
             size = tl.where(is_small, SIZES[1], SIZES[0])
-            vector = slot.to(tl.int64) * size + tl.where(is_small, large_slots * SIZES[0], 0)
+            vector = partial.to(tl.int64) * size + tl.where(is_small, large_partials * SIZES[0], 0)
             vector += (row - tl.load(record + ROW)) * GROUP + q_head % GROUP
-            for block in range(0, slots, AT_ONCE):
+            for block in range(0, num_partials, AT_ONCE):
                 index = block + tl.arange(0, AT_ONCE)
-                live = index < slots
+                live = index < num_partials
                 source = vector + index * size
                 logs = tl.load(part_lse + source, mask=live, other=float("-inf"))
                 x = tl.load(
@@ -84,7 +84,7 @@ def merge_kernel(
                 total = total * fade + tl.sum(weights, 0)
                 acc = acc * fade + tl.sum(x * weights[:, None], 0)
                 peak = new_peak
-    if (partials != 1) | (finished == 0):
+    if (total_partials != 1) | (finished == 0):
         divisor = tl.where(total > 0.0, total, 1.0)
         target = row.to(tl.int64) * (KV_HEADS * GROUP) + q_head
         tl.store(out + target * D + dim, (acc / divisor).to(out.dtype.element_ty))

@@ -36,14 +36,14 @@ from kernels.prefix_attention.records import (
         "overhead",
         "large",
         "small",
-        "large_slots",
+        "large_partials",
     ]
 )
 def pieces_kernel(
-    pieces,  # int32 [pieces, PIECE]: each program's first, of the larger size first, then a slot's
+    pieces,  # int32 [pieces, PIECE]: first pieces (larger size first), then one per partial
     tiles,
     starts,
-    stretch,
+    range_length,
     first_tile,
     large_programs,
     small_programs,
@@ -51,7 +51,7 @@ def pieces_kernel(
     overhead,
     large,
     small,
-    large_slots,
+    large_partials,
     KV_HEADS: tl.constexpr,
     SIZES: tl.constexpr,
     INVARIANT: tl.constexpr,
@@ -64,15 +64,15 @@ def pieces_kernel(
     programs = tl.where(size == 1, small_programs, large_programs)
     program = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = program < programs
-    share = tl.load(stretch + size)
+    share = tl.load(range_length + size)
     low = tl.where(size == 1, large, 0)
     count = tl.where(size == 1, small, large)
     begin = tl.load(starts + low)
     length = tl.load(starts + low + count) - begin
     vectors = tl.where(size == 1, SIZES[1], SIZES[0])
-    first_vector = tl.where(size == 1, large_slots * SIZES[0], 0)
+    first_vector = tl.where(size == 1, large_partials * SIZES[0], 0)
     first = tl.where(size == 1, large_programs, 0) + program
-    others = large_programs + small_programs + tl.where(size == 1, large_slots, 0)
+    others = large_programs + small_programs + tl.where(size == 1, large_partials, 0)
 
     before = 0 if SPLIT else KV_HEADS * begin  # places on the same line
     place = tl.maximum(program * share - before, 0)
@@ -94,17 +94,17 @@ def pieces_kernel(
         goal = tl.minimum(places, done + stop - place)
         if INVARIANT:
             goal = tl.minimum(goal, done + 1)
-            slot = place
+            partial = place
         else:
-            slot = head * count + tile + program
+            partial = head * count + tile + program
         attends = live & (goal > tl.maximum(done, overhead))
-        at = tl.where(last < 0, first, others + slot)
+        at = tl.where(last < 0, first, others + partial)
         _write(
             pieces + at.to(tl.int64) * PIECE,
             tiles + (low + tile).to(tl.int64) * RECORD,
             attends,
             head,
-            first_vector + slot * vectors,
+            first_vector + partial * vectors,
             tl.maximum(done - overhead, 0),
             goal - overhead,
             places - overhead,

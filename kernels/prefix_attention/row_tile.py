@@ -182,10 +182,10 @@ def attend_tile(
         tl.store(target, acc.to(out.dtype.element_ty), mask=live[:, None])
         tl.store(lse + first_head + q_head, log * LN2, mask=live)
     else:
-        slot = first_vector.to(tl.int64)
-        part = part_out + slot * D
+        partial = first_vector.to(tl.int64)
+        part = part_out + partial * D
         tl.store(part + (vector[:, None] * D + dim[None, :]), acc, mask=live[:, None])
-        tl.store(part_lse + slot + vector, log, mask=live)
+        tl.store(part_lse + partial + vector, log, mask=live)
 
 
 @triton.jit

@@ -9,17 +9,18 @@ balanced to within one grain by construction, for one long prefix, for ragged su
 thousand small nodes alike, and a tile is split only where a stretch ends. If the tiles of the
 smaller M have a launch of their own, either size has a line and programs to itself.
 
-The program that works on a tile leaves its partial result in the slot
+The program that works on a tile writes its partial result at index
 
-    slot = head * tiles + tile + program
+    partial = head * tiles + tile + program
 
-of the tile's size, which no other pair of tile and program has: along the line at least one of the
-two grows from each partial to the next. A row's output merges the slots of its tiles, one for each
-node on its path; which programs those are follows from the prefix sums of the places.
+among the partials of the tile's size. The index is unique to the pair (tile, program): along the
+line at least one of the two grows from each partial to the next. A row's output merges the partials
+of its tiles, one tile for each node on its path; which programs wrote them follows from the prefix
+sums of the places.
 
 In the batch-invariant mode a grain is a chunk cut at multiples of `grain` tokens of the node, and
-leaves a partial of its own, in the slot that is its place on the line: a row's numbers are then
-those of its own path alone.
+leaves its own partial, whose index is its place on the line: a row then depends on its
+own path alone.
 
 All that depends on lengths is computed on the device, by one small launch per step for all layers,
 or two where programs find their pieces written down (pieces.py): when lengths advance there,
@@ -59,7 +60,7 @@ from kernels.runtime.staging import Packed
 
 
 @dataclass(frozen=True)
-class Cut:
+class ScheduleSpec:
     """What a schedule depends on besides the plan."""
 
     kv_heads: int
@@ -86,10 +87,10 @@ class Cut:
 class Schedule:
     """A plan's tiles and, as of the last `update`, every program's share of them."""
 
-    def __init__(self, plan: PrefixPlan, cut: Cut) -> None:
-        self.plan, self.cut = plan, cut
-        self.counts = _most_tiles(plan, cut)  # of each size
-        self.slots = _slots(plan, cut, self.counts)  # of partial results, for each size
+    def __init__(self, plan: PrefixPlan, spec: ScheduleSpec) -> None:
+        self.plan, self.spec = plan, spec
+        self.counts = _most_tiles(plan, spec)  # of each size
+        self.partials = _partials(plan, spec, self.counts)  # of partial results, for each size
         count, device = sum(self.counts), plan.kv_len.device
         shapes = {"tiles": (count, RECORD.value), "node_of_tile": (count,)}
         shapes["row_tiles"] = (plan.num_rows, plan.levels)
@@ -99,16 +100,16 @@ class Schedule:
         self.row_tiles = self._packed.tensors["row_tiles"]  # -1 where a path is shorter
         empty = partial(torch.empty, dtype=torch.int32, device=device)
         self.starts = empty(count + 1)  # prefix sums of places
-        self.stretch = empty(2)  # places of one program, for each size
-        self.first_tile = empty(2, max(cut.programs, cut.small_programs))
-        # First the pieces that programs begin with, then all others: a place for every slot.
-        first = cut.programs_of(0) + cut.programs_of(1)
-        self.pieces = empty(first + sum(self.slots) if cut.pieces else 0, PIECE.value)
+        self.range_length = empty(2)  # places of one program, for each size
+        self.first_tile = empty(2, max(spec.programs, spec.small_programs))
+        # First the pieces that programs begin with, then all others: a place for every partial.
+        first = spec.programs_of(0) + spec.programs_of(1)
+        self.pieces = empty(first + sum(self.partials) if spec.pieces else 0, PIECE.value)
         self.refill()
 
     def refill(self) -> None:
-        """Cut up the plan's nodes as they are now, in the same tensors."""
-        self._packed.fill(_lay_out(self.plan, self.cut, self.counts))
+        """Split the plan's nodes as they are now, in the same tensors."""
+        self._packed.fill(_lay_out(self.plan, self.spec, self.counts))
         self.update()
 
     @property
@@ -117,56 +118,56 @@ class Schedule:
         return {
             "tiles": self.tiles,
             "starts": self.starts,
-            "stretch": self.stretch,
+            "range_length": self.range_length,
             "large": self.counts[0],
             "small": self.counts[1],
-            "large_slots": self.slots[0],
-            "overhead": self.cut.overhead,
+            "large_partials": self.partials[0],
+            "overhead": self.spec.overhead,
         }
 
     def update(self) -> None:
         """Lay the line anew from the plan's lengths on the device: no host work."""
-        plan, cut = self.plan, self.cut
+        plan, spec = self.plan, self.spec
         schedule_kernel[(1,)](
             self.tiles,
             self.node_of_tile,
             self.starts,
-            self.stretch,
+            self.range_length,
             self.first_tile,
             plan.kv_len,
             plan.row_start,
             plan.causal_offset,
-            plan.row_position if cut.window else plan.kv_len,
+            plan.row_position if spec.window else plan.kv_len,
             self.counts[0],
             sum(self.counts),
-            cut.programs_of(0),
-            cut.programs_of(1),
-            cut.grain,
-            cut.overhead,
-            KV_HEADS=cut.kv_heads,
-            WINDOW=cut.window,
-            SPLIT=bool(cut.small_programs),
+            spec.programs_of(0),
+            spec.programs_of(1),
+            spec.grain,
+            spec.overhead,
+            KV_HEADS=spec.kv_heads,
+            WINDOW=spec.window,
+            SPLIT=bool(spec.small_programs),
             BLOCK=256,
             num_warps=8,
         )
-        if cut.pieces:
+        if spec.pieces:
             self.write_pieces()
 
     def write_pieces(self) -> None:
         """Write down what each program does, as the line has it."""
-        cut = self.cut
+        spec = self.spec
         most = self.first_tile.shape[1]
         faults = faults_of(2 * most, self.pieces.device)
         pieces_kernel[(cdiv(most, 32), 2)](
             self.pieces,
             first_tile=self.first_tile,
-            large_programs=cut.programs_of(0),
-            small_programs=cut.programs_of(1),
-            grain=cut.grain,
-            KV_HEADS=cut.kv_heads,
-            SIZES=cut.sizes,
-            INVARIANT=cut.invariant,
-            SPLIT=bool(cut.small_programs),
+            large_programs=spec.programs_of(0),
+            small_programs=spec.programs_of(1),
+            grain=spec.grain,
+            KV_HEADS=spec.kv_heads,
+            SIZES=spec.sizes,
+            INVARIANT=spec.invariant,
+            SPLIT=bool(spec.small_programs),
             BLOCK=32,
             faults=faults,
             num_warps=1,
@@ -175,22 +176,22 @@ class Schedule:
         raise_fault(faults)
 
 
-def schedule_of(plan: PrefixPlan, cut: Cut) -> Schedule:
+def schedule_of(plan: PrefixPlan, spec: ScheduleSpec) -> Schedule:
     """The plan cut up, made when first asked for."""
-    if cut not in plan.schedules:
-        plan.schedules[cut] = Schedule(plan, cut)
-    return plan.schedules[cut]
+    if spec not in plan.schedules:
+        plan.schedules[spec] = Schedule(plan, spec)
+    return plan.schedules[spec]
 
 
 Tile = tuple[int, int, int]  # node, first row, rows
 
 
-def _tiles_of_size(plan: PrefixPlan, cut: Cut, size: int) -> list[Tile]:
+def _tiles_of_size(plan: PrefixPlan, spec: ScheduleSpec, size: int) -> list[Tile]:
     tiles = []
     for index, node in enumerate(plan.nodes):
         rows = node.row_end - node.row_start
-        if rows and cut.size_of(rows) == size:
-            step = cut.sizes[size] // cut.group
+        if rows and spec.size_of(rows) == size:
+            step = spec.sizes[size] // spec.group
             tiles += [
                 (index, row, min(step, node.row_end - row))
                 for row in range(node.row_start, node.row_end, step)
@@ -198,12 +199,12 @@ def _tiles_of_size(plan: PrefixPlan, cut: Cut, size: int) -> list[Tile]:
     return tiles
 
 
-def _most_tiles(plan: PrefixPlan, cut: Cut) -> list[int]:
+def _most_tiles(plan: PrefixPlan, spec: ScheduleSpec) -> list[int]:
     """Tiles of each size: those of the plan, or of any that a padded plan can be filled with."""
     if plan.capacity is None:
-        return [len(_tiles_of_size(plan, cut, size)) for size in (0, 1)]
+        return [len(_tiles_of_size(plan, spec, size)) for size in (0, 1)]
     rows, levels = plan.capacity.rows, plan.capacity.levels
-    large, small = (size // cut.group for size in cut.sizes)  # rows of a tile
+    large, small = (size // spec.group for size in spec.sizes)  # rows of a tile
     if not large:
         return [0, rows * levels]
     # A level's nodes share its rows. Those cut by the larger size have more than `small` each, so
@@ -212,23 +213,23 @@ def _most_tiles(plan: PrefixPlan, cut: Cut) -> list[int]:
     return [(levels - bool(small)) * (nodes + rows // large), rows * levels if small else 0]
 
 
-def _slots(plan: PrefixPlan, cut: Cut, counts: list[int]) -> list[int]:
-    if not cut.invariant:
-        return [cut.kv_heads * counts[size] + cut.programs_of(size) for size in (0, 1)]
+def _partials(plan: PrefixPlan, spec: ScheduleSpec, counts: list[int]) -> list[int]:
+    if not spec.invariant:
+        return [spec.kv_heads * counts[size] + spec.programs_of(size) for size in (0, 1)]
     if plan.capacity:
         raise ValueError("the batch-invariant mode has no schedule for padded plans")
     # As many as the tiles can grow to have grains.
-    grains = [cdiv(len(node.pages) * plan.page_size, cut.grain) for node in plan.nodes]
-    tiles = [_tiles_of_size(plan, cut, size) for size in (0, 1)]
-    return [cut.kv_heads * sum(grains[node] for node, _, _ in of_size) for of_size in tiles]
+    grains = [cdiv(len(node.pages) * plan.page_size, spec.grain) for node in plan.nodes]
+    tiles = [_tiles_of_size(plan, spec, size) for size in (0, 1)]
+    return [spec.kv_heads * sum(grains[node] for node, _, _ in of_size) for of_size in tiles]
 
 
-def _lay_out(plan: PrefixPlan, cut: Cut, counts: list[int]) -> dict[str, np.ndarray]:
+def _lay_out(plan: PrefixPlan, spec: ScheduleSpec, counts: list[int]) -> dict[str, np.ndarray]:
     """Each tile's record and node, and each row's tiles from the root down."""
     padded = []
     empty = (len(plan.kv_len) - 1, 0, 0)  # a padded plan's last node is empty
     for size, count in enumerate(counts):
-        tiles = _tiles_of_size(plan, cut, size)
+        tiles = _tiles_of_size(plan, spec, size)
         padded += tiles + [empty] * (count - len(tiles))
     node, row, rows = np.array(padded, int).reshape(-1, 3).T
     # One entry for each row of each tile.
@@ -260,7 +261,7 @@ def schedule_kernel(
     tiles,  # int32 [tiles, RECORD]
     node_of_tile,
     starts,  # int32 [tiles + 1]
-    stretch,  # int32 [2]
+    range_length,  # int32 [2]
     first_tile,  # int32 [2, programs of the launch that has more]
     kv_len,
     row_start,
@@ -316,7 +317,7 @@ def schedule_kernel(
         length = (total - middle) if size else middle  # of one KV head's part of the line
         line = KV_HEADS * (length if SPLIT else total)
         share = tl.maximum((line + programs - 1) // programs, 1)
-        tl.store(stretch + size, share)
+        tl.store(range_length + size, share)
         for at in range(0, programs, BLOCK):
             program = at + tl.arange(0, BLOCK)
             place = program * share

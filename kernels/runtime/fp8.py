@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.runtime.tiles import gpu_of
+from kernels.runtime.configs import gpu_of
 
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 2.0**-60  # below it values become zeros; the scale and its reciprocal stay finite

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.errors import ImplError
-from kernels.runtime.tiles import Tiles, gpu_of
+from kernels.runtime.configs import KernelConfig, gpu_of
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -38,7 +38,7 @@ def release_next(PDL: tl.constexpr) -> None:
         gdc_launch_dependents()
 
 
-def pdl_options(chosen: Tiles, device: torch.device) -> dict[str, bool]:
+def pdl_options(chosen: KernelConfig, device: torch.device) -> dict[str, bool]:
     """What a launch gets for the tile choice `pdl`: the kernel's PDL and, if set, `launch_pdl`.
 
     Raises ImplError where `pdl` is chosen for a GPU older than sm_90.

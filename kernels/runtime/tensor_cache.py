@@ -1,9 +1,10 @@
-"""Tensors that ops compute once per shape and keep in bounded caches: angles, tables of tiles.
+"""Bounded caches of tensors that depend on shapes only: rotary angles, tables of row tiles.
 
-A CUDA graph reads the memory of those it was captured with at every replay, long after a cache may
-have dropped them. Who captures one collects them (`holding`), from a first run of the work on, and
-keeps them as long as the graph. None is then computed while it is captured: that one's memory would
-be the graph's, and a replay of another graph may overwrite what the cache serves.
+A captured CUDA graph reads these tensors at every replay, possibly long after a cache has evicted
+them. Code that captures a graph therefore pins them (`pinning`), starting with the warm-up run, and
+keeps the pinned tensors as long as the graph. Pinning from the warm-up on also ensures that no
+cached tensor is computed during capture, where its memory would come from the graph's own pool and
+could be overwritten by the replay of another graph.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -12,40 +13,40 @@ from contextvars import ContextVar
 from functools import lru_cache, wraps
 from typing import Any
 
-_holder: ContextVar[dict[Hashable, Any] | None] = ContextVar("holder", default=None)
+_pins: ContextVar[dict[Hashable, Any] | None] = ContextVar("pins", default=None)
 
 
-def kept(maxsize: int) -> Callable[[Callable], Callable]:
-    """functools.lru_cache for functions that return tensors; `holding` sees what they return."""
+def cached_tensors(maxsize: int) -> Callable[[Callable], Callable]:
+    """functools.lru_cache for functions that return tensors, which `pinning` keeps alive."""
 
     def decorate(function: Callable) -> Callable:
         cached = lru_cache(maxsize)(function)
 
         @wraps(function)
         def look_up(*args: Any) -> Any:
-            return held((function, *args), lambda: cached(*args))
+            return pinned((function, *args), lambda: cached(*args))
 
         return look_up
 
     return decorate
 
 
-def held(key: Hashable, look_up: Callable[[], Any]) -> Any:
-    """What `look_up` returns; for whoever is `holding`, what it returned the first time."""
-    holder = _holder.get()
-    if holder is None:
+def pinned(key: Hashable, look_up: Callable[[], Any]) -> Any:
+    """The result of `look_up`; inside `pinning`, the result of its first call for this key."""
+    pins = _pins.get()
+    if pins is None:
         return look_up()
-    if key not in holder:
-        holder[key] = look_up()
-    return holder[key]
+    if key not in pins:
+        pins[key] = look_up()
+    return pins[key]
 
 
 @contextmanager
-def holding() -> Iterator[dict[Hashable, Any]]:
-    """A dict that collects the tensors looked up meanwhile, each once."""
-    holder: dict[Hashable, Any] = {}
-    token = _holder.set(holder)
+def pinning() -> Iterator[dict[Hashable, Any]]:
+    """Collect every cached tensor that is looked up inside, by key, and yield the dict of them."""
+    pins: dict[Hashable, Any] = {}
+    token = _pins.set(pins)
     try:
-        yield holder
+        yield pins
     finally:
-        _holder.reset(token)
+        _pins.reset(token)

@@ -15,7 +15,7 @@ that bound are never looked at. It is exact whatever the logits are; a flat row 
 no such groups and takes a dozen passes over the row, which L2 holds.
 
 What of a row is computed, and in which order it is added up, depends on its logits and on BLOCK
-alone: its token and log-probability are the same bits in every batch and every slot.
+alone: its token and log-probability are the same bits in every batch and at every index.
 
 The token may differ from `sample_ref`'s, which rounds to fp32 as well,
   - if two scores are within 2^-19 * max(1, |z|, |noise|) of each other: each is off by a few ulp of
@@ -192,11 +192,11 @@ def load_depths(row_logits, row_list, first, count, vocab, peak, inverse, TILE: 
     """Depths of the tokens of TILE groups, [TILE * GROUP / 8, 8]; INFINITY beyond the last."""
     rows: tl.constexpr = TILE * GROUP // 8
     lane = tl.arange(0, rows)
-    slot = first + lane // (GROUP // 8)
-    group = tl.load(row_list + slot, slot < count, other=0)
+    entry = first + lane // (GROUP // 8)
+    group = tl.load(row_list + entry, entry < count, other=0)
     tokens = group * GROUP + (lane % (GROUP // 8)) * 8
     tokens = tl.multiple_of(tokens, 8)[:, None] + tl.arange(0, 8)[None, :]
-    x = load_logits(row_logits, tokens, (tokens < vocab) & (slot < count)[:, None])
+    x = load_logits(row_logits, tokens, (tokens < vocab) & (entry < count)[:, None])
     return depth(x, peak, inverse)
 
 
@@ -278,10 +278,10 @@ def narrow(row_logits, row_list, count, vocab, peak, inverse, lo, hi, TILE: tl.c
         inside = (d > lo) & (d <= hi)
         least = tl.minimum(least, tl.min(tl.min(tl.where(inside, d, hi), axis=1), axis=0))
         most = tl.maximum(most, tl.max(tl.max(tl.where(inside, d, lo + 1), axis=1), axis=0))
-        slot = first + tl.arange(0, TILE)
-        group = tl.load(row_list + slot, slot < count, other=0)
+        entry = first + tl.arange(0, TILE)
+        group = tl.load(row_list + entry, entry < count, other=0)
         reach = tl.max(tl.reshape(inside.to(tl.int32), [TILE, GROUP]), axis=1) > 0
-        kept += list_groups(row_list + kept, group, reach & (slot < count))
+        kept += list_groups(row_list + kept, group, reach & (entry < count))
     return least - 1, most, kept
 
 
@@ -331,8 +331,8 @@ def sample_pick_kernel(
     winners,  # int32 [B, blocks]
     results,  # int32 [2, B]: tokens; the bits of their log-probabilities
     ids,  # int64 [B] or None: the tokens, 0 for -1
-    last,  # int64 or None: the same at last[owners[b]]
-    owners,  # int64 [B] or None
+    last,  # int64 or None: the same at last[batch_indices[b]]
+    batch_indices,  # int64 [B] or None
     vocab,
     stride,
     seed_stride,
@@ -369,4 +369,4 @@ def sample_pick_kernel(
     if ids is not None:
         tl.store(ids + row, fed)
     if last is not None:
-        tl.store(last + tl.load(owners + row), fed)
+        tl.store(last + tl.load(batch_indices + row), fed)

@@ -12,9 +12,9 @@ import triton
 from torch import Tensor
 
 from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.configs import Gpu, KernelConfig, Tunable
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES, dtype_name
-from kernels.runtime.tiles import Gpu, Tiles, Tunable
 from kernels.sampling.kernel import (
     GROUP,
     sample_cut_kernel,
@@ -33,13 +33,13 @@ class SampleOutput:
     """Where `sample` writes the B tokens that it draws, so that no other launch has to.
 
     ids and last take a token of -1 as 0: its sequence ends, and what is computed of it after that
-    is ignored. Equal entries of `owners` leave any one of their tokens.
+    is ignored. Equal entries of `batch_indices` leave any one of their tokens.
     """
 
     results: Tensor  # int32 [2, B]: tokens, and the bits of their log-probabilities in fp32
     ids: Tensor | None = None  # int64 [B] tokens, as the next step's embedding reads them
-    last: Tensor | None = None  # int64 [N] a table of last tokens: last[owners[b]] = token
-    owners: Tensor | None = None  # int64 [B] in [0, N), which is not checked
+    last: Tensor | None = None  # int64 [N] a table of last tokens: last[batch_indices[b]] = token
+    batch_indices: Tensor | None = None  # int64 [B] in [0, N), which is not checked
 
     @staticmethod
     def of(rows: int, device: torch.device, **feeds: Tensor) -> "SampleOutput":
@@ -62,8 +62,8 @@ class SampleOutput:
         if self.ids is not None:
             self.ids.copy_(fed)
         if self.last is not None:
-            assert self.owners is not None  # they come together
-            self.last.index_copy_(0, self.owners, fed)
+            assert self.batch_indices is not None  # they come together
+            self.last.index_copy_(0, self.batch_indices, fed)
 
 
 def sample(
@@ -219,7 +219,7 @@ def sample_triton(
     top_k = 0 if greedy or top_k >= vocab else top_k
     top_p = 1.0 if greedy else top_p
     truncated = top_k > 0 or top_p < 1
-    chosen = _scan_tiles(logits, "greedy" if greedy else "truncated" if truncated else "plain")
+    chosen = _scan_config(logits, "greedy" if greedy else "truncated" if truncated else "plain")
     block = chosen["block"]
     blocks = cdiv(vocab, block)
     empty = partial(torch.empty, device=logits.device)
@@ -257,7 +257,7 @@ def sample_triton(
         )
     sample_pick_kernel[(batch,)](
         **rows, **noise, sums=sums, winners=winners, results=out.results, ids=out.ids,
-        last=out.last, owners=out.owners, BLOCKS=padded, GREEDY=greedy, num_warps=1,
+        last=out.last, batch_indices=out.batch_indices, BLOCKS=padded, GREEDY=greedy, num_warps=1,
     )  # fmt: skip
 
 
@@ -276,12 +276,12 @@ def _cut(rows: dict, sums: Tensor, maxima: Tensor, padded: int, top_k: int, top_
     return cuts
 
 
-def _scan_tiles(logits: Tensor, work: str) -> Tiles:
+def _scan_config(logits: Tensor, work: str) -> KernelConfig:
     """How rows are split: whatever the batch is, as a row's sums must not depend on its company."""
     return SCAN.choose(f"{dtype_name(logits.dtype)} {work}", logits.device)
 
 
-def _scan_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _scan_candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     """Blocks whose tokens stay in registers: 8, 16 or 32 for each thread."""
     return [
         {"block": block, "num_warps": block // (32 * tokens)}
@@ -290,7 +290,7 @@ def _scan_candidates(key: str, gpu: Gpu) -> list[Tiles]:
     ]
 
 
-def _cut_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _cut_candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     """8 or 16 tokens for each thread, and few or many threads."""
     return [
         {"tile": tile, "num_warps": warps}
@@ -328,11 +328,12 @@ def _check_triton(logits: Tensor) -> None:
 
 def _check_output(out: SampleOutput, logits: Tensor) -> None:
     rows, words = len(logits), {"results": torch.int32}
-    shapes = {"results": (2, rows), "ids": (rows,), "owners": (rows,)}
+    shapes = {"results": (2, rows), "ids": (rows,), "batch_indices": (rows,)}
     check(
-        (out.last is None) == (out.owners is None), "sample: out.last and out.owners come together"
+        (out.last is None) == (out.batch_indices is None),
+        "sample: give out.last and out.batch_indices together, or neither",
     )
-    for name in ("results", "ids", "last", "owners"):
+    for name in ("results", "ids", "last", "batch_indices"):
         tensor, dtype = getattr(out, name), words.get(name, torch.int64)
         if tensor is None:
             continue

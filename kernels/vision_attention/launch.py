@@ -17,11 +17,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.configs import Gpu, KernelConfig, Tunable, gpu_of
 from kernels.runtime.dispatch import check, copyable
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.grids import Grid
-from kernels.runtime.tensor_cache import kept
-from kernels.runtime.tiles import Gpu, Tiles, Tunable, gpu_of
+from kernels.runtime.tensor_cache import cached_tensors
 from kernels.vision_attention.kernel import Parts, vision_attention_kernel
 from kernels.vision_attention.rotation import rotate_kernel
 
@@ -41,7 +41,7 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
     if not len(qkv):
         return out
     parts = Parts.of(dim)
-    chosen = _tiles_of(qkv, dim)
+    chosen = _config_of(qkv, dim)
     rows, block = chosen["rows"], chosen["block"]
     places, work = _geometry(tuple(map(tuple, grids)), rows, qkv.device)
     turn_q = bool(chosen["turn_q"])
@@ -83,7 +83,7 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
     return out
 
 
-def _most_registers(chosen: Tiles, parts: Parts, gpu: Gpu) -> int | None:
+def _most_registers(chosen: KernelConfig, parts: Parts, gpu: Gpu) -> int | None:
     """The limit with which two programs fit an SM of sm_90 that also rotate their queries.
 
     Heads of 64 + 32 take 144 registers without it, and spill none of the 128 with it, but ptxas
@@ -132,7 +132,7 @@ def _rotated(
     return turned
 
 
-@kept(maxsize=64)
+@cached_tensors(maxsize=64)
 def _geometry(grids: tuple[Grid, ...], rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row << 16 | column of every token, int32 [T]; and tiles of `rows` queries, int32 [tiles, 3].
 
@@ -161,14 +161,14 @@ def _descriptors(
     return of(parts.first), of(parts.rest) if parts.rest else None
 
 
-def _tiles_of(qkv: Tensor, dim: int) -> Tiles:
+def _config_of(qkv: Tensor, dim: int) -> KernelConfig:
     few = triton.next_power_of_2(len(qkv))
     size = f"T<={few}" if few <= 4096 else "T>4096"
     key = f"D{dim} {size}" + " fp32" * (qkv.dtype == torch.float32)
     return TUNABLE.choose(key, qkv.device, key)
 
 
-def _rule(gpu: Gpu, key: str) -> Tiles:
+def _rule(gpu: Gpu, key: str) -> KernelConfig:
     """Choices without measurements; `python -m profiles static` shows what becomes of them.
 
     128 queries at a time: for 64, keys and values would have to come from L2 faster than it can.
@@ -187,7 +187,7 @@ def _rule(gpu: Gpu, key: str) -> Tiles:
     }
 
 
-def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     """The rule, then its kin."""
     rule = _rule(gpu, key)
     kin = [{"num_stages": 2}, {"num_stages": 4}, {"block": 32, "num_stages": 4}]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.grids import Grid, tokens_of
-from kernels.runtime.tensor_cache import kept
+from kernels.runtime.tensor_cache import cached_tensors
 from kernels.vision_attention.launch import launch
 
 
@@ -95,7 +95,7 @@ _FORMS = {
 }
 
 
-@kept(maxsize=16)
+@cached_tensors(maxsize=16)
 def axial_rotary(
     rows: int, columns: int, head_dim: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def axial_rotary(
     return cos, sin
 
 
-@kept(maxsize=16)
+@cached_tensors(maxsize=16)
 def axis_rotary(
     side: int, head_dim: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:

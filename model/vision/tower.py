@@ -20,7 +20,7 @@ from kernels.runtime.dispatch import check
 from kernels.runtime.grids import Grid, tokens_of
 from kernels.runtime.lru import Lru
 from kernels.runtime.spans import span, spanned
-from kernels.runtime.tensor_cache import held
+from kernels.runtime.tensor_cache import pinned
 from kernels.vision_attention import vision_attention
 from model.config import VisionConfig
 from model.module_list import ModuleList
@@ -257,7 +257,7 @@ class VisionTower(nn.Module):
         """The position embedding at a view's grid, [tokens, width], in the parameter's dtype."""
         if grid == (self.config.grid, self.config.grid):
             return self.positional_embedding
-        return held((id(self), grid), partial(self._interpolate, grid))
+        return pinned((id(self), grid), partial(self._interpolate, grid))
 
     def _interpolate(self, grid: Grid) -> Tensor:
         positions = self._interpolated.get(grid)

@@ -29,7 +29,7 @@ SYNC_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RolloutResult:
     """A rollout as it ended. `tokens` and `logprobs` are empty where only the text is kept."""
 
     problem: str
@@ -52,11 +52,11 @@ class Outcome:
         return {"kind": "rollout", **fields}
 
     @staticmethod
-    def of_record(record: Mapping) -> "Outcome":
+    def of_record(record: Mapping) -> "RolloutResult":
         """The outcome that a line of the journal holds."""
         fields = {key: value for key, value in record.items() if key != "kind"}
         lists = {key: tuple(fields.get(key, ())) for key in ("tokens", "logprobs")}
-        return Outcome(**(fields | lists))
+        return RolloutResult(**(fields | lists))
 
 
 class Journal:
@@ -89,7 +89,7 @@ class Journal:
             os.close(self._file)
             raise
 
-    def add(self, outcomes: Iterable[Outcome], *, tokens: bool = False) -> None:
+    def add(self, outcomes: Iterable[RolloutResult], *, tokens: bool = False) -> None:
         """Write rollouts that have ended. Raises InputError if that fails, with nothing lost of
         what was written before."""
         outcomes = list(outcomes)
@@ -109,9 +109,11 @@ class Journal:
         """How many rollouts of a problem have ended."""
         return len(self._places.get(problem, ()))
 
-    def outcomes(self, problem: str) -> list[Outcome]:
+    def outcomes(self, problem: str) -> list[RolloutResult]:
         """All rollouts of a problem that have ended, by round and index."""
-        found = [Outcome.of_record(self._line(place)) for place in self._places.get(problem, ())]
+        found = [
+            RolloutResult.of_record(self._line(place)) for place in self._places.get(problem, ())
+        ]
         return sorted(found, key=lambda outcome: (outcome.round, outcome.index))
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from kernels.runtime.arithmetic import cdiv
 from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, page_bytes
-from pacore_sched.answers.journal import Outcome
+from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.problem_run import Problem, ProblemRun, Settings
 from pacore_sched.answers.rounds import compact, round_widths
 from pacore_sched.engine.engine import Engine
@@ -44,7 +44,7 @@ class Round:
     """One round as it happened, its rollouts by index."""
 
     prompt_tokens: int
-    rollouts: tuple[Outcome, ...]
+    rollouts: tuple[RolloutResult, ...]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Pacore:
         messages: Sequence[dict],
         views: "Sequence[Views]" = (),
         *,
-        on_rollout: Callable[[Outcome], None] = lambda outcome: None,
+        on_rollout: Callable[[RolloutResult], None] = lambda outcome: None,
         on_step: Callable[[int], None] = lambda tokens: None,
     ) -> Answer:
         """The answer to one conversation whose image parts are `views`, in order.
@@ -119,8 +119,8 @@ class Pacore:
         self,
         problems: Iterable[Problem],
         *,
-        known: Callable[[str], Iterable[Outcome]] = lambda id: (),
-        on_rollout: Callable[[Outcome], None] = lambda outcome: None,
+        known: Callable[[str], Iterable[RolloutResult]] = lambda id: (),
+        on_rollout: Callable[[RolloutResult], None] = lambda outcome: None,
         on_step: Callable[[int], None] = lambda tokens: None,
     ) -> Iterator[Answer]:
         """Answers as they come. Problems are taken in as the engine has room for them.
@@ -138,8 +138,8 @@ class Pacore:
     def steps(
         self,
         problems: Iterable[Problem],
-        known: Callable[[str], Iterable[Outcome]] = lambda id: (),
-        on_rollout: Callable[[Outcome], None] = lambda outcome: None,
+        known: Callable[[str], Iterable[RolloutResult]] = lambda id: (),
+        on_rollout: Callable[[RolloutResult], None] = lambda outcome: None,
         on_step: Callable[[int], None] = lambda tokens: None,
     ) -> Generator[list[Answer], None, None]:
         """`answers` one step of the engine at a time, each with the answers that it has led to."""
@@ -204,7 +204,7 @@ class Pacore:
         self,
         ended: Iterable[Rollout],
         live: dict[Group, ProblemRun],
-        on_rollout: Callable[[Outcome], None],
+        on_rollout: Callable[[RolloutResult], None],
     ) -> list[Group]:
         """Take in the rollouts of a step; the groups that are done by them."""
         done = []
@@ -288,7 +288,7 @@ class _Arrivals:
         self,
         pacore: Pacore,
         problems: Iterable[Problem],
-        known: Callable[[str], Iterable[Outcome]],
+        known: Callable[[str], Iterable[RolloutResult]],
     ) -> None:
         self._pacore, self._known = pacore, known
         self._problems = enumerate(problems)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from kernels.runtime.spans import begin
 from model.errors import InputError
 from model.text.prompt import build_prompt, image_head_length
-from pacore_sched.answers.journal import Outcome
+from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.rounds import round_messages
 from pacore_sched.engine.engine import Engine
 from pacore_sched.sched.request import Group, Rollout, Sampling, Segment
@@ -69,11 +69,11 @@ class ProblemRun:
         settings: Settings,
         problem: Problem,
         number: int,
-        known: Iterable[Outcome] = (),
+        known: Iterable[RolloutResult] = (),
     ) -> None:
         """`number` counts problems as they arrive; `known` are outcomes of an earlier run."""
         self.id, self.number = problem.id, number
-        self.rounds: list[list[Outcome]] = []
+        self.rounds: list[list[RolloutResult]] = []
         self.pending = 0  # rollouts of the current round that have not ended
         self._model, self._engine, self._settings = model, engine, settings
         self._messages = problem.messages
@@ -83,7 +83,7 @@ class ProblemRun:
         self._head: Segment | None = None
         self._head_ids: list[int] = []
         self._known = {(outcome.round, outcome.index): outcome for outcome in known}
-        self._current: dict[int, Outcome] = {}
+        self._current: dict[int, RolloutResult] = {}
         self._on_end = ExitStack()  # of the current round
         self._begin_round()
 
@@ -127,12 +127,12 @@ class ProblemRun:
         self._on_end.callback(begin("round", f"{number} of problem {self.id or self.number}"))
         return group
 
-    def take(self, rollout: Rollout) -> Outcome:
+    def take(self, rollout: Rollout) -> RolloutResult:
         """Note that a rollout of the current round has ended."""
         reason = rollout.finish_reason
         assert reason is not None
         passes_on = reason in ("stop", "length")
-        outcome = Outcome(
+        outcome = RolloutResult(
             problem=self.id,
             round=len(self.rounds),
             index=rollout.index,

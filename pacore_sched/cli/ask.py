@@ -8,7 +8,7 @@ import time
 from model.errors import InputError
 from model.terminal import progress
 from model.vision.image import load_image
-from pacore_sched.answers.journal import Outcome
+from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.pacore import Answer, Pacore
 from pacore_sched.answers.rounds import compact, load_template, parse_widths, round_widths
 from pacore_sched.cli import options as shared
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     engine = shared.make_engine(options, model, problems=1, width=max(round_widths(widths)))
     pacore = Pacore(model, engine, widths, sampling, seed=options.seed, template=template)
 
-    def show(outcome: Outcome) -> None:
+    def show(outcome: RolloutResult) -> None:
         if not options.json:
             print_rollout(outcome, last=outcome.round == len(widths))
 
@@ -87,7 +87,7 @@ def report(pacore: Pacore, answer: Answer, seconds: float) -> dict:
     }
 
 
-def print_rollout(outcome: Outcome, *, last: bool) -> None:
+def print_rollout(outcome: RolloutResult, *, last: bool) -> None:
     """One rollout, with the message that it passes on if that is not the whole text."""
     name = "synthesis" if last else f"round {outcome.round + 1}, rollout {outcome.index + 1}"
     print(f"--- {name}: {outcome.num_tokens} tokens, {outcome.finish_reason}", flush=True)

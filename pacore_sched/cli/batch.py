@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 
-from pacore_sched.answers.journal import Outcome
+from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.questions import Question
 from pacore_sched.answers.rounds import load_template, parse_widths, round_widths
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     return run_job(options, options.questions, Job("batch", width, settings, pacore, result_line))
 
 
-def result_line(question: Question, ending: Ending, outcomes: Sequence[Outcome]) -> dict:
+def result_line(question: Question, ending: Ending, outcomes: Sequence[RolloutResult]) -> dict:
     """A problem's line of the output; `outcomes` by round and index."""
     rounds = [list(group) for _, group in groupby(outcomes, lambda outcome: outcome.round)]
     return {

@@ -23,7 +23,7 @@ from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError
 from model.step3vl import Step3VL
 from model.vision.image import Views, load_image
-from pacore_sched.answers.journal import Journal, Outcome, replace_file
+from pacore_sched.answers.journal import Journal, RolloutResult, replace_file
 from pacore_sched.answers.pacore import Answer, Pacore
 from pacore_sched.answers.problem_run import Problem
 from pacore_sched.answers.questions import Question, read_questions
@@ -48,7 +48,7 @@ class Job:
     width: int
     settings: dict
     pacore: Callable[..., Pacore]  # (model, engine, sampling=...) -> Pacore
-    line: Callable[[Question, "Ending", Sequence[Outcome]], dict]
+    line: Callable[[Question, "Ending", Sequence[RolloutResult]], dict]
     keep_tokens: bool = False
 
 
@@ -125,7 +125,7 @@ def run_job(options: argparse.Namespace, path: str, job: Job) -> int:
     report = _report(pacore, done, resumed, out, journal_path, stopped)
     if options.json:
         print(json.dumps(report))
-    _tell(report, endings, file.questions, quiet=options.json)
+    _print_summary(report, endings, file.questions, quiet=options.json)
     return 130 if stopped else int(done.failed > 0)
 
 
@@ -180,7 +180,7 @@ def _run(
 
     with batch_progress(pacore.engine, done) as refresh, _stop_signals() as asked_to_stop:
 
-        def on_rollout(outcome: Outcome) -> None:
+        def on_rollout(outcome: RolloutResult) -> None:
             journal.add([outcome], tokens=job.keep_tokens)
             done.rollouts += 1
 
@@ -286,7 +286,7 @@ def _report(
     }
 
 
-def _tell(
+def _print_summary(
     report: dict, endings: dict[int, Ending], questions: Sequence[Question], *, quiet: bool
 ) -> None:
     """For people: why problems failed and how to resume on stderr, and a summary on stdout."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from model.errors import InputError
-from pacore_sched.answers.journal import Outcome
+from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.questions import Question
 from pacore_sched.cli.jobs import Ending, Job, add_job_options, run_job
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     return run_job(options, options.prompts, job)
 
 
-def result_line(question: Question, ending: Ending, outcomes: Sequence[Outcome]) -> dict:
+def result_line(question: Question, ending: Ending, outcomes: Sequence[RolloutResult]) -> dict:
     """A prompt's line of the output; `outcomes` by index."""
     return {
         "id": question.id,

@@ -23,7 +23,7 @@ from pacore_sched.sched.policy import POLICIES
 from pacore_sched.sim import plots
 from pacore_sched.sim.cluster import Setting, simulate
 from pacore_sched.sim.cost_model import KV_DTYPES
-from pacore_sched.sim.machine import MACHINES, machine_named
+from pacore_sched.sim.machine import MACHINES, find_machine
 from pacore_sched.sim.metrics import metrics_row, timeline, times_to_answer
 from pacore_sched.sim.report import medians, print_report
 from pacore_sched.sim.trace import read_trace, trace_problems
@@ -35,8 +35,8 @@ from pacore_sched.sim.workload import (
     Workload,
     bursty_arrivals,
     chat_requests,
+    find_workload,
     poisson_arrivals,
-    workload_named,
 )
 
 CHAT, CHAT_REQUESTS = "deepseek-r1", 2000
@@ -45,7 +45,7 @@ ARRIVALS = {"poisson": poisson_arrivals, "bursty": bursty_arrivals}
 
 
 @dataclass(frozen=True)
-class Job:
+class SimRun:
     """One run: problems, and what they are run on."""
 
     workload: str
@@ -90,14 +90,14 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     if options.out:
         plots.check_folder(options.out)
-    jobs = list(_jobs(options))
+    runs = list(_runs(options))
     rows: list[dict] = []
     curves: dict[str, list[plots.Curves]] = {}
-    for job, (row, drawn) in zip(jobs, _run_all(jobs, options.jobs), strict=True):
+    for run, (row, drawn) in zip(runs, _run_all(runs, options.jobs), strict=True):
         rows.append(row)
-        first = job.seed == 0 and job.sigma_w in (None, options.sigma_w[0])
-        if first and _variant(job.setting) == (options.shared_reads, options.kv):
-            curves.setdefault(job.workload, []).append(drawn)
+        first = run.seed == 0 and run.sigma_w in (None, options.sigma_w[0])
+        if first and _variant(run.setting) == (options.shared_reads, options.kv):
+            curves.setdefault(run.workload, []).append(drawn)
     print_report(rows, (options.shared_reads, options.kv))
     if options.out:
         for path in _write(options.out, rows, curves):
@@ -107,38 +107,38 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_job(job: Job) -> tuple[dict, plots.Curves]:
+def simulate_run(run: SimRun) -> tuple[dict, plots.Curves]:
     """The row of one run and what is drawn of it."""
-    outcome = simulate(job.problems, job.setting)
-    row = metrics_row(outcome, job.workload, job.seed, job.slo_s)
-    ends, running, kv = timeline(outcome, BINS)
-    answered = np.sort(times_to_answer(outcome)) / 60
-    return row | {"sigma_w": job.sigma_w}, plots.Curves(
-        job.setting.policy, answered, ends / 60, running, kv
+    result = simulate(run.problems, run.setting)
+    row = metrics_row(result, run.workload, run.seed, run.slo_s)
+    ends, running, kv = timeline(result, BINS)
+    answered = np.sort(times_to_answer(result)) / 60
+    return row | {"sigma_w": run.sigma_w}, plots.Curves(
+        run.setting.policy, answered, ends / 60, running, kv
     )
 
 
-def _run_all(jobs: Sequence[Job], processes: int) -> list[tuple[dict, plots.Curves]]:
-    """The results of all jobs, in their order."""
-    if processes == 1 or len(jobs) == 1:
-        return [run_job(job) for job in track(jobs, "simulate")]
+def _run_all(runs: Sequence[SimRun], processes: int) -> list[tuple[dict, plots.Curves]]:
+    """The results of all runs, in their order."""
+    if processes == 1 or len(runs) == 1:
+        return [simulate_run(run) for run in track(runs, "simulate")]
     done: dict[int, tuple[dict, plots.Curves]] = {}
-    with ProcessPoolExecutor(processes) as pool, progress("simulate", len(jobs)) as advance:
-        futures = {pool.submit(run_job, job): index for index, job in enumerate(jobs)}
+    with ProcessPoolExecutor(processes) as pool, progress("simulate", len(runs)) as advance:
+        futures = {pool.submit(simulate_run, run): index for index, run in enumerate(runs)}
         try:
             for future in as_completed(futures):
                 done[futures[future]] = future.result()
                 advance(1)
-        except BaseException:  # of one job, or Ctrl-C: the others are not waited for
+        except BaseException:  # of one run, or Ctrl-C: the others are not waited for
             pool.shutdown(cancel_futures=True)
             raise
-    return [done[index] for index in range(len(jobs))]
+    return [done[index] for index in range(len(runs))]
 
 
-def _jobs(options: argparse.Namespace) -> Iterator[Job]:
+def _runs(options: argparse.Namespace) -> Iterator[SimRun]:
     base = Setting(
         gpus=options.gpus,
-        machine=machine_named(options.gpu),
+        machine=find_machine(options.gpu),
         config=preset(options.model),
         shared_reads=options.shared_reads,
         kv_dtype=options.kv,
@@ -159,7 +159,7 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
         for policy in policies:
             for setting in settings:
                 chosen = replace(setting, policy=policy)
-                yield Job(name, sigma_w, seed, problems, chosen, slo_s)
+                yield SimRun(name, sigma_w, seed, problems, chosen, slo_s)
 
 
 def _workloads(
@@ -194,7 +194,7 @@ def _workloads(
 
 
 def _workload(options: argparse.Namespace, name: str) -> Workload:
-    named = workload_named(name)
+    named = find_workload(name)
     return replace(
         named,
         max_tokens=options.max_tokens,

@@ -30,7 +30,7 @@ from triton.runtime.cache import triton_key
 
 from kernels.compile.cache import entry, is_compiled, sources
 from kernels.compile.worker import Found, Site
-from kernels.runtime.tiles import Gpu, gpu_of
+from kernels.runtime.configs import Gpu, gpu_of
 from model.terminal import track
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,7 +2,7 @@
 
 A graph is captured over a padded plan (kernels/prefix_plan.py) and holds all of a decode step
 (decode_step.py). When rollouts come, go or turn a page, the host fills the plan anew, in place and
-without waiting for the GPU. Rows that pad write to a page of their own and draw tokens for nobody.
+without waiting for the GPU. Padding rows write to a scratch page and draw tokens nobody reads.
 """
 
 import warnings
@@ -21,8 +21,8 @@ from model.cuda_graph import CudaGraph
 from model.decoder import Step
 from model.kv_cache import KVCache
 from model.step3vl import Step3VL
-from pacore_sched.engine.decode_step import DecodeStep, Drawing, Settings, Tables, capturable
-from pacore_sched.sched.plan import StepBatch
+from pacore_sched.engine.decode_step import DecodeStep, Drawing, LastTokens, Settings, capturable
+from pacore_sched.sched.step_batch import StepBatch
 
 if TYPE_CHECKING:
     from model.cuda_graph import Pool
@@ -59,7 +59,7 @@ class DecodeGraph:
         self,
         model: Step3VL,
         cache: KVCache,
-        tables: Tables,
+        tables: LastTokens,
         capacity: Capacity,
         settings: Settings,
         capture: Capture,
@@ -67,7 +67,7 @@ class DecodeGraph:
     ) -> None:
         self.capacity = capacity
         device, rows = model.device, capacity.rows
-        self._scratch, self._nobody = cache.num_pages - 1, tables.nobody
+        self._scratch, self._padding_index = cache.num_pages - 1, tables.padding_index
         self._page_size = cache.page_size
         self._plan = PrefixPlan.build(
             capacity.padding(0, self._scratch),
@@ -77,7 +77,7 @@ class DecodeGraph:
             device=device,
             capacity=capacity,
         )
-        shapes = dict.fromkeys(("positions", "slots", "owners", "seeds"), (rows,))
+        shapes = dict.fromkeys(("positions", "slots", "batch_indices", "seeds"), (rows,))
         self._rows = Packed(shapes, dtype=torch.int64, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
         of_rows = self._rows.tensors
@@ -85,7 +85,7 @@ class DecodeGraph:
         self._last = tables.last
         step = DecodeStep(
             Step(of_rows["positions"], of_rows["slots"], self._plan),
-            of_rows["owners"],
+            of_rows["batch_indices"],
             of_rows["seeds"],
             self._ids,
             Drawing(((settings, None),)),
@@ -94,15 +94,15 @@ class DecodeGraph:
         # Captured while all rows pad: the run before it changes nothing that matters.
         self._graph = capture(lambda: step.run(model, cache, tables), device, pool)
 
-    def fill(self, step: StepBatch, owners: Sequence[int], seeds: Sequence[int]) -> int:
-        """Take in a decode step, whose rows' slots in the tables are `owners`.
+    def fill(self, step: StepBatch, batch_indices: Sequence[int], seeds: Sequence[int]) -> int:
+        """Take in a decode step; `batch_indices` are its rows' entries in LastTokens.
 
         Returns how often `replay` may follow before pages are full.
         """
-        rows = len(owners)
+        rows = len(batch_indices)
         self._plan.refill([*step.plan_nodes, *self.capacity.padding(rows, self._scratch)])
-        self._fill_rows(step.positions, step.slots, owners, seeds)
-        torch.index_select(self._last, 0, self._rows.tensors["owners"], out=self._ids)
+        self._fill_rows(step.positions, step.slots, batch_indices, seeds)
+        torch.index_select(self._last, 0, self._rows.tensors["batch_indices"], out=self._ids)
         return self._plan.room + 1
 
     def replay(self) -> Tensor:
@@ -113,16 +113,16 @@ class DecodeGraph:
         self,
         positions: Sequence[int],
         slots: Sequence[int],
-        owners: Sequence[int],
+        batch_indices: Sequence[int],
         seeds: Sequence[int],
     ) -> None:
-        padding = self.capacity.rows - len(owners)
+        padding = self.capacity.rows - len(batch_indices)
         scratch = [self._scratch * self._page_size] * padding
         self._rows.fill(
             {
                 "positions": np.array([*positions, *[0] * padding]),
                 "slots": np.array([*slots, *scratch]),
-                "owners": np.array([*owners, *[self._nobody] * padding]),
+                "batch_indices": np.array([*batch_indices, *[self._padding_index] * padding]),
                 "seeds": np.array([*seeds, *[0] * padding], np.int64),
             }
         )
@@ -140,7 +140,7 @@ class DecodeGraphs:
     capture: Capture = CudaGraph
 
     def __init__(
-        self, model: Step3VL, cache: KVCache, tables: Tables, buckets: Sequence[int]
+        self, model: Step3VL, cache: KVCache, tables: LastTokens, buckets: Sequence[int]
     ) -> None:
         self.enabled: bool | None = None
         self.buckets = sorted(buckets)

@@ -44,37 +44,40 @@ def settings_of(sampling: Sampling) -> Settings:
     return sampling.temperature, sampling.top_k, sampling.top_p
 
 
-class Tables:
-    """Last token of each slot, int64 on the device; one more entry, for rows that pad."""
+class LastTokens:
+    """The last token of each batch index, int64 on the device, and one entry for padding rows."""
 
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self.nobody = slots
-        self.last = torch.zeros(slots + 1, dtype=torch.int64, device=device)
-        self._owner: list[int | None] = [None] * slots  # nodes: none is ever named like another
+    def __init__(self, max_running: int, device: torch.device) -> None:
+        self.padding_index = max_running
+        self.last = torch.zeros(max_running + 1, dtype=torch.int64, device=device)
+        self._owner: list[int | None] = [None] * max_running  # node ids, never reused
 
     def claim(self, rollouts: Sequence[tuple[Rollout, int | None]]) -> None:
-        """Enter the rollouts whose slots hold something else, by their last tokens as the host
-        knows them; None where it does not. Raises ValueError if that is needed."""
-        new = [(r, last) for r, last in rollouts if self._owner[r.slot] != r.node]
+        """Write the last tokens of rollouts that have just taken over a batch index.
+
+        Each comes with its last token, None if the host does not know it yet. Raises ValueError
+        if an unknown one is needed.
+        """
+        new = [(r, last) for r, last in rollouts if self._owner[r.batch_index] != r.node]
         unknown = next((rollout for rollout, last in new if last is None), None)
         if unknown is not None:
             raise ValueError(f"the last token of {unknown} is neither known nor in the table")
         if not new:
             return
         packed = Packed(
-            dict.fromkeys(("slots", "last"), (len(new),)),
+            dict.fromkeys(("index", "last"), (len(new),)),
             dtype=torch.int64,
             device=self.last.device,
         )
-        slots, last = [r.slot for r, _ in new], [last for _, last in new]
-        packed.fill({"slots": np.array(slots), "last": np.array(last)})
-        self.last.index_copy_(0, packed.tensors["slots"], packed.tensors["last"])
+        index, last = [r.batch_index for r, _ in new], [last for _, last in new]
+        packed.fill({"index": np.array(index), "last": np.array(last)})
+        self.last.index_copy_(0, packed.tensors["index"], packed.tensors["last"])
         for rollout, _ in new:
-            self._owner[rollout.slot] = rollout.node
+            self._owner[rollout.batch_index] = rollout.node
 
     def forget(self, rollout: Rollout) -> None:
-        """Let the host say, the next time, which of its tokens is the last."""
-        self._owner[rollout.slot] = None
+        """The next `claim` writes this rollout's last token again."""
+        self._owner[rollout.batch_index] = None
 
 
 @dataclass(frozen=True)
@@ -125,20 +128,20 @@ class DecodeStep:
     """Rows in the plan's order. Tensors are int64 [T]."""
 
     step: Step
-    owners: Tensor  # slots in the tables
+    batch_indices: Tensor  # of each row, in LastTokens
     seeds: Tensor
     ids: Tensor  # each row's last token; `run` leaves those of the next step here
     drawing: Drawing
     advances: bool  # whether the plan can be moved on, on the device
 
-    def run(self, model: Step3VL, cache: KVCache, tables: Tables) -> Tensor:
+    def run(self, model: Step3VL, cache: KVCache, tables: LastTokens) -> Tensor:
         """One step's results, int32 [2, T], as `unpacked_results` reads them."""
         hidden = model.decoder(model.decoder.embed(self.ids), self.step, cache)
         # A plan that has moved on says where the tokens to be drawn will stand.
         if self.advances:
             self.step.advance()
         positions = self.step.positions if self.advances else self.step.positions + 1
-        feeds = {"ids": self.ids, "last": tables.last, "owners": self.owners}
+        feeds = {"ids": self.ids, "last": tables.last, "batch_indices": self.batch_indices}
         return self.drawing.draw(model, hidden, self.seeds, positions, **feeds)
 
 

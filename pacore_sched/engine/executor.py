@@ -24,7 +24,7 @@ from pacore_sched.engine.decode_graph import DecodeGraphs, default_buckets
 from pacore_sched.engine.decode_step import (
     DecodeStep,
     Drawing,
-    Tables,
+    LastTokens,
     advances,
     settings_of,
     unpacked_results,
@@ -34,9 +34,9 @@ from pacore_sched.engine.kv_memory import pages_that_fit
 from pacore_sched.engine.launch_sites import engine_sites
 from pacore_sched.engine.step_rows import Prompt, Rows, rows_of
 from pacore_sched.engine.step_timer import Stats, StepTimer, Times
-from pacore_sched.sched.plan import StepBatch
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Rollout, Segment
+from pacore_sched.sched.step_batch import StepBatch
 
 if TYPE_CHECKING:
     from model.vision.image import Views
@@ -52,7 +52,7 @@ class Ticket:
 
 
 @dataclass
-class _Standing:
+class _CachedDecode:
     """A batch that decodes, ready to be run again while the scheduler repeats it."""
 
     batch: Batch
@@ -104,7 +104,7 @@ class ModelExecutor:
         # One page more than the scheduler knows of, for rows that pad.
         self.cache = model.new_cache(self.num_pages + 1, kv_dtype)
         self.stats = Stats()
-        self._tables = Tables(max_running, model.device)
+        self._tables = LastTokens(max_running, model.device)
         self._timer = StepTimer(self.stats, model.device)
         self.graphs = DecodeGraphs(
             model, self.cache, self._tables, buckets or default_buckets(max_running)
@@ -112,7 +112,7 @@ class ModelExecutor:
         if not {None, "triton"}.isdisjoint(model.impl.values()):
             of = (model.config, model.dtype, self.cache.k.dtype, self.graphs.buckets)
             warm_up(engine_sites(*of), model.device)
-        self._standing: _Standing | None = None
+        self._standing: _CachedDecode | None = None
         self._encoder: ImageEncoder | None = None
         self._on_host: dict[Rollout, list[Tensor]] = {}
 
@@ -201,42 +201,44 @@ class ModelExecutor:
         self.stats.padding_rows += standing.rows - len(batch.decode)
         return standing.run, standing.order, len(batch.decode)
 
-    def _stand(self, tree: PrefixTree, batch: Batch) -> _Standing:
+    def _stand(self, tree: PrefixTree, batch: Batch) -> _CachedDecode:
         rows = rows_of(tree, batch)
-        self._tables.claim(rows.owners)
+        self._tables.claim(rows.claims)
         self.stats.plans += 1
         order = [row for row, _ in rows.drawn]
         of_row = dict(rows.drawn)
         rollouts = [of_row[row] for row in range(len(order))]
-        owners = [rollout.slot for rollout in rollouts]
+        batch_indices = [rollout.batch_index for rollout in rollouts]
         seeds = [rollout.seed for rollout in rollouts]
         settings = [settings_of(rollout.group.sampling) for rollout in rollouts]
         node = batch.decode[0].node
         length = tree.length(node) - 1
         graph = self.graphs.find(rows.step, settings)
         if graph:
-            left = graph.fill(rows.step, owners, seeds)
-            return _Standing(batch, graph.replay, order, graph.capacity.rows, node, length, left)
+            left = graph.fill(rows.step, batch_indices, seeds)
+            return _CachedDecode(
+                batch, graph.replay, order, graph.capacity.rows, node, length, left
+            )
         model, device = self.model, self.model.device
-        packed = _packed(rows.step, device, owners=owners, seeds=seeds)
+        packed = _packed(rows.step, device, batch_indices=batch_indices, seeds=seeds)
         step, of_rows = self._step(rows.step, packed), packed.tensors
-        ids = self._tables.last.index_select(0, of_rows["owners"])
+        ids = self._tables.last.index_select(0, of_rows["batch_indices"])
         drawing = Drawing.of(settings, device)
         decode = DecodeStep(
-            step, of_rows["owners"], of_rows["seeds"], ids, drawing, advances(model)
+            step, of_rows["batch_indices"], of_rows["seeds"], ids, drawing, advances(model)
         )
         left = step.plan.room + 1 if decode.advances else 1
 
         def run() -> Tensor:
             return decode.run(model, self.cache, self._tables)
 
-        return _Standing(batch, run, order, len(order), node, length, left)
+        return _CachedDecode(batch, run, order, len(order), node, length, left)
 
     def _mixed(self, tree: PrefixTree, batch: Batch) -> tuple[Callable[[], Tensor], range, int]:
         """Of any other batch: the same. Its results are in order, one for each row drawn from."""
         self._standing = None
         rows = rows_of(tree, batch)
-        self._tables.claim(rows.owners)
+        self._tables.claim(rows.claims)
         self.stats.plans += 1
         device = self.model.device
         packed = _packed(
@@ -244,9 +246,9 @@ class ModelExecutor:
             device,
             ids=rows.ids,
             last_rows=[row for row, _ in rows.last],
-            last_slots=[slot for _, slot in rows.last],
+            last_indices=[index for _, index in rows.last],
             drawn_rows=[row for row, _ in rows.drawn],
-            drawn_slots=[rollout.slot for _, rollout in rows.drawn],
+            drawn_indices=[rollout.batch_index for _, rollout in rows.drawn],
             drawn_seeds=[rollout.seed for _, rollout in rows.drawn],
             drawn_positions=[rows.step.positions[row] + 1 for row, _ in rows.drawn],
             holes=[row for patch in rows.patches for row in patch.rows],
@@ -266,7 +268,7 @@ class ModelExecutor:
         self, rows: Rows, step: Step, given: dict[str, Tensor], drawing: Drawing | None
     ) -> Tensor:
         model, tables = self.model, self._tables
-        ids = given["ids"].index_copy(0, given["last_rows"], tables.last[given["last_slots"]])
+        ids = given["ids"].index_copy(0, given["last_rows"], tables.last[given["last_indices"]])
         holes = given["holes"].split([len(patch.rows) for patch in rows.patches])
         images = [
             (place, patch.features.result()[patch.first : patch.first + len(patch.rows)])
@@ -275,7 +277,7 @@ class ModelExecutor:
         hidden = model.decoder(model.decoder.embed(ids, images), step, self.cache)
         if drawing is None:
             return given["ids"].new_empty(2, 0, dtype=torch.int32)
-        feeds = {"last": tables.last, "owners": given["drawn_slots"]}
+        feeds = {"last": tables.last, "batch_indices": given["drawn_indices"]}
         hidden, seeds = hidden[given["drawn_rows"]], given["drawn_seeds"]
         return drawing.draw(model, hidden, seeds, given["drawn_positions"], **feeds)
 

@@ -19,9 +19,9 @@ from model.config import Config
 from model.decoder import Step
 from model.step3vl import Step3VL
 from pacore_sched.engine.decode_graph import LEVELS, DecodeGraph, default_buckets, node_rows
-from pacore_sched.engine.decode_step import Settings, Tables
-from pacore_sched.sched.plan import plan_step
+from pacore_sched.engine.decode_step import LastTokens, Settings
 from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.step_batch import build_step_batch
 
 # Temperature, top_k, top_p: as by default, greedy, tempered, truncated.
 SETTINGS: tuple[Settings, ...] = (
@@ -64,7 +64,7 @@ def launch_graph(config: Config, dtype: torch.dtype, kv_dtype: torch.dtype, rows
     model = one_layer(config, dtype)
     group = config.decoder.heads // config.decoder.kv_heads
     for most in node_rows(rows, group):
-        cache, tables = model.new_cache(PAGES, kv_dtype), Tables(rows, model.device)
+        cache, tables = model.new_cache(PAGES, kv_dtype), LastTokens(rows, model.device)
         capacity = Capacity(rows, most, LEVELS)
         DecodeGraph(model, cache, tables, capacity, SETTINGS[0], _Uncaptured, None)
     _sample(model, rows)
@@ -86,7 +86,7 @@ def launch_step(
         for _ in range(rollouts):
             work.append((tree.add(root), 1))
             tree.append(work[-1][0], 1)
-    batch = plan_step(tree, work)
+    batch = build_step_batch(tree, work)
     cache = model.new_cache(PAGES + rollouts, kv_dtype)
     plan = PrefixPlan.build(
         batch.plan_nodes,
@@ -120,7 +120,7 @@ def one_layer(config: Config, dtype: torch.dtype) -> Step3VL:
 def _sample(model: Step3VL, rows: int) -> None:
     logits = torch.empty(rows, model.config.decoder.vocab_size, dtype=model.dtype)
     seeds = torch.zeros(rows, dtype=torch.int64)
-    table = {"last": seeds, "owners": seeds}
+    table = {"last": seeds, "batch_indices": seeds}
     for feeds in ({"ids": seeds, **table}, table, {}):  # decoding, with prompts, in parts
         out = SampleOutput.of(rows, model.device, **feeds)
         for temperature, top_k, top_p in SETTINGS:

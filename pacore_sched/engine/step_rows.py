@@ -1,7 +1,7 @@
 """A batch as rows of the model: what each row is fed, and whose token is drawn where.
 
-Made of ints, as sched/plan.py's layout is, whose rows these are. The last token of a running
-rollout is not known here: the row takes it from the executor's table, at the rollout's slot.
+Made of ints, as sched/step_batch.py's layout is, whose rows these are. The last token of a running
+rollout is not known here: the row takes it from the executor's LastTokens, by batch index.
 """
 
 from bisect import bisect_left
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from model.errors import InputError
-from pacore_sched.sched.plan import StepBatch, plan_step
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Chunk, Rollout, Segment
+from pacore_sched.sched.step_batch import StepBatch, build_step_batch
 
 
 class ImageFeatures(Protocol):
@@ -72,10 +72,10 @@ class Rows:
 
     step: StepBatch
     ids: list[int]  # [T] 0 where the token is in the table
-    last: list[tuple[int, int]] = field(default_factory=list)  # (row, slot) of those
+    last: list[tuple[int, int]] = field(default_factory=list)  # (row, batch index) of those
     patches: list[Patch] = field(default_factory=list)
     drawn: list[tuple[int, Rollout]] = field(default_factory=list)  # in the order of collection
-    owners: list[tuple[Rollout, int | None]] = field(default_factory=list)  # and last known token
+    claims: list[tuple[Rollout, int | None]] = field(default_factory=list)  # and last known token
     drafted: set[Rollout] = field(default_factory=set)
 
 
@@ -85,7 +85,7 @@ def rows_of(tree: PrefixTree, batch: Batch) -> Rows:
     decode = list(zip(batch.decode, drafts, strict=True))
     work = [(rollout.node, 1 + len(draft)) for rollout, draft in decode]
     work += [(chunk.owner.node, chunk.stop - chunk.start) for chunk in batch.chunks]
-    step = plan_step(tree, work)
+    step = build_step_batch(tree, work)
     ends = {node: end + 1 for (node, _), end in zip(step.work, step.last_rows, strict=True)}
     rows = Rows(step, [0] * len(step.positions))
     for rollout, draft in decode:
@@ -101,13 +101,13 @@ def _decode(
     """A rollout's last token, its draft behind it, and what is drawn after each."""
     first = end - 1 - len(draft)
     rows.ids[first + 1 : end] = draft
-    rows.last.append((first, rollout.slot))
+    rows.last.append((first, rollout.batch_index))
     # What the host knows of the last token counts when the table does not hold this rollout's.
     written = tree.length(rollout.node) - 1 - len(draft)
     known = rollout.group.last_token if not written else None
     if 0 < written <= len(rollout.tokens):
         known = rollout.tokens[written - 1]
-    rows.owners.append((rollout, known))
+    rows.claims.append((rollout, known))
     rows.drawn.extend((row, rollout) for row in range(first, end))
     if draft:
         rows.drafted.add(rollout)
@@ -131,5 +131,5 @@ def _write(rows: Rows, chunk: Chunk, end: int) -> None:
         raise ValueError(f"tokens {chunk.start}..{chunk.stop} of {owner} are not all known")
     rows.ids[first:end] = known
     if chunk.samples:
-        rows.owners.append((owner, 0))  # the table gets what is drawn now
+        rows.claims.append((owner, 0))  # the table gets what is drawn now
         rows.drawn.append((end - 1, owner))

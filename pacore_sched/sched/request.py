@@ -54,7 +54,7 @@ class Rollout:
     # The scheduler's:
     asked: int = field(default=0, init=False)  # tokens asked for: known, or in flight
     node: int = field(default=-1, init=False)  # in the prefix tree; -1: waiting, or ended
-    slot: int = field(default=-1, init=False)  # its place in the executor's tables while it runs
+    batch_index: int = field(default=-1, init=False)  # in the executor's tables, while running
     preemptions: int = field(default=0, init=False)
 
 

@@ -59,7 +59,7 @@ class Scheduler:
         self.host_pages = host_pages  # still free there
         self._queue: list[tuple[tuple, Group]] = []  # groups with waiting rollouts, in order
         self._segments: dict[Segment, None] = {}  # those with a node, oldest first
-        self._slots = list(reversed(range(max_running)))
+        self._free_indices = list(reversed(range(max_running)))
         self._submitted = 0
         self._decoding: dict[int, Rollout] = {}  # by node: running ones that are up to date
         self._behind: dict[Rollout, None] = {}  # running ones that are not
@@ -183,8 +183,10 @@ class Scheduler:
         held = {rollout.node: 1 for rollout in self.running}
         held |= {segment.node: 1 for segment in self._segments}
         self.tree.check_integrity(held)
-        slots = [rollout.slot for rollout in self.running]
-        assert sorted([*slots, *self._slots]) == [*range(self.max_running)], "slots"
+        indices = [rollout.batch_index for rollout in self.running]
+        assert sorted([*indices, *self._free_indices]) == [*range(self.max_running)], (
+            "batch indices"
+        )
         for segment in self._segments:
             assert segment.written == self.tree.length(segment.node) <= segment.tokens, segment
             assert segment.users > 0, segment
@@ -248,7 +250,7 @@ class Scheduler:
         """Prefill and start what the policy lets in.
 
         Returns what is fetched from the host, and whether somebody waits for something else than
-        pages, slots or tokens: the next step may be another then.
+        pages, batch indices or tokens: the next step may be another then.
         """
         restored: list[Moved] = []
         waits = False
@@ -333,7 +335,7 @@ class Scheduler:
             self._dequeue(group)
         rollout.node = self.tree.add(group.path[-1].node if group.path else None)
         self.tree.provide(rollout.node, 1 + rollout.asked)
-        rollout.slot = self._slots.pop()
+        rollout.batch_index = self._free_indices.pop()
         self.running[rollout] = None
         self.counts.prefix_hits += group.prompt_tokens - 1
         return rollout
@@ -413,8 +415,8 @@ class Scheduler:
         self.tree.release(rollout.node)
         self._decoding.pop(rollout.node, None)
         self._behind.pop(rollout, None)
-        self._slots.append(rollout.slot)
-        rollout.node = rollout.slot = -1
+        self._free_indices.append(rollout.batch_index)
+        rollout.node = rollout.batch_index = -1
         del self.running[rollout]
         self._left = 0
 

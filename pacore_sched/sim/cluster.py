@@ -52,7 +52,7 @@ class Setting:
 
 
 @dataclass
-class Outcome:
+class SimResult:
     """What happened: a record per rollout, a usage per GPU, and when problems were answered."""
 
     setting: Setting
@@ -70,18 +70,18 @@ def simulate(
     problems: Sequence[Problem],
     setting: Setting,
     on_answer: Callable[[int], None] = lambda problems: None,
-) -> Outcome:
+) -> SimResult:
     """Run all problems to their answers; `on_answer` is told of each as it comes.
 
     Raises InputError if a rollout's KV can never fit on one GPU.
     """
-    outcome = Outcome(setting, problems, answered_s=[0.0] * len(problems))
+    result = SimResult(setting, problems, answered_s=[0.0] * len(problems))
 
     def answer(number: int, seconds: float) -> None:
-        outcome.answered_s[number] = seconds
+        result.answered_s[number] = seconds
         on_answer(1)
 
-    replicas = [_replica(setting, outcome, answer) for _ in range(setting.gpus)]
+    replicas = [_replica(setting, result, answer) for _ in range(setting.gpus)]
     order = sorted(range(len(problems)), key=lambda number: problems[number].arrival_s)
     try:
         _run(replicas, [(number, problems[number]) for number in order])
@@ -89,15 +89,15 @@ def simulate(
         raise InputError(f"a problem does not fit a GPU's KV: {error}") from None
     for replica in replicas:
         counts = replica.scheduler.counts
-        outcome.usages.append(replica.executor.usage)
-        outcome.preemptions += counts.preemptions
-        outcome.recomputed_tokens += counts.recomputed
-        outcome.cancelled_tokens += counts.cancelled
-        outcome.prefix_hit_tokens += counts.prefix_hits
-    return outcome
+        result.usages.append(replica.executor.usage)
+        result.preemptions += counts.preemptions
+        result.recomputed_tokens += counts.recomputed
+        result.cancelled_tokens += counts.cancelled
+        result.prefix_hit_tokens += counts.prefix_hits
+    return result
 
 
-def _replica(setting: Setting, outcome: Outcome, answer: Callable[[int, float], None]) -> Replica:
+def _replica(setting: Setting, result: SimResult, answer: Callable[[int, float], None]) -> Replica:
     name = setting.policy
     knowing = KNOW_LENGTHS.get(name)
     replica: Replica = Replica(
@@ -109,7 +109,7 @@ def _replica(setting: Setting, outcome: Outcome, answer: Callable[[int, float], 
         token_budget=setting.token_budget,
         max_tokens=setting.max_tokens,
         need_share=setting.need_share,
-        on_round=outcome.records.extend,
+        on_round=result.records.extend,
         on_answer=answer,
     )
     return replica

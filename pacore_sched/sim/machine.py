@@ -63,7 +63,7 @@ MACHINES = {
 }
 
 
-def machine_named(name: str, results: Path = RESULTS) -> Machine:
+def find_machine(name: str, results: Path = RESULTS) -> Machine:
     """The GPU called `name`, with what the rows of folders of `results` named after it say.
 
     Raises InputError with the known names for another one, and for a file that is not rows.

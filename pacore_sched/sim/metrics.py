@@ -1,6 +1,6 @@
 """What a simulated run was worth, as one row of numbers.
 
-Outcome, over all problems:
+SimResult, over all problems:
     makespan_s        from the first arrival to the last answer
     used_tok_s        tokens of rollouts that were not cancelled, per second of makespan
     tta_*_s           time to answer: a problem's last token minus its arrival; mean, percentiles
@@ -29,7 +29,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pacore_sched.sim.cluster import Outcome
+from pacore_sched.sim.cluster import SimResult
 from pacore_sched.sim.cost_model import RooflineCost
 from pacore_sched.sim.simulator import Record, Usage
 
@@ -37,12 +37,12 @@ TAIL = 0.1  # of all rollouts
 PERCENTILES = (50, 95, 99)
 
 
-def metrics_row(outcome: Outcome, workload: str, seed: int, slo_s: float | None = None) -> dict:
+def metrics_row(result: SimResult, workload: str, seed: int, slo_s: float | None = None) -> dict:
     """The row of one run; `slo_s` is the objective for the time to answer (None: no goodput)."""
-    setting, records = outcome.setting, outcome.records
-    makespan = end_s(outcome) - start_s(outcome)
+    setting, records = result.setting, result.records
+    makespan = end_s(result) - start_s(result)
     used = sum(record.length for record in records if not record.cancelled)
-    times = times_to_answer(outcome)
+    times = times_to_answer(result)
     within = None if slo_s is None else float((times <= slo_s).sum()) / makespan * 3600
     return {
         "workload": workload,
@@ -57,42 +57,42 @@ def metrics_row(outcome: Outcome, workload: str, seed: int, slo_s: float | None 
         **{f"tta_p{p}_s": float(np.percentile(times, p)) for p in PERCENTILES},
         "goodput_per_h": within,
         **_latencies(records),
-        "tail_share": _tail_s(outcome) / makespan,
-        **_occupancy(outcome, makespan),
-        "preemptions": outcome.preemptions,
-        "recomputed_tokens": outcome.recomputed_tokens,
-        "cancelled_tokens": outcome.cancelled_tokens,
-        "prefix_hit_tokens": outcome.prefix_hit_tokens,
-        "shared_bytes_saved": sum(usage.bytes_saved for usage in outcome.usages),
+        "tail_share": _tail_s(result) / makespan,
+        **_occupancy(result, makespan),
+        "preemptions": result.preemptions,
+        "recomputed_tokens": result.recomputed_tokens,
+        "cancelled_tokens": result.cancelled_tokens,
+        "prefix_hit_tokens": result.prefix_hit_tokens,
+        "shared_bytes_saved": sum(usage.bytes_saved for usage in result.usages),
     }
 
 
-def start_s(outcome: Outcome) -> float:
+def start_s(result: SimResult) -> float:
     """When the first problem arrived."""
-    return min(problem.arrival_s for problem in outcome.problems)
+    return min(problem.arrival_s for problem in result.problems)
 
 
-def end_s(outcome: Outcome) -> float:
+def end_s(result: SimResult) -> float:
     """When the last problem was answered."""
-    return max(outcome.answered_s)
+    return max(result.answered_s)
 
 
-def times_to_answer(outcome: Outcome) -> np.ndarray:
+def times_to_answer(result: SimResult) -> np.ndarray:
     """Seconds [problems] from arrival to answer."""
-    arrivals = [problem.arrival_s for problem in outcome.problems]
-    return np.array(outcome.answered_s) - np.array(arrivals)
+    arrivals = [problem.arrival_s for problem in result.problems]
+    return np.array(result.answered_s) - np.array(arrivals)
 
 
-def timeline(outcome: Outcome, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def timeline(result: SimResult, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ends of `bins` equal stretches of the makespan; in each, decoding rollouts and KV in use.
 
     Rollouts are the mean number over all GPUs together, KV the mean share of their pages.
     """
-    edges = np.linspace(start_s(outcome), end_s(outcome), bins + 1)
+    edges = np.linspace(start_s(result), end_s(result), bins + 1)
     width = edges[1] - edges[0]
-    running = sum(np.diff(_integral(usage, usage.running, edges)) for usage in outcome.usages)
-    kv = sum(np.diff(_integral(usage, usage.kv, edges)) for usage in outcome.usages)
-    return edges[1:], running / width, kv / width / len(outcome.usages)
+    running = sum(np.diff(_integral(usage, usage.running, edges)) for usage in result.usages)
+    kv = sum(np.diff(_integral(usage, usage.kv, edges)) for usage in result.usages)
+    return edges[1:], running / width, kv / width / len(result.usages)
 
 
 def _integral(usage: Usage, values: array, at: np.ndarray) -> np.ndarray:
@@ -123,9 +123,9 @@ def _latencies(records: Sequence[Record]) -> dict:
     }
 
 
-def _occupancy(outcome: Outcome, makespan: float) -> dict:
-    usages, setting = outcome.usages, outcome.setting
-    window = np.array([start_s(outcome), end_s(outcome)])
+def _occupancy(result: SimResult, makespan: float) -> dict:
+    usages, setting = result.usages, result.setting
+    window = np.array([start_s(result), end_s(result)])
     whole = makespan * len(usages)
     running = sum(np.diff(_integral(usage, usage.running, window))[0] for usage in usages)
     kv = sum(np.diff(_integral(usage, usage.kv, window))[0] for usage in usages)
@@ -143,11 +143,11 @@ def _occupancy(outcome: Outcome, makespan: float) -> dict:
     }
 
 
-def _tail_s(outcome: Outcome) -> float:
+def _tail_s(result: SimResult) -> float:
     """Seconds from when a tenth of all rollouts is left to the last answer."""
-    ends = np.sort([record.ended_s for record in outcome.records])
+    ends = np.sort([record.ended_s for record in result.records])
     last = max(0, len(ends) - int(TAIL * len(ends)) - 1)
-    return end_s(outcome) - float(ends[last])
+    return end_s(result) - float(ends[last])
 
 
 def _mean(values: Sequence[float]) -> float | None:

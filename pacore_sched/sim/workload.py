@@ -99,7 +99,7 @@ WORKLOADS = {
 }
 
 
-def workload_named(name: str) -> Workload:
+def find_workload(name: str) -> Workload:
     """The workload called `name`. Raises InputError with known names."""
     if name not in WORKLOADS:
         raise InputError(f"unknown workload {name!r}; choose one of {', '.join(WORKLOADS)}")

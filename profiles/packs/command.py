@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.launch_sites import all_sites
 from bench.tune import check_compiles
-from kernels.runtime.tiles import A100, H200
+from kernels.runtime.configs import A100, H200
 from model.errors import InputError
 from profiles.packs.kernel_pack import pack, unpack
 

@@ -20,7 +20,7 @@ from triton.compiler.compiler import make_backend
 
 from kernels.compile.cache import entry, is_compiled, sources
 from kernels.compile.worker import Site
-from kernels.runtime.tiles import Gpu
+from kernels.runtime.configs import Gpu
 from model.errors import InputError
 from pacore_sched.engine.compile_ahead import Summary, compile_ahead
 

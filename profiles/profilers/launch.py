@@ -12,7 +12,7 @@ import torch
 
 from bench.cases import OPS, cases
 from bench.numerics import form
-from bench.ops import FORMS, MAIN_DTYPE, device_named, dtypes_named, select
+from bench.ops import FORMS, MAIN_DTYPE, parse_device, parse_dtypes, select
 from kernels.runtime.dtypes import dtype_name
 
 WARM_UP = 3
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    device = device_named(options.device)
+    device = parse_device(options.device)
     name, call = prepared(options, device)
     with torch.inference_mode():
         between_marks(call, options.calls, device)
@@ -45,7 +45,7 @@ def prepared(options: argparse.Namespace, device: torch.device) -> tuple[str, Ca
     """A case's name, and what runs it on inputs of its own. Raises InputError as `select` does."""
     impls = [options.impl] if options.impl else []
     case = select(cases(device.type), [options.op], options.shape, impls)[0]
-    given = dtypes_named([options.dtype] if options.dtype else [])
+    given = parse_dtypes([options.dtype] if options.dtype else [])
     dtype = given[0] if given else MAIN_DTYPE[device.type]
     inputs = case.inputs(0, device, dtype)
     call = form(case.op, options.impl)(inputs) if options.impl else partial(OPS[case.op], **inputs)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench.ops import device_named
+from bench.ops import parse_device
 from model.errors import InputError
 from model.terminal import table
 from profiles.profilers.launch import WARM_UP, add_case_arguments, prepared
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         from triton import profiler
     except ImportError as error:
         raise InputError(f"this Triton comes without Proton: {INSTEAD}") from error
-    name, call = prepared(options, device_named("cuda"))
+    name, call = prepared(options, parse_device("cuda"))
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / options.op
     with torch.inference_mode():

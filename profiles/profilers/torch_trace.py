@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.decode import DecodeCase
-from bench.ops import MAIN_DTYPE, device_named
+from bench.ops import MAIN_DTYPE, parse_device
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.spans import span, use
 from model.errors import InputError
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
             raise InputError("say where the trace goes: --out FILE.json")
         if options.steps < 1:
             raise InputError(f"--steps must be at least 1, not {options.steps}")
-        _record(options, device_named(options.device))
+        _record(options, parse_device(options.device))
     summary = trace_summary.summarise(_read(path), path.name)
     if options.json:
         print(json.dumps({"trace": str(path)} | summary))

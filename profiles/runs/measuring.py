@@ -22,10 +22,10 @@ from bench.engine import time_engine
 from bench.launch_cost import time_launches
 from bench.launch_sites import timed_sites
 from bench.linears import time_linear
-from bench.ops import MAIN_DTYPE, check_case, device_named, time_case
+from bench.ops import MAIN_DTYPE, check_case, parse_device, time_case
 from bench.pairs import check_forms, time_pairs
 from bench.timing import keep_freed_memory
-from kernels.runtime.tiles import gpu_of
+from kernels.runtime.configs import gpu_of
 from model.config import PRESETS
 from model.cuda_graph import failed_capture
 from model.errors import InputError
@@ -50,7 +50,7 @@ class Measuring:
     @cached_property
     def device(self) -> torch.device:
         """Raises InputError if there is none of its name: in answer to the first task."""
-        device = device_named(self._name)
+        device = parse_device(self._name)
         rows.machine(device)  # cached by it: tests may change the number of threads
         return device
 

@@ -30,8 +30,16 @@ from bench.numerics import form
 from kernels.compile.launches import Launch, compiler, launches_recorded
 from kernels.compile.unfilled import unfilled
 from kernels.errors import ImplError, one_line
+from kernels.runtime.configs import (
+    A100,
+    H200,
+    TUNABLES,
+    Gpu,
+    KernelConfig,
+    record_configs,
+    use_config,
+)
 from kernels.runtime.dtypes import dtype_name
-from kernels.runtime.tiles import A100, H200, TUNABLES, Gpu, Tiles, record_tiles, use_tiles
 from model.terminal import track
 from profiles.static import loop_figures
 from profiles.static.pipeline import pipelines
@@ -237,7 +245,7 @@ def _attempts(case: Case, dtype: torch.dtype, gpu: Gpu, quick: bool) -> Iterator
     """The case's launches in every choice of tiles, on their way through the compiler."""
     with unfilled():
         arguments = case.inputs(0, torch.device("cpu"), dtype)
-    with record_tiles() as asked:
+    with record_configs() as asked:
         yield from _launched(case, gpu, arguments)
     # A GPU without a table gets the rule's tiles.
     yield from _launched(case, replace(gpu, name="none"), arguments)
@@ -245,11 +253,13 @@ def _attempts(case: Case, dtype: torch.dtype, gpu: Gpu, quick: bool) -> Iterator
         return
     for part, key in asked:
         for tiles in TUNABLES[part].candidates(key, gpu):
-            with use_tiles(part, **tiles):
+            with use_config(part, **tiles):
                 yield from _launched(case, gpu, arguments, tiles)
 
 
-def _launched(case: Case, gpu: Gpu, arguments: dict, tiles: Tiles | None = None) -> list[Attempt]:
+def _launched(
+    case: Case, gpu: Gpu, arguments: dict, tiles: KernelConfig | None = None
+) -> list[Attempt]:
     try:
         with launches_recorded(gpu) as launches:
             form(case.op, case.form)(arguments)()

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
-from kernels.runtime.tiles import A100, H200
+from kernels.runtime.configs import A100, H200
 from pacore_sched.sim.machine import COPY_SHARE, MACHINES
 from profiles.static.pipeline import Pipeline
 from profiles.static.sass_loop import Anatomy

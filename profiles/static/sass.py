@@ -15,7 +15,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 
 from kernels.runtime.arithmetic import cdiv
-from kernels.runtime.tiles import Gpu
+from kernels.runtime.configs import Gpu
 
 # Of an SM, sm_80 and sm_90 alike. Registers are given to a warp in units of 256 and lie in four
 # partitions, each with a quarter of the warps.

@@ -49,7 +49,7 @@ def decode() -> str:
     return markdown((label, *DECODE_FORMS, " of roofline"), lines)
 
 
-class Job(NamedTuple):
+class EndToEndRow(NamedTuple):
     """A line of the end-to-end table: a rate of a row, or its time if `rate` is None."""
 
     label: str
@@ -58,30 +58,30 @@ class Job(NamedTuple):
     rate: str | None = None
 
 
-JOBS = (
-    Job(
+END_TO_END = (
+    EndToEndRow(
         "SmolLM2, prompt of 1,481 tokens, widths 16, up to 32 tokens: whole answer",
         "pacore",
         "smollm2-135m P1481 W16 T32",
         "tokens_per_second",
     ),
-    Job(
+    EndToEndRow(
         "of that, decode steps of the 16 rollouts",
         "pacore",
         "smollm2-135m P1481 W16 T32",
         "decode_tokens_per_second",
     ),
-    Job("`tiny`, photo of 1280 x 720 to first logits", "photo", "tiny 6 crops, 98 tokens"),
-    Job("`tiny`, image of 728 x 728 (1 view) to embeddings", "vision", "tiny 728 x 728"),
-    Job("1920 x 1080 (9 views)", "vision", "tiny 1920 x 1080"),
-    Job("3024 x 3024 (37 views)", "vision", "tiny 3024 x 3024"),
+    EndToEndRow("`tiny`, photo of 1280 x 720 to first logits", "photo", "tiny 6 crops, 98 tokens"),
+    EndToEndRow("`tiny`, image of 728 x 728 (1 view) to embeddings", "vision", "tiny 728 x 728"),
+    EndToEndRow("1920 x 1080 (9 views)", "vision", "tiny 1920 x 1080"),
+    EndToEndRow("3024 x 3024 (37 views)", "vision", "tiny 3024 x 3024"),
 )
 
 
 def end_to_end() -> str:
     """Whole jobs, all forms eager and all forms ours."""
     lines = []
-    for job in JOBS:
+    for job in END_TO_END:
         eager, ours = (
             one(measured(OPS_CPU), op=job.op, case=job.case, impl=impl)
             for impl in ("eager", "default")

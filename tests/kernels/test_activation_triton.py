@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.numerics import errors
 from kernels.activation import quick_gelu, silu_mul
-from kernels.runtime.tiles import use_tiles
+from kernels.runtime.configs import use_config
 from tests.kernels.runtime.ptx_errors import DIV_ULP, sigmoid_error
 from tests.support import ROOT
 
@@ -20,7 +20,7 @@ COMPILED = """
 import json, re
 import torch
 from kernels.compile.launches import compiler, launches_recorded
-from kernels.runtime.tiles import H200
+from kernels.runtime.configs import H200
 from kernels.activation import silu_mul
 
 found = []
@@ -50,7 +50,7 @@ def draw(rows: int, width: int, dtype: torch.dtype, device: str) -> tuple[Tensor
 
 
 def both(gate_up: Tensor, x: Tensor, impl: str) -> list[Tensor]:
-    with use_tiles("silu_mul", block=BLOCK), use_tiles("quick_gelu", block=BLOCK):
+    with use_config("silu_mul", block=BLOCK), use_config("quick_gelu", block=BLOCK):
         return [silu_mul(gate_up, impl=impl), quick_gelu(x, impl=impl)]
 
 
@@ -108,7 +108,7 @@ def test_interleaved_pairs(width: int, dtype: torch.dtype, triton_device: str):
     pairs[:, ::2], pairs[:, 1::2] = halves.chunk(2, dim=1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     try:
-        with use_tiles("silu_mul", block=BLOCK):
+        with use_config("silu_mul", block=BLOCK):
             got = silu_mul(pairs, interleaved=True, impl="triton")
             want = silu_mul(halves, impl="triton")
     finally:

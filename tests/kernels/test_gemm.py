@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gemm import convolution, halved, linear, windows_of
-from kernels.gemm.cut import BAND, cut_of
 from kernels.gemm.op import TUNABLE
-from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
+from kernels.gemm.stream_k import BAND, stream_k
+from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from tests.support.errors import max_error
 
 BF16 = pytest.param(torch.bfloat16, id="bf16")
@@ -25,7 +25,7 @@ def small_tiles():
     What nobody has written, in results and in the workspace, is NaN.
     """
     torch.use_deterministic_algorithms(True)
-    with assume_gpu(toy(5)), use_tiles("gemm", **tile(), **CUT):
+    with assume_gpu(toy(5)), use_config("gemm", **tile(), **CUT):
         yield
     torch.use_deterministic_algorithms(False)
 
@@ -85,7 +85,7 @@ def convolved(x: Tensor, grids: list, weight: Tensor, bias: Tensor | None) -> Te
 def test_linear(shape: tuple, dtype: torch.dtype, options: dict, triton_device: str):
     """Every size of remainder on every axis; whole tiles, cut tiles, and both in one product."""
     x, weight, bias = layer(*shape, dtype=dtype, device=triton_device)
-    with use_tiles("gemm", **options):
+    with use_config("gemm", **options):
         out = linear(x, weight, bias)
         plain = linear(x, weight)
     expected = F.linear(x.double(), weight.double())
@@ -110,7 +110,7 @@ def test_convolution(grids: list, channels: int, options: dict, triton_device: s
     tokens = sum(rows * columns for rows, columns in grids)
     x, bias = draw((tokens, channels), (21,), device=triton_device)
     weight = kernel(21, channels, device=triton_device)
-    with use_tiles("gemm", **options):
+    with use_config("gemm", **options):
         out = convolution(x, grids, weight, bias)
     assert max_error(out, convolved(x, grids, weight, bias)) < TOLERANCES[torch.float32]
 
@@ -129,7 +129,7 @@ def test_tensor_copies(options: dict, triton_device: str):
 
     Rows that they cannot read are read without.
     """
-    with use_tiles("gemm", tma=1, **options):
+    with use_config("gemm", tma=1, **options):
         x, weight, bias = layer(37, 53, 48, device=triton_device)
         expected = F.linear(x.double(), weight.double(), bias.double())
         assert max_error(linear(x, weight, bias), expected) < TOLERANCES[torch.float32]
@@ -183,10 +183,10 @@ def test_cuts_hold_all_the_work(sms: int, overhead: int):
     for m_tiles in (1, 2, 3, 7, 8, 17, 97):
         for n_tiles in (1, 5, 12, 16):
             for steps in (1, 9, 216):
-                cut = cut_of(m_tiles, n_tiles, steps, sms, overhead)
+                cut = stream_k(m_tiles, n_tiles, steps, sms, overhead)
                 work = [cut.work(program) for program in range(sms)]
                 assert sum(work) == m_tiles * n_tiles * steps
-                assert cut.slots <= 2 * sms
+                assert cut.partials <= 2 * sms
                 assert cut.rest < sms and cut.whole + cut.rest == m_tiles * n_tiles
                 if cut.rest:
                     rounds = cut.whole // sms
@@ -204,16 +204,16 @@ def test_programs_have_equal_work(sms: int, width: int, steps: int, first: int, 
     overhead = 16
     for crops in range(37):
         rows = first + crops * more
-        cut = cut_of(-(-rows // 128), -(-width // 256), steps, sms, overhead)
+        cut = stream_k(-(-rows // 128), -(-width // 256), steps, sms, overhead)
         work = [cut.work(program) for program in range(sms)]
         assert max(work) <= max(1.02 * sum(work) / sms, sum(work) / sms + overhead)
 
 
 def test_a_panel_of_the_weight_is_read_at_one_time():
     """Programs side by side work on all rows of one panel, at one place in K."""
-    cut = cut_of(2, 16, 432, 132, 16)
+    cut = stream_k(2, 16, 432, 132, 16)
     assert (cut.whole, cut.rest, cut.lanes) == (0, 32, 2)
-    cut = cut_of(6, 12, 216, 132, 16)
+    cut = stream_k(6, 12, 216, 132, 16)
     assert (cut.whole, cut.rest, cut.lanes) == (0, 72, 6)
 
 
@@ -223,7 +223,7 @@ def test_rows_of_out(options: dict, triton_device: str):
     x, weight, bias = layer(37, 19, 70, device=triton_device)
     whole = torch.full((60, 24), 7.0, device=triton_device)
     out, rows = whole[:, :19], torch.randperm(60)[:37].to(triton_device)
-    with use_tiles("gemm", **options):
+    with use_config("gemm", **options):
         assert linear(x, weight, bias, out=out, rows=rows) is out
         assert torch.equal(out[rows], linear(x, weight, bias))
     others = torch.ones(60, dtype=torch.bool)
@@ -236,7 +236,7 @@ def test_rows_of_out(options: dict, triton_device: str):
 def test_quick_gelu(options: dict, dtype: torch.dtype, triton_device: str):
     """The activation sees the sum as rounded to the dtype; only it and one rounding come after."""
     x, weight, bias = layer(37, 19, 70, dtype=dtype, device=triton_device)
-    with use_tiles("gemm", **options):
+    with use_config("gemm", **options):
         out = linear(x, weight, bias, quick_gelu=True)
         z = linear(x, weight, bias).double()
     assert max_error(out, z * torch.sigmoid(1.702 * z)) < TOLERANCES[dtype]
@@ -308,5 +308,5 @@ def test_mistakes_are_named(triton_device: str):
 
 
 def _with_tma(x: Tensor) -> Tensor:
-    with use_tiles("gemm", tma=1):
+    with use_config("gemm", tma=1):
         return linear(x, x)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear_quick_gelu import linear_quick_gelu
-from kernels.runtime.tiles import A100, H200, Gpu, assume_gpu, record_tiles, use_tiles
+from kernels.runtime.configs import A100, H200, Gpu, assume_gpu, record_configs, use_config
 from tests.support.errors import max_error
 
 WAYS = [
@@ -26,7 +26,7 @@ TILES = {"block_m": 16, "block_n": 16, "block_k": 16, "overhead": 0, "programs":
 def small_tiles():
     """Small tiles, cut among five SMs; what nobody has written is NaN."""
     torch.use_deterministic_algorithms(True)
-    with assume_gpu(Gpu("toy", 90, 5, 227 * 1024)), use_tiles("gemm", **TILES):
+    with assume_gpu(Gpu("toy", 90, 5, 227 * 1024)), use_config("gemm", **TILES):
         yield
     torch.use_deterministic_algorithms(False)
 
@@ -74,7 +74,7 @@ def test_none_is_the_choice_of_table_or_rule(triton_device: str):
         ({"fused": 0}, {"linear_quick_gelu", "quick_gelu"}),
         ({}, {"linear_quick_gelu", "quick_gelu"}),
     ]:
-        with use_tiles("linear_quick_gelu", **chosen), record_tiles() as asked:
+        with use_config("linear_quick_gelu", **chosen), record_configs() as asked:
             linear_quick_gelu(x, weight, bias, impl="triton")
         assert {op for op, _ in asked} == parts
 
@@ -110,7 +110,7 @@ def test_stages_fit_in_shared_memory(gpu: Gpu, buffers: int, triton_device: str)
     Before sm_90 the compiler takes a buffer less than there are stages.
     """
     inputs = draw(65, 16, 129, torch.float16, triton_device)
-    with assume_gpu(gpu), record_tiles() as asked:
+    with assume_gpu(gpu), record_configs() as asked:
         linear_quick_gelu(*inputs, fused=True, impl="triton")
     (chosen,) = (tiles for (op, _), tiles in asked.items() if op == "gemm")
     assert chosen["num_stages"] - (gpu.arch < 90) == buffers

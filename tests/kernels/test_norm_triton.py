@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.norm import MAX_WIDTH, layer_norm, rms_norm
-from kernels.runtime.tiles import gpu_of, use_tiles
+from kernels.runtime.configs import gpu_of, use_config
 from tests.support.errors import max_error
 
 BF16 = pytest.param(torch.bfloat16, id="bf16")
@@ -56,7 +56,7 @@ def test_widths(width: int, dtype: torch.dtype, triton_device: str):
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 13])
 def test_rows(rows: int, triton_device: str):
     """Several rows to a program: none, one, a tile less one, whole, and one, a prime."""
-    with use_tiles("rms_norm", rows=4), use_tiles("layer_norm", rows=4):
+    with use_config("rms_norm", rows=4), use_config("layer_norm", rows=4):
         agree(rows, 24, torch.float32, triton_device)
 
 
@@ -73,7 +73,7 @@ def test_all_outputs_and_only_they_are_written(rows: int, triton_device: str):
     kept = [tensor.clone() for tensor in (x, residual, *vectors)]
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     try:
-        with use_tiles("rms_norm", rows=rows), use_tiles("layer_norm", rows=rows):
+        with use_config("rms_norm", rows=rows), use_config("layer_norm", rows=rows):
             got = forms(x, residual, vectors, "triton")
     finally:
         torch.use_deterministic_algorithms(False)
@@ -86,7 +86,7 @@ def test_rows_stand_alone(rows: int, triton_device: str):
     """A row's bits are the same alone, in any slot, and as part of wider tensors."""
     x, residual = draw((5, 24), (5, 24), device=triton_device)
     vectors = draw(24, 24, 24, device=triton_device)
-    with use_tiles("rms_norm", rows=rows), use_tiles("layer_norm", rows=rows):
+    with use_config("rms_norm", rows=rows), use_config("layer_norm", rows=rows):
         whole = forms(x, residual, vectors, "triton")
         wide, wider = torch.cat((x, x), 1)[:, 24:], torch.cat((residual, x, x), 1)[:, :24]
         assert all(map(torch.equal, whole, forms(wide, wider, vectors, "triton")))
@@ -123,7 +123,7 @@ def test_early_start(triton_device: str):
         return given
 
     expected = chain()
-    with use_tiles("rms_norm", pdl=1), use_tiles("layer_norm", pdl=1):
+    with use_config("rms_norm", pdl=1), use_config("layer_norm", pdl=1):
         assert all(map(torch.equal, chain(), expected))
 
 

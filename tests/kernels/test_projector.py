@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.projector import fold, output_tokens, projector
-from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
+from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from tests.support.errors import max_error
 
 FORMS = ("eager", "portable", "triton")
@@ -21,7 +21,7 @@ SMALL_TILES = {"block_m": 16, "block_n": 16, "block_k": 16, "overhead": 0, "prog
 def small_tiles():
     """The Triton form with small tiles, cut among five SMs; what nobody has written is NaN."""
     torch.use_deterministic_algorithms(True)
-    with assume_gpu(Gpu("toy", 90, 5, 227 * 1024)), use_tiles("gemm", **SMALL_TILES):
+    with assume_gpu(Gpu("toy", 90, 5, 227 * 1024)), use_config("gemm", **SMALL_TILES):
         yield
     torch.use_deterministic_algorithms(False)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kernels.kv_pages import KVPages
 from kernels.qk_norm_rope import qk_norm_rope
+from kernels.runtime.configs import A100, assume_gpu, gpu_of, use_config
 from kernels.runtime.fp8 import quantise_e4m3
 from kernels.runtime.rotary import cos_sin
-from kernels.runtime.tiles import A100, assume_gpu, gpu_of, use_tiles
 from tests.support.errors import max_error
 
 PAGE = 4
@@ -97,7 +97,7 @@ def agree(inputs: dict, tolerance: float) -> None:
 )
 def test_heads(heads: tuple[int, int], tokens: int, triton_device: str):
     """Every head is worked on once, those of Q, K and V in their places."""
-    with use_tiles("qk_norm_rope", block_q=4, block_kv=2):
+    with use_config("qk_norm_rope", block_q=4, block_kv=2):
         agree(make(tokens, heads, device=triton_device), 1e-6)
 
 
@@ -180,7 +180,7 @@ def test_fp8_pages(gpu: str, dtype: torch.dtype, triton_device: str):
     inputs = make(5, (5, 3), 32, dtype=dtype, pages=E4M3, device=triton_device)
     inputs["qkv"][2, -32:] = 0  # the smallest scale there is
     chosen = A100 if gpu == "any" else gpu_of(torch.device(triton_device))
-    with assume_gpu(chosen), use_tiles("qk_norm_rope", block_q=4, block_kv=2):
+    with assume_gpu(chosen), use_config("qk_norm_rope", block_q=4, block_kv=2):
         got = run(inputs, "triton")
     want = run(inputs, "eager")
     for name in ("v", "v_scale"):

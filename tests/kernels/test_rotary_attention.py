@@ -7,7 +7,7 @@ from bench.inputs import Node, fork, prefix_plan, rotary_attention_inputs
 from kernels.errors import ImplError
 from kernels.kv_pages import KVPages
 from kernels.rotary_attention import rotary_attention
-from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
+from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from tests.support.errors import max_error
 from tests.support.prefix_trees import SWITCHES
 
@@ -41,7 +41,7 @@ def step(
 def form(request):
     """Every test runs with all switches of the kernel off, and with all on."""
     chosen = dict.fromkeys(SWITCHES, int(request.param == "new")) | {"pdl": 0}  # sm_80 has none
-    with use_tiles("prefix_attention", **chosen):
+    with use_config("prefix_attention", **chosen):
         yield
 
 
@@ -49,7 +49,7 @@ def run(inputs: dict, arch: int = 90, grain: int = 4, **options) -> tuple[torch.
     """The output, and the pages and scales after it; those of `inputs` stay as they are."""
     copies = inputs["pages"].map(torch.clone)
     gpu = Gpu("toy", arch, sms=5, shared_bytes=163 * 1024)
-    with assume_gpu(gpu), use_tiles("prefix_attention", programs=1, grain=grain, overhead=1):
+    with assume_gpu(gpu), use_config("prefix_attention", programs=1, grain=grain, overhead=1):
         return rotary_attention(**(inputs | {"pages": copies}), **options), copies
 
 
@@ -155,7 +155,7 @@ class TestWhichForm:
         run(one, impl="triton")
         assert not two_ops
         run(one, impl="triton", fused=False)
-        with use_tiles("rotary_attention", fused=0):
+        with use_config("rotary_attention", fused=0):
             run(one, impl="triton")
         assert two_ops == ["triton", "triton"]
 

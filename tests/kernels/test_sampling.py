@@ -327,9 +327,9 @@ def test_shapes_and_strides():
         ("ids", ints(1, 2, 3)),
         ("last", torch.zeros(9)),
         ("last", ints(*range(9))[::2]),
-        ("owners", ints(1)),
-        ("owners", None),
-        ("owners", torch.zeros(2, dtype=torch.int64, device="meta")),
+        ("batch_indices", ints(1)),
+        ("batch_indices", None),
+        ("batch_indices", torch.zeros(2, dtype=torch.int64, device="meta")),
     ],
 )
 def test_bad_outputs_are_named(field, tensor):
@@ -338,7 +338,7 @@ def test_bad_outputs_are_named(field, tensor):
         "results": torch.zeros(2, 2, dtype=torch.int32),
         "ids": ints(0, 0),
         "last": ints(*range(9)),
-        "owners": ints(3, 4),
+        "batch_indices": ints(3, 4),
     }
     logits, seeds = torch.zeros(2, 8), ints(1, 2)
     sample(logits, seeds, seeds, temperature=0, out=SampleOutput(**good))

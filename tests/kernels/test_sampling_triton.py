@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.runtime.tiles import use_tiles
+from kernels.runtime.configs import use_config
 from kernels.sampling import SampleOutput, sample
 from kernels.sampling import op as sampling
 from kernels.sampling.noise import gumbel, rough_gumbel
@@ -47,8 +47,8 @@ SETTINGS = [
 @pytest.fixture(autouse=True)
 def small_tiles():
     with (
-        use_tiles("sample_scan", block=256, num_warps=1),
-        use_tiles("sample_cut", tile=8, num_warps=1),
+        use_config("sample_scan", block=256, num_warps=1),
+        use_config("sample_cut", tile=8, num_warps=1),
     ):
         yield
 
@@ -56,8 +56,8 @@ def small_tiles():
 @contextmanager
 def real_tiles():
     with (
-        use_tiles("sample_scan", block=4096, num_warps=4),
-        use_tiles("sample_cut", tile=64, num_warps=16),
+        use_config("sample_scan", block=4096, num_warps=4),
+        use_config("sample_cut", tile=64, num_warps=16),
     ):
         yield
 
@@ -172,7 +172,7 @@ def test_the_cut_does_not_depend_on_tiles(triton_device, cuts):
     """Guards lists that are shortened while they are read, and tiles that reach beyond them."""
     logits = torch.stack((randn(997, scale=0.5), randn(997, scale=5.0)))
     for tile in (2, 16):
-        with use_tiles("sample_cut", tile=tile):
+        with use_config("sample_cut", tile=tile):
             both(triton_device, logits, top_k=200, top_p=0.9)
     assert all(torch.equal(cuts[0], other) for other in cuts[1:])
 
@@ -223,13 +223,15 @@ def test_the_token_does_not_depend_on_the_split(triton_device):
     """Guards that blocks are a matter of speed alone."""
     logits = randn(2, 700)
     for block in (64, 1024):
-        with use_tiles("sample_scan", block=block):
+        with use_config("sample_scan", block=block):
             assert_same(*both(triton_device, logits, temperature=0.8))
             assert_same(*both(triton_device, logits, temperature=0.8, top_k=30))
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
-@pytest.mark.parametrize("fields", [(), ("ids",), ("last", "owners"), ("ids", "last", "owners")])
+@pytest.mark.parametrize(
+    "fields", [(), ("ids",), ("last", "batch_indices"), ("ids", "last", "batch_indices")]
+)
 def test_where_tokens_are_written(impl, fields, triton_device):
     """Guards the next step's input: every token at its row and at its owner's entry, 0 for that of
     a broken row, nothing beside them; and the results, of a number of rows that aligns nothing."""
@@ -242,7 +244,7 @@ def test_where_tokens_are_written(impl, fields, triton_device):
     every = {
         "ids": torch.full((3,), 7),
         "last": torch.full((6,), 7),
-        "owners": torch.tensor([4, 0, 3]),
+        "batch_indices": torch.tensor([4, 0, 3]),
     }
     feeds = {name: every[name].to(triton_device) for name in fields}
     out = SampleOutput.of(3, seeds.device, **feeds)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.runtime.tiles import A100, H200, use_tiles
+from kernels.runtime.configs import A100, H200, use_config
 from kernels.vision_attention import vision_attention
 from kernels.vision_attention.kernel import Parts
 from kernels.vision_attention.launch import TUNABLE, _geometry, launch
@@ -47,7 +47,7 @@ def draw(grids: list, heads: int, dim: int, device: str, dtype: torch.dtype = to
 
 
 def run(qkv: Tensor, grids: list, heads: int, **chosen: int) -> Tensor:
-    with use_tiles("vision_attention", **SMALL | chosen):
+    with use_config("vision_attention", **SMALL | chosen):
         return vision_attention(qkv, grids, heads=heads, impl="triton")
 
 
@@ -217,7 +217,7 @@ def test_real_shapes(way: dict):
     grids = [(36, 36)] * 3 + [(52, 52)]
     qkv = draw(grids, 16, 96, "cuda", torch.bfloat16)
     expected = vision_attention(qkv.float(), grids, heads=16, impl="eager")
-    with use_tiles("vision_attention", **way):
+    with use_config("vision_attention", **way):
         result = vision_attention(qkv, grids, heads=16, impl="triton")
         again = vision_attention(qkv, grids, heads=16, impl="triton")
     assert torch.equal(result, again)
@@ -226,7 +226,7 @@ def test_real_shapes(way: dict):
 
 def test_theta(triton_device: str):
     qkv = draw([(5, 7)], 1, 16, triton_device)
-    with use_tiles("vision_attention", **SMALL):
+    with use_config("vision_attention", **SMALL):
         result = vision_attention(qkv, [(5, 7)], heads=1, theta=100.0, impl="triton")
     assert max_error(result.cpu(), by_hand(qkv, [(5, 7)], 1, 100.0)) < FP32
 
@@ -276,13 +276,13 @@ SPECIALIZED = """
 import re
 import torch
 from kernels.compile.launches import compiler, launches_recorded
-from kernels.runtime.tiles import H200, use_tiles
+from kernels.runtime.configs import H200, use_config
 from kernels.vision_attention import vision_attention
 from kernels.vision_attention.launch import TUNABLE
 qkv = torch.empty(30, 288, dtype=torch.bfloat16)
 for tiles in TUNABLE.candidates("D96 T>4096", H200):
     if tiles["specialize"]:
-        with launches_recorded(H200) as launches, use_tiles("vision_attention", **tiles):
+        with launches_recorded(H200) as launches, use_config("vision_attention", **tiles):
             vision_attention(qkv, [(5, 6)], heads=1, impl="triton")
         with compiler(H200):
             asm = launches[1].compile().asm
@@ -311,14 +311,14 @@ def test_specialization_takes_place():
 TURNED = """
 import torch
 from kernels.compile.launches import compiler, launches_recorded
-from kernels.runtime.tiles import H200, use_tiles
+from kernels.runtime.configs import H200, use_config
 from kernels.vision_attention import vision_attention
 from kernels.vision_attention.launch import TUNABLE
 from profiles.static.sass import figures
 qkv = torch.empty(1296, 4608, dtype=torch.bfloat16)
 for tiles in TUNABLE.candidates("D96 T>4096", H200):
     if tiles["block"] == 64 and tiles["turn_q"]:
-        with launches_recorded(H200) as launches, use_tiles("vision_attention", **tiles):
+        with launches_recorded(H200) as launches, use_config("vision_attention", **tiles):
             vision_attention(qkv, [(36, 36)], heads=16, impl="triton")
         with compiler(H200):
             found = figures(launches[1].compile(), H200)

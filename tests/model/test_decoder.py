@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.plan_node import PlanNode
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
+from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from model.decoder import Step
 from model.errors import InputError
 from model.step3vl import Step3VL
@@ -210,7 +210,7 @@ def test_triton_ops_through_layers(saved: tuple[Path, Tensor, Tensor], triton_de
     model = Step3VL.from_pretrained(path, device=triton_device)
     prompt = ids[:7].to(triton_device)
     toy = Gpu("toy", 90, sms=1, shared_bytes=227 * 1024)
-    with torch.inference_mode(), assume_gpu(toy), use_tiles("prefix_attention", programs=1):
+    with torch.inference_mode(), assume_gpu(toy), use_config("prefix_attention", programs=1):
         result = fork_step(model, prompt, 2, TRITON, steps=2)
         expected = fork_step(model, prompt, 2, "eager", steps=2)
     assert max_error(result, expected) < 1e-4

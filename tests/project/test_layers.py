@@ -236,7 +236,7 @@ def test_cycle_is_found(planted):
 def test_forbidden_import_is_found():
     """Guards the check itself: the rule for a package holds for its modules, and only for them."""
     assert forbidden_imports({"kernels.norm": "def f():\n    import transformers.models"})
-    assert forbidden_imports({"pacore_sched.sched.plan": "from torch import Tensor"})
+    assert forbidden_imports({"pacore_sched.sched.step_batch": "from torch import Tensor"})
     assert not forbidden_imports({"pacore_sched.engine.engine": "import torch"})
     assert not forbidden_imports({"model.weights.gguf": "import transformers"})
 
@@ -244,12 +244,12 @@ def test_forbidden_import_is_found():
 def test_forbidden_import_is_found_through_others():
     """Guards the check itself: a module is not free of torch if what it imports, or the package
     that this lies in, is not."""
-    through = {"pacore_sched.sched.plan": "from model.terminal import table", "model": ""}
+    through = {"pacore_sched.sched.step_batch": "from model.terminal import table", "model": ""}
     planted = through | {
         "model.terminal": "def f():\n    import model.x",
         "model.x": "import torch",
     }
-    assert "pacore_sched.sched.plan imports model.terminal imports model.x imports torch" in (
+    assert "pacore_sched.sched.step_batch imports model.terminal imports model.x imports torch" in (
         forbidden_imports(planted)
     )
     assert forbidden_imports(through | {"model.terminal": "", "model": "import torch"})

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.compile.cache import compilations
 from kernels.compile.launches import launches_recorded
 from kernels.compile.worker import launches_of
-from kernels.runtime.tiles import H200
+from kernels.runtime.configs import H200
 from kernels.sampling import sample
 from model.config import PRESETS
 from model.step3vl import Step3VL

@@ -1,15 +1,15 @@
 """An executor without a model, for tests: a next token is a hash of the context found in its pages.
 
 It goes by what it reads back from "KV": a page lost, shared, overwritten or written too late, a
-stale slot or a forgotten token changes every token that follows.
+stale batch index or a forgotten token changes every token that follows.
 """
 
 import zlib
 from collections.abc import Sequence
 
-from pacore_sched.sched.plan import plan_step
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Group, Rollout, Segment
+from pacore_sched.sched.step_batch import build_step_batch
 
 VOCABULARY = 40
 EOS = 0
@@ -54,7 +54,7 @@ class FakeExecutor:
         self.num_pages, self.page_size, self.max_running = num_pages, page_size, max_running
         self.vocabulary = vocabulary
         self.kv: dict[int, int] = {}  # slot of a token -> token
-        self.last: dict[int, tuple[Rollout, int]] = {}  # slot of a rollout -> its last token
+        self.last: dict[int, tuple[Rollout, int]] = {}  # batch index of a rollout -> its last token
         self.host: dict[Rollout, list[int | None]] = {}
         self.launched: list[Batch] = []
 
@@ -76,7 +76,7 @@ class FakeExecutor:
             assert len(work[owner.node]) == chunk.stop - chunk.start, "tokens that are not known"
         for rollout in batch.decode:
             assert tree.length(rollout.node) <= rollout.max_tokens
-        plan_step(tree, [(node, len(tokens)) for node, tokens in work.items()])  # may refuse
+        build_step_batch(tree, [(node, len(tokens)) for node, tokens in work.items()])  # may refuse
         for node, tokens in work.items():
             length = tree.length(node)
             slots = tree.slots(node, length - len(tokens), length)
@@ -87,16 +87,16 @@ class FakeExecutor:
             context = self._context(tree, rollout)
             for end in range(len(context) - len(draft), len(context) + 1):
                 drawn.append(next_token(context[:end], rollout.seed, self.vocabulary))
-            self.last[rollout.slot] = rollout, drawn[-1]
+            self.last[rollout.batch_index] = rollout, drawn[-1]
             if draft:  # the host knows better which token is the last
-                del self.last[rollout.slot]
+                del self.last[rollout.batch_index]
         return drawn, [-1.0] * len(drawn)
 
     def collect(self, ticket: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
         return ticket
 
     def _last(self, rollout: Rollout) -> int:
-        owner, token = self.last.get(rollout.slot, (None, 0))
+        owner, token = self.last.get(rollout.batch_index, (None, 0))
         if owner is rollout:
             return token
         known = [rollout.group.last_token, *rollout.tokens]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import bench.cases
 from bench.cases import Case
+from kernels.runtime.configs import Gpu, KernelConfig, Tunable
 from kernels.runtime.dispatch import pick
-from kernels.runtime.tiles import Gpu, Tiles, Tunable
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def plain(x: Tensor, *, impl: str | None = None) -> Tensor:
     return pick("plain", impl, x.device, {"eager": Tensor.clone})(x)
 
 
-def _copy_candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _copy_candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     wrong = [{"block": 1000}] if "--wrong" in sys.argv else []
     return [{"block": 4096}, {"block": 8192, "num_warps": 1}, *wrong]
 

@@ -25,8 +25,8 @@ from triton.runtime.jit import JITFunction
 
 from kernels.compile.unfilled import unfilled
 from kernels.errors import ImplError
+from kernels.runtime.configs import H200, assume_gpu
 from kernels.runtime.dispatch import without_gpu
-from kernels.runtime.tiles import H200, assume_gpu
 
 INTEGERS = {"1": 1, "8": 1, "16": 2, "32": 4, "64": 8}  # bytes, by the end of a type's name
 SCRATCH = [(8, 0), (8, 0)]  # parameters that Triton adds, not in use

@@ -14,7 +14,7 @@ from bench.inputs import fork
 from bench.launch_sites import all_sites, launch_checked, pair_sites, timed_sites
 from bench.numerics import form
 from bench.rows import ROOT
-from kernels.runtime.tiles import A100, H200, record_tiles, use_tiles
+from kernels.runtime.configs import A100, H200, record_configs, use_config
 from profiles.runs.planning import first_light
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -24,7 +24,7 @@ import torch
 from bench.launch_sites import launch_case
 from bench.pairs import checks, pairs, refusals
 from kernels.compile.worker import launches_of
-from kernels.runtime.tiles import H200
+from kernels.runtime.configs import H200
 
 def launched(case, name):
     site = lambda: launch_case(case, name, torch.bfloat16)
@@ -92,7 +92,7 @@ def test_every_timed_switch_is_checked_first():
 def test_choices_of_an_op_made_of_others(interpreter):
     """Guards the checks of rotary attention: nearly all its choices are prefix attention's."""
     case = case_of("rotary_attention", "smollm2 ragged decode")
-    with record_tiles() as asked:
+    with record_configs() as asked:
         form(case.op, "triton-fused ahead=0")(case.inputs(0, CPU, FP32))()
     ((_, tiles),) = [one for one in asked.items() if one[0][0] == "prefix_attention"]
     assert tiles["ahead"] == 0
@@ -103,7 +103,7 @@ def test_a_form_with_a_tile_choice(interpreter):
     case = case_of("rms_norm", "T7 C4096")
     asked = {}
     for name in ("triton", "triton rows=2", "triton"):
-        with record_tiles() as asked[name]:
+        with record_configs() as asked[name]:
             form(case.op, name)(case.inputs(0, CPU, FP32))()
     (plain,), (chosen,) = (asked[name].values() for name in ("triton", "triton rows=2"))
     assert plain["rows"] == 1 and chosen == plain | {"rows": 2}
@@ -112,7 +112,7 @@ def test_a_form_with_a_tile_choice(interpreter):
 def test_rows_of_pairs(interpreter, monkeypatch):
     """Guards what readers find pairs by, and the errors: every form has its own."""
     case = case_of("rms_norm", "T7 C4096")
-    monkeypatch.setattr(pairs, "chosen_tiles", lambda *_: {"rows": 1, "num_warps": 8})
+    monkeypatch.setattr(pairs, "chosen_config", lambda *_: {"rows": 1, "num_warps": 8})
     names = ("triton", "triton rows=1", "triton rows=2")
     made = pairs.time_pairs(case, CPU, FP32, names, 0.01)
     assert [row["pair"] for row in made] == ["rule", "rows 1", "rows 2"]
@@ -146,7 +146,7 @@ def test_why_a_form_cannot_be_had(interpreter):
     early = {"triton pdl=1": "pdl=1 needs sm_90 or newer, not sm_80"}
     assert pairs.refusals(norm, FP32, names, A100) == unknown | early
     alone = {"triton split=1": "tile choice split: only with pieces"}
-    with use_tiles("prefix_attention", pieces=0):
+    with use_config("prefix_attention", pieces=0):
         assert pairs.refusals(forest, FP32, [*alone], H200) == alone
 
 

@@ -13,10 +13,9 @@ from bench.cases import OPS, Case
 from bench.poison import PoisonedError
 from bench.timing import Timing
 from kernels.compile.unfilled import unfilled
-from kernels.runtime import dispatch
-from kernels.runtime import tiles as tile_tables
+from kernels.runtime import configs, dispatch
+from kernels.runtime.configs import H200, Tunable
 from kernels.runtime.dispatch import pick
-from kernels.runtime.tiles import H200, Tunable
 from model.errors import InputError
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -64,7 +63,7 @@ def toy(tmp_path, monkeypatch):
     """The ops above alone, an empty folder of tables and results, and times by decree."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(dispatch, "_interpreting", lambda: True)  # there are no kernels to compile
-    monkeypatch.setattr(tile_tables, "TABLES", tmp_path / "tuned")
+    monkeypatch.setattr(configs, "TABLES", tmp_path / "tuned")
     monkeypatch.setattr(rows, "ROOT", tmp_path)
     ops = dict(OPS)
     OPS.clear()
@@ -74,12 +73,12 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "sets_for", lambda set_bytes, device: 2)
     monkeypatch.setattr(tune, "measure", decreed)
     monkeypatch.setattr("bench.rows.roofline", lambda device, dtype: None)
-    tile_tables.table_of.cache_clear()
+    configs.table_of.cache_clear()
     used.clear()
     yield tmp_path
     OPS.clear()
     OPS.update(ops)
-    tile_tables.table_of.cache_clear()
+    configs.table_of.cache_clear()
 
 
 MICROSECONDS = {  # by length and block
@@ -110,7 +109,7 @@ def decreed(candidates, *, device, sets, budget_s):
 def test_keys_and_their_candidates(toy):
     """Guards the search for keys: cases of one key together, what is chosen now first and once, no
     key for an op without a Triton form."""
-    found = tune.plans(CASES, FP32, H200)
+    found = tune.tuning_sets(CASES, FP32, H200)
     assert [(plan.key, [c.name for c in plan.cases]) for plan in found] == [
         (("double", "short"), ["T8", "T40"]),
         (("double", "long"), ["T400"]),
@@ -121,7 +120,7 @@ def test_keys_and_their_candidates(toy):
 def test_best_over_all_cases(toy):
     """Guards the choice: 128 wins one case and 64 the other, 256 is close in both; 512 is wrong on
     one of them and 13 raises, which their rows say."""
-    plan = tune.plans(CASES, FP32, H200)[0]
+    plan = tune.tuning_sets(CASES, FP32, H200)[0]
     made = tune.tune(plan, CPU, FP32)
     assert len(made) == 10
     assert {row["tiles"]["block"] for row in made if row["chosen"]} == {256}
@@ -139,7 +138,7 @@ def test_best_over_all_cases(toy):
 
 def test_nothing_is_chosen_when_all_fail(toy):
     """Guards the table: tiles that were never timed must not get there."""
-    plan = tune.Plan(("double", "short"), CASES[:1], [{"block": 13, "num_warps": 4}])
+    plan = tune.TuningSet(("double", "short"), CASES[:1], [{"block": 13, "num_warps": 4}])
     made = tune.tune(plan, CPU, FP32)
     assert tune.choose(made) is None and not made[0]["chosen"]
 
@@ -153,7 +152,7 @@ def test_a_candidate_that_poisons_ends_it(toy, monkeypatch):
 
     monkeypatch.setattr(tune, "judge", judge)
     with pytest.raises(PoisonedError, match="illegal memory access"):
-        tune.tune(tune.plans(CASES, FP32, H200)[1], CPU, FP32)
+        tune.tune(tune.tuning_sets(CASES, FP32, H200)[1], CPU, FP32)
 
 
 def test_a_timer_that_fails_is_told(toy, monkeypatch):
@@ -163,7 +162,7 @@ def test_a_timer_that_fails_is_told(toy, monkeypatch):
         raise RuntimeError("capture failed")
 
     monkeypatch.setattr(tune, "measure", broken)
-    made = tune.tune(tune.plans(CASES, FP32, H200)[1], CPU, FP32)
+    made = tune.tune(tune.tuning_sets(CASES, FP32, H200)[1], CPU, FP32)
     assert {row["failure"] for row in made if row["tiles"]["block"] == 64} == {
         "RuntimeError: capture failed"
     }
@@ -185,7 +184,7 @@ def test_table_keeps_what_it_had(toy):
 
 def test_command_writes_table_and_rows(toy, monkeypatch, capsys):
     """Guards the command as a GPU would run it: the best of every key, the rows beside it."""
-    monkeypatch.setattr("bench.measurement.device_named", lambda name: FakeCuda())
+    monkeypatch.setattr("bench.measurement.parse_device", lambda name: FakeCuda())
     monkeypatch.setattr("bench.commands.gpu_of", lambda device: H200)
     monkeypatch.setattr("bench.commands.tune.tune", on_cpu(tune.tune))
     assert main(["tune", "--op", "double"]) == 1  # some candidates failed, and their rows say so

@@ -239,7 +239,14 @@ def test_rows_of_any_kind(tmp_path):
     report.write(few, tmp_path)
     for found in report_rows.by_device(wrong):
         kinds = {report_rows.kind_of(one) for one in found.latest}
-        assert kinds <= {"op", "roofline", "decode_part", *report_rows.JOBS, "no numbers", "other"}
+        assert kinds <= {
+            "op",
+            "roofline",
+            "decode_part",
+            *report_rows.WHOLE_RUNS,
+            "no numbers",
+            "other",
+        }
         report_tables.op_tables(found)
         for title, make in SECTIONS.items():
             if title not in ("Ops", "Roofline", "Decode step", "Occupancy", "History"):

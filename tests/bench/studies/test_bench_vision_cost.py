@@ -11,8 +11,8 @@ import torch
 
 from bench import __main__ as command
 from bench import vision_cost
-from kernels.gemm.cut import cut_of
-from kernels.runtime.tiles import H200
+from kernels.gemm.stream_k import stream_k
+from kernels.runtime.configs import H200
 from model.errors import InputError
 from tests.support import ROOT
 
@@ -62,7 +62,7 @@ def test_work_of_attention():
 
 def test_work_of_a_product():
     """Guards the count: all programs together do every step of every tile once."""
-    cut = cut_of(9, 12, 54, 132, 16)
+    cut = stream_k(9, 12, 54, 132, 16)
     given = {name: getattr(cut, name) for name in ("band", "whole", "rest", "lanes", "share")}
     given |= {"C": 200, "TAPS": 9, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 32}
     work = vision_cost._gemm(given | {"TAPS": 1, "C": 54 * 32}, {"programs": 1}, H200)

@@ -9,12 +9,12 @@ import torch
 
 from bench import __main__ as command
 from bench import cost, forests
-from bench.cost import Shape, cut_of, lay
+from bench.cost import Shape, lay, spec_of
 from bench.inputs import Node, fork, prefix_attention_inputs, prefix_plan
 from bench.roofline import Roofline
 from kernels.prefix_attention import prefix_attention
-from kernels.prefix_attention.schedule import Cut, Schedule
-from kernels.runtime.tiles import H200, Gpu, assume_gpu
+from kernels.prefix_attention.schedule import Schedule, ScheduleSpec
+from kernels.runtime.configs import H200, Gpu, assume_gpu
 from model.errors import InputError
 
 PAGE = 8
@@ -31,19 +31,19 @@ FORESTS = {
     "many small nodes": [fork(6, [3] * 60)],
 }
 BOTH, LARGE, SMALL = (16, 4), (8, 0), (0, 4)
-CUTS = [
-    Cut(kv_heads, 2, sizes, 4, overhead, programs, window, invariant)
+SPECS = [
+    ScheduleSpec(kv_heads, 2, sizes, 4, overhead, programs, window, invariant)
     for kv_heads, sizes, (overhead, invariant), programs, window in product(
         (1, 3), (BOTH, LARGE, SMALL), ((2, False), (0, False), (0, True)), (5, 64), (0, 6)
     )
 ]
 
 
-def places_of(line, cut):
+def places_of(line, spec):
     """The line place by place: (size, head, tile, place within the tile)."""
     tiles = np.arange(len(line.starts) - 1)
     for size, of_size in enumerate((tiles[: line.counts[0]], tiles[line.counts[0] :])):
-        for head in range(cut.kv_heads):
+        for head in range(spec.kv_heads):
             for tile in of_size:
                 for place in range(line.starts[tile + 1] - line.starts[tile]):
                     yield size, head, int(tile), place
@@ -54,42 +54,42 @@ class TestModel:
     def test_equals_the_schedule(self, forest, triton_device):
         """Guards the table against a model of another schedule than the kernels follow."""
         plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
-        for cut in CUTS[::5]:  # all combinations are in turn, over the forests
-            line, schedule = lay(plan, cut), Schedule(plan, cut)
-            assert list(line.counts) == schedule.counts, cut
-            assert line.starts.tolist() == schedule.starts.tolist(), cut
-            assert schedule.stretch.tolist() == [line.share] * 2, cut
+        for spec in SPECS[::5]:  # all combinations are in turn, over the forests
+            line, schedule = lay(plan, spec), Schedule(plan, spec)
+            assert list(line.counts) == schedule.counts, spec
+            assert line.starts.tolist() == schedule.starts.tolist(), spec
+            assert schedule.range_length.tolist() == [line.share] * 2, spec
             found = schedule.first_tile.cpu().numpy()
-            assert (found == line.first_tile)[line.first_tile >= 0].all(), cut
+            assert (found == line.first_tile)[line.first_tile >= 0].all(), spec
             size = (line.tile >= line.counts[0]).astype(int)
-            assert len(set(zip(size, line.slot, strict=True))) == len(line.tile), cut
-            assert (line.slot >= 0).all(), cut
-            assert (line.slot < np.array(schedule.slots)[size]).all(), cut
+            assert len(set(zip(size, line.partial, strict=True))) == len(line.tile), spec
+            assert (line.partial >= 0).all(), spec
+            assert (line.partial < np.array(schedule.partials)[size]).all(), spec
 
     @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
     def test_items_are_the_places_of_the_line(self, forest):
         """Guards items and balance: every place belongs to one program, in order of the line."""
         plan = prefix_plan(0, "cpu", forest=forest, page_size=PAGE)
-        for cut in CUTS:
-            line = lay(plan, cut)
-            items, work, firsts = set(), np.zeros(cut.programs, dtype=int), {}
-            for at, (size, head, tile, place) in enumerate(places_of(line, cut)):
+        for spec in SPECS:
+            line = lay(plan, spec)
+            items, work, firsts = set(), np.zeros(spec.programs, dtype=int), {}
+            for at, (size, head, tile, place) in enumerate(places_of(line, spec)):
                 program = at // line.share
                 work[program] += 1
                 firsts.setdefault((size, program), tile - size * line.counts[0])
-                if place >= cut.overhead:
-                    slot = head * line.counts[size] + tile - size * line.counts[0] + program
-                    if cut.invariant:
-                        slot = at - size * cut.kv_heads * line.starts[line.counts[0]]
-                    items.add((tile, program, slot))
-            assert items == set(zip(line.tile, line.program, line.slot, strict=True)), cut
-            assert len(items) == len(line.tile), cut
-            assert (work == line.work).all(), cut
+                if place >= spec.overhead:
+                    partial = head * line.counts[size] + tile - size * line.counts[0] + program
+                    if spec.invariant:
+                        partial = at - size * spec.kv_heads * line.starts[line.counts[0]]
+                    items.add((tile, program, partial))
+            assert items == set(zip(line.tile, line.program, line.partial, strict=True)), spec
+            assert len(items) == len(line.tile), spec
+            assert (work == line.work).all(), spec
             expected = [
-                [firsts.get((size, program), -1) for program in range(cut.programs)]
+                [firsts.get((size, program), -1) for program in range(spec.programs)]
                 for size in (0, 1)
             ]
-            assert line.first_tile.tolist() == expected, cut
+            assert line.first_tile.tolist() == expected, spec
 
     @pytest.mark.parametrize("window", [0, 1, 6, 1000])
     @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
@@ -111,17 +111,17 @@ class TestModel:
         assert unshared == sum(map(len, runs.values()))
         assert pairs == sum(map(len, seen.values()))
         # What the programs load in grains: at least that, and all of it in one tile each.
-        line = lay(plan, Cut(1, 1, (1024, 0), 1, 0, 3, window))
+        line = lay(plan, ScheduleSpec(1, 1, (1024, 0), 1, 0, 3, window))
         assert line.tokens.sum() == shared
 
     def test_partials_left_for_the_merge(self):
         """Guards the bytes of partials: rows alone in their node are finished by one program."""
         plan = prefix_plan(0, "cpu", forest=[Node(16, new=4), fork(8, [1, 1])], page_size=PAGE)
-        line = lay(plan, Cut(1, 2, (64, 0), 4, 0, 1))
+        line = lay(plan, ScheduleSpec(1, 2, (64, 0), 4, 0, 1))
         assert line.vectors.tolist() == [0, 4, 2, 2]
-        split = lay(plan, Cut(1, 2, (64, 0), 4, 0, 2))
+        split = lay(plan, ScheduleSpec(1, 2, (64, 0), 4, 0, 2))
         assert split.vectors.tolist() == [0, 4, 2, 2]
-        split = lay(plan, Cut(1, 2, (64, 0), 4, 0, 4))
+        split = lay(plan, ScheduleSpec(1, 2, (64, 0), 4, 0, 4))
         assert split.vectors.tolist() == [8, 8, 4, 2, 2]
 
     @pytest.mark.parametrize("shape", [{}, {"window": 5}, {"invariant": True}, {"fp8": True}])
@@ -144,7 +144,7 @@ class TestModel:
         invariant = shape.get("invariant", False)
         with assume_gpu(gpu):
             prefix_attention(**made, impl="triton", batch_invariant=invariant)
-        expected = cut_of(made["plan"], Shape(4, 2, 16, 16, dtype, **shape), gpu)
+        expected = spec_of(made["plan"], Shape(4, 2, 16, 16, dtype, **shape), gpu)
         assert list(made["plan"].schedules) == [expected]
 
 
@@ -162,7 +162,7 @@ class TestTable:
 
     @pytest.mark.parametrize("gpu", cost.GPUS)
     def test_balance(self, gpu):
-        """Guards the cut: no SM has more than 1.1 times the mean of the work, wherever there are as
+        """Guards the spec: no SM has more than 1.1 times the mean work, wherever there are as
         many items as an H200 has SMs, over the whole grid and all trees."""
         # 1,552 places for 216 programs: stretches are of whole places, 8 where 7.2 would be even,
         # so that the last 22 programs have nothing to do. 1.113.
@@ -185,7 +185,7 @@ class TestTable:
         row = next(row for row in rows if row["case"] == "B16 P2048 S128")
         assert row["separate_vectors"] == 16 * 32
         plan = prefix_plan(0, "cpu", forest=forests.rollouts(16, 2048, 128)[1])
-        line = lay(plan, cut_of(plan, Shape(fused=True), H200))
+        line = lay(plan, spec_of(plan, Shape(fused=True), H200))
         sizes = [64, 4]  # vectors of an item of either kind of tile
         items = [sizes[int(tile >= line.counts[0])] for tile in line.tile]
         assert row["fused_vectors"] == sum(items)

@@ -10,7 +10,7 @@ from model.step3vl import Step3VL
 from pacore_sched.sched.request import Sampling
 from pacore_sched.sim.workload import Workload
 
-PLANS = (packing.Plan("one-at-a-time", 8), packing.Plan("later-round-first", 8))
+SETUPS = (packing.Setup("one-at-a-time", 8), packing.Setup("later-round-first", 8))
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def test_packing(tiny: Step3VL):
     """The same rollouts under every plan, and fewer steps when problems run together."""
     questions = ("One?", "Two?", "Three?")
     greedy = Sampling(max_tokens=30, temperature=0.0)  # siblings say the same: drafts come true
-    plans = (*PLANS, packing.Plan("later-round-first", 8, speculate=8))
+    setups = (*SETUPS, packing.Setup("later-round-first", 8, speculate=8))
     alone, together, drafted = packing.compare(
-        tiny, plans, questions=questions, widths=(2,), sampling=greedy
+        tiny, setups, questions=questions, widths=(2,), sampling=greedy
     )
     assert drafted["same_texts"] == 1
     assert 0 < drafted["accepted"] <= drafted["drafted"] > together["drafted"] == 0
@@ -42,8 +42,8 @@ def test_replay(tiny: Step3VL):
     """Engine and simulator take the same steps under every policy: they share the scheduler. The
     cost model is fitted to other problems than those that it is judged on."""
     judged = Workload("judged", 3, (3,), 12, 0, 20, max_tokens=30)
-    fitted = [(Workload("fitted", 2, (4,), 8, 0, 30, max_tokens=20), PLANS[1])]
-    rows = replay.validate(tiny, judged, fitted, PLANS)
+    fitted = [(Workload("fitted", 2, (4,), 8, 0, 30, max_tokens=20), SETUPS[1])]
+    rows = replay.validate(tiny, judged, fitted, SETUPS)
     for row in rows:
         assert row["steps"] == row["steps_simulated"] > 0
         assert row["makespan_simulated_s"] > row["tta_mean_simulated_s"] > 0

@@ -13,11 +13,11 @@ from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention.advance import advance
-from kernels.prefix_attention.schedule import Cut, Schedule
+from kernels.prefix_attention.schedule import Schedule, ScheduleSpec
 from kernels.prefix_plan import Capacity, PrefixPlan
 from kernels.rotary_attention import rotary_attention
+from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from kernels.runtime.staging import ALIGNMENT, Packed
-from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
 from tests.support.errors import max_error
 
 PAGE, PAGES, KV_HEADS, DIM = 16, 40, 1, 16
@@ -89,7 +89,7 @@ def test_attention_over_refilled_plans(triton_device: str, group: int, changes: 
     addresses = {name: x.data_ptr() for name, x in plan.packed.tensors.items()}
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(ROWS, KV_HEADS * group, DIM, generator=generator).to(triton_device)
-    with assume_gpu(TOY), use_tiles("prefix_attention", programs=1, grain=4, overhead=1):
+    with assume_gpu(TOY), use_config("prefix_attention", programs=1, grain=4, overhead=1):
         for seed, groups in enumerate(HISTORY[:changes]):
             nodes, steps = nodes_of(groups, seed=seed), seed % 3
             pages = kv(nodes, triton_device)
@@ -115,7 +115,7 @@ def test_fused_step_over_a_refilled_plan(triton_device: str):
     qkv = torch.randn(ROWS, (4 + 2) * KV_HEADS * DIM, generator=generator).to(triton_device)
     inv_freq = 1e4 ** -(torch.arange(DIM // 2) / (DIM // 2)).to(triton_device)
     weight = torch.ones(DIM, device=triton_device)
-    with assume_gpu(TOY), use_tiles("prefix_attention", programs=1, grain=4, overhead=1):
+    with assume_gpu(TOY), use_config("prefix_attention", programs=1, grain=4, overhead=1):
         for seed, groups in enumerate(HISTORY[:3]):
             nodes = nodes_of(groups, seed=seed)
             rows, pages = rows_of(nodes), kv(nodes, triton_device)
@@ -202,8 +202,8 @@ def test_capacity_holds_every_forest(
     shape = {"num_rows": capacity.rows, "num_pages": 300, "page_size": PAGE}
     plan = PrefixPlan.build(nodes, **shape, capacity=capacity, device=triton_device)
     without = PrefixPlan.build(nodes, **shape, device=triton_device)
-    cut = Cut(kv_heads=1, group=4, sizes=sizes, grain=4, overhead=1, programs=1)
-    padded, exact = Schedule(plan, cut), Schedule(without, cut)
+    spec = ScheduleSpec(kv_heads=1, group=4, sizes=sizes, grain=4, overhead=1, programs=1)
+    padded, exact = Schedule(plan, spec), Schedule(without, spec)
     assert all(room >= used for room, used in zip(padded.counts, exact.counts, strict=True))
     assert padded.starts[-1] == exact.starts[-1]  # empty tiles have no place on the line
 
@@ -229,7 +229,7 @@ def test_what_a_padded_plan_refuses():
     assert all(torch.equal(x, before[name]) for name, x in plan.packed.tensors.items())
     assert len(plan.nodes) == 4 + 5
     with pytest.raises(ValueError, match="no schedule for padded plans"):
-        Schedule(plan, Cut(1, 4, (64, 0), PAGE, 0, 1, invariant=True))
+        Schedule(plan, ScheduleSpec(1, 4, (64, 0), PAGE, 0, 1, invariant=True))
 
 
 def test_packed_tensors_are_aligned(device: str):

@@ -9,7 +9,7 @@ from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention.advance import advance
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
+from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from tests.support.errors import max_error
 
 PAGE = 16
@@ -84,7 +84,7 @@ def test_schedules_advance_too(triton_device):
     positions, slots = (x.clone() for x in where(plan))
     toy = Gpu("toy", 90, sms=3, shared_bytes=227 * 1024)
     modes = [{"window": 0}, {"window": 21}, {"batch_invariant": True}]
-    with assume_gpu(toy), use_tiles("prefix_attention", programs=1, grain=4, overhead=0):
+    with assume_gpu(toy), use_config("prefix_attention", programs=1, grain=4, overhead=0):
         before = [prefix_attention(**inputs, **mode, plan=plan, impl="triton") for mode in modes]
         for _ in range(3):
             advance(plan, positions, slots, impl="triton")

@@ -12,6 +12,7 @@ import torch
 
 from bench.inputs import Node, fork, prefix_plan
 from kernels.plan_node import PlanNode
+from kernels.prefix_attention.configs import InputClass
 from kernels.prefix_attention.records import (
     ALONE,
     EDGE,
@@ -26,12 +27,11 @@ from kernels.prefix_attention.records import (
     VECTOR,
     WRITES,
 )
-from kernels.prefix_attention.schedule import Cut, Schedule
-from kernels.prefix_attention.tiles import Kind
+from kernels.prefix_attention.schedule import Schedule, ScheduleSpec
 from kernels.prefix_plan import PrefixPlan
 
 PAGE = 16
-CUT = Cut(kv_heads=2, group=4, sizes=(64, 16), grain=4, overhead=2, programs=5)
+SPEC = ScheduleSpec(kv_heads=2, group=4, sizes=(64, 16), grain=4, overhead=2, programs=5)
 FORESTS = {
     "nothing": [],
     "empty nodes alone": [Node(0, children=(Node(0),))],
@@ -48,14 +48,16 @@ CASES = [
 ]
 
 
-def in_sight(plan: PrefixPlan, cut: Cut, node: int, row: int, rows: int) -> tuple[int, int]:
+def in_sight(
+    plan: PrefixPlan, spec: ScheduleSpec, node: int, row: int, rows: int
+) -> tuple[int, int]:
     """The first grain and the end of what the rows see of a node, from the formula of the plan."""
     found = plan.nodes[node]
     before = plan.node_starts[node]
     offset = found.kv_len - found.num_new - found.row_start + 1
     ends = [min(found.kv_len, offset + r) for r in range(row, row + rows)]
-    oldest = [int(plan.row_position[r]) - cut.window + 1 - before for r in range(row, row + rows)]
-    return (max(min(oldest), 0) // cut.grain if cut.window else 0), max(ends)
+    oldest = [int(plan.row_position[r]) - spec.window + 1 - before for r in range(row, row + rows)]
+    return (max(min(oldest), 0) // spec.grain if spec.window else 0), max(ends)
 
 
 @pytest.mark.parametrize("window", [0, 1, 18])
@@ -63,29 +65,29 @@ def in_sight(plan: PrefixPlan, cut: Cut, node: int, row: int, rows: int) -> tupl
 def test_the_line(triton_device, forest, programs, window):
     """Every tile's places, their prefix sums, and where each program's stretch begins."""
     plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
-    cut = replace(CUT, programs=programs, window=window)
-    schedule = Schedule(plan, cut)
+    spec = replace(SPEC, programs=programs, window=window)
+    schedule = Schedule(plan, spec)
     places = []
     for tile, (record, node) in enumerate(
         zip(schedule.tiles.tolist(), schedule.node_of_tile.tolist(), strict=True)
     ):
         row, rows = record[ROW.value], record[ROWS.value]
-        first, end = in_sight(plan, cut, node, row, rows)
+        first, end = in_sight(plan, spec, node, row, rows)
         offset = plan.nodes[node].kv_len - plan.nodes[node].num_new
         edge = offset - plan.nodes[node].row_start + 1
         assert record[GRAIN_START.value : EDGE.value + 1] == [first, end, edge], tile
-        grains = max(-(-end // cut.grain) - first, 0)
-        places.append(grains + cut.overhead if grains else 0)
-        small = cut.group * (plan.nodes[node].row_end - plan.nodes[node].row_start) <= 16
+        grains = max(-(-end // spec.grain) - first, 0)
+        places.append(grains + spec.overhead if grains else 0)
+        small = spec.group * (plan.nodes[node].row_end - plan.nodes[node].row_start) <= 16
         assert small == (tile >= schedule.counts[0]), "the smaller tiles, and only they, come last"
     starts = [0, *accumulate(places)]
     assert schedule.starts.tolist() == starts
 
-    share = int(schedule.stretch[0])
-    assert schedule.stretch.tolist() == [share] * 2
-    assert share == max(1, -(-cut.kv_heads * starts[-1] // programs))
+    share = int(schedule.range_length[0])
+    assert schedule.range_length.tolist() == [share] * 2
+    assert share == max(1, -(-spec.kv_heads * starts[-1] // programs))
     large = schedule.counts[0]
-    line = [at for at in walk(cut, large, len(places)) for _ in range(places[at[2]])]
+    line = [at for at in walk(spec, large, len(places)) for _ in range(places[at[2]])]
     for program in range(programs):
         stretch = line[program * share : (program + 1) * share]
         for size in (0, 1):
@@ -94,12 +96,12 @@ def test_the_line(triton_device, forest, programs, window):
             assert not own or first == own[0] - size * large, (size, program)
 
 
-def walk(cut: Cut, large: int, tiles: int) -> list[tuple[int, int, int]]:
+def walk(spec: ScheduleSpec, large: int, tiles: int) -> list[tuple[int, int, int]]:
     """Size, KV head and tile, in the order of the line."""
     return [
         (size, head, tile)
         for size, of_size in ((0, range(large)), (1, range(large, tiles)))
-        for head in range(cut.kv_heads)
+        for head in range(spec.kv_heads)
         for tile in of_size
     ]
 
@@ -126,58 +128,62 @@ PIECES = [
 def test_the_pieces(triton_device, forest, mode, programs, window):
     """Every program's pieces against its places of the line, one by one."""
     plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
-    cut = replace(CUT, programs=programs, window=window, pieces=True, **mode)
-    schedule = Schedule(plan, cut)
+    spec = replace(SPEC, programs=programs, window=window, pieces=True, **mode)
+    schedule = Schedule(plan, spec)
     tiles, starts = schedule.tiles.tolist(), schedule.starts.tolist()
     large, pieces, found = schedule.counts[0], schedule.pieces.tolist(), []
     for size in (0, 1):
-        first = cut.programs if size else 0
-        for program in range(cut.programs_of(size)):
+        first = spec.programs if size else 0
+        for program in range(spec.programs_of(size)):
             at = first + program if pieces[first + program][ROWS.value] else -1
             while at >= 0:
                 found.append((size, program, *pieces[at][: NEXT.value]))
                 at = pieces[at][NEXT.value]
 
-    if cut.small_programs:  # either line in equal stretches
+    if spec.small_programs:  # either line in equal stretches
         places = (starts[large], starts[-1] - starts[large])
         for size in (0, 1):
-            share = -(-cut.kv_heads * places[size] // cut.programs_of(size))
-            assert schedule.stretch[size] == max(1, share)
+            share = -(-spec.kv_heads * places[size] // spec.programs_of(size))
+            assert schedule.range_length[size] == max(1, share)
 
     expected, place = [], 0
-    for size, head, tile in walk(cut, large, len(tiles)):
-        if cut.small_programs and (size, head, tile) == (1, 0, large):
+    for size, head, tile in walk(spec, large, len(tiles)):
+        if spec.small_programs and (size, head, tile) == (1, 0, large):
             place = 0  # of a line of its own
-        record, share = tiles[tile], int(schedule.stretch[size])
+        record, share = tiles[tile], int(schedule.range_length[size])
         places = starts[tile + 1] - starts[tile]
         of_program: dict[int, list[int]] = {}
-        for grain in range(-cut.overhead, places - cut.overhead):
+        for grain in range(-spec.overhead, places - spec.overhead):
             of_program.setdefault(place // share, []).append(grain)
             place += 1
         for program, own in of_program.items():
             grains = [grain for grain in own if grain >= 0]
-            chunks = [[grain] for grain in grains] if cut.invariant else [grains] * bool(grains)
+            chunks = [[grain] for grain in grains] if spec.invariant else [grains] * bool(grains)
             for chunk in chunks:
-                slot = head * schedule.counts[size] + tile - size * large + program
-                if cut.invariant:
-                    slot = place - places + chunk[0] - size * cut.kv_heads * starts[large]
-                piece = [*record, head, schedule.slots[0] * 64 * size + slot * cut.sizes[size]]
-                piece[LOW.value] = (record[GRAIN_START.value] + chunk[0]) * cut.grain
-                high = (record[GRAIN_START.value] + chunk[-1] + 1) * cut.grain
+                partial = head * schedule.counts[size] + tile - size * large + program
+                if spec.invariant:
+                    partial = place - places + chunk[0] - size * spec.kv_heads * starts[large]
+                piece = [
+                    *record,
+                    head,
+                    schedule.partials[0] * 64 * size + partial * spec.sizes[size],
+                ]
+                piece[LOW.value] = (record[GRAIN_START.value] + chunk[0]) * spec.grain
+                high = (record[GRAIN_START.value] + chunk[-1] + 1) * spec.grain
                 piece[HIGH.value] = min(high, record[END.value])
-                ends = chunk[-1] == places - cut.overhead - 1
+                ends = chunk[-1] == places - spec.overhead - 1
                 whole = ends and chunk[0] == 0
                 piece[FLAGS.value] &= ALONE.value * whole + WRITES.value * ends
                 expected.append((size, program, *piece))
     assert found == sorted(expected, key=lambda piece: piece[:2])
-    assert len({piece[2 + VECTOR.value] for piece in found}) == len(found), "a slot for each"
+    assert len({piece[2 + VECTOR.value] for piece in found}) == len(found), "a partial for each"
 
 
 def test_tiles_cover_their_rows(triton_device):
     """Of 3 heads to a KV head a tile of 16 takes 5 rows, one of 64 takes 21."""
     forest = [fork(20, [3] * 50), Node(30, new=7), Node(9, new=5)]
     plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
-    schedule = Schedule(plan, replace(CUT, group=3))
+    schedule = Schedule(plan, replace(SPEC, group=3))
     found: dict[int, list[int]] = {}
     for record, node in zip(schedule.tiles.tolist(), schedule.node_of_tile.tolist(), strict=True):
         row, rows = record[ROW.value], record[ROWS.value]
@@ -191,17 +197,17 @@ def test_tiles_cover_their_rows(triton_device):
 
 def test_each_cut_is_another():
     """A plan keeps its schedules by their cuts: with and without a window, of both modes."""
-    changes = {one.name: 1 for one in fields(Cut)} | {"sizes": (64, 0), "invariant": True}
-    cuts = [replace(CUT, **{name: value}) for name, value in changes.items()]
-    assert len({CUT, replace(CUT), *cuts}) == 1 + len(cuts)
+    changes = {one.name: 1 for one in fields(ScheduleSpec)} | {"sizes": (64, 0), "invariant": True}
+    cuts = [replace(SPEC, **{name: value}) for name, value in changes.items()]
+    assert len({SPEC, replace(SPEC), *cuts}) == 1 + len(cuts)
 
 
-def of(rows: list[int], group: int = 4, dim: int = 128, **options) -> Kind:
+def of(rows: list[int], group: int = 4, dim: int = 128, **options) -> InputClass:
     """The class of a plan whose nodes have so many rows, side by side."""
     ends = list(accumulate(rows))
     nodes = [PlanNode([], 0, end - n, end) for n, end in zip(rows, ends, strict=True)]
     plan = PrefixPlan.build(nodes, num_rows=sum(rows), num_pages=1, page_size=PAGE)
-    return Kind.of(
+    return InputClass.of(
         plan, group, dim, **({"fp8": False, "invariant": False, "fused": False} | options)
     )
 
@@ -226,14 +232,14 @@ def test_row_tiles(rows, group, dim, sizes):
     """The sizes of row tiles that a plan has use for, no others."""
     kind = of(rows, group, dim)
     assert (kind.large, kind.small) == sizes
-    assert Kind.from_key(kind.key) == kind
+    assert InputClass.from_key(kind.key) == kind
 
 
 def test_invariant_row_tiles():
     """Of the batch-invariant mode: whatever is in the batch."""
     kinds = {of(rows, invariant=True) for rows in ([1], [4, 1], [16], [17, 1], [200], [])}
     assert len(kinds) == 1
-    assert all(Kind.from_key(kind.key) == kind for kind in kinds)
+    assert all(InputClass.from_key(kind.key) == kind for kind in kinds)
 
 
 @pytest.mark.parametrize("option", ["fp8", "invariant", "fused"])
@@ -242,13 +248,13 @@ def test_options_have_tiles_of_their_own(option):
     assert of([4, 1], **{option: True}).key != of([4, 1]).key
 
 
-def test_slots_of_an_advancing_plan(triton_device):
-    """The batch-invariant mode has a slot for each chunk: for all that a plan's pages can hold."""
+def test_partials_of_an_advancing_plan(triton_device):
+    """The batch-invariant mode has a partial for each chunk that a plan's pages can hold."""
     plan = PrefixPlan.build(
         [PlanNode([0, 1, 2], 5, 0, 1, 1)], num_rows=1, num_pages=3, page_size=PAGE
     )
-    cut = replace(CUT, sizes=(64, 0), grain=PAGE, overhead=0, invariant=True)
-    assert Schedule(plan, cut).slots == [cut.kv_heads * 3, 0]
+    spec = replace(SPEC, sizes=(64, 0), grain=PAGE, overhead=0, invariant=True)
+    assert Schedule(plan, spec).partials == [spec.kv_heads * 3, 0]
 
 
 def test_the_host_tensors_stand_in_depth_first_order():

@@ -18,7 +18,7 @@ from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
+from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from tests.support.errors import max_error
 from tests.support.prefix_trees import SWITCHES, brute_force, lay_out, pools, trees
 
@@ -39,7 +39,7 @@ def unwritten_is_nan():
 @pytest.fixture(autouse=True, params=["old", "new"])
 def form(request):
     """Every test runs with all switches of the kernel off, and with all on."""
-    with use_tiles("prefix_attention", **dict.fromkeys(SWITCHES, int(request.param == "new"))):
+    with use_config("prefix_attention", **dict.fromkeys(SWITCHES, int(request.param == "new"))):
         yield request.param
 
 
@@ -50,7 +50,7 @@ def toy(sms: int = 5) -> Gpu:
 def run(sms: int = 5, grain: int = 4, overhead: int = 1, **inputs) -> Tensor:
     """The Triton form on a toy GPU, one program to an SM."""
     tiles = {"programs": 1, "grain": grain, "overhead": overhead, **inputs.pop("tiles", {})}
-    with assume_gpu(toy(sms)), use_tiles("prefix_attention", **tiles):
+    with assume_gpu(toy(sms)), use_config("prefix_attention", **tiles):
         return prefix_attention(**inputs, impl="triton")
 
 
@@ -192,7 +192,7 @@ def test_fp8_pages(triton_device, arch, sizes, dtype):
     k, v, *_ = inputs["pages"]
     inputs["pages"] = quantised(KVPages(k / sizes[0], v * sizes[1]))
     gpu = Gpu("toy", arch, sms=5, shared_bytes=163 * 1024)
-    with assume_gpu(gpu), use_tiles("prefix_attention", programs=1, grain=4, pdl=0):
+    with assume_gpu(gpu), use_config("prefix_attention", programs=1, grain=4, pdl=0):
         out, lse = prefix_attention(**inputs, impl="triton")
     expected = prefix_attention(**inputs, impl="eager")
     assert max_error(out, expected[0]) < max(FP16, TOLERANCES[dtype])

@@ -10,10 +10,10 @@ import torch
 from bench.inputs import Node, fork, prefix_attention_inputs
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention.check import check_schedule
-from kernels.prefix_attention.launch import cut_up
+from kernels.prefix_attention.launch import plan_launch
 from kernels.prefix_attention.records import HIGH, LOW, NEXT, ROWS
 from kernels.prefix_attention.schedule import Schedule, schedule_of
-from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
+from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from tests.kernels.test_rotary_attention import run as fused
 from tests.kernels.test_rotary_attention import step
 
@@ -41,15 +41,15 @@ def inputs_of(device: str) -> dict:
 @contextmanager
 def toy(grain: int = 4, pieces: int = 1) -> Iterator[None]:
     chosen = {"programs": 1, "grain": grain, "overhead": 1, "pieces": pieces}
-    with assume_gpu(TOY), use_tiles("prefix_attention", **chosen):
+    with assume_gpu(TOY), use_config("prefix_attention", **chosen):
         yield
 
 
 def schedule_in(inputs: dict, pieces: int) -> Schedule:
     """The one that the next run will use."""
     with toy(pieces=pieces):
-        cut, _ = cut_up(inputs["plan"], inputs["q"], 8, inputs["pages"], window=0)
-    return schedule_of(inputs["plan"], cut)
+        spec, _ = plan_launch(inputs["plan"], inputs["q"], 8, inputs["pages"], window=0)
+    return schedule_of(inputs["plan"], spec)
 
 
 def no_such_tile(schedule: Schedule) -> None:
@@ -65,7 +65,7 @@ def tile_behind(schedule: Schedule) -> None:
 
 
 def stretch_too_long(schedule: Schedule) -> None:
-    schedule.stretch += 3
+    schedule.range_length += 3
 
 
 def sums_that_fall(schedule: Schedule) -> None:
@@ -138,9 +138,9 @@ def test_a_sound_schedule_gives_the_same_bits(triton_device, invariant, pieces):
 def test_the_fused_form_is_checked(triton_device):
     """Guards the decode step's fused form, which launches the same kernel."""
     inputs, options = step(triton_device), {"fused": True, "impl": "triton"}
-    with use_tiles("prefix_attention", pieces=1):
+    with use_config("prefix_attention", pieces=1):
         plain, _ = fused(inputs, **options)
-    with use_tiles("prefix_attention", pieces=1), checking():
+    with use_config("prefix_attention", pieces=1), checking():
         assert torch.equal(fused(inputs, **options)[0], plain)
         (schedule,) = inputs["plan"].schedules.values()
         schedule.pieces[:, NEXT.value] = 1 << 20

@@ -17,8 +17,8 @@ from kernels.compile.launches import Launch, compiler, launches_recorded
 from kernels.errors import ImplError
 from kernels.norm import layer_norm, rms_norm
 from kernels.prefix_attention import prefix_attention
+from kernels.runtime.configs import A100, H200, TUNABLES, assume_gpu, use_config
 from kernels.runtime.pdl import pdl_options
-from kernels.runtime.tiles import A100, H200, TUNABLES, assume_gpu, use_tiles
 from profiles.static.analysis import config_of
 from profiles.static.sass import sass
 from profiles.static.sass_loop import INSTRUCTION
@@ -53,9 +53,9 @@ def described() -> list[dict]:
         chosen = {"pdl": pdl, "num_warps": 8}
         with (
             launches_recorded(H200) as launches,
-            use_tiles("rms_norm", **chosen),
-            use_tiles("layer_norm", **chosen),
-            use_tiles("prefix_attention", pdl=pdl, split=1),
+            use_config("rms_norm", **chosen),
+            use_config("layer_norm", **chosen),
+            use_config("prefix_attention", pdl=pdl, split=1),
         ):
             rms_norm(x, w, eps=1e-6, residual=x, impl="triton")
             layer_norm(x, w, w, eps=1e-6, residual=x, gamma=w, impl="triton")

@@ -1,6 +1,6 @@
 """Tables that ops keep in bounded caches, and those who must hold on to them."""
 
-from kernels.runtime.tensor_cache import holding, kept
+from kernels.runtime.tensor_cache import cached_tensors, pinning
 
 
 def test_holding_collects_what_is_looked_up():
@@ -10,15 +10,15 @@ def test_holding_collects_what_is_looked_up():
     """
     computed = []
 
-    @kept(1)
+    @cached_tensors(1)
     def table(n: int) -> list[int]:
         computed.append(n)
         return [n]
 
     first = table(1)
-    with holding() as outer:
+    with pinning() as outer:
         assert table(1) is first
-        with holding() as inner:
+        with pinning() as inner:
             second = table(2)
         assert table(1) is first
         third = table(3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.runtime.tensor_cache import holding
+from kernels.runtime.tensor_cache import pinning
 from model.step3vl import Step3VL
 from model.vision.graph import Graphs
 
@@ -132,9 +132,9 @@ def test_off_where_there_is_no_gpu_or_no_wish(vision):
 
 def test_tables_are_held(vision):
     """The graph reads interpolated positions that the tower may drop from its cache."""
-    with holding() as held:
+    with pinning() as pinned:
         vision(views_of(0, 28))
-    assert any(table is vision._positions((2, 2)) for table in held.values())
+    assert any(table is vision._positions((2, 2)) for table in pinned.values())
 
 
 @torch.inference_mode()
@@ -145,7 +145,7 @@ def test_no_table_is_computed_in_a_capture(vision, monkeypatch: pytest.MonkeyPat
     """
     grids = tuple((rows, columns) for rows in range(1, 6) for columns in range(1, 6))
     patches = vision.patches([torch.randn(3, 14 * r, 14 * c) for r, c in grids], grids)
-    with holding():
+    with pinning():
         first = vision.encode(patches, grids)
         monkeypatch.setattr(torch.nn.functional, "interpolate", None)
         monkeypatch.setattr(torch, "arange", None)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from kernels.runtime.tiles import use_tiles
+from kernels.runtime.configs import use_config
 from model.config import TINY
 from model.step3vl import Step3VL
 from model.text.prompt import build_prompt
@@ -70,7 +70,7 @@ def test_views_of_odd_grids(models: tuple[Step3VL, Step3VL], sides: tuple[int, .
     with the keys or where they are used."""
     eager, ours = (model.vision for model in models)
     views = [torch.randn(3, side, side) for side in sides]
-    with use_tiles("vision_attention", turn_q=turn_q):
+    with use_config("vision_attention", turn_q=turn_q):
         out, expected = ours(views), eager(views)
     assert out.shape == expected.shape == (ours.count(views), SMALL.decoder.hidden)
     if views:

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from model.errors import InputError
 from pacore_sched.answers import journal as journal_module
-from pacore_sched.answers.journal import Journal, Outcome, replace_file
+from pacore_sched.answers.journal import Journal, RolloutResult, replace_file
 from tests.support import ROOT
 
 HEADER = {"model": "tiny", "widths": (4, 2), "seed": 0}
-OUTCOME = Outcome(
+OUTCOME = RolloutResult(
     problem="a",
     round=0,
     index=0,
@@ -33,7 +33,7 @@ OUTCOME = Outcome(
 )
 
 
-def outcomes_of(count: int, **changes: object) -> list[Outcome]:
+def outcomes_of(count: int, **changes: object) -> list[RolloutResult]:
     return [replace(OUTCOME, index=index, **changes) for index in range(count)]
 
 
@@ -42,12 +42,12 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "results.journal.jsonl"
 
 
-def begin(path: Path, outcomes: list[Outcome]) -> None:
+def begin(path: Path, outcomes: list[RolloutResult]) -> None:
     with Journal(path, HEADER, resume=False) as journal:
         journal.add(outcomes)
 
 
-def resumed(path: Path, problem: str = "a") -> list[Outcome]:
+def resumed(path: Path, problem: str = "a") -> list[RolloutResult]:
     with Journal(path, HEADER, resume=True) as journal:
         return journal.outcomes(problem)
 

@@ -21,7 +21,7 @@ from model.text.prompt import build_prompt
 from model.text.tokenizer import Tokenizer
 from model.vision.image import Views
 from pacore_sched.answers import problem_run
-from pacore_sched.answers.journal import Outcome
+from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.pacore import Answer, Pacore, engine_for
 from pacore_sched.answers.problem_run import Problem, rollout_seed
 from pacore_sched.answers.rounds import compact, round_messages
@@ -239,7 +239,7 @@ def by_problem(answers) -> dict[str, Answer]:
 def test_known_outcomes_are_not_run_again(policy, ahead, pages, max_running, ended):
     """Any beginning of a run, under any policy in any memory, plus what is run after it, is the
     whole run: nothing is done twice, and nothing differs."""
-    before: list[Outcome] = []
+    before: list[RolloutResult] = []
     whole = by_problem(hashed().answers(asked(5), on_rollout=before.append))
     assert len(before) == 5 * 6
     kept, again = before[:ended], []
@@ -256,7 +256,7 @@ def test_known_outcomes_are_not_run_again(policy, ahead, pages, max_running, end
 
 def test_rollouts_arrive_as_they_end():
     """The callback sees each rollout once, in order of ending; the answer holds all by index."""
-    seen: list[Outcome] = []
+    seen: list[RolloutResult] = []
     (answer,) = hashed((6,)).answers(asked(1), on_rollout=seen.append)
     first = [outcome for outcome in seen if outcome.round == 0]
     assert sorted(o.index for o in first) == list(range(6))
@@ -314,11 +314,11 @@ def test_synthesis_at_m_of_n():
 
 def test_a_round_cut_off_between_its_end_and_its_cancellations():
     """Enough messages in the journal are enough: what was not told of the others is cancelled."""
-    before: list[Outcome] = []
+    before: list[RolloutResult] = []
     pacore = hashed((5,), min_messages=2)
     (whole,) = pacore.answers(asked(1), on_rollout=before.append)
     kept = [outcome for outcome in before if outcome.finish_reason != "cancelled"][:2]
-    again: list[Outcome] = []
+    again: list[RolloutResult] = []
     (resumed,) = hashed((5,), min_messages=2).answers(
         asked(1), known=lambda id: kept, on_rollout=again.append
     )
@@ -330,7 +330,7 @@ def test_a_round_cut_off_between_its_end_and_its_cancellations():
 
 def test_a_resumed_round_waits_for_what_is_missing():
     """Of two messages that are to end, one is in the journal: one more is waited for, not two."""
-    before: list[Outcome] = []
+    before: list[RolloutResult] = []
     options = {"min_messages": 2, "max_running": 1}
     (whole,) = hashed((5,), **options).answers(asked(1), on_rollout=before.append)
     (resumed,) = hashed((5,), **options).answers(asked(1), known=lambda id: before[:1])

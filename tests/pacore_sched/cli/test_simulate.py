@@ -118,7 +118,7 @@ def test_pictures(capsys, tmp_path):
 def test_pictures_without_matplotlib(monkeypatch, tmp_path):
     """Guards installations without the extra: said at once, not after minutes of simulation."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(simulate, "run_job", lambda job: pytest.fail("simulated in vain"))
+    monkeypatch.setattr(simulate, "simulate_run", lambda run: pytest.fail("simulated in vain"))
     with pytest.raises(InputError, match="pip install matplotlib"):
         run("--out", str(tmp_path), *FAST)
 

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.runtime.tiles import use_tiles
+from kernels.runtime.configs import use_config
 from model.impls import impl_per_op
 from model.step3vl import Step3VL
 from pacore_sched.engine import decode_graph
 from pacore_sched.engine.decode_graph import default_buckets
 from pacore_sched.engine.decode_step import capturable
 from pacore_sched.engine.executor import ModelExecutor
-from pacore_sched.sched.plan import plan_step
 from pacore_sched.sched.request import Batch, Sampling, Segment
+from pacore_sched.sched.step_batch import build_step_batch
 from tests.pacore_sched.engine.test_executor import (
     GREEDY,
     OTHER,
@@ -63,7 +63,7 @@ def hand(interpreter: None) -> Iterator[Hand]:
     model = Step3VL.from_preset("tiny", seed=1, impl={"prefix_attention": "triton"})
     hand = Hand(model, max_running=4, buckets=(4, 2))
     hand.executor.graphs.enabled, hand.executor.graphs.capture = True, Recorded
-    with assume_gpu(TOY), use_tiles("prefix_attention", programs=1):
+    with assume_gpu(TOY), use_config("prefix_attention", programs=1):
         yield hand
 
 
@@ -198,14 +198,14 @@ def test_capacities(hand: Hand):
     for _ in range(3):
         above.node = hand.tree.add(above.node)
         hand.tree.append(above.node, 2)
-    hand.slots = list(range(32))
+    hand.free_indices = list(range(32))
     rollouts = hand.group(above, 9, range(20))
     one = [(rollout.node, 1) for rollout in rollouts]
     for rollout in rollouts:
         hand.tree.append(rollout.node, 1)
     group = graphs._group
     for count, rows in ((1, 16), (16, 16), (17, 32)):
-        step = plan_step(hand.tree, one[:count])
+        step = build_step_batch(hand.tree, one[:count])
         tiles = [tile for tile in (16 // group, 64 // group) if count <= tile < rows]
         capacity = graphs._capacity(step)
         assert (capacity.rows, capacity.most_rows) == (rows, min([*tiles, rows]))

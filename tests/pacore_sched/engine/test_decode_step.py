@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.compile.launches import launches_recorded
 from kernels.prefix_attention.advance import advance_kernel
 from kernels.prefix_plan import Capacity
-from kernels.runtime.tiles import H200
+from kernels.runtime.configs import H200
 from model.config import PRESETS
 from pacore_sched.engine.decode_graph import LEVELS, DecodeGraph
-from pacore_sched.engine.decode_step import Settings, Tables
+from pacore_sched.engine.decode_step import LastTokens, Settings
 from pacore_sched.engine.launch_sites import one_layer
 
 PRODUCTS = {"mm", "addmm", "linear"}
@@ -48,7 +48,7 @@ def launched(settings: Settings, rows: int, monkeypatch: pytest.MonkeyPatch) -> 
                 body()
 
     model = one_layer(PRESETS["tiny"], torch.bfloat16)
-    cache, tables = model.new_cache(8), Tables(rows, model.device)
+    cache, tables = model.new_cache(8), LastTokens(rows, model.device)
     with launches_recorded(H200), monkeypatch.context() as patch:
         # Of the class that kernels are of: pytest's process has Triton interpret.
         record = lambda kernel, *args, **options: names.append(kernel.fn.__name__)  # noqa: E731

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kernels.runtime.tiles import Gpu, assume_gpu, use_tiles
+from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from model.errors import InputError
 from model.step3vl import Step3VL
 from model.text.prompt import build_prompt
@@ -43,7 +43,7 @@ class Hand:
         options = {"num_pages": 40, "max_running": 8} | options
         self.executor = ModelExecutor(model, **options)
         self.tree = PrefixTree(self.executor.num_pages, self.executor.page_size)
-        self.slots = list(range(self.executor.max_running))
+        self.free_indices = list(range(self.executor.max_running))
 
     def write(self, segment: Segment, tokens: int, parent: int | None = None) -> Chunk:
         """The chunk of a segment's next tokens."""
@@ -62,7 +62,7 @@ class Hand:
     def group(
         self, above: Segment, last: int, seeds: Sequence[int], sampling: Sampling = SAMPLING
     ) -> list[Rollout]:
-        """Rollouts in nodes and slots of their own."""
+        """Rollouts in nodes and batch indices of their own."""
         group = Group([above], last, sampling)
         group.rollouts = [Rollout(group, i, seed, 512) for i, seed in enumerate(seeds)]
         for rollout in group.rollouts:
@@ -71,13 +71,13 @@ class Hand:
 
     def start(self, rollout: Rollout) -> None:
         rollout.node = self.tree.add(rollout.group.path[-1].node)
-        rollout.slot = self.slots.pop(0)
+        rollout.batch_index = self.free_indices.pop(0)
 
     def stop(self, *rollouts: Rollout) -> None:
         for rollout in rollouts:
             self.tree.release(rollout.node)
-            self.slots.insert(0, rollout.slot)
-            rollout.node = rollout.slot = -1
+            self.free_indices.insert(0, rollout.batch_index)
+            rollout.node = rollout.batch_index = -1
 
     def launch(self, batch: Batch) -> tuple[Batch, object]:
         """Append the tokens of `decode`, and launch."""
@@ -149,7 +149,7 @@ def test_rows_are_not_in_the_order_of_the_batch(tiny: Step3VL):
 
 
 def test_membership_changes(tiny: Step3VL):
-    """A slot's next owner starts from its own prompt's last token and its own seed."""
+    """A batch index's next owner starts from its own prompt's last token and its own seed."""
     hand = Hand(tiny, max_running=3)
     above = hand.prompt(PROMPT)
     first = hand.group(above, 7, [1, 2, 3])
@@ -181,13 +181,13 @@ def test_prompts_in_chunks_beside_decoding(tiny: Step3VL):
 
 def test_taken_up_again(tiny: Step3VL):
     """A rollout that lost its pages goes on where it was: known tokens written in two chunks,
-    the last of which draws the next one, in another slot than before."""
+    the last of which draws the next one, at another batch index than before."""
     hand = Hand(tiny)
     above = hand.prompt(PROMPT)
     kept, lost = hand.group(above, 7, [1, 2])
     hand.decode([kept, lost], 6)
     hand.stop(lost)
-    newcomer = hand.group(above, 7, [3])[0]  # takes the slot that was lost
+    newcomer = hand.group(above, 7, [3])[0]  # takes the batch index that was lost
     hand.start(lost)
     for start, stop in ((0, 4), (4, 7)):
         hand.tree.append(lost.node, stop - start)
@@ -428,7 +428,7 @@ def test_bad_input(tiny: Step3VL):
 
 
 def test_tokens_that_nobody_knows(tiny: Step3VL):
-    """A rollout whose last token is still in flight cannot start in another slot."""
+    """A rollout whose last token is still in flight cannot start at another batch index."""
     hand = Hand(tiny)
     (rollout,) = hand.group(hand.prompt(PROMPT), 7, [1])
     hand.launch(Batch((rollout,)))
@@ -462,7 +462,7 @@ def test_triton(triton_device: str):
     hand.decode(rollouts, 62)
     model.set_impl({"prefix_attention": "triton"})
     before = hand.executor.stats.plans
-    with assume_gpu(TOY), use_tiles("prefix_attention", programs=1):
+    with assume_gpu(TOY), use_config("prefix_attention", programs=1):
         hand.decode(rollouts, 4, ahead=True)
     assert hand.executor.stats.plans == before + 2
     check(plain, OTHER, *rollouts)

@@ -84,7 +84,7 @@ def test_under_memory_pressure(
 @pytest.mark.parametrize("ahead", [False, True])
 def test_cancelled_siblings(tiny: Step3VL, alone: dict, ahead: bool):
     """Two of three end a group, under pressure: whoever is cut short said the beginning of what
-    it would have said, and nobody's pages or slots harm those that go on."""
+    it would have said, and nobody's pages or batch indices harm those that go on."""
     for group in run(engine_of(tiny, 7, None, ahead=ahead, host_pages=3), [range(3)] * 2, need=2):
         whole = [r for r in group.rollouts if r.finish_reason == "length"]
         assert len(whole) == 2

@@ -23,7 +23,7 @@ from bench import commands
 from bench.__main__ import main
 from bench.cases import numerics_cases
 from bench.launch_sites import case_sites
-from kernels.runtime.tiles import H200
+from kernels.runtime.configs import H200
 from model.config import PRESETS
 from model.step3vl import Step3VL
 from pacore_sched.engine import compile_ahead, executor
@@ -38,7 +38,7 @@ import json, pickle, sys
 import triton
 from kernels.compile.launches import compiler
 from kernels.compile.worker import launches_of
-from kernels.runtime.tiles import H200
+from kernels.runtime.configs import H200
 
 hits = []
 triton.knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)

@@ -74,7 +74,7 @@ class Trace:
         assert 0 < rows <= self.scheduler.token_budget
         assert len(self.scheduler.running) <= self.scheduler.max_running
         assert len(set(batch.sampled)) == len(batch.sampled)
-        assert len({rollout.slot for rollout in self.scheduler.running}) == len(
+        assert len({rollout.batch_index for rollout in self.scheduler.running}) == len(
             self.scheduler.running
         )
 

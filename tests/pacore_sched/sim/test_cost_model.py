@@ -21,7 +21,7 @@ from pacore_sched.sim.cost_model import (
     sum_of_larger,
     weight_bytes,
 )
-from pacore_sched.sim.machine import MACHINES, machine_named
+from pacore_sched.sim.machine import MACHINES, find_machine
 
 WORK = StepWork(STEP3_VL_10B.decoder)
 DECODE = StepShape(rows=16, sampled=16, kv_read=10_000, kv_read_unshared=40_000, pairs=40_000)
@@ -138,22 +138,22 @@ def test_measured_rows_replace_assumptions(tmp_path):
     folder = tmp_path / "nvidia-h200"
     folder.mkdir()
     (folder / "record.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    machine = machine_named("h200", tmp_path)
+    machine = find_machine("h200", tmp_path)
     assert machine.measured
     assert (machine.copy_gb_s, machine.gemm_tflop_s) == (4200.0, 700.0)
     assert machine.bandwidth_efficiency == 0.84
     assert machine.overhead_s == 0  # it is within the measured step
-    assert machine_named("h100", tmp_path) == MACHINES["h100"]
+    assert find_machine("h100", tmp_path) == MACHINES["h100"]
 
 
 def test_bad_machines_are_named(tmp_path):
     """Guards the user's side: the wrong name and the wrong line are said."""
     with pytest.raises(InputError, match="unknown GPU 'b200'.*h200"):
-        machine_named("b200", tmp_path)
+        find_machine("b200", tmp_path)
     (tmp_path / "h200").mkdir()
     (tmp_path / "h200" / "rows.jsonl").write_text('{"op": "x"}\nnonsense\n')
     with pytest.raises(InputError, match=r"rows\.jsonl:2"):
-        machine_named("h200", tmp_path)
+        find_machine("h200", tmp_path)
 
 
 def planted(shape):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from pacore_sched.sim.calibration import FittedCost
-from pacore_sched.sim.cluster import Outcome, Setting, simulate
+from pacore_sched.sim.cluster import Setting, SimResult, simulate
 from pacore_sched.sim.cost_model import StepWork
 from pacore_sched.sim.machine import MACHINES
 from pacore_sched.sim.metrics import metrics_row, timeline, times_to_answer
 from pacore_sched.sim.simulator import Record, Usage
-from pacore_sched.sim.workload import Problem, workload_named
+from pacore_sched.sim.workload import Problem, find_workload
 
 NAMES = [
     "workload",
@@ -47,7 +47,7 @@ def usage(events, moved=0, flops=0):
     return Usage(*columns, bytes=moved, flops=flops)
 
 
-def outcome():
+def result():
     """Two problems on two GPUs: answers at 14 and 20, of which the first arrived at 4."""
     records = [
         Record(0, 0, 10, submitted_s=4, first_s=5, ended_s=9.5),
@@ -56,7 +56,7 @@ def outcome():
         Record(0, 1, 1, submitted_s=12, first_s=14, ended_s=14),
         Record(1, 0, 11, submitted_s=10, first_s=10, ended_s=20),
     ]
-    return Outcome(
+    return SimResult(
         Setting(
             policy="fcfs", gpus=2, max_running=8, machine=replace(MACHINES["h200"], copy_gb_s=100)
         ),
@@ -76,7 +76,7 @@ def outcome():
 
 def test_row_by_hand():
     """Guards every definition of the module's docstring."""
-    row = metrics_row(outcome(), "toy", 7, slo_s=11)
+    row = metrics_row(result(), "toy", 7, slo_s=11)
     assert set(NAMES) <= row.keys()
     expected = {
         "makespan_s": 16,
@@ -101,24 +101,24 @@ def test_row_by_hand():
         "workload": "toy",
     }
     assert {name: row[name] for name in expected} == pytest.approx(expected)
-    assert metrics_row(outcome(), "toy", 7)["goodput_per_h"] is None
+    assert metrics_row(result(), "toy", 7)["goodput_per_h"] is None
 
 
 def test_tail_share_by_hand():
     """Guards the tail: from when a tenth of the rollouts is left, so here one of ten."""
-    some = outcome()
+    some = result()
     some.records = [Record(0, 0, 1, 0, 0, ended_s=end) for end in (*range(1, 10), 20)]
     assert metrics_row(some, "toy", 0)["tail_share"] == pytest.approx((20 - 9) / 16)
 
 
 def test_times_to_answer():
-    """Guards the outcome that policies are judged by: from a problem's own arrival."""
-    assert times_to_answer(outcome()).tolist() == [10, 12]
+    """Guards the result that policies are judged by: from a problem's own arrival."""
+    assert times_to_answer(result()).tolist() == [10, 12]
 
 
 def test_timeline_by_hand():
     """Guards the picture: rollouts add up over GPUs, KV is their mean, idle time counts as 0."""
-    ends, running, kv = timeline(outcome(), 8)
+    ends, running, kv = timeline(result(), 8)
     assert ends.tolist() == [6, 8, 10, 12, 14, 16, 18, 20]
     assert running.tolist() == pytest.approx([2, 2, 1, 5, 5, 4, 4, 4])
     assert kv.tolist() == pytest.approx([0.25, 0.25, 0.125, 0.525, 0.525, 0.4, 0.4, 0.4])
@@ -126,7 +126,7 @@ def test_timeline_by_hand():
 
 def test_timeline_of_bins_that_cut_events():
     """Guards the integral inside of an event, and of a GPU that did nothing."""
-    some = outcome()
+    some = result()
     some.usages = [usage([(5, 20, 3, 1.0)]), Usage()]
     _, running, kv = timeline(some, 2)
     assert running.tolist() == pytest.approx([3 * 7 / 8, 3])
@@ -135,7 +135,7 @@ def test_timeline_of_bins_that_cut_events():
 
 def test_timeline_and_row_agree_on_a_real_run():
     """Guards both against each other where events are many."""
-    problems = replace(workload_named("vqa"), problems=4).draw(0)
+    problems = replace(find_workload("vqa"), problems=4).draw(0)
     run = simulate(problems, Setting(gpus=2, max_running=20))
     row = metrics_row(run, "vqa", 0)
     _, running, kv = timeline(run, 37)
@@ -149,7 +149,7 @@ def test_timeline_and_row_agree_on_a_real_run():
 def test_a_lone_round_has_the_published_occupancy():
     """Guards the spread of lengths: a lone 16-wide round uses 42 % of its slots at sigma_w 0.55."""
     shares = []
-    for problem in replace(workload_named("vqa"), problems=2000, max_tokens=10**9).draw(0):
+    for problem in replace(find_workload("vqa"), problems=2000, max_tokens=10**9).draw(0):
         lengths = np.array(problem.lengths[0])
         shares.append(lengths.mean() / lengths.max())
     assert np.mean(shares) == pytest.approx(0.42, abs=0.03)
@@ -157,7 +157,7 @@ def test_a_lone_round_has_the_published_occupancy():
 
 def test_fitted_costs_have_no_ceiling():
     """Guards a calibrated CPU against an MBU of somebody else's bandwidth."""
-    some = outcome()
+    some = result()
     cost = FittedCost(StepWork(some.setting.config.decoder), (1,), (0.1,), 0, 0, 0)
     some.setting = replace(some.setting, cost=cost)
     row = metrics_row(some, "toy", 0)

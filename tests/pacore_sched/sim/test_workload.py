@@ -15,9 +15,9 @@ from pacore_sched.sim.workload import (
     bursty_arrivals,
     chat_requests,
     clipped_mean,
+    find_workload,
     mu_of_clipped_mean,
     poisson_arrivals,
-    workload_named,
 )
 
 
@@ -34,7 +34,7 @@ def test_the_four_workloads():
 
 def test_rounds_and_limits():
     """Guards the shape of a problem: every round's width, then the one that answers."""
-    for problem in replace(workload_named("high"), problems=40).draw(0):
+    for problem in replace(find_workload("high"), problems=40).draw(0):
         assert [len(lengths) for lengths in problem.lengths] == [32, 4, 1]
         assert all(1 <= length <= 65536 for lengths in problem.lengths for length in lengths)
 
@@ -43,7 +43,7 @@ def test_rounds_and_limits():
 @pytest.mark.parametrize("sigma_w", [0.35, 0.8])
 def test_mean_is_kept_by_clipping_and_by_spread(name, sigma_w):
     """Guards a sweep of sigma_w against changing how much there is to do."""
-    problems = replace(workload_named(name), problems=20_000 // 16, sigma_w=sigma_w).draw(1)
+    problems = replace(find_workload(name), problems=20_000 // 16, sigma_w=sigma_w).draw(1)
     per_problem = np.array([np.mean(problem.lengths[0]) for problem in problems])
     error = per_problem.std() / len(problems) ** 0.5
     assert abs(per_problem.mean() - WORKLOADS[name].mean_tokens) < 4 * error
@@ -51,7 +51,7 @@ def test_mean_is_kept_by_clipping_and_by_spread(name, sigma_w):
 
 def test_spreads_are_those_asked_for():
     """Guards the generator's two spreads where nothing is clipped: analysis of variance by hand."""
-    workload = replace(workload_named("vqa"), problems=4000, max_tokens=10**9, sigma_w=0.4)
+    workload = replace(find_workload("vqa"), problems=4000, max_tokens=10**9, sigma_w=0.4)
     logs = np.log([problem.lengths[0] for problem in workload.draw(0)])  # [problems, rollouts]
     within = logs.var(axis=1, ddof=1).mean()
     between = logs.mean(axis=1).var(ddof=1) - within / logs.shape[1]
@@ -62,7 +62,7 @@ def test_spreads_are_those_asked_for():
 
 def test_lengths_are_pinned():
     """Guards comparisons between policies: same seed, same lengths, also of more problems."""
-    workload = workload_named("vl")
+    workload = find_workload("vl")
     assert workload.draw(3) == workload.draw(3)
     assert workload.draw(3) != workload.draw(4)
     assert replace(workload, problems=5).draw(3) == workload.draw(3)[:5]
@@ -186,4 +186,4 @@ def test_missing_trace():
     with pytest.raises(InputError, match=r"nowhere\.csv: No such file"):
         read_trace("nowhere.csv")
     with pytest.raises(InputError, match="unknown workload 'maths'.*math"):
-        workload_named("maths")
+        find_workload("maths")

@@ -22,7 +22,7 @@ from triton.runtime import cache
 
 from bench.cases import TINY, cases, numerics_cases
 from bench.launch_sites import check_sites, launch_case
-from kernels.runtime.tiles import H200
+from kernels.runtime.configs import H200
 from model.errors import InputError
 from model.terminal import Parser
 from pacore_sched.engine.compile_ahead import Summary

@@ -18,8 +18,8 @@ from triton.runtime.jit import JITFunction
 from kernels.compile.launches import compiler, launches_recorded
 from kernels.errors import ImplError
 from kernels.runtime import dispatch
+from kernels.runtime.configs import A100, H200, gpu_of
 from kernels.runtime.dispatch import pick
-from kernels.runtime.tiles import A100, H200, gpu_of
 from profiles.static import analysis as static
 from profiles.static import loop_figures
 from profiles.static.analysis import broken_rules, update

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime.tiles import Gpu, Tiles, Tunable
+from kernels.runtime.configs import Gpu, KernelConfig, Tunable
 
 LEAST_M = 16  # of a tensor-core product
 WGMMA_M = 64  # of a warpgroup's: 16 rollouts of 4 query heads fill it
@@ -30,7 +30,7 @@ WIDEST_DIM = 256  # head_dim for whose sums registers are short
 
 
 @dataclass(frozen=True)
-class Kind:
+class InputClass:
     """A class of inputs with tile choices of its own."""
 
     dim: int
@@ -43,7 +43,7 @@ class Kind:
     @staticmethod
     def of(
         plan: PrefixPlan, group: int, dim: int, *, fp8: bool, invariant: bool, fused: bool
-    ) -> "Kind":
+    ) -> "InputClass":
         """The class of a plan, `group` query heads to a KV head.
 
         By the query vectors (rows times group) of the nodes with the fewest and the most rows,
@@ -63,12 +63,16 @@ class Kind:
         """
         largest = LARGEST_M if dim < WIDEST_DIM else WGMMA_M
         if invariant:
-            return Kind(dim, WGMMA_M if group <= WGMMA_M else largest, 0, fp8, invariant, fused)
+            return InputClass(
+                dim, WGMMA_M if group <= WGMMA_M else largest, 0, fp8, invariant, fused
+            )
         least, most = (group * rows for rows in plan.row_counts)
         both = dim < WIDEST_DIM or most <= LEAST_M
         small = LEAST_M if both and group <= LEAST_M and 0 < least <= LEAST_M else 0
         large = WGMMA_M if max(most, group) <= WGMMA_M else largest
-        return Kind(dim, 0 if small and most <= LEAST_M else large, small, fp8, invariant, fused)
+        return InputClass(
+            dim, 0 if small and most <= LEAST_M else large, small, fp8, invariant, fused
+        )
 
     @property
     def key(self) -> str:
@@ -77,17 +81,17 @@ class Kind:
         return " ".join([f"D{self.dim}", f"M{self.large}+{self.small}", *names])
 
     @staticmethod
-    def from_key(key: str) -> "Kind":
+    def from_key(key: str) -> "InputClass":
         """The class that `key` names."""
         dim, sizes, *names = key.split()
         large, small = map(int, sizes[1:].split("+"))
-        return Kind(int(dim[1:]), large, small, **dict.fromkeys(names, True))
+        return InputClass(int(dim[1:]), large, small, **dict.fromkeys(names, True))
 
-    def choose(self, device: torch.device) -> Tiles:
+    def choose(self, device: torch.device) -> KernelConfig:
         """Its tile choices, from the GPU's table or by rule."""
         return TUNABLE.choose(self.key, device, self)
 
-    def choose_small(self, device: torch.device) -> Tiles:
+    def choose_small(self, device: torch.device) -> KernelConfig:
         """Those of the smaller tiles' own launch, as of a class that has no others.
 
         What is tried out for this class is not meant for them.
@@ -95,7 +99,7 @@ class Kind:
         small = replace(self, large=0)
         return TUNABLE.choose(small.key, device, small, overridden=False)
 
-    def rule(self, gpu: Gpu) -> Tiles:
+    def rule(self, gpu: Gpu) -> KernelConfig:
         """Choices without measurements: as much in flight as fits, and no register spilled.
 
         Blocks of 64 tokens, 4 warps, 3 stages, with `ahead` and `pieces`, without `steady`, but:
@@ -149,9 +153,9 @@ class Kind:
         return not self.fp8 or (self.dim < WIDEST_DIM and self.large < LARGEST_M)
 
 
-def _candidates(key: str, gpu: Gpu) -> list[Tiles]:
+def _candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     """The rule, then its kin."""
-    kind = Kind.from_key(key)
+    kind = InputClass.from_key(key)
     rule = kind.rule(gpu)
     kin = [{"programs": n} for n in (1, 2, 3, 4)]
     tight = kind.fused and (kind.fp8 or not kind.large)  # more, or fewer stages, would spill

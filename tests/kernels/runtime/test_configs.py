@@ -5,8 +5,16 @@ import json
 import pytest
 import torch
 
-from kernels.runtime import tiles as tile_tables
-from kernels.runtime.tiles import A100, H200, Tunable, assume_gpu, gpu_of, record_tiles, use_tiles
+from kernels.runtime import configs
+from kernels.runtime.configs import (
+    A100,
+    H200,
+    Tunable,
+    assume_gpu,
+    gpu_of,
+    record_configs,
+    use_config,
+)
 
 CPU = torch.device("cpu")
 
@@ -14,13 +22,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
     """An H200 with a table of one key; no other GPU has one."""
-    monkeypatch.setattr(tile_tables, "TABLES", tmp_path)
+    monkeypatch.setattr(configs, "TABLES", tmp_path)
     table = {"copy": {"small": {"block": 512, "num_warps": 2}}}
     (tmp_path / "nvidia-h200.json").write_text(json.dumps(table))
-    monkeypatch.setattr(tile_tables, "TUNABLES", {})
-    tile_tables.table_of.cache_clear()
+    monkeypatch.setattr(configs, "TUNABLES", {})
+    configs.table_of.cache_clear()
     yield
-    tile_tables.table_of.cache_clear()
+    configs.table_of.cache_clear()
 
 
 def rule(gpu):
@@ -35,7 +43,11 @@ def test_table_comes_before_the_rule(tables):
     """Guards the order of choices: table, rule, and overrides on top of either."""
     assert tiles("copy", "small") == {"block": 512, "num_warps": 2}
     assert tiles("copy", "large") == {"block": H200.sms, "num_warps": 4}
-    with use_tiles("copy", block=64), use_tiles("copy", num_warps=1), use_tiles("other", block=1):
+    with (
+        use_config("copy", block=64),
+        use_config("copy", num_warps=1),
+        use_config("other", block=1),
+    ):
         assert tiles("copy", "small") == {"block": 64, "num_warps": 1}
     assert tiles("copy", "small") == {"block": 512, "num_warps": 2}  # the table is whole
 
@@ -51,9 +63,9 @@ def test_assumed_gpu(tables):
 def test_record_tiles(tables):
     """Guards tuning: the keys that an op asked for, with what it got; nothing outside."""
     tiles("copy", "before")
-    with record_tiles() as asked:
+    with record_configs() as asked:
         tiles("copy", "small")
-        with use_tiles("merge", block=8):
+        with use_config("merge", block=8):
             tiles("merge", "any")
     tiles("copy", "after")
     assert asked == {

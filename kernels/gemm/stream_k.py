@@ -13,7 +13,7 @@ With as many lanes as a band has rows, each lane has the same row throughout, an
 the same place in the same panel of the weight, which so comes from memory once. Where that many
 lanes would leave programs idle there are fewer.
 
-A program adds up its part of a tile in fp32 and leaves it in a slot of the workspace, which a
+A program adds up its part of a tile in fp32 and leaves it in a partial of the workspace, which a
 second launch sums tile by tile, in the order of K.
 """
 
@@ -26,7 +26,7 @@ BAND = 16  # with tiles of 128 x 256, 132 programs read as much of the weight as
 
 
 @dataclass(frozen=True)
-class Cut:
+class StreamK:
     """The cut of one product; everything in it counts tiles, steps or programs."""
 
     steps: int  # of a tile
@@ -38,7 +38,7 @@ class Cut:
     share: int  # steps
 
     @property
-    def slots(self) -> int:
+    def partials(self) -> int:
         """Partial tiles in the workspace: at most one per program and one per tile of the rest."""
         if not self.rest:
             return 0
@@ -54,7 +54,7 @@ class Cut:
 
 
 @lru_cache(maxsize=256)
-def cut_of(m_tiles: int, n_tiles: int, steps: int, programs: int, overhead: int) -> Cut:
+def stream_k(m_tiles: int, n_tiles: int, steps: int, programs: int, overhead: int) -> StreamK:
     """The cut among so many programs.
 
     A stretch costs as much as `overhead` steps, for its partial tiles: none is shorter, and tiles
@@ -68,8 +68,8 @@ def cut_of(m_tiles: int, n_tiles: int, steps: int, programs: int, overhead: int)
         lanes, share = _lanes(rest, band, steps, programs)
         share = max(share, overhead)
         if share + overhead < steps:
-            return Cut(steps, programs, band, whole, rest, lanes, share)
-    return Cut(steps, programs, band, whole=tiles, rest=0, lanes=1, share=1)
+            return StreamK(steps, programs, band, whole, rest, lanes, share)
+    return StreamK(steps, programs, band, whole=tiles, rest=0, lanes=1, share=1)
 
 
 def _lanes(rest: int, most: int, steps: int, programs: int) -> tuple[int, int]:

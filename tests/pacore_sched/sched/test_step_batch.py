@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.prefix_plan import PrefixPlan
-from pacore_sched.sched.plan import plan_step
 from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.step_batch import build_step_batch
 
 NUM_PAGES = 400
 
@@ -81,7 +81,7 @@ def test_every_row_sees_its_own_history(step):
     """Each row sees every token of its sequence up to and including itself once, none of another
     sequence, and its K and V go where later rows will look for them."""
     tree, work, history = step
-    batch = plan_step(tree, work)
+    batch = build_step_batch(tree, work)
     assert sorted(batch.work) == sorted(work)
     row = 0
     for item, (node, num_new) in enumerate(batch.work):
@@ -102,7 +102,7 @@ def test_ranges_are_those_of_a_tree(step):
     """Every node with tokens on a path of the work stands in the plan once, parents before
     children, with the contiguous rows of the work at and below it, its own first."""
     tree, work, _ = step
-    batch = plan_step(tree, work)
+    batch = build_step_batch(tree, work)
     on_paths = {n for node, _ in work for n in tree.path(node) if tree.length(n)}
     listed = [path[-1] for path in tree.depth_first(on_paths)]
     assert [node.pages for node in batch.plan_nodes] == [tree.pages(node) for node in listed]
@@ -121,7 +121,7 @@ def test_ranges_are_those_of_a_tree(step):
 def test_order_of_work_does_not_matter(step):
     """The batch is a function of the tree and the set of work, so a run can be repeated."""
     tree, work, _ = step
-    assert plan_step(tree, work) == plan_step(tree, sorted(work))
+    assert build_step_batch(tree, work) == build_step_batch(tree, sorted(work))
 
 
 def prompt_with_leaves():
@@ -136,7 +136,7 @@ def prompt_with_leaves():
 def test_decode_step_by_hand():
     """The common case, written out: two rollouts decode one token each over one prompt."""
     tree = prompt_with_leaves()
-    batch = plan_step(tree, [(2, 1), (1, 1)])
+    batch = build_step_batch(tree, [(2, 1), (1, 1)])
     assert batch.work == ((1, 1), (2, 1))
     assert batch.positions == (7, 7)
     assert batch.slots == (2 * 4 + 2, 3 * 4 + 2)
@@ -149,7 +149,7 @@ def test_prompt_and_rollouts_in_one_step():
     """A prompt's last chunk and the first tokens of its rollouts may share a step: the rollouts'
     rows stand behind the prompt's and see all of it."""
     tree = prompt_with_leaves()
-    batch = plan_step(tree, [(1, 3), (0, 2), (2, 3)])
+    batch = build_step_batch(tree, [(1, 3), (0, 2), (2, 3)])
     assert batch.work == ((0, 2), (1, 3), (2, 3))
     assert batch.positions == (3, 4, 5, 6, 7, 5, 6, 7)
     assert [len(visible_slots(tree, batch, row)) for row in range(8)] == [4, 5, 6, 7, 8, 6, 7, 8]
@@ -158,7 +158,7 @@ def test_prompt_and_rollouts_in_one_step():
 def test_plan_is_not_changed_by_later_steps():
     """A batch in flight must keep its pages while the scheduler already grows the tree."""
     tree = prompt_with_leaves()
-    batch = plan_step(tree, [(1, 1)])
+    batch = build_step_batch(tree, [(1, 1)])
     pages = [tuple(node.pages) for node in batch.plan_nodes]
     tree.append(1, 9)
     assert [tuple(node.pages) for node in batch.plan_nodes] == pages
@@ -166,7 +166,7 @@ def test_plan_is_not_changed_by_later_steps():
 
 def test_empty_step():
     """A step without work has no rows, and no node is read for nobody."""
-    batch = plan_step(prompt_with_leaves(), [])
+    batch = build_step_batch(prompt_with_leaves(), [])
     assert (batch.work, batch.plan_nodes, batch.positions, batch.last_rows) == ((), (), (), ())
 
 
@@ -187,7 +187,7 @@ def test_work_that_cannot_be(work, complaint):
     """A step that would compute wrong KV is refused: tokens of a child that were written before
     its parent's did not see them."""
     with pytest.raises(ValueError, match=complaint):
-        plan_step(prompt_with_leaves(), work)
+        build_step_batch(prompt_with_leaves(), work)
 
 
 def test_older_tokens_between_two_written_nodes():
@@ -197,8 +197,8 @@ def test_older_tokens_between_two_written_nodes():
     below = tree.add(1)
     tree.append(below, 2)
     with pytest.raises(ValueError, match="node 1 holds tokens of earlier steps, but node 0"):
-        plan_step(tree, [(0, 1), (below, 2)])
-    plan_step(tree, [(0, 1), (1, 3), (below, 2)])
+        build_step_batch(tree, [(0, 1), (below, 2)])
+    build_step_batch(tree, [(0, 1), (1, 3), (below, 2)])
 
 
 def test_empty_node_between_two_written_nodes():
@@ -208,6 +208,6 @@ def test_empty_node_between_two_written_nodes():
     tree.append(root, 5)
     leaf = tree.add(tree.add(root))
     tree.append(leaf, 3)
-    assert len(plan_step(tree, [(root, 1), (leaf, 3)]).plan_nodes) == 2
+    assert len(build_step_batch(tree, [(root, 1), (leaf, 3)]).plan_nodes) == 2
     with pytest.raises(ValueError, match=f"node {leaf} holds tokens of earlier steps"):
-        plan_step(tree, [(root, 1), (leaf, 1)])
+        build_step_batch(tree, [(root, 1), (leaf, 1)])

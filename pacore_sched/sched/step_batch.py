@@ -21,7 +21,7 @@ class StepBatch:
     last_rows: tuple[int, ...]  # [B] the row of each item's last token, which gives its logits
 
 
-def plan_step(tree: PrefixTree, work: Iterable[tuple[int, int]]) -> StepBatch:
+def build_step_batch(tree: PrefixTree, work: Iterable[tuple[int, int]]) -> StepBatch:
     """Lay out the step that writes the last `num_new` tokens of each (node, num_new) of `work`.
 
     The tokens have been appended; all earlier ones were written by earlier steps. A node may be

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 TABLES = Path(__file__).parents[1] / "tuned"
-Tiles = dict[str, int]
+KernelConfig = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ A100 = Gpu("nvidia-a100", arch=80, sms=108, shared_bytes=163 * 1024)
 H200 = Gpu("nvidia-h200", arch=90, sms=132, shared_bytes=227 * 1024)
 
 _assumed: ContextVar[Gpu | None] = ContextVar("_assumed", default=None)
-_asked: ContextVar[dict[tuple[str, str], Tiles] | None] = ContextVar("_asked", default=None)
-_overrides: ContextVar[dict[str, Tiles]] = ContextVar("_overrides", default={})  # noqa: B039
+_asked: ContextVar[dict[tuple[str, str], KernelConfig] | None] = ContextVar("_asked", default=None)
+_overrides: ContextVar[dict[str, KernelConfig]] = ContextVar("_overrides", default={})  # noqa: B039
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -59,18 +59,18 @@ class Tunable:
     """
 
     name: str
-    rule: Callable[..., Tiles]
-    candidates: Callable[[str, Gpu], list[Tiles]] = lambda key, gpu: []
+    rule: Callable[..., KernelConfig]
+    candidates: Callable[[str, Gpu], list[KernelConfig]] = lambda key, gpu: []
 
     def __post_init__(self) -> None:
         TUNABLES[self.name] = self
 
     def choose(
         self, key: str, device: torch.device, *inputs: object, overridden: bool = True
-    ) -> Tiles:
+    ) -> KernelConfig:
         """How to cut the work for inputs of class `key`: by the GPU's table, else by the rule.
 
-        overridden: whether `use_tiles` has a say
+        overridden: whether `use_config` has a say
         """
         gpu = gpu_of(device)
         chosen = table_of(gpu.name).get(self.name, {}).get(key)
@@ -87,9 +87,9 @@ TUNABLES: dict[str, Tunable] = {}  # by name: all whose modules have been import
 
 
 @contextmanager
-def record_tiles() -> Iterator[dict[tuple[str, str], Tiles]]:
+def record_configs() -> Iterator[dict[tuple[str, str], KernelConfig]]:
     """Collect what is chosen inside, by tunable and key: the keys that inputs fall into."""
-    asked: dict[tuple[str, str], Tiles] = {}
+    asked: dict[tuple[str, str], KernelConfig] = {}
     token = _asked.set(asked)
     try:
         yield asked
@@ -108,7 +108,7 @@ def assume_gpu(gpu: Gpu) -> Iterator[None]:
 
 
 @contextmanager
-def use_tiles(op: str, **chosen: int) -> Iterator[None]:
+def use_config(op: str, **chosen: int) -> Iterator[None]:
     """Put `chosen` over whatever is found for `op`: for tuning and for tests."""
     token = _overrides.set(_overrides.get() | {op: _overrides.get().get(op, {}) | chosen})
     try:
@@ -129,7 +129,7 @@ def _properties(index: int) -> Gpu:
 
 
 @cache
-def table_of(gpu_name: str) -> dict[str, dict[str, Tiles]]:
+def table_of(gpu_name: str) -> dict[str, dict[str, KernelConfig]]:
     """{op: {key: tiles}} of a GPU; empty if it has no table."""
     path = TABLES / f"{gpu_name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
