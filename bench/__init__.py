@@ -1,1 +1,1 @@
-"""Measurements: cases as data, one timer, the machine's roofline, and the end-to-end job."""
+"""Benchmarks: cases as data, one timer, the measured roofline, and end-to-end runs."""

@@ -1,7 +1,7 @@
-"""The cases of every op as data: inputs, the fewest bytes to move, the useful operations.
+"""The benchmark cases of every op as data: inputs, minimum bytes to move, useful operations.
 
-`cases` are the shapes the model really runs, at a size that fits the device; `numerics_cases` are
-small and awkward, for the check of the numbers in every dtype.
+`cases` are the shapes that the model runs, at a size that fits the device; `numerics_cases` are
+small and awkward, to check results in every dtype.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,7 +39,7 @@ OPS: dict[str, Callable] = {
     "linear_quick_gelu": linear_quick_gelu,
     "projector": projector,
 }
-STORING = ("qk_norm_rope", "rotary_attention")  # ops that write K and V into their pages
+STORING = ("qk_norm_rope", "rotary_attention")  # ops that write K and V into pages
 
 BIG, TINY = PRESETS["step3-vl-10b"], PRESETS["tiny"]
 SMOLLM2 = PRESETS["smollm2-135m"]
@@ -52,8 +52,8 @@ WIDE: Heads = (64, 1, 256)
 class Case:
     """One op at one shape.
 
-    What must cross the memory bus is `values` elements of the case's dtype and `fixed_bytes` of
-    other types, as FP8 pages and their scales are.
+    At least `values` elements of the case's dtype and `fixed_bytes` of other types (FP8 pages and
+    their scales) must cross the memory bus.
     """
 
     op: str
@@ -61,27 +61,29 @@ class Case:
     inputs: Callable[[int, torch.device, torch.dtype], dict]  # (seed, device, dtype) -> kwargs
     values: int
     flops: int
-    peers: tuple[str, ...] = ()  # comparators in bench/peers
+    peers: tuple[str, ...] = ()  # names in bench/peers
     fixed_bytes: int = 0
-    modes: tuple[str, ...] = ()  # of the op's Triton form, beside the fastest
-    form: str = "triton"  # of the Triton form, the mode that `in_modes` makes a case of
+    modes: tuple[str, ...] = ()  # the Triton form's modes besides the fastest
+    form: str = "triton"  # the Triton form's mode, set by `in_modes`
 
     def bytes(self, dtype: torch.dtype) -> int:
         return self.values * dtype.itemsize + self.fixed_bytes
 
 
 def cases(device_type: str, grid: bool = False) -> list[Case]:
-    """The op table of a kind of device, "cuda" or "cpu": most telling first.
+    """The op table's cases on a "cuda" or "cpu" device, the most informative first.
 
-    With `grid` prefix attention's grid over prefixes and suffixes follows.
+    With `grid`, prefix attention's grid of prefixes and suffixes follows.
     """
-    few, more = {"cpu": (_cpu_cases, _cpu_grid), "cuda": (_cuda_cases, _cuda_grid)}[device_type]
-    found = [*few(), *more()] if grid else [*few()]
-    return [replace(case, peers=peers_on(device_type, case.op)) for case in found]
+    main_cases, grid_cases = {"cpu": (_cpu_cases, _cpu_grid), "cuda": (_cuda_cases, _cuda_grid)}[
+        device_type
+    ]
+    listed = [*main_cases(), *grid_cases()] if grid else [*main_cases()]
+    return [replace(case, peers=peers_on(device_type, case.op)) for case in listed]
 
 
 def _cuda_cases() -> Iterator[Case]:
-    for name, forest in forests.telling():
+    for name, forest in forests.main_forests():
         yield _prefix(name, forest)
     for point in ((16, 2048, 512), (32, 4096, 512)):
         name, forest = forests.rollouts(*point)
@@ -106,20 +108,20 @@ def _cuda_cases() -> Iterator[Case]:
 
 
 def _cuda_vision_cases() -> Iterator[Case]:
-    """One view of each size, and photos from a small one to the largest that is not shrunk."""
+    """One view of each size, and photos up to the largest that is not downscaled."""
     vision, out = BIG.vision, BIG.decoder.hidden
-    whole, crop = [(vision.grid,) * 2], [(vision.crop_size // vision.patch_size,) * 2]
+    global_view, crop = [(vision.grid,) * 2], [(vision.crop_size // vision.patch_size,) * 2]
     photo, square, largest = (
         views_of(*size, vision) for size in ((1920, 1080), (2016, 2016), (3024, 3024))
     )
-    for grids in (whole, photo):
+    for grids in (global_view, photo):
         rows = tokens_of(grids)
         yield _layer_norm(rows, vision.width)
         yield _quick_gelu(rows, vision.mlp_width)
         yield _linear_quick_gelu(rows, vision.width, vision.mlp_width)
-    for grids in (photo, whole, crop, largest, 4 * whole):
+    for grids in (photo, global_view, crop, largest, 4 * global_view):
         yield _vision(grids, vision.heads)
-    for grids in (photo, whole, crop, square, largest):
+    for grids in (photo, global_view, crop, square, largest):
         yield _projector(grids, vision.width, out)
     yield _projector(photo, vision.width, out, scattered=True)
 
@@ -160,12 +162,12 @@ def _cpu_cases() -> Iterator[Case]:
 
 
 def in_modes(cases: Iterable[Case]) -> list[Case]:
-    """Each case in every mode of the op's Triton form, for what compiles or tunes kernels."""
+    """Each case in every mode of the op's Triton form, to compile or tune all its kernels."""
     return [replace(case, form=form) for case in cases for form in ("triton", *case.modes)]
 
 
 def numerics_cases() -> list[Case]:
-    """Awkward shapes: one row, primes, widths that fill no tile, ragged trees, empty nodes."""
+    """Awkward shapes: one row, primes, partly filled tiles, ragged trees, empty nodes."""
     tree = Node(70, children=(Node(0, children=(Node(1, new=1), Node(129, new=2))), Node(64)))
     forest = [fork(130, [1, 63, 64, 65]), tree, Node(5, new=5), Node(100, new=37)]
     return [
@@ -217,11 +219,11 @@ def _prefix(
     peers: tuple[str, ...] = (),
     **options: object,
 ) -> Case:
-    """`options` are those of the inputs: window, fp8, return_lse."""
+    """`options` go to the inputs: window, fp8, return_lse."""
     q_heads, kv_heads, dim = heads or _heads(BIG)
     shape = {"heads": q_heads, "kv_heads": kv_heads, "head_dim": dim}
     fp8 = options.get("fp8", False)
-    tokens, pairs = _in_sight(forest, options.get("window", 0))
+    tokens, pairs = _visible(forest, options.get("window", 0))
     q = sum(root.rows for root in forest) * q_heads * dim
     kv = 2 * tokens * kv_heads
     return Case(
@@ -237,7 +239,7 @@ def _prefix(
 
 
 def _rotary(name: str, forest: Sequence[Node], heads: Heads | None = None) -> Case:
-    """A decode step's rotary attention: what attention moves, and the projection instead of Q."""
+    """A decode step's rotary attention: attention's traffic, with the projection instead of Q."""
     attention = _prefix(name, forest, heads=heads)
     q_heads, kv_heads, dim = heads or _heads(BIG)
     shape = {"heads": q_heads, "kv_heads": kv_heads, "head_dim": dim}
@@ -246,21 +248,21 @@ def _rotary(name: str, forest: Sequence[Node], heads: Heads | None = None) -> Ca
         op="rotary_attention",
         name=name,
         inputs=partial(inputs.rotary_attention_inputs, forest=tuple(forest), **shape),
-        # The new K and V are read from the projection, and written.
+        # The new K and V are read from the projection and written to pages.
         values=attention.values + 2 * rows * kv_heads * dim + 2 * dim,
         flops=attention.flops + 7 * rows * (q_heads + kv_heads) * dim,
         modes=("triton-separate",),
     )
 
 
-def _in_sight(forest: Sequence[Node], window: int) -> tuple[int, int]:
-    """Tokens that some row sees, and pairs of a row and a token that it sees."""
+def _visible(forest: Sequence[Node], window: int) -> tuple[int, int]:
+    """How many tokens are seen by any row, and how many (row, seen token) pairs there are."""
     if window:
         shared, _, pairs = cost.tokens(inputs.prefix_plan(0, "cpu", forest=forest), window)
         return shared, pairs
     nodes = [node for root in forest for node in root.walk() if node.rows]
     pairs = sum(node.rows * node.tokens - node.new * (node.new - 1) // 2 for node in nodes)
-    return sum(node.tokens for node in nodes), pairs  # a new token does not see those behind it
+    return sum(node.tokens for node in nodes), pairs  # a new token does not see later ones
 
 
 def _qk_norm_rope(rows: int, preset: str = BIG.name, skip: int = 0) -> Case:
@@ -318,7 +320,7 @@ def _quick_gelu(rows: int, width: int) -> Case:
 
 
 def _linear_quick_gelu(rows: int, width: int, out: int) -> Case:
-    """Operations are those of the product alone."""
+    """Counts only the operations of the matrix product."""
     return Case(
         op="linear_quick_gelu",
         name=f"T{rows} C{width} F{out}",
@@ -357,7 +359,7 @@ def _projector(
     out: int,
     scattered: bool = False,
 ) -> Case:
-    """The least work is that of the folded weights, which spare the reading of w2 and w3."""
+    """The minimum work is that of the folded weights: w2 and w3 need not be read."""
     shape = {"width": width, "out": out, "scattered": scattered}
     weights = 18 * width**2 + 18 * width * out
     end = sum(map(output_tokens, grids))
@@ -371,6 +373,6 @@ def _projector(
 
 
 def _views(grids: Sequence[Grid]) -> str:
-    """As in "9x 36x36 + 1x 52x52"."""
+    """The grids as text, such as "9x 36x36 + 1x 52x52"."""
     counts = {grid: list(grids).count(grid) for grid in grids}
     return " + ".join(f"{n}x {rows}x{columns}" for (rows, columns), n in counts.items())

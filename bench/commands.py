@@ -1,4 +1,4 @@
-"""The commands of `python -m bench` that measure: each yields rows and shows them as a table."""
+"""The measuring commands of `python -m bench`: each yields rows and prints them as a table."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from bench import (
 )
 from bench.cases import Case, cases, numerics_cases
 from bench.launch_sites import case_sites, decode_sites
-from bench.listing import Chosen
+from bench.listing import SelectedCases
 from bench.measurement import Measurement, Several
 from bench.ops import (
     DTYPES,
@@ -45,65 +45,65 @@ from pacore_sched.engine.compile_ahead import warm_up
 TIME_BUDGET_S = 1.0  # per case
 
 
-def checked_cases(options: argparse.Namespace, device: torch.device) -> Chosen:
-    """What `numerics` works on, given its filters, in order."""
+def checked_cases(options: argparse.Namespace, device: torch.device) -> SelectedCases:
+    """The cases and dtypes that `numerics` checks, filtered and in order."""
     return _filtered(options, numerics_cases(), DTYPES)
 
 
-def timed_cases(options: argparse.Namespace, device: torch.device) -> Chosen:
-    """What `ops` works on, given its filters, in order."""
+def timed_cases(options: argparse.Namespace, device: torch.device) -> SelectedCases:
+    """The cases and dtypes that `ops` times, filtered and in order."""
     return _filtered(options, cases(device.type, options.grid), (MAIN_DTYPE[device.type],))
 
 
-def tell_checked(options: argparse.Namespace, device: torch.device) -> int:
-    """What `numerics` would do."""
+def list_checked(options: argparse.Namespace, device: torch.device) -> int:
+    """Print what `numerics` would check."""
     return listing.run(options, device, "numerics", checked_cases(options, device))
 
 
-def tell_timed(options: argparse.Namespace, device: torch.device) -> int:
-    """What `ops` would do."""
+def list_timed(options: argparse.Namespace, device: torch.device) -> int:
+    """Print what `ops` would time."""
     return listing.run(options, device, "ops", timed_cases(options, device))
 
 
 def _filtered(
-    options: argparse.Namespace, found: Sequence[Case], default: Sequence[torch.dtype]
-) -> Chosen:
-    found = select(found, options.op, options.shape, options.impl)
-    return [(case, dtype) for dtype in parse_dtypes(options.dtype) or default for case in found]
+    options: argparse.Namespace, cases: Sequence[Case], default: Sequence[torch.dtype]
+) -> SelectedCases:
+    cases = select(cases, options.op, options.shape, options.impl)
+    return [(case, dtype) for dtype in parse_dtypes(options.dtype) or default for case in cases]
 
 
 def numerics(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Errors of every op's forms on awkward shapes in every dtype."""
-    chosen = checked_cases(options, device)
-    warm_up(case_sites(chosen, options.impl), device)
-    for case, dtype in track(chosen, "numerics"):
+    selected = checked_cases(options, device)
+    warm_up(case_sites(selected, options.impl), device)
+    for case, dtype in track(selected, "numerics"):
         yield from check_case(case, device, dtype, options.impl)
 
 
 def ops(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Errors and times of every op's forms and peers on the model's shapes."""
-    chosen = timed_cases(options, device)
-    warm_up(case_sites(chosen, options.impl), device)
-    for case, dtype in track(chosen, "ops"):
+    selected = timed_cases(options, device)
+    warm_up(case_sites(selected, options.impl), device)
+    for case, dtype in track(selected, "ops"):
         yield from time_case(case, device, dtype, options.impl, options.budget)
 
 
 def decode_steps(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """Errors and times of decode steps, and what they are made of."""
-    name, dtypes, chosen = decode.chosen(options, device)
-    sites = [site for dtype in dtypes for site in decode_sites(PRESETS[name], chosen, dtype)]
+    """Errors and times of decode steps, and their time by part."""
+    name, dtypes, cases = decode.selected_steps(options, device)
+    sites = [site for dtype in dtypes for site in decode_sites(PRESETS[name], cases, dtype)]
     warm_up(sites, device)
     yield from decode.run(options, device)
 
 
 def ceilings(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """What the device can do at best, in the dtypes it is used with."""
+    """The device's measured roofline in each dtype that is timed on it."""
     for dtype in track(TIMED_DTYPES[device.type], "roofline"):
         yield rows.ceiling(device, dtype)
 
 
 def end_to_end(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """A question and a photo through whole models, or images of several sizes; eager and ours."""
+    """A question and a photo through whole models, or images of several sizes: eager and ours."""
     if options.vision:
         yield from images.run(device)
         return
@@ -115,77 +115,77 @@ def end_to_end(options: argparse.Namespace, device: torch.device) -> Iterator[di
 def tuning(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Measure the tile candidates and write the best into the GPU's table."""
     if not options.dry_run and device.type != "cuda":
-        raise InputError("tune measures on a GPU and this is none; --dry-run lists the candidates")
+        raise InputError("tune needs a GPU, this device is a CPU; --dry-run lists the candidates")
     tune.check_compiles()
     gpu = gpu_of(device)
-    work = tune.tuning_sets(
+    tuning_sets = tune.tuning_sets(
         select(cases("cuda"), options.op, options.shape), MAIN_DTYPE["cuda"], gpu
     )
     if options.dry_run:
-        yield from map(tune.listed, work)
+        yield from map(tune.listed, tuning_sets)
         return
-    for plan in track(work, "tune"):
-        made = tune.tune(plan, device, MAIN_DTYPE["cuda"])
-        best = tune.choose(made)
+    for tuning_set in track(tuning_sets, "tune"):
+        measured = tune.tune(tuning_set, device, MAIN_DTYPE["cuda"])
+        best = tune.choose(measured)
         if best:
-            tune.write(gpu, plan.key, best)
+            tune.write(gpu, tuning_set.key, best)
         if not options.out:
-            jsonl.append(tune.results(gpu), made)
-        yield from made
+            jsonl.append(tune.results(gpu), measured)
+        yield from measured
 
 
 def costs(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """Bytes, items, balance and floors on `--gpu`, wherever this runs: of prefix attention, or of
-    vision ops."""
+    """Bytes, items, balance and floors of prefix attention or vision ops on `--gpu`, computed on
+    any machine."""
     if set(options.op) - {"prefix_attention"}:
         if set(options.op) - set(vision_cost.OPS):
-            known = f"prefix_attention, or of {', '.join(vision_cost.OPS)}"
-            raise InputError(f"cost has a model of {known}")
+            known = f"prefix_attention, or any of {', '.join(vision_cost.OPS)}"
+            raise InputError(f"cost models only {known}")
         yield from vision_cost.table(options.op, options.gpu, options.copy_gb_s, options.shape)
         return
     yield from cost.table(options.gpu, options.copy_gb_s, options.shape)
 
 
-def display_costs(made: Sequence[dict]) -> None:
+def display_costs(rows: Sequence[dict]) -> None:
     """The rows of `costs` as tables."""
-    (vision_cost if "padding" in made[0] else cost).display(made)
+    (vision_cost if "padding" in rows[0] else cost).display(rows)
 
 
 def check_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `numerics`: the filters, and what tells instead of measuring."""
+    """Options of `numerics`: the filters, and listing instead of measuring."""
     filter_arguments(parser)
-    telling = parser.add_mutually_exclusive_group()
-    telling.add_argument("--list", action="store_true", help="list the cases, measure nothing")
-    telling.add_argument(
-        "--repro", action="store_true", help="print the command of each row, measure nothing"
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="list the cases without measuring")
+    instead.add_argument(
+        "--repro", action="store_true", help="print the command of each row without measuring"
     )
 
 
 def time_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `ops`."""
+    """Options of `ops`."""
     check_arguments(parser)
     parser.add_argument(
-        "--grid", action="store_true", help="prefix attention over prefixes x suffixes, too"
+        "--grid", action="store_true", help="also prefix attention over prefixes x suffixes"
     )
     parser.add_argument(
         "--budget",
         type=float,
         default=TIME_BUDGET_S,
         metavar="SECONDS",
-        help=f"of timing per case (default: {TIME_BUDGET_S:g})",
+        help=f"timing budget per case (default: {TIME_BUDGET_S:g})",
     )
 
 
 def end_to_end_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--vision", action="store_true", help="images of several sizes to embeddings instead"
+        "--vision", action="store_true", help="instead encode images of several sizes"
     )
 
 
 def tune_arguments(parser: argparse.ArgumentParser) -> None:
     case_arguments(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="list keys and candidates, measure nothing"
+        "--dry-run", action="store_true", help="list input classes and candidates only"
     )
 
 
@@ -196,12 +196,12 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
         "--copy-gb-s",
         type=float,
         metavar="X",
-        help="a measured copy bandwidth instead of the datasheet's",
+        help="use this measured copy bandwidth instead of the datasheet's",
     )
 
 
-OPS_TIMED = Measurement(ops, show.times, time_arguments, tell_timed)
-NUMERICS = Measurement(numerics, show.errors, check_arguments, tell_checked)
+OPS_TIMED = Measurement(ops, show.times, time_arguments, list_timed)
+NUMERICS = Measurement(numerics, show.errors, check_arguments, list_checked)
 DECODE = Measurement(decode_steps, decode.display, decode.add_arguments)
 E2E = Measurement(end_to_end, show.jobs, end_to_end_arguments)
 ROOFLINE = Measurement(ceilings, show.ceilings)

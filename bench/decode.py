@@ -1,8 +1,8 @@
 """One decode step of a whole decoder: rollouts over a shared prefix, each adding one token.
 
-From the tokens' embeddings to the next tokens; random weights serve, the time does not depend on
-them. Host work before the step (its plan) is not timed. Rows "decode_part" say what a step is made
-of.
+Timed from the tokens' embeddings to the next tokens. Weights are random; the time does not depend
+on them. Host work before the step (building its plan) is not timed. "decode_part" rows are a step's
+time by part.
 """
 
 import argparse
@@ -36,15 +36,15 @@ from pacore_sched.engine.kv_memory import free_bytes
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.step_batch import build_step_batch
 
-FORMS = {"eager": "eager", "default": None}  # of all ops; None is the best that the device has
+FORMS = {"eager": "eager", "default": None}  # `impl` of all ops; None is the device's best
 FP8 = "default, FP8 KV"  # the default form over pages of e4m3, on a GPU
 MODELS = {"cpu": "smollm2-135m", "cuda": "step3-vl-10b"}
-# Batches, prefixes, suffixes: what a round of PaCoRe looks like, and one rollout alone.
+# Batches, prefixes and suffixes: as in a round of PaCoRe, and a single rollout.
 SIZES = {"cpu": ((1, 16), (512,), (64,)), "cuda": ((16, 64, 1), (2048, 8192), (512,))}
 
 
 def forms_on(device_type: str) -> tuple[str, ...]:
-    """The forms that are timed of a whole step, in their order."""
+    """The forms of a whole step that are timed, in order."""
     return (*FORMS, FP8) if device_type == "cuda" else tuple(FORMS)
 
 
@@ -66,23 +66,24 @@ class DecodeCase:
         return self.prefix + self.batch * self.suffix
 
     def bytes(self, config: DecoderConfig, dtype: torch.dtype, fp8_kv: bool = False) -> int:
-        """Every weight once, of the embedding only the tokens' rows; every token's KV once."""
+        """Bytes to move: every weight once (only the tokens' rows of the embedding) and every
+        token's KV once."""
         weights = _weights(config) + self.batch * config.hidden
         kv = config.kv_bytes_per_token(1 if fp8_kv else dtype.itemsize)
-        if fp8_kv:  # with the fp32 scales of a token's K and V in every head
+        if fp8_kv:  # the fp32 scales of a token's K and V in every head
             kv += 8 * config.layers * config.kv_heads
         return weights * dtype.itemsize + self.tokens * kv
 
     def flops(self, config: DecoderConfig) -> int:
-        """Two per weight and rollout, and attention's two products."""
+        """Two per weight and rollout, plus attention's two products."""
         attention = 4 * config.layers * config.heads * config.head_dim
         return self.batch * (2 * _weights(config) + attention * (self.prefix + self.suffix))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, and which steps of it."""
+    """Options that choose the model and its steps."""
     parser.add_argument(
-        "--model", metavar="PRESET", help=f"of {', '.join(PRESETS)} (default: what the device has)"
+        "--model", metavar="PRESET", help=f"one of {', '.join(PRESETS)} (default: by device)"
     )
     for name, what in (
         ("batch", "rollouts"),
@@ -94,10 +95,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """Rows of the steps asked for, and of what they are made of."""
-    name, dtypes, cases = chosen(options, device)
+    """Rows of the requested steps and of their parts."""
+    name, dtypes, cases = selected_steps(options, device)
     for dtype in dtypes:
-        model, free = None, free_bytes(device)  # before the weights are there
+        model, free = None, free_bytes(device)  # before any weights are allocated
         for case in track(cases, "decode"):
             needed = needed_bytes(PRESETS[name], case, dtype)
             if needed > free:
@@ -108,23 +109,26 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
             yield from time_decode(model, case, breakdown=True)
 
 
-def chosen(
+def selected_steps(
     options: argparse.Namespace, device: torch.device
 ) -> tuple[str, tuple[torch.dtype, ...], list[DecodeCase]]:
-    """The preset, the dtypes and the steps asked for. Raises InputError for what does not exist."""
+    """The requested preset, dtypes and steps. Raises InputError for an unknown preset or dtype, or
+    a size below 1."""
     name = options.model or MODELS[device.type]
     if name not in PRESETS:
-        raise InputError(f"unknown model {name!r}; choose of {', '.join(PRESETS)}")
-    asked = (options.batch, options.prefix, options.suffix)
-    sizes = [given or default for given, default in zip(asked, SIZES[device.type], strict=True)]
+        raise InputError(f"unknown model {name!r}; choose one of {', '.join(PRESETS)}")
+    requested = (options.batch, options.prefix, options.suffix)
+    sizes = [
+        values or default for values, default in zip(requested, SIZES[device.type], strict=True)
+    ]
     if min(map(min, sizes)) < 1:
-        raise InputError("--batch, --prefix and --suffix are at least 1")
+        raise InputError("--batch, --prefix and --suffix must be at least 1")
     dtypes = parse_dtypes(options.dtype) or (MAIN_DTYPE[device.type],)
     return name, dtypes, [DecodeCase(*size) for size in product(*sizes)]
 
 
 def needed_bytes(config: Config, case: DecodeCase, dtype: torch.dtype) -> int:
-    """Memory of weights, of KV pages and a copy of them in FP8, and of logits in fp32, twice."""
+    """Memory for the weights, the KV pages and an FP8 copy of them, and two sets of fp32 logits."""
     kv = config.decoder.kv_bytes_per_token(dtype.itemsize)
     logits = 8 * case.batch * config.decoder.vocab_size
     model = Step3VL(config, device="meta", dtype=dtype)
@@ -139,11 +143,10 @@ def time_decode(
     names: Sequence[str] = (),
     breakdown: bool = False,
 ) -> list[dict]:
-    """One row per form of `names` (`forms_on` the device if empty); with `breakdown` also one per
-    form and kind of work.
+    """One row per form in `names` (`forms_on` the device if empty); with `breakdown`, also one row
+    per form and part.
 
-    Errors are those of the logits against the eager ones. Leaves the model with the best form of
-    every op.
+    Errors compare the logits with the eager ones. Leaves the model with the best form of every op.
     """
     config, decoder, device = model.config.decoder, model.decoder, model.device
     step, cache = prepare(case, model)
@@ -185,9 +188,9 @@ def time_decode(
         )
         for name in forms
     ]
-    made = with_speedups(rows) + (_parts(model, case, calls) if breakdown else [])
+    timed_rows = with_speedups(rows) + (_parts(model, case, calls) if breakdown else [])
     model.set_impl(None)
-    return made
+    return timed_rows
 
 
 def _skipped(
@@ -208,7 +211,7 @@ def _skipped(
 
 def _parts(model: Step3VL, case: DecodeCase, calls: dict[str, Callable]) -> list[dict]:
     with torch.inference_mode():
-        found = {name: parts(call, model.device) for name, call in calls.items()}
+        by_form = {name: parts(call, model.device) for name, call in calls.items()}
     return [
         {
             "op": "decode_part",
@@ -220,13 +223,13 @@ def _parts(model: Step3VL, case: DecodeCase, calls: dict[str, Callable]) -> list
             "failure": None,
             **origin(model.device),
         }
-        for name, of_form in found.items()
-        for part, us in sorted(of_form.items(), key=lambda item: -item[1])
+        for name, parts_us in by_form.items()
+        for part, us in sorted(parts_us.items(), key=lambda item: -item[1])
     ]
 
 
 def _quantised(cache: KVCache, model: Step3VL) -> KVCache:
-    """The same numbers as pages of e4m3."""
+    """The cache's values in pages of e4m3."""
     fp8 = model.new_cache(cache.num_pages, torch.float8_e4m3fn)
     for layer in range(len(cache.k)):
         fp8.k[layer], fp8.k_scale[layer] = quantise_e4m3(cache.k[layer])
@@ -235,7 +238,7 @@ def _quantised(cache: KVCache, model: Step3VL) -> KVCache:
 
 
 def prepare(case: DecodeCase, model: Step3VL) -> tuple[Step, KVCache]:
-    """The step and KV pages full of random numbers."""
+    """The step, and KV pages filled with random numbers."""
     device = model.device
     pages = cdiv(case.prefix, PAGE_SIZE) + case.batch * cdiv(case.suffix, PAGE_SIZE)
     tree = PrefixTree(pages, PAGE_SIZE)
@@ -263,7 +266,7 @@ def prepare(case: DecodeCase, model: Step3VL) -> tuple[Step, KVCache]:
 
 
 def _weights(config: DecoderConfig) -> int:
-    """Weights that every step reads: all of the decoder's but the embedding."""
+    """How many weights every step reads: all of the decoder's but the embedding."""
     with torch.device("meta"):
         decoder = Decoder(config, impl=impl_per_op(None), device="meta", dtype=torch.float32)
     tensors = decoder.checkpoint_tensors()
@@ -273,17 +276,17 @@ def _weights(config: DecoderConfig) -> int:
 
 
 def display(rows: Sequence[dict]) -> None:
-    """The steps as a table, and what each form's step is made of."""
+    """The steps as a table, and each form's time by part."""
     times([row for row in rows if row["op"] == "decode_step"])
     steps: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
         if row["op"] == "decode_part":
             steps.setdefault((row["case"], row["impl"], row["dtype"]), []).append(row)
     lines = []
-    for step, of_step in steps.items():
-        total = sum(row["median_us"] for row in of_step)
-        made_of = (f"{row['part']} {row['median_us'] / total:.0%}" for row in of_step)
-        lines.append([*step, f"{total:,.0f}", ", ".join(made_of)])
+    for step, step_rows in steps.items():
+        total = sum(row["median_us"] for row in step_rows)
+        shares = (f"{row['part']} {row['median_us'] / total:.0%}" for row in step_rows)
+        lines.append([*step, f"{total:,.0f}", ", ".join(shares)])
     if lines:
-        header = ("case", "form", "dtype", " us, profiled", "made of")
+        header = ("case", "form", "dtype", " us, profiled", "time by part")
         titled("decode steps by part", rows, header, lines)

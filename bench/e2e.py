@@ -1,8 +1,8 @@
-"""The main job, end to end: a PaCoRe question, and a photo up to its first logits; eager and ours.
+"""End-to-end runs: a PaCoRe question, and a photo up to its first logits; eager and default ops.
 
-On a CPU: SmolLM2 with its real weights asked about a text of some 1,500 tokens, and a photo through
-`tiny`. On a GPU: the 10B with random weights for both. The question is asked once per form (it
-takes a hundred steps and more), the photo as often as any op.
+On a CPU: SmolLM2 with its real weights and a question about a text of some 1,500 tokens, and a
+photo through `tiny`. On a GPU: the 10B with random weights for both. The question is asked once per
+form, because it takes a hundred steps and more; the photo is timed like any op.
 """
 
 import time
@@ -30,13 +30,13 @@ from pacore_sched.sched.request import Sampling
 MODELS = {"cpu": ("smollm2-135m", "tiny"), "cuda": ("step3-vl-10b", "step3-vl-10b")}
 WIDTHS, PROMPT_TOKENS = (16,), 1500
 MAX_TOKENS = {"cpu": 32, "cuda": 64}
-KV_TOKENS = 12288  # both prompts and all rollouts
-TIMELINE = 200  # points at most
+KV_TOKENS = 12288  # room for both prompts and all rollouts
+TIMELINE = 200  # maximum points
 
 
 def run(device: torch.device) -> Iterator[dict]:
     """Rows of the question and of the photo."""
-    _photo()  # what is missing for it is told now, not after the question's minutes
+    _photo()  # fails now if a package is missing, not after minutes of the question
     text_model, image_model = MODELS[device.type]
     model = Step3VL.from_preset(text_model, device=device, dtype=MAIN_DTYPE[device.type])
     yield from ask(model)
@@ -50,10 +50,10 @@ def ask(
 ) -> list[dict]:
     """Rows of a whole PaCoRe answer: all prefills and decode steps of all rounds.
 
-    `tokens_per_second` counts generated tokens over everything but loading,
-    `decode_tokens_per_second` those of the exploring rounds over their decode steps; `timeline` is
-    how many rollouts ran and how much KV was in use, after each of some steps. Errors are
-    those of the rollouts' log-probabilities up to where their tokens part, if they do.
+    `tokens_per_second` is generated tokens over the time without loading;
+    `decode_tokens_per_second` counts only steps that decode several rollouts. `timeline` is the
+    number of running rollouts and the KV in use after each of some steps. Errors are those of the
+    rollouts' log-probabilities up to the first token that differs.
     """
     max_tokens = max_tokens or MAX_TOKENS[model.device.type]
     question = [{"role": "user", "content": _question(model)}]
@@ -93,9 +93,9 @@ def ask(
 
 
 def look(model: Step3VL) -> list[dict]:
-    """Rows of one photo with a question: preprocessed views to the prompt's logits.
+    """Rows of one photo with a question, from preprocessed views to the prompt's logits.
 
-    The model's cache of images is off: every call sees the photo for the first time.
+    The model's image cache is off: every call encodes the photo.
     """
     model.vision.cache.budget = 0
     views = preprocess(_photo(), model.config.vision)
@@ -133,10 +133,10 @@ def look(model: Step3VL) -> list[dict]:
 
 
 class _Watch:
-    """Looks at an engine after each of its steps."""
+    """Records an engine's progress after each of its steps."""
 
     def __init__(self, engine: Engine, advance: Callable[[int], None]) -> None:
-        self.ends: list[tuple[float, int]] = []  # of every step, and its number of tokens
+        self.ends: list[tuple[float, int]] = []  # each step's end time and number of tokens
         self._engine, self._advance, self._start = engine, advance, time.perf_counter()
         self._states: list[tuple[float, int, int]] = []
 
@@ -149,28 +149,28 @@ class _Watch:
         self._advance(tokens)
 
     def timeline(self) -> dict[str, list]:
-        """At most TIMELINE of the steps, the last among them."""
+        """At most TIMELINE of the steps, including the last."""
         every = cdiv(len(self._states), TIMELINE)
         columns = zip(*self._states[::-1][::every][::-1], strict=True)
         return dict(zip(("seconds", "running", "kv_tokens"), map(list, columns), strict=True))
 
 
 def _rate(ends: list[tuple[float, int]]) -> float | None:
-    """Tokens per second between the ends of the first and the last of some steps."""
+    """Tokens per second between the end of the first step and the end of the last."""
     if len(ends) < 2:
         return None
     return sum(tokens for _, tokens in ends[1:]) / (ends[-1][0] - ends[0][0])
 
 
 def _question(model: Step3VL) -> str:
-    """A text that everybody has, cut so that the whole prompt is about PROMPT_TOKENS long."""
+    """The licence's text, cut so that the whole prompt has about PROMPT_TOKENS tokens."""
     task = "Say in one sentence what this licence allows.\n\n"
     words = " ".join(LICENCE.read_text().split())
     tokens = model.tokenizer.encode(words)
     return task + model.tokenizer.decode(tokens[: PROMPT_TOKENS - 60])
 
 
-def _photo():  # noqa: ANN202 -- PIL is only a dependency of those who have images
+def _photo():  # noqa: ANN202 -- PIL is an optional dependency
     """A photo of 1280 x 720 pixels."""
     try:
         from PIL import Image
@@ -182,13 +182,14 @@ def _photo():  # noqa: ANN202 -- PIL is only a dependency of those who have imag
 
 
 def _decoder_weights(model: Step3VL) -> int:
-    """Weights that a token meets; the LM head, met by few of a prompt's tokens, not counted."""
+    """Weights that each token is multiplied with, without the LM head, which few prompt tokens
+    reach."""
     layers = model.decoder.layers.parameters()
     return sum(parameter.numel() for parameter in layers)
 
 
 def _decode_bytes(pacore: Pacore) -> int:
-    """The fewest bytes: all weights once per step, and the KV that the decode steps read."""
+    """Minimum bytes: all weights once per step, and the KV that the decode steps read."""
     model, stats = pacore.model, pacore.engine.stats
     weights = (_decoder_weights(model) + model.decoder.lm_head.numel()) * model.dtype.itemsize
     kv = model.config.decoder.kv_bytes_per_token(model.dtype.itemsize)
@@ -196,21 +197,25 @@ def _decode_bytes(pacore: Pacore) -> int:
 
 
 def _same_rollouts(
-    mine: Sequence[RolloutResult], eager: Sequence[RolloutResult], dtype: torch.dtype
+    rollouts: Sequence[RolloutResult], eager: Sequence[RolloutResult], dtype: torch.dtype
 ) -> Verdict:
-    """Compare log-probabilities while the tokens agree; in fp32 most rollouts must agree whole."""
-    pairs, whole = [], 0
-    for a, b in zip(mine, eager, strict=True):
+    """Compare log-probabilities up to the first differing token; in fp32, 90 % of rollouts must
+    agree to the end."""
+    pairs, identical = [], 0
+    for a, b in zip(rollouts, eager, strict=True):
         agree = 0
         for x, y in zip(a.tokens, b.tokens, strict=False):
             if x != y:
                 break
             agree += 1
-        whole += agree == len(a.tokens) == len(b.tokens)
+        identical += agree == len(a.tokens) == len(b.tokens)
         pairs += zip(a.logprobs[:agree], b.logprobs[:agree], strict=True)
     error = compare(*torch.tensor(pairs or [(0.0, 0.0)]).T)
     failure = None
-    wrong = not error.max <= MODEL_TOLERANCE or whole < 0.9 * len(mine)
+    wrong = not error.max <= MODEL_TOLERANCE or identical < 0.9 * len(rollouts)
     if dtype == torch.float32 and wrong:
-        failure = f"{whole} of {len(mine)} rollouts agree, log-probabilities to {error.max:.1e}"
+        failure = (
+            f"{identical} of {len(rollouts)} rollouts are as in eager;"
+            f" log-probability error {error.max:.1e}"
+        )
     return Verdict(error.max, error.rms, failure)

@@ -1,8 +1,9 @@
-"""Steps of the whole engine while its batch is full: `python -m bench engine`.
+"""Whole engine steps with a full batch: `python -m bench engine`.
 
-Rollouts of one prompt, of pinned lengths, decode through scheduler, executor and CUDA graphs; one
-step is what `Engine.step` takes, on the clock, tokens on the host included. Beside it the bytes
-that the step had to move: every weight once, every node's KV once. Prompts are random ids.
+Rollouts of one prompt, with pinned lengths, decode through scheduler, executor and CUDA graphs. A
+step's time is the wall-clock time of `Engine.step`, including getting the tokens to the host. Rows
+also have the bytes that the step had to move: every weight once, every node's KV once. Prompts are
+random ids.
 """
 
 import random
@@ -29,16 +30,16 @@ from pacore_sched.answers.pacore import engine_for
 from pacore_sched.engine.engine import Engine
 from pacore_sched.sched.request import Sampling
 
-# Batch, prompt, and tokens that each rollout already has; steps to time in a block, and blocks.
+# Model; (batch, prompt, tokens that each rollout already has); timed steps per block; blocks.
 CASES = {
     "cpu": ("smollm2-135m", [(16, 512, 16), (64, 512, 16)], 6, 3),
     "cuda": ("step3-vl-10b", [(n, 2048, 128) for n in (16, 32, 64)], 64, 4),
 }
-SETTLE = 3  # steps of a block that are not counted
+SETTLE = 3  # untimed steps at the start of a block
 
 
 def run(device: torch.device) -> Iterator[dict]:
-    """Rows of every case: eager, the default, and on a GPU FP8 KV.
+    """Rows of every case: eager, the default, and FP8 KV on a GPU.
 
     Raises PoisonedError after a case whose steps could not be captured.
     """
@@ -54,13 +55,13 @@ def run(device: torch.device) -> Iterator[dict]:
 def time_engine(
     model: Step3VL, case: DecodeCase, steps: int, blocks: int, names: Sequence[str] = ()
 ) -> list[dict]:
-    """One row per form of `names` (`forms_on` the device if empty), whose blocks of steps
+    """One row per form in `names` (`forms_on` the device if empty); the forms' blocks of steps
     alternate. Leaves the model with the best forms.
 
-    `host_us` is what a launch costs the host beside computing, `idle_pct` the share of the time
-    in which a GPU had nothing to do, `padding_pct` that of padding rows, `graphs`
-    whether steps were CUDA graphs, `same_tokens` whether rollouts say what they say in the eager
-    form (in 16 bits they part sooner or later), None if that was not run.
+    `host_us` is a step's host time apart from computing, `idle_pct` the share of time in which a
+    GPU had nothing to do, `padding_pct` the share of padding rows, `graphs` whether steps ran as
+    CUDA graphs. `same_tokens` is the share of tokens before a rollout first differs from the eager
+    form (in 16 bits they diverge sooner or later), None if eager was not run.
     """
     total = case.suffix + blocks * (steps + SETTLE) + 2
     names = names or forms_on(model.device.type)
@@ -79,7 +80,7 @@ def time_engine(
 
 
 class _Load:
-    """An engine in one form, whose rollouts all decode."""
+    """An engine in one form, all of whose rollouts decode."""
 
     def __init__(
         self,
@@ -112,18 +113,18 @@ class _Load:
             self.engine.step()
 
     def block(self, steps: int) -> None:
-        """Time some steps in a row."""
+        """Time `steps` consecutive steps."""
         self.model.set_impl(self.impl)
         stats = self.engine.stats
         for _ in range(SETTLE):
             self.engine.step()
         executor = self.engine.executor.stats
-        before, kv = replace(executor), stats.kv_read
+        before, kv_before = replace(executor), stats.kv_read
         for _ in range(steps):
             start = time.perf_counter()
             self.engine.step()
             self.seconds.append(time.perf_counter() - start)
-        self.kv_tokens += stats.kv_read - kv
+        self.kv_tokens += stats.kv_read - kv_before
         self.steps += steps
         self.host_s += executor.host_s - before.host_s
         self.idle_s += executor.idle_s - before.idle_s
@@ -133,18 +134,20 @@ class _Load:
         model, config = self.model, self.model.config.decoder
         mean_kv = self.kv_tokens / self.steps
         agreement = self._agreement(eager) if eager else None
-        of_step = replace(case, suffix=round((mean_kv - case.prefix) / case.batch))
-        cut = quantiles(self.seconds, n=10, method="inclusive")
+        mean_case = replace(case, suffix=round((mean_kv - case.prefix) / case.batch))
+        deciles = quantiles(self.seconds, n=10, method="inclusive")
         row = measured(
             "engine_step",
             f"{model.config.name} {case.name}",
             name,
             device=model.device,
             dtype=model.dtype,
-            num_bytes=of_step.bytes(config, model.dtype, self.fp8),
-            flops=of_step.flops(config),
+            num_bytes=mean_case.bytes(config, model.dtype, self.fp8),
+            flops=mean_case.flops(config),
             verdict=self._verdict(eager, agreement) if eager else NOT_RUN,
-            timing=Timing(cut[1] * 1e6, cut[4] * 1e6, cut[7] * 1e6, len(self.seconds), "clock"),
+            timing=Timing(
+                deciles[1] * 1e6, deciles[4] * 1e6, deciles[7] * 1e6, len(self.seconds), "clock"
+            ),
         )
         wall = sum(self.seconds)
         return row | {
@@ -157,35 +160,35 @@ class _Load:
         }
 
     def _verdict(self, eager: "_Load", agreement: float) -> Verdict:
-        """Errors of the log-probabilities of tokens up to where rollouts part. In fp32, KV
-        included, they must hardly part, and log-probabilities agree."""
+        """Errors of the log-probabilities of tokens before rollouts diverge. In fp32 with fp32 KV,
+        90 % of the tokens and the log-probabilities must agree."""
         pairs = []
-        for mine, its in zip(self.group.rollouts, eager.group.rollouts, strict=True):
-            for at, (a, b) in enumerate(zip(mine.tokens, its.tokens, strict=False)):
+        for rollout, reference in zip(self.group.rollouts, eager.group.rollouts, strict=True):
+            for index, (a, b) in enumerate(zip(rollout.tokens, reference.tokens, strict=False)):
                 if a != b:
                     break
-                pairs.append((mine.logprobs[at], its.logprobs[at]))
+                pairs.append((rollout.logprobs[index], reference.logprobs[index]))
         error = compare(*torch.tensor(pairs or [(0.0, 0.0)]).T)
         failure = None
         exact = self.model.dtype == torch.float32 and not self.fp8
         if exact and not (error.max <= MODEL_TOLERANCE and agreement >= 0.9):
-            failure = f"{agreement:.0%} of tokens agree, log-probabilities to {error.max:.1e}"
+            failure = f"{agreement:.0%} of tokens agree; log-probability error {error.max:.1e}"
         return Verdict(error.max, error.rms, failure)
 
     def _agreement(self, other: "_Load") -> float:
-        """The share of tokens before a rollout first says something else than in `other`."""
+        """The share of tokens before a rollout first differs from the one in `other`."""
         agree = total = 0
-        for mine, its in zip(self.group.rollouts, other.group.rollouts, strict=True):
-            pairs = list(zip(mine.tokens, its.tokens, strict=False))
+        for rollout, reference in zip(self.group.rollouts, other.group.rollouts, strict=True):
+            pairs = list(zip(rollout.tokens, reference.tokens, strict=False))
             total += len(pairs)
-            agree += next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
+            agree += next((index for index, (a, b) in enumerate(pairs) if a != b), len(pairs))
         return agree / total
 
 
 def display(rows: Sequence[dict]) -> None:
     """The rows as a table."""
     header = ("case", "form", " step us", " p20..p80", " % roofline", " x eager", " tokens/s")
-    header += (" host us", " idle", "graphs", " padding", " as eager")
+    header += (" host us", " idle", "graphs", " padding", " same tokens")
     lines = [
         [
             row["case"],

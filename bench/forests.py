@@ -1,4 +1,4 @@
-"""The prefix trees that attention is measured on, by name; none holds a number of any tensor."""
+"""The prefix trees that attention is measured on, by name: shapes only, no tensors."""
 
 from collections.abc import Iterator
 
@@ -9,9 +9,9 @@ Forest = tuple[Node, ...]
 BATCHES = (16, 32, 64)
 PREFIXES = (512, 1024, 2048, 4096, 8192, 32768)
 SUFFIXES = (128, 512, 2048, 8192, 32768)
-# Points of the grid that tell most: what a round of rollouts looks like early and late, the
-# smallest and the largest benefit of sharing.
-FIRST = (
+# The most informative points of the grid: early and late in a round of rollouts, and the smallest
+# and largest benefit of sharing.
+MAIN_POINTS = (
     (16, 2048, 128),
     (16, 2048, 512),
     (32, 4096, 512),
@@ -20,21 +20,21 @@ FIRST = (
     (64, 2048, 8192),
     (16, 32768, 2048),
 )
-# Half-way through a round of PaCoRe over a photo of nine views: rollouts of 12,000 tokens.
+# Halfway through a PaCoRe round over a photo of nine views, with rollouts of 12,000 tokens.
 PACORE = {"low": (4, 1024, 6000), "medium": (16, 1024, 6000), "high": (32, 1024, 6000)}
-# Of a CPU, whose heat map has to be done in seconds.
+# For a CPU, whose heat map must take seconds.
 CPU_GRID = [(16, prefix, suffix) for prefix in (128, 512, 2048) for suffix in (16, 64, 256)]
 
 
 def rollouts(batch: int, prefix: int, suffix: int) -> tuple[str, Forest]:
-    """Decode of `batch` rollouts behind one prefix, named like "B16 P2048 S128"."""
+    """A decode step of `batch` rollouts that share one prefix, named like "B16 P2048 S128"."""
     return f"B{batch} P{prefix} S{suffix}", (fork(prefix, [suffix] * batch),)
 
 
-def telling() -> Iterator[tuple[str, Forest]]:
-    """Decode steps, most telling first: points of the grid, PaCoRe's rounds, groups,
-    ragged and deep trees."""
-    for point in FIRST:
+def main_forests() -> Iterator[tuple[str, Forest]]:
+    """Decode steps, most informative first: points of the grid, PaCoRe rounds, groups, ragged and
+    deep trees."""
+    for point in MAIN_POINTS:
         yield rollouts(*point)
     for effort, point in PACORE.items():
         name, forest = rollouts(*point)
@@ -51,10 +51,10 @@ def telling() -> Iterator[tuple[str, Forest]]:
 
 
 def grid() -> Iterator[tuple[str, Forest]]:
-    """The whole grid of batches, prefixes and suffixes but the points of FIRST; largest last."""
+    """The grid of batches, prefixes and suffixes without MAIN_POINTS, largest last."""
     points = [(b, p, s) for b in BATCHES for p in PREFIXES for s in SUFFIXES]
     for point in sorted(points, key=lambda point: point[1] + point[0] * point[2]):
-        if point not in FIRST:
+        if point not in MAIN_POINTS:
             yield rollouts(*point)
 
 

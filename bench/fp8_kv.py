@@ -1,4 +1,4 @@
-"""What FP8 KV pages do to a real model's next-token distributions: `python -m bench fp8`."""
+"""Effect of FP8 KV pages on a real model's next-token distributions: `python -m bench fp8`."""
 
 from collections.abc import Sequence
 
@@ -10,20 +10,21 @@ from kernels.runtime.arithmetic import cdiv
 from model.decoder import Step
 from model.step3vl import Step3VL
 
-TOKENS = 1536  # of a text that everybody has
+TOKENS = 1536  # of the licence's text
 
 
 def run(device: torch.device) -> list[dict]:
-    """One row: SmolLM2 over the licence of this repository, with FP8 pages and with its own."""
+    """One row: SmolLM2 on this repository's licence, with FP8 pages and with pages of its own
+    dtype."""
     model = Step3VL.from_preset("smollm2-135m", device=device)
     text = " ".join(rows.LICENCE.read_text().split())
     ids = torch.tensor(model.tokenizer.encode(text)[:TOKENS], device=device)
-    found = compare(logits(model, ids), logits(model, ids, torch.float8_e4m3fn), ids)
-    return [{"op": "fp8_kv", "case": model.config.name} | found | rows.origin(device)]
+    metrics = compare(logits(model, ids), logits(model, ids, torch.float8_e4m3fn), ids)
+    return [{"op": "fp8_kv", "case": model.config.name} | metrics | rows.origin(device)]
 
 
 def logits(model: Step3VL, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Logits [T, vocab] of ids [T] over KV pages of `dtype`; None is the model's own."""
+    """Logits [T, vocab] of ids [T] over KV pages of `dtype`; None is the model's dtype."""
     cache = model.new_cache(cdiv(len(ids), 64), dtype)
     with torch.inference_mode():
         embeddings = model.decoder.embed(ids)
@@ -34,7 +35,7 @@ def logits(model: Step3VL, ids: Tensor, dtype: torch.dtype | None = None) -> Ten
 def compare(expected: Tensor, result: Tensor, ids: Tensor) -> dict:
     """How far the distributions after each of `ids` [T] are from the expected ones.
 
-    Logits' RMS error relative to their RMS, share of equal most probable tokens, KL divergence in
+    The logits' RMS error relative to their RMS, the share of equal top-1 tokens, KL divergence in
     nats (mean and 99th percentile), and the loss of both.
     """
     expected, result = expected.double(), result.double()
@@ -51,8 +52,8 @@ def compare(expected: Tensor, result: Tensor, ids: Tensor) -> dict:
     }
 
 
-def display(made: Sequence[dict]) -> None:
+def display(rows: Sequence[dict]) -> None:
     """The row as a table."""
     names = ("tokens", "rms_err", "same_top1", "kl_mean", "kl_p99", "loss", "loss_fp8")
-    lines = [[row["case"], *(f"{row[name]:.4g}" for name in names)] for row in made]
+    lines = [[row["case"], *(f"{row[name]:.4g}" for name in names)] for row in rows]
     show.table("FP8 KV pages", ("model", *(f" {name}" for name in names)), lines)

@@ -1,10 +1,10 @@
-"""What the portable forms are worth, held against floors: `python -m bench gate`.
+"""Minimum speed-ups of the portable forms on a CPU: `python -m bench gate`.
 
-A few ratios on the CPU, each of two forms timed in one run, in turns, by one thread: with several,
-on a machine that others share, parallel regions wait for threads that are not running, and all
-forms alike take what the waiting takes. The floors lie well below all that was measured, so that
-only a loss of what a form is for goes below one. A ratio below its floor is measured once more
-before it counts. Exit code 1 if it is below twice, or if a form's numbers are wrong.
+Each ratio compares two forms that are timed alternately in one run, on one thread: with several
+threads on a shared machine, parallel regions wait for threads that are not running, and every form
+takes as long as the wait. The minimums are well below all measured ratios, so that only losing a
+form's purpose gets below one. A ratio below its minimum is measured again before it counts. Exit
+code 1 if it is below twice, or if a form's numbers are wrong.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from bench.show import titled
 from model.terminal import track
 
 CPU = torch.device("cpu")
-BUDGET_S = 1.0  # for the forms of a case together
+BUDGET_S = 1.0  # for all forms of a case together
 BIG, SMALL = "B16 P2048 S128", "smollm2 B16 P1500 S64"
 PHOTO = "4x 8x8 + 1x 12x12"
 
 
 @dataclass(frozen=True)
-class Floor:
-    """`over`'s time over the portable form's must be `floor` or more.
+class MinSpeedup:
+    """The time of form `over` divided by the portable form's must be at least `floor`.
 
-    `recorded` is the ratio that profiles/results/amd-epyc-avx2-2-threads/bench.jsonl has by two
-    threads, `seen` the least and the most of three runs of this command on the same machine.
+    `recorded` is the ratio in profiles/results/amd-epyc-avx2-2-threads/bench.jsonl, with two
+    threads; `seen` is the lowest and the highest of three runs of this command on the same machine.
     """
 
     op: str
@@ -43,43 +43,45 @@ class Floor:
     floor: float
 
 
-FLOORS = (
-    Floor("prefix_attention", BIG, "eager", 24.8, (25.2, 27.5), 10),
-    Floor("prefix_attention", BIG, "sdpa", 4.6, (5.3, 7.0), 2.5),
-    Floor("prefix_attention", SMALL, "eager", 11.7, (16.0, 17.1), 6),
-    Floor("prefix_attention", SMALL, "sdpa", 2.1, (3.1, 3.6), 1.4),
-    Floor("vision_attention", f"{PHOTO} H2 D96", "eager", 1.47, (1.34, 1.39), 1.0),
-    Floor("projector", f"{PHOTO} C192", "eager", 1.95, (1.82, 2.12), 1.2),
-    Floor("layer_norm", "T1296 C1536", "eager", 2.51, (2.62, 2.72), 1.5),
-    Floor("silu_mul", "T256 F12288", "eager", 1.45, (1.43, 1.45), 1.1),
+MIN_SPEEDUPS = (
+    MinSpeedup("prefix_attention", BIG, "eager", 24.8, (25.2, 27.5), 10),
+    MinSpeedup("prefix_attention", BIG, "sdpa", 4.6, (5.3, 7.0), 2.5),
+    MinSpeedup("prefix_attention", SMALL, "eager", 11.7, (16.0, 17.1), 6),
+    MinSpeedup("prefix_attention", SMALL, "sdpa", 2.1, (3.1, 3.6), 1.4),
+    MinSpeedup("vision_attention", f"{PHOTO} H2 D96", "eager", 1.47, (1.34, 1.39), 1.0),
+    MinSpeedup("projector", f"{PHOTO} C192", "eager", 1.95, (1.82, 2.12), 1.2),
+    MinSpeedup("layer_norm", "T1296 C1536", "eager", 2.51, (2.62, 2.72), 1.5),
+    MinSpeedup("silu_mul", "T256 F12288", "eager", 1.45, (1.43, 1.45), 1.1),
 )
-CASES = len({(floor.op, floor.case) for floor in FLOORS})
+CASES = len({(minimum.op, minimum.case) for minimum in MIN_SPEEDUPS})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own options."""
-    parser.add_argument("--json", action="store_true", help="no table; one JSON document")
+    """The command's options."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document, no table")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and show; 1 if a ratio is below its floor."""
-    found = [row for of_case in track(measure(FLOORS), "gate", CASES) for row in of_case]
+    """Measure and print; returns 1 if a ratio is below its minimum."""
+    rows = [row for case_rows in track(measure(MIN_SPEEDUPS), "gate", CASES) for row in case_rows]
     if options.json:
-        print(json.dumps({"rows": found}))
+        print(json.dumps({"rows": rows}))
     else:
-        _show(found)
-    return int(any(row["failure"] for row in found))
+        _show(rows)
+    return int(any(row["failure"] for row in rows))
 
 
-def measure(floors: Sequence[Floor]) -> Iterator[list[dict]]:
-    """The rows of each case in turn; those below their floors are from its second measurement."""
-    for op, case in dict.fromkeys((floor.op, floor.case) for floor in floors):
-        of_case = [floor for floor in floors if (floor.op, floor.case) == (op, case)]
+def measure(minimums: Sequence[MinSpeedup]) -> Iterator[list[dict]]:
+    """The rows of each case in turn; if one is below its minimum, those of a second measurement."""
+    for op, case in dict.fromkeys((minimum.op, minimum.case) for minimum in minimums):
+        case_minimums = [
+            minimum for minimum in minimums if (minimum.op, minimum.case) == (op, case)
+        ]
         with _one_thread():
-            found = _ratios(of_case)
-            if any(row["failure"] for row in found):
-                found = _ratios(of_case)
-        yield found
+            rows = _ratios(case_minimums)
+            if any(row["failure"] for row in rows):
+                rows = _ratios(case_minimums)
+        yield rows
 
 
 @contextmanager
@@ -92,28 +94,28 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _ratios(floors: Sequence[Floor]) -> list[dict]:
-    """Of one case: its forms timed in turns, and what the floors say of them."""
-    op, name = floors[0].op, floors[0].case
+def _ratios(minimums: Sequence[MinSpeedup]) -> list[dict]:
+    """One row per minimum of a case, whose forms are timed alternately."""
+    op, name = minimums[0].op, minimums[0].case
     case = next(case for case in cases("cpu") if (case.op, case.name) == (op, name))
-    forms = ("portable", *(floor.over for floor in floors))
+    forms = ("portable", *(minimum.over for minimum in minimums))
     timed = {row["impl"]: row for row in time_case(case, CPU, MAIN_DTYPE["cpu"], forms, BUDGET_S)}
-    return [_judged(floor, timed["portable"], timed[floor.over]) for floor in floors]
+    return [_judged(minimum, timed["portable"], timed[minimum.over]) for minimum in minimums]
 
 
-def _judged(floor: Floor, ours: dict, other: dict) -> dict:
-    """The row of a floor: `ratio` is None, and `failure` says why, where a form has no times."""
+def _judged(minimum: MinSpeedup, ours: dict, other: dict) -> dict:
+    """The row of a minimum. If a form has no times, `ratio` is None and `failure` says why."""
     reasons = [row["failure"] or row["skipped"] for row in (ours, other)]
     failure, ratio = next(filter(None, reasons), None), None
     if not failure:
         ratio = other["median_us"] / ours["median_us"]
-        if ratio < floor.floor:
-            failure = f"{ratio:.2f} times is below the floor of {floor.floor:g}"
-    return asdict(floor) | {"ratio": ratio, "failure": failure} | rows.origin(CPU)
+        if ratio < minimum.floor:
+            failure = f"speed-up {ratio:.2f} is below the minimum of {minimum.floor:g}"
+    return asdict(minimum) | {"ratio": ratio, "failure": failure} | rows.origin(CPU)
 
 
-def _show(found: Sequence[dict]) -> None:
-    header = ("op", "case", "over", " ratio", " floor", " recorded", " seen", "")
+def _show(rows: Sequence[dict]) -> None:
+    header = ("op", "case", "compared with", " speed-up", " minimum", " recorded", " seen", "")
     lines = [
         [
             *(row[name] for name in ("op", "case", "over")),
@@ -122,6 +124,6 @@ def _show(found: Sequence[dict]) -> None:
             "{:g}..{:g}".format(*row["seen"]),
             f"FAILED: {row['failure']}" if row["failure"] else "holds",
         ]
-        for row in found
+        for row in rows
     ]
-    titled("portable: how many times faster", found, header, lines)
+    titled("speed-ups of the portable forms", rows, header, lines)

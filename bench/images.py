@@ -1,9 +1,9 @@
 """Time per image, by size: `python -m bench e2e --vision`.
 
 From the pixels of an image's views, on the device, to its decoder embeddings: embedding, tower and
-projector. Cutting an image into views is not timed. Neither the cache of images seen before nor the
-tower's own CUDA graphs take part: every call encodes, and the one timer captures every form alike.
-Random weights and pixels serve, as times depend on neither.
+projector. Cutting an image into views is not timed. The image cache and the tower's own CUDA graphs
+are off: every call encodes, and the one timer captures every form alike. Weights and pixels are
+random; times do not depend on them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ SIZES = ((728, 728), (1280, 720), (1920, 1080), (3024, 3024))  # width, height
 
 
 def run(device: torch.device) -> Iterator[dict]:
-    """Rows of an image of each of SIZES."""
+    """Rows for an image of each of SIZES."""
     config = PRESETS[MODELS[device.type]]
     tower = random_tower(config, device)
     for size in track(SIZES, "images"):
@@ -38,7 +38,7 @@ def run(device: torch.device) -> Iterator[dict]:
 
 
 def random_tower(config: Config, device: torch.device) -> VisionTower:
-    """A vision side with random weights, in the dtype that the device is used with."""
+    """A vision tower with random weights, in the device's main dtype."""
     impl, dtype = impl_per_op(None), MAIN_DTYPE[device.type]
     options = {"impl": impl, "device": device, "dtype": dtype}
     tower = VisionTower(config.vision, config.decoder.hidden, **options)
@@ -47,12 +47,12 @@ def random_tower(config: Config, device: torch.device) -> VisionTower:
 
 
 def forms_on(device_type: str) -> dict[str, str | None]:
-    """The forms that are timed, each with its `impl` for all ops."""
+    """The timed forms, each with its `impl` for all ops."""
     return FORMS | ({"portable": "portable"} if device_type == "cuda" else {})
 
 
 def case_name(config: Config, size: tuple[int, int]) -> str:
-    """As in "tiny 728 x 728"."""
+    """Such as "tiny 728 x 728"."""
     return f"{config.name} {size[0]} x {size[1]}"
 
 
@@ -63,7 +63,7 @@ def encode(
     budget_s: float = 4.0,
     names: Sequence[str] = (),
 ) -> list[dict]:
-    """Rows of one image, (width, height) pixels, in the forms `names` (all if empty)."""
+    """Rows of one image of (width, height) pixels in the forms `names`, or all if empty."""
     device, dtype = tower.projector.device, tower.projector.dtype
     grids = views_of(*size, config.vision)
     views, tokens = _views(tower, grids), sum(map(output_tokens, grids))
@@ -104,13 +104,13 @@ def encode(
 def _views(tower: VisionTower, grids: Sequence[Grid]) -> list[Tensor]:
     """Random pixels in the weights' dtype."""
     weight, size = tower.projector, tower.config.patch_size
-    draw = torch.Generator(weight.device).manual_seed(0)
+    generator = torch.Generator(weight.device).manual_seed(0)
     return [
         torch.randn(
             3,
             size * rows,
             size * columns,
-            generator=draw,
+            generator=generator,
             device=weight.device,
             dtype=weight.dtype,
         )

@@ -12,10 +12,12 @@ from bench.ops import forms_here, forms_of
 from kernels.runtime.dtypes import dtype_name
 from model.terminal import table
 
-Chosen = Sequence[tuple[Case, torch.dtype]]
+SelectedCases = Sequence[tuple[Case, torch.dtype]]
 
 
-def run(options: argparse.Namespace, device: torch.device, command: str, chosen: Chosen) -> int:
+def run(
+    options: argparse.Namespace, device: torch.device, command: str, chosen: SelectedCases
+) -> int:
     """Print one or the other of what `command` would measure."""
     found = [
         {

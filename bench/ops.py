@@ -48,7 +48,7 @@ def parse_dtypes(names: Sequence[str]) -> tuple[torch.dtype, ...]:
     known = {dtype_name(dtype): dtype for dtype in DTYPES}
     for name in names:
         if SHORT.get(name, name) not in known:
-            raise InputError(f"unknown dtype {name!r}; choose of {', '.join(known)}")
+            raise InputError(f"unknown dtype {name!r}; choose one of {', '.join(known)}")
     return tuple(known[SHORT.get(name, name)] for name in names)
 
 
@@ -67,7 +67,7 @@ def select(
     chosen = chosen or [case for case in of_ops if shape in case.name]
     if not chosen:
         names = ", ".join(repr(case.name) for case in of_ops)
-        raise InputError(f"no case has {shape!r} in its name; choose of {names}")
+        raise InputError(f"no case has {shape!r} in its name; choose one of {names}")
     with_form = [case for case in chosen if not impls or forms_of(case, impls)]
     if not with_form:
         raise InputError(f"none of these cases has a form {' or '.join(map(repr, impls))}")
@@ -90,7 +90,7 @@ def forms_here(case: Case, device: torch.device) -> tuple[str, ...]:
 def _known(what: str, names: Sequence[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
-            raise InputError(f"unknown {what} {name!r}; choose of {', '.join(known)}")
+            raise InputError(f"unknown {what} {name!r}; choose one of {', '.join(known)}")
 
 
 def check_case(

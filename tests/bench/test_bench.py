@@ -173,7 +173,7 @@ class TestOps:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["ops", "--op", "softmax"], "unknown op 'softmax'; choose of prefix_attention, "),
+            (["ops", "--op", "softmax"], "unknown op 'softmax'; choose one of prefix_attention, "),
             (["ops", "--op", "rms_norm", "--shape", "T7777"], "'T16 C4096'"),
             (["ops", "--device", "tpu"], "choose one of cpu, cuda"),
             (

@@ -65,11 +65,11 @@ class TestFilters:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["ops", "--impl", "fa9"], "unknown form 'fa9'; choose of eager, portable, triton"),
+            (["ops", "--impl", "fa9"], "unknown form 'fa9'; choose one of eager, portable, triton"),
             (["ops", "--op", "sample", "--impl", "flex"], "none of these cases has a form 'flex'"),
-            (["numerics", "--dtype", "int4"], "unknown dtype 'int4'; choose of bfloat16"),
-            (["decode", "--model", "gpt-5"], "unknown model 'gpt-5'; choose of "),
-            (["decode", "--batch", "0"], "are at least 1"),
+            (["numerics", "--dtype", "int4"], "unknown dtype 'int4'; choose one of bfloat16"),
+            (["decode", "--model", "gpt-5"], "unknown model 'gpt-5'; choose one of "),
+            (["decode", "--batch", "0"], "must be at least 1"),
             (["decode", "--batch", "many"], "invalid int value: 'many'"),
             (["frobnicate"], "invalid choice: 'frobnicate'"),
         ],
@@ -126,7 +126,7 @@ class TestDecode:
         assert kinds <= {*OPS, "linear", "embed", "other"}
         assert all(row["median_us"] > 0 for row in parts)
         decode.display(made)
-        assert "made of" in capsys.readouterr().out
+        assert "time by part" in capsys.readouterr().out
 
     def test_too_large(self, monkeypatch, capsys):
         """Guards against a model that does not fit ending in a crash, or silence."""

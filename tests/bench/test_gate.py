@@ -7,11 +7,11 @@ import torch
 
 from bench import gate
 from bench.cases import cases
-from bench.gate import FLOORS, Floor
+from bench.gate import MIN_SPEEDUPS, MinSpeedup
 from model.terminal import Parser
 from profiles.tables.readme import OPS_CPU, measured
 
-ONE = Floor("rms_norm", "T1 C4096", "eager", 2.0, (1.8, 2.2), 1.5)
+ONE = MinSpeedup("rms_norm", "T1 C4096", "eager", 2.0, (1.8, 2.2), 1.5)
 
 
 def run(monkeypatch, capsys, *runs: dict[str, float | str]) -> tuple[int, dict]:
@@ -29,7 +29,7 @@ def run(monkeypatch, capsys, *runs: dict[str, float | str]) -> tuple[int, dict]:
         ]
 
     monkeypatch.setattr(gate, "time_case", time_case)
-    monkeypatch.setattr(gate, "FLOORS", (ONE,))
+    monkeypatch.setattr(gate, "MIN_SPEEDUPS", (ONE,))
     parser = Parser()
     gate.add_arguments(parser)
     before = torch.get_num_threads()
@@ -53,7 +53,7 @@ def test_a_ratio_counts_when_it_is_below_twice(monkeypatch, capsys):
     low, good = {"eager": 10.0, "portable": 10.0}, {"eager": 20.0, "portable": 10.0}
     assert run(monkeypatch, capsys, low, good)[0] == 0
     code, row = run(monkeypatch, capsys, low, low)
-    assert code == 1 and "1.00 times is below the floor of 1.5" in row["failure"]
+    assert code == 1 and "speed-up 1.00 is below the minimum of 1.5" in row["failure"]
 
 
 def test_wrong_numbers_close_the_gate(monkeypatch, capsys):
@@ -65,14 +65,14 @@ def test_wrong_numbers_close_the_gate(monkeypatch, capsys):
 
 def test_the_table_names_all(monkeypatch, capsys):
     """Guards what a person sees: a line per floor with its verdict."""
-    monkeypatch.setattr(gate, "FLOORS", FLOORS)
+    monkeypatch.setattr(gate, "MIN_SPEEDUPS", MIN_SPEEDUPS)
     made = {"ratio": 2.0, "failure": None, "device": "cpu", "torch": "0", "commit": "c"}
     gate._show([vars(ONE) | made, vars(ONE) | made | {"ratio": None, "failure": "slow"}])
     out = capsys.readouterr().out
     assert "holds" in out and "FAILED: slow" in out and "1.8..2.2" in out
 
 
-@pytest.mark.parametrize("floor", FLOORS, ids=lambda floor: f"{floor.op} {floor.over}")
+@pytest.mark.parametrize("floor", MIN_SPEEDUPS, ids=lambda floor: f"{floor.op} {floor.over}")
 def test_floors_have_a_case_and_a_margin(floor):
     """Guards the table: a case and a peer that exist, and a floor that noise does not reach: in
     the committed rows too."""

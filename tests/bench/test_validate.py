@@ -336,7 +336,7 @@ class TestPictures:
     [
         (("--op", "softmax"), "unknown op 'softmax'; choose of prefix_attention, .*, model"),
         (("--impl", "fast"), "unknown form 'fast'; choose of eager, portable, triton, triton-inv"),
-        (("--dtype", "int8"), "unknown dtype 'int8'; choose of"),
+        (("--dtype", "int8"), "unknown dtype 'int8'; choose one of"),
         (("--op", "sample", "--shape", "B9"), "no case has 'B9' in its name; choose of 'B3 V15"),
         (("--op", "sample", "--impl", "triton-fused"), "none of these cases has the form triton-f"),
         (("--impl", "triton", "--dtype", "bf16"), "interpreter multiplies bfloat16 wrongly"),

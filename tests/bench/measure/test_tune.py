@@ -222,7 +222,7 @@ def test_dry_run_measures_nothing(toy, monkeypatch, capsys):
 
 def test_without_a_gpu_it_says_so(toy):
     """Guards the message: times of another machine's interpreter must not become a table."""
-    with pytest.raises(InputError, match="on a GPU and this is none; --dry-run lists"):
+    with pytest.raises(InputError, match="tune needs a GPU, this device is a CPU; --dry-run lists"):
         main(["tune", "--op", "double", "--device", "cpu"])
 
 

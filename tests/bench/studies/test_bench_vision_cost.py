@@ -72,7 +72,7 @@ def test_work_of_a_product():
 
 def test_mistakes(interpreter, monkeypatch):
     """Guards the one line: ops without a model, and a process in which Triton interprets."""
-    with pytest.raises(InputError, match="prefix_attention, or of vision_attention, projector"):
+    with pytest.raises(InputError, match="prefix_attention, or any of vision_attention, projector"):
         command.main(["cost", "--op", "sample"])
     with pytest.raises(InputError, match="TRITON_INTERPRET"):
         command.main(["cost", "--op", "vision_attention"])

@@ -9,7 +9,7 @@ import torch
 
 from bench import __main__ as command
 from bench import cost, forests
-from bench.cost import Shape, lay, spec_of
+from bench.cost import Shape, model_work_line, spec_of
 from bench.inputs import Node, fork, prefix_attention_inputs, prefix_plan
 from bench.roofline import Roofline
 from kernels.prefix_attention import prefix_attention
@@ -55,10 +55,10 @@ class TestModel:
         """Guards the table against a model of another schedule than the kernels follow."""
         plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
         for spec in SPECS[::5]:  # all combinations are in turn, over the forests
-            line, schedule = lay(plan, spec), Schedule(plan, spec)
+            line, schedule = model_work_line(plan, spec), Schedule(plan, spec)
             assert list(line.counts) == schedule.counts, spec
             assert line.starts.tolist() == schedule.starts.tolist(), spec
-            assert schedule.range_length.tolist() == [line.share] * 2, spec
+            assert schedule.range_length.tolist() == [line.range_length] * 2, spec
             found = schedule.first_tile.cpu().numpy()
             assert (found == line.first_tile)[line.first_tile >= 0].all(), spec
             size = (line.tile >= line.counts[0]).astype(int)
@@ -71,10 +71,10 @@ class TestModel:
         """Guards items and balance: every place belongs to one program, in order of the line."""
         plan = prefix_plan(0, "cpu", forest=forest, page_size=PAGE)
         for spec in SPECS:
-            line = lay(plan, spec)
+            line = model_work_line(plan, spec)
             items, work, firsts = set(), np.zeros(spec.programs, dtype=int), {}
             for at, (size, head, tile, place) in enumerate(places_of(line, spec)):
-                program = at // line.share
+                program = at // line.range_length
                 work[program] += 1
                 firsts.setdefault((size, program), tile - size * line.counts[0])
                 if place >= spec.overhead:
@@ -111,17 +111,17 @@ class TestModel:
         assert unshared == sum(map(len, runs.values()))
         assert pairs == sum(map(len, seen.values()))
         # What the programs load in grains: at least that, and all of it in one tile each.
-        line = lay(plan, ScheduleSpec(1, 1, (1024, 0), 1, 0, 3, window))
+        line = model_work_line(plan, ScheduleSpec(1, 1, (1024, 0), 1, 0, 3, window))
         assert line.tokens.sum() == shared
 
     def test_partials_left_for_the_merge(self):
         """Guards the bytes of partials: rows alone in their node are finished by one program."""
         plan = prefix_plan(0, "cpu", forest=[Node(16, new=4), fork(8, [1, 1])], page_size=PAGE)
-        line = lay(plan, ScheduleSpec(1, 2, (64, 0), 4, 0, 1))
+        line = model_work_line(plan, ScheduleSpec(1, 2, (64, 0), 4, 0, 1))
         assert line.vectors.tolist() == [0, 4, 2, 2]
-        split = lay(plan, ScheduleSpec(1, 2, (64, 0), 4, 0, 2))
+        split = model_work_line(plan, ScheduleSpec(1, 2, (64, 0), 4, 0, 2))
         assert split.vectors.tolist() == [0, 4, 2, 2]
-        split = lay(plan, ScheduleSpec(1, 2, (64, 0), 4, 0, 4))
+        split = model_work_line(plan, ScheduleSpec(1, 2, (64, 0), 4, 0, 4))
         assert split.vectors.tolist() == [8, 8, 4, 2, 2]
 
     @pytest.mark.parametrize("shape", [{}, {"window": 5}, {"invariant": True}, {"fp8": True}])
@@ -185,7 +185,7 @@ class TestTable:
         row = next(row for row in rows if row["case"] == "B16 P2048 S128")
         assert row["separate_vectors"] == 16 * 32
         plan = prefix_plan(0, "cpu", forest=forests.rollouts(16, 2048, 128)[1])
-        line = lay(plan, spec_of(plan, Shape(fused=True), H200))
+        line = model_work_line(plan, spec_of(plan, Shape(fused=True), H200))
         sizes = [64, 4]  # vectors of an item of either kind of tile
         items = [sizes[int(tile >= line.counts[0])] for tile in line.tile]
         assert row["fused_vectors"] == sum(items)
@@ -203,7 +203,7 @@ class TestTable:
         modes = {row["mode"] for row in rows if row["op"] == "prefix_attention"}
         assert modes == {"fast", "batch-invariant", "fp8"}
         assert {row["copy_source"] for row in rows} == {"datasheet"}
-        with pytest.raises(InputError, match="cost has a model of prefix_attention"):
+        with pytest.raises(InputError, match="cost models only prefix_attention"):
             command.main(["cost", "--op", "rms_norm", "--device", "cpu"])
         with pytest.raises(InputError, match="'B7'"):
             command.main(["cost", "--shape", "B7", "--device", "cpu"])
