@@ -58,7 +58,7 @@ def time_engine(
     """One row per form in `names` (`forms_on` the device if empty); the forms' blocks of steps
     alternate. Leaves the model with the best forms.
 
-    `host_us` is a step's host time apart from computing, `idle_pct` the share of time in which a
+    `host_us` is a launch's host time apart from computing, `idle_pct` the share of time in which a
     GPU had nothing to do, `padding_pct` the share of padding rows, `graphs` whether steps ran as
     CUDA graphs. `same_tokens` is the share of tokens before a rollout first differs from the eager
     form (in 16 bits they diverge sooner or later), None if eager was not run.

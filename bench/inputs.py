@@ -1,8 +1,8 @@
-"""Inputs of every op from a seed, for benchmarks and tests alike.
+"""Seeded inputs of every op, for benchmarks and tests.
 
 Each builder returns the keyword arguments of its op. Numbers are random, never zeros: hardware runs
-faster on zeros. Whatever an op must not read is NaN: pages no node owns, and what lies behind a
-node's last token.
+faster on zeros. Everything that an op must not read is NaN: pages that no node owns, and slots
+after a node's last token.
 """
 
 import math
@@ -32,25 +32,25 @@ class Node:
 
     @property
     def rows(self) -> int:
-        """Query rows of the node and of everything below it."""
+        """Query rows of the node and its subtree."""
         return self.new + sum(child.rows for child in self.children)
 
     def walk(self) -> Iterator["Node"]:
-        """The node and everything below it, depth-first."""
+        """The node and its subtree, depth-first."""
         yield self
         for child in self.children:
             yield from child.walk()
 
 
 def fork(prefix: int, suffixes: Iterable[int]) -> Node:
-    """Rollouts in decode: a shared prefix, and one leaf per suffix whose last token is new."""
+    """A decode step's rollouts: a shared prefix, and a leaf per suffix whose last token is new."""
     return Node(prefix, children=tuple(Node(suffix, new=1) for suffix in suffixes))
 
 
 def rms_norm_inputs(
     seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: int, residual: bool = True
 ) -> dict:
-    draw = _Draw(seed, device, dtype)
+    draw = _NormalDraws(seed, device, dtype)
     return {
         "x": draw(rows, width),
         "weight": 1 + draw(width, scale=0.1),
@@ -62,7 +62,7 @@ def rms_norm_inputs(
 def layer_norm_inputs(
     seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: int, residual: bool = True
 ) -> dict:
-    draw = _Draw(seed, device, dtype)
+    draw = _NormalDraws(seed, device, dtype)
     return {
         "x": draw(rows, width),
         "weight": 1 + draw(width, scale=0.1),
@@ -83,20 +83,20 @@ def silu_mul_inputs(
     interleaved: bool = False,
 ) -> dict:
     """`width` is F: the input has 2F columns."""
-    gate_up = _Draw(seed, device, dtype)(rows, 2 * width)
+    gate_up = _NormalDraws(seed, device, dtype)(rows, 2 * width)
     return {"gate_up": gate_up, "interleaved": interleaved}
 
 
 def quick_gelu_inputs(
     seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: int
 ) -> dict:
-    return {"x": _Draw(seed, device, dtype)(rows, width)}
+    return {"x": _NormalDraws(seed, device, dtype)(rows, width)}
 
 
 def linear_quick_gelu_inputs(
     seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: int, out: int
 ) -> dict:
-    draw = _Draw(seed, device, dtype)
+    draw = _NormalDraws(seed, device, dtype)
     return {
         "x": draw(rows, width),
         "weight": draw(out, width, scale=width**-0.5),
@@ -117,13 +117,13 @@ def qk_norm_rope_inputs(
     theta: float = 1e6,
     skip: int = 0,
 ) -> dict:
-    """Rows go to distinct random slots of twice the pages they need; the first `skip` to none."""
-    draw = _Draw(seed, device, dtype)
+    """Rows go to distinct random slots in twice the pages needed; the first `skip` rows to none."""
+    draw = _NormalDraws(seed, device, dtype)
     num_pages = 2 * math.ceil(rows / page_size)
     slots = torch.randperm(num_pages * page_size, generator=draw.host)[:rows]
     slots[:skip] = -1
     shape = (num_pages, kv_heads, page_size, head_dim)
-    nothing = torch.full(shape, math.nan, device=device, dtype=dtype)
+    empty = torch.full(shape, math.nan, device=device, dtype=dtype)
     pair = torch.arange(head_dim // 2, device=device).float()
     return {
         "qkv": draw(rows, (heads + 2 * kv_heads) * head_dim),
@@ -132,7 +132,7 @@ def qk_norm_rope_inputs(
         "inv_freq": theta ** (-2 * pair / head_dim),
         "positions": torch.randint(0, 4096, (rows,), generator=draw.host).to(device),
         "slots": slots.to(device),
-        "pages": KVPages(nothing, nothing.clone()),
+        "pages": KVPages(empty, empty.clone()),
         "eps": 1e-6,
     }
 
@@ -151,8 +151,8 @@ def prefix_attention_inputs(
     fp8: bool = False,
     return_lse: bool = False,
 ) -> dict:
-    """`return_lse` asks for the second result as well; `fp8` is pages of e4m3 with their scales."""
-    draw = _Draw(seed, device, dtype)
+    """`return_lse` requests the log-sum-exp as well; `fp8` makes the pages e4m3 with scales."""
+    draw = _NormalDraws(seed, device, dtype)
     plan = prefix_plan(seed, device, forest=forest, page_size=page_size)
     unused = _unused(plan).to(device)[:, None, :, None]
     shape = (plan.num_pages, kv_heads, page_size, head_dim)
@@ -182,18 +182,20 @@ def rotary_attention_inputs(
     fp8: bool = False,
     theta: float = 1e6,
 ) -> dict:
-    """A decode step's: the new K and V are not in their pages, whose slots for them are NaN."""
+    """Inputs of a decode step: the new K and V are not in the pages yet; their slots are NaN."""
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
-    made = prefix_attention_inputs(seed, device, dtype, forest=forest, window=window, **shape)
-    del made["q"], made["return_lse"]
-    plan = made["plan"]
+    arguments = prefix_attention_inputs(seed, device, dtype, forest=forest, window=window, **shape)
+    del arguments["q"], arguments["return_lse"]
+    plan = arguments["plan"]
     leaves = [node for node in plan.nodes if node.num_new]
-    last = [node.kv_len - 1 for node in leaves]
-    page = torch.tensor([n.pages[at // page_size] for n, at in zip(leaves, last, strict=True)])
-    page, offset = page.to(device), torch.tensor(last, device=device) % page_size
-    draw = _Draw(seed + 1, device, dtype)
+    positions = [node.kv_len - 1 for node in leaves]
+    page = torch.tensor(
+        [n.pages[position // page_size] for n, position in zip(leaves, positions, strict=True)]
+    )
+    page, offset = page.to(device), torch.tensor(positions, device=device) % page_size
+    draw = _NormalDraws(seed + 1, device, dtype)
     pair = torch.arange(head_dim // 2, device=device).float()
-    made |= {
+    arguments |= {
         "qkv": draw(plan.num_rows, (heads + 2 * kv_heads) * head_dim),
         "q_weight": 1 + draw(head_dim, scale=0.1),
         "k_weight": 1 + draw(head_dim, scale=0.1),
@@ -201,15 +203,15 @@ def rotary_attention_inputs(
         "positions": plan.row_position.long(),
         "slots": page * page_size + offset,
     }
-    for x in (made["pages"].k, made["pages"].v):
+    for x in (arguments["pages"].k, arguments["pages"].v):
         x[page, :, offset] = math.nan
     if fp8:
-        made["pages"] = quantised(made["pages"])
-    return made
+        arguments["pages"] = quantised(arguments["pages"])
+    return arguments
 
 
 def quantised(pages: KVPages) -> KVPages:
-    """FP8 pages of the same values; NaN stays NaN, in pages and scales."""
+    """The same values as FP8 pages; NaN stays NaN, in pages and scales."""
     (k, k_scale), (v, v_scale) = quantise_e4m3(pages.k), quantise_e4m3(pages.v)
     return KVPages(k, v, k_scale, v_scale)
 
@@ -217,14 +219,15 @@ def quantised(pages: KVPages) -> KVPages:
 def prefix_plan(
     seed: int, device: Device, *, forest: Sequence[Node], page_size: int = 64
 ) -> PrefixPlan:
-    """Trees side by side on pages with shuffled ids, of which about an eighth stays unused."""
+    """A plan of several trees on pages with shuffled ids; about an eighth of the pages stays
+    unused."""
     needed = sum(math.ceil(n.tokens / page_size) for root in forest for n in root.walk())
     num_pages = needed + needed // 8 + 1
     free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).tolist()
     nodes: list[PlanNode] = []
     row = 0
     for root in forest:
-        row = _place(root, row, page_size, free, nodes)
+        row = _add_nodes(root, row, page_size, free, nodes)
     return PrefixPlan.build(
         nodes, num_rows=row, num_pages=num_pages, page_size=page_size, device=device
     )
@@ -239,7 +242,7 @@ def vision_attention_inputs(
     heads: int,
     head_dim: int = 96,
 ) -> dict:
-    qkv = _Draw(seed, device, dtype)(tokens_of(grids), 3 * heads * head_dim)
+    qkv = _NormalDraws(seed, device, dtype)(tokens_of(grids), 3 * heads * head_dim)
     return {"qkv": qkv, "grids": tuple(grids), "heads": heads}
 
 
@@ -253,17 +256,16 @@ def projector_inputs(
     out: int,
     scattered: bool = False,
 ) -> dict:
-    """The channels double with each convolution, as in every preset; weights as the model has them,
-    channels-last, and folded as well. `scattered` results go to random rows of twice as many, which
-    are NaN.
-    """
-    draw = _Draw(seed, device, dtype)
+    """Channels double with each convolution, as in every preset. Weights are channels-last, as in
+    the model, and also folded. With `scattered`, results go to random rows of a NaN output that has
+    twice as many rows."""
+    draw = _NormalDraws(seed, device, dtype)
 
     def kernel(*shape: int) -> Tensor:
         weight = draw(*shape, scale=(9 * shape[1]) ** -0.5)
         return weight.contiguous(memory_format=torch.channels_last)
 
-    made = {
+    arguments = {
         "x": draw(tokens_of(grids), width),
         "grids": tuple(grids),
         "w1": kernel(2 * width, width, 3, 3),
@@ -272,13 +274,13 @@ def projector_inputs(
         "b2": draw(4 * width, scale=0.1),
         "w3": draw(out, 4 * width, scale=(4 * width) ** -0.5),
     }
-    made["folded"] = fold(made["w2"], made["b2"], made["w3"])
+    arguments["folded"] = fold(arguments["w2"], arguments["b2"], arguments["w3"])
     if scattered:
         tokens = sum(map(output_tokens, grids))
         rows = torch.randperm(2 * tokens, generator=draw.host)[:tokens]
-        made["out"] = torch.full((2 * tokens, out), math.nan, device=device, dtype=dtype)
-        made["rows"] = rows.to(device)
-    return made
+        arguments["out"] = torch.full((2 * tokens, out), math.nan, device=device, dtype=dtype)
+        arguments["rows"] = rows.to(device)
+    return arguments
 
 
 def sample_inputs(
@@ -291,7 +293,7 @@ def sample_inputs(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> dict:
-    draw = _Draw(seed, device, dtype)
+    draw = _NormalDraws(seed, device, dtype)
     return {
         "logits": draw(rows, vocab, scale=3.0),
         "seeds": torch.randint(0, 2**62, (rows,), generator=draw.host).to(device),
@@ -302,8 +304,8 @@ def sample_inputs(
     }
 
 
-class _Draw:
-    """Normal numbers on a device, from generators of its own: the global ones stay untouched."""
+class _NormalDraws:
+    """Draws normal numbers on a device from its own generators: the global ones stay untouched."""
 
     def __init__(self, seed: int, device: Device, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -316,13 +318,13 @@ class _Draw:
         return x if scale == 1.0 else x.mul_(scale)
 
 
-def _place(node: Node, row: int, page_size: int, free: list[int], placed: list[PlanNode]) -> int:
-    """Give `node` and what is below it pages and rows from `row` on; the first row behind them."""
+def _add_nodes(node: Node, row: int, page_size: int, free: list[int], nodes: list[PlanNode]) -> int:
+    """Give `node` and its subtree pages, and rows starting at `row`; returns the next free row."""
     pages = [free.pop() for _ in range(math.ceil(node.tokens / page_size))]
-    placed.append(PlanNode(tuple(pages), node.tokens, row, row + node.rows, node.new))
+    nodes.append(PlanNode(tuple(pages), node.tokens, row, row + node.rows, node.new))
     row += node.new
     for child in node.children:
-        row = _place(child, row, page_size, free, placed)
+        row = _add_nodes(child, row, page_size, free, nodes)
     return row
 
 

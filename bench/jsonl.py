@@ -1,4 +1,4 @@
-"""Rows as JSON Lines: one object a line, written whole or not at all. Imports no torch."""
+"""Rows as JSON Lines: one object per line, written whole or not at all. Imports no torch."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,16 +7,16 @@ from pathlib import Path
 
 from model.errors import InputError
 
-SCHEMA = 1  # of rows; one more whenever a field changes its meaning
+SCHEMA = 1  # version of the rows; incremented whenever a field changes its meaning
 
 
 def append(path: Path, rows: Iterable[dict]) -> None:
-    """Add `rows` to a JSONL file, which is made with its folders if need be.
+    """Append `rows` to a JSONL file, creating the file and its folders if necessary.
 
-    What an interrupted write left of a line is cut off first. Raises InputError if the file cannot
-    be written.
+    First cuts off an incomplete last line, which an interrupted write left. Raises InputError if
+    the file cannot be written.
     """
-    with _written(path):
+    with _write_errors(path):
         text = path.read_bytes() if path.exists() else b""
         if not text.endswith(b"\n"):
             path.write_bytes(text[: text.rfind(b"\n") + 1])
@@ -26,16 +26,16 @@ def append(path: Path, rows: Iterable[dict]) -> None:
 
 def write_json(path: Path, document: dict) -> None:
     """Write one indented JSON document. Raises InputError if the file cannot be written."""
-    with _written(path):
+    with _write_errors(path):
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a JSONL file; none if there is no such file.
+    """The rows of a JSONL file; none if the file does not exist.
 
-    A last line without an end, the trace of an interrupted write, is left out. Raises InputError
-    naming any other line that is not a JSON object, and rows of another schema (a row that names
-    none is of the first).
+    Ignores a last line without a newline, which an interrupted write left. Raises InputError for
+    any other line that is not a JSON object, and for rows of another schema (a row without `schema`
+    has schema 1).
     """
     if not path.exists():
         return []
@@ -49,14 +49,14 @@ def read(path: Path) -> list[dict]:
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: not a JSON object")
         if (schema := row.get("schema", 1)) != SCHEMA:
-            by = f"; commit {row['commit']} can read it" if row.get("commit") else ""
-            raise InputError(f"{path}:{number}: rows of schema {schema}, not {SCHEMA}{by}")
+            reader = f"; commit {row['commit']} can read it" if row.get("commit") else ""
+            raise InputError(f"{path}:{number}: the row has schema {schema}, not {SCHEMA}{reader}")
         rows.append(row)
     return rows
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield

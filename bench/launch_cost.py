@@ -1,4 +1,4 @@
-"""What one launch costs inside a CUDA graph: a chain of launches with next to nothing to do."""
+"""The cost of one launch inside a CUDA graph, from a chain of launches with almost no work."""
 
 from dataclasses import replace
 
@@ -35,6 +35,6 @@ def time_launches(device: torch.device, dtype: torch.dtype, impl: str, budget_s:
         dtype=dtype,
         num_bytes=dtype.itemsize * 3 * WIDTH,
         flops=5 * WIDTH,
-        verdict=NOT_RUN,  # the op table has its errors
+        verdict=NOT_RUN,  # errors are in the op table
         timing=replace(timing, p20_us=p20, median_us=median, p80_us=p80),
     )

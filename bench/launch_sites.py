@@ -1,4 +1,4 @@
-"""Where the benchmarks launch kernels: sites for `compile_ahead`, all of them on CPU tensors."""
+"""Where the benchmarks launch kernels: sites for `compile_ahead`, all on CPU tensors."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -19,14 +19,14 @@ from pacore_sched.engine.launch_sites import engine_sites, one_layer
 
 
 def all_sites() -> list[Site]:
-    """What a GPU run of all benchmarks launches: errors in every dtype, times and the engine."""
+    """Everything that a GPU run of all benchmarks launches: checks in every dtype, timed work."""
     numerics = case_sites((case, dtype) for dtype in DTYPES for case in numerics_cases())
     checked = (partial(launch_checked, site) for site in (*numerics, *check_sites()))
     return [*numerics, *checked, *timed_sites()]
 
 
 def timed_sites() -> list[Site]:
-    """What is timed on a GPU: the op table, forms in pairs, decode steps and the engine."""
+    """Everything that is timed on a GPU: the op table, pairs of forms, decode steps, the engine."""
     main = MAIN_DTYPE["cuda"]
     steps = [DecodeCase(*sizes) for sizes in product(*SIZES["cuda"])]
     return [
@@ -38,25 +38,27 @@ def timed_sites() -> list[Site]:
     ]
 
 
-def case_sites(chosen: Iterable[tuple[Case, torch.dtype]], impls: Sequence[str] = ()) -> list[Site]:
-    """The Triton forms of cases, or those of `impls`: as numbers are checked, and as times are."""
+def case_sites(
+    selected: Iterable[tuple[Case, torch.dtype]], impls: Sequence[str] = ()
+) -> list[Site]:
+    """The Triton forms of the cases, or only those in `impls`."""
     return [
         partial(launch_case, case, name, dtype)
-        for case, dtype in chosen
+        for case, dtype in selected
         for name in ("triton", *case.modes)
         if not impls or name in forms_of(case, impls)
     ]
 
 
 def pair_sites(dtype: torch.dtype) -> list[Site]:
-    """Both forms of every pair, whatever the rule."""
+    """Both forms of every pair, whichever of them the rule chooses."""
     return [
         partial(launch_case, case, name, dtype) for case, names in pairs("cuda") for name in names
     ]
 
 
 def check_sites() -> list[Site]:
-    """Both forms of what `first-light` checks before it times pairs."""
+    """Both forms of every check that `first-light` makes before it times pairs."""
     return [
         partial(launch_case, case, name, CHECKED_DTYPE)
         for case, names in checks("cuda")
@@ -65,7 +67,7 @@ def check_sites() -> list[Site]:
 
 
 def decode_sites(config: Config, cases: Iterable[DecodeCase], dtype: torch.dtype) -> list[Site]:
-    """The steps of `bench decode`, over KV pages in `dtype` and in FP8."""
+    """The steps of `bench decode`, with KV pages in `dtype` and in FP8."""
     return [
         partial(launch_decode, config, case, dtype, kv_dtype)
         for case in cases
@@ -74,14 +76,14 @@ def decode_sites(config: Config, cases: Iterable[DecodeCase], dtype: torch.dtype
 
 
 def launch_case(case: Case, name: str, dtype: torch.dtype) -> None:
-    """Call one form on a case's inputs, and on copies of them, whose alignment may differ."""
+    """Call a form on a case's inputs, and on copies of them, whose alignment may differ."""
     inputs = case.inputs(0, torch.device("cpu"), dtype)
     form(case.op, name)(inputs)()
     form(case.op, name)(copied(inputs))()
 
 
 def launch_checked(site: Site) -> None:
-    """A site with the debug check of schedules compiled in."""
+    """Run a site with the schedule's debug check compiled in."""
     token = check_schedule.set(True)
     try:
         site()
@@ -92,7 +94,7 @@ def launch_checked(site: Site) -> None:
 def launch_decode(
     config: Config, case: DecodeCase, dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> None:
-    """One decode step in the best form of every op."""
+    """Run one decode step in the best form of every op."""
     model = one_layer(config, dtype)
     step, cache = prepare(case, model)
     if kv_dtype != dtype:

@@ -1,7 +1,7 @@
-"""The linear layers of one decode step: how close the library's products come to the copy rate.
+"""The linear layers of one decode step: how close the library's GEMMs come to the copy bandwidth.
 
-With few rows a product is the reading of its weights. Sets of weights take turns, so that none is
-found in the cache, as in a step, where hundreds of megabytes pass between two uses.
+With few rows, a product is mostly reading its weights. Several sets of weights alternate, so that
+none is found in the cache, as in a step, where hundreds of megabytes pass between two uses.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ NAMES = ("qkv", "o", "gate_up", "down", "lm_head")
 
 
 def case_name(name: str, rows: int) -> str:
-    """As in "gate_up T16"."""
+    """Such as "gate_up T16"."""
     return f"{name} T{rows}"
 
 
@@ -35,8 +35,8 @@ def time_linear(
 ) -> dict:
     """The row of one of NAMES for `rows` rows: x [rows, C] times weight [F, C].
 
-    Has `copy_pct`, the copy rate's share of its bytes per second, and `per_step`, how many of these
-    a decode step has.
+    `copy_pct` is its bytes per second as a share of the copy bandwidth, `per_step` the number of
+    such products in a decode step.
     """
     out, width = shape_of(config, name, dtype)
     num_bytes = dtype.itemsize * (rows * width + out * width + rows * out)
@@ -57,7 +57,7 @@ def time_linear(
         dtype=dtype,
         num_bytes=num_bytes,
         flops=2 * rows * width * out,
-        verdict=NOT_RUN,  # it is what others are compared with
+        verdict=NOT_RUN,  # it is the reference
         timing=timing,
     )
     rate = num_bytes / timing.median_us / 1e3
@@ -66,7 +66,7 @@ def time_linear(
 
 
 def shape_of(config: DecoderConfig, name: str, dtype: torch.dtype) -> tuple[int, int]:
-    """[F, C] of a decoder's weight."""
+    """The shape [F, C] of a decoder's weight."""
     one_layer = replace(config, layers=1)
     decoder = Decoder(one_layer, impl=impl_per_op(None), device="meta", dtype=dtype)
     weight = decoder.lm_head if name == "lm_head" else getattr(decoder.layers[0], name)

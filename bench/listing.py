@@ -1,4 +1,4 @@
-"""What `bench ops` and `bench numerics` would measure: `--list` cases, `--repro` commands."""
+"""Dry runs of `bench ops` and `bench numerics`: `--list` prints cases, `--repro` commands."""
 
 import argparse
 import json
@@ -16,10 +16,10 @@ SelectedCases = Sequence[tuple[Case, torch.dtype]]
 
 
 def run(
-    options: argparse.Namespace, device: torch.device, command: str, chosen: SelectedCases
+    options: argparse.Namespace, device: torch.device, command: str, selected: SelectedCases
 ) -> int:
-    """Print one or the other of what `command` would measure."""
-    found = [
+    """Print the cases that `command` would measure, or the commands of their rows."""
+    listed = [
         {
             "op": case.op,
             "case": case.name,
@@ -28,17 +28,17 @@ def run(
             "flops": case.flops,
             "impls": list(forms_of(case, options.impl) or forms_here(case, device)),
         }
-        for case, dtype in chosen
+        for case, dtype in selected
     ]
-    for row in found:
+    for row in listed:
         row["commands"] = [
             repro.command(row["op"], row["case"], impl, row["dtype"], command)
             for impl in row["impls"]
         ]
     if options.json:
-        print(json.dumps({"cases": found}))
+        print(json.dumps({"cases": listed}))
     elif options.repro:
-        print("\n".join(command for row in found for command in row["commands"]))
+        print("\n".join(command for row in listed for command in row["commands"]))
     else:
         header = ("op", "case", "dtype", " MB", " MFLOP", "forms and peers")
         lines = [
@@ -50,7 +50,7 @@ def run(
                 f"{row['flops'] / 1e6:,.2f}",
                 " ".join(row["impls"]),
             ]
-            for row in found
+            for row in listed
         ]
-        table(f"{len(found)} cases", header, lines)
+        table(f"{len(listed)} cases", header, lines)
     return 0

@@ -1,4 +1,4 @@
-"""A command that measures: its rows as they come to a file, then tables, a report, an exit code."""
+"""Running a measuring command: rows to a file as they come, then tables, a report, an exit code."""
 
 import argparse
 import json
@@ -15,35 +15,35 @@ from bench.poison import PoisonedError
 from bench.report import command as report
 from bench.timing import keep_freed_memory
 
-NO_MORE = "this process can do no more; `python -m profiles record` gives every case a process"
+MUST_END = "this process must end; `python -m profiles record` runs every case in its own process"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One of `python -m bench`'s commands, as `model.terminal.dispatch` takes it.
+    """One of `python -m bench`'s commands, in the form that `model.terminal.dispatch` takes.
 
-    `rows` yields them on a device, `display` prints them, `arguments` adds options of its own.
-    `tell` prints its cases or their commands instead, for those that have `--list` and `--repro`.
+    `rows` yields its rows on a device, `display` prints them, `arguments` adds its own options. For
+    commands with `--list` and `--repro`, `list_cases` prints the cases or their commands instead.
     """
 
     rows: Callable[[argparse.Namespace, torch.device], Iterator[dict]]
     display: Callable[[Sequence[dict]], None]
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    tell: Callable[[argparse.Namespace, torch.device], int] | None = None
+    list_cases: Callable[[argparse.Namespace, torch.device], int] | None = None
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         self.arguments(parser)
         shared_arguments(parser)
 
     def run(self, options: argparse.Namespace) -> int:
-        if self.tell and (options.list or options.repro):
-            return self.tell(options, parse_device(options.device))
+        if self.list_cases and (options.list or options.repro):
+            return self.list_cases(options, parse_device(options.device))
         return measure([self], options)
 
 
 @dataclass(frozen=True)
 class Several:
-    """Measurements one after the other, with fixed values for the options of each."""
+    """Several measurements in a row, with fixed values for their options."""
 
     parts: Sequence[Measurement]
     defaults: dict[str, object]
@@ -57,32 +57,32 @@ class Several:
 
 
 def measure(parts: Sequence[Measurement], options: argparse.Namespace) -> int:
-    """Run them; 1 if a form's numbers are wrong or it could not run, else 0."""
+    """Run them; returns 1 if a form's numbers are wrong or it could not run, else 0."""
     device = parse_device(options.device)
     keep_freed_memory()
     if options.report:
         report.check(options.report)  # now, not after minutes of work
-    found: list[dict] = []
+    all_rows: list[dict] = []
     poisoned: PoisonedError | None = None
     for part in parts:
-        made = []
+        rows = []
         try:
             for row in part.rows(options, device):
-                made.append(row)
+                rows.append(row)
                 if options.out:
                     jsonl.append(options.out, [row])
         except PoisonedError as error:
             poisoned = error
-        if made and not options.json:
-            part.display(made)
-        found += made
+        if rows and not options.json:
+            part.display(rows)
+        all_rows += rows
         if poisoned:
-            print(f"error: {poisoned.form}: {poisoned}: {NO_MORE}", file=sys.stderr)
+            print(f"error: {poisoned.form}: {poisoned}: {MUST_END}", file=sys.stderr)
             break
-    if options.report and found:
-        page, *pictures = report.write(found, options.report)
+    if options.report and all_rows:
+        page, *pictures = report.write(all_rows, options.report)
         if not options.json:
-            print(f"\nreport: {page} and {len(pictures)} pictures beside it")
+            print(f"\nreport: {page} and {len(pictures)} pictures in the same folder")
     if options.json:
-        print(json.dumps({"rows": found}))
-    return int(poisoned is not None or any(row.get("failure") for row in found))
+        print(json.dumps({"rows": all_rows}))
+    return int(poisoned is not None or any(row.get("failure") for row in all_rows))

@@ -1,8 +1,8 @@
-"""How wrong the forms of an op are, and how wrong they may be.
+"""Errors of an op's forms, and how large they may be.
 
 A form's results are compared with those of the eager definition evaluated in fp32 on the same
-inputs. Errors are relative to max(rms(reference), |reference|), so that neither a large value hides
-a small one nor a small one is asked for more digits than its neighbours have.
+inputs. Errors are relative to max(rms(reference), |reference|): a large value does not hide the
+error of a small one, and a small one need not have more correct digits than its neighbours.
 """
 
 import warnings
@@ -28,10 +28,10 @@ class Error:
     rms: float
 
 
-# Allowed, in roundoffs of the result's dtype (2^-8 for bf16, 2^-11 for fp16, 2^-24 for fp32): for a
-# result of 16 bits, and for one of 32. Measured over the cases of a CPU and a view of 52 x 52
-# tokens, Triton's forms in its interpreter, plus a margin of about a half for 16 bits, where
-# roundings dominate, and of two for 32, where only sums differ.
+# Tolerances for a 16-bit and a 32-bit result, in roundoffs of its dtype (2^-8 for bf16, 2^-11 for
+# fp16, 2^-24 for fp32). Measured over a CPU's cases and a view of 52 x 52 tokens, with Triton's
+# forms interpreted, plus a margin of about a half for 16 bits, where roundings dominate, and of two
+# for 32 bits, where only sums differ.
 TOLERANCES: dict[str, tuple[Error, Error]] = {
     "prefix_attention": (Error(6, 0.75), Error(320, 32)),
     "rotary_attention": (Error(8, 1.2), Error(220, 30)),
@@ -46,9 +46,9 @@ TOLERANCES: dict[str, tuple[Error, Error]] = {
     "projector": (Error(5, 1), Error(200, 42)),
 }
 
-# Allowed on top in fp32, in roundoffs: what a GPU's approximate instructions may add, which the
-# interpreter computes exactly. From their documented errors (tests/kernels/runtime/ptx_errors.py),
-# over inputs as the cases draw them; a result below the rms counts for less.
+# Additional tolerance in fp32, in roundoffs, for a GPU's approximate instructions, which the
+# interpreter computes exactly. From their documented errors (tests/kernels/runtime/ptx_errors.py)
+# over inputs as the cases draw them; results below the rms count for less.
 APPROXIMATE: dict[str, Error] = {
     "qk_norm_rope": Error(4.2, 3),
     "rms_norm": Error(4.2, 3),
@@ -57,18 +57,18 @@ APPROXIMATE: dict[str, Error] = {
     "quick_gelu": Error(5.4, 3),
 }
 
-TUNED_PART = {"rotary_attention": "prefix_attention"}  # whose kernel has most of an op's choices
+TUNED_PART = {"rotary_attention": "prefix_attention"}  # where most of an op's config values apply
 
-# Of a whole model's results in fp32: far above rounding, far below a fault. Whole models are not
-# judged in 16 bits, where rounding adds up over the layers; their ops are, one by one.
+# Maximum error of a whole model's results in fp32: far above rounding, far below a fault. Whole
+# models are not judged in 16 bits, where rounding accumulates over layers; each of their ops is.
 MODEL_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst errors over an op's results; what is wrong with them, or why there are none.
+    """The largest errors over an op's results; what is wrong with them, or why there are none.
 
-    trace: of a form that raised, the end of its traceback
+    trace: the end of the traceback, if the form raised
     """
 
     max_err: float
@@ -79,15 +79,15 @@ class Verdict:
 
 
 def form(op: str, name: str) -> Prepare:
-    """An implementation of `op`, or a peer, as a function from inputs to the call.
+    """A form of `op`, an implementation or a peer, as a function from inputs to the call.
 
     "triton-invariant" is the Triton form in its batch-invariant mode, "triton-separate" two ops
     where the fastest form is one, "triton-fused" one where the rule may choose two. "triton tma=1"
-    is the Triton form with that tile choice, whatever the rule says; there may be several.
+    is the Triton form with that config value instead of the rule's; there may be several.
     """
     if name in PEERS.get(op, {}):
         return PEERS[op][name]
-    name, _, choice = name.partition(" ")
+    name, _, config_text = name.partition(" ")
     impl, _, mode = name.partition("-")
     modes = {
         "invariant": {"batch_invariant": True},
@@ -98,19 +98,19 @@ def form(op: str, name: str) -> Prepare:
     def prepare(inputs: dict) -> Callable[[], object]:
         return partial(OPS[op], **inputs, impl=impl, **modes.get(mode, {}))
 
-    return _with_config(prepare, op, choice) if choice else prepare
+    return _with_config(prepare, op, config_text) if config_text else prepare
 
 
-def _with_config(prepare: Prepare, op: str, choice: str) -> Prepare:
-    """The calls of `prepare` with tile choices, as in "tma=1 grain=64", put over all others of
-    `op`, and over those of the op that it is made of."""
-    chosen = choices_of(choice)
+def _with_config(prepare: Prepare, op: str, config_text: str) -> Prepare:
+    """The calls of `prepare` with config values such as "tma=1 grain=64", which override those of
+    `op` and of the op that it is built on."""
+    config = parse_config(config_text)
 
     def prepared(inputs: dict) -> Callable[[], object]:
         call = prepare(inputs)
 
         def run() -> object:
-            with use_config(op, **chosen), use_config(TUNED_PART.get(op, op), **chosen):
+            with use_config(op, **config), use_config(TUNED_PART.get(op, op), **config):
                 return call()
 
         return run
@@ -118,34 +118,34 @@ def _with_config(prepare: Prepare, op: str, choice: str) -> Prepare:
     return prepared
 
 
-def choices_of(text: str) -> KernelConfig:
-    """Tile choices as a form's name has them, as in "tma=1 grain=64"."""
-    pairs = (one.partition("=") for one in text.split())
+def parse_config(text: str) -> KernelConfig:
+    """The config values in a form's name, such as "tma=1 grain=64"."""
+    pairs = (pair.partition("=") for pair in text.split())
     return {name: int(value) for name, _, value in pairs}
 
 
 def reference(case: Case, inputs: dict) -> list[Tensor]:
-    """Results of the eager definition in fp32."""
+    """The results of the eager definition in fp32."""
     return results(case, form(case.op, "eager"), inputs, torch.float32)
 
 
 def judge(case: Case, run: Prepare, inputs: dict, expected: list[Tensor]) -> Verdict:
-    """Compare all results of `run` with the `reference`; `inputs` stay as they are."""
+    """Compare all results of `run` with the `reference`; leaves `inputs` unchanged."""
     pairs = list(zip(results(case, run, inputs), expected, strict=True))
-    found = [compare(*pair) for pair in pairs]
+    measured = [compare(*pair) for pair in pairs]
     failures = [
         excess(error, tolerance(case.op, result.dtype))
-        for error, (result, _) in zip(found, pairs, strict=True)
+        for error, (result, _) in zip(measured, pairs, strict=True)
     ]
     return Verdict(
-        max(error.max for error in found),
-        max(error.rms for error in found),
+        max(error.max for error in measured),
+        max(error.rms for error in measured),
         next((text for text in failures if text), None),
     )
 
 
 def judged(error: Error, dtype: torch.dtype) -> Verdict:
-    """A whole model's error, judged in fp32."""
+    """The verdict on a whole model's error, which counts in fp32 only."""
     failure = None
     if dtype == torch.float32 and not error.max <= MODEL_TOLERANCE:
         failure = f"max error {error.max:.2e} exceeds {MODEL_TOLERANCE:.0e}"
@@ -153,7 +153,7 @@ def judged(error: Error, dtype: torch.dtype) -> Verdict:
 
 
 def tolerance(op: str, dtype: torch.dtype) -> Error:
-    """The errors that a result of `op` in `dtype` may have; of integers none."""
+    """The errors that a result of `op` in `dtype` may have; none for integers."""
     if not dtype.is_floating_point:
         return Error(0, 0)
     wide, unit = dtype.itemsize == 4, roundoff(dtype)
@@ -168,7 +168,7 @@ def roundoff(dtype: torch.dtype) -> float:
 
 
 def excess(error: Error, allowed: Error) -> str | None:
-    """What of `error` is more than `allowed`."""
+    """By how much `error` exceeds `allowed`, as text, or None."""
     for name in ("max", "rms"):
         value, limit = getattr(error, name), getattr(allowed, name)
         if not value <= limit:
@@ -182,9 +182,9 @@ def compare(result: Tensor, expected: Tensor) -> Error:
 
 
 def errors(result: Tensor, expected: Tensor) -> Tensor:
-    """Each element's error, fp64 in the result's shape; integers are right, 0, or wrong, 1.
+    """The error of each element, fp64 in the result's shape; an integer's is 0 if right, else 1.
 
-    NaN where NaN or inf stand rightly, inf where one of them stands on one side only. Raises
+    NaN where both are NaN or both the same infinity, inf where only one of them is. Raises
     ValueError for a wrong shape, and for integers where floats are expected or vice versa.
     """
     if result.shape != expected.shape:
@@ -198,13 +198,13 @@ def errors(result: Tensor, expected: Tensor) -> Tensor:
     squares = expected.square().where(finite, 0)
     rms = (squares.sum() / finite.sum()).sqrt()
     scale = expected.abs().clamp_min(rms).clamp_min(torch.finfo(torch.float64).tiny)
-    found = ((result - expected).abs() / scale).where(finite, torch.nan)
+    relative = ((result - expected).abs() / scale).where(finite, torch.nan)
     misplaced = [special(result) != special(expected) for special in _SPECIAL]
-    return found.masked_fill(torch.stack(misplaced).any(0), torch.inf)
+    return relative.masked_fill(torch.stack(misplaced).any(0), torch.inf)
 
 
 def summary(errors: Tensor) -> Error:
-    """Largest and root-mean-square of `errors`, of which NaN are no errors."""
+    """Largest and root-mean-square of `errors`, ignoring NaN."""
     errors = errors[~errors.isnan()]
     if not errors.numel():
         return Error(0.0, 0.0)
@@ -217,22 +217,23 @@ _SPECIAL: tuple[Callable[[Tensor], Tensor], ...] = (torch.isnan, torch.isposinf,
 def results(
     case: Case, run: Prepare, inputs: dict, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """What a call returns and what it wrote into copies of its inputs, floats as `dtype`."""
+    """The return values of a call and what it wrote into copies of its inputs, with floats as
+    `dtype`."""
     copies = copied(inputs, dtype)
-    with torch.inference_mode(), exact_fp32(), _poisoned_allocations():
+    with torch.inference_mode(), exact_fp32(), _nan_filled_allocations():
         returned = run(copies)()
-    found = list(returned) if isinstance(returned, tuple) else [returned]
-    return found + list(copies["pages"][:2] if case.op in STORING else ())
+    outputs = list(returned) if isinstance(returned, tuple) else [returned]
+    return outputs + list(copies["pages"][:2] if case.op in STORING else ())
 
 
 def copied(inputs: dict, dtype: torch.dtype | None = None) -> dict:
-    """An op's arguments with copies of its tensors, floats as `dtype`."""
+    """An op's arguments with copies of its tensors, with floats as `dtype`."""
     return {name: _copy(value, dtype) for name, value in inputs.items()}
 
 
 def _copy(value: object, dtype: torch.dtype | None) -> object:
     def copy(x: Tensor) -> Tensor:
-        # FP8 pages stay what they are: their values are exact in every wider type.
+        # FP8 pages stay FP8: their values are exact in every wider type.
         wide = x.is_floating_point() and x.dtype.itemsize > 1
         return x.to(dtype if wide else None, copy=True)
 
@@ -240,14 +241,14 @@ def _copy(value: object, dtype: torch.dtype | None) -> object:
         return copy(value)
     if isinstance(value, KVPages):
         return value.map(copy)
-    if isinstance(value, tuple):  # of tensors, as folded weights are, or of numbers
+    if isinstance(value, tuple):  # of tensors, such as folded weights, or of numbers
         return tuple(_copy(part, dtype) for part in value)
     return value
 
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """fp32 products in fp32: cuDNN would round the operands of convolutions to TF32."""
+    """Compute fp32 products in fp32: cuDNN would round the operands of convolutions to TF32."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
@@ -260,8 +261,8 @@ def exact_fp32() -> Iterator[None]:
 
 
 @contextmanager
-def _poisoned_allocations() -> Iterator[None]:
-    """torch.empty filled with NaN, so that an output left unwritten shows."""
+def _nan_filled_allocations() -> Iterator[None]:
+    """Fill torch.empty with NaN, so that an output left unwritten shows."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

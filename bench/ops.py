@@ -1,8 +1,8 @@
-"""The op table: every form of an op checked, then timed beside the others, as rows.
+"""The op table: all forms of an op are checked, then timed together, as rows.
 
-A form whose numbers are wrong is not timed unless asked for: its row says why in `failure`. A peer
-that is not installed or cannot take a case, and a case that the device has no memory for, have a
-row that says so in `skipped`. A form whose error spoils the process ends the work (poison.py).
+A form with wrong numbers is timed only on request: its row says why in `failure`. A peer that is
+not installed or cannot take a case, and a case that the device has no memory for, get a row that
+says so in `skipped`. A form whose error poisons the process ends the work (poison.py).
 """
 
 import math
@@ -34,7 +34,8 @@ TIMED_DTYPES = {"cpu": (torch.float32,), "cuda": DTYPES}
 
 
 def parse_device(name: str | None) -> torch.device:
-    """ "cpu" or "cuda"; None is a GPU if there is one. Raises InputError for another or no GPU."""
+    """ "cpu" or "cuda"; None is a GPU if there is one. Raises InputError for other names and for
+    "cuda" without a GPU."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name not in MAIN_DTYPE:
         raise InputError(f"device {name!r}: choose one of {', '.join(MAIN_DTYPE)}")
@@ -44,7 +45,7 @@ def parse_device(name: str | None) -> torch.device:
 
 
 def parse_dtypes(names: Sequence[str]) -> tuple[torch.dtype, ...]:
-    """Dtypes by their names, long or short. Raises InputError for one that ops do not have."""
+    """Dtypes by their long or short names. Raises InputError for a dtype that ops do not have."""
     known = {dtype_name(dtype): dtype for dtype in DTYPES}
     for name in names:
         if SHORT.get(name, name) not in known:
@@ -55,39 +56,39 @@ def parse_dtypes(names: Sequence[str]) -> tuple[torch.dtype, ...]:
 def select(
     cases: Iterable[Case], ops: Sequence[str] = (), shape: str = "", impls: Sequence[str] = ()
 ) -> list[Case]:
-    """The cases of `ops` (of all if empty) whose name is `shape`, or else all that contain it, and
+    """The cases of `ops` (all if empty) named `shape`, or else all with `shape` in their names,
     that have one of `impls` (any if empty).
 
     Raises InputError for an unknown op or form, listing the known ones, and if no case is left.
     """
-    _known("op", ops, OPS)
-    _known("form", impls, FORMS)
+    _check_known("op", ops, OPS)
+    _check_known("form", impls, FORMS)
     of_ops = [case for case in cases if not ops or case.op in ops]
-    chosen = [case for case in of_ops if case.name == shape]
-    chosen = chosen or [case for case in of_ops if shape in case.name]
-    if not chosen:
+    matching = [case for case in of_ops if case.name == shape]
+    matching = matching or [case for case in of_ops if shape in case.name]
+    if not matching:
         names = ", ".join(repr(case.name) for case in of_ops)
         raise InputError(f"no case has {shape!r} in its name; choose one of {names}")
-    with_form = [case for case in chosen if not impls or forms_of(case, impls)]
+    with_form = [case for case in matching if not impls or forms_of(case, impls)]
     if not with_form:
         raise InputError(f"none of these cases has a form {' or '.join(map(repr, impls))}")
     return with_form
 
 
 def forms_of(case: Case, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of `names` that the case's op has as a form, mode or peer, or as one of its forms with
-    a tile choice."""
+    """Those of `names` that the case's op has as a form, mode or peer, or as a form with config
+    values."""
     ours = (*IMPLS, *case.modes)
     others = (*case.peers, *PEERS.get(case.op, ()))
     return tuple(name for name in names if name in others or name.partition(" ")[0] in ours)
 
 
 def forms_here(case: Case, device: torch.device) -> tuple[str, ...]:
-    """What is timed of a case unless somebody chooses: its forms and its peers."""
+    """The forms and peers of a case that are timed by default."""
     return (*_forms(case, device), *case.peers)
 
 
-def _known(what: str, names: Sequence[str], known: Iterable[str]) -> None:
+def _check_known(what: str, names: Sequence[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             raise InputError(f"unknown {what} {name!r}; choose one of {', '.join(known)}")
@@ -96,9 +97,9 @@ def _known(what: str, names: Sequence[str], known: Iterable[str]) -> None:
 def check_case(
     case: Case, device: torch.device, dtype: torch.dtype, impls: Sequence[str] = ()
 ) -> list[dict]:
-    """Rows with the errors of the case's forms and no times.
+    """Rows with the errors of the case's forms, without times.
 
-    The forms are `impls`, or all that exist. Raises ImplError if one of `impls` does not.
+    The forms are `impls`, or all that exist. Raises ImplError if one of `impls` does not exist.
     """
     if reason := _too_large(case, device, dtype):
         return [row_of(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
@@ -117,9 +118,10 @@ def time_case(
 ) -> list[dict]:
     """Rows with the errors and times of the case's forms and peers.
 
-    The forms are `impls`, or all that exist and all peers; `budget_s` seconds of timing are shared
-    by all of them. With `anyway` a form over its tolerance is timed, too; its row still says so in
-    `failure`. Raises ImplError if one of `impls` does not exist, PoisonedError as `verdicts_of`.
+    The forms are `impls`, or all that exist and all peers; all of them share `budget_s` seconds of
+    timing. With `anyway`, a form over its tolerance is timed, too; its row still says so in
+    `failure`. Raises ImplError if one of `impls` does not exist, and PoisonedError as `verdicts_of`
+    does.
     """
     if reason := _too_large(case, device, dtype):
         return [row_of(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
@@ -134,24 +136,24 @@ def time_case(
 
 
 def needed_bytes(case: Case, device: torch.device, dtype: torch.dtype) -> int:
-    """Memory that a case takes, peers aside: its inputs with a copy of them in fp32 while numbers
-    are checked, then one set of inputs beside the other. A tenth more for what is not counted."""
+    """Memory that a case needs, without peers: the larger of its inputs with an fp32 copy, as for
+    checks, and all sets of its inputs, as for timing. Adds a tenth for what is not counted."""
     once = case.bytes(dtype)
     checked = once * (1 + 4 / dtype.itemsize)
     return int(1.1 * max(checked, sets_for(once, device) * once))
 
 
 def _too_large(case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the device cannot hold the case. What a CPU's memory holds is not asked."""
+    """Why the device cannot hold the case, or None. A CPU's memory is not checked."""
     if device.type != "cuda":
         return None
     needed = needed_bytes(case, device, dtype)
-    there = torch.cuda.get_device_properties(device).total_memory
-    return f"needs {needed / 1e9:.0f} GB, the GPU has {there / 1e9:.0f}" if needed > there else None
+    total = torch.cuda.get_device_properties(device).total_memory
+    return f"needs {needed / 1e9:.0f} GB, the GPU has {total / 1e9:.0f}" if needed > total else None
 
 
 def _forms(case: Case, device: torch.device) -> tuple[str, ...]:
-    """The op's forms; not Triton's interpreter on a CPU, which is for tests: its bf16 is wrong."""
+    """The op's forms; on a CPU only two: Triton's interpreter is for tests, its bf16 is wrong."""
     return (*IMPLS, *case.modes) if device.type == "cuda" else IMPLS[:2]
 
 
@@ -163,78 +165,79 @@ def verdicts_of(
     required: bool,
     expected: tuple[dict, list[torch.Tensor]] | None = None,
 ) -> dict[str, Verdict]:
-    """What `judge` says of each form; forms that do not exist are left out unless `required`.
+    """The `judge` verdict on each form; forms that do not exist are left out unless `required`.
 
-    expected: the inputs and what `reference` makes of them, if they are there already.
-    Raises PoisonedError for a form after which the process is of no use.
+    expected: the inputs and their `reference` results, if they exist already.
+    Raises PoisonedError for a form that makes the process unusable.
     """
     if expected is None:
         inputs = case.inputs(0, device, dtype)
         expected = inputs, reference(case, inputs)
     inputs, results = expected
-    found = {}
+    verdicts = {}
     for name in names:
         try:
-            found[name] = judge(case, form(case.op, name), inputs, results)
+            verdicts[name] = judge(case, form(case.op, name), inputs, results)
         except ImplError:
             if required:
                 raise
         except Exception as error:  # a broken form must not hide the others
             check_poison(name, error)
-            found[name] = _stopped(error)
-    return found
+            verdicts[name] = _verdict_of_error(error)
+    return verdicts
 
 
 def _timings(
     case: Case,
-    found: dict[str, Verdict],
+    verdicts: dict[str, Verdict],
     device: torch.device,
     dtype: torch.dtype,
     budget_s: float,
     anyway: bool,
 ) -> dict[str, Timing]:
-    """Times of the forms and peers with right numbers, of all that ran with `anyway`; why one has
-    none is put into `found`."""
-    calls = prepared(case, found, device, dtype, anyway)
+    """Times of the forms and peers with right numbers; with `anyway`, of all that ran. Puts the
+    reason into `verdicts` if one cannot be timed."""
+    calls = prepared(case, verdicts, device, dtype, anyway)
     while calls:
-        candidates = {name: partial(_call, of_sets) for name, of_sets in calls.items()}
+        candidates = {name: partial(_call, set_calls) for name, set_calls in calls.items()}
         sets = len(next(iter(calls.values())))
         try:
             return measure(candidates, device=device, sets=sets, budget_s=budget_s)
-        except CandidateError as failed:  # it must not cost the others their times
+        except CandidateError as failed:  # the others must still get their times
             name = failed.candidate
-            found[name] = _stopped(failed.error, found[name])
+            verdicts[name] = _verdict_of_error(failed.error, verdicts[name])
             del calls[name]
     return {}
 
 
 def prepared(
     case: Case,
-    found: dict[str, Verdict],
+    verdicts: dict[str, Verdict],
     device: torch.device,
     dtype: torch.dtype,
     anyway: bool = False,
 ) -> dict[str, list[Callable]]:
-    """The call of every form for every set of inputs, each made once: what a form prepares at its
+    """The calls of every form, one per set of inputs, each called once: what a form prepares at its
     first call for an input (a schedule, a compiled kernel) is neither timed nor captured.
 
-    The forms are those that are right, with `anyway` also those that are merely wrong."""
-    good = [name for name, verdict in found.items() if _can_be_timed(verdict, anyway)]
-    if not good:
+    The forms are those with right numbers; with `anyway`, also those that ran with wrong ones.
+    """
+    names = [name for name, verdict in verdicts.items() if _can_be_timed(verdict, anyway)]
+    if not names:
         return {}
     sets = sets_for(case.bytes(dtype), device)
     inputs = [case.inputs(seed, device, dtype) for seed in range(sets)]
     calls = {}
-    for name in good:
+    for name in names:
         try:
             with torch.inference_mode():
-                of_sets = [form(case.op, name)(one) for one in inputs]
-                for call in of_sets:
+                set_calls = [form(case.op, name)(input_set) for input_set in inputs]
+                for call in set_calls:
                     call()
-            calls[name] = of_sets
+            calls[name] = set_calls
         except Exception as error:
             check_poison(name, error)
-            found[name] = _stopped(error, found[name])
+            verdicts[name] = _verdict_of_error(error, verdicts[name])
     return calls
 
 
@@ -243,12 +246,12 @@ def _can_be_timed(verdict: Verdict, anyway: bool) -> bool:
     return not verdict.skipped and (not verdict.failure or (anyway and ran))
 
 
-def _call(of_sets: Sequence[Callable], index: int) -> object:
-    return of_sets[index]()
+def _call(set_calls: Sequence[Callable], index: int) -> object:
+    return set_calls[index]()
 
 
-def _stopped(error: Exception, verdict: Verdict = NOT_RUN) -> Verdict:
-    """Of a form that raised: no memory, or not here, is no fault of its numbers."""
+def _verdict_of_error(error: Exception, verdict: Verdict = NOT_RUN) -> Verdict:
+    """The verdict on a form that raised: out of memory and unavailable are skips, not failures."""
     if isinstance(error, Unavailable):
         return replace(verdict, skipped=str(error))
     if isinstance(error, torch.OutOfMemoryError):

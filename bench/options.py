@@ -1,4 +1,4 @@
-"""Options that several commands of `python -m bench` share."""
+"""Options shared by several commands of `python -m bench`."""
 
 import argparse
 from pathlib import Path
@@ -8,44 +8,46 @@ from bench.ops import FORMS
 
 
 def case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which cases: `--op` and `--shape`."""
-    parser.add_argument("--op", nargs="+", default=(), metavar="OP", help=f"of {', '.join(OPS)}")
+    """Options that select cases: `--op` and `--shape`."""
+    parser.add_argument(
+        "--op", nargs="+", default=(), metavar="OP", help=f"any of {', '.join(OPS)}"
+    )
     parser.add_argument(
         "--shape", default="", metavar="TEXT", help="the case of this name, or all with TEXT in it"
     )
 
 
 def filter_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which cases, in which forms and dtypes."""
+    """Options that select cases, forms and dtypes."""
     case_arguments(parser)
     parser.add_argument(
         "--impl",
         nargs="+",
         default=(),
         metavar="FORM",
-        help=f"these forms, modes and peers only (default: all that run here): {', '.join(FORMS)}",
+        help=f"only these forms, modes and peers (default: all that run here): {', '.join(FORMS)}",
     )
     parser.add_argument(
         "--dtype",
         nargs="+",
         default=(),
         metavar="DTYPE",
-        help="bfloat16, float16, float32 (default: numerics all, times fp32 on a CPU, bf16 else)",
+        help="bfloat16, float16, float32 (default: numerics all; times fp32 on a CPU, else bf16)",
     )
 
 
 def shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every measuring command takes."""
+    """Options of every measuring command."""
     output_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="add the rows to a JSONL file")
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="an HTML page and pictures of the rows"
+        "--report", type=Path, metavar="DIR", help="write an HTML page and pictures of the rows"
     )
 
 
 def output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where a command works, and for whom it prints."""
+    """Options for the device and the output format."""
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
-        "--json", action="store_true", help="no tables; end with one JSON document of all rows"
+        "--json", action="store_true", help="print one JSON document of all rows, no tables"
     )

@@ -1,9 +1,9 @@
-"""What packing many problems is worth on a real model: `python -m bench packing`.
+"""Gain from running many problems together on a real model: `python -m bench packing`.
 
-The same questions with the same seeds, hence the same rollouts, under several policies: SmolLM2 on
-a CPU, the 10B with random weights on a GPU. Real lengths: rollouts end where the model ends them.
-All setups take turns step by step, each on an engine of its own and a clock that counts its own
-steps only: whatever slows the machine for a minute slows all of them.
+Runs the same questions with the same seeds, hence the same rollouts, under several policies:
+SmolLM2 on a CPU, the 10B with random weights on a GPU. Lengths are real: rollouts end where the
+model ends them. All setups alternate step by step, each with its own engine and a clock that counts
+only its own steps: whatever slows the machine for a minute slows all of them.
 """
 
 import time
@@ -40,7 +40,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """One way to run the questions."""
+    """A policy and its limits, under which the questions run."""
 
     policy: str
     max_running: int
@@ -78,19 +78,19 @@ def compare(
     widths: tuple[int, ...] = WIDTHS,
     sampling: Sampling = SAMPLING,
 ) -> list[dict]:
-    """Rows of the setups, the first of which is the base line.
+    """Rows of the setups; the first is the baseline.
 
-    `same_texts` is the share of rollouts that say what they said in the first setup: all, unless
-    products of other batch sizes round so differently that a draw tips over.
+    `same_texts` is the share of rollouts with the same text as in the first setup: all, unless
+    products of other batch sizes round so differently that a sampled token changes.
     """
     runs = [_Run(model, setup, questions, widths, sampling) for setup in setups]
-    going = list(runs)
+    active = list(runs)
     with progress("packing", len(setups) * len(questions)) as advance:
-        while going:  # the one that is furthest behind: all have the same to say
-            run = min(going, key=lambda run: run.engine.stats.generated)
+        while active:  # step the run with the fewest tokens: all generate the same ones
+            run = min(active, key=lambda run: run.engine.stats.generated)
             before = len(run.ends)
             if not run.step():
-                going.remove(run)
+                active.remove(run)
             advance(len(run.ends) - before)
     texts = [run.texts() for run in runs]
     return [
@@ -100,15 +100,15 @@ def compare(
             "impl": run.setup.name,
             "dtype": dtype_name(model.dtype),
             **run.figures(),
-            "same_texts": sum(map(eq, said, texts[0])) / len(texts[0]),
+            "same_texts": sum(map(eq, run_texts, texts[0])) / len(texts[0]),
             **origin(model.device),
         }
-        for run, said in zip(runs, texts, strict=True)
+        for run, run_texts in zip(runs, texts, strict=True)
     ]
 
 
 class _Run:
-    """All questions on their way through an engine. `ends` has a time for every answer."""
+    """All questions running through one setup's engine. `ends` has a time for every answer."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class _Run:
         self.ends: list[float] = []
 
     def step(self) -> bool:
-        """One step of the engine; False if that was the last."""
+        """Run one step of the engine; returns False if that was the last."""
         start = time.perf_counter()
         answers = next(self._steps, None)
         self._seconds += time.perf_counter() - start
@@ -148,7 +148,7 @@ class _Run:
         return True
 
     def texts(self) -> list[str]:
-        """What every rollout said, in an order that is the same for all setups."""
+        """Every rollout's text, in the same order for all setups."""
         answers = (answer for _, answer in sorted(self._answers.items()))
         rounds = (round_ for answer in answers for round_ in answer.rounds)
         return [rollout.text for round_ in rounds for rollout in round_.rollouts]
@@ -171,7 +171,7 @@ class _Run:
 
 
 def display(rows: Sequence[dict]) -> None:
-    """The rows as a table, each beside the first."""
+    """The rows as a table, each compared with the first."""
     header = ("policy", " makespan s", " time to answer s", " tokens/s", " steps")
     header += (" x makespan", " x time to answer", " same texts", " drafts accepted")
     base = rows[0]

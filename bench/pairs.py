@@ -1,9 +1,9 @@
-"""Old and new forms of an op side by side: tile choices that a GPU has yet to decide on.
+"""Pairs of an op's old and new forms, timed together: switches that need a GPU to decide.
 
-A switch is a tile choice with an old and a new value. All forms of a case are timed in turns in
-one run: the op as its rule has it, and with each switch at each of its two values while all other
-choices stay as they are. So a pair differs in its switch alone. `checks` are small cases whose
-numbers say whether a form is worth timing.
+A switch is a kernel config value with an old and a new form. All forms of a case are timed
+alternately in one run: the op with the config that its rule chooses, and with each switch at both
+values while everything else stays the same, so the forms of a pair differ in one switch only.
+`checks` are small cases whose numbers say whether a form is worth timing.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,32 +12,32 @@ from dataclasses import replace
 import torch
 
 from bench.cases import Case, cases, numerics_cases
-from bench.numerics import choices_of, form
+from bench.numerics import form, parse_config
 from bench.ops import NOT_RUN, check_case, row_of, time_case
 from bench.tune import requested_configs
 from kernels.compile.launches import launches_recorded
 from kernels.compile.unfilled import unfilled
 from kernels.runtime.configs import Gpu, KernelConfig, gpu_of
 
-Switches = dict[str, tuple[int, int]]  # tile choice -> its old and its new value
+Switches = dict[str, tuple[int, int]]  # switch -> its old and its new value
 Table = dict[tuple[str, str], Switches]  # by op and name of a case
 
 ATTENTION: Switches = {
     "ahead": (0, 1),  # the next block's page in a register
-    "steady": (0, 1),  # no masks for whole blocks
+    "steady": (0, 1),  # no masks for fully visible blocks
     "pieces": (0, 1),  # the schedule writes a record per piece
-    "split": (0, 1),  # the smaller tiles in a launch of their own
-    "pdl": (0, 1),  # the kernel starts while the one before it ends
+    "split": (0, 1),  # a separate launch for the smaller row tiles
+    "pdl": (0, 1),  # the kernel starts before its predecessor has ended
 }
-ONE_SIZE = {name: values for name, values in ATTENTION.items() if name != "split"}  # of tiles
+ONE_SIZE = {name: values for name, values in ATTENTION.items() if name != "split"}  # of row tiles
 FP16: Switches = {"fp16": (0, 1)}  # products of e4m3 in fp16
-# What both forms of a switch have besides: with `ahead`, fp16 would spill on sm_90.
-BESIDE = {"fp16": " ahead=0"}
+# Config values that both forms of a switch have in addition: with `ahead`, fp16 spills on sm_90.
+EXTRA_VALUES = {"fp16": " ahead=0"}
 TURN_Q: Switches = {"turn_q": (0, 1)}  # Q rotated in the kernel
 PDL: Switches = {"pdl": (0, 1)}
-# Of each kind of device, what is compared on which cases of `bench ops`. Decode attention at 16
-# and at 64 rollouts over very different numbers of bytes, so that a line can be laid through them;
-# then a thousand small nodes, for `split`, and whole blocks in sight of 128 vectors, for `steady`.
+# The switches to compare, by device type and case of `bench ops`: decode attention with 16 and with
+# 64 rollouts over very different numbers of bytes, to fit a line through them; then a thousand
+# small nodes, for `split`, and blocks that 128 vectors see entirely, for `steady`.
 PAIRS: dict[str, Table] = {
     "cuda": {
         ("prefix_attention", "B16 P2048 S512"): ATTENTION,
@@ -51,13 +51,13 @@ PAIRS: dict[str, Table] = {
         ("vision_attention", "8x 36x36 + 1x 52x52 H16 D96"): TURN_Q,
         ("rms_norm", "T16 C4096"): PDL,
     },
-    "cpu": {  # tiles mean nothing there: the way of a row is the same
+    "cpu": {  # configs have no effect there; rows take the same path
         ("prefix_attention", "4 x (B4 P512 S64)"): {"ahead": (0, 1)},
         ("rms_norm", "T256 C4096"): PDL,
     },
 }
-# The same of `numerics_cases`, in bf16. One value of each is the rule's and was checked as such,
-# but which one that is depends on the GPU.
+# The same for `numerics_cases`, in bf16. One value of each switch is the rule's and has been
+# checked as such, but which one depends on the GPU.
 CHECKS: dict[str, Table] = {
     "cuda": {
         ("prefix_attention", "ragged forest"): ATTENTION,
@@ -76,31 +76,31 @@ CHECKED_DTYPE = torch.bfloat16
 
 
 def pairs(device_type: str) -> list[tuple[Case, tuple[str, ...]]]:
-    """The cases of a kind of device with the forms to time, as in "triton", "triton ahead=0"."""
-    found = _known(cases(device_type), PAIRS, device_type)
+    """The cases of a device type with the forms to time, such as "triton", "triton ahead=0"."""
+    cases_with_switches = _switched_cases(cases(device_type), PAIRS, device_type)
     return [
-        (case, (impl, *(_named(impl, n, v) for n, values in switches.items() for v in values)))
-        for case, impl, switches in found
+        (case, (impl, *(_form_name(impl, n, v) for n, values in switches.items() for v in values)))
+        for case, impl, switches in cases_with_switches
     ]
 
 
 def checks(device_type: str) -> list[tuple[Case, tuple[str, ...]]]:
-    """Numerics cases with both forms of a switch, an entry for each switch."""
+    """Numerics cases with both forms of a switch, one entry per switch."""
     return [
-        (case, tuple(_named(impl, name, value) for value in values))
-        for case, impl, switches in _known(numerics_cases(), CHECKS, device_type)
+        (case, tuple(_form_name(impl, name, value) for value in values))
+        for case, impl, switches in _switched_cases(numerics_cases(), CHECKS, device_type)
         for name, values in switches.items()
     ]
 
 
-def _named(impl: str, switch: str, value: int) -> str:
-    return f"{impl} {switch}={value}{BESIDE.get(switch, '')}"
+def _form_name(impl: str, switch: str, value: int) -> str:
+    return f"{impl} {switch}={value}{EXTRA_VALUES.get(switch, '')}"
 
 
-def _known(
-    known: Iterable[Case], tables: dict[str, Table], device_type: str
+def _switched_cases(
+    cases: Iterable[Case], tables: dict[str, Table], device_type: str
 ) -> Iterator[tuple[Case, str, Switches]]:
-    by_name = {(case.op, case.name): case for case in known}
+    by_name = {(case.op, case.name): case for case in cases}
     impl = "triton" if device_type == "cuda" else "portable"
     for key, switches in tables[device_type].items():
         yield by_name[key], impl, switches
@@ -109,61 +109,62 @@ def _known(
 def time_pairs(
     case: Case, device: torch.device, dtype: torch.dtype, names: Sequence[str], budget_s: float
 ) -> list[dict]:
-    """Rows of the forms `names` of a case, as `time_case` makes them, wrong ones timed as well.
+    """Rows of a case's forms `names`, as from `time_case`; forms with wrong numbers are timed as
+    well.
 
-    Each has its `tiles` and its `pair`: "rule", or the switch and its value, as in "ahead 1". A
-    form that cannot be had here is skipped. Raises as `time_case`.
+    Each row has its config as `tiles` and its `pair`: "rule", or the switch and its value, such as
+    "ahead 1". A form that is unavailable here is skipped. Raises as `time_case` does.
     """
-    there, made = _there(case, device, dtype, names)
-    if there:
-        made = time_case(case, device, dtype, there, budget_s, anyway=True) + made
-    tiles = chosen_config(case, device, dtype)
-    return [row | _of_pair(row["impl"], tiles) for row in made]
+    available, rows = _available(case, device, dtype, names)
+    if available:
+        rows = time_case(case, device, dtype, available, budget_s, anyway=True) + rows
+    config = chosen_config(case, device, dtype)
+    return [row | _pair_fields(row["impl"], config) for row in rows]
 
 
 def check_forms(
     case: Case, device: torch.device, dtype: torch.dtype, names: Sequence[str]
 ) -> list[dict]:
-    """Rows of the forms `names` of a case, as `check_case` makes them; a form with a tile choice
-    that cannot be had here is skipped. Raises as `check_case`."""
-    there, made = _there(case, device, dtype, names)
-    return (check_case(case, device, dtype, there) if there else []) + made
+    """Rows of a case's forms `names`, as from `check_case`; a form with a config value that is
+    unavailable here is skipped. Raises as `check_case` does."""
+    available, skipped = _available(case, device, dtype, names)
+    return (check_case(case, device, dtype, available) if available else []) + skipped
 
 
 def chosen_config(case: Case, device: torch.device, dtype: torch.dtype) -> KernelConfig | None:
-    """The tile choices of a case on a GPU; None where none are made."""
+    """The kernel config that a case gets on a GPU; None on a CPU, which has none."""
     if device.type != "cuda":
         return None
-    asked = requested_configs(case, dtype, gpu_of(device))
-    return next((tiles for (op, _), tiles in asked.items() if op == case.op), {})
+    requested = requested_configs(case, dtype, gpu_of(device))
+    return next((config for (op, _), config in requested.items() if op == case.op), {})
 
 
 def refusals(case: Case, dtype: torch.dtype, names: Sequence[str], gpu: Gpu) -> dict[str, str]:
-    """Why forms with a tile choice cannot be had on `gpu`: the case makes no such choice, or the op
-    refuses it beside its others. Nothing is launched."""
-    known = {name for tiles in requested_configs(case, dtype, gpu).values() for name in tiles}
+    """Why forms with config values are unavailable on `gpu`: the case has no such value, or the op
+    refuses it together with its other values. Launches nothing."""
+    known = {name for config in requested_configs(case, dtype, gpu).values() for name in config}
     with unfilled():
         inputs = case.inputs(0, torch.device("cpu"), dtype)
-    found = {}
+    reasons = {}
     for name in names:
-        missing = choices_of(name.partition(" ")[2]).keys() - known
-        if missing:
-            found[name] = f"the case has no tile choice {', '.join(sorted(missing))}"
+        unknown = parse_config(name.partition(" ")[2]).keys() - known
+        if unknown:
+            reasons[name] = f"the case's kernel config has no {', '.join(sorted(unknown))}"
             continue
         try:
             with launches_recorded(gpu):
                 form(case.op, name)(inputs)()
         except ValueError as error:
-            found[name] = str(error)
-        except Exception:  # broken here, broken when it runs: that tells
+            reasons[name] = str(error)
+        except Exception:  # it will fail in the same way when it runs, and be reported then
             continue
-    return found
+    return reasons
 
 
-def _there(
+def _available(
     case: Case, device: torch.device, dtype: torch.dtype, names: Sequence[str]
 ) -> tuple[list[str], list[dict]]:
-    """The forms that can be had, and rows of the others."""
+    """The available forms, and rows of the others."""
     reasons = _refused(case, device, dtype, [name for name in names if " " in name])
     skipped = [
         row_of(case, name, device, dtype, replace(NOT_RUN, skipped=reason))
@@ -179,7 +180,7 @@ def _refused(
     return refusals(case, dtype, names, gpu_of(device)) if on_gpu else {}
 
 
-def _of_pair(name: str, tiles: KernelConfig | None) -> dict:
-    chosen = choices_of(name.partition(" ")[2])
-    pair = next((f"{switch} {value}" for switch, value in chosen.items()), "rule")
-    return {"tiles": tiles | chosen if tiles is not None else chosen or None, "pair": pair}
+def _pair_fields(name: str, config: KernelConfig | None) -> dict:
+    override = parse_config(name.partition(" ")[2])
+    pair = next((f"{switch} {value}" for switch, value in override.items()), "rule")
+    return {"tiles": config | override if config is not None else override or None, "pair": pair}

@@ -1,8 +1,8 @@
-"""Errors after which a process can do no more work on its GPU. Imports no torch.
+"""Errors after which a process can no longer use its GPU. Imports no torch.
 
-An illegal access ends a process's CUDA context: every later call fails, whatever it is. A failed
-graph capture leaves PyTorch's allocator broken (`model.cuda_graph.failed_capture`). Whatever says
-so is taken for such an error: a new process costs seconds, a wrong verdict much more.
+An illegal access ends a process's CUDA context: every later call fails. A failed graph capture
+leaves PyTorch's allocator broken (`model.cuda_graph.failed_capture`). Every message with one of
+SIGNS counts as such an error: a new process costs seconds, a wrong verdict much more.
 """
 
 from kernels.errors import one_line
@@ -24,7 +24,7 @@ SIGNS = (
 
 
 class PoisonedError(Exception):
-    """What `form` raised has spoiled this process for everything that comes after it."""
+    """An error in `form` has made this process unusable for everything that follows."""
 
     def __init__(self, form: str, error: Exception) -> None:
         super().__init__(one_line(error))
@@ -32,11 +32,11 @@ class PoisonedError(Exception):
 
 
 def poisons(text: str) -> bool:
-    """Whether an error that says `text` spoils the process."""
+    """Whether an error with the message `text` poisons the process."""
     return any(sign in text for sign in SIGNS)
 
 
 def check_poison(form: str, error: Exception) -> None:
-    """Raise PoisonedError if what `form` raised spoils the process."""
+    """Raise PoisonedError if `error`, raised by `form`, poisons the process."""
     if poisons(str(error)):
         raise PoisonedError(form, error) from error

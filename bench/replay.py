@@ -1,10 +1,10 @@
-"""How far the simulator is from the engine: `python -m bench replay`.
+"""The simulator's error against the engine: `python -m bench replay`.
 
 Problems with pinned lengths run through the engine on a real model, and through the simulator,
-whose cost model has been fitted to the steps of other runs: other problems, widths, lengths and
-numbers of rollouts. Compared are makespan and mean time to an answer. All runs, those for fitting
-too, take turns step by step, each on a clock that counts its own steps only: whatever slows the
-machine for a minute slows all of them. Prompts are random ids, of the sizes that the workload says.
+whose cost model is fitted to the steps of other runs: other problems, widths, lengths and numbers
+of rollouts. Makespan and mean time to answer are compared. All runs, including those for fitting,
+alternate step by step, each on a clock that counts only its own steps: whatever slows the machine
+for a minute slows all of them. Prompts are random ids with the workload's lengths.
 """
 
 import random
@@ -32,14 +32,14 @@ from pacore_sched.sim.simulator import Record, Replica, step_shape
 from pacore_sched.sim.workload import Problem, Workload
 
 KV_TOKENS, TOKEN_BUDGET = 24_576, 512
-# What is judged, and what the cost model is fitted to: nothing of the one is in the other.
+# The workload that is judged, and those that the cost model is fitted to: they share nothing.
 JUDGED = Workload("judged", 8, (8,), 60, 0, 40, max_tokens=200)
 FITTED = (
     (Workload("fitted wide", 5, (12,), 40, 0, 90, max_tokens=120), Setup("later-round-first", ALL)),
     (Workload("fitted narrow", 3, (5,), 50, 0, 25, max_tokens=120), Setup("fcfs", 10)),
     (Workload("fitted alone", 3, (4,), 40, 0, 60, max_tokens=120), Setup("one-at-a-time", ALL)),
 )
-JUDGED_PLANS = [plan for plan in SETUPS if not plan.speculate]
+JUDGED_SETUPS = [setup for setup in SETUPS if not setup.speculate]
 SAMPLES = list[tuple[StepShape, float]]
 
 
@@ -54,26 +54,26 @@ def validate(
     model: Step3VL,
     judged: Workload = JUDGED,
     fitted: Sequence[tuple[Workload, Setup]] = FITTED,
-    plans: Sequence[Setup] = JUDGED_PLANS,
+    setups: Sequence[Setup] = JUDGED_SETUPS,
 ) -> list[dict]:
-    """Rows of the plans: measured and simulated seconds, and the simulator's errors."""
+    """Rows of the setups: measured and simulated seconds, and the simulator's errors."""
     problems = judged.draw(seed=0)
-    runs = {plan: Replay(model, plan, problems) for plan in plans}
-    others = [Replay(model, plan, workload.draw(seed=1)) for workload, plan in fitted]
-    _take_turns([*runs.values(), *others])
-    samples = [sample for other in others for sample in other.samples]
+    runs = {setup: Replay(model, setup, problems) for setup in setups}
+    fitting_runs = [Replay(model, setup, workload.draw(seed=1)) for workload, setup in fitted]
+    _alternate([*runs.values(), *fitting_runs])
+    samples = [sample for run in fitting_runs for sample in run.samples]
     cost = fit(samples, StepWork(model.config.decoder))
     residual = median(abs(cost.seconds(shape) / seconds - 1) for shape, seconds in samples)
     rows = []
-    for plan, measured in runs.items():
-        simulated = simulate(cost, plan, problems, judged.max_tokens)
+    for setup, measured in runs.items():
+        simulated = simulate(cost, setup, problems, judged.max_tokens)
         makespans = max(measured.answers), max(simulated.answers)
         means = fmean(measured.answers), fmean(simulated.answers)
         rows.append(
             {
                 "op": "replay",
                 "case": f"{model.config.name} {judged.problems} x {list(judged.widths)}",
-                "impl": plan.name,
+                "impl": setup.name,
                 "dtype": dtype_name(model.dtype),
                 "makespan_s": makespans[0],
                 "makespan_simulated_s": makespans[1],
@@ -93,17 +93,17 @@ def validate(
 
 
 class Replay:
-    """Pinned problems, all there from the start, on their way through an engine.
+    """Pinned problems, all submitted at the start, running through an engine.
 
     answers: when each problem was answered, in seconds of this run's own steps
     samples: the shape and the seconds of every step
     """
 
-    def __init__(self, model: Step3VL, plan: Setup, problems: Sequence[Problem]) -> None:
+    def __init__(self, model: Step3VL, setup: Setup, problems: Sequence[Problem]) -> None:
         self.engine = engine_for(
             model,
-            policy=plan.policy,
-            max_running=plan.max_running,
+            policy=setup.policy,
+            max_running=setup.max_running,
             kv_tokens=KV_TOKENS,
             token_budget=TOKEN_BUDGET,
         )
@@ -115,75 +115,75 @@ class Replay:
 
     @property
     def progress(self) -> float:
-        """The share of all tokens that has been generated."""
+        """The share of all tokens that have been generated."""
         return self.engine.stats.generated / self._tokens
 
     def step(self) -> None:
-        """One step, and the next rounds of the problems whose round it ended."""
+        """One step, then the next rounds of the problems whose rounds it ended."""
         start = time.perf_counter()
         ended = self.engine.step()
         done = [g for g in {r.group for r in ended} if g not in self.engine.scheduler.groups]
-        over = []
+        answered = []
         for group in done:
             number, problem = self._live.pop(group)
             if group.round + 1 < len(problem.lengths):
                 following = _submit(self.engine, number, problem, group.round + 1)
                 self._live[following] = number, problem
             else:
-                over.append(number)
+                answered.append(number)
         seconds = time.perf_counter() - start
         self._seconds += seconds
-        self.answers += [self._seconds] * len(over)
+        self.answers += [self._seconds] * len(answered)
         if self._shapes.last:
             self.samples.append((self._shapes.last, seconds))
             self._shapes.last = None
 
 
-def _take_turns(runs: Sequence[Replay]) -> None:
-    """Run all to their ends, always the one that is furthest behind."""
-    behind = [run for run in runs if run.engine.busy]
+def _alternate(runs: Sequence[Replay]) -> None:
+    """Run all to their ends, always stepping the one with the least progress."""
+    active = [run for run in runs if run.engine.busy]
     with progress("replay", 1000 * len(runs)) as advance:
-        told = 0
-        while behind:
-            min(behind, key=lambda run: run.progress).step()
-            behind = [run for run in behind if run.engine.busy]
-            now = int(1000 * sum(run.progress for run in runs))
-            advance(now - told)
-            told = now
+        reported = 0
+        while active:
+            min(active, key=lambda run: run.progress).step()
+            active = [run for run in active if run.engine.busy]
+            done = int(1000 * sum(run.progress for run in runs))
+            advance(done - reported)
+            reported = done
     for run in runs:
         run.engine.executor.close()
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """What the simulator says of a run."""
+    """The simulator's result for one run."""
 
     answers: list[float]
     steps: int
 
 
 def simulate(
-    cost: FittedCost, plan: Setup, problems: Sequence[Problem], max_tokens: int
+    cost: FittedCost, setup: Setup, problems: Sequence[Problem], max_tokens: int
 ) -> Simulated:
-    """The same problems on the virtual clock."""
+    """Run the same problems on the virtual clock."""
     answers: list[float] = []
 
-    def answered(number: int, seconds: float) -> None:
+    def on_answer(number: int, seconds: float) -> None:
         answers.append(seconds)
 
-    def over(records: list[Record]) -> None:
-        """Rounds do not matter here."""
+    def on_round(records: list[Record]) -> None:
+        """Rounds are not compared."""
 
     replica = Replica(
-        policy_named(plan.policy),
+        policy_named(setup.policy),
         cost,
         KV_TOKENS // 64,
         64,
-        max_running=plan.max_running,
+        max_running=setup.max_running,
         token_budget=TOKEN_BUDGET,
         max_tokens=max_tokens,
-        on_round=over,
-        on_answer=answered,
+        on_round=on_round,
+        on_answer=on_answer,
     )
     for number, problem in enumerate(problems):
         replica.submit(number, problem)
@@ -193,24 +193,24 @@ def simulate(
 
 
 class _Shapes:
-    """Notes the shape of every batch that an engine launches."""
+    """Records the shape of every batch that an engine launches."""
 
     def __init__(self, engine: Engine) -> None:
         self.last: StepShape | None = None
         self._launch = engine.executor.launch
-        engine.executor.launch = self._noted
+        engine.executor.launch = self._record_and_launch
 
-    def _noted(self, tree: PrefixTree, batch: Batch) -> object:
+    def _record_and_launch(self, tree: PrefixTree, batch: Batch) -> object:
         self.last = step_shape(tree, batch)
         return self._launch(tree, batch)
 
 
 def _submit(engine: Engine, number: int, problem: Problem, round_: int) -> Group:
-    """A problem's round, with random ids of as many tokens as its prompt has."""
+    """Submit a round of a problem, with as many random ids as its prompt has tokens."""
     lengths = problem.lengths[round_]
-    before = problem.lengths[round_ - 1] if round_ else None
+    previous = problem.lengths[round_ - 1] if round_ else None
     draw = random.Random(f"{number}/{round_}")
-    ids = [draw.randrange(256) for _ in range(problem.prompt_tokens(before))]
+    ids = [draw.randrange(256) for _ in range(problem.prompt_tokens(previous))]
     return engine.submit(
         [engine.executor.segment(ids[:-1])],
         ids[-1],
@@ -242,6 +242,6 @@ def display(rows: Sequence[dict]) -> None:
     ]
     titled(f"replay: {rows[0]['case']}", rows, header, lines)
     print(
-        f"cost model fitted to {rows[0]['fitted_steps']} steps of other runs,"
-        f" which it misses by {100 * rows[0]['fit_residual']:.1f} % (median)"
+        f"cost model fitted to {rows[0]['fitted_steps']} steps of other runs;"
+        f" median error {100 * rows[0]['fit_residual']:.1f} %"
     )

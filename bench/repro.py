@@ -1,14 +1,14 @@
-"""The command that makes one row again."""
+"""The command that reproduces one row."""
 
 import shlex
 
 
 def command(op: str, case: str, impl: str, dtype: str, kind: str = "ops") -> str:
-    """As in "python -m bench ops --op rms_norm --shape 'T16 C4096' --impl eager portable ...".
+    """Such as "python -m bench ops --op rms_norm --shape 'T16 C4096' --impl eager portable ...".
 
-    kind: "ops", or "numerics" for a row without times. A timed form gets the eager one beside it,
-    which its speed-up is against.
+    kind: "ops", or "numerics" for a row without times. A timed form runs together with the eager
+    one, which its speed-up refers to.
     """
     impls = ("eager", impl) if kind == "ops" and impl != "eager" else (impl,)
-    given = ("--op", op, "--shape", case, "--impl", *impls, "--dtype", dtype)
-    return shlex.join(["python", "-m", "bench", kind, *given])
+    arguments = ("--op", op, "--shape", case, "--impl", *impls, "--dtype", dtype)
+    return shlex.join(["python", "-m", "bench", kind, *arguments])

@@ -1,7 +1,7 @@
-"""What this machine can do at best, measured: copy bandwidth and matrix-product rate.
+"""The measured roofline of this machine: copy bandwidth and matrix rate.
 
-The floor of an op is the larger of its bytes over the bandwidth and its operations over the rate; a
-percentage of the roofline is that floor over the measured time. A ceiling is what the machine does
+The floor of an op is the larger of its bytes over the bandwidth and its operations over the rate;
+the roofline percentage is that floor over the measured time. A ceiling is what the machine does
 when nothing disturbs it, so both rates come from the 20th percentile of their times.
 """
 
@@ -14,7 +14,7 @@ from bench.timing import cache_bytes, measure
 from kernels.runtime.dtypes import dtype_name
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices
-COPY_CACHES = {"cpu": 4, "cuda": 16}  # the copied buffer, in last-level caches
+COPY_CACHES = {"cpu": 4, "cuda": 16}  # size of the copied buffer in last-level caches
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Roofline:
     gemm_tflop_s: float  # 1e12 per second
 
     def floor_us(self, num_bytes: int, flops: int) -> float:
-        """Least microseconds in which the device moves `num_bytes` and does `flops`."""
+        """The minimum microseconds in which the device moves `num_bytes` and does `flops`."""
         return max(num_bytes / (self.copy_gb_s * 1e3), flops / (self.gemm_tflop_s * 1e6))
 
     def percent(self, microseconds: float, num_bytes: int, flops: int) -> float:
-        """The floor in percent of a measured time."""
+        """The floor as a percentage of a measured time."""
         return 100 * self.floor_us(num_bytes, flops) / microseconds
 
 

@@ -1,4 +1,4 @@
-"""Measured rows: what they hold, and where they come from (device, versions, commit)."""
+"""Measured rows: their fields, and their origin (device, versions, commit)."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from kernels.compile.cache import sources
 from kernels.runtime.dtypes import dtype_name
 
 ROOT = Path(__file__).resolve().parents[1]
-# Benchmarks use it as a long prompt. A wheel keeps it with its metadata, beside the packages.
+# Benchmarks use it as a long prompt. In a wheel it is in the metadata, next to the packages.
 LICENCE = next(ROOT.glob("step3vl_pacore-*.dist-info/licenses/LICENSE"), ROOT / "LICENSE")
 
 
@@ -36,9 +36,9 @@ def measured(
     verdict: Verdict,
     timing: Timing | None = None,
 ) -> dict:
-    """One row. Without a `timing` its times, rates and ceilings are None.
+    """One row. Without a `timing`, its times, rates and ceilings are None.
 
-    `speedup` is for `with_speedups` to fill; `failure` says why a row has no times, or is None.
+    `with_speedups` fills in `speedup`; `failure` says why a row has no times, or is None.
     """
     best = roofline(device, dtype) if timing else None
     return {
@@ -66,20 +66,20 @@ def measured(
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> dict:
     """The row of a measured roofline."""
-    found = roofline(device, dtype)
+    best = roofline(device, dtype)
     return {
         "op": "roofline",
         "case": "copy, matrix product",
-        "dtype": found.dtype,
-        "copy_gb_s": found.copy_gb_s,
-        "gemm_tflop_s": found.gemm_tflop_s,
+        "dtype": best.dtype,
+        "copy_gb_s": best.copy_gb_s,
+        "gemm_tflop_s": best.gemm_tflop_s,
         "failure": None,
         **origin(device),
     }
 
 
 def with_speedups(rows: list[dict]) -> list[dict]:
-    """The rows of one case, timed together, with how much faster than "eager" each is."""
+    """The rows of one case, timed together, each with its speed-up over "eager"."""
     eager = next((row["median_us"] for row in rows if row["impl"] == "eager"), None)
     for row in rows:
         if eager and row["median_us"]:
@@ -106,8 +106,8 @@ def machine(device: torch.device) -> dict:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """The GPU's name; or the CPU's, which may say little, with the instructions that torch uses of
-    it and the number of threads."""
+    """The GPU's name; or the CPU's, which may say little, with the instruction set that torch uses
+    and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -120,10 +120,10 @@ def device_name(device: torch.device) -> str:
 
 @cache
 def commit() -> str:
-    """The checkout's commit, with "+dirty" for tracked changes other than to recorded rows: those
-    that a run adds must not change its commit.
+    """The checkout's commit, with "+dirty" for tracked changes other than to recorded rows: the
+    rows that a run adds must not change its commit.
 
-    Outside a checkout the environment variable GIT_COMMIT, or else the version with a hash of the
+    Outside a checkout, the environment variable GIT_COMMIT, or else the version with a hash of the
     code: "0.1.0+0123456789ab".
     """
     head = git("rev-parse", "--short=12", "HEAD")
@@ -136,19 +136,19 @@ def commit() -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says in this project's own checkout; None if it fails, and in a wheel, which may lie
-    inside the repository of another project."""
+    """The output of git in this project's own checkout; None if it fails, and in a wheel, which may
+    be inside another project's repository."""
     return _output("git", "-C", str(ROOT), *arguments) if (ROOT / ".git").exists() else None
 
 
 def nvidia_smi(fields: str) -> str | None:
-    """What nvidia-smi says of the first GPU's `fields`, comma-separated; None without it."""
+    """The first GPU's `fields` from nvidia-smi, comma-separated; None if it is missing."""
     text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
     return text.splitlines()[0] if text else None
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN and no inf; `failure` tells of them."""
+    """JSON has no NaN and no inf; `failure` reports them."""
     return value if math.isfinite(value) else None
 
 
@@ -160,7 +160,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None if it is not there or fails."""
+    """The output of a command; None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,10 +1,11 @@
-"""What the scheduler costs per step: `python -m bench sched`.
+"""The scheduler's time per step: `python -m bench sched`.
 
-No model runs: a counter stands for it, and rollouts end at drawn lengths, so that steps come in
-their usual mixture (the same batch again, a page turn, an end and a start). Rollouts ended are
-replaced by new groups at once: as many run and wait all the time. Timed is what an engine would
-call: `schedule`, and `finish` for those that have ended; pages are enough for all, or, in the cases
-of short memory, for half of what the running ones grow to, so that some are preempted all the time.
+No model runs: a counter stands in for it, and rollouts end at random lengths, so that steps have
+their usual mixture (an unchanged batch, a new page, an end and a start). New groups replace ended
+rollouts at once: the numbers of running and waiting rollouts stay constant. The timed calls are the
+engine's: `schedule`, and `finish` for rollouts that have ended. There are enough pages for all; in
+the short-memory cases, for half of what the running rollouts grow to, so that some are always being
+preempted.
 """
 
 import random
@@ -23,13 +24,13 @@ from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
 from pacore_sched.sched.request import Group, Rollout, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
 
-WIDTH, PROMPT, LENGTH = 16, 800, 2000  # rollouts of a group; tokens of its prompt, of a rollout
+WIDTH, PROMPT, LENGTH = 16, 800, 2000  # rollouts per group; tokens per prompt, per rollout
 STEPS, WARM_UP = 2000, 500
 SIZES = ((64, 256), (256, 1024), (1024, 4096), (4096, 16384))  # running, waiting
 
 
 def run() -> Iterator[dict]:
-    """Rows of all policies at one size, then of the default at others."""
+    """Rows of all policies at one size, then of the default policy at other sizes."""
     names = [name for name in POLICIES if name not in KNOW_LENGTHS]
     cases = [(name, SIZES[1], short) for short in (False, True) for name in names]
     cases += [("later-round-first", size, False) for size in SIZES if size != SIZES[1]]
@@ -38,7 +39,7 @@ def run() -> Iterator[dict]:
 
 
 def step_cost(policy: str, size: tuple[int, int], short: bool = False, steps: int = STEPS) -> dict:
-    """Microseconds per step of a scheduler that has (running, waiting) rollouts."""
+    """Microseconds per step of a scheduler with (running, waiting) rollouts."""
     running, waiting = size
     load = _Load(policy, running, waiting, short)
     for _ in range(WARM_UP):
@@ -62,11 +63,11 @@ def step_cost(policy: str, size: tuple[int, int], short: bool = False, steps: in
 
 
 class _Load:
-    """A scheduler that always has the same number of rollouts to do."""
+    """A scheduler with a constant number of rollouts."""
 
     def __init__(self, policy: str, running: int, waiting: int, short: bool) -> None:
         self._draw, self._problem = random.Random(0), count()
-        share = 0.5 if short else 4.0  # of the mean rollout at its end, and of its prompt
+        share = 0.5 if short else 4.0  # of a mean rollout's pages at its end, prompt included
         pages = int(running * share * (LENGTH + PROMPT / WIDTH) / PAGE_SIZE) + 64
         self.scheduler = Scheduler(
             pages, PAGE_SIZE, POLICIES[policy](), max_running=running, token_budget=8192
@@ -76,19 +77,19 @@ class _Load:
         self._refill()
 
     def step(self) -> float:
-        """Microseconds of one step."""
+        """Run one step and return its microseconds."""
         start = time.perf_counter()
         batch = self.scheduler.schedule()
-        middle = time.perf_counter()
+        scheduled = time.perf_counter()
         ended = [r for r in batch.sampled if r.asked >= self._lengths[r]]
-        again = time.perf_counter()
+        finish_start = time.perf_counter()
         for rollout in ended:
             self.scheduler.finish(rollout, "stop")
         end = time.perf_counter()
         for rollout in ended:
             del self._lengths[rollout]
         self._refill()
-        return (end - again + middle - start) * 1e6
+        return (end - finish_start + scheduled - start) * 1e6
 
     def _refill(self) -> None:
         while len(self._lengths) < self._rollouts:

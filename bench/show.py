@@ -1,4 +1,4 @@
-"""Rows as tables for a person."""
+"""Rows as tables in the terminal."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ TIMES += (" % roofline", " x eager", " max error", "note")
 
 
 def times(rows: Sequence[Row]) -> None:
-    """The op table: one line per form, its time, rates, share of the roofline and error."""
+    """The op table: one line per form with its time, rates, roofline share and error."""
     titled("times", rows, TIMES, [time_line(row) for row in rows if not row.get("skipped")])
     for row in {row["dtype"]: row for row in rows if row["copy_gb_s"]}.values():
         print(
@@ -22,7 +22,7 @@ def times(rows: Sequence[Row]) -> None:
     versions = {row["version"]: None for row in rows if row.get("version")}
     if versions:
         print(f"peers: {', '.join(versions)}")
-    _print_again(rows, "ops")
+    _print_reproductions(rows, "ops")
     _print_skipped(rows)
 
 
@@ -46,14 +46,15 @@ def time_line(row: Row) -> list[str]:
 
 
 def skipped(rows: Sequence[Row]) -> list[str]:
-    """A line for each form and reason; the cases by name where it was not skipped in all."""
-    found: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
+    """One line per form and reason, with the cases' names unless all of the form's cases were
+    skipped."""
+    cases_by_reason: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
     for row in rows:
         if row.get("skipped"):
-            cases = found.setdefault((row["impl"], row["skipped"]), {})
+            cases = cases_by_reason.setdefault((row["impl"], row["skipped"]), {})
             cases[row["op"], row["case"]] = None
     lines = []
-    for (impl, reason), cases in found.items():
+    for (impl, reason), cases in cases_by_reason.items():
         everywhere = {(row["op"], row["case"]) for row in rows if row["impl"] == impl} == {*cases}
         names = dict.fromkeys(case for _, case in cases)
         where = "" if everywhere and impl != "all" else f" ({'; '.join(names)})"
@@ -61,12 +62,12 @@ def skipped(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _print_again(rows: Sequence[Row], kind: str) -> None:
-    """The commands that make the failed rows of ops again."""
+def _print_reproductions(rows: Sequence[Row], kind: str) -> None:
+    """Print the commands that reproduce the failed rows of ops."""
     for row in rows:
         if row["failure"]:
-            asked = (row["op"], row["case"], row["impl"], row["dtype"])
-            print(f"again: {repro.command(*asked, kind)}")
+            arguments = (row["op"], row["case"], row["impl"], row["dtype"])
+            print(f"to reproduce: {repro.command(*arguments, kind)}")
 
 
 def _print_skipped(rows: Sequence[Row]) -> None:
@@ -78,7 +79,7 @@ RATES = ("tokens_per_second", "decode_tokens_per_second")
 
 
 def jobs(rows: Sequence[Row]) -> None:
-    """The end-to-end table: seconds and tokens per second of whole jobs; or that of images."""
+    """The end-to-end table: seconds and tokens per second of whole runs; or the table of images."""
     if "views" in rows[0]:
         _images(rows)
         return
@@ -132,20 +133,21 @@ def errors(rows: Sequence[Row]) -> None:
         if row["failure"]:
             name = f"{row['op']}, {row['case']}, {row['impl']}, {row['dtype']}"
             print(f"FAILED: {name}: {row['failure']}")
-    _print_again(rows, "numerics")
+    _print_reproductions(rows, "numerics")
     _print_skipped(rows)
 
 
 def worst(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Header and lines: the largest error of every op's forms, a column per dtype."""
+    """Header and lines: the largest error of every op's forms, one column per dtype."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    by_form: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
         if not row.get("skipped"):
-            of_form = found.setdefault((row["op"], row["impl"]), {})
-            of_form.setdefault(row["dtype"], []).append(row)
+            form_rows = by_form.setdefault((row["op"], row["impl"]), {})
+            form_rows.setdefault(row["dtype"], []).append(row)
     lines = [
-        [*form, *(_worst(of.get(dtype, ())) for dtype in dtypes)] for form, of in found.items()
+        [*form, *(_worst(by_dtype.get(dtype, ())) for dtype in dtypes)]
+        for form, by_dtype in by_form.items()
     ]
     return ("op", "impl", *(f" {dtype}" for dtype in dtypes)), lines
 
@@ -163,7 +165,7 @@ def _microseconds(value: float) -> str:
 
 
 def _note(row: Row) -> str:
-    """What is out of the ordinary about a time."""
+    """What is unusual about a time."""
     notes = [f"WRONG: {row['failure']}"] if row["failure"] else []
     notes += ["launches included"] if row["timer"] == "events" else []
     if row.get("tokens_per_second"):
@@ -174,7 +176,7 @@ def _note(row: Row) -> str:
 def titled(
     what: str, rows: Sequence[Row], header: Sequence[str], lines: Sequence[Sequence[str]]
 ) -> None:
-    """A table whose title says where its rows were measured."""
+    """Print a table whose title says where its rows were measured."""
     origin = f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
     table(f"{what} ({origin})", header, lines)
 
@@ -182,10 +184,10 @@ def titled(
 def _worst(rows: Sequence[Row]) -> str:
     if any(row["failure"] for row in rows):
         return "FAILED"
-    found = [row["max_err"] for row in rows if row["max_err"] is not None]
-    return error(max(found, default=None))
+    errors = [row["max_err"] for row in rows if row["max_err"] is not None]
+    return error(max(errors, default=None))
 
 
 def error(value: float | None) -> str:
-    """An error, or nothing for None."""
+    """An error as text; empty for None."""
     return "" if value is None else f"{value:.1e}"

@@ -1,9 +1,9 @@
 """`pytest bench/`: the cases of `bench ops` with pytest-benchmark's tables, comparisons and JSON.
 
-Cases, inputs, checks and timer are those of the command: on a GPU a round is a replay of a captured
-CUDA graph behind an emptied L2, divided by its calls. A form whose numbers are wrong fails, a peer
-that is not here is skipped. Forms of a case share a group, but are timed one after the other: what
-is to be compared closely is what `python -m bench ops` times in turns.
+Cases, inputs, checks and timer are those of the command: on a GPU a round is one replay of a
+captured CUDA graph after the L2 has been emptied, divided by its number of calls. A form with wrong
+numbers fails, a missing peer is skipped. The forms of a case share a group, but are timed one after
+the other; for close comparisons use `python -m bench ops`, which alternates them.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ PAIRS = [
 
 
 class Clock:
-    """A clock that samples move on: what a call took is what the project's timer says of it."""
+    """A clock advanced by samples: a call takes the time that the project's timer measured."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -46,17 +46,17 @@ CLOCK = Clock()
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_op(benchmark: Callable, case: Case, name: str) -> None:
     """Times one form of an op, or a peer, on one case."""
-    found = verdicts_of(case, DEVICE, DTYPE, [name], required=False, expected=_expected(case))
-    calls = prepared(case, found, DEVICE, DTYPE)
-    verdict = found.get(name)
+    verdicts = verdicts_of(case, DEVICE, DTYPE, [name], required=False, expected=_expected(case))
+    calls = prepared(case, verdicts, DEVICE, DTYPE)
+    verdict = verdicts.get(name)
     if verdict is None or verdict.skipped:
         pytest.skip(verdict.skipped if verdict else "no such form on this device")
     assert verdict.failure is None, verdict.failure
-    of_sets = calls[name]
+    set_calls = calls[name]
     with torch.inference_mode():
-        repeat = prepare({name: lambda index: of_sets[index]()}, device=DEVICE, sets=len(of_sets))[
-            name
-        ]
+        repeat = prepare(
+            {name: lambda index: set_calls[index]()}, device=DEVICE, sets=len(set_calls)
+        )[name]
         rounds = min(MAX_REPEATS, max(MIN_REPEATS, int(BUDGET_S * 1e6 / repeat.run())))
         benchmark.group = f"{case.op}: {case.name}"
         benchmark.extra_info |= {"bytes": case.bytes(DTYPE), "flops": case.flops}
@@ -68,7 +68,7 @@ def _sample(run: Callable[[], float]) -> None:
     CLOCK.seconds += run() / 1e6
 
 
-@lru_cache(maxsize=1)  # forms of a case come one after the other
+@lru_cache(maxsize=1)  # the forms of a case are consecutive
 def _expected(case: Case) -> tuple[dict, list[torch.Tensor]]:
     inputs = case.inputs(0, DEVICE, DTYPE)
     return inputs, reference(case, inputs)

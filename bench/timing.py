@@ -1,12 +1,12 @@
-"""The one timer: every duration this project reports comes from `measure`.
+"""The one timer: every duration that this project reports comes from `measure`.
 
-Candidates run interleaved, in alternating order, so that drift of the machine meets all of them
-alike; the result is a median with the 20th and 80th percentile. A candidate gets the index of an
-input set and every call takes the next one, so that none finds its inputs in the cache.
+Candidates run interleaved, in alternating order, so that drift of the machine affects all of them
+alike; the result is a median with the 20th and 80th percentiles. A candidate receives the index of
+an input set, and every call gets the next one, so that no candidate finds its inputs in the cache.
 
-On a GPU a repeat is one replay of a CUDA graph that holds a call for every input set, behind a read
-that empties the L2. A candidate that waits for the GPU in between cannot be captured: it runs one
-call at a time between two events, its launches included, and its timing says "events".
+On a GPU a repeat is one replay of a CUDA graph that holds a call for every input set, after a read
+that empties the L2. A candidate that waits for the GPU cannot be captured: it runs one call at a
+time between two events, its launches included, and its timing says "events".
 """
 
 import ctypes
@@ -29,15 +29,15 @@ from model.cuda_graph import CudaGraph
 
 Candidate = Callable[[int], object]
 
-COLD = 5  # input sets together are this many times the last-level cache
+COLD = 5  # size of all input sets together, in last-level caches
 MAX_SETS = 64
 MIN_REPEATS = 5
 MAX_REPEATS = 1000
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
 class CandidateError(Exception):
-    """What a candidate raised while it was timed."""
+    """An error that a candidate raised while it was timed."""
 
     def __init__(self, candidate: str, error: Exception) -> None:
         super().__init__(f"{candidate}: {one_line(error)}")
@@ -64,8 +64,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Time `candidates`, each called with an index below `sets`, for about `budget_s` seconds.
 
-    Warm-up is not counted. Every candidate gets at least MIN_REPEATS repeats, however long. Raises
-    CandidateError if one of them fails, PoisonedError if that spoils the process.
+    Warm-up is not counted. Every candidate gets at least MIN_REPEATS repeats, however long they
+    take. Raises CandidateError if a candidate fails, PoisonedError if that poisons the process.
     """
     with torch.inference_mode(), _garbage_collection_off():
         repeats = prepare(candidates, device=device, sets=sets)
@@ -76,7 +76,7 @@ def measure(
             if count >= MIN_REPEATS and time.perf_counter() > end:
                 break
             for name in order:
-                with _blamed(name):
+                with _attributed_to(name):
                     samples[name].append(repeats[name].run())
             order.reverse()
     return {name: _summary(samples[name], repeats[name].timer) for name in candidates}
@@ -93,18 +93,19 @@ class Repeat:
 def prepare(
     candidates: Mapping[str, Candidate], *, device: torch.device | str, sets: int = 1
 ) -> dict[str, Repeat]:
-    """Warm `candidates` up, on a GPU capture them, and return how to sample each."""
+    """Warm up `candidates`, capture them on a GPU, and return how to sample each."""
     device = torch.device(device)
-    of_kind = _cuda_repeats if device.type == "cuda" else _cpu_repeats
-    return of_kind(candidates, sets, device)
+    repeats_on_device = _cuda_repeats if device.type == "cuda" else _cpu_repeats
+    return repeats_on_device(candidates, sets, device)
 
 
 @cache
 def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees, as a GPU's allocator does, if its libc is glibc.
+    """Let this process keep the memory that it frees, as a GPU's allocator does, if its libc is
+    glibc.
 
-    By itself glibc gives large blocks back to the system at once, and smaller ones by the heap's
-    luck. Pages that must then be had anew make the same call several times as long, or not.
+    By default glibc returns large blocks to the system at once, and smaller ones depending on the
+    state of the heap. The same call takes several times as long when it must get its pages again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -113,13 +114,14 @@ def keep_freed_memory() -> None:
 
 
 def sets_for(set_bytes: int, device: torch.device | str) -> int:
-    """Input sets of `set_bytes` each that do not fit the cache: at least one, at most MAX_SETS."""
+    """The number of input sets of `set_bytes` each that exceed the cache: at least one, at most
+    MAX_SETS."""
     return max(1, min(MAX_SETS, cdiv(COLD * cache_bytes(torch.device(device)), max(1, set_bytes))))
 
 
 @cache
 def cache_bytes(device: torch.device) -> int:
-    """Size of the device's last-level cache; 32 MiB for a CPU that does not tell."""
+    """Size of the device's last-level cache; 32 MiB for a CPU that does not report it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     levels = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
@@ -131,7 +133,7 @@ def _cpu_repeats(
     candidates: Mapping[str, Candidate], sets: int, device: torch.device
 ) -> dict[str, Repeat]:
     keep_freed_memory()
-    indices = cycle(range(sets))  # one for all, or a candidate would warm the next one's inputs
+    indices = cycle(range(sets))  # shared, or a candidate would warm up the next one's inputs
 
     def repeat(call: Candidate) -> float:
         index = next(indices)
@@ -140,7 +142,7 @@ def _cpu_repeats(
         return (time.perf_counter_ns() - start) / 1e3
 
     for name, call in candidates.items():
-        with _blamed(name):
+        with _attributed_to(name):
             repeat(call)
     return {name: Repeat(partial(repeat, call), "clock") for name, call in candidates.items()}
 
@@ -168,7 +170,7 @@ def _cuda_repeats(
 
     repeats = {}
     for name, call in candidates.items():
-        with _blamed(name):
+        with _attributed_to(name):
             repeats[name] = prepared(call)
             repeats[name].run()
     return repeats
@@ -177,8 +179,8 @@ def _cuda_repeats(
 def _capture(call: Candidate, sets: int, device: torch.device) -> CudaGraph | None:
     """A graph of one call per input set, or None if the candidate waits for the GPU.
 
-    A capture that fails spoils the process, so waiting is found out before. What else cannot be
-    captured is an error.
+    A failed capture poisons the process, so waiting is detected before. Anything else that cannot
+    be captured is an error.
     """
     for index in range(min(sets, 2)):  # compiles kernels, creates library handles
         call(index)
@@ -215,8 +217,8 @@ def _summary(samples: list[float], timer: str) -> Timing:
 
 
 @contextmanager
-def _blamed(candidate: str) -> Iterator[None]:
-    """Give what is raised inside the candidate's name."""
+def _attributed_to(candidate: str) -> Iterator[None]:
+    """Attribute an exception raised inside to the candidate."""
     try:
         yield
     except Exception as error:

@@ -1,7 +1,7 @@
-"""The vision side by arithmetic: the views of an image, and the operations that they take.
+"""Arithmetic of the vision side: the views of an image, and the operations that they take.
 
 Operations are two per multiply-add of the matrix products, with the projector's last two layers
-folded into one: the least work that there is.
+folded into one, which is the minimum work.
 """
 
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ from model.vision.image import crop_layout
 
 
 def views_of(width: int, height: int, vision: VisionConfig) -> list[Grid]:
-    """The grids that an image of width x height pixels is seen in: crops, then the global view."""
+    """The grids of an image of width x height pixels: its crops, then the global view."""
     crops = len(crop_layout(width, height, vision).boxes)
     crop = vision.crop_size // vision.patch_size
     return [(crop, crop)] * crops + [(vision.grid, vision.grid)]
 
 
 def attention_flops(grids: Sequence[Grid], width: int) -> int:
-    """Of vision_attention's two products."""
+    """Operations of vision_attention's two products."""
     return sum(4 * (rows * columns) ** 2 * width for rows, columns in grids)
 
 
 def projector_flops(grids: Sequence[Grid], width: int, out: int) -> int:
-    """Of a convolution to 2 * width channels, and of the folded one to `out`."""
+    """Operations of a convolution to 2 * width channels, and of the folded one to `out`."""
     mid = sum(cdiv(rows, 2) * cdiv(columns, 2) for rows, columns in grids)
     end = sum(map(output_tokens, grids))
     return 36 * width * (mid * width + end * out)
 
 
 def tower_flops(grids: Sequence[Grid], config: Config) -> int:
-    """Of the whole way from patches to decoder embeddings."""
+    """Operations from patches to decoder embeddings."""
     vision, c = config.vision, config.vision.width
     weights = 3 * vision.patch_size**2 * c + vision.layers * (4 * c * c + 2 * c * vision.mlp_width)
     attention = vision.layers * attention_flops(grids, c)

@@ -108,7 +108,7 @@ class TestTelling:
         row = ops.check_case(case, CPU, torch.float32, ["eager"])[0] | {"failure": "wrong"}
         show.errors([row])
         asked = repro.command(case.op, case.name, "eager", "float32", "numerics")
-        assert f"again: {asked}" in capsys.readouterr().out
+        assert f"to reproduce: {asked}" in capsys.readouterr().out
 
 
 class TestDecode:
@@ -179,7 +179,7 @@ class TestSchema:
         """Guards reports and comparisons against rows whose fields mean something else."""
         file = tmp_path / "rows.jsonl"
         file.write_text('{"op": "a"}\n{"op": "a", "schema": 99, "commit": "abc"}\n')
-        with pytest.raises(InputError, match=r":2: rows of schema 99, not 1; commit abc can read"):
+        with pytest.raises(InputError, match=r":2: the row has schema 99, not 1; commit abc can"):
             jsonl.read(file)
 
 

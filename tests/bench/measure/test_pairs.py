@@ -141,7 +141,7 @@ def test_why_a_form_cannot_be_had(interpreter):
     norm = case_of("rms_norm", "T7 C4096")
     forest = _prefix("tiles of both sizes", [fork(9, [3] * 5)], heads=(4, 1, 16))
     names = ("triton pdl=0", "triton pdl=1", "triton nosuch=1")
-    unknown = {"triton nosuch=1": "the case has no tile choice nosuch"}
+    unknown = {"triton nosuch=1": "the case's kernel config has no nosuch"}
     assert pairs.refusals(norm, FP32, names, H200) == unknown
     early = {"triton pdl=1": "pdl=1 needs sm_90 or newer, not sm_80"}
     assert pairs.refusals(norm, FP32, names, A100) == unknown | early
