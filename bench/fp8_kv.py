@@ -14,8 +14,7 @@ TOKENS = 1536  # of the licence's text
 
 
 def run(device: torch.device) -> list[dict]:
-    """One row: SmolLM2 on this repository's licence, with FP8 pages and with pages of its own
-    dtype."""
+    """One row: SmolLM2 on this repository's licence, with pages in its dtype and in FP8."""
     model = Step3VL.from_preset("smollm2-135m", device=device)
     text = " ".join(rows.LICENCE.read_text().split())
     ids = torch.tensor(model.tokenizer.encode(text)[:TOKENS], device=device)

@@ -3,7 +3,7 @@
 Runs the same questions with the same seeds, hence the same rollouts, under several policies:
 SmolLM2 on a CPU, the 10B with random weights on a GPU. Lengths are real: rollouts end where the
 model ends them. All setups alternate step by step, each with its own engine and a clock that counts
-only its own steps: whatever slows the machine for a minute slows all of them.
+only its own steps, so a slow minute of the machine slows all of them.
 """
 
 import time

@@ -3,8 +3,8 @@
 Problems with pinned lengths run through the engine on a real model, and through the simulator,
 whose cost model is fitted to the steps of other runs: other problems, widths, lengths and numbers
 of rollouts. Makespan and mean time to answer are compared. All runs, including those for fitting,
-alternate step by step, each on a clock that counts only its own steps: whatever slows the machine
-for a minute slows all of them. Prompts are random ids with the workload's lengths.
+alternate step by step, each on a clock that counts only its own steps, so a slow minute of the
+machine slows all of them. Prompts are random ids with the workload's lengths.
 """
 
 import random

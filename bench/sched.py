@@ -1,6 +1,6 @@
 """The scheduler's time per step: `python -m bench sched`.
 
-No model runs: a counter stands in for it, and rollouts end at random lengths, so that steps have
+No model runs: a counter replaces it, and rollouts end at random lengths, so that steps have
 their usual mixture (an unchanged batch, a new page, an end and a start). New groups replace ended
 rollouts at once: the numbers of running and waiting rollouts stay constant. The timed calls are the
 engine's: `schedule`, and `finish` for rollouts that have ended. There are enough pages for all; in

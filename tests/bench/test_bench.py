@@ -45,7 +45,7 @@ FIELDS += ["roofline_pct", "max_err", "rms_err", "commit"]
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Few repeats: for tests of what surrounds the numbers."""
+    """Few repeats, for tests that do not check the times."""
     monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
 
 
@@ -84,15 +84,15 @@ class TestOps:
         for allowed in (0, 1):  # noqa: B007 (read by `breaking`)
             calls.clear()
             calls["portable"] = 0
-            made = {row["impl"]: row for row in ops.time_case(case, CPU, torch.float32)}
-            assert made["portable"]["failure"] == "RuntimeError: out of luck"
-            assert made["portable"]["median_us"] is None
-            assert made["eager"]["failure"] is None
-            assert made["eager"]["median_us"] > 0
+            by_impl = {row["impl"]: row for row in ops.time_case(case, CPU, torch.float32)}
+            assert by_impl["portable"]["failure"] == "RuntimeError: out of luck"
+            assert by_impl["portable"]["median_us"] is None
+            assert by_impl["eager"]["failure"] is None
+            assert by_impl["eager"]["median_us"] > 0
 
-    def test_a_peer_that_cannot_be_timed_costs_the_forms_nothing(self, quick, monkeypatch, capsys):
-        """Guards our own times against a library that fails where it is captured, and the table
-        against a peer or a case that is left out without a word."""
+    def test_a_peer_that_cannot_be_timed_does_not_stop_the_forms(self, quick, monkeypatch, capsys):
+        """Guards our own times against a library that fails during capture, and the table against a
+        peer or a case that is left out silently."""
 
         def absent(inputs):
             raise Unavailable("not installed")
@@ -116,14 +116,14 @@ class TestOps:
         monkeypatch.setattr(ops, "sets_for", lambda *_: 1)
         case = cases_module._prefix("small", [fork(5, [2, 3])], peers=("sdpa", "fa3"))
         rows = ops.time_case(case, CPU, torch.float32)
-        made = {row["impl"]: row for row in rows}
-        assert made["sdpa"]["failure"] == "RuntimeError: not under capture"
-        assert made["sdpa"]["max_err"] < 1e-5
-        assert made["fa3"]["skipped"] == "not installed"
-        assert made["fa3"]["failure"] is None
+        by_impl = {row["impl"]: row for row in rows}
+        assert by_impl["sdpa"]["failure"] == "RuntimeError: not under capture"
+        assert by_impl["sdpa"]["max_err"] < 1e-5
+        assert by_impl["fa3"]["skipped"] == "not installed"
+        assert by_impl["fa3"]["failure"] is None
         for name in ("eager", "portable"):
-            assert made[name]["median_us"] > 0
-            assert made[name]["skipped"] is None
+            assert by_impl[name]["median_us"] > 0
+            assert by_impl[name]["skipped"] is None
         show.times(rows)
         show.errors(rows)
         assert capsys.readouterr().out.count("skipped: fa3: not installed\n") == 2
@@ -159,12 +159,12 @@ class TestOps:
         assert jsonl.read(file) == document["rows"]
 
     def test_tables(self, quick, monkeypatch, capsys):
-        """Guards the tables a person reads, failed rows among them."""
+        """Guards the printed tables, failed rows included."""
         case = next(case for case in numerics_cases() if case.op == "quick_gelu")
-        made = ops.time_case(case, CPU, torch.float32)
-        made[1] |= {"failure": "max error 1 exceeds 0", "median_us": None}
-        show.times(made)
-        show.errors(made)
+        table_rows = ops.time_case(case, CPU, torch.float32)
+        table_rows[1] |= {"failure": "max error 1 exceeds 0", "median_us": None}
+        show.times(table_rows)
+        show.errors(table_rows)
         printed = capsys.readouterr().out
         assert printed.count("FAILED: max error 1 exceeds 0") == 1
         assert f"FAILED: quick_gelu, {case.name}, portable, float32: max error" in printed
@@ -183,12 +183,12 @@ class TestOps:
         ],
     )
     def test_mistakes(self, arguments, message):
-        """Guards the one clear line for a user's mistake."""
+        """Guards the one-line message for a user's mistake."""
         with pytest.raises(InputError, match=message):
             command.main(arguments)
 
     def test_missing_impl(self, monkeypatch):
-        """Guards against a form asked for by name being replaced, or left out, silently."""
+        """Guards against a form requested by name being silently replaced or left out."""
         monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
         with pytest.raises(ImplError, match="triton"):
             command.main(["numerics", "--op", "rms_norm", "--impl", "triton", "--device", "cpu"])
@@ -207,19 +207,19 @@ class TestDecode:
     def test_rows(self, quick):
         """Guards the step itself: the forms agree, and the model is not left in the slow one."""
         model = Step3VL.from_preset("tiny")
-        made = time_decode(model, DecodeCase(3, 70, 5), names=forms_on("cuda"))
-        assert [row["impl"] for row in made] == ["eager", "default", "default, FP8 KV"]
-        assert [row["case"] for row in made] == ["tiny B3 P70 S5"] * 3
-        assert made[0]["speedup"] == 1
-        assert made[1]["max_err"] < made[2]["max_err"], "the third has pages of 8 bits"
+        step_rows = time_decode(model, DecodeCase(3, 70, 5), names=forms_on("cuda"))
+        assert [row["impl"] for row in step_rows] == ["eager", "default", "default, FP8 KV"]
+        assert [row["case"] for row in step_rows] == ["tiny B3 P70 S5"] * 3
+        assert step_rows[0]["speedup"] == 1
+        assert step_rows[1]["max_err"] < step_rows[2]["max_err"], "the third has FP8 pages"
         config = model.config.decoder
         saved = 3 * config.kv_bytes_per_token(1) - 8 * config.layers * config.kv_heads
-        assert made[1]["bytes"] - made[2]["bytes"] == (70 + 3 * 5) * saved
-        assert 0 < made[1]["max_err"] < 1e-4, "the default is not the eager form on a CPU"
+        assert step_rows[1]["bytes"] - step_rows[2]["bytes"] == (70 + 3 * 5) * saved
+        assert 0 < step_rows[1]["max_err"] < 1e-4, "the default is not the eager form on a CPU"
         assert set(model.impl.values()) == {None}
 
     def test_flops(self, quick, monkeypatch):
-        """Guards the step's operations against torch's own count, which leaves the norms out."""
+        """Guards the step's operations against torch's own count, which leaves out the norms."""
         monkeypatch.setattr(decode, "FORMS", {"eager": "eager"})
         model, case = Step3VL.from_preset("tiny"), DecodeCase(3, 70, 5)
         roofline.roofline(CPU, torch.float32)
@@ -230,9 +230,9 @@ class TestDecode:
         assert case.flops(model.config.decoder) == pytest.approx(counted, rel=0.002)
 
 
-def test_a_poisoned_process_ends_in_order(tmp_path, monkeypatch, capsys):
-    """Guards what was measured before a form ruined the process: it is on disk and in the tables,
-    one line names the form, and the exit code tells."""
+def test_a_poisoned_process_keeps_its_rows(tmp_path, monkeypatch, capsys):
+    """Guards rows measured before a form poisoned the process: they are on disk and in the tables,
+    one line names the form, and the exit code is 1."""
 
     def run(options: object, device: torch.device) -> Iterator[dict]:
         yield {"op": "sample", "failure": None}
@@ -244,14 +244,15 @@ def test_a_poisoned_process_ends_in_order(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.jsonl"
     assert command.main(["roofline", "--device", "cpu", "--out", str(out)]) == 1
     assert jsonl.read(out) == shown == [{"op": "sample", "failure": None}]
-    told = capsys.readouterr().err
-    assert told.startswith("error: triton: RuntimeError: CUDA error: an illegal memory access: ")
-    assert "profiles record" in told and told.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: triton: RuntimeError: CUDA error: an illegal memory access: ")
+    assert "profiles record" in stderr and stderr.count("\n") == 1
 
 
 class TestRows:
     def test_interrupted_write_is_cut_off(self, tmp_path):
-        """Guards a record that was killed in the middle of a line: the rest must stay readable."""
+        """Guards a record whose process was killed in the middle of a line: the rest must stay
+        readable."""
         file = tmp_path / "rows.jsonl"
         jsonl.append(file, [{"a": 1}])
         with file.open("a") as text:
@@ -262,15 +263,15 @@ class TestRows:
 
     @pytest.mark.parametrize("line", ["{", "[1]", ""])
     def test_other_content_is_named(self, tmp_path, line):
-        """Guards against rows lost without a word from a file that somebody has edited."""
+        """Guards against silently losing rows from a file that was edited by hand."""
         file = tmp_path / "rows.jsonl"
         file.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
         with pytest.raises(InputError, match=r"rows\.jsonl:2"):
             jsonl.read(file)
 
-    def test_recorded_rows_are_no_changes(self, tmp_path, monkeypatch):
-        """Guards a run whose rows are tracked: with the first that it adds, processes that start
-        later would name another commit, and nothing of it would be found again."""
+    def test_recorded_rows_do_not_make_the_commit_dirty(self, tmp_path, monkeypatch):
+        """Guards a run whose rows are tracked: after the first row that it adds, processes started
+        later would name another commit, and none of its rows would be found again."""
         monkeypatch.setattr(rows, "ROOT", tmp_path)
         code, recorded = tmp_path / "code.py", tmp_path / "profiles" / "results" / "rows.jsonl"
         recorded.parent.mkdir(parents=True)
@@ -287,7 +288,7 @@ class TestRows:
 
     def test_commit(self, tmp_path, monkeypatch):
         """Guards the commit of a row: that of our checkout, not of a repository around a wheel,
-        where it is the code's version and hash; and a mark for changes that it lacks."""
+        where it is the code's version and hash; and the mark for uncommitted changes."""
         monkeypatch.setattr(rows, "ROOT", tmp_path)
         monkeypatch.delenv("GIT_COMMIT", raising=False)
         commit = rows.commit.__wrapped__

@@ -37,27 +37,29 @@ def quick(monkeypatch):
     monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
 
 
-def told(capsys, *arguments):
+def output_of(capsys, *arguments):
     assert command.main([*arguments, "--device", "cpu"]) == 0
     return capsys.readouterr().out
 
 
 class TestFilters:
-    def test_an_exact_name_is_that_case_alone(self):
-        """Guards a command for one row against running every case whose name goes on."""
-        found = cases("cuda")
-        assert [c.name for c in ops.select(found, shape="prefill 2048")] == ["prefill 2048"]
-        assert len(ops.select(found, shape="prefill 204")) == 3
+    def test_an_exact_name_selects_one_case(self):
+        """Guards a command for one row against running every case whose name contains it."""
+        all_cases = cases("cuda")
+        assert [c.name for c in ops.select(all_cases, shape="prefill 2048")] == ["prefill 2048"]
+        assert len(ops.select(all_cases, shape="prefill 204")) == 3
 
     def test_forms(self):
-        """Guards `--impl`: cases without the form are left out, peers can be chosen."""
-        found = ops.select(cases("cpu"), impls=["sdpa"])
-        assert {case.op for case in found} == {"prefix_attention"}
-        assert ops.forms_of(found[0], ["cudnn", "sdpa", "eager"]) == ("sdpa", "eager")
+        """Guards `--impl`: cases without the form are left out, and peers can be selected."""
+        selected = ops.select(cases("cpu"), impls=["sdpa"])
+        assert {case.op for case in selected} == {"prefix_attention"}
+        assert ops.forms_of(selected[0], ["cudnn", "sdpa", "eager"]) == ("sdpa", "eager")
 
     def test_dtypes(self, capsys):
-        """Guards `--dtype`, by long and short names, against being left out of the work."""
-        out = told(capsys, "numerics", "--op", "rms_norm", "--dtype", "bf16", "float16", "--list")
+        """Guards `--dtype`, by long and short names, against being ignored."""
+        out = output_of(
+            capsys, "numerics", "--op", "rms_norm", "--dtype", "bf16", "float16", "--list"
+        )
         assert "bfloat16" in out
         assert "float16" in out
         assert "float32" not in out
@@ -75,67 +77,68 @@ class TestFilters:
         ],
     )
     def test_mistakes(self, arguments, message):
-        """Guards the one clear line for a user's mistake."""
+        """Guards the one-line message for a user's mistake."""
         with pytest.raises(InputError, match=message):
             command.main(
                 [*arguments, "--device", "cpu"] if arguments[0] != "frobnicate" else arguments
             )
 
 
-class TestTelling:
+class TestDryRuns:
     def test_list(self, capsys):
         """Guards `--list`: every case with its forms, and nothing measured."""
-        found = json.loads(told(capsys, "ops", "--list", "--json"))["cases"]
-        assert [row["case"] for row in found] == [case.name for case in cases("cpu")]
-        first = found[0]
+        listed = json.loads(output_of(capsys, "ops", "--list", "--json"))["cases"]
+        assert [row["case"] for row in listed] == [case.name for case in cases("cpu")]
+        first = listed[0]
         assert first["impls"] == ["eager", "portable", "sdpa"]
         assert first["bytes"] == cases("cpu")[0].bytes(torch.float32)
 
     def test_repro_makes_the_same_row(self, quick, capsys):
-        """Guards the command of a row: run as it is printed, it measures that row."""
-        out = told(capsys, "ops", "--op", "rms_norm", "--shape", "T16", "--repro")
+        """Guards the command of a row: run as printed, it measures that row."""
+        out = output_of(capsys, "ops", "--op", "rms_norm", "--shape", "T16", "--repro")
         lines = out.splitlines()
         assert len(lines) == 2
         words = shlex.split(lines[1])
         assert words[:3] == ["python", "-m", "bench"]
-        made = json.loads(told(capsys, *words[3:], "--json"))["rows"]
-        assert [row["impl"] for row in made] == ["eager", "portable"]
-        assert {row["case"] for row in made} == {"T16 C4096"}
+        rows = json.loads(output_of(capsys, *words[3:], "--json"))["rows"]
+        assert [row["impl"] for row in rows] == ["eager", "portable"]
+        assert {row["case"] for row in rows} == {"T16 C4096"}
 
     def test_a_failure_says_how_to_see_it_again(self, capsys):
-        """Guards the way from a failed row to a command that shows it."""
+        """Guards the command that reproduces a failed row."""
         case = numerics_cases()[0]
         row = ops.check_case(case, CPU, torch.float32, ["eager"])[0] | {"failure": "wrong"}
         show.errors([row])
-        asked = repro.command(case.op, case.name, "eager", "float32", "numerics")
-        assert f"to reproduce: {asked}" in capsys.readouterr().out
+        command_line = repro.command(case.op, case.name, "eager", "float32", "numerics")
+        assert f"to reproduce: {command_line}" in capsys.readouterr().out
 
 
 class TestDecode:
     def test_rows_and_parts(self, quick, monkeypatch, capsys):
-        """Guards the step's parts: every form's, of known kinds, attention and products in them."""
+        """Guards the step's parts: every form has them, of known kinds, attention and products
+        included."""
         monkeypatch.setattr(timing, "MIN_REPEATS", 1)
         arguments = ("decode", "--model", "tiny", "--batch", "2", "--prefix", "70", "--suffix", "5")
-        made = json.loads(told(capsys, *arguments, "--json"))["rows"]
-        steps = [row for row in made if row["op"] == "decode_step"]
-        parts = [row for row in made if row["op"] == "decode_part"]
+        all_rows = json.loads(output_of(capsys, *arguments, "--json"))["rows"]
+        steps = [row for row in all_rows if row["op"] == "decode_step"]
+        parts = [row for row in all_rows if row["op"] == "decode_part"]
         assert [row["impl"] for row in steps] == ["eager", "default"]
         assert {row["impl"] for row in parts} == {"eager", "default"}
         kinds = {row["part"] for row in parts}
         assert {"linear", "rms_norm", "silu_mul", "sample", "prefix_attention"} <= kinds
         assert kinds <= {*OPS, "linear", "embed", "other"}
         assert all(row["median_us"] > 0 for row in parts)
-        decode.display(made)
+        decode.display(all_rows)
         assert "time by part" in capsys.readouterr().out
 
     def test_too_large(self, monkeypatch, capsys):
-        """Guards against a model that does not fit ending in a crash, or silence."""
+        """Guards against a model that does not fit ending in a crash, or in silence."""
         monkeypatch.setattr(decode, "free_bytes", lambda device: 8 << 30)
-        out = told(capsys, "decode", "--model", "step3-vl-10b", "--batch", "4")
+        out = output_of(capsys, "decode", "--model", "step3-vl-10b", "--batch", "4")
         assert "needs 41.1 GB, 8.6 GB are free (step3-vl-10b B4 P512 S64)" in out
 
     def test_needed(self):
-        """Guards the memory said to be needed: 20.3 GB of weights in bf16, KV and its FP8 copy."""
+        """Guards the reported memory: 20.3 GB of weights in bf16, KV and its FP8 copy."""
         config = PRESETS["step3-vl-10b"]
         case = DecodeCase(16, 2048, 512)
         kv = 147_456 * (2048 + 16 * 512)
@@ -144,8 +147,8 @@ class TestDecode:
 
 
 class TestBreakdown:
-    def test_own_time(self):
-        """Guards against a span's time counted again in the one round it, or lost."""
+    def test_time_of_nested_spans(self):
+        """Guards against a span's time being lost, or counted again in the span around it."""
         x = torch.randn(300, 300)
 
         def call():
@@ -157,26 +160,26 @@ class TestBreakdown:
                             x @ x
                 x + x
 
-        found = breakdown.parts(call, CPU)
-        assert found.keys() == {"outer", "linear", "other"}
-        assert found["linear"] > 4 * found["outer"] > 0
-        assert found["linear"] > found["other"] > 0
+        times = breakdown.parts(call, CPU)
+        assert times.keys() == {"outer", "linear", "other"}
+        assert times["linear"] > 4 * times["outer"] > 0
+        assert times["linear"] > times["other"] > 0
 
     def test_spans_are_off_again(self):
-        """Guards what is measured next against the profiler's spans."""
+        """Guards later measurements against the profiler's spans."""
         breakdown.parts(lambda: None, CPU)
         assert span("a") is span("b")
 
 
 class TestSchema:
-    def test_rows_say_theirs(self):
-        """Guards rows against being taken for those of another meaning."""
-        found = rows.origin(CPU)
-        assert found["schema"] == jsonl.SCHEMA
-        assert found["time"].endswith("Z")
+    def test_rows_have_their_schema(self):
+        """Guards rows against being read with another meaning of their fields."""
+        fields = rows.origin(CPU)
+        assert fields["schema"] == jsonl.SCHEMA
+        assert fields["time"].endswith("Z")
 
-    def test_others_are_refused(self, tmp_path):
-        """Guards reports and comparisons against rows whose fields mean something else."""
+    def test_another_schema_is_refused(self, tmp_path):
+        """Guards reports and comparisons against rows whose fields have another meaning."""
         file = tmp_path / "rows.jsonl"
         file.write_text('{"op": "a"}\n{"op": "a", "schema": 99, "commit": "abc"}\n')
         with pytest.raises(InputError, match=r":2: the row has schema 99, not 1; commit abc can"):
@@ -186,21 +189,25 @@ class TestSchema:
 class TestPytestFrontEnd:
     @pytest.mark.cli
     def test_tables_and_json(self, tmp_path):
-        """Guards `pytest bench/`: the command's cases, and samples of the project's timer."""
+        """Guards `pytest bench/`: the command's cases, sampled by the project's timer."""
         out = tmp_path / "b.json"
         selected = "rms_norm and T1 and portable"
         arguments = ["-k", selected, f"--benchmark-json={out}", "-p", "no:xdist"]
-        asked = [sys.executable, "-m", "pytest", "bench/", *arguments]
+        command_line = [sys.executable, "-m", "pytest", "bench/", *arguments]
         root = Path(command.__file__).parents[1]
-        # Where tests run side by side pytest-benchmark would see that in the environment, and rest.
-        own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        done = subprocess.run(asked, cwd=root, env=own, capture_output=True, text=True)
+        # When tests run in parallel, pytest-benchmark sees it in the environment and does nothing.
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+        }
+        done = subprocess.run(
+            command_line, cwd=root, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
-        found = json.loads(out.read_text())["benchmarks"]
+        benchmarks = json.loads(out.read_text())["benchmarks"]
         names = [f"test_op[rms_norm: T{rows} C4096: portable]" for rows in (1, 16)]
-        assert [row["name"] for row in found] == names
-        assert all(0 < row["stats"]["median"] < 60 for row in found)
-        assert found[0]["extra_info"]["timer"] == "clock"
+        assert [row["name"] for row in benchmarks] == names
+        assert all(0 < row["stats"]["median"] < 60 for row in benchmarks)
+        assert benchmarks[0]["extra_info"]["timer"] == "clock"
 
     def test_wrong_numbers_fail(self, monkeypatch):
         """Guards against a table of a form that is fast because it is wrong."""
@@ -209,9 +216,9 @@ class TestPytestFrontEnd:
         right = OPS["quick_gelu"]
         monkeypatch.setitem(OPS, "quick_gelu", lambda x, *, impl: right(x, impl=impl) * 1.01)
         case = next(case for case in cases("cpu") if case.op == "quick_gelu")
-        monkeypatch.setattr(test_ops, "_expected", lambda case: made)
+        monkeypatch.setattr(test_ops, "_expected", lambda case: expected)
         inputs = case.inputs(0, CPU, torch.float32)
-        made = inputs, [right(**inputs, impl="eager")]
+        expected = inputs, [right(**inputs, impl="eager")]
         with pytest.raises(AssertionError, match="exceeds"):
             test_ops.test_op(SimpleNamespace(), case, "portable")
 

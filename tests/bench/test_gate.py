@@ -1,4 +1,4 @@
-"""`bench gate`: what it takes to fail, and that its floors are of things that exist."""
+"""`bench gate`: what makes it fail, and that its minimums refer to existing cases."""
 
 import json
 
@@ -11,25 +11,25 @@ from bench.gate import MIN_SPEEDUPS, MinSpeedup
 from model.terminal import Parser
 from profiles.tables.readme import OPS_CPU, measured
 
-ONE = MinSpeedup("rms_norm", "T1 C4096", "eager", 2.0, (1.8, 2.2), 1.5)
+MINIMUM = MinSpeedup("rms_norm", "T1 C4096", "eager", 2.0, (1.8, 2.2), 1.5)
 
 
 def run(monkeypatch, capsys, *runs: dict[str, float | str]) -> tuple[int, dict]:
-    """Exit code and the only row of a gate whose cases take the times, or fail, as `runs` say."""
-    told = iter(runs)
+    """Exit code and only row of a gate whose case has the times or failures of `runs`, in order."""
+    measurements = iter(runs)
     threads = []
 
     def time_case(case, device, dtype, impls, budget_s):
         threads.append(torch.get_num_threads())
-        found = next(told)
+        times = next(measurements)
         return [
             {"impl": impl, "failure": None, "skipped": None}
-            | ({"failure": of} if isinstance(of := found[impl], str) else {"median_us": of})
+            | ({"failure": time} if isinstance(time := times[impl], str) else {"median_us": time})
             for impl in impls
         ]
 
     monkeypatch.setattr(gate, "time_case", time_case)
-    monkeypatch.setattr(gate, "MIN_SPEEDUPS", (ONE,))
+    monkeypatch.setattr(gate, "MIN_SPEEDUPS", (MINIMUM,))
     parser = Parser()
     gate.add_arguments(parser)
     before = torch.get_num_threads()
@@ -37,7 +37,7 @@ def run(monkeypatch, capsys, *runs: dict[str, float | str]) -> tuple[int, dict]:
     code = gate.run(parser.parse_args(["--json"]))
     assert set(threads) == {1} and torch.get_num_threads() == 2
     torch.set_num_threads(before)
-    assert next(told, None) is None, "a ratio that holds is measured once"
+    assert next(measurements, None) is None, "a ratio that holds is measured once"
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     return code, row
 
@@ -49,40 +49,44 @@ def test_a_ratio_that_holds(monkeypatch, capsys):
 
 
 def test_a_ratio_counts_when_it_is_below_twice(monkeypatch, capsys):
-    """Guards against a gate that a burst of other work closes, and one that never closes."""
+    """Guards against a gate that fails from a burst of other work, and one that never fails."""
     low, good = {"eager": 10.0, "portable": 10.0}, {"eager": 20.0, "portable": 10.0}
     assert run(monkeypatch, capsys, low, good)[0] == 0
     code, row = run(monkeypatch, capsys, low, low)
     assert code == 1 and "speed-up 1.00 is below the minimum of 1.5" in row["failure"]
 
 
-def test_wrong_numbers_close_the_gate(monkeypatch, capsys):
-    """Guards against a fast form whose numbers are wrong: it has no ratio."""
+def test_wrong_numbers_fail(monkeypatch, capsys):
+    """Guards against a fast form with wrong numbers: it has no ratio."""
     wrong = {"eager": 10.0, "portable": "max error 1 exceeds 0"}
     code, row = run(monkeypatch, capsys, wrong, wrong)
     assert code == 1 and row["ratio"] is None and "max error" in row["failure"]
 
 
-def test_the_table_names_all(monkeypatch, capsys):
-    """Guards what a person sees: a line per floor with its verdict."""
+def test_the_table_lists_every_minimum(monkeypatch, capsys):
+    """Guards the printed table: a line per minimum with its verdict."""
     monkeypatch.setattr(gate, "MIN_SPEEDUPS", MIN_SPEEDUPS)
-    made = {"ratio": 2.0, "failure": None, "device": "cpu", "torch": "0", "commit": "c"}
-    gate._show([vars(ONE) | made, vars(ONE) | made | {"ratio": None, "failure": "slow"}])
+    fields = {"ratio": 2.0, "failure": None, "device": "cpu", "torch": "0", "commit": "c"}
+    gate._show(
+        [vars(MINIMUM) | fields, vars(MINIMUM) | fields | {"ratio": None, "failure": "slow"}]
+    )
     out = capsys.readouterr().out
     assert "holds" in out and "FAILED: slow" in out and "1.8..2.2" in out
 
 
-@pytest.mark.parametrize("floor", MIN_SPEEDUPS, ids=lambda floor: f"{floor.op} {floor.over}")
-def test_floors_have_a_case_and_a_margin(floor):
-    """Guards the table: a case and a peer that exist, and a floor that noise does not reach: in
-    the committed rows too."""
+@pytest.mark.parametrize(
+    "minimum", MIN_SPEEDUPS, ids=lambda minimum: f"{minimum.op} {minimum.over}"
+)
+def test_minimums_have_a_case_and_a_margin(minimum):
+    """Guards the table of minimums: each has an existing case and peer, and a margin that noise
+    does not reach, in the committed rows too."""
     names = {(case.op, case.name): case for case in cases("cpu")}
-    case = names[floor.op, floor.case]
-    assert floor.over in ("eager", *case.peers)
-    found = {
+    case = names[minimum.op, minimum.case]
+    assert minimum.over in ("eager", *case.peers)
+    times = {
         row["impl"]: row["median_us"]
         for row in measured(OPS_CPU)
-        if (row["op"], row.get("case")) == (floor.op, floor.case) and row.get("median_us")
+        if (row["op"], row.get("case")) == (minimum.op, minimum.case) and row.get("median_us")
     }
-    recorded = found[floor.over] / found["portable"]
-    assert floor.floor <= 0.9 * min(floor.seen[0], floor.recorded, recorded)
+    recorded = times[minimum.over] / times["portable"]
+    assert minimum.floor <= 0.9 * min(minimum.seen[0], minimum.recorded, recorded)

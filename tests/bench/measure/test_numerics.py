@@ -1,4 +1,4 @@
-"""The cases as data, their inputs, and the check of numbers."""
+"""The benchmark cases, their inputs, and the check of numbers."""
 
 import math
 from dataclasses import replace
@@ -22,8 +22,8 @@ FORESTS = {
     "ragged forks": [fork(130, [1, 63, 64, 65]), fork(5, [7])],
     "two levels": [Node(70, children=(fork(3, [9, 9]), fork(64, [9, 9])))],
     "pure causal": [Node(13, new=13)],
-    "chunk behind a prefix": [Node(100, new=37)],
-    "chunk beside decode": [Node(10, new=6), fork(9, [3, 2])],
+    "chunk after a prefix": [Node(100, new=37)],
+    "chunk with decode": [Node(10, new=6), fork(9, [3, 2])],
     "equal lengths": [fork(64, [64] * 3)],
 }
 
@@ -37,7 +37,7 @@ def visibility(plan):
 
 class TestCases:
     def test_every_op_is_covered(self):
-        """Guards against an op of the model that no benchmark and no check of numbers runs."""
+        """Guards against an op of the model that no benchmark and no check of numbers covers."""
         assert set(OPS) == {*impls.OPS, "rotary_attention", "quick_gelu"} == set(TOLERANCES)
         for listed in (cases("cpu"), cases("cuda"), numerics_cases()):
             assert {case.op for case in listed} == set(OPS)
@@ -51,15 +51,15 @@ class TestCases:
     )
     def test_values_are_those_of_inputs_and_results(self, case):
         """Guards the bytes behind every percentage: inputs read and results written once."""
-        made = case.inputs(0, CPU, torch.float32)
-        results = form(case.op, "eager")(made)()
+        arguments = case.inputs(0, CPU, torch.float32)
+        results = form(case.op, "eager")(arguments)()
         results = results if isinstance(results, tuple) else (results,)
         if case.op in STORING:
-            results += made["pages"][:2]
-        if "folded" in made:  # weights that spare the reading of others
-            read = [x for name, x in made.items() if name not in ("w2", "b2", "w3", "out")]
-            made = dict(enumerate([*read, *made["folded"]]))
-        tensors = [x for x in made.values() if torch.is_tensor(x) and x.is_floating_point()]
+            results += arguments["pages"][:2]
+        if "folded" in arguments:  # w2, b2 and w3 need not be read then
+            read = [x for name, x in arguments.items() if name not in ("w2", "b2", "w3", "out")]
+            arguments = dict(enumerate([*read, *arguments["folded"]]))
+        tensors = [x for x in arguments.values() if torch.is_tensor(x) and x.is_floating_point()]
         count = sum(x.numel() for x in tensors)
         count += sum(x.isfinite().sum().item() for x in results if x.is_floating_point())
         # Rows that store nothing, and frequencies and log-probabilities, which are not counted.
@@ -85,14 +85,14 @@ class TestCases:
         assert wide.flops == 4 * (7 + 7) * 32 * 128
 
     def test_the_whole_grid(self):
-        """Guards the grid: every point once, what tells most before the rest."""
+        """Guards the grid: every point once, the most informative cases first."""
         names = [case.name for case in cases("cuda", grid=True) if case.op == "prefix_attention"]
         grid = [f"B{b} P{p} S{s}" for b in BATCHES for p in PREFIXES for s in SUFFIXES]
         assert len(grid) == 90
         assert set(grid) <= set(names)
         assert len(set(names)) == len(names)
-        telling = [case.name for case in cases("cuda") if case.op == "prefix_attention"]
-        assert names[: len(telling)] == telling
+        main_names = [case.name for case in cases("cuda") if case.op == "prefix_attention"]
+        assert names[: len(main_names)] == main_names
 
     @pytest.mark.parametrize(
         "case",
@@ -105,16 +105,16 @@ class TestCases:
         ids=lambda case: case.op,
     )
     def test_flops_against_a_counter(self, case):
-        """Guards the operations behind every percentage against torch's own count: the least work
-        is that of the folded projector, which its definition does not know."""
-        made = case.inputs(0, CPU, torch.float32)
+        """Guards the operations behind every percentage against torch's own count. For the
+        projector the minimum work is that of the folded form, not of its definition."""
+        arguments = case.inputs(0, CPU, torch.float32)
         with FlopCounterMode(display=False) as counter:
-            form(case.op, "portable" if case.op == "projector" else "eager")(made)()
+            form(case.op, "portable" if case.op == "projector" else "eager")(arguments)()
         assert case.flops == counter.get_total_flops()
 
     def test_views_of_the_model(self):
-        """Guards the sizes of vision cases: what a photo of 1920 x 1080 pixels is cut into, and the
-        largest image that is not shrunk."""
+        """Guards the sizes of vision cases: the views of a photo of 1920 x 1080 pixels, and of the
+        largest image that is not downscaled."""
         tokens = {
             (case.op, case.name): len(case.inputs.keywords["grids"])
             for case in cases("cuda")
@@ -137,7 +137,8 @@ class TestCases:
 
 class TestInputs:
     def test_repeatable_and_private(self):
-        """Guards errors and times that nobody can repeat, and tests whose random state moves."""
+        """Guards against errors and times that cannot be reproduced, and inputs that change the
+        global random state."""
         state = torch.get_rng_state()
         for case in numerics_cases():
             first, again, other = (case.inputs(s, CPU, torch.float32) for s in (0, 0, 1))
@@ -149,11 +150,11 @@ class TestInputs:
         assert torch.equal(torch.get_rng_state(), state)
 
     def test_unowned_slots_are_nan(self):
-        """Guards the trap for a kernel that reads behind a node's end or a page it does not own."""
-        made = inputs.prefix_attention_inputs(
+        """Guards the trap for a kernel that reads past a node's end, or from an unowned page."""
+        arguments = inputs.prefix_attention_inputs(
             0, CPU, torch.float32, forest=[fork(9, [1, 4])], kv_heads=2, head_dim=8, page_size=4
         )
-        plan, k = made["plan"], made["pages"].k
+        plan, k = arguments["plan"], arguments["pages"].k
         owned = torch.zeros(plan.num_pages, 4, dtype=torch.bool)
         for node in plan.nodes:
             for token in range(node.kv_len):
@@ -171,14 +172,14 @@ class TestInputs:
         assert list(plan.nodes[0].pages) != sorted(plan.nodes[0].pages)
 
     def test_slots_of_qk_norm_rope(self):
-        """Guards against two rows that race for one slot, and against pages that hide a missed
-        store: they hold NaN before."""
-        made = inputs.qk_norm_rope_inputs(0, CPU, torch.float32, rows=67, skip=3)
-        slots = made["slots"]
+        """Guards against two rows that write one slot, and against pages that hide a missing store:
+        they hold NaN before."""
+        arguments = inputs.qk_norm_rope_inputs(0, CPU, torch.float32, rows=67, skip=3)
+        slots = arguments["slots"]
         assert (slots[:3] == -1).all()
         assert len(slots[3:].unique()) == 64
-        assert made["pages"].k.isnan().all()
-        assert made["pages"].v.isnan().all()
+        assert arguments["pages"].k.isnan().all()
+        assert arguments["pages"].v.isnan().all()
 
 
 class TestNumerics:
@@ -198,12 +199,12 @@ class TestNumerics:
             ([math.inf, 1.0], [math.nan, 1.0]),
         ],
     )
-    def test_nan_and_inf_must_stand_alike(self, result, expected):
+    def test_nan_and_inf_must_be_in_the_same_places(self, result, expected):
         """Guards against NaN, for which every comparison is false, passing as a small error."""
         assert compare(torch.tensor(result), torch.tensor(expected)).max == math.inf
 
     def test_equal_nan_and_inf_pass(self):
-        """Guards results that hold NaN or inf rightly, as the pages of qk_norm_rope do."""
+        """Guards results that rightly hold NaN or inf, such as the pages of qk_norm_rope."""
         x = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
         assert compare(x, x) == numerics.Error(0, 0)
         assert compare(x[:3], x[:3]) == numerics.Error(0, 0)
@@ -231,13 +232,14 @@ class TestNumerics:
     @pytest.mark.parametrize("op", OPS)
     @pytest.mark.parametrize("dtype", ops.DTYPES)
     def test_a_small_fault_fails(self, op, dtype):
-        """Guards the tolerances: twelve roundoffs too much in 16 bits, or 2^-14 in fp32, show."""
+        """Guards the tolerances: an error of twelve roundoffs in 16 bits, or of 2^-14 in fp32, must
+        fail."""
         case = next(case for case in numerics_cases() if case.op == op)
         fault = 12 * torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 2**-14
 
-        def faulty(made):
+        def faulty(arguments):
             def call():
-                result = form(op, "eager")(made)()
+                result = form(op, "eager")(arguments)()
                 first, *rest = result if isinstance(result, tuple) else (result,)
                 if op == "sample":
                     return first, rest[0] * (1 + fault)
@@ -245,68 +247,68 @@ class TestNumerics:
 
             return call
 
-        made = case.inputs(0, CPU, dtype)
-        assert "error" in judge(case, faulty, made, reference(case, made)).failure
+        arguments = case.inputs(0, CPU, dtype)
+        assert "error" in judge(case, faulty, arguments, reference(case, arguments)).failure
 
     def test_reference_is_fp32(self):
         """Guards the judge: a reference in the form's own dtype would share its roundings."""
         case = next(case for case in numerics_cases() if case.op == "silu_mul")
-        made = case.inputs(0, CPU, torch.bfloat16)
-        (expected,) = reference(case, made)
+        arguments = case.inputs(0, CPU, torch.bfloat16)
+        (expected,) = reference(case, arguments)
         assert expected.dtype == torch.float32
-        assert judge(case, form(case.op, "eager"), made, [expected]).max_err > 2**-10
+        assert judge(case, form(case.op, "eager"), arguments, [expected]).max_err > 2**-10
 
     def test_reference_is_unfolded(self):
-        """Guards the projector's definition: a reference with folded weights would share what the
-        fold rounds, and one that mixes fp32 with 16 bits would not run."""
+        """Guards the projector's definition: a reference with folded weights would share the fold's
+        rounding, and one that mixes fp32 with 16 bits would not run."""
         case = next(case for case in numerics_cases() if case.op == "projector")
-        made = case.inputs(0, CPU, torch.bfloat16)
-        (expected,) = reference(case, made)
-        assert made["folded"][0].dtype == torch.bfloat16, "judging must leave the inputs alone"
-        wrong = made | {"folded": tuple(2 * x for x in made["folded"])}
+        arguments = case.inputs(0, CPU, torch.bfloat16)
+        (expected,) = reference(case, arguments)
+        assert arguments["folded"][0].dtype == torch.bfloat16, "judging must leave the inputs alone"
+        wrong = arguments | {"folded": tuple(2 * x for x in arguments["folded"])}
         assert torch.equal(reference(case, wrong)[0], expected)
         assert judge(case, form(case.op, "portable"), wrong, [expected]).failure
-        assert judge(case, form(case.op, "portable"), made, [expected]).failure is None
+        assert judge(case, form(case.op, "portable"), arguments, [expected]).failure is None
 
-    def test_rows_that_no_result_goes_to_stay_untouched(self):
-        """Guards the text's embeddings, between which the projector writes those of images."""
+    def test_rows_without_a_result_stay_untouched(self):
+        """Guards the text's embeddings, between which the projector writes those of the images."""
         case = next(case for case in numerics_cases() if case.name.endswith("scattered"))
-        made = case.inputs(0, CPU, torch.float32)
-        expected = reference(case, made)
+        arguments = case.inputs(0, CPU, torch.float32)
+        expected = reference(case, arguments)
         right = form(case.op, "eager")
-        assert judge(case, right, made, expected).failure is None
+        assert judge(case, right, arguments, expected).failure is None
 
         def careless(x):
             return lambda: right(x)().nan_to_num_(0.0)
 
-        assert judge(case, careless, made, expected).max_err == math.inf
+        assert judge(case, careless, arguments, expected).max_err == math.inf
 
     def test_unwritten_results_fail(self):
-        """Guards against memory that by chance still holds the right result of the form before."""
+        """Guards against memory that happens to hold the right result of the previous form."""
         case = next(case for case in numerics_cases() if case.op == "quick_gelu")
-        made = case.inputs(0, CPU, torch.float32)
-        expected = reference(case, made)
-        verdict = judge(case, lambda x: lambda: torch.empty_like(x["x"]), made, expected)
+        arguments = case.inputs(0, CPU, torch.float32)
+        expected = reference(case, arguments)
+        verdict = judge(case, lambda x: lambda: torch.empty_like(x["x"]), arguments, expected)
         assert verdict.max_err == math.inf
 
     def test_results_written_in_place_count(self):
         """Guards the KV store: the rotated Q alone says nothing about what went to the pages."""
         case = next(case for case in numerics_cases() if case.op == "qk_norm_rope")
-        made = case.inputs(0, CPU, torch.float32)
-        expected = reference(case, made)
+        arguments = case.inputs(0, CPU, torch.float32)
+        expected = reference(case, arguments)
 
         def no_store(x):
             return form(case.op, "eager")(x | {"slots": torch.full_like(x["slots"], -1)})
 
-        assert judge(case, no_store, made, expected).max_err == math.inf
-        assert made["pages"].k.isnan().all(), "judging must leave the inputs as they were"
-        assert judge(case, form(case.op, "eager"), made, expected).failure is None
+        assert judge(case, no_store, arguments, expected).max_err == math.inf
+        assert arguments["pages"].k.isnan().all(), "judging must leave the inputs as they were"
+        assert judge(case, form(case.op, "eager"), arguments, expected).failure is None
 
 
 def narrowed(case):
-    """The case with fewer heads or nodes where the interpreter would take long.
+    """The case with fewer heads or nodes if the interpreter would take long.
 
-    Queries per KV head, row tiles and kernels stay. smollm2's cases have several KV heads.
+    Queries per KV head, row tiles and kernels stay the same. smollm2's cases have several KV heads.
     """
     attends = case.op in ("prefix_attention", "rotary_attention")
     if not attends or case.name.startswith("smollm2"):
@@ -317,7 +319,7 @@ def narrowed(case):
     return replace(case, inputs=partial(case.inputs, **fewer))
 
 
-# Other modes differ in what is launched, not in what is computed: one case of each op has them.
+# Other modes differ in what is launched, not in what is computed: one case per op tests them.
 FIRST_WITH_MODES = {case.op: case for case in reversed(numerics_cases()) if case.modes}.values()
 
 
@@ -332,9 +334,11 @@ class TestInterpreter:
         ],
     )
     def test_bf16_triton_forms_pass(self, case, name):
-        """Guards every Triton form in the dtype of GPUs where there is none."""
-        made = case.inputs(0, CPU, torch.bfloat16)
-        assert judge(case, form(case.op, name), made, reference(case, made)).failure is None
+        """Guards every Triton form in the GPUs' dtype on machines without a GPU."""
+        arguments = case.inputs(0, CPU, torch.bfloat16)
+        assert (
+            judge(case, form(case.op, name), arguments, reference(case, arguments)).failure is None
+        )
 
 
 @pytest.mark.gpu
@@ -342,6 +346,6 @@ class TestGpu:
     @pytest.mark.parametrize("dtype", ops.DTYPES)
     @pytest.mark.parametrize("case", numerics_cases(), ids=lambda case: f"{case.op} {case.name}")
     def test_all_forms_pass(self, case, dtype):
-        """Guards every op in every dtype, bf16 above all, on the device it is meant for."""
+        """Guards every op in every dtype, bf16 above all, on the device that it is for."""
         for row in ops.check_case(case, torch.device("cuda"), dtype):
             assert row["failure"] is None, row["impl"]

@@ -1,4 +1,4 @@
-"""Old and new forms of an op side by side, the linear layers of a step, the cost of a launch."""
+"""Pairs of old and new forms, the linear layers of a step, the cost of a launch."""
 
 import json
 import os
@@ -53,18 +53,19 @@ def case_of(op: str, name: str) -> pairs.Case:
 
 
 @pytest.mark.cli
-def test_every_switch_is_one():
-    """Guards against a switch whose name no kernel knows, or whose two values launch the same: its
-    pair or check would tell nothing, or be skipped on the GPU. Triton does not interpret there."""
+def test_every_switch_changes_a_launch():
+    """Guards against a switch whose name no kernel knows, or whose two values launch the same:
+    its pair or check would mean nothing, or be skipped on the GPU. Triton compiles in the
+    subprocess."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHED], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    switches = json.loads(done.stdout)
     known = {*pairs.PAIRS["cuda"], *pairs.CHECKS["cuda"]}
-    assert {(op, name) for op, name, *_ in found} == known
-    assert not [one for *one, refused, differ in found if refused or not differ]
+    assert {(op, name) for op, name, *_ in switches} == known
+    assert not [case for *case, refused, differ in switches if refused or not differ]
 
 
 def test_packs_hold_both_forms():
@@ -77,8 +78,8 @@ def test_packs_hold_both_forms():
 
 
 def test_every_timed_switch_is_checked_first():
-    """Guards the order of a visit: a form's times mean nothing unless its numbers are right, on
-    small cases whose schedule is checked, in kernels that the pack holds."""
+    """Guards the order of a GPU session: a form's times mean nothing unless its numbers are right,
+    on small cases whose schedule is checked, in kernels that the pack holds."""
     timed = {(op, name) for (op, _), switches in pairs.PAIRS["cuda"].items() for name in switches}
     tasks = [task for task in first_light(torch.device("cuda")) if task.section == "numerics"]
     forms = {(task.op, task.case, form) for task in tasks for form in task.forms if " " in form}
@@ -89,55 +90,56 @@ def test_every_timed_switch_is_checked_first():
     assert forms <= packed
 
 
-def test_choices_of_an_op_made_of_others(interpreter):
-    """Guards the checks of rotary attention: nearly all its choices are prefix attention's."""
+def test_config_values_reach_the_op_underneath(interpreter):
+    """Guards the checks of rotary attention: most of its config values are prefix attention's."""
     case = case_of("rotary_attention", "smollm2 ragged decode")
-    with record_configs() as asked:
+    with record_configs() as requested:
         form(case.op, "triton-fused ahead=0")(case.inputs(0, CPU, FP32))()
-    ((_, tiles),) = [one for one in asked.items() if one[0][0] == "prefix_attention"]
-    assert tiles["ahead"] == 0
+    ((_, config),) = [item for item in requested.items() if item[0][0] == "prefix_attention"]
+    assert config["ahead"] == 0
 
 
-def test_a_form_with_a_tile_choice(interpreter):
-    """Guards the pairs' very difference: the choice must reach the op, and be gone afterwards."""
+def test_a_form_with_a_config_value(interpreter):
+    """Guards the difference within a pair: the config value must reach the op, and be gone
+    afterwards."""
     case = case_of("rms_norm", "T7 C4096")
-    asked = {}
+    requested = {}
     for name in ("triton", "triton rows=2", "triton"):
-        with record_configs() as asked[name]:
+        with record_configs() as requested[name]:
             form(case.op, name)(case.inputs(0, CPU, FP32))()
-    (plain,), (chosen,) = (asked[name].values() for name in ("triton", "triton rows=2"))
-    assert plain["rows"] == 1 and chosen == plain | {"rows": 2}
+    (plain,), (changed,) = (requested[name].values() for name in ("triton", "triton rows=2"))
+    assert plain["rows"] == 1 and changed == plain | {"rows": 2}
 
 
 def test_rows_of_pairs(interpreter, monkeypatch):
-    """Guards what readers find pairs by, and the errors: every form has its own."""
+    """Guards the fields by which readers find pairs, and the errors: every form has its own."""
     case = case_of("rms_norm", "T7 C4096")
     monkeypatch.setattr(pairs, "chosen_config", lambda *_: {"rows": 1, "num_warps": 8})
     names = ("triton", "triton rows=1", "triton rows=2")
-    made = pairs.time_pairs(case, CPU, FP32, names, 0.01)
-    assert [row["pair"] for row in made] == ["rule", "rows 1", "rows 2"]
-    assert [row["tiles"]["rows"] for row in made] == [1, 1, 2]
-    assert all(row["median_us"] > 0 and row["max_err"] < 1e-5 for row in made)
+    rows = pairs.time_pairs(case, CPU, FP32, names, 0.01)
+    assert [row["pair"] for row in rows] == ["rule", "rows 1", "rows 2"]
+    assert [row["tiles"]["rows"] for row in rows] == [1, 1, 2]
+    assert all(row["median_us"] > 0 and row["max_err"] < 1e-5 for row in rows)
 
 
-def test_what_is_not_there_is_skipped(monkeypatch):
-    """Guards other trees and GPUs: no form may be timed under a switch that changes nothing, and
-    none may fail because sm_80 has no early start."""
+def test_unavailable_forms_are_skipped(monkeypatch):
+    """Guards other commits and GPUs: no form may be timed under a switch that changes nothing, and
+    none may fail because sm_80 has no PDL."""
     case = case_of("rms_norm", "T7 C4096")
     names = ("portable", "portable pdl=1", "portable nosuch=1")
     monkeypatch.setattr(pairs, "_refused", lambda *_: {"portable pdl=1": "not here"})
-    found = {row["pair"]: row for row in pairs.time_pairs(case, CPU, FP32, names, 0.01)}
-    assert found["pdl 1"]["skipped"] == "not here" and found["pdl 1"]["median_us"] is None
-    assert found["rule"]["median_us"] > 0 and found["nosuch 1"]["median_us"] > 0
-    assert not any(row["failure"] for row in found.values())
+    rows = {row["pair"]: row for row in pairs.time_pairs(case, CPU, FP32, names, 0.01)}
+    assert rows["pdl 1"]["skipped"] == "not here" and rows["pdl 1"]["median_us"] is None
+    assert rows["rule"]["median_us"] > 0 and rows["nosuch 1"]["median_us"] > 0
+    assert not any(row["failure"] for row in rows.values())
     checked = {row["impl"]: row for row in pairs.check_forms(case, CPU, FP32, names)}
     assert checked["portable pdl=1"]["skipped"] == "not here"
     assert checked["portable"]["max_err"] < 1e-5 and not checked["portable"]["skipped"]
 
 
-def test_why_a_form_cannot_be_had(interpreter):
-    """Guards the words of those rows: the op's own, for what it refuses on this GPU or beside its
-    other choices; nothing for a form that exists."""
+def test_why_a_form_is_unavailable(interpreter):
+    """Guards the reasons in skipped rows: the op's own message for what it refuses on this GPU or
+    together with its other config values; none for a form that exists."""
     norm = case_of("rms_norm", "T7 C4096")
     forest = _prefix("tiles of both sizes", [fork(9, [3] * 5)], heads=(4, 1, 16))
     names = ("triton pdl=0", "triton pdl=1", "triton nosuch=1")
@@ -151,7 +153,7 @@ def test_why_a_form_cannot_be_had(interpreter):
 
 
 def test_linears_are_those_of_the_model():
-    """Guards the shapes, of which a step's 15 GB are made, and what is counted of each."""
+    """Guards the shapes, which make up a step's 15 GB, and what is counted of each."""
     config = BIG.decoder
     shapes = {name: linears.shape_of(config, name, torch.bfloat16) for name in linears.NAMES}
     assert shapes == {
@@ -161,20 +163,20 @@ def test_linears_are_those_of_the_model():
         "down": (4096, 12288),
         "lm_head": (151936, 4096),
     }
-    found = {
+    rows = {
         name: linears.time_linear(TINY.decoder, name, 16, CPU, FP32, 0.01)
         for name in ("qkv", "lm_head")
     }
-    row = found["qkv"]
+    row = rows["qkv"]
     assert (row["case"], row["rows"], row["per_step"]) == ("qkv T16", 16, TINY.decoder.layers)
     assert row["bytes"] == 4 * (16 * 256 + 768 * 256 + 16 * 768)
     rate = row["bytes"] / row["median_us"] / 1e3
     assert row["copy_pct"] == pytest.approx(100 * rate / row["copy_gb_s"])
-    assert found["lm_head"]["per_step"] == 1
+    assert rows["lm_head"]["per_step"] == 1
 
 
 def test_the_cost_of_a_launch(monkeypatch):
-    """Guards the division: a hundred launches in a row, one launch's microseconds in the row."""
+    """Guards the division: a hundred launches in a row, the row has the microseconds of one."""
     calls = []
     monkeypatch.setattr(launch_cost, "rms_norm", lambda x, *_, **__: calls.append(1) or x)
     fixed = timing.Timing(100.0, 200.0, 300.0, 5, "clock")

@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 
 class TestTiming:
     def test_candidates_alternate_over_rotating_inputs(self, monkeypatch):
-        """Guards against timing one candidate after the other, where drift favours one, and
-        against a candidate that finds in the cache what its neighbour has just read."""
+        """Guards against timing candidates one after the other, where drift favours one, and
+        against a candidate that finds in the cache what another has just read."""
         monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
         calls = []
         candidates = {name: lambda index, name=name: calls.append((name, index)) for name in "ab"}
@@ -38,7 +38,7 @@ class TestTiming:
         assert result.p80_us < 10_000
 
     def test_budget_ends_the_repeats(self, monkeypatch):
-        """Guards against a slow candidate that makes a table take hours."""
+        """Guards against a slow candidate making a table take hours."""
         now = [0.0]
         monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
@@ -56,7 +56,7 @@ class TestTiming:
         )
 
     def test_sets_exceed_the_cache(self, monkeypatch):
-        """Guards cold inputs: together five caches, as far as the number of sets is bearable."""
+        """Guards cold inputs: five caches together, within the limit on the number of sets."""
         monkeypatch.setattr(timing, "cache_bytes", lambda device: 1000)
         assert [timing.sets_for(size, "cpu") for size in (1, 700, 2500, 10**6)] == [64, 8, 2, 1]
 
@@ -89,7 +89,7 @@ class TestRoofline:
 @pytest.mark.gpu
 class TestGpu:
     def test_graph_and_events(self):
-        """Guards the choice of timer, and the random numbers that a failed capture breaks."""
+        """Guards the choice of timer, and the random numbers, which a failed capture breaks."""
         xs = [torch.randn(4096, 4096, device="cuda") for _ in range(4)]
         candidates = {
             "captured": lambda index: xs[index].mul_(1.0),
@@ -112,16 +112,16 @@ class TestGpu:
         assert result["x"].p20_us <= result["x"].median_us <= result["x"].p80_us
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone gives memory back so")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns memory like that")
 def test_freed_memory_is_kept():
     """Guards CPU times against pages that the system takes back and zeroes again, or not."""
     timing.keep_freed_memory()
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(16 << 20)  # 64 MiB, which glibc would give back at once
+        torch.ones(16 << 20)  # 64 MiB, which glibc would return at once
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    # A few calls settle which blocks are for whom. Fresh pages of 2 MiB would be 32 faults each
-    # time, those of 4 KiB 16,384.
+    # After a few calls, blocks are reused. Fresh pages would be 32 faults each time if of 2 MiB,
+    # 16,384 if of 4 KiB.
     assert min(faults() for _ in range(20)) < 16

@@ -1,4 +1,4 @@
-"""`python -m bench tune` without a GPU: which keys and candidates there are, which of them wins."""
+"""`python -m bench tune` without a GPU: its keys and candidates, and which candidate wins."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from model.errors import InputError
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 RULE = {"block": 64, "num_warps": 4}
-used = []  # the tiles of every call of the op
+used = []  # the config of every call of the op
 
 
 def double(x, *, impl=None):
@@ -28,11 +28,11 @@ def double(x, *, impl=None):
 
 
 def _double(x):
-    chosen = TUNABLE.choose("short" if len(x) < 100 else "long", x.device)
-    used.append(chosen)
-    if chosen["block"] == 13:
+    config = TUNABLE.choose("short" if len(x) < 100 else "long", x.device)
+    used.append(config)
+    if config["block"] == 13:
         raise ValueError("13 is no power of 2")
-    return 2 * x + (chosen["block"] == 512 and len(x) > 10)  # wrong, but not on the shortest
+    return 2 * x + (config["block"] == 512 and len(x) > 10)  # wrong, but not on the shortest
 
 
 def plain(x, *, impl=None):
@@ -60,7 +60,7 @@ CASES = [case(8), case(40), case(400), case(8, "plain")]
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """The ops above alone, an empty folder of tables and results, and times by decree."""
+    """Only the ops above, empty folders for tables and results, and fixed times."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(dispatch, "_interpreting", lambda: True)  # there are no kernels to compile
     monkeypatch.setattr(configs, "TABLES", tmp_path / "tuned")
@@ -71,7 +71,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setitem(numerics.TOLERANCES, "double", (numerics.Error(2, 1),) * 2)
     monkeypatch.setattr("bench.commands.cases", lambda device_type: CASES)
     monkeypatch.setattr(tune, "sets_for", lambda set_bytes, device: 2)
-    monkeypatch.setattr(tune, "measure", decreed)
+    monkeypatch.setattr(tune, "measure", fixed_times)
     monkeypatch.setattr("bench.rows.roofline", lambda device, dtype: None)
     configs.table_of.cache_clear()
     used.clear()
@@ -91,15 +91,15 @@ MICROSECONDS = {  # by length and block
 }
 
 
-def decreed(candidates, *, device, sets, budget_s):
-    """In place of `measure`: each candidate is called for every set, its time looked up."""
+def fixed_times(candidates, *, device, sets, budget_s):
+    """Replaces `measure`: calls each candidate for every set and looks up its time."""
     timings = {}
     for name, call in candidates.items():
         used.clear()
         results = [call(index) for index in range(sets)]
-        assert len({float(result[0]) for result in results}) == sets  # of inputs of their own
+        assert len({float(result[0]) for result in results}) == sets  # each set has its own inputs
         lengths = {len(result) for result in results}
-        blocks = {chosen["block"] for chosen in used}
+        blocks = {config["block"] for config in used}
         assert len(lengths) == len(blocks) == 1 and len(used) == sets
         us = MICROSECONDS.get((lengths.pop(), blocks.pop()), 1.0)
         timings[name] = Timing(us, us, us, 5, "graph")
@@ -107,24 +107,24 @@ def decreed(candidates, *, device, sets, budget_s):
 
 
 def test_keys_and_their_candidates(toy):
-    """Guards the search for keys: cases of one key together, what is chosen now first and once, no
-    key for an op without a Triton form."""
-    found = tune.tuning_sets(CASES, FP32, H200)
-    assert [(plan.key, [c.name for c in plan.cases]) for plan in found] == [
+    """Guards the search for keys: cases of one key together, the current config first and only
+    once, no key for an op without a Triton form."""
+    tuning_sets = tune.tuning_sets(CASES, FP32, H200)
+    assert [(tuning_set.key, [c.name for c in tuning_set.cases]) for tuning_set in tuning_sets] == [
         (("double", "short"), ["T8", "T40"]),
         (("double", "long"), ["T400"]),
     ]
-    assert [chosen["block"] for chosen in found[0].candidates] == [64, 13, 128, 256, 512]
+    assert [config["block"] for config in tuning_sets[0].candidates] == [64, 13, 128, 256, 512]
 
 
 def test_best_over_all_cases(toy):
     """Guards the choice: 128 wins one case and 64 the other, 256 is close in both; 512 is wrong on
-    one of them and 13 raises, which their rows say."""
-    plan = tune.tuning_sets(CASES, FP32, H200)[0]
-    made = tune.tune(plan, CPU, FP32)
-    assert len(made) == 10
-    assert {row["tiles"]["block"] for row in made if row["chosen"]} == {256}
-    failures = {(row["case"], row["tiles"]["block"]): row["failure"] for row in made}
+    one of them and 13 raises, as their rows say."""
+    tuning_set = tune.tuning_sets(CASES, FP32, H200)[0]
+    tuned = tune.tune(tuning_set, CPU, FP32)
+    assert len(tuned) == 10
+    assert {row["tiles"]["block"] for row in tuned if row["chosen"]} == {256}
+    failures = {(row["case"], row["tiles"]["block"]): row["failure"] for row in tuned}
     assert failures["T8", 13] == failures["T40", 13] == "ValueError: 13 is no power of 2"
     assert failures["T40", 512].startswith("max error")
     assert [key for key, failure in failures.items() if failure] == [
@@ -132,20 +132,20 @@ def test_best_over_all_cases(toy):
         ("T40", 13),
         ("T40", 512),
     ]
-    times = {(row["case"], row["tiles"]["block"]): row["median_us"] for row in made}
+    times = {(row["case"], row["tiles"]["block"]): row["median_us"] for row in tuned}
     assert times["T40", 128] == 200.0 and times["T40", 512] is None
 
 
 def test_nothing_is_chosen_when_all_fail(toy):
-    """Guards the table: tiles that were never timed must not get there."""
-    plan = tune.TuningSet(("double", "short"), CASES[:1], [{"block": 13, "num_warps": 4}])
-    made = tune.tune(plan, CPU, FP32)
-    assert tune.choose(made) is None and not made[0]["chosen"]
+    """Guards the table: a config that was never timed must not get there."""
+    tuning_set = tune.TuningSet(("double", "short"), CASES[:1], [{"block": 13, "num_warps": 4}])
+    tuned = tune.tune(tuning_set, CPU, FP32)
+    assert tune.choose(tuned) is None and not tuned[0]["chosen"]
 
 
-def test_a_candidate_that_poisons_ends_it(toy, monkeypatch):
-    """Guards the table: after an illegal access all candidates after it would fail, and the best of
-    those before it be written as the best of all."""
+def test_a_poisoning_candidate_ends_the_run(toy, monkeypatch):
+    """Guards the table: after an illegal access all later candidates would fail, and the best of
+    the earlier ones would be written as the best of all."""
 
     def judge(*_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -155,21 +155,21 @@ def test_a_candidate_that_poisons_ends_it(toy, monkeypatch):
         tune.tune(tune.tuning_sets(CASES, FP32, H200)[1], CPU, FP32)
 
 
-def test_a_timer_that_fails_is_told(toy, monkeypatch):
-    """Guards a candidate that cannot be captured: its failure must not end the whole run."""
+def test_a_failing_timer_is_reported(toy, monkeypatch):
+    """Guards against a candidate that cannot be captured ending the whole run."""
 
     def broken(candidates, **options):
         raise RuntimeError("capture failed")
 
     monkeypatch.setattr(tune, "measure", broken)
-    made = tune.tune(tune.tuning_sets(CASES, FP32, H200)[1], CPU, FP32)
-    assert {row["failure"] for row in made if row["tiles"]["block"] == 64} == {
+    tuned = tune.tune(tune.tuning_sets(CASES, FP32, H200)[1], CPU, FP32)
+    assert {row["failure"] for row in tuned if row["tiles"]["block"] == 64} == {
         "RuntimeError: capture failed"
     }
 
 
-def test_table_keeps_what_it_had(toy):
-    """Guards the other ops' entries, and that an op sees its new tiles at once."""
+def test_table_keeps_its_other_entries(toy):
+    """Guards the other ops' entries, and that an op sees its new config at once."""
     path = tune.write(H200, ("double", "long"), {"block": 32})
     tune.write(H200, ("attention", "any"), {"block": 1})
     assert TUNABLE.choose("short", CPU) == RULE
@@ -183,13 +183,13 @@ def test_table_keeps_what_it_had(toy):
 
 
 def test_command_writes_table_and_rows(toy, monkeypatch, capsys):
-    """Guards the command as a GPU would run it: the best of every key, the rows beside it."""
+    """Guards the command as a GPU would run it: it writes the best of every key, and the rows."""
     monkeypatch.setattr("bench.measurement.parse_device", lambda name: FakeCuda())
     monkeypatch.setattr("bench.commands.gpu_of", lambda device: H200)
     monkeypatch.setattr("bench.commands.tune.tune", on_cpu(tune.tune))
     assert main(["tune", "--op", "double"]) == 1  # some candidates failed, and their rows say so
     table = json.loads((toy / "tuned" / "nvidia-h200.json").read_text())
-    assert {key: chosen["block"] for key, chosen in table["double"].items()} == {
+    assert {key: config["block"] for key, config in table["double"].items()} == {
         "short": 256,
         "long": 64,
     }
@@ -203,11 +203,11 @@ class FakeCuda:
 
 
 def on_cpu(run):
-    return lambda plan, device, dtype: run(plan, CPU, FP32)
+    return lambda tuning_set, device, dtype: run(tuning_set, CPU, FP32)
 
 
 def test_dry_run_measures_nothing(toy, monkeypatch, capsys):
-    """Guards the listing on any machine: keys, cases and candidates, and not one file."""
+    """Guards the listing on any machine: keys, cases and candidates, and no file written."""
     monkeypatch.setattr(tune, "measure", None)
     assert main(["tune", "--dry-run", "--op", "double", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["rows"]
@@ -227,15 +227,15 @@ def test_without_a_gpu_it_says_so(toy):
 
 
 def test_where_triton_interprets_it_says_so(toy, monkeypatch):
-    """Guards the search for keys: there, recorded launches would run, for hours."""
+    """Guards the search for keys: recorded launches would run for hours."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(InputError, match="TRITON_INTERPRET is set"):
         main(["tune", "--dry-run"])
 
 
 def test_unfilled_leaves_large_tensors_alone():
-    """Guards the dry run's memory: a large cache is allocated, not written; small tensors, whose
-    values decide what an op does, are."""
+    """Guards the dry run's memory: a large cache is allocated but not written; small tensors are
+    written, because their values decide what an op does."""
     with unfilled():
         small = torch.full((8,), 3.0).mul_(2)
         large = torch.randn((1 << 20, 1 << 8), dtype=torch.bfloat16).mul_(2)

@@ -1,4 +1,4 @@
-"""`python -m bench fold`: what is reported of the projector's folded weights."""
+"""`python -m bench fold`: what it reports about the projector's folded weights."""
 
 import json
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def small(monkeypatch):
-    """The whole command at a small width."""
+    """The whole command, at a small width."""
     right = fold.run
     monkeypatch.setattr(fold, "run", lambda device: right(device, width=16, channels=24))
 
@@ -48,12 +48,12 @@ def test_a_wrong_fold_fails(small, monkeypatch, capsys):
 
 
 def test_work():
-    """Guards the counts of both paths: the folded one's is that of the projector's cases, which
-    torch's own count holds; the other's by the shapes of w2 and w3."""
+    """Guards the counts of both paths: the folded one's against the projector's cases, which
+    torch's own count checks; the other's against the shapes of w2 and w3."""
     width, out, grid = 8, 12, (52, 52)
-    found = fold.work(grid, width, out, itemsize=2)
+    counts = fold.work(grid, width, out, itemsize=2)
     weights = 32 * 16 * 9 + 12 * 32
-    assert found["unfolded_bytes"] == 2 * weights
-    assert found["unfolded_products"] == 169 * weights
+    assert counts["unfolded_bytes"] == 2 * weights
+    assert counts["unfolded_products"] == 169 * weights
     first = 26 * 26 * 16 * 8 * 9
-    assert 2 * (first + found["folded_products"]) == cases.projector_flops([grid], width, out)
+    assert 2 * (first + counts["folded_products"]) == cases.projector_flops([grid], width, out)

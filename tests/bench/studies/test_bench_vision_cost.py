@@ -1,4 +1,4 @@
-"""`python -m bench cost` of vision ops: work read off the launches, and its way to the SMs."""
+"""`python -m bench cost` of vision ops: work read from the launches, and its way to the SMs."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.support import ROOT
 
 
 def bench_cost(*arguments):
-    """Rows of the command in a process that compiles: pytest's interprets."""
+    """Rows of the command, in a process where Triton compiles: in pytest's it interprets."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = [sys.executable, "-m", "bench", "cost", "--json", *arguments]
     done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -28,7 +28,7 @@ def bench_cost(*arguments):
 
 @pytest.mark.cli
 def test_rows():
-    """Guards the reading of the launches: their programs, their useful and their padded work."""
+    """Guards what is read from the launches: their programs, their useful and their padded work."""
     photo = "8x 36x36 + 1x 52x52"
     rows = bench_cost("--op", *vision_cost.OPS, "--shape", photo)
     programs = {(row["op"], row["impl"]): row["programs"] for row in rows}
@@ -53,25 +53,26 @@ def test_programs_go_where_an_sm_is_free():
 def test_work_of_attention():
     """Guards the count against every query and key of a tile written out."""
     tiles = torch.tensor([[0, 0, 35], [16, 0, 35], [32, 0, 35], [35, 35, 43]], dtype=torch.int32)
-    given = {"tiles": tiles, "HEADS": 3, "FIRST": 64, "REST": 32}
-    given |= {"ROWS": 16, "SHORT": 4, "BLOCK": 8, "TAIL": 4}
+    args = {"tiles": tiles, "HEADS": 3, "FIRST": 64, "REST": 32}
+    args |= {"ROWS": 16, "SHORT": 4, "BLOCK": 8, "TAIL": 4}
     rows, keys = [16, 16, 4, 16], [36, 36, 36, 8]
     expected = [2 * r * k * 96 for r, k in zip(rows, keys, strict=True) for _ in range(3)]
-    assert vision_cost._attention(given, {}, H200).tolist() == expected
+    assert vision_cost._attention(args, {}, H200).tolist() == expected
 
 
 def test_work_of_a_product():
     """Guards the count: all programs together do every step of every tile once."""
     cut = stream_k(9, 12, 54, 132, 16)
-    given = {name: getattr(cut, name) for name in ("band", "whole", "rest", "lanes", "share")}
-    given |= {"C": 200, "TAPS": 9, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 32}
-    work = vision_cost._gemm(given | {"TAPS": 1, "C": 54 * 32}, {"programs": 1}, H200)
+    args = {name: getattr(cut, name) for name in ("band", "whole", "rest", "lanes", "share")}
+    args |= {"C": 200, "TAPS": 9, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 32}
+    work = vision_cost._gemm(args | {"TAPS": 1, "C": 54 * 32}, {"programs": 1}, H200)
     assert len(work) == 132
     assert work.sum() == 9 * 12 * 54 * 128 * 256 * 32
 
 
 def test_mistakes(interpreter, monkeypatch):
-    """Guards the one line: ops without a model, and a process in which Triton interprets."""
+    """Guards the one-line messages for ops without a model, and for a process in which Triton
+    interprets."""
     with pytest.raises(InputError, match="prefix_attention, or any of vision_attention, projector"):
         command.main(["cost", "--op", "sample"])
     with pytest.raises(InputError, match="TRITON_INTERPRET"):

@@ -1,4 +1,4 @@
-"""The cost table: its model of the schedule against the schedule, its bytes by brute force."""
+"""The cost model: its work line against the schedule, its bytes against brute force."""
 
 import json
 from itertools import product
@@ -19,15 +19,15 @@ from model.errors import InputError
 
 PAGE = 8
 FORESTS = {
-    # Several groups, each of another shape; suffixes of 1, grain - 1, grain, grain + 1, a prime.
+    # Several groups of different shapes; suffixes of 1, grain - 1, grain, grain + 1, a prime.
     "groups": [fork(40, [1, 3, 4, 5, 13]), fork(3, [9]), fork(17, [2] * 9)],
-    # Nodes that hold nothing, nodes that nobody reads, two and three levels.
+    # Nodes without tokens, nodes that no row reads, two and three levels.
     "empty nodes": [
         Node(11, children=(Node(0, children=(Node(1, new=1), Node(7, new=2))), Node(6))),
         Node(0, children=(Node(5, new=1),)),
     ],
-    "nothing in sight": [Node(9)],
-    "prefill behind a prefix": [Node(70, new=37), fork(5, [2])],
+    "nothing visible": [Node(9)],
+    "prefill after a prefix": [Node(70, new=37), fork(5, [2])],
     "many small nodes": [fork(6, [3] * 60)],
 }
 BOTH, LARGE, SMALL = (16, 4), (8, 0), (0, 4)
@@ -40,7 +40,7 @@ SPECS = [
 
 
 def places_of(line, spec):
-    """The line place by place: (size, head, tile, place within the tile)."""
+    """The places of the line, one by one: (size, head, tile, place within the tile)."""
     tiles = np.arange(len(line.starts) - 1)
     for size, of_size in enumerate((tiles[: line.counts[0]], tiles[line.counts[0] :])):
         for head in range(spec.kv_heads):
@@ -52,15 +52,15 @@ def places_of(line, spec):
 class TestModel:
     @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
     def test_equals_the_schedule(self, forest, triton_device):
-        """Guards the table against a model of another schedule than the kernels follow."""
+        """Guards the table against modelling another schedule than that of the kernels."""
         plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
-        for spec in SPECS[::5]:  # all combinations are in turn, over the forests
+        for spec in SPECS[::5]:  # has every value of every axis
             line, schedule = model_work_line(plan, spec), Schedule(plan, spec)
             assert list(line.counts) == schedule.counts, spec
             assert line.starts.tolist() == schedule.starts.tolist(), spec
             assert schedule.range_length.tolist() == [line.range_length] * 2, spec
-            found = schedule.first_tile.cpu().numpy()
-            assert (found == line.first_tile)[line.first_tile >= 0].all(), spec
+            first_tile = schedule.first_tile.cpu().numpy()
+            assert (first_tile == line.first_tile)[line.first_tile >= 0].all(), spec
             size = (line.tile >= line.counts[0]).astype(int)
             assert len(set(zip(size, line.partial, strict=True))) == len(line.tile), spec
             assert (line.partial >= 0).all(), spec
@@ -68,19 +68,19 @@ class TestModel:
 
     @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
     def test_items_are_the_places_of_the_line(self, forest):
-        """Guards items and balance: every place belongs to one program, in order of the line."""
+        """Guards items and balance: every place belongs to one program, in the line's order."""
         plan = prefix_plan(0, "cpu", forest=forest, page_size=PAGE)
         for spec in SPECS:
             line = model_work_line(plan, spec)
             items, work, firsts = set(), np.zeros(spec.programs, dtype=int), {}
-            for at, (size, head, tile, place) in enumerate(places_of(line, spec)):
-                program = at // line.range_length
+            for offset, (size, head, tile, place) in enumerate(places_of(line, spec)):
+                program = offset // line.range_length
                 work[program] += 1
                 firsts.setdefault((size, program), tile - size * line.counts[0])
                 if place >= spec.overhead:
                     partial = head * line.counts[size] + tile - size * line.counts[0] + program
                     if spec.invariant:
-                        partial = at - size * spec.kv_heads * line.starts[line.counts[0]]
+                        partial = offset - size * spec.kv_heads * line.starts[line.counts[0]]
                     items.add((tile, program, partial))
             assert items == set(zip(line.tile, line.program, line.partial, strict=True)), spec
             assert len(items) == len(line.tile), spec
@@ -94,7 +94,7 @@ class TestModel:
     @pytest.mark.parametrize("window", [0, 1, 6, 1000])
     @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
     def test_tokens(self, forest, window):
-        """Guards bytes and operations against each row's sight, token by token."""
+        """Guards bytes and operations against what each row sees, token by token."""
         plan = prefix_plan(0, "cpu", forest=forest, page_size=PAGE)
         seen = {row: [] for row in range(plan.num_rows)}  # (node, token), oldest first
         for index, node in enumerate(plan.nodes):
@@ -110,12 +110,12 @@ class TestModel:
         assert shared == len(set().union(*seen.values()))
         assert unshared == sum(map(len, runs.values()))
         assert pairs == sum(map(len, seen.values()))
-        # What the programs load in grains: at least that, and all of it in one tile each.
+        # With grains of one token and one tile per node, the programs load exactly that.
         line = model_work_line(plan, ScheduleSpec(1, 1, (1024, 0), 1, 0, 3, window))
         assert line.tokens.sum() == shared
 
     def test_partials_left_for_the_merge(self):
-        """Guards the bytes of partials: rows alone in their node are finished by one program."""
+        """Guards the bytes of partials: one program finishes rows that are alone in their node."""
         plan = prefix_plan(0, "cpu", forest=[Node(16, new=4), fork(8, [1, 1])], page_size=PAGE)
         line = model_work_line(plan, ScheduleSpec(1, 2, (64, 0), 4, 0, 1))
         assert line.vectors.tolist() == [0, 4, 2, 2]
@@ -125,10 +125,10 @@ class TestModel:
         assert split.vectors.tolist() == [8, 8, 4, 2, 2]
 
     @pytest.mark.parametrize("shape", [{}, {"window": 5}, {"invariant": True}, {"fp8": True}])
-    def test_cut_is_the_launchers(self, shape, triton_device):
-        """Guards the table against tile sizes, grains or programs that are not those launched."""
+    def test_spec_is_the_launchers(self, shape, triton_device):
+        """Guards the table against other tile sizes, grains or programs than those launched."""
         dtype = torch.float16
-        made = prefix_attention_inputs(
+        arguments = prefix_attention_inputs(
             0,
             triton_device,
             dtype,
@@ -143,9 +143,9 @@ class TestModel:
         gpu = Gpu("two SMs", arch=90, sms=2, shared_bytes=H200.shared_bytes)
         invariant = shape.get("invariant", False)
         with assume_gpu(gpu):
-            prefix_attention(**made, impl="triton", batch_invariant=invariant)
-        expected = spec_of(made["plan"], Shape(4, 2, 16, 16, dtype, **shape), gpu)
-        assert list(made["plan"].schedules) == [expected]
+            prefix_attention(**arguments, impl="triton", batch_invariant=invariant)
+        expected = spec_of(arguments["plan"], Shape(4, 2, 16, 16, dtype, **shape), gpu)
+        assert list(arguments["plan"].schedules) == [expected]
 
 
 class TestTable:
@@ -162,19 +162,20 @@ class TestTable:
 
     @pytest.mark.parametrize("gpu", cost.GPUS)
     def test_balance(self, gpu):
-        """Guards the spec: no SM has more than 1.1 times the mean work, wherever there are as
-        many items as an H200 has SMs, over the whole grid and all trees."""
-        # 1,552 places for 216 programs: stretches are of whole places, 8 where 7.2 would be even,
-        # so that the last 22 programs have nothing to do. 1.113.
+        """Guards the requirement that no SM has more than 1.1 times the mean work, over the whole
+        grid and all trees, if there are at least as many items as an H200 has SMs."""
+        # 1,552 places for 216 programs: a work range has whole places, 8 where 7.2 would be even,
+        # so that the last 22 programs have nothing to do. Balance 1.113.
         known = {"h200": set(), "a100": {"B16 P512 S128"}}[gpu]
         rows = [row for row in cost.table(gpu) if row["table"] == "fastest"]
         assert len(rows) >= 90 + 9
-        many = [row for row in rows if row["items"] >= 132]
-        assert {row["case"] for row in many if row["balance_places"] > 1.1} == known
-        assert len(many) == len(rows)
+        large_rows = [row for row in rows if row["items"] >= 132]
+        assert {row["case"] for row in large_rows if row["balance_places"] > 1.1} == known
+        assert len(large_rows) == len(rows)
 
     def test_rotary(self):
-        """Guards the default: the fused form adds less wherever every row is a decode step's.
+        """Guards the default: the fused form adds less in every case whose rows are all a decode
+        step's.
 
         B16 P2048 S128 has 8 x (64 vectors of the prefix + 16 x 4 of the suffixes), once in each op;
         fused, they are rotated once per item.
@@ -191,7 +192,7 @@ class TestTable:
         assert row["fused_vectors"] == sum(items)
 
     def test_command(self, capsys):
-        """Guards the tables a person reads, and the label of a datasheet's figure."""
+        """Guards the printed tables, and the label of a datasheet's figure."""
         arguments = ["cost", "--shape", "P2048 S128", "--gpu", "a100", "--device", "cpu"]
         assert command.main([*arguments, "--copy-gb-s", "1700"]) == 0
         printed = capsys.readouterr().out

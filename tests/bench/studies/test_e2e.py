@@ -1,4 +1,4 @@
-"""The end-to-end job on the tiny model: its rows, and that a wrong form cannot pass."""
+"""The end-to-end runs on the tiny model: their rows, and that a wrong form fails."""
 
 import pytest
 import torch
@@ -40,7 +40,8 @@ def test_question(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_timeline_is_thinned(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
-    """Guards rows against a point for each of thousands of steps, and against a lost end."""
+    """Guards against rows with a point for each of thousands of steps, and against losing the last
+    one."""
     monkeypatch.setattr(e2e, "PROMPT_TOKENS", 200)
     monkeypatch.setattr(e2e, "TIMELINE", 4)
     line = e2e.ask(tiny, widths=(2,), max_tokens=6)[1]["timeline"]
@@ -49,7 +50,7 @@ def test_timeline_is_thinned(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_rate():
-    """The first step's tokens took the time before it: they do not count."""
+    """The first step's tokens took the time before it, so they do not count."""
     assert e2e._rate([(10.0, 4), (11.0, 4), (12.0, 2)]) == 3.0
     assert e2e._rate([(10.0, 4)]) is None
 
@@ -79,8 +80,8 @@ def test_a_wrong_form_fails(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_photo_is_encoded_every_time(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
-    """Guards against a time of the image cache, its hashing included, and against a check of one
-    form by another's bits."""
+    """Guards against timing the image cache and its hashing, and against checking one form with
+    another's cached result."""
     calls, encode = [], tiny.vision.encode
     monkeypatch.setattr(tiny.vision, "encode", lambda *a, **o: calls.append(1) or encode(*a, **o))
     monkeypatch.setattr("model.vision.cache.image_key", lambda views: pytest.fail("hashed"))
@@ -118,7 +119,7 @@ def test_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 
 
 def test_a_wrong_tower_fails(monkeypatch: pytest.MonkeyPatch):
-    """Guards the check of the tower, which no op's own check replaces."""
+    """Guards the check of the whole tower, which no op's own check replaces."""
     right = vision_attention.vision_attention
 
     def wrong(qkv: torch.Tensor, *args: object, impl: str | None, **options: object):
@@ -133,7 +134,7 @@ def test_a_wrong_tower_fails(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_vision_flops(tiny: Step3VL):
-    """The formula against PyTorch's own count of products, per view and for all."""
+    """The formula against PyTorch's own count of products, per view and in total."""
     config = tiny.config
     tower = Step3VL.from_preset("tiny", impl=None).vision
     tower.impl["vision_attention"] = "eager"  # the counter does not know the fused one of a CPU

@@ -1,4 +1,4 @@
-"""The engine's benchmarks on a small model: what they run, and what their rows say."""
+"""The engine's benchmarks on a small model: what they run, and what their rows contain."""
 
 import pytest
 import torch
@@ -19,9 +19,9 @@ def tiny() -> Step3VL:
 
 
 def test_packing(tiny: Step3VL):
-    """The same rollouts under every plan, and fewer steps when problems run together."""
+    """The same rollouts under every setup, and fewer steps when problems run together."""
     questions = ("One?", "Two?", "Three?")
-    greedy = Sampling(max_tokens=30, temperature=0.0)  # siblings say the same: drafts come true
+    greedy = Sampling(max_tokens=30, temperature=0.0)  # siblings agree, so drafts are accepted
     setups = (*SETUPS, packing.Setup("later-round-first", 8, speculate=8))
     alone, together, drafted = packing.compare(
         tiny, setups, questions=questions, widths=(2,), sampling=greedy
@@ -55,8 +55,8 @@ def test_replay(tiny: Step3VL):
 
 
 def test_an_engine_without_its_graphs_says_so(tiny: Step3VL, monkeypatch):
-    """Guards the headline: steps that could not be captured are another thing than those that
-    were, and the eager form, which is never captured, is not to blame."""
+    """Guards the headline: steps that could not be captured must not pass as captured ones, and the
+    eager form, which is never captured, must not fail for it."""
     monkeypatch.setattr(cuda_graph, "_failures", ["failed capture: no memory"])
     eager, default = engine.time_engine(tiny, DecodeCase(2, 70, 3), steps=2, blocks=1)
     assert eager["failure"] is None
@@ -64,18 +64,18 @@ def test_an_engine_without_its_graphs_says_so(tiny: Step3VL, monkeypatch):
 
 
 def test_engine_steps(tiny: Step3VL):
-    """A full batch is what is timed: every step gives a token to each rollout, every byte that it
-    must move is counted, and all forms say the same."""
+    """Guards what is timed, a full batch: every step gives each rollout a token, every byte that it
+    must move is counted, and all forms generate the same."""
     case = DecodeCase(4, 70, 3)
     rows = engine.time_engine(tiny, case, steps=4, blocks=2, names=forms_on("cuda"))
     assert [row["impl"] for row in rows] == ["eager", "default", "default, FP8 KV"]
     first, last = case.suffix + engine.SETTLE, case.suffix + 2 * (engine.SETTLE + 4)
-    few, many = (
+    min_bytes, max_bytes = (
         DecodeCase(4, 70, suffix).bytes(tiny.config.decoder, torch.float32)
         for suffix in (first, last)
     )
     for row in rows[:2]:
-        assert few < row["bytes"] < many
+        assert min_bytes < row["bytes"] < max_bytes
         assert row["same_tokens"] == 1
         assert row["failure"] is None
         assert row["max_err"] < 1e-4
@@ -83,7 +83,7 @@ def test_engine_steps(tiny: Step3VL):
         assert row["padding_pct"] == row["idle_pct"] == 0
         assert row["host_us"] > 0
         assert row["graphs"] is False
-    assert rows[1]["max_err"] > 0  # of two forms, hence not the form with itself
+    assert rows[1]["max_err"] > 0  # two forms are compared, not one with itself
     assert rows[2]["max_err"] > rows[1]["max_err"]
     assert rows[2]["bytes"] < rows[1]["bytes"]
     engine.display(rows)

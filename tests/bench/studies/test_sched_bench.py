@@ -1,4 +1,4 @@
-"""The scheduler's benchmark: that it measures the load it names."""
+"""The scheduler's benchmark: that it measures the load that it names."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from bench import sched
 
 @pytest.mark.parametrize("policy", ["later-round-first", "one-at-a-time"])
 def test_load_stays_constant(policy: str):
-    """As many rollouts run and wait at the end as at the start, and none is lost on the way."""
+    """The same number of rollouts run and wait at the end as at the start, and none is lost."""
     load = sched._Load(policy, 32, 128, short=False)
     for _ in range(3000):
         load.step()
@@ -19,7 +19,7 @@ def test_load_stays_constant(policy: str):
 
 
 def test_short_memory_preempts():
-    """The cases of short memory are what they say: some rollout is always giving way."""
+    """In the short-memory cases, some rollout is always being preempted."""
     row = sched.step_cost("fcfs", (64, 128), short=True, steps=1500)
     assert row["preemptions_per_step"] > 0
     assert row["p20_us"] <= row["median_us"] <= row["p80_us"] <= row["p99_us"]
