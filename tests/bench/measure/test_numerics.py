@@ -50,7 +50,7 @@ class TestCases:
         ids=lambda case: f"{case.op} {case.name}",
     )
     def test_values_are_those_of_inputs_and_results(self, case):
-        """Guards the bytes behind every percentage: inputs read and results written once."""
+        """Guards the bytes in every percentage: inputs read and results written once."""
         arguments = case.inputs(0, CPU, torch.float32)
         results = form(case.op, "eager")(arguments)()
         results = results if isinstance(results, tuple) else (results,)
@@ -105,8 +105,8 @@ class TestCases:
         ids=lambda case: case.op,
     )
     def test_flops_against_a_counter(self, case):
-        """Guards the operations behind every percentage against torch's own count. For the
-        projector the minimum work is that of the folded form, not of its definition."""
+        """Guards the operations in every percentage against torch's own count. For the projector
+        the minimum work is that of the folded form, not of its definition."""
         arguments = case.inputs(0, CPU, torch.float32)
         with FlopCounterMode(display=False) as counter:
             form(case.op, "portable" if case.op == "projector" else "eager")(arguments)()
