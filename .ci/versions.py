@@ -2,9 +2,9 @@
 
 Each pair gets a clone of HEAD with an environment of its own (5 GB, kept under --folder for the
 next run), where `make setup`, `make test` and `profiles static --quick` run. The result replaces
-the pair's line in .ci/versions.jsonl; `python -m profiles tables --write` then puts it into README.
-Needs nothing but the standard library, and every Python by its name on the PATH. Exit code 1 if a
-pair failed.
+the pair's line in .ci/versions.jsonl; `python -m profiles tables --write` then puts it into
+docs/results.md. Needs nothing but the standard library, and every Python by its name on the PATH.
+Exit code 1 if a pair failed.
 """
 
 import argparse

@@ -1,107 +1,125 @@
-"""`python -m profiles tables`: the tables of README and docs/, from the committed rows.
+"""`python -m profiles tables`: the generated tables of README and docs/, and README's plot.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; each document has a module that
-says what its tables are made of. The command compares what stands there with what the rows give
-and exits with 1 if they differ; `--write` puts the rows' tables in place. Nothing is measured.
+A page holds a table between `<!-- table: NAME -->` and `<!-- end -->`; any page may hold any table.
+The command compares tables and plot with the committed rows and exits with 1 if one is stale;
+`--write` renews them. Nothing is measured.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench import rows
 from model.errors import InputError
 from model.terminal import table
-from profiles.tables import readme as readme_tables
-from profiles.tables import switches as switch_tables
+from profiles.tables import decode_plot, results, switches
 
-Tables = dict[str, Callable[[], str]]
-DOCUMENTS: dict[Path, Tables] = {
-    rows.ROOT / "README.md": readme_tables.TABLES,
-    rows.ROOT / "docs" / "kernel_switches.md": switch_tables.TABLES,
-}
+PAGES = tuple(
+    rows.ROOT / name for name in ("README.md", "docs/results.md", "docs/kernel_switches.md")
+)
+PLOT = rows.ROOT / "docs" / "decode.svg"
+GENERATORS: dict[str, Callable[[], str]] = results.TABLES | switches.TABLES
 MARKED = re.compile(r"^<!-- table: (.+?) -->\n(.*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)
 BEGIN, END = re.compile(r"^<!-- table: ", re.MULTILINE), re.compile(r"^<!-- end -->$", re.MULTILINE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own options."""
-    parser.add_argument("--write", action="store_true", help="put the rows' tables in place")
-    names = " or ".join(file.name for file in DOCUMENTS)
-    parser.add_argument("--file", type=Path, metavar="FILE", help=f"only this one: {names}")
-    parser.add_argument("--json", action="store_true", help="no table; one JSON document")
+    """Add the command's options."""
+    parser.add_argument("--write", action="store_true", help="renew what is stale")
+    parser.add_argument(
+        "--file", type=Path, metavar="FILE", help="only the tables of this page; any Markdown file"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document, no table")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compare or write; 1 if a table is not what the rows give, and was not written."""
-    if not any(file.exists() for file in DOCUMENTS):
-        raise InputError("tables are made of rows that only a checkout of the repository has")
-    documents = {options.file: tables_of(options.file)} if options.file else DOCUMENTS
-    found = {file: _read(file) for file in documents}
-    made = {file: _made(file, found[file], tables) for file, tables in documents.items()}
-    states = []
-    for file, text in made.items():
-        for name, state in compared(found[file], text).items():
-            written = state == "differs" and options.write
-            states.append((file.name, name, "written" if written else state))
-        if options.write and text != found[file]:
-            file.write_text(text, encoding="utf-8")
+    """Compare or write; return 1 if a table or the plot is stale and was not written."""
+    if not any(page.exists() for page in PAGES):
+        raise InputError("the rows that tables come from are only in a checkout of the repository")
+    pages = [options.file] if options.file else PAGES
+    texts = {page: _read(page) for page in pages}
+    renewed = {page: _renew_page(page, text) for page, text in texts.items()}
+    states = [
+        (page.name, name, state)
+        for page in pages
+        for name, state in compare(texts[page], renewed[page])
+    ]
+    if not options.file:
+        require_all_used(texts.values())
+        states.append((PLOT.name, "plot", "agrees" if decode_plot.is_current(PLOT) else "differs"))
+    if options.write:
+        for page in pages:
+            if renewed[page] != texts[page]:
+                page.write_text(renewed[page], encoding="utf-8")
+        if (PLOT.name, "plot", "differs") in states:
+            decode_plot.draw(PLOT)
+        states = [
+            (file, name, "written" if state == "differs" else state) for file, name, state in states
+        ]
     if options.json:
         columns = ("file", "name", "state")
         print(json.dumps({"tables": [dict(zip(columns, line, strict=True)) for line in states]}))
     else:
-        table("tables of measurements", ("document", "table", "state"), states)
+        table("tables of measurements", ("page", "table", "state"), states)
     return int(any(state == "differs" for *_, state in states))
 
 
-def tables_of(file: Path) -> Tables:
-    """The tables of the document that `file` is, or is a copy of; raises InputError if none is."""
-    found = [tables for document, tables in DOCUMENTS.items() if document.name == file.name]
-    if not found:
-        names = ", ".join(document.name for document in DOCUMENTS)
-        raise InputError(f"{file}: only these have tables: {names}")
-    return found[0]
+def renew(text: str) -> str:
+    """`text` with every table regenerated.
 
-
-def renewed(text: str, tables: Tables) -> str:
-    """`text` with every marked table made anew.
-
-    Raises InputError for a marker without its end, for a name that is not in `tables`, and for one
-    of `tables` that stands nowhere.
+    Raises InputError if there is no table, for a marker without its end and for unknown names.
     """
-    names = [name for name, _ in MARKED.findall(text)]
+    names = table_names(text)
     if not len(names) == len(BEGIN.findall(text)) == len(END.findall(text)):
         raise InputError("a `<!-- table: NAME -->` has no `<!-- end -->`, or the other way round")
-    for name in names:
-        if name not in tables:
-            raise InputError(f"no table is called {name!r}; choose of {', '.join(tables)}")
-    if missing := [name for name in tables if name not in names]:
-        raise InputError(f"no marker for {', '.join(missing)}")
-    made = {name: tables[name]() for name in names}
-    return MARKED.sub(lambda found: _marked(found[1], made[found[1]]), text)
+    if not names:
+        raise InputError("the page has no table: no `<!-- table: NAME -->`")
+    if unknown := [name for name in names if name not in GENERATORS]:
+        raise InputError(
+            f"no table is called {', '.join(map(repr, unknown))}; choose from: "
+            + ", ".join(GENERATORS)
+        )
+    bodies = {name: GENERATORS[name]() for name in names}
+    return MARKED.sub(
+        lambda match: f"<!-- table: {match[1]} -->\n{bodies[match[1]]}\n<!-- end -->", text
+    )
 
 
-def compared(text: str, made: str) -> dict[str, str]:
-    """Of each table, whether it "agrees" or "differs"."""
-    old, new = (dict(MARKED.findall(version)) for version in (text, made))
-    return {name: "agrees" if old[name] == new[name] else "differs" for name in new}
+def compare(old: str, new: str) -> list[tuple[str, str]]:
+    """Each table's name, and whether it "agrees" or "differs" between two versions of a page."""
+    return [
+        (name, "agrees" if old_body == new_body else "differs")
+        for (name, old_body), (_, new_body) in zip(
+            MARKED.findall(old), MARKED.findall(new), strict=True
+        )
+    ]
 
 
-def _marked(name: str, body: str) -> str:
-    return f"<!-- table: {name} -->\n{body}\n<!-- end -->"
+def require_all_used(texts: Iterable[str]) -> None:
+    """Raise InputError if a generated table is on no page."""
+    used = {name for text in texts for name in table_names(text)}
+    if unused := [name for name in GENERATORS if name not in used]:
+        raise InputError(
+            f"no page has the table {', '.join(map(repr, unused))}; put a marker on one"
+        )
 
 
-def _read(file: Path) -> str:
+def table_names(text: str) -> list[str]:
+    """The names of the tables of a page, in its order."""
+    return [name for name, _ in MARKED.findall(text)]
+
+
+def _read(page: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return page.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from None
+        raise InputError(f"cannot read {page}: {error.strerror}") from None
 
 
-def _made(file: Path, text: str, tables: Tables) -> str:
+def _renew_page(page: Path, text: str) -> str:
     try:
-        return renewed(text, tables)
+        return renew(text)
     except InputError as error:
-        raise InputError(f"{file.name}: {error}") from None
+        raise InputError(f"{page.name}: {error}") from None

@@ -1,4 +1,4 @@
-"""README's tables of GPUs: one set for every folder of results with rows of one."""
+"""The tables of measured GPUs: one set for each folder of results that has a GPU's rows."""
 
 import re
 from collections.abc import Sequence
@@ -8,49 +8,56 @@ from bench.decode import FP8
 from kernels.runtime.dispatch import IMPLS
 from profiles.tables.markdown import Row, folder, markdown, spread
 
-UNLISTED = ("pairs", "launches", "linears")  # sections that decide what to do next
+UNLISTED = ("pairs", "launches", "linears")  # sections that serve decisions, not results
 NONE_YET = "No GPU has been measured yet: no Triton kernel of this repository has run on one."
 STEP = re.compile(r"(?P<model>.+) B(?P<batch>\d+) P(?P<prefix>\d+) S(?P<suffix>\d+)")
 
 
 def gpus(results: Path) -> str:
-    """Decode step and op table of every GPU, or a line that says that there is none."""
-    parts = []
-    for path in sorted(path for path in results.iterdir() if path.is_dir()):
-        found = [row for row in folder(path) if not row["device"].endswith(" threads")]
-        if found:
-            latest = _latest(found)
-            parts += [_origin(path, latest), _decode_steps(latest), _ops(latest)]
+    """Decode steps and ops of every GPU, or one line that says that none was measured."""
+    parts: list[str] = []
+    for path, rows in gpu_folders(results):
+        parts += [_origin(path, rows), _decode_steps(rows), _ops(rows)]
     return "\n\n".join(filter(None, parts)) or NONE_YET
 
 
-def _latest(found: Sequence[Row]) -> list[Row]:
-    """Of each op, case, form and dtype the last row, if it has a time and is right."""
+def gpu_folders(results: Path) -> list[tuple[Path, list[Row]]]:
+    """The folders with rows of a GPU: the latest timed row of each op, case, impl and dtype."""
+    found = []
+    for path in sorted(path for path in results.iterdir() if path.is_dir()):
+        rows = _latest([row for row in folder(path) if not row["device"].endswith(" threads")])
+        if rows:
+            found.append((path, rows))
+    return found
+
+
+def _latest(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each op, case, impl and dtype, if it has a time and no failure."""
     key = ("op", "case", "impl", "dtype")
-    listed = [row for row in found if row.get("section") not in UNLISTED]
+    listed = [row for row in rows if row.get("section") not in UNLISTED]
     of_key = {tuple(row.get(name) for name in key): row for row in listed}
-    right = [row for row in of_key.values() if not row["failure"]]
-    return [row for row in right if row["op"] == "roofline" or row.get("median_us")]
+    good = [row for row in of_key.values() if not row["failure"]]
+    return [row for row in good if row["op"] == "roofline" or row.get("median_us")]
 
 
-def _origin(path: Path, found: Sequence[Row]) -> str:
-    row = found[-1]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
+def _origin(path: Path, rows: Sequence[Row]) -> str:
+    row = rows[-1]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     software = f"PyTorch {row['torch']}, Triton {row['triton']}, driver {row['driver']}"
     where = f"commit {commits}, `profiles/results/{path.name}/`"
-    ceilings = [
+    limits = [
         f"{row['dtype']} {row['copy_gb_s']:,.0f} GB/s, {row['gemm_tflop_s']:,.0f} TFLOP/s"
-        for row in found
+        for row in rows
         if row["op"] == "roofline"
     ]
-    best = f"; copy and matrix product: {'; '.join(ceilings)}" if ceilings else ""
-    return f"**{row['device']}** ({software}, {where}{best}):"
+    measured = f"; measured copy bandwidth and matrix rate: {'; '.join(limits)}" if limits else ""
+    return f"**{row['device']}** ({software}, {where}{measured}):"
 
 
-def _decode_steps(found: Sequence[Row]) -> str:
+def _decode_steps(rows: Sequence[Row]) -> str:
     """A line per batch, prefix and suffix. MBU is the fewest bytes over time and copy bandwidth."""
     steps: dict[str, dict[str, Row]] = {}
-    for row in found:
+    for row in rows:
         if row["op"] == "decode_step":
             steps.setdefault(row["case"], {})[row["impl"]] = row
     lines = []
@@ -79,16 +86,16 @@ def _mbu(row: Row) -> str:
     return f"{row['bytes'] / row['median_us'] / 1e3 / row['copy_gb_s']:.0%}".replace("%", " %")
 
 
-def _ops(found: Sequence[Row]) -> str:
-    """A line per case and Triton form, against eager and the fastest peer."""
+def _ops(rows: Sequence[Row]) -> str:
+    """A line per case and Triton form, compared with eager and the fastest peer."""
     lines = []
-    for row in found:
+    for row in rows:
         if not str(row.get("impl")).startswith("triton"):
             continue
-        same = [r for r in found if all(r.get(k) == row[k] for k in ("op", "case", "dtype"))]
+        same = [r for r in rows if all(r.get(k) == row[k] for k in ("op", "case", "dtype"))]
         eager = next((r["median_us"] for r in same if r["impl"] == "eager"), None)
         peers = [r for r in same if r["impl"].partition("-")[0] not in IMPLS]
-        best = min(peers, key=lambda r: r["median_us"], default=None)
+        fastest = min(peers, key=lambda r: r["median_us"], default=None)
         us = row["median_us"]
         lines.append(
             [
@@ -97,9 +104,10 @@ def _ops(found: Sequence[Row]) -> str:
                 row["impl"],
                 f"{us:,.1f} ({row['p20_us']:,.1f}..{row['p80_us']:,.1f})",
                 f"{row['roofline_pct']:.0f} %",
-                f"{eager / us:.1f}" if eager else "",
-                f"{best['median_us'] / us:.2f} ({best['impl']})" if best else "",
+                f"{eager / us:.1f}x" if eager else "",
+                f"{fastest['median_us'] / us:.2f}x ({fastest['impl']})" if fastest else "",
             ]
         )
-    header = ("op", "case", "form", " us (p20..p80)", " of roofline", " x eager", " x best peer")
+    header = ["op", "case", "impl", " us (p20..p80)", " roofline %"]
+    header += [" times faster than eager", " times faster than the fastest peer"]
     return markdown(header, lines) if lines else ""

@@ -1,4 +1,4 @@
-"""README's tables of compiled kernels, from the static baseline, and how their rows are found."""
+"""The tables of compiled kernels, from the static baseline, and the lookup of their rows."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -10,9 +10,9 @@ ARCHS = (90, 80)
 
 
 class Kernel(NamedTuple):
-    """A line: the one row of each of `archs` that has all words of `config` in its own.
+    """A line: for each of `archs`, the one row whose config has all words of `config`.
 
-    "!word" must not be in it, and "90:word" must be for sm_90.
+    "!word" must be absent, and "90:word" is required on sm_90 only.
     """
 
     label: str
@@ -21,14 +21,14 @@ class Kernel(NamedTuple):
     archs: tuple[int, ...] = ARCHS
 
 
-# The 10B's heads, no mode, and what no rule chooses.
+# The 10B's heads, no optional mode, and switches that no rule turns on.
 HEADS = "KV_HEADS=8 GROUP=4 D=128 WINDOW=0 INVARIANT=0 TMA=0 PIECES=1 HALF=0 PDL=0"
 BF16, FP8 = "-kv.k_scale -rotary", "!-kv.k_scale -rotary"
 FUSED, FUSED_FP8 = "-kv.k_scale !-rotary", "!-kv.k_scale !-rotary"
 SOME, MANY = "SIZES=(64,16) STEADY=0 num_stages=3", "SIZES=(128,16) STEADY=1 num_stages=5"
 AHEAD_90, EIGHT_80 = "90:AHEAD=1 80:AHEAD=0", "90:num_warps=4 80:num_warps=8"
 ATTENTION = "prefix_attention_kernel"
-PREFIX_KINDS = {  # as the rule has them
+PREFIX_KINDS = {  # the configs that the rule chooses
     "up to 4 rollouts": f"{HEADS} {BF16} SIZES=(0,16) STEADY=0 AHEAD=1 num_warps=4 num_stages=3",
     "16 rollouts": f"{HEADS} {BF16} {SOME} {AHEAD_90} num_warps=4",
     "64 rollouts": f"{HEADS} {BF16} {MANY} AHEAD=1",
@@ -44,10 +44,16 @@ LAYER_NORM = "!-residual ROWS=1 BLOCK=2048 PDL=0 num_warps=4"
 SILU_MUL = "INTERLEAVED=0 BLOCK=256"
 DECODE_KERNELS = (
     Kernel("`prefix_attention`, 16 rollouts", ATTENTION, PREFIX_KINDS["16 rollouts"]),
-    Kernel("the same, FP8 KV", ATTENTION, PREFIX_KINDS["16 rollouts, FP8 KV"]),
-    Kernel("the same, rotary fused", ATTENTION, PREFIX_KINDS["16 rollouts, rotary fused"]),
-    Kernel("32 and more rollouts", ATTENTION, PREFIX_KINDS["64 rollouts"]),
-    Kernel("its merge", "merge_kernel", MERGE),
+    Kernel(
+        "`prefix_attention`, 16 rollouts, FP8 KV", ATTENTION, PREFIX_KINDS["16 rollouts, FP8 KV"]
+    ),
+    Kernel(
+        "`prefix_attention`, 16 rollouts, rotary fused",
+        ATTENTION,
+        PREFIX_KINDS["16 rollouts, rotary fused"],
+    ),
+    Kernel("`prefix_attention`, 32 or more rollouts", ATTENTION, PREFIX_KINDS["64 rollouts"]),
+    Kernel("merge of `prefix_attention`", "merge_kernel", MERGE),
     Kernel(
         "`qk_norm_rope`, up to 64 tokens",
         "qk_norm_rope_kernel",
@@ -67,69 +73,69 @@ ROTATION = f"{TOWER} ROWS=32 TURN_Q=0"
 VISION_KERNELS = (
     Kernel("`vision_attention`, heads of 96", "vision_attention_kernel", VISION_ATTENTION),
     Kernel(
-        "the same, specialised, 128 x 128",
+        "`vision_attention`, warp-specialised, 128 x 128",
         "vision_attention_kernel",
         f"{TOWER} ROWS=128 BLOCK=128 SPECIALIZE=1",
         archs=(90,),
     ),
-    Kernel("its rotation", "rotate_kernel", ROTATION),
+    Kernel("rotation of `vision_attention`", "rotate_kernel", ROTATION),
     Kernel(
-        "`projector`, a convolution, 128 x 256", "gemm_kernel", f"{GEMM} C=1536 TAPS=9 -out_rows"
+        "`projector`, one convolution, 128 x 256", "gemm_kernel", f"{GEMM} C=1536 TAPS=9 -out_rows"
     ),
     Kernel("`linear_quick_gelu`, fused, 128 x 256", "gemm_kernel", f"{GEMM} C=1536 QUICK_GELU=1"),
     Kernel("`layer_norm` with residual, 1,536 wide", "layer_norm_kernel", LAYER_NORM),
 )
 FIGURES: dict[str, Callable[[Row], object]] = {
     " registers": lambda row: row["registers"],
-    " spilled bytes": lambda row: row["spill_bytes"],
+    " bytes spilled": lambda row: row["spill_bytes"],
     " shared KB": lambda row: round(row["shared_bytes"] / 1024),
-    " programs per SM": lambda row: row["programs_per_sm"],
+    " CTAs per SM": lambda row: row["programs_per_sm"],
 }
 
 
 def kernel_table(kernels: Sequence[Kernel], baseline: Sequence[Row]) -> str:
-    """A line per kernel in bf16, figures of sm_90 and sm_80 side by side."""
+    """A line per kernel in bf16; each cell has the figures of sm_90 and sm_80."""
     lines = []
     for kernel in kernels:
-        found = [chosen(kernel, arch, baseline) for arch in kernel.archs]
-        figures = [_beside(map(figure, found)) for figure in FIGURES.values()]
-        wgmma = "yes" if found[0]["wgmma"] else "no"
-        lines.append([kernel.label, *figures, wgmma, _loads(found)])
-    header = ("kernel in bf16, sm_90 / sm_80", *FIGURES, "wgmma", " loads of 16 bytes")
+        rows = [find_row(kernel, arch, baseline) for arch in kernel.archs]
+        figures = [_per_arch(map(figure, rows)) for figure in FIGURES.values()]
+        wgmma = "yes" if rows[0]["wgmma"] else "no"
+        lines.append([kernel.label, *figures, wgmma, _loads(rows)])
+    header = ("kernel in bf16, sm_90 / sm_80", *FIGURES, "wgmma", " 16-byte loads")
     return markdown(header, lines)
 
 
-def chosen(kernel: Kernel, arch: int, baseline: Sequence[Row]) -> Row:
-    """The row of a line; raises InputError unless there is exactly one."""
-    found = [
+def find_row(kernel: Kernel, arch: int, baseline: Sequence[Row]) -> Row:
+    """The row of a line. Raises InputError unless exactly one matches."""
+    rows = [
         row
         for row in baseline
         if row["kernel"] == kernel.kernel
         and (row["arch"], row["dtype"]) == (arch, "bfloat16")
-        and all(_holds(word, arch, row["config"].split()) for word in kernel.config.split())
+        and all(_matches(word, arch, row["config"].split()) for word in kernel.config.split())
     ]
-    if len(found) != 1:
+    if len(rows) != 1:
         raise InputError(
-            f"{kernel.kernel} on sm_{arch}: {len(found)} rows of the static baseline have"
-            f" {kernel.config!r}; a table needs one"
+            f"{kernel.kernel} on sm_{arch}: {len(rows)} rows of the static baseline match"
+            f" {kernel.config!r}; a table needs exactly one"
         )
-    return found[0]
+    return rows[0]
 
 
-def _holds(word: str, arch: int, config: Sequence[str]) -> bool:
+def _matches(word: str, arch: int, config: Sequence[str]) -> bool:
     if word.startswith("!"):
         return word[1:] not in config
     of_arch, colon, rest = word.partition(":")
     return int(of_arch) != arch or rest in config if colon else word in config
 
 
-def _beside(figures: Iterable[object]) -> str:
+def _per_arch(figures: Iterable[object]) -> str:
     cells = [*map(str, figures)]
     return " / ".join(cells + ["-"] * (len(ARCHS) - len(cells)))
 
 
-def _loads(found: Sequence[Row]) -> str:
-    """Percentages; "TMA" where all loads are tensor copies."""
-    if found[0]["wide_loads"] is None:
+def _loads(rows: Sequence[Row]) -> str:
+    """The share of loads that are 16 bytes wide; "TMA" where all loads are tensor copies."""
+    if rows[0]["wide_loads"] is None:
         return "TMA"
-    return _beside(f"{100 * row['wide_loads']:.0f}" for row in found) + " %"
+    return _per_arch(f"{100 * row['wide_loads']:.0f}" for row in rows) + " %"

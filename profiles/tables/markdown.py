@@ -1,4 +1,4 @@
-"""Rows found and figures written: what the documents' tables are put together with."""
+"""Reading rows and formatting Markdown tables, for all generated tables."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ Row = dict
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table; columns whose header begins with a space align right, as on a terminal."""
+    """A table. Columns whose header begins with a space align right, as in model.terminal."""
     ruler = ["---:" if name.startswith(" ") else "---" for name in header]
     text = [_line(map(str.strip, header)), f"|{'|'.join(ruler)}|", *map(_line, lines)]
     return "\n".join(text)
@@ -19,21 +19,21 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def folder(path: Path) -> list[Row]:
     """The rows of all JSONL files of a folder, the latest last."""
-    found = [row for file in sorted(path.glob("*.jsonl")) for row in jsonl.read(file)]
-    return sorted(found, key=lambda row: row.get("time") or "")
+    rows = [row for file in sorted(path.glob("*.jsonl")) for row in jsonl.read(file)]
+    return sorted(rows, key=lambda row: row.get("time") or "")
 
 
-def one(found: Iterable[Row], **wanted: object) -> Row:
-    """The latest row without a failure that has the `wanted` fields; raises InputError if none."""
-    of_fields = [
+def one(rows: Iterable[Row], **wanted: object) -> Row:
+    """The latest row without a failure whose fields are as `wanted`. Raises InputError if none."""
+    matches = [
         row
-        for row in found
+        for row in rows
         if not row.get("failure") and all(row.get(name) == wanted[name] for name in wanted)
     ]
-    if not of_fields:
+    if not matches:
         text = ", ".join(f"{name} {value!r}" for name, value in wanted.items())
-        raise InputError(f"a table of README.md needs a row with {text}; there is none")
-    return of_fields[-1]
+        raise InputError(f"a generated table needs a row with {text}, but there is none")
+    return matches[-1]
 
 
 def milliseconds(microseconds: float) -> str:

@@ -1,4 +1,4 @@
-"""docs/kernel_switches.md's tables: what the compiler makes of a switch's old and its new form."""
+"""The tables of docs/kernel_switches.md: both forms of every switch, as compiled."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -16,16 +16,16 @@ from profiles.tables.kernels import (
     SILU_MUL,
     VISION_ATTENTION,
     Kernel,
-    chosen,
+    find_row,
 )
 from profiles.tables.markdown import Row, markdown
-from profiles.tables.readme import STATIC, recorded
+from profiles.tables.results import STATIC, recorded
 
 
 class Switch(NamedTuple):
-    """Lines of a table, one for each of `archs`: two rows whose configurations differ in it alone.
+    """A line for each of `archs`: two rows whose configs differ only in this switch.
 
-    `config` is a Kernel's; words of the same name as one of `old` and `new` give way to these.
+    `config` is as in Kernel; words of `old` and `new` replace its words of the same name.
     """
 
     label: str
@@ -37,7 +37,7 @@ class Switch(NamedTuple):
 
 
 def _loops(name: str, unit: int = 1) -> Callable[[Row], str]:
-    """The figures of all hot loops, in the order of the text."""
+    """The figures of all hot loops, in the order of the code."""
 
     def text(row: Row) -> str:
         values = row[name] or [None]
@@ -51,7 +51,7 @@ LOOPS: dict[str, Callable[[Row], object]] = {
     " `async_wait`": _loops("async_wait"),
     " KB in flight": _loops("bytes_in_flight", 1024),
     " barriers": _loops("barriers"),
-    " instructions per block": _loops("instructions_per_block"),
+    " instructions per KV block": _loops("instructions_per_block"),
 }
 BOTH = FIGURES | LOOPS
 WGMMA = {"wgmma": lambda row: "yes" if row["wgmma"] else "no"}
@@ -61,36 +61,35 @@ PDL = "PDL=0", "PDL=1 launch_pdl=True"
 def switch_table(
     switches: Iterable[Switch], figures: dict[str, Callable[[Row], object]], baseline: Sequence[Row]
 ) -> str:
-    """A line per switch and architecture: "old -> new", or the figure that both forms have."""
+    """A line per switch and architecture: "old -> new", or one figure if both are equal."""
     lines = []
     for switch in switches:
         for arch in switch.archs:
             old, new = both_forms(switch, arch, baseline)
             changes = [_change(figure(old), figure(new)) for figure in figures.values()]
             lines.append([switch.label, f"sm_{arch}", *changes])
-    return markdown(("kernel in bf16", "for", *figures), lines)
+    return markdown(("kernel in bf16", "GPU", *figures), lines)
 
 
 def both_forms(switch: Switch, arch: int, baseline: Sequence[Row]) -> tuple[Row, Row]:
-    """The rows of the old and of the new form.
+    """The rows of the old and the new form.
 
-    Raises InputError unless there is exactly one of each, and they differ in the switch's words
-    alone.
+    Raises InputError unless there is exactly one of each, and only the switch's words differ.
     """
     forms = switch.old.split(), switch.new.split()
     names = {_name(word) for form in forms for word in form}
     rest = [word for word in switch.config.split() if _name(word) not in names]
-    found = [
-        chosen(Kernel(switch.label, switch.kernel, " ".join([*rest, *form])), arch, baseline)
+    rows = [
+        find_row(Kernel(switch.label, switch.kernel, " ".join([*rest, *form])), arch, baseline)
         for form in forms
     ]
-    old, new = ({*row["config"].split()} - {*form} for row, form in zip(found, forms, strict=True))
+    old, new = ({*row["config"].split()} - {*form} for row, form in zip(rows, forms, strict=True))
     if old != new:
         raise InputError(
-            f"{switch.kernel} on sm_{arch}, {switch.label}: more than {switch.old} ->"
-            f" {switch.new} differs: {' '.join(sorted(old ^ new))}"
+            f"{switch.kernel} on sm_{arch}, {switch.label}: the two forms differ in more than"
+            f" {switch.old} -> {switch.new}: {' '.join(sorted(old ^ new))}"
         )
-    return found[0], found[1]
+    return rows[0], rows[1]
 
 
 def _name(word: str) -> str:
@@ -106,8 +105,8 @@ def _of_attention(old: str, new: str, kinds: Iterable[str] = PREFIX_KINDS) -> li
     return [Switch(kind, ATTENTION, PREFIX_KINDS[kind], old, new) for kind in kinds]
 
 
-def _where_it_fits(old: str, new: str, kinds: Iterable[str] = PREFIX_KINDS) -> list[Switch]:
-    """Without those forms that are no candidate on sm_90, as they would spill there."""
+def _where_no_spill(old: str, new: str, kinds: Iterable[str] = PREFIX_KINDS) -> list[Switch]:
+    """Leaves out forms that are no candidates on sm_90 because they would spill there."""
     return [
         switch._replace(archs=(80,)) if "fused, FP8" in switch.label else switch
         for switch in _of_attention(old, new, kinds)
@@ -116,7 +115,7 @@ def _where_it_fits(old: str, new: str, kinds: Iterable[str] = PREFIX_KINDS) -> l
 
 def _fp16() -> list[Switch]:
     kinds = [kind for kind in PREFIX_KINDS if "FP8" in kind]
-    return _where_it_fits("AHEAD=0 HALF=0", "AHEAD=0 HALF=1", kinds)
+    return _where_no_spill("AHEAD=0 HALF=0", "AHEAD=0 HALF=1", kinds)
 
 
 def _pdl() -> list[Switch]:
@@ -125,7 +124,7 @@ def _pdl() -> list[Switch]:
 
 
 SOME, MANY = PREFIX_KINDS["16 rollouts"], PREFIX_KINDS["64 rollouts"]
-SPLIT = (  # one launch against each of two, of which the second is as for up to 4 rollouts
+SPLIT = (  # one launch compared with each of two; the second is that for up to 4 rollouts
     Switch("16 rollouts, large tiles", ATTENTION, SOME, "SIZES=(64,16)", "SIZES=(64,0)"),
     Switch(
         "16 rollouts, small tiles", ATTENTION, SOME, "SIZES=(64,16)", "SIZES=(0,16)", archs=(90,)
@@ -158,14 +157,21 @@ TURN_Q = (
         archs=(90,),
     ),
     Switch(
-        "the same, 64 queries at a time",
+        "`vision_attention`, heads of 96, 64 queries per tile",
         "vision_attention_kernel",
         VISION_ATTENTION.replace("ROWS=128", "ROWS=64 num_warps=4"),
         "TURN_Q=0",
         "TURN_Q=1",
         archs=(90,),
     ),
-    Switch("its rotation", "rotate_kernel", ROTATION, "TURN_Q=0", "TURN_Q=1", archs=(90,)),
+    Switch(
+        "rotation of `vision_attention`",
+        "rotate_kernel",
+        ROTATION,
+        "TURN_Q=0",
+        "TURN_Q=1",
+        archs=(90,),
+    ),
 )
 NORMS = (
     Switch("`rms_norm`, 4,096 wide", "rms_norm_kernel", RMS_NORM, *PDL, archs=(90,)),
@@ -176,18 +182,18 @@ PIECES = "PIECES=0 -pieces", "PIECES=1"
 F2F = {" F2F": _loops("f2f"), " shared loads of 1 or 2 bytes": _loops("narrow_shared_loads")}
 
 
-def _made(switches: Iterable[Switch], figures: dict[str, Callable[[Row], object]]) -> str:
+def _table(switches: Iterable[Switch], figures: dict[str, Callable[[Row], object]]) -> str:
     return switch_table(switches, figures, recorded(STATIC))
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "ahead": lambda: _made(_where_it_fits("AHEAD=0", "AHEAD=1"), BOTH),
-    "steady": lambda: _made(_where_it_fits("STEADY=0", "STEADY=1"), BOTH),
-    "pieces": lambda: _made(_of_attention(*PIECES), BOTH),
-    "split": lambda: _made(SPLIT, BOTH | WGMMA),
-    "fp16": lambda: _made(_fp16(), BOTH | F2F),
-    "pdl of attention": lambda: _made(_pdl(), BOTH),
-    "turn_q": lambda: _made(TURN_Q, BOTH | {" wgmma waits": _loops("wgmma_waits")}),
-    "pdl of norms": lambda: _made(NORMS, FIGURES),
-    "interleaved": lambda: _made(SILU, FIGURES),
+    "ahead": lambda: _table(_where_no_spill("AHEAD=0", "AHEAD=1"), BOTH),
+    "steady": lambda: _table(_where_no_spill("STEADY=0", "STEADY=1"), BOTH),
+    "pieces": lambda: _table(_of_attention(*PIECES), BOTH),
+    "split": lambda: _table(SPLIT, BOTH | WGMMA),
+    "fp16": lambda: _table(_fp16(), BOTH | F2F),
+    "pdl of attention": lambda: _table(_pdl(), BOTH),
+    "turn_q": lambda: _table(TURN_Q, BOTH | {" wgmma waits": _loops("wgmma_waits")}),
+    "pdl of norms": lambda: _table(NORMS, FIGURES),
+    "interleaved": lambda: _table(SILU, FIGURES),
 }

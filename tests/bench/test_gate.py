@@ -9,7 +9,7 @@ from bench import gate
 from bench.cases import cases
 from bench.gate import MIN_SPEEDUPS, MinSpeedup
 from model.terminal import Parser
-from profiles.tables.readme import OPS_CPU, measured
+from profiles.tables.results import OPS_CPU, measured
 
 MINIMUM = MinSpeedup("rms_norm", "T1 C4096", "eager", 2.0, (1.8, 2.2), 1.5)
 

@@ -1,6 +1,7 @@
 """The documents' tables: what the committed rows give, and how figures are written."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,8 +9,9 @@ from bench import jsonl
 from model.errors import InputError
 from model.terminal import Parser
 from profiles.tables import command as tables
+from profiles.tables import decode_plot
 from profiles.tables.gpu import NONE_YET, gpus
-from profiles.tables.kernels import Kernel, chosen, kernel_table
+from profiles.tables.kernels import Kernel, find_row, kernel_table
 from profiles.tables.markdown import folder, markdown, milliseconds, one, small, spread
 from profiles.tables.switches import LOOPS, Switch, both_forms, switch_table
 
@@ -20,71 +22,113 @@ def run(*arguments: str) -> int:
     return tables.run(parser.parse_args(arguments))
 
 
-@pytest.mark.parametrize("file", tables.DOCUMENTS, ids=lambda file: file.name)
-def test_a_document_is_what_the_rows_give(file):
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_a_page_has_the_tables_that_the_rows_give(page):
     """Guards every table of README and docs/: a figure changed by hand, or rows without a table."""
-    text, made = file.read_text(), tables.DOCUMENTS[file]
-    states = tables.compared(text, tables.renewed(text, made))
-    assert states == dict.fromkeys(made, "agrees"), "python -m profiles tables --write"
+    text = page.read_text()
+    states = tables.compare(text, tables.renew(text))
+    assert {state for _, state in states} == {"agrees"}, "python -m profiles tables --write"
 
 
-MADE = {"small": lambda: "| a |\n|---|\n| 2 |"}
-TEXT = "Before.\n\n<!-- table: small -->\n| a |\n|---|\n| 1 |\n<!-- end -->\nAfter: | 1 |\n"
+def test_every_generated_table_is_on_a_page():
+    """Guards a table that is generated, kept up to date and shown nowhere."""
+    tables.require_all_used(page.read_text() for page in tables.PAGES)
 
 
-def test_writing_changes_the_marked_body_alone(tmp_path, monkeypatch, capsys):
-    """Guards the text around the tables, the exit codes, and the JSON document."""
-    file = tmp_path / "README.md"
-    monkeypatch.setattr(tables, "DOCUMENTS", {file: MADE})
-    file.write_text(TEXT)
-    assert run() == 1 and file.read_text() == TEXT
+def test_the_plot_shows_the_rows():
+    """Guards docs/decode.svg against rows that changed after it was drawn."""
+    assert decode_plot.is_current(tables.PLOT), "python -m profiles tables --write"
+
+
+SMALL = {"small": lambda: "| a |\n|---|\n| 2 |"}
+STALE = "Before.\n\n<!-- table: small -->\n| a |\n|---|\n| 1 |\n<!-- end -->\nAfter: | 1 |\n"
+CURRENT = STALE.replace("1 |\n<!--", "2 |\n<!--")
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """Two pages of the table `small`, both current; the plot is current too."""
+    both = tmp_path / "a.md", tmp_path / "b.md"
+    for page in both:
+        page.write_text(CURRENT)
+    monkeypatch.setattr(tables, "PAGES", both)
+    monkeypatch.setattr(tables, "GENERATORS", SMALL)
+    return both
+
+
+def test_writing_changes_only_the_tables(pages, capsys):
+    """Guards the text around the tables, the exit codes and the JSON document."""
+    pages[0].write_text(STALE)
+    assert run() == 1 and pages[0].read_text() == STALE
     assert "differs" in capsys.readouterr().out
     assert run("--write", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {
-        "tables": [{"file": "README.md", "name": "small", "state": "written"}]
-    }
-    assert file.read_text() == TEXT.replace("1 |\n<!--", "2 |\n<!--")
+    states = json.loads(capsys.readouterr().out)["tables"]
+    assert states == [
+        {"file": "a.md", "name": "small", "state": "written"},
+        {"file": "b.md", "name": "small", "state": "agrees"},
+        {"file": "decode.svg", "name": "plot", "state": "agrees"},
+    ]
+    assert pages[0].read_text() == CURRENT
     assert run() == 0
 
 
-def test_each_document_has_tables_of_its_own(tmp_path, monkeypatch, capsys):
-    """Guards the second document: it counts, `--file` takes one alone or a copy of it, and what is
-    wrong says where; nothing is written unless all documents are right."""
-    monkeypatch.setattr(tables, "DOCUMENTS", {tmp_path / "a.md": MADE, tmp_path / "b.md": MADE})
-    good = TEXT.replace("1 |\n<!--", "2 |\n<!--")
-    for a, b, code in ((good, good, 0), (TEXT, good, 1), (good, TEXT, 1)):
-        (tmp_path / "a.md").write_text(a)
-        (tmp_path / "b.md").write_text(b)
-        assert run() == code
-    assert run("--file", str(tmp_path / "a.md")) == 0
-    copy = tmp_path / "copies" / "b.md"
-    copy.parent.mkdir()
-    copy.write_text(TEXT)
-    assert run("--file", str(copy)) == 1
-    with pytest.raises(InputError, match="c.md: only these have tables: a.md, b.md"):
-        run("--file", str(tmp_path / "c.md"))
-    (tmp_path / "a.md").write_text(TEXT)
-    (tmp_path / "b.md").write_text("Nothing.\n")
-    with pytest.raises(InputError, match="b.md: no marker for small"):
+def test_several_pages_share_a_table(pages):
+    """Guards the second page: it counts, and nothing is written unless all pages are right."""
+    a, b = pages
+    for texts in ((STALE, CURRENT), (CURRENT, STALE)):
+        for page, text in zip(pages, texts, strict=True):
+            page.write_text(text)
+        assert run() == 1
+    a.write_text(STALE)
+    b.write_text("Nothing.\n")
+    with pytest.raises(InputError, match="b.md: the page has no table"):
         run("--write")
-    assert (tmp_path / "a.md").read_text() == TEXT
-    (tmp_path / "b.md").unlink()
+    assert a.read_text() == STALE
+    b.unlink()
     with pytest.raises(InputError, match="cannot read .*b.md"):
+        run()
+
+
+def test_one_file_alone(pages, tmp_path, capsys):
+    """Guards `--file`: it takes any page, and the others and the plot do not count."""
+    pages[0].write_text(STALE)
+    assert run("--file", str(pages[1])) == 0
+    copy = tmp_path / "copy.md"
+    copy.write_text(STALE)
+    assert run("--file", str(copy), "--write", "--json") == 0
+    states = json.loads(capsys.readouterr().out.splitlines()[-1])["tables"]
+    assert states == [{"file": "copy.md", "name": "small", "state": "written"}]
+    assert copy.read_text() == CURRENT and pages[0].read_text() == STALE
+
+
+def test_a_table_on_no_page_is_named(pages, monkeypatch):
+    """Guards generated tables against being lost when a page is rewritten."""
+    monkeypatch.setattr(tables, "GENERATORS", SMALL | {"large": SMALL["small"]})
+    with pytest.raises(InputError, match="no page has the table 'large'"):
         run()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (TEXT.replace("small", "large"), "no table is called 'large'; choose of small"),
-        (TEXT.replace("<!-- end -->\n", ""), "has no `<!-- end -->`"),
-        ("Nothing.\n", "no marker for small"),
+        (STALE.replace("small", "large"), "no table is called 'large'; choose from: small"),
+        (STALE.replace("<!-- end -->\n", ""), "has no `<!-- end -->`"),
+        ("Nothing.\n", "the page has no table"),
     ],
 )
-def test_markers_that_are_wrong_are_named(text, message):
+def test_wrong_markers_are_named(text, message, monkeypatch):
     """Guards against a table that is silently never renewed."""
+    monkeypatch.setattr(tables, "GENERATORS", SMALL)
     with pytest.raises(InputError, match=message):
-        tables.renewed(text, MADE)
+        tables.renew(text)
+
+
+def test_a_table_twice_on_a_page(monkeypatch):
+    """Guards the first of two copies: it is stale, though the second agrees."""
+    monkeypatch.setattr(tables, "GENERATORS", SMALL)
+    text = STALE + CURRENT
+    states = tables.compare(text, tables.renew(text))
+    assert states == [("small", "differs"), ("small", "agrees")]
 
 
 def test_figures():
@@ -135,14 +179,14 @@ def test_kernels_are_chosen_by_words_of_their_configuration():
         compiled(80, "D=128 num_warps=8", registers=8),
     ]
     kernel = Kernel("it", "k", "!-rotary D=128 90:num_warps=4 80:num_warps=8")
-    assert [chosen(kernel, arch, baseline)["registers"] for arch in (90, 80)] == [7, 8]
+    assert [find_row(kernel, arch, baseline)["registers"] for arch in (90, 80)] == [7, 8]
     line = kernel_table([kernel], baseline).splitlines()[-1]
     assert line == "| it | 7 / 8 | 0 / 0 | 80 / 80 | 2 / 2 | yes | 98 / 98 % |"
     alone = kernel_table([kernel._replace(archs=(90,))], [baseline[1] | {"wide_loads": None}])
     assert alone.splitlines()[-1] == "| it | 7 / - | 0 / - | 80 / - | 2 / - | yes | TMA |"
     for config, found in (("D=128", 2), ("D=64", 0)):
         with pytest.raises(InputError, match=f"{found} rows of the static baseline"):
-            chosen(Kernel("it", "k", config), 90, baseline)
+            find_row(Kernel("it", "k", config), 90, baseline)
 
 
 SWITCH = Switch("it", "k", "D=128 90:AHEAD=1 num_warps=4", "AHEAD=0", "AHEAD=1 launch_pdl=True")
@@ -154,11 +198,11 @@ def test_a_switch_is_shown_by_both_of_its_forms():
     old = compiled(90, "AHEAD=0 D=128 num_warps=4", buffers=[2, None], bytes_in_flight=[8192, None])
     new = compiled(90, "AHEAD=1 D=128 num_warps=4 launch_pdl=True", registers=91, wgmma=False)
     new |= {"buffers": [3, 2], "bytes_in_flight": None}
-    figures = {" registers": lambda row: row["registers"], " programs per SM": lambda row: 2}
+    figures = {" registers": lambda row: row["registers"], " CTAs per SM": lambda row: 2}
     figures |= {name: LOOPS[name] for name in (" buffers", " KB in flight")}
     made = switch_table([SWITCH._replace(archs=(90,))], figures, [new, old])
     assert made.splitlines() == [
-        "| kernel in bf16 | for | registers | programs per SM | buffers | KB in flight |",
+        "| kernel in bf16 | GPU | registers | CTAs per SM | buffers | KB in flight |",
         "|---|---|---:|---:|---:|---:|",
         "| it | sm_90 | 90 -> 91 | 2 | 2, - -> 3, 2 | 8, - -> - |",
     ]
@@ -167,12 +211,12 @@ def test_a_switch_is_shown_by_both_of_its_forms():
 @pytest.mark.parametrize(
     ("configs", "message"),
     [
-        (["AHEAD=0 D=128 num_warps=4"], "0 rows .* have .*AHEAD=1"),
-        (["AHEAD=1 D=128 num_warps=4 launch_pdl=True"], "0 rows .* have .*AHEAD=0"),
+        (["AHEAD=0 D=128 num_warps=4"], "0 rows .* match .*AHEAD=1"),
+        (["AHEAD=1 D=128 num_warps=4 launch_pdl=True"], "0 rows .* match .*AHEAD=0"),
         (["AHEAD=0 D=128 num_warps=4", "AHEAD=0 D=128 num_warps=4 X=1"], "2 rows .*AHEAD=0"),
         (
             ["AHEAD=0 D=128 num_warps=4 X=0", "AHEAD=1 D=128 num_warps=4 launch_pdl=True X=1"],
-            "k on sm_90, it: more than AHEAD=0 -> AHEAD=1 .* differs: X=0 X=1",
+            "k on sm_90, it: the two forms differ in more than AHEAD=0 -> AHEAD=1 .*: X=0 X=1",
         ),
     ],
 )
@@ -224,6 +268,38 @@ def test_a_gpu_with_rows_gets_its_tables(tmp_path):
         " 3.5 (3.5..3.5) | 80 % |"
     ]
     assert ops.splitlines()[2:] == [
-        "| `prefix_attention` | B16 P2048 S512 | triton | 50.0 (49.0..51.0) | 80 % | 20.0 |"
-        " 1.20 (fa3) |"
+        "| `prefix_attention` | B16 P2048 S512 | triton | 50.0 (49.0..51.0) | 80 % | 20.0x |"
+        " 1.20x (fa3) |"
     ]
+
+
+def test_the_plot_prefers_a_gpu(tmp_path):
+    """Guards the plot against ignoring the first GPU, and against cases that lack a form."""
+    cpu = decode_plot.plotted(tmp_path)
+    assert cpu["machine"].endswith("threads, fp32") and len(cpu["cases"]) == 3
+    assert [form["impl"] for form in cpu["cases"][0]["forms"]] == ["eager", "sdpa", "portable"]
+    rows = [
+        measured("prefix_attention", case, impl, us, roofline_pct=50.0)
+        for case in ("B16 P2048 S128", "4 x (B4 P512 S64)")
+        for impl, us in (("eager", 1_000), ("sdpa", 200), ("triton", 50))
+    ]
+    jsonl.append(tmp_path / "h100" / "rows.jsonl", rows[:-1])
+    gpu = decode_plot.plotted(tmp_path)
+    assert gpu["machine"] == "NVIDIA H100, bf16"
+    (case,) = gpu["cases"]
+    assert case["floor_ms"] == 0.025
+    assert case["forms"][-1] == {"impl": "triton", "p20": 0.049, "median": 0.05, "p80": 0.051}
+
+
+def test_the_plot_is_redrawn_when_its_numbers_change(tmp_path):
+    """Guards the staleness check, and bytes that differ from run to run."""
+    pytest.importorskip("matplotlib")
+    file, again = tmp_path / "decode.svg", tmp_path / "again.svg"
+    assert not decode_plot.is_current(file)
+    decode_plot.draw(file)
+    decode_plot.draw(again)
+    assert file.read_bytes() == again.read_bytes() and decode_plot.is_current(file)
+    file.write_text(file.read_text().replace("411.472", "411.473"))
+    assert not decode_plot.is_current(file)
+    file.write_text("<svg/>")
+    assert not decode_plot.is_current(file)
