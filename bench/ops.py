@@ -10,12 +10,14 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 
 from bench.cases import OPS, Case
 from bench.numerics import Verdict, form, judge, reference
-from bench.peers import NAMES, PEERS, Unavailable, version
+from bench.peers import NAMES, PEERS, Prepare, Unavailable, version
+from bench.peers.peer import Library, Peer
 from bench.poison import check_poison
 from bench.rows import measured, with_speedups
 from bench.timing import CandidateError, Timing, measure, sets_for
@@ -31,6 +33,7 @@ FORMS = (*IMPLS, "triton-invariant", "triton-separate", "triton-fused", *NAMES)
 TRACE_CHARACTERS = 4000
 NOT_RUN = Verdict(math.nan, math.nan, None)
 TIMED_DTYPES = {"cpu": (torch.float32,), "cuda": DTYPES}
+ADDED = Library("added", "bench.ops.add_form", lambda: None)
 
 
 def parse_device(name: str | None) -> torch.device:
@@ -62,7 +65,7 @@ def select(
     Raises InputError for an unknown op or form, listing the known ones, and if no case is left.
     """
     _check_known("op", ops, OPS)
-    _check_known("form", impls, FORMS)
+    _check_known("form", impls, dict.fromkeys((*FORMS, *chain(*PEERS.values()))))
     of_ops = [case for case in cases if not ops or case.op in ops]
     matching = [case for case in of_ops if case.name == shape]
     matching = matching or [case for case in of_ops if shape in case.name]
@@ -73,6 +76,19 @@ def select(
     if not with_form:
         raise InputError(f"none of these cases has a form {' or '.join(map(repr, impls))}")
     return with_form
+
+
+def add_form(op: str, name: str, prepare: Prepare) -> None:
+    """Add an implementation of `op` to the op table of this process: checked and timed like a peer.
+
+    `prepare` takes the op's arguments as a dict and returns the call to time. Cases built after
+    this include the form, on CPUs too. Adding a name again replaces its form. Raises InputError for
+    an unknown op and for the name of a built-in form.
+    """
+    _check_known("op", (op,), OPS)
+    if name in FORMS:
+        raise InputError(f"form {name!r} is built in: choose a name other than {', '.join(FORMS)}")
+    PEERS.setdefault(op, {})[name] = Peer(name, op, prepare, ADDED, on_cpu=True)
 
 
 def forms_of(case: Case, names: Sequence[str]) -> tuple[str, ...]:

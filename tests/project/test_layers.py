@@ -72,13 +72,13 @@ def imports(module: str, source: str, modules: Container[str] = ()) -> set[str]:
 
 
 def wrong_directions(modules: dict[str, str]) -> list[str]:
-    """The imports of a room from one that comes after it, or from the tests."""
+    """The imports of a room from one that comes after it, the tests or the examples."""
     wrong = []
     for module, source in modules.items():
         allowed = ROOMS[: ROOMS.index(module.split(".")[0]) + 1]
         for name in imports(module, source):
             top = name.split(".")[0]
-            if top in (*ROOMS, "tests") and top not in allowed:
+            if top in (*ROOMS, "tests", "examples") and top not in allowed:
                 wrong.append(f"{module} imports {name}")
     return wrong
 

@@ -107,7 +107,7 @@ print(*(module.__file__ for name, module in sys.modules.items() if name.split(".
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     pytest.importorskip("setuptools", minversion="77")
-    names = (*ROOMS, "setup.py", "pyproject.toml", "LICENSE")
+    names = (*ROOMS, "examples", "setup.py", "pyproject.toml", "LICENSE")
     return wheels.build(ROOT, names, tmp_path_factory.mktemp("wheel"))
 
 
@@ -202,6 +202,7 @@ def test_a_wheel_has_all_that_commands_need(installed):
     assert all(Path(path).is_relative_to(installed.packages) for path in loaded), loaded
     assert not list(installed.empty.iterdir())
     assert all((installed.packages / name).is_file() for name in DATA)
+    assert not (installed.packages / "examples").exists()
 
 
 def test_the_console_command(installed):
