@@ -47,14 +47,15 @@ def test_matches_fp64(impl, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_interleaved_pairs(impl, dtype, device):
-    """Guards which of a pair is the gate, and bits that do not depend on the layout."""
+    """Guards that the first of each pair is the gate, and that the layout does not change the
+    bits."""
     for rows, width in (*SHAPES, (3, 0)):
         halves = draw(rows, 2 * width, dtype=dtype, device=device)
         pairs = torch.empty_like(halves)
         pairs[:, ::2], pairs[:, 1::2] = halves[:, :width], halves[:, width:]
         got = silu_mul(pairs, interleaved=True, impl=impl)
         assert got.shape == (rows, width) and got.is_contiguous()
-        if dtype == torch.float32:  # PyTorch's exponentials of strided tensors may round otherwise
+        if dtype == torch.float32:  # PyTorch's exp may round strided tensors differently
             assert_close("silu_mul", got, silu_mul(halves, impl=impl).double())
         else:
             assert (got != silu_mul(halves, impl=impl)).sum() <= 0.001 * got.numel()
@@ -64,7 +65,7 @@ def test_interleaved_pairs(impl, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_silu_mul_rounds_like_transformers(impl, dtype):
-    """Guards the rounding between silu and product; without it a quarter of the values differ."""
+    """Guards the rounding between silu and product: without it a quarter of the values differ."""
     from transformers import Qwen3Config
     from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
@@ -82,7 +83,7 @@ def test_silu_mul_rounds_like_transformers(impl, dtype):
 @pytest.mark.judge
 @pytest.mark.parametrize("impl", IMPLS)
 def test_quick_gelu_matches_transformers(impl):
-    """Guards the constant 1.702 and against the exact GELU."""
+    """Guards the constant 1.702, and against using the exact GELU."""
     from transformers.activations import QuickGELUActivation
 
     x = draw(16, 97, dtype=torch.float32)
@@ -91,7 +92,7 @@ def test_quick_gelu_matches_transformers(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_extremes_stay_finite(impl):
-    """Guards against exp overflow becoming NaN where the sigmoid saturates."""
+    """Guards against NaN from an overflow of exp where the sigmoid saturates."""
     x = torch.tensor([[-1e4, -100.0, -0.0, 0.0, 100.0, 1e4]])
     relu = torch.tensor([[0.0, 0.0, 0.0, 0.0, 100.0, 1e4]])
     assert torch.equal(quick_gelu(x, impl=impl), relu)
@@ -102,16 +103,16 @@ def test_extremes_stay_finite(impl):
 def test_strides_and_inputs(impl):
     """Guards against assumed contiguity and against writing into the input."""
     wide = draw(6, 4 * 32, dtype=torch.float32)
-    kept = wide.clone()
+    before = wide.clone()
     for op in (silu_mul, quick_gelu):
         for view in (wide[:, ::2], wide[:, 16:80], wide.t()[:, :4], wide[::2]):
             got, want = op(view, impl=impl), op(view.contiguous(), impl=impl)
             assert torch.allclose(got, want, rtol=1e-6, atol=1e-7)
-    assert torch.equal(wide, kept)
+    assert torch.equal(wide, before)
 
 
 def test_bad_arguments_are_named():
-    """Guards the launchers' checks: each mistake is one ValueError that names the argument."""
+    """Guards the launchers' checks: each mistake raises a ValueError that names the argument."""
     cases = [
         ("gate_up must have two axes", lambda: silu_mul(torch.zeros(8))),
         ("gate_up must be .*equal width", lambda: silu_mul(torch.zeros(2, 7))),

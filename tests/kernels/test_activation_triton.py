@@ -15,7 +15,8 @@ from kernels.runtime.configs import use_config
 from tests.kernels.runtime.ptx_errors import DIV_ULP, sigmoid_error
 from tests.support import ROOT
 
-# Of few and many rows and two dtypes: shared memory, loads, and what moves data between threads.
+# For few and many rows and two dtypes: shared memory, loads, and instructions that move data
+# between threads.
 COMPILED = """
 import json, re
 import torch
@@ -39,8 +40,8 @@ print(json.dumps(found))
 """
 BLOCK = 16
 BOTH = ("triton", "eager")
-# fp32: roundings; the GPU's exponentials and divisions come on top. 16 bits: a value on the edge
-# between two becomes the other one, which silu_mul multiplies and rounds again.
+# fp32: roundings only; `agree` adds the errors of a GPU's exponentials and divisions. 16 bits: a
+# value halfway between two may round to the other one, which silu_mul multiplies and rounds again.
 TOLERANCES = {torch.float32: 5e-7, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
@@ -55,7 +56,7 @@ def both(gate_up: Tensor, x: Tensor, impl: str) -> list[Tensor]:
 
 
 def agree(result: Tensor, expected: Tensor, sigmoid_of: Tensor) -> bool:
-    """Whether each element is as near to `expected` as its dtype and instructions allow."""
+    """Whether each element is as close to `expected` as its dtype and instructions allow."""
     limit = TOLERANCES[result.dtype]
     if result.dtype == torch.float32:
         limit = limit + sigmoid_error(sigmoid_of) * 2.0**-24
@@ -71,16 +72,17 @@ def agree(result: Tensor, expected: Tensor, sigmoid_of: Tensor) -> bool:
         (0, 16),  # no rows
         (3, 0),  # no columns
         (1, 1),
-        (3, 15),  # a tile less one
+        (3, 15),  # a tile minus one
         (3, 16),
-        (3, 17),  # a tile and one
+        (3, 17),  # a tile plus one
         (7, 53),  # primes, several tiles
     ],
 )
 def test_values(rows: int, width: int, dtype: torch.dtype, triton_device: str):
-    """Every element, of its own row, with the gate first; nothing is left unwritten."""
+    """Guards every element: it comes from its own row, the gate is first, and nothing is left
+    unwritten."""
     inputs = draw(rows, width, dtype, triton_device)
-    kept = [tensor.clone() for tensor in inputs]
+    before = [tensor.clone() for tensor in inputs]
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     try:
         got, want = both(*inputs, "triton"), both(*inputs, "eager")
@@ -92,16 +94,16 @@ def test_values(rows: int, width: int, dtype: torch.dtype, triton_device: str):
         assert agree(result, expected, x)
         if dtype != torch.float32 and result.numel() > 100:
             assert (result != expected).float().mean() < 0.01
-    assert all(map(torch.equal, inputs, kept))
+    assert all(map(torch.equal, inputs, before))
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, id="bf16")]
 )
-@pytest.mark.parametrize("width", [0, 1, 15, 16, 17, 53])  # about a tile, and several
+@pytest.mark.parametrize("width", [0, 1, 15, 16, 17, 53])  # around one tile, and several
 def test_interleaved_pairs(width: int, dtype: torch.dtype, triton_device: str):
-    """The bits of the halves: each pair's first is the gate, at the ends of tiles and of rows too,
-    and rows of a wider tensor begin where they do."""
+    """Guards the interleaved layout: its bits are those of the halves layout, also at the ends of
+    tiles and rows, and for rows of a wider tensor."""
     halves, _ = draw(3, width, dtype, triton_device)
     wide = torch.full((3, 2 * width + 6), torch.nan, dtype=dtype, device=triton_device)
     pairs = wide[:, 2 : 2 + 2 * width]
@@ -117,23 +119,23 @@ def test_interleaved_pairs(width: int, dtype: torch.dtype, triton_device: str):
 
 
 @pytest.mark.cli
-def test_pairs_part_in_registers():
-    """Guards the loads' width and the split: a store as wide as the loads would make the compiler
-    exchange results through shared memory, behind a barrier."""
+def test_pairs_are_split_in_registers():
+    """Guards the width of loads and the split of pairs: with a store as wide as the loads, the
+    compiler would exchange results through shared memory and a barrier."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILED], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert len(found) == 4
-    for shared, loads, moves in found:
+    rows = json.loads(done.stdout)
+    assert len(rows) == 4
+    for shared, loads, moves in rows:
         assert (shared, moves) == (0, []) and set(loads) == {"LDG.E.128"}
 
 
 @pytest.mark.parametrize("rows", [1, 300])
-def test_own_tiles(rows: int, triton_device: str):
-    """The rule's tiles for few and for many rows."""
+def test_default_configs(rows: int, triton_device: str):
+    """Guards the kernel configs that the rule chooses for few and for many rows."""
     gate_up, x = draw(rows, 1030, torch.float32, triton_device)
     if rows > 1:
         gate_up, x = gate_up[:, :6].contiguous(), x[:, :3].contiguous()
@@ -141,8 +143,9 @@ def test_own_tiles(rows: int, triton_device: str):
     assert agree(*(quick_gelu(x, impl=impl) for impl in BOTH), 1.702 * x)
 
 
-def test_rows_stand_alone(triton_device: str):
-    """A row's bits are the same alone, in any slot, and as part of wider tensors."""
+def test_rows_are_independent(triton_device: str):
+    """Guards batch invariance: a row's bits are the same alone, at any index, and as a view of a
+    wider tensor."""
     gate_up, x = draw(5, 24, torch.float32, triton_device)
     whole = both(gate_up, x, "triton")
     wide = [torch.cat((tensor, tensor), 1)[:, tensor.shape[1] :] for tensor in (gate_up, x)]
@@ -152,9 +155,9 @@ def test_rows_stand_alone(triton_device: str):
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, whole, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:overflow")  # NumPy, of an exponential in the interpreter
+@pytest.mark.filterwarnings("ignore:overflow")  # from NumPy's exp in the interpreter
 def test_extremes_stay_finite(triton_device: str):
-    """Guards against exp overflow becoming NaN where the sigmoid saturates."""
+    """Guards against NaN from an overflow of exp where the sigmoid saturates."""
     x = torch.tensor([[-1e4, -100.0, -0.0, 0.0, 100.0, 1e4]], device=triton_device)
     silu, gelu = both(torch.cat((x, torch.ones_like(x)), 1), x, "triton")
     for result in (silu, gelu):  # 1 / 1 is a division, too
@@ -162,7 +165,7 @@ def test_extremes_stay_finite(triton_device: str):
 
 
 def test_bad_arguments_are_named(triton_device: str):
-    """What the kernels could not read is refused before any launch."""
+    """Guards the checks before a launch: strides that the kernels cannot read are refused."""
     turned = torch.zeros(4, 6, device=triton_device).t()
     with pytest.raises(ValueError, match="silu_mul: gate_up must have neighbouring columns"):
         silu_mul(turned, impl="triton")

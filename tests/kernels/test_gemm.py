@@ -1,4 +1,5 @@
-"""Linear layers and convolutions by the Triton product, against fp64, under cuts of every kind."""
+"""The Triton GEMM as linear layer and convolution, against fp64, with all kinds of stream-K
+cuts."""
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from tests.support.errors import max_error
 
 BF16 = pytest.param(torch.bfloat16, id="bf16")
-# Sums of another order in fp32; for 16 bits rounded once.
+# fp32: sums in another order. 16 bits: one rounding.
 TOLERANCES = {torch.float32: 5e-6, torch.float16: 2**-11 * 1.01, torch.bfloat16: 2**-8 * 1.01}
 TILE = 16
 WHOLE, CUT = {"overhead": 1000}, {"overhead": 0}
@@ -20,9 +21,9 @@ WHOLE, CUT = {"overhead": 1000}, {"overhead": 0}
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    """Few SMs and small tiles: whole rounds and cut tiles from small inputs; tiles cut everywhere.
+    """Few SMs, small tiles, and cuts everywhere: small inputs then have whole waves and cut tiles.
 
-    What nobody has written, in results and in the workspace, is NaN.
+    Unwritten elements of results and of the workspace are NaN.
     """
     torch.use_deterministic_algorithms(True)
     with assume_gpu(toy(5)), use_config("gemm", **tile(), **CUT):
@@ -35,7 +36,7 @@ def toy(sms: int) -> Gpu:
 
 
 def tile(m: int = TILE, n: int = TILE, k: int = TILE) -> dict[str, int]:
-    """Also free of what the rule would choose for other sizes of tiles."""
+    """A kernel config for tiles of m x n x k that does not depend on the rule."""
     shape = {"block_m": m, "block_n": n, "block_k": k}
     return shape | {"num_warps": 4, "num_stages": 2, "programs": 1, "tma": 0}
 
@@ -45,7 +46,7 @@ def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: s
 
 
 def layer(rows: int, width: int, channels: int, **options) -> list[Tensor]:
-    """x, weight and bias; sums of about 1."""
+    """x, weight and bias, drawn so that sums are about 1."""
     x, weight, bias = draw((rows, channels), (width, channels), (width,), **options)
     return [x, weight / channels**0.5, bias]
 
@@ -56,7 +57,7 @@ def kernel(width: int, channels: int, **options) -> Tensor:
 
 
 def convolved(x: Tensor, grids: list, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """PyTorch's convolution of each view by itself, in fp64."""
+    """PyTorch's convolution of each view on its own, in fp64."""
     outs, start = [], 0
     for rows, columns in grids:
         view = x[start : start + rows * columns].double().view(rows, columns, -1)
@@ -73,17 +74,17 @@ def convolved(x: Tensor, grids: list, weight: Tensor, bias: Tensor | None) -> Te
 @pytest.mark.parametrize(
     "shape",
     [  # rows, width, channels
-        (1, 1, 1),  # nothing
+        (1, 1, 1),  # the smallest product
         (16, 16, 16),  # one tile of one step
-        (17, 15, 31),  # one more and one less than a tile on every axis
+        (17, 15, 31),  # one more or one less than a tile on every axis
         (15, 33, 48),
-        (80, 16, 64),  # as many tiles as programs: a round and nothing more
-        (37, 53, 130),  # primes, and 12 tiles: two rounds and two tiles
-        (3, 16, 400),  # one tile of many steps for all programs
+        (80, 16, 64),  # as many tiles as programs: one wave and no remainder
+        (37, 53, 130),  # primes, and 12 tiles: two waves and two tiles
+        (3, 16, 400),  # one tile whose many K steps are shared by all programs
     ],
 )
 def test_linear(shape: tuple, dtype: torch.dtype, options: dict, triton_device: str):
-    """Every size of remainder on every axis; whole tiles, cut tiles, and both in one product."""
+    """Guards every remainder on every axis, with whole tiles, with cut tiles, and with both."""
     x, weight, bias = layer(*shape, dtype=dtype, device=triton_device)
     with use_config("gemm", **options):
         out = linear(x, weight, bias)
@@ -101,12 +102,12 @@ def test_linear(shape: tuple, dtype: torch.dtype, options: dict, triton_device: 
     [
         [(1, 1)],
         [(4, 6)],
-        [(5, 7), (2, 2), (1, 9), (9, 1)],  # odd sides, sides of one, each with columns of its own
-        [(3, 3)] * 7,  # neighbours of one grid: taps of one view must not see the next
+        [(5, 7), (2, 2), (1, 9), (9, 1)],  # odd sides and sides of one, all of different widths
+        [(3, 3)] * 7,  # equal views: taps of one view must not read the next
     ],
 )
 def test_convolution(grids: list, channels: int, options: dict, triton_device: str):
-    """Channels less than a block, whole blocks, and between; all taps in and out of the view."""
+    """Guards channels below, at and above one block, and taps inside and outside the view."""
     tokens = sum(rows * columns for rows, columns in grids)
     x, bias = draw((tokens, channels), (21,), device=triton_device)
     weight = kernel(21, channels, device=triton_device)
@@ -116,7 +117,7 @@ def test_convolution(grids: list, channels: int, options: dict, triton_device: s
 
 
 def test_convolution_in_16_bits(triton_device: str):
-    """Sums stay fp32 through the workspace and are rounded once."""
+    """Guards fp32 sums: they stay fp32 through the workspace and are rounded once."""
     (x,) = draw((35, 48), dtype=torch.float16, device=triton_device)
     weight = kernel(21, 48, dtype=torch.float16, device=triton_device)
     out = convolution(x, [(5, 7)], weight)
@@ -125,9 +126,9 @@ def test_convolution_in_16_bits(triton_device: str):
 
 @pytest.mark.parametrize("options", [WHOLE, CUT], ids=["whole", "cut"])
 def test_tensor_copies(options: dict, triton_device: str):
-    """Blocks by descriptors, which fill with zeros what is beyond the last row or column.
+    """Guards loads by TMA descriptors, which fill with zeros beyond the last row or column.
 
-    Rows that they cannot read are read without.
+    Rows that descriptors cannot read are loaded by pointers.
     """
     with use_config("gemm", tma=1, **options):
         x, weight, bias = layer(37, 53, 48, device=triton_device)
@@ -136,14 +137,14 @@ def test_tensor_copies(options: dict, triton_device: str):
         grids, conv = [(5, 7), (1, 2)], kernel(53, 48, device=triton_device)
         expected = convolved(x, grids, conv, bias)
         assert max_error(convolution(x, grids, conv, bias), expected) < TOLERANCES[torch.float32]
-        x, weight, _ = layer(37, 53, 49, device=triton_device)  # rows begin on 4 bytes
+        x, weight, _ = layer(37, 53, 49, device=triton_device)  # rows aligned to 4 bytes only
         x, weight = x[:, 1:], weight[:, 1:].contiguous()
         expected = F.linear(x.double(), weight.double())
         assert max_error(linear(x, weight), expected) < TOLERANCES[torch.float32]
 
 
 def test_windows():
-    """By brute force: which token each tap of each output sees."""
+    """Guards the window table, by brute force: which token each tap of each output reads."""
     grids = ((5, 7), (1, 1), (2, 4), (1, 3))
     table, at, start = windows_of(grids, torch.device("cpu")).tolist(), 0, 0
     for (rows, columns), (out_rows, out_columns) in zip(grids, halved(grids), strict=True):
@@ -165,7 +166,8 @@ def test_windows():
 @pytest.mark.parametrize("m_tiles,n_tiles", [(1, 3), (2, 3), (5, 2), (BAND + 3, 2)])
 @pytest.mark.parametrize("sms", [1, 3, 5, 8, 13])
 def test_every_cut_is_a_whole_product(m_tiles: int, n_tiles: int, sms: int, triton_device: str):
-    """Lanes of equal and of unequal length, more and fewer programs than tiles, bands of tiles."""
+    """Guards lanes of equal and unequal length, more and fewer programs than tiles, bands of
+    tiles."""
     x, weight, bias = layer(16 * m_tiles, 16 * n_tiles, 3 * 16, device=triton_device)
     with assume_gpu(toy(sms)):
         out = linear(x, weight, bias)
@@ -176,9 +178,10 @@ def test_every_cut_is_a_whole_product(m_tiles: int, n_tiles: int, sms: int, trit
 @pytest.mark.parametrize("sms", [1, 5, 108, 132])
 @pytest.mark.parametrize("overhead", [0, 3, 16])
 def test_cuts_hold_all_the_work(sms: int, overhead: int):
-    """Each step is somebody's, the workspace at most two tiles per program, stretches long enough.
+    """Guards the cut: every step belongs to one program, the workspace has at most two tiles per
+    program, and work ranges are long enough.
 
-    A cut is only made if it shortens the longest program's work by more than it costs.
+    Tiles are cut only if that shortens the longest program's work by more than it costs.
     """
     for m_tiles in (1, 2, 3, 7, 8, 17, 97):
         for n_tiles in (1, 5, 12, 16):
@@ -189,18 +192,16 @@ def test_cuts_hold_all_the_work(sms: int, overhead: int):
                 assert cut.partials <= 2 * sms
                 assert cut.rest < sms and cut.whole + cut.rest == m_tiles * n_tiles
                 if cut.rest:
-                    rounds = cut.whole // sms
-                    assert max(work) <= rounds * steps + cut.share
+                    waves = cut.whole // sms
+                    assert max(work) <= waves * steps + cut.share
                     assert overhead <= cut.share < steps - overhead
 
 
 @pytest.mark.parametrize("sms", [108, 132])
 @pytest.mark.parametrize("width,steps,first,more", [(3072, 216, 676, 324), (4096, 432, 169, 81)])
 def test_programs_have_equal_work(sms: int, width: int, steps: int, first: int, more: int):
-    """Both convolutions of the 10B, for the global view and up to 36 crops, in tiles of 128 x 256.
-
-    Within 2 %, or what a further cut would cost.
-    """
+    """Guards the balance of both convolutions of the 10B, for the global view and up to 36 crops,
+    in tiles of 128 x 256: within 2 % of the mean, or within the cost of a further cut."""
     overhead = 16
     for crops in range(37):
         rows = first + crops * more
@@ -209,8 +210,9 @@ def test_programs_have_equal_work(sms: int, width: int, steps: int, first: int, 
         assert max(work) <= max(1.02 * sum(work) / sms, sum(work) / sms + overhead)
 
 
-def test_a_panel_of_the_weight_is_read_at_one_time():
-    """Programs side by side work on all rows of one panel, at one place in K."""
+def test_a_panel_of_the_weight_is_read_at_once():
+    """Guards reuse in the L2 cache: neighbouring programs work on all rows of one panel of the
+    weight, at the same place in K."""
     cut = stream_k(2, 16, 432, 132, 16)
     assert (cut.whole, cut.rest, cut.lanes) == (0, 32, 2)
     cut = stream_k(6, 12, 216, 132, 16)
@@ -219,7 +221,8 @@ def test_a_panel_of_the_weight_is_read_at_one_time():
 
 @pytest.mark.parametrize("options", [WHOLE, CUT], ids=["whole", "cut"])
 def test_rows_of_out(options: dict, triton_device: str):
-    """Results scatter to the rows named; other rows, and columns beyond, stay as they were."""
+    """Guards the scatter: results go to the rows named; other rows, and columns beyond the result,
+    keep their values."""
     x, weight, bias = layer(37, 19, 70, device=triton_device)
     whole = torch.full((60, 24), 7.0, device=triton_device)
     out, rows = whole[:, :19], torch.randperm(60)[:37].to(triton_device)
@@ -234,7 +237,8 @@ def test_rows_of_out(options: dict, triton_device: str):
 @pytest.mark.parametrize("options", [WHOLE, CUT], ids=["whole", "cut"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 def test_quick_gelu(options: dict, dtype: torch.dtype, triton_device: str):
-    """The activation sees the sum as rounded to the dtype; only it and one rounding come after."""
+    """Guards the rounding before the activation: it gets the sum rounded to the dtype, and its
+    result is rounded once."""
     x, weight, bias = layer(37, 19, 70, dtype=dtype, device=triton_device)
     with use_config("gemm", **options):
         out = linear(x, weight, bias, quick_gelu=True)
@@ -242,8 +246,8 @@ def test_quick_gelu(options: dict, dtype: torch.dtype, triton_device: str):
     assert max_error(out, z * torch.sigmoid(1.702 * z)) < TOLERANCES[dtype]
 
 
-def test_the_same_every_time(triton_device: str):
-    """And apart from the order of sums whatever the other rows are."""
+def test_runs_are_reproducible(triton_device: str):
+    """Guards reproducible bits, and that other rows change no more than the order of sums."""
     x, weight, bias = layer(37, 19, 200, device=triton_device)
     out = linear(x, weight, bias)
     assert torch.equal(out, linear(x, weight, bias))
@@ -251,7 +255,7 @@ def test_the_same_every_time(triton_device: str):
 
 
 def test_inputs_in_wider_rows(triton_device: str):
-    """Rows of x need not be next to each other; what lies between is never part of a sum."""
+    """Guards strided rows of x: the elements between them never enter a sum."""
     x, weight, bias = layer(35, 19, 40, device=triton_device)
     apart = torch.full((35, 60), torch.nan, device=triton_device)
     apart[:, 5:45] = x
@@ -262,6 +266,7 @@ def test_inputs_in_wider_rows(triton_device: str):
 
 
 def test_nothing_to_do(triton_device: str):
+    """Guards empty inputs: no rows, no views, and a scatter of no rows."""
     x, weight, bias = layer(0, 19, 48, device=triton_device)
     assert linear(x, weight, bias).shape == (0, 19)
     assert convolution(x, [], kernel(19, 48, device=triton_device), bias).shape == (0, 19)
@@ -269,17 +274,18 @@ def test_nothing_to_do(triton_device: str):
     assert linear(x, weight, out=out, rows=torch.arange(0, device=triton_device)) is out
 
 
-def test_candidates_name_every_choice():
-    """What tuning measures has all that the launcher asks for, and no two alike."""
+def test_candidates_are_complete():
+    """Guards tuning: a candidate has every value that the launcher reads, and no two are equal."""
     for key in ("M<=1024 N3072 C1536 conv", "M<=64 N8 C8 linear fp32"):
         for arch in (80, 90):
-            found = TUNABLE.candidates(key, Gpu("toy", arch, 100, 160 * 1024))
-            assert all(set(one) == {*tile(), "overhead"} for one in found)
-            assert len({tuple(one.items()) for one in found}) == len(found)
-            assert arch >= 90 or not any(one["tma"] for one in found)
+            candidates = TUNABLE.candidates(key, Gpu("toy", arch, 100, 160 * 1024))
+            assert all(set(config) == {*tile(), "overhead"} for config in candidates)
+            assert len({tuple(config.items()) for config in candidates}) == len(candidates)
+            assert arch >= 90 or not any(config["tma"] for config in candidates)
 
 
 def test_mistakes_are_named(triton_device: str):
+    """Guards the launchers' checks: each mistake raises a ValueError that names the argument."""
     x, weight, bias = layer(35, 19, 48, device=triton_device)
     conv = kernel(19, 48, device=triton_device)
     out, rows = torch.zeros(60, 19, device=triton_device), torch.arange(35, device=triton_device)

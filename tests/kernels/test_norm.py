@@ -45,7 +45,7 @@ def layer_fp64(x, weight, bias, eps):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rms_norm_matches_fp64(impl, dtype, device):
-    """Guards the formula, the sum that is returned, and that the sum is what gets normalised."""
+    """Guards the formula, the returned sum, and that the sum is what is normalised."""
     for shape in SHAPES:
         x = draw(*shape, dtype=dtype, device=device, scale=3.0)
         residual = draw(*shape, dtype=dtype, device=device, seed=1)
@@ -60,7 +60,7 @@ def test_rms_norm_matches_fp64(impl, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_layer_norm_matches_fp64(impl, dtype, device):
-    """Guards the formula, and that gamma scales the update and not the residual."""
+    """Guards the formula, and that gamma scales the update, not the residual."""
     for shape in SHAPES:
         x = draw(*shape, dtype=dtype, device=device, scale=3.0, offset=0.5)
         residual = draw(*shape, dtype=dtype, device=device, seed=1)
@@ -96,7 +96,8 @@ def test_rms_norm_rounds_like_transformers(impl, dtype):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_layer_norm_matches_torch(impl):
-    """Guards where eps and the biased variance go: channels of tiny variance tell."""
+    """Guards where eps is added and that the variance is the biased one; with channels of tiny
+    variance both matter."""
     x = draw(9, 96, dtype=torch.float32, scale=1e-3)
     judge = torch.nn.LayerNorm(96, eps=1e-5)
     with torch.no_grad():
@@ -108,7 +109,7 @@ def test_layer_norm_matches_torch(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_large_values_do_not_overflow(impl):
-    """Guards statistics in fp32: squares of these fp16 values exceed fp16's range."""
+    """Guards fp32 statistics: the squares of these fp16 values overflow fp16."""
     x = draw(4, 64, dtype=torch.float16, scale=1e4)
     one, zero = torch.ones(64, dtype=torch.float16), torch.zeros(64, dtype=torch.float16)
     assert_close("rms_norm", rms_norm(x, one, eps=1e-6, impl=impl), rms_fp64(x, one, 1e-6))
@@ -117,12 +118,13 @@ def test_large_values_do_not_overflow(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_inputs_survive_and_rows_stand_alone(impl):
-    """Guards against writing into an input, dependence on the batch slot, and assumed strides."""
+def test_inputs_are_unchanged_and_rows_are_independent(impl):
+    """Guards against writing into an input, results that depend on the row's index, and assumed
+    strides."""
     x, residual = (draw(11, 96, dtype=torch.float32, seed=i) for i in (0, 1))
     weight, bias = (draw(96, dtype=torch.float32, seed=i) for i in (2, 3))
-    given = (x, residual, weight, bias)
-    kept = [tensor.clone() for tensor in given]
+    inputs = (x, residual, weight, bias)
+    before = [tensor.clone() for tensor in inputs]
 
     def run(rows, added):
         return [
@@ -135,11 +137,11 @@ def test_inputs_survive_and_rows_stand_alone(impl):
     assert torch.equal(whole, torch.stack(alone, dim=1))
     transposed = torch.stack(run(x.t().contiguous().t(), residual.repeat(1, 2)[:, :96]))
     assert torch.allclose(whole, transposed, rtol=0, atol=2e-6)
-    assert all(map(torch.equal, kept, given))
+    assert all(map(torch.equal, before, inputs))
 
 
 def test_bad_arguments_are_named():
-    """Guards the launchers' checks: each mistake is one ValueError that names the argument."""
+    """Guards the launchers' checks: each mistake raises a ValueError that names the argument."""
     x, weight = torch.zeros(3, 8), torch.zeros(8)
     cases = [
         ("x must be", lambda: rms_norm(x[0], weight, eps=1e-6)),

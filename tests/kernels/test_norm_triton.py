@@ -9,8 +9,8 @@ from kernels.runtime.configs import gpu_of, use_config
 from tests.support.errors import max_error
 
 BF16 = pytest.param(torch.bfloat16, id="bf16")
-# fp32: sums of other order. 16 bits: a value on the edge between two becomes the other one, and
-# rms_norm multiplies it with a weight and rounds again.
+# fp32: the order of sums differs. 16 bits: a value halfway between two may round to the other one,
+# and rms_norm multiplies it by a weight and rounds again.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 
@@ -19,9 +19,9 @@ def draw(*shapes, dtype=torch.float32, device="cpu", offset=0.5) -> list[Tensor]
 
 
 def forms(x: Tensor, residual: Tensor, vectors: list[Tensor], impl: str) -> list[Tensor]:
-    """All that both ops compute, with and without what may be left out.
+    """All results of both ops, with and without the optional arguments.
 
-    Of one column LayerNorm leaves only what its division for the mean is off by, over sqrt(eps).
+    With one column, LayerNorm's result is only the rounding error of the mean, over sqrt(eps).
     """
     weight, bias, gamma = vectors
     eps, added = {"eps": 1e-5 if x.shape[1] > 1 else 1.0, "impl": impl}, {"residual": residual}
@@ -47,30 +47,31 @@ def agree(rows: int, width: int, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize(
     "width",
     [1, 2, 31, 32, 33, 97, 576, 1536, 4096],  # one, a power of two and its neighbours, a prime,
-)  # and what the models have
+)  # and the models' widths
 def test_widths(width: int, dtype: torch.dtype, triton_device: str):
-    """Columns beyond the width do not count, neither in the sums nor in what is written."""
+    """Guards the column mask: columns beyond the width are neither summed nor written."""
     agree(3, width, dtype, triton_device)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 13])
 def test_rows(rows: int, triton_device: str):
-    """Several rows to a program: none, one, a tile less one, whole, and one, a prime."""
+    """Guards the row mask with several rows per program: no rows, one, a tile minus one, a tile, a
+    tile plus one, a prime."""
     with use_config("rms_norm", rows=4), use_config("layer_norm", rows=4):
         agree(rows, 24, torch.float32, triton_device)
 
 
 def test_widest(triton_device: str):
-    """The widest row that is promised."""
+    """Guards the documented limit: the widest row still works."""
     agree(2, MAX_WIDTH, torch.float32, triton_device)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_all_outputs_and_only_they_are_written(rows: int, triton_device: str):
-    """Inputs stay, and every element of every output is written."""
+def test_only_outputs_are_written(rows: int, triton_device: str):
+    """Guards against unwritten output elements and against writes into the inputs."""
     x, residual = draw((5, 24), (5, 24), device=triton_device)
     vectors = draw(24, 24, 24, device=triton_device)
-    kept = [tensor.clone() for tensor in (x, residual, *vectors)]
+    before = [tensor.clone() for tensor in (x, residual, *vectors)]
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     try:
         with use_config("rms_norm", rows=rows), use_config("layer_norm", rows=rows):
@@ -78,12 +79,13 @@ def test_all_outputs_and_only_they_are_written(rows: int, triton_device: str):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(result.isfinite().all() for result in got)
-    assert all(map(torch.equal, kept, (x, residual, *vectors)))
+    assert all(map(torch.equal, before, (x, residual, *vectors)))
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_rows_stand_alone(rows: int, triton_device: str):
-    """A row's bits are the same alone, in any slot, and as part of wider tensors."""
+def test_rows_are_independent(rows: int, triton_device: str):
+    """Guards batch invariance: a row's bits are the same alone, at any index, and as a view of a
+    wider tensor."""
     x, residual = draw((5, 24), (5, 24), device=triton_device)
     vectors = draw(24, 24, 24, device=triton_device)
     with use_config("rms_norm", rows=rows), use_config("layer_norm", rows=rows):
@@ -97,7 +99,7 @@ def test_rows_stand_alone(rows: int, triton_device: str):
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 def test_16_bits_round_alike(dtype: torch.dtype, triton_device: str):
-    """The rounding before rms_norm's weight: without it a quarter of the values differ."""
+    """Guards the rounding before rms_norm's weight: without it a quarter of the values differ."""
     x, residual = draw((16, 256), (16, 256), dtype=dtype, device=triton_device)
     vectors = draw(256, 256, 256, dtype=dtype, device=triton_device)
     got, want = (forms(x, residual, vectors, impl) for impl in ("triton", "eager"))
@@ -107,20 +109,20 @@ def test_16_bits_round_alike(dtype: torch.dtype, triton_device: str):
 
 
 def test_early_start(triton_device: str):
-    """With PDL the same bits. Interpreted, its wait is nothing; on a GPU each kernel of the chain
-    starts while the one whose results it reads still runs."""
+    """Guards PDL: the bits are the same with it. The interpreter ignores its wait; on a GPU each
+    kernel of the chain starts while the one whose results it reads is still running."""
     if gpu_of(torch.device(triton_device)).arch < 90:
         pytest.skip("needs sm_90")
     x, residual = draw((16, 4096), (16, 4096), device=triton_device)
     weight, bias, gamma = draw(4096, 4096, 4096, device=triton_device)
 
     def chain() -> tuple[Tensor, Tensor]:
-        given = x, residual
+        pair = x, residual
         options = {"eps": 1e-5, "impl": "triton"}
         for _ in range(4):
-            given = rms_norm(given[0], weight, residual=given[1], **options)
-            given = layer_norm(given[0], weight, bias, residual=given[1], gamma=gamma, **options)
-        return given
+            pair = rms_norm(pair[0], weight, residual=pair[1], **options)
+            pair = layer_norm(pair[0], weight, bias, residual=pair[1], gamma=gamma, **options)
+        return pair
 
     expected = chain()
     with use_config("rms_norm", pdl=1), use_config("layer_norm", pdl=1):
@@ -128,15 +130,16 @@ def test_early_start(triton_device: str):
 
 
 def test_cancellation(triton_device: str):
-    """Guards the variance as a mean of squares of differences, far from zero."""
+    """Guards the variance as a mean of squared differences, for a mean far from zero."""
     (x,) = draw((3, 100), offset=1000.0, device=triton_device)
     one, zero = torch.ones(100, device=triton_device), torch.zeros(100, device=triton_device)
     got, want = (layer_norm(x, one, zero, eps=1e-5, impl=impl) for impl in ("triton", "eager"))
-    assert (got - want).abs().max() < 1e-3  # of an offset known to 6e-5
+    assert (got - want).abs().max() < 1e-3  # the offset itself is exact to 6e-5
 
 
 def test_bad_arguments_are_named(triton_device: str):
-    """What the kernels could not read is refused before any launch."""
+    """Guards the checks before a launch: strides and widths that the kernels cannot read are
+    refused."""
     x, weight = torch.zeros(3, 8, device=triton_device), torch.zeros(8, device=triton_device)
     every, wide = weight.repeat(2)[::2], torch.zeros(1, MAX_WIDTH + 1, device=triton_device)
     turned = x.t().contiguous().t()

@@ -1,4 +1,4 @@
-"""The projector against sums written out tap by tap in fp64, and against itself."""
+"""The projector against a convolution tap by tap in fp64, and folded against unfolded."""
 
 from itertools import product
 
@@ -19,7 +19,7 @@ SMALL_TILES = {"block_m": 16, "block_n": 16, "block_k": 16, "overhead": 0, "prog
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    """The Triton form with small tiles, cut among five SMs; what nobody has written is NaN."""
+    """Small tiles for the Triton form, cut among five SMs; unwritten elements are NaN."""
     torch.use_deterministic_algorithms(True)
     with assume_gpu(Gpu("toy", 90, 5, 227 * 1024)), use_config("gemm", **SMALL_TILES):
         yield
@@ -32,7 +32,7 @@ def weights_of(
     device: str = "cpu",
     seed: int = 3,
 ) -> list[Tensor]:
-    """w1, b1, w2, b2, w3 for `channels` of x, between the layers, and of the result."""
+    """w1, b1, w2, b2, w3 for `channels`: of x, after each convolution, and of the result."""
     generator = torch.Generator().manual_seed(seed)
     c, c1, c2, width = channels
 
@@ -52,15 +52,15 @@ def tokens(grids: list, channels: int, device: str = "cpu") -> Tensor:
 
 
 def run(x: Tensor, grids: list, weights: list[Tensor], folded: bool, **options) -> Tensor:
-    given = fold(*weights[2:]) if folded else None
-    return projector(x, grids, *weights, folded=given, **options)
+    weight_and_bias = fold(*weights[2:]) if folded else None
+    return projector(x, grids, *weights, folded=weight_and_bias, **options)
 
 
 @FOLDED
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("grid", [(8, 8), (6, 6), (5, 7), (1, 1), (2, 9)])
 def test_projector_in_fp64(impl: str, folded: bool, grid: tuple[int, int], triton_device: str):
-    """Even, odd and one-token sides, against the sum written out tap by tap."""
+    """Guards the formula for even, odd and one-token sides, tap by tap in fp64."""
     weights = weights_of((4, 5, 6, 3), device=triton_device)
     x = tokens([grid] * 2, 4, triton_device)
     expected = []
@@ -88,7 +88,7 @@ def convolution_by_taps(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def test_fold_is_exact_in_fp64():
-    """Both ways are the same sum, in another order."""
+    """Guards `fold`: folded and unfolded are the same sum in another order."""
     weights = weights_of((5, 7, 11, 6), torch.float64)
     x = tokens(RAGGED, 5).double()
     folded = fold(*weights[2:])
@@ -99,7 +99,7 @@ def test_fold_is_exact_in_fp64():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fold_rounds_once(dtype: torch.dtype):
-    """From sums in fp32, to the weights' dtype."""
+    """Guards `fold`'s precision: sums are fp32 and rounded once, to the weights' dtype."""
     weights = weights_of((5, 7, 400, 6), dtype)[2:]
     wide = fold(*(weight.double() for weight in weights))
     for got, exact in zip(fold(*weights), wide, strict=True):
@@ -109,7 +109,8 @@ def test_fold_rounds_once(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_folding_costs_no_accuracy(dtype: torch.dtype):
-    """In 16 bits it rounds as often as without: over some draws the errors tie."""
+    """Guards folding in 16 bits: it rounds as often as without, so errors are equal over several
+    draws."""
     rms = {True: 0.0, False: 0.0}
     for seed in range(8):
         weights = weights_of((32, 64, 128, 64), dtype, seed=seed)
@@ -126,7 +127,7 @@ def test_folding_costs_no_accuracy(dtype: torch.dtype):
 @FOLDED
 @pytest.mark.parametrize("impl", FORMS)
 def test_ragged_views(impl: str, folded: bool, triton_device: str):
-    """Views of many grids in one call, against each by itself; channels that fill no tile."""
+    """Guards views of many grids in one call, each as alone, and channels that fill no tile."""
     weights = weights_of((20, 24, 40, 19), device=triton_device)
     x = tokens(RAGGED, 20, triton_device)
     alone = [
@@ -143,7 +144,7 @@ def test_ragged_views(impl: str, folded: bool, triton_device: str):
 @FOLDED
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 def test_16_bits(dtype: torch.dtype, folded: bool, triton_device: str):
-    """The Triton form rounds where the definition does, so it errs about as much."""
+    """Guards the Triton form's rounding points: those of the definition, so with the same error."""
     weights = weights_of((32, 64, 128, 48), dtype, triton_device)
     x = tokens(RAGGED, 32, triton_device).to(dtype)
     exact = projector(x.double(), RAGGED, *(weight.double() for weight in weights), impl="eager")
@@ -157,7 +158,7 @@ def test_16_bits(dtype: torch.dtype, folded: bool, triton_device: str):
 @FOLDED
 @pytest.mark.parametrize("impl", FORMS)
 def test_rows_of_out(impl: str, folded: bool, triton_device: str):
-    """Result rows go where `rows` says, in any order; other rows of out keep what they hold."""
+    """Guards the scatter to `rows`, in any order; other rows of `out` keep their values."""
     weights = weights_of((4, 5, 6, 19), device=triton_device)
     x = tokens(RAGGED, 4, triton_device)
     plain = run(x, RAGGED, weights, folded, impl=impl)
@@ -173,6 +174,7 @@ def test_rows_of_out(impl: str, folded: bool, triton_device: str):
 @FOLDED
 @pytest.mark.parametrize("impl", FORMS)
 def test_no_views(impl: str, folded: bool, triton_device: str):
+    """Guards an empty batch, with and without `out`."""
     weights = weights_of((4, 5, 6, 3), device=triton_device)
     x, rows = (tokens([], 4, triton_device), torch.arange(0, device=triton_device))
     assert run(x, [], weights, folded, impl=impl).shape == (0, 3)
@@ -182,6 +184,7 @@ def test_no_views(impl: str, folded: bool, triton_device: str):
 
 
 def test_mistakes_are_named(triton_device: str):
+    """Guards the checks in every form: each mistake raises a ValueError that names the argument."""
     weights = weights_of((4, 5, 6, 3), device=triton_device)
     x, grids = tokens([(5, 7)], 4, triton_device), [(5, 7)]
     folded = fold(*weights[2:])
@@ -213,9 +216,9 @@ def test_mistakes_are_named(triton_device: str):
         (r"rows must be int64 \[4\]", x, weights, {"out": out, "rows": rows[1:]}),
         (r"rows must be int64 \[4\]", x, weights, {"out": out, "rows": rows.int()}),
     ]
-    for (message, tokens_, given, options), impl in product(cases, FORMS):
+    for (message, tokens_, args, options), impl in product(cases, FORMS):
         with pytest.raises(ValueError, match=message):
-            projector(tokens_, grids, *given, impl=impl, **options)
+            projector(tokens_, grids, *args, impl=impl, **options)
     with pytest.raises(ValueError, match="channels_last"):
         projector(x, grids, *replaced(0, w1.contiguous()), impl="triton")
     with pytest.raises(ValueError, match=r"w3 must be \[width, 6\]"):

@@ -1,4 +1,4 @@
-"""qk_norm_rope against complex rotation in fp64, and what it must leave untouched."""
+"""qk_norm_rope against a complex rotation in fp64, and the slots that it must not write."""
 
 import math
 
@@ -16,7 +16,7 @@ HEADS, KV_HEADS, PAGE = 4, 2, 4
 def run(
     dim: int = 16, rotary: int = 16, norm: bool = True, slots: tuple[int, ...] = (9, 2, 15)
 ) -> dict:
-    """One call on random inputs; pages start as NaN."""
+    """One call on random inputs: them and `q`. Pages hold NaN before it."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, dim, generator=generator) + 1 if norm else (None, None)
     inv_freq = 1e4 ** -(torch.arange(0, rotary, 2).float() / rotary)
@@ -34,23 +34,24 @@ def run(
 
 
 def expected_heads(x: Tensor, weight: Tensor | None, inv_freq: Tensor, positions: Tensor) -> Tensor:
-    """[T, heads, D] normalised and turned as complex numbers, in fp64."""
+    """[T, heads, D], normalised and rotated as complex numbers, in fp64."""
     x = x.double()
     if weight is not None:
         x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
     half = len(inv_freq)
-    # The angle is rounded to fp32, as every implementation of this model has it.
+    # The angle is rounded to fp32, as in every implementation of this model.
     angle = (positions[:, None].float() * inv_freq).double()[:, None]
-    turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(
+    rotated = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(
         torch.ones_like(angle), angle
     )
-    return torch.cat([turned.real, turned.imag, x[..., 2 * half :]], dim=-1)
+    return torch.cat([rotated.real, rotated.imag, x[..., 2 * half :]], dim=-1)
 
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("dim", "rotary"), [(16, 16), (16, 8), (6, 2), (128, 128)])
 def test_values(dim: int, rotary: int, norm: bool):
-    """Norm, whole and partial rotation, far positions; K turned like Q, V stored as it is."""
+    """Guards the norm, whole and partial rotation and far positions; K is rotated like Q, V
+    copied."""
     got = run(dim, rotary, norm)
     heads = got["qkv"].view(3, -1, dim).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
     q, k = (
@@ -65,17 +66,17 @@ def test_values(dim: int, rotary: int, norm: bool):
 
 
 def test_only_its_slots_are_written():
-    """Other tokens' KV, and a row with slot -1 (padding of a batch), leave no trace."""
+    """Guards other tokens' KV, and slot -1 (padding of a batch), which writes nothing."""
     got = run(slots=(9, -1, 15))
     for x in got["pages"][:2]:
         written = x.isfinite().all(-1).all(1)  # [pages, offsets]
         assert written.nonzero().tolist() == [[2, 1], [3, 3]]
         assert x.isnan().sum() == x.numel() - 2 * KV_HEADS * 16
-    assert torch.equal(got["q"], run()["q"])  # the row is still normalised and turned
+    assert torch.equal(got["q"], run()["q"])  # the row is still normalised and rotated
 
 
 def test_no_rows():
-    """An empty step returns nothing and writes nothing."""
+    """Guards an empty step: it returns no rows and writes nothing."""
     got = run(slots=())
     assert got["q"].shape == (0, HEADS, 16)
     assert got["pages"].k.isnan().all()
@@ -98,7 +99,7 @@ def test_no_rows():
     ],
 )
 def test_shapes_are_checked(change: dict, message: str):
-    """Each would broadcast into wrong numbers or write out of bounds."""
+    """Guards shapes that would broadcast into wrong numbers or write out of bounds."""
     good = run()
     del good["q"]
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The Triton form of qk_norm_rope, and what all its forms do with FP8 pages and three axes."""
+"""qk_norm_rope: the Triton form, and all forms with FP8 pages and three rotation axes."""
 
 import math
 
@@ -16,8 +16,8 @@ from kernels.runtime.rotary import cos_sin
 from tests.support.errors import max_error
 
 PAGE = 4
-# fp32: sums of other order and other cos and sin. 16 bits: a value on the edge between two may be
-# rounded to the other one after the norm, after the weight and after the rotation.
+# fp32: another order of sums, and another cos and sin. 16 bits: a value halfway between two may
+# round to the other one after the norm, after the weight and after the rotation.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 3 * 2**-11, torch.bfloat16: 3 * 2**-8}
 E4M3 = torch.float8_e4m3fn
 
@@ -33,7 +33,7 @@ def make(
     section: tuple[int, int, int] | None = None,
     device: str = "cpu",
 ) -> dict:
-    """Inputs; pages hold NaN, the second token has no slot and positions reach 131072."""
+    """Inputs: pages hold NaN, the second token has slot -1, and positions reach 131072."""
     rotary = rotary or dim
     q_heads, kv_heads = heads
     weights = (torch.randn(2, dim) + 1).to(device, dtype) if norm else (None, None)
@@ -59,7 +59,7 @@ def make(
 
 
 def run(inputs: dict, impl: str) -> dict[str, Tensor]:
-    """All results of a call; what it writes are copies, between pages that nothing may touch."""
+    """All results of a call on copies of the pages; the spare pages around them must not change."""
 
     def between_spares(x: Tensor) -> Tensor:
         spare = torch.full_like(x[:1], -9.0)
@@ -74,7 +74,7 @@ def run(inputs: dict, impl: str) -> dict[str, Tensor]:
 
 
 def agree(inputs: dict, tolerance: float) -> None:
-    """The Triton form's results are the eager form's, and it leaves the same values untouched."""
+    """Check the Triton form's results, and which elements it leaves unwritten, against eager."""
     got, want = run(inputs, "triton"), run(inputs, "eager")
     for name, expected in want.items():
         assert got[name].dtype == expected.dtype
@@ -87,16 +87,16 @@ def agree(inputs: dict, tolerance: float) -> None:
 @pytest.mark.parametrize(
     ("heads", "tokens"),
     [
-        ((1, 1), 1),  # one of everything, tiles beyond the heads there are
-        ((3, 1), 5),  # a tile of Q less one
+        ((1, 1), 1),  # one of everything: tiles larger than the heads
+        ((3, 1), 5),  # a tile of Q minus one
         ((4, 2), 2),  # whole tiles
-        ((5, 3), 5),  # a tile and one
+        ((5, 3), 5),  # a tile plus one
         ((11, 7), 3),  # primes, several tiles of each
         ((4, 2), 0),  # no tokens
     ],
 )
 def test_heads(heads: tuple[int, int], tokens: int, triton_device: str):
-    """Every head is worked on once, those of Q, K and V in their places."""
+    """Guards the tiles of heads: each head of Q, K and V is processed once, in its place."""
     with use_config("qk_norm_rope", block_q=4, block_kv=2):
         agree(make(tokens, heads, device=triton_device), 1e-6)
 
@@ -106,23 +106,25 @@ def test_heads(heads: tuple[int, int], tokens: int, triton_device: str):
     ("dim", "rotary"),
     [
         (16, 16),
-        (16, 8),  # half of the elements pass through
-        (6, 2),  # nothing a power of two: three pairs in a tile of four
+        (16, 8),  # half of the elements are not rotated
+        (6, 2),  # no power of two: three pairs in a tile of four
         (96, 96),  # 48 pairs in a tile of 64
-        (96, 32),  # neighbours stay neighbours across the end of the rotation
+        (96, 32),  # adjacent elements stay adjacent across the rotation's end
         (64, 64),
         (128, 128),
         (256, 64),
     ],
 )
 def test_head_dims(dim: int, rotary: int, norm: bool, triton_device: str):
-    """Norm over the head's own elements, whole and partial rotation, with and without norm."""
+    """Guards the norm over the head's own elements, and whole and partial rotation, also without
+    norm."""
     agree(make(3, (2, 1), dim, rotary, norm, device=triton_device), 1e-6)
 
 
 @pytest.mark.parametrize("tokens", [3, 65])
-def test_own_tiles(tokens: int, triton_device: str):
-    """The rule's tiles for few and for many tokens, and heads that do not fill them."""
+def test_default_configs(tokens: int, triton_device: str):
+    """Guards the rule's kernel configs for few and many tokens, with heads that do not fill
+    them."""
     agree(make(tokens, (1, 1), 8, device=triton_device), 1e-6)
 
 
@@ -138,10 +140,10 @@ def test_own_tiles(tokens: int, triton_device: str):
     ],
 )
 def test_rounding(dtype: torch.dtype, pages: torch.dtype | None, triton_device: str):
-    """The same roundings: nearly all values are the same bits, none is far off."""
+    """Guards the rounding points: nearly all values have the same bits, and none is far off."""
     inputs = make(7, dim=128, dtype=dtype, pages=pages, device=triton_device)
-    least = max((dtype, pages or dtype), key=TOLERANCES.get)
-    agree(inputs, TOLERANCES[least])
+    coarsest = max((dtype, pages or dtype), key=TOLERANCES.get)
+    agree(inputs, TOLERANCES[coarsest])
     if dtype != torch.float32:
         got, want = run(inputs, "triton")["q"], run(inputs, "eager")["q"]
         assert (got != want).float().mean() < 0.01
@@ -149,7 +151,7 @@ def test_rounding(dtype: torch.dtype, pages: torch.dtype | None, triton_device: 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, id="bf16")])
 def test_v_is_copied(dtype: torch.dtype, triton_device: str):
-    """V is stored bit by bit, also what another type of 16 bits has no exponent for."""
+    """Guards V bit by bit, including values that another 16-bit dtype could not hold."""
     inputs = make(5, dtype=dtype, device=triton_device)
     inputs["qkv"][:, -2 * 16 :] *= torch.finfo(dtype).max / 8
     got, want = run(inputs, "triton"), run(inputs, "eager")
@@ -157,7 +159,7 @@ def test_v_is_copied(dtype: torch.dtype, triton_device: str):
 
 
 def test_layouts(triton_device: str):
-    """Rows of a wider tensor and indices of 32 bits give the same bits; so does a row alone."""
+    """Guards bits: rows of a wider tensor, 32-bit indices and a row alone change none."""
     inputs = make(5, device=triton_device)
     want = run(inputs, "triton")
     wide = torch.cat((inputs["qkv"], inputs["qkv"]), dim=1)
@@ -175,12 +177,12 @@ def test_layouts(triton_device: str):
     "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, id="bf16")]
 )
 def test_fp8_pages(gpu: str, dtype: torch.dtype, triton_device: str):
-    """V exactly as the quantiser has it, with and without the GPU's conversion; K but for values
-    on an edge."""
+    """Guards quantisation, with and without the GPU's conversion: V is exact, K may differ by one
+    code where a value is halfway between two."""
     inputs = make(5, (5, 3), 32, dtype=dtype, pages=E4M3, device=triton_device)
-    inputs["qkv"][2, -32:] = 0  # the smallest scale there is
-    chosen = A100 if gpu == "any" else gpu_of(torch.device(triton_device))
-    with assume_gpu(chosen), use_config("qk_norm_rope", block_q=4, block_kv=2):
+    inputs["qkv"][2, -32:] = 0  # gives the smallest scale
+    assumed = A100 if gpu == "any" else gpu_of(torch.device(triton_device))
+    with assume_gpu(assumed), use_config("qk_norm_rope", block_q=4, block_kv=2):
         got = run(inputs, "triton")
     want = run(inputs, "eager")
     for name in ("v", "v_scale"):
@@ -193,7 +195,7 @@ def test_fp8_pages(gpu: str, dtype: torch.dtype, triton_device: str):
 
 @pytest.mark.parametrize("impl", ["eager", "portable"])
 def test_fp8_definition(impl: str):
-    """Pages and scales are the quantised values of what other pages would hold, nothing else."""
+    """Guards the definition: FP8 pages and scales are the quantised values of unquantised pages."""
     inputs = make(5, pages=E4M3)
     plain = KVPages(inputs["pages"].k.float(), inputs["pages"].v.float())
     got = run(inputs, impl)
@@ -207,9 +209,9 @@ def test_fp8_definition(impl: str):
         assert torch.equal(got[kind].view(torch.uint8), page.view(torch.uint8))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy, of inf * 0 in the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value")  # from NumPy: inf * 0 in the interpreter
 def test_fp8_non_finite(triton_device: str):
-    """NaN and inf in one head of a token: its values are NaN, its neighbours' are not."""
+    """Guards the neighbours of NaN and inf: only that token's values in that head become NaN."""
     inputs = make(3, pages=E4M3, norm=False, device=triton_device)
     inputs["slots"] = torch.tensor([0, 1, 2], device=triton_device)
     inputs["qkv"][0, -1], inputs["qkv"][1, -1] = math.nan, math.inf
@@ -225,12 +227,12 @@ def test_fp8_non_finite(triton_device: str):
     ("dim", "section"), [(128, (24, 20, 20)), (16, (4, 2, 2)), (12, (6, 0, 0))]
 )
 def test_three_axes_as_transformers(impl: str, dim: int, section: tuple, triton_device: str):
-    """Which axis a frequency takes: transformers' Qwen3-VL is the judge."""
+    """Guards which axis each frequency takes, with transformers' Qwen3-VL as the judge."""
     from transformers import Qwen3VLTextConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
     inputs = make(5, dim=dim, norm=False, section=section, device=triton_device)
-    inputs["positions"] %= 1000  # the judge's cos and sin are of other roundings
+    inputs["positions"] %= 1000  # the judge rounds cos and sin differently
     config = Qwen3VLTextConfig(
         head_dim=dim,
         rope_parameters={
@@ -244,14 +246,14 @@ def test_three_axes_as_transformers(impl: str, dim: int, section: tuple, triton_
     cos, sin = judge(torch.zeros(()), inputs["positions"][:, None].cpu())
     inputs["inv_freq"] = judge.inv_freq.to(triton_device)
     q = inputs["qkv"].cpu().view(5, -1, dim)[:, :4]
-    turned = torch.cat((-q[..., dim // 2 :], q[..., : dim // 2]), dim=-1)
-    want = q * cos[0][:, None] + turned * sin[0][:, None]
+    rotated = torch.cat((-q[..., dim // 2 :], q[..., : dim // 2]), dim=-1)
+    want = q * cos[0][:, None] + rotated * sin[0][:, None]
     assert max_error(run(inputs, impl)["q"].cpu(), want) < 1e-6
 
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_three_axes(fp8: bool, triton_device: str):
-    """K takes the same axes as Q, in every kind of pages; partial rotation with three axes."""
+    """Guards K, which takes the same axes as Q, in plain and FP8 pages, with partial rotation."""
     inputs = make(5, dim=32, rotary=24, section=(5, 4, 3), device=triton_device)
     agree(inputs, 1e-6)
     if fp8:
@@ -272,7 +274,8 @@ def cos_sin_kernel(angle, out, n, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize(("theta", "dim"), [(1e6, 128), (1e4, 64)])
 def test_cos_sin(theta: float, dim: int, triton_device: str):
-    """Within 1e-7 of fp64 for positions up to 131072, on a GPU for each of them, and backwards."""
+    """Guards the kernel's cos and sin: within 1e-7 of fp64 up to position 131072 and for negative
+    angles; a GPU tries every position."""
     inv_freq = 1 / theta ** (torch.arange(0, dim, 2).float() / dim)
     positions = torch.arange(0, 131072, 1 if triton_device == "cuda" else 61).float()
     positions = torch.cat((positions, torch.tensor([131072.0, -1.0, -131072.0])))
@@ -285,7 +288,7 @@ def test_cos_sin(theta: float, dim: int, triton_device: str):
 
 
 def test_bad_arguments_are_named(triton_device: str):
-    """What would be read or written wrongly is refused before any launch."""
+    """Guards the checks before a launch: inputs that would be misread are refused."""
     good = make(5, device=triton_device)
     pages = good["pages"]
     fp8 = make(5, pages=E4M3, device=triton_device)["pages"]

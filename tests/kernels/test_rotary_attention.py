@@ -1,4 +1,4 @@
-"""rotary_attention's fused form against the two ops in eager PyTorch."""
+"""rotary_attention: its fused form against qk_norm_rope and prefix_attention in eager PyTorch."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ from tests.support.prefix_trees import SWITCHES
 
 PAGE = 16
 FOREST = [fork(33, [1, 15, 16, 17, 40]), Node(3, new=1), fork(PAGE, [2])]
-SMALL = [fork(5, [2])]  # where only the choice of a form matters
+SMALL = [fork(5, [2])]  # for tests of which form runs
 BF16 = pytest.param(torch.bfloat16, id="bf16")
-# Of the output, and of pages beside their largest value: in 16 bits eight and four roundoffs.
+# Limits of the output, and of pages relative to their largest value: in 16 bits 8 and 4 roundoffs.
 LIMITS = {
     torch.float32: (4e-6, 1e-6),
     torch.float16: (2**-8, 2**-9),
@@ -32,7 +32,8 @@ def step(
     dim: int = 16,
     fp8: bool = False,
 ) -> dict:
-    """A decode step whose new K and V are not in their pages yet: their slots are NaN."""
+    """Inputs of a decode step whose new K and V are not in their pages yet: their slots hold
+    NaN."""
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "page_size": PAGE}
     return rotary_attention_inputs(0, device, dtype, forest=forest, fp8=fp8, **shape)
 
@@ -40,13 +41,13 @@ def step(
 @pytest.fixture(autouse=True, params=["old", "new"])
 def form(request):
     """Every test runs with all switches of the kernel off, and with all on."""
-    chosen = dict.fromkeys(SWITCHES, int(request.param == "new")) | {"pdl": 0}  # sm_80 has none
-    with use_config("prefix_attention", **chosen):
+    switches = dict.fromkeys(SWITCHES, int(request.param == "new")) | {"pdl": 0}  # sm_80 has none
+    with use_config("prefix_attention", **switches):
         yield
 
 
 def run(inputs: dict, arch: int = 90, grain: int = 4, **options) -> tuple[torch.Tensor, KVPages]:
-    """The output, and the pages and scales after it; those of `inputs` stay as they are."""
+    """The output, and the pages and scales after the call; the pages of `inputs` do not change."""
     copies = inputs["pages"].map(torch.clone)
     gpu = Gpu("toy", arch, sms=5, shared_bytes=163 * 1024)
     with assume_gpu(gpu), use_config("prefix_attention", programs=1, grain=grain, overhead=1):
@@ -54,29 +55,30 @@ def run(inputs: dict, arch: int = 90, grain: int = 4, **options) -> tuple[torch.
 
 
 def check(inputs: dict, **options) -> None:
-    """Output and pages as the two eager ops leave them; what the step does not own untouched."""
+    """Compare output and pages with the two eager ops'; other slots must keep NaN."""
     expected, pages = run(inputs, impl="eager")
     out, written = run(inputs, impl="triton", **({"fused": True} | options))
-    limit, of_pages = LIMITS[inputs["qkv"].dtype]
+    limit, page_limit = LIMITS[inputs["qkv"].dtype]
     assert max_error(out, expected) < limit
-    for name, result, meant in zip(pages._fields, written, pages, strict=True):
-        if meant is None:
+    for name, result, target in zip(pages._fields, written, pages, strict=True):
+        if target is None:
             continue
-        result, meant = result.float(), meant.float()
-        assert torch.equal(result.isnan(), meant.isnan()), name
-        difference = (result - meant).nan_to_num().abs().max()
-        assert difference <= of_pages * meant.nan_to_num().abs().max(), name
+        result, target = result.float(), target.float()
+        assert torch.equal(result.isnan(), target.isnan()), name
+        difference = (result - target).nan_to_num().abs().max()
+        assert difference <= page_limit * target.nan_to_num().abs().max(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 def test_a_step(triton_device, dtype):
-    """Leaves of one token, of whole pages, of a first token on a page; a sequence on its own."""
+    """Guards leaves of one token, of whole pages, with a first token on a page; a lone sequence."""
     check(step(triton_device, dtype=dtype))
 
 
 @pytest.mark.parametrize("grain", [1, 3, 64])
-def test_whoever_owns_the_last_chunk(triton_device, grain):
-    """A last chunk that is the new token alone, one among others, the whole leaf."""
+def test_owner_of_the_last_chunk(triton_device, grain):
+    """Guards the program that writes the new token: its chunk is that token alone, has others, or
+    is the whole leaf."""
     check(step(triton_device), grain=grain)
 
 
@@ -91,9 +93,9 @@ def test_whoever_owns_the_last_chunk(triton_device, grain):
     ],
 )
 def test_fp8_pages(triton_device, dtype, arch):
-    """The step attends to its new token as later steps will read it: rounded to e4m3."""
+    """Guards the new token: the step attends to it as later steps will read it, rounded to e4m3."""
     inputs = step(triton_device, dtype=dtype, fp8=True)
-    if dtype == torch.float32:  # a roundoff in K may tip its code: compare outputs
+    if dtype == torch.float32:  # a roundoff in K may change its code: compare outputs
         expected, _ = run(inputs, impl="eager")
         out, _ = run(inputs, impl="triton", fused=True, arch=arch)
         assert max_error(out, expected) < 2**-6
@@ -102,8 +104,8 @@ def test_fp8_pages(triton_device, dtype, arch):
 
 
 def test_fp8_pages_of_small_values(triton_device):
-    """Weights times such scales are nothing in fp16, unless the new token, too, is taken in the
-    units of what follows."""
+    """Guards against underflow: weights times such small scales are 0 in fp16 unless the new
+    token's weight is in the units of the blocks after it."""
     inputs = step(triton_device, fp8=True)
     inputs["qkv"][:, -2 * 16 :] *= 1e-4  # V of both heads
     inputs["pages"].v_scale.mul_(1e-4)
@@ -113,19 +115,22 @@ def test_fp8_pages_of_small_values(triton_device):
 
 
 def test_without_qk_norm(triton_device):
+    """Guards models without qk-norm."""
     check(step(triton_device, SMALL) | {"q_weight": None, "k_weight": None})
 
 
 def test_window(triton_device):
+    """Guards sliding windows in the fused form."""
     check(step(triton_device) | {"window": 9})
 
 
 def test_one_kv_head_of_64(triton_device):
+    """Guards Step-3's shape: 64 query heads for one KV head."""
     check(step(triton_device, [fork(20, [3, 18])], heads=64, kv_heads=1, dim=32))
 
 
-def test_slots_of_nothing(triton_device):
-    """Slot -1 stores nothing, and the row still sees its own token."""
+def test_slot_minus_one(triton_device):
+    """Guards slot -1: it writes nothing, and the row still attends to its own token."""
     inputs = step(triton_device, [fork(20, [1, 17])])
     out, _ = run(inputs, impl="eager")
     nowhere = inputs | {"slots": torch.full_like(inputs["slots"], -1)}
@@ -136,7 +141,7 @@ def test_slots_of_nothing(triton_device):
 
 
 class TestWhichForm:
-    """Fused by default in decode, never where it cannot be."""
+    """Fused is the default for decode steps, and is never used where it is impossible."""
 
     @pytest.fixture
     def two_ops(self, monkeypatch) -> list:
@@ -151,16 +156,18 @@ class TestWhichForm:
         return calls
 
     def test_decode(self, triton_device, two_ops):
-        one = step(triton_device, SMALL)
-        run(one, impl="triton")
+        """Guards the default of a decode step, and both ways to choose two ops instead."""
+        inputs = step(triton_device, SMALL)
+        run(inputs, impl="triton")
         assert not two_ops
-        run(one, impl="triton", fused=False)
+        run(inputs, impl="triton", fused=False)
         with use_config("rotary_attention", fused=0):
-            run(one, impl="triton")
+            run(inputs, impl="triton")
         assert two_ops == ["triton", "triton"]
 
     def test_not_decode(self, triton_device, two_ops):
-        """Several new tokens, partial rotation, mixed implementations: the two ops, or an error."""
+        """Guards several new tokens, partial rotation and mixed impls: two ops run, and
+        `fused=True` is an error."""
         decode = step(triton_device, SMALL)
         partial = decode | {"inv_freq": decode["inv_freq"][:4].clone()}
         run(partial, impl="triton")
@@ -181,12 +188,13 @@ class TestWhichForm:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_every_option_counts(triton_device, fused):
-    """Either form takes scale, eps and window from its caller, and no argument for another."""
+    """Guards scale, eps and window in both forms: none is dropped or passed as another."""
     inputs = step(triton_device, [fork(33, [15, 17])], heads=8)
     check(inputs | {"scale": 0.7, "eps": 0.5, "window": 21}, fused=fused)
 
 
 def test_bad_input(triton_device):
+    """Guards the checks: each mistake raises a ValueError that names the argument."""
     good = step(triton_device)
     pages = good["pages"]
     forests = {"rows": [fork(33, [1])], "pages": [fork(70, [1] * 7)]}
@@ -223,7 +231,7 @@ def test_bad_input(triton_device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8", [False, True])
 def test_real_shapes(fp8):
-    """The GPU's own tiles; an owner that another program overtakes would show as NaN."""
+    """Guards the GPU's own configs: a token read before its owner has written it shows as NaN."""
     forest = [fork(2048, range(100, 116))]
     inputs = step("cuda", forest, torch.bfloat16, heads=32, kv_heads=8, dim=128, fp8=fp8)
     copies = {"pages": inputs["pages"].map(torch.clone)}

@@ -1,4 +1,4 @@
-"""sample against its definition written out in NumPy and fp64, Philox's vectors, and chi-square."""
+"""sample against its definition in NumPy and fp64, Philox's test vectors, and chi-square tests."""
 
 import json
 import math
@@ -15,7 +15,7 @@ import torch
 
 from kernels.sampling import SampleOutput, philox4x32, sample
 
-# The draws are fixed by their seeds, so a correct sampler fails these once for all or never.
+# The seeds are fixed: a correct sampler passes the chi-square tests always or never.
 P_VALUE = 1e-3
 LOGPROB_ERROR = 1e-6  # relative to max(1, |logprob|)
 
@@ -79,7 +79,7 @@ def random_words(vocab, seed, position):
 
 
 def kept_tokens(z, top_k, top_p):
-    """The indices of `z` that top_k and then top_p keep, ties with the last one kept included."""
+    """The indices of `z` that top_k and then top_p keep, including ties with the last one kept."""
     ordered = sorted(z, reverse=True)
     if top_k:
         ordered = [x for x in ordered if x >= ordered[:top_k][-1]]
@@ -93,7 +93,7 @@ def kept_tokens(z, top_k, top_p):
 
 
 def expected_token(logits, seed, position, temperature, top_k, top_p):
-    """The definition in fp64 on the host, with u as the fp32 that it is."""
+    """The definition in fp64 on the host, with u rounded to fp32 as it is drawn."""
     words = np.array(random_words(len(logits), seed, position), dtype=np.float32)
     u = ((words + np.float32(0.5)) * np.float32(2**-32)).astype(np.float64)
     z = (np.array(logits) - max(logits)) / temperature
@@ -102,7 +102,7 @@ def expected_token(logits, seed, position, temperature, top_k, top_p):
 
 
 def test_philox_known_answers():
-    """Guards rounds, constants, key schedule and the order of the words."""
+    """Guards Philox's rounds, constants, key schedule and the order of its words."""
     rows = [[int(word, 16) for word in line.split()] for line in KNOWN_ANSWERS.split("\n") if line]
     columns = torch.tensor(rows).unbind(1)
     for got, want in zip(philox4x32(columns[:4], columns[4:6]), columns[6:], strict=True):
@@ -111,7 +111,7 @@ def test_philox_known_answers():
 
 @pytest.mark.cli
 def test_philox_matches_triton(tmp_path):
-    """Guards the seed's and position's halves: a Triton kernel must draw the same words."""
+    """Guards the halves of seed and position: Triton's Philox must draw the same words."""
     seeds = [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF0]
     positions = [0, 5, 2**31, 2**32 + 3, 2**40, -1]
     script = tmp_path / "philox.py"
@@ -135,7 +135,7 @@ def test_philox_matches_triton(tmp_path):
 )
 @pytest.mark.parametrize("vocab", [1, 2, 7, 64, 101])
 def test_tokens_match_the_definition(vocab, temperature, top_k, top_p, device):
-    """Guards the whole path, for vocabularies that are no multiples of 4 as well."""
+    """Guards the whole path, also for vocabularies that are not multiples of 4."""
     seeds = ints(0, 3, -1, 2**40 + 1, 12345, 2**63 - 1)
     positions = ints(0, 3, 2**33 + 1, 7, 2**31, 9)
     logits = draw_logits(len(seeds), vocab)
@@ -152,13 +152,14 @@ def test_tokens_match_the_definition(vocab, temperature, top_k, top_p, device):
     st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0]),
 )
 def test_truncation_keeps_the_right_set(logits, top_k, top_p):
-    """Guards ties at both borders, their order, and that truncation renormalises in between.
+    """Guards ties at both limits, the order of the limits, and the renormalisation between them.
 
-    The rarest of 9 tokens has a probability of 0.04: 300 draws show every token that is kept.
+    The least likely of 9 tokens has a probability of 0.04, so 300 draws show every token that is
+    kept.
     """
     hypothesis.assume(max(logits) > -math.inf)
     want = kept_tokens(logits, top_k, top_p)
-    if top_p < 1:  # a sum that meets top_p to the last digit may round either way
+    if top_p < 1:  # a sum that equals top_p may round either way
         nearby = [kept_tokens(logits, top_k, top_p + nudge) for nudge in (-1e-6, 1e-6)]
         hypothesis.assume(nearby == [want, want])
     tokens = draws(torch.tensor(logits), 300, temperature=1.0, top_k=top_k, top_p=top_p)
@@ -178,14 +179,15 @@ def test_top_p_over_a_large_vocabulary():
 
 
 def test_top_p_reached_exactly():
-    """Guards 'reaches': exp(-1e-20) is 1 in fp64, so the first of two tokens has exactly a half."""
+    """Guards `reached` at equality: exp(-1e-20) is 1 in fp64, so the first token has exactly
+    half."""
     tokens = draws(torch.tensor([0.0, -1e-20]), 64, temperature=1.0, top_p=0.5)
     assert set(tokens.tolist()) == {0}
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 6}, {"top_p": 0.8}, {"temperature": 0.7}])
 def test_distribution_is_the_softmax(settings):
-    """Guards the noise: frequencies of 3,000 draws over positions, then over seeds."""
+    """Guards the noise: frequencies of 3,000 draws, over positions and then over seeds."""
     from scipy.stats import chisquare
 
     settings = {"temperature": 1.0, **settings}
@@ -201,7 +203,8 @@ def test_distribution_is_the_softmax(settings):
 
 
 def test_positions_and_seeds_are_independent():
-    """Guards against correlation between a token, its successor and the neighbouring seed's."""
+    """Guards against correlation of a token with its successor and with the neighbouring seed's
+    token."""
     from scipy.stats import chi2_contingency
 
     logits, count = draw_logits(6, scale=0.5), 3000
@@ -215,7 +218,8 @@ def test_positions_and_seeds_are_independent():
 
 @pytest.mark.parametrize(("batch", "vocab"), [(9, 1003), (5, 150001)])
 def test_a_row_does_not_depend_on_its_batch(batch, vocab, device):
-    """Guards bitwise: the slot, the batch size, how rows are blocked, and a broken neighbour."""
+    """Guards bits against the row's index, the batch size, how rows are blocked, and a broken
+    neighbour."""
     logits = draw_logits(batch, vocab).to(device)
     seeds, positions = torch.arange(batch).to(device) * 11, torch.arange(batch).to(device) + 100
     settings = {"temperature": 0.9, "top_p": 0.95}
@@ -233,7 +237,8 @@ def test_a_row_does_not_depend_on_its_batch(batch, vocab, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_logprob_is_of_the_logits_as_given(dtype):
-    """Guards against reporting the tempered or truncated probability, and 16-bit sums."""
+    """Guards against log-probabilities after temperature or truncation, and against sums in 16
+    bits."""
     logits = draw_logits(8, 4999).to(dtype)
     seeds = torch.arange(8)
     want = torch.log_softmax(logits.double(), -1)
@@ -246,7 +251,7 @@ def test_logprob_is_of_the_logits_as_given(dtype):
 
 
 def test_temperature_zero_and_tiny():
-    """Guards the argmax with its lowest index on ties, and overflow of logits / temperature."""
+    """Guards argmax, which takes the lowest index on ties, and overflow of logits / temperature."""
     logits = draw_logits(5, 100, scale=30)
     logits[:, 90] = logits[:, 40] = 200.0
     seeds = torch.arange(5)
@@ -259,7 +264,7 @@ def test_temperature_zero_and_tiny():
 
 
 def test_huge_temperature_is_uniform():
-    """Guards scores that vanish: only -inf stays out."""
+    """Guards scores that all vanish: only a logit of -inf is excluded."""
     from scipy.stats import chisquare
 
     logits = draw_logits(8, scale=100)
@@ -270,7 +275,7 @@ def test_huge_temperature_is_uniform():
 
 
 def test_minus_infinity_is_never_drawn():
-    """Guards the mask: one finite logit among many, wherever it stands."""
+    """Guards the mask: one finite logit among -inf, at every index."""
     logits = torch.full((13, 13), -torch.inf).fill_diagonal_(-50.0)
     seeds = torch.arange(13)
     for settings in ({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 1e6}):
@@ -280,7 +285,8 @@ def test_minus_infinity_is_never_drawn():
 
 
 def test_uniform_stays_between_zero_and_one():
-    """Guards u against 1, which would rule its token out, and 0, which would make it win always.
+    """Guards u against 1, with which a token could never win, and 0, with which it would always
+    win.
 
     Token 48 of the first position has the word 2^32 - 29, token 10 of the second the word 0.
     """
@@ -295,7 +301,7 @@ def test_uniform_stays_between_zero_and_one():
 
 
 def test_rows_that_are_no_distribution():
-    """Guards that NaN, +inf and nothing but -inf are told, not drawn from, in every mode."""
+    """Guards rows with NaN, +inf or only -inf: every mode reports them instead of drawing."""
     logits = draw_logits(5, 20)
     logits[0, 3], logits[1, 4], logits[2], logits[3] = torch.nan, torch.inf, -torch.inf, torch.nan
     seeds = torch.arange(5)
@@ -306,15 +312,15 @@ def test_rows_that_are_no_distribution():
 
 
 def test_shapes_and_strides():
-    """Guards the empty batch, strided rows, and writing into the logits."""
+    """Guards the empty batch, strided rows, and against writing into the logits."""
     tokens, logprobs = sample(torch.zeros(0, 9), ints(), ints(), temperature=1.0)
     assert tokens.shape == logprobs.shape == (0,) and tokens.dtype == torch.int32
     logits, seeds = draw_logits(17, 6), torch.arange(12)[::2]
-    kept = logits.clone()
+    before = logits.clone()
     strided = sample(logits.t(), seeds, seeds, temperature=1.0)
     packed = sample(logits.t().contiguous(), seeds.clone(), seeds.clone(), temperature=1.0)
     assert torch.equal(strided[0], packed[0]) and torch.equal(strided[1], packed[1])
-    assert torch.equal(logits, kept)
+    assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +339,7 @@ def test_shapes_and_strides():
     ],
 )
 def test_bad_outputs_are_named(field, tensor):
-    """Guards the kernel, which writes by these pointers without a look at what they point to."""
+    """Guards the kernel, which writes through these pointers without checking them."""
     good = {
         "results": torch.zeros(2, 2, dtype=torch.int32),
         "ids": ints(0, 0),
@@ -370,7 +376,7 @@ def test_bad_outputs_are_named(field, tensor):
     ],
 )
 def test_bad_arguments_are_named(message, change):
-    """Guards the launcher's checks: each mistake is one ValueError that names the argument."""
+    """Guards the launcher's checks: each mistake raises a ValueError that names the argument."""
     good = {"logits": torch.zeros(2, 8), "seeds": ints(1, 2), "positions": ints(1, 2)}
     with pytest.raises(ValueError, match=message):
         sample(**{**good, "temperature": 1.0, **change})

@@ -1,7 +1,7 @@
-"""The Triton form of sample against its definition: kept sets and tokens exactly, noise to a bound.
+"""The Triton form of sample: kept sets and tokens exactly as defined, noise within a bound.
 
-On a CPU the kernels are interpreted, so the shapes are small and the tiles smaller still: blocks of
-256 tokens, cut into groups of 64, of which the search for the cut reads 8 at a time.
+On a CPU the kernels are interpreted, so shapes are small and blocks smaller: 256 tokens, in groups
+of 64, of which the search for the cut reads 8 at a time.
 """
 
 import math
@@ -22,8 +22,8 @@ ULP = 2.0**-24
 NOISE_ERROR = 5 * ULP  # of gumbel, relative to max(1, |noise|); 2.3 measured
 LOGPROB_ERROR = 1e-6  # relative to max(1, |logprob|)
 
-# 1; a part of a group; one more and one less than a block; four blocks, of which the last has a
-# ragged group; a number of tokens that is no multiple of anything.
+# 1; part of a group; a block minus one, a block, a block plus one; four blocks, the last with a
+# partial group (997 is a prime).
 VOCABS = (1, 7, 255, 256, 257, 997)
 SEEDS = torch.tensor([0, 3, -1, 2**40 + 1, 12345, 2**63 - 1, -(2**63)])
 POSITIONS = torch.tensor([0, 2**32 + 3, 2**33 + 1, 7, 2**31, -1, 9])
@@ -45,7 +45,7 @@ SETTINGS = [
 
 
 @pytest.fixture(autouse=True)
-def small_tiles():
+def small_configs():
     with (
         use_config("sample_scan", block=256, num_warps=1),
         use_config("sample_cut", tile=8, num_warps=1),
@@ -54,7 +54,7 @@ def small_tiles():
 
 
 @contextmanager
-def real_tiles():
+def real_configs():
     with (
         use_config("sample_scan", block=4096, num_warps=4),
         use_config("sample_cut", tile=64, num_warps=16),
@@ -64,15 +64,15 @@ def real_tiles():
 
 @pytest.fixture
 def cuts(monkeypatch):
-    """The depths of the cuts of every call, as they are found."""
-    found, find = [], sampling._cut
+    """The depths of the cuts of every call, in order."""
+    depths, find = [], sampling._cut
 
     def spy(*args):
-        found.append(find(*args))
-        return found[-1]
+        depths.append(find(*args))
+        return depths[-1]
 
     monkeypatch.setattr(sampling, "_cut", spy)
-    return found
+    return depths
 
 
 def randn(*shape, scale=3.0, seed=0):
@@ -80,7 +80,7 @@ def randn(*shape, scale=3.0, seed=0):
 
 
 def both(device, logits, seeds=None, positions=None, **settings):
-    """Tokens and log-probabilities by the definition and by Triton, on the CPU."""
+    """Tokens and log-probabilities of the eager and the Triton form, on the CPU."""
     batch = len(logits)
     seeds = torch.arange(batch) * 7 if seeds is None else seeds
     positions = torch.arange(batch) + 2**33 if positions is None else positions
@@ -99,7 +99,7 @@ def assert_same(want, got):
 
 
 def kept(logits, cut, temperature):
-    """Which tokens [B, V] are down to the depths `cut`, and which are by the definition."""
+    """A mask [B, V] of the tokens kept by the depths `cut`, and the scaled logits."""
     top = logits.float().amax(1, keepdim=True)
     z = (logits - top).mul_(1 / temperature)
     return z.abs().view(torch.int32) <= cut.cpu()[:, None], z
@@ -108,7 +108,8 @@ def kept(logits, cut, temperature):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_tokens_are_those_of_the_definition(vocab, settings, triton_device):
-    """Guards the whole path: blocks, groups, words of the noise, both halves of seed, position."""
+    """Guards the whole path: blocks, groups, words of the noise, both halves of seed and
+    position."""
     logits = randn(1, vocab, seed=vocab)
     at = torch.tensor([vocab % len(SEEDS)])
     assert_same(*both(triton_device, logits, SEEDS[at], POSITIONS[at], **settings))
@@ -116,15 +117,16 @@ def test_tokens_are_those_of_the_definition(vocab, settings, triton_device):
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.95}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, id="bf16")])
-def test_the_vocabulary_that_counts(dtype, settings, triton_device):
-    """Guards real tiles: 38 blocks, 2,374 groups, and a flat row, whose cut takes many passes."""
+def test_full_vocabulary(dtype, settings, triton_device):
+    """Guards the real kernel configs: 38 blocks, 2,374 groups, and a flat row, whose cut takes many
+    passes."""
     logits = randn(1, 151_936, scale=1.0).to(dtype)
-    with real_tiles():
+    with real_configs():
         assert_same(*both(triton_device, logits, **settings))
 
 
 def test_many_draws(triton_device):
-    """Guards the noise: tokens of all sorts win, exactly where they should."""
+    """Guards the noise: many different tokens win, and exactly where they should."""
     want, got = both(triton_device, randn(1, 97, scale=0.5).expand(50, -1))
     assert torch.equal(want[0], got[0]) and len(want[0].unique()) > 30
 
@@ -149,7 +151,7 @@ ROWS = {
     "settings",
     [
         {"top_k": 3},
-        {"top_k": 333},  # more than groups
+        {"top_k": 333},  # more than there are groups
         {"top_k": 498},
         {"top_p": 0.03},
         {"top_p": 0.9},
@@ -168,8 +170,8 @@ def test_the_kept_set(settings, triton_device, cuts):
         assert torch.equal((row > -torch.inf), mask & finite), name
 
 
-def test_the_cut_does_not_depend_on_tiles(triton_device, cuts):
-    """Guards lists that are shortened while they are read, and tiles that reach beyond them."""
+def test_the_cut_does_not_depend_on_the_config(triton_device, cuts):
+    """Guards lists that shrink while they are read, and reads beyond their ends."""
     logits = torch.stack((randn(997, scale=0.5), randn(997, scale=5.0)))
     for tile in (2, 16):
         with use_config("sample_cut", tile=tile):
@@ -178,7 +180,8 @@ def test_the_cut_does_not_depend_on_tiles(triton_device, cuts):
 
 
 def test_rows_that_are_no_distribution(triton_device):
-    """Guards that NaN, +inf and nothing but -inf are told, wherever they stand, in every mode."""
+    """Guards rows with NaN, +inf or only -inf, anywhere: every mode reports them instead of
+    drawing."""
     logits = randn(6, 300)
     logits[0, 3], logits[1, 299], logits[2], logits[3, 280] = (
         torch.nan,
@@ -194,7 +197,7 @@ def test_rows_that_are_no_distribution(triton_device):
 
 
 def test_ties_go_to_the_lowest_index(triton_device):
-    """Guards temperature 0 within a block and between blocks, next to what rounds to the same z."""
+    """Guards temperature 0 within and between blocks, next to a logit that rounds to the same z."""
     logits = randn(2, 997).clamp_max(5)
     logits[0, [300, 301, 900]], logits[1, [996, 50, 51]] = 7.0, 7.0
     logits[0, 10] = 7 - 2.0**-21
@@ -203,7 +206,7 @@ def test_ties_go_to_the_lowest_index(triton_device):
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 9, "top_p": 0.9}], ids=str)
 def test_a_row_does_not_depend_on_its_batch(settings, triton_device):
-    """Guards bitwise: slot, batch size, strides of everything, and a broken neighbour."""
+    """Guards bits against the row's index, the batch size, all strides, and a broken neighbour."""
     logits = randn(5, 600).to(triton_device)
     seeds, positions = (torch.arange(n, n + 5).to(triton_device) for n in (3, 100))
     settings = {"temperature": 0.9, "impl": "triton", **settings}
@@ -219,8 +222,8 @@ def test_a_row_does_not_depend_on_its_batch(settings, triton_device):
     assert got[0].tolist() == [-1, want[0][4].item()] and torch.equal(got[1][1], want[1][4])
 
 
-def test_the_token_does_not_depend_on_the_split(triton_device):
-    """Guards that blocks are a matter of speed alone."""
+def test_the_token_does_not_depend_on_the_block(triton_device):
+    """Guards that the block size affects speed only."""
     logits = randn(2, 700)
     for block in (64, 1024):
         with use_config("sample_scan", block=block):
@@ -233,8 +236,9 @@ def test_the_token_does_not_depend_on_the_split(triton_device):
     "fields", [(), ("ids",), ("last", "batch_indices"), ("ids", "last", "batch_indices")]
 )
 def test_where_tokens_are_written(impl, fields, triton_device):
-    """Guards the next step's input: every token at its row and at its owner's entry, 0 for that of
-    a broken row, nothing beside them; and the results, of a number of rows that aligns nothing."""
+    """Guards the next step's input: every token goes to its row and to its owner's entry, 0 for a
+    broken row, and no other entry changes; and results for a number of rows that gives no
+    alignment."""
     logits = randn(3, 300).to(triton_device)
     logits[1] = torch.nan
     seeds = torch.arange(3).to(triton_device)
@@ -249,8 +253,8 @@ def test_where_tokens_are_written(impl, fields, triton_device):
     feeds = {name: every[name].to(triton_device) for name in fields}
     out = SampleOutput.of(3, seeds.device, **feeds)
     got = sample(logits, seeds, seeds, out=out, **settings)
-    for x, meant in zip(got, (tokens, logprobs), strict=True):
-        assert torch.equal(x.view(torch.int32), meant.view(torch.int32))
+    for x, want in zip(got, (tokens, logprobs), strict=True):
+        assert torch.equal(x.view(torch.int32), want.view(torch.int32))
     assert got[0].data_ptr() == out.results.data_ptr()
     first, last = tokens[0].item(), tokens[2].item()
     if "ids" in feeds:
@@ -270,8 +274,9 @@ def gumbel_kernel(words, out, N: tl.constexpr):
 
 
 def test_noise_is_accurate(triton_device):
-    """Guards both logarithms, u near 0, near 1 and at the seams of their ranges, and that the rough
-    noise, on whose word all but a few tokens are passed over, is the bound that it claims to be."""
+    """Guards both logarithms, with u near 0, near 1 and at the seams between their ranges; and the
+    rough noise, which rules out all but a few tokens and so must be the bound that it claims to
+    be."""
     rng, half = np.random.default_rng(0), 1 << 16
     seams = [2**32 // 3, 2**32 * 2 // 3, int(2**32 * (1 - math.exp(-1))), 2**31, 2**32 - 2**7]
     words = np.concatenate(
@@ -294,8 +299,8 @@ def test_noise_is_accurate(triton_device):
     assert (high - want).min() > 2e-5 and (high - slack - want).max() < -2e-5
 
 
-def test_shapes_and_settings_it_does_not_take(triton_device):
-    """Guards the empty batch, and the message for a vocabulary that is not contiguous."""
+def test_empty_batch_and_strided_logits(triton_device):
+    """Guards the empty batch, and the message for logits that are not contiguous."""
     none = torch.zeros(0, dtype=torch.int64, device=triton_device)
     tokens, logprobs = sample(
         torch.zeros(0, 9, device=triton_device), none, none, temperature=1.0, top_k=3, impl="triton"
@@ -317,10 +322,11 @@ def test_shapes_and_settings_it_does_not_take(triton_device):
     "settings", [{"temperature": 0.0}, {}, {"top_k": 50, "top_p": 0.9}], ids=str
 )
 def test_replay_of_a_graph(settings):
-    """Guards that nothing waits for the device and that no launch depends on the logits."""
+    """Guards CUDA graphs: the host never waits for the device, and no launch depends on the
+    logits."""
     logits, seeds = randn(64, 151_936).cuda(), torch.arange(64).cuda()
     settings = {"temperature": 1.0, "impl": "triton", **settings}
-    with real_tiles():
+    with real_configs():
         sample(logits, seeds, seeds, **settings)  # compiles
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
