@@ -47,8 +47,7 @@ def test_matches_fp64(impl, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_interleaved_pairs(impl, dtype, device):
-    """Guards that the first of each pair is the gate, and that the layout does not change the
-    bits."""
+    """Guards that the first of a pair is the gate, and that the layout changes no bits."""
     for rows, width in (*SHAPES, (3, 0)):
         halves = draw(rows, 2 * width, dtype=dtype, device=device)
         pairs = torch.empty_like(halves)

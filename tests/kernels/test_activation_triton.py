@@ -79,8 +79,7 @@ def agree(result: Tensor, expected: Tensor, sigmoid_of: Tensor) -> bool:
     ],
 )
 def test_values(rows: int, width: int, dtype: torch.dtype, triton_device: str):
-    """Guards every element: it comes from its own row, the gate is first, and nothing is left
-    unwritten."""
+    """Guards every element: from its own row, with the gate first, and none left unwritten."""
     inputs = draw(rows, width, dtype, triton_device)
     before = [tensor.clone() for tensor in inputs]
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
@@ -144,8 +143,7 @@ def test_default_configs(rows: int, triton_device: str):
 
 
 def test_rows_are_independent(triton_device: str):
-    """Guards batch invariance: a row's bits are the same alone, at any index, and as a view of a
-    wider tensor."""
+    """Guards bits: the same for a row alone, at any index, and in a view of a wider tensor."""
     gate_up, x = draw(5, 24, torch.float32, triton_device)
     whole = both(gate_up, x, "triton")
     wide = [torch.cat((tensor, tensor), 1)[:, tensor.shape[1] :] for tensor in (gate_up, x)]

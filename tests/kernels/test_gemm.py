@@ -1,5 +1,4 @@
-"""The Triton GEMM as linear layer and convolution, against fp64, with all kinds of stream-K
-cuts."""
+"""The Triton GEMM as linear layer and convolution against fp64, with all kinds of cuts."""
 
 import pytest
 import torch
@@ -166,7 +165,7 @@ def test_windows():
 @pytest.mark.parametrize("m_tiles,n_tiles", [(1, 3), (2, 3), (5, 2), (BAND + 3, 2)])
 @pytest.mark.parametrize("sms", [1, 3, 5, 8, 13])
 def test_every_cut_is_a_whole_product(m_tiles: int, n_tiles: int, sms: int, triton_device: str):
-    """Guards lanes of equal and unequal length, more and fewer programs than tiles, bands of
+    """Guards lanes of equal and unequal length, programs more and fewer than tiles, bands of
     tiles."""
     x, weight, bias = layer(16 * m_tiles, 16 * n_tiles, 3 * 16, device=triton_device)
     with assume_gpu(toy(sms)):
@@ -221,8 +220,7 @@ def test_a_panel_of_the_weight_is_read_at_once():
 
 @pytest.mark.parametrize("options", [WHOLE, CUT], ids=["whole", "cut"])
 def test_rows_of_out(options: dict, triton_device: str):
-    """Guards the scatter: results go to the rows named; other rows, and columns beyond the result,
-    keep their values."""
+    """Guards the scatter: results go to the rows named; all other elements keep their values."""
     x, weight, bias = layer(37, 19, 70, device=triton_device)
     whole = torch.full((60, 24), 7.0, device=triton_device)
     out, rows = whole[:, :19], torch.randperm(60)[:37].to(triton_device)

@@ -119,8 +119,7 @@ def test_large_values_do_not_overflow(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_inputs_are_unchanged_and_rows_are_independent(impl):
-    """Guards against writing into an input, results that depend on the row's index, and assumed
-    strides."""
+    """Guards against writes into inputs, dependence on the row's index, and assumed strides."""
     x, residual = (draw(11, 96, dtype=torch.float32, seed=i) for i in (0, 1))
     weight, bias = (draw(96, dtype=torch.float32, seed=i) for i in (2, 3))
     inputs = (x, residual, weight, bias)

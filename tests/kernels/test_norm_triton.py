@@ -84,8 +84,7 @@ def test_only_outputs_are_written(rows: int, triton_device: str):
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_rows_are_independent(rows: int, triton_device: str):
-    """Guards batch invariance: a row's bits are the same alone, at any index, and as a view of a
-    wider tensor."""
+    """Guards bits: the same for a row alone, at any index, and in a view of a wider tensor."""
     x, residual = draw((5, 24), (5, 24), device=triton_device)
     vectors = draw(24, 24, 24, device=triton_device)
     with use_config("rms_norm", rows=rows), use_config("layer_norm", rows=rows):
@@ -138,8 +137,7 @@ def test_cancellation(triton_device: str):
 
 
 def test_bad_arguments_are_named(triton_device: str):
-    """Guards the checks before a launch: strides and widths that the kernels cannot read are
-    refused."""
+    """Guards the checks before a launch: strides and widths that kernels cannot read."""
     x, weight = torch.zeros(3, 8, device=triton_device), torch.zeros(8, device=triton_device)
     every, wide = weight.repeat(2)[::2], torch.zeros(1, MAX_WIDTH + 1, device=triton_device)
     turned = x.t().contiguous().t()

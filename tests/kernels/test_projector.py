@@ -109,7 +109,7 @@ def test_fold_rounds_once(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_folding_costs_no_accuracy(dtype: torch.dtype):
-    """Guards folding in 16 bits: it rounds as often as without, so errors are equal over several
+    """Guards folding in 16 bits: it rounds as often, so its errors are as large over several
     draws."""
     rms = {True: 0.0, False: 0.0}
     for seed in range(8):

@@ -50,8 +50,7 @@ def expected_heads(x: Tensor, weight: Tensor | None, inv_freq: Tensor, positions
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("dim", "rotary"), [(16, 16), (16, 8), (6, 2), (128, 128)])
 def test_values(dim: int, rotary: int, norm: bool):
-    """Guards the norm, whole and partial rotation and far positions; K is rotated like Q, V
-    copied."""
+    """Guards the norm, whole and partial rotation, far positions; K is rotated, V is copied."""
     got = run(dim, rotary, norm)
     heads = got["qkv"].view(3, -1, dim).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
     q, k = (

@@ -116,15 +116,14 @@ def test_heads(heads: tuple[int, int], tokens: int, triton_device: str):
     ],
 )
 def test_head_dims(dim: int, rotary: int, norm: bool, triton_device: str):
-    """Guards the norm over the head's own elements, and whole and partial rotation, also without
+    """Guards the norm over a head's own elements; whole and partial rotation, with and without
     norm."""
     agree(make(3, (2, 1), dim, rotary, norm, device=triton_device), 1e-6)
 
 
 @pytest.mark.parametrize("tokens", [3, 65])
 def test_default_configs(tokens: int, triton_device: str):
-    """Guards the rule's kernel configs for few and many tokens, with heads that do not fill
-    them."""
+    """Guards the rule's configs for few and many tokens, with heads that do not fill them."""
     agree(make(tokens, (1, 1), 8, device=triton_device), 1e-6)
 
 

@@ -32,8 +32,7 @@ def step(
     dim: int = 16,
     fp8: bool = False,
 ) -> dict:
-    """Inputs of a decode step whose new K and V are not in their pages yet: their slots hold
-    NaN."""
+    """Inputs of a decode step whose new K and V are not yet in their pages: their slots are NaN."""
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "page_size": PAGE}
     return rotary_attention_inputs(0, device, dtype, forest=forest, fp8=fp8, **shape)
 
@@ -77,8 +76,8 @@ def test_a_step(triton_device, dtype):
 
 @pytest.mark.parametrize("grain", [1, 3, 64])
 def test_owner_of_the_last_chunk(triton_device, grain):
-    """Guards the program that writes the new token: its chunk is that token alone, has others, or
-    is the whole leaf."""
+    """Guards the program that writes the new token: its chunk is that token, more, or the whole
+    leaf."""
     check(step(triton_device), grain=grain)
 
 

@@ -179,8 +179,7 @@ def test_top_p_over_a_large_vocabulary():
 
 
 def test_top_p_reached_exactly():
-    """Guards `reached` at equality: exp(-1e-20) is 1 in fp64, so the first token has exactly
-    half."""
+    """Guards 'reaches': exp(-1e-20) is 1 in fp64, so the first of two tokens has exactly half."""
     tokens = draws(torch.tensor([0.0, -1e-20]), 64, temperature=1.0, top_p=0.5)
     assert set(tokens.tolist()) == {0}
 
@@ -203,8 +202,7 @@ def test_distribution_is_the_softmax(settings):
 
 
 def test_positions_and_seeds_are_independent():
-    """Guards against correlation of a token with its successor and with the neighbouring seed's
-    token."""
+    """Guards against correlation of a token with the next one and with the next seed's."""
     from scipy.stats import chi2_contingency
 
     logits, count = draw_logits(6, scale=0.5), 3000
@@ -218,8 +216,7 @@ def test_positions_and_seeds_are_independent():
 
 @pytest.mark.parametrize(("batch", "vocab"), [(9, 1003), (5, 150001)])
 def test_a_row_does_not_depend_on_its_batch(batch, vocab, device):
-    """Guards bits against the row's index, the batch size, how rows are blocked, and a broken
-    neighbour."""
+    """Guards bits against row index, batch size, blocking of rows, and a broken neighbour."""
     logits = draw_logits(batch, vocab).to(device)
     seeds, positions = torch.arange(batch).to(device) * 11, torch.arange(batch).to(device) + 100
     settings = {"temperature": 0.9, "top_p": 0.95}
@@ -237,8 +234,7 @@ def test_a_row_does_not_depend_on_its_batch(batch, vocab, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_logprob_is_of_the_logits_as_given(dtype):
-    """Guards against log-probabilities after temperature or truncation, and against sums in 16
-    bits."""
+    """Guards against log-probabilities after temperature or truncation, and 16-bit sums."""
     logits = draw_logits(8, 4999).to(dtype)
     seeds = torch.arange(8)
     want = torch.log_softmax(logits.double(), -1)

@@ -108,8 +108,7 @@ def kept(logits, cut, temperature):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_tokens_are_those_of_the_definition(vocab, settings, triton_device):
-    """Guards the whole path: blocks, groups, words of the noise, both halves of seed and
-    position."""
+    """Guards the whole path: blocks, groups, words of noise, both halves of seed and position."""
     logits = randn(1, vocab, seed=vocab)
     at = torch.tensor([vocab % len(SEEDS)])
     assert_same(*both(triton_device, logits, SEEDS[at], POSITIONS[at], **settings))
@@ -118,7 +117,7 @@ def test_tokens_are_those_of_the_definition(vocab, settings, triton_device):
 @pytest.mark.parametrize("settings", [{}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.95}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, id="bf16")])
 def test_full_vocabulary(dtype, settings, triton_device):
-    """Guards the real kernel configs: 38 blocks, 2,374 groups, and a flat row, whose cut takes many
+    """Guards the real configs: 38 blocks, 2,374 groups, and a flat row, whose cut takes many
     passes."""
     logits = randn(1, 151_936, scale=1.0).to(dtype)
     with real_configs():
@@ -180,8 +179,7 @@ def test_the_cut_does_not_depend_on_the_config(triton_device, cuts):
 
 
 def test_rows_that_are_no_distribution(triton_device):
-    """Guards rows with NaN, +inf or only -inf, anywhere: every mode reports them instead of
-    drawing."""
+    """Guards rows with NaN, +inf or only -inf, anywhere: every mode must report them."""
     logits = randn(6, 300)
     logits[0, 3], logits[1, 299], logits[2], logits[3, 280] = (
         torch.nan,
@@ -236,9 +234,8 @@ def test_the_token_does_not_depend_on_the_block(triton_device):
     "fields", [(), ("ids",), ("last", "batch_indices"), ("ids", "last", "batch_indices")]
 )
 def test_where_tokens_are_written(impl, fields, triton_device):
-    """Guards the next step's input: every token goes to its row and to its owner's entry, 0 for a
-    broken row, and no other entry changes; and results for a number of rows that gives no
-    alignment."""
+    """Guards the next step's input: a token goes to its row and to its owner's entry, 0 for a
+    broken row, and no other entry changes; and results whose number of rows gives no alignment."""
     logits = randn(3, 300).to(triton_device)
     logits[1] = torch.nan
     seeds = torch.arange(3).to(triton_device)
@@ -275,8 +272,7 @@ def gumbel_kernel(words, out, N: tl.constexpr):
 
 def test_noise_is_accurate(triton_device):
     """Guards both logarithms, with u near 0, near 1 and at the seams between their ranges; and the
-    rough noise, which rules out all but a few tokens and so must be the bound that it claims to
-    be."""
+    rough noise, which rules out most tokens and so must be a true bound."""
     rng, half = np.random.default_rng(0), 1 << 16
     seams = [2**32 // 3, 2**32 * 2 // 3, int(2**32 * (1 - math.exp(-1))), 2**31, 2**32 - 2**7]
     words = np.concatenate(
@@ -322,8 +318,7 @@ def test_empty_batch_and_strided_logits(triton_device):
     "settings", [{"temperature": 0.0}, {}, {"top_k": 50, "top_p": 0.9}], ids=str
 )
 def test_replay_of_a_graph(settings):
-    """Guards CUDA graphs: the host never waits for the device, and no launch depends on the
-    logits."""
+    """Guards CUDA graphs: the host never waits, and no launch depends on the logits."""
     logits, seeds = randn(64, 151_936).cuda(), torch.arange(64).cuda()
     settings = {"temperature": 1.0, "impl": "triton", **settings}
     with real_configs():

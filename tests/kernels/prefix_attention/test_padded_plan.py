@@ -1,4 +1,4 @@
-"""A padded plan, filled again and again, is each time the plan that would be built anew."""
+"""Padded plans: after every refill they equal a newly built plan."""
 
 import math
 from dataclasses import replace
@@ -22,20 +22,20 @@ from tests.support.errors import max_error
 
 PAGE, PAGES, KV_HEADS, DIM = 16, 40, 1, 16
 ROWS = 5
-SCRATCH = PAGES - 1  # the page of rows that pad
+SCRATCH = PAGES - 1  # the page of padding rows
 TOY = Gpu("toy", 90, sms=3, shared_bytes=227 * 1024)
-# Memberships, one after the other: for each group the tokens of its prefixes and of its leaves.
+# Successive batches: for each group the tokens of its prefixes and of its leaves.
 HISTORY = [
-    [((20, 33), (1, 15, 16, 3))],  # a head and a prompt over four leaves
+    [((20, 33), (1, 15, 16, 3))],  # an image and a prompt over four leaves
     [((40,), (2, 18)), ((), (5,)), ((20,), (17,))],
-    [((), (1,))],  # nearly all padding
-    [((3,), (9,)), ((60,), (30, 14, 15, 16))],  # no padding at all
+    [((), (1,))],  # almost only padding
+    [((3,), (9,)), ((60,), (30, 14, 15, 16))],  # no padding
     [((20, 33), (1, 15, 16, 3))],
 ]
 
 
 def nodes_of(groups: list, grown: int = 0, seed: int = 0) -> list[PlanNode]:
-    """Groups side by side on shuffled pages, every leaf with a spare page."""
+    """Groups side by side on shuffled pages; every leaf has a spare page."""
     order = torch.randperm(SCRATCH, generator=torch.Generator().manual_seed(seed)).tolist()
     nodes, row = [], 0
 
@@ -55,7 +55,7 @@ def rows_of(nodes: list[PlanNode]) -> int:
 
 
 def kv(nodes: list[PlanNode], device: str) -> KVPages:
-    """Pages: random where a node holds, or will hold, a token; NaN for everything else."""
+    """Pages: random where a node holds, or will hold, a token, and NaN elsewhere."""
     generator = torch.Generator().manual_seed(rows_of(nodes))
     pair = torch.full((2, PAGES, KV_HEADS, PAGE, DIM), math.nan)
     for node in nodes:
@@ -76,13 +76,13 @@ def build(nodes: list[PlanNode], device: str, capacity: Capacity | None = None) 
     )
 
 
-# Tiles of 16 vectors alone, of both sizes, and of 64 alone.
+# Tiles of 16 vectors only, of both sizes, and of 64 only.
 @pytest.mark.parametrize(("group", "changes"), [(2, 5), (4, 5), (17, 2)])
 def test_attention_over_refilled_plans(triton_device: str, group: int, changes: int):
-    """What rollouts see after changes of membership, and after steps between them.
+    """Guards what rollouts read after changes of the batch, and after steps between changes.
 
-    Pages of older plans hold NaN unless somebody owns them again, and the page of the padding
-    does: whatever were left of an older plan, or leaked from a row that pads, would show.
+    Pages that the current plan does not use hold NaN, and so does the padding's page: data left
+    from an older plan, or leaked from a padding row, would show.
     """
     capacity = Capacity(ROWS, most_rows=ROWS, levels=3)
     plan = build(capacity.padding(0, SCRATCH), triton_device, capacity)
@@ -108,7 +108,7 @@ def test_attention_over_refilled_plans(triton_device: str, group: int, changes: 
 
 
 def test_fused_step_over_a_refilled_plan(triton_device: str):
-    """The fused form writes new tokens where the refilled plan's rows belong, and nowhere else."""
+    """Guards the fused form's writes: new tokens go to the refilled plan's slots only."""
     capacity = Capacity(ROWS, most_rows=ROWS, levels=3)
     plan = build(capacity.padding(0, SCRATCH), triton_device, capacity)
     generator = torch.Generator().manual_seed(0)
@@ -122,8 +122,12 @@ def test_fused_step_over_a_refilled_plan(triton_device: str):
             written = pages.map(Tensor.clone)
             plan.refill(nodes + capacity.padding(rows, SCRATCH))
             leaves = [node for node in nodes if node.num_new]
-            where = [n.pages[(n.kv_len - 1) // PAGE] * PAGE + (n.kv_len - 1) % PAGE for n in leaves]
-            slots = torch.tensor(where + [SCRATCH * PAGE] * (ROWS - rows), device=triton_device)
+            leaf_slots = [
+                n.pages[(n.kv_len - 1) // PAGE] * PAGE + (n.kv_len - 1) % PAGE for n in leaves
+            ]
+            slots = torch.tensor(
+                leaf_slots + [SCRATCH * PAGE] * (ROWS - rows), device=triton_device
+            )
             args = (weight, weight, inv_freq, plan.row_position.clone())
             out = rotary_attention(
                 qkv, *args, slots, written, plan, scale=0.3, fused=True, impl="triton"
@@ -134,25 +138,25 @@ def test_fused_step_over_a_refilled_plan(triton_device: str):
                 qkv[:rows], *args, slots[:rows], pages, fresh, scale=0.3, impl="eager"
             )
             assert max_error(out[:rows], expected) < 4e-6, seed
-            for own, others in zip(written[:2], pages[:2], strict=True):
+            for result, target in zip(written[:2], pages[:2], strict=True):
                 torch.testing.assert_close(
-                    own[:SCRATCH], others[:SCRATCH], rtol=1e-5, atol=1e-5, equal_nan=True
+                    result[:SCRATCH], target[:SCRATCH], rtol=1e-5, atol=1e-5, equal_nan=True
                 )
 
 
-def test_advances_like_a_plan_of_its_own(triton_device: str):
-    """Every tensor that a step reads, padding included, over the turn of a page."""
+def test_advances_like_an_exact_plan(triton_device: str):
+    """Guards every tensor that a step reads, padding included, across a page boundary."""
     capacity = Capacity(ROWS, most_rows=ROWS, levels=3)
     nodes = nodes_of(HISTORY[1])
     plan = build(nodes + capacity.padding(4, SCRATCH), triton_device, capacity)
-    assert plan.room == 15  # that of the rows that pad: a page, of which one token is there
+    assert plan.room == 15  # set by the padding rows: one token of a page
     positions, slots = plan.row_position.clone(), torch.zeros_like(plan.row_position)
     for grown in range(1, 14):
         advance(plan, positions, slots, impl="triton")
         fresh = build(nodes_of(HISTORY[1], grown), triton_device)
         for name in ("kv_len", "causal_offset", "row_start", "row_end"):
-            found = getattr(plan, name)
-            assert torch.equal(found[: len(nodes)], getattr(fresh, name)), name
+            padded = getattr(plan, name)
+            assert torch.equal(padded[: len(nodes)], getattr(fresh, name)), name
         assert plan.kv_len[len(nodes) + 1 :].eq(0).all()
         assert torch.equal(plan.row_position[:4], fresh.row_position)
         assert torch.equal(positions[:4], fresh.row_position)
@@ -163,7 +167,7 @@ def decode_forests(draw: st.DrawFn) -> tuple[Capacity, list[PlanNode]]:
     """A decode step of up to 40 rows under up to three levels of shared nodes."""
     rows, nodes = draw(st.integers(1, 40)), []
 
-    def place(start: int, end: int, above: int) -> None:
+    def add_nodes(start: int, end: int, above: int) -> None:
         if not above:
             nodes.extend(PlanNode((row,), 1, row, row + 1, 1) for row in range(start, end))
             return
@@ -171,17 +175,17 @@ def decode_forests(draw: st.DrawFn) -> tuple[Capacity, list[PlanNode]]:
             stop = draw(st.integers(start + 1, end))
             if draw(st.booleans()):
                 nodes.append(PlanNode((40 + len(nodes),), 1, start, stop))
-            place(start, stop, above - 1)
+            add_nodes(start, stop, above - 1)
             start = stop
 
     levels = draw(st.integers(1, 4))
-    place(0, rows, levels - 1)
-    most = max(node.row_end - node.row_start for node in nodes)
-    return Capacity(rows, draw(st.integers(most, rows)), levels), nodes
+    add_nodes(0, rows, levels - 1)
+    max_rows = max(node.row_end - node.row_start for node in nodes)
+    return Capacity(rows, draw(st.integers(max_rows, rows)), levels), nodes
 
 
 def full_of_tiles(rows: int, most: int) -> tuple[Capacity, list[PlanNode]]:
-    """As many tiles as can be: at each of two levels nodes just too large for the smaller size."""
+    """The most tiles possible: nodes just too large for the small size, at each of two levels."""
     nodes = []
     for start in range(0, rows, most):
         nodes += [PlanNode((100 + start + level,), 1, start, start + most) for level in (0, 1)]
@@ -196,7 +200,7 @@ def full_of_tiles(rows: int, most: int) -> tuple[Capacity, list[PlanNode]]:
 def test_capacity_holds_every_forest(
     triton_device: str, step: tuple[Capacity, list[PlanNode]], sizes: tuple[int, int]
 ):
-    """A schedule that had room for fewer tiles than some membership has would end a run."""
+    """Guards a running engine: no batch within the capacity has more tiles than the schedule."""
     capacity, nodes = step
     sizes = sizes if sizes[0] or 4 * capacity.most_rows <= 16 else (64, 16)
     shape = {"num_rows": capacity.rows, "num_pages": 300, "page_size": PAGE}
@@ -205,11 +209,11 @@ def test_capacity_holds_every_forest(
     spec = ScheduleSpec(kv_heads=1, group=4, sizes=sizes, grain=4, overhead=1, programs=1)
     padded, exact = Schedule(plan, spec), Schedule(without, spec)
     assert all(room >= used for room, used in zip(padded.counts, exact.counts, strict=True))
-    assert padded.starts[-1] == exact.starts[-1]  # empty tiles have no place on the line
+    assert padded.starts[-1] == exact.starts[-1]  # empty tiles take no part of the line
 
 
 def test_what_a_padded_plan_refuses():
-    """The error names what does not fit, and the plan stays what it was."""
+    """Guards refused refills: the error names what does not fit, and the plan does not change."""
     capacity = Capacity(rows=8, most_rows=4, levels=2)
     first = nodes_of([((20,), (3, 4, 5))])
     plan = build(first + capacity.padding(3, SCRATCH), "cpu", capacity)
@@ -233,7 +237,7 @@ def test_what_a_padded_plan_refuses():
 
 
 def test_packed_tensors_are_aligned(device: str):
-    """Triton compiles kernels anew for pointers that do not stand on 16 bytes."""
+    """Guards alignment: Triton compiles another kernel for pointers not aligned to 16 bytes."""
     packed = Packed({"a": (3,), "b": (2, 3), "c": (1,)}, device=device)
     assert all(x.data_ptr() % ALIGNMENT == 0 for x in packed.tensors.values())
     arrays = {name: torch.arange(x.numel()).numpy() + 1 for name, x in packed.tensors.items()}

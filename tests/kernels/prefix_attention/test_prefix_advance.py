@@ -1,4 +1,4 @@
-"""A plan that advances on the device is the plan the host would have built."""
+"""Advancing a plan on the device, against plans built on the host."""
 
 import pytest
 import torch
@@ -13,15 +13,16 @@ from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from tests.support.errors import max_error
 
 PAGE = 16
-LENGTHS = (1, 15, 16, 17)  # a first token, the last slot of a page, a page, one on a new page
+LENGTHS = (1, 15, 16, 17)  # one token; a page minus one, a page, a page plus one
 
 
 def leaves_with_room(
     device: str, grown: int, reserve: int = 2, lengths: tuple[int, ...] = LENGTHS
 ) -> PrefixPlan:
-    """Two prefixes, half of the leaves on each, `grown` tokens further; `reserve` pages more each.
+    """Two prefixes with half of the leaves each, `grown` tokens advanced, `reserve` spare pages per
+    leaf.
 
-    Page ids fall, so that no page is the one behind its neighbour.
+    Page ids descend, so that no page's successor has the next id.
     """
     half, last = len(lengths) // 2, sum(-(-n // PAGE) + reserve for n in lengths) + 1
     pages = iter(range(last, -1, -1))
@@ -36,8 +37,8 @@ def leaves_with_room(
     return PrefixPlan.build(nodes, num_rows=row, num_pages=last + 1, page_size=PAGE, device=device)
 
 
-def where(plan: PrefixPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and slots of the plan's rows, by the host."""
+def on_host(plan: PrefixPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and slots of the plan's rows, computed on the host."""
     leaves = [node for node in plan.nodes if node.num_new]
     slots = [n.pages[(n.kv_len - 1) // PAGE] * PAGE + (n.kv_len - 1) % PAGE for n in leaves]
     device = plan.kv_len.device
@@ -45,35 +46,35 @@ def where(plan: PrefixPlan) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
-def test_as_the_host_would(triton_device, impl):
-    """Over the turns of pages, every tensor that a step reads."""
+def test_matches_the_host(triton_device, impl):
+    """Guards every tensor that a step reads, across page boundaries."""
     plan = leaves_with_room(triton_device, 0)
-    positions, slots = (x.clone() for x in where(plan))
+    positions, slots = (x.clone() for x in on_host(plan))
     for grown in range(1, 2 * PAGE):
         advance(plan, positions, slots, impl=impl)
         fresh = leaves_with_room(triton_device, grown)
         for name in ("kv_len", "causal_offset", "row_position", "pages", "page_start"):
             assert torch.equal(getattr(plan, name), getattr(fresh, name)), (name, grown)
-        assert torch.equal(positions, where(fresh)[0]) and torch.equal(slots, where(fresh)[1])
+        assert torch.equal(positions, on_host(fresh)[0]) and torch.equal(slots, on_host(fresh)[1])
 
 
 def test_more_rows_than_a_block(triton_device):
-    """260 rollouts: three programs, the last with four rows; nothing behind the rows is touched."""
+    """Guards 260 rollouts: three programs, the last with four rows; nothing beyond is written."""
     lengths = LENGTHS * 65
     plan = leaves_with_room(triton_device, 0, lengths=lengths)
-    padded = [torch.cat([x, x.new_full((300,), 7)]) for x in where(plan)]
+    padded = [torch.cat([x, x.new_full((300,), 7)]) for x in on_host(plan)]
     advance(plan, *(x[:260] for x in padded), impl="triton")
     fresh = leaves_with_room(triton_device, 1, lengths=lengths)
     for name in ("kv_len", "causal_offset", "row_position"):
         assert torch.equal(getattr(plan, name), getattr(fresh, name)), name
-    for x, meant in zip(padded, where(fresh), strict=True):
-        assert torch.equal(x[:260], meant) and (x[260:] == 7).all()
+    for x, expected in zip(padded, on_host(fresh), strict=True):
+        assert torch.equal(x[:260], expected) and (x[260:] == 7).all()
 
 
 def test_schedules_advance_too(triton_device):
-    """Attention over the advanced plan is that over a plan built anew: in every mode in use.
+    """Guards schedules in every mode: attention over an advanced plan equals that over a new one.
 
-    The batch-invariant one needs slots for the chunks to come.
+    The batch-invariant mode needs partials for chunks to come.
     """
     lengths = (14, 16)
     plan = leaves_with_room(triton_device, 0, lengths=lengths)
@@ -81,7 +82,7 @@ def test_schedules_advance_too(triton_device):
     q = torch.randn(2, 4, 16, generator=generator).to(triton_device)
     k = torch.randn(plan.num_pages, 1, PAGE, 16, generator=generator).to(triton_device)
     inputs = {"q": q, "pages": KVPages(k, k.flip(3).contiguous()), "scale": 0.3}
-    positions, slots = (x.clone() for x in where(plan))
+    positions, slots = (x.clone() for x in on_host(plan))
     toy = Gpu("toy", 90, sms=3, shared_bytes=227 * 1024)
     modes = [{"window": 0}, {"window": 21}, {"batch_invariant": True}]
     with assume_gpu(toy), use_config("prefix_attention", programs=1, grain=4, overhead=0):
@@ -97,11 +98,11 @@ def test_schedules_advance_too(triton_device):
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
-def test_full_pages_take_nothing(triton_device, impl):
-    """Beyond `room` a slot would lie in a page of somebody else."""
+def test_no_slot_beyond_room(triton_device, impl):
+    """Guards other leaves' pages: beyond `room` the slot is -1."""
     plan = leaves_with_room(triton_device, 0, reserve=1)
-    assert plan.room == 16  # of the leaf that fills its page
-    positions, slots = (x.clone() for x in where(plan))
+    assert plan.room == 16  # set by the leaf that fills its page
+    positions, slots = (x.clone() for x in on_host(plan))
     for _ in range(plan.room):
         advance(plan, positions, slots, impl=impl)
     assert (slots >= 0).all()
@@ -110,20 +111,21 @@ def test_full_pages_take_nothing(triton_device, impl):
 
 
 def test_bad_input(triton_device):
+    """Guards the checks: only decode plans of all rows advance, and messages name the argument."""
     plan = leaves_with_room(triton_device, 0)
-    positions, slots = where(plan)
-    beside = PrefixPlan.build([PlanNode([0], 2, 0, 1, 1)], num_rows=2, num_pages=1, page_size=PAGE)
+    positions, slots = on_host(plan)
+    gap = PrefixPlan.build([PlanNode([0], 2, 0, 1, 1)], num_rows=2, num_pages=1, page_size=PAGE)
     for forest in (
         [Node(9, new=3)],
         [Node(9, new=1), Node(9, new=2)],
-        [Node(9, new=1, children=(Node(3, new=1),))],  # what the child stands behind would move
+        [Node(9, new=1, children=(Node(3, new=1),))],  # the child's start would move
     ):
         other = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
         with pytest.raises(ValueError, match="every row of the plan"):
             advance(other, positions[: other.num_rows], slots[: other.num_rows])
-    with pytest.raises(ValueError, match="every row of the plan"):  # a row that is nobody's
-        advance(beside, positions[:2], slots[:2])
-    one = [PlanNode([0], 3, 0, 1, 1)]  # and a row that is nobody's
+    with pytest.raises(ValueError, match="every row of the plan"):  # a row of no node
+        advance(gap, positions[:2], slots[:2])
+    one = [PlanNode([0], 3, 0, 1, 1)]  # and a row of no node
     plan_of_one = PrefixPlan.build(
         one, num_rows=2, num_pages=2, page_size=PAGE, device=triton_device
     )
@@ -139,13 +141,13 @@ def test_bad_input(triton_device):
 
 @pytest.mark.gpu
 def test_cuda_graph():
-    """A captured step replays without the host: each replay is one step further."""
+    """Guards replays: each replay of a captured step is one step further, without the host."""
     plan = prefix_plan(0, "cuda", forest=[fork(100, [1] * 8)])
     q = torch.randn(8, 32, 128, device="cuda", dtype=torch.bfloat16)
     k = torch.randn(plan.num_pages, 8, 64, 128, device="cuda", dtype=torch.bfloat16)
     positions, slots = plan.row_position.long(), torch.zeros(8, device="cuda", dtype=torch.int64)
     inputs = {"q": q, "pages": KVPages(k, k), "scale": 0.1, "plan": plan}
-    prefix_attention(**inputs)  # compiles, and lays the schedule
+    prefix_attention(**inputs)  # compiles, and computes the schedule
     advance(plan, positions, slots)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

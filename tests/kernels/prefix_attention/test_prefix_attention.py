@@ -1,4 +1,4 @@
-"""prefix_attention's PyTorch forms against a brute force in fp64 over random prefix trees."""
+"""prefix_attention's PyTorch forms against brute force in fp64, over random prefix trees."""
 
 import pytest
 import torch
@@ -25,9 +25,10 @@ FORMS = ("eager", "portable")
     window=st.sampled_from([0, 1, 7]),
 )
 def test_random_trees(roots: list[Node], heads: tuple[int, int], window: int):
-    """Depth 1 to 4, empty nodes, one-token nodes, parents written beside children, windows.
+    """Guards trees of depth 1 to 4, empty and one-token nodes, parents written in the same step as
+    children, and windows.
 
-    Pages nobody owns and the tails of last pages hold NaN: a read beyond a node's length shows.
+    Unused pages and the ends of last pages hold NaN, so that a read beyond a node's length shows.
     """
     nodes, rows, num_pages = lay_out(roots, PAGE)
     q = torch.randn(rows, heads[0], 8, generator=torch.Generator().manual_seed(1))
@@ -43,7 +44,7 @@ def test_random_trees(roots: list[Node], heads: tuple[int, int], window: int):
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_chunks_of_a_long_node(impl: str, monkeypatch: pytest.MonkeyPatch):
-    """A node longer than a part of the plan; rows whose causal edge lies inside one."""
+    """Guards a node longer than a part of the plan, and rows whose causal edge is inside a part."""
     monkeypatch.setattr("kernels.prefix_plan.PART_TOKENS", 2 * PAGE)
     nodes, rows, num_pages = lay_out([Node(41, 37, [Node(3, 2, [])])], PAGE)
     q = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(1))
@@ -56,7 +57,7 @@ def test_chunks_of_a_long_node(impl: str, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_large_scores_do_not_overflow(impl: str):
-    """Scores in the hundreds overflow exp unless each partial subtracts its own maximum."""
+    """Guards scores in the hundreds: exp overflows unless a partial subtracts its maximum."""
     nodes, rows, num_pages = lay_out([Node(9, 0, [Node(5, 1, []), Node(6, 1, [])])], PAGE)
     q = 60 * torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(1))
     pages = pools(nodes, num_pages, 1, 8, PAGE)
@@ -68,7 +69,7 @@ def test_large_scores_do_not_overflow(impl: str):
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_fp8_pages(impl: str):
-    """Pages of e4m3 mean page * scale; pages and scales nobody owns are NaN."""
+    """Guards e4m3 pages, whose values are page * scale; unused pages and scales are NaN."""
     nodes, rows, num_pages = lay_out([Node(9, 0, [Node(5, 1, []), Node(6, 2, [])])], PAGE)
     q = torch.randn(rows, 4, 8, generator=torch.Generator().manual_seed(1))
     pages = quantised(pools(nodes, num_pages, 2, 8, PAGE))
@@ -104,13 +105,13 @@ def test_a_wrong_page_is_noticed():
     ],
 )
 def test_plan_names_the_bad_node(node: PlanNode, message: str):
-    """A page out of range would read another sequence's KV, on a GPU without any error."""
+    """Guards the plan's checks: a GPU would silently read another sequence's KV."""
     with pytest.raises(ValueError, match=f"node 0: .*{message}"):
         PrefixPlan.build([node], num_rows=2, num_pages=4, page_size=PAGE)
 
 
 def test_plan_refuses_rows_that_cross():
-    """Rows of two nodes must nest: a row would otherwise see a node that is not its ancestor."""
+    """Guards nesting: a row would otherwise attend to a node that is not its ancestor."""
     crossing = [PlanNode([0], 3, 0, 2), PlanNode([1], 3, 1, 3)]
     with pytest.raises(ValueError, match="node 1: its rows reach past"):
         PrefixPlan.build(crossing, num_rows=3, num_pages=4, page_size=PAGE)
@@ -124,14 +125,14 @@ def test_plan_refuses_rows_that_cross():
 
 
 def test_plan_refuses_rows_among_new_tokens():
-    """A child's rows stand behind its parent's own: they would otherwise be two tokens at once."""
+    """Guards the order of rows: a child's rows follow its parent's, or they would be two tokens."""
     among = [PlanNode([0], 3, 0, 3, num_new=2), PlanNode([1], 3, 1, 3)]
     with pytest.raises(ValueError, match="node 1: its rows begin among another node's new tokens"):
         PrefixPlan.build(among, num_rows=3, num_pages=4, page_size=PAGE)
 
 
 def test_shapes_are_checked():
-    """A launcher that trusts its caller reads out of bounds on a GPU."""
+    """Guards the launcher's checks: without them a GPU would read out of bounds."""
     pages = torch.zeros(4, 2, PAGE, 8)
     plan = PrefixPlan.build([PlanNode([0], 3, 0, 1)], num_rows=1, num_pages=4, page_size=PAGE)
     good = torch.zeros(1, 4, 8)

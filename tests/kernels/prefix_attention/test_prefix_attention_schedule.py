@@ -1,7 +1,7 @@
-"""How prefix attention's work is cut up, against the same sums by the host, tile by tile.
+"""Prefix attention's schedule against the same sums computed on the host, tile by tile.
 
-What a wrong schedule costs is often time alone: results are right as long as every place of the
-line is somebody's. Nothing here attends, so trees may be as large as real ones.
+A wrong schedule often costs only time: results are right as long as every offset of the work line
+belongs to a program. Nothing here runs attention, so trees may be as large as real ones.
 """
 
 from dataclasses import fields, replace
@@ -35,12 +35,12 @@ SPEC = ScheduleSpec(kv_heads=2, group=4, sizes=(64, 16), grain=4, overhead=2, pr
 FORESTS = {
     "nothing": [],
     "empty nodes alone": [Node(0, children=(Node(0),))],
-    "fewer places than programs": [Node(1, new=1)],
+    "less work than programs": [Node(1, new=1)],
     "both sizes": [fork(33, [1, 15, 16, 17]), Node(50, new=21), Node(0), fork(7, [5] * 17)],
-    # The line is laid in blocks of 256 tiles, and shared out among blocks of 256 programs.
+    # The line is computed in blocks of 256 tiles and divided among blocks of 256 programs.
     "300 nodes": [fork(20 + at % 7, [1 + at % 5] * 3) for at in range(75)],
 }
-# With 40 programs one of them crosses from block to block; fewer only have longer to walk.
+# With 40 programs one range crosses from block to block; with fewer they are only longer.
 CASES = [
     pytest.param(forest, programs, id=f"{name}, {programs}")
     for name, forest in FORESTS.items()
@@ -48,14 +48,14 @@ CASES = [
 ]
 
 
-def in_sight(
+def visible_grains(
     plan: PrefixPlan, spec: ScheduleSpec, node: int, row: int, rows: int
 ) -> tuple[int, int]:
-    """The first grain and the end of what the rows see of a node, from the formula of the plan."""
-    found = plan.nodes[node]
+    """First grain and end (in tokens) of what the rows see of a node, by the plan's formula."""
+    n = plan.nodes[node]
     before = plan.node_starts[node]
-    offset = found.kv_len - found.num_new - found.row_start + 1
-    ends = [min(found.kv_len, offset + r) for r in range(row, row + rows)]
+    offset = n.kv_len - n.num_new - n.row_start + 1
+    ends = [min(n.kv_len, offset + r) for r in range(row, row + rows)]
     oldest = [int(plan.row_position[r]) - spec.window + 1 - before for r in range(row, row + rows)]
     return (max(min(oldest), 0) // spec.grain if spec.window else 0), max(ends)
 
@@ -63,41 +63,41 @@ def in_sight(
 @pytest.mark.parametrize("window", [0, 1, 18])
 @pytest.mark.parametrize(("forest", "programs"), CASES)
 def test_the_line(triton_device, forest, programs, window):
-    """Every tile's places, their prefix sums, and where each program's stretch begins."""
+    """Guards the work line: each tile's length on it, prefix sums, and where each range begins."""
     plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
     spec = replace(SPEC, programs=programs, window=window)
     schedule = Schedule(plan, spec)
-    places = []
+    lengths = []
     for tile, (record, node) in enumerate(
         zip(schedule.tiles.tolist(), schedule.node_of_tile.tolist(), strict=True)
     ):
         row, rows = record[ROW.value], record[ROWS.value]
-        first, end = in_sight(plan, spec, node, row, rows)
+        first, end = visible_grains(plan, spec, node, row, rows)
         offset = plan.nodes[node].kv_len - plan.nodes[node].num_new
         edge = offset - plan.nodes[node].row_start + 1
         assert record[GRAIN_START.value : EDGE.value + 1] == [first, end, edge], tile
         grains = max(-(-end // spec.grain) - first, 0)
-        places.append(grains + spec.overhead if grains else 0)
+        lengths.append(grains + spec.overhead if grains else 0)
         small = spec.group * (plan.nodes[node].row_end - plan.nodes[node].row_start) <= 16
         assert small == (tile >= schedule.counts[0]), "the smaller tiles, and only they, come last"
-    starts = [0, *accumulate(places)]
+    starts = [0, *accumulate(lengths)]
     assert schedule.starts.tolist() == starts
 
     share = int(schedule.range_length[0])
     assert schedule.range_length.tolist() == [share] * 2
     assert share == max(1, -(-spec.kv_heads * starts[-1] // programs))
     large = schedule.counts[0]
-    line = [at for at in walk(spec, large, len(places)) for _ in range(places[at[2]])]
+    line = [at for at in walk(spec, large, len(lengths)) for _ in range(lengths[at[2]])]
     for program in range(programs):
-        stretch = line[program * share : (program + 1) * share]
+        work_range = line[program * share : (program + 1) * share]
         for size in (0, 1):
-            own = [tile for at, _, tile in stretch if at == size]
+            own = [tile for at, _, tile in work_range if at == size]
             first = int(schedule.first_tile[size, program])
             assert not own or first == own[0] - size * large, (size, program)
 
 
 def walk(spec: ScheduleSpec, large: int, tiles: int) -> list[tuple[int, int, int]]:
-    """Size, KV head and tile, in the order of the line."""
+    """(size, KV head, tile) in the order of the line."""
     return [
         (size, head, tile)
         for size, of_size in ((0, range(large)), (1, range(large, tiles)))
@@ -109,12 +109,12 @@ def walk(spec: ScheduleSpec, large: int, tiles: int) -> list[tuple[int, int, int
 MODES = {
     "one line": {},
     "two lines": {"small_programs": 7},
-    "two lines, one of few programs": {"small_programs": 2},
+    "two lines, few programs for one": {"small_programs": 2},
     "batch-invariant": {"invariant": True, "overhead": 0},
 }
 
 
-# Over 300 nodes few programs would only have longer to walk.
+# With 300 nodes, few programs would only have longer ranges.
 PIECES = [
     pytest.param(*case.values, mode, id=f"{case.id}, {name}")
     for case in CASES
@@ -126,34 +126,34 @@ PIECES = [
 @pytest.mark.parametrize("window", [0, 18])
 @pytest.mark.parametrize(("forest", "programs", "mode"), PIECES)
 def test_the_pieces(triton_device, forest, mode, programs, window):
-    """Every program's pieces against its places of the line, one by one."""
+    """Guards every program's pieces, against its range of the work line, offset by offset."""
     plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
     spec = replace(SPEC, programs=programs, window=window, pieces=True, **mode)
     schedule = Schedule(plan, spec)
     tiles, starts = schedule.tiles.tolist(), schedule.starts.tolist()
-    large, pieces, found = schedule.counts[0], schedule.pieces.tolist(), []
+    large, pieces, actual = schedule.counts[0], schedule.pieces.tolist(), []
     for size in (0, 1):
         first = spec.programs if size else 0
         for program in range(spec.programs_of(size)):
             at = first + program if pieces[first + program][ROWS.value] else -1
             while at >= 0:
-                found.append((size, program, *pieces[at][: NEXT.value]))
+                actual.append((size, program, *pieces[at][: NEXT.value]))
                 at = pieces[at][NEXT.value]
 
-    if spec.small_programs:  # either line in equal stretches
-        places = (starts[large], starts[-1] - starts[large])
+    if spec.small_programs:  # each line is divided into equal ranges
+        lengths = (starts[large], starts[-1] - starts[large])
         for size in (0, 1):
-            share = -(-spec.kv_heads * places[size] // spec.programs_of(size))
+            share = -(-spec.kv_heads * lengths[size] // spec.programs_of(size))
             assert schedule.range_length[size] == max(1, share)
 
     expected, place = [], 0
     for size, head, tile in walk(spec, large, len(tiles)):
         if spec.small_programs and (size, head, tile) == (1, 0, large):
-            place = 0  # of a line of its own
+            place = 0  # the second line begins
         record, share = tiles[tile], int(schedule.range_length[size])
-        places = starts[tile + 1] - starts[tile]
+        length = starts[tile + 1] - starts[tile]
         of_program: dict[int, list[int]] = {}
-        for grain in range(-spec.overhead, places - spec.overhead):
+        for grain in range(-spec.overhead, length - spec.overhead):
             of_program.setdefault(place // share, []).append(grain)
             place += 1
         for program, own in of_program.items():
@@ -162,7 +162,7 @@ def test_the_pieces(triton_device, forest, mode, programs, window):
             for chunk in chunks:
                 partial = head * schedule.counts[size] + tile - size * large + program
                 if spec.invariant:
-                    partial = place - places + chunk[0] - size * spec.kv_heads * starts[large]
+                    partial = place - length + chunk[0] - size * spec.kv_heads * starts[large]
                 piece = [
                     *record,
                     head,
@@ -171,39 +171,39 @@ def test_the_pieces(triton_device, forest, mode, programs, window):
                 piece[LOW.value] = (record[GRAIN_START.value] + chunk[0]) * spec.grain
                 high = (record[GRAIN_START.value] + chunk[-1] + 1) * spec.grain
                 piece[HIGH.value] = min(high, record[END.value])
-                ends = chunk[-1] == places - spec.overhead - 1
+                ends = chunk[-1] == length - spec.overhead - 1
                 whole = ends and chunk[0] == 0
                 piece[FLAGS.value] &= ALONE.value * whole + WRITES.value * ends
                 expected.append((size, program, *piece))
-    assert found == sorted(expected, key=lambda piece: piece[:2])
-    assert len({piece[2 + VECTOR.value] for piece in found}) == len(found), "a partial for each"
+    assert actual == sorted(expected, key=lambda piece: piece[:2])
+    assert len({piece[2 + VECTOR.value] for piece in actual}) == len(actual), "a partial for each"
 
 
 def test_tiles_cover_their_rows(triton_device):
-    """Of 3 heads to a KV head a tile of 16 takes 5 rows, one of 64 takes 21."""
+    """Guards row tiles with 3 heads per KV head: a tile of 16 takes 5 rows, one of 64 takes 21."""
     forest = [fork(20, [3] * 50), Node(30, new=7), Node(9, new=5)]
     plan = prefix_plan(0, triton_device, forest=forest, page_size=PAGE)
     schedule = Schedule(plan, replace(SPEC, group=3))
-    found: dict[int, list[int]] = {}
+    rows_of_node: dict[int, list[int]] = {}
     for record, node in zip(schedule.tiles.tolist(), schedule.node_of_tile.tolist(), strict=True):
         row, rows = record[ROW.value], record[ROWS.value]
         of_node = plan.nodes[node].row_end - plan.nodes[node].row_start
         assert 3 * rows <= (16 if 3 * of_node <= 16 else 64)
-        found.setdefault(node, []).extend(range(row, row + rows))
+        rows_of_node.setdefault(node, []).extend(range(row, row + rows))
     for index, node in enumerate(plan.nodes):
-        assert found[index] == list(range(node.row_start, node.row_end))
+        assert rows_of_node[index] == list(range(node.row_start, node.row_end))
     assert schedule.counts == [3 + 1, 50 + 1]
 
 
-def test_each_cut_is_another():
-    """A plan keeps its schedules by their cuts: with and without a window, of both modes."""
-    changes = {one.name: 1 for one in fields(ScheduleSpec)} | {"sizes": (64, 0), "invariant": True}
-    cuts = [replace(SPEC, **{name: value}) for name, value in changes.items()]
-    assert len({SPEC, replace(SPEC), *cuts}) == 1 + len(cuts)
+def test_each_spec_has_its_own_schedule():
+    """Guards the plan's cache of schedules: specs that differ in any field are different keys."""
+    changes = {f.name: 1 for f in fields(ScheduleSpec)} | {"sizes": (64, 0), "invariant": True}
+    specs = [replace(SPEC, **{name: value}) for name, value in changes.items()]
+    assert len({SPEC, replace(SPEC), *specs}) == 1 + len(specs)
 
 
 def of(rows: list[int], group: int = 4, dim: int = 128, **options) -> InputClass:
-    """The class of a plan whose nodes have so many rows, side by side."""
+    """The input class of a plan whose nodes have these numbers of rows, side by side."""
     ends = list(accumulate(rows))
     nodes = [PlanNode([], 0, end - n, end) for n, end in zip(rows, ends, strict=True)]
     plan = PrefixPlan.build(nodes, num_rows=sum(rows), num_pages=1, page_size=PAGE)
@@ -215,13 +215,13 @@ def of(rows: list[int], group: int = 4, dim: int = 128, **options) -> InputClass
 @pytest.mark.parametrize(
     ("rows", "group", "dim", "sizes"),
     [
-        ([4, 1], 4, 128, (0, 16)),  # the small size does for all
+        ([4, 1], 4, 128, (0, 16)),  # the small size suffices
         ([5, 1], 4, 128, (64, 16)),
         ([5, 5], 4, 128, (64, 0)),
         ([5, 0], 4, 128, (64, 0)),  # nodes without rows have no tiles
         ([16, 5], 4, 128, (64, 0)),
         ([17, 1], 4, 128, (128, 16)),
-        ([17, 1], 4, 256, (64, 0)),  # of head_dim 256 neither 128 vectors nor two sizes
+        ([17, 1], 4, 256, (64, 0)),  # head_dim 256: neither tiles of 128 nor two sizes
         ([4, 1], 4, 256, (0, 16)),
         ([1], 17, 128, (64, 0)),  # 17 heads: one row is beyond 16 vectors
         ([1], 65, 128, (128, 0)),
@@ -229,27 +229,27 @@ def of(rows: list[int], group: int = 4, dim: int = 128, **options) -> InputClass
     ],
 )
 def test_row_tiles(rows, group, dim, sizes):
-    """The sizes of row tiles that a plan has use for, no others."""
+    """Guards the sizes of row tiles: exactly those that the plan needs."""
     kind = of(rows, group, dim)
     assert (kind.large, kind.small) == sizes
     assert InputClass.from_key(kind.key) == kind
 
 
 def test_invariant_row_tiles():
-    """Of the batch-invariant mode: whatever is in the batch."""
+    """Guards the batch-invariant mode: its row tiles do not depend on the batch."""
     kinds = {of(rows, invariant=True) for rows in ([1], [4, 1], [16], [17, 1], [200], [])}
     assert len(kinds) == 1
     assert all(InputClass.from_key(kind.key) == kind for kind in kinds)
 
 
 @pytest.mark.parametrize("option", ["fp8", "invariant", "fused"])
-def test_options_have_tiles_of_their_own(option):
-    """Each takes registers: tables must not mix them up."""
+def test_options_have_their_own_configs(option):
+    """Guards tuned tables: each option changes the registers needed, so it needs a separate key."""
     assert of([4, 1], **{option: True}).key != of([4, 1]).key
 
 
 def test_partials_of_an_advancing_plan(triton_device):
-    """The batch-invariant mode has a partial for each chunk that a plan's pages can hold."""
+    """Guards the batch-invariant workspace: a partial for each chunk that the pages can hold."""
     plan = PrefixPlan.build(
         [PlanNode([0, 1, 2], 5, 0, 1, 1)], num_rows=1, num_pages=3, page_size=PAGE
     )
@@ -257,8 +257,8 @@ def test_partials_of_an_advancing_plan(triton_device):
     assert Schedule(plan, spec).partials == [spec.kv_heads * 3, 0]
 
 
-def test_the_host_tensors_stand_in_depth_first_order():
-    """Positions count whole ancestors, new tokens of them included, and no siblings."""
+def test_positions_on_the_host():
+    """Guards positions: they count whole ancestors, with their new tokens, and no siblings."""
     nodes = [
         PlanNode([0], 9, 0, 5, 2),
         PlanNode([1], 4, 2, 4, 0),

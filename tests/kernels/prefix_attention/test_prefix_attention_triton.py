@@ -1,7 +1,7 @@
-"""The Triton form of prefix attention: trees, tile edges, options, and what must not matter.
+"""The Triton form of prefix attention: trees, tile edges, options, and invariance.
 
-A toy GPU of few SMs and grains of a few tokens put the edges of stretches everywhere: inside pages,
-between heads, at the ends of tiles. Memory that a kernel leaves unwritten holds NaN.
+A toy GPU with few SMs and grains of a few tokens put the edges of work ranges everywhere: inside
+pages, between heads, at the ends of tiles. Memory that a kernel leaves unwritten holds NaN.
 """
 
 import math
@@ -22,9 +22,9 @@ from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from tests.support.errors import max_error
 from tests.support.prefix_trees import SWITCHES, brute_force, lay_out, pools, trees
 
-PAGE = 16  # the least that the kernel takes
+PAGE = 16  # the smallest that the kernel takes
 BF16 = pytest.param(torch.bfloat16, id="bf16")
-# In 16 bits four roundoffs of the dtype, among them those of a probability and of the result.
+# 16 bits: four roundoffs of the dtype, including those of a probability and of the result.
 FP32, FP16 = 4e-6, 2**-9
 TOLERANCES = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: 2**-6}
 
@@ -48,9 +48,9 @@ def toy(sms: int = 5) -> Gpu:
 
 
 def run(sms: int = 5, grain: int = 4, overhead: int = 1, **inputs) -> Tensor:
-    """The Triton form on a toy GPU, one program to an SM."""
-    tiles = {"programs": 1, "grain": grain, "overhead": overhead, **inputs.pop("tiles", {})}
-    with assume_gpu(toy(sms)), use_config("prefix_attention", **tiles):
+    """The Triton form on a toy GPU with one program per SM."""
+    config = {"programs": 1, "grain": grain, "overhead": overhead, **inputs.pop("config", {})}
+    with assume_gpu(toy(sms)), use_config("prefix_attention", **config):
         return prefix_attention(**inputs, impl="triton")
 
 
@@ -60,11 +60,11 @@ def inputs_of(device: str, forest: list, dtype: torch.dtype = torch.float32, **s
 
 
 def check(inputs: dict, exact: float = FP32, **options) -> None:
-    """Out and lse against the definition."""
+    """Output and log-sum-exp against the definition."""
     expected = prefix_attention(**inputs, impl="eager")
-    for result, meant in zip(run(**inputs, **options), expected, strict=True):
+    for result, target in zip(run(**inputs, **options), expected, strict=True):
         wide = result.dtype == torch.float32
-        assert max_error(result, meant) < (exact if wide else TOLERANCES[result.dtype])
+        assert max_error(result, target) < (exact if wide else TOLERANCES[result.dtype])
 
 
 @settings(max_examples=16, deadline=None, derandomize=True)
@@ -76,9 +76,9 @@ def check(inputs: dict, exact: float = FP32, **options) -> None:
     sms=st.sampled_from([1, 4, 7]),
 )
 def test_random_trees(triton_device, roots, heads, window, invariant, sms):
-    """One to three levels, several groups, empty and one-token nodes, page edges, parents written
-    beside their children, 3 heads to a KV head (rows that do not fill a tile), any number of SMs.
-    """
+    """Guards one to three levels, several groups, empty and one-token nodes, page edges, parents
+    written in the same step as children, 3 heads per KV head (rows do not fill a tile), any number
+    of SMs."""
     nodes, rows, num_pages = lay_out(roots, PAGE)
     q = torch.randn(rows, heads[0], 16, generator=torch.Generator().manual_seed(1))
     pages = pools(nodes, num_pages, heads[1], 16, PAGE)
@@ -98,24 +98,24 @@ def test_random_trees(triton_device, roots, heads, window, invariant, sms):
         batch_invariant=invariant,
         return_lse=True,
     )
-    for result, meant in zip(results, expected, strict=True):
-        assert max_error(result.cpu(), meant) < FP32
+    for result, target in zip(results, expected, strict=True):
+        assert max_error(result.cpu(), target) < FP32
 
 
 FORESTS = {
     "one rollout": [fork(33, [17])],
-    "4 rollouts: 16 vectors, the smaller tile": [fork(20, [1, 15, 16, 17])],
-    "5 rollouts: one vector group beyond it": [fork(20, [3] * 5)],
+    "4 rollouts: 16 vectors, the small tile": [fork(20, [1, 15, 16, 17])],
+    "5 rollouts: one row beyond it": [fork(20, [3] * 5)],
     "17 rollouts: beyond the tile of 64": [fork(19, [2] * 17)],
     "33 rollouts: beyond the tile of 128": [fork(5, [1] * 33)],
     "several groups": [fork(31, [1, 2]), fork(0, [5]), fork(48, [7, 16, 31])],
     "prefill": [InputNode(37, new=37)],
     "prefill over two tiles of 128": [InputNode(41, new=41)],
-    "chunk of a prefill behind what is there": [InputNode(70, new=19)],
+    "chunk of a prefill after a prefix": [InputNode(70, new=19)],
     "several tokens per rollout": [
         InputNode(33, children=(InputNode(9, new=3), InputNode(20, new=2)))
     ],
-    "prefill beside decode": [InputNode(23, new=23), fork(33, [5, 20]), InputNode(0)],
+    "prefill with decode": [InputNode(23, new=23), fork(33, [5, 20]), InputNode(0)],
     "synthesis prompt below an image": [
         InputNode(29, children=(InputNode(21, new=21, children=(InputNode(1, new=1),)),))
     ],
@@ -124,37 +124,38 @@ FORESTS = {
 
 @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS.keys())
 def test_forests(triton_device, forest):
-    """Tiles of 16, 64 and 128 vectors and one row more, and each kind of step."""
+    """Guards tiles of 16, 64 and 128 vectors and one row more, and each kind of step."""
     check(inputs_of(triton_device, forest, heads=4, kv_heads=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
-@pytest.mark.parametrize("name", ["one rollout", "several groups", "prefill beside decode"])
+@pytest.mark.parametrize("name", ["one rollout", "several groups", "prefill with decode"])
 def test_half_precision(triton_device, name, dtype):
-    """Partials stay fp32; what a single program finishes is rounded as well."""
+    """Guards fp32 partials, and the rounding of tiles that a single program finishes."""
     check(inputs_of(triton_device, FORESTS[name], dtype, heads=4, kv_heads=1))
 
 
 def test_both_sizes_and_several_kv_heads(triton_device):
-    """A KV head's part of the line is as long as the tiles of one size: the larger come first."""
+    """Guards the order of the work line: the larger tiles first, and within a size by KV head."""
     check(inputs_of(triton_device, [fork(40, [1, 3, 17]), fork(20, [2])], heads=18, kv_heads=3))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_head_dims(triton_device, head_dim):
+    """Guards the head_dims that models have."""
     check(inputs_of(triton_device, [fork(20, [3, 18])], head_dim=head_dim), sms=2)
 
 
 def test_one_kv_head_of_64(triton_device):
-    """Step-3's shape: a single rollout fills a tile of 64."""
+    """Guards Step-3's shape: a single rollout fills a tile of 64."""
     inputs = inputs_of(triton_device, [fork(20, [18])], heads=64, kv_heads=1, head_dim=32)
     check(inputs, sms=3)
 
 
 def test_windows(triton_device):
-    """A window of the own token only, of a page, across nodes, and beyond everything: of one plan.
+    """Guards windows of one token, of a page, across nodes and beyond the sequence, over one plan.
 
-    Each window starts tiles at a grain of its own, and needs a schedule of its own.
+    Each window starts tiles at its own grains, so it needs its own schedule.
     """
     forest = [fork(33, [1, 18, 40]), InputNode(50, new=6)]
     inputs = inputs_of(triton_device, forest, heads=4)
@@ -163,14 +164,15 @@ def test_windows(triton_device):
 
 
 def test_tensor_copies(triton_device):
-    """Whole blocks by descriptors; NaN behind a node's end stays out of it."""
-    tiles = {"tma": 1, "block": 16}
-    check(inputs_of(triton_device, [fork(37, [1, 16, 23])]), tiles=tiles, grain=16)
+    """Guards TMA: whole blocks by descriptors; NaN after a node's end must not enter."""
+    config = {"tma": 1, "block": 16}
+    check(inputs_of(triton_device, [fork(37, [1, 16, 23])]), config=config, grain=16)
 
 
 def test_blocks_smaller_than_pages(triton_device):
+    """Guards KV blocks that are a part of a page."""
     inputs = inputs_of(triton_device, [fork(70, [1, 40])], page_size=64)
-    check(inputs, tiles={"block": 16}, grain=8)
+    check(inputs, config={"block": 16}, grain=8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, BF16])
@@ -178,10 +180,9 @@ def test_blocks_smaller_than_pages(triton_device):
     ("arch", "sizes"), [(80, (1.0, 1.0)), (90, (1.0, 1.0)), (90, (1.0, 1e-3)), (90, (1e5, 1e-3))]
 )
 def test_fp8_pages(triton_device, arch, sizes, dtype):
-    """Either way of reading e4m3; slots and scales that nobody owns are NaN.
+    """Guards both ways to read e4m3; unused slots and scales are NaN.
 
-    A weight times the scale of small values would be subnormal in fp16, and large queries would be
-    infinite there.
+    In fp16 a weight times the scale of small values would be subnormal, and large queries infinite.
     """
     inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])], dtype)
     if sizes[0] > 1 and dtype == torch.float16:
@@ -200,16 +201,16 @@ def test_fp8_pages(triton_device, arch, sizes, dtype):
 
 
 def test_large_scores(triton_device):
-    """Scores in the hundreds: every partial and every merge must subtract its maximum.
+    """Guards scores in the hundreds: every partial and every merge must subtract its maximum.
 
-    Their own fp32 roundoff, 2^-24 of some 500, is what the weights are off by.
+    The weights inherit the scores' own fp32 roundoff, 2^-24 of about 500.
     """
     inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])]) | {"scale": 40.0}
     check(inputs, exact=500 * 2**-24)
 
 
 def test_rows_that_see_nothing(triton_device):
-    """No node, or only empty ones: zeros and -inf, also beside rows that see something."""
+    """Guards rows of no node, or only of empty ones: zeros and -inf, also next to other rows."""
     nodes = [PlanNode([], 0, 0, 2), PlanNode([1], 5, 2, 3)]
     plan = PrefixPlan.build(nodes, num_rows=4, num_pages=2, page_size=PAGE, device=triton_device)
     ones = torch.ones(2, 1, PAGE, 16, device=triton_device)
@@ -221,6 +222,7 @@ def test_rows_that_see_nothing(triton_device):
 
 
 def test_no_rows_and_no_nodes(triton_device):
+    """Guards an empty step."""
     plan = PrefixPlan.build([], num_rows=0, num_pages=1, page_size=PAGE, device=triton_device)
     ones = torch.ones(1, 1, PAGE, 16, device=triton_device)
     q = torch.ones(0, 1, 16, device=triton_device)
@@ -238,66 +240,68 @@ def test_a_wrong_page_is_noticed(triton_device):
 
 
 def test_inputs_are_only_read(triton_device):
+    """Guards queries and pages against writes."""
     inputs = inputs_of(triton_device, [fork(37, [1, 16, 23])])
     tensors = (inputs["q"], *inputs["pages"][:2])
     before = [x.clone() for x in tensors]
     run(**inputs)
-    for x, was in zip(tensors, before, strict=True):
-        assert torch.equal(x.nan_to_num(7.0), was.nan_to_num(7.0))
+    for x, old in zip(tensors, before, strict=True):
+        assert torch.equal(x.nan_to_num(7.0), old.nan_to_num(7.0))
 
 
 @pytest.mark.usefixtures("steady_products")
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("switch", ["ahead", "pieces"])
-def test_a_switch_leaves_the_bits(triton_device, form, switch, invariant):
-    """Guards what only changes how keys are found, not who reads them or in which order."""
+def test_a_switch_keeps_the_bits(triton_device, form, switch, invariant):
+    """Guards switches that change how keys are found, but not the rows or the order of reads."""
     inputs = inputs_of(triton_device, [fork(40, [1, 3, 17]), fork(20, [2])], heads=12, kv_heads=2)
     options = {"grain": 16, "batch_invariant": True} if invariant else {}
-    tiles = {"split": 0, switch: int(form == "old")}
-    both = [run(**inputs, **options, tiles=each) for each in ({"split": 0}, tiles)]
+    switched = {"split": 0, switch: int(form == "old")}
+    both = [run(**inputs, **options, config=config) for config in ({"split": 0}, switched)]
     for result, same in zip(*both, strict=True):
         assert torch.equal(result, same)
 
 
 @pytest.mark.usefixtures("steady_products")
 class TestBatchInvariance:
-    """Bit by bit the same for a rollout alone, in company, at another place, on another GPU."""
+    """A rollout's bits are the same alone, in any batch, at any row and on another GPU."""
 
     LENGTHS = (1, 16, 23, 40)
 
-    def rows(self, device: str, chosen: list[int], **options) -> dict[int, Tensor]:
-        """Outputs of these rollouts over a prefix of 53 tokens, by rollout."""
+    def rows(self, device: str, rollouts: list[int], **options) -> dict[int, Tensor]:
+        """Outputs of these rollouts, which share a prefix of 53 tokens, by rollout."""
         k = torch.randn((4 + 3 * 4, 2, PAGE, 16), generator=torch.Generator().manual_seed(0))
         pages = KVPages(k, k.flip(1).contiguous()).map(lambda x: x.to(device))
-        q = torch.randn((4, 4, 16), generator=torch.Generator().manual_seed(1))[chosen].to(device)
-        nodes = [PlanNode([3, 1, 0, 2], 53, 0, len(chosen))]
-        for row, rollout in enumerate(chosen):
+        q = torch.randn((4, 4, 16), generator=torch.Generator().manual_seed(1))[rollouts].to(device)
+        nodes = [PlanNode([3, 1, 0, 2], 53, 0, len(rollouts))]
+        for row, rollout in enumerate(rollouts):
             own = [4 + 3 * rollout + index for index in range(3)]
             nodes.append(PlanNode(own, self.LENGTHS[rollout], row, row + 1, 1))
         plan = PrefixPlan.build(
-            nodes, num_rows=len(chosen), num_pages=len(k), page_size=PAGE, device=device
+            nodes, num_rows=len(rollouts), num_pages=len(k), page_size=PAGE, device=device
         )
         out = run(q=q, scale=0.3, pages=pages, plan=plan, **options)
-        return dict(zip(chosen, out, strict=True))
+        return dict(zip(rollouts, out, strict=True))
 
     @pytest.mark.parametrize("grain", [16, 48])
     @pytest.mark.parametrize("window", [0, 30])
     def test_bits(self, triton_device, window, grain):
-        """Chunks of one block, and of several, whose order counts."""
+        """Guards chunks of one block, and of several, whose order matters."""
         options = {"batch_invariant": True, "grain": grain, "overhead": 0, "window": window}
         together = self.rows(triton_device, [0, 1, 2, 3], **options)
-        for chosen, sms in (([3], 5), ([0], 4), ([2, 0], 3), ([3, 2, 1, 0], 7)):
-            for rollout, out in self.rows(triton_device, chosen, sms=sms, **options).items():
-                assert torch.equal(out, together[rollout]), (chosen, rollout)
+        for rollouts, sms in (([3], 5), ([0], 4), ([2, 0], 3), ([3, 2, 1, 0], 7)):
+            for rollout, out in self.rows(triton_device, rollouts, sms=sms, **options).items():
+                assert torch.equal(out, together[rollout]), (rollouts, rollout)
 
-    def test_the_fastest_mode_differs_but_little(self, triton_device):
+    def test_the_fastest_mode_differs_slightly(self, triton_device):
+        """Guards the point of the mode: the fastest mode is as accurate, but its bits do change."""
         together = self.rows(triton_device, [0, 1, 2, 3])
         others = [self.rows(triton_device, [rollout], sms=3)[rollout] for rollout in range(4)]
         assert all(max_error(out, together[index]) < FP32 for index, out in enumerate(others))
         assert any(not torch.equal(out, together[index]) for index, out in enumerate(others))
 
     def test_prefill_and_decode_agree(self, triton_device):
-        """A token's row in a prefill is the row of its decode step."""
+        """Guards a token's row in a prefill: it is the row of its decode step."""
         inputs = inputs_of(triton_device, [InputNode(41, new=41)], heads=2, kv_heads=1)
         inputs |= {"batch_invariant": True, "return_lse": False}
         whole = run(**inputs, grain=16, overhead=0)
@@ -313,22 +317,23 @@ class TestBatchInvariance:
             step = inputs | {"plan": one, "q": inputs["q"][length - 1 : length]}
             assert torch.equal(run(**step, grain=16, overhead=0)[0], whole[length - 1]), length
 
-    def test_a_table_with_overhead(self, triton_device):
-        """Chunks are cut at fixed places: what starting on a tile costs plays no part."""
+    def test_overhead_is_ignored(self, triton_device):
+        """Guards chunks against a table's `overhead`: they are cut at fixed positions."""
         inputs = inputs_of(triton_device, [fork(37, [1, 16])])
         expected = prefix_attention(**inputs, impl="eager")
         results = run(**inputs, batch_invariant=True, grain=16, overhead=1)
-        for result, meant in zip(results, expected, strict=True):
-            assert max_error(result, meant) < FP32
+        for result, target in zip(results, expected, strict=True):
+            assert max_error(result, target) < FP32
 
     def test_other_forms_refuse(self, triton_device):
+        """Guards against an impl that ignores the option."""
         with pytest.raises(ValueError, match="batch_invariant: only impl 'triton'"):
             inputs = inputs_of(triton_device, [fork(5, [1])])
             prefix_attention(**inputs, batch_invariant=True, impl="portable")
 
 
 def test_bad_input(triton_device):
-    """Each named in the caller's words, before any launch."""
+    """Guards the checks before a launch: each message names the caller's argument."""
     forest = [fork(5, [1, 2])]
     good = inputs_of(triton_device, forest)
     for inputs, message in (
@@ -346,7 +351,8 @@ def test_bad_input(triton_device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [0, 1500])
 def test_bits_of_real_shapes(window):
-    """The interpreter sums in order: only a GPU shows a sum that depends on where chunks begin."""
+    """Guards sums against chunk boundaries: the interpreter, which sums in order, cannot show
+    it."""
     inputs = prefix_attention_inputs(
         0, "cuda", torch.bfloat16, forest=[fork(2048, range(100, 1700, 100))], window=window
     )
@@ -369,7 +375,7 @@ def test_bits_of_real_shapes(window):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch", [1, 16, 64])
 def test_real_shapes(dtype, batch):
-    """What the interpreter cannot see: tensor cores, races, the GPU's own tiles."""
+    """Guards what the interpreter cannot show: tensor cores, races, the GPU's own configs."""
     inputs = prefix_attention_inputs(
         0, "cuda", dtype, forest=[fork(2048, range(100, 100 + batch))], return_lse=True
     )
@@ -377,6 +383,6 @@ def test_real_shapes(dtype, batch):
     out, lse = prefix_attention(**inputs, impl="triton")
     assert max_error(out, expected[0]) < TOLERANCES[torch.bfloat16]
     assert max_error(lse, expected[1]) < 1e-4
-    for _ in range(2):  # a race, or a wait that is missing, would show now and then
+    for _ in range(2):  # a race or a missing wait would show in some runs
         again = prefix_attention(**inputs, impl="triton")
         assert torch.equal(again[0], out) and torch.equal(again[1], lse)

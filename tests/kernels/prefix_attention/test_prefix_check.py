@@ -1,4 +1,4 @@
-"""The check of prefix attention's schedule: a wrong one is an error with its numbers."""
+"""The debug check of prefix attention's schedule: a wrong one is an error with numbers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from tests.kernels.test_rotary_attention import run as fused
 from tests.kernels.test_rotary_attention import step
 
 TOY = Gpu("toy", arch=90, sms=5, shared_bytes=227 * 1024)
-# Tiles of both sizes, several for most programs, and nodes without a token, which are passed over.
+# Tiles of both sizes, several for most programs, and nodes without tokens, which are skipped.
 FOREST = [fork(20, [1, 7, 2, 17, 3]), Node(9, new=5), Node(0, children=(Node(3, new=1),))]
 
 
@@ -40,13 +40,13 @@ def inputs_of(device: str) -> dict:
 
 @contextmanager
 def toy(grain: int = 4, pieces: int = 1) -> Iterator[None]:
-    chosen = {"programs": 1, "grain": grain, "overhead": 1, "pieces": pieces}
-    with assume_gpu(TOY), use_config("prefix_attention", **chosen):
+    config = {"programs": 1, "grain": grain, "overhead": 1, "pieces": pieces}
+    with assume_gpu(TOY), use_config("prefix_attention", **config):
         yield
 
 
 def schedule_in(inputs: dict, pieces: int) -> Schedule:
-    """The one that the next run will use."""
+    """The schedule that the next run will use."""
     with toy(pieces=pieces):
         spec, _ = plan_launch(inputs["plan"], inputs["q"], 8, inputs["pages"], window=0)
     return schedule_of(inputs["plan"], spec)
@@ -60,11 +60,11 @@ def tile_before(schedule: Schedule) -> None:
     schedule.first_tile.zero_()
 
 
-def tile_behind(schedule: Schedule) -> None:
+def tile_after(schedule: Schedule) -> None:
     schedule.first_tile[:, 0] += 1
 
 
-def stretch_too_long(schedule: Schedule) -> None:
+def range_too_long(schedule: Schedule) -> None:
     schedule.range_length += 3
 
 
@@ -76,17 +76,24 @@ def sums_that_stay(schedule: Schedule) -> None:
     schedule.starts[1] = 0
 
 
-SPOILS = [no_such_tile, tile_before, tile_behind, stretch_too_long, sums_that_fall, sums_that_stay]
+CORRUPTIONS = [
+    no_such_tile,
+    tile_before,
+    tile_after,
+    range_too_long,
+    sums_that_fall,
+    sums_that_stay,
+]
 
 
 @pytest.mark.parametrize("pieces", [0, 1], ids=["line", "pieces"])
-@pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)
-def test_a_wrong_schedule_is_an_error(triton_device, spoil, pieces):
-    """Guards against a loop that never ends, or reads what is not there: nothing told where."""
+@pytest.mark.parametrize("corrupt", CORRUPTIONS, ids=lambda corrupt: corrupt.__name__)
+def test_a_wrong_schedule_is_an_error(triton_device, corrupt, pieces):
+    """Guards against a loop that never ends, or an illegal read, without a word about where."""
     inputs = inputs_of(triton_device)
     schedule = schedule_in(inputs, pieces)
     assert all(schedule.counts), "tiles of both sizes"
-    spoil(schedule)
+    corrupt(schedule)
     numbers = r"program \d, at place \d+ of a stretch that ends at \d+, was led to tile \d+ of the "
     numbers += r"(larger|smaller) size, which has \d+ tiles; the tile spans -?\d+ places and "
     numbers += r"needs \d+, and the place is -?\d+ past"
@@ -105,7 +112,7 @@ WRONG_PIECE = (
     [(NEXT, 1 << 20), (NEXT, 0), (ROWS, 17), (ROWS, -1), (LOW, 1 << 20), (HIGH, -1)],
 )
 def test_a_wrong_piece_is_an_error(triton_device, column, wrong):
-    """Guards the walk along the pieces: no way back, and nothing that is not there."""
+    """Guards the walk along the pieces: it must not go back, nor to a piece that does not exist."""
     inputs = inputs_of(triton_device)
     schedule = schedule_in(inputs, pieces=1)
     schedule.pieces[:, column.value] = wrong
@@ -113,8 +120,8 @@ def test_a_wrong_piece_is_an_error(triton_device, column, wrong):
         prefix_attention(**inputs, impl="triton")
 
 
-def test_a_round_of_pieces_is_an_error(triton_device):
-    """Guards against a walk that never ends though each of its pieces is sound."""
+def test_a_cycle_of_pieces_is_an_error(triton_device):
+    """Guards against a walk that never ends although each of its pieces is valid."""
     inputs = inputs_of(triton_device)
     pieces = schedule_in(inputs, pieces=1).pieces
     pieces[:] = pieces[0].clone()
@@ -125,8 +132,8 @@ def test_a_round_of_pieces_is_an_error(triton_device):
 
 @pytest.mark.parametrize("pieces", [0, 1], ids=["line", "pieces"])
 @pytest.mark.parametrize("invariant", [False, True])
-def test_a_sound_schedule_gives_the_same_bits(triton_device, invariant, pieces):
-    """Guards the loop under the check: it must end where the loop without it ends."""
+def test_a_valid_schedule_gives_the_same_bits(triton_device, invariant, pieces):
+    """Guards the loop with the check: it must end where the loop without it ends."""
     call = partial(prefix_attention, impl="triton", batch_invariant=invariant)
     inputs = inputs_of(triton_device)
     with toy(16 if invariant else 4, pieces):

@@ -1,4 +1,4 @@
-"""FP8 pages: the quantiser's definition, and conversions by integers against torch's casts."""
+"""FP8 pages: the quantiser's definition, and integer conversions against torch's casts."""
 
 import pytest
 import torch
@@ -29,15 +29,15 @@ def encode(x: torch.Tensor) -> torch.Tensor:
 
 
 def expected_code(x: torch.Tensor) -> torch.Tensor:
-    """torch's cast; releases differ in what becomes of values beyond 464, so those are clamped."""
+    """torch's cast of clamped values: releases differ for values beyond 464."""
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy, of NaNs in the interpreter
-def test_encode_is_torch_s_cast(triton_device: str):
-    """Exhaustive where it decides: rounding looks at the last bit kept (2^20), the first dropped
-    (2^19) and whether any lower bit is set; all upper 13 bits with lower bits of each kind are all
-    the fp32 there are, signs, subnormals, infinities and NaN included."""
+@pytest.mark.filterwarnings("ignore:invalid value")  # from NumPy: NaN in the interpreter
+def test_encode_matches_torch(triton_device: str):
+    """Guards every rounding decision, which depends on the last bit kept (2^20), the first bit
+    dropped (2^19) and whether any lower bit is set: all upper 13 bits, with lower bits of each
+    kind, represent all fp32 values, signs, subnormals, infinities and NaN included."""
     upper = torch.arange(1 << 13, dtype=torch.int64)[:, None] << 19
     lower = torch.tensor([0, 1, 2, 0x2AAAA, 0x40000, 0x7FFFE, 0x7FFFF])
     x = (upper | lower).to(torch.int32).view(torch.float32).flatten().to(triton_device)
@@ -46,15 +46,15 @@ def test_encode_is_torch_s_cast(triton_device: str):
 
 @pytest.mark.gpu
 def test_encode_every_fp32():
-    """All 2^32 of them."""
+    """Guards the argument of the test above: all 2^32 values."""
     for upper in range(1 << 8):
         low = torch.arange(1 << 24, dtype=torch.int64, device="cuda")
         x = ((upper << 24) | low).to(torch.int32).view(torch.float32)
         assert torch.equal(encode(x), expected_code(x))
 
 
-def test_decode_is_torch_s_cast(triton_device: str):
-    """All 256 codes; NaN is carried by the scale, its code becomes 480."""
+def test_decode_matches_torch(triton_device: str):
+    """Guards all 256 codes; NaN is in the scale, and its code becomes 480."""
     code = torch.arange(256, dtype=torch.uint8, device=triton_device)
     out = torch.empty(256, dtype=torch.float16, device=triton_device)
     decode_kernel[(1,)](code, out, BLOCK=256)
@@ -66,7 +66,8 @@ def test_decode_is_torch_s_cast(triton_device: str):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantiser(dtype: torch.dtype):
-    """Its largest element becomes 448, the error half a step: 2^-4 of a value, 2^-10 below 2^-6."""
+    """Guards the scale, which makes the largest element 448, and errors of at most half a step:
+    2^-4 of a value, 2^-10 below 2^-6."""
     x = torch.randn(37, 3, 96).mul(torch.logspace(-5, 3, 37)[:, None, None]).to(dtype)
     pages, scale = quantise_e4m3(x)
     assert pages.dtype == torch.float8_e4m3fn and pages.shape == x.shape
@@ -77,8 +78,9 @@ def test_quantiser(dtype: torch.dtype):
     assert ((pages.double() - scaled).abs() <= step * (1 + 2e-7)).all()
 
 
-def test_quantiser_s_extremes():
-    """Zeros stay zeros, tiny rows do not overflow the reciprocal, NaN and inf poison their row."""
+def test_quantiser_extremes():
+    """Guards zeros, tiny rows (the reciprocal must not overflow), NaN and inf, which poison a
+    row."""
     x = torch.tensor([[0.0, -0.0], [2.0**-61, 0.0], [1e-30, 1.0], [3e38, 1.0]])
     pages, scale = quantise_e4m3(x)
     value = pages.float() * scale[:, None]

@@ -1,6 +1,6 @@
-"""Programmatic dependent launch: where compiled kernels wait, what launches carry, who refuses.
+"""Programmatic dependent launch: where compiled kernels wait, the launch option, refusals.
 
-Compilation happens in a process of its own, because pytest's has Triton interpret.
+Kernels are compiled in a separate process, because pytest's process interprets them.
 """
 
 import json
@@ -26,12 +26,12 @@ from tests.support import ROOT
 
 CPU = torch.device("cpu")
 LOADS = 2  # of 16 bytes, per thread and operand: 4096 columns in bf16 by 8 warps
-VECTORS = {"rms_norm_kernel": 1, "layer_norm_kernel": 3}  # weight; bias and gamma, too
-# What each launch may load before it waits: no kernel of a step writes weights, and the schedule,
-# of which the merge loads a number, is older than the kernel before the previous one.
+VECTORS = {"rms_norm_kernel": 1, "layer_norm_kernel": 3}  # weight; weight, bias and gamma
+# Loads that each launch may do before it waits: no kernel of a step writes weights, and the
+# schedule, from which the merge loads a number, is older than the kernel before the previous one.
 EARLY = [
     *((name, LOADS * vectors) for name, vectors in VECTORS.items()),
-    *(("prefix_attention_kernel", 0),) * 2,  # `split`: one for each size of tiles
+    *(("prefix_attention_kernel", 0),) * 2,  # `split`: one launch per row-tile size
     ("merge_kernel", 1),
 ]
 PRINT = """
@@ -42,25 +42,25 @@ print(json.dumps(described()))
 
 
 def described() -> list[dict]:
-    """Both norms with all that they can take, and attention in two launches with its merge, without
-    and with PDL, compiled for sm_90."""
-    forest = (fork(64, [16] * 8),)  # 32 query vectors above, 4 below: tiles of both sizes
+    """Launches compiled for sm_90, without and with PDL: both norms with all their arguments, and
+    attention in two launches with its merge."""
+    forest = (fork(64, [16] * 8),)  # 32 query vectors in the prefix, 4 in a leaf: both tile sizes
     shape = {"heads": 4, "kv_heads": 1, "head_dim": 64}
     attention = prefix_attention_inputs(0, CPU, torch.bfloat16, forest=forest, **shape)
     x = torch.empty(16, 4096, dtype=torch.bfloat16)
     w, rows = x[0], []
     for pdl in (0, 1):
-        chosen = {"pdl": pdl, "num_warps": 8}
+        config = {"pdl": pdl, "num_warps": 8}
         with (
             launches_recorded(H200) as launches,
-            use_config("rms_norm", **chosen),
-            use_config("layer_norm", **chosen),
+            use_config("rms_norm", **config),
+            use_config("layer_norm", **config),
             use_config("prefix_attention", pdl=pdl, split=1),
         ):
             rms_norm(x, w, eps=1e-6, residual=x, impl="triton")
             layer_norm(x, w, w, eps=1e-6, residual=x, gamma=w, impl="triton")
             prefix_attention(**attention, impl="triton")
-        known = [one for one in launches if one.kernel.fn.__name__ in dict(EARLY)]
+        known = [launch for launch in launches if launch.kernel.fn.__name__ in dict(EARLY)]
         rows += [{"pdl": pdl} | _described(launch) for launch in known]
     return rows
 
@@ -90,8 +90,8 @@ def compiled() -> list[dict]:
 
 @pytest.mark.cli
 def test_kernels_wait_before_they_touch_what_others_write(compiled: list[dict]):
-    """Guards the order in machine code: what nobody writes is loaded, then comes one wait, then the
-    release, then whatever else touches memory. No store and no loop comes before."""
+    """Guards the order in machine code: loads of constant data, one wait, the release, then all
+    other memory accesses. No store and no loop comes before the wait."""
     for row, (kernel, early) in zip(compiled, EARLY * 2, strict=True):
         assert row["kernel"] == kernel
         names = row["instructions"]
@@ -108,8 +108,8 @@ def test_kernels_wait_before_they_touch_what_others_write(compiled: list[dict]):
 
 @pytest.mark.cli
 def test_launches_carry_the_option(compiled: list[dict]):
-    """Guards the launch: a kernel that waits and is launched as ever gains nothing. Packs and the
-    static baseline, too, must tell such a kernel apart."""
+    """Guards the launch: a kernel that waits gains nothing without the launch option. Kernel packs
+    and the static baseline must distinguish such kernels, too."""
     for row in compiled:
         assert row["launched"] == row["own key"] == bool(row["pdl"])
         assert f"PDL={row['pdl']}" in row["config"]
@@ -117,8 +117,8 @@ def test_launches_carry_the_option(compiled: list[dict]):
 
 
 def test_older_gpus_refuse():
-    """sm_80 has no such launch: ptxas would fail in words that do not name the tile choice. Of what
-    a machine cannot run no kernels are compiled ahead."""
+    """Guards the error on sm_80, which has no such launch: ptxas would fail without naming the
+    config value. Kernels that a machine cannot run are not compiled ahead."""
     with assume_gpu(A100):
         assert pdl_options({"pdl": 0}, CPU) == pdl_options({}, CPU) == {"PDL": False}
         with pytest.raises(ImplError, match="pdl=1 needs sm_90 or newer, not sm_80"):
@@ -136,7 +136,7 @@ def test_older_gpus_refuse():
     ],
 )
 def test_candidates(op: str, key: str):
-    """Both ways are measured where both exist; every choice names the one it is."""
+    """Guards tuning: both values of `pdl` are measured where both exist, and no config lacks it."""
     candidates = TUNABLES[op].candidates
-    assert {chosen["pdl"] for chosen in candidates(key, H200)} == {0, 1}
-    assert {chosen["pdl"] for chosen in candidates(key, A100)} == {0}
+    assert {config["pdl"] for config in candidates(key, H200)} == {0, 1}
+    assert {config["pdl"] for config in candidates(key, A100)} == {0}

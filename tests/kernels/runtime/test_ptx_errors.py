@@ -1,4 +1,4 @@
-"""Limits in fp32 against what a GPU's approximate instructions may do, in Triton's interpreter."""
+"""fp32 tolerances against simulated errors of a GPU's approximate instructions."""
 
 from dataclasses import astuple
 
@@ -15,16 +15,16 @@ from tests.support.approximate import SIDES, approximate
 
 CPU = torch.device("cpu")
 SLOW = {"prefix_attention", "T67 32/8 heads of 128", "ragged decode", "T7 C1536 F8960"}
-SLOW |= {"B17 V997 k5 p0.9", "1x 1x1 + 1x 9x15 + 1x 1x13 H3 D96"}  # all tried once, and pass
+SLOW |= {"B17 V997 k5 p0.9", "1x 1x1 + 1x 9x15 + 1x 1x13 H3 D96"}  # each passed when tried once
 CASES = [case for case in numerics_cases() if not {case.op, case.name} & SLOW]
-ONCE = {"smollm2 ragged decode", "B3 V151936"}  # slow, too, but the only ones of their ops
+ONCE = {"smollm2 ragged decode", "B3 V151936"}  # slow as well, but the only cases of their ops
 
 
-def named(case: Case) -> str:
+def case_id(case: Case) -> str:
     return f"{case.op} {case.name}"
 
 
-def of_instructions(case: Case, inputs: dict) -> Tensor:
+def instruction_error(case: Case, inputs: dict) -> Tensor:
     """What approximate instructions may add to the relative error of each element."""
     if case.op == "silu_mul":
         return sigmoid_error(gate_and_up(**inputs)[0])
@@ -38,19 +38,19 @@ def of_instructions(case: Case, inputs: dict) -> Tensor:
     return norm_error(x.mean(-1, keepdim=True) / x.std(-1, keepdim=True))
 
 
-@pytest.mark.usefixtures("interpreter")  # a GPU has errors of its own
+@pytest.mark.usefixtures("interpreter")  # a GPU has its own errors
 @pytest.mark.parametrize(
     ("case", "sides"),
     [
-        pytest.param(case, sides, id=f"{named(case)}, {name}")
+        pytest.param(case, sides, id=f"{case_id(case)}, {name}")
         for case in CASES
         for name, sides in SIDES.items()
         if name == "apart" or case.name not in ONCE
     ],
 )
 def test_limits_allow_documented_errors(monkeypatch, case, sides):
-    """Guards a GPU's first check in fp32: right kernels failed limits that were measured with the
-    interpreter's exact functions."""
+    """Guards a GPU's first check in fp32: right kernels failed tolerances that were measured with
+    the interpreter's exact functions."""
     inputs = case.inputs(0, CPU, torch.float32)
     expected = reference(case, inputs)
     approximate(monkeypatch, sides)
@@ -61,23 +61,24 @@ def test_limits_allow_documented_errors(monkeypatch, case, sides):
 
 @pytest.mark.parametrize("op", numerics.APPROXIMATE)
 def test_limits_allow_no_more(op):
-    """Guards the limits' width: what is allowed for instructions is what is derived for the cases'
-    inputs, within a tenth. A result below the rms of all weighs less, as in `numerics.errors`."""
+    """Guards tight tolerances: what is allowed for instructions is within a tenth of what is
+    derived for the inputs of the cases; results below the rms count less, as in
+    `numerics.errors`."""
     worst = [0.0, 0.0]
     for case in (case for case in numerics_cases() if case.op == op):
         inputs = case.inputs(0, CPU, torch.float32)
         first = reference(case, inputs)[0].double()
         rms = first.square().mean().sqrt()
-        errors = of_instructions(case, inputs) * first.abs() / first.abs().clamp_min(rms)
+        errors = instruction_error(case, inputs) * first.abs() / first.abs().clamp_min(rms)
         worst = map(max, worst, astuple(summary(errors)))
     for derived, allowed in zip(worst, astuple(numerics.APPROXIMATE[op]), strict=True):
         assert derived <= allowed <= 1.1 * derived
 
 
-@pytest.mark.usefixtures("interpreter")  # a GPU has errors of its own
+@pytest.mark.usefixtures("interpreter")  # a GPU has its own errors
 @pytest.mark.parametrize("op", ["silu_mul", "quick_gelu"])
-def test_errors_are_really_put_in(monkeypatch, op):
-    """Guards the test above: without what is allowed for instructions, activations fail."""
+def test_errors_are_injected(monkeypatch, op):
+    """Guards the tests above: without the allowance for instructions, activations fail."""
     case = next(case for case in CASES if case.op == op)
     inputs = case.inputs(0, CPU, torch.float32)
     expected = reference(case, inputs)

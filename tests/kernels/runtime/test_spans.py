@@ -1,4 +1,4 @@
-"""Named ranges: nothing while off, and a breakdown of a step that leaves nothing out while on."""
+"""Spans: no cost while off, and a complete breakdown of a step while on."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from pacore_sched.answers.pacore import Pacore, engine_for
 from pacore_sched.sched.request import Sampling
 from tests.support import ROOT
 
-# Of a step, what takes its time; views and allocations are neither ops nor products.
+# The operators that take a step's time; views and allocations are neither ops nor products.
 WORK = ("mm", "addmm", "bmm", "_softmax", "embedding", "conv2d", "rsqrt", "silu", "exp_", "argmax")
 
 
@@ -34,20 +34,20 @@ def named(events: list) -> list[str]:
 
 
 def outside(events: list) -> set[str]:
-    """Operators of WORK that no span below a layer or a step has."""
-    found = set()
+    """Operators of WORK that are in no span below a layer or a step."""
+    names = set()
     for event in events:
         above, name = event.cpu_parent, event.name.removeprefix("aten::")
         while above is not None and not above.is_user_annotation:
             above = above.cpu_parent
-        own = above is not None and " layer" not in above.name and above.name != "execute"
-        if name in WORK and not own:
-            found.add(event.name)
-    return found
+        has_span = above is not None and " layer" not in above.name and above.name != "execute"
+        if name in WORK and not has_span:
+            names.add(event.name)
+    return names
 
 
 def test_off_is_the_bare_function():
-    """Guards every call of every op: while nobody profiles there is not even a wrapper."""
+    """Guards every call of every op: without a profiler there is not even a wrapper."""
     assert spanned("op", torch.add) is torch.add
     assert span("op") is span("other", 3)
     assert pick("op", None, torch.device("cpu"), {"eager": torch.add}) is torch.add
@@ -55,7 +55,7 @@ def test_off_is_the_bare_function():
 
 
 def test_use_ends_with_its_block():
-    """Guards a process that profiled once: an error inside must not leave spans on."""
+    """Guards a process that profiled once: an error inside the block must not leave spans on."""
     with pytest.raises(KeyError), use("torch"):
         assert spanned("op", torch.add) is not torch.add
         with use("off"):
@@ -68,7 +68,7 @@ def test_use_ends_with_its_block():
 
 
 def test_decoder_is_all_in_spans():
-    """Guards the breakdown: an op or product without a span would be nobody's time."""
+    """Guards the breakdown: an op or product without a span would be missing from it."""
     model = Step3VL.from_preset("tiny", seed=0)
     events = recorded(lambda: model.generate(list(range(1, 20)), max_tokens=2, seed=7))
     assert outside(events) == set()
@@ -81,7 +81,7 @@ def test_decoder_is_all_in_spans():
 
 
 def test_tower_is_all_in_spans():
-    """Guards the same of the vision tower and the projector."""
+    """Guards the same for the vision tower and the projector."""
     model = Step3VL.from_preset("tiny", seed=0)
     config = model.config.vision
     side = config.crop_size
@@ -112,37 +112,35 @@ def test_rounds_and_engine_steps():
 
 
 def test_batch_invariant_in_a_span(interpreter, monkeypatch):
-    """Guards the one op that asks which form it got: in a span it is a wrapper's."""
+    """Guards the op that checks which form it has: with spans on, that is a wrapper."""
     import kernels.prefix_attention.op as module
 
-    monkeypatch.setattr(module, "check_attention", lambda *given: None)
-    monkeypatch.setattr(
-        module, "prefix_attention_triton", lambda *given, **options: (options, None)
-    )
+    monkeypatch.setattr(module, "check_attention", lambda *args: None)
+    monkeypatch.setattr(module, "prefix_attention_triton", lambda *args, **options: (options, None))
     q, k = torch.zeros(1, 1, 64), torch.zeros(1, 1, 16, 64)
     call = [q, KVPages(k, k), SimpleNamespace()]
     options = {"scale": 1.0, "batch_invariant": True}
     with use("torch"):
-        given = module.prefix_attention(*call, **options, impl="triton")
+        passed = module.prefix_attention(*call, **options, impl="triton")
         with pytest.raises(ValueError, match="only impl 'triton' offers it"):
             module.prefix_attention(*call, **options, impl="eager")
-    assert given["batch_invariant"]
+    assert passed["batch_invariant"]
 
 
 def test_crossing_ranges():
-    """Guards rounds: many are open at once, and end in any order."""
+    """Guards rounds: several are open at once and end in any order."""
     with use("torch"), profile(activities=[ProfilerActivity.CPU]) as profiler:
         first, second = begin("round", 0), begin("round", 1)
         first()
         with span("step"):
             pass
         second()
-    found = {event.name: event.time_range for event in profiler.events()}
-    assert found["round 0"].end < found["step"].start < found["step"].end < found["round 1"].end
+    ranges = {event.name: event.time_range for event in profiler.events()}
+    assert ranges["round 0"].end < ranges["step"].start < ranges["step"].end < ranges["round 1"].end
 
 
 def test_nvtx_gets_names_in_our_domain(monkeypatch):
-    """Guards the calls into the library, which is not there to listen to on most machines."""
+    """Guards the calls into the nvtx library, which most machines do not have."""
     log = []
 
     class Annotate:
@@ -174,8 +172,8 @@ def test_nvtx_gets_names_in_our_domain(monkeypatch):
 
 @pytest.mark.cli
 def test_environment_and_imports():
-    """Guards the switch that a profiler's child process is given, and modules that must not import
-    torch for the sake of spans that are off."""
+    """Guards the environment variable for a profiler's child process, and modules that must not
+    import torch when spans are off."""
     code = "import sys, kernels.runtime.spans as s;"
     code += "print('torch' in sys.modules, s._ranges is not None)"
     for mode, expected in (("", "False False"), ("off", "False False"), ("torch", "True True")):
@@ -190,7 +188,7 @@ def test_environment_and_imports():
 
 
 def test_family():
-    """Guards tables by name: layers and steps are one line, names without a number themselves."""
+    """Guards tables by name: numbered layers and steps share a line; other names do not change."""
     assert family("decoder layer 31") == "decoder layer"
     assert family("round 0 of problem 7") == "round"
     assert family("linear gate_up") == "linear gate_up"

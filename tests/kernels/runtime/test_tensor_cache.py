@@ -1,12 +1,12 @@
-"""Tables that ops keep in bounded caches, and those who must hold on to them."""
+"""Bounded caches of tables, and pins that keep tables alive."""
 
 from kernels.runtime.tensor_cache import cached_tensors, pinning
 
 
-def test_holding_collects_what_is_looked_up():
-    """A CUDA graph that does not own its tables reads other memory once the cache is full.
+def test_pinning_keeps_what_is_looked_up():
+    """Guards CUDA graphs: without pins, one would read freed memory once the cache is full.
 
-    One that is looked up again is not computed again, even if the cache has dropped it.
+    A pinned table is not computed again, even if the cache has dropped it.
     """
     computed = []
 
