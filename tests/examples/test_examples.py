@@ -27,6 +27,10 @@ examples = pytest.mark.parametrize("name", EXAMPLES)
 
 
 @pytest.mark.cli
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=(pytest.mark.gpu, pytest.mark.slow_gpu))],  # it is timed
+)
 @examples
 def test_example_runs(name, device, tmp_path):
     """Guards every example against a change of what it calls: it ends well and prints its result,
@@ -35,7 +39,9 @@ def test_example_runs(name, device, tmp_path):
     missing = [package for package in packages if not find_spec(package)]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    set_by_tests = ("TRITON_INTERPRET", "PACORE_WARM_UP")
+    env = {key: value for key, value in os.environ.items() if key not in set_by_tests}
+    env["PYTHONPATH"] = str(ROOT)
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, str(EXAMPLES[name])]
