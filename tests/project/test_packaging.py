@@ -223,7 +223,7 @@ def test_the_console_command(installed):
         ([], "are required: COMMAND (see `step3vl-pacore --help`)"),
         (["nothing"], "invalid choice: 'nothing'"),
         (["profiles", "nothing"], "(see `step3vl-pacore profiles --help`)"),
-        (["profiles", "tables"], "only a checkout of the repository has"),
+        (["profiles", "tables"], "only in a checkout of the repository"),
         (["bench", "compare", "HEAD", "."], "is no git checkout"),
     ):
         done = installed.run("step3vl-pacore", *arguments)
