@@ -81,7 +81,7 @@ class _Load:
         start = time.perf_counter()
         batch = self.scheduler.schedule()
         scheduled = time.perf_counter()
-        ended = [r for r in batch.sampled if r.asked >= self._lengths[r]]
+        ended = [r for r in batch.sampled if r.scheduled >= self._lengths[r]]
         finish_start = time.perf_counter()
         for rollout in ended:
             self.scheduler.finish(rollout, "stop")

@@ -1,1 +1,1 @@
-"""PaCoRe: rounds of parallel rollouts, the prefix tree of their KV pages, and the engine."""
+"""PaCoRe: scheduling of parallel rollouts, the prefix tree of their KV pages, and the engine."""

@@ -265,7 +265,7 @@ def engine_for(
         num_pages=num_pages,
         kv_dtype=kv_dtype,
         max_running=max_running,
-        most_tokens=most_tokens,
+        max_kv_tokens=most_tokens,
     )
     stopping = Stopping(_Vocabulary(model), model.config.tokens.eos)
     return Engine(executor, stopping, **options)

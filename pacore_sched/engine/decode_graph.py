@@ -21,13 +21,19 @@ from model.cuda_graph import CudaGraph
 from model.decoder import Step
 from model.kv_cache import KVCache
 from model.step3vl import Step3VL
-from pacore_sched.engine.decode_step import DecodeStep, Drawing, LastTokens, Settings, capturable
+from pacore_sched.engine.decode_step import (
+    DecodeStep,
+    LastTokens,
+    RowSampler,
+    SamplingKey,
+    capturable,
+)
 from pacore_sched.sched.step_batch import StepBatch
 
 if TYPE_CHECKING:
     from model.cuda_graph import Pool
 
-LEVELS = 3  # nodes on a path that there is always room for: images, prompt, rollout
+MIN_LEVELS = 3  # nodes on a path that there is always room for: images, prompt, rollout
 
 
 def default_buckets(max_running: int) -> tuple[int, ...]:
@@ -36,7 +42,7 @@ def default_buckets(max_running: int) -> tuple[int, ...]:
     return (*(rows for rows in (1, 2, 4) if rows < max_running), *range(8, last + 1, 8))
 
 
-def node_rows(rows: int, group: int) -> list[int]:
+def node_row_limits(rows: int, group: int) -> list[int]:
     """What graphs of `rows` rows allow a node to have: the rows of attention's tiles of 16 and 64
     query vectors, `group` to a row, as far as they are fewer, and all."""
     tiles = [vectors // group for vectors in (16, 64)]
@@ -61,7 +67,7 @@ class DecodeGraph:
         cache: KVCache,
         tables: LastTokens,
         capacity: Capacity,
-        settings: Settings,
+        settings: SamplingKey,
         capture: Capture,
         pool: "Pool | None",
     ) -> None:
@@ -88,7 +94,7 @@ class DecodeGraph:
             of_rows["batch_indices"],
             of_rows["seeds"],
             self._ids,
-            Drawing(((settings, None),)),
+            RowSampler(((settings, None),)),
             advances=True,
         )
         # Captured while all rows pad: the run before it changes nothing that matters.
@@ -153,7 +159,7 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def find(self, step: StepBatch, settings: Sequence[Settings]) -> DecodeGraph | None:
+    def find(self, step: StepBatch, settings: Sequence[SamplingKey]) -> DecodeGraph | None:
         """The graph for a decode step, `settings` those of each row, if there is one."""
         model = self._of[0]
         enabled = capturable(model) if self.enabled is None else self.enabled
@@ -174,11 +180,11 @@ class DecodeGraphs:
         """The least bucket, with the row tiles that attention takes for nodes as large as these."""
         rows = next(bucket for bucket in self.buckets if bucket >= len(step.positions))
         most = max(node.row_end - node.row_start for node in step.plan_nodes)
-        most = next(tile for tile in node_rows(rows, self._group) if most <= tile)
-        return Capacity(rows, most, max(LEVELS, _levels(step)))
+        most = next(tile for tile in node_row_limits(rows, self._group) if most <= tile)
+        return Capacity(rows, most, max(MIN_LEVELS, _levels(step)))
 
     def _captured(
-        self, key: Hashable, capacity: Capacity, settings: Settings
+        self, key: Hashable, capacity: Capacity, settings: SamplingKey
     ) -> DecodeGraph | None:
         if self._pool is None and self._of[0].device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()

@@ -21,7 +21,7 @@ from model.kv_cache import KVCache
 from model.step3vl import Step3VL
 from pacore_sched.sched.request import Rollout, Sampling
 
-Settings = tuple[float, int, float]  # temperature, top_k, top_p
+SamplingKey = tuple[float, int, float]  # temperature, top_k, top_p
 
 
 def advances(model: Step3VL) -> bool:
@@ -40,7 +40,7 @@ def _in_triton(model: Step3VL, op: str) -> bool:
     return impl == "triton" or (impl is None and model.device.type == "cuda")
 
 
-def settings_of(sampling: Sampling) -> Settings:
+def sampling_key(sampling: Sampling) -> SamplingKey:
     return sampling.temperature, sampling.top_k, sampling.top_p
 
 
@@ -81,24 +81,24 @@ class LastTokens:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class RowSampler:
     """How tokens are drawn from rows of logits: the same for all of them, or in parts."""
 
-    parts: tuple[tuple[Settings, Tensor | None], ...]  # None for all rows
+    parts: tuple[tuple[SamplingKey, Tensor | None], ...]  # None for all rows
 
     @staticmethod
-    def of(settings: Sequence[Settings], device: torch.device) -> "Drawing":
+    def of(settings: Sequence[SamplingKey], device: torch.device) -> "RowSampler":
         """`settings` of each row."""
-        rows: dict[Settings, list[int]] = {}
+        rows: dict[SamplingKey, list[int]] = {}
         for row, own in enumerate(settings):
             rows.setdefault(own, []).append(row)
         if len(rows) == 1:
-            return Drawing(((settings[0], None),))
+            return RowSampler(((settings[0], None),))
         packed = Packed(
             {str(own): (len(of),) for own, of in rows.items()}, dtype=torch.int64, device=device
         )
         packed.fill({str(own): np.array(of) for own, of in rows.items()})
-        return Drawing(tuple((own, packed.tensors[str(own)]) for own in rows))
+        return RowSampler(tuple((own, packed.tensors[str(own)]) for own in rows))
 
     def draw(
         self, model: Step3VL, hidden: Tensor, seeds: Tensor, positions: Tensor, **feeds: Tensor
@@ -125,13 +125,13 @@ class Drawing:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """Rows in the plan's order. Tensors are int64 [T]."""
+    """StepRows in the plan's order. Tensors are int64 [T]."""
 
     step: Step
     batch_indices: Tensor  # of each row, in LastTokens
     seeds: Tensor
     ids: Tensor  # each row's last token; `run` leaves those of the next step here
-    drawing: Drawing
+    drawing: RowSampler
     advances: bool  # whether the plan can be moved on, on the device
 
     def run(self, model: Step3VL, cache: KVCache, tables: LastTokens) -> Tensor:

@@ -32,9 +32,9 @@ class Executor(Protocol):
     asynchronous: bool  # whether `launch` returns before the step is done
 
     def launch(self, tree: PrefixTree, batch: Batch) -> Any:
-        """Begin a step, on a GPU without waiting for it; its ticket, of a type of one's own."""
+        """Begin a step, on a GPU without waiting for it; its pending, of a type of one's own."""
 
-    def collect(self, ticket: Any) -> tuple[list[int], list[float]]:
+    def collect(self, pending: Any) -> tuple[list[int], list[float]]:
         """A step's tokens and log-probabilities in the order of `batch.sampled`.
 
         A rollout with a draft has 1 + len(draft) of them: after its last token, and each drafted.
@@ -45,7 +45,7 @@ ExecutorT = TypeVar("ExecutorT", bound=Executor)
 
 
 @dataclass
-class Stats:
+class EngineStats:
     """Counts over an engine's life, of tokens unless said otherwise."""
 
     steps: int = 0  # of the decoder
@@ -94,7 +94,7 @@ class Engine(Generic[ExecutorT]):
             token_budget=max(token_budget, running),
             host_pages=host_pages,
         )
-        self.stats = Stats()
+        self.stats = EngineStats()
         self._drafts = SiblingDrafts()
         self._in_flight: tuple[Batch, object] | None = None
         self._shape: tuple[Batch | None, int, int, int] = (None, 0, 0, 0)
@@ -137,7 +137,7 @@ class Engine(Generic[ExecutorT]):
         group = Group(path, last_token, sampling, problem, round, need)
         for index, seed in seeds.items():
             group.rollouts.append(Rollout(group, index, seed, limits[index]))
-        pages, size = self.scheduler.pages_at_most(group), self.executor.page_size
+        pages, size = self.scheduler.max_pages(group), self.executor.page_size
         if pages > self.executor.num_pages:
             longest = max(limits.values())
             raise InputError(
@@ -173,11 +173,11 @@ class Engine(Generic[ExecutorT]):
         if batch and speculating:
             batch = self._with_drafts(batch)
         execute = spanned("execute", self.executor.launch)
-        ticket = execute(self.scheduler.tree, batch) if batch else None
+        pending = execute(self.scheduler.tree, batch) if batch else None
         before, self._in_flight = self._in_flight, None
         if batch:
             self._count(batch)
-            self._in_flight = batch, ticket
+            self._in_flight = batch, pending
         if before:
             ended += spanned("update", self._update)(*before)
         if not self.ahead or (batch and batch.drafts):
@@ -193,9 +193,9 @@ class Engine(Generic[ExecutorT]):
         before, self._in_flight = self._in_flight, None
         return spanned("update", self._update)(*before)
 
-    def _update(self, batch: Batch, ticket: object) -> list[Rollout]:
+    def _update(self, batch: Batch, pending: object) -> list[Rollout]:
         """Hand out a step's tokens; the rollouts that they end, and siblings cancelled for it."""
-        tokens, logprobs = self.executor.collect(ticket)
+        tokens, logprobs = self.executor.collect(pending)
         if batch.drafts:
             return self._verify(batch, tokens, logprobs)
         ended = []
@@ -225,9 +225,9 @@ class Engine(Generic[ExecutorT]):
         """The batch with what siblings suggest, where there are pages for it."""
         drafts, budget = [], self.scheduler.token_budget - len(batch.decode)
         for rollout in () if batch.chunks else batch.decode:
-            most = min(rollout.max_tokens - rollout.asked, budget)
+            most = min(rollout.max_tokens - rollout.scheduled, budget)
             draft = self._drafts.draft(rollout, most) if most > 0 else ()
-            if draft and not self.scheduler.draft(rollout, len(draft)):
+            if draft and not self.scheduler.append_draft(rollout, len(draft)):
                 draft = ()
             budget -= len(draft)
             drafts.append(draft)
@@ -253,7 +253,7 @@ class Engine(Generic[ExecutorT]):
             self.stats.accepted += right
             self.stats.wasted += len(draft) - right
             self._drafts.verified(rollout, len(draft), right)
-            self.scheduler.settle(rollout, right)
+            self.scheduler.settle_draft(rollout, right)
             if reason:
                 ended += self._finish(rollout, reason)
         return ended

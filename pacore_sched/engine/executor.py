@@ -23,17 +23,17 @@ from pacore_sched.engine.compile_ahead import warm_up
 from pacore_sched.engine.decode_graph import DecodeGraphs, default_buckets
 from pacore_sched.engine.decode_step import (
     DecodeStep,
-    Drawing,
     LastTokens,
+    RowSampler,
     advances,
-    settings_of,
+    sampling_key,
     unpacked_results,
 )
 from pacore_sched.engine.image_encoder import Features, ImageEncoder
 from pacore_sched.engine.kv_memory import pages_that_fit
 from pacore_sched.engine.launch_sites import engine_sites
-from pacore_sched.engine.step_rows import Prompt, Rows, rows_of
-from pacore_sched.engine.step_timer import Stats, StepTimer, Times
+from pacore_sched.engine.step_rows import Prompt, StepRows, build_step_rows
+from pacore_sched.engine.step_timer import StepEvents, StepStats, StepTimer
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Rollout, Segment
 from pacore_sched.sched.step_batch import StepBatch
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Ticket:
+class PendingStep:
     """A launched step."""
 
     results: Tensor  # int32 [2, rows], on the host
     order: Sequence[int]  # the results' columns in the order of collection
-    times: Times | None
+    times: StepEvents | None
 
 
 @dataclass
@@ -70,8 +70,8 @@ class ModelExecutor:
     num_pages: of KV; the default is what free memory has room for (kv_memory.py)
     kv_dtype: of the KV: the model's, or torch.float8_e4m3fn
     max_running: rollouts that decode at once
-    most_tokens: that could ever be in use; by default a whole context for each rollout
-    least_tokens: of which KV must have room
+    max_kv_tokens: that could ever be in use; by default a whole context for each rollout
+    min_kv_tokens: of which KV must have room
     share: of free memory for KV, if `num_pages` does not say
     buckets: numbers of rows to make CUDA graphs for
 
@@ -85,8 +85,8 @@ class ModelExecutor:
         num_pages: int | None = None,
         kv_dtype: torch.dtype | None = None,
         max_running: int = 256,
-        most_tokens: int | None = None,
-        least_tokens: int = 1,
+        max_kv_tokens: int | None = None,
+        min_kv_tokens: int = 1,
         share: float | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
@@ -97,13 +97,13 @@ class ModelExecutor:
             config,
             device=model.device,
             dtype=kv_dtype or model.dtype,
-            most_tokens=most_tokens or max_running * config.max_positions,
-            least_tokens=least_tokens,
+            max_kv_tokens=max_kv_tokens or max_running * config.max_positions,
+            min_kv_tokens=min_kv_tokens,
             share=share,
         )
         # One page more than the scheduler knows of, for rows that pad.
         self.cache = model.new_cache(self.num_pages + 1, kv_dtype)
-        self.stats = Stats()
+        self.stats = StepStats()
         self._tables = LastTokens(max_running, model.device)
         self._timer = StepTimer(self.stats, model.device)
         self.graphs = DecodeGraphs(
@@ -135,7 +135,7 @@ class ModelExecutor:
         return self._encoder.encode(views)
 
     @torch.inference_mode()
-    def launch(self, tree: PrefixTree, batch: Batch) -> Ticket:
+    def launch(self, tree: PrefixTree, batch: Batch) -> PendingStep:
         """Begin a step; on a GPU without waiting for it.
 
         After a batch with drafts, those rollouts' last tokens are read off `tokens`: collect it,
@@ -151,16 +151,16 @@ class ModelExecutor:
             self.stats.rows += rows
             host = torch.empty(results.shape, dtype=results.dtype, pin_memory=results.is_cuda)
             host.copy_(results, non_blocking=True)
-            return Ticket(host, order, self._timer.copied(times))
+            return PendingStep(host, order, self._timer.copied(times))
 
-    def collect(self, ticket: Ticket) -> tuple[list[int], list[float]]:
+    def collect(self, pending: PendingStep) -> tuple[list[int], list[float]]:
         """A step's tokens and log-probabilities in the order of `batch.sampled`, once it is done.
 
         A rollout with a draft has 1 + len(draft) of them.
         """
-        self._timer.wait(ticket.times)
-        tokens, logprobs = unpacked_results(ticket.results)
-        return [tokens[at] for at in ticket.order], [logprobs[at] for at in ticket.order]
+        self._timer.wait(pending.times)
+        tokens, logprobs = unpacked_results(pending.results)
+        return [tokens[at] for at in pending.order], [logprobs[at] for at in pending.order]
 
     def close(self) -> None:
         """End the thread that encodes images."""
@@ -202,7 +202,7 @@ class ModelExecutor:
         return standing.run, standing.order, len(batch.decode)
 
     def _stand(self, tree: PrefixTree, batch: Batch) -> _CachedDecode:
-        rows = rows_of(tree, batch)
+        rows = build_step_rows(tree, batch)
         self._tables.claim(rows.claims)
         self.stats.plans += 1
         order = [row for row, _ in rows.drawn]
@@ -210,7 +210,7 @@ class ModelExecutor:
         rollouts = [of_row[row] for row in range(len(order))]
         batch_indices = [rollout.batch_index for rollout in rollouts]
         seeds = [rollout.seed for rollout in rollouts]
-        settings = [settings_of(rollout.group.sampling) for rollout in rollouts]
+        settings = [sampling_key(rollout.group.sampling) for rollout in rollouts]
         node = batch.decode[0].node
         length = tree.length(node) - 1
         graph = self.graphs.find(rows.step, settings)
@@ -223,7 +223,7 @@ class ModelExecutor:
         packed = _packed(rows.step, device, batch_indices=batch_indices, seeds=seeds)
         step, of_rows = self._step(rows.step, packed), packed.tensors
         ids = self._tables.last.index_select(0, of_rows["batch_indices"])
-        drawing = Drawing.of(settings, device)
+        drawing = RowSampler.of(settings, device)
         decode = DecodeStep(
             step, of_rows["batch_indices"], of_rows["seeds"], ids, drawing, advances(model)
         )
@@ -237,7 +237,7 @@ class ModelExecutor:
     def _mixed(self, tree: PrefixTree, batch: Batch) -> tuple[Callable[[], Tensor], range, int]:
         """Of any other batch: the same. Its results are in order, one for each row drawn from."""
         self._standing = None
-        rows = rows_of(tree, batch)
+        rows = build_step_rows(tree, batch)
         self._tables.claim(rows.claims)
         self.stats.plans += 1
         device = self.model.device
@@ -256,8 +256,8 @@ class ModelExecutor:
         for rollout in rows.drafted:  # the host will say which of its tokens is the last
             self._tables.forget(rollout)
         step = self._step(rows.step, packed)
-        settings = [settings_of(rollout.group.sampling) for _, rollout in rows.drawn]
-        drawing = Drawing.of(settings, device) if settings else None
+        settings = [sampling_key(rollout.group.sampling) for _, rollout in rows.drawn]
+        drawing = RowSampler.of(settings, device) if settings else None
 
         def run() -> Tensor:
             return self._run_mixed(rows, step, packed.tensors, drawing)
@@ -265,7 +265,7 @@ class ModelExecutor:
         return run, range(len(rows.drawn)), len(rows.ids)
 
     def _run_mixed(
-        self, rows: Rows, step: Step, given: dict[str, Tensor], drawing: Drawing | None
+        self, rows: StepRows, step: Step, given: dict[str, Tensor], drawing: RowSampler | None
     ) -> Tensor:
         model, tables = self.model, self._tables
         ids = given["ids"].index_copy(0, given["last_rows"], tables.last[given["last_indices"]])

@@ -20,30 +20,30 @@ def pages_that_fit(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    most_tokens: int,
-    least_tokens: int = 1,
+    max_kv_tokens: int,
+    min_kv_tokens: int = 1,
     share: float | None = None,
 ) -> int:
-    """Pages for up to `most_tokens`, as many of them as a share of the free memory has room for.
+    """Pages for up to `max_kv_tokens`, as many of them as a share of the free memory has room for.
 
-    most_tokens: that could ever be used; nodes of the prefix tree round up to whole pages
-    least_tokens: fewer are of no use
+    max_kv_tokens: that could ever be used; nodes of the prefix tree round up to whole pages
+    min_kv_tokens: fewer are of no use
     share: of the free memory; by default that in SHARE
 
-    Raises InputError if `least_tokens` do not fit, with what they need and what is free.
+    Raises InputError if `min_kv_tokens` do not fit, with what they need and what is free.
     """
     share = SHARE.get(device.type, SHARE["cpu"]) if share is None else share
     if not 0 < share <= 1:
         raise InputError(f"the share of memory for KV must be above 0 and at most 1, not {share}")
     size, free = page_bytes(config, dtype), free_bytes(device)
-    fitting, least = int(share * free) // size, cdiv(max(least_tokens, 1), PAGE_SIZE)
+    fitting, least = int(share * free) // size, cdiv(max(min_kv_tokens, 1), PAGE_SIZE)
     if fitting < least:
         raise InputError(
             f"KV for {least * PAGE_SIZE} tokens needs {least * size / 1e9:.2f} GB, but of"
             f" {free / 1e9:.2f} GB of free memory {share:.0%} may be used: lower max_tokens,"
             " or take FP8 KV"
         )
-    return max(least, min(fitting, cdiv(most_tokens, PAGE_SIZE)))
+    return max(least, min(fitting, cdiv(max_kv_tokens, PAGE_SIZE)))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -18,13 +18,18 @@ from kernels.sampling import SampleOutput, sample
 from model.config import Config
 from model.decoder import Step
 from model.step3vl import Step3VL
-from pacore_sched.engine.decode_graph import LEVELS, DecodeGraph, default_buckets, node_rows
-from pacore_sched.engine.decode_step import LastTokens, Settings
+from pacore_sched.engine.decode_graph import (
+    MIN_LEVELS,
+    DecodeGraph,
+    default_buckets,
+    node_row_limits,
+)
+from pacore_sched.engine.decode_step import LastTokens, SamplingKey
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.step_batch import build_step_batch
 
 # Temperature, top_k, top_p: as by default, greedy, tempered, truncated.
-SETTINGS: tuple[Settings, ...] = (
+SAMPLING_KEYS: tuple[SamplingKey, ...] = (
     (1.0, 0, 1.0),
     (0.0, 0, 1.0),
     (1.0, 20, 1.0),
@@ -63,10 +68,10 @@ def launch_graph(config: Config, dtype: torch.dtype, kv_dtype: torch.dtype, rows
     """What the CUDA graphs of decode steps of up to `rows` rollouts hold."""
     model = one_layer(config, dtype)
     group = config.decoder.heads // config.decoder.kv_heads
-    for most in node_rows(rows, group):
+    for most in node_row_limits(rows, group):
         cache, tables = model.new_cache(PAGES, kv_dtype), LastTokens(rows, model.device)
-        capacity = Capacity(rows, most, LEVELS)
-        DecodeGraph(model, cache, tables, capacity, SETTINGS[0], _Uncaptured, None)
+        capacity = Capacity(rows, most, MIN_LEVELS)
+        DecodeGraph(model, cache, tables, capacity, SAMPLING_KEYS[0], _Uncaptured, None)
     _sample(model, rows)
 
 
@@ -123,7 +128,7 @@ def _sample(model: Step3VL, rows: int) -> None:
     table = {"last": seeds, "batch_indices": seeds}
     for feeds in ({"ids": seeds, **table}, table, {}):  # decoding, with prompts, in parts
         out = SampleOutput.of(rows, model.device, **feeds)
-        for temperature, top_k, top_p in SETTINGS:
+        for temperature, top_k, top_p in SAMPLING_KEYS:
             sample(logits, seeds, seeds, temperature=temperature, top_k=top_k, top_p=top_p, out=out)
 
 

@@ -58,8 +58,8 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Patch:
-    """Rows that take embeddings of images, one after the other from row `first` of these."""
+class ImageRows:
+    """StepRows that take embeddings of images, one after the other from row `first` of these."""
 
     rows: Sequence[int]
     features: ImageFeatures
@@ -67,19 +67,19 @@ class Patch:
 
 
 @dataclass
-class Rows:
+class StepRows:
     """A step on the host. Lists are aligned with what their comments name."""
 
     step: StepBatch
     ids: list[int]  # [T] 0 where the token is in the table
     last: list[tuple[int, int]] = field(default_factory=list)  # (row, batch index) of those
-    patches: list[Patch] = field(default_factory=list)
+    patches: list[ImageRows] = field(default_factory=list)
     drawn: list[tuple[int, Rollout]] = field(default_factory=list)  # in the order of collection
     claims: list[tuple[Rollout, int | None]] = field(default_factory=list)  # and last known token
     drafted: set[Rollout] = field(default_factory=set)
 
 
-def rows_of(tree: PrefixTree, batch: Batch) -> Rows:
+def build_step_rows(tree: PrefixTree, batch: Batch) -> StepRows:
     """Lay out a batch whose tokens have been appended to the tree."""
     drafts = batch.drafts or ((),) * len(batch.decode)
     decode = list(zip(batch.decode, drafts, strict=True))
@@ -87,7 +87,7 @@ def rows_of(tree: PrefixTree, batch: Batch) -> Rows:
     work += [(chunk.owner.node, chunk.stop - chunk.start) for chunk in batch.chunks]
     step = build_step_batch(tree, work)
     ends = {node: end + 1 for (node, _), end in zip(step.work, step.last_rows, strict=True)}
-    rows = Rows(step, [0] * len(step.positions))
+    rows = StepRows(step, [0] * len(step.positions))
     for rollout, draft in decode:
         _decode(rows, tree, rollout, draft, ends[rollout.node])
     for chunk in batch.chunks:
@@ -96,7 +96,7 @@ def rows_of(tree: PrefixTree, batch: Batch) -> Rows:
 
 
 def _decode(
-    rows: Rows, tree: PrefixTree, rollout: Rollout, draft: tuple[int, ...], end: int
+    rows: StepRows, tree: PrefixTree, rollout: Rollout, draft: tuple[int, ...], end: int
 ) -> None:
     """A rollout's last token, its draft behind it, and what is drawn after each."""
     first = end - 1 - len(draft)
@@ -113,7 +113,7 @@ def _decode(
         rows.drafted.add(rollout)
 
 
-def _write(rows: Rows, chunk: Chunk, end: int) -> None:
+def _write(rows: StepRows, chunk: Chunk, end: int) -> None:
     """Known tokens: a segment's, or a rollout's that is taken up again."""
     owner, first = chunk.owner, end - (chunk.stop - chunk.start)
     if isinstance(owner, Segment):
@@ -124,7 +124,7 @@ def _write(rows: Rows, chunk: Chunk, end: int) -> None:
         if low < high:
             assert prompt.features is not None  # `Prompt.of` has seen to that
             holes = [first + place - chunk.start for place in prompt.holes[low:high]]
-            rows.patches.append(Patch(holes, prompt.features, prompt.first + low))
+            rows.patches.append(ImageRows(holes, prompt.features, prompt.first + low))
         return
     known = [owner.group.last_token, *owner.tokens][chunk.start : chunk.stop]
     if len(known) != chunk.stop - chunk.start:

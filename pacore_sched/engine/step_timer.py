@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass
-class Stats:
+class StepStats:
     """Counts over an executor's life; times in seconds.
 
     On a GPU `device_s` and `idle_s` count steps that have been collected, and the next step's wait
@@ -28,7 +28,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Times:
+class StepEvents:
     """CUDA events around a step."""
 
     before: torch.cuda.Event | None  # the end of the step before it
@@ -40,10 +40,10 @@ class Times:
 class StepTimer:
     """Adds to `stats`, without ever making the host wait for more than a step's results.
 
-    There are no `Times` on a CPU.
+    There are no `StepEvents` on a CPU.
     """
 
-    def __init__(self, stats: Stats, device: torch.device) -> None:
+    def __init__(self, stats: StepStats, device: torch.device) -> None:
         self._stats, self._cuda = stats, device.type == "cuda"
         self._last: torch.cuda.Event | None = None
         self._computing = 0.0
@@ -55,7 +55,7 @@ class StepTimer:
         yield
         self._stats.host_s += time.perf_counter() - start - self._computing
 
-    def step(self, run: Callable[[], Tensor]) -> tuple[Tensor, Times | None]:
+    def step(self, run: Callable[[], Tensor]) -> tuple[Tensor, StepEvents | None]:
         """Run what the device does of a step."""
         if not self._cuda:
             began = time.perf_counter()
@@ -66,13 +66,13 @@ class StepTimer:
         start = _event()
         results = run()
         before, self._last = self._last, _event()
-        return results, Times(before, start, self._last)
+        return results, StepEvents(before, start, self._last)
 
-    def copied(self, times: Times | None) -> Times | None:
+    def copied(self, times: StepEvents | None) -> StepEvents | None:
         """The same, once the copy of the results has been launched."""
         return times and replace(times, copied=_event())
 
-    def wait(self, times: Times | None) -> None:
+    def wait(self, times: StepEvents | None) -> None:
         """Wait for a step's results, and count its times."""
         if times is None:
             return

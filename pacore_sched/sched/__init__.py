@@ -1,1 +1,1 @@
-"""The scheduler: requests, the prefix tree of their KV, policies. Nothing here imports torch."""
+"""The scheduler: requests, the prefix tree of their KV, and policies. Does not import torch."""

@@ -1,8 +1,9 @@
-"""Policies: whose turn it is, whom the pages in hand are enough for, and who gives way when not.
+"""Scheduling policies: order of groups, admission of rollouts, choice of preemption victims.
 
-A policy orders groups (`key`), may hold some back (`opens`), says whether a rollout may start with
-the pages that are free (`admits`), and names the rollout that is preempted when running ones cannot
-grow (`victim`). It sees ints: of lengths that are still to come it knows nothing, but for Oracle.
+A policy orders groups (`key`), may hold some of them back (`may_start`), decides whether a rollout
+may start given the free pages (`admits`), and names the rollout to preempt when running ones cannot
+grow (`victim`). Policies see ints only. None knows the length of an unfinished rollout, except
+Oracle.
 """
 
 from bisect import bisect_right, insort
@@ -15,72 +16,73 @@ from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Group, Rollout
 
 
-class View(Protocol):
-    """What a policy may look at of the scheduler."""
+class SchedulerState(Protocol):
+    """The part of the scheduler that a policy may read."""
 
     tree: PrefixTree
     steps: int  # decode steps so far
 
     @property
     def running(self) -> Collection[Rollout]:
-        """In the order in which they started."""
+        """Rollouts in the order in which they started."""
 
     @property
     def groups(self) -> Collection[Group]:
-        """Not done yet."""
+        """Groups that are not done."""
 
 
 class LaterRoundFirst:
-    """Finish what was begun: groups of later rounds first, then problems in order of arrival.
+    """Later rounds first, then problems in order of arrival: finish what has begun.
 
-    Optimises the mean time to an answer: a synthesis stands between a problem's many finished
-    rollouts and its answer, and keeps nobody waiting for long. Admission is optimistic: by what a
-    rollout needs now, with a watermark of free pages for those that grow.
+    Optimises the mean time to answer: a problem whose many rollouts have finished only needs its
+    synthesis, which is short and delays the others little. Admission is optimistic: it counts the
+    pages that a rollout needs now, and keeps a watermark of free pages for those that grow.
     """
 
-    fixed = True  # whether a group keeps its key while it lives
+    fixed_keys = True  # whether a group's key never changes
 
     def __init__(self, watermark: float = 0.01) -> None:
-        self.watermark = watermark  # of all pages, kept free when a rollout starts
+        self.watermark = watermark  # share of all pages that stays free when a rollout starts
 
     def key(self, group: Group) -> tuple:
-        """Groups with smaller keys go first."""
+        """Sort key of a group: smaller keys go first."""
         return (-group.round, group.problem, group.number)
 
     def order(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
-        """Rollouts of one new group in the order in which they start."""
+        """The rollouts of a new group in the order in which they start."""
         return list(rollouts)
 
-    def begin(self, view: View) -> None:
-        """Called before groups are looked through."""
+    def before_admission(self, state: SchedulerState) -> None:
+        """Called before each pass over the waiting groups."""
 
-    def opens(self, group: Group) -> bool:
-        """Whether a group may start now, should there be room."""
+    def may_start(self, group: Group) -> bool:
+        """Whether a group may start now if there is room for it."""
         return True
 
-    def admits(self, rollout: Rollout, pages: int, view: View) -> bool:
-        """Whether a rollout may start that takes so many pages at once.
+    def admits(self, rollout: Rollout, pages: int, state: SchedulerState) -> bool:
+        """Whether a rollout that takes `pages` pages now may start.
 
-        Asked only while others run: a rollout that is alone may always start.
+        Only called while other rollouts run: a rollout that would be alone may always start.
         """
-        return pages + self.watermark * view.tree.num_pages <= view.tree.free_pages
+        return pages + self.watermark * state.tree.num_pages <= state.tree.free_pages
 
     def victim(self, running: Collection[Rollout]) -> Rollout:
-        """Whom to preempt: of the group that is last in order, the one with the fewest tokens."""
+        """The rollout to preempt: the last group's rollout with the fewest tokens."""
         keys = {group: self.key(group) for group in {rollout.group for rollout in running}}
-        return max(running, key=lambda rollout: (keys[rollout.group], -rollout.asked))
+        return max(running, key=lambda rollout: (keys[rollout.group], -rollout.scheduled))
 
     def ended(self, rollout: Rollout) -> None:
-        """Called for every rollout that has ended by itself."""
+        """Called for every rollout that has ended, unless it was cancelled."""
 
     def forget(self, group: Group) -> None:
         """Called for every group that is done or cancelled."""
 
 
 class Fcfs(LaterRoundFirst):
-    """First come, first served, admission by the pages in hand, as vLLM has it.
+    """First come, first served; admission by the pages needed now, as in vLLM.
 
-    A synthesis joins the back of the queue like any request; who started last is preempted first.
+    A synthesis joins the end of the queue like any other request. The rollout that started last is
+    preempted first.
     """
 
     def key(self, group: Group) -> tuple:
@@ -91,55 +93,56 @@ class Fcfs(LaterRoundFirst):
 
 
 class SglangLike(Fcfs):
-    """First come, first served, with admission and retraction as SGLang has them.
+    """First come, first served, with SGLang's admission and retraction.
 
-    Every running rollout is taken to need a ratio of its remaining max_tokens, these clipped at
-    4,096. The ratio falls from 0.7 to 0.098 over 600 decode steps, and is set anew, from the share
-    of max_tokens that was generated, when memory runs out; the least progress is retracted.
+    Every running rollout is assumed to need a share (the ratio) of its remaining max_tokens, which
+    are clipped at 4,096. The ratio falls from 0.7 to 0.098 over 600 decode steps. When memory runs
+    out, the rollout with the least progress is retracted, and the ratio is reset to the share of
+    max_tokens that has been generated.
     """
 
     CLIP, FIRST, LAST, STEPS = 4096, 0.7, 0.098, 600
 
     def __init__(self, watermark: float = 0.0) -> None:
         super().__init__(watermark)
-        self._ratio, self._since = self.FIRST, 0
+        self._ratio, self._ratio_step = self.FIRST, 0
 
-    def begin(self, view: View) -> None:
-        fall = (self.FIRST - self.LAST) / self.STEPS
-        self._ratio = max(self.LAST, self._ratio - fall * (view.steps - self._since))
-        self._since = view.steps
+    def before_admission(self, state: SchedulerState) -> None:
+        decay = (self.FIRST - self.LAST) / self.STEPS
+        self._ratio = max(self.LAST, self._ratio - decay * (state.steps - self._ratio_step))
+        self._ratio_step = state.steps
 
-    def admits(self, rollout: Rollout, pages: int, view: View) -> bool:
-        size = view.tree.page_size
-        come = sum(min(r.max_tokens - r.asked, self.CLIP) for r in view.running) * self._ratio
-        own = min(rollout.max_tokens - rollout.asked, self.CLIP)
-        return pages * size + come + own <= view.tree.free_pages * size
+    def admits(self, rollout: Rollout, pages: int, state: SchedulerState) -> bool:
+        size = state.tree.page_size
+        left = sum(min(r.max_tokens - r.scheduled, self.CLIP) for r in state.running) * self._ratio
+        own = min(rollout.max_tokens - rollout.scheduled, self.CLIP)
+        return pages * size + left + own <= state.tree.free_pages * size
 
     def victim(self, running: Collection[Rollout]) -> Rollout:
-        done = sum(rollout.asked for rollout in running) + 20 * len(running)
+        done = sum(rollout.scheduled for rollout in running) + 20 * len(running)
         self._ratio = min(1.0, done / sum(rollout.max_tokens for rollout in running))
-        return min(running, key=lambda rollout: rollout.asked)
+        return min(running, key=lambda rollout: rollout.scheduled)
 
 
 class ReserveMax(Fcfs):
     """First come, first served; a rollout starts only if all could reach their max_tokens.
 
-    Never preempts, and leaves most of the memory idle: what TensorRT-LLM does by default.
+    Never preempts, and leaves most of the memory idle. This is TensorRT-LLM's default.
     """
 
-    def admits(self, rollout: Rollout, pages: int, view: View) -> bool:
-        tree = view.tree
-        running = [(r.node, r.max_tokens - tree.length(r.node)) for r in view.running]
-        come = sum(tree.pages_needed(node, tokens) for node, tokens in running)
-        size = tree.page_size  # `pages` holds what is known of the rollout
-        own = cdiv(rollout.max_tokens, size) - (1 + rollout.asked) // size
-        return come + pages + own <= tree.free_pages
+    def admits(self, rollout: Rollout, pages: int, state: SchedulerState) -> bool:
+        tree = state.tree
+        running = [(r.node, r.max_tokens - tree.length(r.node)) for r in state.running]
+        others = sum(tree.pages_needed(node, tokens) for node, tokens in running)
+        size = tree.page_size  # `pages` covers the rollout's tokens so far
+        own = cdiv(rollout.max_tokens, size) - (1 + rollout.scheduled) // size
+        return others + pages + own <= tree.free_pages
 
 
 class Barrier(Fcfs):
-    """Batches of problems, every round of which waits for all of the round before.
+    """Batches of problems, one round at a time: no round starts before the previous one is done.
 
-    What a client does that sends one batch after another, a round at a time. Of size 1 it is one
+    This is a client that sends one batch after another, a round at a time. With size 1 it is one
     problem at a time.
     """
 
@@ -147,135 +150,143 @@ class Barrier(Fcfs):
         super().__init__(watermark)
         self.size = size
 
-    def begin(self, view: View) -> None:
-        stages = ((group.problem // self.size, group.round) for group in view.groups)
+    def before_admission(self, state: SchedulerState) -> None:
+        stages = ((group.problem // self.size, group.round) for group in state.groups)
         self._stage = min(stages, default=None)
 
-    def opens(self, group: Group) -> bool:
+    def may_start(self, group: Group) -> bool:
         return (group.problem // self.size, group.round) == self._stage
 
 
 class OneAtATime(Barrier):
-    """One problem at a time, as an engine that knows nothing but a batch: the base line."""
+    """One problem at a time, as on an engine that only knows batches: the baseline."""
 
     def __init__(self, watermark: float = 0.01) -> None:
         super().__init__(1, watermark)
 
 
 class Predicted(LaterRoundFirst):
-    """Later round first; starts a rollout only if the pages are predicted to last.
+    """Later round first; a rollout starts only if its pages are predicted to last.
 
-    A rollout is expected to become as long as most (a quantile) of its group's that have ended, or
-    of all of its round's, were longer than it is now. The pages needed are the most that the
-    running ones will hold together, which are fewer than the sum: each gives back its own in
-    ending. Trades a little occupancy for fewer preemptions.
+    A rollout's expected length is a quantile of the lengths of ended rollouts that were longer than
+    it is now: those of its group, or those of all groups of its round if the group has too few. The
+    pages needed are the peak that the running rollouts will hold together. It is below the sum of
+    their final sizes, because each returns its pages when it ends. Trades a little occupancy for
+    fewer preemptions.
     """
 
-    QUANTILE, FEWEST = 0.6, 3  # fewer ended rollouts than FEWEST say nothing
+    QUANTILE, MIN_ENDED = 0.6, 3  # with fewer ended rollouts there is no prediction
 
     def __init__(self, watermark: float = 0.01) -> None:
         super().__init__(watermark)
-        self._of_group: dict[Group, list[int]] = defaultdict(list)
-        self._of_round: dict[int, list[int]] = defaultdict(list)
+        self._group_lengths: dict[Group, list[int]] = defaultdict(list)
+        self._round_lengths: dict[int, list[int]] = defaultdict(list)
 
     def ended(self, rollout: Rollout) -> None:
-        for lengths in (self._of_group[rollout.group], self._of_round[rollout.group.round]):
-            insort(lengths, rollout.asked)
+        for lengths in (
+            self._group_lengths[rollout.group],
+            self._round_lengths[rollout.group.round],
+        ):
+            insort(lengths, rollout.scheduled)
 
     def forget(self, group: Group) -> None:
-        self._of_group.pop(group, None)
+        self._group_lengths.pop(group, None)
 
-    def expected(self, rollout: Rollout) -> int:
-        """Tokens that a rollout is expected to have at its end."""
-        for lengths in (self._of_group.get(rollout.group, ()), self._of_round[rollout.group.round]):
-            shorter = bisect_right(lengths, rollout.asked)
+    def expected_length(self, rollout: Rollout) -> int:
+        """The number of tokens that a rollout is expected to have at its end."""
+        for lengths in (
+            self._group_lengths.get(rollout.group, ()),
+            self._round_lengths[rollout.group.round],
+        ):
+            shorter = bisect_right(lengths, rollout.scheduled)
             longer = len(lengths) - shorter
-            if longer >= self.FEWEST:
+            if longer >= self.MIN_ENDED:
                 expected = lengths[shorter + int(self.QUANTILE * longer)]
                 return min(expected, rollout.max_tokens)
-        return rollout.asked  # nothing is known: as optimistic as the others
+        return rollout.scheduled  # no prediction: as optimistic as the other policies
 
-    def admits(self, rollout: Rollout, pages: int, view: View) -> bool:
-        if not super().admits(rollout, pages, view):
+    def admits(self, rollout: Rollout, pages: int, state: SchedulerState) -> bool:
+        if not super().admits(rollout, pages, state):
             return False
-        tree = view.tree
-        left = [(self.expected(r) - r.asked, tree.length(r.node)) for r in view.running]
-        left.append((self.expected(rollout) - rollout.asked, pages * tree.page_size))
-        own = sum(len(tree.pages(r.node)) for r in view.running)
-        others = tree.num_pages - tree.free_pages - own
-        room = (1 - self.watermark) * tree.num_pages - others
+        tree = state.tree
+        left = [(self.expected_length(r) - r.scheduled, tree.length(r.node)) for r in state.running]
+        left.append((self.expected_length(rollout) - rollout.scheduled, pages * tree.page_size))
+        own = sum(len(tree.pages(r.node)) for r in state.running)
+        prompts = tree.num_pages - tree.free_pages - own
+        room = (1 - self.watermark) * tree.num_pages - prompts
         return peak(left) <= room * tree.page_size
 
 
 class ShortestExpected(LaterRoundFirst):
-    """The group expected to have the fewest tokens left goes first, and is preempted last.
+    """The group with the fewest expected tokens left goes first, and is preempted last.
 
-    Optimises the mean time to an answer where problems differ in length. A rollout that has not
-    ended is expected to go on for as many tokens as its group has generated, running rollouts
-    included, per rollout that has ended: what is known of exponential lengths some of which are not
-    over yet. One more rollout, of the mean length of all that ended, stands for what is known
-    before. A synthesis is short by itself. Nobody waits for ever: a problem counts one rollout of
-    mean length more for each that came before it.
+    Optimises the mean time to answer where problems differ in length. A rollout that has not ended
+    is expected to generate as many more tokens as its group has generated so far, running rollouts
+    included, divided by the number of its ended rollouts: the estimate for exponential lengths of
+    which some are still unknown (censored). One extra rollout of the mean length of all ended
+    rollouts serves as the prior. A synthesis is short by itself. No group starves: a problem's key
+    grows by one mean rollout for each problem that arrived before it.
     """
 
-    fixed = False
+    fixed_keys = False
 
     def __init__(self, watermark: float = 0.01) -> None:
         super().__init__(watermark)
-        self._tokens = self._ended = 1  # of all rollouts
+        self._tokens = self._ended = 1  # over all rollouts
 
     def key(self, group: Group) -> tuple:
         mean = self._tokens / self._ended
-        generated = sum(rollout.asked for rollout in group.rollouts)
+        generated = sum(rollout.scheduled for rollout in group.rollouts)
         left = (group.need - group.ended) * (generated + mean) / (group.ended + 1)
         return (left + mean * group.problem, group.problem, group.number)
 
     def ended(self, rollout: Rollout) -> None:
-        self._tokens += rollout.asked
+        self._tokens += rollout.scheduled
         self._ended += 1
 
 
 class Oracle(Predicted):
-    """Later round first with lengths known beforehand: what prediction could reach at best.
+    """Later round first with known lengths: the best that prediction could reach.
 
-    Starts a group's longest rollouts first, and none that will be preempted.
+    Starts a group's longest rollouts first, and starts none that will be preempted.
     """
 
     def __init__(self, length: Callable[[Rollout], int], watermark: float = 0.01) -> None:
         super().__init__(watermark)
         self._length = length
 
-    def expected(self, rollout: Rollout) -> int:
+    def expected_length(self, rollout: Rollout) -> int:
         return self._length(rollout)
 
     def order(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
-        return sorted(rollouts, key=self.expected, reverse=True)
+        return sorted(rollouts, key=self.expected_length, reverse=True)
 
 
 class OracleShortest(Oracle):
-    """Oracle whose groups go by the tokens that they will generate, the fewest first.
+    """Oracle that starts the group with the fewest tokens to generate first.
 
-    Shortest job first has the least mean time to an answer that any order has, nearly; no policy
-    can know it.
+    This order, shortest job first, has nearly the least possible mean time to answer; no real
+    policy can know it.
     """
 
     def key(self, group: Group) -> tuple:
-        return (sum(map(self.expected, group.rollouts)), group.problem, group.number)
+        return (sum(map(self.expected_length, group.rollouts)), group.problem, group.number)
 
 
 def peak(left: Iterable[tuple[int, int]]) -> int:
-    """The most tokens ever held by rollouts of (tokens to come, tokens held), all growing alike.
+    """The most tokens held at once by rollouts of (tokens to come, tokens held).
 
-    It is reached just before one of them ends: then all that end later have grown as much.
+    All grow at the same rate. The peak comes just before a rollout ends, when all that end later
+    have grown by as much.
     """
-    most = held = count = 0
-    for come, now in sorted(left, reverse=True):
-        held, count = held + now, count + 1
-        most = max(most, held + count * come)
-    return most
+    highest = held = count = 0
+    for to_come, held_now in sorted(left, reverse=True):
+        held, count = held + held_now, count + 1
+        highest = max(highest, held + count * to_come)
+    return highest
 
 
-# Made with a function that tells a rollout's length.
+# Constructed with a function that returns a rollout's length.
 KNOW_LENGTHS: dict[str, type[Oracle]] = {"oracle": Oracle, "oracle-shortest": OracleShortest}
 POLICIES: dict[str, type[LaterRoundFirst]] = {
     "later-round-first": LaterRoundFirst,

@@ -1,9 +1,9 @@
-"""The prefix tree: which token lives in which page of KV, and who still needs it.
+"""The prefix tree: the pages of KV in which each token is, and how long each node must live.
 
-A node is a run of tokens that several sequences have in common: image and question, one rollout, a
-synthesis prompt. It owns whole pages, some perhaps for tokens to come, so forking a sequence means
-adding a child and copies nothing. A node lives as long as somebody holds it or it has a child. The
-tree knows neither tokens nor tensors, only numbers of them; it is plain Python, and all but `path`,
+A node is a run of tokens that several sequences share: image and question, one rollout, a synthesis
+prompt. It owns whole pages, some of which may be reserved for future tokens. Forking a sequence
+adds a child and copies nothing. A node lives as long as it is held or has a child. The tree stores
+only numbers of tokens, no tokens or tensors. It is plain Python, and all methods except `path`,
 `depth_first` and `check_integrity` take constant time (amortised, per page and node given).
 """
 
@@ -15,17 +15,17 @@ from kernels.runtime.arithmetic import cdiv
 
 
 class OutOfPages(Exception):
-    """The pool has fewer free pages than a reservation needs. Nothing was changed."""
+    """The pool has fewer free pages than a reservation needs. The tree is unchanged."""
 
 
 class IntegrityError(AssertionError):
-    """The tree contradicts itself: a bug, never a user's mistake."""
+    """The tree is inconsistent: a bug, never a user's mistake."""
 
 
 @dataclass(slots=True)
 class _Node:
     parent: int | None
-    start: int  # tokens of the path above: fixed, as a node with children does not grow
+    start: int  # tokens of its ancestors: fixed, as a node with children does not grow
     length: int = 0
     capacity: int = 0  # tokens that the pages hold
     pages: list[int] = field(default_factory=list)
@@ -36,21 +36,21 @@ class _Node:
 class PrefixTree:
     """A forest of nodes over `num_pages` pages of `page_size` tokens each.
 
-    Nodes are named by ints that are never used again. Every method that takes one raises
+    Nodes are identified by ints that are never reused. Every method that takes a node raises
     ValueError if it is not, or no longer, in the tree.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         if num_pages < 1 or page_size < 1:
-            raise ValueError(f"{num_pages} pages of {page_size} tokens: both must be positive")
+            raise ValueError(f"num_pages {num_pages} and page_size {page_size} must be positive")
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free = list(reversed(range(num_pages)))  # a stack: page 0 is handed out first
+        self._free = list(reversed(range(num_pages)))  # a stack: page 0 is taken first
         self._nodes: dict[int, _Node] = {}
         self._next_id = 0
 
     def add(self, parent: int | None = None) -> int:
-        """An empty node below `parent`, or a root, held once by the caller."""
+        """Add an empty node below `parent`, or a root; the caller holds it once."""
         start = 0
         if parent is not None:
             start = self.context_length(parent)
@@ -62,19 +62,21 @@ class PrefixTree:
     def append(self, node: int, tokens: int) -> None:
         """Append tokens to a node, taking pages as needed.
 
-        Raises OutOfPages, and ValueError for a node with children: they begin where it ends.
+        Raises OutOfPages, and ValueError for a node with children, which start where it ends.
         """
-        self.provide(node, tokens)
+        self.reserve(node, tokens)
         self._nodes[node].length += tokens
 
-    def provide(self, node: int, tokens: int) -> None:
-        """Take the pages that appending so many tokens to a node will need; raises as `append`."""
+    def reserve(self, node: int, tokens: int) -> None:
+        """Take the pages that appending `tokens` tokens to a node will need; raises as `append`."""
         entry = self._get(node)
         if entry.children:
-            raise ValueError(f"node {node} has children, which begin where it ends: it cannot grow")
+            raise ValueError(f"node {node} cannot grow: it has children, which start where it ends")
         needed = self.pages_needed(node, tokens)
         if needed > len(self._free):
-            raise OutOfPages(f"{needed} pages needed, {len(self._free)} free")
+            raise OutOfPages(
+                f"node {node} needs {needed} pages, the pool has {len(self._free)} free"
+            )
         if needed:
             entry.pages.extend(self._free.pop() for _ in range(needed))
             entry.capacity += needed * self.page_size
@@ -82,18 +84,20 @@ class PrefixTree:
     def grow(self, nodes: Iterable[int], tokens: int) -> None:
         """Append tokens to each of some nodes that have `room` for them and no children.
 
-        For every step of every rollout, hence without checks but one.
+        Called for every rollout in every step, so it only checks the room.
         """
         entries = self._nodes
         for node in nodes:
             entry = entries[node]
             length = entry.length + tokens
             if length > entry.capacity:
-                raise ValueError(f"node {node} has no room for {tokens} more tokens")
+                raise ValueError(
+                    f"node {node} has no room for {tokens} more tokens: reserve pages first"
+                )
             entry.length = length
 
     def truncate(self, node: int, length: int) -> None:
-        """Cut a node without children to its first `length` tokens, and give back spare pages."""
+        """Cut a node without children to its first `length` tokens, and free its other pages."""
         entry = self._get(node)
         if entry.children or not 0 <= length <= entry.length:
             raise ValueError(
@@ -107,13 +111,13 @@ class PrefixTree:
         entry.capacity = used * self.page_size
 
     def hold(self, node: int) -> None:
-        """Keep a node alive for one more `release`."""
+        """Keep a node alive until one more `release`."""
         self._get(node).holds += 1
 
     def release(self, node: int) -> None:
-        """Drop one hold. Nodes that are then neither held nor have children return their pages.
+        """Drop one hold. Nodes that then have neither holds nor children return their pages.
 
-        Raises ValueError if the node is only kept by its children.
+        Raises ValueError if only its children keep the node.
         """
         entry = self._get(node)
         if not entry.holds:
@@ -135,7 +139,9 @@ class PrefixTree:
     def pages_needed(self, node: int, new_tokens: int) -> int:
         """Pages that appending `new_tokens` to a node would take."""
         if new_tokens < 0:
-            raise ValueError(f"node {node} cannot take {new_tokens} tokens")
+            raise ValueError(
+                f"node {node} cannot take {new_tokens} tokens: the number must not be negative"
+            )
         entry = self._get(node)
         return max(0, -((entry.capacity - entry.length - new_tokens) // self.page_size))
 
@@ -151,15 +157,15 @@ class PrefixTree:
         return entry.capacity - entry.length
 
     def children(self, node: int) -> int:
-        """Nodes directly below."""
+        """Number of direct children."""
         return self._get(node).children
 
     def length(self, node: int) -> int:
-        """Tokens that the node itself holds."""
+        """Number of tokens in the node itself."""
         return self._get(node).length
 
     def context_length(self, node: int) -> int:
-        """Tokens on the path from the root to the node, its own included."""
+        """Tokens on the path from the root to the node, including the node's."""
         entry = self._get(node)
         return entry.start + entry.length
 
@@ -168,28 +174,31 @@ class PrefixTree:
         return tuple(self._get(node).pages)
 
     def slots(self, node: int, start: int, stop: int) -> list[int]:
-        """Slots of the node's tokens [start, stop). Raises ValueError outside of its length."""
+        """Slots of the node's tokens [start, stop). Raises ValueError outside its length."""
         entry = self._get(node)
         if not 0 <= start <= stop <= entry.length:
-            raise ValueError(f"node {node} holds {entry.length} tokens, not {start}..{stop}")
+            raise ValueError(
+                f"node {node} holds {entry.length} tokens: {start}..{stop} is out of range"
+            )
         pages, size = entry.pages, self.page_size
         return [pages[token // size] * size + token % size for token in range(start, stop)]
 
     def path(self, node: int) -> tuple[int, ...]:
-        """Nodes from the root to the node, itself included."""
+        """Nodes from the root to the node, inclusive."""
         path = [node]
         while (parent := self._get(path[-1]).parent) is not None:
             path.append(parent)
         return tuple(reversed(path))
 
     def depth_first(self, nodes: Iterable[int]) -> list[tuple[int, ...]]:
-        """Paths to the nodes in depth-first order: parents first, siblings as they were added."""
+        """Paths to the nodes in depth-first order: parents first, siblings in the order of
+        creation."""
         return sorted(map(self.path, nodes))
 
     def check_integrity(self, holds: Mapping[int, int] | None = None) -> None:
-        """Raise IntegrityError describing the first fault found, if there is one.
+        """Raise IntegrityError with the first fault found, if there is one.
 
-        `holds` is the number of holds on every held node as the caller knows it; with it, holds
+        `holds` is the number of holds on every held node as the caller counts them. With it, holds
         that were forgotten or dropped twice are found as well.
         """
         self._check_pages()
@@ -198,7 +207,7 @@ class PrefixTree:
             self._check_node(node, entry, children[node])
         held = {node: entry.holds for node, entry in self._nodes.items() if entry.holds}
         if holds is not None and held != dict(holds):
-            raise IntegrityError(f"holds per node are {held}, the caller's are {dict(holds)}")
+            raise IntegrityError(f"holds per node are {held}, the caller counts {dict(holds)}")
 
     def _get(self, node: int) -> _Node:
         entry = self._nodes.get(node)
@@ -228,12 +237,15 @@ class PrefixTree:
         orphan = entry.parent is not None and (parent is None or entry.parent >= node)
         for fault, message in (
             (orphan, f"its parent {entry.parent} is not an older node of the tree"),
-            (entry.start != start, f"it starts at {entry.start}, its path has {start} tokens"),
-            (entry.children != children, f"it counts {entry.children} children, has {children}"),
+            (
+                entry.start != start,
+                f"it starts at {entry.start}, its ancestors have {start} tokens",
+            ),
+            (entry.children != children, f"it counts {entry.children} children but has {children}"),
             (entry.holds < 0, f"it has {entry.holds} holds"),
             (not entry.holds and not children, "it is neither held nor has children"),
             (entry.length < 0, f"it has {entry.length} tokens"),
-            (len(entry.pages) < pages, f"it owns {len(entry.pages)} pages, needs {pages}"),
+            (len(entry.pages) < pages, f"it owns {len(entry.pages)} pages but needs {pages}"),
             (
                 entry.capacity != len(entry.pages) * self.page_size,
                 f"its {len(entry.pages)} pages do not hold {entry.capacity} tokens",

@@ -1,6 +1,6 @@
-"""A step's batch: the rows of all its work in depth-first order, and which rows read which node.
+"""The batch of one step: its rows in depth-first order, and the rows that read each node.
 
-Made of ints; the executor turns it into tensors. What a step shall do is not decided here.
+Consists of ints, which the executor turns into tensors. The scheduler decides what a step does.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,23 +12,24 @@ from pacore_sched.sched.prefix_tree import PrefixTree
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What the model runs in one step: T rows, one per new token, of B work items."""
+    """The model's input for one step: T rows, one for each new token, in B work items."""
 
     work: tuple[tuple[int, int], ...]  # [B] (node, number of new tokens), in the order of rows
-    plan_nodes: tuple[PlanNode, ...]  # nodes that some row reads, parents before children
-    positions: tuple[int, ...]  # [T] of each new token in its sequence
-    slots: tuple[int, ...]  # [T] where its K and V go: page * page_size + offset
-    last_rows: tuple[int, ...]  # [B] the row of each item's last token, which gives its logits
+    plan_nodes: tuple[PlanNode, ...]  # nodes that rows read, parents before children
+    positions: tuple[int, ...]  # [T] position of each new token in its sequence
+    slots: tuple[int, ...]  # [T] where K and V are written: page * page_size + offset
+    last_rows: tuple[int, ...]  # [B] row of each item's last token, whose logits are used
 
 
 def build_step_batch(tree: PrefixTree, work: Iterable[tuple[int, int]]) -> StepBatch:
     """Lay out the step that writes the last `num_new` tokens of each (node, num_new) of `work`.
 
-    The tokens have been appended; all earlier ones were written by earlier steps. A node may be
-    written in the same step as a node above it if all of its own tokens are new, and those of the
-    nodes between: its rows stand behind the upper node's and see all of it, as they would later.
-    Raises ValueError for a node listed twice, a number of new tokens outside of 1..length, and
-    tokens of earlier steps below a node that is being written.
+    The tokens must have been appended to the tree, and earlier steps must have written all earlier
+    ones. A node and an ancestor may be written in the same step if all tokens of the node, and of
+    the nodes between them, are new: the node's rows follow the ancestor's and see all of it, as
+    they would in a later step.
+    Raises ValueError if a node is listed twice, if a number of new tokens is not in 1..length, or
+    if a node below one that is being written holds tokens of earlier steps.
     """
     work = list(work)
     new = dict(work)
@@ -42,7 +43,7 @@ def build_step_batch(tree: PrefixTree, work: Iterable[tuple[int, int]]) -> StepB
     for node in order:
         num_new, length, context = new[node], tree.length(node), tree.context_length(node)
         if not 1 <= num_new <= length:
-            raise ValueError(f"node {node} holds {length} tokens, of which {num_new} cannot be new")
+            raise ValueError(f"node {node} holds {length} tokens: {num_new} of them cannot be new")
         positions.extend(range(context - num_new, context))
         slots.extend(tree.slots(node, length - num_new, length))
         last_rows.append(len(positions) - 1)
@@ -58,8 +59,8 @@ def build_step_batch(tree: PrefixTree, work: Iterable[tuple[int, int]]) -> StepB
 def _plan_nodes(
     tree: PrefixTree, paths: Sequence[Sequence[int]], new: Mapping[int, int]
 ) -> tuple[PlanNode, ...]:
-    """Every node with tokens on the path to some work item, and the rows of the items below it."""
-    first_row: dict[int, int] = {}  # filled parents first, in depth-first order
+    """Every node with tokens on the path to a work item, with the rows of the items below it."""
+    first_row: dict[int, int] = {}  # keys in depth-first order, parents first
     end_row: dict[int, int] = {}
     row = 0
     for path in paths:
@@ -82,7 +83,7 @@ def _check_written_in_order(tree: PrefixTree, path: Sequence[int], new: Mapping[
         if written is not None and new.get(node, 0) < tree.length(node):
             raise ValueError(
                 f"node {node} holds tokens of earlier steps, but node {written} above it is"
-                " written in this one"
+                " written in this step"
             )
         if node in new:
             written = node

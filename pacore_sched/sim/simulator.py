@@ -76,9 +76,9 @@ class SimExecutor:
         self.run(tree, batch, step_shape(tree, batch), 1)
         return len(batch.sampled)
 
-    def collect(self, ticket: int) -> tuple[list[int], list[float]]:
+    def collect(self, pending: int) -> tuple[list[int], list[float]]:
         """The step's tokens and log-probabilities."""
-        return [0] * ticket, [0.0] * ticket
+        return [0] * pending, [0.0] * pending
 
     def run(self, tree: PrefixTree, batch: Batch, shape: StepShape, steps: int) -> None:
         """Pass the time of `steps` steps of a batch, the first of which has this shape."""
@@ -166,20 +166,20 @@ class Replica:
         shape = step_shape(tree, batch)
         steps = self._left
         if steps > 1:
-            steps = min(steps, 1 + min(self._record(r).length - r.asked for r in batch.decode))
+            steps = min(steps, 1 + min(self._record(r).length - r.scheduled for r in batch.decode))
             if until < inf:
                 cost = self.executor.cost
                 steps = steps_until(lambda k: cost.seconds(shape, k), until - clock, steps)
         sampled = batch.sampled
         for rollout in sampled:
-            if rollout.asked == 1:
+            if rollout.scheduled == 1:
                 self._record(rollout).first_s = clock + self.executor.cost.seconds(shape)
         if steps > 1:
             self.scheduler.repeat(steps - 1)
         self._left -= steps
         self.executor.run(tree, batch, shape, steps)
         for rollout in sampled:
-            if not rollout.finish_reason and rollout.asked >= self._record(rollout).length:
+            if not rollout.finish_reason and rollout.scheduled >= self._record(rollout).length:
                 self._end(rollout)
         return True
 
@@ -228,7 +228,7 @@ def step_shape(tree: PrefixTree, batch: Batch) -> StepShape:
     own = 0  # tokens of the rollouts' own nodes
     members: dict[Group, int] = {}
     for rollout in batch.decode:
-        own += rollout.asked
+        own += rollout.scheduled
         members[rollout.group] = members.get(rollout.group, 0) + 1
     segments: dict[int, int] = {}  # node -> tokens of it that are read
     unshared = own

@@ -92,15 +92,15 @@ class FakeExecutor:
                 del self.last[rollout.batch_index]
         return drawn, [-1.0] * len(drawn)
 
-    def collect(self, ticket: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
-        return ticket
+    def collect(self, pending: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
+        return pending
 
     def _last(self, rollout: Rollout) -> int:
         owner, token = self.last.get(rollout.batch_index, (None, 0))
         if owner is rollout:
             return token
         known = [rollout.group.last_token, *rollout.tokens]
-        assert len(known) >= rollout.asked, "the last token is still in flight"
+        assert len(known) >= rollout.scheduled, "the last token is still in flight"
         return known[-1]
 
     def _context(self, tree: PrefixTree, rollout: Rollout) -> list[int]:

@@ -12,8 +12,8 @@ from kernels.prefix_attention.advance import advance_kernel
 from kernels.prefix_plan import Capacity
 from kernels.runtime.configs import H200
 from model.config import PRESETS
-from pacore_sched.engine.decode_graph import LEVELS, DecodeGraph
-from pacore_sched.engine.decode_step import LastTokens, Settings
+from pacore_sched.engine.decode_graph import MIN_LEVELS, DecodeGraph
+from pacore_sched.engine.decode_step import LastTokens, SamplingKey
 from pacore_sched.engine.launch_sites import one_layer
 
 PRODUCTS = {"mm", "addmm", "linear"}
@@ -34,7 +34,7 @@ class PyTorchOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def launched(settings: Settings, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launched(settings: SamplingKey, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """All launches of a graph of one layer, in order; Triton's end in "_kernel"."""
     names: list[str] = []
 
@@ -53,7 +53,7 @@ def launched(settings: Settings, rows: int, monkeypatch: pytest.MonkeyPatch) -> 
         # Of the class that kernels are of: pytest's process has Triton interpret.
         record = lambda kernel, *args, **options: names.append(kernel.fn.__name__)  # noqa: E731
         patch.setattr(type(advance_kernel), "run", record)
-        capacity = Capacity(rows, rows, LEVELS)
+        capacity = Capacity(rows, rows, MIN_LEVELS)
         DecodeGraph(model, cache, tables, capacity, settings, Recorded, None)
     return names
 
@@ -66,7 +66,7 @@ def launched(settings: Settings, rows: int, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("rows", "pieces"), [(4, ()), (64, ("pieces",))])
 @torch.no_grad()  # in inference mode a cast would be recorded as a view
 def test_no_small_launches(
-    settings: Settings,
+    settings: SamplingKey,
     draws: tuple[str, ...],
     rows: int,
     pieces: tuple[str, ...],

@@ -89,8 +89,8 @@ class Hand:
 
     def collect(self, launched: tuple[Batch, object]) -> None:
         """Hand out a step's tokens."""
-        batch, ticket = launched
-        tokens, logprobs = self.executor.collect(ticket)
+        batch, pending = launched
+        tokens, logprobs = self.executor.collect(pending)
         for rollout, token, logprob in zip(batch.sampled, tokens, logprobs, strict=True):
             rollout.tokens.append(token)
             rollout.logprobs.append(logprob)
@@ -215,7 +215,7 @@ def test_moved_to_the_host_and_back(tiny: Step3VL, kv_dtype: torch.dtype | None)
     hand.start(lost)
     hand.tree.append(lost.node, length)
     pages = hand.tree.pages(lost.node)
-    hand.tree.provide(lost.node, 100)  # a page more than was moved
+    hand.tree.reserve(lost.node, 100)  # a page more than was moved
     more = hand.tree.pages(lost.node)
     assert len(more) > len(pages)
     hand.collect(hand.launch(Batch((lost, alone, kept), restored=((lost, pages),))))
@@ -257,8 +257,8 @@ def test_drafts(tiny: Step3VL):
         ((told[8] + 1,), 0),
         ((), 0),
     ):
-        batch, ticket = hand.launch(Batch((beside, drafted), drafts=((), draft)))
-        tokens, logprobs = hand.executor.collect(ticket)
+        batch, pending = hand.launch(Batch((beside, drafted), drafts=((), draft)))
+        tokens, logprobs = hand.executor.collect(pending)
         assert len(tokens) == len(logprobs) == 2 + len(draft)
         beside.tokens.append(tokens[0])
         beside.logprobs.append(logprobs[0])
@@ -424,7 +424,7 @@ def test_bad_input(tiny: Step3VL):
         Hand(blind).executor.encode([])
     assert Hand(blind).executor.segment([1, patch]).ready()
     with pytest.raises(InputError, match="needs .* GB"):
-        ModelExecutor(tiny, least_tokens=10**15)
+        ModelExecutor(tiny, min_kv_tokens=10**15)
 
 
 def test_tokens_that_nobody_knows(tiny: Step3VL):

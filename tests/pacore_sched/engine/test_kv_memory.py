@@ -20,7 +20,7 @@ def a_free_gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fit(config=LARGE, dtype=torch.bfloat16, device=CPU, **options) -> int:
-    return pages_that_fit(config, device=device, dtype=dtype, **{"most_tokens": 10**9} | options)
+    return pages_that_fit(config, device=device, dtype=dtype, **{"max_kv_tokens": 10**9} | options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
@@ -46,18 +46,18 @@ def test_a_share_of_what_is_free():
 
 def test_no_more_than_can_be_used():
     """A machine with much memory does not spend it on pages that nobody could fill."""
-    assert fit(most_tokens=PAGE_SIZE * 7) == 7
-    assert fit(most_tokens=PAGE_SIZE * 7 + 1) == 8
-    assert fit(most_tokens=PAGE_SIZE, least_tokens=PAGE_SIZE * 3) == 3
+    assert fit(max_kv_tokens=PAGE_SIZE * 7) == 7
+    assert fit(max_kv_tokens=PAGE_SIZE * 7 + 1) == 8
+    assert fit(max_kv_tokens=PAGE_SIZE, min_kv_tokens=PAGE_SIZE * 3) == 3
 
 
 def test_too_little():
     """The error says what is needed, what is free, and what of that may be used."""
     least = fit(share=1.0)
-    assert fit(share=1.0, least_tokens=least * PAGE_SIZE) == least
+    assert fit(share=1.0, min_kv_tokens=least * PAGE_SIZE) == least
     message = r"KV for 6720 tokens needs 0\.99 GB, but of 1\.00 GB of free memory 50% may be used"
     with pytest.raises(InputError, match=message):
-        fit(least_tokens=least * PAGE_SIZE)
+        fit(min_kv_tokens=least * PAGE_SIZE)
     with pytest.raises(InputError, match=r"needs 0\.01 GB"):
         fit(share=0.001)
     for share in (0.0, -1.0, 1.1, float("nan")):

@@ -1,4 +1,4 @@
-"""The prefix tree against a brute-force model, and its integrity check against broken trees."""
+"""The prefix tree compared with a brute-force model; its integrity check on broken trees."""
 
 import sys
 from collections import Counter
@@ -12,10 +12,11 @@ from pacore_sched.sched.prefix_tree import IntegrityError, OutOfPages, PrefixTre
 
 
 class AgainstModel(RuleBasedStateMachine):
-    """Random use of the tree beside a model that knows every token and searches for everything.
+    """Random use of the tree, compared with a model that stores every token and searches
+    everything.
 
-    `memory` stands for the page tensors: each token's slot is stamped with (node, index), and must
-    still bear that stamp for as long as the node lives.
+    `memory` represents the page tensors: each token's slot is stamped with (node, index), and must
+    keep that stamp as long as the node lives.
     """
 
     @initialize(num_pages=st.integers(1, 12), page_size=st.integers(1, 4))
@@ -23,7 +24,7 @@ class AgainstModel(RuleBasedStateMachine):
         self.tree = PrefixTree(num_pages, page_size)
         self.num_pages, self.page_size = num_pages, page_size
         self.parents, self.lengths, self.holds = {}, {}, Counter()
-        self.spare = Counter()  # pages of a node beyond those that its tokens fill
+        self.spare = Counter()  # reserved pages of a node beyond those that its tokens need
         self.dead, self.memory = set(), {}
 
     def children(self, node):
@@ -41,7 +42,7 @@ class AgainstModel(RuleBasedStateMachine):
         return self.num_pages - used - sum(self.spare.values())
 
     def stamp(self, node, tokens):
-        """Note that tokens were appended, and what was written into their slots."""
+        """Record that tokens were appended, and write their slots."""
         length = self.lengths[node]
         before = self.pages_of(length) + self.spare[node]
         self.lengths[node] += tokens
@@ -62,16 +63,16 @@ class AgainstModel(RuleBasedStateMachine):
     @precondition(lambda self: self.parents)
     @rule(data=st.data(), new_tokens=st.integers(0, 9), keep=st.booleans())
     def append(self, data, new_tokens, keep):
-        """Append tokens, or only take the pages for them."""
+        """Append tokens, or only reserve pages for them."""
         node = self.pick(data, self.parents)
-        call = self.tree.append if keep else self.tree.provide
+        call = self.tree.append if keep else self.tree.reserve
         if self.children(node):
             with pytest.raises(ValueError, match="cannot grow"):
                 call(node, new_tokens)
             return
         length = self.lengths[node]
-        have = self.pages_of(length) + self.spare[node]
-        needed = max(0, self.pages_of(length + new_tokens) - have)
+        owned = self.pages_of(length) + self.spare[node]
+        needed = max(0, self.pages_of(length + new_tokens) - owned)
         assert self.tree.pages_needed(node, new_tokens) == needed
         if needed > self.model_free():
             with pytest.raises(OutOfPages):
@@ -128,10 +129,10 @@ class AgainstModel(RuleBasedStateMachine):
             return
         self.tree.release(node)
         self.holds[node] -= 1
-        needed = {n for held in self.parents if self.holds[held] for n in self.model_path(held)}
-        for gone in set(self.parents) - needed:
-            del self.parents[gone], self.lengths[gone], self.spare[gone]
-            self.dead.add(gone)
+        alive = {n for held in self.parents if self.holds[held] for n in self.model_path(held)}
+        for freed in set(self.parents) - alive:
+            del self.parents[freed], self.lengths[freed], self.spare[freed]
+            self.dead.add(freed)
 
     @precondition(lambda self: self.dead)
     @rule(data=st.data())
@@ -178,8 +179,8 @@ TestAgainstModel.settings = settings(
 
 
 def test_forking_shares_the_prompt():
-    """Sixteen rollouts cost one prompt; a child starts on a page of its own, whose neighbour the
-    half-filled last page of the prompt is not."""
+    """Sixteen rollouts take the prompt's pages once; each child starts on a new page, not in the
+    prompt's half-filled last one."""
     tree = PrefixTree(num_pages=100, page_size=4)
     prompt = tree.add()
     tree.append(prompt, 6)
@@ -198,24 +199,25 @@ def test_forking_shares_the_prompt():
 
 
 def test_page_turns():
-    """A page is taken for the first token beyond a full one, neither before nor later."""
+    """A page is taken for the first token that does not fit the last one, neither earlier nor
+    later."""
     tree = PrefixTree(num_pages=3, page_size=4)
     node = tree.add()
     for length in range(1, 13):
         tree.append(node, 1)
         assert 3 - tree.free_pages == -(-length // 4)
-    with pytest.raises(OutOfPages, match="1 pages needed, 0 free"):
+    with pytest.raises(OutOfPages, match="needs 1 pages, the pool has 0 free"):
         tree.append(node, 1)
     assert tree.length(node) == 12
     tree.check_integrity({node: 1})
 
 
 def test_short_pool_changes_nothing():
-    """A reservation that fails half-way would leak the pages that it already took."""
+    """Guards against a leak: a reservation that fails must not keep pages that it already took."""
     tree = PrefixTree(num_pages=3, page_size=4)
     node = tree.add()
     tree.append(node, 3)
-    with pytest.raises(OutOfPages, match="3 pages needed, 2 free"):
+    with pytest.raises(OutOfPages, match="needs 3 pages, the pool has 2 free"):
         tree.append(node, 10)
     assert (tree.free_pages, tree.length(node), tree.pages(node)) == (2, 3, (0,))
     tree.append(node, 9)
@@ -223,7 +225,7 @@ def test_short_pool_changes_nothing():
 
 
 def test_pages_come_in_a_fixed_order():
-    """A run that is repeated gets the same pages, freed ones in their former order."""
+    """A repeated run gets the same pages: freed ones come back in their former order."""
     tree = PrefixTree(num_pages=6, page_size=1)
     first, second = tree.add(), tree.add()
     tree.append(first, 3)
@@ -244,13 +246,13 @@ def test_pages_come_in_a_fixed_order():
         (lambda tree, node: tree.grow([node], 4), "no room for 4"),
         (lambda tree, node: tree.grow([node, node + 1], 4), "no room for 4"),
         (lambda tree, node: tree.truncate(node, 6), "cannot be cut to 6"),
-        (lambda tree, node: tree.slots(node, 0, 6), "holds 5 tokens, not 0..6"),
+        (lambda tree, node: tree.slots(node, 0, 6), "holds 5 tokens: 0..6 is out of range"),
         (lambda tree, node: tree.slots(node, -1, 2), "holds 5 tokens"),
         (lambda tree, node: tree.depth_first([node, -3]), "node -3 is not"),
     ],
 )
 def test_misuse(misuse, complaint):
-    """A scheduler's bug is told where it happens, and leaves the tree whole."""
+    """A scheduler bug is reported where it happens, and leaves the tree intact."""
     tree = PrefixTree(num_pages=4, page_size=4)
     node = tree.add()
     tree.append(node, 5)
@@ -260,7 +262,7 @@ def test_misuse(misuse, complaint):
 
 
 def test_long_chain_is_freed():
-    """Freeing cascades without recursion: a path may be longer than Python's stack."""
+    """Freeing does not recurse: a path may be longer than Python's stack."""
     tree = PrefixTree(num_pages=5000, page_size=1)
     node = None
     for _ in range(5000):
@@ -275,7 +277,7 @@ def test_long_chain_is_freed():
 
 
 def lines_run(call):
-    """Lines of Python that a call executes: its cost, free of a clock's noise."""
+    """Number of Python lines that a call executes: its cost without a clock's noise."""
     count = 0
 
     def trace(frame, event, arg):
@@ -293,8 +295,8 @@ def lines_run(call):
 
 
 def test_cost_does_not_grow_with_the_tree():
-    """With 4,096 rollouts, or below a path of 4,096 nodes, a step's bookkeeping must cost per
-    rollout what it does with two."""
+    """With 4,096 rollouts, or below a path of 4,096 nodes, a step's bookkeeping must cost as much
+    per rollout as with two."""
 
     def costs(num_leaves):
         tree = PrefixTree(num_pages=num_leaves * 2 + 4, page_size=64)
@@ -320,7 +322,7 @@ def test_cost_does_not_grow_with_the_tree():
 
 
 def small_tree():
-    """Root 0 of 5 tokens on pages 0, 1; leaves 1 and 2 below it on pages 2 and 3; 4, 5 free."""
+    """Root 0: 5 tokens on pages 0, 1; leaves 1 and 2 below it on pages 2 and 3; 4, 5 free."""
     tree = PrefixTree(num_pages=6, page_size=4)
     root = tree.add()
     tree.append(root, 5)
@@ -353,25 +355,25 @@ CORRUPTIONS = {
     "negative page": (set_field(1, "pages", [-1]), "page -1 of node 1 is not in"),
     "more tokens than the pages hold": (set_field(1, "length", 5), "node 1: it owns 1 pages"),
     "negative length": (set_field(1, "length", -1), "node 1: it has -1 tokens"),
-    "parent grown after the fork": (set_field(0, "length", 6), "node 1: it starts at 5, its path"),
-    "wrong start": (set_field(2, "start", 4), "node 2: it starts at 4, its path has 5"),
+    "parent grown after the fork": (set_field(0, "length", 6), "node 1: it starts at 5, its"),
+    "wrong start": (set_field(2, "start", 4), "node 2: it starts at 4, its ancestors have 5"),
     "root that starts late": (set_field(0, "start", 1), "node 0: it starts at 1"),
-    "child not counted": (set_field(0, "children", 1), "node 0: it counts 1 children, has 2"),
-    "child counted twice": (set_field(0, "children", 3), "node 0: it counts 3 children, has 2"),
-    "child freed unnoticed": (lambda t: drop_node(t, 2), "node 0: it counts 2 children, has 1"),
+    "child not counted": (set_field(0, "children", 1), "node 0: it counts 1 children but has 2"),
+    "child counted twice": (set_field(0, "children", 3), "node 0: it counts 3 children but has 2"),
+    "child freed unnoticed": (lambda t: drop_node(t, 2), "node 0: it counts 2 children but has 1"),
     "parent freed under its children": (lambda t: drop_node(t, 0), "node 1: its parent 0 is not"),
     "cycle": (set_field(0, "parent", 2), "node 0: its parent 2 is not an older"),
     "own parent": (set_field(0, "parent", 0), "node 0: its parent 0 is not an older"),
     "released too often": (set_field(1, "holds", -1), "node 1: it has -1 holds"),
-    "leaf that nobody holds": (set_field(1, "holds", 0), "node 1: it is neither held nor"),
-    "hold too many": (set_field(1, "holds", 2), "holds per node are"),
+    "leaf without a hold": (set_field(1, "holds", 0), "node 1: it is neither held nor"),
+    "one hold too many": (set_field(1, "holds", 2), "holds per node are"),
     "forgotten hold": (set_field(0, "holds", 1), "holds per node are"),
 }
 
 
 @pytest.mark.parametrize("corrupt, finding", CORRUPTIONS.values(), ids=CORRUPTIONS)
 def test_check_integrity_finds(corrupt, finding):
-    """A check that overlooks a broken tree is worse than none."""
+    """Guards against an integrity check that overlooks a broken tree."""
     tree = small_tree()
     corrupt(tree)
     with pytest.raises(IntegrityError, match=finding):

@@ -1,4 +1,4 @@
-"""The scheduler as invariants over random traces, with an executor that only counts."""
+"""Invariants of the scheduler over random traces, with an executor that only counts."""
 
 import gc
 from collections import Counter
@@ -15,7 +15,7 @@ PAGE = 4
 
 
 class Trace:
-    """Drives a scheduler as an engine does, checks every batch, and writes down all that happens.
+    """Drives a scheduler as an engine does, checks every batch, and records everything.
 
     `written[node]` counts the tokens whose KV an executor would have written, in order.
     """
@@ -27,7 +27,7 @@ class Trace:
         self.host_pages, self.on_host = scheduler.host_pages, {}  # rollout -> pages
 
     def step(self) -> bool:
-        """One step; False if there was nothing to do."""
+        """Run one step; False if there was nothing to do."""
         scheduler = self.scheduler
         batch = scheduler.schedule()
         scheduler.check_integrity()
@@ -40,14 +40,15 @@ class Trace:
             if rollout.finish_reason:
                 continue  # cancelled by a sibling's end in this very step
             self.tokens[rollout] += 1
-            assert self.tokens[rollout] == rollout.asked
+            assert self.tokens[rollout] == rollout.scheduled
             if self.tokens[rollout] == self.lengths[rollout]:
                 self.ended += [rollout, *scheduler.finish(rollout, "stop")]
                 scheduler.check_integrity()
         return True
 
     def execute(self, batch: Batch) -> None:
-        """Every token is written once per life of its node, in order, behind all above it."""
+        """Check that each token of a node is written exactly once, in order, after all its
+        ancestors."""
         tree, rows = self.scheduler.tree, len(batch.decode)
         self.on_host |= {rollout: len(pages) for rollout, pages in batch.evicted}
         self.on_host = {r: pages for r, pages in self.on_host.items() if not r.finish_reason}
@@ -78,9 +79,9 @@ class Trace:
             self.scheduler.running
         )
 
-    def run(self, most: int = 100_000) -> None:
+    def run(self, max_steps: int = 100_000) -> None:
         while self.step():
-            assert self.steps < most, "no end"
+            assert self.steps < max_steps, "no end"
 
 
 def group_of(
@@ -98,27 +99,27 @@ def group_of(
 
 
 def policy_named(name: str, lengths: dict[Rollout, int]) -> LaterRoundFirst:
-    known = (lengths.__getitem__,) if name in KNOW_LENGTHS else ()
-    return POLICIES[name](*known)
+    args = (lengths.__getitem__,) if name in KNOW_LENGTHS else ()
+    return POLICIES[name](*args)
 
 
 @st.composite
 def traces(draw):
-    """A scheduler under pressure, and groups that come while it runs."""
+    """A scheduler short of pages, and groups that arrive while it runs."""
     num_pages = draw(st.integers(6, 40))
-    most = num_pages * PAGE // 3
+    max_length = num_pages * PAGE // 3
     groups, lengths = [], {}
     for problem in range(draw(st.integers(1, 6))):
-        head = Segment(draw(st.integers(1, most)))
+        head = Segment(draw(st.integers(1, max_length)))
         shared = (head,) if draw(st.booleans()) else ()
         for round_ in range(draw(st.integers(1, 2))):
             prompt = (
                 *shared,
                 *(Segment(draw(st.integers(1, 8))) for _ in range(draw(st.integers(0, 1)))),
             )
-            wanted = draw(st.lists(st.integers(1, most), min_size=1, max_size=6))
+            wanted = draw(st.lists(st.integers(1, max_length), min_size=1, max_size=6))
             need = draw(st.integers(1, len(wanted)))
-            group, known = group_of(
+            group, group_lengths = group_of(
                 wanted,
                 prompt,
                 problem=problem,
@@ -127,7 +128,7 @@ def traces(draw):
                 slack=draw(st.integers(0, 3)),
             )
             groups.append((draw(st.integers(0, 60)), group))
-            lengths |= known
+            lengths |= group_lengths
     max_running = draw(st.integers(1, 8))
     scheduler = Scheduler(
         num_pages,
@@ -143,17 +144,17 @@ def traces(draw):
 @settings(max_examples=300, derandomize=True, deadline=None)
 @given(traces())
 def test_random_traces(trace):
-    """Every rollout ends once, within budget, having written each of its tokens in order; no page
-    is lost or owned twice at any step; and there is always an end."""
+    """Every rollout ends once, within its max_tokens, having written each of its tokens in order;
+    no page is lost or owned twice at any step; and every trace ends."""
     scheduler, groups, lengths = trace
     fitting = [
         (at, group)
         for at, group in groups
-        if scheduler.pages_at_most(group) <= scheduler.tree.num_pages
+        if scheduler.max_pages(group) <= scheduler.tree.num_pages
     ]
     for _, group in groups:
-        if scheduler.pages_at_most(group) > scheduler.tree.num_pages:
-            with pytest.raises(ValueError, match="pages needed"):
+        if scheduler.max_pages(group) > scheduler.tree.num_pages:
+            with pytest.raises(ValueError, match="the group needs"):
                 scheduler.submit(group)
     run = Trace(scheduler, lengths)
     pending = sorted(fitting, key=lambda entry: entry[0])
@@ -161,29 +162,33 @@ def test_random_traces(trace):
         while pending and (pending[0][0] <= run.steps or not scheduler.groups):
             scheduler.submit(pending.pop(0)[1])
         if not run.step():
-            assert not scheduler.groups, "groups wait, and nothing is done"
+            assert not scheduler.groups, "groups wait, but there is nothing to do"
             if not pending:
                 break
         assert run.steps < 20_000
     assert Counter(run.ended) == Counter(r for _, group in fitting for r in group.rollouts)
     for _, group in fitting:
-        whole = [r for r in group.rollouts if r.finish_reason == "stop"]
-        assert len(whole) == group.need == group.ended
-        assert all(run.tokens[rollout] == lengths[rollout] for rollout in whole)
+        complete = [r for r in group.rollouts if r.finish_reason == "stop"]
+        assert len(complete) == group.need == group.ended
+        assert all(run.tokens[rollout] == lengths[rollout] for rollout in complete)
     assert scheduler.tree.free_pages == scheduler.tree.num_pages
     assert scheduler.host_pages == run.host_pages
     assert scheduler.counts.cancelled == sum(
-        r.asked for _, group in fitting for r in group.rollouts if r.finish_reason == "cancelled"
+        r.scheduled
+        for _, group in fitting
+        for r in group.rollouts
+        if r.finish_reason == "cancelled"
     )
 
 
-def test_nobody_starts_again_in_the_step_that_preempted():
-    """Two victims, of which the second's pages are enough for the first to go on: it may not, for
-    its last token may still be in flight (its place in the executor's table is gone)."""
+def test_no_rollout_restarts_in_the_step_that_preempted_it():
+    """Two rollouts are preempted, and the second's pages would suffice for the first to restart. It
+    must not: its last token may still be in flight, and its entry in the executor's table is gone.
+    """
 
     class LeastFirst(LaterRoundFirst):
         def victim(self, running):
-            return min(running, key=lambda rollout: rollout.asked)
+            return min(running, key=lambda rollout: rollout.scheduled)
 
     scheduler = Scheduler(41, PAGE, LeastFirst(watermark=0.0), max_running=8, token_budget=16)
     old, lengths = group_of([99] * 5, problem=1)
@@ -203,7 +208,7 @@ def test_nobody_starts_again_in_the_step_that_preempted():
 
 
 def long_batches() -> tuple[Scheduler, Trace, Segment]:
-    """A rollout whose pages last for 64 steps, and a kept prompt of 4 pages; 3 are free."""
+    """A rollout whose pages last for 64 steps, and a kept prompt of 4 pages; 3 pages are free."""
     scheduler = Scheduler(8, 64, LaterRoundFirst(watermark=0.0), max_running=8)
     first, lengths = group_of([1], (Segment(4 * 64),))
     running, more = group_of([64])
@@ -218,8 +223,8 @@ def long_batches() -> tuple[Scheduler, Trace, Segment]:
 
 
 def test_pages_of_a_dropped_prompt_are_used_at_once():
-    """Who waits for pages starts in the step after they are free, not when a batch is over that
-    could go on for a page's worth of steps."""
+    """A group that waits for pages must start in the step after they are freed, not at the end of a
+    batch that could repeat for a page's worth of steps."""
     scheduler, run, kept = long_batches()
     waiting, _ = group_of([9], (Segment(3 * 64),))
     scheduler.submit(waiting)
@@ -231,9 +236,9 @@ def test_pages_of_a_dropped_prompt_are_used_at_once():
     assert waiting.path[0].written
 
 
-def test_who_waits_behind_a_cancelled_group_starts_at_once():
-    """A group that waits for more pages than there are holds back those behind it, no longer than
-    it lives."""
+def test_cancelling_a_group_unblocks_the_queue_at_once():
+    """A group that needs more pages than are free blocks the groups after it; once it is cancelled,
+    they must start in the next step."""
     scheduler, run, _ = long_batches()
     large, small = group_of([9], (Segment(6 * 64),))[0], group_of([9])[0]
     for group in (large, small):
@@ -248,34 +253,34 @@ def test_who_waits_behind_a_cancelled_group_starts_at_once():
 
 
 def test_no_step_writes_more_than_max_tokens():
-    """A rollout of which all tokens have been asked for leaves the batch, also if nobody has seen
-    its last ones yet."""
+    """A rollout whose tokens are all scheduled leaves the batch, even if no one has read its last
+    ones yet."""
     scheduler = Scheduler(20, 64, LaterRoundFirst(), max_running=8)
     group, _ = group_of([5, 9])
     scheduler.submit(group)
     batches = [scheduler.schedule() for _ in range(12)]
     short, long = group.rollouts
     assert [short in batch.decode for batch in batches if batch] == [True] * 5 + [False] * 4
-    assert (short.asked, long.asked) == (5, 9) and batches[9:] == [None] * 3
+    assert (short.scheduled, long.scheduled) == (5, 9) and batches[9:] == [None] * 3
 
 
-def test_images_that_come_while_others_decode():
-    """While a prompt waits for its images no batch is promised to hold, and it is written in the
-    step after they are there."""
+def test_late_images_are_written_while_others_decode():
+    """While a prompt waits for its images, batches must not promise to repeat, and the prompt is
+    written in the step after the images are ready."""
     scheduler = Scheduler(20, 64, LaterRoundFirst(), max_running=8)
-    there = False
-    late = Segment(9, ready=lambda: there)
+    encoded = False
+    late = Segment(9, ready=lambda: encoded)
     for path in ((), (late,)):
         group, _ = group_of([50], path)
         scheduler.submit(group)
     for _ in range(4):
         assert scheduler.schedule().steps == 1
-    there = True
+    encoded = True
     assert [chunk.owner for chunk in scheduler.schedule().chunks] == [late]
 
 
-def test_pages_go_to_the_host_once():
-    """A batch that moves pages is over after one step: repeated, it would move them again."""
+def test_pages_move_to_the_host_once():
+    """A batch that moves pages must last one step: repeating it would move them again."""
     scheduler = Scheduler(6, PAGE, LaterRoundFirst(watermark=0.0), max_running=8, host_pages=9)
     group, lengths = group_of([12, 12, 12])
     scheduler.submit(group)
@@ -292,8 +297,8 @@ def step_of(scheduler: Scheduler) -> Batch:
     return batch
 
 
-def test_idle_prompts_give_way_before_rollouts_do():
-    """KV that nobody reads at present is cheaper to give up than that of a running rollout."""
+def test_idle_prompts_are_dropped_before_rollouts_are_preempted():
+    """KV that no running rollout reads is cheaper to drop than that of a running rollout."""
     scheduler = Scheduler(11, PAGE, LaterRoundFirst(watermark=0.0), max_running=2, token_budget=16)
     kept = Segment(8)
     first, _ = group_of([1], (kept,))
@@ -311,8 +316,8 @@ def test_idle_prompts_give_way_before_rollouts_do():
     assert scheduler.counts.recomputed == 8
 
 
-def test_no_prompt_is_written_for_which_there_is_no_slot():
-    """With all slots taken, a prompt's KV would only keep pages from those that run."""
+def test_no_prefill_without_a_free_batch_index():
+    """With all batch indices in use, a prompt's KV would only take pages from running rollouts."""
     scheduler = Scheduler(100, PAGE, LaterRoundFirst(), max_running=1, token_budget=16)
     first, _ = group_of([40])
     second, _ = group_of([1], (Segment(8),), problem=1)
@@ -324,8 +329,9 @@ def test_no_prompt_is_written_for_which_there_is_no_slot():
     assert step_of(scheduler).chunks
 
 
-def test_nothing_starts_below_what_this_step_writes():
-    """A second group below a shared segment waits until that was written in an earlier step."""
+def test_nothing_starts_below_a_segment_written_in_this_step():
+    """A second group below a shared segment must wait until an earlier step has written the
+    segment."""
     scheduler = Scheduler(100, PAGE, LaterRoundFirst(), max_running=4, token_budget=32)
     shared = Segment(6)
     groups = [group_of([3], (shared,), problem=problem)[0] for problem in (0, 1)]
@@ -336,8 +342,9 @@ def test_nothing_starts_below_what_this_step_writes():
     assert len(step_of(scheduler).decode) == 2
 
 
-def test_ended_rollouts_are_not_held():
-    """What has ended is free to go, also if its max_tokens lay far ahead."""
+def test_ended_rollouts_are_freed():
+    """Guards against a leak: ended rollouts must be collectable, even if their max_tokens were far
+    off."""
     scheduler = Scheduler(1000, PAGE, LaterRoundFirst(), max_running=4, token_budget=32)
     for problem in range(20):
         group, _ = group_of([900] * 4, problem=problem)
@@ -348,5 +355,5 @@ def test_ended_rollouts_are_not_held():
         del group, rollout
     assert scheduler.schedule() is None
     gc.collect()  # a group and its rollouts refer to each other
-    held = [o for o in gc.get_objects() if type(o) is Rollout and o.finish_reason == "stop"]
-    assert len([o for o in held if o.max_tokens == 900]) <= 4  # those of the last batch
+    alive = [o for o in gc.get_objects() if type(o) is Rollout and o.finish_reason == "stop"]
+    assert len([o for o in alive if o.max_tokens == 900]) <= 4  # those of the last batch

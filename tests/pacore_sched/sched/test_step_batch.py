@@ -1,4 +1,4 @@
-"""A step's batch against brute force: what each row sees through the plan, slot by slot."""
+"""A step's batch compared with brute force: what each row sees through the plan, slot by slot."""
 
 from itertools import pairwise
 
@@ -17,16 +17,16 @@ NUM_PAGES = 400
 def steps(draw):
     """A tree after some steps, the work of the next one, and the history of every node.
 
-    Older nodes were written before; then some leaves grow, and new nodes are added below anything
-    and written whole: all that a step may do. `history` maps a node to the slots of its tokens, as
-    `slots` gave them.
+    Old nodes are written first. Then some leaves grow, and new nodes are added below any node and
+    written completely: everything that a step may do. `history` maps a node to the slots of its
+    tokens, as `slots` returned them.
     """
     tree = PrefixTree(NUM_PAGES, draw(st.integers(1, 5)))
     history, parents = {}, {}
 
     def append(node, tokens):
         tree.append(node, tokens)
-        tree.provide(node, draw(st.integers(0, 2)))  # room for tokens to come changes nothing
+        tree.reserve(node, draw(st.integers(0, 2)))  # reserved pages change nothing
         history[node] = tree.slots(node, 0, tree.length(node))
 
     def add(tokens):
@@ -61,7 +61,7 @@ def build(tree, batch):
 
 
 def visible_slots(tree, batch, row):
-    """Slots that a row attends to, by the formula of kernels/prefix_plan.py and the plan alone."""
+    """Slots that a row attends to, computed from the plan as kernels/prefix_plan.py defines it."""
     plan = build(tree, batch)
     size, slots = tree.page_size, []
     for index in range(len(batch.plan_nodes)):
@@ -78,8 +78,8 @@ def visible_slots(tree, batch, row):
 @settings(max_examples=80, derandomize=True, deadline=None)
 @given(steps())
 def test_every_row_sees_its_own_history(step):
-    """Each row sees every token of its sequence up to and including itself once, none of another
-    sequence, and its K and V go where later rows will look for them."""
+    """Each row sees every token of its sequence up to and including itself once, and none of
+    another sequence; its K and V are written where later rows look for them."""
     tree, work, history = step
     batch = build_step_batch(tree, work)
     assert sorted(batch.work) == sorted(work)
@@ -99,8 +99,8 @@ def test_every_row_sees_its_own_history(step):
 @settings(max_examples=80, derandomize=True, deadline=None)
 @given(steps())
 def test_ranges_are_those_of_a_tree(step):
-    """Every node with tokens on a path of the work stands in the plan once, parents before
-    children, with the contiguous rows of the work at and below it, its own first."""
+    """Every node with tokens on a path of the work is in the plan once, parents before children,
+    with the contiguous rows of the work at and below it, its own first."""
     tree, work, _ = step
     batch = build_step_batch(tree, work)
     on_paths = {n for node, _ in work for n in tree.path(node) if tree.length(n)}
@@ -108,7 +108,7 @@ def test_ranges_are_those_of_a_tree(step):
     assert [node.pages for node in batch.plan_nodes] == [tree.pages(node) for node in listed]
     owner = [node for node, num_new in batch.work for _ in range(num_new)]
     for node, entry in zip(listed, batch.plan_nodes, strict=True):
-        rows = [row for row, worker in enumerate(owner) if node in tree.path(worker)]
+        rows = [row for row, item in enumerate(owner) if node in tree.path(item)]
         assert rows == list(range(entry.row_start, entry.row_end))
         assert owner[entry.row_start :][: entry.num_new] == [node] * entry.num_new
         assert entry.num_new == dict(work).get(node, 0)
@@ -119,7 +119,7 @@ def test_ranges_are_those_of_a_tree(step):
 @settings(max_examples=40, derandomize=True, deadline=None)
 @given(steps())
 def test_order_of_work_does_not_matter(step):
-    """The batch is a function of the tree and the set of work, so a run can be repeated."""
+    """The batch depends only on the tree and the set of work, so a run is reproducible."""
     tree, work, _ = step
     assert build_step_batch(tree, work) == build_step_batch(tree, sorted(work))
 
@@ -134,7 +134,7 @@ def prompt_with_leaves():
 
 
 def test_decode_step_by_hand():
-    """The common case, written out: two rollouts decode one token each over one prompt."""
+    """The common case, by hand: two rollouts decode one token each over one prompt."""
     tree = prompt_with_leaves()
     batch = build_step_batch(tree, [(2, 1), (1, 1)])
     assert batch.work == ((1, 1), (2, 1))
@@ -147,7 +147,7 @@ def test_decode_step_by_hand():
 
 def test_prompt_and_rollouts_in_one_step():
     """A prompt's last chunk and the first tokens of its rollouts may share a step: the rollouts'
-    rows stand behind the prompt's and see all of it."""
+    rows follow the prompt's and see all of it."""
     tree = prompt_with_leaves()
     batch = build_step_batch(tree, [(1, 3), (0, 2), (2, 3)])
     assert batch.work == ((0, 2), (1, 3), (2, 3))
@@ -165,7 +165,7 @@ def test_plan_is_not_changed_by_later_steps():
 
 
 def test_empty_step():
-    """A step without work has no rows, and no node is read for nobody."""
+    """A step without work has no rows, and no plan nodes."""
     batch = build_step_batch(prompt_with_leaves(), [])
     assert (batch.work, batch.plan_nodes, batch.positions, batch.last_rows) == ((), (), (), ())
 
@@ -175,24 +175,24 @@ def test_empty_step():
     [
         ([(1, 1), (2, 1), (1, 1)], "listed twice"),
         ([(1, 1), (1, 2)], "listed twice"),
-        ([(1, 0)], "0 cannot be new"),
-        ([(1, -1)], "-1 cannot be new"),
-        ([(1, 4)], "holds 3 tokens, of which 4 cannot be new"),
+        ([(1, 0)], "0 of them cannot be new"),
+        ([(1, -1)], "-1 of them cannot be new"),
+        ([(1, 4)], "holds 3 tokens: 4 of them cannot be new"),
         ([(7, 1)], "node 7 is not in the tree"),
         ([(0, 1), (1, 2)], "node 1 holds tokens of earlier steps, but node 0"),
         ([(1, 2), (0, 5)], "node 1 holds tokens of earlier steps, but node 0"),
     ],
 )
-def test_work_that_cannot_be(work, complaint):
-    """A step that would compute wrong KV is refused: tokens of a child that were written before
-    its parent's did not see them."""
+def test_invalid_work_is_refused(work, complaint):
+    """A step that would compute wrong KV is refused: a child's tokens that were written before its
+    parent's did not see them."""
     with pytest.raises(ValueError, match=complaint):
         build_step_batch(prompt_with_leaves(), work)
 
 
 def test_older_tokens_between_two_written_nodes():
-    """The rule holds along the whole path: a middle node that is not written at all has tokens
-    that did not see the root's new ones."""
+    """The rule applies along the whole path: a middle node that is not written in this step has
+    tokens that did not see the root's new ones."""
     tree = prompt_with_leaves()
     below = tree.add(1)
     tree.append(below, 2)
@@ -202,7 +202,7 @@ def test_older_tokens_between_two_written_nodes():
 
 
 def test_empty_node_between_two_written_nodes():
-    """A node without tokens has none that could be out of date, and hides none that are."""
+    """An empty node has no outdated tokens, and must not hide outdated ones below it."""
     tree = PrefixTree(num_pages=16, page_size=4)
     root = tree.add()
     tree.append(root, 5)
