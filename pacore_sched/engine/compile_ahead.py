@@ -1,10 +1,10 @@
-"""Kernels compiled before they are launched, in processes of their own, with a progress bar.
+"""Compiles kernels before they are launched, in separate processes, with a progress bar.
 
     warm_up(engine_sites(config, dtype), device)
 
-Without it a first answer or timing waits, silently, while Triton compiles one kernel after another.
-A site calls ops on CPU tensors (`launch_sites.py` here and in bench/); what it would launch on a
-GPU is recorded and compiled into Triton's cache on disk. The processes never touch a GPU.
+Without this, the first answer or timing waits silently while Triton compiles one kernel after
+another. A site calls ops on CPU tensors (`launch_sites.py` here and in bench/); what it would
+launch on a GPU is recorded and compiled into Triton's cache on disk. The processes never use a GPU.
 """
 
 import hashlib
@@ -35,12 +35,12 @@ from model.terminal import track
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_WORKERS = 16  # each imports PyTorch: about 0.5 GB
-LIMIT_S = 900.0  # after which warming up is given up
+LIMIT_S = 900.0  # time limit of a warm-up
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What all sites launch: keys in Triton's cache, in order, and those compiled now."""
+    """What all sites launch: keys in Triton's cache, in order, and the number compiled now."""
 
     keys: tuple[str, ...]
     compiled: int
@@ -53,7 +53,7 @@ def compile_ahead(
     *,
     workers: int | None = None,
 ) -> Summary:
-    """Compile what `sites` launch on `gpus` into Triton's cache, unless it is there."""
+    """Compile what `sites` launch on `gpus` into Triton's cache, except what is there already."""
     items = [pickle.dumps((site, gpu)) for gpu in gpus for site in sites]
     count = min(workers or len(os.sched_getaffinity(0)), MAX_WORKERS, len(items))
     with (
@@ -61,50 +61,51 @@ def compile_ahead(
         _Pool(count, claims) as pool,
         ThreadPoolExecutor(max(1, count)) as threads,
     ):
-        answers = threads.map(pool.ask, items)
-        found = list(track(answers, "compiling kernels", total=len(items)))
-    keys = dict.fromkeys(key for one in found for key in one.keys)
-    failures = dict.fromkeys(failure for one in found for failure in one.failures)
-    return Summary(tuple(keys), sum(one.compiled for one in found), tuple(failures))
+        pending = threads.map(pool.compile, items)
+        results = list(track(pending, "compiling kernels", total=len(items)))
+    keys = dict.fromkeys(key for result in results for key in result.keys)
+    failures = dict.fromkeys(failure for result in results for failure in result.failures)
+    return Summary(tuple(keys), sum(result.compiled for result in results), tuple(failures))
 
 
 def warm_up(sites: Sequence[Site], device: torch.device) -> None:
-    """On CUDA, `compile_ahead` for its GPU; where that fails, one warning.
+    """On CUDA, `compile_ahead` for the device's GPU; if that fails, one warning.
 
-    What a run of the same code found compiled is not recorded again. PACORE_WARM_UP=0 in the
-    environment leaves compilation to the first launches.
+    Launches that an earlier run of the same code found compiled are not recorded again.
+    PACORE_WARM_UP=0 in the environment leaves compilation to the first launches.
     """
-    wanted = os.environ.get("PACORE_WARM_UP") != "0" and not triton.knobs.runtime.interpret
-    if not (wanted and device.type == "cuda" and sites):
+    enabled = os.environ.get("PACORE_WARM_UP") != "0" and not triton.knobs.runtime.interpret
+    if not (enabled and device.type == "cuda" and sites):
         return
     try:
         gpu = gpu_of(device)
         stamp = _stamp(sites, gpu)
-        if _holds(stamp):
+        if _is_cached(stamp):
             return
-        done = compile_ahead(sites, [gpu])
-        if done.failures:
-            raise RuntimeError(done.failures[0])
+        summary = compile_ahead(sites, [gpu])
+        if summary.failures:
+            raise RuntimeError(summary.failures[0])
         stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(json.dumps([str(entry(key)) for key in done.keys]))
-    except Exception as error:  # the run compiles what it needs by itself
-        text = f"kernels are compiled at first use, not ahead: {error}"
+        stamp.write_text(json.dumps([str(entry(key)) for key in summary.keys]))
+    except Exception as error:  # not fatal: launches compile what is missing
+        text = f"kernels are compiled at first use, not ahead of time: {error}"
         warnings.warn(text, stacklevel=2)
 
 
 def _stamp(sites: Sequence[Site], gpu: Gpu) -> Path:
-    """A file named by all that the launches of `sites` on `gpu` and their keys depend on."""
+    """A file named after everything that determines the launches of `sites` on `gpu` and their
+    keys."""
     digest = hashlib.sha256(pickle.dumps((sites, gpu)))
-    own = {name: os.environ[name] for name in os.environ if name.startswith(("PACORE_", "TRITON_"))}
-    others = get_cache_invalidating_env_vars()
+    env = {name: os.environ[name] for name in os.environ if name.startswith(("PACORE_", "TRITON_"))}
+    triton_env = get_cache_invalidating_env_vars()
     text = sources("kernels", "model", "pacore_sched", "bench")
-    parts = (text, triton_key(), torch.__version__, sorted(own.items()), others)
+    parts = (text, triton_key(), torch.__version__, sorted(env.items()), triton_env)
     digest.update(str(parts).encode())
     return Path(triton.knobs.cache.dir) / "warm_up" / f"{digest.hexdigest()}.json"
 
 
-def _holds(stamp: Path) -> bool:
-    return stamp.exists() and all(is_compiled(Path(one)) for one in json.loads(stamp.read_text()))
+def _is_cached(stamp: Path) -> bool:
+    return stamp.exists() and all(is_compiled(Path(path)) for path in json.loads(stamp.read_text()))
 
 
 class _Pool:
@@ -123,20 +124,20 @@ class _Pool:
         for _ in range(count):
             self._idle.put(self._start())
 
-    def ask(self, item: bytes) -> Found:
-        """What a worker answers, as soon as one is free."""
+    def compile(self, item: bytes) -> Found:
+        """A worker's result for an item; waits until a worker is free."""
         worker = self._idle.get()
         assert worker.stdin and worker.stdout  # pipes, as _start has them
         try:
             pickle.dump(item, worker.stdin)
             worker.stdin.flush()
-            found = pickle.load(worker.stdout)
+            result = pickle.load(worker.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             why = f"not done in {LIMIT_S:.0f} s" if self._closed else f"exit code {worker.wait()}"
-            found = Found((), failures=(f"a process that compiles kernels ended: {why}",))
+            result = Found((), failures=(f"a process that compiles kernels ended: {why}",))
             worker = worker if self._closed else self._start()
         self._idle.put(worker)
-        return found
+        return result
 
     def __enter__(self) -> "_Pool":
         self._limit.daemon = True
@@ -149,7 +150,7 @@ class _Pool:
         for process in self._processes:
             process.wait()
             assert process.stdin and process.stdout
-            with suppress(OSError):  # what a dead process was not sent is sent once more
+            with suppress(OSError):  # closing flushes what a dead process did not read
                 process.stdin.close()
             process.stdout.close()
 

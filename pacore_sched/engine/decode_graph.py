@@ -1,8 +1,8 @@
-"""CUDA graphs of decode steps, by how many rows they have: a step is one launch for the host.
+"""CUDA graphs of decode steps, one for each number of rows: the host launches a whole step at once.
 
-A graph is captured over a padded plan (kernels/prefix_plan.py) and holds all of a decode step
-(decode_step.py). When rollouts come, go or turn a page, the host fills the plan anew, in place and
-without waiting for the GPU. Padding rows write to a scratch page and draw tokens nobody reads.
+A graph is captured over a padded plan (kernels/prefix_plan.py) and contains the whole decode step
+(decode_step.py). When rollouts start, end or need a new page, the host refills the plan in place,
+without waiting for the GPU. Padding rows write to a scratch page, and their tokens are unused.
 """
 
 import warnings
@@ -33,24 +33,25 @@ from pacore_sched.sched.step_batch import StepBatch
 if TYPE_CHECKING:
     from model.cuda_graph import Pool
 
-MIN_LEVELS = 3  # nodes on a path that there is always room for: images, prompt, rollout
+MIN_LEVELS = 3  # nodes per path that every graph has room for: images, prompt, rollout
 
 
 def default_buckets(max_running: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, and from there on in steps of 8."""
+    """1, 2, 4, 8, then multiples of 8 up to the first that holds `max_running`."""
     last = cdiv(max_running, 8) * 8
     return (*(rows for rows in (1, 2, 4) if rows < max_running), *range(8, last + 1, 8))
 
 
 def node_row_limits(rows: int, group: int) -> list[int]:
-    """What graphs of `rows` rows allow a node to have: the rows of attention's tiles of 16 and 64
-    query vectors, `group` to a row, as far as they are fewer, and all."""
+    """The node sizes, in rows, for which graphs of `rows` rows are captured: the rows that fit
+    attention's tiles of 16 and 64 query vectors, `group` per row, if fewer than `rows`; and `rows`.
+    """
     tiles = [vectors // group for vectors in (16, 64)]
     return [*(tile for tile in tiles if 0 < tile < rows), rows]
 
 
 class Captured(Protocol):
-    """What a captured step can do."""
+    """The interface of a captured step."""
 
     def replay(self) -> Tensor: ...
 
@@ -65,15 +66,15 @@ class DecodeGraph:
         self,
         model: Step3VL,
         cache: KVCache,
-        tables: LastTokens,
+        last_tokens: LastTokens,
         capacity: Capacity,
-        settings: SamplingKey,
+        sampling_key: SamplingKey,
         capture: Capture,
         pool: "Pool | None",
     ) -> None:
         self.capacity = capacity
         device, rows = model.device, capacity.rows
-        self._scratch, self._padding_index = cache.num_pages - 1, tables.padding_index
+        self._scratch, self._padding_index = cache.num_pages - 1, last_tokens.padding_index
         self._page_size = cache.page_size
         self._plan = PrefixPlan.build(
             capacity.padding(0, self._scratch),
@@ -86,24 +87,24 @@ class DecodeGraph:
         shapes = dict.fromkeys(("positions", "slots", "batch_indices", "seeds"), (rows,))
         self._rows = Packed(shapes, dtype=torch.int64, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        of_rows = self._rows.tensors
+        tensors = self._rows.tensors
         self._fill_rows((), (), (), ())
-        self._last = tables.last
+        self._last = last_tokens.tokens
         step = DecodeStep(
-            Step(of_rows["positions"], of_rows["slots"], self._plan),
-            of_rows["batch_indices"],
-            of_rows["seeds"],
+            Step(tensors["positions"], tensors["slots"], self._plan),
+            tensors["batch_indices"],
+            tensors["seeds"],
             self._ids,
-            RowSampler(((settings, None),)),
+            RowSampler(((sampling_key, None),)),
             advances=True,
         )
-        # Captured while all rows pad: the run before it changes nothing that matters.
-        self._graph = capture(lambda: step.run(model, cache, tables), device, pool)
+        # All rows are padding during capture, so its warm-up run changes nothing that matters.
+        self._graph = capture(lambda: step.run(model, cache, last_tokens), device, pool)
 
     def fill(self, step: StepBatch, batch_indices: Sequence[int], seeds: Sequence[int]) -> int:
-        """Take in a decode step; `batch_indices` are its rows' entries in LastTokens.
+        """Load a decode step; `batch_indices` are its rows' entries in LastTokens.
 
-        Returns how often `replay` may follow before pages are full.
+        Returns how many times `replay` may be called before pages are full.
         """
         rows = len(batch_indices)
         self._plan.refill([*step.plan_nodes, *self.capacity.padding(rows, self._scratch)])
@@ -112,7 +113,7 @@ class DecodeGraph:
         return self._plan.room + 1
 
     def replay(self) -> Tensor:
-        """The next step's results [2, capacity.rows], in memory that the one after it reuses."""
+        """The next step's results [2, capacity.rows], in memory that the following step reuses."""
         return self._graph.replay()
 
     def _fill_rows(
@@ -135,22 +136,22 @@ class DecodeGraph:
 
 
 class DecodeGraphs:
-    """Graphs by number of rows, tree shape and sampling settings, each captured at first use.
+    """Graphs by number of rows, tree shape and sampling key, each captured at first use.
 
-    They share a memory pool and must be replayed on one stream. `enabled`: None for where the
-    model's forms can be captured (`capturable`), False for never. If one cannot be captured after
-    all (too little memory), steps run plainly from then on, with one warning. `len` is the number
-    of graphs captured.
+    They share a memory pool and must be replayed on one stream. `enabled`: None to use graphs where
+    the model's impls allow capture (`capturable`), False for never. If a capture fails all the same
+    (too little memory), steps run without graphs from then on, with one warning. `len` is the
+    number of captured graphs.
     """
 
     capture: Capture = CudaGraph
 
     def __init__(
-        self, model: Step3VL, cache: KVCache, tables: LastTokens, buckets: Sequence[int]
+        self, model: Step3VL, cache: KVCache, last_tokens: LastTokens, buckets: Sequence[int]
     ) -> None:
         self.enabled: bool | None = None
         self.buckets = sorted(buckets)
-        self._of = model, cache, tables
+        self._graph_args = model, cache, last_tokens
         self._graphs = Lru(64)
         self._pool: Pool | None = None
         config = model.config.decoder
@@ -159,37 +160,38 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def find(self, step: StepBatch, settings: Sequence[SamplingKey]) -> DecodeGraph | None:
-        """The graph for a decode step, `settings` those of each row, if there is one."""
-        model = self._of[0]
+    def find(self, step: StepBatch, sampling_keys: Sequence[SamplingKey]) -> DecodeGraph | None:
+        """The graph for a decode step, or None; `sampling_keys` has one key for each row."""
+        model = self._graph_args[0]
         enabled = capturable(model) if self.enabled is None else self.enabled
         rows = len(step.positions)
-        if not enabled or len(set(settings)) > 1 or rows > self.buckets[-1]:
+        if not enabled or len(set(sampling_keys)) > 1 or rows > self.buckets[-1]:
             return None
         capacity = self._capacity(step)
-        key = (capacity, settings[0], *sorted(model.impl.items()))
+        key = (capacity, sampling_keys[0], *sorted(model.impl.items()))
         graph = self._graphs.get(key)
-        return graph or self._captured(key, capacity, settings[0])
+        return graph or self._add_graph(key, capacity, sampling_keys[0])
 
     def clear(self) -> None:
-        """Drop all graphs: for new weights."""
+        """Drop all graphs, as needed after loading new weights."""
         self._graphs.clear()
-        self._pool = None  # a pool whose graphs are gone takes no new ones
+        self._pool = None  # a pool whose graphs have been freed takes no new ones
 
     def _capacity(self, step: StepBatch) -> Capacity:
-        """The least bucket, with the row tiles that attention takes for nodes as large as these."""
+        """The smallest bucket that fits, with the row limit for attention's tiles at these node
+        sizes."""
         rows = next(bucket for bucket in self.buckets if bucket >= len(step.positions))
-        most = max(node.row_end - node.row_start for node in step.plan_nodes)
-        most = next(tile for tile in node_row_limits(rows, self._group) if most <= tile)
-        return Capacity(rows, most, max(MIN_LEVELS, _levels(step)))
+        largest = max(node.row_end - node.row_start for node in step.plan_nodes)
+        row_limit = next(tile for tile in node_row_limits(rows, self._group) if largest <= tile)
+        return Capacity(rows, row_limit, max(MIN_LEVELS, _depth(step)))
 
-    def _captured(
-        self, key: Hashable, capacity: Capacity, settings: SamplingKey
+    def _add_graph(
+        self, key: Hashable, capacity: Capacity, sampling_key: SamplingKey
     ) -> DecodeGraph | None:
-        if self._pool is None and self._of[0].device.type == "cuda":
+        if self._pool is None and self._graph_args[0].device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            graph = DecodeGraph(*self._of, capacity, settings, self.capture, self._pool)
+            graph = DecodeGraph(*self._graph_args, capacity, sampling_key, self.capture, self._pool)
         except RuntimeError as error:
             warnings.warn(f"decode steps run without CUDA graphs: {error}", stacklevel=2)
             self.enabled = False
@@ -199,13 +201,13 @@ class DecodeGraphs:
         return graph
 
 
-def _levels(step: StepBatch) -> int:
-    """Nodes on a path, at most; nodes stand parents first."""
+def _depth(step: StepBatch) -> int:
+    """The most nodes on a path; nodes are listed parents first."""
     ends: list[int] = []
-    most = 0
+    levels = 0
     for node in step.plan_nodes:
         while ends and ends[-1] <= node.row_start:
             ends.pop()
         ends.append(node.row_end)
-        most = max(most, len(ends))
-    return most
+        levels = max(levels, len(ends))
+    return levels

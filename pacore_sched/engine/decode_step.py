@@ -1,9 +1,9 @@
-"""A decode step on the device: every running rollout's last token in, its next one out.
+"""A decode step on the device: each running rollout's last token in, its next one out.
 
-Nothing comes from the host: the step reads the tokens that the one before it drew, moves its plan
-one token on, and leaves its own tokens where the next step reads them and in a table with an entry
-per rollout, from which whatever runs next starts. So it can be run again and again as it is, and
-captured in a CUDA graph. It launches nothing but the model's ops, `advance` and `sample`.
+Needs nothing from the host: the step reads the tokens that the previous one sampled, advances its
+plan by one token, and writes its tokens to where the next step reads them, and to a table with an
+entry per rollout, from which any other kind of step starts. It can therefore run repeatedly without
+changes, and be captured in a CUDA graph. It launches only the model's ops, `advance` and `sample`.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ SamplingKey = tuple[float, int, float]  # temperature, top_k, top_p
 
 
 def advances(model: Step3VL) -> bool:
-    """Whether attention reads its plan on the device alone, where it can be moved on."""
+    """Whether attention reads its plan only on the device, where the plan can advance."""
     return _in_triton(model, "prefix_attention")
 
 
 def capturable(model: Step3VL) -> bool:
-    """Whether a decode step in the model's forms can be a CUDA graph: the plan advances on the
-    device, and tokens are drawn without waiting for it, as PyTorch's top-p does."""
+    """Whether a decode step of this model can be a CUDA graph: the plan advances on the device, and
+    sampling does not wait for the device, as PyTorch's top-p does."""
     return model.device.type == "cuda" and advances(model) and _in_triton(model, "sample")
 
 
@@ -45,106 +45,111 @@ def sampling_key(sampling: Sampling) -> SamplingKey:
 
 
 class LastTokens:
-    """The last token of each batch index, int64 on the device, and one entry for padding rows."""
+    """The last token of each batch index, int64 on the device, with one extra entry for padding
+    rows."""
 
     def __init__(self, max_running: int, device: torch.device) -> None:
         self.padding_index = max_running
-        self.last = torch.zeros(max_running + 1, dtype=torch.int64, device=device)
-        self._owner: list[int | None] = [None] * max_running  # node ids, never reused
+        self.tokens = torch.zeros(max_running + 1, dtype=torch.int64, device=device)
+        self._owner: list[int | None] = [None] * max_running  # nodes, whose ids are never reused
 
     def claim(self, rollouts: Sequence[tuple[Rollout, int | None]]) -> None:
-        """Write the last tokens of rollouts that have just taken over a batch index.
+        """Write the last tokens of rollouts that have just received their batch index.
 
-        Each comes with its last token, None if the host does not know it yet. Raises ValueError
+        Each comes with its last token, or None if the host does not know it yet. Raises ValueError
         if an unknown one is needed.
         """
         new = [(r, last) for r, last in rollouts if self._owner[r.batch_index] != r.node]
         unknown = next((rollout for rollout, last in new if last is None), None)
         if unknown is not None:
-            raise ValueError(f"the last token of {unknown} is neither known nor in the table")
+            raise ValueError(f"the last token of {unknown} is neither known nor on the device")
         if not new:
             return
         packed = Packed(
             dict.fromkeys(("index", "last"), (len(new),)),
             dtype=torch.int64,
-            device=self.last.device,
+            device=self.tokens.device,
         )
         index, last = [r.batch_index for r, _ in new], [last for _, last in new]
         packed.fill({"index": np.array(index), "last": np.array(last)})
-        self.last.index_copy_(0, packed.tensors["index"], packed.tensors["last"])
+        self.tokens.index_copy_(0, packed.tensors["index"], packed.tensors["last"])
         for rollout, _ in new:
             self._owner[rollout.batch_index] = rollout.node
 
     def forget(self, rollout: Rollout) -> None:
-        """The next `claim` writes this rollout's last token again."""
+        """Make the next `claim` write this rollout's last token again."""
         self._owner[rollout.batch_index] = None
 
 
 @dataclass(frozen=True)
 class RowSampler:
-    """How tokens are drawn from rows of logits: the same for all of them, or in parts."""
+    """How to sample from rows of logits: with the same parameters for all rows, or in parts."""
 
-    parts: tuple[tuple[SamplingKey, Tensor | None], ...]  # None for all rows
+    parts: tuple[tuple[SamplingKey, Tensor | None], ...]  # with their rows; None for all
 
     @staticmethod
-    def of(settings: Sequence[SamplingKey], device: torch.device) -> "RowSampler":
-        """`settings` of each row."""
+    def of(keys: Sequence[SamplingKey], device: torch.device) -> "RowSampler":
+        """A sampler for rows with these keys."""
         rows: dict[SamplingKey, list[int]] = {}
-        for row, own in enumerate(settings):
-            rows.setdefault(own, []).append(row)
+        for row, key in enumerate(keys):
+            rows.setdefault(key, []).append(row)
         if len(rows) == 1:
-            return RowSampler(((settings[0], None),))
+            return RowSampler(((keys[0], None),))
         packed = Packed(
-            {str(own): (len(of),) for own, of in rows.items()}, dtype=torch.int64, device=device
+            {str(key): (len(indices),) for key, indices in rows.items()},
+            dtype=torch.int64,
+            device=device,
         )
-        packed.fill({str(own): np.array(of) for own, of in rows.items()})
-        return RowSampler(tuple((own, packed.tensors[str(own)]) for own in rows))
+        packed.fill({str(key): np.array(indices) for key, indices in rows.items()})
+        return RowSampler(tuple((key, packed.tensors[str(key)]) for key in rows))
 
-    def draw(
+    def sample(
         self, model: Step3VL, hidden: Tensor, seeds: Tensor, positions: Tensor, **feeds: Tensor
     ) -> Tensor:
-        """Draw the tokens that follow final hidden states [B, hidden]: `SampleOutput.results`.
+        """Sample the tokens that follow final hidden states [B, hidden]; `SampleOutput.results`.
 
-        positions: [B] of the tokens to be drawn
-        feeds: where else they are written, as fields of `SampleOutput`
+        positions: [B] of the tokens to be sampled
+        feeds: other tensors to write them to, as fields of `SampleOutput`
         """
         logits, impl = model.decoder.logits(hidden), model.impl["sample"]
         out = SampleOutput.of(len(seeds), seeds.device, **feeds)
         tokens = torch.empty_like(seeds)
         logprobs = torch.empty_like(seeds, dtype=torch.float32)
         for (temperature, top_k, top_p), rows in self.parts:
-            draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, impl=impl)
+            sample_rows = partial(
+                sample, temperature=temperature, top_k=top_k, top_p=top_p, impl=impl
+            )
             if rows is None:
-                draw(logits, seeds, positions, out=out)
+                sample_rows(logits, seeds, positions, out=out)
                 return out.results
-            drawn = draw(logits[rows], seeds[rows], positions[rows])
-            tokens[rows], logprobs[rows] = drawn[0].long(), drawn[1]
+            results = sample_rows(logits[rows], seeds[rows], positions[rows])
+            tokens[rows], logprobs[rows] = results[0].long(), results[1]
         out.write(tokens, logprobs)
         return out.results
 
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """StepRows in the plan's order. Tensors are int64 [T]."""
+    """A decode step; rows in the plan's order. Tensors are int64 [T]."""
 
     step: Step
-    batch_indices: Tensor  # of each row, in LastTokens
+    batch_indices: Tensor  # each row's entry in LastTokens
     seeds: Tensor
-    ids: Tensor  # each row's last token; `run` leaves those of the next step here
-    drawing: RowSampler
-    advances: bool  # whether the plan can be moved on, on the device
+    ids: Tensor  # each row's last token; `run` replaces them with the next step's
+    sampler: RowSampler
+    advances: bool  # whether the plan can advance on the device
 
-    def run(self, model: Step3VL, cache: KVCache, tables: LastTokens) -> Tensor:
-        """One step's results, int32 [2, T], as `unpacked_results` reads them."""
+    def run(self, model: Step3VL, cache: KVCache, last_tokens: LastTokens) -> Tensor:
+        """Run one step; its results are int32 [2, T], as `unpacked_results` reads them."""
         hidden = model.decoder(model.decoder.embed(self.ids), self.step, cache)
-        # A plan that has moved on says where the tokens to be drawn will stand.
+        # An advanced plan has the positions of the tokens to be sampled.
         if self.advances:
             self.step.advance()
         positions = self.step.positions if self.advances else self.step.positions + 1
-        feeds = {"ids": self.ids, "last": tables.last, "batch_indices": self.batch_indices}
-        return self.drawing.draw(model, hidden, self.seeds, positions, **feeds)
+        feeds = {"ids": self.ids, "last": last_tokens.tokens, "batch_indices": self.batch_indices}
+        return self.sampler.sample(model, hidden, self.seeds, positions, **feeds)
 
 
 def unpacked_results(results: Tensor) -> tuple[list[int], list[float]]:
-    """Tokens and log-probabilities as lists, of `SampleOutput.results` on the host."""
+    """Tokens and log-probabilities as lists, from `SampleOutput.results` on the host."""
     return results[0].tolist(), results[1].view(torch.float32).tolist()

@@ -1,9 +1,9 @@
-"""The engine: schedule, execute, update, until the last rollout of the last group has ended.
+"""The engine loop: schedule, launch, update, until every group is done.
 
-It serves any number of groups at once, from any problem and round, on one executor. With `ahead`
-the next step is launched before the last one's tokens are read, so that the device never waits for
-the host; a rollout found to have ended then has written one token too many, into pages that are
-still its own.
+Serves any number of groups at the same time, from any problem and round, on one executor. With
+`ahead`, the next step is launched before the previous one's tokens are read, so that the device
+never waits for the host. A rollout that turns out to have ended has then written one token too
+many, into pages that are still its own.
 """
 
 import time
@@ -20,11 +20,11 @@ from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Group, Rollout, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
 
-IDLE_S = 1e-3  # how long a step takes in which there was nothing to do but to wait for images
+IDLE_S = 1e-3  # sleep in a step that could only wait for images
 
 
 class Executor(Protocol):
-    """Runs batches on a model: what the engine asks of pacore_sched/engine/executor.py."""
+    """The executor as the engine uses it: it runs batches on a model (executor.py)."""
 
     num_pages: int
     page_size: int
@@ -32,12 +32,13 @@ class Executor(Protocol):
     asynchronous: bool  # whether `launch` returns before the step is done
 
     def launch(self, tree: PrefixTree, batch: Batch) -> Any:
-        """Begin a step, on a GPU without waiting for it; its pending, of a type of one's own."""
+        """Start a step, on a GPU without waiting for it; returns a handle for `collect`."""
 
     def collect(self, pending: Any) -> tuple[list[int], list[float]]:
         """A step's tokens and log-probabilities in the order of `batch.sampled`.
 
-        A rollout with a draft has 1 + len(draft) of them: after its last token, and each drafted.
+        A rollout with a draft has 1 + len(draft) of them: after its last token, and after each
+        drafted one.
         """
 
 
@@ -46,28 +47,28 @@ ExecutorT = TypeVar("ExecutorT", bound=Executor)
 
 @dataclass
 class EngineStats:
-    """Counts over an engine's life, of tokens unless said otherwise."""
+    """Totals over an engine's life, in tokens unless noted."""
 
-    steps: int = 0  # of the decoder
+    steps: int = 0  # steps of the decoder
     generated: int = 0
-    wasted: int = 0  # drawn for rollouts that had ended, or behind a wrong draft
+    wasted: int = 0  # sampled for rollouts that had ended, or after a wrong draft token
     drafted: int = 0
     accepted: int = 0  # of the drafted ones
-    kv_read: int = 0  # tokens whose KV decoding had to read, each node once per step
-    kv_read_unshared: int = 0  # the same if every rollout had read its whole context itself
+    kv_read: int = 0  # tokens whose KV decoding read, each node once per step
+    kv_read_unshared: int = 0  # the same if every rollout read its whole context itself
 
 
 class Engine(Generic[ExecutorT]):
-    """Groups of rollouts in, ended rollouts out.
+    """Takes groups of rollouts, returns ended rollouts.
 
     policy: a name in POLICIES, or a policy
-    max_running: rollouts that decode at once, at most the executor's
-    token_budget: tokens that a step writes at most: long prompts are cut into chunks of it
-    ahead: whether the next step is launched before the last one's tokens are known; the default is
-        as the executor works
-    speculate: draft from siblings while at most so many rollouts run; 0 is never. The tokens are
-        the same, but for the rounding of matrix products
-    host_pages: pages of preempted rollouts that may be moved to the host rather than recomputed
+    max_running: rollouts that decode at the same time, at most the executor's
+    token_budget: the most tokens that one step writes; longer prompts are cut into chunks
+    ahead: whether the next step is launched before the last one's tokens are known; by default, if
+        the executor is asynchronous
+    speculate: draft from siblings while at most this many rollouts run; 0 is never. The tokens are
+        the same, except for the rounding of matrix products
+    host_pages: pages of preempted rollouts that may be moved to host memory instead of recomputed
     """
 
     def __init__(
@@ -97,11 +98,11 @@ class Engine(Generic[ExecutorT]):
         self.stats = EngineStats()
         self._drafts = SiblingDrafts()
         self._in_flight: tuple[Batch, object] | None = None
-        self._shape: tuple[Batch | None, int, int, int] = (None, 0, 0, 0)
+        self._last_reads: tuple[Batch | None, int, int, int] = (None, 0, 0, 0)
 
     @property
     def busy(self) -> bool:
-        """Whether there is a group that is not done, or a step whose tokens are not read."""
+        """Whether a group is not done, or a step's tokens have not been read."""
         return bool(self.scheduler.groups or self._in_flight)
 
     def submit(
@@ -116,20 +117,20 @@ class Engine(Generic[ExecutorT]):
         need: int | None = None,
         lengths: Mapping[int, int] | None = None,
     ) -> Group:
-        """Ask for one rollout per entry of `seeds` (index -> seed) behind a prompt.
+        """Add a group with one rollout per entry of `seeds` (index -> seed) over one prompt.
 
-        path, last_token: the prompt, its last token apart (sched/request.py)
-        problem, round: what policies go by
-        need: the group is done when so many rollouts have ended; the default is all
-        lengths: index -> max_tokens where that is not the sampling's
+        path, last_token: the prompt without its last token, and that token (sched/request.py)
+        problem, round: used by policies
+        need: the group is done when this many rollouts have ended; the default is all
+        lengths: index -> max_tokens where it differs from the sampling's
 
-        Raises InputError for a group without rollouts, or one that could never fit into memory.
+        Raises InputError for a group without rollouts, or one that can never fit in memory.
         """
         path = [segment for segment in path if segment.tokens]
         need = len(seeds) if need is None else need
         if not 1 <= need <= len(seeds):
             raise InputError(
-                f"{need} of {len(seeds)} rollouts are to end: at least one must, of one"
+                f"need must be from 1 to the group's {len(seeds)} rollouts, not {need}"
             )
         limits = {index: (lengths or {}).get(index, sampling.max_tokens) for index in seeds}
         if min(limits.values()) < 1:
@@ -142,28 +143,28 @@ class Engine(Generic[ExecutorT]):
             longest = max(limits.values())
             raise InputError(
                 f"a prompt of {group.prompt_tokens} tokens and a rollout of up to {longest} need"
-                f" KV for {pages * size} tokens, there is memory for"
+                f" KV for {pages * size} tokens, but there is memory for"
                 f" {self.executor.num_pages * size}: lower max_tokens"
             )
         self.scheduler.submit(group)
         return group
 
     def step(self) -> list[Rollout]:
-        """Run one step; the rollouts that have ended by it or for it.
+        """Run one step; returns the rollouts that ended, and siblings cancelled with them.
 
-        With `ahead` a step's tokens are known after the next one has been launched. [] also if
-        nothing can be done yet because all that is left waits for its images.
+        With `ahead`, a step's tokens are known after the next one has been launched. Returns []
+        also if everything left waits for its images.
         """
         with span("engine step", self.stats.steps):
             return self._step()
 
     def cancel(self, group: Group) -> list[Rollout]:
-        """End a group now; its rollouts that had not ended."""
+        """End a group now; returns its rollouts that had not ended."""
         self._drafts.forget(group)
         return self.scheduler.cancel(group)
 
     def text(self, rollout: Rollout) -> str:
-        """What an ended rollout said; "" after an error."""
+        """The text of an ended rollout; "" after an error."""
         return self.stopping.text(rollout)
 
     def _step(self) -> list[Rollout]:
@@ -174,15 +175,15 @@ class Engine(Generic[ExecutorT]):
             batch = self._with_drafts(batch)
         execute = spanned("execute", self.executor.launch)
         pending = execute(self.scheduler.tree, batch) if batch else None
-        before, self._in_flight = self._in_flight, None
+        previous, self._in_flight = self._in_flight, None
         if batch:
             self._count(batch)
             self._in_flight = batch, pending
-        if before:
-            ended += spanned("update", self._update)(*before)
+        if previous:
+            ended += spanned("update", self._update)(*previous)
         if not self.ahead or (batch and batch.drafts):
             ended += self._collect()
-        if not before and not batch and self.scheduler.groups:
+        if not previous and not batch and self.scheduler.groups:
             time.sleep(IDLE_S)
         return ended
 
@@ -190,11 +191,12 @@ class Engine(Generic[ExecutorT]):
         """Wait for the step in flight, if there is one."""
         if self._in_flight is None:
             return []
-        before, self._in_flight = self._in_flight, None
-        return spanned("update", self._update)(*before)
+        previous, self._in_flight = self._in_flight, None
+        return spanned("update", self._update)(*previous)
 
     def _update(self, batch: Batch, pending: object) -> list[Rollout]:
-        """Hand out a step's tokens; the rollouts that they end, and siblings cancelled for it."""
+        """Append a step's tokens to their rollouts; returns those that end, and cancelled
+        siblings."""
         tokens, logprobs = self.executor.collect(pending)
         if batch.drafts:
             return self._verify(batch, tokens, logprobs)
@@ -207,7 +209,7 @@ class Engine(Generic[ExecutorT]):
         return ended
 
     def _take(self, rollout: Rollout, token: int, logprob: float) -> str | None:
-        """Give a rollout its next token; the reason why it ends, if it does."""
+        """Append a rollout's next token; returns why the rollout ends, or None."""
         if token < 0:
             return "error"
         rollout.tokens.append(token)
@@ -222,11 +224,11 @@ class Engine(Generic[ExecutorT]):
         return ended
 
     def _with_drafts(self, batch: Batch) -> Batch:
-        """The batch with what siblings suggest, where there are pages for it."""
+        """The batch with drafts from siblings, where there are pages for them."""
         drafts, budget = [], self.scheduler.token_budget - len(batch.decode)
         for rollout in () if batch.chunks else batch.decode:
-            most = min(rollout.max_tokens - rollout.scheduled, budget)
-            draft = self._drafts.draft(rollout, most) if most > 0 else ()
+            max_tokens = min(rollout.max_tokens - rollout.scheduled, budget)
+            draft = self._drafts.draft(rollout, max_tokens) if max_tokens > 0 else ()
             if draft and not self.scheduler.append_draft(rollout, len(draft)):
                 draft = ()
             budget -= len(draft)
@@ -236,32 +238,35 @@ class Engine(Generic[ExecutorT]):
         return replace(batch, drafts=tuple(drafts), steps=1)
 
     def _verify(self, batch: Batch, tokens: list[int], logprobs: list[float]) -> list[Rollout]:
-        """Hand out the tokens drawn behind drafts, up to the first that a draft did not foresee."""
-        ended, at = [], 0
+        """Append the tokens sampled after drafts, up to the first that differs from its draft."""
+        ended, start = [], 0
         for rollout, draft in zip(batch.decode, batch.drafts, strict=True):
-            drawn = tokens[at : at + len(draft) + 1], logprobs[at : at + len(draft) + 1]
-            at += len(draft) + 1
-            if rollout.finish_reason:  # cancelled by a sibling's end in this very step
+            sampled = (
+                tokens[start : start + len(draft) + 1],
+                logprobs[start : start + len(draft) + 1],
+            )
+            start += len(draft) + 1
+            if rollout.finish_reason:  # cancelled when a sibling ended in this step
                 continue
-            right, reason = 0, None
-            for place, (token, logprob) in enumerate(zip(*drawn, strict=True)):
+            accepted, reason = 0, None
+            for i, (token, logprob) in enumerate(zip(*sampled, strict=True)):
                 reason = self._take(rollout, token, logprob)
-                if reason or place == len(draft) or token != draft[place]:
+                if reason or i == len(draft) or token != draft[i]:
                     break
-                right += 1
+                accepted += 1
             self.stats.drafted += len(draft)
-            self.stats.accepted += right
-            self.stats.wasted += len(draft) - right
-            self._drafts.verified(rollout, len(draft), right)
-            self.scheduler.settle_draft(rollout, right)
+            self.stats.accepted += accepted
+            self.stats.wasted += len(draft) - accepted
+            self._drafts.verified(rollout, len(draft), accepted)
+            self.scheduler.settle_draft(rollout, accepted)
             if reason:
                 ended += self._finish(rollout, reason)
         return ended
 
     def _count(self, batch: Batch) -> None:
-        """Add a step, and the KV that its decoding rollouts read."""
-        same, shared, unshared, rows = self._shape
-        if batch is same:  # every rollout has grown by one token
+        """Count a step, and the KV that its decoding rollouts read."""
+        batch_before, shared, unshared, rows = self._last_reads
+        if batch is batch_before:  # every rollout has grown by one token
             shared, unshared = shared + rows, unshared + rows
         else:
             nodes: dict[int, int] = {}
@@ -271,17 +276,17 @@ class Engine(Generic[ExecutorT]):
                 unshared += tree.context_length(rollout.node)
                 nodes |= {node: tree.length(node) for node in tree.path(rollout.node)}
             shared = sum(nodes.values())
-        self._shape = batch, shared, unshared, rows
+        self._last_reads = batch, shared, unshared, rows
         self.stats.steps += 1
         self.stats.kv_read += shared
         self.stats.kv_read_unshared += unshared
 
 
 def policy_named(name: str) -> LaterRoundFirst:
-    """A policy by its name. Raises InputError for unknown ones, and those of the simulator."""
-    known = [known for known in POLICIES if known not in KNOW_LENGTHS]
+    """The policy of a name. Raises InputError for unknown ones, and those only for simulation."""
+    available = [key for key in POLICIES if key not in KNOW_LENGTHS]
     if name in KNOW_LENGTHS:
-        raise InputError(f"policy {name!r} knows lengths beforehand: it is for `simulate`")
-    if name not in known:
-        raise InputError(f"there is no policy {name!r}: take one of {', '.join(known)}")
+        raise InputError(f"policy {name!r} knows lengths beforehand: it works in `simulate` only")
+    if name not in available:
+        raise InputError(f"unknown policy {name!r}; choose one of: {', '.join(available)}")
     return POLICIES[name]()

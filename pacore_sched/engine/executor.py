@@ -1,9 +1,9 @@
 """The executor: runs the scheduler's batches on the model.
 
-A batch that only decodes is a CUDA graph on a GPU (decode_graph.py); while the scheduler repeats
-it, the host does nothing but replay. Any other batch, with prompts, drafts or several ways of
-sampling, runs op by op. Tokens stay on the device from step to step, and are copied to the host
-once per step, beside the next one. On a CPU steps are computed when launched.
+On a GPU, a batch that only decodes is a CUDA graph (decode_graph.py); while the scheduler repeats
+it, the host only replays. Any other batch, with prompts, drafts or different sampling parameters,
+runs op by op. Tokens stay on the device from step to step; each step's tokens are copied to the
+host while the next step runs. On a CPU, `launch` computes the step.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,35 +47,35 @@ class PendingStep:
     """A launched step."""
 
     results: Tensor  # int32 [2, rows], on the host
-    order: Sequence[int]  # the results' columns in the order of collection
-    times: StepEvents | None
+    order: Sequence[int]  # the results' columns, in the order of `batch.sampled`
+    events: StepEvents | None
 
 
 @dataclass
 class _CachedDecode:
-    """A batch that decodes, ready to be run again while the scheduler repeats it."""
+    """A decode-only batch, ready to run again while the scheduler repeats it."""
 
     batch: Batch
     run: Callable[[], Tensor]
     order: list[int]
-    rows: int  # of the step, padding included
-    node: int  # of one rollout, whose length is one more in every step
+    rows: int  # of the step, including padding
+    node: int  # of one rollout; its length grows by one in every step
     length: int
-    left: int  # steps that its pages have room for
+    steps_left: int  # steps for which its pages have room
 
 
 class ModelExecutor:
-    """A model with its KV pages. `close` it, or use it as a context, to end its thread.
+    """A model with its KV pages. Call `close`, or use it as a context manager, to end its thread.
 
-    num_pages: of KV; the default is what free memory has room for (kv_memory.py)
-    kv_dtype: of the KV: the model's, or torch.float8_e4m3fn
-    max_running: rollouts that decode at once
-    max_kv_tokens: that could ever be in use; by default a whole context for each rollout
-    min_kv_tokens: of which KV must have room
-    share: of free memory for KV, if `num_pages` does not say
-    buckets: numbers of rows to make CUDA graphs for
+    num_pages: KV pages; by default as many as fit in free memory (kv_memory.py)
+    kv_dtype: dtype of the KV: the model's, or torch.float8_e4m3fn
+    max_running: rollouts that decode at the same time
+    max_kv_tokens: the most tokens ever in use; by default a full context for each rollout
+    min_kv_tokens: tokens for which the KV must have room
+    share: share of free memory for KV, if `num_pages` is not given
+    buckets: numbers of rows for which CUDA graphs are captured
 
-    Raises InputError if the KV does not fit into memory.
+    Raises InputError if the KV does not fit in memory.
     """
 
     def __init__(
@@ -101,66 +101,70 @@ class ModelExecutor:
             min_kv_tokens=min_kv_tokens,
             share=share,
         )
-        # One page more than the scheduler knows of, for rows that pad.
+        # One page that the scheduler does not know, for padding rows.
         self.cache = model.new_cache(self.num_pages + 1, kv_dtype)
         self.stats = StepStats()
-        self._tables = LastTokens(max_running, model.device)
+        self._last_tokens = LastTokens(max_running, model.device)
         self._timer = StepTimer(self.stats, model.device)
         self.graphs = DecodeGraphs(
-            model, self.cache, self._tables, buckets or default_buckets(max_running)
+            model, self.cache, self._last_tokens, buckets or default_buckets(max_running)
         )
         if not {None, "triton"}.isdisjoint(model.impl.values()):
-            of = (model.config, model.dtype, self.cache.k.dtype, self.graphs.buckets)
-            warm_up(engine_sites(*of), model.device)
-        self._standing: _CachedDecode | None = None
+            args = (model.config, model.dtype, self.cache.k.dtype, self.graphs.buckets)
+            warm_up(engine_sites(*args), model.device)
+        self._cached_decode: _CachedDecode | None = None
         self._encoder: ImageEncoder | None = None
         self._on_host: dict[Rollout, list[Tensor]] = {}
 
     def segment(
         self, ids: Sequence[int], features: Features | None = None, first_feature: int = 0
     ) -> Segment:
-        """A run of prompt ids, whose `<im_patch>` ids take `features` from one row on, in order.
+        """A run of prompt ids; its `<im_patch>` ids take rows of `features` from `first_feature`
+        on.
 
-        Raises InputError for ids outside the vocabulary or more `<im_patch>` ids than features.
+        Raises InputError for ids outside the vocabulary, or more `<im_patch>` ids than features.
         """
         config = self.model.config
-        hole = config.tokens.im_patch if self.model.vision else None
-        prompt = Prompt.of(ids, config.decoder.vocab_size, hole, features, first_feature)
-        ready = features.ready if features and prompt.holes else lambda: True
+        placeholder_id = config.tokens.im_patch if self.model.vision else None
+        prompt = Prompt.of(ids, config.decoder.vocab_size, placeholder_id, features, first_feature)
+        ready = features.ready if features and prompt.placeholders else lambda: True
         return Segment(len(ids), inputs=prompt, ready=ready)
 
     def encode(self, views: Sequence["Views"]) -> Features:
-        """Begin to encode images, beside the steps. Raises InputError if the model takes none."""
+        """Start to encode images while steps run. Raises InputError if the model takes
+        no images."""
         self._encoder = self._encoder or ImageEncoder(self.model)
         return self._encoder.encode(views)
 
     @torch.inference_mode()
     def launch(self, tree: PrefixTree, batch: Batch) -> PendingStep:
-        """Begin a step; on a GPU without waiting for it.
+        """Start a step; on a GPU without waiting for it.
 
-        After a batch with drafts, those rollouts' last tokens are read off `tokens`: collect it,
-        and keep what it verified, before the next launch.
-        Raises what encoding an image of the batch raised.
+        After a batch with drafts, the next launch reads those rollouts' last tokens from `tokens`:
+        first collect this step, and append the verified tokens. Raises what encoding an image of
+        the batch raised.
         """
         with self._timer.host():
             self._move_pages(batch)
             decodes = not batch.chunks and not any(batch.drafts)
-            run, order, rows = (self._decode if decodes else self._mixed)(tree, batch)
-            results, times = self._timer.step(run)
+            run, order, rows = (self._prepare_decode if decodes else self._prepare_mixed)(
+                tree, batch
+            )
+            results, events = self._timer.step(run)
             self.stats.steps += 1
             self.stats.rows += rows
             host = torch.empty(results.shape, dtype=results.dtype, pin_memory=results.is_cuda)
             host.copy_(results, non_blocking=True)
-            return PendingStep(host, order, self._timer.copied(times))
+            return PendingStep(host, order, self._timer.copied(events))
 
     def collect(self, pending: PendingStep) -> tuple[list[int], list[float]]:
-        """A step's tokens and log-probabilities in the order of `batch.sampled`, once it is done.
+        """Wait for a step; its tokens and log-probabilities in the order of `batch.sampled`.
 
         A rollout with a draft has 1 + len(draft) of them.
         """
-        self._timer.wait(pending.times)
+        self._timer.wait(pending.events)
         tokens, logprobs = unpacked_results(pending.results)
-        return [tokens[at] for at in pending.order], [logprobs[at] for at in pending.order]
+        return [tokens[row] for row in pending.order], [logprobs[row] for row in pending.order]
 
     def close(self) -> None:
         """End the thread that encodes images."""
@@ -174,71 +178,74 @@ class ModelExecutor:
         self.close()
 
     def _move_pages(self, batch: Batch) -> None:
-        """Take pages to the host, and back."""
-        if batch.evicted:  # room is made by those that have ended there
-            kept = {r: copies for r, copies in self._on_host.items() if not r.finish_reason}
-            self._on_host = kept
+        """Copy pages to the host, and back."""
+        if batch.evicted:  # copies of ended rollouts make room
+            still_needed = {r: copies for r, copies in self._on_host.items() if not r.finish_reason}
+            self._on_host = still_needed
         for rollout, pages in batch.evicted:
             if not rollout.finish_reason:
                 self._on_host[rollout] = self.cache.to_host(pages)
         for rollout, pages in batch.restored:
             self.cache.from_host(self._on_host.pop(rollout), pages)
 
-    def _decode(
+    def _prepare_decode(
         self, tree: PrefixTree, batch: Batch
     ) -> tuple[Callable[[], Tensor], list[int], int]:
-        """Of a batch that only decodes: how to run it, its order, its rows."""
-        standing = self._standing
+        """A decode-only batch's function to run, the order of its results, and its number
+        of rows."""
+        cached = self._cached_decode
         if (
-            standing is None
-            or standing.batch is not batch
-            or not standing.left
-            or tree.length(standing.node) != standing.length + 1
+            cached is None
+            or cached.batch is not batch
+            or not cached.steps_left
+            or tree.length(cached.node) != cached.length + 1
         ):
-            standing = self._standing = self._stand(tree, batch)
-        standing.left -= 1
-        standing.length = tree.length(standing.node)
-        self.stats.padding_rows += standing.rows - len(batch.decode)
-        return standing.run, standing.order, len(batch.decode)
+            cached = self._cached_decode = self._build_decode(tree, batch)
+        cached.steps_left -= 1
+        cached.length = tree.length(cached.node)
+        self.stats.padding_rows += cached.rows - len(batch.decode)
+        return cached.run, cached.order, len(batch.decode)
 
-    def _stand(self, tree: PrefixTree, batch: Batch) -> _CachedDecode:
+    def _build_decode(self, tree: PrefixTree, batch: Batch) -> _CachedDecode:
         rows = build_step_rows(tree, batch)
-        self._tables.claim(rows.claims)
+        self._last_tokens.claim(rows.claims)
         self.stats.plans += 1
-        order = [row for row, _ in rows.drawn]
-        of_row = dict(rows.drawn)
-        rollouts = [of_row[row] for row in range(len(order))]
+        order = [row for row, _ in rows.sampled]
+        rollout_of_row = dict(rows.sampled)
+        rollouts = [rollout_of_row[row] for row in range(len(order))]
         batch_indices = [rollout.batch_index for rollout in rollouts]
         seeds = [rollout.seed for rollout in rollouts]
-        settings = [sampling_key(rollout.group.sampling) for rollout in rollouts]
+        keys = [sampling_key(rollout.group.sampling) for rollout in rollouts]
         node = batch.decode[0].node
         length = tree.length(node) - 1
-        graph = self.graphs.find(rows.step, settings)
+        graph = self.graphs.find(rows.step, keys)
         if graph:
-            left = graph.fill(rows.step, batch_indices, seeds)
+            steps_left = graph.fill(rows.step, batch_indices, seeds)
             return _CachedDecode(
-                batch, graph.replay, order, graph.capacity.rows, node, length, left
+                batch, graph.replay, order, graph.capacity.rows, node, length, steps_left
             )
         model, device = self.model, self.model.device
         packed = _packed(rows.step, device, batch_indices=batch_indices, seeds=seeds)
-        step, of_rows = self._step(rows.step, packed), packed.tensors
-        ids = self._tables.last.index_select(0, of_rows["batch_indices"])
-        drawing = RowSampler.of(settings, device)
+        step, tensors = self._step(rows.step, packed), packed.tensors
+        ids = self._last_tokens.tokens.index_select(0, tensors["batch_indices"])
+        sampler = RowSampler.of(keys, device)
         decode = DecodeStep(
-            step, of_rows["batch_indices"], of_rows["seeds"], ids, drawing, advances(model)
+            step, tensors["batch_indices"], tensors["seeds"], ids, sampler, advances(model)
         )
-        left = step.plan.room + 1 if decode.advances else 1
+        steps_left = step.plan.room + 1 if decode.advances else 1
 
         def run() -> Tensor:
-            return decode.run(model, self.cache, self._tables)
+            return decode.run(model, self.cache, self._last_tokens)
 
-        return _CachedDecode(batch, run, order, len(order), node, length, left)
+        return _CachedDecode(batch, run, order, len(order), node, length, steps_left)
 
-    def _mixed(self, tree: PrefixTree, batch: Batch) -> tuple[Callable[[], Tensor], range, int]:
-        """Of any other batch: the same. Its results are in order, one for each row drawn from."""
-        self._standing = None
+    def _prepare_mixed(
+        self, tree: PrefixTree, batch: Batch
+    ) -> tuple[Callable[[], Tensor], range, int]:
+        """The same for any other batch. Its results are in order, one for each sampled row."""
+        self._cached_decode = None
         rows = build_step_rows(tree, batch)
-        self._tables.claim(rows.claims)
+        self._last_tokens.claim(rows.claims)
         self.stats.plans += 1
         device = self.model.device
         packed = _packed(
@@ -247,39 +254,41 @@ class ModelExecutor:
             ids=rows.ids,
             last_rows=[row for row, _ in rows.last],
             last_indices=[index for _, index in rows.last],
-            drawn_rows=[row for row, _ in rows.drawn],
-            drawn_indices=[rollout.batch_index for _, rollout in rows.drawn],
-            drawn_seeds=[rollout.seed for _, rollout in rows.drawn],
-            drawn_positions=[rows.step.positions[row] + 1 for row, _ in rows.drawn],
-            holes=[row for patch in rows.patches for row in patch.rows],
+            sampled_rows=[row for row, _ in rows.sampled],
+            sampled_indices=[rollout.batch_index for _, rollout in rows.sampled],
+            sampled_seeds=[rollout.seed for _, rollout in rows.sampled],
+            sampled_positions=[rows.step.positions[row] + 1 for row, _ in rows.sampled],
+            placeholders=[row for image in rows.images for row in image.rows],
         )
-        for rollout in rows.drafted:  # the host will say which of its tokens is the last
-            self._tables.forget(rollout)
+        for rollout in rows.drafted:  # the host will provide the last accepted token
+            self._last_tokens.forget(rollout)
         step = self._step(rows.step, packed)
-        settings = [sampling_key(rollout.group.sampling) for _, rollout in rows.drawn]
-        drawing = RowSampler.of(settings, device) if settings else None
+        keys = [sampling_key(rollout.group.sampling) for _, rollout in rows.sampled]
+        sampler = RowSampler.of(keys, device) if keys else None
 
         def run() -> Tensor:
-            return self._run_mixed(rows, step, packed.tensors, drawing)
+            return self._run_mixed(rows, step, packed.tensors, sampler)
 
-        return run, range(len(rows.drawn)), len(rows.ids)
+        return run, range(len(rows.sampled)), len(rows.ids)
 
     def _run_mixed(
-        self, rows: StepRows, step: Step, given: dict[str, Tensor], drawing: RowSampler | None
+        self, rows: StepRows, step: Step, tensors: dict[str, Tensor], sampler: RowSampler | None
     ) -> Tensor:
-        model, tables = self.model, self._tables
-        ids = given["ids"].index_copy(0, given["last_rows"], tables.last[given["last_indices"]])
-        holes = given["holes"].split([len(patch.rows) for patch in rows.patches])
+        model, last_tokens = self.model, self._last_tokens
+        ids = tensors["ids"].index_copy(
+            0, tensors["last_rows"], last_tokens.tokens[tensors["last_indices"]]
+        )
+        placeholders = tensors["placeholders"].split([len(image.rows) for image in rows.images])
         images = [
-            (place, patch.features.result()[patch.first : patch.first + len(patch.rows)])
-            for patch, place in zip(rows.patches, holes, strict=True)
+            (rows_of_image, image.features.result()[image.first : image.first + len(image.rows)])
+            for image, rows_of_image in zip(rows.images, placeholders, strict=True)
         ]
         hidden = model.decoder(model.decoder.embed(ids, images), step, self.cache)
-        if drawing is None:
-            return given["ids"].new_empty(2, 0, dtype=torch.int32)
-        feeds = {"last": tables.last, "batch_indices": given["drawn_indices"]}
-        hidden, seeds = hidden[given["drawn_rows"]], given["drawn_seeds"]
-        return drawing.draw(model, hidden, seeds, given["drawn_positions"], **feeds)
+        if sampler is None:
+            return tensors["ids"].new_empty(2, 0, dtype=torch.int32)
+        feeds = {"last": last_tokens.tokens, "batch_indices": tensors["sampled_indices"]}
+        hidden, seeds = hidden[tensors["sampled_rows"]], tensors["sampled_seeds"]
+        return sampler.sample(model, hidden, seeds, tensors["sampled_positions"], **feeds)
 
     def _step(self, step: StepBatch, packed: Packed) -> Step:
         plan = PrefixPlan.build(

@@ -1,4 +1,4 @@
-"""Images into embeddings beside the decoding: one thread, and on a GPU one stream of its own."""
+"""Encodes images while steps run: in a thread, and on a GPU in a separate stream."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Features:
-    """Embeddings of some images, on their way. `count` is how many rows they will be."""
+    """Embeddings of some images, perhaps still being computed. `count` is their number of rows."""
 
     def __init__(
         self, count: int, future: "Future[tuple[Tensor, torch.cuda.Event | None]]"
@@ -23,7 +23,7 @@ class Features:
         self.count, self._future = count, future
 
     def ready(self) -> bool:
-        """Whether nobody would have to wait for them; never if they have failed (`error`)."""
+        """Whether `result` would return without waiting; never true after an `error`."""
         if not self._future.done() or self._future.exception():
             return False
         event = self._future.result()[1]
@@ -31,11 +31,11 @@ class Features:
 
     @property
     def error(self) -> BaseException | None:
-        """Why there are none, once it is known."""
+        """What encoding raised, once it has failed."""
         return self._future.exception() if self._future.done() else None
 
     def result(self) -> Tensor:
-        """[count, hidden], for work on the current stream. Raises what encoding them raised."""
+        """[count, hidden], for work on the current stream. Raises what encoding raised."""
         features, event = self._future.result()
         if event is not None:
             torch.cuda.current_stream(features.device).wait_event(event)
@@ -44,7 +44,7 @@ class Features:
 
 
 class ImageEncoder:
-    """The model's vision tower, which nobody else may use meanwhile, in a thread."""
+    """Runs the model's vision tower in a thread; nothing else may use the tower meanwhile."""
 
     def __init__(self, model: Step3VL) -> None:
         self._model = model
@@ -55,12 +55,12 @@ class ImageEncoder:
             self._stream.wait_stream(torch.cuda.current_stream(model.device))  # for the weights
 
     def encode(self, views: Sequence["Views"]) -> Features:
-        """Begin with some images. Raises InputError for a model that takes none."""
+        """Start to encode some images. Raises InputError for a model that takes none."""
         count = self._model.count_features(views)
         return Features(count, self._thread.submit(spanned("encode images", self._run), views))
 
     def close(self) -> None:
-        """End the thread once what it works on is done; what has not begun is dropped."""
+        """End the thread after the current images; drops those that have not started."""
         self._thread.shutdown(cancel_futures=True)
 
     def _run(self, views: Sequence["Views"]) -> tuple[Tensor, "torch.cuda.Event | None"]:

@@ -1,4 +1,4 @@
-"""How many KV pages there is memory for."""
+"""The number of KV pages that fit in memory."""
 
 import os
 from pathlib import Path
@@ -10,8 +10,8 @@ from model.config import DecoderConfig
 from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, page_bytes
 
-# Of the memory that is free once the weights are there. The rest of a GPU's is for activations,
-# the images' too, and CUDA graphs; a CPU's is not ours alone.
+# Share of the memory that is free after loading the weights. The rest of a GPU's is for CUDA graphs
+# and activations, including the images'; a CPU's is shared with other processes.
 SHARE = {"cuda": 0.9, "cpu": 0.5}
 
 
@@ -24,35 +24,38 @@ def pages_that_fit(
     min_kv_tokens: int = 1,
     share: float | None = None,
 ) -> int:
-    """Pages for up to `max_kv_tokens`, as many of them as a share of the free memory has room for.
+    """Pages for up to `max_kv_tokens`, as far as a share of the free memory has room for them.
 
-    max_kv_tokens: that could ever be used; nodes of the prefix tree round up to whole pages
-    min_kv_tokens: fewer are of no use
-    share: of the free memory; by default that in SHARE
+    max_kv_tokens: the most tokens ever in use; prefix-tree nodes round up to whole pages
+    min_kv_tokens: the number of tokens that must fit
+    share: share of the free memory; by default from SHARE
 
-    Raises InputError if `min_kv_tokens` do not fit, with what they need and what is free.
+    Raises InputError if `min_kv_tokens` do not fit, with the memory needed and free.
     """
     share = SHARE.get(device.type, SHARE["cpu"]) if share is None else share
     if not 0 < share <= 1:
-        raise InputError(f"the share of memory for KV must be above 0 and at most 1, not {share}")
-    size, free = page_bytes(config, dtype), free_bytes(device)
-    fitting, least = int(share * free) // size, cdiv(max(min_kv_tokens, 1), PAGE_SIZE)
-    if fitting < least:
         raise InputError(
-            f"KV for {least * PAGE_SIZE} tokens needs {least * size / 1e9:.2f} GB, but of"
-            f" {free / 1e9:.2f} GB of free memory {share:.0%} may be used: lower max_tokens,"
-            " or take FP8 KV"
+            f"the share of memory for KV must be more than 0 and at most 1, not {share}"
         )
-    return max(least, min(fitting, cdiv(max_kv_tokens, PAGE_SIZE)))
+    size, free = page_bytes(config, dtype), free_bytes(device)
+    fitting, min_pages = int(share * free) // size, cdiv(max(min_kv_tokens, 1), PAGE_SIZE)
+    if fitting < min_pages:
+        raise InputError(
+            f"KV for {min_pages * PAGE_SIZE} tokens needs {min_pages * size / 1e9:.2f} GB, but only"
+            f" {share:.0%} of {free / 1e9:.2f} GB of free memory may be used: lower max_tokens,"
+            " or use FP8 KV"
+        )
+    return max(min_pages, min(fitting, cdiv(max_kv_tokens, PAGE_SIZE)))
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be allocated on `device`; on a CPU that does not tell, all there is."""
+    """Memory that can be allocated on `device`; all of it on a CPU that does not report free
+    memory."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # what the page cache holds can be had as well
+    if meminfo.exists():  # MemAvailable includes the page cache
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

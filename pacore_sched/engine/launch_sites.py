@@ -1,8 +1,8 @@
-"""Where the engine launches kernels: sites for `compile_ahead`, all of them on CPU tensors.
+"""The engine's kernel launches, as sites for `compile_ahead` that run on CPU tensors.
 
-Kernels depend on the widths of a model, not on its layers or weights, so one layer without weights
-is enough. Steps are built as the executor builds them, sizes are one of each class that kernels
-tell apart: row tiles, and numbers of rows that 16 divides or does not.
+Kernels depend on a model's widths, not on its layers or weights, so one layer without weights is
+enough. Steps are built as the executor builds them. Sizes cover each class that kernels
+distinguish: row tiles, and numbers of rows that are or are not divisible by 16.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from pacore_sched.engine.decode_step import LastTokens, SamplingKey
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.step_batch import build_step_batch
 
-# Temperature, top_k, top_p: as by default, greedy, tempered, truncated.
+# Temperature, top_k, top_p: plain (the default), greedy, and truncated.
 SAMPLING_KEYS: tuple[SamplingKey, ...] = (
     (1.0, 0, 1.0),
     (0.0, 0, 1.0),
@@ -37,8 +37,8 @@ SAMPLING_KEYS: tuple[SamplingKey, ...] = (
     (1.0, 20, 0.95),
 )
 CHUNKS = (1, 4, 16, 100, 2048)  # prompt tokens of a step
-DECODING = (1, 4, 16, 32)  # rollouts in the same step, and in steps without CUDA graphs
-IMAGES = ((1, 0), (1, 3), (1, 9))  # whole views, crops
+DECODING = (1, 4, 16, 32)  # rollouts in the same step, or in steps without CUDA graphs
+IMAGES = ((1, 0), (1, 3), (1, 9))  # global views, crops
 PAGES = 64
 
 
@@ -48,37 +48,38 @@ def engine_sites(
     kv_dtype: torch.dtype | None = None,
     buckets: Sequence[int] | None = None,
 ) -> list[Site]:
-    """All that an engine on such a model launches: its images, prompts and decode steps.
+    """Everything that an engine on such a model launches: images, prompts and decode steps.
 
-    buckets: numbers of rows that CUDA graphs are made for
+    buckets: numbers of rows for which CUDA graphs are captured
     """
-    of = (config, dtype, kv_dtype or dtype)
+    args = (config, dtype, kv_dtype or dtype)
     sites: list[Site] = [
-        partial(launch_graph, *of, rows) for rows in buckets or default_buckets(64)
+        partial(launch_graph, *args, rows) for rows in buckets or default_buckets(64)
     ]
     steps = {(chunk, rows) for chunk in CHUNKS for rows in (0, *DECODING)}
     steps |= {(0, rows) for rows in DECODING}
-    sites += [partial(launch_step, *of, *step) for step in sorted(steps)]
+    sites += [partial(launch_step, *args, *step) for step in sorted(steps)]
     if config.vision:
         sites += [partial(launch_images, config, dtype, *counts) for counts in IMAGES]
     return sites
 
 
 def launch_graph(config: Config, dtype: torch.dtype, kv_dtype: torch.dtype, rows: int) -> None:
-    """What the CUDA graphs of decode steps of up to `rows` rollouts hold."""
+    """The launches in the CUDA graphs of decode steps of up to `rows` rollouts."""
     model = one_layer(config, dtype)
     group = config.decoder.heads // config.decoder.kv_heads
-    for most in node_row_limits(rows, group):
-        cache, tables = model.new_cache(PAGES, kv_dtype), LastTokens(rows, model.device)
-        capacity = Capacity(rows, most, MIN_LEVELS)
-        DecodeGraph(model, cache, tables, capacity, SAMPLING_KEYS[0], _Uncaptured, None)
+    for max_node_rows in node_row_limits(rows, group):
+        cache, last_tokens = model.new_cache(PAGES, kv_dtype), LastTokens(rows, model.device)
+        capacity = Capacity(rows, max_node_rows, MIN_LEVELS)
+        DecodeGraph(model, cache, last_tokens, capacity, SAMPLING_KEYS[0], _Uncaptured, None)
     _sample(model, rows)
 
 
 def launch_step(
     config: Config, dtype: torch.dtype, kv_dtype: torch.dtype, chunk: int, rollouts: int
 ) -> None:
-    """A step that reads `chunk` tokens of a prompt while some rollouts of another decode."""
+    """A step that writes `chunk` tokens of a prompt while some rollouts of another
+    prompt decode."""
     model = one_layer(config, dtype)
     tree = PrefixTree(PAGES + rollouts, model.new_cache(1).page_size)
     work = []
@@ -116,7 +117,7 @@ def launch_images(config: Config, dtype: torch.dtype, whole: int, crops: int) ->
 
 @cache
 def one_layer(config: Config, dtype: torch.dtype) -> Step3VL:
-    """A model of these widths with one layer, whose weights are whatever is in memory."""
+    """A model of these widths with one layer of uninitialised weights."""
     decoder = replace(config.decoder, layers=1)
     vision = config.vision and replace(config.vision, layers=1)
     return Step3VL(replace(config, decoder=decoder, vision=vision), dtype=dtype)
@@ -126,14 +127,14 @@ def _sample(model: Step3VL, rows: int) -> None:
     logits = torch.empty(rows, model.config.decoder.vocab_size, dtype=model.dtype)
     seeds = torch.zeros(rows, dtype=torch.int64)
     table = {"last": seeds, "batch_indices": seeds}
-    for feeds in ({"ids": seeds, **table}, table, {}):  # decoding, with prompts, in parts
+    for feeds in ({"ids": seeds, **table}, table, {}):  # decode steps, with prompts, in parts
         out = SampleOutput.of(rows, model.device, **feeds)
         for temperature, top_k, top_p in SAMPLING_KEYS:
             sample(logits, seeds, seeds, temperature=temperature, top_k=top_k, top_p=top_p, out=out)
 
 
 class _Uncaptured:
-    """Takes a CUDA graph's place: runs its body as it is, once at first."""
+    """Stands in for a CUDA graph: runs its body, once at construction and at each replay."""
 
     def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: object) -> None:
         self.replay = body

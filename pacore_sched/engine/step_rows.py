@@ -1,7 +1,7 @@
-"""A batch as rows of the model: what each row is fed, and whose token is drawn where.
+"""A batch as rows of the model: the input of each row, and the rows that sample tokens.
 
-Made of ints, as sched/step_batch.py's layout is, whose rows these are. The last token of a running
-rollout is not known here: the row takes it from the executor's LastTokens, by batch index.
+Consists of ints, like the batch's layout (sched/step_batch.py). The host does not know a running
+rollout's last token: its row reads it from the executor's LastTokens, by batch index.
 """
 
 from bisect import bisect_left
@@ -16,50 +16,51 @@ from pacore_sched.sched.step_batch import StepBatch, build_step_batch
 
 
 class ImageFeatures(Protocol):
-    """Embeddings of images, perhaps still on their way (image_encoder.py)."""
+    """Embeddings of images, perhaps still being computed (image_encoder.py)."""
 
     count: int
 
     def result(self) -> Any:
-        """[count, hidden], a tensor: nothing is known of it here."""
+        """A tensor [count, hidden]; opaque here."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A segment's `inputs`: ids, and embeddings that take the place of some of them."""
+    """A segment's `inputs`: ids, and image embeddings that replace some of them."""
 
     ids: Sequence[int]
-    holes: Sequence[int] = ()  # where, ascending
+    placeholders: Sequence[int] = ()  # positions of the replaced ids, ascending
     features: ImageFeatures | None = None
-    first: int = 0  # the row of `features` for the first hole
+    first: int = 0  # the row of `features` for the first placeholder
 
     @staticmethod
     def of(
         ids: Sequence[int],
         vocabulary: int,
-        hole: int | None,
+        placeholder_id: int | None,
         features: ImageFeatures | None,
         first: int,
     ) -> "Prompt":
-        """Check ids; those equal to `hole` (None: there are none) take `features` in order.
+        """Check ids; those equal to `placeholder_id` (None: none) take `features` in order.
 
-        Raises InputError for ids outside the vocabulary, and for more holes than features.
+        Raises InputError for ids outside the vocabulary, and for more placeholders than features.
         """
-        wrong = next((id for id in ids if not 0 <= id < vocabulary), None)
-        if wrong is not None:
-            raise InputError(f"id {wrong} of the prompt is not in [0, {vocabulary})")
-        holes = [place for place, id in enumerate(ids) if id == hole]
+        invalid = next((id for id in ids if not 0 <= id < vocabulary), None)
+        if invalid is not None:
+            raise InputError(f"prompt id {invalid} is not in [0, {vocabulary})")
+        placeholders = [position for position, id in enumerate(ids) if id == placeholder_id]
         count = features.count if features else 0
-        if holes and first + len(holes) > count:
+        if placeholders and first + len(placeholders) > count:
             raise InputError(
-                f"the prompt has {first + len(holes)} <im_patch> tokens, the images give {count}"
+                f"the prompt has {first + len(placeholders)} <im_patch> tokens,"
+                f" the images give {count}"
             )
-        return Prompt(ids, holes, features, first)
+        return Prompt(ids, placeholders, features, first)
 
 
 @dataclass(frozen=True)
 class ImageRows:
-    """StepRows that take embeddings of images, one after the other from row `first` of these."""
+    """Rows whose inputs are consecutive image embeddings, from row `first` of `features` on."""
 
     rows: Sequence[int]
     features: ImageFeatures
@@ -68,14 +69,14 @@ class ImageRows:
 
 @dataclass
 class StepRows:
-    """A step on the host. Lists are aligned with what their comments name."""
+    """A step on the host. Each list is aligned with what its comment names."""
 
     step: StepBatch
-    ids: list[int]  # [T] 0 where the token is in the table
+    ids: list[int]  # [T] 0 where the token is in LastTokens
     last: list[tuple[int, int]] = field(default_factory=list)  # (row, batch index) of those
-    patches: list[ImageRows] = field(default_factory=list)
-    drawn: list[tuple[int, Rollout]] = field(default_factory=list)  # in the order of collection
-    claims: list[tuple[Rollout, int | None]] = field(default_factory=list)  # and last known token
+    images: list[ImageRows] = field(default_factory=list)
+    sampled: list[tuple[int, Rollout]] = field(default_factory=list)  # in the order of results
+    claims: list[tuple[Rollout, int | None]] = field(default_factory=list)  # last known token
     drafted: set[Rollout] = field(default_factory=set)
 
 
@@ -89,47 +90,51 @@ def build_step_rows(tree: PrefixTree, batch: Batch) -> StepRows:
     ends = {node: end + 1 for (node, _), end in zip(step.work, step.last_rows, strict=True)}
     rows = StepRows(step, [0] * len(step.positions))
     for rollout, draft in decode:
-        _decode(rows, tree, rollout, draft, ends[rollout.node])
+        _add_decode(rows, tree, rollout, draft, ends[rollout.node])
     for chunk in batch.chunks:
-        _write(rows, chunk, ends[chunk.owner.node])
+        _add_chunk(rows, chunk, ends[chunk.owner.node])
     return rows
 
 
-def _decode(
+def _add_decode(
     rows: StepRows, tree: PrefixTree, rollout: Rollout, draft: tuple[int, ...], end: int
 ) -> None:
-    """A rollout's last token, its draft behind it, and what is drawn after each."""
+    """Add a rollout's last token and its draft; a token is sampled after each."""
     first = end - 1 - len(draft)
     rows.ids[first + 1 : end] = draft
     rows.last.append((first, rollout.batch_index))
-    # What the host knows of the last token counts when the table does not hold this rollout's.
+    # The host's last token is used if LastTokens does not have this rollout's.
     written = tree.length(rollout.node) - 1 - len(draft)
-    known = rollout.group.last_token if not written else None
+    last_token = rollout.group.last_token if not written else None
     if 0 < written <= len(rollout.tokens):
-        known = rollout.tokens[written - 1]
-    rows.claims.append((rollout, known))
-    rows.drawn.extend((row, rollout) for row in range(first, end))
+        last_token = rollout.tokens[written - 1]
+    rows.claims.append((rollout, last_token))
+    rows.sampled.extend((row, rollout) for row in range(first, end))
     if draft:
         rows.drafted.add(rollout)
 
 
-def _write(rows: StepRows, chunk: Chunk, end: int) -> None:
-    """Known tokens: a segment's, or a rollout's that is taken up again."""
+def _add_chunk(rows: StepRows, chunk: Chunk, end: int) -> None:
+    """Add known tokens: a segment's, or those of a rollout that is being resumed."""
     owner, first = chunk.owner, end - (chunk.stop - chunk.start)
     if isinstance(owner, Segment):
         prompt = owner.inputs
         assert isinstance(prompt, Prompt)
         rows.ids[first:end] = prompt.ids[chunk.start : chunk.stop]
-        low, high = (bisect_left(prompt.holes, place) for place in (chunk.start, chunk.stop))
+        low, high = (
+            bisect_left(prompt.placeholders, position) for position in (chunk.start, chunk.stop)
+        )
         if low < high:
-            assert prompt.features is not None  # `Prompt.of` has seen to that
-            holes = [first + place - chunk.start for place in prompt.holes[low:high]]
-            rows.patches.append(ImageRows(holes, prompt.features, prompt.first + low))
+            assert prompt.features is not None  # checked by `Prompt.of`
+            placeholders = [
+                first + position - chunk.start for position in prompt.placeholders[low:high]
+            ]
+            rows.images.append(ImageRows(placeholders, prompt.features, prompt.first + low))
         return
     known = [owner.group.last_token, *owner.tokens][chunk.start : chunk.stop]
     if len(known) != chunk.stop - chunk.start:
-        raise ValueError(f"tokens {chunk.start}..{chunk.stop} of {owner} are not all known")
+        raise ValueError(f"tokens {chunk.start}..{chunk.stop} of {owner} are not all known yet")
     rows.ids[first:end] = known
     if chunk.samples:
-        rows.claims.append((owner, 0))  # the table gets what is drawn now
-        rows.drawn.append((end - 1, owner))
+        rows.claims.append((owner, 0))  # LastTokens gets the token sampled now
+        rows.sampled.append((end - 1, owner))

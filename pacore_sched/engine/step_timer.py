@@ -1,4 +1,4 @@
-"""What steps cost the host and the device, and how long the device waits between them."""
+"""Host and device time of steps, and how long the device idles between them."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,17 +11,17 @@ from torch import Tensor
 
 @dataclass
 class StepStats:
-    """Counts over an executor's life; times in seconds.
+    """Totals over an executor's life; times in seconds.
 
-    On a GPU `device_s` and `idle_s` count steps that have been collected, and the next step's wait
-    includes the caller's, if it had nothing to launch. On a CPU `device_s` is what computing took,
-    `host_s` the rest of `launch`, and nothing idles.
+    On a GPU, `device_s` and `idle_s` count collected steps, and `idle_s` includes the time in which
+    the caller had nothing to launch. On a CPU, `device_s` is the time to compute, `host_s` the rest
+    of `launch`, and `idle_s` is 0.
     """
 
     steps: int = 0
     rows: int = 0
-    padding_rows: int = 0  # computed beside them, for nobody
-    plans: int = 0  # laid out by the host; the others advanced on the device
+    padding_rows: int = 0  # computed in addition, results unused
+    plans: int = 0  # built by the host; the others advanced on the device
     host_s: float = 0.0  # in `launch`
     device_s: float = 0.0  # from a step's first kernel to its last
     idle_s: float = 0.0  # from a step's last kernel to the next one's first
@@ -34,53 +34,55 @@ class StepEvents:
     before: torch.cuda.Event | None  # the end of the step before it
     start: torch.cuda.Event
     end: torch.cuda.Event
-    copied: torch.cuda.Event | None = None  # its results are on the host
+    copied: torch.cuda.Event | None = None  # its results have reached the host
 
 
 class StepTimer:
-    """Adds to `stats`, without ever making the host wait for more than a step's results.
+    """Adds to `stats`, and never makes the host wait for more than a step's results.
 
-    There are no `StepEvents` on a CPU.
+    On a CPU there are no `StepEvents`.
     """
 
     def __init__(self, stats: StepStats, device: torch.device) -> None:
         self._stats, self._cuda = stats, device.type == "cuda"
         self._last: torch.cuda.Event | None = None
-        self._computing = 0.0
+        self._compute_s = 0.0
 
     @contextmanager
     def host(self) -> Iterator[None]:
-        """Around all that a launch does."""
-        start, self._computing = time.perf_counter(), 0.0
+        """Context around a whole launch."""
+        start, self._compute_s = time.perf_counter(), 0.0
         yield
-        self._stats.host_s += time.perf_counter() - start - self._computing
+        self._stats.host_s += time.perf_counter() - start - self._compute_s
 
     def step(self, run: Callable[[], Tensor]) -> tuple[Tensor, StepEvents | None]:
-        """Run what the device does of a step."""
+        """Run the device's part of a step."""
         if not self._cuda:
             began = time.perf_counter()
             results = run()
-            self._computing = time.perf_counter() - began
-            self._stats.device_s += self._computing
+            self._compute_s = time.perf_counter() - began
+            self._stats.device_s += self._compute_s
             return results, None
         start = _event()
         results = run()
         before, self._last = self._last, _event()
         return results, StepEvents(before, start, self._last)
 
-    def copied(self, times: StepEvents | None) -> StepEvents | None:
-        """The same, once the copy of the results has been launched."""
-        return times and replace(times, copied=_event())
+    def copied(self, events: StepEvents | None) -> StepEvents | None:
+        """The events, with one after the copy of the results, which must have been launched."""
+        return events and replace(events, copied=_event())
 
-    def wait(self, times: StepEvents | None) -> None:
-        """Wait for a step's results, and count its times."""
-        if times is None:
+    def wait(self, events: StepEvents | None) -> None:
+        """Wait for a step's results, and add its times."""
+        if events is None:
             return
-        assert times.copied is not None, "the copy of the results has been launched"
-        times.copied.synchronize()
-        self._stats.device_s += times.start.elapsed_time(times.end) / 1e3
-        if times.before is not None:
-            self._stats.idle_s += max(0.0, times.before.elapsed_time(times.start)) / 1e3
+        assert events.copied is not None, (
+            "call `copied` first: the copy of the results must have been launched"
+        )
+        events.copied.synchronize()
+        self._stats.device_s += events.start.elapsed_time(events.end) / 1e3
+        if events.before is not None:
+            self._stats.idle_s += max(0.0, events.before.elapsed_time(events.start)) / 1e3
 
 
 def _event() -> torch.cuda.Event:

@@ -1,9 +1,9 @@
-"""Where a rollout's text ends: at an end-of-turn token, at a stop string, or at its last token.
+"""Stop conditions: end-of-turn tokens, stop strings and length; and the text of a rollout.
 
-Tokens are compared as the bytes that they stand for: a stop string may begin and end anywhere
-within tokens, and so may the characters of either. Looking at a new token takes the bytes of the
-few tokens before it that a stop string could reach back into, whatever the text's length, and
-nothing is remembered between calls: a rollout may be put aside and taken up again.
+Text is compared as bytes: a stop string may begin and end inside tokens, and a character may be
+split between tokens. A new token costs the bytes of the few tokens before it that a stop string
+could reach, however long the text is. No state is kept between calls, so a rollout may be preempted
+and resumed.
 """
 
 from collections.abc import Collection, Iterable
@@ -15,33 +15,33 @@ from pacore_sched.sched.request import Rollout
 
 
 class Vocabulary(Protocol):
-    """What is asked of a tokenizer: model.text.tokenizer.Tokenizer has it."""
+    """The part of a tokenizer that is used here (model.text.tokenizer.Tokenizer has it)."""
 
     def token_bytes(self, id: int) -> bytes: ...
 
 
 class Stopping:
-    """Says when rollouts end, and what text they have then; `eos` are the ids that end a turn."""
+    """Decides when rollouts end, and returns their text; `eos` are the ids that end a turn."""
 
     def __init__(self, tokenizer: Vocabulary, eos: Collection[int]) -> None:
         self.eos = frozenset(eos)
         self._tokenizer = tokenizer
-        self._bytes: dict[int, bytes] = {}  # of the tokens seen so far
+        self._bytes: dict[int, bytes] = {}  # cache of token_bytes
 
     def reason(self, rollout: Rollout) -> str | None:
-        """Whether the last of `rollout.tokens`, just drawn, ends it: "stop", "length" or None.
+        """Whether the last of `rollout.tokens`, just sampled, ends it: "stop", "length" or None.
 
-        To be called for each token in turn: the tokens before the last one must not have ended it.
+        Must be called for each token in turn: no earlier token may have ended the rollout.
         """
         sampling = rollout.group.sampling
         if rollout.tokens[-1] in self.eos and not sampling.ignore_eos:
             return "stop"
-        if sampling.stop and self._completes_a_stop(rollout.tokens, _encoded(sampling.stop)):
+        if sampling.stop and self._completes_stop_string(rollout.tokens, _encoded(sampling.stop)):
             return "stop"
         return "length" if len(rollout.tokens) >= rollout.max_tokens else None
 
     def text(self, rollout: Rollout) -> str:
-        """What a rollout said, up to its stop string and without its eos; "" after an error.
+        """A rollout's text up to its stop string, without its eos; "" after an error.
 
         Bytes that are not UTF-8 become U+FFFD.
         """
@@ -49,34 +49,34 @@ class Stopping:
             return ""
         tokens, sampling = rollout.tokens, rollout.group.sampling
         if rollout.finish_reason != "stop":
-            return self._said(tokens).decode("utf-8", errors="replace")
+            return self._text_bytes(tokens).decode("utf-8", errors="replace")
         if tokens[-1] in self.eos and not sampling.ignore_eos:
             tokens = tokens[:-1]
-        said = self._said(tokens)
-        ends = [end for stop in _encoded(sampling.stop) if (end := said.find(stop)) >= 0]
-        return said[: min(ends, default=None)].decode("utf-8", errors="replace")
+        text = self._text_bytes(tokens)
+        ends = [end for stop in _encoded(sampling.stop) if (end := text.find(stop)) >= 0]
+        return text[: min(ends, default=None)].decode("utf-8", errors="replace")
 
-    def _said(self, tokens: Iterable[int]) -> bytes:
+    def _text_bytes(self, tokens: Iterable[int]) -> bytes:
         return b"".join(map(self._token_bytes, tokens))
 
-    def _completes_a_stop(self, tokens: list[int], stops: tuple[bytes, ...]) -> bool:
+    def _completes_stop_string(self, tokens: list[int], stops: tuple[bytes, ...]) -> bool:
         reach = max(map(len, stops)) - 1  # bytes before the last token that may belong to a stop
         tail = last = self._token_bytes(tokens[-1])
-        place = len(tokens) - 1
-        while place > 0 and len(tail) - len(last) < reach:
-            place -= 1
-            tail = self._token_bytes(tokens[place]) + tail
+        index = len(tokens) - 1
+        while index > 0 and len(tail) - len(last) < reach:
+            index -= 1
+            tail = self._token_bytes(tokens[index]) + tail
         return any(stop in tail for stop in stops)
 
     def _token_bytes(self, token: int) -> bytes:
-        known = self._bytes.get(token)
-        if known is None:
-            known = self._bytes[token] = self._tokenizer.token_bytes(token)
-        return known
+        cached = self._bytes.get(token)
+        if cached is None:
+            cached = self._bytes[token] = self._tokenizer.token_bytes(token)
+        return cached
 
 
 def checked_stops(stops: Collection[str]) -> tuple[str, ...]:
-    """Stop strings as `Sampling.stop` wants them. Raises InputError for an empty one."""
+    """Stop strings for `Sampling.stop`. Raises InputError for an empty or invalid one."""
     if not all(stops):
         raise InputError("a stop string is empty: it would end every rollout at once")
     try:

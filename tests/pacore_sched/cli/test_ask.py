@@ -130,7 +130,7 @@ def test_own_template(ask, tmp_path: Path):
         (["Count.", *TINY, "--temperature", "nan"], "--temperature must be 0, or from"),
         (["Count.", *TINY, "--top-p", "0"], "--top-p must be above 0"),
         (["Count.", *TINY, "--stop", ""], "a stop string is empty"),
-        (["Count.", *TINY, "--policy", "best"], "there is no policy 'best'"),
+        (["Count.", *TINY, "--policy", "best"], "unknown policy 'best'"),
         (["Count.", *TINY, "--kv-tokens", "64"], "need KV for"),
         (["x" * 9000, *TINY], "the context is 8192"),
         ([], "required: question"),

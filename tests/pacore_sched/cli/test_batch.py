@@ -405,7 +405,7 @@ def test_cancelled_rollouts_are_told_after_a_kill(call: Call):
     [
         (["--widths", "0"], "widths '0' are not positive integers"),
         (["--min-messages", "0"], "at least one message"),
-        (["--policy", "best"], "there is no policy 'best'"),
+        (["--policy", "best"], "unknown policy 'best'"),
         (["--policy", "oracle"], "knows lengths beforehand"),
         (["--max-running", "0"], "--max-running must be at least 1"),
         (["--kv-tokens", "0"], "--kv-tokens must be at least 1"),

@@ -1,4 +1,4 @@
-"""What a decode step launches on a GPU besides its layers' kernels: recorded, not run."""
+"""A decode step's launches on a GPU apart from its layers' kernels: recorded, not run."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ LAST_OF_LAYERS = "rms_norm_kernel"
 
 
 class PyTorchOps(TorchDispatchMode):
-    """Appends the names of PyTorch's ops that launch something, products as "linear"."""
+    """Records the names of PyTorch ops that launch a kernel; matrix products as "linear"."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -34,50 +34,50 @@ class PyTorchOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def launched(settings: SamplingKey, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """All launches of a graph of one layer, in order; Triton's end in "_kernel"."""
+def launched(sampling_key: SamplingKey, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All launches of a one-layer graph, in order; names of Triton kernels end in "_kernel"."""
     names: list[str] = []
 
     class Recorded:
-        """Takes a CUDA graph's place."""
+        """Stands in for a CUDA graph."""
 
         def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: object) -> None:
-            body()  # makes what is kept
+            body()  # allocates what later runs reuse
             names.clear()
             with PyTorchOps(names):
                 body()
 
     model = one_layer(PRESETS["tiny"], torch.bfloat16)
-    cache, tables = model.new_cache(8), LastTokens(rows, model.device)
+    cache, last_tokens = model.new_cache(8), LastTokens(rows, model.device)
     with launches_recorded(H200), monkeypatch.context() as patch:
-        # Of the class that kernels are of: pytest's process has Triton interpret.
+        # Patched on the kernels' own class, as Triton interprets in pytest's process.
         record = lambda kernel, *args, **options: names.append(kernel.fn.__name__)  # noqa: E731
         patch.setattr(type(advance_kernel), "run", record)
         capacity = Capacity(rows, rows, MIN_LEVELS)
-        DecodeGraph(model, cache, tables, capacity, settings, Recorded, None)
+        DecodeGraph(model, cache, last_tokens, capacity, sampling_key, Recorded, None)
     return names
 
 
 @pytest.mark.parametrize(
-    ("settings", "draws"),
+    ("sampling_key", "extra_kernels"),
     [((1.0, 0, 1.0), ()), ((0.0, 0, 1.0), ()), ((1.0, 20, 0.95), ("cut", "draw"))],
     ids=["plain", "greedy", "truncated"],
 )
 @pytest.mark.parametrize(("rows", "pieces"), [(4, ()), (64, ("pieces",))])
 @torch.no_grad()  # in inference mode a cast would be recorded as a view
 def test_no_small_launches(
-    settings: SamplingKey,
-    draws: tuple[str, ...],
+    sampling_key: SamplingKey,
+    extra_kernels: tuple[str, ...],
     rows: int,
     pieces: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Guards the step against the indices, casts, sums and copies that surrounded its ops, each a
-    launch of its own in every step. Small tiles alone, by rule, have no pieces written down."""
-    names = launched(settings, rows, monkeypatch)
-    of_pytorch = [name for name in names if not name.endswith("_kernel")]
-    assert of_pytorch == ["embedding"] + ["linear"] * 5  # qkv, o, gate_up, down; the LM head
+    """Guards against the index, cast, sum and copy kernels that once surrounded the ops, each an
+    extra launch in every step. With small tiles only, the rule's schedule records no pieces."""
+    names = launched(sampling_key, rows, monkeypatch)
+    pytorch_ops = [name for name in names if not name.endswith("_kernel")]
+    assert pytorch_ops == ["embedding"] + ["linear"] * 5  # qkv, o, gate_up, down; the LM head
     layers = len(names) - names[::-1].index(LAST_OF_LAYERS)
     plan = [f"{name}_kernel" for name in ("advance", "schedule", *pieces)]
-    samples = [f"sample_{part}_kernel" for part in ("scan", *draws, "pick")]
+    samples = [f"sample_{part}_kernel" for part in ("scan", *extra_kernels, "pick")]
     assert names[layers:] == [*plan, "linear", *samples]

@@ -1,4 +1,4 @@
-"""The engine on a model of hashes: what a rollout says is its own affair, whatever else runs."""
+"""The engine on a model of hashes: a rollout's tokens do not depend on what else runs."""
 
 from collections import Counter
 from itertools import count
@@ -18,7 +18,7 @@ NAMES = [name for name in POLICIES if name not in KNOW_LENGTHS]
 
 
 class Letters:
-    """A tokenizer of one letter per id."""
+    """A tokenizer with one letter per id."""
 
     def token_bytes(self, id: int) -> bytes:
         return bytes([ord("a") + id % 26])
@@ -29,7 +29,7 @@ def engine_of(executor: FakeExecutor, **options: object) -> Engine:
 
 
 def run(engine: Engine, groups: list[Group]) -> list[Rollout]:
-    """All rollouts in the order in which they end, checking the tree at every step."""
+    """All rollouts in the order in which they end; checks the tree at every step."""
     ended = []
     for step in count():
         if not engine.busy:
@@ -49,8 +49,8 @@ def run(engine: Engine, groups: list[Group]) -> list[Rollout]:
 
 
 @st.composite
-def jobs(draw):
-    """An engine with too little memory, and the groups that it is asked for."""
+def cases(draw):
+    """An engine with too little memory, and the groups submitted to it."""
     vocabulary = draw(st.sampled_from([VOCABULARY, VOCABULARY, 6]))
     pages = draw(st.integers(12, 20))
     executor = FakeExecutor(pages, 4, draw(st.integers(1, 12)), vocabulary)
@@ -84,21 +84,21 @@ def jobs(draw):
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
-@given(jobs())
-def test_tokens_are_those_of_a_rollout_alone(job):
-    """Preempted, moved to the host, drafted, pipelined, under any policy: every token is what the
-    rollout would have said undisturbed, and cancelled ones are a beginning of that."""
-    engine, groups = job
+@given(cases())
+def test_tokens_are_those_of_a_rollout_alone(case):
+    """Preempted, moved to the host, drafted, pipelined, under any policy: every rollout has the
+    tokens that it would have alone, and cancelled ones a prefix of those."""
+    engine, groups = case
     run(engine, groups)
     for group in groups:
         for rollout in group.rollouts:
-            alone = expected(group, rollout, vocabulary=engine.executor.vocabulary)
+            undisturbed = expected(group, rollout, vocabulary=engine.executor.vocabulary)
             if rollout.finish_reason == "cancelled":
-                assert rollout.tokens == alone[: len(rollout.tokens)]
+                assert rollout.tokens == undisturbed[: len(rollout.tokens)]
             else:
-                assert rollout.tokens == alone
-                assert rollout.finish_reason == ("stop" if alone[-1] == EOS else "length")
-                assert len(rollout.logprobs) == len(alone)
+                assert rollout.tokens == undisturbed
+                assert rollout.finish_reason == ("stop" if undisturbed[-1] == EOS else "length")
+                assert len(rollout.logprobs) == len(undisturbed)
         assert sum(r.finish_reason != "cancelled" for r in group.rollouts) == group.need
 
 
@@ -111,20 +111,19 @@ def test_a_prompt_is_written_once():
     for round_ in range(2):
         seeds = dict(enumerate(range(8)))
         path = [head, segment(range(5, 15))]
-        run_group = engine.submit(path, 7, seeds, Sampling(max_tokens=3), round=round_)
+        group = engine.submit(path, 7, seeds, Sampling(max_tokens=3), round=round_)
         while engine.busy:
             engine.step()
         assert engine.scheduler.counts.prefilled == 30 + 10 * (round_ + 1)
-        assert [r.tokens for r in run_group.rollouts] == [
-            expected(run_group, r) for r in run_group.rollouts
-        ]
+        assert [r.tokens for r in group.rollouts] == [expected(group, r) for r in group.rollouts]
     assert engine.scheduler.tree.free_pages == 200 - 8
     engine.scheduler.drop(head)
     assert engine.scheduler.tree.free_pages == 200
 
 
-def test_siblings_wait_until_the_prompt_is_warm():
-    """No rollout starts, nor is its prompt read, before the last chunk of it has been written."""
+def test_siblings_wait_until_the_prompt_is_written():
+    """No rollout starts, and no step reads its prompt, before the prompt's last chunk is
+    written."""
     executor = FakeExecutor(200)
     engine = engine_of(executor, token_budget=16)
     engine.submit([segment(range(1, 41))], 7, {0: 0, 1: 1}, Sampling(max_tokens=2))
@@ -135,7 +134,8 @@ def test_siblings_wait_until_the_prompt_is_warm():
 
 
 def test_images_are_waited_for_while_others_decode():
-    """A prompt whose images are not encoded yet neither blocks others nor is forgotten."""
+    """A prompt whose images are not encoded yet must not block others, and must not be
+    forgotten."""
     executor = FakeExecutor(200)
     engine = engine_of(executor)
     encoded = False
@@ -154,7 +154,7 @@ def test_images_are_waited_for_while_others_decode():
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_cancel(ahead: bool):
-    """A cancelled group gives back every page at once; others go on undisturbed."""
+    """A cancelled group returns every page at once; the others continue undisturbed."""
     executor = FakeExecutor(200)
     engine = engine_of(executor, ahead=ahead)
     sampling = Sampling(max_tokens=30)
@@ -175,7 +175,7 @@ def test_cancel(ahead: bool):
 
 
 def test_errors_end_a_rollout_alone():
-    """A row of NaN is the token -1: that rollout ends with "error" and says nothing."""
+    """A row of NaN is token -1: only that rollout ends, with "error" and no text."""
 
     class Broken(FakeExecutor):
         def launch(self, tree, batch):
@@ -192,10 +192,10 @@ def test_errors_end_a_rollout_alone():
     assert group.rollouts[1].tokens == []
 
 
-def test_what_never_fits_is_refused():
-    """More KV than there is for one rollout is said at once, with the figures."""
+def test_groups_that_can_never_fit_are_refused():
+    """A rollout that needs more KV than there is, is refused at once, with the numbers."""
     engine = engine_of(FakeExecutor(10))
-    with pytest.raises(InputError, match="KV for 44 tokens, there is memory for 40"):
+    with pytest.raises(InputError, match="KV for 44 tokens, but there is memory for 40"):
         engine.submit([segment([1] * 5)], 7, {0: 0}, Sampling(max_tokens=35))
     with pytest.raises(InputError, match="0 rollouts"):
         engine.submit([], 7, {}, Sampling())
@@ -208,18 +208,19 @@ def test_what_never_fits_is_refused():
 
 @pytest.mark.parametrize("name", [*KNOW_LENGTHS, "lifo"])
 def test_unknown_policies(name: str):
-    """A policy that cannot be had is named, with those that can."""
+    """The message names the unknown policy, and the known ones."""
     with pytest.raises(InputError, match=f"policy {name!r}|knows lengths"):
         engine_of(FakeExecutor(10), policy=name)
 
 
 def test_counts_of_shared_reads():
-    """What sharing saves is counted from the tree: the prompt once per step, not per rollout."""
+    """The saving from sharing is counted from the tree: the prompt once per step, not per
+    rollout."""
     engine = engine_of(FakeExecutor(200))
     seeds = {index: index for index in range(4)}
     engine.submit([segment([9] * 70)], 7, seeds, Sampling(max_tokens=3, ignore_eos=True))
     while engine.busy:
         engine.step()
-    own = 4 * (1 + 2 + 3)
-    assert engine.stats.kv_read == 3 * 70 + own
-    assert engine.stats.kv_read_unshared == 4 * 3 * 70 + own
+    own_nodes = 4 * (1 + 2 + 3)
+    assert engine.stats.kv_read == 3 * 70 + own_nodes
+    assert engine.stats.kv_read_unshared == 4 * 3 * 70 + own_nodes

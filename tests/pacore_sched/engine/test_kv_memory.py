@@ -1,4 +1,4 @@
-"""How many pages there is memory for, and what is said when there is not enough."""
+"""The number of KV pages that fit in memory, and the error when too few do."""
 
 import pytest
 import torch
@@ -25,7 +25,8 @@ def fit(config=LARGE, dtype=torch.bfloat16, device=CPU, **options) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_a_page_is_what_a_cache_takes(dtype: torch.dtype):
-    """An estimate that forgot layers or scales would run out of memory, or leave it unused."""
+    """Guards against an estimate without layers or scales, which would run out of memory or waste
+    it."""
     one, two = (KVCache(TINY, pages, dtype=dtype) for pages in (1, 2))
 
     def size(cache: KVCache) -> int:
@@ -35,8 +36,9 @@ def test_a_page_is_what_a_cache_takes(dtype: torch.dtype):
     assert size(two) - size(one) == size(one) == page_bytes(TINY, dtype)
 
 
-def test_a_share_of_what_is_free():
-    """147,456 bytes for a token of the 10B in bf16; less of a CPU, which is not ours alone."""
+def test_a_share_of_free_memory():
+    """147,456 bytes for a token of the 10B model in bf16; a smaller share of a CPU's memory, which
+    others use too."""
     page = PAGE_SIZE * 147_456
     assert fit() == 5 * 10**8 // page
     assert fit(device=torch.device("cuda")) == 9 * 10**8 // page
@@ -45,19 +47,19 @@ def test_a_share_of_what_is_free():
 
 
 def test_no_more_than_can_be_used():
-    """A machine with much memory does not spend it on pages that nobody could fill."""
+    """A machine with much memory must not allocate pages that can never be filled."""
     assert fit(max_kv_tokens=PAGE_SIZE * 7) == 7
     assert fit(max_kv_tokens=PAGE_SIZE * 7 + 1) == 8
     assert fit(max_kv_tokens=PAGE_SIZE, min_kv_tokens=PAGE_SIZE * 3) == 3
 
 
 def test_too_little():
-    """The error says what is needed, what is free, and what of that may be used."""
-    least = fit(share=1.0)
-    assert fit(share=1.0, min_kv_tokens=least * PAGE_SIZE) == least
-    message = r"KV for 6720 tokens needs 0\.99 GB, but of 1\.00 GB of free memory 50% may be used"
+    """The error states the memory needed, the memory free, and the share that may be used."""
+    pages = fit(share=1.0)
+    assert fit(share=1.0, min_kv_tokens=pages * PAGE_SIZE) == pages
+    message = r"KV for 6720 tokens needs 0\.99 GB, but only 50% of 1\.00 GB of free memory may"
     with pytest.raises(InputError, match=message):
-        fit(min_kv_tokens=least * PAGE_SIZE)
+        fit(min_kv_tokens=pages * PAGE_SIZE)
     with pytest.raises(InputError, match=r"needs 0\.01 GB"):
         fit(share=0.001)
     for share in (0.0, -1.0, 1.1, float("nan")):
@@ -66,6 +68,6 @@ def test_too_little():
 
 
 def test_free_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch):
-    """Between a page of KV and a thousand terabytes."""
+    """More than a page of KV and less than a thousand terabytes."""
     monkeypatch.undo()
     assert 2**20 < kv_memory.free_bytes(CPU) < 2**50

@@ -1,9 +1,9 @@
-"""What a rollout says does not depend on what else runs: the whole engine on the tiny model.
+"""A rollout's tokens do not depend on what else runs: the whole engine on the tiny model.
 
-A token is a function of its seed, its position and the logits before it. Logits are the same but
-for the rounding of sums, whose order follows the shape of a batch: log-probabilities agree to 1e-4
-in fp32, and tokens do unless two candidates are as close as that. With FP8 pages a rounding may
-also fall to the other side of a step of FP8, so these tests compare such runs with FP8 alone.
+A token is a function of its seed, its position and the logits before it. Logits are equal up to the
+rounding of sums, whose order depends on the shape of a batch: in fp32, log-probabilities agree to
+1e-4, and tokens agree unless two candidates are closer than that. With FP8 KV, a different rounding
+may also cross a step of FP8, so these tests compare FP8 runs with FP8 runs only.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,8 @@ def engine_of(model: Step3VL, pages: int, kv_dtype: torch.dtype | None, **option
 
 
 def run(engine: Engine, wanted: Sequence[Sequence[int]], need: int | None = None) -> list[Group]:
-    """A group for each prompt, of rollouts with the seeds wanted, until all have ended once."""
+    """Submit a group for each prompt, with rollouts of the given seeds; run until all have ended
+    once."""
     groups = [
         engine.submit(
             [engine.executor.segment(ids)], 7, dict(enumerate(seeds)), SAMPLING, need=need
@@ -51,16 +52,16 @@ def run(engine: Engine, wanted: Sequence[Sequence[int]], need: int | None = None
 
 @pytest.fixture(scope="module")
 def alone(tiny: Step3VL) -> dict:
-    """Tokens and log-probabilities of each rollout: one that has the engine for itself, the others
-    beside their siblings, with all the memory that they want."""
-    told = {}
+    """Tokens and log-probabilities of each rollout: one that has the engine to itself, the others
+    next to their siblings, with all the memory that they need."""
+    results = {}
     for kv_dtype in (None, torch.float8_e4m3fn):
         for wanted in ([[0], []], [[1, 2], range(3)]):
             for group in run(engine_of(tiny, 40, kv_dtype), wanted):
                 prompt = PROMPTS.index(list(group.path[0].inputs.ids))
                 for rollout in group.rollouts:
-                    told[kv_dtype, prompt, rollout.seed] = rollout.tokens, rollout.logprobs
-    return told
+                    results[kv_dtype, prompt, rollout.seed] = rollout.tokens, rollout.logprobs
+    return results
 
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
@@ -83,11 +84,11 @@ def test_under_memory_pressure(
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_cancelled_siblings(tiny: Step3VL, alone: dict, ahead: bool):
-    """Two of three end a group, under pressure: whoever is cut short said the beginning of what
-    it would have said, and nobody's pages or batch indices harm those that go on."""
+    """Two of three rollouts end a group, under pressure: a cancelled one has a prefix of its
+    tokens, and its freed pages and batch index do not disturb those that continue."""
     for group in run(engine_of(tiny, 7, None, ahead=ahead, host_pages=3), [range(3)] * 2, need=2):
-        whole = [r for r in group.rollouts if r.finish_reason == "length"]
-        assert len(whole) == 2
+        complete = [r for r in group.rollouts if r.finish_reason == "length"]
+        assert len(complete) == 2
         for rollout in group.rollouts:
             prompt = PROMPTS.index(list(group.path[0].inputs.ids))
             tokens, _ = alone[None, prompt, rollout.seed]

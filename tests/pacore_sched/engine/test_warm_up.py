@@ -1,7 +1,7 @@
-"""Kernels compiled before a run launches them: by processes of their own, on a forced GPU.
+"""Warm-up: kernels compiled before a run launches them, in separate processes, for a forced GPU.
 
-What a later compilation finds in Triton's cache is asked in yet another process: pytest's has
-Triton interpret.
+What a later compilation finds in Triton's cache is checked in another process: Triton interprets in
+pytest's.
 """
 
 import json
@@ -57,17 +57,17 @@ def cheap_sites() -> list[Callable]:
     )
 
 
-def without_interpreter(module: str, *arguments: str, given: bytes = b"") -> str:
+def without_interpreter(module: str, *arguments: str, stdin: bytes = b"") -> str:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, module, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env, input=given, capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, input=stdin, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.decode()
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """Triton's cache, empty, on a machine that passes for one with an H200."""
+    """Triton's cache, empty, on a machine that appears to have an H200."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("PACORE_WARM_UP", raising=False)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
@@ -75,68 +75,68 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def told(sites: Sequence[Callable], device: torch.device = CUDA) -> list[str]:
+def warnings_of(sites: Sequence[Callable], device: torch.device = CUDA) -> list[str]:
     """The warnings of a warm-up."""
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warm_up(sites, device)
-    return [str(warning.message) for warning in found]
+    return [str(warning.message) for warning in caught]
 
 
 def test_what_is_launched_later_is_in_the_cache(cache):
-    """Guards the first answer and timing on a GPU, which waited for the compiler: keys of launches
-    recorded by other processes must be those that are looked up."""
+    """Guards against a first answer or timing on a GPU that waits for the compiler: cache keys
+    recorded by other processes must be those that launches look up."""
     sites = cheap_sites()
-    assert told(sites) == []
-    hits = json.loads(without_interpreter("-c", LOOK_UP, given=pickle.dumps(sites)))
+    assert warnings_of(sites) == []
+    hits = json.loads(without_interpreter("-c", LOOK_UP, stdin=pickle.dumps(sites)))
     assert len(hits) > 3 and all(hits)
 
 
 def test_a_second_run_starts_no_process(cache, monkeypatch):
-    """Guards the price of a warm cache: importing PyTorch eight times takes seconds."""
+    """Guards the cost of a warm cache: importing PyTorch eight times takes seconds."""
     sites = cheap_sites()[:1]
-    assert told(sites) == []
+    assert warnings_of(sites) == []
     monkeypatch.setattr(compile_ahead, "_Pool", None)
-    assert told(sites) == []
-    for binary in cache.glob("*/*.cubin"):  # what is gone is compiled again
+    assert warnings_of(sites) == []
+    for binary in cache.glob("*/*.cubin"):  # missing ones are compiled again
         binary.unlink()
-    assert len(told(sites)) == 1
+    assert len(warnings_of(sites)) == 1
 
 
-def test_failing_costs_a_warning_and_nothing_else(cache, monkeypatch):
-    """Guards the run: a site that raises, or a process that dies, must not stop it, nor keep other
-    sites from being compiled."""
+def test_a_failure_is_only_a_warning(cache, monkeypatch):
+    """A site that raises, or a process that dies, must not stop the run, nor keep other sites from
+    being compiled."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # one process, then another
     sites = cheap_sites()[:1]
-    (warning,) = told([partial(os._exit, 7), partial(int, "x"), *sites])
+    (warning,) = warnings_of([partial(os._exit, 7), partial(int, "x"), *sites])
     assert "at first use" in warning and "exit code 7" in warning and "\n" not in warning
     assert list(cache.glob("*/*.cubin"))
-    assert "invalid literal" in told([partial(int, "x")])[0]
+    assert "invalid literal" in warnings_of([partial(int, "x")])[0]
 
 
-def test_a_process_that_hangs_is_given_up(cache, monkeypatch):
+def test_a_process_that_hangs_is_stopped(cache, monkeypatch):
     """Guards the run against a compiler that never returns."""
     monkeypatch.setattr(compile_ahead, "LIMIT_S", 3.0)
     start = time.perf_counter()
-    assert "not done in 3 s" in told([partial(time.sleep, 1000)] * 3)[0]
+    assert "not done in 3 s" in warnings_of([partial(time.sleep, 1000)] * 3)[0]
     assert time.perf_counter() - start < 30
 
 
 def test_only_gpus_are_warmed_up(cache, monkeypatch):
-    """Guards CPUs, and those who switch it off, against minutes of compiling for nothing."""
+    """Guards CPU users, and those who disable warm-up, against minutes of useless compiling."""
     monkeypatch.setattr(compile_ahead, "_Pool", None)
-    assert told(cheap_sites(), torch.device("cpu")) == []
+    assert warnings_of(cheap_sites(), torch.device("cpu")) == []
     monkeypatch.setenv("PACORE_WARM_UP", "0")
-    assert told(cheap_sites()) == []
+    assert warnings_of(cheap_sites()) == []
 
 
 def test_the_sites_are_all_that_an_engine_launches():
-    """Guards the list: what it lacks is compiled in the middle of a run."""
+    """Guards the list of sites: a missing kernel is compiled in the middle of a run."""
     assert json.loads(without_interpreter("-m", "tests.support.engine_launches")) == {}
 
 
 class Reached(Exception):
-    """Raised in place of warming up."""
+    """Raised instead of warming up."""
 
 
 @pytest.mark.parametrize("command", ["numerics --op silu_mul", "ops --op sample", "decode"])
@@ -153,9 +153,9 @@ def test_the_benchmarks_warm_up_before_they_measure(command, monkeypatch):
 
 @pytest.mark.parametrize("impl", [None, "triton", "eager"])
 def test_an_engine_warms_up_unless_it_is_eager(impl, monkeypatch):
-    """Guards the hook, and eager engines against a wait for kernels that they do not launch."""
-    found = []
-    monkeypatch.setattr(executor, "warm_up", lambda sites, device: found.append(len(sites)))
+    """Guards the hook, and eager engines against waiting for kernels that they do not launch."""
+    site_counts = []
+    monkeypatch.setattr(executor, "warm_up", lambda sites, device: site_counts.append(len(sites)))
     model = Step3VL(PRESETS["tiny"], impl=impl)
     executor.ModelExecutor(model, num_pages=8, max_running=2).close()
-    assert len(found) == (impl != "eager") and all(found)
+    assert len(site_counts) == (impl != "eager") and all(site_counts)
