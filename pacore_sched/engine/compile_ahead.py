@@ -93,8 +93,8 @@ def warm_up(sites: Sequence[Site], device: torch.device) -> None:
 
 
 def _stamp(sites: Sequence[Site], gpu: Gpu) -> Path:
-    """A file named after everything that determines the launches of `sites` on `gpu` and their
-    keys."""
+    """A file named after everything that the launches of `sites` on `gpu` and their keys
+    depend on."""
     digest = hashlib.sha256(pickle.dumps((sites, gpu)))
     env = {name: os.environ[name] for name in os.environ if name.startswith(("PACORE_", "TRITON_"))}
     triton_env = get_cache_invalidating_env_vars()

@@ -178,8 +178,7 @@ class DecodeGraphs:
         self._pool = None  # a pool whose graphs have been freed takes no new ones
 
     def _capacity(self, step: StepBatch) -> Capacity:
-        """The smallest bucket that fits, with the row limit for attention's tiles at these node
-        sizes."""
+        """The smallest bucket that fits, with the row limit that fits the largest node."""
         rows = next(bucket for bucket in self.buckets if bucket >= len(step.positions))
         largest = max(node.row_end - node.row_start for node in step.plan_nodes)
         row_limit = next(tile for tile in node_row_limits(rows, self._group) if largest <= tile)

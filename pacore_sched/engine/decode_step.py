@@ -45,8 +45,7 @@ def sampling_key(sampling: Sampling) -> SamplingKey:
 
 
 class LastTokens:
-    """The last token of each batch index, int64 on the device, with one extra entry for padding
-    rows."""
+    """The last token of each batch index, int64 on the device; one more entry for padding rows."""
 
     def __init__(self, max_running: int, device: torch.device) -> None:
         self.padding_index = max_running

@@ -195,8 +195,8 @@ class Engine(Generic[ExecutorT]):
         return spanned("update", self._update)(*previous)
 
     def _update(self, batch: Batch, pending: object) -> list[Rollout]:
-        """Append a step's tokens to their rollouts; returns those that end, and cancelled
-        siblings."""
+        """Append a step's tokens to their rollouts; returns those that end, cancelled ones
+        included."""
         tokens, logprobs = self.executor.collect(pending)
         if batch.drafts:
             return self._verify(batch, tokens, logprobs)
@@ -238,7 +238,8 @@ class Engine(Generic[ExecutorT]):
         return replace(batch, drafts=tuple(drafts), steps=1)
 
     def _verify(self, batch: Batch, tokens: list[int], logprobs: list[float]) -> list[Rollout]:
-        """Append the tokens sampled after drafts, up to the first that differs from its draft."""
+        """Append the tokens sampled after drafts, up to the first that the draft did not
+        predict."""
         ended, start = [], 0
         for rollout, draft in zip(batch.decode, batch.drafts, strict=True):
             sampled = (

@@ -119,8 +119,7 @@ class ModelExecutor:
     def segment(
         self, ids: Sequence[int], features: Features | None = None, first_feature: int = 0
     ) -> Segment:
-        """A run of prompt ids; its `<im_patch>` ids take rows of `features` from `first_feature`
-        on.
+        """A run of prompt ids; its `<im_patch>` ids take rows `first_feature`, ... of `features`.
 
         Raises InputError for ids outside the vocabulary, or more `<im_patch>` ids than features.
         """
@@ -131,8 +130,7 @@ class ModelExecutor:
         return Segment(len(ids), inputs=prompt, ready=ready)
 
     def encode(self, views: Sequence["Views"]) -> Features:
-        """Start to encode images while steps run. Raises InputError if the model takes
-        no images."""
+        """Start to encode images while steps run. Raises InputError if the model takes none."""
         self._encoder = self._encoder or ImageEncoder(self.model)
         return self._encoder.encode(views)
 
@@ -191,7 +189,7 @@ class ModelExecutor:
     def _prepare_decode(
         self, tree: PrefixTree, batch: Batch
     ) -> tuple[Callable[[], Tensor], list[int], int]:
-        """A decode-only batch's function to run, the order of its results, and its number
+        """A decode-only batch: the function to run, the order of its results, its number
         of rows."""
         cached = self._cached_decode
         if (

@@ -49,8 +49,7 @@ def pages_that_fit(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be allocated on `device`; all of it on a CPU that does not report free
-    memory."""
+    """Memory that can be allocated on `device`; the total for a CPU that does not report it."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

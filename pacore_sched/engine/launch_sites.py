@@ -78,8 +78,7 @@ def launch_graph(config: Config, dtype: torch.dtype, kv_dtype: torch.dtype, rows
 def launch_step(
     config: Config, dtype: torch.dtype, kv_dtype: torch.dtype, chunk: int, rollouts: int
 ) -> None:
-    """A step that writes `chunk` tokens of a prompt while some rollouts of another
-    prompt decode."""
+    """A step that writes `chunk` tokens of a prompt while rollouts of another prompt decode."""
     model = one_layer(config, dtype)
     tree = PrefixTree(PAGES + rollouts, model.new_cache(1).page_size)
     work = []

@@ -1,7 +1,7 @@
 """Drafts from sibling rollouts: what a sibling wrote after the same few tokens.
 
 When few rollouts are left, a decode step has room for more than one token per rollout. Rollouts of
-one prompt often repeat each other. So the draft is what followed the latest occurrence of the
+one prompt often repeat each other, so a draft is what followed the latest occurrence of the
 rollout's last tokens in any of them, itself included. The step that verifies the draft samples a
 token after every drafted one. This is lossless: a token depends only on its seed, its position and
 the logits before it, so a draft is kept up to where it departs from what would have been sampled

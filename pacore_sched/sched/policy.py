@@ -115,8 +115,8 @@ class SglangLike(Fcfs):
     def admits(self, rollout: Rollout, pages: int, state: SchedulerState) -> bool:
         size = state.tree.page_size
         left = sum(min(r.max_tokens - r.scheduled, self.CLIP) for r in state.running) * self._ratio
-        own = min(rollout.max_tokens - rollout.scheduled, self.CLIP)
-        return pages * size + left + own <= state.tree.free_pages * size
+        new = min(rollout.max_tokens - rollout.scheduled, self.CLIP)
+        return pages * size + left + new <= state.tree.free_pages * size
 
     def victim(self, running: Collection[Rollout]) -> Rollout:
         done = sum(rollout.scheduled for rollout in running) + 20 * len(running)
@@ -135,8 +135,8 @@ class ReserveMax(Fcfs):
         running = [(r.node, r.max_tokens - tree.length(r.node)) for r in state.running]
         others = sum(tree.pages_needed(node, tokens) for node, tokens in running)
         size = tree.page_size  # `pages` covers the rollout's tokens so far
-        own = cdiv(rollout.max_tokens, size) - (1 + rollout.scheduled) // size
-        return others + pages + own <= tree.free_pages
+        later = cdiv(rollout.max_tokens, size) - (1 + rollout.scheduled) // size
+        return others + pages + later <= tree.free_pages
 
 
 class Barrier(Fcfs):
@@ -211,8 +211,8 @@ class Predicted(LaterRoundFirst):
         tree = state.tree
         left = [(self.expected_length(r) - r.scheduled, tree.length(r.node)) for r in state.running]
         left.append((self.expected_length(rollout) - rollout.scheduled, pages * tree.page_size))
-        own = sum(len(tree.pages(r.node)) for r in state.running)
-        prompts = tree.num_pages - tree.free_pages - own
+        running = sum(len(tree.pages(r.node)) for r in state.running)
+        prompts = tree.num_pages - tree.free_pages - running
         room = (1 - self.watermark) * tree.num_pages - prompts
         return peak(left) <= room * tree.page_size
 

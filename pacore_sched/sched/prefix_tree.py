@@ -1,9 +1,9 @@
-"""The prefix tree: the pages of KV in which each token is, and how long each node must live.
+"""The prefix tree: which KV pages hold each token, and which nodes are still needed.
 
 A node is a run of tokens that several sequences share: image and question, one rollout, a synthesis
-prompt. It owns whole pages, some of which may be reserved for future tokens. Forking a sequence
+prompt. It owns whole pages, some of them perhaps reserved for future tokens. Forking a sequence
 adds a child and copies nothing. A node lives as long as it is held or has a child. The tree stores
-only numbers of tokens, no tokens or tensors. It is plain Python, and all methods except `path`,
+numbers of tokens, no tokens or tensors. It is plain Python, and all methods except `path`,
 `depth_first` and `check_integrity` take constant time (amortised, per page and node given).
 """
 

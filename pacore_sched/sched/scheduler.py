@@ -76,8 +76,8 @@ class Scheduler:
     def max_pages(self, group: Group) -> int:
         """Pages that the largest rollout of a group takes, including its prompt."""
         size = self.tree.page_size
-        own = max(rollout.max_tokens for rollout in group.rollouts)
-        return cdiv(own, size) + sum(cdiv(segment.tokens, size) for segment in group.path)
+        longest = max(rollout.max_tokens for rollout in group.rollouts)
+        return cdiv(longest, size) + sum(cdiv(segment.tokens, size) for segment in group.path)
 
     def submit(self, group: Group) -> None:
         """Add a group. Raises ValueError if one of its rollouts can never fit."""

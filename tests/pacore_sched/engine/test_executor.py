@@ -1,4 +1,4 @@
-"""The executor on the tiny model with hand-made batches: every token is the model's own.
+"""The executor on the tiny model with hand-built batches: every token is the model's own.
 
 `Step3VL.generate` gives each rollout's expected tokens. Batches mix groups, prompts in chunks,
 drafts and anything else that a scheduler may request.

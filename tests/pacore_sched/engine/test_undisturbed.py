@@ -31,14 +31,16 @@ def engine_of(model: Step3VL, pages: int, kv_dtype: torch.dtype | None, **option
     return Engine(executor, Stopping(model.tokenizer, model.config.tokens.eos), **options)
 
 
-def run(engine: Engine, wanted: Sequence[Sequence[int]], need: int | None = None) -> list[Group]:
+def run(
+    engine: Engine, seeds_by_prompt: Sequence[Sequence[int]], need: int | None = None
+) -> list[Group]:
     """Submit a group for each prompt, with rollouts of the given seeds; run until all have ended
     once."""
     groups = [
         engine.submit(
             [engine.executor.segment(ids)], 7, dict(enumerate(seeds)), SAMPLING, need=need
         )
-        for ids, seeds in zip(PROMPTS, wanted, strict=True)
+        for ids, seeds in zip(PROMPTS, seeds_by_prompt, strict=True)
         if seeds
     ]
     ended: list[Rollout] = []
@@ -56,8 +58,8 @@ def alone(tiny: Step3VL) -> dict:
     next to their siblings, with all the memory that they need."""
     results = {}
     for kv_dtype in (None, torch.float8_e4m3fn):
-        for wanted in ([[0], []], [[1, 2], range(3)]):
-            for group in run(engine_of(tiny, 40, kv_dtype), wanted):
+        for seeds_by_prompt in ([[0], []], [[1, 2], range(3)]):
+            for group in run(engine_of(tiny, 40, kv_dtype), seeds_by_prompt):
                 prompt = PROMPTS.index(list(group.path[0].inputs.ids))
                 for rollout in group.rollouts:
                     results[kv_dtype, prompt, rollout.seed] = rollout.tokens, rollout.logprobs

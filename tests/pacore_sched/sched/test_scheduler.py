@@ -68,9 +68,9 @@ class Trace:
             assert self.written[rollout.node] == self.tokens[rollout]
             self.written[rollout.node] += 1
         for rollout in batch.sampled:
-            *above, own = tree.path(rollout.node)
+            *above, leaf = tree.path(rollout.node)
             assert [tree.length(n) for n in above] == [s.tokens for s in rollout.group.path]
-            for node in (*above, own):
+            for node in (*above, leaf):
                 assert self.written[node] == tree.length(node)
         assert 0 < rows <= self.scheduler.token_budget
         assert len(self.scheduler.running) <= self.scheduler.max_running
