@@ -1,1 +1,1 @@
-"""Every op and the whole tiny model against fp64, transformers and timm: `bench validate`."""
+"""`bench validate`: every op and the whole tiny model against fp64, transformers and timm."""

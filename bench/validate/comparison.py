@@ -1,4 +1,4 @@
-"""One result beside its reference: its errors, where the worst one is, and how they spread."""
+"""One result compared with its reference: errors, the worst element and a histogram."""
 
 import math
 from collections.abc import Sequence
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from bench.numerics import Error, errors, excess, roundoff, summary
 
-# A histogram's bins, in roundoffs of the result's dtype: what is below the first edge, zero above
-# all, half octaves, and what is beyond the last edge, wrong tokens and misplaced NaN above all.
+# Edges of a histogram's bins, in roundoffs of the result's dtype, half an octave apart. Two more
+# bins hold errors below the first edge, mostly zeros, and beyond the last one, mostly wrong tokens
+# and misplaced NaN.
 EDGES = 2.0 ** np.arange(-4, 16.5, 0.5)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`expected` and `got` stand at `index` of the result called `name`, where it is worst."""
+    """`index` is the worst element of the result called `name`, with values `got`, `expected`."""
 
     name: str
     error: Error
@@ -31,45 +32,48 @@ class Comparison:
 
     @property
     def failure(self) -> str | None:
-        """What exceeds what is allowed, and where."""
+        """Which limit is exceeded, and the worst element; None if no limit is."""
         text = excess(self.error, self.allowed) if self.allowed else None
         where = f"{self.name}{list(self.index)} is {self.got!r}, not {self.expected!r}"
         return text and f"{text}: {where}"
 
     @property
-    def strain(self) -> float:
-        """The error as a multiple of what is allowed."""
+    def limit_ratio(self) -> float:
+        """The error as a multiple of the allowed error."""
         if self.allowed is None:
             return 0.0
         pairs = ((getattr(x, name) for x in (self.error, self.allowed)) for name in ("max", "rms"))
         return max(error / limit if limit else math.inf if error else 0 for error, limit in pairs)
 
 
-def compared(name: str, result: Tensor, expected: Tensor, allowed: Error | None) -> Comparison:
+def compare_result(
+    name: str, result: Tensor, expected: Tensor, allowed: Error | None
+) -> Comparison:
     """Compare one result; raises ValueError for a wrong shape or kind of number."""
     result, expected = result.cpu(), expected.cpu()
-    found = errors(result, expected)
+    element_errors = errors(result, expected)
     unit = roundoff(result.dtype) if result.is_floating_point() else 0.0
-    counted = found[~found.isnan()]
-    place = int(found.nan_to_num(-1, posinf=math.inf).argmax()) if found.numel() else 0
-    some = found.numel() > 0
+    valid = element_errors[~element_errors.isnan()]
+    nonempty = element_errors.numel() > 0
+    worst = int(element_errors.nan_to_num(-1, posinf=math.inf).argmax()) if nonempty else 0
+    shape = element_errors.shape
     return Comparison(
         name=name,
-        error=summary(found),
+        error=summary(element_errors),
         allowed=allowed,
         roundoff=unit,
-        beyond_roundoff=float((counted > unit).double().mean()) if len(counted) else 0.0,
-        index=tuple(int(i) for i in np.unravel_index(place, found.shape)) if some else (),
-        got=result.flatten()[place].item() if some else math.nan,
-        expected=expected.flatten()[place].item() if some else math.nan,
-        histogram=_counts(counted / unit),
+        beyond_roundoff=float((valid > unit).double().mean()) if len(valid) else 0.0,
+        index=tuple(int(i) for i in np.unravel_index(worst, shape)) if nonempty else (),
+        got=result.flatten()[worst].item() if nonempty else math.nan,
+        expected=expected.flatten()[worst].item() if nonempty else math.nan,
+        histogram=_histogram(valid / unit),
     )
 
 
 def fields(comparisons: Sequence[Comparison]) -> dict:
-    """A row's fields: of the result that comes nearest to what it is allowed, or exceeds it most;
-    the histogram is of all results."""
-    worst = max(comparisons, key=lambda one: one.strain)
+    """A row's fields: those of the result with the largest error relative to its limit; the
+    histogram is over all results."""
+    worst = max(comparisons, key=lambda comparison: comparison.limit_ratio)
     allowed = worst.allowed
     return {
         "result": worst.name,
@@ -82,14 +86,14 @@ def fields(comparisons: Sequence[Comparison]) -> dict:
         "worst_index": list(worst.index),
         "worst_got": _json(worst.got, str(worst.got)),
         "worst_expected": _json(worst.expected, str(worst.expected)),
-        "histogram": np.sum([one.histogram for one in comparisons], axis=0).tolist(),
+        "histogram": np.sum([comparison.histogram for comparison in comparisons], axis=0).tolist(),
         "failure": worst.failure,
         "skipped": None,
     }
 
 
-def nothing(*, failure: str | None = None, skipped: str | None = None) -> dict:
-    """The fields of a row without a comparison, and why there is none."""
+def empty_fields(*, failure: str | None = None, skipped: str | None = None) -> dict:
+    """The fields of a row without a comparison, with the reason."""
     return dict.fromkeys(FIELDS) | {"failure": failure, "skipped": skipped}
 
 
@@ -108,13 +112,14 @@ FIELDS = (
 )
 
 
-def _counts(in_roundoffs: Tensor) -> tuple[int, ...]:
-    """How many errors lie in each bin; of integers, 0 / 0 is right and 1 / 0 wrong."""
+def _histogram(in_roundoffs: Tensor) -> tuple[int, ...]:
+    """The number of errors in each bin. Integers have a roundoff of 0: a right one is 0 / 0, a
+    wrong one 1 / 0."""
     edges = torch.from_numpy(EDGES)
     bins = torch.bucketize(in_roundoffs.nan_to_num(0.0, posinf=math.inf), edges, right=True)
     return tuple(torch.bincount(bins, minlength=len(EDGES) + 1).tolist())
 
 
 def _json(value: float, otherwise: str | None) -> float | str | None:
-    """JSON has no NaN and no inf."""
+    """The value, or `otherwise` for NaN and inf, which JSON lacks."""
     return value if math.isfinite(value) else otherwise

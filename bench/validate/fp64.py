@@ -1,9 +1,9 @@
-"""Every op in fp64, written from its formula: judges that share neither code nor rounding with it.
+"""fp64 formulas of every op: references that share neither code nor rounding with the ops.
 
-They take the inputs of `bench.cases.numerics_cases` as they are, in 16 bits or fp8 too, and widen
-them. Two numbers stay what the ops' definitions say they are, fp32, as they are no error of a form:
-the angle position * inv_freq of qk_norm_rope, whose rounding turns by up to 2^-13 at position 4095,
-and sample's u, whose rounding shifts the noise of the likeliest tokens by thousandths.
+They take the inputs of `bench.cases.numerics_cases`, 16-bit and fp8 ones too, and widen them. Two
+quantities stay in fp32, because the ops define them in fp32 and their rounding is no error of a
+form: the angle position * inv_freq of qk_norm_rope, whose rounding turns by up to 2^-13 at position
+4095, and sample's u, whose rounding shifts the noise of the likeliest tokens by thousandths.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ WORD = 2**32
 
 
 def reference(case: Case, inputs: dict) -> list[Tensor]:
-    """What the case's op should return, then the pages it should have written.
+    """The expected results of the case's op, then the pages it should have written.
 
-    In fp64, tokens in int64, on the CPU. `inputs` stay as they are.
+    In fp64, tokens in int64, on the CPU. `inputs` are not modified.
     """
     wide = {name: _wide(value) for name, value in inputs.items()}
     with torch.inference_mode():
@@ -58,19 +58,20 @@ def logistic(x: Tensor) -> Tensor:
     return 1 / (1 + (-x).exp())
 
 
-def half_turned(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """x [T, H, D] with elements i and i + D/2 as one complex number turned by position * freq."""
+def rope_half(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """x [T, H, D], elements i and i + D/2 as a complex number, turned by position * inv_freq."""
     angle = (positions[:, None].float() * inv_freq.float()).double()[:, None]
     z = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([z.real, z.imag], -1)
 
 
-def axial_turned(x: Tensor, grid: Grid, theta: float) -> Tensor:
-    """x [tokens, H, D] of a view: pairs (2i, 2i + 1), of half a head by column, then by row."""
+def rope_axial(x: Tensor, grid: Grid, theta: float) -> Tensor:
+    """x [tokens, H, D] of a view: pairs (2i, 2i + 1), turned by column in the first half of a
+    head and by row in the second."""
     token, dim = torch.arange(len(x)), x.shape[-1]
     frequency = theta ** (-4 / dim * torch.arange(dim // 4, dtype=torch.float64))
-    places = torch.stack([token % grid[1], token // grid[1]], 1)  # [tokens, 2]
-    angle = (places[..., None] * frequency).flatten(1)[:, None]  # [tokens, 1, D / 2]
+    positions = torch.stack([token % grid[1], token // grid[1]], 1)  # [tokens, 2]
+    angle = (positions[..., None] * frequency).flatten(1)[:, None]  # [tokens, 1, D / 2]
     z = torch.complex(x[..., 0::2], x[..., 1::2]) * torch.polar(torch.ones_like(angle), angle)
     return torch.view_as_real(z).flatten(-2)
 
@@ -80,7 +81,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """q [T, Hq, D] over k, v [tokens, Hkv, D]: out [T, Hq, D] and log-sum-exp [T, Hq].
 
-    seen: bool [T, tokens]; None is all
+    seen: bool [T, tokens]; None: every row sees all tokens
     """
     grouped = q.unflatten(1, (k.shape[1], -1))
     scores = torch.einsum("rkgd,tkd->rkgt", grouped, k) * scale
@@ -93,22 +94,22 @@ def attention(
     return out.flatten(1, 2), (top + total.log())[..., 0].flatten(1)
 
 
-def convolved(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """3x3, stride 2, padding 1, as a product with patches: [C, R, S] -> [C', R/2, S/2], up."""
-    patches = F.unfold(image[None], 3, padding=1, stride=2)[0]  # [C * 9, places]
+def convolve(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3x3, stride 2, padding 1, by unfolding: [C, R, S] -> [C', ceil(R / 2), ceil(S / 2)]."""
+    patches = F.unfold(image[None], 3, padding=1, stride=2)[0]  # [C * 9, positions]
     result = weight.flatten(1) @ patches + bias[:, None]
     return result.unflatten(1, [cdiv(side, 2) for side in image.shape[1:]])
 
 
-def downsampled(x: Tensor, grid: Grid, *convolutions: tuple[Tensor, Tensor]) -> Tensor:
-    """A view's tokens [rows * columns, C] through convolutions, as tokens again."""
+def downsample(x: Tensor, grid: Grid, *convolutions: tuple[Tensor, Tensor]) -> Tensor:
+    """A view's tokens [rows * columns, C] after convolutions, as tokens again."""
     image = x.T.unflatten(1, grid)
     for weight, bias in convolutions:
-        image = convolved(image, weight, bias)
+        image = convolve(image, weight, bias)
     return image.flatten(1).T
 
 
-def of_views(x: Tensor, grids: Sequence[Grid]) -> Iterator[tuple[Tensor, Grid]]:
+def split_views(x: Tensor, grids: Sequence[Grid]) -> Iterator[tuple[Tensor, Grid]]:
     """The tokens of each view, and its grid."""
     return zip(x.split([rows * columns for rows, columns in grids]), grids, strict=True)
 
@@ -159,8 +160,8 @@ def _qk_norm_rope(
     _, kv_heads, page_size, dim = pages.k.shape
     heads = qkv.unflatten(1, (-1, dim))
     q, k, v = heads.tensor_split([heads.shape[1] - 2 * kv_heads, heads.shape[1] - kv_heads], 1)
-    q = half_turned(rms(q, q_weight, eps), positions, inv_freq)
-    k = half_turned(rms(k, k_weight, eps), positions, inv_freq)
+    q = rope_half(rms(q, q_weight, eps), positions, inv_freq)
+    k = rope_half(rms(k, k_weight, eps), positions, inv_freq)
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
             page, offset = divmod(slot, page_size)
@@ -176,14 +177,14 @@ def _prefix_attention(
     window: int = 0,
     return_lse: bool = False,
 ) -> Results:
-    """Row by row, over the tokens that the row sees, in the order of its sequence."""
+    """Row by row, over the tokens that the row sees, in sequence order."""
     keys, values = pages.k, pages.v
     if pages.k_scale is not None:
         keys, values = keys * pages.k_scale[..., None], values * pages.v_scale[..., None]
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:2], -torch.inf)
     for row in range(len(q)):
-        slots = _seen(plan, row)[-window:]  # all for a window of 0
+        slots = _visible_tokens(plan, row)[-window:]  # window 0: all
         if slots:
             page, offset = torch.tensor(slots).T
             k, v = keys[page, :, offset], values[page, :, offset]
@@ -191,14 +192,14 @@ def _prefix_attention(
     return (out, lse) if return_lse else (out,)
 
 
-def _seen(plan: PrefixPlan, row: int) -> list[tuple[int, int]]:
-    """Page and offset of every token that a row sees."""
+def _visible_tokens(plan: PrefixPlan, row: int) -> list[tuple[int, int]]:
+    """Page and offset of each token that a row sees."""
     slots = []
     for node in plan.nodes:
         if node.row_start <= row < node.row_end:
             visible = min(node.kv_len, node.kv_len - node.num_new + row - node.row_start + 1)
-            places = (divmod(token, plan.page_size) for token in range(visible))
-            slots += [(node.pages[index], offset) for index, offset in places]
+            indices = (divmod(token, plan.page_size) for token in range(visible))
+            slots += [(node.pages[index], offset) for index, offset in indices]
     return slots
 
 
@@ -213,9 +214,9 @@ def _vision_attention(
     qkv: Tensor, grids: Sequence[Grid], heads: int, theta: float = 1e4
 ) -> Results:
     outs = []
-    for view, grid in of_views(qkv, grids):
+    for view, grid in split_views(qkv, grids):
         q, k, v = view.view(len(view), 3, heads, -1).unbind(1)
-        q, k = axial_turned(q, grid, theta), axial_turned(k, grid, theta)
+        q, k = rope_axial(q, grid, theta), rope_axial(k, grid, theta)
         outs.append(attention(q, k, v, q.shape[-1] ** -0.5)[0].flatten(1))
     return (torch.cat(outs),)
 
@@ -232,7 +233,7 @@ def _projector(
     out: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Results:
-    views = [downsampled(view, grid, (w1, b1), (w2, b2)) for view, grid in of_views(x, grids)]
+    views = [downsample(view, grid, (w1, b1), (w2, b2)) for view, grid in split_views(x, grids)]
     result = torch.cat(views) @ w3.T
     if out is None:
         return (result,)
@@ -248,7 +249,8 @@ def _sample(
     top_k: int,
     top_p: float,
 ) -> Results:
-    """Rows by sorting; no row is a tie within rounding, which the fp32 forms could lose."""
+    """Row by row, by sorting. No row has a tie within rounding that fp32 forms could break
+    differently."""
     tokens = []
     for row, seed, position in zip(logits, seeds.tolist(), positions.tolist(), strict=True):
         z = (row - row.max()) / temperature
@@ -265,7 +267,7 @@ def _sample(
 
 
 def _noise(vocab: int, seed: int, position: int) -> np.ndarray:
-    """-log(-log1p(-u)), its u from Philox4x32-10 in NumPy's unsigned integers: [vocab]."""
+    """-log(-log1p(-u)) [vocab], with u from Philox4x32-10 in NumPy's unsigned integers."""
     index = np.arange(cdiv(vocab, 4), dtype=np.uint64)
     low, mask = np.uint64(32), np.uint64(WORD - 1)
     c = [index, *(np.full_like(index, x) for x in (position % WORD, position // WORD % WORD, 0))]

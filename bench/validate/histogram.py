@@ -1,4 +1,4 @@
-"""Pictures of how errors spread: one for each dtype, a panel per op, a line per form."""
+"""Error histograms: a picture per dtype, a panel per op, a line per form."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from bench.validate.comparison import EDGES
 from pacore_sched.sim.plots import pyplot
 
 COLUMNS, PANEL, DPI = 3, (4.6, 2.7), 110
-OUTER = np.concatenate([[EDGES[0] / 2], EDGES, [EDGES[-1] * 2]])
-# Forms often have the same errors: thin lines on thick ones leave both in sight.
+ALL_EDGES = np.concatenate([[EDGES[0] / 2], EDGES, [EDGES[-1] * 2]])
+# Forms often have the same errors: a thin line over a thick one leaves both visible.
 STYLES = (
     {"linewidth": 5.0, "alpha": 0.35},
     {"linewidth": 1.8},
@@ -22,7 +22,7 @@ STYLES = (
 
 
 def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
-    """Write `errors-DTYPE.png` for each dtype of `rows` that have a histogram, against fp64."""
+    """Write `errors-DTYPE.png` for each dtype of the rows that have a histogram against fp64."""
     rows = [row for row in rows if row.get("histogram") and row["reference"] == "fp64"]
     paths = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
@@ -52,25 +52,25 @@ def _picture(rows: Sequence[dict], dtype: str, path: Path) -> None:
     for axes in panels.flat[max(0, len(ops) - columns) : len(ops)]:
         axes.xaxis.set_tick_params(labelbottom=True)
     figure.suptitle(f"errors against fp64, {dtype}, {rows[0]['device']}")
-    figure.supxlabel("error in roundoffs of the result's dtype; first bin: below 1/16, or none")
+    figure.supxlabel("error in roundoffs of the result's dtype (first bin: below 1/16, or exact)")
     figure.supylabel("share of elements")
     figure.savefig(path, dpi=DPI)
     pyplot().close(figure)
 
 
 def _panel(axes: Any, op: str, rows: Sequence[dict], forms: Sequence[str]) -> None:  # noqa: ANN401
-    """The forms' lines, each over all cases, and where the judge's limit is."""
+    """A line per form, over all its cases, and the largest allowed error."""
     for number, form in enumerate(forms):
         counts = [row["histogram"] for row in rows if row["impl"] == form]
         if counts:
             total = np.sum(counts, axis=0)
             style = STYLES[number % len(STYLES)]
-            axes.stairs(total / total.sum(), OUTER, color=f"C{number}", label=form, **style)
+            axes.stairs(total / total.sum(), ALL_EDGES, color=f"C{number}", label=form, **style)
     limits = [r["max_allowed"] / r["roundoff"] for r in rows if r["max_allowed"]]
     if limits:
         axes.axvline(max(limits), color="black", linewidth=1, linestyle="-.", label="allowed")
     axes.set_title(op, loc="left", fontsize=10)
-    axes.set(yscale="log", ylim=(1e-7, 2), xlim=(OUTER[0], OUTER[-1]))
+    axes.set(yscale="log", ylim=(1e-7, 2), xlim=(ALL_EDGES[0], ALL_EDGES[-1]))
     axes.set_xscale("log", base=2)
     axes.set_xticks(EDGES[::8], [_label(edge) for edge in EDGES[::8]])
     axes.minorticks_off()

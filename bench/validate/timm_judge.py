@@ -1,9 +1,9 @@
 """timm's PE-lang vision tower with this model's activation: an independent judge of the blocks.
 
-timm has neither the downsamplers nor the projector, and three of its choices differ from this
-model's; `pe_lang` and `load` set them right:
+timm has neither the downsamplers nor the projector, and differs from this model in three points
+that `pe_lang` and `load` correct:
 - its MLP applies the exact GELU, this model quick_gelu;
-- it rescales rotary positions to its training grid, this model counts patches as they are;
+- it rescales rotary positions to its training grid, this model uses patch indices;
 - it resamples the position embedding bicubically, this model bilinearly.
 """
 
@@ -22,7 +22,7 @@ from model.step3vl import Step3VL
 
 @cache
 def _eva() -> ModuleType:
-    """timm's module of this model; imported late because it takes seconds."""
+    """timm's module with this model; imported late because that takes seconds."""
     with torchvision_or_stub():
         from timm.models import eva
     return eva
@@ -38,8 +38,8 @@ def pe_lang(
 ) -> nn.Module:
     """timm's `Eva` for views of `grid` = (rows, cols) patches, in eval mode, randomly initialised.
 
-    Its `forward_features` maps [N, 3, rows*patch, cols*patch] to [N, rows*cols, width] and ends
-    where the downsamplers begin. Raises ValueError for a `mlp_width` that timm would round.
+    Its `forward_features` maps [N, 3, rows*patch, cols*patch] to [N, rows*cols, width] and stops
+    before the downsamplers. Raises ValueError for a `mlp_width` that timm would round.
     """
     model = _eva().vit_pe_lang_gigantic_patch14_448(
         img_size=(grid[0] * patch, grid[1] * patch),
@@ -48,7 +48,7 @@ def pe_lang(
         depth=depth,
         num_heads=heads,
         mlp_ratio=mlp_width / width,
-        ref_feat_shape=grid,  # the grid itself: positions stay whole numbers
+        ref_feat_shape=grid,  # the same grid: positions are not rescaled
         num_classes=0,
     )
     for block in model.blocks:
@@ -78,7 +78,7 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor], base_grid: tuple[int, 
 
 @torch.inference_mode()
 def tokens(model: Step3VL, view: Tensor) -> Tensor:
-    """What the blocks of our vision tower should make of a view: [rows * cols, width].
+    """The expected output of our vision tower's blocks for a view: [rows * cols, width].
 
     Raises ImportError without timm.
     """

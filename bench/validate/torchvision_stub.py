@@ -1,9 +1,9 @@
-"""The few torchvision names that timm asks for when it is imported, without torchvision.
+"""Stubs of the torchvision names that timm imports.
 
-timm imports its data loading along with its models, and that wants torchvision, which has no build
-for every PyTorch the tests run on. Nothing here works as torchvision does: the names are only there
-to be imported, and they are gone from `sys.modules` once timm has them, so that no other library
-takes them for the real thing.
+timm's models import its data loading, which needs torchvision, and torchvision has no build for
+every PyTorch that the tests run on. The stubs do nothing: they exist only to be imported, and are
+removed from `sys.modules` after timm's import, so that no other library mistakes them for
+torchvision.
 """
 
 import enum
@@ -21,7 +21,7 @@ _INTERPOLATIONS = ("NEAREST", "BILINEAR", "BICUBIC", "BOX", "HAMMING", "LANCZOS"
 
 @contextmanager
 def torchvision_or_stub() -> Iterator[None]:
-    """Within the context `import torchvision` finds the real one or, where there is none, names."""
+    """Within the context, `import torchvision` finds the installed package, or else the stubs."""
     if importlib.util.find_spec("torchvision"):
         yield
         return

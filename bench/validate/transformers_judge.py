@@ -1,7 +1,7 @@
 """transformers' Qwen3 and Step3p7VisionModel with this model's weights: an independent judge.
 
-Together, with the projector between them, they are the whole model. transformers is imported where
-it is needed, as it takes seconds and is not everywhere; without it there is an ImportError.
+Joined by the projector they are the whole model. transformers is imported inside functions, because
+the import takes seconds; where it is not installed they raise ImportError.
 """
 
 from typing import Any
@@ -89,8 +89,8 @@ def tower(model: Step3VL) -> Any:  # noqa: ANN401
 
 
 def like(model: Step3VL, judge: nn.Module) -> Any:  # noqa: ANN401
-    """The judge on the model's device, its parameters, and they alone, in the model's dtype: as
-    buffers it holds the rotation's frequencies, which loading a checkpoint leaves in fp32."""
+    """The judge on the model's device, with parameters in the model's dtype. Its buffers, the
+    rotary frequencies, keep fp32, as they do when a checkpoint is loaded."""
     for parameter in judge.parameters():
         parameter.data = parameter.data.to(model.dtype)
     return judge.to(model.device).eval()
@@ -98,7 +98,7 @@ def like(model: Step3VL, judge: nn.Module) -> Any:  # noqa: ANN401
 
 @torch.inference_mode()
 def logits(model: Step3VL, ids: Tensor, views: list[Tensor]) -> Tensor:
-    """Logits [T, vocab] of ids whose `<im_patch>` ones stand for the tokens of `views`."""
+    """Logits [T, vocab] of ids, in which `views` replace the `<im_patch>` ids."""
     judge = qwen3(model)
     embeddings = judge.get_input_embeddings()(ids)
     if views:

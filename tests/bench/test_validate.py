@@ -1,4 +1,4 @@
-"""`bench validate`: the judges in fp64 agree with the definitions, and what is wrong is found."""
+"""`bench validate`: the fp64 references agree with the definitions, and wrong forms are found."""
 
 import json
 import sys
@@ -16,8 +16,8 @@ from bench.numerics import Error, compare, roundoff
 from bench.validate import command as validate
 from bench.validate import fp64, histogram, timm_judge
 from bench.validate import model as validate_model
-from bench.validate.comparison import EDGES, compared
-from bench.validate.model import Work
+from bench.validate.comparison import EDGES, compare_result
+from bench.validate.model import ModelSetup
 from model.errors import InputError
 
 CPU = torch.device("cpu")
@@ -29,15 +29,15 @@ def run(*words: str) -> int:
 
 
 @pytest.fixture
-def planted(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def planted_error(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The portable form of rms_norm with one element of its result half a percent off."""
-    right = numerics.form
+    original = numerics.form
     values = SimpleNamespace()
 
     def form(op, name):
         def prepare(inputs):
             def call():
-                result = right(op, name)(inputs)()
+                result = original(op, name)(inputs)()
                 if name == "portable":
                     values.right = result[0, 41].item()
                     result[0, 41] *= 1.005
@@ -53,12 +53,12 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def half() -> Work:
-    return Work(CPU, torch.float16)
+def half() -> ModelSetup:
+    return ModelSetup(CPU, torch.float16)
 
 
 def uninstall(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
-    """As if it were not there, nor had been imported before."""
+    """Make `library` impossible to import, and forget that it was imported before."""
     timm_judge._eva.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == library]:
         monkeypatch.delitem(sys.modules, name)
@@ -72,46 +72,46 @@ def uninstall(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
 
 @pytest.mark.parametrize("case", numerics_cases(), ids=lambda case: f"{case.op} {case.name}")
 def test_fp64_agrees_with_the_definition(case):
-    """Guards the judges: a formula that is wrong, or one that rounds to fp32 on its way."""
-    made = case.inputs(0, CPU, torch.float32)
-    expected = fp64.reference(case, made)
-    found = numerics.results(case, numerics.form(case.op, "eager"), made)
-    for result, exact in zip(found, expected, strict=True):
+    """Guards the references against a wrong formula, and one that rounds to fp32 in between."""
+    inputs = case.inputs(0, CPU, torch.float32)
+    expected = fp64.reference(case, inputs)
+    results = numerics.results(case, numerics.form(case.op, "eager"), inputs)
+    for result, exact in zip(results, expected, strict=True):
         assert exact.dtype in (torch.float64, torch.int64)
         error = compare(result, exact)
         assert error.max < 5e-6
         assert error.rms < (1e-6 if case.op != "sample" else 5e-6)
-        if error.max:  # and not a number that fp32 has
+        if error.max:  # then the reference is not representable in fp32
             assert not torch.equal(exact.float().nan_to_num().double(), exact.nan_to_num())
 
 
-def test_every_op_has_a_judge():
-    """Guards an op that joins the others and is judged by nobody."""
+def test_every_op_has_a_reference():
+    """Guards against a new op without an fp64 formula."""
     assert set(fp64.FORMULAS) == set(OPS)
 
 
-def test_references_leave_inputs_alone():
-    """Guards the next form against pages that the judge has filled for it."""
+def test_references_do_not_modify_inputs():
+    """Guards against pages that the reference has filled before a form is called."""
     case = next(case for case in numerics_cases() if case.op == "qk_norm_rope")
-    made = case.inputs(0, CPU, torch.float32)
-    fp64.reference(case, made)
-    assert made["pages"].k.isnan().all()
+    inputs = case.inputs(0, CPU, torch.float32)
+    fp64.reference(case, inputs)
+    assert inputs["pages"].k.isnan().all()
 
 
-def test_a_planted_error_is_found(planted, tmp_path, capsys):
-    """Guards position and values, which are where one looks for a fault, and the exit code."""
+def test_a_planted_error_is_found(planted_error, tmp_path, capsys):
+    """Guards the reported position and values of the worst element, and the exit code."""
     assert run(*SMALL, "--dtype", "fp32", "--json", "--out", str(tmp_path)) == 1
     eager, portable = json.loads(capsys.readouterr().out)["rows"]
     assert (eager["failure"], eager["skipped"]) == (None, None)
     assert portable["impl"] == "portable"
     assert portable["worst_index"] == [0, 41]
-    assert portable["worst_got"] == planted.wrong
-    assert portable["worst_expected"] == pytest.approx(planted.right, rel=1e-6)
-    assert portable["worst_expected"] != planted.right, "fp64, not the form's own digits"
-    where = f"y[0, 41] is {planted.wrong!r}, not {portable['worst_expected']!r}"
+    assert portable["worst_got"] == planted_error.wrong
+    assert portable["worst_expected"] == pytest.approx(planted_error.right, rel=1e-6)
+    assert portable["worst_expected"] != planted_error.right, "expected is in fp64"
+    where = f"y[0, 41] is {planted_error.wrong!r}, not {portable['worst_expected']!r}"
     assert portable["failure"].startswith("max error")
     assert portable["failure"].endswith(where)
-    # 0.5 % of an element is 83,886 roundoffs, of the row's RMS at most as much.
+    # 0.5 % of an element is 83,886 roundoffs; relative to the row's RMS at most that many.
     assert sum(portable["histogram"]) == sum(eager["histogram"]) == 97
     far = int(np.searchsorted(EDGES, portable["max_err"] / 2**-24, side="right"))
     assert portable["histogram"][far] == 1
@@ -119,17 +119,17 @@ def test_a_planted_error_is_found(planted, tmp_path, capsys):
     assert sum(eager["histogram"][far - 5 :]) == 0
 
 
-def test_the_table_names_what_failed(planted, capsys):
-    """Guards the person at the terminal: the failing row by name, with both values in full."""
+def test_the_table_names_what_failed(planted_error, capsys):
+    """Guards the terminal output: it names the failing row and prints both values in full."""
     assert run(*SMALL, "--dtype", "fp32") == 1
     text = capsys.readouterr().out
     line = next(line for line in text.splitlines() if line.startswith("FAILED"))
     assert line.startswith("FAILED: rms_norm, T1 C97 alone, portable, float32, fp64: max error")
-    assert repr(planted.wrong) in line
+    assert repr(planted_error.wrong) in line
 
 
 def test_right_forms_pass(capsys):
-    """Guards against a judge that finds fault with everything; and what a row says."""
+    """Guards against limits that correct forms exceed, and the fields of a row."""
     ops = ("rms_norm", "sample", "qk_norm_rope", "layer_norm", "projector")
     assert run("--op", *ops, "--json") == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -149,12 +149,12 @@ def test_right_forms_pass(capsys):
 
 def test_a_broken_form_hides_no_other(monkeypatch, capsys):
     """Guards the rest of a run against the first form that raises."""
-    right = numerics.form
+    original = numerics.form
 
     def form(op, name):
         if name == "eager":
             return lambda inputs: partial(torch.ones(2).view, 3)
-        return right(op, name)
+        return original(op, name)
 
     monkeypatch.setattr(validate, "form", form)
     assert run(*SMALL, "--dtype", "fp16", "--json") == 1
@@ -164,7 +164,7 @@ def test_a_broken_form_hides_no_other(monkeypatch, capsys):
 
 
 def test_a_missing_result_fails(monkeypatch, capsys):
-    """Guards against a form that returns one result of two, whose other nobody would miss."""
+    """Guards against a form that returns only one of its two results and passes."""
     monkeypatch.setattr(validate, "form", lambda op, name: lambda inputs: lambda: inputs["q"])
     words = ("--op", "prefix_attention", "--shape", "smollm2", "--impl", "eager")
     assert run(*words, "--dtype", "fp32", "--json") == 1
@@ -176,10 +176,10 @@ def test_a_missing_result_fails(monkeypatch, capsys):
 def test_a_broken_model_hides_no_other(half, monkeypatch):
     """Guards the rest of a run against a model that raises in one form."""
     case = validate_model.CASES[0]
-    right = validate_model._ours
+    original = validate_model._ours
 
-    def ours(case, work, form):
-        return right(case, work, form if form == "portable" else 1 / 0)
+    def ours(case, setup, form):
+        return original(case, setup, form if form == "portable" else 1 / 0)
 
     monkeypatch.setattr(validate_model, "_ours", ours)
     rows = validate_model.verdicts(case, half, ("eager", "portable"), libraries=False)
@@ -188,14 +188,14 @@ def test_a_broken_model_hides_no_other(half, monkeypatch):
 
 
 def test_wrong_tokens_and_nan_count():
-    """Guards a token, wrong or right, and misplaced NaN, which no ratio to a roundoff can show."""
-    tokens = compared("tokens", torch.tensor([5, 7]), torch.tensor([5, 8]), Error(0, 0))
+    """Guards the errors of tokens and of misplaced NaN, which are not multiples of a roundoff."""
+    tokens = compare_result("tokens", torch.tensor([5, 7]), torch.tensor([5, 8]), Error(0, 0))
     assert (tokens.index, tokens.got, tokens.expected, tokens.beyond_roundoff) == ((1,), 7, 8, 0.5)
     assert tokens.histogram[0] == tokens.histogram[-1] == 1
     assert tokens.failure == "max error 1.00e+00 exceeds 0.00e+00: tokens[1] is 7, not 8"
     nan = torch.tensor([[1.0, torch.nan], [torch.nan, 2.0]])
     expected = torch.tensor([[1.0, torch.nan], [3.0, 2.0]]).double()
-    pages = compared("pages", nan, expected, Error(1, 1))
+    pages = compare_result("pages", nan, expected, Error(1, 1))
     assert pages.index == (1, 0)
     assert sum(pages.histogram) == 3, "NaN where it belongs is no element to count"
     assert pages.histogram[-1] == 1
@@ -203,13 +203,13 @@ def test_wrong_tokens_and_nan_count():
 
 
 def test_the_result_nearest_its_limit_is_shown(monkeypatch, capsys):
-    """Guards log-sum-exp in fp32, whose faults are small beside the roundings of 16 bits."""
-    right = numerics.form
+    """Guards against missing a wrong fp32 log-sum-exp, whose error is below 16-bit rounding."""
+    original = numerics.form
 
     def form(op, name):
         def prepare(inputs):
             def call():
-                out, lse = right(op, name)(inputs)()
+                out, lse = original(op, name)(inputs)()
                 lse[3, 1] *= 1 + 2**-12
                 return out, lse
 
@@ -231,7 +231,7 @@ class TestModel:
 
     @pytest.mark.parametrize("case", validate_model.CASES, ids=lambda case: case.name)
     def test_all_agree(self, case, half):
-        """Guards the twin in fp64 and the rule for 16 bits: right forms pass."""
+        """Guards the fp64 model and the limits in 16 bits: correct forms pass."""
         rows = list(validate_model.verdicts(case, half, ("eager", "portable"), libraries=True))
         (library,) = case.libraries
         assert [row[:2] for row in rows] == [(x, "fp64") for x in ("eager", "portable", library)]
@@ -240,10 +240,10 @@ class TestModel:
             assert 0 < fields["rms_err"] < 4 * roundoff(torch.float16)
 
     def test_libraries_agree_in_fp32(self):
-        """Guards forms and twin against the same mistake: neither library knows this code."""
-        work = Work(CPU, torch.float32)
+        """Guards against a mistake that forms and the fp64 model share: libraries are independent."""
+        setup = ModelSetup(CPU, torch.float32)
         for case in validate_model.CASES:
-            rows = list(validate_model.verdicts(case, work, ("portable",), libraries=True))
+            rows = list(validate_model.verdicts(case, setup, ("portable",), libraries=True))
             (library,) = case.libraries
             assert [row[:2] for row in rows] == [
                 ("portable", "fp64"),
@@ -254,7 +254,7 @@ class TestModel:
 
     @pytest.mark.parametrize("fault", ["norm", "lm_head"])
     def test_a_small_fault_fails(self, fault, half):
-        """Guards the rule for 16 bits: one weight tensor 0.25 % too large is no rounding."""
+        """Guards the limits in 16 bits: one weight tensor that is 0.25 % too large must fail."""
         case = validate_model.CASES[0]
         wrong = SimpleNamespace(model=half.model, ids=half.ids)
         wrong.exact, wrong.rounded = half.exact, half.rounded  # of the right weights
@@ -268,7 +268,7 @@ class TestModel:
         assert "error" in fields["failure"]
 
     def test_without_the_libraries(self, half, monkeypatch):
-        """Guards GPU nodes with torch alone: who cannot be asked is skipped by name, not failed."""
+        """Guards GPU nodes with torch alone: a missing library is skipped by name, not failed."""
         uninstall(monkeypatch, "transformers")
         uninstall(monkeypatch, "timm")
         for case in validate_model.CASES:
@@ -278,8 +278,8 @@ class TestModel:
             assert rows[1][2]["skipped"] == f"{library} is not installed"
             assert rows[0][2]["failure"] is rows[1][2]["failure"] is None
 
-    def test_skipped_is_said(self, monkeypatch, capsys):
-        """Guards the person who believes that a judge was asked which is not there."""
+    def test_skipped_libraries_are_printed(self, monkeypatch, capsys):
+        """Guards against output that hides that a library was not compared with."""
         uninstall(monkeypatch, "transformers")
         assert run("--op", "model", "--shape", "decoder", "--dtype", "fp32") == 0
         text = capsys.readouterr().out
@@ -290,21 +290,21 @@ class TestPictures:
     """The pictures of `--out`."""
 
     def test_they_show_something(self, tmp_path, capsys):
-        """Guards against an empty picture: every form's line, and where the limit is."""
+        """Guards against an empty picture: it has each form's line and the limit."""
         image = pytest.importorskip("matplotlib.image")
         folder = tmp_path / "new" / "folder"
         assert run(*SMALL, "--out", str(folder)) == 0
         assert "picture: " in capsys.readouterr().out
         names = {path.name for path in folder.glob("*.png")}
-        assert jsonl.read(folder / "validate.jsonl"), "kept as they came"
+        assert jsonl.read(folder / "validate.jsonl"), "rows are saved"
         assert names == {f"errors-{x}.png" for x in ("bfloat16", "float16", "float32")}
         pixels = image.imread(folder / "errors-float32.png")[..., :3]
         orange = np.array([1.0, 127 / 255, 14 / 255])  # the second form's colour
         assert (np.abs(pixels - orange).max(-1) < 0.02).sum() > 200
         assert (pixels.max(-1) < 0.2).sum() > 200
 
-    def test_one_wrong_element_shows(self, planted, tmp_path):
-        """Guards the scale: one element of many at the far end must not vanish."""
+    def test_one_wrong_element_shows(self, planted_error, tmp_path):
+        """Guards the axes: one element of many in the last bins must be visible."""
         pytest.importorskip("matplotlib")
         rows = list(validate.validate(CPU, ops=["rms_norm"], dtypes=[torch.float32]))
         figures = []
@@ -324,7 +324,7 @@ class TestPictures:
         assert edges[:-1][values > 0].max() < 16
 
     def test_without_matplotlib(self, monkeypatch, tmp_path):
-        """Guards minutes of work that end in a traceback: what is missing is said before."""
+        """Guards against minutes of work that end in a traceback: matplotlib is checked first."""
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         monkeypatch.setattr(validate, "validate", None)
         with pytest.raises(InputError, match="pip install matplotlib"):
@@ -351,7 +351,7 @@ def test_mistakes_are_named(request, words, message):
 
 
 def test_triton_in_its_interpreter(triton_device, capsys):
-    """Guards Triton's forms on machines without a GPU, and their bf16, which is wrong there."""
+    """Guards Triton's forms on a CPU, where their bf16, which is wrong there, is skipped."""
     words = (*SMALL, "--impl", "triton", "--json", "--device", triton_device)
     assert run(*words) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
