@@ -1,1 +1,1 @@
-"""Two commits, or two files of rows: what has become slower: `python -m bench compare`."""
+"""`python -m bench compare`: slow-downs between two commits or two files of rows."""

@@ -1,10 +1,10 @@
-"""Is B slower than A? `python -m bench compare A B`.
+"""`python -m bench compare A B`: where B is slower than A, or wrong.
 
 A and B are commits, "." for the working tree, or two files of rows. Commits are unpacked into a
-temporary folder; a process of each prepares a case and they take turns at timing it, A B B A A B
-..., one at a time, so that drift of the machine meets both alike. What looks changed is measured
-again in new processes, and that measurement decides: slowdown.py says how. Exit code 1 if B
-is slower somewhere, or wrong where A is right.
+temporary folder; a worker process of each prepares a case, and the two time it alternately, A B B A
+A B ..., one at a time, so that drift of the machine affects both equally. What seems to have
+changed is measured again in new processes, and that measurement decides (slowdown.py). The exit
+code is 1 if B is slower in a case, or wrong where A is right.
 """
 
 import argparse
@@ -19,39 +19,41 @@ from tempfile import TemporaryDirectory
 from bench import jsonl
 from bench.cases import OPS
 from bench.compare import turns
-from bench.compare.slowdown import Pair, judged, unpaired
+from bench.compare.slowdown import Pair, judge_pairs, judge_rows
 from bench.ops import DTYPES, parse_device
 from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError
 from model.terminal import progress, table
 
-# How many processes of a side, one after the other, each for `--rounds` pairs of runs; and the
-# verdicts that leave the last word to the next stage.
+# Per stage: the number of worker processes per side, one after the other, each for `--rounds` pairs
+# of runs; and the verdicts for which the next stage measures again.
 STAGES = ((1, ("slower", "faster", "unclear")), (2, ("unclear",)), (4, ()))
 
 
 @dataclass
-class Found:
-    """What a comparison came to; `notes` say what could not be compared and why."""
+class CompareResult:
+    """The result of a comparison; `notes` say what could not be compared and why."""
 
     a: str
     b: str
     rows: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)  # in B, where A is right
+    wrong: list[str] = field(default_factory=list)  # in B, but not in A
 
-    def of(self, verdict: str) -> list[dict]:
+    def with_verdict(self, verdict: str) -> list[dict]:
         return [row for row in self.rows if row["verdict"] == verdict]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own options."""
+    """Add the command's options."""
     parser.add_argument("a", metavar="A", help='a commit, "." (the working tree) or a file of rows')
-    parser.add_argument("b", metavar="B", nargs="?", default=".", help="likewise (default: .)")
-    parser.add_argument("--op", nargs="+", default=(), metavar="OP", help=f"of {', '.join(OPS)}")
+    parser.add_argument("b", metavar="B", nargs="?", default=".", help="the same (default: .)")
+    parser.add_argument(
+        "--op", nargs="+", default=(), metavar="OP", help=f"any of {', '.join(OPS)} (default: all)"
+    )
     parser.add_argument("--shape", default="", metavar="TEXT", help="cases with TEXT in their name")
     parser.add_argument(
-        "--impl", nargs="+", default=(), help="these forms or peers (default: forms)"
+        "--impl", nargs="+", default=(), help="forms or peers to compare (default: all forms)"
     )
     names = [dtype_name(dtype) for dtype in DTYPES]
     parser.add_argument("--dtype", choices=names, help="default: float32 on a CPU, else bfloat16")
@@ -61,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="CPU threads of each side (default: 1; with more, where others are at work too, times"
-        " are those of waiting for threads that are not running)",
+        help="CPU threads of each side (default: 1; with more, on a busy machine, threads mostly"
+        " wait for each other)",
     )
     parser.add_argument(
         "--rounds", type=int, default=5, metavar="N", help="pairs of runs per case (default: 5)"
@@ -75,65 +77,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=10.0,
         metavar="PERCENT",
-        help="the smallest change that counts (default: 10)",
+        help="the smallest change to report (default: 10)",
     )
-    parser.add_argument("--json", action="store_true", help="no tables; one JSON document")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document instead of tables"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compare, show; 1 if B is slower or wrong somewhere."""
+    """Compare A and B and print the result; return 1 if B is slower or wrong in a case."""
     if options.rounds < 3:
-        raise InputError(f"--rounds must be 3 or more, not {options.rounds}: fewer settle nothing")
+        raise InputError(
+            f"--rounds must be 3 or more, not {options.rounds}: fewer are inconclusive"
+        )
     if min(options.budget, options.threshold, options.threads) <= 0:
         raise InputError("--budget, --threshold and --threads must be positive")
     files = [name.endswith(".jsonl") for name in (options.a, options.b)]
     if any(files) and not all(files):
         raise InputError("a file of rows can only be compared with another file of rows")
-    found = _of_files(options) if any(files) else _of_commits(options)
-    if not found.rows and not found.wrong:
-        raise InputError("; ".join(["A and B have nothing in common", *found.notes]))
+    result = _compare_files(options) if any(files) else _compare_commits(options)
+    if not result.rows and not result.wrong:
+        raise InputError("; ".join(["A and B have nothing in common", *result.notes]))
     if options.json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(result)))
     else:
-        _show(found)
-    return int(bool(found.of("slower") or found.wrong))
+        _show(result)
+    return int(bool(result.with_verdict("slower") or result.wrong))
 
 
-def _of_commits(options: argparse.Namespace) -> Found:
+def _compare_commits(options: argparse.Namespace) -> CompareResult:
     for op in options.op:
         if op not in OPS:
-            raise InputError(f"unknown op {op!r}; choose of {', '.join(OPS)}")
+            raise InputError(f"unknown op {op!r}; choose one of {', '.join(OPS)}")
     device = parse_device(options.device)
-    settings = turns.Settings(device.type, options.dtype, options.threads)
-    found, made, shapes = Found(options.a, options.b), {}, None
+    worker_options = turns.WorkerOptions(device.type, options.dtype, options.threads)
+    result, rows, shapes = CompareResult(options.a, options.b), {}, None
     with ExitStack() as stack:
         roots = [stack.enter_context(turns.checkout(name)) for name in (options.a, options.b)]
         caches = Path(stack.enter_context(TemporaryDirectory(prefix="bench-caches-")))
-        for times, doubted in STAGES:
+        for num_processes, retried_verdicts in STAGES:
             pairs: dict[turns.Key, list[Pair]] = {}
-            for _ in range(times):
-                with turns.processes(roots, caches, settings) as sides:
+            for _ in range(num_processes):
+                with turns.processes(roots, caches, worker_options) as sides:
                     if shapes is None:
-                        shapes = dict.fromkeys(_shared_shapes(sides, options, found), options.impl)
-                    _measure(pairs, sides, shapes, options, found)
+                        shapes = dict.fromkeys(_shared_shapes(sides, options, result), options.impl)
+                    _measure(pairs, sides, shapes, options, result)
                     common = {"dtype": sides[0].dtype, "device": sides[0].device}
-            made |= {key: _row(key, pairs[key], options.threshold) | common for key in pairs}
-            doubtful = [key for key, row in made.items() if row["verdict"] in doubted]
-            if not doubtful:
+            rows |= {key: _row(key, pairs[key], options.threshold) | common for key in pairs}
+            retried = [key for key, row in rows.items() if row["verdict"] in retried_verdicts]
+            if not retried:
                 break
             shapes = {}
-            for op, case, form in doubtful:
+            for op, case, form in retried:
                 shapes.setdefault((op, case), []).append(form)
-                del made[op, case, form]
-    found.rows = list(made.values())
-    found.notes, found.wrong = (list(dict.fromkeys(told)) for told in (found.notes, found.wrong))
-    return found
+                del rows[op, case, form]
+    result.rows = list(rows.values())
+    result.notes, result.wrong = (
+        list(dict.fromkeys(lines)) for lines in (result.notes, result.wrong)
+    )
+    return result
 
 
 def _shared_shapes(
-    sides: Sequence[turns.Side], options: argparse.Namespace, found: Found
+    sides: Sequence[turns.Side], options: argparse.Namespace, result: CompareResult
 ) -> list[turns.Shape]:
-    """The chosen cases that both sides have; those of one side are noted."""
+    """The selected cases that both sides have; a note lists those that only one has."""
     a, b = (
         [
             (op, case)
@@ -143,9 +151,9 @@ def _shared_shapes(
         for side in sides
     )
     if not a + b:
-        raise InputError(f"neither side has a case of these ops with {options.shape!r} in its name")
-    for mine, other, name in ((a, b, found.a), (b, a, found.b)):
-        found.notes += [f"only in {name}: {', '.join(s)}" for s in mine if s not in other]
+        raise InputError(f"no case of these ops has {options.shape!r} in its name, in A or B")
+    for shapes, other, name in ((a, b, result.a), (b, a, result.b)):
+        result.notes += [f"only in {name}: {', '.join(s)}" for s in shapes if s not in other]
     return [shape for shape in a if shape in b]
 
 
@@ -154,34 +162,35 @@ def _measure(
     sides: Sequence[turns.Side],
     shapes: dict[turns.Shape, Sequence[str]],
     options: argparse.Namespace,
-    found: Found,
+    result: CompareResult,
 ) -> None:
-    """Add to the pairs of runs of the cases' forms: of all that there are where none is named."""
+    """Measure the named forms of each case, or all forms if none is named, and add to `pairs`."""
     rounds, budget_s = options.rounds, options.budget
     with progress("compare", len(shapes) * rounds * 2) as advance:
         for shape, forms in shapes.items():
             try:
-                ready = [side.ask("prepare", *shape, forms) for side in sides]
-                shared = _shared_forms(shape, ready, found)
-                new = turns.take_turns(sides, shape, shared, rounds, budget_s, advance)
-            except turns.Refused as error:
-                found.notes.append(f"{', '.join(shape)}: {error}")
-            except turns.Died as error:  # what was measured is still told
-                found.wrong.append(f"{', '.join(shape)}: {error}; the rest was not measured")
+                prepared = [side.request("prepare", *shape, forms) for side in sides]
+                shared = _shared_forms(shape, prepared, result)
+                new_pairs = turns.take_turns(sides, shape, shared, rounds, budget_s, advance)
+            except turns.WorkerError as error:
+                result.notes.append(f"{', '.join(shape)}: {error}")
+            except turns.WorkerDied as error:  # keep what was measured before
+                text = f"{', '.join(shape)}: {error}; the remaining cases were not measured"
+                result.wrong.append(text)
                 break
             else:
-                for key, of_form in new.items():
-                    pairs.setdefault(key, []).extend(of_form)
+                for key, form_pairs in new_pairs.items():
+                    pairs.setdefault(key, []).extend(form_pairs)
 
 
-def _shared_forms(shape: turns.Shape, ready: Sequence[dict], found: Found) -> list[str]:
-    """The forms that both sides can time; what one side alone cannot is told."""
-    a, b = ready
+def _shared_forms(shape: turns.Shape, prepared: Sequence[dict], result: CompareResult) -> list[str]:
+    """The forms that both sides can time; the reasons for others are added to `result`."""
+    a, b = prepared
     for form in dict.fromkeys([*a["unfit"], *b["unfit"]]):
         reasons = {"A": a["unfit"].get(form), "B": b["unfit"].get(form)}
         text = "; ".join(f"{side}: {reason}" for side, reason in reasons.items() if reason)
-        told = found.wrong if reasons["B"] and form in a["forms"] else found.notes
-        told.append(f"{', '.join([*shape, form])}: {text}")
+        lines = result.wrong if reasons["B"] and form in a["forms"] else result.notes
+        lines.append(f"{', '.join([*shape, form])}: {text}")
     return [form for form in a["forms"] if form in b["forms"]]
 
 
@@ -189,76 +198,80 @@ def _row(key: turns.Key, pairs: Sequence[Pair], percent: float) -> dict:
     op, case, form = key
     a, b = zip(*pairs, strict=True)
     row = {"op": op, "case": case, "impl": form, "a_us": list(a), "b_us": list(b)}
-    return row | asdict(judged(pairs, percent / 100))
+    return row | asdict(judge_pairs(pairs, percent / 100))
 
 
-def _of_files(options: argparse.Namespace) -> Found:
-    """Rows of equal op, case, form, dtype and device."""
+def _compare_files(options: argparse.Namespace) -> CompareResult:
+    """Compare rows that have the same op, case, form, dtype and device."""
     a, b = (_by_key(Path(name), options) for name in (options.a, options.b))
     devices = [{key[-1] for key in side} for side in (a, b)]
     if all(devices) and not devices[0] & devices[1]:
-        names = [" and ".join(sorted(of_side)) for of_side in devices]
-        raise InputError(f"A was measured on {names[0]}, B on {names[1]}: times do not compare")
-    found = Found(options.a, options.b)
+        names = [" and ".join(sorted(side)) for side in devices]
+        raise InputError(f"A was measured on {names[0]}, B on {names[1]}: not comparable")
+    result = CompareResult(options.a, options.b)
     for key in dict.fromkeys([*a, *b]):
         name = ", ".join(key[:-1])
         if key not in a or key not in b:
-            found.notes.append(f"only in {found.a if key in a else found.b}: {name}")
+            result.notes.append(f"only in {result.a if key in a else result.b}: {name}")
             continue
         timed = [[row for row in side[key] if row.get("median_us")] for side in (a, b)]
         if all(timed):
             fields = zip(("op", "case", "impl", "dtype", "device"), key, strict=True)
             medians = {
-                f"{which}_us": [row["median_us"] for row in of_side]
-                for which, of_side in zip("ab", timed, strict=True)
+                f"{side}_us": [row["median_us"] for row in rows]
+                for side, rows in zip("ab", timed, strict=True)
             }
-            judgement = asdict(unpaired(*timed, options.threshold / 100))
-            found.rows.append(dict(fields) | medians | judgement)
+            change = asdict(judge_rows(*timed, options.threshold / 100))
+            result.rows.append(dict(fields) | medians | change)
         elif timed[0] and (failure := b[key][-1].get("failure")):
-            found.wrong.append(f"{name}: B: {failure}")
+            result.wrong.append(f"{name}: B: {failure}")
         else:
-            found.notes.append(f"no times on both sides: {name}")
-    return found
+            result.notes.append(f"not timed in both A and B: {name}")
+    return result
 
 
 def _by_key(path: Path, options: argparse.Namespace) -> dict[tuple[str, ...], list[dict]]:
-    """The chosen rows of a file under op, case, form, dtype and device."""
+    """The selected rows of a file, by op, case, form, dtype and device."""
     if not path.exists():
         raise InputError(f"there is no file {path}")
-    found: dict[tuple[str, ...], list[dict]] = {}
+    by_key: dict[tuple[str, ...], list[dict]] = {}
     for row in jsonl.read(path):
         key = tuple(row.get(name) for name in ("op", "case", "impl", "dtype", "device"))
-        chosen = (
+        selected = (
             all(key)
             and (not options.op or row["op"] in options.op)
             and options.shape in row["case"]
             and (not options.impl or row["impl"] in options.impl)
             and row["dtype"] == (options.dtype or row["dtype"])
         )
-        if chosen and ("median_us" in row or row.get("failure")):
-            found.setdefault(key, []).append(row)
-    return found
+        if selected and ("median_us" in row or row.get("failure")):
+            by_key.setdefault(key, []).append(row)
+    return by_key
 
 
-def _show(found: Found) -> None:
-    """What changed as tables, what could not be compared in lines, and a last line that sums up."""
-    slower, faster = (sorted(found.of(which), key=_ratio) for which in ("slower", "faster"))
+def _show(result: CompareResult) -> None:
+    """Print tables of changed rows, a line for each that could not be compared, and a summary."""
+    slower, faster = (
+        sorted(result.with_verdict(verdict), key=_ratio) for verdict in ("slower", "faster")
+    )
     if slower:
         _table("slower in B", reversed(slower))
     if faster:
         _table("faster in B", faster)
-    for note in found.notes:
+    for note in result.notes:
         print(f"not compared: {note}")
-    for text in found.wrong:
+    for text in result.wrong:
         print(f"WRONG: {text}")
     counts = {
         "slower": len(slower),
         "faster": len(faster),
-        "too noisy to tell": len(found.of("unclear")),
-        "wrong": len(found.wrong),
+        "too noisy to tell": len(result.with_verdict("unclear")),
+        "wrong": len(result.wrong),
     }
-    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    print(f"{len(found.rows)} rows of {found.a} and {found.b} compared: {told or 'no change'}")
+    summary = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    print(
+        f"{len(result.rows)} rows of {result.a} and {result.b} compared: {summary or 'no change'}"
+    )
 
 
 def _ratio(row: dict) -> float:

@@ -1,4 +1,4 @@
-"""Two checkouts of this repository take turns at timing the same cases: for `bench compare`."""
+"""Worker processes of `bench compare`: two checkouts time the same cases alternately."""
 
 import io
 import json
@@ -18,38 +18,38 @@ from model.errors import InputError
 
 WORKER = Path(__file__).with_name("worker.py")
 WORKING_TREE = "."
-# glibc gives freed memory back to the system or not by the heap's luck, and pages that must be had
-# anew made a step seven times as long: both sides keep it, also those from before
-# bench/timing.py's `keep_freed_memory`, which does the same.
+# Whether glibc returns freed memory to the system depends on the heap's layout, and allocating
+# pages again made a step seven times as long. So both sides keep freed memory, also commits that
+# are older than `keep_freed_memory` in bench/timing.py, which does the same.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 Shape = tuple[str, str]  # op, case
 Key = tuple[str, str, str]  # op, case, form
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of all runs: where, in which dtype (None: the device's main one), on how many threads."""
+class WorkerOptions:
+    """Options of both workers: device, dtype (None: the device's main one) and CPU threads."""
 
     device: str
     dtype: str | None
     threads: int
 
 
-class Refused(Exception):
-    """A side could not do what it was asked; it can be asked something else."""
+class WorkerError(Exception):
+    """A worker could not serve a request; it can still serve others."""
 
 
-class Died(Exception):
-    """A side's process has ended."""
+class WorkerDied(Exception):
+    """A worker process has ended."""
 
 
 class Side:
-    """A process that times one checkout. What it prints goes to a file, for when it dies."""
+    """A worker process that times one checkout. A file collects its output, in case it dies."""
 
-    def __init__(self, name: str, root: Path, caches: Path, settings: Settings) -> None:
+    def __init__(self, name: str, root: Path, caches: Path, options: WorkerOptions) -> None:
         self.name = name
         self._log = TemporaryFile()  # noqa: SIM115 -- closed by `end`
-        own = {  # compiled code of one side must never be taken for the other's
+        separate_caches = {  # compiled code of one side must never be used by the other
             "TRITON_CACHE_DIR": str(caches / "triton"),
             "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         }
@@ -59,13 +59,13 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=root,
-            env=os.environ | KEEP_MEMORY | own,
+            env=os.environ | KEEP_MEMORY | separate_caches,
             text=True,
-            start_new_session=True,  # Ctrl-C is for the one who asks
+            start_new_session=True,  # Ctrl-C must reach only the parent
         )
         try:
-            opened = self.ask("open", *astuple(settings))
-        except (Refused, Died) as error:
+            opened = self.request("open", *astuple(options))
+        except (WorkerError, WorkerDied) as error:
             self.end()
             raise InputError(f"{name} cannot be timed: {error}") from None
         except KeyboardInterrupt:
@@ -73,12 +73,12 @@ class Side:
             raise
         if Path(opened["root"]) != root.resolve():
             self.end()
-            raise InputError(f"{name} has no bench of its own to be timed")
+            raise InputError(f"{name} cannot be timed: it has no bench package")
         self.device, self.dtype = opened["device"], opened["dtype"]
         self.cases: list[Shape] = [(op, case) for op, case in opened["cases"]]
 
-    def ask(self, name: str, *arguments: object) -> dict:
-        """The answer to a request."""
+    def request(self, name: str, *arguments: object) -> dict:
+        """Send a request and return the worker's answer."""
         try:
             self._process.stdin.write(json.dumps([name, arguments]) + "\n")
             self._process.stdin.flush()
@@ -86,10 +86,10 @@ class Side:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise Died(f"the process of {self.name} died: {self._last_words()}")
+            raise WorkerDied(f"the worker process of {self.name} died: {self._last_line()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise Refused(answer["error"])
+            raise WorkerError(answer["error"])
         return answer
 
     def end(self) -> None:
@@ -97,24 +97,24 @@ class Side:
         self._process.communicate()
         self._log.close()
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "without a word"
+        return lines[-1] if lines else "it printed nothing"
 
 
 @contextmanager
 def checkout(name: str) -> Iterator[Path]:
-    """A folder with the files of a commit, gone afterwards; of ".", the working tree itself.
+    """A temporary folder with the files of a commit; for ".", the working tree itself.
 
-    Neither the user's checkout nor git's list of worktrees is touched.
+    Neither the user's checkout nor git's list of worktrees is changed.
     """
     if name == WORKING_TREE:
         yield rows.ROOT
         return
     if not (rows.ROOT / ".git").exists():  # git would find the repository around a wheel
-        why = f"{rows.ROOT} is no git checkout"
-        raise InputError(f'{name!r} is neither a commit ({why}), "." nor a .jsonl file')
+        reason = f"{rows.ROOT} is not a git checkout"
+        raise InputError(f'{name!r} is neither a commit ({reason}), "." nor a .jsonl file')
     commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if commit.returncode:
         raise InputError(f'{name!r} is neither a commit, "." (the working tree) nor a .jsonl file')
@@ -128,12 +128,12 @@ def checkout(name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def processes(roots: Sequence[Path], caches: Path, settings: Settings) -> Iterator[list[Side]]:
-    """New processes of A and B, which end with the block."""
+def processes(roots: Sequence[Path], caches: Path, options: WorkerOptions) -> Iterator[list[Side]]:
+    """New worker processes of A and B, which end with the block."""
     sides: list[Side] = []
     try:
         for name, root in zip("AB", roots, strict=True):
-            sides.append(Side(name, root, caches / name, settings))
+            sides.append(Side(name, root, caches / name, options))
         yield sides
     finally:
         for side in sides:
@@ -148,7 +148,7 @@ def take_turns(
     budget_s: float,
     advance: Callable[[int], None],
 ) -> dict[Key, list[Pair]]:
-    """Pairs of neighbouring runs of each form that both sides have prepared: A B B A A B ..."""
+    """Time each form, which both sides have prepared, in the order A B B A A B ...; its pairs."""
     pairs: dict[Key, list[Pair]] = {(*shape, form): [] for form in forms}
     order = [0, 1]
     if not forms:
@@ -156,8 +156,8 @@ def take_turns(
         return pairs
     for _ in range(rounds):
         times: dict[int, dict] = {}
-        for which in order:
-            times[which] = sides[which].ask("time", forms, budget_s)
+        for side in order:
+            times[side] = sides[side].request("time", forms, budget_s)
             advance(1)
         for form in forms:
             pairs[*shape, form].append((times[0][form], times[1][form]))

@@ -1,9 +1,9 @@
-"""One side of `bench compare`: prepares a case once and times it whenever it is its turn.
+"""Worker script of `bench compare`: prepares a case once and times it on request.
 
-A script, run with the folder of the checkout that it is to time. The script is this checkout's, the
-code that it times may be much older, so it keeps to what has long been public there: `cases`,
-`check_case`, `form`, `measure`, `sets_for`, `device_name`. Requests come as lines of JSON on stdin,
-an answer to each goes to stdout, and it ends with its stdin.
+Its argument is the folder of the checkout to time. The script is from the current checkout but the
+timed code may be much older, so it uses only names that have long been public there: `cases`,
+`check_case`, `form`, `measure`, `sets_for`, `device_name`. It reads requests as lines of JSON from
+stdin, writes an answer to each to stdout, and exits when stdin ends.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class Worker:
-    """Answers requests: each method below is one, with its arguments, and returns JSON."""
+    """Serves requests. A request names a method and its arguments; methods return JSON."""
 
     def __init__(self, device: str, dtype: str | None, threads: int) -> None:
         import torch
@@ -29,8 +29,8 @@ class Worker:
         self.cases = {(case.op, case.name): case for case in cases(device)}
         self.calls: dict[str, list[Callable]] = {}
 
-    def listed(self) -> dict:
-        """Which code is timed, on what, and its cases."""
+    def describe(self) -> dict:
+        """The timed checkout, the device, the dtype and the cases."""
         from bench import rows
 
         return {
@@ -40,8 +40,8 @@ class Worker:
             "cases": list(self.cases),
         }
 
-    def prepare(self, op: str, case: str, impls: Sequence[str]) -> dict:
-        """Check a case's numbers and make its calls; drops those of the last one.
+    def prepare(self, op: str, case_name: str, impls: Sequence[str]) -> dict:
+        """Check a case's results and prepare its calls, which replace the previous case's.
 
         Returns the forms that can be timed, and why the others cannot.
         """
@@ -50,32 +50,32 @@ class Worker:
         from bench.timing import sets_for
 
         self.calls = {}
-        found = self.cases[op, case]
-        rows = check_case(found, self.device, self.dtype, impls)
+        case = self.cases[op, case_name]
+        rows = check_case(case, self.device, self.dtype, impls)
         unfit = {row["impl"]: row["failure"] or row.get("skipped") for row in rows}
-        unfit = {impl: why for impl, why in unfit.items() if why}
-        sets = sets_for(found.bytes(self.dtype), self.device)
-        inputs = [found.inputs(seed, self.device, self.dtype) for seed in range(sets)]
+        unfit = {impl: reason for impl, reason in unfit.items() if reason}
+        sets = sets_for(case.bytes(self.dtype), self.device)
+        inputs = [case.inputs(seed, self.device, self.dtype) for seed in range(sets)]
         for impl in [row["impl"] for row in rows if row["impl"] not in unfit]:
-            self.calls[impl] = [form(op, impl)(one) for one in inputs]
+            self.calls[impl] = [form(op, impl)(input_set) for input_set in inputs]
         return {"forms": list(self.calls), "unfit": unfit}
 
     def time(self, forms: Sequence[str], budget_s: float) -> dict:
-        """Median microseconds of a call of each form."""
+        """Median time of a call of each form, in microseconds."""
         from bench.timing import measure
 
         candidates = {name: partial(_call, self.calls[name]) for name in forms}
         sets = len(self.calls[forms[0]])
-        found = measure(candidates, device=self.device, sets=sets, budget_s=budget_s)
-        return {name: timing.median_us for name, timing in found.items()}
+        timings = measure(candidates, device=self.device, sets=sets, budget_s=budget_s)
+        return {name: timing.median_us for name, timing in timings.items()}
 
 
-def _call(of_sets: Sequence[Callable], index: int) -> object:
-    return of_sets[index]()
+def _call(calls: Sequence[Callable], index: int) -> object:
+    return calls[index]()
 
 
 def main() -> None:
-    """Serve until stdin ends. What the timed code prints goes to stderr."""
+    """Serve until stdin ends. Output of the timed code goes to stderr."""
     sys.path[0] = sys.argv[1]
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -85,7 +85,7 @@ def main() -> None:
         try:
             if worker is None:
                 worker = Worker(*arguments)
-                answer = worker.listed()
+                answer = worker.describe()
             else:
                 answer = getattr(worker, name)(*arguments)
         except Exception as error:  # one case must not end the others

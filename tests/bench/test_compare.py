@@ -1,7 +1,7 @@
-"""`bench compare`: when a slow-down is one, turns, checkouts that leave nothing behind, row files.
+"""`bench compare`: the statistic, alternating runs, removal of checkouts, row files.
 
-The statistic is judged on synthetic runs, whose truth is known; the command on a small repository
-whose bench tells times instead of taking them.
+The statistic is tested on synthetic runs with known ratios, the command on a small repository whose
+fake bench package returns fixed times.
 """
 
 import ast
@@ -17,7 +17,7 @@ import pytest
 from bench import rows
 from bench.compare import command as compare
 from bench.compare import turns
-from bench.compare.slowdown import judged, unpaired
+from bench.compare.slowdown import judge_pairs, judge_rows
 from model.errors import InputError
 from model.terminal import Parser
 
@@ -36,8 +36,8 @@ def result(capsys, *arguments: str) -> tuple[int, dict]:
 
 
 def noisy_pairs(draw: np.random.Generator, rounds: int, slowdown: float) -> list:
-    """Runs A B B A ... of a shared machine: a drifting speed, bursts that last some runs, runs that
-    differ by 8 %, and one in fifteen that takes three times as long."""
+    """Runs A B B A ... on a shared machine: drifting speed, bursts over several runs, 8 % variation
+    between runs, and one run in fifteen that takes three times as long."""
     count = 2 * rounds
     drift = np.cumsum(draw.normal(0, 0.03, count)) + draw.normal(0, 0.02) * np.arange(count)
     burst = np.zeros(count)
@@ -54,27 +54,28 @@ def noisy_pairs(draw: np.random.Generator, rounds: int, slowdown: float) -> list
 
 
 def verdict(draw: np.random.Generator, slowdown: float) -> str:
-    """As the command comes to it: new pairs, and more of them, for what the next stage decides."""
-    for times, doubted in compare.STAGES:
-        found = judged(noisy_pairs(draw, 5 * times, slowdown), THRESHOLD).verdict
-        if found not in doubted:
+    """The command's verdict: each stage judges new pairs, and more of them."""
+    for num_processes, retried_verdicts in compare.STAGES:
+        pairs = noisy_pairs(draw, 5 * num_processes, slowdown)
+        current = judge_pairs(pairs, THRESHOLD).verdict
+        if current not in retried_verdicts:
             break
-    return found
+    return current
 
 
-def test_equal_sides_are_never_told_apart():
+def test_equal_sides_are_never_reported_as_changed():
     """Guards against false alarms: 200 comparisons of 40 equal rows each on a noisy machine."""
     draw = np.random.default_rng(0)
-    found = [verdict(draw, 1.0) for _ in range(200 * 40)]
-    assert found.count("slower") + found.count("faster") == 0
+    verdicts = [verdict(draw, 1.0) for _ in range(200 * 40)]
+    assert verdicts.count("slower") + verdicts.count("faster") == 0
 
 
 @pytest.mark.parametrize(("slowdown", "expected"), [(2.0, "slower"), (0.5, "faster")])
 def test_a_doubling_is_found(slowdown, expected):
-    """Guards against a statistic so careful that it finds nothing, for all that noise does."""
+    """Guards against a statistic so careful that it misses a doubling in noise."""
     draw = np.random.default_rng(1)
-    found = [verdict(draw, slowdown) for _ in range(200)]
-    assert found.count(expected) >= 195
+    verdicts = [verdict(draw, slowdown) for _ in range(200)]
+    assert verdicts.count(expected) >= 195
 
 
 def pairs_of(*logs: float) -> list:
@@ -84,17 +85,17 @@ def pairs_of(*logs: float) -> list:
 @pytest.mark.parametrize(
     ("logs", "expected"),
     [
-        ([0.15] * 9 + [-1.0], "slower"),  # one spoilt pair of ten hides nothing
-        ([0.08] * 10, "same"),  # sure, but below the threshold
+        ([0.15] * 9 + [-1.0], "slower"),  # one outlier in ten pairs
+        ([0.08] * 10, "same"),  # consistent, but below the threshold
         ([0.3] * 6 + [-0.5] * 4, "unclear"),  # the centre is clear, but pairs disagree
-        ([0.3] * 6 + [0.05] * 4, "unclear"),  # or agree on less than counts
-        ([0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7], "unclear"),  # all slower, widely
+        ([0.3] * 6 + [0.05] * 4, "unclear"),  # or some are below the threshold
+        ([0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7], "unclear"),  # large spread
         ([-0.15] * 9 + [1.0], "faster"),
     ],
 )
 def test_each_rule_of_the_statistic(logs, expected):
-    """Guards threshold, spread and agreement: without any one of them a case here changes sides."""
-    assert judged(pairs_of(*logs), THRESHOLD).verdict == expected
+    """Guards threshold, spread and agreement: without any one of them a verdict here changes."""
+    assert judge_pairs(pairs_of(*logs), THRESHOLD).verdict == expected
 
 
 def row(median: float, p20: float | None = None, p80: float | None = None, **more) -> dict:
@@ -104,15 +105,15 @@ def row(median: float, p20: float | None = None, p80: float | None = None, **mor
 
 
 def test_spread_of_rows_is_that_of_repeats_or_else_of_percentiles():
-    """Guards row files: a wide row, or repeats that differ, must widen the margin."""
-    assert unpaired([row(100)], [row(130)], THRESHOLD).verdict == "slower"
-    assert unpaired([row(100, 80, 125)], [row(130)], THRESHOLD).verdict == "unclear"
+    """Guards row files: wide percentiles, or repeats that differ, must widen the margin."""
+    assert judge_rows([row(100)], [row(130)], THRESHOLD).verdict == "slower"
+    assert judge_rows([row(100, 80, 125)], [row(130)], THRESHOLD).verdict == "unclear"
     repeats = [row(80), row(100), row(125)]
-    assert unpaired(repeats, [row(130)], THRESHOLD).verdict == "unclear"
-    assert unpaired([row(99), row(100), row(101)], [row(130)], THRESHOLD).verdict == "slower"
+    assert judge_rows(repeats, [row(130)], THRESHOLD).verdict == "unclear"
+    assert judge_rows([row(99), row(100), row(101)], [row(130)], THRESHOLD).verdict == "slower"
 
 
-STAND_IN = {
+FAKE_BENCH = {
     "torch.py": """
 import os
 float32 = "float32"
@@ -124,7 +125,7 @@ def set_num_threads(n):
         assert "bench-caches-" in os.environ[cache]
 """,
     "bench/__init__.py": "",
-    "bench/rows.py": "def device_name(device): return 'stand-in'\n",
+    "bench/rows.py": "def device_name(device): return 'fake'\n",
     "bench/cases.py": """
 class Case:
     def __init__(self, op, name): self.op, self.name = op, name
@@ -147,15 +148,15 @@ class Timing:
 def sets_for(num_bytes, device): return 2
 def measure(candidates, *, device, sets, budget_s):
     print("not an answer")
-    found = {name: call(sets - 1) for name, call in candidates.items()}
-    return {name: Timing(TIMES[op] * next(NOISE)) for name, (op, _, _) in found.items()}
+    results = {name: call(sets - 1) for name, call in candidates.items()}
+    return {name: Timing(TIMES[op] * next(NOISE)) for name, (op, _, _) in results.items()}
 """,
 }
 
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A git repository with a bench that tells times; returns its commit(path=text) -> name."""
+    """A git repository with a fake bench package; returns its commit(path=text) -> commit id."""
     root, temporary = tmp_path / "repository", tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(rows, "ROOT", root)
@@ -166,44 +167,44 @@ def repository(tmp_path, monkeypatch):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def commit(**changes: str) -> str:
-        for name, text in (STAND_IN | changes).items():
+        for name, text in (FAKE_BENCH | changes).items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(text)
         git("add", "--all")
-        git("commit", "--allow-empty", "--quiet", "-m", "made for a test")
+        git("commit", "--allow-empty", "--quiet", "-m", "for a test")
         return git("rev-parse", "HEAD")
 
     root.mkdir()
     git("init", "--quiet")
     yield commit
-    assert list(temporary.iterdir()) == [], "a checkout was left behind"
+    assert list(temporary.iterdir()) == [], "a checkout was not removed"
 
 
 def changed(path: str, old: str, new: str) -> dict[str, str]:
-    assert old in STAND_IN[path]
-    return {path: STAND_IN[path].replace(old, new)}
+    assert old in FAKE_BENCH[path]
+    return {path: FAKE_BENCH[path].replace(old, new)}
 
 
 @pytest.mark.cli
 def test_a_planted_slow_down_is_found_and_equal_commits_are_equal(repository, capsys):
-    """Guards the whole way from two commits to an exit code, the working tree among them."""
+    """Guards the whole command, from two commits (or the working tree) to the exit code."""
     before = repository()
     after = repository(**changed("bench/timing.py", '"rms_norm": 10.0', '"rms_norm": 20.0'))
-    code, found = result(capsys, before, after, "--device", "cpu")
-    verdicts = {(r["op"], r["case"], r["impl"]): r["verdict"] for r in found["rows"]}
+    code, document = result(capsys, before, after, "--device", "cpu")
+    verdicts = {(r["op"], r["case"], r["impl"]): r["verdict"] for r in document["rows"]}
     assert code == 1
     assert set(verdicts.values()) == {"slower", "same"}
     assert {key[0] for key, value in verdicts.items() if value == "slower"} == {"rms_norm"}
-    again = {r["pairs"] for r in found["rows"] if r["op"] == "rms_norm"}
-    assert again == {10}, "a suspect is measured again, twice as often"
-    code, found = result(capsys, after, ".", "--device", "cpu", "--op", "rms_norm")
-    assert (code, {r["verdict"] for r in found["rows"]}) == (0, {"same"})
-    assert len(found["rows"]) == 4
+    again = {r["pairs"] for r in document["rows"] if r["op"] == "rms_norm"}
+    assert again == {10}, "a change is measured again with twice as many pairs"
+    code, document = result(capsys, after, ".", "--device", "cpu", "--op", "rms_norm")
+    assert (code, {r["verdict"] for r in document["rows"]}) == (0, {"same"})
+    assert len(document["rows"]) == 4
 
 
 @pytest.mark.cli
 def test_tables_name_what_changed(repository, capsys):
-    """Guards what a person sees: op, case, ratio and the sum."""
+    """Guards the printed op, case, ratio and summary."""
     before = repository()
     after = repository(**changed("bench/timing.py", '"silu_mul": 20.0', '"silu_mul": 10.0'))
     assert compare.run(options(before, after, "--device", "cpu")) == 0
@@ -215,7 +216,7 @@ def test_tables_name_what_changed(repository, capsys):
 
 @pytest.mark.cli
 def test_cases_and_forms_of_one_side_are_named(repository, capsys):
-    """Guards against a silent gap: a new case, and a form that B no longer gets right."""
+    """Guards against silently omitting a new case, or a form that is wrong in B."""
     before = repository(**changed("bench/cases.py", ', Case("rms_norm", "T2")', ""))
     after = repository(
         **changed(
@@ -224,16 +225,16 @@ def test_cases_and_forms_of_one_side_are_named(repository, capsys):
             '"failure": "off" if (case.op, impl) == ("silu_mul", "portable") else None}',
         )
     )
-    code, found = result(capsys, before, after, "--device", "cpu")
+    code, document = result(capsys, before, after, "--device", "cpu")
     assert code == 1
-    assert any("only in" in note and "T2" in note for note in found["notes"])
-    assert found["wrong"] == ["silu_mul, T1, portable: B: off"]
-    assert {r["verdict"] for r in found["rows"]} == {"same"} and len(found["rows"]) == 3
+    assert any("only in" in note and "T2" in note for note in document["notes"])
+    assert document["wrong"] == ["silu_mul, T1, portable: B: off"]
+    assert {r["verdict"] for r in document["rows"]} == {"same"} and len(document["rows"]) == 3
 
 
 @pytest.mark.cli
-def test_a_process_that_dies_costs_only_what_comes_after(repository, capsys):
-    """Guards what is finished: it is told, with what the process said last."""
+def test_rows_from_before_a_process_died_are_kept(repository, capsys):
+    """Guards finished rows against a worker that dies; its last output is reported."""
     before = repository()
     dying = "def measure(candidates, *, device, sets, budget_s):\n"
     after = repository(
@@ -245,14 +246,14 @@ def test_a_process_that_dies_costs_only_what_comes_after(repository, capsys):
             "        print('no memory', file=sys.stderr, flush=True); os._exit(9)\n",
         )
     )
-    code, found = result(capsys, before, after, "--device", "cpu")
-    assert code == 1 and len(found["rows"]) == 4
-    assert "silu_mul" in found["wrong"][0] and "no memory" in found["wrong"][0]
+    code, document = result(capsys, before, after, "--device", "cpu")
+    assert code == 1 and len(document["rows"]) == 4
+    assert "silu_mul" in document["wrong"][0] and "no memory" in document["wrong"][0]
 
 
 @pytest.mark.cli
 def test_ctrl_c_leaves_no_process_and_no_folder(repository, monkeypatch):
-    """Guards the user's machine: workers end and checkouts go, whenever it comes."""
+    """Guards against workers and checkouts that remain after Ctrl-C."""
     processes = []
     take = turns.take_turns
 
@@ -267,29 +268,35 @@ def test_ctrl_c_leaves_no_process_and_no_folder(repository, monkeypatch):
     assert len(processes) == 2 and all(process.poll() is not None for process in processes)
 
 
-class Told:
-    """A side that answers from a list and writes down when it was asked."""
+class FakeSide:
+    """A side whose times grow with every request; it logs the order of requests."""
 
     def __init__(self, name: str, log: list) -> None:
         self.name, self.log = name, log
 
-    def ask(self, name: str, forms: list, budget_s: float) -> dict:
+    def request(self, name: str, forms: list, budget_s: float) -> dict:
         self.log.append(self.name)
         return {form: 100.0 * 1.05 ** len(self.log) for form in forms}
 
 
-def test_turns_alternate_so_that_drift_leaves_the_ratios():
-    """Guards the order: a machine that slows down by 5 % with every run is no slow-down of B."""
+def test_runs_alternate_so_that_drift_cancels():
+    """Guards the order: a machine that slows down by 5 % per run must not make B slower."""
     log = []
     pairs = turns.take_turns(
-        [Told("A", log), Told("B", log)], ("rms_norm", "T1"), ["eager"], 4, 0.1, lambda n: None
+        [FakeSide("A", log), FakeSide("B", log)],
+        ("rms_norm", "T1"),
+        ["eager"],
+        4,
+        0.1,
+        lambda n: None,
     )
     assert "".join(log) == "ABBAABBA"
-    assert judged(pairs["rms_norm", "T1", "eager"], 0.01).ratio == pytest.approx(1)
+    assert judge_pairs(pairs["rms_norm", "T1", "eager"], 0.01).ratio == pytest.approx(1)
 
 
-def test_the_worker_begins_without_our_code():
-    """Guards commits from before a move: until it knows whose code to time it may import none."""
+def test_the_worker_imports_none_of_our_code_at_the_top():
+    """Guards old commits: before the worker knows which checkout to time, it must import nothing
+    of ours, whose modules may have moved."""
     nodes = ast.parse(turns.WORKER.read_text()).body
     names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -299,27 +306,26 @@ def test_the_worker_begins_without_our_code():
 @pytest.mark.cli
 def test_this_checkout_has_the_names_that_the_worker_uses(tmp_path):
     """Guards the worker against renamed functions: it times a real case of the working tree."""
-    settings = turns.Settings("cpu", None, 1)
-    side = turns.Side("A", rows.ROOT, tmp_path, settings)
+    side = turns.Side("A", rows.ROOT, tmp_path, turns.WorkerOptions("cpu", None, 1))
     try:
         shape = next((op, case) for op, case in side.cases if op == "rms_norm")
-        ready = side.ask("prepare", *shape, [])
-        assert ready == {"forms": ["eager", "portable"], "unfit": {}}
-        assert all(us > 0 for us in side.ask("time", ready["forms"], 0.001).values())
-        with pytest.raises(turns.Refused, match="KeyError: 'no-such'"):
-            side.ask("time", ["no-such"], 0.001)
+        prepared = side.request("prepare", *shape, [])
+        assert prepared == {"forms": ["eager", "portable"], "unfit": {}}
+        assert all(us > 0 for us in side.request("time", prepared["forms"], 0.001).values())
+        with pytest.raises(turns.WorkerError, match="KeyError: 'no-such'"):
+            side.request("time", ["no-such"], 0.001)
     finally:
         side.end()
 
 
-def written(path: Path, *found: dict) -> str:
-    path.write_text("".join(json.dumps(one) + "\n" for one in found))
+def write_rows(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 def test_row_files(tmp_path, capsys):
-    """Guards the comparison of recorded rows: equal keys, repeats, and rows of one side."""
-    a = written(
+    """Guards the comparison of recorded rows: equal keys, repeats, and rows of only one file."""
+    a = write_rows(
         tmp_path / "a.jsonl",
         row(100),
         row(101),
@@ -327,20 +333,20 @@ def test_row_files(tmp_path, capsys):
         row(10, case="T3"),
         row(5, op="silu_mul"),
     )
-    b = written(
+    b = write_rows(
         tmp_path / "b.jsonl",
         row(200),
         row(50, case="T2"),
         row(0, case="T3", failure="off") | {"median_us": None},
     )
-    code, found = result(capsys, a, b)
+    code, document = result(capsys, a, b)
     assert code == 1
-    assert {r["case"]: r["verdict"] for r in found["rows"]} == {"T1": "slower", "T2": "same"}
-    assert found["rows"][0]["ratio"] == pytest.approx(2, rel=0.01)
-    assert any("silu_mul" in note and "a.jsonl" in note for note in found["notes"])
-    assert found["wrong"] == ["rms_norm, T3, eager, float32: B: off"]
-    code, found = result(capsys, b, a, "--shape", "T2")
-    assert code == 0 and len(found["rows"]) == 1 and not found["wrong"]
+    assert {r["case"]: r["verdict"] for r in document["rows"]} == {"T1": "slower", "T2": "same"}
+    assert document["rows"][0]["ratio"] == pytest.approx(2, rel=0.01)
+    assert any("silu_mul" in note and "a.jsonl" in note for note in document["notes"])
+    assert document["wrong"] == ["rms_norm, T3, eager, float32: B: off"]
+    code, document = result(capsys, b, a, "--shape", "T2")
+    assert code == 0 and len(document["rows"]) == 1 and not document["wrong"]
 
 
 @pytest.mark.parametrize(
@@ -350,17 +356,17 @@ def test_row_files(tmp_path, capsys):
         (["a.jsonl", "none.jsonl"], "there is no file"),
         (["a.jsonl", "HEAD"], "only be compared with another file"),
         (["no-such-commit", "."], "'no-such-commit' is neither a commit"),
-        ([".", ".", "--op", "rms"], "unknown op 'rms'"),
+        ([".", ".", "--op", "rms"], "unknown op 'rms'; choose one of"),
         ([".", ".", "--rounds", "2"], "--rounds must be 3 or more"),
         ([".", ".", "--budget", "0"], "must be positive"),
         (["a.jsonl", "a.jsonl", "--shape", "T9"], "nothing in common"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path, monkeypatch, arguments, message):
-    """Guards the user from tracebacks, and from times of two machines side by side."""
+    """Guards against tracebacks, and against comparing times of two machines."""
     monkeypatch.chdir(tmp_path)
-    written(tmp_path / "a.jsonl", row(1))
-    written(tmp_path / "other.jsonl", row(1, device="gpu"))
+    write_rows(tmp_path / "a.jsonl", row(1))
+    write_rows(tmp_path / "other.jsonl", row(1, device="gpu"))
     with pytest.raises(InputError) as error:
         compare.run(options(*arguments))
     assert message in str(error.value) and "\n" not in str(error.value)

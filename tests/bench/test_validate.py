@@ -240,7 +240,7 @@ class TestModel:
             assert 0 < fields["rms_err"] < 4 * roundoff(torch.float16)
 
     def test_libraries_agree_in_fp32(self):
-        """Guards against a mistake that forms and the fp64 model share: libraries are independent."""
+        """Guards against a mistake that forms and fp64 model share: libraries do not have it."""
         setup = ModelSetup(CPU, torch.float32)
         for case in validate_model.CASES:
             rows = list(validate_model.verdicts(case, setup, ("portable",), libraries=True))
