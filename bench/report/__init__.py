@@ -1,1 +1,1 @@
-"""Rows as one HTML page and pictures: `python -m bench report`."""
+"""`python -m bench report`: an HTML page and pictures of measured rows."""

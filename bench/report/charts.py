@@ -1,7 +1,7 @@
-"""What all pictures of measured rows share: marks of the forms, units, sizes, files.
+"""What the pictures of measured rows share: markers of forms, units, sizes, saving.
 
-Colours are Okabe and Ito's, which colour-blind people tell apart; a marker or hatch goes with each,
-for print. Ours is always vermillion and filled, eager always a hollow grey circle.
+Colours are Okabe and Ito's, which colour-blind people can tell apart; each comes with a marker or
+hatch, for print. Ours is always vermillion and filled, eager always a hollow grey circle.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,19 +12,19 @@ from bench.report.rows import role
 from kernels.runtime.arithmetic import cdiv
 from pacore_sched.sim.plots import DPI, pyplot
 
-WIDTH, TALLEST = 7.6, 9.4  # inches: a page's width, and its height
+WIDTH, MAX_HEIGHT = 7.6, 9.4  # of a page, in inches
 INK, GRID = "#333333", "#d9d9d9"
 OURS, EAGER = "#D55E00", "#666666"
 BLUE, SKY, GREEN, PINK, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00"
 OUR_MARKERS = {"triton": "D", "default": "D", "portable": "s"}
-MODE_MARKERS = "^v<>"  # of further forms of ours, lighter
+MODE_MARKERS = "^v<>"  # of our other forms, in a lighter colour
 BROWN, WINE, BLACK = "#8C6D1F", "#882255", "#000000"
-PEER_COLOURS = {  # by the first word of a name
+PEER_COLOURS = {  # by the first word of the peer's name
     **dict.fromkeys(("sdpa", "cudnn", "liger"), BLUE),
     **dict.fromkeys(("flex", "compile", "torch"), GREEN),
     **{"flashinfer": PINK, "fa2": BLACK, "fa3": SKY, "fasttree": WINE},
 }
-PEER_MARKERS = {  # by the second word; those of a third, "alone", are hollow
+PEER_MARKERS = {  # by the second word; hollow if there is a third, "alone"
     **{"": "o", "copied": "v", "cascade": "^", "folded": "P"},
     **{"flash": "X", "cudnn": "*", "efficient": "p", "varlen": "h"},
 }
@@ -59,18 +59,18 @@ def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Any,
 
 
 def save(figure: Any, path: Path) -> Path:  # noqa: ANN401
-    """Write a picture and let go of it."""
+    """Write a picture and close its figure."""
     figure.savefig(path, dpi=DPI)
     pyplot().close(figure)
     return path
 
 
-def mark(row: dict) -> dict:
-    """How the form of a row is drawn by `plot`: colour, marker, filled or hollow, size."""
-    whose, name = role(row), row["impl"]
-    if whose == "eager":
+def marker_style(row: dict) -> dict:
+    """Arguments of `plot` for the form of a row: colour, marker, filled or hollow, size."""
+    form_role, name = role(row), row["impl"]
+    if form_role == "eager":
         return {"color": EAGER, "marker": "o", "markerfacecolor": "white", "markersize": 5.5}
-    if whose == "peer":
+    if form_role == "peer":
         family, kind, alone = (*name.split("-", 2), "", "")[:3]
         style = {"color": PEER_COLOURS.get(family, BROWN), "marker": PEER_MARKERS.get(kind, "d")}
         return style | {"markersize": 5.5} | ({"markerfacecolor": "white"} if alone else {})
@@ -80,60 +80,61 @@ def mark(row: dict) -> dict:
     return {"color": ORANGE, "marker": marker, "markersize": 6, "markeredgecolor": OURS}
 
 
-def in_order(found: Iterable[dict]) -> list[dict]:
-    """Eager first, then peers, then ours, each as they come."""
-    return sorted(found, key=lambda row: ("eager", "peer", "ours").index(role(row)))
+def drawing_order(rows: Iterable[dict]) -> list[dict]:
+    """Eager first, then peers, then ours; otherwise in the given order."""
+    return sorted(rows, key=lambda row: ("eager", "peer", "ours").index(role(row)))
 
 
-def legend(figure: Any, found: Sequence[dict]) -> None:  # noqa: ANN401
-    """The forms of these rows, above the panels."""
+def legend(figure: Any, rows: Sequence[dict]) -> None:  # noqa: ANN401
+    """A legend of the rows' forms, above the panels."""
     from matplotlib.lines import Line2D
 
-    forms = {row["impl"]: row for row in in_order(found)}
+    forms = {row["impl"]: row for row in drawing_order(rows)}
     handles = [
         Line2D([], [], linestyle="", label=f"{name} (ours)" if role(row) == "ours" else name)
         for name, row in forms.items()
     ]
     for handle, row in zip(handles, forms.values(), strict=True):
-        handle.set(**mark(row))
+        handle.set(**marker_style(row))
     figure.legend(handles=handles, loc="outside upper left", ncols=5, columnspacing=1.2)
 
 
-def plain(value: float, _: object = None) -> str:
-    """Three digits and no exponent: "4,000", "0.192"."""
+def format_number(value: float, _: object = None) -> str:
+    """A number with three digits and no exponent: "4,000", "0.192"."""
     return f"{float(f'{value:.3g}'):,.12g}"
 
 
-def duration(us: float, _: object = None) -> str:
-    """Microseconds as a person says them: "20 µs", "1.5 ms"."""
+def format_duration(us: float, _: object = None) -> str:
+    """Microseconds in a readable unit: "20 µs", "1.5 ms"."""
     if not us:
         return "0"
     for size, unit in ((1e6, "s"), (1e3, "ms"), (1, "µs")):
         if us >= size:
-            return f"{plain(us / size)} {unit}"
+            return f"{format_number(us / size)} {unit}"
     return f"{us * 1e3:.3g} ns"
 
 
 def times_axis(axis: Any, lowest: float, highest: float) -> None:  # noqa: ANN401
-    """A logarithmic axis of microseconds with few enough ticks, and never fewer than two."""
+    """Make `axis` a logarithmic axis of microseconds with two to five labelled ticks."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.axes.set(**{f"{axis.axis_name}lim": (lowest / 1.3, highest * 1.3)})
-    axis.set_major_locator(FixedLocator(nice(lowest / 1.3, highest * 1.3)))
-    axis.set_major_formatter(FuncFormatter(duration))
+    axis.set_major_locator(FixedLocator(round_ticks(lowest / 1.3, highest * 1.3)))
+    axis.set_major_formatter(FuncFormatter(format_duration))
     axis.set_minor_formatter(NullFormatter())
 
 
-def nice(low: float, high: float, most: int = 5) -> list[float]:
-    """Two to `most` round values between two that are not too close: halves, digits, decades."""
+def round_ticks(low: float, high: float, max_ticks: int = 5) -> list[float]:
+    """Two to `max_ticks` round values from `low` to `high`, which must not be too close: halves,
+    digits or decades."""
     halves = [half / 2 for half in range(2, 20)]
-    found: list[float] = []
+    ticks: list[float] = []
     for digits in (halves, range(1, 10), (1, 2, 5), (1, 3), (1,)):
         coarser = [d * 10.0**e for e in range(-6, 16) for d in digits if low <= d * 10.0**e <= high]
         if len(coarser) < 2:
             break
-        found = coarser
-        if len(found) <= most:
-            return found
-    return found[:: cdiv(len(found), most) or 1]
+        ticks = coarser
+        if len(ticks) <= max_ticks:
+            return ticks
+    return ticks[:: cdiv(len(ticks), max_ticks) or 1]

@@ -1,4 +1,4 @@
-"""Heat maps of prefix attention: how much faster ours is, over prefix and suffix."""
+"""Heat maps of prefix attention: our speed-up by prefix and suffix length."""
 
 import re
 from collections.abc import Sequence
@@ -6,45 +6,45 @@ from math import ceil, floor, log2
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.report.charts import INK, panels, plain, save
-from bench.report.rows import best, grouped
+from bench.report.charts import INK, format_number, panels, save
+from bench.report.rows import best, group_by
 
-POINT = re.compile(r"(?:(?P<front>.*) )?B(?P<B>\d+) P(?P<P>\d+) S(?P<S>\d+)(?: (?P<behind>.+))?")
+POINT = re.compile(r"(?:(?P<model>.*) )?B(?P<B>\d+) P(?P<P>\d+) S(?P<S>\d+)(?: (?P<variant>.+))?")
 COLUMNS = 2  # of panels
 BASES = {"eager": "eager", "peer": "the best peer"}
 
 
 class Panel(NamedTuple):
-    """Cases that differ in prefix and suffix alone."""
+    """Cases that differ only in prefix and suffix."""
 
     title: str
     prefixes: list[int]
     suffixes: list[int]
-    cells: dict[tuple[int, int], float]  # (prefix, suffix) -> times faster
+    cells: dict[tuple[int, int], float]  # (prefix, suffix) -> speed-up
 
 
 def grids(rows: Sequence[dict], base: str) -> list[Panel]:
-    """Speed-ups of the best of ours over the best of a role, "eager" or "peer".
+    """Speed-ups of our best form over the best form of role `base`, "eager" or "peer".
 
-    A panel per batch, model and variant; none of fewer than two points.
+    A panel per batch, model and variant with two points or more.
     """
-    found: dict[str, dict[tuple[int, int], float]] = {}
-    for (_, case, dtype), forms in grouped(rows, "op", "case", "dtype").items():
+    titles: dict[str, dict[tuple[int, int], float]] = {}
+    for (_, case, dtype), forms in group_by(rows, "op", "case", "dtype").items():
         point = POINT.fullmatch(case)
         ours, other = best(forms, "ours"), best(forms, base)
         if forms[0]["op"] == "prefix_attention" and point and ours and other:
-            words = (point["front"], f"B{point['B']}", point["behind"], dtype)
-            cells = found.setdefault(", ".join(filter(None, words)), {})
+            words = (point["model"], f"B{point['B']}", point["variant"], dtype)
+            cells = titles.setdefault(", ".join(filter(None, words)), {})
             cells[int(point["P"]), int(point["S"])] = other["median_us"] / ours["median_us"]
     return [
         Panel(title, sorted({p for p, _ in cells}), sorted({s for _, s in cells}), cells)
-        for title, cells in found.items()
+        for title, cells in titles.items()
         if len(cells) > 1
     ]
 
 
 def heat(path: Path, maps: Sequence[Panel], base: str) -> Path:
-    """Panels of `grids`, one colour scale for all: brown is slower than the base, green faster."""
+    """Draw `grids`' panels on one colour scale: brown is slower than the base, green is faster."""
     columns = min(COLUMNS, len(maps))
     lines = ceil(len(maps) / columns)
     tallest = max(len(panel.suffixes) for panel in maps)
@@ -52,16 +52,16 @@ def heat(path: Path, maps: Sequence[Panel], base: str) -> Path:
     logs = [log2(value) for panel in maps for value in panel.cells.values()]
     low, high = min(0.0, *logs), max(0.0, *logs)
     limit = max(1.0, -low, high)
-    for panel, place in zip(maps, axes.flat, strict=False):
-        image = _draw(place, panel, limit)
-    for place in axes.flat[len(maps) :]:
-        place.set_visible(False)
+    for panel, panel_axes in zip(maps, axes.flat, strict=False):
+        image = _draw(panel_axes, panel, limit)
+    for panel_axes in axes.flat[len(maps) :]:
+        panel_axes.set_visible(False)
     ticks = range(ceil(low), floor(high) + 1, ceil((high - low) / 8) or 1)
     bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=30, pad=0.02, ticks=list(ticks))
     bar.ax.set_ylim(low, high or 1)
-    bar.ax.set_yticks(list(ticks), [f"{plain(2.0**tick)} ×" for tick in ticks])
+    bar.ax.set_yticks(list(ticks), [f"{format_number(2.0**tick)} ×" for tick in ticks])
     bar.outline.set_visible(False)
-    figure.suptitle(f"prefix_attention: times faster than {BASES[base]}", x=0.01, ha="left")
+    figure.suptitle(f"prefix_attention: speed-up over {BASES[base]}", x=0.01, ha="left")
     return save(figure, path)
 
 
@@ -75,7 +75,7 @@ def _draw(axes: Any, panel: Panel, limit: float) -> Any:  # noqa: ANN401
     image = axes.imshow(values, cmap="BrBG", vmin=-limit, vmax=limit, aspect="auto")
     for (prefix, suffix), value in panel.cells.items():
         axes.annotate(
-            plain(value),
+            format_number(value),
             (panel.prefixes.index(prefix), panel.suffixes.index(suffix)),
             ha="center",
             va="center",
@@ -84,13 +84,13 @@ def _draw(axes: Any, panel: Panel, limit: float) -> Any:  # noqa: ANN401
         )
     axes.set_xticks(range(len(panel.prefixes)), [f"{p:,}" for p in panel.prefixes], fontsize=8)
     axes.set_yticks(range(len(panel.suffixes)), [f"{s:,}" for s in panel.suffixes], fontsize=8)
-    axes.set(title=panel.title, xlabel="prefix", ylabel="suffix")
+    axes.set(title=panel.title, xlabel="prefix, tokens", ylabel="suffix, tokens")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return image
 
 
 def _dark(rgba: Sequence[float]) -> bool:
-    """Whether white is easier to read on a colour than dark grey (relative luminance)."""
+    """Whether white text is easier to read on a colour than dark grey (relative luminance)."""
     red, green, blue, _ = (channel**2.2 for channel in rgba)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.24

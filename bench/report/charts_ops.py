@@ -1,4 +1,4 @@
-"""Pictures of the op table: times and rates beside eager and peers, and the roofline."""
+"""Pictures of op rows: times and rates of our forms, eager and peers, and the roofline."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,44 +10,44 @@ import numpy as np
 from bench.report.charts import (
     EAGER,
     INK,
+    MAX_HEIGHT,
     OURS,
-    TALLEST,
-    in_order,
+    drawing_order,
+    format_number,
     legend,
-    mark,
+    marker_style,
     panels,
-    plain,
     save,
     times_axis,
 )
-from bench.report.rows import best, grouped, role
+from bench.report.rows import best, group_by, role
 
-MOST = 24  # cases of an op that are drawn: those first in a file tell most
-HEAD, CASE, FORM = 1.1, 0.20, 0.115  # inches: of a picture, of a case in it, of each of its forms
-LINE = 0.16  # of a case's name
+MAX_CASES = 24  # drawn per op: the first in a file, which are the most important
+HEAD, CASE, FORM = 1.1, 0.20, 0.115  # heights in inches: of a picture, plus each case and form
+LINE = 0.16  # height in inches of a line of a case's name
 
 
 def latency(stem: Path, rows: Sequence[dict]) -> list[Path]:
-    """Time and rate of every form at MOST cases of one op; several pictures if they are many."""
-    cases = list(grouped(rows, "case", "dtype").values())[:MOST]
+    """Draw time and rate of every form in up to MAX_CASES cases of one op, on one or more pages."""
+    cases = list(group_by(rows, "case", "dtype").values())[:MAX_CASES]
     pages: list[list[list[dict]]] = [[]]
     for case in cases:
-        if HEAD + sum(map(_height, [*pages[-1], case])) > TALLEST:
+        if HEAD + sum(map(_height, [*pages[-1], case])) > MAX_HEIGHT:
             pages.append([])
         pages[-1].append(case)
-    made = []
+    paths = []
     for number, page in enumerate(filter(None, pages), start=1):
         path = stem.with_name(stem.name + (f"-{number}" if len(pages) > 1 else "") + ".png")
-        made.append(_latency(path, page))
-    return made
+        paths.append(_latency(path, page))
+    return paths
 
 
 def _height(case: Sequence[dict]) -> float:
-    return max(CASE + FORM * len(case), 0.06 + LINE * len(_label_of(case[0]["case"])))
+    return max(CASE + FORM * len(case), 0.06 + LINE * len(_name_lines(case[0]["case"])))
 
 
-def _label_of(name: str) -> list[str]:
-    """The lines of a case's name; long ones would leave the axes no room."""
+def _name_lines(name: str) -> list[str]:
+    """A case's name in lines short enough to leave the axes room."""
     return wrap(name, 30) or [""]
 
 
@@ -57,25 +57,25 @@ def _latency(path: Path, cases: Sequence[Sequence[dict]]) -> Path:
         1, 2, HEAD + sum(map(_height, cases)), sharey=True, width_ratios=(3, 2)
     )
     rate, unit, ceiling = _rate(rows)
-    several = len({row["dtype"] for row in rows}) > 1
+    show_dtype = len({row["dtype"] for row in rows}) > 1
     top, ticks = 0.0, []
     for number, case in enumerate(cases):
-        _draw_case(left, right, in_order(case), top, rate)
-        label = "\n".join(_label_of(case[0]["case"]))
-        label += f"\n{case[0]['dtype']}" if several else ""
+        _draw_case(left, right, drawing_order(case), top, rate)
+        label = "\n".join(_name_lines(case[0]["case"]))
+        label += f"\n{case[0]['dtype']}" if show_dtype else ""
         ticks.append((top + _height(case) / 2, label))
         for axes in (left, right) if number % 2 == 0 else ():
             axes.axhspan(top, top + _height(case), color="#f3f3f3", linewidth=0, zorder=0)
-        _draw_gains(right, case, top + _height(case) / 2)
+        _draw_speedups(right, case, top + _height(case) / 2)
         top += _height(case)
     left.set_yticks(*zip(*ticks, strict=True))
     left.set_ylim(top, 0)
     times_axis(left.xaxis, min(r["p20_us"] for r in rows), max(r["p80_us"] for r in rows))
-    most = max(*(rate(row) for row in rows), ceiling or 0)
-    right.set(xlim=(-0.03 * most, 1.06 * most), xlabel=unit)
+    highest = max(*(rate(row) for row in rows), ceiling or 0)
+    right.set(xlim=(-0.03 * highest, 1.06 * highest), xlabel=unit)
     if ceiling:
         right.axvline(ceiling, color=INK, linewidth=1, linestyle="--")
-    left.set_xlabel("time, median with p20..p80")
+    left.set_xlabel("median time; bars show p20 to p80")
     for axes in (left, right):
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
@@ -86,14 +86,14 @@ def _latency(path: Path, cases: Sequence[Sequence[dict]]) -> Path:
 def _draw_case(left: Any, right: Any, case: list[dict], top: float, rate: Any) -> None:  # noqa: ANN401
     for number, row in enumerate(case):
         y = top + CASE / 2 + FORM * (number + 0.5)
-        style = mark(row) | {"zorder": 4 if role(row) == "ours" else 3}
+        style = marker_style(row) | {"zorder": 4 if role(row) == "ours" else 3}
         left.plot((row["p20_us"], row["p80_us"]), (y, y), color=style["color"], linewidth=1.4)
         left.plot(row["median_us"], y, linestyle="", **style)
         right.plot(rate(row), y, linestyle="", **style)
 
 
-def _draw_gains(right: Any, case: Sequence[dict], y: float) -> None:  # noqa: ANN401
-    """How many times faster than eager, and than the best peer, the best of ours is."""
+def _draw_speedups(right: Any, case: Sequence[dict], y: float) -> None:  # noqa: ANN401
+    """Write our best form's speed-ups over eager and the best peer at the right margin."""
     ours = best(case, "ours")
     others = {"eager": best(case, "eager"), "peer": best(case, "peer")}
     if ours:
@@ -114,7 +114,7 @@ def _draw_gains(right: Any, case: Sequence[dict], y: float) -> None:  # noqa: AN
 
 
 def _rate(rows: Sequence[dict]) -> tuple[Any, str, float | None]:
-    """What bounds most of these cases: bytes or FLOPs; a row's rate of it, and its ceiling."""
+    """A row's rate in GB/s or TFLOP/s, whichever bounds most cases; axis label; ceiling."""
     floors = [
         (row["bytes"] / (1e3 * row["copy_gb_s"]), row["flops"] / (1e6 * row["gemm_tflop_s"]))
         for row in rows
@@ -125,17 +125,17 @@ def _rate(rows: Sequence[dict]) -> tuple[Any, str, float | None]:
         ("bytes", 1e3, "GB/s", "copy_gb_s") if memory else ("flops", 1e6, "TFLOP/s", "gemm_tflop_s")
     )
     ceiling = max((row[top] for row in rows if row[top]), default=None)
-    what = "copy bandwidth" if memory else "matrix product"
-    unit = name + (f" (dashed: {what}, {plain(ceiling)})" if ceiling else "")
+    bound = "copy bandwidth" if memory else "matrix rate"
+    unit = name + (f" (dashed: {bound}, {format_number(ceiling)})" if ceiling else "")
     return lambda row: row[field] / row["median_us"] / per_us, unit, ceiling
 
 
 def roofline(path: Path, rows: Sequence[dict]) -> Path:
-    """Arithmetic intensity against the rate reached, a panel per dtype, below the measured roof."""
-    dtypes = grouped([row for row in rows if row["copy_gb_s"] and row["gemm_tflop_s"]], "dtype")
+    """Draw FLOP/s over arithmetic intensity, with the measured roof, a panel per dtype."""
+    dtypes = group_by([row for row in rows if row["copy_gb_s"] and row["gemm_tflop_s"]], "dtype")
     figure, axes = panels(len(dtypes), 1, 0.5 + 4.2 * len(dtypes))
-    for panel, ((dtype,), of_dtype) in zip(axes[:, 0], dtypes.items(), strict=True):
-        _roofline(figure, panel, dtype, of_dtype)
+    for panel, ((dtype,), dtype_rows) in zip(axes[:, 0], dtypes.items(), strict=True):
+        _roofline(figure, panel, dtype, dtype_rows)
     return save(figure, path)
 
 
@@ -143,7 +143,7 @@ def _roofline(figure: Any, axes: Any, dtype: str, rows: list[dict]) -> None:  # 
     roof = rows[-1]
     copy, gemm = roof["copy_gb_s"] * 1e9, roof["gemm_tflop_s"] * 1e12
     pairs = [
-        (best(case, "eager"), best(case, "ours")) for case in grouped(rows, "op", "case").values()
+        (best(case, "eager"), best(case, "ours")) for case in group_by(rows, "op", "case").values()
     ]
     x = np.array([_intensity(row) for row in rows])
     span = np.geomspace(min(x.min(), gemm / copy) / 2, max(x.max(), gemm / copy) * 2, 100)
@@ -164,10 +164,11 @@ def _roofline(figure: Any, axes: Any, dtype: str, rows: list[dict]) -> None:  # 
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s")
     axes.set_ylim(top=3 * max(gemm / 1e12, *map(_tflop_s, rows)))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(plain)
+        axis.set_major_formatter(format_number)
     axes.set_title(
-        f"{dtype}: {plain(roof['copy_gb_s'])} GB/s, {plain(roof['gemm_tflop_s'])} TFLOP/s"
-        " (filled: best of ours, hollow: eager)"
+        f"{dtype}: {format_number(roof['copy_gb_s'])} GB/s,"
+        f" {format_number(roof['gemm_tflop_s'])} TFLOP/s"
+        " (filled: our best form, hollow: eager)"
     )
     axes.grid()
     named = [ours or eager for eager, ours in pairs if eager or ours]
@@ -176,15 +177,15 @@ def _roofline(figure: Any, axes: Any, dtype: str, rows: list[dict]) -> None:  # 
 
 
 def _label(figure: Any, axes: Any, rows: list[dict], marks: list[tuple[float, float]]) -> None:  # noqa: ANN401
-    """Name each op once, where it has most to do; beside its mark, where there is room."""
+    """Label each op once, at its case with the most FLOPs, next to the marker if there is room."""
     figure.canvas.draw()
     pixels = axes.transData.transform
-    taken = [_box(pixels(mark)) for mark in marks]
+    taken = [_box(pixels(marker_style)) for marker_style in marks]
     names: list[Any] = []
-    for of_op in grouped(rows, "op").values():
-        row = max(of_op, key=lambda row: row["flops"])
+    for op_rows in group_by(rows, "op").values():
+        row = max(op_rows, key=lambda row: row["flops"])
         at = (_intensity(row), _tflop_s(row))
-        for offset, side in _places():
+        for offset, side in _label_offsets():
             text = _annotate(axes, row["op"], at, offset, side)
             text.update_positions(figure.canvas.get_renderer())
             box = _extent(text)
@@ -198,8 +199,8 @@ def _label(figure: Any, axes: Any, rows: list[dict], marks: list[tuple[float, fl
             text.remove()
 
 
-def _places() -> Iterator[tuple[tuple[float, float], str]]:
-    """Offsets in points, the nearest first, and the side of the text that is there."""
+def _label_offsets() -> Iterator[tuple[tuple[float, float], str]]:
+    """Offsets of a label in points, the nearest first, and its horizontal alignment."""
     for dy in (0, 10, -10, 22, -22, 36, -36, 52, -52, 70, -70, 90, -90, 110, -110):
         yield (8, dy), "left"
         yield (-8, dy), "right"
@@ -219,7 +220,7 @@ def _annotate(axes: Any, name: str, at: tuple, offset: tuple, side: str) -> Any:
 
 
 def _extent(annotation: Any) -> Any:  # noqa: ANN401
-    """Where the text is drawn, without its leader."""
+    """The extent of the text without its leader line."""
     from matplotlib.text import Text
 
     return Text.get_window_extent(annotation)

@@ -1,4 +1,4 @@
-"""Pictures of whole steps and runs: what a decode step is made of, occupancy, history."""
+"""Pictures of decode steps by part, of occupancy over a run, and of history over commits."""
 
 from collections.abc import Iterable, Sequence
 from math import ceil
@@ -15,53 +15,53 @@ from bench.report.charts import (
     OURS,
     PINK,
     SKY,
-    duration,
+    format_duration,
     panels,
     save,
 )
-from bench.report.rows import best, grouped, when
+from bench.report.rows import best, group_by, time_of
 from pacore_sched.sim.plots import area_and_line
 
 PARTS = ((BLUE, ""), (ORANGE, "//"), (GREEN, "\\\\"), (SKY, "xx"), (PINK, ".."), ("#F0E442", "--"))
-PARTS += (("#999999", "++"), (BROWN, ""))  # from the ninth on again from the first
-COLUMNS, PANELS = 3, 15  # small multiples: beside each other, in a picture
-MOST = 12  # cases of an op whose history is drawn
+PARTS += (("#999999", "++"), (BROWN, ""))  # the ninth part starts again with the first style
+COLUMNS, PANELS = 3, 15  # small multiples: per row, per picture
+MAX_CASES = 12  # cases of an op whose history is drawn
 
 
-def of_one_run(parts: Sequence[dict]) -> list[dict]:
-    """Of each step the parts of its latest commit: others of its parts add up to another step."""
-    newest = {step: max(of_step, key=when) for step, of_step in _steps(parts).items()}
+def parts_of_latest_commit(parts: Sequence[dict]) -> list[dict]:
+    """The parts of each step from its latest commit: parts of two commits do not add up."""
+    newest = {step: max(step_parts, key=time_of) for step, step_parts in _by_step(parts).items()}
     return [
         row
-        for step, of_step in _steps(parts).items()
-        for row in of_step
+        for step, step_parts in _by_step(parts).items()
+        for row in step_parts
         if row["commit"] == newest[step]["commit"]
     ]
 
 
-def _steps(parts: Sequence[dict]) -> dict[tuple, list[dict]]:
-    return grouped(parts, "case", "dtype", "impl")
+def _by_step(parts: Sequence[dict]) -> dict[tuple, list[dict]]:
+    return group_by(parts, "case", "dtype", "impl")
 
 
 def decode_parts(path: Path, parts: Sequence[dict], steps: Sequence[dict]) -> Path:
-    """Stacked bars: what a decode step is made of, with its floor where the step was measured."""
-    cases = grouped(parts, "case", "dtype")
-    forms = [grouped(of_case, "impl") for of_case in cases.values()]
+    """Draw decode steps as bars of stacked parts, with the floor of steps that were measured."""
+    cases = group_by(parts, "case", "dtype")
+    forms = [group_by(case_parts, "impl") for case_parts in cases.values()]
     names = list(dict.fromkeys(row["part"] for row in parts))
     styles = {name: PARTS[number % len(PARTS)] for number, name in enumerate(names)}
-    heights = [0.75 + 0.34 * len(of_case) for of_case in forms]
+    heights = [0.75 + 0.34 * len(case_forms) for case_forms in forms]
     figure, axes = panels(len(cases), 1, 0.7 + sum(heights), height_ratios=heights)
-    for panel, (case, dtype), of_case in zip(axes[:, 0], cases, forms, strict=True):
-        labels = [impl for (impl,) in of_case]
-        for y, (impl, of_form) in enumerate(zip(labels, of_case.values(), strict=True)):
-            _stack(panel, y, of_form, styles)
+    for panel, (case, dtype), case_forms in zip(axes[:, 0], cases, forms, strict=True):
+        labels = [impl for (impl,) in case_forms]
+        for y, (impl, form_parts) in enumerate(zip(labels, case_forms.values(), strict=True)):
+            _stack(panel, y, form_parts, styles)
             for step in steps:
                 if (step["case"], step["impl"], step["dtype"]) == (case, impl, dtype):
                     _floor(panel, y, step)
         panel.set_yticks(range(len(labels)), labels)
         panel.set(title=f"{case}, {dtype}", ylim=(len(labels) - 0.4, -0.6))
         panel.set_xlim(0)
-        panel.xaxis.set_major_formatter(duration)
+        panel.xaxis.set_major_formatter(format_duration)
         panel.tick_params(axis="y", length=0)
         panel.grid(axis="x")
     handles = {
@@ -91,7 +91,7 @@ def _stack(axes: Any, y: int, parts: Sequence[dict], styles: dict) -> None:  # n
 
 
 def _floor(axes: Any, y: int, step: dict) -> None:  # noqa: ANN401
-    """Marks of the whole step's floor and of its own median, which holds no profiler."""
+    """Mark the whole step's floor, and its median, measured without a profiler."""
     floor = step["median_us"] * step["roofline_pct"] / 100
     axes.plot(
         *([floor, floor], [y - 0.42, y + 0.42]),
@@ -106,12 +106,12 @@ def _floor(axes: Any, y: int, step: dict) -> None:  # noqa: ANN401
         marker="D",
         color="white",
         markeredgecolor=INK,
-        label="the step, measured whole",
+        label="whole step, without profiler",
     )
 
 
 def has_timeline(row: dict) -> bool:
-    """Whether a row has a timeline that can be drawn: lists of numbers, all of one length."""
+    """Whether a row has a timeline that can be drawn: lists of numbers of equal length."""
     timeline = row.get("timeline")
     if not isinstance(timeline, dict):
         return False
@@ -124,15 +124,15 @@ def has_timeline(row: dict) -> bool:
 
 
 def timelines(path: Path, rows: Sequence[dict]) -> Path:
-    """Rollouts that run and tokens of KV in use over time, a panel per form, on the same axes."""
+    """Draw running rollouts and KV tokens in use over time, a panel per form, with equal axes."""
     figure, axes = panels(len(rows), 1, 0.7 + 1.6 * len(rows), sharex=True, sharey=True)
-    most = max(max(row["timeline"]["running"]) for row in rows)
+    max_running = max(max(row["timeline"]["running"]) for row in rows)
     for panel, row in zip(axes[:, 0], rows, strict=True):
         line = row["timeline"]
         title = f"{row['case']}, {row['impl']}"
         right = area_and_line(panel, title, line["seconds"], line["kv_tokens"], line["running"])
-        right.set_ylim(0, 1.1 * most)
-        panel.set_ylabel("tokens of KV")
+        right.set_ylim(0, 1.1 * max_running)
+        panel.set_ylabel("KV tokens")
         panel.yaxis.set_major_formatter("{x:,.0f}")
         panel.grid()
     axes[0, 0].set_xlim(0)
@@ -142,22 +142,23 @@ def timelines(path: Path, rows: Sequence[dict]) -> Path:
 
 
 def history(rows: Iterable[dict]) -> list[list[dict]]:
-    """The best row of ours at every commit, oldest first: a list per case of two commits or more.
+    """The row of our best form at every commit, oldest first: a list per case with two commits or
+    more.
 
-    Of rows of one form at one commit the latest counts. Of an op with many cases those are left
-    that changed most.
+    If a form has several rows at one commit, the latest counts. At most MAX_CASES cases of an op
+    are returned, those that changed most.
     """
-    timed = sorted((row for row in rows if row["median_us"] and row["case"]), key=when)
-    found: dict[str, list[list[dict]]] = {}
-    for (op, *_), of_case in grouped(timed, "op", "case", "policy", "dtype").items():
+    timed = sorted((row for row in rows if row["median_us"] and row["case"]), key=time_of)
+    by_op: dict[str, list[list[dict]]] = {}
+    for (op, *_), case_rows in group_by(timed, "op", "case", "policy", "dtype").items():
         points = []
-        for of_commit in grouped(of_case, "commit").values():
-            latest = {row["impl"]: row for row in of_commit}
+        for commit_rows in group_by(case_rows, "commit").values():
+            latest = {row["impl"]: row for row in commit_rows}
             points.append(best(latest.values(), "ours"))
         points = [point for point in points if point]
         if len(points) > 1:
-            found.setdefault(op, []).append(points)
-    return [case for of_op in found.values() for case in sorted(of_op, key=_change)[-MOST:]]
+            by_op.setdefault(op, []).append(points)
+    return [case for cases in by_op.values() for case in sorted(cases, key=_change)[-MAX_CASES:]]
 
 
 def _change(points: Sequence[dict]) -> float:
@@ -166,8 +167,8 @@ def _change(points: Sequence[dict]) -> float:
 
 
 def small_multiples(stem: Path, cases: Sequence[list[dict]]) -> list[Path]:
-    """Times of ours over commits, a panel per case of `history`; pictures of PANELS panels."""
-    made = []
+    """Draw our times over commits, a panel per case of `history`, PANELS panels per picture."""
+    paths = []
     for number, start in enumerate(range(0, len(cases), PANELS), start=1):
         shown = cases[start : start + PANELS]
         lines = ceil(len(shown) / COLUMNS)
@@ -177,8 +178,8 @@ def small_multiples(stem: Path, cases: Sequence[list[dict]]) -> list[Path]:
         for panel in axes.flat[len(shown) :]:
             panel.set_visible(False)
         page = f"-{number}" if len(cases) > PANELS else ""
-        made.append(save(figure, stem.with_name(f"{stem.name}{page}.png")))
-    return made
+        paths.append(save(figure, stem.with_name(f"{stem.name}{page}.png")))
+    return paths
 
 
 def _over_commits(axes: Any, points: Sequence[dict]) -> None:  # noqa: ANN401
@@ -190,7 +191,7 @@ def _over_commits(axes: Any, points: Sequence[dict]) -> None:  # noqa: ANN401
     axes.plot(x, middle, color=OURS, marker="D", markersize=4, linewidth=1.2)
     axes.set_ylim(0, 1.15 * max(point["p80_us"] for point in points))
     axes.locator_params(axis="y", nbins=4)
-    axes.yaxis.set_major_formatter(duration)
+    axes.yaxis.set_major_formatter(format_duration)
     commits = [str(point["commit"])[:7] for point in points]
     axes.set_xticks(x, commits, rotation=40, ha="right", rotation_mode="anchor", fontsize=7)
     axes.set_xlim(-0.5, len(points) - 0.5)

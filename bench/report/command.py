@@ -1,8 +1,8 @@
-"""Rows as one HTML page and pictures: `python -m bench report rows.jsonl ... --out DIR`.
+"""`python -m bench report rows.jsonl ... --out DIR`: an HTML page and pictures of rows.
 
-The page holds its pictures and asks for nothing from anywhere; they lie beside it as PNG, too. Of
-rows measured twice the latest is shown. What older versions of the files, as git has them, say
-about the same device becomes a history over commits.
+The page embeds its pictures and loads nothing from elsewhere; the pictures are also written next to
+it as PNG. If something was measured twice, the latest row is shown. Rows of the same device in
+older versions of the files in git become a history over commits.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.report import rows as report_rows
-from bench.report.rows import Measurements, name_of
+from bench.report.rows import Measurements, slug
 from bench.report.sections import SECTIONS, Block, Section
 from bench.report.tables import Table, skipped_lines
 from model.errors import InputError
@@ -26,7 +26,7 @@ PAGE = "index.html"
 
 
 class Picture(NamedTuple):
-    """A PNG as the page holds it."""
+    """A PNG as it is embedded in the page."""
 
     base64: str
     width: int
@@ -35,19 +35,19 @@ class Picture(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which rows, and where to."""
+    """Add the command's options."""
     parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS", help="JSONL files of rows")
     parser.add_argument(
         "--out", type=Path, default=Path("report"), metavar="DIR", help="default: report"
     )
+    parser.add_argument("--no-history", action="store_true", help="do not read older rows from git")
     parser.add_argument(
-        "--no-history", action="store_true", help="leave out what git has of older rows"
+        "--json", action="store_true", help="print the written paths as one JSON document"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON document of what was written")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the report and say where it is; 0 even if rows say that something failed."""
+    """Write the report and print its paths; return 0 even if rows contain failures."""
     rows = report_rows.read(options.rows)
     paths = [] if options.no_history else options.rows
     page, *pictures = write(
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(out: Path) -> None:
-    """Make the folder; raises InputError if that, or a report, is not possible on this machine."""
+    """Create the folder; raises InputError if that fails or matplotlib or jinja2 is missing."""
     try:
         import jinja2  # noqa: F401
     except ImportError:
@@ -71,53 +71,53 @@ def check(out: Path) -> None:
     check_folder(out)
 
 
-def write(rows: Sequence[dict], out: Path, before: Sequence[dict] = ()) -> list[Path]:
+def write(rows: Sequence[dict], out: Path, older_rows: Sequence[dict] = ()) -> list[Path]:
     """Write the page and its pictures into `out`; returns their paths, the page's first.
 
-    `before` are rows of older files, for the history. Raises InputError without rows, and if `out`
-    cannot be written or matplotlib or jinja2 is not here.
+    `older_rows` are for the history only. Raises InputError if there are no rows, `out` cannot be
+    written, or matplotlib or jinja2 is missing.
     """
     if not rows:
         raise InputError("no rows to report")
     check(out)
-    devices = report_rows.by_device(rows, before)
-    anchors = _distinct([name_of(found.device) for found in devices])
+    devices = report_rows.by_device(rows, older_rows)
+    anchors = _distinct([slug(measurements.device) for measurements in devices])
     sections: dict[tuple[str, str], Section | None] = {}
     work = list(product(zip(anchors, devices, strict=True), SECTIONS.items()))
     try:
-        for (anchor, found), (title, make) in track(work, "report"):
-            stem = out / f"{anchor}-{name_of(title)}"
-            sections[anchor, title] = make(found, str(stem))
+        for (anchor, measurements), (title, build) in track(work, "report"):
+            stem = out / f"{anchor}-{slug(title)}"
+            sections[anchor, title] = build(measurements, str(stem))
         parts = [
-            _part(anchor, found, {title: sections[anchor, title] for title in SECTIONS})
-            for anchor, found in zip(anchors, devices, strict=True)
+            _part(anchor, measurements, {title: sections[anchor, title] for title in SECTIONS})
+            for anchor, measurements in zip(anchors, devices, strict=True)
         ]
         page = out / PAGE
         page.write_text(_html(devices, parts), encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {error.filename or out}: {error.strerror}") from None
-    made = [section for section in sections.values() if section]
+    shown = [section for section in sections.values() if section]
     return [
         page,
-        *(path for section in made for block in section.blocks for path in block.pictures),
+        *(path for section in shown for block in section.blocks for path in block.pictures),
     ]
 
 
-def _part(anchor: str, found: Measurements, sections: dict[str, Section | None]) -> dict:
-    """What the template shows of one device."""
-    versions = {row["version"]: None for row in found.latest if row.get("version")}
+def _part(anchor: str, measurements: Measurements, sections: dict[str, Section | None]) -> dict:
+    """The template's values for one device."""
+    versions = {row["version"]: None for row in measurements.latest if row.get("version")}
     return {
         "anchor": anchor,
-        "device": found.device,
+        "device": measurements.device,
         "versions": list(map(str, versions)),
-        "skipped": skipped_lines(found),
-        "left_out": [title for title, section in sections.items() if section is None],
+        "skipped": skipped_lines(measurements),
+        "empty_sections": [title for title, section in sections.items() if section is None],
         "sections": [
             {
-                "anchor": name_of(title),
+                "anchor": slug(title),
                 "title": title,
                 "text": section.text,
-                "blocks": [_block(title, found.device, block) for block in section.blocks],
+                "blocks": [_block(title, measurements.device, block) for block in section.blocks],
             }
             for title, section in sections.items()
             if section
@@ -133,7 +133,7 @@ def _block(section: str, device: str, block: Block) -> dict:
 
 def _embedded(path: Path, alt: str) -> Picture:
     data = path.read_bytes()
-    width, height = struct.unpack(">II", data[16:24])  # of the header chunk
+    width, height = struct.unpack(">II", data[16:24])  # in the PNG's header chunk
     return Picture(base64.b64encode(data).decode(), width, height, alt)
 
 
@@ -150,30 +150,30 @@ def _html(devices: Sequence[Measurements], parts: Sequence[dict]) -> str:
     return environment.get_template("page.html.jinja").render(
         parts=parts,
         origins=_origins(devices),
-        count=sum(len(found.latest) for found in devices),
+        count=sum(len(measurements.latest) for measurements in devices),
         failures=[
-            f"{found.device}: {_named(row)}: {row['failure']}"
-            for found in devices
-            for row in found.latest
+            f"{measurements.device}: {_named(row)}: {row['failure']}"
+            for measurements in devices
+            for row in measurements.latest
             if row.get("failure")
         ],
     )
 
 
 def _origins(devices: Sequence[Measurements]) -> Table:
-    """Where the rows come from, a line per device."""
+    """A table of the rows' origins, a line per device."""
     names = ("driver", "torch", "triton", "commit")
     lines = []
-    for found in devices:
-        seen = [
-            ", ".join(dict.fromkeys(str(row[name]) for row in found.latest if row.get(name)))
+    for measurements in devices:
+        values = [
+            ", ".join(dict.fromkeys(str(row[name]) for row in measurements.latest if row.get(name)))
             for name in names
         ]
-        times = sorted(str(row["time"]) for row in found.latest if row.get("time"))
+        times = sorted(str(row["time"]) for row in measurements.latest if row.get("time"))
         span = " to ".join(dict.fromkeys((times[0], times[-1]))) if times else "not recorded"
-        skipped = sum(bool(row.get("skipped")) for row in found.latest)
-        counts = (len(found.latest), skipped, len(found.older))
-        lines.append([found.device, *seen, span, *map(str, counts)])
+        skipped = sum(bool(row.get("skipped")) for row in measurements.latest)
+        counts = (len(measurements.latest), skipped, len(measurements.older))
+        lines.append([measurements.device, *values, span, *map(str, counts)])
     header = ("device", "driver", "torch", "triton", "commits", "measured")
     return Table("", (*header, " rows", " skipped", " older rows"), lines)
 
@@ -184,7 +184,7 @@ def _named(row: dict) -> str:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names with a number behind those that were there before."""
+    """The names, with a number after each that repeats an earlier one."""
     return [
         name if name not in names[:number] else f"{name}-{number + 1}"
         for number, name in enumerate(names)

@@ -1,7 +1,7 @@
-"""The rows behind a report: read with the history that git has of them, sorted by device and kind.
+"""The rows of a report: read from files and their git history, sorted by device and kind.
 
-Files may hold anything that was ever measured, so any field may be missing. A row of a known kind
-comes out with all of FIELDS (None where there is nothing) and with numbers that are numbers.
+Files may hold rows of any version, so any field may be missing. A row of a known kind is returned
+with all of FIELDS (None if missing), and its numbers are valid.
 """
 
 import json
@@ -24,15 +24,15 @@ TEXTS = ("op", "case", "impl", "dtype", "policy", "part", "failure", "skipped", 
 TEXTS += ("device", "driver", "torch", "triton", "commit", "time")
 NUMBERS = ("p20_us", "median_us", "p80_us", "bytes", "flops", "roofline_pct", "speedup", "max_err")
 NUMBERS += ("copy_gb_s", "gemm_tflop_s")
-RATES = ("tokens_per_second",)  # which only some rows have
+RATES = ("tokens_per_second",)  # in some rows only
 FIELDS = (*TEXTS, *NUMBERS)
-KEY = ("op", "case", "dtype", "policy", "part")  # with the form, what a row is a measurement of
-WHOLE = (None, "all")  # forms of a row that speaks of a whole case
+KEY = ("op", "case", "dtype", "policy", "part")  # with the form, identifies what a row measures
+WHOLE_CASE = (None, "all")  # values of `impl` in a row about all forms of a case
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """The rows of one device: the latest of every key, and those they replaced, oldest first."""
+    """The rows of one device: the latest of each key, and those they replaced, oldest first."""
 
     device: str
     latest: list[dict]
@@ -49,78 +49,78 @@ class Measurements:
 
 
 def read(paths: Sequence[Path]) -> list[dict]:
-    """The rows of all files. Raises InputError for a file that is not there, and for no rows."""
-    found = []
+    """The rows of all files. Raises InputError for a missing or unreadable file, or no rows."""
+    file_rows = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such file")
         try:
-            found += jsonl.read(path)
+            file_rows += jsonl.read(path)
         except UnicodeDecodeError:
-            raise InputError(f"{path}: not a text file of rows, a JSON object a line") from None
+            raise InputError(f"{path}: not a text file of rows, one JSON object per line") from None
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from None
-    if not found:
+    if not file_rows:
         raise InputError(f"no rows in {', '.join(map(str, paths))}")
-    return found
+    return file_rows
 
 
 def committed(path: Path) -> list[dict]:
-    """The rows of every version of a file that git knows, oldest first; none outside git.
+    """The rows of every committed version of a file, oldest first; none outside git.
 
-    Versions that cannot be read any more are left out: only today's file is the user's to mend.
+    Unreadable versions are skipped: users can fix only the current file.
     """
     folder = path.resolve().parent
     commits = (_git(folder, "log", "--format=%H", "--", path.name) or b"").decode().split()
-    found: list[dict] = []
+    file_rows: list[dict] = []
     with TemporaryDirectory() as scratch:
         copy = Path(scratch, "rows.jsonl")
         for commit in reversed(commits):
             copy.write_bytes(_git(folder, "show", f"{commit}:./{path.name}") or b"")
             try:
-                found += jsonl.read(copy)
+                file_rows += jsonl.read(copy)
             except (InputError, UnicodeDecodeError):
                 continue
-    return found
+    return file_rows
 
 
-def by_device(found: Iterable[dict], before: Iterable[dict] = ()) -> list[Measurements]:
-    """Rows per device, in the order in which devices come.
+def by_device(new_rows: Iterable[dict], older_rows: Iterable[dict] = ()) -> list[Measurements]:
+    """The rows of each device, in the order in which devices first occur.
 
-    Of rows with one key the latest counts, in the order given where times are not known. `before`
-    are rows of older files: history only. Rows alike in all their fields count once.
+    Of rows with the same key the latest counts: by time or, if unknown, by order. `older_rows`
+    become history only. Rows that are equal in all fields count once.
     """
     devices: dict[str, dict[str, dict]] = {}
-    for row in map(_complete, found):
+    for row in map(_with_all_fields, new_rows):
         devices.setdefault(device_of(row), {}).setdefault(json.dumps(row, sort_keys=True), row)
     history: dict[str, list[dict]] = {}
-    for row in map(_complete, before):
-        of_device = devices.get(device_of(row), {})
-        if json.dumps(row, sort_keys=True) not in of_device:
+    for row in map(_with_all_fields, older_rows):
+        device_rows = devices.get(device_of(row), {})
+        if json.dumps(row, sort_keys=True) not in device_rows:
             history.setdefault(device_of(row), []).append(row)
     return [
-        _sorted_out(device, list(of_device.values()), history.get(device, []))
-        for device, of_device in devices.items()
+        _measurements(device, list(device_rows.values()), history.get(device, []))
+        for device, device_rows in devices.items()
     ]
 
 
-def _sorted_out(device: str, found: list[dict], before: list[dict]) -> Measurements:
+def _measurements(device: str, new_rows: list[dict], older_rows: list[dict]) -> Measurements:
     latest: dict[str, dict] = {}
-    for row in sorted(found, key=when):
-        for form in (row.get("impl"), *WHOLE):  # what failed or was skipped is so no more
-            key = _key(row, form, told=True)
+    for row in sorted(new_rows, key=time_of):
+        for form in (row.get("impl"), *WHOLE_CASE):  # a later row replaces failures and skips
+            key = _key(row, form, has_result=True)
             if key in latest and not latest[key].get("median_us"):
                 del latest[key]
-        told = any(row.get(name) for name in ("median_us", "failure", "skipped"))
-        latest[_key(row, row.get("impl"), told)] = row
-    kept = set(map(id, latest.values()))
-    older = [*before, *(row for row in found if id(row) not in kept)]
-    return Measurements(device, list(latest.values()), sorted(older, key=when))
+        has_result = any(row.get(name) for name in ("median_us", "failure", "skipped"))
+        latest[_key(row, row.get("impl"), has_result)] = row
+    latest_ids = set(map(id, latest.values()))
+    older = [*older_rows, *(row for row in new_rows if id(row) not in latest_ids)]
+    return Measurements(device, list(latest.values()), sorted(older, key=time_of))
 
 
 def kind_of(row: dict) -> str:
     """ "op", "roofline", "decode_part", a whole run, "no numbers" or "other"."""
-    if not _sound(row):
+    if not _is_valid(row):
         return "other"
     if row["op"] in (*WHOLE_RUNS, "roofline"):
         return row["op"]
@@ -133,23 +133,23 @@ def kind_of(row: dict) -> str:
 
 
 def role(row: dict) -> str:
-    """Whose form a row measured: "eager" (the definition), "ours" or "peer"."""
+    """The role of a row's form: "eager" (the definition), "ours" or "peer"."""
     form = row["impl"] or "default"
     if form == "eager":
         return "eager"
     return "ours" if form.startswith((*IMPLS, "default")) else "peer"
 
 
-def best(found: Iterable[dict], whose: str) -> dict | None:
-    """The fastest of these rows in a role."""
-    timed = (row for row in found if role(row) == whose and row["median_us"])
+def best(candidates: Iterable[dict], form_role: str) -> dict | None:
+    """The fastest row whose form has this role; None if none has a time."""
+    timed = (row for row in candidates if role(row) == form_role and row["median_us"])
     return min(timed, key=lambda row: row["median_us"], default=None)
 
 
-def grouped(found: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
-    """Rows by the values of these fields, in the order in which they come."""
+def group_by(ungrouped: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
+    """Rows by the values of the fields `names`, in the given order."""
     groups: dict[tuple, list[dict]] = {}
-    for row in found:
+    for row in ungrouped:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
 
@@ -159,13 +159,13 @@ def device_of(row: dict) -> str:
     return device if isinstance(device, str) and device else "unknown device"
 
 
-def name_of(text: str) -> str:
-    """A text as a part of a file's name and of an anchor."""
+def slug(text: str) -> str:
+    """A text as part of a file name or anchor."""
     return re.sub("[^a-z0-9_]+", "-", text.lower()).strip("-") or "unnamed"
 
 
-def when(row: dict) -> float:
-    """Seconds since 1970: the row's time, else its commit's, else before all others."""
+def time_of(row: dict) -> float:
+    """Seconds since 1970: the row's time, else its commit's, else -inf."""
     try:
         time = datetime.fromisoformat(row["time"])
         return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
@@ -177,19 +177,19 @@ def when(row: dict) -> float:
 def _commit_time(commit: str) -> float:
     if not re.fullmatch("[0-9a-f]{7,40}", commit):
         return -math.inf
-    found = rows.git("show", "--no-patch", "--format=%ct", commit)
-    return float(found) if found else -math.inf
+    seconds = rows.git("show", "--no-patch", "--format=%ct", commit)
+    return float(seconds) if seconds else -math.inf
 
 
-def _complete(row: dict) -> dict:
-    if not _sound(row):
+def _with_all_fields(row: dict) -> dict:
+    if not _is_valid(row):
         return row
     median = {name: row.get("median_us") for name in ("p20_us", "p80_us") if row.get(name) is None}
     return dict.fromkeys(FIELDS) | row | median
 
 
-def _sound(row: dict) -> bool:
-    """Whether the fields that are there are of the right types."""
+def _is_valid(row: dict) -> bool:
+    """Whether the fields that the row has are of the right types."""
     texts = all(isinstance(row.get(name), str | None) for name in TEXTS)
     numbers = [row[name] for name in (*NUMBERS, *RATES) if row.get(name) is not None]
     return (
@@ -201,12 +201,12 @@ def _sound(row: dict) -> bool:
     )
 
 
-def _key(row: dict, form: str | None, told: bool) -> str:
-    """What a row is a measurement of. One that checks numbers and has nothing to tell replaces no
-    time."""
+def _key(row: dict, form: str | None, has_result: bool) -> str:
+    """What a row measures. A row without time, failure or skip, which only checked errors, has a
+    different key and replaces no time."""
     if kind_of(row) == "other":
         return json.dumps(row, sort_keys=True)
-    return json.dumps([form, told, *(row[name] for name in KEY)])
+    return json.dumps([form, has_result, *(row[name] for name in KEY)])
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:

@@ -1,16 +1,16 @@
-"""The tables of a report: as a terminal shows them, of whatever rows there are."""
+"""The tables of a report, with the same cells as in the terminal."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from bench.report.rows import Measurements, grouped, kind_of
+from bench.report.rows import Measurements, group_by, kind_of
 from bench.show import TIMES, error, skipped, time_line, worst
 
 Column = tuple[str, str, Callable[[float], str]]  # heading, field, how a value is written
 
 
 class Table(NamedTuple):
-    """Cells of text; columns whose heading begins with a space align right."""
+    """Text cells; a column whose heading begins with a space is right-aligned."""
 
     title: str
     header: Sequence[str]
@@ -26,13 +26,13 @@ def percent(value: float) -> str:
 
 
 ORIGIN = ("device", "driver", "torch", "triton", "commit", "time", "schema")
-MOST, LONGEST = 40, 200  # rows of an unknown kind, letters of a value
+MAX_ROWS, MAX_LENGTH = 40, 200  # rows of an unknown kind; characters of a value
 US, SECONDS = number(0), number(2, per=1e6)
 NAMES = tuple((name, name, str) for name in ("case", "impl", "dtype"))
 COMPARED = ((" % roofline", "roofline_pct", number(1)), (" x eager", "speedup", number(2)))
 RATES = (
     (" tokens/s", "tokens_per_second", number(1)),
-    (" decoding", "decode_tokens_per_second", number(1)),
+    (" decode tokens/s", "decode_tokens_per_second", number(1)),
 )
 MAKESPAN = (" makespan s", "makespan_s", number(1))
 TO_ANSWER = (" time to answer s", "tta_mean_s", number(1))
@@ -60,7 +60,7 @@ JOB_COLUMNS: dict[str, tuple[Column, ...]] = {
         (" host us", "host_us", US),
         (" idle %", "idle_pct", number(1)),
         (" padding %", "padding_pct", number(1)),
-        (" as eager", "same_tokens", percent),
+        (" same tokens as eager", "same_tokens", percent),
     ),
     "packing": (
         *NAMES,
@@ -94,84 +94,84 @@ JOB_COLUMNS: dict[str, tuple[Column, ...]] = {
 }
 
 
-def op_tables(found: Measurements) -> list[Table]:
-    """A table per op of what was timed or failed."""
+def op_tables(measurements: Measurements) -> list[Table]:
+    """A table per op with the rows that were timed or failed."""
     lines: dict[str, list[list[str]]] = {}
-    for row in found.of("op"):
+    for row in measurements.of("op"):
         if row["failure"] or row["median_us"]:
             lines.setdefault(row["op"], []).append(time_line(row)[1:])
-    return [_without_notes(Table(op, TIMES[1:], of_op)) for op, of_op in lines.items()]
+    return [_without_notes(Table(op, TIMES[1:], op_lines)) for op, op_lines in lines.items()]
 
 
-def error_table(found: Measurements) -> Table | None:
-    """The worst error of each op's forms at the shapes whose numbers were checked, not timed."""
-    checked = [row for row in found.of("op") if not row["median_us"]]
+def error_table(measurements: Measurements) -> Table | None:
+    """The worst error of each op's forms over the cases that were checked but not timed."""
+    checked = [row for row in measurements.of("op") if not row["median_us"]]
     return Table("errors", *worst(checked)) if checked else None
 
 
-def job_tables(found: Measurements) -> list[Table]:
-    """A table per kind of whole job, engine and scheduler rows."""
+def job_tables(measurements: Measurements) -> list[Table]:
+    """A table per kind of end-to-end, engine and scheduler rows."""
     return [
-        _filled(job, columns, found.of(job))
+        _filled(job, columns, measurements.of(job))
         for job, columns in JOB_COLUMNS.items()
-        if found.of(job)
+        if measurements.of(job)
     ]
 
 
-def skipped_lines(found: Measurements) -> list[str]:
-    """What was skipped and why, a line for each form and reason."""
+def skipped_lines(measurements: Measurements) -> list[str]:
+    """A line for each skipped form and reason."""
     kinds = ("op", "no numbers")
-    return skipped([row for row in found.latest if kind_of(row) in kinds and row["case"]])
+    return skipped([row for row in measurements.latest if kind_of(row) in kinds and row["case"]])
 
 
 def part_table(parts: Sequence[dict]) -> Table:
-    """What decode steps are made of: microseconds and share of each part."""
+    """Microseconds and share of each part of decode steps."""
     lines = []
-    for of_step in grouped(parts, "case", "impl", "dtype").values():
-        total = sum(row["median_us"] for row in of_step)
-        for row in of_step:
+    for step_parts in group_by(parts, "case", "impl", "dtype").values():
+        total = sum(row["median_us"] for row in step_parts)
+        for row in step_parts:
             share = percent(row["median_us"] / total)
             names = [row["case"], row["impl"], row["dtype"], row["part"]]
             lines.append([*(name or "" for name in names), f"{row['median_us']:,.0f}", share])
-    header = ("case", "impl", "dtype", "part", " median us", " of the sum")
+    header = ("case", "impl", "dtype", "part", " median us", " share")
     return Table("Parts of decode steps", header, lines)
 
 
-def other_tables(found: Measurements) -> list[Table]:
-    """The values of rows of kinds that have no section of their own, a table per kind."""
+def other_tables(measurements: Measurements) -> list[Table]:
+    """A table per kind with the values of rows that no other section shows."""
     kinds: dict[str, list[dict]] = {}
-    for row in found.latest:
+    for row in measurements.latest:
         if kind_of(row) == "other":
             kinds.setdefault(str(row.get("op", "no op")), []).append(row)
     return [_values(kind, rows) for kind, rows in kinds.items()]
 
 
 def _values(kind: str, rows: Sequence[dict]) -> Table:
-    """The first rows of a kind, with what they hold beside their origin."""
+    """The first rows of a kind, with all fields except their origin."""
     names = dict.fromkeys(name for row in rows for name in row if row[name] is not None)
     shown = [name for name in names if name not in ("op", *ORIGIN)]
-    lines = [[_text(row.get(name)) for name in shown] for row in rows[:MOST]]
-    few = f": the first {MOST} of {len(rows)} rows" if len(rows) > MOST else ""
-    return Table(kind + few, shown, lines)
+    lines = [[_text(row.get(name)) for name in shown] for row in rows[:MAX_ROWS]]
+    note = f": the first {MAX_ROWS} of {len(rows)} rows" if len(rows) > MAX_ROWS else ""
+    return Table(kind + note, shown, lines)
 
 
 def _text(value: object) -> str:
-    """A value of unknown meaning, if it is short enough to be read."""
+    """A value of unknown meaning as text, cut to MAX_LENGTH characters."""
     if isinstance(value, float):
         return f"{value:.4g}"
     text = "" if value is None else str(value)
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return text if len(text) <= MAX_LENGTH else text[: MAX_LENGTH - 1] + "…"
 
 
 def _without_notes(table: Table) -> Table:
-    """The table without its last column if that is empty."""
+    """The table without its last column if it is empty."""
     if any(line[-1] for line in table.lines):
         return table
     return Table(table.title, table.header[:-1], [line[:-1] for line in table.lines])
 
 
 def _filled(title: str, columns: Sequence[Column], rows: Sequence[dict]) -> Table:
-    """The columns that any row has a value for, and the failures."""
+    """A table of the columns for which some row has a value, and of failures."""
     used = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
     failed = any(row["failure"] for row in rows)
     lines = [
@@ -185,7 +185,7 @@ def _filled(title: str, columns: Sequence[Column], rows: Sequence[dict]) -> Tabl
 
 
 def _cell(value: object, write: Callable) -> str:
-    """A value as its column writes it, or as it stands if it is of another type."""
+    """A value in its column's format, or unformatted if it has an unexpected type."""
     if value is None:
         return ""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

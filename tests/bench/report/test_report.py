@@ -1,4 +1,4 @@
-"""`python -m bench report`: what the page says is what the rows say, whatever the rows are."""
+"""`python -m bench report`: the page agrees with the rows, also with malformed ones."""
 
 import base64
 import json
@@ -69,7 +69,7 @@ def command(*arguments):
 
 def lines_of(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
 
@@ -85,7 +85,7 @@ def page(written):
 
 
 def test_every_section(page):
-    """Guards the page's order: first what failed, then per device what there are rows of."""
+    """Guards the page's order: failures first, then the sections with rows of each device."""
     devices = ("NVIDIA H200", "unknown device", "AMD EPYC, 2 threads")
     starts = [page.headings.index(name) for name in devices]
     assert page.headings[0] == "Measurements" and starts == sorted(starts)
@@ -96,23 +96,23 @@ def test_every_section(page):
     assert sections == [list(SECTIONS)[:-1], ["Other rows"], ["Ops", "Roofline"]]
 
 
-def test_left_out_sections_are_named(written):
-    """Guards a reader who looks for what was not measured: a word, no empty section."""
+def test_empty_sections_are_named(written):
+    """Guards against empty sections, and against not saying that they have no rows."""
     text = written[0].read_text()
     cpu = text[text.index('<h2 id="amd-epyc') :]
-    left_out = re.search("Left out, for want of rows: (.*?)\\.", cpu)[1].split(", ")
-    assert left_out == [name for name in SECTIONS if name not in ("Ops", "Roofline")]
+    empty = re.search("Sections without rows: (.*?)\\.", cpu)[1].split(", ")
+    assert empty == [name for name in SECTIONS if name not in ("Ops", "Roofline")]
 
 
-def test_failures_come_first_and_plainly(written, page):
-    """Guards against a failure that a reader finds after the tables, or not at all."""
+def test_failures_come_first(written, page):
+    """Guards against failures that are missing from the page or listed after the tables."""
     text = written[0].read_text()
     failure = "NVIDIA H200: rms_norm, T7 C4096, triton, bfloat16: max error 0.5 &gt; 0.01"
     assert 0 < text.index("1 of ") < text.index(failure) < text.index("<table>")
 
 
 def test_skipped_forms_have_their_reason(page):
-    """Guards against peers that are missing without a word, or with a list of all their cases."""
+    """Guards against missing peers without a reason, or with a list of all their cases."""
     assert "flashinfer: not installed" in page.items
     rows = [
         row(op, case, "compile", us, skipped=None if us else "no compiler")
@@ -122,32 +122,32 @@ def test_skipped_forms_have_their_reason(page):
             ("rms_norm", "T2", 5.0),
         )
     ]
-    (found,) = report_rows.by_device(rows)
-    assert report_tables.skipped_lines(found) == ["compile: no compiler (T1)"]
-    (found,) = report_rows.by_device(rows[:2])
-    assert report_tables.skipped_lines(found) == ["compile: no compiler"]
+    (measurements,) = report_rows.by_device(rows)
+    assert report_tables.skipped_lines(measurements) == ["compile: no compiler (T1)"]
+    (measurements,) = report_rows.by_device(rows[:2])
+    assert report_tables.skipped_lines(measurements) == ["compile: no compiler"]
 
 
 def test_times_are_those_of_the_rows(page):
-    """Guards the op tables: each number within the rounding that the cell shows."""
+    """Guards the op tables: each number agrees with its row, within the cell's rounding."""
     header, *lines = page.tables["prefix_attention"]
     rows = {(r["case"], r["impl"]): r for r in every_kind() if r["op"] == "prefix_attention"}
     assert len(lines) == sum(not r["skipped"] for r in rows.values())
     for line in lines:
         cells = dict(zip(header, line, strict=True))
-        one = rows[cells["case"], cells["impl"]]
+        expected = rows[cells["case"], cells["impl"]]
         assert float(cells["median us"].replace(",", "")) == pytest.approx(
-            one["median_us"], abs=0.5
+            expected["median_us"], abs=0.5
         )
         low, high = (float(x.replace(",", "")) for x in cells["p20..p80"].split(".."))
-        assert (low, high) == pytest.approx((one["p20_us"], one["p80_us"]), abs=0.5)
-        rate = one["bytes"] / one["median_us"] / 1e3
+        assert (low, high) == pytest.approx((expected["p20_us"], expected["p80_us"]), abs=0.5)
+        rate = expected["bytes"] / expected["median_us"] / 1e3
         assert float(cells["GB/s"].replace(",", "")) == pytest.approx(rate, abs=0.051)
-        assert float(cells["% roofline"]) == pytest.approx(one["roofline_pct"], abs=0.051)
+        assert float(cells["% roofline"]) == pytest.approx(expected["roofline_pct"], abs=0.051)
 
 
 def test_tables_of_jobs_and_parts(page):
-    """Guards the fields of whole jobs, and parts that are shares of another step's sum."""
+    """Guards the fields of whole jobs, and against shares of another step's sum."""
     header, line = page.tables["packing"]
     assert dict(zip(header, line, strict=True)).items() >= {
         ("impl", "fcfs"),
@@ -166,7 +166,7 @@ def test_tables_of_jobs_and_parts(page):
 
 
 def test_page_holds_its_pictures(written, page):
-    """Guards a page that is sent without its folder: nothing is asked for from anywhere."""
+    """Guards a page that is sent without its folder: it loads nothing from elsewhere."""
     assert page.tags.isdisjoint({"script", "iframe", "object", "embed", "video"})
     assert page.tags & {"link"} and "data:," in page.references
     assert all(ref.startswith(("data:", "#")) for ref in page.references)
@@ -178,7 +178,7 @@ def test_page_holds_its_pictures(written, page):
 
 
 def test_same_rows_same_bytes(tmp_path):
-    """Guards comparing reports by diff: no time of making, no order of sets."""
+    """Guards comparing reports by diff: no creation time, no dependence on set order."""
     rows = heat("B16 P512 S128", 800.0, 100.0)
     first, second = (report.write(rows, tmp_path / name) for name in ("a", "b"))
     assert [path.name for path in first] == [path.name for path in second]
@@ -194,27 +194,29 @@ def test_names_are_text(tmp_path):
         {"op": evil, evil: 1, "device": evil},
     ]
     paths = report.write(rows, tmp_path / "out")
-    found = Page(paths[0].read_text())
-    assert "script" not in found.tags
-    assert evil in found.headings and found.tables[evil] == [[evil], ["1"]]
-    assert found.tables["../../op"][1][0] == evil
+    page = Page(paths[0].read_text())
+    assert "script" not in page.tags
+    assert evil in page.headings and page.tables[evil] == [[evil], ["1"]]
+    assert page.tables["../../op"][1][0] == evil
     assert {path.parent for path in paths} == {tmp_path / "out"}
     assert {path.name for path in tmp_path.rglob("*")} == {"out", *(path.name for path in paths)}
 
 
 def test_devices_are_never_mixed(tmp_path):
-    """Guards against one machine's time beside another's, in a table or as a speed-up."""
+    """Guards against mixing times of two machines in a table or a speed-up."""
     rows = [
         row("rms_norm", "T1 C64", "eager", 100.0, device="slow"),
         row("rms_norm", "T1 C64", "triton", 10.0, device="slow"),
         row("rms_norm", "T1 C64", "eager", 8.0, device="fast"),
         row("rms_norm", "T1 C64", "triton", 4.0, device="fast"),
     ]
-    assert [[one["median_us"] for one in found.timed] for found in report_rows.by_device(rows)] == [
+    assert [
+        [r["median_us"] for r in measurements.timed] for measurements in report_rows.by_device(rows)
+    ] == [
         [100.0, 10.0],
         [8.0, 4.0],
     ]
-    same_name = [one | {"device": one["device"].upper()} for one in rows[:2]] + rows[:2]
+    same_name = [r | {"device": r["device"].upper()} for r in rows[:2]] + rows[:2]
     paths = report.write(same_name, tmp_path)
     assert len({path.name for path in paths}) == len(paths) == 5
 
@@ -223,7 +225,7 @@ WRONG = (None, "text", -1, 0, [1], {"a": 1}, True, float("nan"), 1e400)
 
 
 def test_rows_of_any_kind(tmp_path):
-    """Guards the report against files of other tools and times: every field of a wrong type."""
+    """Guards the report against files of other tools or versions: fields of wrong types."""
     whole = row("rms_norm", "T1 C64", "triton", 20.0, part="linear", tokens_per_second=5.0)
     wrong = [
         whole | {"op": op, "case": f"{op} {name} {value!r}", name: value}
@@ -235,10 +237,10 @@ def test_rows_of_any_kind(tmp_path):
     wrong += [{name: value} for name in ("op", "case", "device", "commit") for value in WRONG]
     wrong += [{}, {"op": "decode_part"}, {"op": "pacore"}, {"op": "rms_norm", "failure": "died"}]
     wrong += [{"op": "pacore", "case": "a", "timeline": {"seconds": [1], "running": 2}}]
-    few = [one for number, one in enumerate(wrong) if number % 23 == 0]  # pictures take their time
+    few = [r for number, r in enumerate(wrong) if number % 23 == 0]  # drawing is slow
     report.write(few, tmp_path)
-    for found in report_rows.by_device(wrong):
-        kinds = {report_rows.kind_of(one) for one in found.latest}
+    for measurements in report_rows.by_device(wrong):
+        kinds = {report_rows.kind_of(r) for r in measurements.latest}
         assert kinds <= {
             "op",
             "roofline",
@@ -247,10 +249,10 @@ def test_rows_of_any_kind(tmp_path):
             "no numbers",
             "other",
         }
-        report_tables.op_tables(found)
-        for title, make in SECTIONS.items():
+        report_tables.op_tables(measurements)
+        for title, build in SECTIONS.items():
             if title not in ("Ops", "Roofline", "Decode step", "Occupancy", "History"):
-                make(found, str(tmp_path / "other"))
+                build(measurements, str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def test_rows_of_any_kind(tmp_path):
     ],
 )
 def test_files_without_rows(tmp_path, content, complaint):
-    """Guards a mistyped path: one line that names the file, and no report made."""
+    """Guards a mistyped path: one line that names the file, and no report is written."""
     path = tmp_path / "rows.jsonl"
     if content == "folder":
         path.mkdir()
@@ -278,7 +280,7 @@ def test_files_without_rows(tmp_path, content, complaint):
 
 
 def test_folder_that_cannot_be(tmp_path):
-    """Guards against a traceback where a file stands in the report's way."""
+    """Guards against a traceback if a file has the name of the report's folder."""
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match="cannot write .*out"):
         report.write(heat("B1 P1 S1", 2.0, 1.0), tmp_path / "out")
@@ -286,7 +288,7 @@ def test_folder_that_cannot_be(tmp_path):
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
 def test_without_packages(monkeypatch, tmp_path, package):
-    """Guards a GPU node that lacks them: said before anything is measured, by `check`."""
+    """Guards GPU nodes without these packages: `check` says so before anything is measured."""
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=f"pip install {package}"):
         report.check(tmp_path / "out")
@@ -298,7 +300,7 @@ def git(folder, *arguments):
 
 
 def test_history_from_git(tmp_path, capsys):
-    """Guards older versions of a file: history, never the latest row, and left out if so asked."""
+    """Guards rows of older versions of a file: history, never the latest row, and optional."""
     old, new = (
         row("rms_norm", "T1 C64", "triton", us, commit=commit, time=time)
         for us, commit, time in (
@@ -314,8 +316,11 @@ def test_history_from_git(tmp_path, capsys):
     git(path.parent, "commit", "-q", "-a", "-m", "a version that cannot be read")
     lines_of(path, [new])
     assert report_rows.committed(path) == [old]
-    (found,) = report_rows.by_device([new], [old, new])
-    assert ([r["median_us"] for r in found.latest], [r["median_us"] for r in found.older]) == (
+    (measurements,) = report_rows.by_device([new], [old, new])
+    assert (
+        [r["median_us"] for r in measurements.latest],
+        [r["median_us"] for r in measurements.older],
+    ) == (
         [20.0],
         [30.0],
     )
@@ -328,13 +333,13 @@ def test_history_from_git(tmp_path, capsys):
 
 
 def test_command_prints_what_it_wrote(tmp_path, capsys):
-    """Guards the command's face: paths that exist, one a line, or one document."""
+    """Guards the command's output: existing paths, one per line, or one JSON document."""
     rows = [*heat("B1 P1 S1", 2.0, 1.0), row("rms_norm", "T1", "triton", None, failure="wrong")]
     path = lines_of(tmp_path / "rows.jsonl", rows)
     assert command(path, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == str(tmp_path / "out" / "index.html")
-    assert set(printed) == {str(one) for one in (tmp_path / "out").iterdir()}
+    assert set(printed) == {str(file) for file in (tmp_path / "out").iterdir()}
     assert command(path, "--out", tmp_path / "out", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert [document["page"], *document["pictures"]] == printed
@@ -355,7 +360,7 @@ QUIET += ("--disable-background-networking", "--disable-component-update", "--di
 
 
 def browse(page, folder, width, *, probe=PROBE):
-    """What a browser finds of a page: its data- attributes, and what it wrote to the console."""
+    """A page's data- attributes in a browser, and the lines on the browser's console."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("neither chromium nor google-chrome is on the PATH")
@@ -375,17 +380,17 @@ def browse(page, folder, width, *, probe=PROBE):
 
 @pytest.mark.parametrize("width", [420, 1280])
 def test_in_a_browser(written, tmp_path, width):
-    """Guards what a reader sees: every picture, at its size, on a page no wider than the screen."""
-    found, console = browse(written[0].read_text(), tmp_path, width)
+    """Guards the page in a browser: all pictures at their size, no wider than the screen."""
+    data, console = browse(written[0].read_text(), tmp_path, width)
     count = str(len(written) - 1)
-    assert found == {"pictures": count, "loaded": count, "wider": "false"}
+    assert data == {"pictures": count, "loaded": count, "wider": "false"}
     assert console == []
 
 
 def test_browser_finds_faults(tmp_path):
-    """Guards the test above: a broken picture, a wide page, a request and an error are seen."""
+    """Guards the test above: it detects a broken picture, a wide page, a request and an error."""
     text = '<img width="8" src="data:image/png;base64,AAAA"><img width="2000" src="x.png">'
     fault = PROBE + "<script>console.error('planted')</script>"
-    found, console = browse(f"<head></head><body>{text}</body>", tmp_path, 420, probe=fault)
-    assert found == {"pictures": "2", "loaded": "0", "wider": "true"}
+    data, console = browse(f"<head></head><body>{text}</body>", tmp_path, 420, probe=fault)
+    assert data == {"pictures": "2", "loaded": "0", "wider": "true"}
     assert all(any(word in line for line in console) for word in ("planted", "x.png"))
