@@ -1,1 +1,1 @@
-"""Bundles of peer libraries for a machine without the internet: fetched, built, installed."""
+"""Bundles of peer libraries for machines without the internet: fetching, building, installing."""

@@ -1,8 +1,8 @@
-"""A folder of peers for a GPU machine without the internet: what goes in, pieces, manifest.
+"""The format of a bundle, a folder of peers for a machine without the internet: items, pieces.
 
-Every piece is a tar.xz that unpacks by itself and stays below a size, so that it can be carried
-singly. The manifest names each with its SHA-256 and what it holds; it is written anew after every
-item, so that a run that was stopped goes on where it was.
+Each piece is a tar.xz that unpacks by itself and is below a size limit, so that pieces can be
+transferred separately. The manifest lists each piece with its SHA-256 and its files; it is
+rewritten after every item, so an interrupted run can be resumed.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ BUILT = "flashinfer-modules"  # an item that is compiled, not fetched
 
 @dataclass(frozen=True)
 class Item:
-    """Wheels to fetch at these versions, or of one wheel the files that match `takes` alone."""
+    """Wheels to fetch, with versions; with `pattern`, only the matching files of a single wheel."""
 
     wheels: tuple[str, ...]
-    takes: str | None = None
+    pattern: str | None = None
 
 
-# All for torch 2.11 with CUDA 13; neither torch nor Triton nor NumPy is among them.
+# All for torch 2.11 with CUDA 13, without torch, Triton and NumPy themselves.
 ITEMS: dict[str, Item] = {
     "liger": Item(("liger-kernel==0.8.5", "packaging==26.4")),
     "xformers": Item(("xformers==0.0.35",)),
@@ -60,28 +60,28 @@ ITEMS: dict[str, Item] = {
 
 
 class Bundle:
-    """The folder, and its manifest in memory.
+    """A bundle's folder and its manifest.
 
-    Raises InputError for a manifest that this version does not read.
+    Raises InputError for a manifest that this version cannot read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.items: dict[str, dict] = {}  # by name: what was wanted, and its pieces
+        self.items: dict[str, dict] = {}  # by name: its "wanted" parts and "pieces"
         self.made_for: dict[str, str] | None = None  # Python version and platform
         path = folder / MANIFEST
         if path.exists():
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                schema = found["schema"]
-                self.items, self.made_for = found["items"], found["made_for"]
+                manifest = json.loads(path.read_text(encoding="utf-8"))
+                schema = manifest["schema"]
+                self.items, self.made_for = manifest["items"], manifest["made_for"]
             except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path} is no manifest of peers") from None
+                raise InputError(f"{path} is not a manifest of peers") from None
             if schema != SCHEMA:
-                raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA}")
+                raise InputError(f"{path} has schema {schema}; this version reads {SCHEMA}")
 
     def add(self, name: str, wanted: list[str], pieces: list[dict]) -> None:
-        """Put an item into the manifest, which is replaced at once."""
+        """Add an item to the manifest and write the manifest's file."""
         self.items[name] = {"wanted": wanted, "pieces": pieces}
         document = {"schema": SCHEMA, "made_for": self.made_for, "items": self.items}
         part = self.folder / f"{MANIFEST}.part"
@@ -89,38 +89,38 @@ class Bundle:
         os.replace(part, self.folder / MANIFEST)
 
     def holds(self, name: str, wanted: list[str]) -> bool:
-        """Whether the item is there as it is wanted, with the right hashes."""
+        """Whether the bundle has the item with the wanted parts and the right hashes."""
         item = self.items.get(name)
         return bool(item) and item["wanted"] == wanted and not self.damaged(name)
 
     def damaged(self, name: str) -> str | None:
-        """What is wrong with an item's pieces; None if nothing is."""
+        """What is wrong with an item's pieces; None if they are intact."""
         for piece in self.items[name]["pieces"]:
             path = self.folder / piece["file"]
             if not path.exists():
                 return f"{piece['file']} is missing"
             if sha256(path) != piece["sha256"]:
-                return f"{piece['file']} is damaged (another SHA-256 than the manifest's)"
+                return f"{piece['file']} is damaged (its SHA-256 is not the manifest's)"
         return None
 
     def unpack(self, name: str, folder: Path) -> list[Path]:
-        """The item's files, below `folder`. Raises InputError if a piece is damaged."""
+        """Unpack an item into `folder`; returns its files. Raises InputError if it is damaged."""
         if reason := self.damaged(name):
             raise InputError(reason)
-        found = []
+        paths = []
         for piece in self.items[name]["pieces"]:
             with tarfile.open(self.folder / piece["file"]) as archive:
                 # Refuses files outside the folder; Python has this filter from 3.11.4 on.
                 archive.extraction_filter = getattr(tarfile, "data_filter", None)
                 archive.extractall(folder)
-            found += [folder / held["file"] for held in piece["holds"]]
-        return found
+            paths += [folder / file["file"] for file in piece["holds"]]
+        return paths
 
 
 def pack(folder: Path, stem: Path, limit: int = PIECE_BYTES) -> list[dict]:
-    """Everything below `folder` as STEM.tar.xz, or as halves of it that fit; their entries.
+    """Pack all files in `folder` as STEM.tar.xz, halved until each piece fits; returns the pieces.
 
-    Raises InputError for a file that does not fit into a piece by itself.
+    Raises InputError for a file that is too large for a piece.
     """
     return _pack(sorted(path for path in folder.rglob("*") if path.is_file()), folder, stem, limit)
 
@@ -128,15 +128,15 @@ def pack(folder: Path, stem: Path, limit: int = PIECE_BYTES) -> list[dict]:
 def _pack(files: Sequence[Path], folder: Path, stem: Path, limit: int) -> list[dict]:
     piece = stem.with_name(f"{stem.name}.tar.xz")
     part = piece.with_name(f"{piece.name}.part")
-    # A wheel is compressed as it is; a shared object shrinks to a fraction.
+    # Wheels are already compressed; shared objects shrink to a fraction of their size.
     preset = 0 if all(path.suffix == ".whl" for path in files) else lzma.PRESET_DEFAULT
     with tarfile.open(part, "w:xz", preset=preset) as archive:
         for path in files:
-            archive.add(path, path.relative_to(folder).as_posix(), filter=_anonymous)
+            archive.add(path, path.relative_to(folder).as_posix(), filter=_without_owner)
     if part.stat().st_size <= limit:
         os.replace(part, piece)
-        holds = [described(path, path.relative_to(folder).as_posix()) for path in files]
-        return [described(piece, piece.name) | {"holds": holds}]
+        holds = [file_entry(path, path.relative_to(folder).as_posix()) for path in files]
+        return [file_entry(piece, piece.name) | {"holds": holds}]
     part.unlink()
     if len(files) == 1:
         raise InputError(f"{files[0].name} does not fit into a piece of {limit >> 20} MiB")
@@ -148,7 +148,7 @@ def _pack(files: Sequence[Path], folder: Path, stem: Path, limit: int) -> list[d
     ]
 
 
-def described(path: Path, name: str) -> dict:
+def file_entry(path: Path, name: str) -> dict:
     return {"file": name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -157,8 +157,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Without who packed it and when, so that the same files are the same piece."""
+def _without_owner(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Remove owner and time, so that the same files give the same piece."""
     info.mtime = info.uid = info.gid = 0
     info.uname = info.gname = ""
     return info

@@ -1,7 +1,7 @@
-"""`python -m bench peers`: which peers can be measured here, and how the others get here.
+"""`python -m bench peers`: lists the peers that can be measured here, and installs others.
 
-`prepare` fills a folder on a connected machine, `install` reads it on a GPU machine without the
-internet.
+`prepare` fills a folder on a machine with internet access; `install` installs from that folder on a
+GPU machine without.
 """
 
 import argparse
@@ -25,62 +25,78 @@ TARGET = Target()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`list`, which is the default, `prepare` and `install`."""
+    """Add the actions `list`, which is the default, `prepare` and `install`."""
     device = {"help": "cpu or cuda (default: cuda if there is one)"}
-    as_json = {"action": "store_true", "help": "no table; one JSON document"}
+    as_json = {"action": "store_true", "help": "print one JSON document instead of a table"}
     parser.add_argument("--device", **device)
     parser.add_argument("--json", **as_json)
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
-    telling = actions.add_parser(
-        "list", help="every peer, its library, and why it cannot be used (default)"
+    list_parser = actions.add_parser(
+        "list", help="list peers, their libraries, and why they cannot be used (default)"
     )
-    making = actions.add_parser("prepare", help="fetch and pack peers for a machine without net")
-    reading = actions.add_parser("install", help="install what `prepare` packed; torch stays")
-    telling.add_argument("--device", default=argparse.SUPPRESS, **device)
-    for action in (telling, making, reading):  # also behind the action's name
+    prepare_parser = actions.add_parser(
+        "prepare", help="fetch and pack peers for a machine without internet"
+    )
+    install_parser = actions.add_parser(
+        "install", help="install what `prepare` packed, without changing torch"
+    )
+    list_parser.add_argument("--device", default=argparse.SUPPRESS, **device)
+    for action in (list_parser, prepare_parser, install_parser):  # also after the action's name
         action.add_argument("--json", default=argparse.SUPPRESS, **as_json)
-    for action in (making, reading):
-        action.add_argument("--dir", type=Path, required=True, metavar="DIR", help="the bundle")
+    for action in (prepare_parser, install_parser):
         action.add_argument(
-            "--only", nargs="+", default=(), metavar="ITEM", help=f"of {', '.join(ITEMS)}, {BUILT}"
+            "--dir", type=Path, required=True, metavar="DIR", help="the bundle's folder"
         )
-    making.add_argument(
-        "--python", default=TARGET.python, help="of that machine (default: %(default)s)"
+        action.add_argument(
+            "--only",
+            nargs="+",
+            default=(),
+            metavar="ITEM",
+            help=f"any of {', '.join(ITEMS)}, {BUILT}",
+        )
+    prepare_parser.add_argument(
+        "--python", default=TARGET.python, help="Python version there (default: %(default)s)"
     )
-    making.add_argument("--platform", default=TARGET.platform, help="as in a wheel's name")
-    making.add_argument(
+    prepare_parser.add_argument(
+        "--platform",
+        default=TARGET.platform,
+        help="platform tag of its wheels (default: %(default)s)",
+    )
+    prepare_parser.add_argument(
         "--build",
         nargs="*",
         metavar="MODULE",
-        help="compile FlashInfer's modules, too, with nvcc, for minutes "
-        f"(default: {', '.join(DEFAULT)}; of {', '.join(MODULES)})",
+        help="also compile FlashInfer modules with nvcc, which takes minutes "
+        f"(default: {', '.join(DEFAULT)}; any of {', '.join(MODULES)})",
     )
-    making.add_argument("--arch", default=TARGET.arch, help="to compile for (default: %(default)s)")
-    reading.add_argument(
-        "--target", type=Path, metavar="FOLDER", help="here instead of into this Python"
+    prepare_parser.add_argument(
+        "--arch", default=TARGET.arch, help="CUDA architecture (default: %(default)s)"
+    )
+    install_parser.add_argument(
+        "--target", type=Path, metavar="FOLDER", help="install into FOLDER, not into this Python"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """1 if an item could not be made or installed, else 0."""
+    """Run the action; return 1 if an item could not be prepared or installed, else 0."""
     if options.action == "prepare":
-        found = {"items": _prepare(options)}
+        document = {"items": _prepare(options)}
         display = _display_prepared
     elif options.action == "install":
-        found = {"items": install(options.dir, options.only, options.target)}
+        document = {"items": install(options.dir, options.only, options.target)}
         display = _display_installed
     else:
-        found = {"peers": listed(parse_device(options.device))}
+        document = {"peers": listed(parse_device(options.device))}
         display = _display_listed
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(document))
     else:
-        display(options, *found.values())
-    return int(any(row.get("failure") for rows in found.values() for row in rows))
+        display(options, *document.values())
+    return int(any(row.get("failure") for rows in document.values() for row in rows))
 
 
 def listed(device: torch.device) -> list[dict]:
-    """A row for every peer; `absent` says why it cannot be used on `device`, or is None."""
+    """A row for each peer; `absent` is the reason why it cannot be used on `device`, or None."""
     return [_row(peer, device) for peers in PEERS.values() for peer in peers.values()]
 
 
@@ -99,16 +115,16 @@ def _prepare(options: argparse.Namespace) -> list[dict]:
     known = (*ITEMS, BUILT)
     for name in options.only:
         if name not in known:
-            raise InputError(f"unknown item {name!r}; choose of {', '.join(known)}")
+            raise InputError(f"unknown item {name!r}; choose one of {', '.join(known)}")
     modules = () if options.build is None else options.build or DEFAULT
     if not modules and BUILT in options.only:
         modules = DEFAULT
     for name in modules:
         if name not in MODULES:
-            raise InputError(f"unknown module {name!r}; choose of {', '.join(MODULES)}")
-    chosen = options.only or (*ITEMS, *([BUILT] if modules else ()))
+            raise InputError(f"unknown module {name!r}; choose one of {', '.join(MODULES)}")
+    items = options.only or (*ITEMS, *([BUILT] if modules else ()))
     target = Target(options.python, options.platform, options.arch, tuple(modules))
-    return prepare(options.dir, chosen, target)
+    return prepare(options.dir, items, target)
 
 
 def _display_listed(options: argparse.Namespace, rows: Sequence[dict]) -> None:
@@ -126,22 +142,23 @@ def _display_listed(options: argparse.Namespace, rows: Sequence[dict]) -> None:
 
 
 def _display_prepared(options: argparse.Namespace, rows: Sequence[dict]) -> None:
-    header = ("item", "pieces", " MiB", " seconds", "")
+    header = ("item", "pieces", " MiB", " seconds", "note")
     lines = [
         (
             row["item"],
             ", ".join(row["files"]) or "-",
             f"{row['bytes'] / 2**20:.1f}",
             f"{row['seconds']:.0f}",
-            row["failure"] or ("was there" if row["kept"] else ""),
+            row["failure"] or ("already present" if row["kept"] else ""),
         )
         for row in rows
     ]
     table(f"{options.dir}", header, lines)
     total = sum(row["bytes"] for row in rows) / 2**20
-    print(f"{total:.1f} MiB; on the other machine: python -m bench peers install --dir DIR")
+    print(f"{total:.1f} MiB; next, on the GPU machine: python -m bench peers install --dir DIR")
 
 
 def _display_installed(options: argparse.Namespace, rows: Sequence[dict]) -> None:
-    table(f"{options.dir}", ("item", ""), [(row["item"], row["failure"] or "yes") for row in rows])
+    lines = [(row["item"], row["failure"] or "yes") for row in rows]
+    table(f"{options.dir}", ("item", "installed"), lines)
     print(f"before measuring: source {options.dir / 'env.sh'}")

@@ -1,8 +1,8 @@
-"""FlashInfer's modules that peers call, built ahead: `-m bench.bundles.flashinfer_modules NAME`.
+"""Builds a FlashInfer module that peers call: `python -m bench.bundles.flashinfer_modules NAME`.
 
-For bf16 and head_dim 128, without a window; everything else FlashInfer compiles at its first call.
-A process of its own, for what FlashInfer reads from the environment as it is imported. Needs
-FlashInfer, any torch, nvcc and a C++ compiler, but no GPU. Prints where the shared object is.
+For bf16 and head_dim 128, without a window; FlashInfer compiles everything else at its first call.
+This is a separate process because FlashInfer reads the environment when it is imported. It needs
+FlashInfer, any torch, nvcc and a C++ compiler, but no GPU, and prints the shared object's path.
 Written against flashinfer-python 0.6.13.
 """
 
@@ -13,12 +13,12 @@ from functools import partial
 import torch
 
 MODULES = ("cascade", "page", "silu_and_mul", "prefill-fa2", "prefill-fa3", "norm")
-# `norm` wants cublasLt.h, which comes with torch for CUDA: built ahead only if it is asked for.
+# `norm` needs cublasLt.h, which is part of torch for CUDA: it is built only if it is named.
 DEFAULT = MODULES[:-1]
 
 
 def build(name: str) -> str:
-    """The path of the module's shared object, whose stem is FlashInfer's own name for it."""
+    """Build a module; returns its shared object's path, whose stem is FlashInfer's name for it."""
     spec = _generator(name)()
     spec.build(verbose=False)
     return str(spec.get_library_path())
@@ -28,7 +28,7 @@ def _generator(name: str) -> Callable:
     from flashinfer.jit import activation, cascade, norm, page
     from flashinfer.jit.attention.modules import gen_batch_prefill_module
 
-    # Decode by tensor cores runs prefill's fa2 kernels; on Hopper prefill itself takes fa3's.
+    # Decode with tensor cores runs prefill's fa2 kernels; on Hopper, prefill runs fa3's.
     prefill = partial(
         gen_batch_prefill_module,
         dtype_q=torch.bfloat16,

@@ -1,4 +1,4 @@
-"""Installs a bundle where there is no internet, into the Python that runs this; torch stays."""
+"""Installs a bundle into the running Python, without internet access or changes to torch."""
 
 import shlex
 import shutil
@@ -11,29 +11,30 @@ from pathlib import Path
 import torch
 
 from bench.bundles.bundle import BUILT, Bundle
-from bench.bundles.prepare import PIP, Failed, run_tool
+from bench.bundles.prepare import PIP, ItemError, run_tool
 from model.errors import InputError
 from model.terminal import track
 
-INSTALLED = "installed"  # in the bundle's folder: what was unpacked, shared objects among it
+INSTALLED = "installed"  # in the bundle's folder: the unpacked items, with their shared objects
 
 
 def install(folder: Path, names: Sequence[str], target: Path | None = None) -> list[dict]:
-    """Unpack and install the bundle's items (all if none are named); a row for each.
+    """Unpack and install the bundle's items (all if none are named); returns a row for each.
 
-    With `target` packages go into that folder, for PYTHONPATH. Writes env.sh with what has to be
-    in the environment. Raises InputError for no bundle, or one for another Python.
+    With `target`, packages are installed into that folder, for PYTHONPATH. Writes env.sh, which
+    sets environment variables. Raises InputError without a bundle, or for another Python's.
     """
     bundle = Bundle(folder)
     if bundle.made_for is None:
-        raise InputError(f"{folder} holds no bundle: make one with `bench peers prepare`")
+        raise InputError(f"{folder} contains no bundle; create one with `bench peers prepare`")
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if bundle.made_for["python"] != here:
         raise InputError(f"{folder} is for Python {bundle.made_for['python']}, this is {here}")
     unknown = [name for name in names if name not in bundle.items]
     if unknown:
-        raise InputError(f"{folder} holds no {unknown[0]!r}; choose of {', '.join(bundle.items)}")
-    # Modules go into the package that they are of.
+        known = ", ".join(bundle.items)
+        raise InputError(f"{folder} contains no {unknown[0]!r}; choose one of {known}")
+    # Modules last: they are copied into FlashInfer's package.
     order = sorted(names or bundle.items, key=BUILT.__eq__)
     rows = [_row(bundle, name, target) for name in track(order, "install")]
     (folder / "env.sh").write_text(environment(folder), encoding="utf-8")
@@ -41,7 +42,7 @@ def install(folder: Path, names: Sequence[str], target: Path | None = None) -> l
 
 
 def environment(folder: Path) -> str:
-    """Shell lines: where the shared objects are, and what FlashInfer needs to compile more."""
+    """Shell lines that set the shared objects' paths, and what FlashInfer needs to compile more."""
     lines = ["export FLASHINFER_USE_CUDA_NORM=1"]
     for number in (2, 3):
         for path in (folder / INSTALLED / f"fa{number}").glob("*.so"):
@@ -56,7 +57,7 @@ def _row(bundle: Bundle, name: str, target: Path | None) -> dict:
     failure = None
     try:
         _install(bundle, name, target)
-    except (Failed, InputError) as reason:
+    except (ItemError, InputError) as reason:
         failure = str(reason)
     return {"item": name, "failure": failure}
 
@@ -71,9 +72,10 @@ def _install(bundle: Bundle, name: str, target: Path | None) -> None:
     if any(path.suffix == ".whl" for path in files):
         into = ["--target", str(target), "--upgrade"] if target else []
         command = [*PIP, "install", "--no-index", "--no-deps", "--find-links", str(folder), *into]
-        head, *needs = bundle.items[name]["wanted"]
-        # What it needs is left as it is where it is there already, in whatever version.
-        run_tool([*command, head, *(need.partition("==")[0] for need in needs)])
+        package, *dependencies = bundle.items[name]["wanted"]
+        # A dependency that is already installed is left unchanged, in any version.
+        names = (dependency.partition("==")[0] for dependency in dependencies)
+        run_tool([*command, package, *names])
 
 
 def _flashinfer(target: Path | None) -> Path:
@@ -82,5 +84,5 @@ def _flashinfer(target: Path | None) -> Path:
     invalidate_caches()
     spec = find_spec("flashinfer")
     if spec is None:
-        raise Failed("FlashInfer is not installed, and these are modules of it")
+        raise ItemError("FlashInfer, which these modules belong to, is not installed")
     return Path(spec.origin).parent

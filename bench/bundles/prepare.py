@@ -1,4 +1,4 @@
-"""Fills a bundle on a machine with package registry and compiler, for a GPU machine without."""
+"""Fills a bundle on a machine with a package registry and compiler, for a GPU machine without."""
 
 import os
 import re
@@ -17,34 +17,34 @@ from bench.rows import ROOT
 from model.errors import InputError
 from model.terminal import track
 
-WORK = ".work"  # in the bundle's folder: what was fetched and not packed yet
+WORK = ".work"  # in the bundle's folder: files that were fetched but are not packed yet
 
 
-class Failed(Exception):
-    """Why an item could not be made, in one line; the others are not affected."""
+class ItemError(Exception):
+    """Why an item could not be prepared or installed, in one line; other items are not affected."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The machine that the bundle is for, and how FlashInfer's modules are compiled for it."""
+    """The machine that a bundle is for, and which FlashInfer modules are compiled for it."""
 
     python: str = "3.12"
     platform: str = "manylinux_2_28_x86_64"
     arch: str = "9.0a"
-    modules: Sequence[str] = field(default=())  # none: build nothing
+    modules: Sequence[str] = field(default=())  # empty: nothing is compiled
 
 
 def prepare(folder: Path, names: Sequence[str], target: Target) -> list[dict]:
-    """Fetch, build and pack the items that are not there yet; a row for each of them.
+    """Fetch, build and pack the items that the bundle lacks; returns a row for each of `names`.
 
-    A row's `failure` says why its item is missing, or what of it is. Raises InputError for a folder
-    that was made for another Python or platform.
+    A row's `failure` says why its item, or a part of it, is missing. Raises InputError for a folder
+    that was prepared for another Python or platform.
     """
     folder.mkdir(parents=True, exist_ok=True)
     bundle, made_for = Bundle(folder), {"python": target.python, "platform": target.platform}
     if bundle.made_for not in (None, made_for):
-        there = " on ".join(bundle.made_for.values())
-        raise InputError(f"{folder} is for Python {there}: give another --dir, or these")
+        other = " on ".join(bundle.made_for.values())
+        raise InputError(f"{folder} is for Python {other}; choose another --dir, or these options")
     bundle.made_for = made_for
     rows = [_row(bundle, name, target) for name in track(names, "prepare")]
     if not any(row["failure"] for row in rows):
@@ -53,17 +53,17 @@ def prepare(folder: Path, names: Sequence[str], target: Target) -> list[dict]:
 
 
 def run_tool(command: Sequence[str], env: dict[str, str] | None = None) -> str:
-    """What a tool prints. Raises Failed with the line of its complaint that tells most."""
+    """Run a tool and return its stdout. Raises ItemError with the most informative error line."""
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
     except OSError as error:
-        raise Failed(f"{command[0]}: {error.strerror}") from None
+        raise ItemError(f"{command[0]}: {error.strerror}") from None
     if done.returncode:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        told = [
+        errors = [
             line for mark in ("fatal error:", "error:") for line in lines if mark in line.lower()
         ]
-        raise Failed((told or lines or [f"{command[0]} failed"])[0])
+        raise ItemError((errors or lines or [f"{command[0]} failed"])[0])
     return done.stdout
 
 
@@ -73,8 +73,8 @@ def _row(bundle: Bundle, name: str, target: Target) -> dict:
     kept = bundle.holds(name, wanted)
     if not kept:
         try:
-            failure = _make(bundle, name, wanted, target)
-        except (Failed, InputError) as reason:
+            failure = _prepare_item(bundle, name, wanted, target)
+        except (ItemError, InputError) as reason:
             failure = str(reason)
     pieces = bundle.items[name]["pieces"] if name in bundle.items else []
     return {
@@ -88,28 +88,29 @@ def _row(bundle: Bundle, name: str, target: Target) -> dict:
 
 
 def _wanted(bundle: Bundle, name: str, target: Target) -> list[str]:
-    """An item's wheels; of modules the architecture, those that are there and those asked for."""
+    """The parts of an item: its wheels; or for modules the architecture, those that the bundle has
+    and those of `target`."""
     if name in ITEMS:
         return list(ITEMS[name].wheels)
-    arch, *there = bundle.items.get(name, {}).get("wanted", [None])
+    arch, *present = bundle.items.get(name, {}).get("wanted", [None])
     if arch != target.arch or bundle.damaged(name):
-        there = []
-    return [target.arch, *dict.fromkeys((*there, *target.modules))]
+        present = []
+    return [target.arch, *dict.fromkeys((*present, *target.modules))]
 
 
-def _make(bundle: Bundle, name: str, wanted: list[str], target: Target) -> str | None:
-    """Fill and pack one item. Of modules those that were built; returns what the others lack."""
+def _prepare_item(bundle: Bundle, name: str, wanted: list[str], target: Target) -> str | None:
+    """Fetch or build one item and pack it; returns why some modules are missing, or None."""
     work = bundle.folder / WORK
     staged, failures = work / name, {}
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     if name == BUILT:
-        there = bundle.items.get(name, {}).get("wanted", [])
-        if there[:1] == wanted[:1] and not bundle.damaged(name):
+        present = bundle.items.get(name, {}).get("wanted", [])
+        if present[:1] == wanted[:1] and not bundle.damaged(name):
             bundle.unpack(name, staged)
         else:
-            there = []
-        failures = _build([part for part in wanted if part not in there], staged, work, target)
+            present = []
+        failures = _build([part for part in wanted if part not in present], staged, work, target)
         wanted = [part for part in wanted if part not in failures]
     else:
         _fetch(ITEMS[name], staged, work / "wheels", target)
@@ -120,21 +121,21 @@ def _make(bundle: Bundle, name: str, wanted: list[str], target: Target) -> str |
 
 
 def _fetch(item: Item, staged: Path, wheels: Path, target: Target) -> None:
-    """The item's files into `staged`; pip takes a wheel that is in `wheels` already from there."""
+    """Put the item's files into `staged`; wheels that are already in `wheels` are not fetched."""
     for requirement in item.wheels:
-        into = wheels / requirement  # of its own, so that its wheel is known
-        into.mkdir(parents=True, exist_ok=True)
-        if not any(into.glob("*.whl")):
-            run_tool([*PIP, "download", *_for(target), "--dest", str(into), requirement])
-        (wheel,) = into.glob("*.whl")
-        if item.takes is None:
+        folder = wheels / requirement  # one per wheel, so that the file can be identified
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.glob("*.whl")):
+            run_tool([*PIP, "download", *_pip_options(target), "--dest", str(folder), requirement])
+        (wheel,) = folder.glob("*.whl")
+        if item.pattern is None:
             shutil.copy(wheel, staged)
             continue
         with zipfile.ZipFile(wheel) as archive:
-            found = [info for info in archive.infolist() if fnmatch(info.filename, item.takes)]
-            if not found:
-                raise Failed(f"{wheel.name} holds no {item.takes}")
-            for info in found:
+            matches = [info for info in archive.infolist() if fnmatch(info.filename, item.pattern)]
+            if not matches:
+                raise ItemError(f"{wheel.name} contains no {item.pattern}")
+            for info in matches:
                 info.filename = Path(info.filename).name
                 archive.extract(info, staged)
 
@@ -142,8 +143,8 @@ def _fetch(item: Item, staged: Path, wheels: Path, target: Target) -> None:
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 
-def _for(target: Target) -> list[str]:
-    """pip's options: wheels alone, of any platform that the target's has room for."""
+def _pip_options(target: Target) -> list[str]:
+    """pip's options: only wheels, for the target's platform and compatible older ones."""
     match = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", target.platform)
     names = [target.platform]
     if match:
@@ -155,29 +156,29 @@ def _for(target: Target) -> list[str]:
 
 
 def _build(names: Sequence[str], staged: Path, work: Path, target: Target) -> dict[str, str]:
-    """FlashInfer's modules, each as STEM/STEM.so. Returns why those that failed did."""
+    """Build FlashInfer modules, each as STEM/STEM.so. Returns the reasons of failed ones."""
     env, failures = _build_environment(work, target.arch), {}
     for name in track([name for name in names if name != target.arch], "modules"):
         try:
             command = [sys.executable, "-m", "bench.bundles.flashinfer_modules", name]
             built = Path(run_tool(command, env).splitlines()[-1])
-        except Failed as reason:
+        except ItemError as reason:
             failures[name] = str(reason)
             continue
-        into = staged / built.stem
-        into.mkdir(exist_ok=True)
-        shutil.copy(built, into)
+        folder = staged / built.stem
+        folder.mkdir(exist_ok=True)
+        shutil.copy(built, folder)
     return failures
 
 
 def _build_environment(work: Path, arch: str) -> dict[str, str]:
-    """Where FlashInfer for this Python, CUDA's compiler and libcuda to link with are found."""
+    """The environment for building: FlashInfer for this Python, CUDA's compiler, a libcuda stub."""
     home, site, stubs = _cuda_home(), work / "site", work / "stubs"
     if not (site / "flashinfer").exists():
         wheels = ["--no-deps", "--only-binary=:all:", *ITEMS["flashinfer"].wheels]
         run_tool([*PIP, "install", "--target", str(site), *wheels])
     stubs.mkdir(parents=True, exist_ok=True)
-    # The driver's library is not on a machine without a GPU; its name is all that linking needs.
+    # A machine without a GPU lacks the driver's library; linking needs only its name.
     source, soname = stubs / "empty.cpp", "-Wl,-soname,libcuda.so.1"
     source.write_text("")
     compiler = os.environ.get("CXX", "c++")
@@ -195,9 +196,9 @@ def _build_environment(work: Path, arch: str) -> dict[str, str]:
 
 def _cuda_home() -> Path:
     nvcc = shutil.which("nvcc")
-    beside = [Path(nvcc).resolve().parents[1]] if nvcc else []  # or a wrapper in /usr/local/bin
-    named = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    for home in (*named, *beside, Path("/usr/local/cuda")):
+    from_nvcc = [Path(nvcc).resolve().parents[1]] if nvcc else []  # wrong if nvcc is a wrapper
+    from_env = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    for home in (*from_env, *from_nvcc, Path("/usr/local/cuda")):
         if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
             return home
-    raise Failed("needs nvcc and CUDA's headers (CUDA_HOME names their folder)")
+    raise ItemError("needs nvcc and CUDA's headers; set CUDA_HOME to their folder")

@@ -1,8 +1,8 @@
-"""Comparators that are no form of an op: what else a user could call for the same result.
+"""Peers: what else a user could call for an op's result, such as other libraries.
 
-A paged peer reads a shared prefix from physical pages that all sequences' tables point at, so that
-after the first sequence it comes from the L2 cache. What attention costs without any sharing, as
-when each request came with its own copy, is what the peers "-copied" show.
+A paged peer reads a shared prefix from physical pages that all sequences' page tables point to, so
+after the first sequence it comes from the L2 cache. The peers "-copied" show the cost of attention
+without sharing, where each request has its own copy.
 """
 
 from functools import partial
@@ -74,7 +74,7 @@ ENTRIES: dict[str, tuple[tuple[str, Library, Prepare], ...]] = {
     "quick_gelu": (("compile", COMPILE, partial(compiled, quick_gelu)),),
     "linear_quick_gelu": (("compile", COMPILE, partial(compiled, linear_quick_gelu)),),
 }
-ON_CPU = {("prefix_attention", "sdpa")}  # unless one chooses
+ON_CPU = {("prefix_attention", "sdpa")}  # timed on a CPU by default
 PEERS: dict[str, dict[str, Peer]] = {  # by op, then by name
     op: {
         name: Peer(name, op, prepare, library, on_cpu=(op, name) in ON_CPU)
@@ -86,11 +86,11 @@ NAMES = tuple(dict.fromkeys(name for peers in PEERS.values() for name in peers))
 
 
 def peers_on(device_type: str, op: str) -> tuple[str, ...]:
-    """The op's peers that are timed on a kind of device unless somebody chooses."""
+    """The op's peers that are timed on a type of device by default."""
     return tuple(n for n, peer in PEERS.get(op, {}).items() if peer.on_cpu or device_type != "cpu")
 
 
 def version(op: str, name: str) -> str | None:
-    """The library behind an op's peer, as in "xformers 0.0.35"; None for a form of ours."""
+    """The library of an op's peer, as in "xformers 0.0.35"; None for our own forms."""
     peer = PEERS.get(op, {}).get(name)
     return peer.library.version() if peer else None

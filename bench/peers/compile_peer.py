@@ -1,6 +1,6 @@
 """torch.compile of an op's definition: what a PyTorch user has without writing a kernel.
 
-Compiled anew for every shape, without dynamic sizes, before the timed call.
+It is compiled before the timed call, again for every shape, without dynamic sizes.
 """
 
 import os
@@ -25,18 +25,18 @@ def compiled(op: Callable, inputs: dict) -> Call:
 
 @contextmanager
 def for_every_shape() -> Iterator[None]:
-    """Compiles where dynamo would, past a few shapes, run the slow form without a word."""
-    from torch._dynamo import config  # brings half of torch's compiler
+    """Lets dynamo compile every shape; after a few it would silently run the uncompiled form."""
+    from torch._dynamo import config  # late: it imports half of torch's compiler
 
     with config.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True):
         yield
 
 
 def check(device: torch.device) -> None:
-    """Raises Unavailable where there is no C++ compiler, which a CPU needs."""
+    """Raises Unavailable on a CPU without a C++ compiler."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and not shutil.which(compiler):
-        raise Unavailable(f"needs a C++ compiler ({compiler} is not there)")
+        raise Unavailable(f"needs a C++ compiler ({compiler} was not found)")
 
 
 COMPILE = Library("torch.compile", "a C++ compiler", TORCH.version, check)

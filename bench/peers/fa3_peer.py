@@ -1,6 +1,6 @@
 """FlashAttention-3, from vLLM's shared object or from the package flash_attn_3; Hopper only.
 
-The tile scheduler's metadata of paged calls is made outside the timed call, as vLLM does. Written
+The tile scheduler's metadata of paged calls is computed outside the timed call, as in vLLM. Written
 against vllm 0.25.1.
 """
 
@@ -13,12 +13,12 @@ from bench.peers.layout import Segment, block_table, indptr, levels, paged
 from bench.peers.peer import Library, Unavailable, imported, on_gpu
 from bench.peers.vllm_object import arguments, loaded, unmasked, version
 
-# What the op's schema asks for and these calls leave off; every other argument is None.
-OFF = {
+# Values of arguments that the op requires and these calls do not use; all others are None.
+DEFAULTS = {
     "softcap": 0.0,
     "has_softcap": False,
     "is_rotary_interleaved": True,
-    "num_splits": 0,  # by FA3's own rule
+    "num_splits": 0,  # chosen by FA3
     "sm_margin": 0,
     "attention_chunk": 0,
     "max_seqlen_k_new": 0,
@@ -28,17 +28,17 @@ OFF = {
 
 
 def one_call(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
-    """Every sequence by itself, over shared physical pages or `copied` ones."""
+    """Attention of each sequence by itself, over shared physical pages or `copied` ones."""
     library, layout = check(inputs["q"].device), paged(inputs, copied=copied)
-    call = _prepared(library, inputs, layout.k, layout.v, layout.segments, causal=True)
+    call = _paged_call(library, inputs, layout.k, layout.v, layout.segments, causal=True)
     return lambda: call()[0]
 
 
 def cascade(inputs: dict) -> Callable[[], Tensor]:
-    """A call for every level of the tree (two for one prefix and its suffixes) and one merge."""
+    """One call per level of the tree (two for one prefix and its suffixes), and a merge."""
     library, tree = check(inputs["q"].device), levels(inputs)
     calls = [
-        _prepared(
+        _paged_call(
             library,
             inputs,
             inputs["pages"].k,
@@ -53,26 +53,26 @@ def cascade(inputs: dict) -> Callable[[], Tensor]:
 
 
 def varlen(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
-    """Attention of q, k, v [T, H, D] within sequences that start at `starts`, without a mask.
+    """Unmasked attention of q, k, v [T, H, D] within sequences that start at `starts`.
 
-    Without the scheduler's metadata, which FA3 then makes within the call.
+    FA3 computes the scheduler's metadata within the call.
     """
     library = check(device)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
-        given = OFF | unmasked(q, k, v, starts, longest) | {"num_splits": 1}
-        return library.fwd(*arguments(library.fwd, given))[0]
+    def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_length: int) -> Tensor:
+        named = DEFAULTS | unmasked(q, k, v, starts, max_length) | {"num_splits": 1}
+        return library.fwd(*arguments(library.fwd, named))[0]
 
     return attend
 
 
 def merge(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> Tensor:
-    """Partial results [T, Hq, D] by their log-sum-exp [Hq, T], natural base, in fp32."""
+    """Merge partial results [T, Hq, D] by log-sum-exp [Hq, T] (natural base), in fp32."""
     weights = torch.stack(lses).softmax(0).transpose(1, 2)[..., None]
     return (torch.stack(outs).float() * weights).sum(0).to(outs[0].dtype)
 
 
-def _prepared(
+def _paged_call(
     library: object,
     inputs: dict,
     k: Tensor,
@@ -80,11 +80,11 @@ def _prepared(
     segments: list[Segment],
     causal: bool,
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """The call over block tables: out [T, Hq, D] and lse [Hq, T]."""
+    """A call over block tables that returns out [T, Hq, D] and lse [Hq, T]."""
     q, window = inputs["q"], inputs["window"]
     lengths = [segment.length for segment in segments]
     rows = [segment.rows for segment in segments]
-    given = OFF | {
+    named = DEFAULTS | {
         "q": q,
         "k": k.transpose(1, 2),  # [num_pages, page_size, Hkv, D]
         "v": v.transpose(1, 2),
@@ -106,24 +106,24 @@ def _prepared(
         "page_size": k.shape[2],
     }
     metadata = library.get_scheduler_metadata
-    given["scheduler_metadata"] = metadata(*arguments(metadata, given))
-    values = arguments(library.fwd, given)
+    named["scheduler_metadata"] = metadata(*arguments(metadata, named))
+    values = arguments(library.fwd, named)
     return lambda: tuple(library.fwd(*values)[:2])
 
 
 def check(device: torch.device) -> object:
-    """The namespace of torch.ops with `fwd` and `get_scheduler_metadata`, of vLLM or the package.
+    """The torch.ops namespace with `fwd` and `get_scheduler_metadata`, of vLLM or the package.
 
-    Raises Unavailable if there is neither, or no Hopper GPU.
+    Raises Unavailable without either, or without a Hopper GPU.
     """
     on_gpu(device)
     if torch.cuda.get_device_capability(device)[0] != 9:
         raise Unavailable("needs a Hopper GPU")
-    found = loaded(3)
-    if found is None:
+    ops = loaded(3)
+    if ops is None:
         imported("flash_attn_interface")  # registers the ops
-        found = torch.ops.flash_attn_3
-    return found
+        ops = torch.ops.flash_attn_3
+    return ops
 
 
 FA3 = Library(

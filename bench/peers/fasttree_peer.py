@@ -1,8 +1,8 @@
-"""FastTree (MLSys'25): attention over the nodes of a prefix tree, with two sizes of query tiles.
+"""FastTree (MLSys'25): attention over the nodes of a prefix tree, with two query tile sizes.
 
-Its code is no package: FASTTREE_HOME names the folder of its artifact that holds `fasttree.py`
-(bench/peers/README.md). Planned outside the timed call, as its own benchmark does, with the
-constants of that benchmark; K and V lie node after node, as it wants them.
+Its code is not a package: FASTTREE_HOME names the folder of its artifact with `fasttree.py`
+(bench/peers/README.md). It plans outside the timed call, as in its own benchmark and with that
+benchmark's constants; K and V are stored node after node, as it requires.
 """
 
 import io
@@ -22,14 +22,14 @@ from bench.peers.flex_peer import packed
 from bench.peers.peer import Library, Unavailable, on_gpu
 from kernels.prefix_plan import PrefixPlan
 
-# Of the artifact's benchmark: KV tokens per program, and programs that fill a GPU of 132 SMs.
+# From the artifact's benchmark: KV tokens per program, and programs that fill a GPU of 132 SMs.
 KV_TILES, KV_SPLITS = [32, 32], [1024, 128]
 FEW_PROGRAMS = ([132, 528], [132, 132])
 
 
 @dataclass
 class TreeNode:
-    """A node as FastTree reads it; it stands at its id in a list, the root at 0."""
+    """A node in FastTree's format; its id is its index in a list, 0 for the root."""
 
     parent: int
     id: int
@@ -39,11 +39,11 @@ class TreeNode:
 
 
 def tree(inputs: dict) -> Callable[[], Tensor]:
-    """All nodes in one launch per tile size, and one that merges."""
+    """One launch per tile size for all nodes, and one for the merge."""
     q, plan = inputs["q"], inputs["plan"]
     fasttree = check(q.device)
     if inputs["window"] or not plan.is_decode:
-        raise Unavailable("decodes only, without a window")
+        raise Unavailable("supports only decode without a window")
     k, v = (x.contiguous() for x in packed(inputs))  # [tokens, Hkv, D]
     heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[2]
     group = heads // kv_heads
@@ -54,28 +54,28 @@ def tree(inputs: dict) -> Callable[[], Tensor]:
     nodes = tree_nodes(plan)
     starts = torch.tensor([0] + [node.seqlen for node in nodes]).cumsum(0).tolist()
     shape = (len(q), heads, kv_heads, dim)
-    with redirect_stdout(io.StringIO()):  # it prints what it chose
-        made, _ = fasttree.fasttree_preparation(
+    with redirect_stdout(io.StringIO()):  # it prints its choices
+        assignments, _ = fasttree.fasttree_preparation(
             nodes, starts, *shape, KV_SPLITS, *FEW_PROGRAMS, params
         )
     out, tiles = torch.empty_like(q), (params.TSQs, params.TSKs)
 
     def call() -> Tensor:
-        fasttree.fasttree_decode(q, k, v, out, *made, *tiles, inputs["scale"])
+        fasttree.fasttree_decode(q, k, v, out, *assignments, *tiles, inputs["scale"])
         return out
 
     return call
 
 
 def tree_nodes(plan: PrefixPlan) -> list[TreeNode]:
-    """The plan's nodes in their order, below an empty root if there are several roots."""
+    """The plan's nodes in order, below an additional empty root if there are several roots."""
     nodes: list[TreeNode] = []
-    above = plan.depths.count(0) > 1
-    if above:
+    add_root = plan.depths.count(0) > 1
+    if add_root:
         nodes.append(TreeNode(-1, 0, 0, requests=list(range(plan.num_rows))))
-    path: list[int] = [0] if above else []  # to the node before
+    path: list[int] = [0] if add_root else []  # to the previous node
     for node, depth in zip(plan.nodes, plan.depths, strict=True):
-        del path[depth + above :]
+        del path[depth + add_root :]
         parent = path[-1] if path else -1
         if path:
             nodes[parent].num_children += 1
@@ -86,18 +86,18 @@ def tree_nodes(plan: PrefixPlan) -> list[TreeNode]:
 
 
 def check(device: torch.device) -> ModuleType:
-    """The artifact's module; Unavailable without it or without a GPU."""
+    """The artifact's module; raises Unavailable without it or without a GPU."""
     on_gpu(device)
     home = os.environ.get("FASTTREE_HOME")
     if not home:
-        raise Unavailable("not there (FASTTREE_HOME names no folder with fasttree.py)")
+        raise Unavailable("not installed (set FASTTREE_HOME to the folder with fasttree.py)")
     return _loaded(Path(home) / "fasttree.py")
 
 
 @cache
 def _loaded(path: Path) -> ModuleType:
     if not path.exists():
-        raise Unavailable(f"not there ({path} does not exist)")
+        raise Unavailable(f"not installed ({path} does not exist)")
     spec = spec_from_file_location("fasttree", path)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -106,7 +106,7 @@ def _loaded(path: Path) -> ModuleType:
 
 FASTTREE = Library(
     "FastTree",
-    "its artifact, named by FASTTREE_HOME (bench/peers/README.md)",
+    "set FASTTREE_HOME to its artifact's folder (bench/peers/README.md)",
     lambda: os.environ.get("FASTTREE_HOME"),
     check,
 )

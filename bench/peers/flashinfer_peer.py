@@ -1,7 +1,7 @@
 """FlashInfer: paged decode (tensor cores) or prefill, multi-level cascade, norm and activation.
 
-Attention is planned outside the timed call. Its sampling is no peer: it draws by other random
-numbers, so that no result of it could be compared. Written against flashinfer-python 0.6.13.
+Attention is planned outside the timed call. FlashInfer's sampling is not a peer: it draws other
+random numbers, so results cannot be compared. Written against flashinfer-python 0.6.13.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ WORKSPACE_BYTES = 512 << 20
 
 
 def plain(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
-    """Every sequence by itself, over shared physical pages or `copied` ones."""
+    """Attention of each sequence by itself, over shared physical pages or `copied` ones."""
     q = inputs["q"]
     flashinfer, layout = check(q.device), paged(inputs, copied=copied)
     arguments = (*_tables(layout.segments, layout.k.shape[2]), *_shape(q, layout.k))
@@ -36,23 +36,23 @@ def plain(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
 
 
 def cascade(inputs: dict) -> Callable[[], Tensor]:
-    """A launch for every level of the tree, and a merge for every level but the last."""
+    """One launch per level of the tree, and a merge for each level except the last."""
     q, (k, v, *_) = inputs["q"], inputs["pages"]
     flashinfer, tree = check(q.device), levels(inputs)
     tables = [_tables(segments, k.shape[2]) for segments in tree]
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(tree), _workspace(q.device), "HND")
     wrapper.plan(
         [_rows(segments) for segments in tree],
-        *(list(of_levels) for of_levels in zip(*tables, strict=True)),
+        *(list(level_tables) for level_tables in zip(*tables, strict=True)),
         *_shape(q, k),
-        causal=True,  # of the last level, which holds the rows' own tokens
+        causal=True,  # applies to the last level, which contains the rows' own tokens
         **_options(inputs),
     )
     return lambda: wrapper.run(q, (k, v))
 
 
 def rms_norm(inputs: dict) -> Callable[[], object]:
-    """With a residual it is added in place, in copies of x and of the residual."""
+    """RMS norm. A residual is added in place, in copies of x and of the residual."""
     x, weight, residual, eps = (inputs[name] for name in ("x", "weight", "residual", "eps"))
     flashinfer = check(x.device)
     if residual is None:
@@ -72,14 +72,14 @@ def silu_mul(inputs: dict) -> Callable[[], Tensor]:
 
 
 def check(device: torch.device) -> ModuleType:
-    """FlashInfer; Unavailable without it or without a GPU."""
+    """The flashinfer module; raises Unavailable without it or without a GPU."""
     on_gpu(device)
     return imported("flashinfer")
 
 
 @cache
 def _workspace(device: torch.device) -> Tensor:
-    """For partial results of the call that runs: one for all wrappers."""
+    """Memory for partial results, shared by all wrappers."""
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
@@ -89,11 +89,11 @@ def _rows(segments: list[Segment]) -> Tensor:
 
 def _tables(segments: list[Segment], page_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """kv_indptr, kv_indices, last_page_len: int32 on the host."""
-    lasts = [(s.length - 1) % page_size + 1 if s.length else 0 for s in segments]
+    last_lengths = [(s.length - 1) % page_size + 1 if s.length else 0 for s in segments]
     return (
         indptr([len(segment.pages) for segment in segments]),
         torch.cat([segment.pages for segment in segments]),
-        torch.tensor(lasts, dtype=torch.int32),
+        torch.tensor(last_lengths, dtype=torch.int32),
     )
 
 

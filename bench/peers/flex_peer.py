@@ -1,7 +1,7 @@
 """torch's flex_attention over one packed sequence of all nodes' tokens.
 
-The block mask says which rows see which node, so that this peer reads a shared prefix once, too.
-Neither the mask nor the packing of K and V is timed.
+The block mask says which rows see which node, so this peer also reads a shared prefix only once.
+Neither building the mask nor packing K and V is timed.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from kernels.prefix_plan import PrefixPlan
 
 
 def flex(inputs: dict, *, compiled: bool = True) -> Callable[[], Tensor]:
-    """prefix_attention by flex_attention, which without `compiled` holds all scores in memory."""
+    """prefix_attention by flex_attention; if not `compiled`, it stores all scores."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     q, plan = inputs["q"], inputs["plan"]
@@ -34,23 +34,24 @@ def packed(inputs: dict) -> tuple[Tensor, Tensor]:
     """K and V of all tokens, node after node: [tokens, Hkv, D]."""
     kv, plan, device = inputs["pages"], inputs["plan"], inputs["q"].device
     if kv.k.dtype != inputs["q"].dtype:
-        raise Unavailable("takes K and V of q's dtype only")
-    pages, places = [], []
+        raise Unavailable("supports K and V only in q's dtype")
+    pages, offsets = [], []
     for node in plan.nodes:
         token = torch.arange(node.kv_len)
         pages.append(torch.tensor(node.pages, dtype=torch.long)[token // plan.page_size])
-        places.append(token % plan.page_size)
-    page, place = torch.cat(pages).to(device), torch.cat(places).to(device)
-    return kv.k[page, :, place], kv.v[page, :, place]
+        offsets.append(token % plan.page_size)
+    page, offset = torch.cat(pages).to(device), torch.cat(offsets).to(device)
+    return kv.k[page, :, offset], kv.v[page, :, offset]
 
 
 def _mask(plan: PrefixPlan, window: int, device: torch.device) -> Callable:
-    """Token t is seen by the rows from first[t] to last[t], those of its node that come behind."""
+    """The mask function: token t is seen by rows first[t] to last[t] - 1 of its node, which are all
+    rows of the node or, for a new token, those from its own row on."""
     first, last, position = [], [], []
     for node, start in zip(plan.nodes, plan.node_starts, strict=True):
         token = torch.arange(node.kv_len)
-        own = (token - (node.kv_len - node.num_new)).clamp(min=0)
-        first.append(node.row_start + own)
+        new_index = (token - (node.kv_len - node.num_new)).clamp(min=0)
+        first.append(node.row_start + new_index)
         last.append(torch.full_like(token, node.row_end))
         position.append(start + token)
     first, last, position = (torch.cat(x).to(device) for x in (first, last, position))

@@ -1,7 +1,7 @@
-"""How libraries see prefix attention's inputs: block tables per sequence, levels of the tree.
+"""Prefix attention's inputs in libraries' formats: block tables per sequence, levels of the tree.
 
-Slots without a token become zeros, in the inputs themselves: a library may well multiply by what
-lies behind a sequence, where no engine's cache holds NaN.
+Slots without a token are set to zero, in the inputs themselves: a library may multiply by values
+after the end of a sequence, where an engine's cache never holds NaN.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from kernels.plan_node import PlanNode
 from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.arithmetic import cdiv
 
-NOTHING = PlanNode((), 0, 0, 0)
+EMPTY_NODE = PlanNode((), 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows [start, end) that see the same pages, of which the first `length` tokens count."""
+    """Rows [start, end) that see the first `length` tokens of the same pages."""
 
     start: int
     end: int
@@ -34,7 +34,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Paged:
-    """Pages [num_pages, Hkv, page_size, D] and the sequences over them, which cover all rows."""
+    """Pages [num_pages, Hkv, page_size, D] and sequences over them, which cover all rows."""
 
     k: Tensor
     v: Tensor
@@ -42,71 +42,71 @@ class Paged:
 
     @property
     def decodes(self) -> bool:
-        """Whether every sequence has a single row."""
+        """Whether each sequence has one row."""
         return all(segment.rows == 1 for segment in self.segments)
 
 
 def paged(inputs: dict, *, copied: bool = False, page_size: int | None = None) -> Paged:
-    """Every sequence as one block table.
+    """Each sequence as one block table.
 
-    Full pages are shared as they are. A page that a node fills in part, with another node behind
-    it, is rebuilt for each sequence, as an engine that shares full pages would have it. `copied`
-    gives every sequence pages of its own instead. With another `page_size` than the plan's all
-    pages are rebuilt, and what is full of the same tokens is one page again.
+    Full pages are shared unchanged. A page that a node fills partly, followed by another node, is
+    rebuilt for each sequence, as in an engine that shares only full pages. With `copied`, each
+    sequence gets its own pages instead. If `page_size` differs from the plan's, all pages are
+    rebuilt, and full pages of the same tokens are shared again.
     """
-    runs, held = _sequences(inputs), inputs["plan"].page_size
-    pools, size = list(inputs["pages"][:2]), page_size or held
-    anew = copied or size != held
-    kept = 0 if anew else len(pools[0])
+    sequences, plan_size = _sequences(inputs), inputs["plan"].page_size
+    pools, size = list(inputs["pages"][:2]), page_size or plan_size
+    rebuild_all = copied or size != plan_size
+    num_kept = 0 if rebuild_all else len(pools[0])
     segments: list[Segment] = []
-    rebuilt: dict[tuple[int, bytes], int] = {}  # by its tokens' slots, which page
-    for index, (start, end, path) in enumerate(runs):
-        slots = torch.cat([_slots(node, held) for node in path])
-        behind = torch.arange(1, -len(slots) % size + 1)
-        tokens = torch.cat([slots, slots[-1] + behind]).view(-1, size)
-        whole = (tokens == tokens[:, :1] // size * size + torch.arange(size)).all(1)
-        table = tokens[:, 0] // size
-        for at in torch.arange(len(tokens))[~whole | anew].tolist():
-            key = (index if copied else 0, tokens[at].numpy().tobytes())
-            table[at] = kept + rebuilt.setdefault(key, len(rebuilt))
+    rebuilt: dict[tuple[int, bytes], int] = {}  # the page's index by its tokens' slots
+    for index, (start, end, path) in enumerate(sequences):
+        slots = torch.cat([_slots(node, plan_size) for node in path])
+        padding = torch.arange(1, -len(slots) % size + 1)
+        pages = torch.cat([slots, slots[-1] + padding]).view(-1, size)
+        unchanged = (pages == pages[:, :1] // size * size + torch.arange(size)).all(1)
+        table = pages[:, 0] // size
+        for page in torch.arange(len(pages))[~unchanged | rebuild_all].tolist():
+            key = (index if copied else 0, pages[page].numpy().tobytes())
+            table[page] = num_kept + rebuilt.setdefault(key, len(rebuilt))
         segments.append(Segment(start, end, table.int(), len(slots)))
     if rebuilt:
-        slots = b"".join(tokens for _, tokens in rebuilt)
-        made = torch.frombuffer(bytearray(slots), dtype=torch.int64).view(-1, size)
-        pools = [_rebuild(pool, made, kept) for pool in pools]
+        slots = b"".join(page_slots for _, page_slots in rebuilt)
+        new_pages = torch.frombuffer(bytearray(slots), dtype=torch.int64).view(-1, size)
+        pools = [_rebuild(pool, new_pages, num_kept) for pool in pools]
     return Paged(*pools, segments)
 
 
 def levels(inputs: dict) -> list[list[Segment]]:
-    """The tree level by level, each covering all rows: the nodes that hold a row's own new token
-    are the last level, those above them stand at their depth, and what lies between is empty."""
+    """The tree level by level; each level covers all rows. The nodes with the rows' own new tokens
+    form the last level, nodes above them are at their depth, and the levels between are empty."""
     if inputs["window"]:
-        raise Unavailable("has no window across levels")
-    runs = _sequences(inputs)
-    depth = max(len(path) for _, _, path in runs)
-    found = []
+        raise Unavailable("does not support a window across levels")
+    sequences = _sequences(inputs)
+    depth = max(len(path) for _, _, path in sequences)
+    tree = []
     for level in range(depth):
         segments: list[Segment] = []
-        before = None
-        for start, end, path in runs:
-            node = path[-1] if level == depth - 1 else (*path[:-1], *[NOTHING] * depth)[level]
-            if node is before:
+        previous = None
+        for start, end, path in sequences:
+            node = path[-1] if level == depth - 1 else (*path[:-1], *[EMPTY_NODE] * depth)[level]
+            if node is previous:
                 start = segments.pop().start
-            before = node
+            previous = node
             pages = node.pages[: cdiv(node.kv_len, inputs["plan"].page_size)]
             pages = torch.tensor(pages, dtype=torch.int32)
             segments.append(Segment(start, end, pages, node.kv_len))
-        found.append(segments)
-    return found
+        tree.append(segments)
+    return tree
 
 
 def indptr(sizes: list[int]) -> Tensor:
-    """int32 [n + 1]: where each of n runs of these sizes begins, and the end."""
+    """int32 [n + 1]: the start of each of n consecutive ranges of these sizes, and the end."""
     return torch.tensor([0, *sizes]).cumsum(0).int()
 
 
 def block_table(segments: list[Segment]) -> Tensor:
-    """int32 [n, most pages], padded with page 0."""
+    """int32 [n, max pages], padded with page 0."""
     return torch.nn.utils.rnn.pad_sequence([segment.pages for segment in segments], True)
 
 
@@ -114,29 +114,29 @@ def _sequences(inputs: dict) -> list[tuple[int, int, list[PlanNode]]]:
     plan: PrefixPlan = inputs["plan"]
     pages: KVPages = inputs["pages"]
     if pages.k.dtype != inputs["q"].dtype:
-        raise Unavailable("has no scale of K and V per token and head")
-    runs = plan.sequences
-    if sum(end - start for start, end, _ in runs) != plan.num_rows:
-        raise Unavailable("cannot take a row that sees no token")
+        raise Unavailable("does not support K and V with a scale per token and head")
+    sequences = plan.sequences
+    if sum(end - start for start, end, _ in sequences) != plan.num_rows:
+        raise Unavailable("does not support a row that sees no token")
     for x in (pages.k, pages.v):
         x.nan_to_num_(0.0)
-    return runs
+    return sequences
 
 
 def _slots(node: PlanNode, page_size: int) -> Tensor:
-    """Where the node's tokens are, heads aside: page * page_size + place."""
+    """The slots of the node's tokens: page * page_size + offset."""
     token = torch.arange(node.kv_len)
     return torch.tensor(node.pages)[token // page_size] * page_size + token % page_size
 
 
-def _rebuild(pool: Tensor, tokens: Tensor, kept: int) -> Tensor:
-    """The first `kept` pages of `pool`, and behind them pages of `tokens` [n, page size]."""
-    held, size = pool.shape[2], tokens.shape[1]
-    tokens = tokens.clamp(max=len(pool) * held - 1)
-    made = pool.new_empty(kept + len(tokens), pool.shape[1], size, pool.shape[3])
-    if kept:
-        made[:kept] = pool[:kept]
-    for part, out in zip(tokens.split(1024), made[kept:].split(1024), strict=True):
+def _rebuild(pool: Tensor, slots: Tensor, num_kept: int) -> Tensor:
+    """The first `num_kept` pages of `pool`, then pages of the tokens in `slots` [n, page size]."""
+    old_size, size = pool.shape[2], slots.shape[1]
+    slots = slots.clamp(max=len(pool) * old_size - 1)
+    pages = pool.new_empty(num_kept + len(slots), pool.shape[1], size, pool.shape[3])
+    if num_kept:
+        pages[:num_kept] = pool[:num_kept]
+    for part, out in zip(slots.split(1024), pages[num_kept:].split(1024), strict=True):
         part = part.to(pool.device)
-        out.copy_(pool[part // held, :, part % held].transpose(1, 2))
-    return made
+        out.copy_(pool[part // old_size, :, part % old_size].transpose(1, 2))
+    return pages

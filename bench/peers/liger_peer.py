@@ -1,4 +1,4 @@
-"""Liger's Triton kernels, as its modules call them. Written against liger-kernel 0.8.5."""
+"""Liger's Triton kernels, called as Liger's modules do. Written against liger-kernel 0.8.5."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from bench.peers.peer import Library, Unavailable, distribution, halves, importe
 
 
 def rms_norm(inputs: dict) -> Callable[[], object]:
-    """With its residual add where there is one, in one launch."""
+    """RMS norm with the residual add, if there is one, in one launch."""
     x, weight, residual, eps = (inputs[name] for name in ("x", "weight", "residual", "eps"))
     if residual is None:
         return partial(_function("LigerRMSNormFunction", x), x, weight, eps)
@@ -18,7 +18,7 @@ def rms_norm(inputs: dict) -> Callable[[], object]:
 
 
 def layer_norm(inputs: dict) -> Callable[[], object]:
-    """Liger has no residual add for it: PyTorch's is a launch before."""
+    """Layer norm. Liger does not fuse the residual add, so PyTorch does it in a launch before."""
     x, weight, bias, residual, gamma, eps = (
         inputs[name] for name in ("x", "weight", "bias", "residual", "gamma", "eps")
     )
@@ -34,22 +34,22 @@ def layer_norm(inputs: dict) -> Callable[[], object]:
 
 
 def silu_mul(inputs: dict) -> Callable[[], Tensor]:
-    """Gate and up as halves of one tensor, as the op has them."""
+    """SiLU of gate times up, given as halves of one tensor, as in the op."""
     gate_up = halves(inputs)
     return partial(_function("LigerFusedGateUpSiLUMulFunction", gate_up), gate_up)
 
 
 def check(device: torch.device) -> object:
-    """Liger's operators; Unavailable without them or without a GPU."""
+    """Liger's operators; raises Unavailable without them or without a GPU."""
     on_gpu(device)
     return imported("liger_kernel.ops")
 
 
 def _function(name: str, x: Tensor) -> Callable[..., object]:
-    found = getattr(check(x.device), name, None)
-    if found is None:
+    function = getattr(check(x.device), name, None)
+    if function is None:
         raise Unavailable(f"this version has no {name}")
-    return found.apply
+    return function.apply
 
 
 LIGER = Library(

@@ -1,4 +1,4 @@
-"""What a peer is: another way to an op's result, and the library behind it."""
+"""A peer (another library's implementation of an op) and the library that it calls."""
 
 import importlib
 from collections.abc import Callable
@@ -15,16 +15,16 @@ Prepare = Callable[[dict], Call]  # from an op's inputs to the call to time
 
 
 class Unavailable(Exception):
-    """Why a peer cannot take part: it is not installed, or does not offer what is asked for."""
+    """Why a peer cannot be timed: it is not installed, or does not support the inputs."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """What peers call. `check` raises Unavailable if it cannot be used on a device."""
+    """A library that peers call. `check` raises Unavailable if it cannot be used on a device."""
 
     name: str
-    get: str  # how to come by it, in a few words
-    version: Callable[[], str | None]  # as in "xformers 0.0.35"; None if it is not there
+    get: str  # how to get it, in a few words
+    version: Callable[[], str | None]  # as in "xformers 0.0.35"; None if it is not installed
     check: Callable[[torch.device], object] = lambda device: None
 
     def absence(self, device: torch.device) -> str | None:
@@ -38,10 +38,10 @@ class Library:
 
 @dataclass(frozen=True)
 class Peer:
-    """A comparator of an op.
+    """Another library's implementation of an op.
 
-    `prepare` takes the op's inputs and returns the call to time, or raises Unavailable; what it
-    does before is not timed. Unless somebody asks for it, it is timed on a CPU only if `on_cpu`.
+    `prepare` takes the op's inputs and returns the call to time, or raises Unavailable; its own
+    work is not timed. By default a peer is timed on a CPU only if `on_cpu`.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Peer:
 
 
 def distribution(*packages: str) -> Callable[[], str | None]:
-    """The version of the first of `packages` that is installed."""
+    """A function that returns the version of the first of `packages` that is installed."""
 
     def version() -> str | None:
         for package in packages:
@@ -69,25 +69,25 @@ def distribution(*packages: str) -> Callable[[], str | None]:
 
 
 def imported(module: str) -> ModuleType:
-    """The module; Unavailable if it, or what it needs, is not there."""
+    """The module; raises Unavailable if it, or something it needs, is not installed."""
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as error:  # OSError: a shared object without its CUDA
+    except (ImportError, OSError) as error:  # OSError: a shared object whose CUDA is missing
         raise Unavailable(f"not installed ({str(error).splitlines()[0]})") from None
 
 
 def halves(inputs: dict) -> Tensor:
-    """silu_mul's [gate | up]; Unavailable if they are interleaved."""
+    """silu_mul's [gate | up]; raises Unavailable if they are interleaved."""
     if inputs["interleaved"]:
-        raise Unavailable("takes gate and up as halves only")
+        raise Unavailable("supports gate and up only as halves")
     return inputs["gate_up"]
 
 
 def on_gpu(device: torch.device) -> None:
-    """Raises Unavailable elsewhere."""
+    """Raises Unavailable for other devices than a GPU."""
     if device.type != "cuda":
         raise Unavailable("needs a GPU")
 
 
-TORCH = Library("torch", "is here", lambda: f"torch {torch.__version__}")
+TORCH = Library("torch", "already installed", lambda: f"torch {torch.__version__}")
 TORCH_GPU = Library("torch", "a GPU", TORCH.version, on_gpu)

@@ -1,9 +1,10 @@
-"""The projector by cuDNN's convolutions at their best: its algorithms chosen by measurement.
+"""The projector with cuDNN's convolutions, whose algorithms are chosen by measurement.
 
-The op's PyTorch forms take what cuDNN's heuristics choose. The measurement is made at the first
-call of a shape, which is not timed. PyTorch remembers one algorithm for a shape, measured or not,
-whoever came first; but apart for calls that must be deterministic. So these are: their algorithms
-are not those of the forms before them, and they sum in a fixed order, as this project's kernels do.
+The op's PyTorch forms use the algorithms that cuDNN's heuristics choose. Here cuDNN measures them
+at the first call of a shape, which is not timed. PyTorch remembers one algorithm per shape, that of
+the first call, measured or not, but separately for calls that must be deterministic. So these calls
+are deterministic: they do not reuse algorithms of forms that ran before, and they sum in a fixed
+order, as this project's kernels do.
 """
 
 from collections.abc import Callable
@@ -16,16 +17,16 @@ from kernels.projector import projector
 
 
 def cudnn(inputs: dict, *, folded: bool = False) -> Callable[[], Tensor]:
-    """The three layers as they are, or with the last two `folded` into one."""
+    """The three layers, or with the last two `folded` into one."""
     check(inputs["x"].device)
     settings = torch.backends.cudnn
-    given = inputs if folded else inputs | {"folded": None}
+    arguments = inputs if folded else inputs | {"folded": None}
 
     def call() -> Tensor:
         before = settings.benchmark, settings.deterministic
         settings.benchmark = settings.deterministic = True
         try:
-            return projector(**given, impl="portable")
+            return projector(**arguments, impl="portable")
         finally:
             settings.benchmark, settings.deterministic = before
 
@@ -33,15 +34,15 @@ def cudnn(inputs: dict, *, folded: bool = False) -> Callable[[], Tensor]:
 
 
 def check(device: torch.device) -> None:
-    """Raises Unavailable without a GPU, or without cuDNN, which torch for CUDA brings along."""
+    """Raises Unavailable without a GPU, or without cuDNN, which is part of torch for CUDA."""
     on_gpu(device)
     if not torch.backends.cudnn.is_available():
         raise Unavailable("needs cuDNN")
 
 
 def version() -> str | None:
-    there = torch.backends.cudnn.is_available()
-    return f"cudnn {torch.backends.cudnn.version()}" if there else None
+    available = torch.backends.cudnn.is_available()
+    return f"cudnn {torch.backends.cudnn.version()}" if available else None
 
 
-CUDNN = Library("cuDNN", "a torch for CUDA, which brings it along", version, check)
+CUDNN = Library("cuDNN", "a torch for CUDA, which includes it", version, check)

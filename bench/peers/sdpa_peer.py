@@ -1,7 +1,7 @@
-"""torch's scaled_dot_product_attention, over KV gathered within the timed call.
+"""torch's scaled_dot_product_attention over KV that is gathered within the timed call.
 
-By the backend that torch chooses, or by a given one. The memory-efficient backend has no query
-heads that share KV heads, so it is no peer of prefix attention.
+It uses the backend that torch chooses, or a given one. The memory-efficient backend does not
+support query heads that share KV heads, so it is not a peer of prefix attention.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +17,14 @@ from kernels.prefix_plan import PrefixPlan
 
 
 def sdpa(inputs: dict, *, backend: str | None = None) -> Callable[[], Tensor]:
-    """prefix_attention by gathering every sequence's tokens into one padded call of
-    scaled_dot_product_attention, with a mask only where sequences differ or rows are causal.
+    """prefix_attention by gathering the tokens of all sequences into one padded call of
+    scaled_dot_product_attention, with a mask only if sequences differ or rows are causal.
 
     `backend`: see `only`.
     """
     q, pages, plan = inputs["q"], inputs["pages"], inputs["plan"]
     if pages.k.dtype != q.dtype:
-        raise Unavailable("takes K and V of q's dtype only")
+        raise Unavailable("supports K and V only in q's dtype")
     rows, slots, mask = _padded(plan, pages.kv_heads, q.device, inputs["window"])
     options = {"scale": inputs["scale"], "enable_gqa": True, **_masking(mask)}
     flat_k, flat_v = pages.k.view(-1, q.shape[2]), pages.v.view(-1, q.shape[2])
@@ -47,7 +47,7 @@ def sdpa(inputs: dict, *, backend: str | None = None) -> Callable[[], Tensor]:
 
 @contextmanager
 def only(backend: str) -> Iterator[None]:
-    """One backend, as torch.nn.attention.SDPBackend names it; Unavailable if it will not do."""
+    """Use only one backend of torch.nn.attention.SDPBackend; Unavailable if it has no kernel."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(getattr(SDPBackend, backend)):
@@ -55,13 +55,13 @@ def only(backend: str) -> Iterator[None]:
             yield
         except RuntimeError as error:
             if "No available kernel" in str(error) or "No viable backend" in str(error):
-                lacks = "torch has no such kernel for this device, dtype, mask or these heads"
-                raise Unavailable(lacks) from None
+                reason = "torch has no such kernel for this device, dtype, mask or these heads"
+                raise Unavailable(reason) from None
             raise
 
 
 def _masking(mask: Tensor) -> dict:
-    """The cheapest way to say what bool [n, m, tokens] says."""
+    """The cheapest SDPA arguments for a mask, bool [n, m, tokens]."""
     if bool(mask.all()):
         return {}
     if mask.shape[1] == mask.shape[2] and bool((mask == torch.ones_like(mask[0]).tril()).all()):
@@ -72,16 +72,16 @@ def _masking(mask: Tensor) -> dict:
 def _padded(
     plan: PrefixPlan, kv_heads: int, device: torch.device, window: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each sequence's rows and tokens stand, all padded to the longest sequence.
+    """The rows and token slots of each sequence, padded to the longest sequence.
 
-    Returns rows [n, m], where padding repeats the last row; slots [n, kv_heads, tokens] into pages
-    seen as rows of head_dim; and what each row sees, bool [n, m, tokens].
+    Returns rows [n, m], padded by repeating the last row; slots [n, kv_heads, tokens] in the pages
+    viewed as rows of head_dim; and the mask of tokens that each row sees, bool [n, m, tokens].
     """
-    runs = plan.sequences
-    width = max(end - start for start, end, _ in runs)
-    length = max(sum(node.kv_len for node in path) for _, _, path in runs)
+    sequences = plan.sequences
+    width = max(end - start for start, end, _ in sequences)
+    length = max(sum(node.kv_len for node in path) for _, _, path in sequences)
     rows, tokens, masks = [], [], []
-    for start, end, path in runs:
+    for start, end, path in sequences:
         row = torch.arange(start, start + width).clamp_max(end - 1)
         slot = torch.cat([_slots(node, plan.page_size, kv_heads) for node in path], dim=1)
         sees = torch.cat([_sees(node, row) for node in path], dim=1)
@@ -95,7 +95,7 @@ def _padded(
 
 
 def _slots(node: PlanNode, page_size: int, kv_heads: int) -> Tensor:
-    """Of every KV head, where the node's tokens are: [kv_heads, kv_len]."""
+    """The slots of the node's tokens for each KV head: [kv_heads, kv_len]."""
     token = torch.arange(node.kv_len)
     page = torch.tensor(node.pages)[token // page_size]
     head = torch.arange(kv_heads)[:, None]
@@ -103,6 +103,6 @@ def _slots(node: PlanNode, page_size: int, kv_heads: int) -> Tensor:
 
 
 def _sees(node: PlanNode, row: Tensor) -> Tensor:
-    """Which of the node's tokens each row sees: bool [rows, kv_len]."""
+    """The mask of the node's tokens that each row sees: bool [rows, kv_len]."""
     visible = node.kv_len - node.num_new + row - node.row_start + 1
     return torch.arange(node.kv_len) < visible[:, None]

@@ -1,7 +1,7 @@
-"""FlashAttention as vLLM's wheel carries it: a shared object with torch ops, which need no vLLM.
+"""FlashAttention from vLLM's wheel: a shared object with torch ops that do not need vLLM.
 
-FA2_LIBRARY and FA3_LIBRARY name an object to load (`_vllm_fa3_C*.so`); else it is looked for in an
-installed vllm.
+FA2_LIBRARY and FA3_LIBRARY name the object to load (`_vllm_fa3_C*.so`); otherwise that of an
+installed vllm is used.
 """
 
 import os
@@ -17,7 +17,7 @@ from bench.peers.peer import Unavailable, distribution
 
 @cache
 def loaded(number: int) -> object | None:
-    """The namespace of torch.ops of FlashAttention 2 or 3; None if there is no object."""
+    """The torch.ops namespace of FlashAttention 2 or 3; None if there is no object."""
     path = _path(number)
     if path is None:
         return None
@@ -30,26 +30,26 @@ def loaded(number: int) -> object | None:
 
 
 def version(number: int, package: str) -> str | None:
-    """The path that was named, the installed vllm's version, or that of `package`."""
-    named = os.environ.get(f"FA{number}_LIBRARY")
-    return named or distribution("vllm", package)()
+    """The path from the environment, the installed vllm's version, or that of `package`."""
+    path = os.environ.get(f"FA{number}_LIBRARY")
+    return path or distribution("vllm", package)()
 
 
-def arguments(op: torch._ops.OpOverloadPacket, given: dict) -> list:
-    """`given` in the order of the op's schema, None for what it does not name."""
-    return [given.get(argument.name) for argument in op.default._schema.arguments]
+def arguments(op: torch._ops.OpOverloadPacket, named: dict) -> list:
+    """The values of `named` in the order of the op's schema, None for missing ones."""
+    return [named.get(argument.name) for argument in op.default._schema.arguments]
 
 
-def unmasked(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> dict:
-    """What both versions' ops are given for attention without a mask within packed sequences."""
+def unmasked(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_length: int) -> dict:
+    """Arguments of both versions' ops for unmasked attention within packed sequences."""
     return {
         "q": q,
         "k": k,
         "v": v,
         "cu_seqlens_q": starts,
         "cu_seqlens_k": starts,
-        "max_seqlen_q": longest,
-        "max_seqlen_k": longest,
+        "max_seqlen_q": max_length,
+        "max_seqlen_k": max_length,
         "softmax_scale": q.shape[2] ** -0.5,
         "is_causal": False,
         "window_size_left": -1,
@@ -58,8 +58,9 @@ def unmasked(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> d
 
 
 def _path(number: int) -> str | None:
-    named = os.environ.get(f"FA{number}_LIBRARY")
+    path = os.environ.get(f"FA{number}_LIBRARY")
     vllm = find_spec("vllm")
-    places = vllm.submodule_search_locations if vllm else ()
-    found = [path for place in places for path in Path(place).glob(f"*/_vllm_fa{number}_C*.so")]
-    return named or (str(found[0]) if found else None)
+    folders = vllm.submodule_search_locations if vllm else ()
+    pattern = f"*/_vllm_fa{number}_C*.so"
+    objects = [file for folder in folders for file in Path(folder).glob(pattern)]
+    return path or (str(objects[0]) if objects else None)

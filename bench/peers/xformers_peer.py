@@ -1,6 +1,6 @@
-"""xformers: its split-K Triton decode over paged KV. Written against xformers 0.0.35.
+"""xformers' split-K Triton decode over paged KV. Written against xformers 0.0.35.
 
-It wants pages of [page_size, Hkv, D], which are made outside the timed call.
+It needs pages of [page_size, Hkv, D], which are built outside the timed call.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from bench.peers.peer import Library, Unavailable, distribution, imported, on_gp
 
 
 def split_k(inputs: dict) -> Callable[[], Tensor]:
-    """Every sequence by itself, over shared physical pages."""
+    """Attention of each sequence by itself, over shared physical pages."""
     q = inputs["q"]
     fmha, layout = check(q.device), paged(inputs)
     if inputs["window"] or not layout.decodes:
-        raise Unavailable("is called for decode without a window only")
+        raise Unavailable("is only called for decode without a window")
     bias = fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
         q_seqlen=[1] * len(layout.segments),
         kv_seqlen=[segment.length for segment in layout.segments],
@@ -42,7 +42,7 @@ def split_k(inputs: dict) -> Callable[[], Tensor]:
 
 
 def check(device: torch.device) -> ModuleType:
-    """xformers' attention; Unavailable without it or without a GPU."""
+    """xformers' attention module; raises Unavailable without it or without a GPU."""
     on_gpu(device)
     return imported("xformers.ops.fmha")
 

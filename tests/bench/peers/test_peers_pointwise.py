@@ -1,4 +1,4 @@
-"""Comparators of the small ops: torch.compile's graphs, and the calls of Liger and FlashInfer."""
+"""Peers of the small ops: torch.compile's graphs, and the calls of Liger and FlashInfer."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -22,19 +22,21 @@ CASES = {
     "projector": [cases._projector([(5, 7), (4, 4)], 8, 12, scattered=flag) for flag in (0, 1)],
 }
 each_case = pytest.mark.parametrize(
-    "case", [case for of_op in CASES.values() for case in of_op], ids=lambda c: f"{c.op} {c.name}"
+    "case",
+    [case for op_cases in CASES.values() for case in op_cases],
+    ids=lambda c: f"{c.op} {c.name}",
 )
 
 
 def verdict_of(case, name, dtype=torch.float32):
-    made = case.inputs(0, CPU, dtype)
-    return judge(case, PEERS[case.op][name], made, reference(case, made))
+    inputs = case.inputs(0, CPU, dtype)
+    return judge(case, PEERS[case.op][name], inputs, reference(case, inputs))
 
 
 class TestCompile:
     @pytest.fixture
     def without_compiler(self, monkeypatch):
-        """Graphs as they are traced, run by PyTorch: their compilation takes a minute."""
+        """Runs traced graphs uncompiled, because compiling them takes a minute."""
         traced, compiled = [], torch.compile
 
         def backend(graph, example):
@@ -48,14 +50,14 @@ class TestCompile:
 
     @each_case
     def test_one_graph_each(self, without_compiler, case):
-        """Guards the bar: an op in pieces, or one that dynamo runs as it is, is no compiled op."""
+        """Guards the baseline: each op is compiled as one graph, not in pieces or not at all."""
         assert verdict_of(case, "compile").failure is None
         assert len(without_compiler) == 1
         assert any(node.op == "call_function" for node in without_compiler[0].graph.nodes)
 
     def test_every_shape_is_compiled(self, without_compiler):
-        """Guards the peer's times at later shapes, where dynamo stops compiling after eight, or
-        compiles for sizes that it does not know."""
+        """Guards the peer's times at later shapes: dynamo stops compiling after eight shapes, or
+        compiles for dynamic sizes."""
         for rows in range(2, 14):
             verdict_of(cases._silu_mul(rows, 8), "compile")
         shapes = [
@@ -67,9 +69,9 @@ class TestCompile:
         assert shapes == [(rows, 16) for rows in range(2, 14)]
 
     def test_without_a_compiler(self, monkeypatch):
-        """Guards the reason beside the row, instead of torch's pages about its C++ compiler."""
+        """Guards the row's one-line reason, instead of torch's long message about C++ compilers."""
         monkeypatch.setenv("CXX", "no-such-compiler")
-        with pytest.raises(Unavailable, match="no-such-compiler is not there"):
+        with pytest.raises(Unavailable, match="no-such-compiler was not found"):
             verdict_of(CASES["silu_mul"][0], "compile")
 
 
@@ -78,7 +80,7 @@ def normed(x, weight, eps):
 
 
 class TestLiger:
-    """The stand-ins have the arguments of liger-kernel 0.8.5's forward functions."""
+    """The fakes have the arguments of liger-kernel 0.8.5's forward functions."""
 
     @pytest.fixture(autouse=True)
     def library(self, monkeypatch):
@@ -93,37 +95,37 @@ class TestLiger:
                 F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1]
             ),
         }
-        made = SimpleNamespace(**{n: SimpleNamespace(apply=f) for n, f in functions.items()})
+        fake = SimpleNamespace(**{n: SimpleNamespace(apply=f) for n, f in functions.items()})
         monkeypatch.setattr(liger_peer, "on_gpu", lambda device: None)
-        monkeypatch.setattr(liger_peer, "imported", lambda name: made)
-        return made
+        monkeypatch.setattr(liger_peer, "imported", lambda name: fake)
+        return fake
 
     @pytest.mark.parametrize("dtype", ops.DTYPES)
     @pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "silu_mul"])
     def test_numbers(self, op, dtype):
-        """Guards the calls: arguments in Liger's order, residual and LayerScale where they are."""
+        """Guards the calls: order of arguments, with and without residual and LayerScale."""
         for case in CASES[op]:
             assert verdict_of(case, "liger", dtype).failure is None, case.name
 
     def test_interleaved_pairs(self):
-        """Guards the reason beside the row: Liger would take gates for ups."""
-        with pytest.raises(Unavailable, match="halves only"):
+        """Guards the row's reason: Liger would mistake gates for ups."""
+        with pytest.raises(Unavailable, match="only as halves"):
             verdict_of(cases._silu_mul(3, 64, interleaved=True), "liger")
 
     def test_older_versions(self, library):
-        """Guards the reason beside the row, where a function came with a later version."""
+        """Guards the row's reason if the installed version lacks a function."""
         del library.LigerFusedGateUpSiLUMulFunction
         with pytest.raises(Unavailable, match="LigerFusedGateUpSiLUMulFunction"):
             verdict_of(CASES["silu_mul"][0], "liger")
 
 
 class TestFlashInfer:
-    """The stand-ins have the arguments of flashinfer-python 0.6.13."""
+    """The fakes have the arguments of flashinfer-python 0.6.13."""
 
     @pytest.mark.parametrize("op", ["rms_norm", "silu_mul"])
     def test_numbers(self, monkeypatch, op):
-        """Guards the calls, of which the one with a residual works in place: not in the inputs,
-        which the op's forms share."""
+        """Guards the calls. The one with a residual works in place, but must not modify the
+        inputs, which the op's forms share."""
 
         def fused_add_rmsnorm(input, residual, weight, eps=1e-6, enable_pdl=None):
             residual += input
@@ -142,15 +144,15 @@ class TestFlashInfer:
         monkeypatch.setattr(flashinfer_peer, "imported", lambda name: library)
         for case in CASES[op]:
             assert verdict_of(case, "flashinfer").failure is None, case.name
-            made = case.inputs(0, CPU, torch.float32)
-            before = {name: x.clone() for name, x in made.items() if isinstance(x, torch.Tensor)}
-            PEERS[op]["flashinfer"](made)()
-            assert all(torch.equal(made[name], x) for name, x in before.items())
+            inputs = case.inputs(0, CPU, torch.float32)
+            before = {name: x.clone() for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+            PEERS[op]["flashinfer"](inputs)()
+            assert all(torch.equal(inputs[name], x) for name, x in before.items())
 
 
 @pytest.mark.parametrize("op", CASES)
 def test_what_cannot_run_says_why(op):
-    """Guards the table's footer: a peer that needs a GPU says so on a CPU."""
+    """Guards the table's footer: on a CPU, a peer that needs a GPU says so."""
     for name in PEERS[op].keys() & {"liger", "flashinfer"}:
         with pytest.raises(Unavailable, match="needs a GPU"):
             verdict_of(CASES[op][0], name)
@@ -159,12 +161,12 @@ def test_what_cannot_run_says_why(op):
 @pytest.mark.gpu
 @each_case
 def test_numbers(case):
-    """Guards the baselines on the device where they matter, those that are installed."""
-    made = case.inputs(0, torch.device("cuda"), torch.bfloat16)
-    expected = reference(case, made)
+    """Guards the installed peers on the device on which they are measured."""
+    inputs = case.inputs(0, torch.device("cuda"), torch.bfloat16)
+    expected = reference(case, inputs)
     for name, peer in PEERS[case.op].items():
         try:
-            verdict = judge(case, peer, made, expected)
+            verdict = judge(case, peer, inputs, expected)
         except Unavailable:
             continue
         assert verdict.failure is None, name

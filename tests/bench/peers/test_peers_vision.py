@@ -1,4 +1,4 @@
-"""Comparators of the vision ops: their numbers as far as a CPU has them, and their calls."""
+"""Peers of the vision ops: their calls, and their results as far as a CPU can compute them."""
 
 import inspect
 import sys
@@ -15,7 +15,7 @@ from bench.peers import PEERS, Unavailable, fa2_peer, fa3_peer, projector_peer, 
 VISION, PROJECTOR = PEERS["vision_attention"], PEERS["projector"]
 CUDNN = ("cudnn", "cudnn-folded")
 CPU = torch.device("cpu")
-GRIDS = [(5, 7), (5, 7), (1, 1), (8, 3), (5, 7)]  # runs of 2, 1, 1 and 1: a grid comes back
+GRIDS = [(5, 7), (5, 7), (1, 1), (8, 3), (5, 7)]  # runs of 2, 1, 1 and 1 views: a grid occurs again
 FA3_NAMES = (
     "q", "k", "v", "k_new", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q",
     "max_seqlen_k", "page_table", "softmax_scale", "is_causal", "window_size_left",
@@ -30,7 +30,7 @@ def plain_rotation(monkeypatch):
 
 
 def attend(q, k, v, starts_q, starts_k, longest_q, longest_k):
-    """What varlen libraries do with tensors [T, H, D]."""
+    """Attention of varlen libraries, for tensors [T, H, D]."""
     assert torch.equal(starts_q, starts_k)
     assert starts_q.dtype == torch.int32
     sizes = starts_q.diff().tolist()
@@ -43,8 +43,8 @@ def attend(q, k, v, starts_q, starts_k, longest_q, longest_k):
 
 
 def verdict_of(peer, case, dtype=torch.float32):
-    made = case.inputs(0, CPU, dtype)
-    return judge(case, peer, made, reference(case, made))
+    inputs = case.inputs(0, CPU, dtype)
+    return judge(case, peer, inputs, reference(case, inputs))
 
 
 class TestVisionAttention:
@@ -52,7 +52,7 @@ class TestVisionAttention:
     @pytest.mark.parametrize("dtype", ops.DTYPES)
     @pytest.mark.parametrize("grids", [GRIDS, [(6, 6)] * 3])
     def test_sdpa(self, plain_rotation, name, dtype, grids):
-        """Guards the bar: rotation, runs of one grid as a batch, and their order in the result."""
+        """Guards the baseline: rotation, batches of views with one grid, and the result's order."""
         case = cases._vision(grids, heads=2)
         assert verdict_of(VISION[name], case, dtype).failure is None
 
@@ -69,16 +69,16 @@ class TestVisionAttention:
             assert verdict_of(VISION[name + suffix], case).failure is None, name
 
     def test_fa3(self, plain_rotation, monkeypatch):
-        """Guards FA3's call: by name through whatever schema the library has, without a mask."""
+        """Guards FA3's call: arguments by name through the library's schema, without a mask."""
 
         def fwd(*values):
-            given = dict(zip(FA3_NAMES, values, strict=True))
-            assert given["softmax_scale"] == 96**-0.5
-            assert given["is_causal"] is False
-            assert given["window_size_left"] == given["window_size_right"] == -1
-            assert given["page_table"] is given["seqused_k"] is None
+            named_args = dict(zip(FA3_NAMES, values, strict=True))
+            assert named_args["softmax_scale"] == 96**-0.5
+            assert named_args["is_causal"] is False
+            assert named_args["window_size_left"] == named_args["window_size_right"] == -1
+            assert named_args["page_table"] is named_args["seqused_k"] is None
             names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-            out = attend(*(given[name] for name in ("q", "k", "v", *names)))
+            out = attend(*(named_args[name] for name in ("q", "k", "v", *names)))
             return out, torch.empty(0), None
 
         named = [SimpleNamespace(name=name) for name in FA3_NAMES]
@@ -89,24 +89,24 @@ class TestVisionAttention:
             assert verdict_of(VISION[name], case).failure is None, name
 
     def test_torch_takes_these_arguments(self):
-        """Guards the stand-in above against a torch that wants them otherwise."""
+        """Guards the fake above against a torch with other arguments."""
         from torch.nn.attention.varlen import varlen_attn
 
         bound = inspect.signature(varlen_attn).bind(*"qkv", "starts", "starts", 3, 3).arguments
         assert list(bound)[3:] == ["cu_seq_q", "cu_seq_k", "max_q", "max_k"]
 
     def test_what_is_timed(self, monkeypatch):
-        """Guards the meaning of both kinds: one rotates in every call, the other never."""
+        """Guards what is timed: one kind of peer rotates in every call, "-alone" never does."""
         rotations = []
-        right = vision_peer.rotated
+        original = vision_peer.rotated
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         monkeypatch.setattr(
-            vision_peer, "rotated", lambda *args: rotations.append(1) or right(*args)
+            vision_peer, "rotated", lambda *args: rotations.append(1) or original(*args)
         )
-        made = cases._vision([(3, 4)], heads=1).inputs(0, CPU, torch.float32)
+        inputs = cases._vision([(3, 4)], heads=1).inputs(0, CPU, torch.float32)
         for name, before, after in (("sdpa-flash", 0, 2), ("sdpa-flash-alone", 1, 1)):
             rotations.clear()
-            call = VISION[name](made)
+            call = VISION[name](inputs)
             assert len(rotations) == before
             call(), call()
             assert len(rotations) == after
@@ -116,20 +116,20 @@ class TestProjector:
     @pytest.mark.parametrize("name", CUDNN)
     @pytest.mark.parametrize("scattered", [False, True])
     def test_numbers(self, monkeypatch, name, scattered):
-        """Guards the bar: cuDNN measures its algorithms, with the weights that the name says, and
-        does not find those remembered for the forms."""
+        """Guards the baseline: cuDNN measures its algorithms, with the named weights, and does not
+        reuse those remembered for the forms."""
         monkeypatch.setattr(projector_peer, "check", lambda device: None)
-        seen, right = [], projector_peer.projector
+        calls, original = [], projector_peer.projector
 
-        def projector(**given):
+        def projector(**named_args):
             flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-            seen.append((*flags, given["folded"] is not None))
-            return right(**given)
+            calls.append((*flags, named_args["folded"] is not None))
+            return original(**named_args)
 
         monkeypatch.setattr(projector_peer, "projector", projector)
         case = cases._projector([(5, 7), (4, 4)], width=8, out=12, scattered=scattered)
         assert verdict_of(PROJECTOR[name], case).failure is None
-        assert seen == [(True, True, name == "cudnn-folded")]
+        assert calls == [(True, True, name == "cudnn-folded")]
         assert torch.backends.cudnn.benchmark is torch.backends.cudnn.deterministic is False
 
 
@@ -138,7 +138,7 @@ class TestAbsence:
         "name", [*(name for name in VISION if not name.startswith("sdpa-flash")), *CUDNN]
     )
     def test_what_cannot_run_says_why(self, plain_rotation, name):
-        """Guards the table's footer: a peer that is missing has a reason, in one line."""
+        """Guards the table's footer: a missing peer has a reason, in one line."""
         case = cases._vision([(3, 4)], heads=1)
         if name in CUDNN:
             case = cases._projector([(3, 4)], width=8, out=12)
@@ -150,13 +150,13 @@ class TestAbsence:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", VISION | PROJECTOR)
 def test_numbers(name):
-    """Guards the baselines on the device where they matter, those that are installed."""
+    """Guards the installed peers on the device on which they are measured."""
     case = cases._vision(GRIDS, heads=2)
     if name in PROJECTOR:
         case = cases._projector([(5, 7), (4, 4)], width=64, out=128)
-    made = case.inputs(0, torch.device("cuda"), torch.bfloat16)
+    inputs = case.inputs(0, torch.device("cuda"), torch.bfloat16)
     try:
-        verdict = judge(case, (VISION | PROJECTOR)[name], made, reference(case, made))
+        verdict = judge(case, (VISION | PROJECTOR)[name], inputs, reference(case, inputs))
     except Unavailable as reason:
         pytest.skip(f"{name}: {reason}")
     assert verdict.failure is None
