@@ -1,4 +1,4 @@
-"""`python -m bench peers`: lists the peers that can be measured here, and installs others.
+"""`python -m bench peers`: list the peers that can be measured here, and install others.
 
 `prepare` fills a folder on a machine with internet access; `install` installs from that folder on a
 GPU machine without.

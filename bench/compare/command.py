@@ -1,4 +1,4 @@
-"""`python -m bench compare A B`: where B is slower than A, or wrong.
+"""`python -m bench compare A B`: find the cases where B is slower than A, or wrong.
 
 A and B are commits, "." for the working tree, or two files of rows. Commits are unpacked into a
 temporary folder; a worker process of each prepares a case, and the two time it alternately, A B B A

@@ -67,7 +67,7 @@ def _vllm_call(library: object, inputs: dict, layout: Paged) -> Callable[[], Ten
         "cu_seqlens_q": starts,
         "cu_seqlens_k": torch.zeros_like(starts),  # required, but not read if seqused_k is given
         "seqused_k": lengths,
-        "block_table": block_table(layout.segments).to(q.device),
+        "block_table": block_table(layout.kv_ranges).to(q.device),
         "max_seqlen_q": max_rows,
         "max_seqlen_k": max_length,
         "softmax_scale": inputs["scale"],
@@ -84,7 +84,7 @@ def _package_call(library: object, inputs: dict, layout: Paged) -> Callable[[], 
     k, v = (x.transpose(1, 2) for x in (layout.k, layout.v))  # [num_pages, page_size, Hkv, D]
     starts, lengths, max_rows, max_length = _sizes(layout, q.device)
     options = {
-        "block_table": block_table(layout.segments).to(q.device),
+        "block_table": block_table(layout.kv_ranges).to(q.device),
         "softmax_scale": inputs["scale"],
         "causal": True,
         "window_size": (window - 1, 0 if window else -1),
@@ -92,15 +92,15 @@ def _package_call(library: object, inputs: dict, layout: Paged) -> Callable[[], 
     if layout.decodes:
         decode = library.flash_attn_with_kvcache
         return lambda: decode(q[:, None], k, v, cache_seqlens=lengths, **options)[:, 0]
-    ends = indptr([segment.length for segment in layout.segments]).to(q.device)
+    ends = indptr([kv_range.length for kv_range in layout.kv_ranges]).to(q.device)
     sizes = (starts, ends, max_rows, max_length)
     return lambda: library.flash_attn_varlen_func(q, k, v, *sizes, **options)
 
 
 def _sizes(layout: Paged, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
     """Start rows and lengths of the sequences (int32, on the device); largest row count, length."""
-    rows = [segment.rows for segment in layout.segments]
-    lengths = [segment.length for segment in layout.segments]
+    rows = [kv_range.rows for kv_range in layout.kv_ranges]
+    lengths = [kv_range.length for kv_range in layout.kv_ranges]
     on_device = torch.tensor(lengths, dtype=torch.int32, device=device)
     return indptr(rows).to(device), on_device, max(rows), max(lengths)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.peers.layout import Segment, block_table, indptr, levels, paged
+from bench.peers.layout import KVRange, block_table, indptr, levels, paged
 from bench.peers.peer import Library, Unavailable, imported, on_gpu
 from bench.peers.vllm_object import arguments, loaded, unmasked, version
 
@@ -30,7 +30,7 @@ DEFAULTS = {
 def one_call(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
     """Attention of each sequence by itself, over shared physical pages or `copied` ones."""
     library, layout = check(inputs["q"].device), paged(inputs, copied=copied)
-    call = _paged_call(library, inputs, layout.k, layout.v, layout.segments, causal=True)
+    call = _paged_call(library, inputs, layout.k, layout.v, layout.kv_ranges, causal=True)
     return lambda: call()[0]
 
 
@@ -43,10 +43,10 @@ def cascade(inputs: dict) -> Callable[[], Tensor]:
             inputs,
             inputs["pages"].k,
             inputs["pages"].v,
-            segments,
-            causal=segments is tree[-1],
+            kv_ranges,
+            causal=kv_ranges is tree[-1],
         )
-        for segments in tree
+        for kv_ranges in tree
     ]
     fused = torch.compile(merge, dynamic=True)
     return lambda: fused(*zip(*(call() for call in calls), strict=True))
@@ -77,13 +77,13 @@ def _paged_call(
     inputs: dict,
     k: Tensor,
     v: Tensor,
-    segments: list[Segment],
+    kv_ranges: list[KVRange],
     causal: bool,
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """A call over block tables that returns out [T, Hq, D] and lse [Hq, T]."""
     q, window = inputs["q"], inputs["window"]
-    lengths = [segment.length for segment in segments]
-    rows = [segment.rows for segment in segments]
+    lengths = [kv_range.length for kv_range in kv_ranges]
+    rows = [kv_range.rows for kv_range in kv_ranges]
     named = DEFAULTS | {
         "q": q,
         "k": k.transpose(1, 2),  # [num_pages, page_size, Hkv, D]
@@ -92,12 +92,12 @@ def _paged_call(
         "seqused_k": torch.tensor(lengths, dtype=torch.int32, device=q.device),
         "max_seqlen_q": max(rows),
         "max_seqlen_k": max(lengths),
-        "page_table": block_table(segments).to(q.device),
+        "page_table": block_table(kv_ranges).to(q.device),
         "softmax_scale": inputs["scale"],
         "is_causal": causal,
         "window_size_left": window - 1,
         "window_size_right": 0 if window else -1,
-        "batch_size": len(segments),
+        "batch_size": len(kv_ranges),
         "num_heads": q.shape[1],
         "num_heads_k": k.shape[1],
         "headdim": q.shape[2],

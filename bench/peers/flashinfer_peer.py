@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bench.peers.layout import Segment, indptr, levels, paged
+from bench.peers.layout import KVRange, indptr, levels, paged
 from bench.peers.peer import Library, distribution, halves, imported, on_gpu
 
 WORKSPACE_BYTES = 512 << 20
@@ -21,7 +21,7 @@ def plain(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
     """Attention of each sequence by itself, over shared physical pages or `copied` ones."""
     q = inputs["q"]
     flashinfer, layout = check(q.device), paged(inputs, copied=copied)
-    arguments = (*_tables(layout.segments, layout.k.shape[2]), *_shape(q, layout.k))
+    arguments = (*_tables(layout.kv_ranges, layout.k.shape[2]), *_shape(q, layout.k))
     options = _options(inputs) | {"window_left": inputs["window"] - 1}
     if layout.decodes:
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -29,7 +29,7 @@ def plain(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
         )
     else:
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(q.device), "HND")
-        arguments = (_rows(layout.segments), *arguments)
+        arguments = (_rows(layout.kv_ranges), *arguments)
         options["causal"] = True
     wrapper.plan(*arguments, **options)
     return lambda: wrapper.run(q, (layout.k, layout.v))
@@ -39,10 +39,10 @@ def cascade(inputs: dict) -> Callable[[], Tensor]:
     """One launch per level of the tree, and a merge for each level except the last."""
     q, (k, v, *_) = inputs["q"], inputs["pages"]
     flashinfer, tree = check(q.device), levels(inputs)
-    tables = [_tables(segments, k.shape[2]) for segments in tree]
+    tables = [_tables(kv_ranges, k.shape[2]) for kv_ranges in tree]
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(tree), _workspace(q.device), "HND")
     wrapper.plan(
-        [_rows(segments) for segments in tree],
+        [_rows(kv_ranges) for kv_ranges in tree],
         *(list(level_tables) for level_tables in zip(*tables, strict=True)),
         *_shape(q, k),
         causal=True,  # applies to the last level, which contains the rows' own tokens
@@ -83,16 +83,16 @@ def _workspace(device: torch.device) -> Tensor:
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
-def _rows(segments: list[Segment]) -> Tensor:
-    return indptr([segment.rows for segment in segments])
+def _rows(kv_ranges: list[KVRange]) -> Tensor:
+    return indptr([kv_range.rows for kv_range in kv_ranges])
 
 
-def _tables(segments: list[Segment], page_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(kv_ranges: list[KVRange], page_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """kv_indptr, kv_indices, last_page_len: int32 on the host."""
-    last_lengths = [(s.length - 1) % page_size + 1 if s.length else 0 for s in segments]
+    last_lengths = [(s.length - 1) % page_size + 1 if s.length else 0 for s in kv_ranges]
     return (
-        indptr([len(segment.pages) for segment in segments]),
-        torch.cat([segment.pages for segment in segments]),
+        indptr([len(kv_range.pages) for kv_range in kv_ranges]),
+        torch.cat([kv_range.pages for kv_range in kv_ranges]),
         torch.tensor(last_lengths, dtype=torch.int32),
     )
 

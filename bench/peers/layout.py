@@ -19,7 +19,7 @@ EMPTY_NODE = PlanNode((), 0, 0, 0)
 
 
 @dataclass(frozen=True)
-class Segment:
+class KVRange:
     """Rows [start, end) that see the first `length` tokens of the same pages."""
 
     start: int
@@ -38,12 +38,12 @@ class Paged:
 
     k: Tensor
     v: Tensor
-    segments: list[Segment]
+    kv_ranges: list[KVRange]
 
     @property
     def decodes(self) -> bool:
         """Whether each sequence has one row."""
-        return all(segment.rows == 1 for segment in self.segments)
+        return all(kv_range.rows == 1 for kv_range in self.kv_ranges)
 
 
 def paged(inputs: dict, *, copied: bool = False, page_size: int | None = None) -> Paged:
@@ -58,7 +58,7 @@ def paged(inputs: dict, *, copied: bool = False, page_size: int | None = None) -
     pools, size = list(inputs["pages"][:2]), page_size or plan_size
     rebuild_all = copied or size != plan_size
     num_kept = 0 if rebuild_all else len(pools[0])
-    segments: list[Segment] = []
+    kv_ranges: list[KVRange] = []
     rebuilt: dict[tuple[int, bytes], int] = {}  # the page's index by its tokens' slots
     for index, (start, end, path) in enumerate(sequences):
         slots = torch.cat([_slots(node, plan_size) for node in path])
@@ -69,15 +69,15 @@ def paged(inputs: dict, *, copied: bool = False, page_size: int | None = None) -
         for page in torch.arange(len(pages))[~unchanged | rebuild_all].tolist():
             key = (index if copied else 0, pages[page].numpy().tobytes())
             table[page] = num_kept + rebuilt.setdefault(key, len(rebuilt))
-        segments.append(Segment(start, end, table.int(), len(slots)))
+        kv_ranges.append(KVRange(start, end, table.int(), len(slots)))
     if rebuilt:
         slots = b"".join(page_slots for _, page_slots in rebuilt)
         new_pages = torch.frombuffer(bytearray(slots), dtype=torch.int64).view(-1, size)
         pools = [_rebuild(pool, new_pages, num_kept) for pool in pools]
-    return Paged(*pools, segments)
+    return Paged(*pools, kv_ranges)
 
 
-def levels(inputs: dict) -> list[list[Segment]]:
+def levels(inputs: dict) -> list[list[KVRange]]:
     """The tree level by level; each level covers all rows. The nodes with the rows' own new tokens
     form the last level, nodes above them are at their depth, and the levels between are empty."""
     if inputs["window"]:
@@ -86,17 +86,17 @@ def levels(inputs: dict) -> list[list[Segment]]:
     depth = max(len(path) for _, _, path in sequences)
     tree = []
     for level in range(depth):
-        segments: list[Segment] = []
+        kv_ranges: list[KVRange] = []
         previous = None
         for start, end, path in sequences:
             node = path[-1] if level == depth - 1 else (*path[:-1], *[EMPTY_NODE] * depth)[level]
             if node is previous:
-                start = segments.pop().start
+                start = kv_ranges.pop().start
             previous = node
             pages = node.pages[: cdiv(node.kv_len, inputs["plan"].page_size)]
             pages = torch.tensor(pages, dtype=torch.int32)
-            segments.append(Segment(start, end, pages, node.kv_len))
-        tree.append(segments)
+            kv_ranges.append(KVRange(start, end, pages, node.kv_len))
+        tree.append(kv_ranges)
     return tree
 
 
@@ -105,9 +105,9 @@ def indptr(sizes: list[int]) -> Tensor:
     return torch.tensor([0, *sizes]).cumsum(0).int()
 
 
-def block_table(segments: list[Segment]) -> Tensor:
+def block_table(kv_ranges: list[KVRange]) -> Tensor:
     """int32 [n, max pages], padded with page 0."""
-    return torch.nn.utils.rnn.pad_sequence([segment.pages for segment in segments], True)
+    return torch.nn.utils.rnn.pad_sequence([kv_range.pages for kv_range in kv_ranges], True)
 
 
 def _sequences(inputs: dict) -> list[tuple[int, int, list[PlanNode]]]:

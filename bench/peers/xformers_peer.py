@@ -20,9 +20,9 @@ def split_k(inputs: dict) -> Callable[[], Tensor]:
     if inputs["window"] or not layout.decodes:
         raise Unavailable("is only called for decode without a window")
     bias = fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
-        q_seqlen=[1] * len(layout.segments),
-        kv_seqlen=[segment.length for segment in layout.segments],
-        block_tables=block_table(layout.segments).to(q.device),
+        q_seqlen=[1] * len(layout.kv_ranges),
+        kv_seqlen=[kv_range.length for kv_range in layout.kv_ranges],
+        block_tables=block_table(layout.kv_ranges).to(q.device),
         page_size=layout.k.shape[2],
         device=q.device,
     )

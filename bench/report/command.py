@@ -1,4 +1,4 @@
-"""`python -m bench report rows.jsonl ... --out DIR`: an HTML page and pictures of rows.
+"""`python -m bench report rows.jsonl ... --out DIR`: write an HTML page and pictures of rows.
 
 The page embeds its pictures and loads nothing from elsewhere; the pictures are also written next to
 it as PNG. If something was measured twice, the latest row is shown. Rows of the same device in
@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS", help="JSONL files of rows")
     parser.add_argument(
-        "--out", type=Path, default=Path("report"), metavar="DIR", help="default: report"
+        "--out",
+        type=Path,
+        default=Path("report"),
+        metavar="DIR",
+        help="folder to write to (default: report)",
     )
     parser.add_argument("--no-history", action="store_true", help="do not read older rows from git")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`python -m bench validate`: every form of every op, and the whole tiny model, against fp64.
+"""`python -m bench validate`: compare every form of every op, and the tiny model, with fp64.
 
 Ops are compared with fp64 formulas that share no code with them (fp64.py), on the irregular shapes
 of `numerics` and on the same 16-bit inputs. The model is compared with its fp64 version and, in

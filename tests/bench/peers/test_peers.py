@@ -62,9 +62,9 @@ def attend(q, k, v, scale, causal, window=0):
     return torch.einsum("mhn,nhd->mhd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
-def gathered(pool, segment):
-    """The tokens in a segment's block table, [length, Hkv, D]."""
-    return pool[segment.pages.long()].transpose(1, 2).flatten(0, 1)[: segment.length]
+def gathered(pool, kv_range):
+    """The tokens in a range's block table, [length, Hkv, D]."""
+    return pool[kv_range.pages.long()].transpose(1, 2).flatten(0, 1)[: kv_range.length]
 
 
 class TestTorch:
@@ -106,13 +106,13 @@ class TestLayout:
         assert result.k.shape[2] == (page_size or PAGE)
         assert result.k.isfinite().all()
         out = torch.full_like(case_inputs["q"], torch.nan)
-        for s in result.segments:
+        for s in result.kv_ranges:
             k, v = gathered(result.k, s), gathered(result.v, s)
             out[s.start : s.end], _ = attend(
                 case_inputs["q"][s.start : s.end], k, v, case_inputs["scale"], True, window
             )
         assert max_error(out, expected) < 1e-5
-        pages = torch.cat([segment.pages for segment in result.segments])
+        pages = torch.cat([kv_range.pages for kv_range in result.kv_ranges])
         if copied:
             assert len(pages.unique()) == len(pages) == len(result.k)
 
@@ -120,7 +120,7 @@ class TestLayout:
         """Guards the engines' baseline: only a partly filled page is rebuilt."""
         case_inputs = small_case([fork(4 * PAGE + 1, [2, 9])]).inputs(0, CPU, torch.float32)
         result = paged(case_inputs)
-        first, second = result.segments
+        first, second = result.kv_ranges
         assert first.pages[:4].tolist() == list(case_inputs["plan"].nodes[0].pages[:4])
         assert first.pages[:4].tolist() == second.pages[:4].tolist()
         assert len(result.k) == case_inputs["pages"].num_pages + 1 + 3
@@ -131,7 +131,7 @@ class TestLayout:
         """Guards FA2's baseline: rebuilt for its page size, a shared prefix is stored once."""
         case_inputs = small_case([fork(4 * PAGE, [2, 9])]).inputs(0, CPU, torch.float32)
         result = paged(case_inputs, page_size=2 * PAGE)
-        first, second = (segment.pages.tolist() for segment in result.segments)
+        first, second = (kv_range.pages.tolist() for kv_range in result.kv_ranges)
         assert first[:2] == second[:2]
         assert sorted(first + second[2:]) == list(range(len(result.k))), "no other pages"
 
@@ -143,27 +143,27 @@ class TestLayout:
         (expected,) = reference(case, case_inputs)
         tree = levels(case_inputs)
         outs, lses = [], []
-        for segments in tree:
-            assert segments[0].start == 0
-            assert [s.end for s in segments[:-1]] == [s.start for s in segments[1:]]
-            assert segments[-1].end == case_inputs["plan"].num_rows
+        for kv_ranges in tree:
+            assert kv_ranges[0].start == 0
+            assert [s.end for s in kv_ranges[:-1]] == [s.start for s in kv_ranges[1:]]
+            assert kv_ranges[-1].end == case_inputs["plan"].num_rows
             out = torch.zeros_like(case_inputs["q"])
             lse = case_inputs["q"].new_full(case_inputs["q"].shape[:2], -torch.inf)
-            for s in (s for s in segments if s.length):
+            for s in (s for s in kv_ranges if s.length):
                 k, v = gathered(case_inputs["pages"].k, s), gathered(case_inputs["pages"].v, s)
                 out[s.start : s.end], lse[s.start : s.end] = attend(
                     case_inputs["q"][s.start : s.end],
                     k,
                     v,
                     case_inputs["scale"],
-                    segments is tree[-1],
+                    kv_ranges is tree[-1],
                 )
             outs.append(out)
             lses.append(lse.T)
         assert max_error(fa3_peer.merge(tuple(outs), tuple(lses)), expected) < 1e-5
 
-    def test_a_prefix_is_one_segment(self):
-        """Guards the point of a cascade: a group's shared node is one segment for all its rows."""
+    def test_a_prefix_is_one_range(self):
+        """Guards the point of a cascade: a group's shared node is one KV range for all its rows."""
         case_inputs = small_case([fork(8, [2, 3]), fork(9, [4])]).inputs(0, CPU, torch.float32)
         first, last = levels(case_inputs)
         assert [(s.start, s.end, s.length) for s in first] == [(0, 2, 8), (2, 3, 9)]
@@ -171,19 +171,19 @@ class TestLayout:
 
     def test_tables_of_flashinfer(self):
         """Guards indptr, indices and the number of tokens in the last page: 1 to a full page, or 0
-        for an empty segment."""
+        for an empty range."""
         pages = [torch.tensor(ids, dtype=torch.int32) for ids in ([7, 3], [5], [], [1, 2])]
-        segments = [
-            layout.Segment(row, row + 1, ids, length)
+        kv_ranges = [
+            layout.KVRange(row, row + 1, ids, length)
             for row, (ids, length) in enumerate(zip(pages, (5, 4, 0, 8), strict=True))
         ]
-        starts, indices, lasts = flashinfer_peer._tables(segments, PAGE)
+        starts, indices, lasts = flashinfer_peer._tables(kv_ranges, PAGE)
         assert starts.tolist() == [0, 2, 3, 3, 5]
         assert indices.tolist() == [7, 3, 5, 1, 2]
         assert lasts.tolist() == [1, 4, 0, 4]
-        assert flashinfer_peer._rows(segments).tolist() == [0, 1, 2, 3, 4]
-        assert layout.block_table(segments).tolist() == [[7, 3], [5, 0], [0, 0], [1, 2]]
-        for tensor in (starts, indices, lasts, layout.block_table(segments)):
+        assert flashinfer_peer._rows(kv_ranges).tolist() == [0, 1, 2, 3, 4]
+        assert layout.block_table(kv_ranges).tolist() == [[7, 3], [5, 0], [0, 0], [1, 2]]
+        for tensor in (starts, indices, lasts, layout.block_table(kv_ranges)):
             assert tensor.dtype == torch.int32
 
 
