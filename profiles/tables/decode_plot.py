@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.report.charts import INK, mark
+from bench.report.charts import INK, marker_style
 from pacore_sched.sim.plots import pyplot
 from profiles.tables.gpu import gpu_folders
 from profiles.tables.markdown import Row
@@ -137,7 +137,7 @@ def _figure(plt: Any, shown: dict) -> Any:  # noqa: ANN401
 
 def _draw_form(axes: Any, y: float, form: dict) -> None:  # noqa: ANN401
     """A marker at the median, whiskers from p20 to p80, and the median in figures."""
-    style = mark(form)
+    style = marker_style(form)
     whiskers = [[form["median"] - form["p20"]], [form["p80"] - form["median"]]]
     axes.errorbar(form["median"], y, xerr=whiskers, ecolor=style["color"], capsize=4, **style)
     ours = _name(form) == "ours"

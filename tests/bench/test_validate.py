@@ -334,11 +334,11 @@ class TestPictures:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--op", "softmax"), "unknown op 'softmax'; choose of prefix_attention, .*, model"),
-        (("--impl", "fast"), "unknown form 'fast'; choose of eager, portable, triton, triton-inv"),
+        (("--op", "softmax"), "unknown op 'softmax'; choose one of prefix_attention, .*, model"),
+        (("--impl", "fast"), "unknown form 'fast'; choose one of eager, portable, triton, triton-"),
         (("--dtype", "int8"), "unknown dtype 'int8'; choose one of"),
-        (("--op", "sample", "--shape", "B9"), "no case has 'B9' in its name; choose of 'B3 V15"),
-        (("--op", "sample", "--impl", "triton-fused"), "none of these cases has the form triton-f"),
+        (("--op", "sample", "--shape", "B9"), "no case has 'B9' in its name; choose one of 'B3 V"),
+        (("--op", "sample", "--impl", "triton-fused"), "none of the selected cases has the form"),
         (("--impl", "triton", "--dtype", "bf16"), "interpreter multiplies bfloat16 wrongly"),
     ],
 )
