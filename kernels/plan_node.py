@@ -1,4 +1,4 @@
-"""A node of a prefix plan, on the host. No torch: the scheduler lays its tree out in these."""
+"""One node of a prefix plan, on the host; free of torch, because the scheduler builds these."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PlanNode:
-    """Page ids, tokens held, rows [row_start, row_end), new tokens (see prefix_plan.py)."""
+    """A node's pages, tokens and query rows [row_start, row_end); see prefix_plan.py."""
 
-    pages: Sequence[int]
-    kv_len: int
+    pages: Sequence[int]  # page ids
+    kv_len: int  # tokens, those written in this step included
     row_start: int
     row_end: int
-    num_new: int = 0  # tokens of this step written into the node: its first rows
+    num_new: int = 0  # tokens written into the node in this step: its first rows

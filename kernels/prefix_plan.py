@@ -1,18 +1,17 @@
-"""The plan of prefix attention: the pages of each node of the prefix tree, and whose rows read it.
+"""The prefix plan: one step's prefix tree as tensors, with each node's pages and query rows.
 
-Query rows of a step stand in depth-first order of the tree: a node's own rows (tokens being written
-into it) come first, then those of its first child's subtree, and so on. Every node then serves one
-contiguous range of rows. Row r sees of node n, if row_start[n] <= r < row_end[n], the first
+Query rows are in depth-first order of the tree: a node's own rows (the tokens written into it in
+this step), then those of its first child's subtree, and so on. The rows that read a node are thus
+one contiguous range, [row_start[n], row_end[n]). A row r in that range sees the first
 
     visible(n, r) = min(kv_len[n], causal_offset[n] + (r - row_start[n]) + 1)
 
-tokens. `kv_len` counts the tokens being written in this step as well. For a node into which m
-tokens are being written, causal_offset = kv_len - m: the first of its rows ends at the first new
-token, and rows of its children, which stand behind, see all of it. A node that is only read has
-causal_offset = kv_len.
+tokens of node n. `kv_len` includes the tokens written in this step. If m tokens are written into a
+node, causal_offset = kv_len - m: its first row sees up to the first new token, and the rows of its
+children, which come later, see all of it. A node that is only read has causal_offset = kv_len.
 
-A decode step's plan may be padded: made for a `Capacity`, it keeps its tensors at fixed addresses
-while `refill` gives it other nodes, so that a captured CUDA graph can serve whoever is running.
+The plan of a decode step can be padded: built for a `Capacity`, it keeps its tensors at fixed
+addresses while `refill` replaces the nodes, so that one CUDA graph serves changing batches.
 """
 
 from collections.abc import Iterable
@@ -31,55 +30,55 @@ from kernels.runtime.staging import Packed, on_device
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a padded plan has room for. Its kernels are chosen for this, whatever the nodes are."""
+    """The size limits of a padded plan; its kernel configs depend on these, not on its nodes."""
 
-    rows: int  # padding included
-    most_rows: int  # that a node may have
-    levels: int  # nodes on a path, a row's own included
+    rows: int  # of the step, padding included
+    most_rows: int  # the most rows that one node may have
+    levels: int  # the most nodes on a path, leaf included
 
     @property
     def nodes(self) -> int:
-        """Each row lies in one node of each level; and one node that stays empty."""
+        """The most nodes: one for each row and level, and one that stays empty."""
         return self.rows * self.levels + 1
 
     def padding(self, rows: int, page: int) -> list[PlanNode]:
-        """Leaves of one token for the rows from `rows` on, all in a page that nobody reads."""
+        """One-token leaves for the unused rows [rows, self.rows), all in one unused page."""
         return [PlanNode((page,), 1, row, row + 1, 1) for row in range(rows, self.rows)]
 
 
-# Tokens that one Part covers at most: enough for efficient matrix products, few enough for their K,
-# V and scores to stay in a CPU's cache.
+# The most tokens of one Part: enough for efficient matrix products, few enough for their K, V and
+# scores to stay in a CPU's cache.
 PART_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one batched product attends to: the same p pages of n nodes of equal shape and depth.
+    """The work of one batched product: p pages at the same offset in n nodes of equal shape.
 
-    Each node has m rows, and no row belongs to two of them.
+    The nodes have equal depth and m rows each; no row belongs to two of them.
     """
 
     pages: Tensor  # int64 [n, p]
     rows: Tensor  # int64 [n, m]
-    visible: Tensor  # int64 [n, m] tokens of these pages that each row sees, from 0 up
-    least_visible: int  # the smallest of `visible`
-    start: Tensor  # int64 [n] tokens before these pages in the sequences
+    visible: Tensor  # int64 [n, m] how many tokens of these pages each row sees
+    min_visible: int  # the smallest of `visible`
+    start: Tensor  # int64 [n] tokens that precede these pages in their sequences
 
 
 @dataclass(eq=False)
 class PrefixPlan:
-    """A step's prefix tree as int32 tensors, nodes in depth-first order. Made by `build`.
+    """A step's prefix tree as int32 tensors, nodes in depth-first order; see `build`.
 
-    A padded plan's tensors are longer than its nodes need: behind them are empty nodes.
+    A padded plan's tensors are longer than its nodes need; the remaining nodes are empty.
     """
 
     num_rows: int
     num_pages: int
     page_size: int
     capacity: Capacity | None  # of a padded plan
-    nodes: tuple[PlanNode, ...]  # as it was built or filled last
+    nodes: tuple[PlanNode, ...]  # as of the last `build` or `refill`
     packed: Packed = field(repr=False)
-    # What prefix_attention/schedule.py has made of this plan.
+    # This plan's schedules by ScheduleSpec, see prefix_attention/schedule.py.
     schedules: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,18 +101,18 @@ class PrefixPlan:
         device: torch.device | str = "cpu",
         capacity: Capacity | None = None,
     ) -> "PrefixPlan":
-        """Check the nodes against the page pool and lay them out on `device`.
+        """Check the nodes against the page pool and write them to tensors on `device`.
 
-        With `capacity` the plan is padded: see `refill`, which this ends with.
+        With `capacity` the plan is padded, and `refill` can replace its nodes later.
         Raises ValueError naming the node for a page id outside [0, num_pages), too few pages for
-        kv_len, a row range outside [0, num_rows) or across another's, nodes not in depth-first
-        order, or more new tokens than rows or kv_len.
+        kv_len, a row range outside [0, num_rows) or partly overlapping another's, nodes not in
+        depth-first order, or more new tokens than rows or kv_len.
         """
         nodes = tuple(nodes)
         pages = sum(len(node.pages) for node in nodes)
         count, rows = len(nodes), 0
         if capacity:
-            # Nodes own different pages, but for the page of the rows that pad.
+            # No two nodes share a page, except the one page of all padding rows.
             count, pages, rows = capacity.nodes, num_pages + capacity.rows, capacity.rows
         shapes = dict.fromkeys(("kv_len", "row_start", "row_end", "causal_offset"), (count,))
         shapes |= {"page_start": (count + 1,), "pages": (pages,)}
@@ -125,36 +124,36 @@ class PrefixPlan:
         return plan
 
     def refill(self, nodes: Iterable[PlanNode]) -> None:
-        """Lay out other nodes in the same tensors, and in those of the schedules made of the plan.
+        """Replace the nodes, in the same tensors, and update the plan's schedules.
 
-        For padded plans, whose nodes must make a decode step of all its rows; on a GPU in the order
-        of its stream, and without waiting for it. Raises ValueError as `build` does, and for what
-        is beyond the capacity; the plan is then what it was.
+        For padded plans: the nodes must form a decode step with exactly `capacity.rows` rows. On a
+        GPU the copy is ordered by the stream and the host does not wait. Raises ValueError as
+        `build` does, and if the nodes exceed the capacity; the plan is then unchanged.
         """
         nodes = tuple(nodes)
         for index, node in enumerate(nodes):
             _check_node(index, node, self.num_rows, self.page_size)
-        depths = _depths(nodes)  # refuses rows that do not nest
+        depths = _depths(nodes)  # raises if row ranges do not nest
         self._check_capacity(nodes, depths)
         self.packed.fill(self._arrays(nodes, depths))
-        for name in _FROM_NODES:
+        for name in _CACHED_FROM_NODES:
             self.__dict__.pop(name, None)
         self.nodes, self.__dict__["depths"] = nodes, depths
         for schedule in self.schedules.values():
             schedule.refill()
 
     def _arrays(self, nodes: tuple[PlanNode, ...], depths: list[int]) -> dict[str, np.ndarray]:
-        """What the tensors hold of the nodes. Raises ValueError for a page that does not exist."""
+        """The tensors' new contents, by name. Raises ValueError for a page that does not exist."""
         numbers = [(n.kv_len, n.row_start, n.row_end, n.num_new, len(n.pages)) for n in nodes]
         kv_len, row_start, row_end, num_new, count = np.array(numbers, int).reshape(-1, 5).T
         total = int(count.sum())
         pages = np.fromiter(chain.from_iterable(node.pages for node in nodes), int, total)
         page_start = np.concatenate([[0], np.cumsum(count)])
-        wrong = np.flatnonzero((pages < 0) | (pages >= self.num_pages))
-        if len(wrong):
-            index = int(np.searchsorted(page_start, wrong[0], side="right")) - 1
+        invalid = np.flatnonzero((pages < 0) | (pages >= self.num_pages))
+        if len(invalid):
+            index = int(np.searchsorted(page_start, invalid[0], side="right")) - 1
             raise ValueError(
-                f"node {index}: page id {pages[wrong[0]]} is not in [0, {self.num_pages})"
+                f"node {index}: page id {pages[invalid[0]]} is not in [0, {self.num_pages})"
             )
         arrays = {
             "pages": pages,
@@ -171,22 +170,26 @@ class PrefixPlan:
         return arrays
 
     def _check_capacity(self, nodes: tuple[PlanNode, ...], depths: list[int]) -> None:
-        room = self.capacity
-        if room is None:
+        capacity = self.capacity
+        if capacity is None:
             return
-        if not _is_decode(nodes, self.num_rows) or self.num_rows != room.rows:
+        if not _is_decode(nodes, self.num_rows) or self.num_rows != capacity.rows:
             raise ValueError("a padded plan is for a decode step of all its rows")
-        most = max(node.row_end - node.row_start for node in nodes)
+        max_rows = max(node.row_end - node.row_start for node in nodes)
         levels = max(depths) + 1
-        if most > room.most_rows or levels > room.levels or len(nodes) >= room.nodes:
+        if (
+            max_rows > capacity.most_rows
+            or levels > capacity.levels
+            or len(nodes) >= capacity.nodes
+        ):
             raise ValueError(
-                f"{len(nodes)} nodes, {levels} on a path, with up to {most} rows, are more than"
-                f" {room} takes"
+                f"{len(nodes)} nodes, {levels} on a path, with up to {max_rows} rows, exceed"
+                f" {capacity}"
             )
 
     @cached_property
     def row_counts(self) -> tuple[int, int]:
-        """Of the nodes that have rows, the fewest and the most; (0, 0) if there are none."""
+        """The fewest and the most rows of a node that has rows; (0, 0) if none has."""
         if self.capacity:
             return 1, self.capacity.most_rows
         counts = [n.row_end - n.row_start for n in self.nodes if n.row_end > n.row_start]
@@ -199,13 +202,13 @@ class PrefixPlan:
 
     @cached_property
     def room(self) -> int:
-        """Of a decode step's plan as it was built: by how many steps its pages let it advance."""
+        """How many further decode steps fit in the leaves' pages, as of `build` or `refill`."""
         written = [node for node in self.nodes if node.num_new]
         return min((len(n.pages) * self.page_size - n.kv_len for n in written), default=0)
 
     @cached_property
     def leaf_of_row(self) -> Tensor:
-        """Of a decode step's plan: the node whose new token each row is, int32 [T]."""
+        """The leaf of each row of a decode step, int32 [T]: the node whose new token the row is."""
         if self.capacity:
             return self.packed.tensors["leaf_of_row"]
         leaf = [index for index, node in enumerate(self.nodes) if node.num_new]
@@ -213,22 +216,22 @@ class PrefixPlan:
 
     @cached_property
     def depths(self) -> list[int]:
-        """How many nodes with rows contain each node's rows."""
+        """For each node, how many other nodes' row ranges contain its own."""
         return _depths(self.nodes)
 
     @cached_property
     def levels(self) -> int:
-        """Nodes on a path at most."""
+        """The most nodes on a path; of a padded plan, its capacity."""
         return self.capacity.levels if self.capacity else max(self.depths, default=0) + 1
 
     @cached_property
     def node_starts(self) -> list[int]:
-        """Tokens before each node in the sequences that hold it."""
+        """For each node, the tokens that precede it in its sequences."""
         return _starts(self.nodes, self.depths)
 
     @cached_property
     def row_position(self) -> Tensor:
-        """Each row's own place in its sequence, the last that it sees: int32 [T]."""
+        """Each row's position in its sequence, the last that it sees: int32 [T]."""
         if self.capacity:
             return self.packed.tensors["row_position"]
         seen = np.zeros(self.num_rows, dtype=np.int32)
@@ -240,23 +243,28 @@ class PrefixPlan:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """All that some row sees, node by node once: nodes batched by depth, rows and pages."""
+        """Every visible page once, nodes batched by depth, number of rows and number of pages."""
         shapes: dict[tuple[int, int, int], list[int]] = {}
         for index, (node, depth) in enumerate(zip(self.nodes, self.depths, strict=True)):
             rows, pages = node.row_end - node.row_start, cdiv(node.kv_len, self.page_size)
             if rows and pages:
                 shapes.setdefault((depth, rows, pages), []).append(index)
-        most = max(1, PART_TOKENS // self.page_size)
+        max_pages = max(1, PART_TOKENS // self.page_size)
         return [
-            _part(members[at : at + max(1, most // pages)], first, min(most, pages - first), self)
+            _part(
+                members[at : at + max(1, max_pages // pages)],
+                first,
+                min(max_pages, pages - first),
+                self,
+            )
             for (_, _, pages), members in shapes.items()
-            for at in range(0, len(members), max(1, most // pages))
-            for first in range(0, pages, most)
+            for at in range(0, len(members), max(1, max_pages // pages))
+            for first in range(0, pages, max_pages)
         ]
 
     @cached_property
     def sequences(self) -> list[tuple[int, int, list[PlanNode]]]:
-        """Runs of rows (start, end, nodes they see from the root); rows that see none left out."""
+        """Runs of rows with one path: (start, end, nodes from the root), without empty paths."""
         edges = sorted({edge for node in self.nodes for edge in (node.row_start, node.row_end)})
         runs = []
         for start, end in pairwise(edges):
@@ -266,30 +274,32 @@ class PrefixPlan:
         return runs
 
 
-# What is cached of a plan's nodes, and of a padded one is other with every filling.
-_FROM_NODES = ("is_decode", "room", "depths", "node_starts", "parts", "sequences")
+# Cached properties that depend on the nodes: `refill` drops them.
+_CACHED_FROM_NODES = ("is_decode", "room", "depths", "node_starts", "parts", "sequences")
 
 
 def _part(indices: list[int], first: int, pages: int, plan: PrefixPlan) -> Part:
-    """Pages first..first+pages of nodes that have equally many rows."""
+    """The Part for pages [first, first + pages) of nodes with equally many rows."""
     members = [plan.nodes[index] for index in indices]
     row = np.arange(members[0].row_end - members[0].row_start)
     start, length, new = np.array([(n.row_start, n.kv_len, n.num_new) for n in members]).T
     visible = np.minimum(length[:, None], (length - new)[:, None] + row + 1)
     visible = (visible - first * plan.page_size).clip(0, pages * plan.page_size)
-    places = np.array([plan.node_starts[index] for index in indices]) + first * plan.page_size
+    starts = np.array([plan.node_starts[index] for index in indices]) + first * plan.page_size
     arrays = (
         np.array([node.pages[first : first + pages] for node in members]),
         start[:, None] + row,
         visible,
-        places,
+        starts,
     )
-    pages_, rows, visible_, places_ = (on_device(x, plan.kv_len.device) for x in arrays)
-    return Part(pages_, rows, visible_, int(visible.min()), places_)
+    pages_tensor, rows, visible_tensor, starts_tensor = (
+        on_device(x, plan.kv_len.device) for x in arrays
+    )
+    return Part(pages_tensor, rows, visible_tensor, int(visible.min()), starts_tensor)
 
 
 def _starts(nodes: tuple[PlanNode, ...], depths: list[int]) -> list[int]:
-    """Tokens before each node in the sequences that hold it."""
+    """For each node, the tokens that precede it in its sequences."""
     starts: list[int] = []
     path: list[int] = []
     for node, depth in zip(nodes, depths, strict=True):
@@ -301,23 +311,23 @@ def _starts(nodes: tuple[PlanNode, ...], depths: list[int]) -> list[int]:
 
 def _is_decode(nodes: tuple[PlanNode, ...], num_rows: int) -> bool:
     written = [node for node in nodes if node.num_new]
-    alone = all(node.num_new == 1 == node.row_end - node.row_start for node in written)
-    return alone and [node.row_start for node in written] == [*range(num_rows)]
+    separate = all(node.num_new == 1 == node.row_end - node.row_start for node in written)
+    return separate and [node.row_start for node in written] == [*range(num_rows)]
 
 
 def _depths(nodes: tuple[PlanNode, ...]) -> list[int]:
-    """How many nodes contain each node's rows. Raises ValueError unless ranges are nested."""
+    """For each node, how many others contain its rows. Raises ValueError unless ranges nest."""
     depths: list[int] = []
     open_ends: list[int] = []
     last_start = first_free = 0
     for index, node in enumerate(nodes):
         if node.row_start < last_start:
-            raise ValueError(f"node {index}: nodes must stand in depth-first order of their rows")
+            raise ValueError(f"node {index}: nodes must be in depth-first order of their rows")
         last_start = node.row_start
         while open_ends and open_ends[-1] <= node.row_start and node.row_end > node.row_start:
             open_ends.pop()
         if open_ends and node.row_end > open_ends[-1]:
-            raise ValueError(f"node {index}: its rows reach past those of the node around it")
+            raise ValueError(f"node {index}: its rows reach past those of its parent")
         depths.append(len(open_ends))
         if node.row_end > node.row_start:
             if node.row_start < first_free:
@@ -331,7 +341,7 @@ def _check_node(index: int, node: PlanNode, num_rows: int, page_size: int) -> No
     rows = node.row_end - node.row_start
     if not 0 <= node.kv_len <= len(node.pages) * page_size:
         raise ValueError(
-            f"node {index}: kv_len {node.kv_len} does not fit {len(node.pages)} pages"
+            f"node {index}: kv_len {node.kv_len} does not fit in {len(node.pages)} pages"
             f" of {page_size} tokens"
         )
     if not 0 <= node.row_start <= node.row_end <= num_rows:
@@ -340,5 +350,6 @@ def _check_node(index: int, node: PlanNode, num_rows: int, page_size: int) -> No
         )
     if not 0 <= node.num_new <= min(rows, node.kv_len):
         raise ValueError(
-            f"node {index}: {node.num_new} new tokens, but {rows} rows and {node.kv_len} tokens"
+            f"node {index}: {node.num_new} new tokens exceed its {rows} rows or its"
+            f" {node.kv_len} tokens"
         )

@@ -1,14 +1,17 @@
-"""Attention over a prefix tree of KV pages: every page is read once for all rows that see it.
+"""Attention over a prefix tree of paged KV: each page is read once for all rows that see it.
 
-op            the op, its definition in eager PyTorch, its portable form
-launch        the launcher of the Triton form, and tiles: its tile choices
-schedule      a plan's work in equal shares for the programs; pieces: each program's, written down;
-              records: the columns of both
-kernel        the attention kernel; row_tile: what it does of one tile of rows; fused_decode: the
-              same straight from the QKV projection
-merge         the second kernel: partial results into one
-check         a debug check of what the schedule says
-advance       a decode step's plan moved on by one token, on the device
+op            the op, its definition in eager PyTorch, and its portable form
+launch        the launcher of the Triton form
+configs       kernel configs: input classes, the rule, candidates for tuning
+schedule      divides a plan's work evenly over CTAs, on the device
+pieces        writes each CTA's pieces down, once per step for all layers
+records       columns of the tables that schedule and pieces write and the kernels read
+kernel        the attention kernel: a persistent loop over pieces
+row_tile      one piece: online softmax of a row tile over a node's tokens
+fused_decode  decode straight from the QKV projection
+merge         the second kernel: log-sum-exp merge of partials
+check         a debug check of the schedule
+advance       moves a decode step's plan on by one token, on the device
 """
 
 from kernels.prefix_attention.op import check_attention, prefix_attention, prefix_attention_ref

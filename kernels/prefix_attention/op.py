@@ -152,12 +152,12 @@ def _attend(
     scores = rows @ k.transpose(1, 2)
     by_token = scores.view(kv_heads, n, m, -1, tokens)
 
-    if part.least_visible < tokens:
-        token = torch.arange(part.least_visible, tokens, device=q.device)
+    if part.min_visible < tokens:
+        token = torch.arange(part.min_visible, tokens, device=q.device)
         hidden = token >= part.visible[:, :, None]  # [n, m, tokens that some row does not see]
-        by_token[..., part.least_visible :].masked_fill_(hidden[None, :, :, None], -math.inf)
+        by_token[..., part.min_visible :].masked_fill_(hidden[None, :, :, None], -math.inf)
         # What lies behind a node's last token may be anything, NaN included: keep it out of P V.
-        rest = v.view(kv_heads, n, tokens, dim)[:, :, part.least_visible :]
+        rest = v.view(kv_heads, n, tokens, dim)[:, :, part.min_visible :]
         rest.masked_fill_(hidden.all(1)[None, :, :, None], 0.0)
     if oldest is not None:  # the place in the sequence from which on a row sees [n, m]
         place = part.start[:, None, None] + torch.arange(tokens, device=q.device)

@@ -1,32 +1,33 @@
-"""How the work of prefix attention is cut up so that every SM gets the same share of it.
+"""The schedule of prefix attention: every CTA gets an equal share of the work (stream-K).
 
-A node's rows times the query heads of one KV head are cut into row tiles of at most M query
-vectors, M of two sizes: nodes of few rows do not pay for the larger one. A tile that has to attend
-to n grains (of `grain` tokens) of its node takes overhead + n places on a line, which holds the
-tiles of the larger M for every KV head, then those of the smaller one. Each of P persistent
-programs takes an equal stretch of the line (stream-K), wherever that begins and ends: the work is
-balanced to within one grain by construction, for one long prefix, for ragged suffixes and for a
-thousand small nodes alike, and a tile is split only where a stretch ends. If the tiles of the
-smaller M have a launch of their own, either size has a line and programs to itself.
+Row tiles. The query vectors of a node (its rows times the query heads of one KV head) are divided
+into row tiles of at most M vectors. M has two sizes, so that nodes with few rows do not pay for
+large tiles.
 
-The program that works on a tile writes its partial result at index
+Work line. All row tiles are laid end to end on a line: those of the larger size for every KV head,
+then those of the smaller one. A tile that attends to n grains of its node (`grain` tokens each) is
+overhead + n long. Each of P persistent CTAs takes one work range; all ranges are equally long. The
+work is therefore balanced to within one grain by construction, for one long prefix, for ragged
+suffixes and for a thousand small nodes alike, and a tile is split only where a range ends. If the
+tiles of the smaller size have their own launch, each size has its own line and CTAs.
+
+Partials. The CTA `program` writes its partial of row tile `tile` at index
 
     partial = head * tiles + tile + program
 
-among the partials of the tile's size. The index is unique to the pair (tile, program): along the
-line at least one of the two grows from each partial to the next. A row's output merges the partials
-of its tiles, one tile for each node on its path; which programs wrote them follows from the prefix
-sums of the places.
+among the partials of the tile's size. The index is unique: from each partial to the next along the
+line, the tile (head * tiles + tile) or the program grows, or both do. The output of a row merges
+the partials of its tiles, one tile for each node on its path; the prefix sums of tile lengths give
+the CTAs that wrote them.
 
-In the batch-invariant mode a grain is a chunk cut at multiples of `grain` tokens of the node, and
-leaves its own partial, whose index is its place on the line: a row then depends on its
-own path alone.
+Batch-invariant mode. A grain is a chunk cut at multiples of `grain` tokens of the node, and has its
+own partial, whose index is its position on the line. A row then depends on its own path alone.
 
-All that depends on lengths is computed on the device, by one small launch per step for all layers,
-or two where programs find their pieces written down (pieces.py): when lengths advance there,
-a captured CUDA graph needs nothing from the host. What a padded plan's schedule has room for is all
-that its capacity allows, behind the tiles of either size are empty ones without a place on the
-line, and a refilled plan refills it.
+Everything that depends on lengths is computed on the device, by one small launch per step for all
+layers, or two if the pieces are written down (pieces.py). When lengths advance on the device, a
+captured CUDA graph thus needs nothing from the host. The schedule of a padded plan has room for all
+that the plan's capacity allows: after the tiles of each size come empty ones of length 0. `refill`
+of a plan refills its schedules.
 """
 
 from dataclasses import dataclass
@@ -61,36 +62,36 @@ from kernels.runtime.staging import Packed
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """What a schedule depends on besides the plan."""
+    """The parameters of a schedule: with a plan, they determine it."""
 
     kv_heads: int
     group: int  # query heads per KV head
     sizes: tuple[int, int]  # M of the larger and the smaller row tiles; 0 for a size not in use
     grain: int  # tokens
-    overhead: int  # of a tile, in grains
-    programs: int
-    window: int = 0  # tokens that a row sees at most, itself included; 0 is all
-    invariant: bool = False
-    pieces: bool = False  # whether each program's pieces are written down
-    small_programs: int = 0  # of the smaller tiles' own launch and line; 0: one for both sizes
+    overhead: int  # cost of starting a tile, in grains
+    programs: int  # CTAs of the launch
+    window: int = 0  # the most tokens that a row sees, itself included; 0: no limit
+    invariant: bool = False  # batch-invariant mode
+    pieces: bool = False  # whether each CTA's pieces are written down
+    small_programs: int = 0  # CTAs of the smaller tiles' own launch; 0: one launch for both sizes
 
     def programs_of(self, size: int) -> int:
-        """How many share the tiles of a size."""
+        """The number of CTAs that share the tiles of a size (0: larger, 1: smaller)."""
         return self.small_programs if size and self.small_programs else self.programs
 
     def size_of(self, rows: int) -> int:
-        """Which of the two sizes a node of so many rows is cut by."""
+        """The tile size (0: larger, 1: smaller) for a node with this many rows."""
         small = self.sizes[1]
         return int(bool(small) and (rows * self.group <= small or not self.sizes[0]))
 
 
 class Schedule:
-    """A plan's tiles and, as of the last `update`, every program's share of them."""
+    """A plan's row tiles and, as of the last `update`, every CTA's work range."""
 
     def __init__(self, plan: PrefixPlan, spec: ScheduleSpec) -> None:
         self.plan, self.spec = plan, spec
-        self.counts = _most_tiles(plan, spec)  # of each size
-        self.partials = _partials(plan, spec, self.counts)  # of partial results, for each size
+        self.counts = _tile_counts(plan, spec)  # tiles of each size
+        self.partials = _partial_counts(plan, spec, self.counts)  # partials of each size
         count, device = sum(self.counts), plan.kv_len.device
         shapes = {"tiles": (count, RECORD.value), "node_of_tile": (count,)}
         shapes["row_tiles"] = (plan.num_rows, plan.levels)
@@ -99,22 +100,22 @@ class Schedule:
         self.node_of_tile = self._packed.tensors["node_of_tile"]
         self.row_tiles = self._packed.tensors["row_tiles"]  # -1 where a path is shorter
         empty = partial(torch.empty, dtype=torch.int32, device=device)
-        self.starts = empty(count + 1)  # prefix sums of places
-        self.range_length = empty(2)  # places of one program, for each size
+        self.starts = empty(count + 1)  # where each tile starts: prefix sums of tile lengths
+        self.range_length = empty(2)  # length of a work range, for each size
         self.first_tile = empty(2, max(spec.programs, spec.small_programs))
-        # First the pieces that programs begin with, then all others: a place for every partial.
-        first = spec.programs_of(0) + spec.programs_of(1)
-        self.pieces = empty(first + sum(self.partials) if spec.pieces else 0, PIECE.value)
+        # First each CTA's first piece, then one entry per partial for all other pieces.
+        firsts = spec.programs_of(0) + spec.programs_of(1)
+        self.pieces = empty(firsts + sum(self.partials) if spec.pieces else 0, PIECE.value)
         self.refill()
 
     def refill(self) -> None:
-        """Split the plan's nodes as they are now, in the same tensors."""
-        self._packed.fill(_lay_out(self.plan, self.spec, self.counts))
+        """Recompute everything from the plan's current nodes, in the same tensors."""
+        self._packed.fill(_tile_tables(self.plan, self.spec, self.counts))
         self.update()
 
     @property
     def line(self) -> dict[str, Tensor | int]:
-        """What both launches of prefix attention take of it."""
+        """The arguments that both kernels of prefix attention take from the schedule."""
         return {
             "tiles": self.tiles,
             "starts": self.starts,
@@ -126,7 +127,7 @@ class Schedule:
         }
 
     def update(self) -> None:
-        """Lay the line anew from the plan's lengths on the device: no host work."""
+        """Recompute the work line from the plan's lengths, on the device."""
         plan, spec = self.plan, self.spec
         schedule_kernel[(1,)](
             self.tiles,
@@ -154,11 +155,11 @@ class Schedule:
             self.write_pieces()
 
     def write_pieces(self) -> None:
-        """Write down what each program does, as the line has it."""
+        """Write each CTA's pieces down, from the work line."""
         spec = self.spec
-        most = self.first_tile.shape[1]
-        faults = faults_of(2 * most, self.pieces.device)
-        pieces_kernel[(cdiv(most, 32), 2)](
+        max_programs = self.first_tile.shape[1]
+        faults = faults_of(2 * max_programs, self.pieces.device)
+        pieces_kernel[(cdiv(max_programs, 32), 2)](
             self.pieces,
             first_tile=self.first_tile,
             large_programs=spec.programs_of(0),
@@ -177,7 +178,7 @@ class Schedule:
 
 
 def schedule_of(plan: PrefixPlan, spec: ScheduleSpec) -> Schedule:
-    """The plan cut up, made when first asked for."""
+    """The plan's schedule for `spec`, created at first use and kept with the plan."""
     if spec not in plan.schedules:
         plan.schedules[spec] = Schedule(plan, spec)
     return plan.schedules[spec]
@@ -199,40 +200,41 @@ def _tiles_of_size(plan: PrefixPlan, spec: ScheduleSpec, size: int) -> list[Tile
     return tiles
 
 
-def _most_tiles(plan: PrefixPlan, spec: ScheduleSpec) -> list[int]:
-    """Tiles of each size: those of the plan, or of any that a padded plan can be filled with."""
+def _tile_counts(plan: PrefixPlan, spec: ScheduleSpec) -> list[int]:
+    """Tiles of each size: the plan's own, or the most that a padded plan's capacity allows."""
     if plan.capacity is None:
         return [len(_tiles_of_size(plan, spec, size)) for size in (0, 1)]
     rows, levels = plan.capacity.rows, plan.capacity.levels
     large, small = (size // spec.group for size in spec.sizes)  # rows of a tile
     if not large:
         return [0, rows * levels]
-    # A level's nodes share its rows. Those cut by the larger size have more than `small` each, so
-    # that there are few, and of each but one tile is not full; leaves are not among them.
+    # The nodes of a level share its rows. A node with larger tiles has more than `small` rows, so
+    # such nodes are few, and at most one tile of each is not full. Leaves have the smaller, if any.
     nodes = rows // (small + 1)
     return [(levels - bool(small)) * (nodes + rows // large), rows * levels if small else 0]
 
 
-def _partials(plan: PrefixPlan, spec: ScheduleSpec, counts: list[int]) -> list[int]:
+def _partial_counts(plan: PrefixPlan, spec: ScheduleSpec, counts: list[int]) -> list[int]:
+    """Partials of each size. Raises ValueError for a padded plan in the batch-invariant mode."""
     if not spec.invariant:
         return [spec.kv_heads * counts[size] + spec.programs_of(size) for size in (0, 1)]
     if plan.capacity:
         raise ValueError("the batch-invariant mode has no schedule for padded plans")
-    # As many as the tiles can grow to have grains.
+    # One partial per grain, for as many grains as the nodes' pages can hold.
     grains = [cdiv(len(node.pages) * plan.page_size, spec.grain) for node in plan.nodes]
     tiles = [_tiles_of_size(plan, spec, size) for size in (0, 1)]
     return [spec.kv_heads * sum(grains[node] for node, _, _ in of_size) for of_size in tiles]
 
 
-def _lay_out(plan: PrefixPlan, spec: ScheduleSpec, counts: list[int]) -> dict[str, np.ndarray]:
-    """Each tile's record and node, and each row's tiles from the root down."""
+def _tile_tables(plan: PrefixPlan, spec: ScheduleSpec, counts: list[int]) -> dict[str, np.ndarray]:
+    """The record and node of each tile, and the tiles of each row from the root down."""
     padded = []
     empty = (len(plan.kv_len) - 1, 0, 0)  # a padded plan's last node is empty
     for size, count in enumerate(counts):
         tiles = _tiles_of_size(plan, spec, size)
         padded += tiles + [empty] * (count - len(tiles))
     node, row, rows = np.array(padded, int).reshape(-1, 3).T
-    # One entry for each row of each tile.
+    # Parallel arrays with one entry for each row of each tile.
     tile = np.repeat(np.arange(len(node)), rows)
     entry_row = np.arange(len(tile)) + (row - np.cumsum(rows) + rows)[tile]
     of_nodes = np.zeros((4, len(plan.kv_len)), int)
@@ -266,19 +268,19 @@ def schedule_kernel(
     kv_len,
     row_start,
     causal_offset,
-    row_position,  # int32 [T], read if there is a window
-    large,  # tiles of the larger size, which come first
-    count,  # all tiles
+    row_position,  # int32 [T], read only with WINDOW
+    large,  # number of tiles of the larger size, which come first
+    count,  # number of all tiles
     large_programs,
     small_programs,
     grain,
     overhead,
     KV_HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr,  # a line for either size, with programs of its own
+    SPLIT: tl.constexpr,  # each size has its own line and CTAs
     BLOCK: tl.constexpr,
 ):
-    """One program: what each tile sees, prefix sums of the places, where each stretch begins."""
+    """What each tile sees, where it starts on the line, and each CTA's first tile. One CTA."""
     total = 0
     tl.store(starts, 0)
     for at in range(0, count, BLOCK):
@@ -306,15 +308,15 @@ def schedule_kernel(
         places = tl.where(live & (grains > 0), grains + overhead, 0)
         tl.store(starts + tile + 1, total + tl.cumsum(places, 0), mask=live)
         total += tl.sum(places, 0)
-    tl.debug_barrier()  # what follows reads `starts` back
+    tl.debug_barrier()  # the loop below reads `starts` back
 
     middle = tl.load(starts + large)
-    most = tl.maximum(large_programs, small_programs)
+    max_programs = tl.maximum(large_programs, small_programs)
     for size in tl.static_range(2):
         programs = small_programs if size else large_programs
         low = large if size else 0
         begin = middle if size else 0
-        length = (total - middle) if size else middle  # of one KV head's part of the line
+        length = (total - middle) if size else middle  # this size's part of the line, per KV head
         line = KV_HEADS * (length if SPLIT else total)
         share = tl.maximum((line + programs - 1) // programs, 1)
         tl.store(range_length + size, share)
@@ -324,12 +326,14 @@ def schedule_kernel(
             if not SPLIT:
                 place = tl.maximum(place - KV_HEADS * begin, 0)
             place = begin + tl.minimum(place, KV_HEADS * length) % tl.maximum(length, 1)
-            # The tile that holds `place` is the first one to end behind it: bisection.
+            # Bisection for the tile that contains `place`: the first that ends after it.
             tile = tl.zeros_like(program) + low
             last = tl.zeros_like(program) + (count if size else large)
             while tl.max(last - tile, 0) > 0:
                 between = (tile + last) // 2
-                behind = tl.load(starts + between + 1, mask=between < count, other=0) > place
-                last = tl.where((tile < last) & behind, between, last)
-                tile = tl.where((tile < last) & ~behind, between + 1, tile)
-            tl.store(first_tile + size * most + program, tile - low, mask=program < programs)
+                after = tl.load(starts + between + 1, mask=between < count, other=0) > place
+                last = tl.where((tile < last) & after, between, last)
+                tile = tl.where((tile < last) & ~after, between + 1, tile)
+            tl.store(
+                first_tile + size * max_programs + program, tile - low, mask=program < programs
+            )

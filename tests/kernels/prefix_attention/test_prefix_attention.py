@@ -115,7 +115,7 @@ def test_plan_refuses_rows_that_cross():
     crossing = [PlanNode([0], 3, 0, 2), PlanNode([1], 3, 1, 3)]
     with pytest.raises(ValueError, match="node 1: its rows reach past"):
         PrefixPlan.build(crossing, num_rows=3, num_pages=4, page_size=PAGE)
-    with pytest.raises(ValueError, match="node 1: nodes must stand in depth-first order"):
+    with pytest.raises(ValueError, match="node 1: nodes must be in depth-first order"):
         PrefixPlan.build(
             [PlanNode([0], 3, 1, 2), PlanNode([1], 3, 0, 1)],
             num_rows=3,
