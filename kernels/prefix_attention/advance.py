@@ -1,9 +1,8 @@
-"""A decode step's plan, one token further, without the host.
+"""Advances a decode step's plan by one token on the device, without host work.
 
-Every leaf grows by one token: its length and causal offset, the positions of its row, and the slot
-that takes the next K and V, which the page table gives. A captured CUDA graph that ends with
-`advance` can be replayed `plan.room` times; then, or when rollouts come and go, the host builds a
-new plan.
+Every leaf grows by one token: its length and causal offset, its row's positions, and the slot for
+the next K and V, looked up in the page table. A captured CUDA graph that ends with `advance` can be
+replayed `plan.room` times; after that, or when rollouts start or end, the host builds a new plan.
 """
 
 import torch
@@ -17,12 +16,12 @@ from kernels.runtime.dispatch import check, pick
 
 
 def advance(plan: PrefixPlan, positions: Tensor, slots: Tensor, *, impl: str | None = None) -> None:
-    """Move a decode step on to the next one, in place and on the device.
+    """Move a decode step's tensors on to the next step, in place and on the device.
 
-    positions, slots: int [T], as `qk_norm_rope` takes them. The plan's tensors move on as well, and
-    the schedules that Triton forms have made of it; its `nodes` on the host, which the PyTorch
-    forms read, stay what they were. A leaf whose pages are full gets slot -1: replay at most
-    `plan.room` times. What a plan needs is made at first use: run a step, and this, before capture.
+    positions, slots: int [T], as `qk_norm_rope` takes them. Also updates the plan's tensors and its
+    schedules, which the Triton impl reads, but not its `nodes` on the host, which the PyTorch impls
+    read. A leaf whose pages are full gets slot -1, so replay at most `plan.room` times. Tensors are
+    created at first use: run a step, and this, before capture.
     Raises ValueError if the plan is not that of a decode step.
     """
     check(plan.is_decode, "advance: every row of the plan must be the only new token of its node")
@@ -39,9 +38,9 @@ def advance(plan: PrefixPlan, positions: Tensor, slots: Tensor, *, impl: str | N
 
 
 def advance_ref(plan: PrefixPlan, positions: Tensor, slots: Tensor) -> None:
-    """The definition, but for the schedules."""
+    """The definition, without the schedules' update."""
     leaf, size = plan.leaf_of_row.long(), plan.page_size
-    length = plan.kv_len[leaf]  # before this step, hence the place of its new token
+    length = plan.kv_len[leaf]  # before this step: the offset of its new token
     for tensor in (plan.kv_len, plan.causal_offset):
         tensor[leaf] += 1
     for tensor in (plan.row_position, positions):
@@ -84,7 +83,7 @@ def advance_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One thread per row: its leaf is nobody else's."""
+    """One thread per row, which has its leaf to itself."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = row < rows
     leaf = tl.load(leaf_of_row + row, mask=live, other=0)

@@ -2,10 +2,10 @@
 
     PACORE_CHECK_SCHEDULE=1 python -m ...
 
-Each program then checks, before it works on a tile, that the tile exists, spans as many places as
-it has grains, and holds the program's place on the line. A program that finds otherwise writes down
-its numbers and leaves the loop; the launcher waits for the kernel, reads them and raises. While a
-CUDA graph is captured nothing is read. Off, the default, the check is not compiled.
+Before each tile, every CTA then checks that the tile exists, is as long on the work line as its
+grains and overhead require, and contains the CTA's position on the line. If not, the CTA records
+its numbers and leaves the loop; the launcher waits for the kernel, reads the record and raises.
+During CUDA graph capture nothing is read. By default the check is off and not compiled in.
 """
 
 import os
@@ -22,11 +22,11 @@ VARIABLE = "PACORE_CHECK_SCHEDULE"
 check_schedule: ContextVar[bool] = ContextVar(
     "check_schedule", default=os.environ.get(VARIABLE) == "1"
 )
-NUMBERS = tl.constexpr(9)  # that a fault leaves: 1 or 2, and what `raise_fault` unpacks
+NUMBERS = tl.constexpr(9)  # int32 values per fault: its type (1 or 2), then its numbers
 
 
 def faults_of(programs: int, device: torch.device) -> tuple[Tensor] | tuple[()]:
-    """What the kernel takes as `faults`: a row of numbers for each program, or nothing."""
+    """The kernel's `faults` argument: one zeroed row per program, or () while the check is off."""
     if not check_schedule.get():
         return ()
     return (torch.zeros(programs, NUMBERS.value, dtype=torch.int32, device=device),)
@@ -36,31 +36,31 @@ def raise_fault(faults: tuple[Tensor] | tuple[()]) -> None:
     """Raise RuntimeError with the numbers of the first program that found a fault."""
     if not faults or (faults[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    for program, (wrong, *numbers) in enumerate(faults[0].tolist()):
-        if wrong == 2:
+    for program, (fault, *numbers) in enumerate(faults[0].tolist()):
+        if fault == 2:
             at, count, rows, low, high, following, *_ = numbers
             raise RuntimeError(
-                f"the schedule of prefix attention is wrong: program {program} was led to piece"
-                f" {at} of {count}, which has {rows} rows, tokens {low} to {high}, and names"
-                f" {following} as the next one"
+                f"the schedule of prefix attention is wrong: program {program} was sent to piece"
+                f" {at} of {count}, which has {rows} rows, tokens {low} to {high}, and next piece"
+                f" {following}"
             )
-        if wrong:
+        if fault:
             size, tile, count, place, stop, offset, places, needed = numbers
             raise RuntimeError(
-                f"the schedule of prefix attention is wrong: program {program}, at place {place} of"
-                f" a stretch that ends at {stop}, was led to tile {tile} of the"
+                f"the schedule of prefix attention is wrong: program {program}, at position {place}"
+                f" of a work range that ends at {stop}, was sent to tile {tile} of the"
                 f" {('larger', 'smaller')[size]} size, which has {count} tiles;"
-                f" the tile spans {places} places and needs {needed}, and the place is {offset}"
-                " past its first"
+                f" the tile's length is {places} and should be {needed}, and the position is"
+                f" {offset} past its start"
             )
 
 
 @triton.jit
 def checked_stop(faults, program, line, place, stop, tile, grain, overhead):
-    """`stop`, or if `tile` is not the one that holds `place`, `place`: there the walk ends.
+    """`stop`, or `place`, which ends the walk, if `tile` does not contain `place`.
 
-    line: of the tiles of one size starts and records, the size, their number, the places before
-        them, and those of one KV head
+    line: for the tiles of one size: their starts, their records, the size, their number, the
+        position where they begin, and their length per KV head
     """
     starts, tiles, size, count, begin, length = line
     exists = (tile >= 0) & (tile < count)
@@ -72,7 +72,7 @@ def checked_stop(faults, program, line, place, stop, tile, grain, overhead):
     grains = tl.maximum(tl.cdiv(end, grain) - first, 0)
     needed = tl.where(grains > 0, grains + overhead, 0)
     offset = place % tl.maximum(length, 1) - (start - begin)
-    # An empty tile has no places and is skipped.
+    # An empty tile has length 0 and is skipped.
     holds = (offset >= 0) & ((offset < places) | (offset + places == 0))
     wrong = (place < stop) & ~(exists & holds & (places == needed))
     numbers = (1, size, tile, count, place, stop, offset, places, needed)
@@ -83,21 +83,22 @@ def checked_stop(faults, program, line, place, stop, tile, grain, overhead):
 
 @triton.jit
 def checked_piece(faults, pieces, at, most_rows):
-    """`at`, or if that is no sound piece, -1: there the walk ends.
+    """`at`, or -1, which ends the walk, if that is not a valid piece.
 
-    Pieces stand in the order in which they are walked, so that a walk that only goes on ends.
+    Pieces are stored in the order of the walk, so a valid NEXT is larger than `at`, and the walk
+    ends.
     """
     reports, count = faults
     exists = (at >= 0) & (at < count)
     piece = pieces + at.to(tl.int64) * PIECE
     rows = tl.load(piece + ROWS, mask=exists, other=0)
-    some = exists & (rows != 0)
-    low = tl.load(piece + LOW, mask=some, other=0)
-    high = tl.load(piece + HIGH, mask=some, other=1)
+    nonempty = exists & (rows != 0)
+    low = tl.load(piece + LOW, mask=nonempty, other=0)
+    high = tl.load(piece + HIGH, mask=nonempty, other=1)
     following = tl.load(piece + NEXT, mask=exists, other=-1)
-    sound = (rows >= 0) & (rows <= most_rows) & (low >= 0) & (low < high)
-    sound = sound & ((following == -1) | (following > at))
-    wrong = (at >= 0) & ~(exists & sound)
+    valid = (rows >= 0) & (rows <= most_rows) & (low >= 0) & (low < high)
+    valid = valid & ((following == -1) | (following > at))
+    wrong = (at >= 0) & ~(exists & valid)
     numbers = (2, at, count, rows, low, high, following)
     for i in tl.static_range(7):
         tl.store(reports + tl.program_id(0) * NUMBERS + i, numbers[i], mask=wrong)

@@ -1,6 +1,6 @@
-"""Prefix attention straight from the QKV projection, in decode: what the fused form adds.
+"""Device functions of fused decode, which attends straight from the QKV projection.
 
-See rotary_attention.py. Numbers round where `qk_norm_rope` rounds them.
+See rotary_attention.py. Values are rounded where `qk_norm_rope` rounds them.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from kernels.runtime.rotary import cos_sin
 
 
 class Rotary(NamedTuple):
-    """What the fused form needs besides the projection and the pages."""
+    """The arguments of fused decode besides the projection and the pages, as of `qk_norm_rope`."""
 
     q_weight: Tensor | None
     k_weight: Tensor | None
@@ -38,11 +38,11 @@ def new_token(
     PAGE: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    """Write a row's K and V to their page; both as later steps will read them, fp32 [1, D]."""
-    one = tl.arange(0, 1)
+    """Write a row's K and V to their page; returns both as read back from there, fp32 [1, D]."""
+    index = tl.arange(0, 1)
     start = (row.to(tl.int64) * (KV_HEADS * (GROUP + 2)) + KV_HEADS * GROUP + head) * D
     k = rotated(
-        qkv + start + one, rotary.k_weight, rotary.positions + row + one, one == 0, rotary, D
+        qkv + start + index, rotary.k_weight, rotary.positions + row + index, index == 0, rotary, D
     )
     v = tl.load(qkv + start + KV_HEADS * D + tl.arange(0, D)[None, :])
     slot = tl.load(rotary.slots + row).to(tl.int64)
@@ -69,7 +69,7 @@ def rotated(start, weight, position, live, rotary, D: tl.constexpr):
 
 @triton.jit
 def _write(pages, scales, x, tile, keep, D: tl.constexpr, NATIVE_FP8: tl.constexpr):
-    """Store a new token's K or V, x [1, D]; what later steps will read of it, fp32 [1, D]."""
+    """Store a new token's K or V, x [1, D]; returns it as read back from there, fp32 [1, D]."""
     at = tile * D + tl.arange(0, D)[None, :]
     x = x.to(tl.float32)
     if scales is None:

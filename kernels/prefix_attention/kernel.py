@@ -1,12 +1,11 @@
-"""Prefix attention in Triton: every KV page once for all rows that see it, in two launches.
+"""The attention kernel of prefix attention: a persistent loop over each CTA's work range.
 
-`prefix_attention_kernel` is persistent: each program does its stretch of the line that
-schedule.py lays, tile by tile (row_tile.py), and leaves normalised partial
-results with their log-sum-exp. With PIECES the schedule has written down what that is, else the
-program finds it out as it walks the line.
-`merge_kernel` merges each row's partials in fp32, in a fixed order. Rows that see a single node,
-which one program has done alone (those of a first prefill, say), are finished by the first kernel.
-check.py can check the walk.
+Prefix attention in Triton is two launches. In the first, `prefix_attention_kernel`, each CTA walks
+its work range (schedule.py) piece by piece (row_tile.py) and writes normalised partials with their
+log-sum-exp. With PIECES it reads the pieces that the schedule has written down; without, it derives
+them from the work line. In the second, `merge_kernel` merges the partials of each row in fp32, in a
+fixed order. Rows that see one node only, and whose tile was one whole piece (such as those of a
+first prefill), are finished by the first kernel. check.py can check the walk.
 """
 
 import triton
@@ -35,22 +34,22 @@ from kernels.prefix_attention.row_tile import attend_tile
 from kernels.runtime.pdl import release_next, wait_for_previous
 
 
-# Counts change from step to step: one compiled kernel serves them all.
+# Not specialised on counts, which change from step to step: one compiled kernel serves them all.
 @triton.jit(
     do_not_specialize=["large_programs", "grain", "overhead", "large", "small", "large_partials"]
 )
 def prefix_attention_kernel(
     q,  # [T, Hq, D]
     kv,  # KVPages
-    k_blocks,  # with TMA, descriptors: pages as [num_pages * KV_HEADS * PAGE, D], by blocks
+    k_blocks,  # with TMA: descriptors of [BLOCK, D] in [num_pages * KV_HEADS * PAGE, D]
     v_blocks,
     out,  # [T, Hq, D]
     lse,  # fp32 [T, Hq]
-    part_out,  # fp32 [vectors, D], vectors of the larger size first
-    part_lse,  # fp32 [vectors]
+    part_out,  # fp32 [vectors, D], partials of the larger tile size first
+    part_lse,  # fp32 [vectors], in units of log2
     page_table,
-    pieces,  # int32 [pieces, PIECE], with PIECES; what follows tells the same without
-    large_programs,
+    pieces,  # int32 [pieces, PIECE], with PIECES; without, tiles to first_tile are used instead
+    large_programs,  # CTAs that share the larger tiles
     tiles,  # int32 [tiles, RECORD]
     starts,  # int32 [tiles + 1]
     range_length,
@@ -59,26 +58,26 @@ def prefix_attention_kernel(
     rotary,  # None, or a Rotary: q is then the QKV projection
     qk_scale,
     grain,  # tokens
-    overhead,  # of a tile, in grains
-    large,  # tiles of the larger size, which come first
-    small,
-    large_partials,
+    overhead,  # cost of starting a tile, in grains
+    large,  # number of tiles of the larger size, which come first
+    small,  # number of tiles of the smaller size
+    large_partials,  # number of partials of the larger size
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,  # tokens at a time, of one page
-    SIZES: tl.constexpr,  # M of the larger and the smaller tiles, 0 for one not in use
+    BLOCK: tl.constexpr,  # tokens of a KV block, all in one page
+    SIZES: tl.constexpr,  # M of the larger and the smaller tiles; 0: not in this launch
     WINDOW: tl.constexpr,
     INVARIANT: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
     PIECES: tl.constexpr,
     AHEAD: tl.constexpr,  # carry the next block's page in a register
-    STEADY: tl.constexpr,  # blocks that all rows see whole in a loop without masks
-    HALF: tl.constexpr,  # e4m3 is multiplied as fp16, whatever q's dtype
+    STEADY: tl.constexpr,  # loop without masks over the blocks that all rows see whole
+    HALF: tl.constexpr,  # multiply e4m3 as fp16, even if q is bf16 or fp32
     PDL: tl.constexpr,
-    faults=(),  # of check.py: empty, or int32 [programs, NUMBERS] and the number of pieces
+    faults=(),  # for check.py: empty, or int32 [programs, NUMBERS] and the number of pieces
 ):
     wait_for_previous(PDL)
     release_next(PDL)
@@ -136,7 +135,7 @@ def _walk_pieces(
     inputs,
     outputs,
     pieces,
-    first,  # piece of program 0
+    first,  # the first piece of CTA 0
     qk_scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -152,7 +151,7 @@ def _walk_pieces(
     HALF: tl.constexpr,
     faults,
 ):
-    """The program's pieces of one size, as `pieces_kernel` has written them down."""
+    """Process this CTA's pieces of one tile size, as `pieces_kernel` wrote them down."""
     at = first + tl.program_id(0)
     if len(faults):
         at = checked_piece(faults, pieces, at, M // GROUP)
@@ -215,15 +214,16 @@ def _walk_line(
     HALF: tl.constexpr,
     faults,
 ):
-    """The program's stretch of one size's tiles, tile by tile."""
+    """Process this CTA's work range within one tile size, deriving its pieces from the line."""
     tiles, starts, range_length, first_tile = schedule
     grain, overhead, large, small, large_partials = counts
     program = tl.program_id(0)
     share = tl.load(range_length)
-    low = large if size else 0
+    low = large if size else 0  # this size's first tile
     count = small if size else large
     begin = tl.load(starts + large) if size else 0
-    length = tl.load(starts + low + count) - begin
+    length = tl.load(starts + low + count) - begin  # this size's part of the line, per KV head
+    # `place` and `stop` are positions within this size's part of the line, for all KV heads.
     place = tl.maximum(program * share - KV_HEADS * begin, 0)
     stop = tl.minimum((program + 1) * share - KV_HEADS * begin, KV_HEADS * length)
     tile = tl.load(first_tile + size * tl.num_programs(0) + program)
@@ -234,23 +234,23 @@ def _walk_line(
         head = place // length
         start = tl.load(starts + low + tile)
         places = tl.load(starts + low + tile + 1) - start
-        # Places of the tile that are behind us, and those that will be.
-        done = tl.maximum(place - head * length - (start - begin), 0)
-        goal = tl.minimum(places, done + stop - place)
+        # The piece is [piece_start, piece_end) of the tile's `places` positions on the line.
+        piece_start = tl.maximum(place - head * length - (start - begin), 0)
+        piece_end = tl.minimum(places, piece_start + stop - place)
         if INVARIANT:
-            goal = tl.minimum(goal, done + 1)
+            piece_end = tl.minimum(piece_end, piece_start + 1)
             partial = place
         else:
             partial = head * count + tile + program
-        if goal > tl.maximum(done, overhead):
+        if piece_end > tl.maximum(piece_start, overhead):
             vectors = partial.to(tl.int64) * SIZES[size]
             if size:
                 vectors += large_partials * SIZES[0]
             record = tiles + (low + tile) * RECORD
             grain_start = tl.load(record + GRAIN_START)
-            first_grain = tl.maximum(done - overhead, 0)
-            # What holds for the tile's end, and for all of it.
-            flags = tl.where(goal == places, tl.load(record + FLAGS), 0)
+            first_grain = tl.maximum(piece_start - overhead, 0)
+            # Flags need the tile's end; ALONE needs the whole tile.
+            flags = tl.where(piece_end == places, tl.load(record + FLAGS), 0)
             flags = tl.where(first_grain == 0, flags, flags & WRITES)
             attend_tile(
                 inputs,
@@ -262,7 +262,7 @@ def _walk_line(
                 tl.load(record + NODE_START) if WINDOW else 0,
                 flags,
                 (grain_start + first_grain) * grain,
-                tl.minimum((grain_start + goal - overhead) * grain, tl.load(record + END)),
+                tl.minimum((grain_start + piece_end - overhead) * grain, tl.load(record + END)),
                 tl.load(record + EDGE),
                 head,
                 qk_scale,
@@ -279,9 +279,9 @@ def _walk_line(
                 STEADY,
                 HALF,
             )
-        place += goal - done
-        tile = tl.where(goal == places, tile + 1, tile)
-        # A padded plan has empty tiles behind the head's last: they are not walked.
+        place += piece_end - piece_start
+        tile = tl.where(piece_end == places, tile + 1, tile)
+        # Skip the empty tiles that a padded plan has after each size's last one.
         tile = tl.where(place == (head + 1) * length, 0, tile)
         if len(faults):
             stop = checked_stop(faults[0], program, line, place, stop, tile, grain, overhead)

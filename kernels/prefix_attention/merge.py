@@ -1,4 +1,4 @@
-"""The second launch of prefix attention: partial results into one, by log-sum-exp in fp32."""
+"""The second kernel of prefix attention: log-sum-exp merge of each row's partials, in fp32."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ def merge_kernel(
     lse,  # fp32 [T, Hq]
     part_out,
     part_lse,
-    row_tiles,  # int32 [T, depth]
+    row_tiles,  # int32 [T, depth]: each row's tiles from the root down, -1 where there is none
     tiles,
     starts,
     range_length,
@@ -30,13 +30,16 @@ def merge_kernel(
     SIZES: tl.constexpr,
     INVARIANT: tl.constexpr,
     SPLIT: tl.constexpr,
-    AT_ONCE: tl.constexpr,  # partials in flight
+    AT_ONCE: tl.constexpr,  # partials loaded at a time
     PDL: tl.constexpr,
 ):
-    """One query vector: sum of 2^lse * out over its partials, in the order of its path."""
+    """One query vector: sum of 2^lse * out over its partials, divided by the sum of 2^lse.
+
+    The order is that of the row's path, from the root down.
+    """
     row, q_head = tl.program_id(0), tl.program_id(1)
     head = q_head // GROUP
-    # The schedule is older than the kernel that leaves the partials, and than the one before that.
+    # Safe before the wait: the schedule was written at least two kernels earlier.
     middle = tl.load(starts + large)
     wait_for_previous(PDL)
     release_next(PDL)
@@ -80,9 +83,9 @@ def merge_kernel(
                 new_peak = tl.maximum(peak, tl.max(logs, 0))
                 base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
                 weights = tl.exp2(logs - base)
-                fade = tl.exp2(peak - base)
-                total = total * fade + tl.sum(weights, 0)
-                acc = acc * fade + tl.sum(x * weights[:, None], 0)
+                rescale = tl.exp2(peak - base)
+                total = total * rescale + tl.sum(weights, 0)
+                acc = acc * rescale + tl.sum(x * weights[:, None], 0)
                 peak = new_peak
     if (total_partials != 1) | (finished == 0):
         divisor = tl.where(total > 0.0, total, 1.0)

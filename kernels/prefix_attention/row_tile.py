@@ -1,8 +1,8 @@
-"""What prefix attention does of a tile: an online softmax over a node's tokens, block by block.
+"""One piece of prefix attention: online softmax of a row tile over a range of a node's tokens.
 
-Rounding points, for inputs of 16 bits: scores, softmax, sums and merges are fp32; probabilities are
-rounded to q's dtype before their product with V, and the result once, at the end. Scores inside are
-in units of log2 (`qk_scale` = scale * log2 e); the lse that leaves is natural.
+Rounding points, for 16-bit inputs: scores, softmax, sums and merges are fp32; probabilities are
+rounded to q's dtype before their product with V, and the result once, at the end. Scores and the
+log-sum-exp of partials are in units of log2 (`qk_scale` = scale * log2 e); the op's lse is natural.
 """
 
 import triton
@@ -45,18 +45,19 @@ def attend_tile(
     STEADY: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Tokens [low, high) of a tile's node for the tile's rows and one KV head.
+    """Attend a tile's rows, for one KV head, to tokens [low, high) of the tile's node.
 
-    inputs, outputs: as the kernel takes them, see the first lines below
-    first_vector: of the partial result, unless the flag ALONE says that this is the result
-    row_start, rows: the tile's first row and their number
-    page_start, node_start: the node's first entry in the page table, tokens before the node
-    edge: row r sees no token from edge + r on
+    inputs, outputs: tuples of the kernel's arguments, unpacked in the first lines
+    first_vector: the partial's first query vector; unused with the flag ALONE, where the result is
+        final
+    row_start, rows: the tile's first row and its number of rows
+    page_start, node_start: the node's first entry in the page table; tokens before the node
+    edge: row r sees the tokens before edge + r
     """
     q, kv, blocks, page_table, row_position, rotary = inputs
     out, lse, part_out, part_lse = outputs
-    # Adds 0, which the compiler cannot know: what follows from `vector` is then not computed before
-    # all tiles and held in registers for each, nor from here to the stores, which do the same.
+    # Opaque +0 (rows is never negative): keeps address math from being hoisted out of the tile loop
+    # (register pressure). The stores recompute `vector` likewise, so that it is not kept for them.
     vector = tl.arange(0, M) + tl.minimum(rows, 0)
     count = rows * GROUP
     live = vector < count
@@ -64,7 +65,7 @@ def attend_tile(
     first_head = row_start.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
     dim = tl.arange(0, D)
     if rotary is None:
-        q_head = vector // GROUP * (KV_HEADS * GROUP) + vector % GROUP  # from the tile's first on
+        q_head = vector // GROUP * (KV_HEADS * GROUP) + vector % GROUP  # relative to first_head
         source = q + first_head * D + (q_head[:, None] * D + dim[None, :])
         x = tl.load(source, mask=live[:, None], other=0.0)  # [M, D]
     else:
@@ -74,7 +75,7 @@ def attend_tile(
             q + first * D + qkv_head * D, rotary.q_weight, rotary.positions + row, live, rotary, D
         )
 
-    if HALF:  # into the range of fp16, by a power of two: nothing rounds
+    if HALF:  # scale into fp16's range, by a power of two so that nothing rounds
         size = power_below(tl.max(tl.abs(x.to(tl.float32)), 1))  # [M]
         x = (x.to(tl.float32) / size[:, None]).to(tl.float16)
         qk_scale = size * qk_scale
@@ -90,8 +91,8 @@ def attend_tile(
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     if rotary is not None:  # noqa: SIM102 - decided at compile time
-        # The node's new token, its last, has not been written: it comes from the projection, and
-        # whoever owns the node's end writes it.
+        # The node's last token is new and not yet in its page: the CTA whose piece includes the
+        # node's end takes it from the projection and writes it.
         if (flags & WRITES) != 0:
             high -= 1
             k, v = new_token(
@@ -108,37 +109,38 @@ def attend_tile(
             )
             peak = tl.sum(x.to(tl.float32) * k, 1) * qk_scale
             weight = 1.0
-            if HALF:  # as below
-                small = tl.log2(tl.maximum(tl.max(tl.abs(v)), TINY) / E4M3)
-                peak += small
-                weight = tl.exp2(-small)
+            if HALF:  # weights of up to 1 / scale, as in _attend_block
+                shift = tl.log2(tl.maximum(tl.max(tl.abs(v)), TINY) / E4M3)
+                peak += shift
+                weight = tl.exp2(-shift)
             total += weight
             acc += v * weight
 
-    # First a loop over blocks [whole, stop), then one over those on both sides of it. If STEADY,
-    # all rows see all of the first loop's tokens: no masks there. Its blocks may come by TMA, which
-    # reads whole ones, whatever lies behind the node's end; those of the second come by pointers.
+    # The first loop runs over blocks [whole, stop), the second over the blocks before and after it.
+    # With STEADY every row sees all tokens of the first loop, which then needs no masks. With TMA
+    # the first loop uses tensor copies, which always read whole blocks, even past the node's end;
+    # the second loads by pointers.
     first = low // BLOCK
-    every = tl.cdiv(high, BLOCK)
-    whole, stop = first, high // BLOCK if TMA else every
+    block_end = tl.cdiv(high, BLOCK)
+    whole, stop = first, high // BLOCK if TMA else block_end
     if STEADY:
-        least = low
+        common_start = low
         if WINDOW:
-            least = tl.maximum(low, tl.max(tl.where(live, oldest, 0), 0))
-        whole = tl.minimum(tl.cdiv(least, BLOCK), every)
+            common_start = tl.maximum(low, tl.max(tl.where(live, oldest, 0), 0))
+        whole = tl.minimum(tl.cdiv(common_start, BLOCK), block_end)
         stop = tl.maximum(tl.minimum(high, edge + row_start) // BLOCK, whole)
     before = whole - first
-    last = tl.maximum(every - 1, 0)
+    last = tl.maximum(block_end - 1, 0)
     for outside in tl.static_range(2 if STEADY or TMA else 1):
         begin = 0 if outside else whole
-        end = before + every - stop if outside else stop
+        end = before + block_end - stop if outside else stop
         if AHEAD:
             page = _page(page_table, _block(begin, outside, first, before, stop), last, PAGE, BLOCK)
         for i in range(begin, end):
             block = _block(i, outside, first, before, stop)
             if AHEAD:
-                # Were a block's page loaded in its own trip, it would be one more stage of the
-                # pipeline, with all copies of K and V awaited at once.
+                # Loading a block's page in its own iteration would take one more pipeline stage,
+                # and the loop would wait for all copies of K and V at once.
                 next_block = _block(i + 1, outside, first, before, stop)
                 next_page = _page(page_table, next_block, last, PAGE, BLOCK)
             else:
@@ -173,7 +175,7 @@ def attend_tile(
 
     divisor = tl.where(total > 0.0, total, 1.0)
     acc = acc / divisor[:, None]
-    log = peak + tl.log2(divisor)  # -inf if nothing was seen
+    log = peak + tl.log2(divisor)  # -inf if the row saw no token
     vector = tl.arange(0, M) + tl.minimum(flags, 0)
     live = vector < count
     if (flags & ALONE) != 0:
@@ -190,20 +192,23 @@ def attend_tile(
 
 @triton.jit
 def _block(i, outside: tl.constexpr, first, before, stop):
-    """The i-th block: itself, or if `outside`, of those from `first` on, then from `stop` on."""
+    """The block of iteration i: i itself, or if `outside` the i-th of those around the first loop.
+
+    These are `before` blocks from `first` on, then those from `stop` on.
+    """
     return tl.where(i < before, first + i, stop + i - before) if outside else i
 
 
 @triton.jit
 def _page(page_table, block, last, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """The page of a block, or of the last one behind that."""
+    """The page of a block; for blocks past `last`, the page of `last`."""
     return tl.load(page_table + tl.minimum(block, last) * BLOCK // PAGE)
 
 
 @triton.jit
 def _attend_block(
     acc,  # fp32 [M, D]
-    peak,  # fp32 [M], the largest score so far; if HALF, what stands for it
+    peak,  # fp32 [M], the largest score so far; with HALF, log2 of V's largest scale is added
     total,  # fp32 [M]
     q,  # [M, D]
     page,
@@ -226,56 +231,56 @@ def _attend_block(
     MASKED: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Online softmax over a block within a page; if MASKED, over its tokens in [low, high)."""
-    # fp32 is for tests: in full precision, not TF32.
+    """One step of the online softmax over a KV block; with MASKED, its tokens in [low, high)."""
+    # fp32 is for tests: full precision, not TF32.
     PRECISION: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
     offset = tl.arange(0, BLOCK)
     token = first + offset
-    mine = (token >= low) & (token < high) if MASKED else None  # [BLOCK]
+    inside = (token >= low) & (token < high) if MASKED else None  # [BLOCK]
     tile = (page.to(tl.int64) * KV_HEADS + head) * PAGE + first % PAGE
-    k = _load_tile(kv.k, blocks[0], tile, mine, q.dtype, D, BLOCK, NATIVE_FP8, TMA)  # [BLOCK, D]
+    k = _load_tile(kv.k, blocks[0], tile, inside, q.dtype, D, BLOCK, NATIVE_FP8, TMA)  # [BLOCK, D]
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, BLOCK], not yet scaled
     if kv.k_scale is not None:
-        scores *= _load_scales(kv.k_scale + tile + offset, mine)[None, :]
-    if mine is not None:
-        seen = mine[None, :] & (token[None, :] < visible[:, None])
+        scores *= _load_scales(kv.k_scale + tile + offset, inside)[None, :]
+    if inside is not None:
+        seen = inside[None, :] & (token[None, :] < visible[:, None])
         if WINDOW:
             seen = seen & (token[None, :] >= oldest[:, None])
         scores = tl.where(seen, scores, float("-inf"))
 
-    # The scale is positive: the largest score stays the largest, and scaling shares the
-    # subtraction's instruction.
+    # The scale is positive, so the maximum can be taken before scaling; scaling and subtraction
+    # are then one instruction.
     row_scale = qk_scale[:, None] if HALF else qk_scale
     block_peak = tl.max(scores, 1) * qk_scale
-    if HALF:  # weights of up to 1 / scale, so that their products with the scales fill fp16
-        v_scale = _load_scales(kv.v_scale + tile + offset, mine)
+    if HALF:  # weights of up to 1 / scale, so that their products with V's scales fill fp16
+        v_scale = _load_scales(kv.v_scale + tile + offset, inside)
         block_peak += tl.log2(tl.max(v_scale, 0))
     new_peak = tl.maximum(peak, block_peak)
     base = new_peak
-    if MASKED:  # a row may have seen nothing yet: no exp2(NaN)
+    if MASKED:  # a row may have seen no token yet: avoid exp2(-inf + inf)
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weights = tl.exp2(scores * row_scale - base[:, None])
-    fade = tl.exp2(peak - base)
-    total = total * fade + tl.sum(weights, 1)
-    v = _load_tile(kv.v, blocks[1], tile, mine, q.dtype, D, BLOCK, NATIVE_FP8, TMA)
+    rescale = tl.exp2(peak - base)
+    total = total * rescale + tl.sum(weights, 1)
+    v = _load_tile(kv.v, blocks[1], tile, inside, q.dtype, D, BLOCK, NATIVE_FP8, TMA)
     if HALF:
         weights *= v_scale[None, :]
     elif kv.v_scale is not None:
-        v_scale = _load_scales(kv.v_scale + tile + offset, mine)
-        if q.dtype == tl.float16:  # has not the exponents for a weight times a scale
+        v_scale = _load_scales(kv.v_scale + tile + offset, inside)
+        if q.dtype == tl.float16:  # its exponents are too few for a weight times a scale
             v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
         else:
             weights *= v_scale[None, :]
-    acc = tl.dot(weights.to(q.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    acc = tl.dot(weights.to(q.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return acc, new_peak, total
 
 
 @triton.jit
-def _load_scales(source, mine):
-    if mine is None:
+def _load_scales(source, inside):
+    if inside is None:
         return tl.load(source)
-    else:  # noqa: RET505 - Triton compiles what stands behind a return
-        return tl.load(source, mask=mine, other=0.0)
+    else:  # noqa: RET505 - Triton would compile code after the return
+        return tl.load(source, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -283,22 +288,22 @@ def _load_tile(
     pages,
     blocks,
     tile,
-    mine,  # tokens that are loaded, or None for all
+    inside,  # mask of the tokens to load, or None for all
     dtype: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """A head's tokens [BLOCK, D] as `dtype`; 0 for those that are not ours, whatever they hold."""
+    """K or V of a block of one head's tokens, [BLOCK, D] as `dtype`; 0 where masked."""
     if TMA:
         x = blocks.load([tile.to(tl.int32), 0])
     else:
         offset = tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)[None, :]
-        if mine is None:
+        if inside is None:
             x = tl.load(pages + tile * D + offset)
         else:
-            x = tl.load(pages + tile * D + offset, mask=mine[:, None], other=0.0)
+            x = tl.load(pages + tile * D + offset, mask=inside[:, None], other=0.0)
     if x.dtype == tl.uint8:
         x = from_e4m3(x, NATIVE_FP8)
     return x.to(dtype)

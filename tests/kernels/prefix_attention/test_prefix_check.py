@@ -94,16 +94,16 @@ def test_a_wrong_schedule_is_an_error(triton_device, corrupt, pieces):
     schedule = schedule_in(inputs, pieces)
     assert all(schedule.counts), "tiles of both sizes"
     corrupt(schedule)
-    numbers = r"program \d, at place \d+ of a stretch that ends at \d+, was led to tile \d+ of the "
-    numbers += r"(larger|smaller) size, which has \d+ tiles; the tile spans -?\d+ places and "
-    numbers += r"needs \d+, and the place is -?\d+ past"
+    numbers = r"program \d, at position \d+ of a work range that ends at \d+, was sent to tile \d+ "
+    numbers += r"of the (larger|smaller) size, which has \d+ tiles; the tile's length is -?\d+ and "
+    numbers += r"should be \d+, and the position is -?\d+ past"
     with toy(pieces=pieces), checking(), pytest.raises(RuntimeError, match=numbers):
         schedule.write_pieces() if pieces else prefix_attention(**inputs, impl="triton")
 
 
 WRONG_PIECE = (
-    r"program \d was led to piece \d+ of \d+, which has -?\d+ rows, tokens -?\d+ to -?\d+, and"
-    r" names -?\d+ as the next one"
+    r"program \d was sent to piece \d+ of \d+, which has -?\d+ rows, tokens -?\d+ to -?\d+, and"
+    r" next piece -?\d+"
 )
 
 
@@ -151,5 +151,5 @@ def test_the_fused_form_is_checked(triton_device):
         assert torch.equal(fused(inputs, **options)[0], plain)
         (schedule,) = inputs["plan"].schedules.values()
         schedule.pieces[:, NEXT.value] = 1 << 20
-        with pytest.raises(RuntimeError, match="was led to piece 1048576 of"):
+        with pytest.raises(RuntimeError, match="was sent to piece 1048576 of"):
             fused(inputs, **options)
