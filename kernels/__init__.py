@@ -1,9 +1,9 @@
-"""The ops of STEP3-VL-10B, a file or a folder each: an eager PyTorch `<op>_ref` that defines it,
-and faster forms of the same op.
+"""The ops of STEP3-VL-10B, each in one file or folder with its definition and faster forms.
 
-Import an op from there (`from kernels.prefix_attention import prefix_attention`). This package
-imports nothing and stays below version 0.9: transformers probes for a library of the same name and
-must not take this one for it.
+An op's definition is `<op>_ref`, in eager PyTorch. Import an op from its module
+(`from kernels.prefix_attention import prefix_attention`). This package imports nothing and keeps
+its version below 0.9, because transformers looks for a library of the same name and must not
+mistake this package for it.
 """
 
 __version__ = "0.1.0"

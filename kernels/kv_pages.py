@@ -1,4 +1,4 @@
-"""K and V of one layer in pages, as all ops take them."""
+"""The paged KV cache of one layer, as all ops take it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from kernels.runtime.dispatch import check
 
 
 class KVPages(NamedTuple):
-    """Pages of one layer: ops that store K and V write into them.
+    """Pages of K and V of one layer, written in place by ops that store K and V.
 
     k, v: [num_pages, Hkv, page_size, D], contiguous and of one dtype
     k_scale, v_scale: fp32 [num_pages, Hkv, page_size] with pages of float8_e4m3fn
@@ -43,12 +43,12 @@ class KVPages(NamedTuple):
         return self.k.dtype == torch.float8_e4m3fn
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "KVPages":
-        """What `function` makes of each tensor that there is."""
+        """Apply `function` to every tensor that is not None."""
         scales = (x if x is None else function(x) for x in (self.k_scale, self.v_scale))
         return KVPages(function(self.k), function(self.v), *scales)
 
     def as_bytes(self) -> "KVPages":
-        """For Triton, which before sm_89 has no type for e4m3: FP8 values as uint8."""
+        """The pages with FP8 values viewed as uint8: before sm_89 Triton has no e4m3 type."""
         if not self.fp8:
             return self
         return self._replace(k=self.k.view(torch.uint8), v=self.v.view(torch.uint8))
@@ -60,8 +60,8 @@ class KVPages(NamedTuple):
         check(self.v.dtype == self.k.dtype, "pages.v must have the dtype of pages.k")
         shape, fp8 = self.k.shape[:3], self.fp8
         for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
-            given = scale is not None
-            check(given == fp8, f"pages.{name} goes with pages of float8_e4m3fn, and only so")
+            rule = "goes with pages of float8_e4m3fn: required there, None otherwise"
+            check((scale is not None) == fp8, f"pages.{name} {rule}")
             fits = scale is None or (scale.dtype == torch.float32 and scale.shape == shape)
             check(fits, f"pages.{name} must be fp32 {list(shape)}")
         for name, x in zip(self._fields, self, strict=True):

@@ -1,12 +1,12 @@
-"""From the QKV projection to attention's output: qk_norm_rope and prefix_attention as one op.
+"""qk_norm_rope and prefix_attention as one op: from the QKV projection to attention's output.
 
     rotary_attention(qkv, ...) = prefix_attention(qk_norm_rope(qkv, ...), ...)
 
-In decode, where every row is the one new token of a leaf, the Triton form can be fused: attention's
-programs normalise and rotate the queries of their tiles themselves, and the program that owns a
-leaf's last chunk takes the new K and V straight from the projection, attends to them, and writes
-them to their page. That saves a launch and the trip of Q through memory; in return every program
-that works on a tile rotates the tile's queries anew.
+In a decode step, where every row is the one new token of a leaf, the Triton form can be fused. The
+CTAs of attention then normalise and rotate the queries of their row tiles themselves, and the CTA
+whose piece includes a leaf's end takes the new K and V from the projection, attends to them, and
+writes them to their page. That saves a launch and Q's round trip through memory; in return, each
+CTA that works on a row tile rotates the tile's queries again.
 """
 
 from torch import Tensor
@@ -41,19 +41,22 @@ def rotary_attention(
 ) -> Tensor:
     """Attention's output [T, Hq, D]; arguments as of `qk_norm_rope` and `prefix_attention`.
 
-    impl: of both ops, or a pair of theirs
-    fused: True demands the fused form, False the two ops; None leaves it to the tile choices where
-        there is a fused form. That is the Triton form of a decode step (every row the only new
-        token of its node) whose heads are rotated whole (2 * len(inv_freq) = D).
+    impl: for both ops, or a pair with one for each
+    fused: True requires the fused form, False the two ops; None lets the kernel config choose where
+        a fused form exists. It exists for impl 'triton', a decode step (every row the only new
+        token of its node) and heads that are rotated whole (2 * len(inv_freq) = D).
 
-    Raises ValueError as the two ops do, and for `fused` where there is no such form.
+    Raises ValueError as the two ops do, and for fused=True where no fused form exists.
     """
     pages.check(qkv.device)
     impls = impl if isinstance(impl, tuple) else (impl, impl)
-    offered = plan.is_decode and 2 * len(inv_freq) == pages.head_dim and positions.ndim == 1
-    offered = offered and all(_is_triton(name, qkv) for name in impls)
-    check(offered or not fused, "fused: only impl 'triton' of a decode step with whole rotation")
-    if offered and (_prefers_fused(qkv, pages, plan) if fused is None else fused):
+    can_fuse = plan.is_decode and 2 * len(inv_freq) == pages.head_dim and positions.ndim == 1
+    can_fuse = can_fuse and all(_is_triton(name, qkv) for name in impls)
+    check(
+        can_fuse or not fused,
+        "fused: only for impl 'triton' in a decode step whose heads are rotated whole",
+    )
+    if can_fuse and (_prefers_fused(qkv, pages, plan) if fused is None else fused):
         rotary = Rotary(q_weight, k_weight, inv_freq, positions, slots, eps)
         run = spanned("rotary_attention", _fused)
         return run(qkv, rotary, pages, plan, scale, window)
@@ -61,7 +64,7 @@ def rotary_attention(
         qkv, q_weight, k_weight, inv_freq, positions, slots, pages, eps=eps, impl=impls[0]
     )
     out = prefix_attention(q, pages, plan, scale=scale, window=window, impl=impls[1])
-    assert isinstance(out, Tensor)  # no lse beside it
+    assert isinstance(out, Tensor)  # without return_lse
     return out
 
 
@@ -72,13 +75,13 @@ def _is_triton(impl: str | None, qkv: Tensor) -> bool:
 def _prefers_fused(qkv: Tensor, pages: KVPages, plan: PrefixPlan) -> bool:
     kv_heads, dim = pages.kv_heads, pages.head_dim
     group = (qkv.shape[1] // dim - 2 * kv_heads) // kv_heads
-    kind = InputClass.of(plan, group, dim, fp8=pages.fp8, invariant=False, fused=True)
-    return bool(TUNABLE.choose(kind.key, qkv.device, kind)["fused"])
+    input_class = InputClass.of(plan, group, dim, fp8=pages.fp8, invariant=False, fused=True)
+    return bool(TUNABLE.choose(input_class.key, qkv.device, input_class)["fused"])
 
 
-TUNABLE = Tunable(  # two ops, or one
+TUNABLE = Tunable(  # fused 0: two ops, 1: one
     "rotary_attention",
-    rule=lambda gpu, kind: {"fused": int(kind.fuses())},
+    rule=lambda gpu, input_class: {"fused": int(input_class.fuses())},
     candidates=lambda key, gpu: [{"fused": 0}, {"fused": 1}],
 )
 
@@ -87,11 +90,11 @@ def _fused(
     qkv: Tensor, rotary: Rotary, pages: KVPages, plan: PrefixPlan, scale: float, window: int
 ) -> Tensor:
     check_triton("rotary_attention", qkv.device)
-    read = rotary[:-1]  # all but eps
-    check_shapes(qkv, *read, pages, None)
-    check_layouts(qkv, *read, pages)
+    tensors = rotary[:-1]  # all but eps
+    check_shapes(qkv, *tensors, pages, None)
+    check_layouts(qkv, *tensors, pages)
     check(qkv.is_contiguous(), "qkv must be contiguous")
     heads = qkv.shape[1] // pages.head_dim - 2 * pages.kv_heads
     check_attention(qkv, heads, pages, plan, scale, window)
-    made = plan_launch(plan, qkv, heads, pages, window=window, fused=True)
-    return launch(qkv, pages, plan, *made, scale, rotary)[0]
+    spec_and_configs = plan_launch(plan, qkv, heads, pages, window=window, fused=True)
+    return launch(qkv, pages, plan, *spec_and_configs, scale, rotary)[0]

@@ -1,4 +1,4 @@
-"""The launcher of prefix attention's Triton form."""
+"""The launcher of prefix attention's Triton form: validation, kernel configs, launches."""
 
 import math
 
@@ -34,9 +34,11 @@ def prefix_attention_triton(
     window: int = 0,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`prefix_attention` in two launches; the first use of a plan cuts up its work before."""
-    made = plan_launch(plan, q, q.shape[1], pages, window=window, batch_invariant=batch_invariant)
-    return launch(q, pages, plan, *made, scale)
+    """`prefix_attention` in two launches; the first use of a plan also computes its schedule."""
+    spec_and_configs = plan_launch(
+        plan, q, q.shape[1], pages, window=window, batch_invariant=batch_invariant
+    )
+    return launch(q, pages, plan, *spec_and_configs, scale)
 
 
 def plan_launch(
@@ -49,42 +51,53 @@ def plan_launch(
     batch_invariant: bool = False,
     fused: bool = False,
 ) -> tuple[ScheduleSpec, list[KernelConfig]]:
-    """How to cut the plan for q or its projection and so many query heads, and the tile choices of
-    the launch that attends: or of two, the second for the smaller tiles.
+    """The schedule's parameters, and the kernel config of each attention launch.
 
-    Raises ValueError for what the Triton form does not offer.
+    q: [T, Hq, D], or the QKV projection; heads: Hq. There are two attention launches, the second
+    for the smaller tiles, if the config has `split`. Raises ValueError for dtypes, layouts and
+    sizes that the Triton form does not support.
     """
     kv_heads, page_size, dim = pages.kv_heads, pages.page_size, pages.head_dim
     check(q.dtype in DTYPES, f"q must be bf16, fp16 or fp32, not {q.dtype}")
     check(q.is_contiguous(), "q must be contiguous")
-    check(dim in HEAD_DIMS, f"head_dim {dim}: impl 'triton' has {HEAD_DIMS}")
-    check(page_size in PAGE_SIZES, f"page_size {page_size}: impl 'triton' has {PAGE_SIZES}")
+    check(dim in HEAD_DIMS, f"head_dim {dim}: impl 'triton' takes one of {HEAD_DIMS}")
+    check(
+        page_size in PAGE_SIZES, f"page_size {page_size}: impl 'triton' takes one of {PAGE_SIZES}"
+    )
     group = heads // kv_heads
-    kind = InputClass.of(plan, group, dim, fp8=pages.fp8, invariant=batch_invariant, fused=fused)
-    most = max(kind.large, kind.small)
-    check(group <= most, f"{group} query heads per KV head: impl 'triton' has at most {most}")
-    chosen = kind.choose(q.device)
-    choices = [chosen]
-    if chosen["split"] and kind.large and kind.small:
-        check(bool(chosen["pieces"]), "tile choice split: only with pieces")
-        choices.append(kind.choose_small(q.device))
-    for each in choices:
-        whole = chosen["grain"] % min(each["block"], page_size) == 0
-        check(whole or not each["tma"], "tile choice tma: grain must be a multiple of block")
+    input_class = InputClass.of(
+        plan, group, dim, fp8=pages.fp8, invariant=batch_invariant, fused=fused
+    )
+    max_group = max(input_class.large, input_class.small)
+    check(
+        group <= max_group,
+        f"{group} query heads per KV head: impl 'triton' takes at most {max_group}",
+    )
+    config = input_class.choose(q.device)
+    configs = [config]
+    if config["split"] and input_class.large and input_class.small:
+        check(bool(config["pieces"]), "kernel config: split needs pieces")
+        configs.append(input_class.choose_small(q.device))
+    for launch_config in configs:
+        whole = config["grain"] % min(launch_config["block"], page_size) == 0
+        check(
+            whole or not launch_config["tma"],
+            "kernel config: with tma, grain must be a multiple of block",
+        )
     sms = gpu_of(q.device).sms
     spec = ScheduleSpec(
         kv_heads=kv_heads,
         group=group,
-        sizes=(kind.large, kind.small),
-        grain=chosen["grain"],
-        overhead=0 if batch_invariant else chosen["overhead"],
-        programs=sms * chosen["programs"],
+        sizes=(input_class.large, input_class.small),
+        grain=config["grain"],
+        overhead=0 if batch_invariant else config["overhead"],
+        programs=sms * config["programs"],
         window=window,
         invariant=batch_invariant,
-        pieces=bool(chosen["pieces"]),
-        small_programs=sms * choices[1]["programs"] if len(choices) > 1 else 0,
+        pieces=bool(config["pieces"]),
+        small_programs=sms * configs[1]["programs"] if len(configs) > 1 else 0,
     )
-    return spec, choices
+    return spec, configs
 
 
 def launch(
@@ -92,13 +105,14 @@ def launch(
     pages: KVPages,
     plan: PrefixPlan,
     spec: ScheduleSpec,
-    choices: list[KernelConfig],
+    configs: list[KernelConfig],
     scale: float,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """All launches, and before a plan's first ones its schedule.
+    """Attention and merge; the first use of a plan also computes its schedule.
 
     q: [T, Hq, D], or with `rotary` the projection [T, (Hq + 2 Hkv) * D]
+    spec, configs: from `plan_launch`
     """
     rows, dim = len(q), pages.head_dim
     heads = spec.kv_heads * spec.group
@@ -110,7 +124,7 @@ def launch(
     vectors = sum(
         partials * size for partials, size in zip(schedule.partials, spec.sizes, strict=True)
     )
-    both = {  # what both kernels take
+    both = {  # arguments of both kernels
         "out": out,
         "lse": lse,
         "part_out": q.new_empty(vectors, dim, dtype=torch.float32),
@@ -119,19 +133,19 @@ def launch(
         "GROUP": spec.group,
         "D": dim,
         "INVARIANT": spec.invariant,
-        **pdl_options(choices[0], q.device),
+        **pdl_options(configs[0], q.device),
         **schedule.line,
     }
-    for number, chosen in enumerate(choices):
+    for number, config in enumerate(configs):
         sizes = spec.sizes
-        if len(choices) > 1:
+        if len(configs) > 1:
             sizes = (0, spec.sizes[1]) if number else (spec.sizes[0], 0)
         programs = spec.programs_of(number)
-        block = min(chosen["block"], plan.page_size)
+        block = min(config["block"], plan.page_size)
         faults = faults_of(programs, q.device)
         prefix_attention_kernel[(programs,)](
             q=q,
-            **_pages(pages, block if chosen["tma"] else 0),
+            **_pages(pages, block if config["tma"] else 0),
             page_table=plan.pages,
             pieces=schedule.pieces if spec.pieces else None,
             large_programs=spec.programs_of(0),
@@ -146,7 +160,7 @@ def launch(
             WINDOW=spec.window,
             NATIVE_FP8=converts_e4m3(q.device),
             faults=(*faults, len(schedule.pieces)) if faults else (),
-            **_form(chosen, spec, fp8=pages.fp8),
+            **_config_args(config, spec, fp8=pages.fp8),
             **both,
         )
         raise_fault(faults)
@@ -162,22 +176,22 @@ def launch(
     return out, lse
 
 
-def _form(chosen: KernelConfig, spec: ScheduleSpec, *, fp8: bool) -> dict[str, bool | int]:
-    """The kernel's switches and options, as its tile choices have them."""
+def _config_args(config: KernelConfig, spec: ScheduleSpec, *, fp8: bool) -> dict[str, bool | int]:
+    """The kernel's arguments and options that its config determines."""
     return {
-        "TMA": bool(chosen["tma"]),
+        "TMA": bool(config["tma"]),
         "PIECES": spec.pieces,
-        "AHEAD": bool(chosen["ahead"]),
-        # The order of blocks would depend on other rows' windows.
-        "STEADY": bool(chosen["steady"] and not (spec.invariant and spec.window)),
-        "HALF": fp8 and bool(chosen["fp16"]),
-        "num_warps": chosen["num_warps"],
-        "num_stages": chosen["num_stages"],
+        "AHEAD": bool(config["ahead"]),
+        # Not with both: the order of blocks would depend on the windows of other rows.
+        "STEADY": bool(config["steady"] and not (spec.invariant and spec.window)),
+        "HALF": fp8 and bool(config["fp16"]),
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
     }
 
 
 def _pages(pages: KVPages, block: int) -> dict:
-    """The kernel's arguments for K and V; with `block` also descriptors of blocks of so many."""
+    """The kernel's arguments for K and V; if `block` is not 0, with descriptors for TMA."""
     kv = pages.as_bytes()
     return {
         "kv": kv,
@@ -187,6 +201,6 @@ def _pages(pages: KVPages, block: int) -> dict:
 
 
 def _descriptor(pages: Tensor, block: int) -> TensorDescriptor:
-    """Pages as rows of head_dim, of which a tensor copy takes a block of one head's page."""
+    """A descriptor of [block, head_dim]: `block` tokens of one head within a page."""
     dim = pages.shape[-1]
     return TensorDescriptor.from_tensor(pages.view(-1, dim), [block, dim])

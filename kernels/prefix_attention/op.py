@@ -2,10 +2,10 @@
 
     out[r] = softmax(scale * q[r] K^T) V    over all tokens that row r sees (see prefix_plan.py)
 
-One op for decode, prefill, chunked prefill and their mixtures. The eager form gathers the whole KV
-of every sequence, as anyone would write it. The portable form reads each node once for all its rows
-and merges the partial results by log-sum-exp: the fast path of a CPU. The Triton form does the same
-in two launches on a GPU (schedule.py, kernel.py).
+One op for decode, prefill, chunked prefill and mixtures of them. The eager form, the definition,
+gathers the whole KV of every sequence. The portable form reads each node once for all its rows and
+merges the partials by log-sum-exp; it is the fast path on a CPU. The Triton form does the same on a
+GPU, in two launches (schedule.py, kernel.py).
 
 Floor of a decode step: K and V of every token of the tree once, 2 * Hkv * D * itemsize bytes each.
 """
@@ -33,17 +33,17 @@ def prefix_attention(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend q [T, Hq, D] to `pages`, of q's dtype or FP8, as `plan` says.
+    """Attend q [T, Hq, D] to `pages`, which have q's dtype or are FP8, according to `plan`.
 
     Hq is a multiple of Hkv; query head h reads KV head h // (Hq / Hkv). Softmax and sums are fp32,
-    the result has q's dtype. A row that sees no token gives zeros. With `return_lse` also
+    the result has q's dtype. A row that sees no token gives zeros. With `return_lse` also returns
     log(sum(exp(scale * q k))), natural base, fp32 [T, Hq], -inf for such a row.
 
     scale: positive
-    window: a row sees at most so many of its sequence's last tokens, its own included; 0 is all
-    batch_invariant: a row's bits depend on its own path alone, not on what else is in the batch;
-        the Triton form only. The path's division into nodes must be the same. Its workspace grows
-        with rows and length, to gigabytes for a long prefill: one partial per chunk
+    window: the most tokens at the end of its sequence that a row sees, itself included; 0: no limit
+    batch_invariant: a row's bits depend on its own path alone, not on the rest of the batch, as
+        long as the path is divided into the same nodes; Triton form only. Needs one partial per
+        chunk: the workspace grows with rows and length, to gigabytes for a long prefill
 
     Raises ValueError for shapes, dtypes, strides and devices that do not fit together or the plan.
     """
@@ -56,8 +56,8 @@ def prefix_attention(
     form = pick("prefix_attention", impl, q.device, forms)
     options = {"window": window}
     if batch_invariant:
-        offered = unwrap(form) is prefix_attention_triton  # in a span, maybe
-        check(offered, "batch_invariant: only impl 'triton' offers it")
+        supported = unwrap(form) is prefix_attention_triton  # `form` may be wrapped in a span
+        check(supported, "batch_invariant: only impl 'triton' supports it")
         options["batch_invariant"] = True
     out, lse = form(q, pages, plan, scale, **options)
     return (out, lse) if return_lse else out
@@ -113,10 +113,10 @@ def prefix_attention_portable(
     *,
     window: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Every node once for all its rows; partial results merged by log-sum-exp in fp32."""
+    """Read every node once for all its rows; merge the partials by log-sum-exp in fp32."""
     out = torch.zeros_like(q, dtype=torch.float32)
     lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
-    # One buffer for all parts' K and V: fresh memory costs more than the copy into it.
+    # One buffer for K and V of all parts: fresh memory costs more than the copy into it.
     size = max((part.pages.numel() for part in plan.parts), default=0) * pages.k[0].numel()
     buffers = pages.k.new_empty(2, size)
     for part in plan.parts:
@@ -128,7 +128,7 @@ def prefix_attention_portable(
 
 
 def _gather(pages: Tensor, scales: Tensor | None, buffer: Tensor, part: Part) -> Tensor:
-    """A part's K or V, fp32 [Hkv * n, tokens, D], in `buffer` if that is fp32."""
+    """K or V of a part, fp32 [Hkv * n, tokens, D], in `buffer` if that is fp32."""
     _, kv_heads, page_size, dim = pages.shape
     head = torch.arange(kv_heads, device=pages.device)[:, None, None]
     tiles = (part.pages * kv_heads + head).flatten()  # one head's page each
@@ -156,13 +156,13 @@ def _attend(
         token = torch.arange(part.min_visible, tokens, device=q.device)
         hidden = token >= part.visible[:, :, None]  # [n, m, tokens that some row does not see]
         by_token[..., part.min_visible :].masked_fill_(hidden[None, :, :, None], -math.inf)
-        # What lies behind a node's last token may be anything, NaN included: keep it out of P V.
+        # Memory past a node's last token may hold anything, even NaN: keep it out of P V.
         rest = v.view(kv_heads, n, tokens, dim)[:, :, part.min_visible :]
         rest.masked_fill_(hidden.all(1)[None, :, :, None], 0.0)
-    if oldest is not None:  # the place in the sequence from which on a row sees [n, m]
-        place = part.start[:, None, None] + torch.arange(tokens, device=q.device)
-        by_token.masked_fill_((place < oldest[..., None])[None, :, :, None], -math.inf)
-    # A row may see nothing of these pages: its maximum is -inf, and must not make exp(NaN).
+    if oldest is not None:  # [n, m]: the first position in its sequence that a row sees
+        position = part.start[:, None, None] + torch.arange(tokens, device=q.device)
+        by_token.masked_fill_((position < oldest[..., None])[None, :, :, None], -math.inf)
+    # A row that sees none of these tokens has maximum -inf: avoid exp(-inf + inf).
     top = scores.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
     weights = scores.sub_(top).exp_()
     total = weights.sum(dim=-1, keepdim=True)
@@ -176,10 +176,10 @@ def _attend(
 
 
 def _merge(out: Tensor, lse: Tensor, rows: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
-    """Fold one partial result into the running ones, in place: a convex combination by exp(lse)."""
+    """Merge partials into the running results, in place: a convex combination by exp(lse)."""
     old_lse = lse[rows]
     merged = torch.logaddexp(old_lse, new_lse)
-    # Nothing seen so far and nothing now: both weights are 0, not exp(-inf + inf).
+    # If a row has seen no token, before or now, both weights are 0, not exp(-inf + inf).
     base = merged.clamp_min(torch.finfo(torch.float32).min)
     old_weight = (old_lse - base).exp_()[..., None]
     new_weight = (new_lse - base).exp_()[..., None]
@@ -190,15 +190,22 @@ def _merge(out: Tensor, lse: Tensor, rows: Tensor, new_out: Tensor, new_lse: Ten
 def check_attention(
     q: Tensor, heads: int, pages: KVPages, plan: PrefixPlan, scale: float, window: int
 ) -> None:
-    """Raise ValueError unless q, pages already checked, the plan and the options fit together.
+    """Raise ValueError unless q, the pages, the plan and the options fit together.
 
-    q: [T, ...], or the projection: its rows, dtype and device count
+    q: [T, ...] or the projection, of which only rows, dtype and device are checked
+    pages: checked by `KVPages.check` before
     """
     check(len(q) == plan.num_rows, f"the plan is for {plan.num_rows} rows, not {len(q)}")
     check(scale > 0, f"scale must be positive, not {scale}")
     check(heads % pages.kv_heads == 0, "query heads must be a multiple of KV heads")
-    check(pages.num_pages == plan.num_pages, f"the plan is for {plan.num_pages} pages")
-    check(pages.page_size == plan.page_size, f"the plan is for pages of {plan.page_size} tokens")
+    check(
+        pages.num_pages == plan.num_pages,
+        f"the plan is for {plan.num_pages} pages, not {pages.num_pages}",
+    )
+    check(
+        pages.page_size == plan.page_size,
+        f"the plan is for pages of {plan.page_size} tokens, not {pages.page_size}",
+    )
     check(plan.kv_len.device == q.device, f"the plan must be on {q.device} like q")
     check(window >= 0, f"window must be 0 (off) or a number of tokens, not {window}")
     fits = pages.fp8 or pages.k.dtype == q.dtype

@@ -1,1 +1,1 @@
-"""What every op builds on: choice of form, tiles, cached tensors, copies to the device, spans."""
+"""Shared code of ops: choice of impl, kernel configs, cached tensors, copies to the GPU, spans."""

@@ -1,8 +1,8 @@
-"""Tile choices: what a GPU offers, the committed tables in `tuned/`, and the rules without one.
+"""Choice of kernel configs: from the GPU's tuned table, else by the op's rule.
 
-Nothing is tuned when an op is called. `python -m bench tune` measures the candidates of an op on a
-GPU and writes `tuned/<gpu>.json`; on a GPU without a table, or for a key that its table lacks, the
-op's own rule decides from the GPU's SMs and shared memory.
+Nothing is tuned when an op is called. `python -m bench tune` measures an op's candidates on a GPU
+and writes `tuned/<gpu>.json`. On a GPU without a table, or for a key that its table lacks, the op's
+rule chooses from the GPU's SMs and shared memory.
 """
 
 import json
@@ -21,16 +21,16 @@ KernelConfig = dict[str, int]
 
 @dataclass(frozen=True)
 class Gpu:
-    """What tile choices depend on."""
+    """The properties of a GPU on which kernel configs depend."""
 
-    name: str  # as in the names of the tables: "nvidia-h200"
+    name: str  # as in the tables' file names: "nvidia-h200"
     arch: int  # compute capability, 80 or 90
     sms: int
-    shared_bytes: int  # that one program may use, at most
+    shared_bytes: int  # the most shared memory that one CTA may use
 
     @property
     def shared_bytes_sm(self) -> int:
-        """Shared memory of an SM: the system keeps 1 KiB of it for each resident program."""
+        """Shared memory of an SM, of which the system reserves 1 KiB for each resident CTA."""
         return self.shared_bytes + 1024
 
 
@@ -38,12 +38,14 @@ A100 = Gpu("nvidia-a100", arch=80, sms=108, shared_bytes=163 * 1024)
 H200 = Gpu("nvidia-h200", arch=90, sms=132, shared_bytes=227 * 1024)
 
 _assumed: ContextVar[Gpu | None] = ContextVar("_assumed", default=None)
-_asked: ContextVar[dict[tuple[str, str], KernelConfig] | None] = ContextVar("_asked", default=None)
+_recorded: ContextVar[dict[tuple[str, str], KernelConfig] | None] = ContextVar(
+    "_recorded", default=None
+)
 _overrides: ContextVar[dict[str, KernelConfig]] = ContextVar("_overrides", default={})  # noqa: B039
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU that kernels on `device` are made for; the interpreter on a CPU plays an H200."""
+    """The GPU to choose configs for: that of `device`, or an H200 for the interpreter on a CPU."""
     assumed = _assumed.get()
     if assumed or device.type != "cuda":
         return assumed or H200
@@ -52,10 +54,10 @@ def gpu_of(device: torch.device) -> Gpu:
 
 @dataclass(frozen=True, eq=False)
 class Tunable:
-    """The tile choices of an op, or of a part of one that has its own: made once, by its module.
+    """The choice of kernel configs for an op, or for one kernel of it; created by its module.
 
-    rule        of a GPU and what else `choose` is told of the inputs
-    candidates  of a key and a GPU: what `python -m bench tune` measures
+    rule        the config without a table, from the GPU and the `inputs` given to `choose`
+    candidates  the configs that `python -m bench tune` measures, from a key and a GPU
     """
 
     name: str
@@ -68,38 +70,38 @@ class Tunable:
     def choose(
         self, key: str, device: torch.device, *inputs: object, overridden: bool = True
     ) -> KernelConfig:
-        """How to cut the work for inputs of class `key`: by the GPU's table, else by the rule.
+        """The config for input class `key`: from the GPU's table, else by the rule.
 
-        overridden: whether `use_config` has a say
+        overridden: whether `use_config` applies
         """
         gpu = gpu_of(device)
-        chosen = table_of(gpu.name).get(self.name, {}).get(key)
-        chosen = self.rule(gpu, *inputs) if chosen is None else chosen
+        config = table_of(gpu.name).get(self.name, {}).get(key)
+        config = self.rule(gpu, *inputs) if config is None else config
         if overridden:
-            chosen = chosen | _overrides.get().get(self.name, {})
-        asked = _asked.get()
-        if asked is not None:
-            asked[self.name, key] = chosen
-        return chosen
+            config = config | _overrides.get().get(self.name, {})
+        recorded = _recorded.get()
+        if recorded is not None:
+            recorded[self.name, key] = config
+        return config
 
 
-TUNABLES: dict[str, Tunable] = {}  # by name: all whose modules have been imported
+TUNABLES: dict[str, Tunable] = {}  # by name, those whose modules have been imported
 
 
 @contextmanager
 def record_configs() -> Iterator[dict[tuple[str, str], KernelConfig]]:
-    """Collect what is chosen inside, by tunable and key: the keys that inputs fall into."""
-    asked: dict[tuple[str, str], KernelConfig] = {}
-    token = _asked.set(asked)
+    """Collect every config that is chosen inside the block, by tunable and input class."""
+    recorded: dict[tuple[str, str], KernelConfig] = {}
+    token = _recorded.set(recorded)
     try:
-        yield asked
+        yield recorded
     finally:
-        _asked.reset(token)
+        _recorded.reset(token)
 
 
 @contextmanager
 def assume_gpu(gpu: Gpu) -> Iterator[None]:
-    """Choose tiles as on `gpu`, whatever is present: for compilation ahead of time and plans."""
+    """Choose configs as on `gpu`, even if it is absent: for ahead-of-time compilation."""
     token = _assumed.set(gpu)
     try:
         yield
@@ -108,9 +110,9 @@ def assume_gpu(gpu: Gpu) -> Iterator[None]:
 
 
 @contextmanager
-def use_config(op: str, **chosen: int) -> Iterator[None]:
-    """Put `chosen` over whatever is found for `op`: for tuning and for tests."""
-    token = _overrides.set(_overrides.get() | {op: _overrides.get().get(op, {}) | chosen})
+def use_config(op: str, **overrides: int) -> Iterator[None]:
+    """Override values of every config that is chosen for `op`: for tuning and tests."""
+    token = _overrides.set(_overrides.get() | {op: _overrides.get().get(op, {}) | overrides})
     try:
         yield
     finally:
@@ -119,17 +121,17 @@ def use_config(op: str, **chosen: int) -> Iterator[None]:
 
 @cache
 def _properties(index: int) -> Gpu:
-    found = torch.cuda.get_device_properties(index)
+    properties = torch.cuda.get_device_properties(index)
     return Gpu(
-        name=found.name.lower().replace(" ", "-"),
-        arch=10 * found.major + found.minor,
-        sms=found.multi_processor_count,
-        shared_bytes=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # no stub
+        name=properties.name.lower().replace(" ", "-"),
+        arch=10 * properties.major + properties.minor,
+        sms=properties.multi_processor_count,
+        shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # no stub
     )
 
 
 @cache
 def table_of(gpu_name: str) -> dict[str, dict[str, KernelConfig]]:
-    """{op: {key: tiles}} of a GPU; empty if it has no table."""
+    """A GPU's tuned table, {op: {key: config}}; empty if there is none."""
     path = TABLES / f"{gpu_name}.json"
     return json.loads(path.read_text()) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""What every op's launcher shares: the choice of implementation and the checks on its arguments."""
+"""Choice of an op's implementation, and checks of its arguments."""
 
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -12,7 +12,7 @@ from kernels.runtime.spans import spanned
 IMPLS = ("eager", "portable", "triton")
 
 
-# Set by kernels/compile/launches.py, which records the launches of Triton kernels instead of making
+# Set by kernels/compile/launches.py, which records launches of Triton kernels instead of running
 # them.
 without_gpu: ContextVar[bool] = ContextVar("without_gpu", default=False)
 
@@ -20,11 +20,11 @@ without_gpu: ContextVar[bool] = ContextVar("without_gpu", default=False)
 def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Callable]) -> Callable:
     """The form of `op` to run on `device`.
 
-    `forms` maps names from IMPLS to callables and always holds "eager", the definition.
-    "portable" is the fastest PyTorch form, which may be the definition itself. `impl=None` takes
-    Triton on CUDA where the op has it and portable otherwise; a named form never falls back to
-    another. While spans are on its calls are ranges of the name `op`. Raises ImplError if the named
-    form does not exist or cannot run on `device`.
+    `forms` maps names from IMPLS to callables and always has "eager", the definition. "portable" is
+    the fastest PyTorch form, by default the definition. `impl=None` takes Triton on CUDA if the op
+    has it, else portable; a named form never falls back to another. While spans are on, each call
+    is a span named `op`. Raises ImplError if the named form does not exist or cannot run on
+    `device`.
     """
     forms = {"portable": forms["eager"], **forms}
     if impl is None:
@@ -39,7 +39,7 @@ def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Calla
 
 
 def runs_on_gpu(device: torch.device) -> bool:
-    """Whether ops take the forms of a GPU: on one, and where launches are recorded without one."""
+    """Whether ops take their GPU forms: on CUDA, and while launches are recorded without a GPU."""
     return device.type == "cuda" or without_gpu.get()
 
 
@@ -50,7 +50,7 @@ def check_triton(op: str, device: torch.device) -> None:
 
 
 def copyable(x: Tensor) -> bool:
-    """Whether tensor copies can read a matrix: rows and their beginning stand on 16 bytes."""
+    """Whether TMA can read a matrix: its start and its rows are aligned to 16 bytes."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
@@ -61,7 +61,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def _interpreting() -> bool:
-    """Whether Triton kernels run in its CPU interpreter, as tests do."""
+    """Whether Triton kernels run in Triton's CPU interpreter, as in tests."""
     import triton
 
     return triton.knobs.runtime.interpret

@@ -1,4 +1,4 @@
-"""The dtypes that ops compute with, and their names."""
+"""The dtypes that ops support, and their names."""
 
 import torch
 
@@ -6,5 +6,5 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As in "bfloat16"."""
+    """The name without "torch.", as in "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -1,12 +1,12 @@
-"""FP8 (e4m3) pages of K and V: one fp32 scale per token and head, value = page * scale.
+"""FP8 KV: e4m3 pages of K and V with one fp32 scale per token and head; value = page * scale.
 
     scale = max(amax |x|, 2^-60) / 448        page = e4m3(x * (1 / scale))
 
-A scale of its own for every token and head costs 4 bytes beside the head's D; a write touches
-nothing that was written before, and nothing has to be calibrated or can be clipped. Root of squared
-error over squared values, in percent: all values in bf16; SmolLM2-135M reads 512 tokens of prose,
-mean and worst of its 30 layers; the calibrated scale is one per head, from the first half of the
-tokens, and judged on the second.
+A separate scale for each token and head costs 4 bytes on top of the head's D. In return a write
+changes nothing written earlier, and there is no calibration and no clipping. The table shows
+sqrt(sum of squared errors / sum of squared values) in percent. All values are bf16; SmolLM2-135M
+reads 512 tokens of prose, mean .. worst of its 30 layers. The calibrated scale is one per head,
+from the first half of the tokens; errors are those of the second half.
 
     scale per            token and head    head, calibrated    none (scale 1)
     SmolLM2, K            2.10 .. 2.36       2.70 .. 3.46       2.62 .. 2.73
@@ -26,27 +26,27 @@ from torch import Tensor
 from kernels.runtime.configs import gpu_of
 
 E4M3_MAX = 448.0
-SMALLEST_AMAX = 2.0**-60  # below it values become zeros; the scale and its reciprocal stay finite
+SMALLEST_AMAX = 2.0**-60  # keeps the scale and its reciprocal finite; smaller values become 0
 
 
 def quantise_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition: x [..., D] to e4m3 of the same shape, and fp32 scales [...].
 
-    No clamp: the largest quotient is 448 give or take an fp32 roundoff, which e4m3 rounds to 448.
-    A row with NaN or inf gets NaN or inf as its scale, so that its values are NaN.
+    No clamp is needed: the largest quotient is 448 up to an fp32 rounding error, and e4m3 rounds it
+    to 448. A row with NaN or inf gets that as its scale, so its values become NaN.
     """
     scale = x.float().abs().amax(-1).clamp_min(SMALLEST_AMAX) / E4M3_MAX
     return (x.float() * scale.reciprocal()[..., None]).to(torch.float8_e4m3fn), scale
 
 
 def converts_e4m3(device: torch.device) -> bool:
-    """Whether kernels on `device` may leave e4m3 to the GPU: the interpreter rounds it wrongly."""
+    """Whether kernels can use native e4m3 conversions: not in the interpreter, which misrounds."""
     return gpu_of(device).arch >= 89 and not triton.knobs.runtime.interpret
 
 
 @triton.jit
 def magnitude_bits(x: tl.tensor) -> tl.tensor:
-    """|x| of fp32 as int32, which order like the values, NaN above all."""
+    """The bits of |x|, fp32, as int32: ordered like the values, with NaN largest."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -59,15 +59,15 @@ def e4m3_scale(bits: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def to_e4m3(x: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
-    """fp32 to the bytes of e4m3, by the GPU itself if NATIVE, see `converts_e4m3`."""
+    """fp32 to e4m3 as bytes (uint8); NATIVE: by the GPU's conversion, see `converts_e4m3`."""
     return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if NATIVE else to_e4m3_bits(x)
 
 
 @triton.jit
 def to_e4m3_bits(x: tl.tensor) -> tl.tensor:
-    """fp32 to the bytes of e4m3: to nearest even, what lies beyond 448 to 448, NaN to NaN.
+    """fp32 to e4m3 as bytes: round to nearest even, saturate at 448, keep NaN.
 
-    By integers, for GPUs without a conversion (before sm_89, where Triton has no `fp8e4nv`).
+    In integer arithmetic, for GPUs before sm_89, where Triton has no `fp8e4nv`.
     """
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
@@ -85,7 +85,8 @@ def to_e4m3_bits(x: tl.tensor) -> tl.tensor:
 def from_e4m3_bits(code: tl.tensor) -> tl.tensor:
     """Bytes (uint8) of e4m3 to fp16, exactly; the two NaN codes become +-480.
 
-    As the bits of an fp16 with its wider exponent the value is 2^-8 of what it should be.
+    The bits are moved into fp16's fields; as fp16's exponent bias is 15, not 7, that gives the
+    value times 2^-8.
     """
     bits = code.to(tl.uint16)
     bits = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)
@@ -94,12 +95,12 @@ def from_e4m3_bits(code: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def from_e4m3(code: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
-    """Bytes (uint8) of e4m3 to what converts exactly to 16-bit floats, see `converts_e4m3`."""
+    """Bytes (uint8) of e4m3 to fp8e4nv if NATIVE, else fp16: exact in any 16-bit float."""
     return code.to(tl.float8e4nv, bitcast=True) if NATIVE else from_e4m3_bits(code)
 
 
 @triton.jit
 def power_below(x: tl.tensor) -> tl.tensor:
-    """The largest power of two that is at most x, fp32 above 0; 1 for 0."""
+    """The largest power of two that is at most x, for fp32 x > 0; 1 for x = 0."""
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(power > 0.0, power, 1.0)

@@ -1,4 +1,4 @@
-"""A bounded memory: what was used last stays, up to a budget."""
+"""A least-recently-used cache with a budget."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Lru:
-    """Values by key; beyond `budget`, a sum of sizes, those used longest ago are dropped."""
+    """Values by key; the least recently used are dropped when their sizes exceed `budget`."""
 
     def __init__(self, budget: int) -> None:
         self._items: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
@@ -25,14 +25,14 @@ class Lru:
         self._drop()
 
     def get(self, key: Hashable) -> Any:
-        """The value, from now on the last to be dropped; None if there is none."""
+        """The value, which becomes the most recently used; None if there is none."""
         if key not in self._items:
             return None
         self._items.move_to_end(key)
         return self._items[key][0]
 
     def put(self, key: Hashable, value: Any, size: int = 1) -> None:
-        """Hold `value` as the last to be dropped; not at all if it exceeds the budget alone."""
+        """Store `value` as the most recently used, unless its size alone exceeds the budget."""
         self.held -= self._items.pop(key, (None, 0))[1]
         if size > self.budget:
             return

@@ -1,18 +1,19 @@
-"""Named ranges of the work for profilers: off (the default), NVTX's or PyTorch's.
+"""Spans, named ranges of host work for profilers: off (the default), NVTX's or PyTorch's.
 
-    with span("engine step"): ...              a range of this thread
-    spanned("linear qkv", F.linear)(x, w)      a call in a range; the bare function while off
-    end = begin("round", 0); ...; end()        a range that others overlap, ended later
-    with use("torch"): ...                     switches all of them on, in all threads
+    with span("engine step"): ...              a span of this thread
+    spanned("linear qkv", F.linear)(x, w)      a call in a span; the bare function while off
+    end = begin("round", 0); ...; end()        a span that may overlap others, ended later
+    with use("torch"): ...                     switches all spans on, in all threads
 
-PACORE_SPANS=nvtx or torch in the environment switches them on from the start. Ranges name what the
-host does: of kernels that a CUDA graph replays they see the replay alone. Under capture they are as
-harmless as elsewhere, since they never touch the device.
+PACORE_SPANS=nvtx or torch in the environment switches them on from the start. Spans cover what the
+host does: for kernels in a CUDA graph they show only the replay. They never touch the device, so
+they are safe during capture.
 
-Ranges are PaCoRe's rounds, the engine's steps ("engine step 7": "schedule", "execute", "update"),
-layers ("decoder layer 3"), every op by its name (`dispatch.pick`; `rotary_attention` where it is
-fused) and every matrix product of the model ("linear gate_up"). What stands before the first
-number is their `family`. The time of each less that of the ranges in it makes up a step.
+There are spans for PaCoRe's rounds, the engine's steps ("engine step 7": "schedule", "execute",
+"update"), layers ("decoder layer 3"), every op by its name (`dispatch.pick`; `rotary_attention`
+where it is fused) and every matrix product of the model ("linear gate_up"). A span's name up to the
+first number is its `family`. The self times of its spans (without the spans in them) add up to a
+step.
 """
 
 import os
@@ -31,24 +32,24 @@ DOMAIN = "pacore"  # NVTX's
 
 
 class Ranges(NamedTuple):
-    """How a mode makes ranges by name: as a context, and begun, to be ended by a call."""
+    """A mode's two ways to open a range by name."""
 
     span: Callable[[str], AbstractContextManager]
-    begin: Callable[[str], Callable[[], object]]
+    begin: Callable[[str], Callable[[], object]]  # returns the call that ends it
 
 
 _NOTHING = nullcontext()
 
 
 def span(name: str, which: object = None) -> AbstractContextManager:
-    """A range of this thread, called `name` or "name which", for a `with` statement."""
+    """A context manager: a span of this thread named `name` or "name which"."""
     if _ranges is None:
         return _NOTHING
     return _ranges.span(_full(name, which))
 
 
 def spanned(name: str, function: Callable[P, T]) -> Callable[P, T]:
-    """`function` in a range of this name; `function` itself while spans are off."""
+    """`function` wrapped in a span of this name; `function` itself while spans are off."""
     if _ranges is None:
         return function
 
@@ -61,7 +62,7 @@ def spanned(name: str, function: Callable[P, T]) -> Callable[P, T]:
 
 
 def begin(name: str, which: object = None) -> Callable[[], object]:
-    """Open a range that need not nest in others, and give what ends it, once."""
+    """Open a span that need not nest in others; returns the call that ends it, to be made once."""
     if _ranges is None:
         return _end_nothing
     return _ranges.begin(_full(name, which))
@@ -69,12 +70,12 @@ def begin(name: str, which: object = None) -> Callable[[], object]:
 
 @contextmanager
 def use(mode: "str | Ranges") -> Iterator[None]:
-    """Within the block spans are in `mode`, one of MODES or ranges of one's own, in all threads.
+    """Set the mode of spans inside the block, in all threads: one of MODES, or a `Ranges`.
 
-    Raises ValueError for another mode, ModuleNotFoundError where "nvtx" lacks its library.
+    Raises ValueError for another mode, ModuleNotFoundError for "nvtx" without its library.
     """
     global _ranges
-    before, _ranges = _ranges, mode if isinstance(mode, Ranges) else _made(mode)
+    before, _ranges = _ranges, mode if isinstance(mode, Ranges) else _ranges_of(mode)
     try:
         yield
     finally:
@@ -82,7 +83,7 @@ def use(mode: "str | Ranges") -> Iterator[None]:
 
 
 def family(name: str) -> str:
-    """What spans of many numbers share: "decoder layer" of "decoder layer 3"."""
+    """A span's name without its numbers: "decoder layer" for "decoder layer 3"."""
     return re.split(r" (?=\d)", name, maxsplit=1)[0]
 
 
@@ -95,9 +96,9 @@ def _end_nothing() -> None:
 
 
 @cache
-def _made(mode: str) -> Ranges | None:
+def _ranges_of(mode: str) -> Ranges | None:
     if mode not in MODES:
-        raise ValueError(f"spans {mode!r}: choose one of {', '.join(MODES)}")
+        raise ValueError(f"unknown spans {mode!r}; choose one of {', '.join(MODES)}")
     return {"off": lambda: None, "nvtx": _nvtx, "torch": _torch}[mode]()
 
 
@@ -121,4 +122,4 @@ def _torch() -> Ranges:
     return Ranges(record_function, begin)
 
 
-_ranges: Ranges | None = _made(os.environ.get(VARIABLE) or "off")
+_ranges: Ranges | None = _ranges_of(os.environ.get(VARIABLE) or "off")

@@ -1,7 +1,7 @@
-"""Small host arrays on their way to the device: many in one copy, which nobody waits for.
+"""Asynchronous copies of small host arrays to the device, many in one copy.
 
-A copy from ordinary memory makes the host wait for all that the device still has to do. From pinned
-memory it does not, and PyTorch gives such memory out again only when the copy is done.
+A copy from pageable memory makes the host wait for all queued work of the device. A copy from
+pinned memory does not, and PyTorch reuses pinned memory only once the copy is done.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kernels.runtime.arithmetic import cdiv
 
-ALIGNMENT = 16  # bytes: Triton compiles a kernel anew for pointers that stand on fewer
+ALIGNMENT = 16  # bytes: Triton compiles a kernel again for pointers with less
 
 
 class Packed:
-    """Arrays of one dtype in one device buffer, at addresses that do not change.
+    """Tensors of one dtype in one device buffer, at fixed addresses.
 
-    `tensors` are views of it, by name. `fill` overwrites them.
+    `tensors` has the views of the buffer by name; `fill` overwrites them.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Packed:
         }
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Overwrite the beginning of each tensor by an array, what lies behind it by zeros.
+        """Overwrite each tensor with an array, followed by zeros if the array is shorter.
 
-        Asynchronous on a GPU, in the order of its stream. Raises ValueError for an array with more
-        elements than there is room for; nothing is then written.
+        Asynchronous on a GPU, in stream order. Raises ValueError if an array has more elements than
+        its tensor; nothing is then written.
         """
         for name, (_, size) in self._ranges.items():
             if arrays[name].size > size:
@@ -62,7 +62,7 @@ class Packed:
 
 
 def on_device(values: np.ndarray, device: torch.device | str) -> Tensor:
-    """An array as a tensor of its dtype on `device`, without waiting for the device."""
+    """Copy an array to a tensor of its dtype on `device`, without waiting for the device."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     if torch.device(device).type != "cuda":
         return tensor.to(device)

@@ -147,7 +147,7 @@ def test_why_a_form_is_unavailable(interpreter):
     assert pairs.refusals(norm, FP32, names, H200) == unknown
     early = {"triton pdl=1": "pdl=1 needs sm_90 or newer, not sm_80"}
     assert pairs.refusals(norm, FP32, names, A100) == unknown | early
-    alone = {"triton split=1": "tile choice split: only with pieces"}
+    alone = {"triton split=1": "kernel config: split needs pieces"}
     with use_config("prefix_attention", pieces=0):
         assert pairs.refusals(forest, FP32, [*alone], H200) == alone
 

@@ -122,7 +122,7 @@ def test_batch_invariant_in_a_span(interpreter, monkeypatch):
     options = {"scale": 1.0, "batch_invariant": True}
     with use("torch"):
         passed = module.prefix_attention(*call, **options, impl="triton")
-        with pytest.raises(ValueError, match="only impl 'triton' offers it"):
+        with pytest.raises(ValueError, match="only impl 'triton' supports it"):
             module.prefix_attention(*call, **options, impl="eager")
     assert passed["batch_invariant"]
 
@@ -161,12 +161,12 @@ def test_nvtx_gets_names_in_our_domain(monkeypatch):
         annotate=Annotate, start_range=start, end_range=lambda of: log.append(f"end {of}")
     )
     monkeypatch.setitem(sys.modules, "nvtx", fake)
-    spans._made.cache_clear()
+    spans._ranges_of.cache_clear()
     with use("nvtx"):
         end = begin("round", 2)
         assert spanned("rms_norm", abs)(-1) == 1
         end()
-    spans._made.cache_clear()
+    spans._ranges_of.cache_clear()
     assert log == ["start pacore:round 2", "push pacore:rms_norm", "pop", "end round 2"]
 
 
