@@ -1,9 +1,9 @@
-"""The two activations between a feed-forward block's matrix products.
+"""The activations between the matrix products of feed-forward blocks: silu_mul and quick_gelu.
 
     silu_mul: silu(gate) * up, silu(g) = g / (1 + e^-g)        quick_gelu: x / (1 + e^(-1.702 x))
 
-Each reads and writes its elements once: silu_mul 6 bytes per element of its result in 16 bits,
-quick_gelu 4.
+Each reads and writes every element once: in 16 bits, 6 bytes per result element for silu_mul and 4
+for quick_gelu.
 """
 
 import torch
@@ -22,9 +22,9 @@ def silu_mul(gate_up: Tensor, *, interleaved: bool = False, impl: str | None = N
     """silu(gate) * up, where silu(g) = g * sigmoid(g).
 
     gate_up: [T, 2F], the halves [gate | up], or if `interleaved` the pairs gate 0, up 0, gate 1,
-    up 1 and so on. Returns [T, F] of its dtype. silu(gate) is computed in fp32 and rounded to that
-    dtype before the product, as in transformers' Qwen3MLP. Raises ValueError for other shapes and
-    dtypes.
+    up 1 and so on. Returns [T, F] of the same dtype. silu(gate) is computed in fp32 and rounded to
+    that dtype before the product, as in transformers' Qwen3MLP. Raises ValueError for other shapes
+    and dtypes.
     """
     _check_rows("silu_mul", "gate_up", gate_up)
     check(
@@ -38,15 +38,16 @@ def silu_mul(gate_up: Tensor, *, interleaved: bool = False, impl: str | None = N
 def quick_gelu(x: Tensor, *, impl: str | None = None) -> Tensor:
     """x * sigmoid(1.702 x), computed in fp32 and rounded once.
 
-    x: [T, F]; returns [T, F] of its dtype. Raises ValueError for other shapes and dtypes.
+    x: [T, F]; returns [T, F] of the same dtype. Raises ValueError for other shapes and dtypes.
     """
     _check_rows("quick_gelu", "x", x)
     return pick("quick_gelu", impl, x.device, _QUICK_GELU)(x)
 
 
 def gate_and_up(gate_up: Tensor, interleaved: bool, axis: int = 1) -> tuple[Tensor, Tensor]:
-    """Views of gates and ups, which are halves or pairs along `axis`: of activations, or with axis
-    0 of the weights that they are a product with.
+    """Views of gate and up, which are halves or pairs along `axis`.
+
+    axis: 1 for activations, 0 for the weights that produce them
     """
     if interleaved:
         pairs = gate_up.shape[axis] // 2
@@ -75,7 +76,7 @@ def _silu_mul_portable(gate_up: Tensor, interleaved: bool) -> Tensor:
 
 
 def _quick_gelu_portable(x: Tensor) -> Tensor:
-    # In place: large fresh buffers cost a CPU more than the arithmetic.
+    # In place: on a CPU, large fresh buffers cost more than the arithmetic.
     return (x.float() * 1.702).sigmoid_().mul_(x).to(x.dtype)
 
 
@@ -99,8 +100,8 @@ def silu_mul_kernel(
         both = 2 * first + tl.arange(0, 2 * BLOCK)
         pairs = tl.load(gate_up + both, mask=both < 2 * width)
         gate, up = tl.split(tl.reshape(pairs, [BLOCK, 2]))
-        # A thread's 16 bytes of pairs become 8 bytes of results. Stored as 8 bytes they stay in the
-        # thread; stored as 16 bytes they would be exchanged through shared memory.
+        # A thread's 16 bytes of pairs become 8 bytes of results, which it stores itself. Stores of
+        # 16 bytes would exchange results between threads through shared memory.
         column = tl.max_contiguous(column, 64 // gate_up.dtype.element_ty.primitive_bitwidth)
     else:
         gate = tl.load(gate_up + column, mask=mask)
@@ -143,24 +144,24 @@ def _launch(
     rows, width = y.shape
     if y.numel() == 0:
         return y
-    few = triton.next_power_of_2(rows)
-    key = f"{f'T<={few}' if few <= 64 else 'T>64'} F{width}"
-    chosen = TUNABLE[op].choose(key, x.device, rows, width)
-    kernel[(rows * cdiv(width, chosen["block"]),)](
+    bucket = triton.next_power_of_2(rows)
+    key = f"{f'T<={bucket}' if bucket <= 64 else 'T>64'} F{width}"
+    config = TUNABLE[op].choose(key, x.device, rows, width)
+    kernel[(rows * cdiv(width, config["block"]),)](
         x,
         y,
         width=width,
         row_stride=x.stride(0),
-        BLOCK=chosen["block"],
-        num_warps=chosen["num_warps"],
+        BLOCK=config["block"],
+        num_warps=config["num_warps"],
         **options,
     )
     return y
 
 
 def _rule(gpu: Gpu, rows: int, width: int) -> KernelConfig:
-    """Columns per program, and its warps: two loads of 16 bytes per thread and operand, 32 KiB and
-    more on an SM full of warps. If that leaves SMs without work, one load."""
+    """Columns per CTA, and warps: two loads of 16 bytes per thread and operand, at least 32 KiB on
+    an SM full of warps; one load if two would leave SMs without work."""
     block = 2048
     while block > 256 and rows * cdiv(width, block) < 2 * gpu.sms:
         block //= 2

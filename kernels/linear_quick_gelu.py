@@ -1,15 +1,16 @@
-"""The first half of the vision tower's feed-forward block: a linear layer and quick_gelu.
+"""A linear layer followed by quick_gelu: the first half of the vision tower's feed-forward block.
 
     y = quick_gelu(x W^T + b), quick_gelu(z) = z / (1 + e^(-1.702 z))
 
-For inputs of 16 bits the linear layer's result is rounded to their dtype before the activation,
-which is computed in fp32 and rounded once more.
+For 16-bit inputs the linear layer's result is rounded to their dtype before the activation, which
+is computed in fp32 and rounded once more.
 
-The Triton form is the library's product and an activation kernel, or `fused` one product of ours
-(`gemm/op.py`) that applies the activation to its sums. The kernel of its own moves 4 bytes per
-element in 16 bits, the product computes 2 C operations: with C = 1536 and an H200's peaks, 4.8 TB/s
-and 990 TFLOP/s, one takes a quarter of the other's time. So fused pays if our product comes within
-a fifth of the library's speed. Until that is measured the rule says no.
+The Triton form is the library's matrix product and an activation kernel, or if `fused` our own
+product (`gemm/op.py`), which applies the activation to its sums. Per element in 16 bits, the
+separate activation kernel moves 4 bytes and the product computes 2 C operations: with C = 1536 and
+an H200's peaks, 4.8 TB/s and 990 TFLOP/s, the kernel takes a quarter of the product's time. Fusing
+therefore pays if our product is within a fifth of the library's speed. Until that is measured, the
+rule does not fuse.
 """
 
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def linear_quick_gelu(
 ) -> Tensor:
     """quick_gelu(x @ weight.T + bias): x [T, C], weight [F, C], bias [F] -> [T, F].
 
-    fused: whether impl 'triton' is one kernel; None leaves that to the GPU's table or the rule.
+    fused: whether impl 'triton' is one kernel; None lets the kernel config choose
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     check(x.ndim == 2, f"x must be [T, C], not {list(x.shape)}")
@@ -60,8 +61,8 @@ def _portable(x: Tensor, weight: Tensor, bias: Tensor, fused: bool | None) -> Te
 
 def _triton(x: Tensor, weight: Tensor, bias: Tensor, fused: bool | None) -> Tensor:
     if fused is None:
-        few = triton.next_power_of_2(len(x))
-        size = f"T<={few}" if few <= 4096 else "T>4096"
+        bucket = triton.next_power_of_2(len(x))
+        size = f"T<={bucket}" if bucket <= 4096 else "T>4096"
         key = f"{size} C{x.shape[1]} F{weight.shape[0]}"
         fused = bool(TUNABLE.choose(key, x.device)["fused"])
     if fused:

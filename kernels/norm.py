@@ -1,15 +1,15 @@
-"""RMSNorm and LayerNorm over the last axis, each with the residual add that precedes it.
+"""RMSNorm and LayerNorm over the last axis, optionally fused with the preceding residual add.
 
-Rounding, for inputs of 16 bits: statistics are fp32. rms_norm rounds the normalised value to the
-input's dtype before it multiplies with the weight, as transformers' Qwen3RMSNorm does; layer_norm
-rounds once, at the end. Where a residual is added, the rounded sum is what gets normalised.
+Rounding, for 16-bit inputs: statistics are fp32. rms_norm rounds the normalised value to the
+input's dtype before it multiplies by the weight, as transformers' Qwen3RMSNorm does; layer_norm
+rounds once, at the end. With a residual, the rounded sum is normalised.
 
-The Triton forms keep a row in registers between its one read and its one write: 4 bytes per element
-in 16 bits, 8 with a residual.
+The Triton forms read and write each row once and keep it in registers in between: 4 bytes per
+element in 16 bits, 8 with a residual.
 
-rows        rows per program
+rows        rows per CTA
 num_warps
-pdl         1: the program starts, and loads its vectors, while the kernel before it ends (sm_90).
+pdl         1: the kernel starts, and loads its vectors, while the kernel before it ends (sm_90).
             weight, bias and gamma must then have been written before that kernel started.
 """
 
@@ -27,7 +27,7 @@ from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.pdl import pdl_options, release_next, wait_for_previous
 
-MAX_WIDTH = 16384  # of the Triton forms: what a program's registers hold
+MAX_WIDTH = 16384  # of the Triton forms: a row must fit in a CTA's registers
 
 
 @overload
@@ -52,8 +52,8 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y = s / sqrt(mean(s^2) + eps) * weight with s = x, or with s = x + residual.
 
-    x, residual: [T, C]; weight: [C]; all of one dtype and device. Returns y [T, C], with a residual
-    (y, s). Raises ValueError for shapes, dtypes or devices that do not fit.
+    x, residual: [T, C]; weight: [C]; all of one dtype and device. Returns y [T, C], or with a
+    residual (y, s). Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     _check_rows("rms_norm", x, {"weight": weight}, residual)
     return pick("rms_norm", impl, x.device, _RMS_NORM)(x, weight, eps, residual)
@@ -98,7 +98,7 @@ def layer_norm(
     """y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias with s = x, or residual + gamma * x.
 
     x, residual: [T, C]; weight, bias, gamma (LayerScale; None is 1): [C]; all of one dtype and
-    device. Returns y [T, C], with a residual (y, s). Raises ValueError for shapes, dtypes or
+    device. Returns y [T, C], or with a residual (y, s). Raises ValueError for shapes, dtypes or
     devices that do not fit, and for a gamma without a residual.
     """
     vectors = {"weight": weight, "bias": bias}
@@ -145,7 +145,7 @@ def _rms_norm_portable(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     total = x if residual is None else x + residual
-    # The fused op would multiply with its weight before it rounds, so it gets none.
+    # Without weight: F.rms_norm would multiply by it before rounding.
     y = F.rms_norm(total, weight.shape, eps=eps).mul_(weight)
     return y if residual is None else (y, total)
 
@@ -185,7 +185,7 @@ def rms_norm_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)
     mask = (row < rows) & (column < width)  # [ROWS, BLOCK]
-    scale = tl.load(weight + column, mask=column < width, other=0)  # before anything waits
+    scale = tl.load(weight + column, mask=column < width, other=0)  # before the PDL wait
     wait_for_previous(PDL)
     release_next(PDL)
     s = tl.load(x + row * x_stride + column, mask=mask, other=0)
@@ -221,7 +221,7 @@ def layer_norm_kernel(
     column = tl.arange(0, BLOCK)
     valid = column < width
     mask = (row < rows) & valid  # [ROWS, BLOCK]
-    scale = tl.load(weight + column, mask=valid, other=0).to(tl.float32)  # before anything waits
+    scale = tl.load(weight + column, mask=valid, other=0).to(tl.float32)  # before the PDL wait
     shift = tl.load(bias + column, mask=valid, other=0).to(tl.float32)
     if gamma is not None:
         factor = tl.load(gamma + column, mask=valid, other=0).to(tl.float32)
@@ -270,15 +270,15 @@ def _launch(
     rows, width = x.shape
     check(width <= MAX_WIDTH, f"{op}: x must be at most {MAX_WIDTH} wide, not {width}")
     for name, tensor in ({"x": x, "residual": residual} | vectors).items():
-        neighbours = tensor is None or tensor.stride(-1) == 1 or width == 1
-        check(neighbours, f"{op}: {name} must have neighbouring columns (stride 1)")
+        contiguous = tensor is None or tensor.stride(-1) == 1 or width == 1
+        check(contiguous, f"{op}: {name} must have neighbouring columns (stride 1)")
     y = x.new_empty(x.shape)
     total = None if residual is None else x.new_empty(x.shape)
     if rows:
-        few = triton.next_power_of_2(rows)
-        key = f"{f'T<={few}' if few <= 64 else 'T>64'} C{width}"
-        chosen = TUNABLE[op].choose(key, x.device, rows, width)
-        kernel[(cdiv(rows, chosen["rows"]),)](
+        bucket = triton.next_power_of_2(rows)
+        key = f"{f'T<={bucket}' if bucket <= 64 else 'T>64'} C{width}"
+        config = TUNABLE[op].choose(key, x.device, rows, width)
+        kernel[(cdiv(rows, config["rows"]),)](
             x=x,
             residual=residual,
             **vectors,
@@ -289,31 +289,31 @@ def _launch(
             x_stride=x.stride(0),
             residual_stride=0 if residual is None else residual.stride(0),
             eps=eps,
-            ROWS=chosen["rows"],
+            ROWS=config["rows"],
             BLOCK=triton.next_power_of_2(width),
-            num_warps=chosen["num_warps"],
-            **pdl_options(chosen, x.device),
+            num_warps=config["num_warps"],
+            **pdl_options(config, x.device),
         )
     return y if total is None else (y, total)
 
 
 def _rule(gpu: Gpu, rows: int, width: int) -> KernelConfig:
-    """Two loads of 16 bytes per thread and operand. Narrow rows share a program once there are
-    enough of them for every SM."""
+    """Two loads of 16 bytes per thread and operand; narrow rows share a CTA once there are enough
+    for every SM."""
     block = triton.next_power_of_2(width)
-    together = 1
-    while block * together < 1024 and rows >= 4 * together * gpu.sms:
-        together *= 2
-    num_warps = min(16, max(1, block * together // 512))
-    return {"rows": together, "num_warps": num_warps, "pdl": 0}
+    rows_per_program = 1
+    while block * rows_per_program < 1024 and rows >= 4 * rows_per_program * gpu.sms:
+        rows_per_program *= 2
+    num_warps = min(16, max(1, block * rows_per_program // 512))
+    return {"rows": rows_per_program, "num_warps": num_warps, "pdl": 0}
 
 
 def _candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     pairs = [(rows, warps) for rows in (1, 2) for warps in (1, 2, 4, 8, 16)]
-    # Two rows of 4096 do not fit the registers of one warp.
+    # Two rows of 4096 do not fit in the registers of one warp.
     plain = [{"rows": rows, "num_warps": warps, "pdl": 0} for rows, warps in pairs if warps >= rows]
-    early = [tiles | {"pdl": 1} for tiles in plain if tiles["rows"] == 1]
-    return plain + early * (gpu.arch >= 90)
+    with_pdl = [config | {"pdl": 1} for config in plain if config["rows"] == 1]
+    return plain + with_pdl * (gpu.arch >= 90)
 
 
 TUNABLE = {op: Tunable(op, _rule, _candidates) for op in ("rms_norm", "layer_norm")}
@@ -329,10 +329,10 @@ def _check_rows(op: str, x: Tensor, vectors: dict[str, Tensor], residual: Tensor
     check(x.dim() == 2 and x.shape[1] > 0, f"{op}: x must be [T, C], not {list(x.shape)}")
     check(x.dtype in DTYPES, f"{op}: x must be fp32, bf16 or fp16, not {x.dtype}")
     expected = dict.fromkeys(vectors, x.shape[1:])
-    given = dict(vectors)
+    tensors = dict(vectors)
     if residual is not None:
-        expected["residual"], given["residual"] = x.shape, residual
-    for name, tensor in given.items():
+        expected["residual"], tensors["residual"] = x.shape, residual
+    for name, tensor in tensors.items():
         shape = expected[name]
         check(
             tensor.shape == shape,

@@ -1,17 +1,19 @@
-"""From the vision tower's tokens to the decoder's: two stride-2 convolutions and a linear layer.
+"""The projector from vision tower to decoder: two stride-2 convolutions and a linear layer.
 
-    out = W3 . (conv(conv(x, w1) + b1, w2) + b2)        3x3, stride 2, padding 1, nothing in between
+    out = W3 . (conv(conv(x, w1) + b1, w2) + b2)        3x3, stride 2, padding 1, no activation
 
 Each view of rows x columns tokens, row-major, becomes ceil(rows / 4) x ceil(columns / 4) tokens,
-again row-major: 16 times fewer. Views of different grids stand packed in one batch.
+again row-major: 16 times fewer. Views of different grids are packed in one batch.
 
-As nothing stands between the last two layers, they can be one: `fold` multiplies W3 into w2 and b2.
-With the 10B's widths that leaves width x 9 C1 weights, 226 MB in bf16, of C2 x 9 C1 + width x C2,
-390 MB, and as much less work. In 16 bits both ways round three times, each about as harmfully:
-after the first convolution, at the end, and in between either its result or the folded weight.
+As there is no activation between the last two layers, they can be folded into one: `fold`
+multiplies W3 into w2 and b2. With the 10B's widths that leaves width x 9 C1 weights, 226 MB in
+bf16, instead of C2 x 9 C1 + width x C2, 390 MB, and reduces the work in proportion. In 16 bits both
+forms round three times, with about equal error: after the first convolution, at the end, and in
+between, where either the second convolution's result or the folded weight is rounded.
 
-The Triton form is `gemm/op.py`'s convolution, twice: straight from packed tokens, all views in one
-launch, each result row where the caller wants it. Without `folded` a linear layer comes after it.
+The Triton form is two convolutions of `gemm/op.py`, straight from packed tokens, with all views in
+one launch and each result row written where the caller wants it. Without `folded`, a linear layer
+follows.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,10 +49,10 @@ def projector(
     """Downsample and project packed views: x [T, C] -> [T', width], T' as `output_tokens` counts.
 
     w1: [C1, C, 3, 3], b1: [C1]; w2: [C2, C1, 3, 3], b2: [C2]; w3: [width, C2]
-    folded: `fold(w2, b2, w3)`, which eager, the definition, does without.
-    out: [R, width], whose row rows[i] (int64 [T']) becomes result row i, and which is returned;
-    both or neither. That rows are distinct and less than R is the caller's word: checking it would
-    wait for the GPU. Impl 'triton' needs w1 and w2, or folded, in channels-last.
+    folded: `fold(w2, b2, w3)`; impl 'eager', the definition, ignores it
+    out: [R, width], which is then returned; rows: int64 [T']. Both or neither: result row i is
+    written to out[rows[i]]. The caller guarantees that rows are distinct and less than R; checking
+    would wait for the GPU. Impl 'triton' needs w1 and w2, or folded, in channels-last.
     Raises ValueError for shapes, dtypes, devices or memory layouts that do not fit together.
     """
     weights = (w1, b1, w2, b2, w3)
@@ -63,8 +65,8 @@ def projector(
 def fold(w2: Tensor, b2: Tensor, w3: Tensor) -> Folded:
     """The second convolution and the linear layer as one: (w [width, C1, 3, 3], b [width]).
 
-    w is channels-last; both have the weights' dtype, rounded once from sums in fp32. One tap at a
-    time, for the memory's sake. Raises ValueError for shapes that do not fit together.
+    w is channels-last; both have the weights' dtype, rounded once from fp32 sums. Computed one tap
+    at a time to save memory. Raises ValueError for shapes that do not fit together.
     """
     check(w2.ndim == 4 and w2.shape[2:] == (3, 3), "w2 must be [C2, C1, 3, 3]")
     check(b2.shape == w2.shape[:1], f"b2 must be [{w2.shape[0]}]")
@@ -78,7 +80,7 @@ def fold(w2: Tensor, b2: Tensor, w3: Tensor) -> Folded:
 
 
 def output_tokens(grid: Grid) -> int:
-    """Tokens that a view of this grid becomes."""
+    """The number of output tokens of a view with this grid."""
     rows, columns = grid
     return cdiv(rows, 4) * cdiv(columns, 4)
 
@@ -86,9 +88,9 @@ def output_tokens(grid: Grid) -> int:
 def projector_ref(
     x: Tensor, grids: Sequence[Grid], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor
 ) -> Tensor:
-    """The definition: neighbouring views of one grid as a batch of images.
+    """The definition: neighbouring views with equal grids as a batch of images.
 
-    Fastest with w1 and w2 in channels-last, the layout that the tokens already have.
+    Fastest with w1 and w2 in channels-last, which is also the layout of the tokens.
     """
 
     def images_to_tokens(images: Tensor) -> Tensor:
@@ -148,7 +150,7 @@ def _triton(
 
 
 def _placed(result: Tensor, out: Tensor | None, rows: Tensor | None) -> Tensor:
-    """`result`, or `out` with it in `rows`."""
+    """Write `result` to `rows` of `out` and return `out`; without out, return `result`."""
     return result if out is None or rows is None else out.index_copy_(0, rows, result)
 
 
@@ -158,7 +160,7 @@ _FORMS = {"eager": _eager, "portable": _portable, "triton": _triton}
 def _by_grid(
     x: Tensor, grids: Sequence[Grid], width: int, images_to_tokens: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Apply [n, C, rows, columns] -> [n, tokens, width] to each run of views with one grid."""
+    """Apply [n, C, rows, columns] -> [n, tokens, width] to each run of views with equal grids."""
     outs, start = [x.new_empty(0, width)], 0
     for (rows, columns), same in groupby(grids):
         n = len(list(same))
@@ -183,7 +185,7 @@ def _check_weights(
         shapes = [[width, w1.shape[0], 3, 3], [width]]
         check(
             [list(tensor.shape) for tensor in folded] == shapes,
-            f"folded must be of shapes {shapes}, as `fold` makes it",
+            f"folded must have shapes {shapes}, as `fold` returns it",
         )
     for tensor in (*weights, *(folded or ())):
         check(

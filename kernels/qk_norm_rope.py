@@ -1,13 +1,14 @@
-"""From the QKV projection to attention's inputs: per-head RMSNorm, rotary, and the paged KV store.
+"""Per-head RMSNorm, rotary and the paged KV store: from the QKV projection to attention's inputs.
 
     q_h <- rotate(rms_norm(q_h) * q_weight)        k_h <- rotate(rms_norm(k_h) * k_weight)
     pages.k[slot // page_size, h, slot % page_size] <- k_h        and the same for v, unchanged
 
-The rotation pairs element i with i + R/2 of the first R elements (half rotation, as GPT-NeoX, Llama
-and Qwen3 have it) by the angle positions * inv_freq[i]; elements from R on pass through.
+The rotation pairs element i with i + R/2 of a head's first R elements (half rotation, as in
+GPT-NeoX, Llama and Qwen3) and rotates by the angle positions * inv_freq[i]; elements from R on are
+unchanged.
 
-The Triton form is one launch of a program per token and block of heads. It reads and writes every
-element once: with 32 + 2 * 8 heads of 128 in bf16, 24 KiB per token.
+The Triton form is one launch with a CTA per token and block of heads. It reads and writes every
+element once: 24 KiB per token with 32 + 2 * 8 heads of 128 in bf16.
 """
 
 import torch
@@ -23,7 +24,7 @@ from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.fp8 import converts_e4m3, e4m3_scale, magnitude_bits, quantise_e4m3, to_e4m3
 from kernels.runtime.rotary import cos_sin_of, pair_columns
 
-FEW_TOKENS = 64  # decode: what counts is that every SM has work
+FEW_TOKENS = 64  # decode: the config should give every SM work
 
 
 def qk_norm_rope(
@@ -44,13 +45,13 @@ def qk_norm_rope(
     qkv: [T, (Hq + 2 Hkv) * D], heads of Q first, then K, then V
     q_weight, k_weight: [D], or both None for a model without qk-norm
     inv_freq: fp32 [R / 2], R <= D
-    positions: int [T]; with mrope_section int [3, T], a token's time, height and width, of which
-        frequency i takes axis i % 3 while i < 3 * mrope_section[i % 3], time from there on
+    positions: int [T]; with mrope_section int [3, T], each token's time, height and width:
+        frequency i uses axis i % 3 while i < 3 * mrope_section[i % 3], and time from there on
         (the interleaved order of Qwen3-VL); mrope_section adds up to R / 2
     slots: int [T], page * page_size + offset, or -1 to store nothing
     pages: written in place, of any dtype
-    Raises ValueError for shapes that do not fit together, and for pages that `KVPages.check`
-    refuses; the Triton form also for dtypes, strides and devices other than it is made for.
+    Raises ValueError for shapes that do not fit together and pages that `KVPages.check` rejects;
+    the Triton form also for dtypes, strides and devices that it does not support.
     """
     pages.check(qkv.device)
     inputs = (qkv, q_weight, k_weight, inv_freq, positions, slots, pages)
@@ -96,7 +97,7 @@ def qk_norm_rope_ref(
     eps: float,
     mrope_section: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    """The definition. Rounds to qkv's dtype after the norm, its weight, and the rotation."""
+    """The definition. Rounds to qkv's dtype after the norm, after its weight and after rotation."""
     kv_heads, page_size, head_dim = pages.kv_heads, pages.page_size, pages.head_dim
     heads = qkv.shape[-1] // head_dim - 2 * kv_heads
     q, k, v = qkv.view(-1, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
@@ -115,14 +116,14 @@ def qk_norm_rope_ref(
     ):
         if scale is None:
             target[page, :, offset] = x.to(target.dtype)
-        else:  # as bytes: not every device stores e4m3 by index
+        else:  # as bytes: not every device supports indexed stores of e4m3
             stored, scale[page, :, offset] = quantise_e4m3(x)
             target.view(torch.uint8)[page, :, offset] = stored.view(torch.uint8)
     return q
 
 
 def _positions_of_frequencies(positions: Tensor, section: tuple[int, int, int] | None) -> Tensor:
-    """[T, 1], or [T, R/2] where each frequency has the position on its own axis."""
+    """Positions [T, 1], or with a section [T, R/2]: for each frequency, that on its axis."""
     if section is None:
         return positions[:, None]
     axis = [i % 3 if i < 3 * section[i % 3] else 0 for i in range(sum(section))]
@@ -148,7 +149,7 @@ def load_heads(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """First and second elements of the pairs of heads [BLOCK]: two tiles [BLOCK, PAIRS]."""
+    """The first and second elements of the pairs of heads [BLOCK]: two tiles [BLOCK, PAIRS]."""
     first, second, valid = columns
     mask = (head < HEADS)[:, None] & valid
     start = token + head[:, None] * HEAD_DIM
@@ -166,7 +167,7 @@ def norm_rotate(
     columns: tl.tuple,
     HEAD_DIM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The pairs (x, y) [BLOCK, PAIRS] normalised, weighted, turned, and rounded after each."""
+    """Normalise, weight and rotate the pairs (x, y) [BLOCK, PAIRS], rounding after each step."""
     first, second, valid = columns
     dtype: tl.constexpr = x.dtype
     if weight is not None:
@@ -191,7 +192,7 @@ def store_heads(
     HEAD_DIM: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ) -> None:
-    """Store the pairs (x, y) [BLOCK, PAIRS] as rows [BLOCK] of `out`, with `scales` as e4m3."""
+    """Store the pairs (x, y) [BLOCK, PAIRS] to rows [BLOCK] of `out`; with `scales`, as e4m3."""
     first, second, valid = columns
     if scales is not None:
         x, y = x.to(tl.float32), y.to(tl.float32)
@@ -227,13 +228,13 @@ def qk_norm_rope_kernel(
     ROTARY: tl.constexpr,
     PAIRS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    HEIGHT: tl.constexpr,  # where frequencies of that axis end, or 0
+    HEIGHT: tl.constexpr,  # end of the frequencies of this axis, or 0
     WIDTH: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ) -> None:
-    """One token; BLOCK_Q heads of its Q, or BLOCK_KV of its K or V."""
+    """BLOCK_Q heads of one token's Q, or BLOCK_KV heads of its K or V."""
     Q_BLOCKS: tl.constexpr = (HEADS + BLOCK_Q - 1) // BLOCK_Q
     KV_BLOCKS: tl.constexpr = (KV_HEADS + BLOCK_KV - 1) // BLOCK_KV
     t = (tl.program_id(0) // (Q_BLOCKS + 2 * KV_BLOCKS)).to(tl.int64)
@@ -284,8 +285,8 @@ def _qk_norm_rope_triton(
         return q
     few = tokens <= FEW_TOKENS
     key = f"T{'<=' if few else '>'}{FEW_TOKENS} {heads}/{kv_heads} D{head_dim}"
-    chosen = TUNABLE.choose(key, qkv.device, few, heads, kv_heads, head_dim)
-    blocks = cdiv(heads, chosen["block_q"]) + 2 * cdiv(kv_heads, chosen["block_kv"])
+    config = TUNABLE.choose(key, qkv.device, few, heads, kv_heads, head_dim)
+    blocks = cdiv(heads, config["block_q"]) + 2 * cdiv(kv_heads, config["block_kv"])
     qk_norm_rope_kernel[(tokens * blocks,)](
         qkv,
         q_weight,
@@ -307,9 +308,9 @@ def _qk_norm_rope_triton(
         HEIGHT=3 * mrope_section[1] if mrope_section else 0,
         WIDTH=3 * mrope_section[2] if mrope_section else 0,
         NATIVE_FP8=converts_e4m3(qkv.device),
-        BLOCK_Q=chosen["block_q"],
-        BLOCK_KV=chosen["block_kv"],
-        num_warps=chosen["num_warps"],
+        BLOCK_Q=config["block_q"],
+        BLOCK_KV=config["block_kv"],
+        num_warps=config["num_warps"],
     )
     return q
 
@@ -323,7 +324,7 @@ def check_layouts(
     slots: Tensor,
     pages: KVPages,
 ) -> None:
-    """What the kernel takes for granted beyond shapes and `KVPages.check`."""
+    """Check what the kernel assumes beyond `check_shapes` and `KVPages.check`."""
     check(qkv.dtype in DTYPES, f"qkv must be fp32, bf16 or fp16, not {qkv.dtype}")
     check(qkv.stride(1) == 1, "qkv must have neighbouring columns (stride 1)")
     check(pages.head_dim % 2 == 0, "pages must have an even head_dim")
@@ -345,10 +346,10 @@ def check_layouts(
 
 
 def _rule(gpu: Gpu, few: bool, heads: int, kv_heads: int, head_dim: int) -> KernelConfig:
-    """Heads of Q, and of K or V, per program, and its warps.
+    """Heads of Q and heads of K or V per CTA, and warps.
 
-    A warp's threads take 16 bytes of both halves at once: 512 elements. Few tokens are spread as
-    thin as that; with many, two such loads in flight and 32 warps keep an SM at 64 KiB.
+    A warp loads 16 bytes of both halves per thread at once: 512 elements. Few tokens are spread
+    that thin. With many, each warp has two such loads in flight; 32 warps make 64 KiB per SM.
     """
     heads_at_once = max(1, 512 // triton.next_power_of_2(head_dim))
     block = heads_at_once if few else 2 * heads_at_once

@@ -1,1 +1,1 @@
-"""Triton kernels without a GPU: launches recorded, compiled ahead of time, found in the cache."""
+"""Ahead-of-time compilation of Triton kernels without a GPU: record launches, compile, cache."""

@@ -1,11 +1,11 @@
-"""Triton kernels without a GPU: what the ops would launch, recorded, and compiled ahead of time.
+"""Records the Triton launches of ops without a GPU, and compiles them ahead of time.
 
     with launches_recorded(H200) as launches:
-        rms_norm(x, weight, eps=1e-6, impl="triton")  # tensors on a CPU; its output is not written
+        rms_norm(x, weight, eps=1e-6, impl="triton")  # CPU tensors; the output is not written
     with compiler(H200):
         compiled = [launch.compile() for launch in launches]
 
-Needs a process in which Triton does not interpret.
+Does not work in a process that runs Triton's interpreter.
 """
 
 from collections.abc import Iterator
@@ -23,23 +23,23 @@ from kernels.runtime.dispatch import without_gpu
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with the arguments it was to be launched with."""
+    """A kernel and the arguments of one launch."""
 
     kernel: JITFunction
     args: tuple
     kwargs: dict
 
     def compile(self) -> triton.compiler.CompiledKernel:
-        """The kernel for these arguments, of a `compiler`'s GPU.
+        """Compile the kernel for these arguments; call it inside `compiler`, which sets the GPU.
 
-        Under triton.AsyncCompileMode it has the compiled kernel as its `result()`.
+        Under triton.AsyncCompileMode the compiled kernel is the `result()` of what this returns.
         """
         return self.kernel.run(*self.args, grid=None, warmup=True, **self.kwargs)
 
 
 @contextmanager
 def launches_recorded(gpu: Gpu) -> Iterator[list[Launch]]:
-    """Let `impl="triton"` take CPU tensors and record its launches, in the tiles of `gpu`."""
+    """Let `impl="triton"` take CPU tensors, and record its launches with the configs of `gpu`."""
     launches: list[Launch] = []
 
     def record(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs) -> None:
@@ -57,8 +57,8 @@ def launches_recorded(gpu: Gpu) -> Iterator[list[Launch]]:
 
 @contextmanager
 def compiler(gpu: Gpu) -> Iterator[None]:
-    """Make Triton compile for `gpu`, whatever is present."""
-    before = driver._active  # there is no public way to put back what was active
+    """Make Triton compile for `gpu`, even if it is absent."""
+    before = driver._active  # there is no public way to restore the active driver
     driver.set_active(_Target(gpu.arch))
     try:
         yield
@@ -68,9 +68,10 @@ def compiler(gpu: Gpu) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Target:
-    """What Triton asks its driver for when it compiles.
+    """The part of a Triton driver that compilation uses.
 
-    Triton keeps compiled kernels by device: the architecture stands for one, as no machine has 80.
+    Triton caches compiled kernels by device number, for which this uses the architecture: no
+    machine has 80 devices.
     """
 
     arch: int

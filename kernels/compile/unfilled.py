@@ -1,5 +1,8 @@
-"""Large tensors left as they are allocated, where only shapes and addresses count: recording what
-ops launch needs no numbers, and pages that are never touched cost neither time nor memory."""
+"""A context in which large tensors are allocated but not filled, for recording launches.
+
+Recording needs only shapes and addresses, and memory pages that are never touched cost neither time
+nor memory.
+"""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Leave large tensors of floats unfilled, and large matrix products uncomputed."""
+    """Skip filling large float tensors and computing large matrix products."""
     with _Unfilled():
         yield
 
@@ -24,8 +27,8 @@ class _Unfilled(TorchFunctionMode):
         if not args:
             return func(**kwargs)
         name, x = func.__name__, args[0]
-        made = name == "randn" or (name == "full" and isinstance(args[1], float))
-        if made and math.prod(x) >= self.LARGE:
+        fills = name == "randn" or (name == "full" and isinstance(args[1], float))
+        if fills and math.prod(x) >= self.LARGE:
             return torch.empty(x, dtype=kwargs.get("dtype"), device=kwargs.get("device"))
         if name == "linear" and args[1].numel() >= self.LARGE:
             return x.new_empty(*x.shape[:-1], len(args[1]))
@@ -39,6 +42,6 @@ class _Unfilled(TorchFunctionMode):
             return torch.empty_like(x, **kwargs)
         if name == "to" and (isinstance(args[-1], torch.dtype) or kwargs.get("copy")):
             return torch.empty_like(x, dtype=args[-1])
-        if name == "matmul":  # as weights are folded
+        if name == "matmul":  # used by the projector's `fold`
             return x.new_empty(*x.shape[:-1], *args[1].shape[1:])
         return func(*args, **kwargs)

@@ -1,9 +1,9 @@
-"""Compiles ahead of time what sites launch; run as a process that sees no GPU.
+"""Worker process that compiles the kernels of launch sites ahead of time, without a GPU.
 
     python -m kernels.compile.worker CLAIMS
 
-Answers each (site, gpu) that it reads with `Found`. Workers that share the folder CLAIMS compile
-every kernel once between them.
+Reads pickled (site, gpu) pairs from stdin and answers each with a pickled `Found`. Workers that
+share the folder CLAIMS compile each kernel once between them.
 """
 
 import os
@@ -22,20 +22,20 @@ from kernels.compile.unfilled import unfilled
 from kernels.errors import ImplError, one_line
 from kernels.runtime.configs import Gpu
 
-Site = Callable[[], object]  # calls ops on CPU tensors; can be pickled
+Site = Callable[[], object]  # a picklable function that calls ops on CPU tensors
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a site launches: its keys in Triton's cache, and how many of them were compiled now."""
+    """The result for one site."""
 
-    keys: tuple[str, ...]
-    compiled: int = 0
-    failures: tuple[str, ...] = ()
+    keys: tuple[str, ...]  # in Triton's cache, of every kernel that the site launches
+    compiled: int = 0  # how many of them this worker compiled
+    failures: tuple[str, ...] = ()  # one line for each kernel that did not compile
 
 
 def launches_of(site: Site, gpu: Gpu) -> list[Launch]:
-    """What `site` would launch on `gpu`: nothing for an op that has no Triton form."""
+    """The launches of `site` on `gpu`; none for an op without a Triton form."""
     with (
         launches_recorded(gpu) as launches,
         unfilled(),
@@ -47,9 +47,9 @@ def launches_of(site: Site, gpu: Gpu) -> list[Launch]:
 
 
 def compile_site(site: Site, gpu: Gpu, claims: Path) -> Found:
-    """Compile what `site` launches on `gpu`, unless it is in the cache or another worker's."""
-    found, compiled, failures = compilations(launches_of(site, gpu), gpu), 0, []
-    for key, compile_now in found.items():
+    """Compile what `site` launches on `gpu`, unless cached or claimed by another worker."""
+    pending, compiled, failures = compilations(launches_of(site, gpu), gpu), 0, []
+    for key, compile_now in pending.items():
         folder = entry(key)
         if is_compiled(folder) or not _claim(claims / folder.name):
             continue
@@ -57,27 +57,27 @@ def compile_site(site: Site, gpu: Gpu, claims: Path) -> Found:
             with compiler(gpu):
                 compile_now()
             compiled += 1
-        except Exception as error:  # one kernel must not cost the others
+        except Exception as error:  # one kernel's failure must not stop the others
             failures.append(one_line(error))
-    return Found(tuple(found), compiled, tuple(failures))
+    return Found(tuple(pending), compiled, tuple(failures))
 
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # Triton prints there what ptxas refuses
+    os.dup2(2, 1)  # stdout is for replies, but Triton prints there code that ptxas rejects
     torch.set_num_threads(1)
     while True:
         try:
-            item = pickle.load(sys.stdin.buffer)
+            request = pickle.load(sys.stdin.buffer)
         except (EOFError, KeyboardInterrupt):
             return
-        pickle.dump(_answer(item, Path(sys.argv[1])), replies)
+        pickle.dump(_answer(request, Path(sys.argv[1])), replies)
         replies.flush()
 
 
-def _answer(item: bytes, claims: Path) -> Found:
+def _answer(request: bytes, claims: Path) -> Found:
     try:
-        site, gpu = pickle.loads(item)
+        site, gpu = pickle.loads(request)
         return compile_site(site, gpu, claims)
     except Exception as error:
         return Found((), failures=(one_line(error),))
@@ -92,6 +92,6 @@ def _claim(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    from kernels.compile import worker  # `Found` under the name by which it is unpickled
+    from kernels.compile import worker  # pickle `Found` under its importable name, not __main__
 
     worker.main()

@@ -1,33 +1,33 @@
-"""A matrix product in Triton, plain or as a convolution: the two kernels of `op.py`.
+"""The two kernels of `op.py`: an implicit GEMM, plain or convolution, and the sum of its partials.
 
     out[row(m), n] = f(sum over taps t and channels c of a[token(m, t), c] * w[n, t, c] + bias[n])
 
-A plain product has one tap, the row itself. A 3x3 convolution has nine: token(m, t) lies at tap
-(t // 3, t % 3) of the window, whose rows are `columns` tokens apart, and taps outside of the view
-count as zeros. Nothing is unfolded in memory: each block of K is a block of channels of one tap.
+A plain product has one tap, the row itself. A 3x3 convolution has nine: token(m, t) is at tap
+(t // 3, t % 3) of the window, whose rows are `columns` tokens apart; taps outside the view count as
+zeros. Nothing is unfolded in memory: each K block is a block of channels of one tap.
 """
 
 import triton
 import triton.language as tl
 
 
-# Counts change with the views: one compiled kernel serves them all.
+# Not specialised on counts, which change with the views: one compiled kernel serves them all.
 @triton.jit(do_not_specialize=["rows", "band", "whole", "rest", "lanes", "share"])
 def gemm_kernel(
     a,  # [tokens, C]
     w,  # [N, TAPS * C]
     w_blocks,  # with TMA, its descriptor
-    a_blocks,  # with TMA and one tap, likewise
+    a_blocks,  # with TMA and one tap, a's descriptor
     bias,  # [N] or None
     out,  # [.., N]
-    out_rows,  # int64 [rows], or None for 0, 1, ..
+    out_rows,  # int64 [rows], or None for 0, 1, ...
     part,  # fp32 [partials, BLOCK_M, BLOCK_N]
-    windows,  # int32 [3, rows] with nine taps: first token, columns, bits of the taps inside
+    windows,  # with nine taps, int32 [3, rows]: first token, columns, a bit for each tap inside
     rows,  # M
     width,  # N
     a_stride,
     out_stride,
-    band,  # from here on of a StreamK
+    band,  # from here on: fields of a StreamK
     whole,
     rest,
     lanes,
@@ -42,14 +42,14 @@ def gemm_kernel(
 ):
     STEPS: tl.constexpr = TAPS * ((C + BLOCK_K - 1) // BLOCK_K)
     program, programs = tl.program_id(0), tl.num_programs(0)
-    lane, turn = program % lanes, program // lanes
-    start = turn * share
+    lane, rank = program % lanes, program // lanes
+    start = rank * share
     stop = tl.minimum(start + share, tl.cdiv(rest - lane, lanes) * STEPS)
-    alone = tl.cdiv(whole - program, programs)
+    whole_tiles = tl.cdiv(whole - program, programs)
     pieces = tl.where(start < stop, tl.cdiv(stop, STEPS) - start // STEPS, 0)
-    for piece in range(alone + pieces):
-        is_whole = piece < alone
-        at = start // STEPS + piece - alone  # of the lane's tiles
+    for piece in range(whole_tiles + pieces):
+        is_whole = piece < whole_tiles
+        at = start // STEPS + piece - whole_tiles  # index among the lane's tiles
         tile = tl.where(is_whole, program + piece * programs, whole + at * lanes + lane)
         first = tl.where(is_whole, 0, tl.maximum(start - at * STEPS, 0))
         last = tl.where(is_whole, STEPS, tl.minimum(stop - at * STEPS, STEPS))
@@ -80,9 +80,9 @@ def gemm_kernel(
                 acc, bias, out, out_rows, m + row, n + column, rows, width, out_stride, QUICK_GELU
             )
         else:
-            partial = ((turn + at) * lanes + lane).to(tl.int64)
-            here = row[:, None] * BLOCK_N + column
-            tl.store(part + partial * (BLOCK_M * BLOCK_N) + here, acc)
+            partial = ((rank + at) * lanes + lane).to(tl.int64)
+            offset = row[:, None] * BLOCK_N + column
+            tl.store(part + partial * (BLOCK_M * BLOCK_N) + offset, acc)
 
 
 @triton.jit
@@ -116,9 +116,9 @@ def _sum(
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """The sum over steps `first` to `last` for the tile at row m and column n, in fp32.
+    """The fp32 sum over steps [first, last) for the tile at row m and column n.
 
-    Rows and columns beyond the last repeat it: they are not stored.
+    Rows and columns past the end repeat the last one and are not stored.
     """
     PER_TAP: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     row = tl.minimum(m + tl.arange(0, BLOCK_M), rows - 1)
@@ -142,11 +142,11 @@ def _sum(
             else:
                 a_tile = tl.load(a_rows + c, mask=k < C - c, other=0)
         else:
-            here = (token + tap // 3 * columns + tap % 3).to(tl.int64)
+            tap_token = (token + tap // 3 * columns + tap % 3).to(tl.int64)
             mask = ((inside >> tap) & 1)[:, None] > 0
             if C % BLOCK_K != 0:
                 mask &= k < C - c
-            a_tile = tl.load(a + here[:, None] * a_stride + (c + k), mask=mask, other=0)
+            a_tile = tl.load(a + tap_token[:, None] * a_stride + (c + k), mask=mask, other=0)
         if TMA:
             w_tile = w_blocks.load([n, tap * C + c])
         elif C % BLOCK_K == 0:
@@ -159,7 +159,7 @@ def _sum(
 
 @triton.jit
 def _finish(acc, bias, out, out_rows, row, column, rows, width, stride, QUICK_GELU: tl.constexpr):
-    """Add the bias, round to out's dtype, apply the activation there, and store what exists."""
+    """Add the bias, round to out's dtype, apply the activation, and store the valid elements."""
     valid = column < width
     if bias is not None:
         acc += tl.load(bias + column, mask=valid, other=0).to(tl.float32)
@@ -168,10 +168,10 @@ def _finish(acc, bias, out, out_rows, row, column, rows, width, stride, QUICK_GE
         wide = y.to(tl.float32)
         y = (wide / (1 + tl.exp(-1.702 * wide))).to(y.dtype)  # fewer registers than tl.sigmoid
     if out_rows is not None:
-        place = tl.load(out_rows + row, mask=row < rows, other=0)
+        target_row = tl.load(out_rows + row, mask=row < rows, other=0)
     else:
-        place = row.to(tl.int64)
-    tl.store(out + place[:, None] * stride + column, y, mask=(row < rows)[:, None] & valid)
+        target_row = row.to(tl.int64)
+    tl.store(out + target_row[:, None] * stride + column, y, mask=(row < rows)[:, None] & valid)
 
 
 @triton.jit(do_not_specialize=["rows", "band", "whole", "lanes", "share"])
@@ -193,15 +193,15 @@ def merge_partials_kernel(
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """ROWS rows of one cut tile: its parts summed in the order of K."""
+    """Sum ROWS rows of one split tile's partials in the order of K, and finish them."""
     index = tl.program_id(0)
     m, n = _origin(whole + index, rows, width, band, BLOCK_M, BLOCK_N)
     m += tl.program_id(1) * ROWS
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)[None, :]
     lane, at = index % lanes, index // lanes
-    here = (tl.program_id(1) * ROWS + row)[:, None] * BLOCK_N + column
+    offset = (tl.program_id(1) * ROWS + row)[:, None] * BLOCK_N + column
     acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for turn in range(at * STEPS // share, tl.cdiv((at + 1) * STEPS, share)):
-        partial = ((turn + at) * lanes + lane).to(tl.int64)
-        acc += tl.load(part + partial * (BLOCK_M * BLOCK_N) + here)
+    for rank in range(at * STEPS // share, tl.cdiv((at + 1) * STEPS, share)):
+        partial = ((rank + at) * lanes + lane).to(tl.int64)
+        acc += tl.load(part + partial * (BLOCK_M * BLOCK_N) + offset)
     _finish(acc, bias, out, out_rows, m + row, n + column, rows, width, out_stride, QUICK_GELU)

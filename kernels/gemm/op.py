@@ -1,18 +1,18 @@
-"""Linear layers and stride-2 convolutions of vision tokens as one Triton matrix product.
+"""Linear layers and stride-2 convolutions of vision tokens as one Triton GEMM.
 
     linear        out[i] = f(W x[i] + b)
     convolution   3x3, stride 2, padding 1 on each view's grid, straight from its packed tokens
 
-Sums are fp32, rounded once after the bias; quick_gelu is applied to that rounded value, in fp32,
-and rounded again, as by F.linear and `quick_gelu` one after the other. Results go to rows of `out`
-in their order, or to those that `rows` names.
+Sums are fp32, rounded once after the bias. quick_gelu is applied to the rounded value, in fp32, and
+rounded again, as by F.linear followed by `quick_gelu`. Results go to the rows of `out` in order, or
+to those in `rows`.
 
-The work is cut as cut.py says. If that cuts tiles, a second launch sums their parts in a fixed
-order, so that results do not change from run to run; the parts take a workspace in fp32 of at most
-two tiles per program: 33 MiB for tiles of 128 x 256 on 132 SMs.
+stream_k.py divides the work. If it splits tiles, a second launch sums their partials in a fixed
+order, so that results do not change from run to run. Partials take an fp32 workspace of at most two
+tiles per CTA: 33 MiB for tiles of 128 x 256 on 132 SMs.
 
-Configs by rule, for 16 bits: of 128 x 256, which do 85 operations per byte that they read, where
-those of 64 x 256 do 51 and of 128 x 128 do 64; few rows take 64.
+For 16-bit inputs the rule chooses tiles of 128 x 256, with 85 operations per byte read (64 x 256
+has 51, 128 x 128 has 64), or 64 rows where there are few.
 """
 
 from collections.abc import Sequence
@@ -43,11 +43,11 @@ def linear(
 ) -> Tensor:
     """f(x @ weight.T + bias): x [M, C], weight [N, C], bias [N] -> [M, N], or `out`.
 
-    out: [R, N], whose row rows[i] (int64 [M]) becomes result row i. Both or neither. That rows are
-    distinct and less than R is the caller's word: checking it would wait for the GPU.
+    out: [R, N]; rows: int64 [M]. Both or neither: result row i is written to out[rows[i]]. The
+    caller guarantees that rows are distinct and less than R; checking would wait for the GPU.
     Raises ValueError for shapes, dtypes, devices or memory layouts that do not fit.
     """
-    check(x.ndim == 2 and weight.ndim == 2, "x and weight must have two axes")
+    check(x.ndim == 2 and weight.ndim == 2, "x and weight must each have two axes")
     check(weight.shape[1] == x.shape[1], f"weight must be [N, {x.shape[1]}] for x {list(x.shape)}")
     check(weight.is_contiguous(), "weight must be contiguous")
     return _launch(x, weight, bias, None, x.shape[0], quick_gelu, out, rows)
@@ -82,11 +82,11 @@ def convolution(
 def check_placing(
     x: Tensor, count: int, width: int, out: Tensor | None, rows: Tensor | None
 ) -> None:
-    """Raise ValueError unless `count` results of so many columns can go to `rows` of out.
+    """Raise ValueError unless `count` results of `width` columns can be written to `rows` of `out`.
 
-    x: has their dtype and device.
+    The results have the dtype and device of x.
     """
-    check((out is None) == (rows is None), "out and rows come together or not at all")
+    check((out is None) == (rows is None), "give both out and rows, or neither")
     if out is None or rows is None:
         return
     check(out.ndim == 2 and out.shape[1] == width, f"out must be [R, {width}]")
@@ -97,34 +97,34 @@ def check_placing(
     )
     check(
         rows.dtype == torch.int64 and rows.shape == (count,) and rows.is_contiguous(),
-        f"rows must be int64 [{count}], without gaps",
+        f"rows must be int64 [{count}] and contiguous",
     )
     check(rows.device == x.device, f"rows must be on {x.device}")
 
 
 def halved(grids: Sequence[Grid]) -> list[Grid]:
-    """The grids that a convolution leaves."""
+    """The grids of a convolution's output."""
     return [(cdiv(rows, 2), cdiv(columns, 2)) for rows, columns in grids]
 
 
 @cached_tensors(64)
 def windows_of(grids: tuple[Grid, ...], device: torch.device) -> Tensor:
-    """Where each output's window lies: int32 [3, T'], kept for the last 64 batches of views.
+    """The window of each output token, int32 [3, T'], cached for 64 batches of views.
 
-    Its first token (which may be outside, even negative), the columns of its view, and nine bits,
-    of which bit 3 a + b says whether tap (a, b) is inside.
+    The rows are the window's first token (which may be outside the view, even negative), the
+    columns of its view, and nine bits: bit 3 a + b is set if tap (a, b) is inside the view.
     """
-    of_one = {grid: _windows_of_one(grid) for grid in set(grids)}
+    of_grid = {grid: _windows_of_grid(grid) for grid in set(grids)}
     tables, start = [torch.empty(3, 0, dtype=torch.int32)], 0
     for rows, columns in grids:
-        table = of_one[rows, columns]
+        table = of_grid[rows, columns]
         tables.append(table + torch.tensor([[start], [0], [0]], dtype=torch.int32))
         start += rows * columns
     return torch.cat(tables, dim=1).to(device)
 
 
-def _windows_of_one(grid: Grid) -> Tensor:
-    """`windows_of` a view alone, on the CPU."""
+def _windows_of_grid(grid: Grid) -> Tensor:
+    """`windows_of` for one view, on the CPU."""
     (rows, columns), [(out_rows, out_columns)] = grid, halved([grid])
     row = 2 * torch.arange(out_rows)[:, None] - 1
     column = 2 * torch.arange(out_columns) - 1
@@ -146,7 +146,7 @@ def _launch(
     out: Tensor | None,
     rows: Tensor | None,
 ) -> Tensor:
-    """x [tokens, C], weight [N, taps * C]: `count` result rows."""
+    """Compute `count` result rows from x [tokens, C] and weight [N, taps * C]."""
     width, channels = weight.shape[0], x.shape[1]
     _check_operands(x, weight, bias, count, out, rows)
     if out is None:
@@ -154,56 +154,58 @@ def _launch(
     if not count or not width:
         return out
     taps = 1 if windows is None else 9
-    chosen = _config_of(x, count, width, taps)
-    block_m, block_n, block_k = (chosen[f"block_{axis}"] for axis in "mnk")
-    cut = stream_k(
+    config = _config_of(x, count, width, taps)
+    block_m, block_n, block_k = (config[f"block_{axis}"] for axis in "mnk")
+    split = stream_k(
         cdiv(count, block_m),
         cdiv(width, block_n),
         steps=taps * cdiv(channels, block_k),
-        programs=gpu_of(x.device).sms * chosen["programs"],
-        overhead=chosen["overhead"],
+        programs=gpu_of(x.device).sms * config["programs"],
+        overhead=config["overhead"],
     )
     result = {
         "bias": bias,
         "out": out,
         "out_rows": rows,
-        "part": x.new_empty(cut.partials, block_m, block_n, dtype=torch.float32),
+        "part": x.new_empty(split.partials, block_m, block_n, dtype=torch.float32),
         "rows": count,
         "width": width,
         "out_stride": out.stride(0),
-        "band": cut.band,
-        "whole": cut.whole,
-        "lanes": cut.lanes,
-        "share": cut.share,
+        "band": split.band,
+        "whole": split.whole,
+        "lanes": split.lanes,
+        "share": split.share,
         "QUICK_GELU": quick_gelu,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }
-    gemm_kernel[(cut.programs if cut.rest else min(cut.programs, cut.whole),)](
-        **_factors(x, weight, windows, chosen),
+    gemm_kernel[(split.programs if split.rest else min(split.programs, split.whole),)](
+        **_factors(x, weight, windows, config),
         windows=windows,
         a_stride=x.stride(0),
-        rest=cut.rest,
+        rest=split.rest,
         C=channels,
         TAPS=taps,
         BLOCK_K=block_k,
-        num_warps=chosen["num_warps"],
-        num_stages=chosen["num_stages"],
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
         **result,
     )
-    if cut.rest:
-        some = min(block_m, 8)
-        merge_partials_kernel[(cut.rest, block_m // some)](
-            STEPS=cut.steps, ROWS=some, num_warps=4, **result
+    if split.rest:
+        merge_rows = min(block_m, 8)
+        merge_partials_kernel[(split.rest, block_m // merge_rows)](
+            STEPS=split.steps, ROWS=merge_rows, num_warps=4, **result
         )
     return out
 
 
-def _factors(x: Tensor, weight: Tensor, windows: Tensor | None, chosen: KernelConfig) -> dict:
-    """The kernel's arguments for both factors; with tma also descriptors of their blocks."""
-    m, n, k = (chosen[f"block_{axis}"] for axis in "mnk")
-    tma = bool(chosen["tma"]) and copyable(weight) and (windows is not None or copyable(x))
-    check(x.shape[1] % k == 0 or not tma, "tile choice tma: block_k must divide the channels")
+def _factors(x: Tensor, weight: Tensor, windows: Tensor | None, config: KernelConfig) -> dict:
+    """The kernel's arguments for both factors; with tma, also descriptors of their blocks."""
+    m, n, k = (config[f"block_{axis}"] for axis in "mnk")
+    tma = bool(config["tma"]) and copyable(weight) and (windows is not None or copyable(x))
+    check(
+        x.shape[1] % k == 0 or not tma, "kernel config: with tma, block_k must divide the channels"
+    )
     return {
         "a": x,
         "w": weight,
@@ -214,31 +216,31 @@ def _factors(x: Tensor, weight: Tensor, windows: Tensor | None, chosen: KernelCo
 
 
 def _config_of(x: Tensor, count: int, width: int, taps: int) -> KernelConfig:
-    """Tile choices for so many result rows of so many columns."""
-    few = triton.next_power_of_2(count)
-    size = f"M<={few}" if few <= 4096 else "M>4096"
-    kind = ("conv" if taps > 1 else "linear") + (" fp32" if x.dtype == torch.float32 else "")
-    key = f"{size} N{width} C{x.shape[1]} {kind}"
+    """The kernel config for `count` result rows of `width` columns."""
+    bucket = triton.next_power_of_2(count)
+    size = f"M<={bucket}" if bucket <= 4096 else "M>4096"
+    operation = ("conv" if taps > 1 else "linear") + (" fp32" if x.dtype == torch.float32 else "")
+    key = f"{size} N{width} C{x.shape[1]} {operation}"
     return TUNABLE.choose(key, x.device, x.dtype, count, width)
 
 
 def _rule(gpu: Gpu, dtype: torch.dtype, count: int, width: int) -> KernelConfig:
     if dtype == torch.float32:  # no tensor cores: as much as registers hold
-        return _choice(64, 64, 16, num_warps=8, num_stages=2)
+        return _config(64, 64, 16, num_warps=8, num_stages=2)
     block_m = 64 if count <= 64 else 128
     block_n = min(256, max(64, triton.next_power_of_2(width)))
     warps = 8 if block_m * block_n > 128 * 128 else 4
     buffers = gpu.shared_bytes // (2 * 64 * (block_m + block_n))
-    stages = min(4, buffers + (gpu.arch < 90))  # before, one stage needs no buffer
-    return _choice(block_m, block_n, 64, num_warps=warps, num_stages=stages)
+    stages = min(4, buffers + (gpu.arch < 90))  # before sm_90 one stage needs no buffer
+    return _config(block_m, block_n, 64, num_warps=warps, num_stages=stages)
 
 
-def _choice(block_m: int, block_n: int, block_k: int, **others: int) -> KernelConfig:
-    """Tile choices, one program per SM unless said.
+def _config(block_m: int, block_n: int, block_k: int, **others: int) -> KernelConfig:
+    """A kernel config, with one CTA per SM unless `programs` is given.
 
-    overhead  of cutting tiles, in steps of block_k: what writing and reading the parts costs
-    tma       1: the weight by tensor copies, and x too for a linear layer (sm_90), where rows
-              begin on 16 bytes
+    overhead  cost of splitting a tile (writing and reading partials), in steps of block_k
+    tma       1: tensor copies (sm_90) for the weight, and for x of a linear layer, where rows are
+              aligned to 16 bytes
     """
     tile = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
     return tile | {"programs": 1, "overhead": 16, "tma": 0} | others
@@ -246,21 +248,21 @@ def _choice(block_m: int, block_n: int, block_k: int, **others: int) -> KernelCo
 
 def _candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     if key.endswith("fp32"):
-        return [_choice(m, n, 16, num_warps=8, num_stages=2) for m, n in ((64, 64), (128, 64))]
-    new = gpu.arch >= 90
-    found = [
-        _choice(128, 256, 64, num_warps=8, num_stages=4),
-        _choice(128, 256, 64, num_warps=8, num_stages=3),
-        _choice(256, 128, 64, num_warps=8, num_stages=3),
-        _choice(128, 128, 64, num_warps=4, num_stages=3, programs=2),
-        _choice(128, 128, 32, num_warps=4, num_stages=5, programs=2),
-        _choice(64, 256, 64, num_warps=4, num_stages=3),
-        _choice(64, 128, 64, num_warps=4, num_stages=4, programs=2),
+        return [_config(m, n, 16, num_warps=8, num_stages=2) for m, n in ((64, 64), (128, 64))]
+    has_tma = gpu.arch >= 90
+    candidates = [
+        _config(128, 256, 64, num_warps=8, num_stages=4),
+        _config(128, 256, 64, num_warps=8, num_stages=3),
+        _config(256, 128, 64, num_warps=8, num_stages=3),
+        _config(128, 128, 64, num_warps=4, num_stages=3, programs=2),
+        _config(128, 128, 32, num_warps=4, num_stages=5, programs=2),
+        _config(64, 256, 64, num_warps=4, num_stages=3),
+        _config(64, 128, 64, num_warps=4, num_stages=4, programs=2),
     ]
-    found += [found[0] | {"overhead": n} for n in (8, 32)]
-    if new:
-        found += [one | {"tma": 1} for one in found[:3]]
-    return found
+    candidates += [candidates[0] | {"overhead": n} for n in (8, 32)]
+    if has_tma:
+        candidates += [config | {"tma": 1} for config in candidates[:3]]
+    return candidates
 
 
 TUNABLE = Tunable("gemm", _rule, _candidates)

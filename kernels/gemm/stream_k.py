@@ -1,20 +1,20 @@
-"""How a matrix product is cut into work for persistent programs: whole tiles, then stretches.
+"""Stream-K division of a matrix product among persistent CTAs: whole waves, then the remainder.
 
-A product has m_tiles x n_tiles tiles of the result, each of `steps` blocks of K. They are numbered
-by bands of at most BAND rows of tiles, m fastest in each. While there is a whole tile for every
-program, each takes one at a time: programs side by side work on the same panel of the weight, at
-the same place in K. What remains, fewer tiles than programs, is cut across K:
+The result has m_tiles x n_tiles tiles of `steps` K blocks each. Tiles are numbered by bands of at
+most BAND rows of tiles, with m fastest within a band. As long as there is a whole tile for every
+CTA, each takes one at a time: neighbouring CTAs work on the same panel of the weight, at the same
+K. The remaining tiles, fewer than CTAs, are split across K:
 
-    lane    remaining tile i belongs to lane i % lanes, and program p to lane p % lanes
-    line    a lane's tiles one after the other, i // lanes, each of `steps` steps
-    stretch the p // lanes-th `share` of that line is program p's
+    lane        remaining tile i belongs to lane i % lanes, and CTA p to lane p % lanes
+    work line   a lane's tiles in the order of i // lanes, each of `steps` steps
+    work range  CTA p takes the (p // lanes)-th range of `share` steps of its lane's line
 
-With as many lanes as a band has rows, each lane has the same row throughout, and all lanes are at
-the same place in the same panel of the weight, which so comes from memory once. Where that many
-lanes would leave programs idle there are fewer.
+With as many lanes as a band has rows, each lane stays in one row of tiles, and all lanes are at the
+same K of the same panel of the weight, which is thus read from memory once. There are fewer lanes
+where that many would leave CTAs idle.
 
-A program adds up its part of a tile in fp32 and leaves it in a partial of the workspace, which a
-second launch sums tile by tile, in the order of K.
+A CTA sums its part of a tile in fp32 and writes it to the workspace as a partial. A second launch
+sums the partials of each tile in the order of K.
 """
 
 from dataclasses import dataclass
@@ -22,31 +22,31 @@ from functools import lru_cache
 
 from kernels.runtime.arithmetic import cdiv
 
-BAND = 16  # with tiles of 128 x 256, 132 programs read as much of the weight as of the other factor
+BAND = 16  # with tiles of 128 x 256, 132 CTAs then read equally much of both factors
 
 
 @dataclass(frozen=True)
 class StreamK:
-    """The cut of one product; everything in it counts tiles, steps or programs."""
+    """The division of one product, in tiles, steps and programs (CTAs)."""
 
-    steps: int  # of a tile
+    steps: int  # K blocks of a tile
     programs: int
-    band: int  # rows of tiles
-    whole: int  # tiles that one program does alone
-    rest: int  # tiles that are cut, after those; fewer than programs
+    band: int  # rows of tiles in a band
+    whole: int  # tiles that one CTA computes whole
+    rest: int  # the tiles after those, which are split; fewer than programs
     lanes: int
-    share: int  # steps
+    share: int  # steps of a work range
 
     @property
     def partials(self) -> int:
-        """Partial tiles in the workspace: at most one per program and one per tile of the rest."""
+        """Partials in the workspace: at most one per CTA and one per split tile."""
         if not self.rest:
             return 0
         longest = cdiv(self.rest, self.lanes)
         return self.lanes * (-(-longest * self.steps // self.share) + longest - 1)
 
     def work(self, program: int) -> int:
-        """Steps of one program."""
+        """The number of steps of one CTA."""
         whole = len(range(program, self.whole, self.programs)) * self.steps
         line = len(range(program % self.lanes, self.rest, self.lanes)) * self.steps
         start = program // self.lanes * self.share
@@ -55,10 +55,10 @@ class StreamK:
 
 @lru_cache(maxsize=256)
 def stream_k(m_tiles: int, n_tiles: int, steps: int, programs: int, overhead: int) -> StreamK:
-    """The cut among so many programs.
+    """Divide a product among `programs` CTAs.
 
-    A stretch costs as much as `overhead` steps, for its partial tiles: none is shorter, and tiles
-    are cut only if that gains more.
+    overhead: cost of a work range's partials, in steps. No work range is shorter, and tiles are
+        split only if that saves more.
     """
     tiles = m_tiles * n_tiles
     band = cdiv(m_tiles, cdiv(m_tiles, BAND))
@@ -72,12 +72,12 @@ def stream_k(m_tiles: int, n_tiles: int, steps: int, programs: int, overhead: in
     return StreamK(steps, programs, band, whole=tiles, rest=0, lanes=1, share=1)
 
 
-def _lanes(rest: int, most: int, steps: int, programs: int) -> tuple[int, int]:
-    """How many lanes and each program's share: the most lanes that lengthen it by at most 2 %."""
+def _lanes(rest: int, max_lanes: int, steps: int, programs: int) -> tuple[int, int]:
+    """(lanes, share): the most lanes whose share is at most 2 % above the smallest."""
 
     def share(lanes: int) -> int:
         return cdiv(cdiv(rest, lanes) * steps, programs // lanes)
 
-    shares = {lanes: share(lanes) for lanes in range(1, min(most, rest) + 1)}
-    least = min(shares.values())
-    return max((lanes, share) for lanes, share in shares.items() if 100 * share <= 102 * least)
+    shares = {lanes: share(lanes) for lanes in range(1, min(max_lanes, rest) + 1)}
+    min_share = min(shares.values())
+    return max((lanes, share) for lanes, share in shares.items() if 100 * share <= 102 * min_share)

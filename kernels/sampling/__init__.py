@@ -1,4 +1,4 @@
-"""Sampling token ids from logits: temperature, top-k, top-p, counted random numbers."""
+"""Sampling of token ids from logits: temperature, top-k, top-p, counter-based random numbers."""
 
 from kernels.sampling.op import SampleOutput, philox4x32, sample, sample_ref
 

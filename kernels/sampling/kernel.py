@@ -1,27 +1,27 @@
-"""The Triton form of `sample`: no sort, no synchronisation, the same launches for every input.
+"""The Triton kernels of `sample`: no sort, no synchronisation, the same launches for every input.
 
-Rows are split over programs, one per BLOCK tokens:
+Each row is split into blocks of BLOCK tokens, one CTA each:
 
-    scan   the only read of the logits from HBM: each block's largest logit and sum of exponentials,
-           and without truncation its token of the largest score at once
-    cut    (with truncation) one program per row finds the least probable z that is kept
-    draw   (with truncation) each block's token of the largest score among those that are kept
-    pick   one program per row: the best block's token and its log-probability, to wherever the
+    scan   reads the logits from HBM, once: each block's largest logit and sum of exponentials;
+           without truncation, also each block's token with the largest score
+    cut    (with truncation) one CTA per row finds the least probable z that is kept
+    draw   (with truncation) each block's token with the largest score among those kept
+    pick   one CTA per row: the best block's token and its log-probability, written to where the
            next step reads them
 
-`cut` reads little: the largest logits of groups of 64 tokens, which `scan` leaves behind, are
-logits themselves, so what they alone reach bounds the cut, and groups whose largest logit is beyond
-that bound are never looked at. It is exact whatever the logits are; a flat row with top_p alone has
-no such groups and takes a dozen passes over the row, which L2 holds.
+`cut` reads little. `scan` writes the largest logit of each group of 64 tokens; since these are
+logits themselves, the depth at which they alone reach the target bounds the cut, and groups whose
+largest logit is past the bound are never read. The result is exact for all logits. A flat row with
+top_p alone has no such groups and takes a dozen passes over the row, which L2 holds.
 
-What of a row is computed, and in which order it is added up, depends on its logits and on BLOCK
-alone: its token and log-probability are the same bits in every batch and at every index.
+What is computed for a row, and the order of its sums, depends on its logits and BLOCK alone: its
+token and log-probability are the same bits in every batch and at every index.
 
-The token may differ from `sample_ref`'s, which rounds to fp32 as well,
-  - if two scores are within 2^-19 * max(1, |z|, |noise|) of each other: each is off by a few ulp of
-    its terms, and the winner of a block is found with z from the block's largest logit;
-  - if top_p is within 2^-19 of the probability that it is compared with: the exponentials' error
-    and that of sums, in fp32 within a thread and a block and in fp64 beyond.
+The token may differ from that of `sample_ref`, which also rounds to fp32,
+  - if two scores are within 2^-19 * max(1, |z|, |noise|) of each other: each has an error of a few
+    ulp of its terms, and a block's winner is found with z relative to the block's largest logit;
+  - if top_p is within 2^-19 of the probability that it is compared with: the error of exponentials
+    and of sums, which are fp32 within a thread and a block, and fp64 above.
 """
 
 import triton
@@ -31,7 +31,7 @@ from kernels.sampling.noise import gumbel, perturbed_argmax, random_words
 
 GROUP = tl.constexpr(64)  # tokens that share one entry of `maxima`
 INFINITY = tl.constexpr(0x7F800000)  # the bits of fp32 infinity
-VANISHED = tl.constexpr(0x42D00000)  # of 104: exp(-104) is 0 in fp32
+VANISHED = tl.constexpr(0x42D00000)  # the bits of 104: exp(-104) is 0 in fp32
 
 
 @triton.jit
@@ -42,19 +42,19 @@ def load_logits(row_logits, tokens, mask):
 
 @triton.jit
 def exp(x):
-    """exp(x) for x <= 0; tl.exp also takes care of subnormal results, for half as much again."""
+    """exp(x) for x <= 0; tl.exp costs half as much again, as it handles subnormal results."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
-def row_total(sums, mask, of_block, peak):
+def row_total(sums, mask, block_peaks, peak):
     """The sum of exp(x - peak) over the row; NaN if it holds NaN or +inf, or only -inf."""
-    return tl.sum(tl.load(sums, mask, other=0.0) * exp(of_block - peak), axis=0)
+    return tl.sum(tl.load(sums, mask, other=0.0) * exp(block_peaks - peak), axis=0)
 
 
 @triton.jit
 def depth(x, peak, inverse):
-    """How far z is below 0, as bits, which are ordered like it: from 0 to INFINITY."""
+    """How far z is below 0, as the bits of an fp32, which order like it: 0 to INFINITY."""
     return tl.abs((x - peak) * inverse).to(tl.int32, bitcast=True)
 
 
@@ -65,8 +65,8 @@ def sample_scan_kernel(
     positions,  # int64 [B]
     peaks,  # fp32 [B, blocks]: the largest logit of each block
     sums,  # fp32 [2, B, blocks]: of exp(x - peak), NaN if one is; of exp((x - peak) / temperature)
-    maxima,  # fp32 [B, blocks, BLOCK / GROUP], with TRUNCATED
-    winners,  # int32 [B, blocks], without
+    maxima,  # fp32 [B, blocks, BLOCK / GROUP], with TRUNCATED: the largest logit of each group
+    winners,  # int32 [B, blocks], without TRUNCATED: each block's token with the largest score
     vocab,
     stride,
     seed_stride,
@@ -77,7 +77,7 @@ def sample_scan_kernel(
     BLOCK: tl.constexpr,
     GREEDY: tl.constexpr,
     TRUNCATED: tl.constexpr,
-    TEMPERED: tl.constexpr,  # whether the second sum is wanted
+    TEMPERED: tl.constexpr,  # whether to compute the second sum
 ):
     cell = tl.program_id(0)
     row, block = cell // blocks, cell % blocks
@@ -97,7 +97,7 @@ def sample_scan_kernel(
         if GREEDY:
             winner = tl.min(tl.where(x == peak, tokens, vocab), axis=0)
         else:
-            # z is from the block's largest logit here: `pick` scores the winners from the row's.
+            # Here z is relative to the block's largest logit; `pick` uses the row's.
             seed = tl.load(seeds + row * seed_stride)
             position = tl.load(positions + row * position_stride)
             quads = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
@@ -112,7 +112,7 @@ def sample_cut_kernel(
     peaks,  # fp32 [B, blocks]
     sums,  # fp32 [2, B, blocks]
     maxima,  # fp32 [B, groups]
-    lists,  # int32 [B, groups]: scratch, the groups that are searched
+    lists,  # int32 [B, groups]: scratch, the groups to search
     cuts,  # int32 [B]: the largest depth that is kept
     vocab,
     stride,
@@ -130,13 +130,13 @@ def sample_cut_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
-    of_block = tl.load(peaks + row * blocks + block, block < blocks, other=-float("inf"))
-    peak = tl.max(of_block, axis=0)
-    total = row_total(sums + row * blocks + block, block < blocks, of_block, peak)
-    if total == total:  # otherwise the row is no distribution
+    block_peaks = tl.load(peaks + row * blocks + block, block < blocks, other=-float("inf"))
+    peak = tl.max(block_peaks, axis=0)
+    total = row_total(sums + row * blocks + block, block < blocks, block_peaks, peak)
+    if total == total:  # not NaN: the row is a distribution
         group = tl.arange(0, GROUPS)
-        of_group = tl.load(maxima + row * groups + group, group < groups, other=-float("inf"))
-        depths = depth(of_group, peak, inverse)  # [GROUPS]
+        group_peaks = tl.load(maxima + row * groups + group, group < groups, other=-float("inf"))
+        depths = depth(group_peaks, peak, inverse)  # [GROUPS]
         row_list = lists + row * groups
         row_logits = logits + row * stride
         if BY_COUNT:
@@ -150,9 +150,11 @@ def sample_cut_kernel(
                 count = list_groups(row_list, group, (depths <= hi) & (group < groups))
                 need = top_p * mass_of(row_logits, row_list, count, vocab, peak, inverse, hi, TILE)
             else:
-                of_row = tl.load(sums + size + row * blocks + block, block < blocks, other=0.0)
-                need = top_p * tl.sum(of_row * exp((of_block - peak) * inverse), axis=0)
-                # Sums round: a thousandth more is surely enough for a bound.
+                tempered_sums = tl.load(
+                    sums + size + row * blocks + block, block < blocks, other=0.0
+                )
+                need = top_p * tl.sum(tempered_sums * exp((block_peaks - peak) * inverse), axis=0)
+                # A thousandth more than `need` covers the rounding of sums.
                 hi = tl.minimum(bound(depths, mass(depths), need * 1.001), VANISHED)
                 count = list_groups(row_list, group, (depths <= hi) & (group < groups))
             hi = search(
@@ -168,7 +170,7 @@ def mass(depths):
 
 @triton.jit
 def bound(depths, weights, need):
-    """A depth down to which `weights` reach `need`, near the least; INFINITY if nothing does."""
+    """A depth, near the least, down to which `weights` reach `need`; INFINITY if none does."""
     lo, hi = 0, INFINITY >> 12  # a relative precision of 2^-11 is enough
     for _ in range(19):
         middle = (lo + hi) // 2
@@ -178,18 +180,18 @@ def bound(depths, weights, need):
 
 
 @triton.jit
-def list_groups(row_list, groups, chosen):
-    """Write those of `groups` that are `chosen`, in order; returns their number."""
-    chosen = chosen.to(tl.int32)
-    tl.debug_barrier()  # all threads have read what this overwrites
-    tl.store(row_list + tl.cumsum(chosen, axis=0) - 1, groups, chosen > 0)
-    tl.debug_barrier()  # and see what the others write
-    return tl.sum(chosen, axis=0)
+def list_groups(row_list, groups, selected):
+    """Write the `selected` ones of `groups` to `row_list`, in order; returns their number."""
+    selected = selected.to(tl.int32)
+    tl.debug_barrier()  # all threads have read the entries that this overwrites
+    tl.store(row_list + tl.cumsum(selected, axis=0) - 1, groups, selected > 0)
+    tl.debug_barrier()  # all threads see the new entries
+    return tl.sum(selected, axis=0)
 
 
 @triton.jit
 def load_depths(row_logits, row_list, first, count, vocab, peak, inverse, TILE: tl.constexpr):
-    """Depths of the tokens of TILE groups, [TILE * GROUP / 8, 8]; INFINITY beyond the last."""
+    """Depths of the tokens of TILE groups, [TILE * GROUP / 8, 8]; INFINITY past the last token."""
     rows: tl.constexpr = TILE * GROUP // 8
     lane = tl.arange(0, rows)
     entry = first + lane // (GROUP // 8)
@@ -223,20 +225,21 @@ def search(
     TILE: tl.constexpr,
     BY_MASS: tl.constexpr,
 ):
-    """The least depth c such that the listed tokens of depth <= c are `need` or more, or BY_MASS:
-    have a mass of `need`; `hi` if no less will do.
+    """The least depth c such that at least `need` listed tokens have depth <= c; at most `hi`.
 
-    Every round measures at three depths in (lo, hi]: six rounds that cut z evenly, six that cut its
-    bits, and so on; after six, the interval shrinks to the depths in it, the list to their groups.
+    BY_MASS: such that their mass, not their number, is at least `need`.
+    Each round counts at three depths in (lo, hi]. The first six rounds divide z evenly, all later
+    ones its bits. Every seventh round instead shrinks the interval to the depths that occur in it,
+    and the list to their groups.
     """
     rows: tl.constexpr = TILE * GROUP // 8
-    lo, base = -1, tl.full((), 0, tl.float64)  # what is reached at lo
-    turn = 0
+    lo, base = -1, tl.full((), 0, tl.float64)  # number or mass at depth <= lo
+    round_index = 0
     while hi - lo > 1:
-        if turn % 7 == 6:
+        if round_index % 7 == 6:
             lo, hi, count = narrow(row_logits, row_list, count, vocab, peak, inverse, lo, hi, TILE)
         else:
-            a, b, c = quarters(lo, hi, turn < 6)
+            a, b, c = quarters(lo, hi, round_index < 6)
             sum_a, sum_b = tl.zeros([rows], tl.float32), tl.zeros([rows], tl.float32)
             sum_c = tl.zeros([rows], tl.float32)
             for first in range(0, count, TILE):
@@ -252,13 +255,13 @@ def search(
             hi = tl.where(in_a, a, tl.where(in_b, b, tl.where(in_c, c, hi)))
             lo = tl.where(in_a, lo, tl.where(in_b, a, tl.where(in_c, b, c)))
             base = tl.where(in_a, base, tl.where(in_b, at_a, tl.where(in_c, at_b, at_c)))
-        turn += 1
+        round_index += 1
     return hi
 
 
 @triton.jit
 def quarters(lo, hi, evenly):
-    """Three depths that cut (lo, hi] into four: `evenly` as z, else as bits."""
+    """Three depths that divide (lo, hi] into quarters: of z if `evenly`, else of its bits."""
     low = tl.maximum(lo, 0)
     x = low.to(tl.float32, bitcast=True)
     step = tl.maximum(tl.minimum(hi.to(tl.float32, bitcast=True), 64.0) - x, 0.0) * 0.25
@@ -271,18 +274,20 @@ def quarters(lo, hi, evenly):
 
 @triton.jit
 def narrow(row_logits, row_list, count, vocab, peak, inverse, lo, hi, TILE: tl.constexpr):
-    """(lo, hi] without what is empty at its ends, and the list of the groups that reach into it."""
-    least, most, kept = hi, lo + 1, 0
+    """Shrink (lo, hi] to the depths that occur in it, and the list to groups with such depths."""
+    min_depth, max_depth, kept = hi, lo + 1, 0
     for first in range(0, count, TILE):
         d = load_depths(row_logits, row_list, first, count, vocab, peak, inverse, TILE)
         inside = (d > lo) & (d <= hi)
-        least = tl.minimum(least, tl.min(tl.min(tl.where(inside, d, hi), axis=1), axis=0))
-        most = tl.maximum(most, tl.max(tl.max(tl.where(inside, d, lo + 1), axis=1), axis=0))
+        min_depth = tl.minimum(min_depth, tl.min(tl.min(tl.where(inside, d, hi), axis=1), axis=0))
+        max_depth = tl.maximum(
+            max_depth, tl.max(tl.max(tl.where(inside, d, lo + 1), axis=1), axis=0)
+        )
         entry = first + tl.arange(0, TILE)
         group = tl.load(row_list + entry, entry < count, other=0)
         reach = tl.max(tl.reshape(inside.to(tl.int32), [TILE, GROUP]), axis=1) > 0
         kept += list_groups(row_list + kept, group, reach & (entry < count))
-    return least - 1, most, kept
+    return min_depth - 1, max_depth, kept
 
 
 @triton.jit
@@ -292,7 +297,7 @@ def sample_draw_kernel(
     positions,  # int64 [B]
     peaks,  # fp32 [B, blocks]
     cuts,  # int32 [B]
-    winners,  # int32 [B, blocks]: the vocabulary's size where nothing is kept
+    winners,  # int32 [B, blocks]: `vocab` for a block of which no token is kept
     vocab,
     stride,
     seed_stride,
@@ -304,9 +309,9 @@ def sample_draw_kernel(
 ):
     cell = tl.program_id(0)
     row, block = cell // blocks, cell % blocks
-    every = tl.arange(0, BLOCKS)
+    block_ids = tl.arange(0, BLOCKS)
     peak = tl.max(
-        tl.load(peaks + row * blocks + every, every < blocks, other=-float("inf")), axis=0
+        tl.load(peaks + row * blocks + block_ids, block_ids < blocks, other=-float("inf")), axis=0
     )
     cut = tl.load(cuts + row)
     winner = vocab
@@ -330,8 +335,8 @@ def sample_pick_kernel(
     sums,  # fp32 [2, B, blocks]
     winners,  # int32 [B, blocks]
     results,  # int32 [2, B]: tokens; the bits of their log-probabilities
-    ids,  # int64 [B] or None: the tokens, 0 for -1
-    last,  # int64 or None: the same at last[batch_indices[b]]
+    ids,  # int64 [B] or None: the tokens, with 0 for -1
+    last,  # int64 or None: the same, written to last[batch_indices[b]]
     batch_indices,  # int64 [B] or None
     vocab,
     stride,
@@ -345,19 +350,19 @@ def sample_pick_kernel(
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
     mask = block < blocks
-    of_block = tl.load(peaks + row * blocks + block, mask, other=-float("inf"))
-    peak = tl.max(of_block, axis=0)
-    total = row_total(sums + row * blocks + block, mask, of_block, peak)
+    block_peaks = tl.load(peaks + row * blocks + block, mask, other=-float("inf"))
+    peak = tl.max(block_peaks, axis=0)
+    total = row_total(sums + row * blocks + block, mask, block_peaks, peak)
     winner = tl.load(winners + row * blocks + block, mask, other=vocab)
     x = load_logits(logits + row * stride, winner, winner < vocab)  # [BLOCKS]
     z = (x - peak) * inverse
     if not GREEDY:
-        # Every winner has its own counter: its word is one of the four.
+        # Each winner has a different counter; its word is one of that counter's four.
         seed = tl.load(seeds + row * seed_stride)
         position = tl.load(positions + row * position_stride)
-        of_quad = tl.reshape(gumbel(random_words(seed, position, winner // 4)), [BLOCKS, 4])
-        own = (winner % 4)[:, None] == tl.arange(0, 4)[None, :]
-        z += tl.sum(tl.where(own, of_quad, 0.0), axis=1)
+        quad_noise = tl.reshape(gumbel(random_words(seed, position, winner // 4)), [BLOCKS, 4])
+        is_winner = (winner % 4)[:, None] == tl.arange(0, 4)[None, :]
+        z += tl.sum(tl.where(is_winner, quad_noise, 0.0), axis=1)
     best = tl.max(z, axis=0)
     token = tl.min(tl.where(z == best, winner, vocab), axis=0)
     drawn = tl.max(tl.where(winner == token, x, -float("inf")), axis=0)
@@ -365,8 +370,8 @@ def sample_pick_kernel(
     logprob = drawn - peak - tl.log(total)
     tl.store(results + row, token)
     tl.store(results + tl.num_programs(0) + row, logprob.to(tl.int32, bitcast=True))
-    fed = tl.maximum(token, 0).to(tl.int64)
+    next_id = tl.maximum(token, 0).to(tl.int64)
     if ids is not None:
-        tl.store(ids + row, fed)
+        tl.store(ids + row, next_id)
     if last is not None:
-        tl.store(last + tl.load(batch_indices + row), fed)
+        tl.store(last + tl.load(batch_indices + row), next_id)

@@ -1,7 +1,7 @@
-"""Gumbel noise in Triton: Philox words, -log(-log1p(-u)) of them, and the arg-max of z + noise.
+"""Gumbel noise in Triton: Philox words, their -log(-log1p(-u)), and the argmax of z + noise.
 
-Inline assembly and libdevice, and with them log1p and the hardware's fast logarithm, are out of
-bounds here (the interpreter has neither), so both logarithms are written out.
+Triton's interpreter has neither inline assembly nor libdevice, and so neither log1p nor the
+hardware's fast logarithm: both logarithms are written out here.
 """
 
 import triton
@@ -10,10 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def log1p(f, exponent):
-    """log(2^exponent * (1 + f)) for |f| <= 1/3, within 2 ulp; the exponent comes times 2^23.
+    """log(2^e * (1 + f)) for |f| <= 1/3, within 2 ulp; exponent: e * 2^23.
 
-    The polynomial is the minimax one of (log(1 + f) - f) / f^2; without cancellation if exponent
-    is 0 or f > -1/4, as `gumbel` has it, so that the error is relative down to f = 0.
+    A minimax polynomial of (log(1 + f) - f) / f^2. There is no cancellation if e is 0 or f > -1/4,
+    as in `gumbel`, so the error is relative down to f = 0.
     """
     p = tl.fma(f, -0.130187988, 0.140889585)
     p = tl.fma(p, f, -0.121489234)
@@ -29,24 +29,24 @@ def log1p(f, exponent):
 
 @triton.jit
 def gumbel(words):
-    """-log(-log1p(-u)) of random words, without a subnormal or an infinity on the way."""
+    """-log(-log1p(-u)) of random words; no intermediate value is subnormal or infinite."""
     u = tl.minimum((words.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    # 1 - u = 2^e (1 + f) with 1 + f in [2/3, 4/3): f = -u itself if e is 0, as it is for small u.
+    # 1 - u = 2^e (1 + f) with 1 + f in [2/3, 4/3); for small u, e is 0 and f is exactly -u.
     exponent = ((1 - u).to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
     scale = (0x3F800000 - exponent).to(tl.float32, bitcast=True)
-    wait = -log1p(tl.fma(-u, scale, scale - 1), exponent)
-    bits = wait.to(tl.int32, bitcast=True)
+    variate = -log1p(tl.fma(-u, scale, scale - 1), exponent)
+    bits = variate.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F2AAAAB) & -0x800000
     return -log1p((bits - exponent).to(tl.float32, bitcast=True) - 1, exponent)
 
 
 @triton.jit
 def rough_gumbel(words):
-    """`gumbel` to a factor of a third of its cost: an upper bound, and how far it may be above.
+    """An upper bound of `gumbel` at a third of its cost, and how far above the bound may be.
 
-    The logarithm of u is the bits of u and a cubic of its mantissa, within 0.0005; the rest, up to
-    u = 1/2, a square within 0.0015, and below the truth from there on, where it hardly matters:
-    noise so low wins only where little else is likely.
+    log(u) is computed from the bits of u and a cubic polynomial of its mantissa, within 0.0005. The
+    remainder is a quadratic, within 0.0015 up to u = 1/2 and below the true value from there on,
+    where it hardly matters: noise that low wins only where few tokens are likely.
     """
     x = words.to(tl.float32) + 0.5  # 2^32 u
     bits = x.to(tl.int32, bitcast=True)
@@ -61,7 +61,7 @@ def rough_gumbel(words):
 def random_words(seed, position, quads):
     """The random words of tokens 4 * quads .. 4 * quads + 3, uint32 [4 * len(quads)].
 
-    `tl.philox`, but for products of 64 bits: one instruction gives both halves.
+    As `tl.philox`, but with 64-bit products, so that one instruction gives both halves.
     """
     c0, c2 = (
         quads.to(tl.uint32),
@@ -80,18 +80,18 @@ def random_words(seed, position, quads):
 
 
 @triton.jit
-def perturbed_argmax(z, words, tokens, nothing):
-    """Which of `tokens` has the largest z + gumbel(words): the first on ties, `nothing` for NaN.
+def perturbed_argmax(z, words, tokens, default):
+    """The token with the largest z + gumbel(words): the first on ties, `default` for NaN.
 
-    Noise is most of the work of a draw, and almost always one token is ahead by more than the
-    rough noise is wrong. Otherwise all of it is computed as the definition has it.
+    Noise is most of the work of a draw, and almost always one token leads by more than the error of
+    the rough noise. Otherwise the exact noise is computed for all tokens.
     """
     high, slack = rough_gumbel(words)
     high += z
     likely = high >= tl.max(high - slack, axis=0)
-    first = tl.min(tl.where(likely, tokens, nothing), axis=0)
+    first = tl.min(tl.where(likely, tokens, default), axis=0)
     if first != tl.max(tl.where(likely, tokens, -1), axis=0):
         scores = z + gumbel(words)
         best = tl.max(scores, axis=0)
-        first = tl.min(tl.where(scores == best, tokens, nothing), axis=0)
+        first = tl.min(tl.where(scores == best, tokens, default), axis=0)
     return first

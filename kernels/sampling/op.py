@@ -1,7 +1,7 @@
-"""Draws one token per row of logits: temperature, top-k, top-p, then Gumbel-max.
+"""The sampling op: one token per row of logits, by temperature, top-k, top-p, then Gumbel-max.
 
-The noise is counter-based (Philox4x32-10), so that a row's token is a function of its logits, seed
-and position alone, whatever else is in the batch. No generator state is kept anywhere.
+The noise is counter-based (Philox4x32-10), without generator state, so a row's token depends only
+on its logits, seed and position, not on the rest of the batch.
 """
 
 from dataclasses import dataclass
@@ -30,20 +30,20 @@ BLOCK = 1 << 17  # counters computed at a time on a CPU: six int64 buffers of 1 
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """Where `sample` writes the B tokens that it draws, so that no other launch has to.
+    """Where `sample` writes the B tokens that it draws, which saves launches that copy them.
 
-    ids and last take a token of -1 as 0: its sequence ends, and what is computed of it after that
-    is ignored. Equal entries of `batch_indices` leave any one of their tokens.
+    In ids and last, token -1 becomes 0: its sequence ends there, and whatever is computed for it
+    later is ignored. If entries of `batch_indices` are equal, any one of their tokens remains.
     """
 
     results: Tensor  # int32 [2, B]: tokens, and the bits of their log-probabilities in fp32
     ids: Tensor | None = None  # int64 [B] tokens, as the next step's embedding reads them
-    last: Tensor | None = None  # int64 [N] a table of last tokens: last[batch_indices[b]] = token
-    batch_indices: Tensor | None = None  # int64 [B] in [0, N), which is not checked
+    last: Tensor | None = None  # int64 [N], table of last tokens: last[batch_indices[b]] = token
+    batch_indices: Tensor | None = None  # int64 [B] in [0, N), not checked
 
     @staticmethod
     def of(rows: int, device: torch.device, **feeds: Tensor) -> "SampleOutput":
-        """With new memory for `results`."""
+        """An output with newly allocated `results`."""
         return SampleOutput(torch.empty(2, rows, dtype=torch.int32, device=device), **feeds)
 
     @property
@@ -55,15 +55,15 @@ class SampleOutput:
         return self.results[1].view(torch.float32)
 
     def write(self, tokens: Tensor, logprobs: Tensor) -> None:
-        """Put int64 tokens and their fp32 log-probabilities where they belong, in PyTorch."""
+        """Write int64 tokens and their fp32 log-probabilities to all outputs, in PyTorch."""
         self.tokens.copy_(tokens)
         self.logprobs.copy_(logprobs)
-        fed = tokens.clamp_min(0)
+        next_ids = tokens.clamp_min(0)
         if self.ids is not None:
-            self.ids.copy_(fed)
+            self.ids.copy_(next_ids)
         if self.last is not None:
-            assert self.batch_indices is not None  # they come together
-            self.last.index_copy_(0, self.batch_indices, fed)
+            assert self.batch_indices is not None  # given together with `last`
+            self.last.index_copy_(0, self.batch_indices, next_ids)
 
 
 def sample(
@@ -77,27 +77,27 @@ def sample(
     out: SampleOutput | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The token drawn for each row, and its log-probability.
+    """Draw a token for each row; returns the tokens and their log-probabilities.
 
     logits: [B, V]; seeds, positions: int64 [B], any values. Returns tokens int32 [B] and logprobs
-    fp32 [B]: the log-softmax of the logits as given (no temperature, no truncation) at the token.
-    Both are views of `out.results`, which is new memory unless `out` says where to write.
+    fp32 [B]: the log-softmax of the input logits (no temperature, no truncation) at the token. Both
+    are views of `out.results`, which is newly allocated unless `out` is given.
 
-    All in fp32 but top_p's sums. temperature 0 takes the largest logit, the lowest index on
-    ties. Otherwise the scores are z = (logits - max(logits)) * (1 / temperature), and tokens are
-    left out in two steps:
-      top_k > 0  keeps the tokens with z at least the k-th largest;
-      top_p < 1  keeps of those the fewest of the most probable whose probability, renormalised,
-                 reaches top_p, and every token that ties with the last of them.
-    Of the rest the largest z - log(-log1p(-u)) wins, u = (w + 0.5) * 2^-32 below 1, where the w of
-    token v is word v % 4 of Philox4x32-10 with counter (v // 4, position mod 2^32,
-    position >> 32 mod 2^32, 0) and the row's seed as key, as `tl.philox(seed, ...)` computes it.
+    Everything is fp32, except top_p's sums. temperature 0 takes the largest logit, the lowest index
+    on ties. Otherwise the scores are z = (logits - max(logits)) * (1 / temperature), and tokens are
+    removed in two steps:
+      top_k > 0  keeps the tokens whose z is at least the k-th largest;
+      top_p < 1  of those, keeps the smallest set of most probable tokens whose renormalised
+                 probability reaches top_p, and every token that ties with the last of them.
+    Of the rest, the token with the largest z - log(-log1p(-u)) is drawn. u = (w + 0.5) * 2^-32,
+    kept below 1, where w of token v is word v % 4 of Philox4x32-10 with counter (v // 4, position
+    mod 2^32, position >> 32 mod 2^32, 0) and the row's seed as key, as in `tl.philox(seed, ...)`.
 
-    A row that holds NaN or +inf, or only -inf, is no distribution: token -1, log-probability NaN.
+    A row with NaN or +inf, or only -inf, is not a distribution: token -1, log-probability NaN.
     Raises ValueError for shapes, dtypes, devices and settings that do not fit.
     """
     _check_tensors(logits, seeds, positions)
-    # Within these bounds neither the temperature nor its inverse is subnormal in fp32.
+    # Bounds within which neither the temperature nor its inverse is subnormal in fp32.
     check(
         temperature == 0 or 2.0**-126 <= temperature <= 2.0**126,
         f"sample: temperature must be 0 or from 2^-126 to 2^126, not {temperature}",
@@ -122,10 +122,10 @@ def sample_ref(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of `sample`: int64 tokens and log-probabilities, which are then written.
+    """The definition of `sample`: int64 tokens and fp32 log-probabilities.
 
-    Exponentials, logarithms and sums are taken row by row, over rows that are aligned alike: torch
-    may round them differently for other shapes and alignments.
+    Exponentials, logarithms and sums are computed row by row, over rows with the same alignment,
+    because torch may round them differently for other shapes and alignments.
     """
     batch, vocab = logits.shape
     width = cdiv(vocab, ROW) * ROW
@@ -146,15 +146,15 @@ def sample_ref(
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """The four output words of Philox4x32-10, in [0, 2^32).
 
-    counter: four, key: two int64 tensors of words in [0, 2^32), of shapes that broadcast. Source:
-    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+    counter, key: four and two int64 tensors of words in [0, 2^32), with shapes that broadcast.
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
     """
     c0, c1, c2, c3 = (word.clone() for word in torch.broadcast_tensors(*counter))
     k0, k1 = key
     product0, product2 = torch.empty_like(c0), torch.empty_like(c2)
     for _ in range(10):
-        # int64 products wrap around, but their low and high halves are those of the unsigned ones.
-        # c1 and c3 are left with upper halves, which are masked off where they meet c0 and c2.
+        # int64 products wrap around, but their low and high halves equal those of unsigned ones.
+        # c1 and c3 keep upper halves, which are masked off when they are combined with c0 and c2.
         torch.mul(c0, 0xD2511F53, out=product0)
         torch.mul(c2, 0xCD9E8D57, out=product2)
         torch.bitwise_right_shift(product2, 32, out=c0)
@@ -188,14 +188,14 @@ def _noise(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
 
 
 def _truncate(z: Tensor, top_k: int, top_p: float) -> None:
-    """Put -inf in place of those of z [V], at most 0, that top_k and then top_p leave out."""
+    """Set to -inf the elements of z [V] (all <= 0) that top_k and then top_p remove."""
     if 0 < top_k < len(z):
         z.masked_fill_(z < z.topk(top_k).values[-1], -torch.inf)
     if top_p < 1:
         wide = z.double()
         total = wide.exp().sum()
-        # Tokens less probable than (1 - top_p) / V together miss 1 - top_p, so none is the one that
-        # reaches top_p: the rest, in practice few, are all there is to sort.
+        # Tokens less probable than (1 - top_p) / V add up to less than 1 - top_p, so none of them
+        # is the one that reaches top_p. Only the others, in practice few, have to be sorted.
         unlikely = wide < (total * ((1 - top_p) / len(z))).log()
         ordered = wide[~unlikely].sort(descending=True).values
         below = ordered.exp().cumsum(0) < top_p * total
@@ -212,15 +212,15 @@ def sample_triton(
     top_p: float,
     out: SampleOutput,
 ) -> None:
-    """`sample` in two launches, in four with top_k or top_p; see kernel.py."""
+    """`sample` in two launches, or four with top_k or top_p; see kernel.py."""
     batch, vocab = logits.shape
     _check_triton(logits)
     greedy = temperature == 0
     top_k = 0 if greedy or top_k >= vocab else top_k
     top_p = 1.0 if greedy else top_p
     truncated = top_k > 0 or top_p < 1
-    chosen = _scan_config(logits, "greedy" if greedy else "truncated" if truncated else "plain")
-    block = chosen["block"]
+    config = _scan_config(logits, "greedy" if greedy else "truncated" if truncated else "plain")
+    block = config["block"]
     blocks = cdiv(vocab, block)
     empty = partial(torch.empty, device=logits.device)
     peaks, sums = empty(batch, blocks), empty(2, batch, blocks)
@@ -233,7 +233,7 @@ def sample_triton(
         "inverse": 1 / (temperature or 1),
         "peaks": peaks,
         "blocks": blocks,
-        # z + noise rounds as in the definition: no fused multiply-adds but those written out.
+        # z + noise must round as in the definition: no fused multiply-adds except explicit ones.
         "enable_fp_fusion": False,
     }
     noise = {
@@ -242,7 +242,7 @@ def sample_triton(
         "seed_stride": seeds.stride(0),
         "position_stride": positions.stride(0),
     }
-    split = {"BLOCK": block, "num_warps": chosen["num_warps"]}
+    split = {"BLOCK": block, "num_warps": config["num_warps"]}
     padded = triton.next_power_of_2(blocks)
     if batch == 0:
         return
@@ -264,25 +264,25 @@ def sample_triton(
 def _cut(rows: dict, sums: Tensor, maxima: Tensor, padded: int, top_k: int, top_p: float) -> Tensor:
     """The depth of each row's cut, int32 [B]."""
     batch, groups = maxima.shape
-    chosen = CUT.choose(dtype_name(rows["logits"].dtype), maxima.device)
+    config = CUT.choose(dtype_name(rows["logits"].dtype), maxima.device)
     cuts = maxima.new_empty(batch, dtype=torch.int32)
     sample_cut_kernel[(batch,)](
         **rows, sums=sums, maxima=maxima, cuts=cuts,
         lists=torch.empty_like(maxima, dtype=torch.int32), top_k=top_k, top_p=top_p,
         groups=groups, size=sums[0].numel(), BLOCKS=padded, GROUPS=triton.next_power_of_2(groups),
-        TILE=chosen["tile"], BY_COUNT=top_k > 0, BY_MASS=top_p < 1, num_warps=chosen["num_warps"],
-        maxnreg=65536 // (32 * chosen["num_warps"]),  # a program for each SM: do not spill for more
+        TILE=config["tile"], BY_COUNT=top_k > 0, BY_MASS=top_p < 1, num_warps=config["num_warps"],
+        maxnreg=65536 // (32 * config["num_warps"]),  # one CTA per SM may use all registers
     )  # fmt: skip
     return cuts
 
 
-def _scan_config(logits: Tensor, work: str) -> KernelConfig:
-    """How rows are split: whatever the batch is, as a row's sums must not depend on its company."""
-    return SCAN.choose(f"{dtype_name(logits.dtype)} {work}", logits.device)
+def _scan_config(logits: Tensor, mode: str) -> KernelConfig:
+    """How rows are split into blocks; independent of the batch, so that a row's sums are, too."""
+    return SCAN.choose(f"{dtype_name(logits.dtype)} {mode}", logits.device)
 
 
 def _scan_candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
-    """Blocks whose tokens stay in registers: 8, 16 or 32 for each thread."""
+    """Blocks with 8, 16 or 32 tokens per thread, which stay in registers."""
     return [
         {"block": block, "num_warps": block // (32 * tokens)}
         for block in (2048, 4096, 8192)
@@ -291,7 +291,7 @@ def _scan_candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
 
 
 def _cut_candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
-    """8 or 16 tokens for each thread, and few or many threads."""
+    """8 or 16 tokens per thread, with few or many threads."""
     return [
         {"tile": tile, "num_warps": warps}
         for tile, warps in ((32, 8), (64, 8), (64, 16), (128, 16))
@@ -321,7 +321,7 @@ def _check_triton(logits: Tensor) -> None:
     vocab = logits.shape[1]
     check(
         logits.stride(1) == 1 or vocab == 1,
-        "sample: impl 'triton' needs rows of logits that are contiguous",
+        "sample: impl 'triton' needs contiguous rows of logits",
     )
     check(vocab <= 2**30, f"sample: impl 'triton' takes rows of at most 2^30 logits, not {vocab}")
 

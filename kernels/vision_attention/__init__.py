@@ -1,4 +1,4 @@
-"""Attention of the vision tower: each view for itself, queries and keys rotated along two axes."""
+"""Attention of the vision tower: bidirectional within each view, with axial 2-D rotary."""
 
 from kernels.vision_attention.op import axial_rotary, vision_attention, vision_attention_ref
 

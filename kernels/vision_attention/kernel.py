@@ -1,16 +1,17 @@
-"""Vision attention in Triton: queries and keys rotated once, then an online softmax per row tile.
+"""The attention kernel of vision attention: online softmax of each row tile over its view.
 
-Two launches. `rotate_kernel` writes rotated queries and keys; `vision_attention_kernel` reads those
-and V. Were keys rotated where they are used, each row tile of a view would do it again, 22 of them
-for 52 x 52 tokens, and keys would reach the tensor cores through registers instead of straight from
-shared memory. It costs 8 bytes of traffic per query and key in 16 bits, most of it in L2.
-With TURN_Q it is keys alone: a query belongs to one row tile, which rotates it after the load.
+There are two launches: `rotate_kernel` writes rotated queries and keys; `vision_attention_kernel`
+reads those and V. If keys were rotated where they are used, every row tile of a view (22 for 52 x
+52 tokens) would rotate them again, and keys would reach the tensor cores through registers instead
+of from shared memory. The separate launch costs 8 bytes of traffic per pair of a Q and a K element
+in 16 bits, most of it in L2. With TURN_Q it rotates keys only: a query belongs to one row tile,
+which rotates it after the load.
 
-A head of D is cut in two parts, as tiles are powers of two: 96 is 64 + 32, not a padded 128. Scores
-are the sum of two products, and each part of V has its own sums.
+A head is divided into two parts, because Triton's tiles are powers of two: 96 is 64 + 32, not a
+padded 128. Scores are the sum of two products, and each part of V has its own accumulator.
 
-Rounding points, for inputs of 16 bits: rotated queries and keys; probabilities, before their
-product with V; the result. Scores inside are in units of log2 (`qk_scale` = scale * log2 e).
+Rounding points, for 16-bit inputs: rotated queries and keys; probabilities, before their product
+with V; the result. Scores are in units of log2 (`qk_scale` = scale * log2 e).
 """
 
 from typing import NamedTuple
@@ -22,19 +23,19 @@ from kernels.vision_attention.rotation import load_turn, load_turned
 
 
 class Parts(NamedTuple):
-    """A head's elements as two tiles."""
+    """The widths of the two tiles that hold a head's elements."""
 
     first: int  # 16 or more, a power of two
-    rest: int  # likewise, or 0; elements beyond D are 0
+    rest: int  # likewise, or 0; elements past D are 0
 
     @staticmethod
     def of(dim: int) -> "Parts":
-        """As little padding as two powers of two allow: 96 is 64 + 32, 72 is 64 + 16, 128 whole."""
+        """The least padding with two powers of two: 96 is 64 + 32, 72 is 64 + 16, 128 is 128."""
         first = 16
         while 2 * first <= dim:
             first *= 2
-        left = max(0, dim - first)
-        return Parts(first, max(16, triton.next_power_of_2(left)) if left else 0)
+        remaining = max(0, dim - first)
+        return Parts(first, max(16, triton.next_power_of_2(remaining)) if remaining else 0)
 
     @property
     def padded(self) -> int:
@@ -43,14 +44,14 @@ class Parts(NamedTuple):
 
 @triton.jit
 def vision_attention_kernel(
-    turned,  # [T, HEADS of Q unless TURN_Q, then of K, FIRST + REST]
-    qkv,  # [T, row_stride], for V, with TURN_Q for Q, too
-    places,  # as of rotate_kernel, with cos and sin for TURN_Q alone
+    turned,  # rotated: [T, HEADS of Q unless TURN_Q, then of K, FIRST + REST]
+    qkv,  # [T, row_stride], for V, and with TURN_Q for Q
+    coords,  # as for rotate_kernel; this, cos and sin are used only with TURN_Q
     cos,
     sin,
-    q_first,  # with TMA, descriptors by tiles of one part: of Q, unless SPECIALIZE makes its own
+    q_first,  # with TMA but not SPECIALIZE or TURN_Q: descriptors of Q's two parts, by row tiles
     q_rest,
-    k_first,  # of K, by blocks
+    k_first,  # with TMA: descriptors of the two parts of K and V, by KV blocks
     k_rest,
     v_first,
     v_rest,
@@ -63,23 +64,23 @@ def vision_attention_kernel(
     FIRST: tl.constexpr,
     REST: tl.constexpr,
     ROWS: tl.constexpr,
-    SHORT: tl.constexpr,  # rows of a view's last tile where these hold it, or 0
-    BLOCK: tl.constexpr,  # tokens of K and V at a time
-    TAIL: tl.constexpr,  # tokens that hold what any view has beyond its last whole block
+    SHORT: tl.constexpr,  # rows of a tile for at most this many queries at a view's end; 0: none
+    BLOCK: tl.constexpr,  # tokens of a KV block
+    TAIL: tl.constexpr,  # tokens of a view's last, partial KV block; enough for every view
     TMA: tl.constexpr,
     SPECIALIZE: tl.constexpr,
-    TURN_Q: tl.constexpr,  # queries come from qkv and are rotated here; not with SPECIALIZE
+    TURN_Q: tl.constexpr,  # load queries from qkv and rotate them here; not with SPECIALIZE
 ):
     """Up to ROWS queries of one head and view.
 
-    With SPECIALIZE one loop runs to the view's end and masks, as Triton's pass wants it; a NaN
-    among the next view's first BLOCK tokens would then reach this one.
+    With SPECIALIZE a single masked loop runs to the view's end, as Triton's warp specialisation
+    requires; a NaN among the first BLOCK tokens of the next view would then reach this one.
     """
     head = tl.program_id(0) % HEADS
     tile = tiles + tl.program_id(0) // HEADS * 3
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     blocks = (k_first, k_rest, v_first, v_rest)
-    rotation = (places, cos, sin)
+    rotation = (coords, cos, sin)
     for short in tl.static_range(2 if SHORT else 1):
         if (end - first <= SHORT) == (short == 1):
             _attend_tile(
@@ -135,14 +136,15 @@ def _attend_tile(
     SPECIALIZE: tl.constexpr,
     TURN_Q: tl.constexpr,
 ):
-    """ROWS queries from token `first` on, of one head and the view [start, end)."""
+    """Attend ROWS queries of one head, from token `first` on, to the view [start, end)."""
     PADDED: tl.constexpr = FIRST + REST
-    Q_HEADS: tl.constexpr = 0 if TURN_Q else HEADS  # that `turned` has in front of K's
+    Q_HEADS: tl.constexpr = 0 if TURN_Q else HEADS  # heads of Q before those of K in `turned`
     STRIDE: tl.constexpr = (Q_HEADS + HEADS) * PADDED
     live = first + tl.arange(0, ROWS) < end
     column = head * PADDED
     q = turned + first.to(tl.int64) * STRIDE + column
-    # Triton gives each of two warp groups half of Q: it can halve these descriptors, not a host's.
+    # Triton gives each of two warp groups half of Q. It can halve descriptors made here, but not
+    # those made on the host.
     if SPECIALIZE:
         q_tiles = (
             tl.make_tensor_descriptor(turned, [end, STRIDE], [STRIDE, 1], [ROWS, FIRST]),
@@ -166,10 +168,10 @@ def _attend_tile(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     whole = (end - start) // BLOCK
-    every = tl.cdiv(end - start, BLOCK)
+    num_blocks = tl.cdiv(end - start, BLOCK)
     for tail in tl.static_range(1 if SPECIALIZE else 2):
         low = whole if tail else 0
-        high = every if tail or SPECIALIZE else whole
+        high = num_blocks if tail or SPECIALIZE else whole
         for block in tl.range(low, high, warp_specialize=SPECIALIZE):
             acc0, acc1, peak, total = _attend_block(
                 acc0,
@@ -192,7 +194,7 @@ def _attend_tile(
                 FIRST,
                 REST,
                 TAIL if tail else BLOCK,
-                TMA and not tail,  # descriptors read whole blocks, whatever lies behind the view
+                TMA and not tail,  # descriptors read whole blocks, even past the view's end
                 SPECIALIZE or tail == 1,
             )
     target = out + first.to(tl.int64) * (HEADS * D) + head * D
@@ -214,12 +216,12 @@ def _turned_queries(
     ROWS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Elements [START, START + WIDTH) of ROWS queries from token `first` on, rotated."""
-    places, cos, sin = rotation
+    """Load and rotate elements [START, START + WIDTH) of ROWS queries from token `first` on."""
+    coords, cos, sin = rotation
     row = tl.arange(0, ROWS)
-    place = tl.load(places + first + row, mask=live, other=0)
+    coord = tl.load(coords + first + row, mask=live, other=0)
     q = qkv + first.to(tl.int64) * row_stride + head * D + row * row_stride
-    turn = load_turn(live, place, cos, sin, START, WIDTH, D)
+    turn = load_turn(live, coord, cos, sin, START, WIDTH, D)
     return load_turned(q, live, turn, START, WIDTH, D)
 
 
@@ -248,72 +250,72 @@ def _attend_block(
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over the tokens [at, at + BLOCK); with MASKED, those before `end`."""
-    # fp32 is for tests: in full precision, not TF32.
+    """One step of the online softmax, over tokens [at, at + BLOCK); with MASKED, before `end`."""
+    # fp32 is for tests: full precision, not TF32.
     PRECISION: tl.constexpr = "ieee" if q0.dtype == tl.float32 else "tf32"
     PADDED: tl.constexpr = FIRST + REST
     STRIDE: tl.constexpr = (Q_HEADS + HEADS) * PADDED
-    mine = at + tl.arange(0, BLOCK) < end if MASKED else None
+    inside = at + tl.arange(0, BLOCK) < end if MASKED else None
     k_column = (Q_HEADS + head) * PADDED
     v_column = (2 * HEADS + head) * D
     k = turned + at.to(tl.int64) * STRIDE + k_column
     v = qkv + at.to(tl.int64) * row_stride + v_column
 
-    k0 = _load(k, blocks[0], at, k_column, mine, STRIDE, FIRST, BLOCK, TMA)
+    k0 = _load(k, blocks[0], at, k_column, inside, STRIDE, FIRST, BLOCK, TMA)
     scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)  # [ROWS, BLOCK]
     if REST:
-        k1 = _load(k + FIRST, blocks[1], at, k_column + FIRST, mine, STRIDE, REST, BLOCK, TMA)
+        k1 = _load(k + FIRST, blocks[1], at, k_column + FIRST, inside, STRIDE, REST, BLOCK, TMA)
         scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
-    if mine is not None:
-        scores = tl.where(mine[None, :], scores, float("-inf"))
+    if inside is not None:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * qk_scale)
     weights = tl.exp2(scores * qk_scale - new_peak[:, None])
-    fade = tl.exp2(peak - new_peak)
-    total = total * fade + tl.sum(weights, 1)
+    rescale = tl.exp2(peak - new_peak)
+    total = total * rescale + tl.sum(weights, 1)
     weights = weights.to(q0.dtype)
-    v0 = _load(v, blocks[2], at, v_column, mine, row_stride, FIRST, BLOCK, TMA, D)
-    acc0 = tl.dot(weights, v0, acc0 * fade[:, None], input_precision=PRECISION)
+    v0 = _load(v, blocks[2], at, v_column, inside, row_stride, FIRST, BLOCK, TMA, D)
+    acc0 = tl.dot(weights, v0, acc0 * rescale[:, None], input_precision=PRECISION)
     if REST:
         v1 = _load(
             v + FIRST,
             blocks[3],
             at,
             v_column + FIRST,
-            mine,
+            inside,
             row_stride,
             REST,
             BLOCK,
             TMA,
             D - FIRST,
         )
-        acc1 = tl.dot(weights, v1, acc1 * fade[:, None], input_precision=PRECISION)
+        acc1 = tl.dot(weights, v1, acc1 * rescale[:, None], input_precision=PRECISION)
     return acc0, acc1, new_peak, total
 
 
 @triton.jit
 def _load(
-    source,  # of the first row
+    source,  # pointer to the first row
     descriptor,
     row,
     column,
-    mine,  # rows that are loaded, or None for all
+    mask_rows,  # mask of the rows to load, or None for all
     stride,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     TMA: tl.constexpr,
-    VALID: tl.constexpr = 2**31,  # columns that are there: behind the last head's may be no memory
+    VALID: tl.constexpr = 2**31,  # valid columns: memory may end after the last head's
 ):
-    """[ROWS, WIDTH]; 0 for what is not loaded. Descriptors load what is not ours, too."""
+    """[ROWS, WIDTH], 0 where masked; descriptors ignore both masks."""
     if TMA:
         return descriptor.load([row, column])
     offset = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
     if VALID < WIDTH:
         mask = (tl.arange(0, WIDTH) < VALID)[None, :]
-        if mine is not None:
-            mask = mask & mine[:, None]
+        if mask_rows is not None:
+            mask = mask & mask_rows[:, None]
         return tl.load(source + offset, mask=mask, other=0.0)
-    if mine is not None:
-        return tl.load(source + offset, mask=mine[:, None], other=0.0)
+    if mask_rows is not None:
+        return tl.load(source + offset, mask=mask_rows[:, None], other=0.0)
     return tl.load(source + offset)
 
 

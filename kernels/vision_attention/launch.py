@@ -1,11 +1,11 @@
-"""The Triton form of vision attention: geometry of a batch of views, tile choices, two launches.
+"""The launcher of vision attention's Triton form: row tiles of the views, kernel configs, launches.
 
-rows        queries of one head and view at a time
-block       keys at a time
+rows        queries of a row tile, of one head and view
+block       tokens of a KV block
 num_warps, num_stages
-tma         1: whole blocks by tensor copies (sm_90), where rows begin on 16 bytes
-specialize  1: a warp group copies while two compute (sm_90, with tma and four warps named)
-turn_q      1: queries are rotated where they are used, keys alone by the first launch
+tma         1: whole blocks by tensor copies (sm_90), where rows are aligned to 16 bytes
+specialize  1: one warp group copies while two compute (sm_90; needs tma and num_warps 4)
+turn_q      1: queries are rotated where they are used, and the first launch rotates only keys
 """
 
 import math
@@ -26,13 +26,13 @@ from kernels.vision_attention.kernel import Parts, vision_attention_kernel
 from kernels.vision_attention.rotation import rotate_kernel
 
 OP = "vision_attention"
-MAX_DIM = 128  # of a head: wider ones do not fit the registers
-LEAST = 16  # side of a matrix product's tile
+MAX_DIM = 128  # head_dim: larger ones do not fit in the registers
+MIN_ROWS = 16  # the least side of a tensor-core product
 ROTATE_ROWS, ROTATE_HEADS = 32, 4
 
 
 def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """qkv [T, 3 * H * D] with the rotary table of the views' largest side -> [T, H * D]."""
+    """qkv [T, 3 * H * D] -> [T, H * D]; cos and sin cover the views' largest side."""
     dim = qkv.shape[1] // (3 * heads)
     check(dim <= MAX_DIM, f"vision_attention: head_dim is at most {MAX_DIM} in Triton, not {dim}")
     check(qkv.dtype in DTYPES, f"vision_attention: fp32, bf16 or fp16, not {qkv.dtype}")
@@ -41,28 +41,28 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
     if not len(qkv):
         return out
     parts = Parts.of(dim)
-    chosen = _config_of(qkv, dim)
-    rows, block = chosen["rows"], chosen["block"]
-    places, work = _geometry(tuple(map(tuple, grids)), rows, qkv.device)
-    turn_q = bool(chosen["turn_q"])
-    tma = chosen["tma"] and copyable(qkv)
-    specialize = bool(tma and chosen["specialize"])
+    config = _config_of(qkv, dim)
+    rows, block = config["rows"], config["block"]
+    coords, tiles = _geometry(tuple(map(tuple, grids)), rows, qkv.device)
+    turn_q = bool(config["turn_q"])
+    tma = config["tma"] and copyable(qkv)
+    specialize = bool(tma and config["specialize"])
     check(not (specialize and turn_q), "vision_attention: specialize and turn_q exclude each other")
     copies_q = tma and not specialize and not turn_q
-    turned = _rotated(qkv, places, cos, sin, heads, dim, parts, turn_q)
-    if specialize:  # the kernel makes descriptors of its own, and the launch gets them memory
-        triton.set_allocator(_memory)
-    vision_attention_kernel[(len(work) * heads,)](
+    turned = _rotated(qkv, coords, cos, sin, heads, dim, parts, turn_q)
+    if specialize:  # the kernel creates descriptors itself and needs memory for them
+        triton.set_allocator(_allocate)
+    vision_attention_kernel[(len(tiles) * heads,)](
         turned,
         qkv,
-        places,
+        coords,
         cos,
         sin,
         *(_descriptors(turned, parts, rows) if copies_q else (None, None)),
         *(_descriptors(turned, parts, block) if tma else (None, None)),
         *(_descriptors(qkv, parts, block) if tma else (None, None)),
         out,
-        work,
+        tiles,
         row_stride=qkv.stride(0),
         qk_scale=dim**-0.5 * math.log2(math.e),
         HEADS=heads,
@@ -71,37 +71,37 @@ def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Ten
         REST=parts.rest,
         ROWS=rows,
         BLOCK=block,
-        SHORT=0 if specialize or rows <= LEAST else LEAST,
-        TAIL=max(LEAST, triton.next_power_of_2(max(r * c % block for r, c in grids))),
+        SHORT=0 if specialize or rows <= MIN_ROWS else MIN_ROWS,
+        TAIL=max(MIN_ROWS, triton.next_power_of_2(max(r * c % block for r, c in grids))),
         TMA=bool(tma),
         SPECIALIZE=specialize,
         TURN_Q=turn_q,
-        num_warps=chosen["num_warps"],
-        num_stages=chosen["num_stages"],
-        maxnreg=_most_registers(chosen, parts, gpu_of(qkv.device)),
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        maxnreg=_max_registers(config, parts, gpu_of(qkv.device)),
     )
     return out
 
 
-def _most_registers(chosen: KernelConfig, parts: Parts, gpu: Gpu) -> int | None:
-    """The limit with which two programs fit an SM of sm_90 that also rotate their queries.
+def _max_registers(config: KernelConfig, parts: Parts, gpu: Gpu) -> int | None:
+    """The register limit with which two CTAs that rotate their queries fit on an SM of sm_90.
 
-    Heads of 64 + 32 take 144 registers without it, and spill none of the 128 with it, but ptxas
-    then runs one product at a time. All other heads, fewer rows and larger blocks lose no program
-    to the rotation.
+    Heads of 64 + 32 take 144 registers without the limit. With its 128 nothing spills, but ptxas
+    then runs one matrix product at a time. Other heads, fewer rows or larger blocks need no limit:
+    the rotation does not cost them a CTA.
     """
-    tight = tuple(parts) == (64, 32) and chosen["block"] <= 64 and chosen["num_warps"] == 8
-    return 128 if chosen["turn_q"] and tight and gpu.arch >= 90 else None
+    tight = tuple(parts) == (64, 32) and config["block"] <= 64 and config["num_warps"] == 8
+    return 128 if config["turn_q"] and tight and gpu.arch >= 90 else None
 
 
-def _memory(size: int, alignment: int, stream: int | None) -> Tensor:
-    """For a launch, on the device that it is for; PyTorch aligns to more than any kernel asks."""
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for a launch, on its device; PyTorch's alignment exceeds what any kernel needs."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _rotated(
     qkv: Tensor,
-    places: Tensor,
+    coords: Tensor,
     cos: Tensor,
     sin: Tensor,
     heads: int,
@@ -109,14 +109,14 @@ def _rotated(
     parts: Parts,
     turn_q: bool,
 ) -> Tensor:
-    """Rotated Q and K [T, 2 * H * padded D]; with `turn_q`, K alone."""
+    """Rotated Q and K [T, 2 * H * padded D]; with `turn_q`, only K."""
     count = heads if turn_q else 2 * heads
     turned = qkv.new_empty(len(qkv), count * parts.padded)
     group = math.gcd(count, ROTATE_HEADS)
     rotate_kernel[(cdiv(len(qkv), ROTATE_ROWS) * (count // group),)](
         qkv,
         turned,
-        places,
+        coords,
         cos,
         sin,
         tokens=len(qkv),
@@ -134,26 +134,26 @@ def _rotated(
 
 @cached_tensors(maxsize=64)
 def _geometry(grids: tuple[Grid, ...], rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row << 16 | column of every token, int32 [T]; and tiles of `rows` queries, int32 [tiles, 3].
+    """Each token's row << 16 | column, int32 [T]; row tiles of `rows` queries, int32 [tiles, 3].
 
-    A tile is its first token and its view's first and last + 1. Tiles of large views come first:
-    the small ones then fill what these leave idle at the end.
+    A row tile is (its first token, its view's first token, its view's last + 1). Tiles of large
+    views come first, so that those of small views fill SMs that would be idle at the end.
     """
-    check(max(max(grid) for grid in grids) < 2**15, "vision_attention: sides are below 32768")
-    places, work, start = [], [], 0
+    check(max(max(grid) for grid in grids) < 2**15, "vision_attention: sides must be below 32768")
+    coords, tiles, start = [], [], 0
     for r, c in grids:
-        places.append((torch.arange(r)[:, None] << 16 | torch.arange(c)).flatten())
+        coords.append((torch.arange(r)[:, None] << 16 | torch.arange(c)).flatten())
         end = start + r * c
-        work += [(first, start, end) for first in range(start, end, rows)]
+        tiles += [(first, start, end) for first in range(start, end, rows)]
         start = end
-    work.sort(key=lambda tile: tile[1] - tile[2])  # stable: a view's tiles stay together
-    return torch.cat(places).to(device, torch.int32), torch.tensor(work).to(device, torch.int32)
+    tiles.sort(key=lambda tile: tile[1] - tile[2])  # stable: a view's tiles stay together
+    return torch.cat(coords).to(device, torch.int32), torch.tensor(tiles).to(device, torch.int32)
 
 
 def _descriptors(
     x: Tensor, parts: Parts, rows: int
 ) -> tuple[TensorDescriptor, TensorDescriptor | None]:
-    """Of tiles of `rows` rows and the first or second part of a head."""
+    """Descriptors of [rows, width] tiles, for the first and the second part of a head."""
 
     def of(width: int) -> TensorDescriptor:
         return TensorDescriptor(x, x.shape, x.stride(), [rows, width])
@@ -162,17 +162,17 @@ def _descriptors(
 
 
 def _config_of(qkv: Tensor, dim: int) -> KernelConfig:
-    few = triton.next_power_of_2(len(qkv))
-    size = f"T<={few}" if few <= 4096 else "T>4096"
+    bucket = triton.next_power_of_2(len(qkv))
+    size = f"T<={bucket}" if bucket <= 4096 else "T>4096"
     key = f"D{dim} {size}" + " fp32" * (qkv.dtype == torch.float32)
     return TUNABLE.choose(key, qkv.device, key)
 
 
 def _rule(gpu: Gpu, key: str) -> KernelConfig:
-    """Choices without measurements; `python -m profiles static` shows what becomes of them.
+    """The config without measurements; `python -m profiles static` shows the compiled result.
 
-    128 queries at a time: for 64, keys and values would have to come from L2 faster than it can.
-    64 keys: on sm_90 two programs then fit an SM, and one exponentiates while the other multiplies.
+    128 queries per row tile: with 64, L2 could not deliver keys and values fast enough. 64 keys per
+    block: two CTAs then fit on an SM of sm_90, and one exponentiates while the other multiplies.
     fp32 is for tests.
     """
     wide = key.endswith("fp32")
@@ -188,23 +188,23 @@ def _rule(gpu: Gpu, key: str) -> KernelConfig:
 
 
 def _candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
-    """The rule, then its kin."""
+    """The rule's config, then variations of it."""
     rule = _rule(gpu, key)
-    kin = [{"num_stages": 2}, {"num_stages": 4}, {"block": 32, "num_stages": 4}]
+    changes = [{"num_stages": 2}, {"num_stages": 4}, {"block": 32, "num_stages": 4}]
     spills = key.startswith("D128")
-    kin += [] if spills else [{"rows": 64, "num_warps": 4}]  # for batches that leave SMs idle
+    changes += [] if spills else [{"rows": 64, "num_warps": 4}]  # for batches that leave SMs idle
     if gpu.arch >= 90:
         longer = {"block": 128, "num_stages": 2}
         specialized = {"tma": 1, "specialize": 1, "num_warps": 4}
-        kin += [longer, {"tma": 1}, longer | {"tma": 1}]
-        # On sm_80 the loop would be 40 % longer: rotated queries stay in registers there. Of heads
-        # only the model's have been looked at.
+        changes += [longer, {"tma": 1}, longer | {"tma": 1}]
+        # Not on sm_80, where rotated queries stay in registers and the loop would be 40 % longer.
+        # Only the model's head_dim has been examined.
         turned = [{}, {"tma": 1}, longer, {"rows": 64, "num_warps": 4}]
-        kin += [one | {"turn_q": 1} for one in turned if key.startswith("D96")]
-        kin += [specialized, longer | specialized]
-        kin += [] if spills else [{"rows": 256} | specialized]
-    candidates = [rule, *(rule | change for change in kin)]
-    return [one for at, one in enumerate(candidates) if one not in candidates[:at]]
+        changes += [change | {"turn_q": 1} for change in turned if key.startswith("D96")]
+        changes += [specialized, longer | specialized]
+        changes += [] if spills else [{"rows": 256} | specialized]
+    candidates = [rule, *(rule | change for change in changes)]
+    return [config for i, config in enumerate(candidates) if config not in candidates[:i]]
 
 
 TUNABLE = Tunable("vision_attention", _rule, _candidates)

@@ -1,11 +1,11 @@
 """Bidirectional attention inside each image view, with axial 2-D rotary on Q and K.
 
-    out = softmax(rotate(Q) rotate(K)^T / sqrt(D)) V        all tokens of one view to all of it
+    out = softmax(rotate(Q) rotate(K)^T / sqrt(D)) V        within each view
 
 The first half of a head's D elements rotates with the token's column, the second with its row.
-Within a half, the adjacent pair (2i, 2i + 1) turns by position * theta^(-2i / (D/2)), i < D/4. (The
-PE-lang tower as in vLLM's `step_vl.py` and transformers' `step3p7`.) Views of different grids stand
-packed in one batch, one after the other, tokens in row-major order.
+Within a half, the adjacent pair (2i, 2i + 1) rotates by position * theta^(-2i / (D/2)), i < D/4
+(the PE-lang tower, as in vLLM's `step_vl.py` and transformers' `step3p7`). Views of different grids
+are packed in one batch, one after the other, with tokens in row-major order.
 """
 
 from collections.abc import Sequence
@@ -36,12 +36,12 @@ def vision_attention(
         qkv.ndim == 2 and qkv.shape[1] > 0 and qkv.shape[1] % (12 * heads) == 0,
         f"qkv must be [T, 3 * {heads} * D], D a multiple of 4",
     )
-    check(qkv.shape[0] == tokens, f"grids hold {tokens} tokens, qkv {qkv.shape[0]}")
+    check(qkv.shape[0] == tokens, f"grids hold {tokens} tokens, qkv {qkv.shape[0]} rows")
     return pick("vision_attention", impl, qkv.device, _FORMS)(qkv, grids, heads, theta)
 
 
 def vision_attention_ref(qkv: Tensor, grids: Sequence[Grid], heads: int, theta: float) -> Tensor:
-    """The definition: view by view, scores written out."""
+    """The definition: one view at a time, with explicit scores."""
     outs = []
     for view, (rows, columns) in zip(qkv.split([r * c for r, c in grids]), grids, strict=True):
         q, k, v = _rotated(view[None], rows, columns, heads, theta)
@@ -53,7 +53,7 @@ def vision_attention_ref(qkv: Tensor, grids: Sequence[Grid], heads: int, theta: 
 def vision_attention_portable(
     qkv: Tensor, grids: Sequence[Grid], heads: int, theta: float
 ) -> Tensor:
-    """Neighbouring views of one grid as a batch through scaled_dot_product_attention."""
+    """Batches of neighbouring views with equal grids through scaled_dot_product_attention."""
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
     start = 0
     for (rows, columns), same in groupby(grids):
@@ -99,7 +99,7 @@ _FORMS = {
 def axial_rotary(
     rows: int, columns: int, head_dim: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of every pair's angle, fp32 [rows * columns, head_dim / 2], tokens row-major."""
+    """cos and sin of each token's and pair's angle, fp32 [rows * columns, head_dim / 2]."""
     row, column = torch.meshgrid(
         torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
     )

@@ -1,7 +1,7 @@
-"""The axial rotation of vision attention in Triton: the first launch, and its parts for the second.
+"""The rotation kernel of vision attention, and its device functions, which attention also uses.
 
-A pair of the rotation is two neighbouring elements: both in one part of a head and in the 16 bytes
-that one thread loads, so that nothing is shuffled and weights keep their published order.
+The two elements of a pair are neighbours: they are in the same part of a head and in the 16 bytes
+that one thread loads, so nothing is shuffled, and weights keep their published order.
 """
 
 import triton
@@ -11,8 +11,8 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["tokens"])
 def rotate_kernel(
     qkv,  # [T, row_stride]
-    turned,  # [T, HEADS of Q unless TURN_Q, then of K, FIRST + REST]
-    places,  # int32 [T], row << 16 | column of each token
+    turned,  # output: [T, HEADS of Q unless TURN_Q, then of K, FIRST + REST]
+    coords,  # int32 [T], row << 16 | column of each token
     cos,  # fp32 [side, D / 4]
     sin,
     tokens,
@@ -23,9 +23,9 @@ def rotate_kernel(
     REST: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
-    TURN_Q: tl.constexpr,  # by vision_attention_kernel: K alone here
+    TURN_Q: tl.constexpr,  # vision_attention_kernel rotates Q; rotate only K here
 ):
-    """ROWS tokens of GROUP heads among those of `turned`."""
+    """Rotate ROWS tokens of GROUP heads of `turned`."""
     SKIPPED: tl.constexpr = HEADS if TURN_Q else 0
     COUNT: tl.constexpr = 2 * HEADS - SKIPPED
     PADDED: tl.constexpr = FIRST + REST
@@ -33,20 +33,20 @@ def rotate_kernel(
     row = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(0) % groups * GROUP
     live = row < tokens
-    place = tl.load(places + row, mask=live, other=0)
+    coord = tl.load(coords + row, mask=live, other=0)
     x = qkv + row.to(tl.int64) * row_stride + (SKIPPED + head) * D
     y = turned + row.to(tl.int64) * (COUNT * PADDED) + head * PADDED
-    _rotate_part(x, y, live, place, cos, sin, 0, FIRST, D, PADDED, GROUP)
+    _rotate_part(x, y, live, coord, cos, sin, 0, FIRST, D, PADDED, GROUP)
     if REST:
-        _rotate_part(x, y, live, place, cos, sin, FIRST, REST, D, PADDED, GROUP)
+        _rotate_part(x, y, live, coord, cos, sin, FIRST, REST, D, PADDED, GROUP)
 
 
 @triton.jit
 def _rotate_part(
-    x,  # of each token, its first head
+    x,  # pointers to each token's first head
     y,
     live,
-    place,
+    coord,
     cos,
     sin,
     START: tl.constexpr,
@@ -55,8 +55,8 @@ def _rotate_part(
     PADDED: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Elements [START, START + WIDTH) of GROUP heads; those beyond D become 0."""
-    turn = load_turn(live, place, cos, sin, START, WIDTH, D)
+    """Rotate elements [START, START + WIDTH) of GROUP heads; those past D become 0."""
+    turn = load_turn(live, coord, cos, sin, START, WIDTH, D)
     element = START + tl.arange(0, WIDTH)
     for i in tl.static_range(GROUP):
         result = load_turned(x + i * D, live, turn, START, WIDTH, D)
@@ -64,12 +64,12 @@ def _rotate_part(
 
 
 @triton.jit
-def load_turn(live, place, cos, sin, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+def load_turn(live, coord, cos, sin, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     """cos and sin, fp32 [ROWS, WIDTH / 2], for the pairs of elements [START, START + WIDTH)."""
     pair = START // 2 + tl.arange(0, WIDTH // 2)
-    by_row = pair >= D // 4  # a head's first half turns with the column, its second with the row
+    by_row = pair >= D // 4  # a head's first half rotates with the column, its second with the row
     frequency = tl.where(by_row, pair - D // 4, pair)
-    position = tl.where(by_row[None, :], place[:, None] >> 16, place[:, None] & 0xFFFF)
+    position = tl.where(by_row[None, :], coord[:, None] >> 16, coord[:, None] & 0xFFFF)
     angle = position * (D // 4) + frequency[None, :]
     inside = live[:, None] & (pair < D // 2)[None, :]
     c = tl.load(cos + angle, mask=inside, other=0.0)
@@ -79,14 +79,14 @@ def load_turn(live, place, cos, sin, START: tl.constexpr, WIDTH: tl.constexpr, D
 
 @triton.jit
 def load_turned(
-    x,  # of each row, its head
+    x,  # pointers to each row's head
     live,
-    turn,  # cos and sin of its pairs
+    turn,  # cos and sin of each row's pairs
     START: tl.constexpr,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Elements [START, START + WIDTH) rotated in fp32 and rounded; 0 beyond D and for dead rows."""
+    """Load elements [START, START + WIDTH), rotate in fp32, round; 0 past D and where not live."""
     c, s = turn
     element = START + tl.arange(0, WIDTH)
     mask = live[:, None] & (element < D)[None, :]

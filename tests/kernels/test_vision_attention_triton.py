@@ -249,7 +249,7 @@ def test_mistakes_are_named(triton_device: str):
         run(torch.zeros(4, 48, device=triton_device).double(), [(2, 2)], 1)
     with pytest.raises(ValueError, match="specialize and turn_q exclude each other"):
         run(torch.zeros(4, 48, device=triton_device), [(2, 2)], 1, tma=1, specialize=1, turn_q=1)
-    with pytest.raises(ValueError, match="sides are below 32768"):
+    with pytest.raises(ValueError, match="sides must be below 32768"):
         none = torch.zeros(1, 4)
         launch(torch.zeros(32768, 48), [(1, 32768)], 1, none, none)
 
