@@ -66,12 +66,12 @@ class InputClass:
             return InputClass(
                 dim, WGMMA_M if group <= WGMMA_M else largest, 0, fp8, invariant, fused
             )
-        least, most = (group * rows for rows in plan.row_counts)
-        both = dim < MAX_DIM or most <= MIN_M
-        small = MIN_M if both and group <= MIN_M and 0 < least <= MIN_M else 0
-        large = WGMMA_M if max(most, group) <= WGMMA_M else largest
+        min_vectors, max_vectors = (group * rows for rows in plan.row_counts)
+        both = dim < MAX_DIM or max_vectors <= MIN_M
+        small = MIN_M if both and group <= MIN_M and 0 < min_vectors <= MIN_M else 0
+        large = WGMMA_M if max(max_vectors, group) <= WGMMA_M else largest
         return InputClass(
-            dim, 0 if small and most <= MIN_M else large, small, fp8, invariant, fused
+            dim, 0 if small and max_vectors <= MIN_M else large, small, fp8, invariant, fused
         )
 
     @property
