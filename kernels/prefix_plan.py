@@ -42,7 +42,7 @@ class Capacity:
         return self.rows * self.levels + 1
 
     def padding(self, rows: int, page: int) -> list[PlanNode]:
-        """One-token leaves for the unused rows [rows, self.rows), all in one unused page."""
+        """One-token leaves for rows [rows, self.rows), all in `page`, which no other node uses."""
         return [PlanNode((page,), 1, row, row + 1, 1) for row in range(rows, self.rows)]
 
 

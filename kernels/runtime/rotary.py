@@ -12,8 +12,8 @@ def cos_sin(angle: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     in local memory. Here k * pi/2, the nearest multiple, is subtracted in four parts. The first
     three parts of pi/2 have 7 bits, so that their products with k are exact, fused or not.
     """
-    shifted = angle * 0.6366197723675814 + 12582912.0  # adding 1.5 * 2^23 rounds to an integer,
-    quarter = shifted.to(tl.uint32, bitcast=True)  # whose last bits are those of the sum
+    shifted = angle * 0.6366197723675814 + 12582912.0  # adding 1.5 * 2^23 rounds to an integer k,
+    quarter = shifted.to(tl.uint32, bitcast=True)  # and leaves k's low bits in those of the sum
     k = shifted - 12582912.0
     x = angle - k * 1.5625 - k * 0.0081787109375 - k * 0.00011730194091796875
     x -= k * 3.1391647326017846e-07
