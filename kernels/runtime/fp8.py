@@ -73,7 +73,7 @@ def to_e4m3_bits(x: tl.tensor) -> tl.tensor:
     magnitude = bits & 0x7FFFFFFF
     # Drop 20 of 23 bits of the mantissa, to nearest even; exponents are biased by 7, not 127.
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 codes are multiples of 2^-9, the last bit of fp32 at 2^14: adding 2^14 rounds to it.
+    # Below 2^-6 codes are multiples of 2^-9, fp32's last bit at 2^14: adding 2^14 rounds to them.
     shifted = magnitude.to(tl.float32, bitcast=True) + 16384.0
     subnormal = shifted.to(tl.uint32, bitcast=True) - 0x46800000
     code = tl.where(magnitude < 0x3C800000, subnormal, tl.minimum(normal, 0x7E))
