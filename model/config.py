@@ -79,6 +79,15 @@ class TokenIds:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """Sampling settings from the model's card; top_p 1 and top_k 0 keep all tokens."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole model; `vision` is None for a text-only one."""
 
@@ -86,6 +95,7 @@ class Config:
     decoder: DecoderConfig
     vision: VisionConfig | None = None
     tokens: TokenIds = TokenIds()
+    sampling: SamplingConfig = SamplingConfig()
 
     @staticmethod
     def from_dict(data: dict) -> "Config":
@@ -95,6 +105,7 @@ class Config:
         tokens = _checked(TokenIds, top.get("tokens", {}), "tokens")
         if "eos" in tokens:
             tokens["eos"] = tuple(tokens["eos"])
+        sampling = _checked(SamplingConfig, top.get("sampling") or {}, "sampling")
         return Config(
             name=top["name"],
             decoder=DecoderConfig(**_checked(DecoderConfig, top["decoder"], "decoder")),
@@ -102,6 +113,7 @@ class Config:
             if vision is None
             else VisionConfig(**_checked(VisionConfig, vision, "vision")),
             tokens=TokenIds(**tokens),
+            sampling=SamplingConfig(**sampling),
         )
 
 
@@ -172,6 +184,7 @@ SMOLLM2_135M = Config(
         tied_embeddings=True,
     ),
     tokens=replace(TokenIds(), eos=(2,)),
+    sampling=SamplingConfig(temperature=0.2, top_p=0.9),
 )
 
 PRESETS = {config.name: config for config in (STEP3_VL_10B, TINY, SMOLLM2_135M)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from model.config import Config, DecoderConfig, TokenIds
+from model.config import PRESETS, Config, DecoderConfig, SamplingConfig, TokenIds
 from model.errors import InputError
 from model.weights.hf_config import check_config, check_number
 
@@ -108,7 +108,9 @@ def _read_config(path: Path, metadata: dict[str, Any], *, tied: bool) -> Config:
     try:
         decoder = _read_decoder(values, len(metadata["tokenizer.ggml.tokens"]), tied)
         tokens = TokenIds(eos=(metadata["tokenizer.ggml.eos_token_id"],))
-        config = Config(_name(path, metadata), decoder, tokens=tokens)
+        name = _name(path, metadata)  # the file has no sampling settings
+        sampling = PRESETS[name].sampling if name in PRESETS else SamplingConfig()
+        config = Config(name, decoder, tokens=tokens, sampling=sampling)
         check_config(config)
     except KeyError as error:
         raise InputError(f"{path} lacks the metadata {error}") from None

@@ -7,11 +7,11 @@ refused with an InputError that names them: a wrong model is worse than none.
 
 import json
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from model.config import Config, DecoderConfig, TokenIds, VisionConfig
+from model.config import Config, DecoderConfig, SamplingConfig, TokenIds, VisionConfig
 from model.errors import InputError
 
 _DECODER_KEYS = {
@@ -68,21 +68,26 @@ _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 def read_config(path: Path) -> Config:
     """The model described by `path`/config.json; it is named after the directory if unnamed.
 
-    `eos` comes from generation_config.json where that has one, as in transformers. Raises
-    InputError for a missing or invalid file and for anything that is not implemented.
+    `eos` and `sampling` come from generation_config.json where that has them: eos_token_id as in
+    transformers; temperature, top_p and top_k as in vLLM. Raises InputError for a missing or
+    invalid file and for anything that is not implemented.
     """
-    file = path / "config.json"
+    file, generation_file = path / "config.json", path / "generation_config.json"
     data = _read_json(file)
+    generation = _read_json(generation_file) if generation_file.exists() else {}
     try:
         if "model_type" in data:
-            config = _from_published(data, path)
+            config = _from_published(data, path, generation)
         else:
-            _require_objects(data, "decoder", "vision", "tokens")
+            _require_objects(data, "decoder", "vision", "tokens", "sampling")
             config = Config.from_dict(data)
         check_config(config)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    return config
+    try:
+        return replace(config, sampling=_sampling(generation, config.sampling))
+    except InputError as error:
+        raise InputError(f"{generation_file}: {error}") from None
 
 
 def write_config(config: Config) -> dict:
@@ -101,7 +106,11 @@ def write_config(config: Config) -> dict:
     }
     tokens = asdict(config.tokens)
     del tokens["eos"]
-    own: dict[str, object] = {"name": config.name, "tokens": tokens}
+    own: dict[str, object] = {
+        "name": config.name,
+        "tokens": tokens,
+        "sampling": asdict(config.sampling),
+    }
     if config.vision is None:
         return text | {_OWN_KEY: own}
     published = {*_VISION_KEYS, "mlp_width"}
@@ -119,10 +128,10 @@ def write_config(config: Config) -> dict:
     }
 
 
-def _from_published(data: dict, path: Path) -> Config:
+def _from_published(data: dict, path: Path, generation: dict) -> Config:
     _require_objects(data, "text_config", "vision_config", _OWN_KEY)
     own = data.get(_OWN_KEY) or {}
-    _require_objects(own, "tokens", "vision")
+    _require_objects(own, "tokens", "vision", "sampling")
     _refuse(own, "vision", "vision" not in own or data["model_type"] == "step_robotics")
     model_type, text, vision = data["model_type"], data, None
     if model_type == "step_robotics":
@@ -136,7 +145,7 @@ def _from_published(data: dict, path: Path) -> Config:
         raise InputError(
             f"model_type {model_type!r} is not implemented; step_robotics, qwen3 and llama are"
         )
-    tokens = {"eos": _eos(data, text, path), **(own.get("tokens") or {})}
+    tokens = {"eos": _eos(generation, text, data), **(own.get("tokens") or {})}
     if "image_token_id" in data:
         tokens["im_patch"] = data["image_token_id"]
     found = {"decoder": _read_decoder(text, model_type), "vision": vision}
@@ -200,14 +209,27 @@ def _write_vision(vision: VisionConfig) -> dict:
     return {"model_type": "perception_encoder", "mlp_ratio": ratio, **known, **_VISION_FIXED}
 
 
-def _eos(data: dict, text: dict, path: Path) -> list[int]:
-    generation = path / "generation_config.json"
-    sources = [_read_json(generation)] if generation.exists() else []
-    for source in (*sources, text, data):
+def _eos(*sources: dict) -> list[int]:
+    """The eos ids of the first source that has some."""
+    for source in sources:
         eos = source.get("eos_token_id")
         if eos is not None:
             return eos if isinstance(eos, list) else [eos]
     return []
+
+
+def _sampling(generation: dict, default: SamplingConfig) -> SamplingConfig:
+    """The sampling settings in generation_config.json; `default` for absent and null keys.
+
+    Raises InputError for a value out of range.
+    """
+    names = [field.name for field in fields(SamplingConfig)]
+    settings = {name: generation[name] for name in names if generation.get(name) is not None}
+    if settings.get("top_k") == -1:  # vLLM's spelling of 0
+        settings["top_k"] = 0
+    sampling = replace(default, **settings)
+    _check_sampling(sampling)
+    return sampling
 
 
 def _check_token_lengths(data: dict, vision: VisionConfig | None) -> None:
@@ -230,6 +252,7 @@ def check_config(config: Config) -> None:
     if not isinstance(config.name, str):
         raise InputError(f"name is {config.name!r}; it must be a string")
     _check_heads(config.decoder, config.vision)
+    _check_sampling(config.sampling)
 
 
 def check_number(key: str, value: object, kind: type) -> None:
@@ -253,6 +276,17 @@ def _check_heads(decoder: DecoderConfig, vision: VisionConfig | None) -> None:
         raise InputError(
             f"vision width {vision.width} must be a multiple of 4 x {vision.heads} heads"
         )
+
+
+def _check_sampling(sampling: SamplingConfig) -> None:
+    temperature, top_p, top_k = sampling.temperature, sampling.top_p, sampling.top_k
+    number = type(temperature) in (int, float)
+    if not number or not (temperature == 0 or 1e-6 <= temperature <= 1e6):
+        raise InputError(f"temperature is {temperature!r}; it must be 0, or from 1e-6 to 1e6")
+    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p!r}; it must be above 0 and at most 1")
+    if type(top_k) is not int or top_k < 0:
+        raise InputError(f"top_k is {top_k!r}; it must be an integer, at least 0")
 
 
 def _require_fixed(data: dict, fixed: dict[str, Any], where: str) -> None:

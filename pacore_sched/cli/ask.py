@@ -28,11 +28,12 @@ def run(options: argparse.Namespace) -> int:
     """The `ask` command; 1 if it found no answer. Raises InputError for what is wrong with it."""
     widths = parse_widths(options.widths)
     template = load_template(options.template) if options.template else None
-    sampling = shared.checked_sampling(options)
+    shared.check_sampling(options)
     if not options.question.strip():
         raise InputError("the question is empty")
     photos = [load_image(path) for path in options.image]
     model = shared.load_model(options)
+    sampling = shared.sampling_for(options, model.config.sampling)
     views = shared.views_of(photos, model) if photos else []
     content = [{"type": "image"} for _ in views] + [{"type": "text", "text": options.question}]
     engine = shared.make_engine(options, model, problems=1, width=max(round_widths(widths)))
@@ -98,10 +99,13 @@ def print_rollout(outcome: RolloutResult, *, last: bool) -> None:
 
 def print_answer(pacore: Pacore, answer: Answer, seconds: float) -> None:
     stats = pacore.engine.stats
+    rollouts = sum(len(round_.rollouts) for round_ in answer.rounds)
     print(f"=== answer\n{answer.text.strip()}")
     print(
-        f"=== {stats.generated} tokens in {seconds:.1f} s:"
-        f" {stats.generated / seconds:.1f} tokens/s;"
-        f" {pacore.prefix_tokens_saved} prompt tokens shared instead of prefilled again;"
-        f" decode read the KV of {stats.kv_read} tokens instead of {stats.kv_read_unshared}"
+        f"=== {rollouts} rollouts, {stats.generated} tokens in {seconds:.1f} s"
+        f" ({stats.generated / seconds:.1f} tokens/s)"
+    )
+    print(
+        f"    shared prompts: {pacore.prefix_tokens_saved} tokens not prefilled again;"
+        f" decode steps read the KV of {stats.kv_read} tokens instead of {stats.kv_read_unshared}"
     )

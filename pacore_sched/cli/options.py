@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from kernels.runtime.dispatch import IMPLS
+from model.config import PRESETS, SamplingConfig
 from model.errors import InputError
 from model.impls import DTYPES
 from model.kv_cache import PAGE_SIZE
@@ -35,9 +37,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=512, help="per rollout")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens")
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument(
+        "--temperature", type=float, help=f"0 is greedy; {_default_from_model('temperature')}"
+    )
+    parser.add_argument(
+        "--top-k", type=int, help=f"0 keeps all tokens; {_default_from_model('top_k')}"
+    )
+    parser.add_argument(
+        "--top-p", type=float, help=f"1 keeps all tokens; {_default_from_model('top_p')}"
+    )
     parser.add_argument(
         "--stop", action="append", default=[], help="text that ends a rollout; may be repeated"
     )
@@ -128,17 +136,43 @@ def make_engine(
     )
 
 
-def checked_sampling(options: argparse.Namespace) -> Sampling:
-    """Sampling options within their ranges. Raises InputError naming the one that is not."""
-    temperature = options.temperature
-    _check([(options.max_tokens >= 1, "--max-tokens", "1"), (options.top_k >= 0, "--top-k", "0")])
-    if not (temperature == 0 or 1e-6 <= temperature <= 1e6):
-        raise InputError("--temperature must be 0, or from 1e-6 to 1e6")
-    if not 0 < options.top_p <= 1:
-        raise InputError("--top-p must be above 0 and at most 1")
-    return Sampling(
-        options.max_tokens, temperature, options.top_k, options.top_p, checked_stops(options.stop)
+def check_sampling(options: argparse.Namespace) -> None:
+    """Raise InputError for a sampling option out of its range; one that is None is not checked."""
+    temperature, top_p = options.temperature, options.top_p
+    _check(
+        (
+            (options.max_tokens >= 1, "--max-tokens", "1"),
+            (options.top_k is None or options.top_k >= 0, "--top-k", "0"),
+        )
     )
+    if not (temperature is None or temperature == 0 or 1e-6 <= temperature <= 1e6):
+        raise InputError("--temperature must be 0, or from 1e-6 to 1e6")
+    if not (top_p is None or 0 < top_p <= 1):
+        raise InputError("--top-p must be above 0 and at most 1")
+    checked_stops(options.stop)
+
+
+def sampling_for(options: argparse.Namespace, default: SamplingConfig) -> Sampling:
+    """The sampling that `check_sampling` has checked; `default` for options that are None."""
+    options_by_name = {field.name: getattr(options, field.name) for field in fields(default)}
+    given = {name: value for name, value in options_by_name.items() if value is not None}
+    config = replace(default, **given)
+    return Sampling(
+        max_tokens=options.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop=checked_stops(options.stop),
+    )
+
+
+def _default_from_model(name: str) -> str:
+    """The help text for a sampling option's default: where it comes from, and the presets'."""
+    default = getattr(SamplingConfig(), name)
+    values = {preset: getattr(config.sampling, name) for preset, config in PRESETS.items()}
+    presets = [f"{preset} {value:g}" for preset, value in values.items() if value != default]
+    sources = ", ".join([*presets, "a checkpoint's generation_config.json"])
+    return f"default: the model's: {sources}, else {default:g}"
 
 
 def _check(rules: Iterable[tuple[bool, str, str]]) -> None:

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from model.config import PRESETS, STEP3_VL_10B, TINY, Config, DecoderConfig, TokenIds, VisionConfig
+from model.config import (
+    PRESETS,
+    STEP3_VL_10B,
+    TINY,
+    Config,
+    DecoderConfig,
+    SamplingConfig,
+    TokenIds,
+    VisionConfig,
+)
 from model.errors import InputError
 from model.weights.hf_config import read_config, write_config
 
@@ -135,9 +144,10 @@ def test_every_field_reads_back(read):
     """A field that config.json loses, hidden by its default."""
     vision = VisionConfig(96, 3, 6, 111, 7, 63, 49, 1000, 100, 50, 1e-3, 0.5, 2e4)
     decoder = DecoderConfig(300, 48, 5, 6, 3, 10, 70, 1e-2, 3e4, 999, False, True)
-    config = Config("odd", decoder, vision, TokenIds((1, 2), 3, 4, 5, 6, 7, 8))
+    tokens = TokenIds((1, 2), 3, 4, 5, 6, 7, 8)
+    config = Config("odd", decoder, vision, tokens, SamplingConfig(0.5, 0.25, 9))
     default = Config("", DecoderConfig(), VisionConfig(), TokenIds())
-    for part in ("decoder", "vision", "tokens"):
+    for part in ("decoder", "vision", "tokens", "sampling"):
         values, defaults = asdict(getattr(config, part)), asdict(getattr(default, part))
         assert not [name for name in values if values[name] == defaults[name]]
     assert read(write_config(config)) == config
@@ -211,6 +221,50 @@ def test_generation_config_ends_generation(read, tmp_path):
     assert read(QWEN3).tokens.eos == (7, 9)
     generation.write_text('{"temperature": 1.0}')
     assert read(QWEN3).tokens.eos == (7,)
+
+
+@pytest.mark.parametrize(
+    ("generation", "sampling"),
+    [
+        ({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, SamplingConfig(0.6, 0.95, 20)),
+        ({"temperature": 0, "top_p": None}, SamplingConfig(0, 0.9, 5)),
+        ({"top_k": -1}, SamplingConfig(0.5, 0.9, 0)),
+        ({"eos_token_id": 7}, SamplingConfig(0.5, 0.9, 5)),
+    ],
+)
+def test_generation_config_says_how_to_sample(generation, sampling, read, tmp_path):
+    """A value that is ignored, or an absent one that overwrites what config.json says; in the
+    published form and in ours."""
+    config = replace(TINY, sampling=SamplingConfig(0.5, 0.9, 5))
+    for content in (write_config(config), asdict(config)):
+        read(content)
+        (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
+        assert read(content).sampling == sampling
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"temperature": "hot"}', "temperature is 'hot'; it must be 0, or from 1e-6 to 1e6"),
+        ('{"temperature": -1}', "temperature is -1; it must"),
+        ('{"temperature": NaN}', "temperature is nan; it must"),
+        ('{"temperature": true}', "temperature is True; it must"),
+        ('{"top_p": 0}', "top_p is 0; it must be above 0 and at most 1"),
+        ('{"top_p": [1]}', r"top_p is \[1\]; it must"),
+        ('{"top_k": 2.5}', "top_k is 2.5; it must be an integer, at least 0"),
+        ('{"top_k": -2}', "top_k is -2; it must"),
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
+    ],
+)
+def test_refuses_a_malformed_generation_config(text, words, read, tmp_path):
+    """A traceback when the first token is drawn, or an error that names config.json."""
+    read(QWEN3)
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=words) as error:
+        read(QWEN3)
+    assert str(error.value).startswith(str(file))
 
 
 @pytest.mark.parametrize(
@@ -290,6 +344,9 @@ def test_refuses_in_a_vision_model(path, value, words, read):
         ("decoder.layers", 2.5, "layers is 2.5"),
         ("vision", [1], "vision is"),
         ("tokens.im_patch", -1, "im_patch is -1"),
+        ("sampling.top_p", 2, "top_p is 2"),
+        ("sampling.heat", 2, "unknown key heat"),
+        ("sampling", 5, "sampling is 5; it must be an object"),
         ("name", 5, "name is 5"),
     ],
 )

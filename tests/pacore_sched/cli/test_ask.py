@@ -2,17 +2,25 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from kernels.runtime import dispatch
+from model.config import SamplingConfig
 from model.step3vl import Step3VL
-from model.terminal import run_command
+from model.terminal import Parser, run_command
 from pacore_sched.__main__ import main
+from pacore_sched.answers.journal import RolloutResult
+from pacore_sched.cli import options
+from pacore_sched.cli.ask import print_rollout
+from pacore_sched.sched.request import Sampling
 from tests.support import ROOT
 
 TINY = ["--model", "tiny", "--max-tokens", "8"]
@@ -68,8 +76,58 @@ def test_text(ask):
     assert out.count("--- round 1, rollout") == 2
     assert "--- synthesis" in out
     assert "=== answer" in out
-    assert "tokens/s" in out.splitlines()[-1]
-    assert "prompt tokens shared" in out.splitlines()[-1]
+    summary = r"=== 3 rollouts, \d+ tokens in \d+\.\d s \(\d+\.\d tokens/s\)"
+    assert re.fullmatch(summary, out.splitlines()[-2])
+    assert "shared prompts" in out.splitlines()[-1]
+
+
+def test_shown_texts_have_no_blank_ends(capsys: pytest.CaptureFixture):
+    """Line ends before and after what a model says, which leave gaps between rollouts."""
+    ended = RolloutResult("", 0, 0, 0, 9, "stop", "\n<think>\nHm.\n</think>\n\nFour.\n\n", 9, -1.0)
+    print_rollout(ended, last=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "--- round 1, rollout 1: 9 tokens, stop",
+        "<think>",
+        "Hm.",
+        "</think>",
+        "",
+        "Four.",
+        "    message: Four.",
+    ]
+    print_rollout(replace(ended, text="Four.\n"), last=True)
+    assert capsys.readouterr().out == "--- synthesis: 9 tokens, stop\nFour.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sampling"),
+    [
+        ([], Sampling(512, 0.2, 5, 0.9)),
+        (["--temperature", "1", "--top-p", "1"], Sampling(512, 1.0, 5, 1.0)),
+        (["--temperature", "0", "--top-k", "0"], Sampling(512, 0.0, 0, 0.9)),
+    ],
+)
+def test_sampling_is_the_models_unless_options_say_otherwise(arguments: list, sampling: Sampling):
+    """An option that the model's setting overrides, also one of 0."""
+    parser = Parser()
+    options.add_sampling_options(parser)
+    default = SamplingConfig(temperature=0.2, top_p=0.9, top_k=5)
+    assert options.sampling_for(parser.parse_args(arguments), default) == sampling
+
+
+@pytest.mark.cli
+def test_the_readmes_question():
+    """SmolLM2 sampled with other settings than its card's, which gives noise, and control tokens
+    in what is shown: the example in README.md must end in the right answer."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"pacore_sched (ask (?:.*\\\n)*.*)", readme)
+    arguments = shlex.split(example[1].replace("\\\n", " "))[1:]
+    assert arguments[0] == "What is the capital of France?"
+    command = [sys.executable, "-m", "pacore_sched", "ask", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = done.stdout.partition("=== answer\n")[2].partition("\n===")[0]
+    assert "Paris" in answer
+    assert "<|" not in done.stdout
 
 
 def test_a_stop_string(ask):

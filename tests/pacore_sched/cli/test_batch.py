@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from model.step3vl import Step3VL
 from model.terminal import run_command
 from pacore_sched.__main__ import main
 from pacore_sched.answers import journal as journal_module
@@ -241,6 +242,7 @@ def test_a_mended_image_is_answered_on_resume(call: Call):
     [
         (["--widths", "4"], "widths [3], which is [4] now"),
         (["--seed", "1"], "seed 0, which is 1 now"),
+        (["--temperature", "0.5"], "temperature 1.0, which is 0.5 now"),
         (["--max-tokens", "9"], "max_tokens 8, which is 9 now"),
         (["--stop", "x"], "stop [], which is ['x'] now"),
         (["--min-messages", "2"], "min_messages None, which is 2 now"),
@@ -257,6 +259,23 @@ def test_other_settings_are_not_resumed(call: Call, options: list[str], message:
     assert message in err
     assert err.count("\n") == 1
     assert call.journal.read_bytes() == before
+
+
+def test_the_journal_holds_the_models_sampling_settings(call: Call):
+    """Options that are not given: a header without their values, with which a run would be resumed
+    although generation_config.json has changed, or not resumed with the same values spelled out."""
+    checkpoint = call.folder / "checkpoint"
+    Step3VL.from_preset("tiny").save_pretrained(checkpoint)
+    generation = checkpoint / "generation_config.json"
+    generation.write_text('{"temperature": 0.5, "top_k": 9}')
+    options = ["--model", str(checkpoint), "--top-p", "0.75"]
+    assert call(*options)[0] == 0
+    header = json.loads(call.journal.read_text().splitlines()[0])
+    assert (header["temperature"], header["top_k"], header["top_p"]) == (0.5, 9, 0.75)
+    generation.write_text('{"temperature": 2}')
+    code, _, err = call("--resume", *options)
+    assert (code, "temperature 0.5, which is 2 now" in err) == (2, True)
+    assert call("--resume", *options, "--temperature", "0.5", "--top-k", "9")[0] == 0
 
 
 def _header_of(call: Call) -> dict:
