@@ -29,7 +29,7 @@ from pacore_sched.sched.request import Batch, Group, Sampling
 from pacore_sched.sim.calibration import FittedCost, fit
 from pacore_sched.sim.cost_model import StepShape, StepWork
 from pacore_sched.sim.simulator import Record, Replica, step_shape
-from pacore_sched.sim.workload import Problem, Workload
+from pacore_sched.sim.workload import SimProblem, Workload
 
 KV_TOKENS, TOKEN_BUDGET = 24_576, 512
 # The workload that is judged, and those that the cost model is fitted to: they share nothing.
@@ -99,7 +99,7 @@ class Replay:
     samples: the shape and the seconds of every step
     """
 
-    def __init__(self, model: Step3VL, setup: Setup, problems: Sequence[Problem]) -> None:
+    def __init__(self, model: Step3VL, setup: Setup, problems: Sequence[SimProblem]) -> None:
         self.engine = engine_for(
             model,
             policy=setup.policy,
@@ -163,7 +163,7 @@ class Simulated:
 
 
 def simulate(
-    cost: FittedCost, setup: Setup, problems: Sequence[Problem], max_tokens: int
+    cost: FittedCost, setup: Setup, problems: Sequence[SimProblem], max_tokens: int
 ) -> Simulated:
     """Run the same problems on the virtual clock."""
     answers: list[float] = []
@@ -205,7 +205,7 @@ class _Shapes:
         return self._launch(tree, batch)
 
 
-def _submit(engine: Engine, number: int, problem: Problem, round_: int) -> Group:
+def _submit(engine: Engine, number: int, problem: SimProblem, round_: int) -> Group:
     """Submit a round of a problem, with as many random ids as its prompt has tokens."""
     lengths = problem.lengths[round_]
     previous = problem.lengths[round_ - 1] if round_ else None

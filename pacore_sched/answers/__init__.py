@@ -1,1 +1,1 @@
-"""PaCoRe: rounds of rollouts and their synthesis, files of questions, the journal of a run."""
+"""PaCoRe: rounds of rollouts and their synthesis, question files, and the run journal."""

@@ -1,16 +1,16 @@
-"""A run's journal: every rollout that has ended, in a file that outlives the run, however it ends.
+"""The run journal: a JSONL file of finished rollouts, from which an interrupted run is resumed.
 
-JSONL beside the output, to be read while the run goes on. The first line is the header: all that
-the results depend on. Then one line per rollout as it ends, and one per problem with its answer:
+It is next to the output and can be read during the run. The first line is the header: everything
+that the results depend on. One line per finished rollout and one per answered problem follow:
 
     {"kind": "header", "format": 1, "widths": [16], "seed": 0, ...}
     {"kind": "rollout", "problem": "1", "round": 0, "index": 3, "finish_reason": "stop", ...}
     {"kind": "answer", "problem": "1", "answer": "4", "error": null}
 
-Every write is one call to the system, at the end of the file: a process that is killed loses the
-rollouts that had not ended, and no other. The disk is waited for at most once a second: a machine
-that loses power may lose the rollouts that ended since. A line that was cut off is dropped when the
-journal is opened again; a write that fails, as on a full disk, is taken back.
+Each write is one system call that appends to the file, so a killed process loses only unfinished
+rollouts. fsync runs at most once a second, so a power failure may also lose the rollouts that ended
+since the last one. A truncated last line is dropped when the journal is reopened; a failed write,
+such as on a full disk, is undone.
 """
 
 import fcntl
@@ -24,13 +24,13 @@ from pathlib import Path
 from model.errors import InputError
 
 FORMAT = 1
-HEADER = b'{"kind": "header"'  # how a journal begins
+HEADER = b'{"kind": "header"'  # the first bytes of a journal
 SYNC_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """A rollout as it ended. `tokens` and `logprobs` are empty where only the text is kept."""
+    """A finished rollout. `tokens` and `logprobs` are empty if the journal keeps only the text."""
 
     problem: str
     round: int
@@ -40,12 +40,12 @@ class RolloutResult:
     finish_reason: str
     text: str
     num_tokens: int
-    logprob: float  # of all tokens together
+    logprob: float  # of all tokens, summed
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
 
     def record(self, *, tokens: bool = False) -> dict:
-        """The journal's line; `tokens`: with every token and its log-probability."""
+        """The journal line; with `tokens`, it has every token and its log-probability."""
         fields = asdict(self)
         if not tokens:
             del fields["tokens"], fields["logprobs"]
@@ -53,25 +53,25 @@ class RolloutResult:
 
     @staticmethod
     def of_record(record: Mapping) -> "RolloutResult":
-        """The outcome that a line of the journal holds."""
+        """The result in a journal line."""
         fields = {key: value for key, value in record.items() if key != "kind"}
         lists = {key: tuple(fields.get(key, ())) for key in ("tokens", "logprobs")}
         return RolloutResult(**(fields | lists))
 
 
 class Journal:
-    """An open journal, which no other process can open until `close`."""
+    """An open journal. It is locked: no other process can open it until `close`."""
 
     def __init__(self, path: str | Path, header: Mapping[str, object], *, resume: bool) -> None:
-        """Begin a journal, or go on with the one that is there.
+        """Create a journal or resume the existing one.
 
-        header: what the results depend on, as JSON has it.
-        Raises InputError if there is one and `resume` is false, if its header says otherwise, if it
-        is damaged elsewhere than at its end, or if it cannot be written.
+        header: the settings that the results depend on, serialisable as JSON.
+        Raises InputError if a journal exists and `resume` is false, if its header differs, if it is
+        damaged anywhere but at its end, or if it cannot be written.
         """
         self.path = Path(path)
         line: dict = json.loads(json.dumps({"kind": "header", "format": FORMAT, **header}))
-        self._places: dict[str, list[int]] = {}  # problem -> where its rollouts' lines begin
+        self._offsets: dict[str, list[int]] = {}  # problem -> byte offsets of its rollouts' lines
         self._answered: set[str] = set()
         self._synced = time.monotonic()
         self.rollouts = 0
@@ -89,35 +89,34 @@ class Journal:
             os.close(self._file)
             raise
 
-    def add(self, outcomes: Iterable[RolloutResult], *, tokens: bool = False) -> None:
-        """Write rollouts that have ended. Raises InputError if that fails, with nothing lost of
-        what was written before."""
-        outcomes = list(outcomes)
-        places = self._write([outcome.record(tokens=tokens) for outcome in outcomes])
-        for outcome, place in zip(outcomes, places, strict=True):
-            self._places.setdefault(outcome.problem, []).append(place)
-        self.rollouts += len(outcomes)
+    def add(self, results: Iterable[RolloutResult], *, tokens: bool = False) -> None:
+        """Append finished rollouts. Raises InputError if that fails; earlier lines are kept."""
+        results = list(results)
+        offsets = self._write([result.record(tokens=tokens) for result in results])
+        for result, offset in zip(results, offsets, strict=True):
+            self._offsets.setdefault(result.problem, []).append(offset)
+        self.rollouts += len(results)
 
     def add_answer(self, problem: str, answer: str, error: str | None) -> None:
-        """Write how a problem ended, once: for people to see, a resumed run finds it anew."""
+        """Write a problem's answer once. It is for readers only: a resumed run recomputes it."""
         if problem not in self._answered:
             self._answered.add(problem)
             line = {"kind": "answer", "problem": problem, "answer": answer, "error": error}
             self._write([line])
 
     def count(self, problem: str) -> int:
-        """How many rollouts of a problem have ended."""
-        return len(self._places.get(problem, ()))
+        """The number of finished rollouts of a problem."""
+        return len(self._offsets.get(problem, ()))
 
-    def outcomes(self, problem: str) -> list[RolloutResult]:
-        """All rollouts of a problem that have ended, by round and index."""
-        found = [
-            RolloutResult.of_record(self._line(place)) for place in self._places.get(problem, ())
+    def results(self, problem: str) -> list[RolloutResult]:
+        """All finished rollouts of a problem, sorted by round and index."""
+        results = [
+            RolloutResult.of_record(self._line(offset)) for offset in self._offsets.get(problem, ())
         ]
-        return sorted(found, key=lambda outcome: (outcome.round, outcome.index))
+        return sorted(results, key=lambda result: (result.round, result.index))
 
     def close(self) -> None:
-        """Wait for the disk and let others open the journal."""
+        """Sync the file to disk and release the lock."""
         if self._file < 0:
             return
         file, self._file = self._file, -1
@@ -143,7 +142,7 @@ class Journal:
             raise InputError(f"cannot lock {self.path}: {error.strerror}") from None
 
     def _read(self, header: dict, resume: bool) -> int:
-        """Find what the file holds, and cut off what was not written whole; the bytes left."""
+        """Index the file's lines and cut off a truncated last line; returns the bytes left."""
         end, torn = 0, False
         with open(self.path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -152,35 +151,35 @@ class Journal:
                 record = _parsed(line)
                 torn = record is None
                 if number == 1 and not line.startswith(HEADER) and not HEADER.startswith(line):
-                    raise InputError(f"{self.path} is there, and is no journal of a run")
+                    raise InputError(f"{self.path} exists and is not a run journal")
                 if record is not None:
-                    self._note(record, number, end, header, resume)
+                    self._index(record, number, end, header, resume)
                     end += len(line)
         os.ftruncate(self._file, end)
         return end
 
-    def _note(self, record: dict, number: int, place: int, header: dict, resume: bool) -> None:
-        """Enter one line of the file."""
+    def _index(self, record: dict, number: int, offset: int, header: dict, resume: bool) -> None:
+        """Index one line of the file, or compare it with `header` if it is the first."""
         if number == 1:
             if not resume:
                 raise InputError(
-                    f"{self.path} holds a run already: --resume goes on with it, another --out"
-                    " leaves it as it is"
+                    f"{self.path} already holds a run: continue it with --resume, or choose"
+                    " another --out"
                 )
             _compare(self.path, record, header)
         elif record.get("kind") == "rollout":
-            self._places.setdefault(record["problem"], []).append(place)
+            self._offsets.setdefault(record["problem"], []).append(offset)
             self.rollouts += 1
         elif record.get("kind") == "answer":
             self._answered.add(record["problem"])
 
-    def _line(self, place: int) -> dict:
+    def _line(self, offset: int) -> dict:
         with open(self.path, "rb") as file:
-            file.seek(place)
+            file.seek(offset)
             return json.loads(file.readline())
 
     def _write(self, records: list[dict]) -> list[int]:
-        """Append lines in one piece, or not at all; where each begins."""
+        """Append all lines or none; returns the byte offset of each."""
         lines = [json.dumps(record).encode() + b"\n" for record in records]
         try:
             _write_all(self._file, b"".join(lines))
@@ -191,19 +190,19 @@ class Journal:
             os.ftruncate(self._file, self._size)
             raise InputError(
                 f"cannot write {self.path}: {error.strerror}; the {self.rollouts} rollouts in it"
-                " are safe: make room, then go on with --resume"
+                " are safe: free some space, then continue with --resume"
             ) from None
-        places = []
+        offsets = []
         for line in lines:
-            places.append(self._size)
+            offsets.append(self._size)
             self._size += len(line)
-        return places
+        return offsets
 
 
 def replace_file(path: str | Path, lines: Iterable[str]) -> None:
-    """Write a file whole, by another name first: nobody ever sees half of it.
+    """Write a file atomically: under a temporary name first, then renamed.
 
-    Raises InputError if it cannot be written; what `path` held is there still.
+    Raises InputError if it cannot be written; `path` then keeps its old content.
     """
     path = Path(path)
     draft = path.with_name(f"{path.name}.partial")
@@ -221,14 +220,14 @@ def replace_file(path: str | Path, lines: Iterable[str]) -> None:
 
 
 def _write_all(file: int, data: bytes) -> None:
-    """os.write until all is written: a disk that fills up takes a part first."""
+    """Call os.write until everything is written: a disk that fills up accepts only a part."""
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
 
 
 def _parsed(line: bytes) -> dict | None:
-    """The record of one line; None for one that is not whole."""
+    """The record in one line; None if the line is incomplete or not a JSON object."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -237,10 +236,10 @@ def _parsed(line: bytes) -> dict | None:
 
 
 def _compare(path: Path, before: dict, now: dict) -> None:
-    """Raise InputError for the first setting that is not what it was."""
+    """Raise InputError for the first setting that differs from the journal's."""
     for key in dict.fromkeys((*now, *before)):
         if before.get(key) != now.get(key):
             raise InputError(
-                f"{path} was begun with {key} {before.get(key)!r:.100}, which is"
-                f" {now.get(key)!r:.100} now: resume with the same settings, or begin another --out"
+                f"{path} was started with {key} {before.get(key)!r:.100}, which is"
+                f" {now.get(key)!r:.100} now: resume with the same settings or choose another --out"
             )

@@ -101,7 +101,7 @@ class Pacore:
         messages: Sequence[dict],
         views: "Sequence[Views]" = (),
         *,
-        on_rollout: Callable[[RolloutResult], None] = lambda outcome: None,
+        on_rollout: Callable[[RolloutResult], None] = lambda result: None,
         on_step: Callable[[int], None] = lambda tokens: None,
     ) -> Answer:
         """The answer to one conversation whose image parts are `views`, in order.
@@ -120,7 +120,7 @@ class Pacore:
         problems: Iterable[Problem],
         *,
         known: Callable[[str], Iterable[RolloutResult]] = lambda id: (),
-        on_rollout: Callable[[RolloutResult], None] = lambda outcome: None,
+        on_rollout: Callable[[RolloutResult], None] = lambda result: None,
         on_step: Callable[[int], None] = lambda tokens: None,
     ) -> Iterator[Answer]:
         """Answers as they come. Problems are taken in as the engine has room for them.
@@ -139,7 +139,7 @@ class Pacore:
         self,
         problems: Iterable[Problem],
         known: Callable[[str], Iterable[RolloutResult]] = lambda id: (),
-        on_rollout: Callable[[RolloutResult], None] = lambda outcome: None,
+        on_rollout: Callable[[RolloutResult], None] = lambda result: None,
         on_step: Callable[[int], None] = lambda tokens: None,
     ) -> Generator[list[Answer], None, None]:
         """`answers` one step of the engine at a time, each with the answers that it has led to."""
@@ -216,9 +216,9 @@ class Pacore:
         return done
 
     def _answer(self, run: ProblemRun, error: str | None) -> Answer:
-        rounds = tuple(Round(outcomes[0].prompt_tokens, tuple(outcomes)) for outcomes in run.rounds)
+        rounds = tuple(Round(results[0].prompt_tokens, tuple(results)) for results in run.rounds)
         last = rounds[-1].rollouts if rounds else ()
-        if error is None and all(outcome.finish_reason == "error" for outcome in last):
+        if error is None and all(result.finish_reason == "error" for result in last):
             error = "the last round failed: its logits were not finite"
         text = compact(last[0].text) if self.synthesis and not error else ""
         return Answer(run.id, text, error, rounds)

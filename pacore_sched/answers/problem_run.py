@@ -60,7 +60,7 @@ class _Layout:
 
 
 class ProblemRun:
-    """A problem between rounds. `rounds` are those that are done, each its outcomes by index."""
+    """A problem between rounds. `rounds` are those that are done, each its results by index."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class ProblemRun:
         number: int,
         known: Iterable[RolloutResult] = (),
     ) -> None:
-        """`number` counts problems as they arrive; `known` are outcomes of an earlier run."""
+        """`number` counts problems as they arrive; `known` are results of an earlier run."""
         self.id, self.number = problem.id, number
         self.rounds: list[list[RolloutResult]] = []
         self.pending = 0  # rollouts of the current round that have not ended
@@ -82,7 +82,7 @@ class ProblemRun:
         self._features: Features | None = None
         self._head: Segment | None = None
         self._head_ids: list[int] = []
-        self._known = {(outcome.round, outcome.index): outcome for outcome in known}
+        self._known = {(result.round, result.index): result for result in known}
         self._current: dict[int, RolloutResult] = {}
         self._on_end = ExitStack()  # of the current round
         self._begin_round()
@@ -132,7 +132,7 @@ class ProblemRun:
         reason = rollout.finish_reason
         assert reason is not None
         passes_on = reason in ("stop", "length")
-        outcome = RolloutResult(
+        result = RolloutResult(
             problem=self.id,
             round=len(self.rounds),
             index=rollout.index,
@@ -145,12 +145,12 @@ class ProblemRun:
             tokens=tuple(rollout.tokens),
             logprobs=tuple(rollout.logprobs),
         )
-        self._current[rollout.index] = outcome
+        self._current[rollout.index] = result
         self.pending -= 1
         if not self.pending:
             self._on_end.close()
             self._end_round()
-        return outcome
+        return result
 
     def release(self) -> None:
         """Give back what is held from round to round."""
@@ -164,7 +164,7 @@ class ProblemRun:
         number = len(self.rounds)
         if number < len(self._settings.widths):
             known = (self._known.get((number, i)) for i in range(self._settings.widths[number]))
-            self._current = {outcome.index: outcome for outcome in known if outcome}
+            self._current = {result.index: result for result in known if result}
             if self._ended() >= self._settings.needs[number]:
                 self._end_round()
 
@@ -205,7 +205,7 @@ class ProblemRun:
         """The ids of the current round's prompt."""
         asked = self._messages
         if self.rounds:
-            texts = [outcome.text for outcome in self.rounds[-1]]
+            texts = [result.text for result in self.rounds[-1]]
             asked = round_messages(asked, texts, template=self._settings.template)
         return build_prompt(asked, self._model.tokenizer, self._model.config, self._layouts)
 

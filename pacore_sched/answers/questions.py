@@ -1,11 +1,11 @@
-"""Questions from a JSONL file: one problem per line, and what is wrong with those that are not.
+"""Reader of question files: JSONL with one problem per line.
 
     {"question": "What is 2 + 2?"}
     {"id": "photo-7", "question": "How many birds?", "images": ["birds.jpg"]}
     {"messages": [{"role": "user", "content": "What is 2 + 2?"}]}
 
-A question's images open its message; those of `messages` fill their image parts in order. Paths are
-relative to the file. A line that is wrong fails alone; the others are answered.
+The images of a "question" come first in its message; those of "messages" fill its image parts in
+order. Paths are relative to the file. An invalid line fails alone; the other lines are answered.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ KEYS = {"id", "question", "messages", "image", "images"}
 
 @dataclass(frozen=True)
 class Question:
-    """A line of the file; `error`, if it is not None, says why it cannot be answered.
+    """A line of the file. If `error` is not None, it says why the line cannot be answered.
 
-    `id` is the line's own, or its number. Only those without an error are sure to be unique.
+    `id` is the line's "id" or else its number. It is unique among the lines without an error.
     """
 
     line: int
@@ -34,20 +34,20 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """All questions of a file, in its order, and the SHA-256 of its bytes."""
+    """All questions of a file, in file order, and the SHA-256 of its bytes."""
 
     questions: tuple[Question, ...]
     digest: str
 
 
 class _LineError(Exception):
-    """What is wrong with one line."""
+    """The reason why one line is invalid."""
 
 
 def read_questions(path: str | Path) -> QuestionFile:
-    """Read a JSONL file; empty lines are passed over.
+    """Read a JSONL file; empty lines are skipped.
 
-    Raises InputError for a file that cannot be read, or holds no line at all.
+    Raises InputError for a file that cannot be read or has no questions.
     """
     path = Path(path)
     try:
@@ -60,18 +60,18 @@ def read_questions(path: str | Path) -> QuestionFile:
         if line.strip():
             questions.append(_question(number, line, path.parent, lines))
     if not questions:
-        raise InputError(f"{path} holds no questions")
+        raise InputError(f"{path} has no questions")
     return QuestionFile(tuple(questions), hashlib.sha256(data).hexdigest())
 
 
 def _question(number: int, line: bytes, folder: Path, lines: dict[str, int]) -> Question:
-    """The question of one line; `lines` maps the ids so far to their lines and gains its own."""
+    """The question of one line. `lines` maps known ids to line numbers; this id is added to it."""
     id = str(number)
     try:
         fields = _fields(line)
         id = _id(fields, number)
         if id in lines:
-            raise _LineError(f"id {id!r} is that of line {lines[id]} already")
+            raise _LineError(f"id {id!r} is already used by line {lines[id]}")
         messages = _messages(fields)
         images = _images(fields, folder)
     except _LineError as error:
@@ -94,8 +94,10 @@ def _fields(line: bytes) -> dict:
     try:
         json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        half = ord(error.object[error.start])
-        raise _LineError(f"\\u{half:x} is half a character: UTF-8 has no such text") from None
+        surrogate = ord(error.object[error.start])
+        raise _LineError(
+            f"\\u{surrogate:x} is half of a surrogate pair, which UTF-8 cannot encode"
+        ) from None
     if not isinstance(fields, dict):
         raise _LineError('not an object such as {"question": "..."}')
     if unknown := sorted(fields.keys() - KEYS):
@@ -108,34 +110,34 @@ def _fields(line: bytes) -> dict:
 def _id(fields: dict, number: int) -> str:
     id = fields.get("id", number)
     if type(id) not in (str, int) or id == "":
-        raise _LineError(f"id {id!r:.80} is neither text nor an integer")
+        raise _LineError(f"id {id!r:.80} must be a non-empty string or an integer")
     return str(id)
 
 
 def _messages(fields: dict) -> list[dict]:
-    """The conversation of a line that has one; [] where a question takes its place."""
+    """The line's conversation; [] if it has a question instead."""
     if ("question" in fields) == ("messages" in fields):
-        raise _LineError('want either "question" or "messages"')
+        raise _LineError('a line needs either "question" or "messages"')
     if "question" in fields:
         question = fields["question"]
         if not isinstance(question, str):
-            raise _LineError("the question is not text")
+            raise _LineError("the question must be a string")
         if not question.strip():
             raise _LineError("the question is empty")
         return []
     messages = fields["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise _LineError("messages are not a list of objects")
+        raise _LineError("messages must be a list of objects")
     users = [message for message in messages if message.get("role") == "user"]
     if not users:
-        raise _LineError("the messages hold none of role user")
+        raise _LineError("the messages have none with role user")
     if not users[-1].get("content") or _is_blank(users[-1]["content"]):
         raise _LineError("the question is empty")
     return messages
 
 
 def _is_blank(content: object) -> bool:
-    """Whether a message's content has no text that says anything."""
+    """Whether a message's content has no text but white space."""
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
     return not any(isinstance(text, str) and text.strip() for text in texts)
@@ -143,16 +145,16 @@ def _is_blank(content: object) -> bool:
 
 def _images(fields: dict, folder: Path) -> tuple[Path, ...]:
     if "image" in fields and "images" in fields:
-        raise _LineError('want "image" or "images", not both')
+        raise _LineError('a line may have "image" or "images", not both')
     names = [fields["image"]] if "image" in fields else fields.get("images", [])
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise _LineError("images are not paths of files")
+        raise _LineError("images must be paths of files")
     paths = tuple(folder / name for name in names)
     for name, path in zip(names, paths, strict=True):
         try:
-            found = path.is_file()
-        except (OSError, ValueError):  # too long a name, or one with a NUL
-            found = False
-        if not found:
+            exists = path.is_file()
+        except (OSError, ValueError):  # the name is too long or contains a NUL
+            exists = False
+        if not exists:
             raise _LineError(f"no image file {name!r:.200}")
     return paths

@@ -1,7 +1,7 @@
-"""PaCoRe's rounds as text: their widths, the messages they pass on, the prompt of the next round.
+"""The text of PaCoRe's rounds: widths, compacted messages and the next round's prompt.
 
-The algorithm is that of the PaCoRe report (arXiv 2601.05593) and its released client. What sends
-the prompts to a model is engine/engine.py. A conversation is a list of OpenAI-style chat messages.
+The algorithm is that of the PaCoRe report (arXiv 2601.05593) and its released client. The prompts
+are run by engine/engine.py. A conversation is a list of OpenAI-style chat messages.
 """
 
 import random
@@ -15,12 +15,12 @@ from model.errors import InputError
 if TYPE_CHECKING:
     from jinja2 import Template
 
-# The names of the released template, so that its text works unchanged through `--template`.
+# The released template's variable names: its text works unchanged with `--template`.
 TEMPLATE_VARIABLES = {"original_prompt", "ref_responses"}
 
 
 def parse_widths(widths: str | Sequence[int]) -> tuple[int, ...]:
-    """Rollouts of each exploring round, from "32,4" or [32, 4]; "" or [] explores not at all.
+    """Rollouts of each exploring round, from "32,4" or [32, 4]; "" or [] means no such round.
 
     Raises InputError for anything but positive integers.
     """
@@ -29,29 +29,29 @@ def parse_widths(widths: str | Sequence[int]) -> tuple[int, ...]:
         values = [_integer(part) for part in widths.split(",")] if widths.strip() else []
     if not isinstance(values, list | tuple) or any(type(v) is not int or v < 1 for v in values):
         raise InputError(
-            f"widths {widths!r} are not positive integers:"
-            " give the rollouts of each round, such as 16 or 32,4"
+            f"widths {widths!r} must be positive integers:"
+            " the number of rollouts of each round, such as 16 or 32,4"
         )
     return tuple(values)
 
 
 def round_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    """Rollouts of every round: the exploring ones, then one that gives the answer."""
+    """Rollouts of every round: the exploring rounds, then one for the synthesis."""
     return (*widths, 1)
 
 
 def compact(text: str) -> str:
-    """What a rollout passes on: all that follows its last `</think>`, or all of it without one."""
+    """A rollout's message: the text after its last `</think>`, or the whole text without one."""
     return text.rpartition("</think>")[2]
 
 
 def order_messages(texts: Sequence[str], seed: int = 42) -> list[str]:
-    """Messages in the order in which the next round reads them; empty ones are dropped.
+    """Messages in the order in which the next round reads them, without empty ones.
 
-    Sorted by length, then shuffled by a generator made afresh from `seed` for every round of every
-    problem, then rid of empty ones, in this sequence, as in the released client: the order depends
-    on no other problem. Messages of equal length are sorted by their text, where the released
-    client keeps their order of arrival.
+    As in the released client, they are first sorted by length, then shuffled by a generator that is
+    seeded with `seed` again for every round, and then empty ones are dropped: the order does not
+    depend on other problems. Messages of equal length are sorted by text; the released client keeps
+    their order of arrival.
     """
     messages = sorted(texts, key=lambda text: (len(text), text))
     random.Random(seed).shuffle(messages)
@@ -59,11 +59,11 @@ def order_messages(texts: Sequence[str], seed: int = 42) -> list[str]:
 
 
 def load_template(path: str | Path) -> "Template":
-    """Read a synthesis prompt: jinja2 with the variables `original_prompt` and `ref_responses`.
+    """Read a synthesis template: jinja2 with the variables `original_prompt` and `ref_responses`.
 
     Raises InputError for a file that cannot be read or rendered, or uses other variables.
     """
-    import jinja2  # GPU nodes may offer torch, Triton and NumPy alone
+    import jinja2  # a GPU node may have only torch, Triton and NumPy
     from jinja2 import meta
 
     environment = jinja2.Environment()
@@ -79,10 +79,10 @@ def load_template(path: str | Path) -> "Template":
         raise InputError(f"template {path}, line {error.lineno}: {error.message}") from error
     if names != TEMPLATE_VARIABLES:
         raise InputError(
-            f"template {path} uses the variables {', '.join(sorted(names)) or '(none)'}:"
-            f" it must use {' and '.join(sorted(TEMPLATE_VARIABLES))}, and no other"
+            f"template {path} uses the variables {', '.join(sorted(names)) or '(none)'};"
+            f" it must use {' and '.join(sorted(TEMPLATE_VARIABLES))} and no others"
         )
-    try:  # a template may raise anything: here, rather than after a round of rollouts
+    try:  # a template may raise anything: fail now, not after a round of rollouts
         template.render(original_prompt="problem", ref_responses=["message"])
     except Exception as error:
         raise InputError(f"template {path}: {error}") from error
@@ -92,7 +92,7 @@ def load_template(path: str | Path) -> "Template":
 def synthesis_prompt(
     problem: str, messages: Sequence[str], template: "Template | None" = None
 ) -> str:
-    """The prompt that shows a problem and the last round's messages, all of them verbatim."""
+    """The prompt with a problem and the previous round's messages, all verbatim."""
     template = template or _default_template()
     return template.render(original_prompt=problem, ref_responses=list(messages))
 
@@ -104,12 +104,12 @@ def round_messages(
     template: "Template | None" = None,
     seed: int = 42,
 ) -> list[dict]:
-    """The conversation that the next round is asked, from the first round's and the last replies.
+    """The next round's conversation, from the first round's `messages` and the last replies.
 
-    Replies are whole generated texts, "" for one that failed. The text of the last user message
-    gives way to the synthesis prompt (several text parts are one problem, joined by newlines);
-    its other parts, the images, stand first, where their KV can be shared by all rounds. With no
-    reply to pass on the conversation stays as it was. `messages` are not changed.
+    Replies are whole generated texts, "" for a failed rollout. The synthesis prompt replaces the
+    text of the last user message (several text parts are one problem, joined by newlines); its
+    other parts, the images, come first, where all rounds can share their KV. If no reply has a
+    message, the conversation is returned unchanged. `messages` itself is not modified.
     Raises InputError if there is no user message, or its content is not text or a list of parts.
     """
     users = [index for index, message in enumerate(messages) if message.get("role") == "user"]
@@ -118,15 +118,15 @@ def round_messages(
     references = order_messages([compact(reply) for reply in replies], seed)
     if not references:
         return list(messages)
-    asked = messages[users[-1]]
-    problem, images = _split_content(asked.get("content"))
+    last = messages[users[-1]]
+    problem, images = _split_content(last.get("content"))
     prompt = synthesis_prompt(problem, references, template)
     content = [*images, {"type": "text", "text": prompt}] if images else prompt
-    return [*messages[: users[-1]], {**asked, "content": content}, *messages[users[-1] + 1 :]]
+    return [*messages[: users[-1]], {**last, "content": content}, *messages[users[-1] + 1 :]]
 
 
 def _integer(text: str) -> int:
-    """The integer that a text is; 0, which is no width either, for any other text."""
+    """The integer in `text`; 0, which is not a valid width, for any other text."""
     try:
         return int(text)
     except ValueError:

@@ -1,1 +1,1 @@
-"""The commands of `python -m pacore_sched`, and what they share."""
+"""The commands of `python -m pacore_sched` and the code that they share."""

@@ -39,9 +39,9 @@ def run(options: argparse.Namespace) -> int:
     engine = shared.make_engine(options, model, problems=1, width=max(round_widths(widths)))
     pacore = Pacore(model, engine, widths, sampling, seed=options.seed, template=template)
 
-    def show(outcome: RolloutResult) -> None:
+    def show(result: RolloutResult) -> None:
         if not options.json:
-            print_rollout(outcome, last=outcome.round == len(widths))
+            print_rollout(result, last=result.round == len(widths))
 
     start = time.perf_counter()
     total = sum(round_widths(widths)) * sampling.max_tokens
@@ -70,12 +70,12 @@ def report(pacore: Pacore, answer: Answer, seconds: float) -> dict:
                 "prompt_tokens": round_.prompt_tokens,
                 "rollouts": [
                     {
-                        "text": outcome.text,
-                        "tokens": outcome.num_tokens,
-                        "seed": outcome.seed,
-                        "finish_reason": outcome.finish_reason,
+                        "text": result.text,
+                        "tokens": result.num_tokens,
+                        "seed": result.seed,
+                        "finish_reason": result.finish_reason,
                     }
-                    for outcome in round_.rollouts
+                    for result in round_.rollouts
                 ],
             }
             for round_ in answer.rounds
@@ -88,12 +88,12 @@ def report(pacore: Pacore, answer: Answer, seconds: float) -> dict:
     }
 
 
-def print_rollout(outcome: RolloutResult, *, last: bool) -> None:
+def print_rollout(result: RolloutResult, *, last: bool) -> None:
     """One rollout, with the message that it passes on if that is not the whole text."""
-    name = "synthesis" if last else f"round {outcome.round + 1}, rollout {outcome.index + 1}"
-    print(f"--- {name}: {outcome.num_tokens} tokens, {outcome.finish_reason}", flush=True)
-    print(outcome.text.strip(), flush=True)
-    if (message := compact(outcome.text)) != outcome.text and not last:
+    name = "synthesis" if last else f"round {result.round + 1}, rollout {result.index + 1}"
+    print(f"--- {name}: {result.num_tokens} tokens, {result.finish_reason}", flush=True)
+    print(result.text.strip(), flush=True)
+    if (message := compact(result.text)) != result.text and not last:
         print(f"    message: {message.strip()}", flush=True)
 
 

@@ -15,7 +15,7 @@ from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.questions import Question
 from pacore_sched.answers.rounds import load_template, parse_widths, round_widths
 from pacore_sched.cli import options as shared
-from pacore_sched.cli.jobs import Ending, Job, add_job_options, run_job, template_digest
+from pacore_sched.cli.jobs import Job, ProblemResult, add_job_options, run_job, template_digest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +49,11 @@ def run(options: argparse.Namespace) -> int:
     return run_job(options, options.questions, Job("batch", width, settings, pacore, result_line))
 
 
-def result_line(question: Question, ending: Ending, outcomes: Sequence[RolloutResult]) -> dict:
-    """A problem's line of the output; `outcomes` by round and index."""
-    rounds = [list(group) for _, group in groupby(outcomes, lambda outcome: outcome.round)]
+def result_line(
+    question: Question, ending: ProblemResult, results: Sequence[RolloutResult]
+) -> dict:
+    """A problem's line of the output; `results` by round and index."""
+    rounds = [list(group) for _, group in groupby(results, lambda result: result.round)]
     return {
         "id": question.id,
         "answer": ending.text,
@@ -62,12 +64,12 @@ def result_line(question: Question, ending: Ending, outcomes: Sequence[RolloutRe
                 "prompt_tokens": round_[0].prompt_tokens,
                 "rollouts": [
                     {
-                        "text": outcome.text,
-                        "tokens": outcome.num_tokens,
-                        "seed": outcome.seed,
-                        "finish_reason": outcome.finish_reason,
+                        "text": result.text,
+                        "tokens": result.num_tokens,
+                        "seed": result.seed,
+                        "finish_reason": result.finish_reason,
                     }
-                    for outcome in round_
+                    for result in round_
                 ],
             }
             for round_ in rounds

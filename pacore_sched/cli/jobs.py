@@ -40,7 +40,7 @@ class Job:
 
     width: rollouts of a problem's widest round
     settings: what the results depend on besides the options of sampling and model
-    line: a question, its Ending and its rollouts -> the object that is its line of the output
+    line: a question, its ProblemResult and its rollouts -> the object that is its line of the output
     keep_tokens: whether the journal holds every token and its log-probability
     """
 
@@ -48,12 +48,12 @@ class Job:
     width: int
     settings: dict
     pacore: Callable[..., Pacore]  # (model, engine, sampling=...) -> Pacore
-    line: Callable[[Question, "Ending", Sequence[RolloutResult]], dict]
+    line: Callable[[Question, "ProblemResult", Sequence[RolloutResult]], dict]
     keep_tokens: bool = False
 
 
 @dataclass(frozen=True)
-class Ending:
+class ProblemResult:
     """How a problem ended."""
 
     text: str
@@ -172,17 +172,17 @@ def _run(
     questions: Sequence[Question],
     journal: Journal,
     done: Progress,
-) -> tuple[dict[int, Ending], bool]:
+) -> tuple[dict[int, ProblemResult], bool]:
     """Answer the questions; how they ended, by line, and whether the user stopped it."""
-    endings = {q.line: Ending("", q.error) for q in questions if q.error}
+    endings = {q.line: ProblemResult("", q.error) for q in questions if q.error}
     done.ended = done.failed = len(endings)
     good = [question for question in questions if not question.error]
     lines = {question.id: question.line for question in good}
 
     with batch_progress(pacore.engine, done) as refresh, _stop_signals() as asked_to_stop:
 
-        def on_rollout(outcome: RolloutResult) -> None:
-            journal.add([outcome], tokens=job.keep_tokens)
+        def on_rollout(result: RolloutResult) -> None:
+            journal.add([result], tokens=job.keep_tokens)
             done.rollouts += 1
 
         def on_step(tokens: int) -> None:
@@ -195,12 +195,12 @@ def _run(
             _problem(question, pacore.model) for question in questions if not question.error
         )
         answers = pacore.answers(
-            problems, known=journal.outcomes, on_rollout=on_rollout, on_step=on_step
+            problems, known=journal.results, on_rollout=on_rollout, on_step=on_step
         )
         try:
             for answer in answers:
                 _complete(journal, answer, tokens=job.keep_tokens)
-                endings[lines[answer.problem]] = _ending(answer, lines[answer.problem])
+                endings[lines[answer.problem]] = _result(answer, lines[answer.problem])
                 journal.add_answer(answer.problem, answer.text, answer.error)
                 done.note(answer)
         except Stopped:
@@ -211,15 +211,15 @@ def _run(
 def _complete(journal: Journal, answer: Answer, *, tokens: bool) -> None:
     """Write the cancelled rollouts that a kill kept from the journal, when it fell in between the
     last message that a round waited for and them."""
-    outcomes = [outcome for round_ in answer.rounds for outcome in round_.rollouts]
-    if journal.count(answer.problem) < len(outcomes):
-        known = {(outcome.round, outcome.index) for outcome in journal.outcomes(answer.problem)}
-        missing = [outcome for outcome in outcomes if (outcome.round, outcome.index) not in known]
+    results = [result for round_ in answer.rounds for result in round_.rollouts]
+    if journal.count(answer.problem) < len(results):
+        known = {(result.round, result.index) for result in journal.results(answer.problem)}
+        missing = [result for result in results if (result.round, result.index) not in known]
         journal.add(missing, tokens=tokens)
 
 
-def _ending(answer: Answer, line: int) -> Ending:
-    return Ending(answer.text, answer.error and f"line {line}: {answer.error}")
+def _result(answer: Answer, line: int) -> ProblemResult:
+    return ProblemResult(answer.text, answer.error and f"line {line}: {answer.error}")
 
 
 def _problem(question: Question, model: Step3VL) -> Problem:
@@ -230,12 +230,12 @@ def _problem(question: Question, model: Step3VL) -> Problem:
 
 
 def _lines(
-    job: Job, questions: Sequence[Question], endings: dict[int, Ending], journal: Journal
+    job: Job, questions: Sequence[Question], endings: dict[int, ProblemResult], journal: Journal
 ) -> Iterator[str]:
     """The output, line by line, from what the journal holds."""
     for question in questions:
-        outcomes = [] if question.error else journal.outcomes(question.id)
-        yield json.dumps(job.line(question, endings[question.line], outcomes))
+        results = [] if question.error else journal.results(question.id)
+        yield json.dumps(job.line(question, endings[question.line], results))
 
 
 @contextmanager
@@ -288,7 +288,7 @@ def _report(
 
 
 def _print_summary(
-    report: dict, endings: dict[int, Ending], questions: Sequence[Question], *, quiet: bool
+    report: dict, endings: dict[int, ProblemResult], questions: Sequence[Question], *, quiet: bool
 ) -> None:
     """For people: why problems failed and how to resume on stderr, and a summary on stdout."""
     errors = [endings[q.line].error for q in questions if q.line in endings]

@@ -13,7 +13,7 @@ from model.errors import InputError
 from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.questions import Question
-from pacore_sched.cli.jobs import Ending, Job, add_job_options, run_job
+from pacore_sched.cli.jobs import Job, ProblemResult, add_job_options, run_job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,21 +31,23 @@ def run(options: argparse.Namespace) -> int:
     return run_job(options, options.prompts, job)
 
 
-def result_line(question: Question, ending: Ending, outcomes: Sequence[RolloutResult]) -> dict:
-    """A prompt's line of the output; `outcomes` by index."""
+def result_line(
+    question: Question, ending: ProblemResult, results: Sequence[RolloutResult]
+) -> dict:
+    """A prompt's line of the output; `results` by index."""
     return {
         "id": question.id,
         "failed": ending.error is not None,
         "error": ending.error,
-        "prompt_tokens": outcomes[0].prompt_tokens if outcomes else None,
+        "prompt_tokens": results[0].prompt_tokens if results else None,
         "samples": [
             {
-                "text": outcome.text,
-                "tokens": list(outcome.tokens),
-                "logprobs": list(outcome.logprobs),
-                "seed": outcome.seed,
-                "finish_reason": outcome.finish_reason,
+                "text": result.text,
+                "tokens": list(result.tokens),
+                "logprobs": list(result.logprobs),
+                "seed": result.seed,
+                "finish_reason": result.finish_reason,
             }
-            for outcome in outcomes
+            for result in results
         ],
     }

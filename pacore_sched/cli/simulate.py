@@ -31,7 +31,7 @@ from pacore_sched.sim.workload import (
     MAX_TOKENS,
     SIGMA_W,
     WORKLOADS,
-    Problem,
+    SimProblem,
     Workload,
     bursty_arrivals,
     chat_requests,
@@ -51,7 +51,7 @@ class SimRun:
     workload: str
     sigma_w: float | None
     seed: int
-    problems: Sequence[Problem]
+    problems: Sequence[SimProblem]
     setting: Setting
     slo_s: float | None
 
@@ -164,7 +164,7 @@ def _runs(options: argparse.Namespace) -> Iterator[SimRun]:
 
 def _workloads(
     options: argparse.Namespace,
-) -> Iterator[tuple[str, float | None, int, Sequence[Problem]]]:
+) -> Iterator[tuple[str, float | None, int, Sequence[SimProblem]]]:
     """(name, sigma_w, seed, problems) of everything that --workload, --sigma-w, --seeds name."""
     name, seeds = options.workload, range(options.seeds)
     if name == CHAT:

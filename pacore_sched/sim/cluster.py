@@ -15,7 +15,7 @@ from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
 from pacore_sched.sim.cost_model import CostModel, RooflineCost, StepWork, kv_capacity
 from pacore_sched.sim.machine import MACHINES, Machine
 from pacore_sched.sim.simulator import Record, Replica, Usage
-from pacore_sched.sim.workload import MAX_TOKENS, Problem
+from pacore_sched.sim.workload import MAX_TOKENS, SimProblem
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class SimResult:
     """What happened: a record per rollout, a usage per GPU, and when problems were answered."""
 
     setting: Setting
-    problems: Sequence[Problem]
+    problems: Sequence[SimProblem]
     records: list[Record] = field(default_factory=list)
     answered_s: list[float] = field(default_factory=list)  # of every problem
     usages: list[Usage] = field(default_factory=list)
@@ -67,7 +67,7 @@ class SimResult:
 
 
 def simulate(
-    problems: Sequence[Problem],
+    problems: Sequence[SimProblem],
     setting: Setting,
     on_answer: Callable[[int], None] = lambda problems: None,
 ) -> SimResult:
@@ -115,7 +115,7 @@ def _replica(setting: Setting, result: SimResult, answer: Callable[[int, float],
     return replica
 
 
-def _run(replicas: Sequence[Replica], queue: Sequence[tuple[int, Problem]]) -> None:
+def _run(replicas: Sequence[Replica], queue: Sequence[tuple[int, SimProblem]]) -> None:
     """Let the replica that is behind all others take its next step, until nothing is left."""
     taken = 0
     clocks = [(0.0, index) for index in range(len(replicas))]

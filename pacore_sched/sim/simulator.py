@@ -18,7 +18,7 @@ from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Group, Rollout, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
 from pacore_sched.sim.cost_model import CostModel, StepShape, steps_until
-from pacore_sched.sim.workload import MAX_TOKENS, Problem
+from pacore_sched.sim.workload import MAX_TOKENS, SimProblem
 
 
 @dataclass(slots=True)
@@ -98,7 +98,7 @@ class Run:
     """A problem on its way: its image, which all rounds read, and the ends of the last round."""
 
     number: int
-    problem: Problem
+    problem: SimProblem
     image: Segment | None
     records: dict[Rollout, Record] = field(default_factory=dict)  # of the round that runs
 
@@ -147,7 +147,7 @@ class Replica:
         group = rollout.group
         return self.runs[group.problem].problem.lengths[group.round][rollout.index]
 
-    def submit(self, number: int, problem: Problem) -> None:
+    def submit(self, number: int, problem: SimProblem) -> None:
         """Take on a problem. Raises ValueError if one of its rollouts can never fit."""
         image = Segment(problem.image_tokens) if problem.image_tokens else None
         run = self.runs[number] = Run(number, problem, image)

@@ -19,7 +19,7 @@ import numpy as np
 
 from model.errors import InputError
 from pacore_sched.answers.rounds import round_widths
-from pacore_sched.sim.workload import MAX_TOKENS, Problem
+from pacore_sched.sim.workload import MAX_TOKENS, SimProblem
 
 T = TypeVar("T")
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -66,7 +66,7 @@ def trace_problems(
     sigma_w: float = 0.0,
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
-) -> list[Problem]:
+) -> list[SimProblem]:
     """Every request as a problem: one rollout, or the rounds of `widths`.
 
     Rollouts are as long as the request's output, times exp(N(-sigma_w^2 / 2, sigma_w)), but no
@@ -80,7 +80,7 @@ def trace_problems(
             noise = np.exp(rng.normal(-(sigma_w**2) / 2, sigma_w, width))
             drawn = np.clip(np.rint(request.output_tokens * noise), 1, max_tokens)
             lengths.append(tuple(drawn.astype(int).tolist()))
-        problems.append(Problem(request.arrival_s, 0, request.input_tokens, tuple(lengths)))
+        problems.append(SimProblem(request.arrival_s, 0, request.input_tokens, tuple(lengths)))
     return problems
 
 

@@ -20,7 +20,7 @@ from pacore_sched.answers.journal import Journal, RolloutResult, replace_file
 from tests.support import ROOT
 
 HEADER = {"model": "tiny", "widths": (4, 2), "seed": 0}
-OUTCOME = RolloutResult(
+RESULT = RolloutResult(
     problem="a",
     round=0,
     index=0,
@@ -33,8 +33,8 @@ OUTCOME = RolloutResult(
 )
 
 
-def outcomes_of(count: int, **changes: object) -> list[RolloutResult]:
-    return [replace(OUTCOME, index=index, **changes) for index in range(count)]
+def results_of(count: int, **changes: object) -> list[RolloutResult]:
+    return [replace(RESULT, index=index, **changes) for index in range(count)]
 
 
 @pytest.fixture
@@ -42,41 +42,41 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "results.journal.jsonl"
 
 
-def begin(path: Path, outcomes: list[RolloutResult]) -> None:
+def begin(path: Path, results: list[RolloutResult]) -> None:
     with Journal(path, HEADER, resume=False) as journal:
-        journal.add(outcomes)
+        journal.add(results)
 
 
 def resumed(path: Path, problem: str = "a") -> list[RolloutResult]:
     with Journal(path, HEADER, resume=True) as journal:
-        return journal.outcomes(problem)
+        return journal.results(problem)
 
 
 def test_outcomes_return(path: Path):
     """To the last bit, by round and index, whatever the order in which they ended."""
-    later = replace(OUTCOME, round=1)
-    other = replace(OUTCOME, problem="b", tokens=(1, 2, 3), logprobs=(-0.5, -1e-9, -3.25))
+    later = replace(RESULT, round=1)
+    other = replace(RESULT, problem="b", tokens=(1, 2, 3), logprobs=(-0.5, -1e-9, -3.25))
     with Journal(path, HEADER, resume=False) as journal:
-        journal.add([later, *reversed(outcomes_of(3))])
+        journal.add([later, *reversed(results_of(3))])
         journal.add([other], tokens=True)
-        assert journal.outcomes("a") == [*outcomes_of(3), later]
-        assert journal.outcomes("c") == []
-    assert resumed(path) == [*outcomes_of(3), later]
+        assert journal.results("a") == [*results_of(3), later]
+        assert journal.results("c") == []
+    assert resumed(path) == [*results_of(3), later]
     assert resumed(path, "b") == [other]
 
 
 def test_tokens_are_kept_where_asked_for(path: Path):
-    """A text run's journal is not swelled by token ids; the rest of the outcome is the same."""
-    whole = replace(OUTCOME, tokens=(1, 2), logprobs=(-1.0, -2.0))
+    """A text run's journal is not swelled by token ids; the rest of the result is the same."""
+    whole = replace(RESULT, tokens=(1, 2), logprobs=(-1.0, -2.0))
     begin(path, [whole])
-    assert resumed(path) == [OUTCOME]
+    assert resumed(path) == [RESULT]
     assert "logprobs" not in path.read_text()
 
 
 def test_the_journal_is_readable_jsonl_while_it_is_written(path: Path):
     """Guards what the page says: every line is on its way as soon as it is added."""
     with Journal(path, HEADER, resume=False) as journal:
-        journal.add([OUTCOME])
+        journal.add([RESULT])
         journal.add_answer("a", "4", None)
         journal.add_answer("a", "4", None)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -84,7 +84,7 @@ def test_the_journal_is_readable_jsonl_while_it_is_written(path: Path):
     assert lines[0] == {
         "kind": "header", "format": 1, "model": "tiny", "widths": [4, 2], "seed": 0,
     }  # fmt: skip
-    assert lines[1]["text"] == OUTCOME.text
+    assert lines[1]["text"] == RESULT.text
     with Journal(path, HEADER, resume=True) as journal:
         journal.add_answer("a", "4", None)
     assert len(path.read_text().splitlines()) == 3
@@ -94,21 +94,21 @@ def test_the_journal_is_readable_jsonl_while_it_is_written(path: Path):
 def test_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     """A journal cut off at any byte resumes with all whole lines, and goes on as if uncut."""
     path = tmp_path_factory.mktemp("cut") / "journal.jsonl"
-    begin(path, outcomes_of(3))
+    begin(path, results_of(3))
     whole = path.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:cut])
     left = max(whole[:cut].count(b"\n") - 1, 0)
     with Journal(path, HEADER, resume=True) as journal:
-        assert journal.outcomes("a") == outcomes_of(left)
+        assert journal.results("a") == results_of(left)
         assert journal.rollouts == left
-        journal.add(outcomes_of(3)[left:])
+        journal.add(results_of(3)[left:])
     assert path.read_bytes() == whole
 
 
 def test_damage_in_the_middle_is_named(path: Path):
     """Only the end may be torn: anything else is another hand's work, and stays as it is."""
-    begin(path, outcomes_of(3))
+    begin(path, results_of(3))
     lines = path.read_bytes().splitlines(keepends=True)
     damaged = b"".join([*lines[:2], b'{"kind": "rol\n', *lines[3:]])
     path.write_bytes(damaged)
@@ -116,7 +116,7 @@ def test_damage_in_the_middle_is_named(path: Path):
         resumed(path)
     assert path.read_bytes() == damaged
     path.write_bytes(b"".join([*lines[:3], b"\0\0\0\n"]))  # what a lost page may look like
-    assert resumed(path) == outcomes_of(2)
+    assert resumed(path) == results_of(2)
 
 
 @pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b'{"kind": "rollout"}\n', b"[]\n"])
@@ -131,10 +131,10 @@ def test_no_journal_is_not_touched(path: Path, content: bytes):
 
 def test_nothing_is_overwritten(path: Path):
     """A run that is there is not begun again over itself."""
-    begin(path, [OUTCOME])
+    begin(path, [RESULT])
     with pytest.raises(InputError, match="--resume goes on with it"):
         Journal(path, HEADER, resume=False)
-    assert resumed(path) == [OUTCOME]
+    assert resumed(path) == [RESULT]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_nothing_is_overwritten(path: Path):
 )
 def test_other_settings_are_refused(path: Path, changes: dict, message: str):
     """Half of the results from other settings would be nobody's experiment."""
-    begin(path, [OUTCOME])
+    begin(path, [RESULT])
     with pytest.raises(InputError, match=message):
         Journal(path, HEADER | changes, resume=True)
     with pytest.raises(InputError, match="model 'tiny', which is None now"):
@@ -184,15 +184,15 @@ def disk_of(size: int) -> Iterator[None]:
 def test_a_full_disk(path: Path):
     """What does not fit is taken back whole; what was there is there, and the run goes on later."""
     journal = Journal(path, HEADER, resume=False)
-    journal.add(outcomes_of(2))
+    journal.add(results_of(2))
     good = path.read_bytes()
     with disk_of(len(good) + 50), pytest.raises(InputError, match="the 2 rollouts in it are safe"):
-        journal.add(outcomes_of(4)[2:])
+        journal.add(results_of(4)[2:])
     assert path.read_bytes() == good
     journal.close()
     with Journal(path, HEADER, resume=True) as journal:
-        journal.add(outcomes_of(4)[2:])
-        assert journal.outcomes("a") == outcomes_of(4)
+        journal.add(results_of(4)[2:])
+        assert journal.results("a") == results_of(4)
 
 
 def test_no_space_is_one_line(path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -201,12 +201,12 @@ def test_no_space_is_one_line(path: Path, monkeypatch: pytest.MonkeyPatch):
         with monkeypatch.context() as patch:
             patch.setattr(journal_module.os, "write", full)
             with pytest.raises(InputError) as caught:
-                journal.add([OUTCOME])
+                journal.add([RESULT])
         assert "No space left on device" in str(caught.value)
         assert "--resume" in str(caught.value)
         assert "\n" not in str(caught.value)
-        journal.add([OUTCOME])
-    assert resumed(path) == [OUTCOME]
+        journal.add([RESULT])
+    assert resumed(path) == [RESULT]
 
 
 def full(file: int, data: bytes) -> int:
@@ -217,8 +217,8 @@ def test_a_write_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch):
     """The system may take a part of a write and not be full: the rest follows."""
     write = os.write
     monkeypatch.setattr(journal_module.os, "write", lambda file, data: write(file, data[:10]))
-    begin(path, outcomes_of(2))
-    assert resumed(path) == outcomes_of(2)
+    begin(path, results_of(2))
+    assert resumed(path) == results_of(2)
 
 
 @pytest.mark.cli
@@ -228,13 +228,13 @@ def test_killed(path: Path):
 import os, signal
 from tests.pacore_sched.answers.test_journal import *
 journal = Journal({str(path)!r}, HEADER, resume=False)
-journal.add([OUTCOME])
+journal.add([RESULT])
 os.kill(os.getpid(), signal.SIGKILL)
 """
     root = ROOT
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True)
     assert done.returncode == -9
-    assert resumed(path) == [OUTCOME]
+    assert resumed(path) == [RESULT]
 
 
 def test_the_disk_is_waited_for_now_and_then(path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -243,9 +243,9 @@ def test_the_disk_is_waited_for_now_and_then(path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(journal_module.os, "fsync", lambda file: syncs.append(now[0]))
     with Journal(path, HEADER, resume=False) as journal:
-        for index, outcome in enumerate(outcomes_of(30)):
+        for index, result in enumerate(results_of(30)):
             now[0] = 0.1 * index
-            journal.add([outcome])
+            journal.add([result])
     assert len(syncs) in (3, 4)  # two seconds, with what rounding makes of tenths, and the end
 
 

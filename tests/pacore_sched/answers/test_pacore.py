@@ -75,14 +75,14 @@ def test_rounds_ask_what_they_should(tiny: Step3VL, photo: Views):
     for number, round_ in enumerate(answer.rounds):
         ids = build_prompt(asked, tiny.tokenizer, TINY, [photo])
         assert round_.prompt_tokens == len(ids)
-        for index, outcome in enumerate(round_.rollouts):
-            assert (outcome.round, outcome.index) == (number, index)
-            assert outcome.seed == rollout_seed(4, number, index)
-            options = {"max_tokens": 12, "temperature": 1.0, "seed": outcome.seed}
-            assert list(outcome.tokens) == tiny.generate(ids, [photo], **options)
-            assert outcome.num_tokens == len(outcome.tokens) == len(outcome.logprobs)
-            assert outcome.logprob == sum(outcome.logprobs)
-        asked = round_messages(MESSAGES, [outcome.text for outcome in round_.rollouts])
+        for index, result in enumerate(round_.rollouts):
+            assert (result.round, result.index) == (number, index)
+            assert result.seed == rollout_seed(4, number, index)
+            options = {"max_tokens": 12, "temperature": 1.0, "seed": result.seed}
+            assert list(result.tokens) == tiny.generate(ids, [photo], **options)
+            assert result.num_tokens == len(result.tokens) == len(result.logprobs)
+            assert result.logprob == sum(result.logprobs)
+        asked = round_messages(MESSAGES, [result.text for result in round_.rollouts])
     assert answer.text == compact(answer.rounds[-1].rollouts[0].text)
 
 
@@ -108,11 +108,11 @@ def test_images_behind_the_head(tiny: Step3VL, photo: Views):
     other = replace(photo, image=-photo.image, crops=photo.crops + 1)
     parts = [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
-    (outcome,) = pacore_on(tiny, []).answer(messages, [photo, other]).rounds[0].rollouts
+    (result,) = pacore_on(tiny, []).answer(messages, [photo, other]).rounds[0].rollouts
     ids = build_prompt(messages, tiny.tokenizer, TINY, [photo, other])
-    options = {"max_tokens": 12, "temperature": 1.0, "seed": outcome.seed}
-    assert list(outcome.tokens) == tiny.generate(ids, [photo, other], **options)
-    assert list(outcome.tokens) != tiny.generate(ids, [photo, photo], **options)
+    options = {"max_tokens": 12, "temperature": 1.0, "seed": result.seed}
+    assert list(result.tokens) == tiny.generate(ids, [photo, other], **options)
+    assert list(result.tokens) != tiny.generate(ids, [photo, photo], **options)
 
 
 def test_many_problems_at_once(tiny: Step3VL, photo: Views):
@@ -246,7 +246,7 @@ def test_known_outcomes_are_not_run_again(policy, ahead, pages, max_running, end
     pacore = hashed(policy=policy, ahead=ahead, pages=pages, max_running=max_running)
     resumed = pacore.answers(
         asked(5),
-        known=lambda id: [outcome for outcome in kept if outcome.problem == id],
+        known=lambda id: [result for result in kept if result.problem == id],
         on_rollout=again.append,
     )
     assert by_problem(resumed) == whole
@@ -258,7 +258,7 @@ def test_rollouts_arrive_as_they_end():
     """The callback sees each rollout once, in order of ending; the answer holds all by index."""
     seen: list[RolloutResult] = []
     (answer,) = hashed((6,)).answers(asked(1), on_rollout=seen.append)
-    first = [outcome for outcome in seen if outcome.round == 0]
+    first = [result for result in seen if result.round == 0]
     assert sorted(o.index for o in first) == list(range(6))
     assert [o.num_tokens for o in first] == sorted(o.num_tokens for o in first)
     assert seen[-1] == answer.rounds[1].rollouts[0]
@@ -303,7 +303,7 @@ def test_problems_are_taken_in_as_there_is_room(monkeypatch: pytest.MonkeyPatch)
 def test_synthesis_at_m_of_n():
     """A round goes on with its first messages; cancelled rollouts are told, and pass nothing on."""
     (answer,) = hashed((5,), min_messages=2).answers(asked(1))
-    reasons = [outcome.finish_reason for outcome in answer.rounds[0].rollouts]
+    reasons = [result.finish_reason for result in answer.rounds[0].rollouts]
     assert reasons.count("cancelled") == 3
     cancelled = [o for o in answer.rounds[0].rollouts if o.finish_reason == "cancelled"]
     assert {o.text for o in cancelled} == {""}
@@ -317,12 +317,12 @@ def test_a_round_cut_off_between_its_end_and_its_cancellations():
     before: list[RolloutResult] = []
     pacore = hashed((5,), min_messages=2)
     (whole,) = pacore.answers(asked(1), on_rollout=before.append)
-    kept = [outcome for outcome in before if outcome.finish_reason != "cancelled"][:2]
+    kept = [result for result in before if result.finish_reason != "cancelled"][:2]
     again: list[RolloutResult] = []
     (resumed,) = hashed((5,), min_messages=2).answers(
         asked(1), known=lambda id: kept, on_rollout=again.append
     )
-    assert [outcome.round for outcome in again] == [1]
+    assert [result.round for result in again] == [1]
     assert resumed.text == whole.text
     pairs = zip(resumed.rounds[0].rollouts, whole.rounds[0].rollouts, strict=True)
     assert all((a.index, a.seed, a.text) == (b.index, b.seed, b.text) for a, b in pairs)
@@ -334,7 +334,7 @@ def test_a_resumed_round_waits_for_what_is_missing():
     options = {"min_messages": 2, "max_running": 1}
     (whole,) = hashed((5,), **options).answers(asked(1), on_rollout=before.append)
     (resumed,) = hashed((5,), **options).answers(asked(1), known=lambda id: before[:1])
-    reasons = [outcome.finish_reason for outcome in resumed.rounds[0].rollouts]
+    reasons = [result.finish_reason for result in resumed.rounds[0].rollouts]
     assert reasons.count("cancelled") == 3
     assert resumed.text == whole.text
 
@@ -463,4 +463,4 @@ def test_seeds_are_the_problems_own():
 
 
 def _texts(answer: Answer) -> list[list[str]]:
-    return [[outcome.text for outcome in round_.rollouts] for round_ in answer.rounds]
+    return [[result.text for result in round_.rollouts] for round_ in answer.rounds]

@@ -343,8 +343,8 @@ def test_stopped_by_the_user(call: Call, monkeypatch: pytest.MonkeyPatch, number
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     add = Journal.add
 
-    def stopping(self: Journal, outcomes: list, **options: object) -> None:
-        add(self, outcomes, **options)
+    def stopping(self: Journal, results: list, **options: object) -> None:
+        add(self, results, **options)
         if self.rollouts == 2:
             os.kill(os.getpid(), number)
 

@@ -13,7 +13,7 @@ from pacore_sched.sim.cost_model import StepWork
 from pacore_sched.sim.machine import MACHINES
 from pacore_sched.sim.metrics import metrics_row, timeline, times_to_answer
 from pacore_sched.sim.simulator import Record, Usage
-from pacore_sched.sim.workload import Problem, find_workload
+from pacore_sched.sim.workload import SimProblem, find_workload
 
 NAMES = [
     "workload",
@@ -60,7 +60,7 @@ def result():
         Setting(
             policy="fcfs", gpus=2, max_running=8, machine=replace(MACHINES["h200"], copy_gb_s=100)
         ),
-        [Problem(4.0, 0, 1, ((10, 4, 50), (1,))), Problem(8.0, 0, 1, ((11,),))],
+        [SimProblem(4.0, 0, 1, ((10, 4, 50), (1,))), SimProblem(8.0, 0, 1, ((11,),))],
         records,
         answered_s=[14.0, 20.0],
         usages=[

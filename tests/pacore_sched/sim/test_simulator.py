@@ -17,7 +17,7 @@ from pacore_sched.sim.cluster import Setting, simulate
 from pacore_sched.sim.cost_model import RooflineCost, StepShape, StepWork
 from pacore_sched.sim.machine import Machine
 from pacore_sched.sim.simulator import Replica, SimExecutor, step_shape
-from pacore_sched.sim.workload import Problem
+from pacore_sched.sim.workload import SimProblem
 
 # Slow enough for overhead, bytes and FLOPs to matter alike at these sizes.
 MACHINE = Machine("toy", copy_gb_s=10, gemm_tflop_s=0.01, memory_bytes=1e9, workspace_bytes=0)
@@ -31,7 +31,7 @@ def problems(count, seed=0, widths=(5, 3), spacing=0.0, image=20):
     """Problems of every length from 1 to 200 tokens."""
     rng = np.random.default_rng(seed)
     return [
-        Problem(
+        SimProblem(
             number * spacing,
             image,
             int(rng.integers(1, 40)),
@@ -94,10 +94,10 @@ def plain_shape(running, prompts, chunks):
     return StepShape(len(running) + sum(chunks), len(running), shared, unshared, pairs)
 
 
-def ends_of(outcome):
+def ends_of(result):
     """(problem, round, length) -> ends, ascending, of all its rollouts."""
     found = {}
-    for record in outcome.records:
+    for record in result.records:
         key = record.problem, record.round, record.length
         found[key] = sorted([*found.get(key, []), record.ended_s])
     return found
@@ -158,11 +158,11 @@ def test_skipping_changes_nothing_when_memory_is_short(policy, monkeypatch):
 def test_every_rollout_ends_once(policy, gpus):
     """Guards conservation: all tokens of all rounds, one round after the other, answers last."""
     work = problems(8, spacing=0.05)
-    outcome = simulate(work, replace(TIGHT, policy=policy, gpus=gpus))
-    assert len(outcome.records) == sum(len(r) for p in work for r in p.lengths)
-    assert sum(r.length for r in outcome.records) == sum(p.tokens for p in work)
+    result = simulate(work, replace(TIGHT, policy=policy, gpus=gpus))
+    assert len(result.records) == sum(len(r) for p in work for r in p.lengths)
+    assert sum(r.length for r in result.records) == sum(p.tokens for p in work)
     for number, problem in enumerate(work):
-        records = [r for r in outcome.records if r.problem == number]
+        records = [r for r in result.records if r.problem == number]
         assert sorted((r.round, r.length) for r in records) == sorted(
             (turn, n) for turn, lengths in enumerate(problem.lengths) for n in lengths
         )
@@ -170,8 +170,8 @@ def test_every_rollout_ends_once(policy, gpus):
             assert problem.arrival_s <= record.submitted_s < record.first_s <= record.ended_s
             before = [r.ended_s for r in records if r.round == record.round - 1]
             assert record.submitted_s >= max(before, default=0.0)
-        assert outcome.answered_s[number] == max(r.ended_s for r in records)
-    assert not any(record.cancelled for record in outcome.records)
+        assert result.answered_s[number] == max(r.ended_s for r in records)
+    assert not any(record.cancelled for record in result.records)
 
 
 def replica_over(work, **changes):
@@ -204,7 +204,7 @@ def test_pages_come_back():
 def test_an_image_is_prefilled_once_and_cancelled_rollouts_leave_no_message():
     """Guards what later rounds write: no image again, and a message per rollout that ended."""
     lengths = ((30, 50, 90, 130), (10,))
-    problem = Problem(0.0, 20, 12, lengths, template_tokens=3, message_tokens=40)
+    problem = SimProblem(0.0, 20, 12, lengths, template_tokens=3, message_tokens=40)
     for share, messages in ((1.0, 30 + 40 + 40 + 40), (0.5, 30 + 40)):
         replica, answers = replica_over([problem], need_share=share)
         while replica.step():
@@ -263,9 +263,9 @@ def test_pages_kept_free_are_no_reason_to_schedule_every_step():
 def test_idle_until_the_next_arrival():
     """Guards the clock between problems: work starts when it arrives, not when the last ended."""
     work = problems(3, spacing=1000.0)
-    outcome = simulate(work, SMALL)
+    result = simulate(work, SMALL)
     alone = simulate([replace(work[2], arrival_s=0.0)], SMALL)
-    assert outcome.answered_s[2] - 2000 == pytest.approx(alone.answered_s[0], rel=1e-9)
+    assert result.answered_s[2] - 2000 == pytest.approx(alone.answered_s[0], rel=1e-9)
 
 
 def test_what_never_fits_is_refused():
@@ -309,12 +309,12 @@ def test_step_shape_of_a_rollout_taken_up_again():
 def test_usage_counts_what_steps_moved():
     """Guards MBU: bytes of a lone rollout are its weights and its KV, step by step."""
     work = StepWork(TINY.decoder)
-    problem = Problem(0.0, 0, 1, ((5,),))
-    outcome = simulate([problem], replace(SMALL, cost=RooflineCost(work, MACHINE)))
+    problem = SimProblem(0.0, 0, 1, ((5,),))
+    result = simulate([problem], replace(SMALL, cost=RooflineCost(work, MACHINE)))
     shapes = [StepShape(1, 1, tokens, tokens, tokens) for tokens in range(1, 6)]
-    assert outcome.usages[0].bytes == sum(map(work.bytes, shapes))
-    assert outcome.usages[0].flops == sum(map(work.flops, shapes))
-    assert outcome.usages[0].bytes_saved == 0
+    assert result.usages[0].bytes == sum(map(work.bytes, shapes))
+    assert result.usages[0].flops == sum(map(work.flops, shapes))
+    assert result.usages[0].bytes_saved == 0
 
 
 @pytest.mark.parametrize("num_pages", [None, 80])

@@ -11,7 +11,7 @@ from model.errors import InputError
 from pacore_sched.sim.trace import read_trace, trace_problems
 from pacore_sched.sim.workload import (
     WORKLOADS,
-    Problem,
+    SimProblem,
     bursty_arrivals,
     chat_requests,
     clipped_mean,
@@ -82,7 +82,7 @@ def test_clipped_mean_by_sampling():
 
 def test_synthesis_prompt_grows_with_messages():
     """Guards later rounds' prefill: the question, and a message of each rollout that ended."""
-    problem = Problem(0.0, 800, 100, ((1000, 20), (5,)), template_tokens=50, message_tokens=300)
+    problem = SimProblem(0.0, 800, 100, ((1000, 20), (5,)), template_tokens=50, message_tokens=300)
     assert problem.prompt_tokens() == 100
     assert problem.prompt_tokens([1000, 20]) == 100 + 50 + 300 + 20
     assert problem.tokens == 1025
@@ -124,7 +124,7 @@ def test_azure_trace(tmp_path):
         (0.0, 374, 44),
         (1.0, 4808, 10),
     ]
-    assert trace_problems(requests)[1] == Problem(1.0, 0, 4808, ((10,),))
+    assert trace_problems(requests)[1] == SimProblem(1.0, 0, 4808, ((10,),))
 
 
 def test_mooncake_trace(tmp_path):
