@@ -1,4 +1,4 @@
-"""`python -m pacore_sched COMMAND`: PaCoRe answers, from one question to a simulated cluster."""
+"""`python -m pacore_sched COMMAND`: answer questions with PaCoRe, or simulate its scheduling."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,13 @@ from model.terminal import Parser, dispatch, run_command
 COMMANDS = {
     "ask": ("pacore_sched.cli.ask", "answer one question"),
     "batch": ("pacore_sched.cli.batch", "answer the questions of a file"),
-    "sample": ("pacore_sched.cli.sample", "several samples for every prompt of a file"),
-    "simulate": ("pacore_sched.cli.simulate", "compare policies on a simulated machine"),
+    "sample": ("pacore_sched.cli.sample", "draw several samples for every prompt of a file"),
+    "simulate": ("pacore_sched.cli.simulate", "compare scheduling policies on simulated GPUs"),
 }
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m pacore_sched") -> int:
-    """Run the command; its exit code."""
+    """Run the command and return its exit code."""
     return dispatch(Parser(prog=prog, description=__doc__), COMMANDS, argv)
 
 

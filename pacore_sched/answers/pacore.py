@@ -1,11 +1,11 @@
-"""PaCoRe over one engine: the rounds of many problems at once, each on its own way to its answer.
+"""PaCoRe on one engine: many problems at once, each going through its rounds independently.
 
     for each width: prompt -> rollouts in parallel -> compacted messages -> the next round's prompt
 
-A problem's next round is submitted in the very step in which its last round is done; the engine
-mixes it with whatever else there is. The images stand first in every round's prompt, in a segment
-of their own that is encoded and prefilled once for all rounds. A problem that fails, by a prompt
-that is too long or a broken image, fails alone.
+A problem's next round is submitted in the same step in which its current round ends, and the engine
+batches it with all other work. Images come first in every round's prompt, in a separate segment
+that is encoded and prefilled once for all rounds. A failed problem, for example one with a prompt
+that is too long or a broken image, does not affect the others.
 """
 
 from collections import deque
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from model.step3vl import Step3VL
     from model.vision.image import Views
 
-AHEAD = 1024  # rollouts submitted at a time, at least: policies choose among them
-IMAGES_AHEAD = 4  # problems whose images are read before their turn comes
+AHEAD = 1024  # unfinished rollouts submitted at a time, at least: policies choose among them
+IMAGES_AHEAD = 4  # problems whose images are read before they are submitted
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round as it happened, its rollouts by index."""
+    """The results of one round; rollouts are ordered by index."""
 
     prompt_tokens: int
     rollouts: tuple[RolloutResult, ...]
@@ -49,10 +49,10 @@ class Round:
 
 @dataclass(frozen=True)
 class Answer:
-    """How a problem ended: `text` is the compacted message of the synthesis, "" without one.
+    """The result of a problem. `text` is the message of the synthesis, "" without a synthesis.
 
-    `error` says why there is no answer: what was wrong with the problem, and then its last rounds
-    are missing, or that all rollouts of the last round failed.
+    `error` says why there is no answer: either the problem is invalid, and its remaining rounds are
+    missing from `rounds`, or all rollouts of the last round failed.
     """
 
     problem: str
@@ -62,7 +62,7 @@ class Answer:
 
 
 class Pacore:
-    """Answers problems, any number of them at once, on an engine."""
+    """Answers any number of problems at once on an engine."""
 
     def __init__(
         self,
@@ -76,14 +76,14 @@ class Pacore:
         min_messages: int | None = None,
         synthesis: bool = True,
     ) -> None:
-        """`widths` are the exploring rounds'; a last round of one rollout follows them, unless
-        `synthesis` is false. With `min_messages` an exploring round is done when so many of its
-        rollouts have ended; the others are cancelled.
+        """`widths` are those of the exploring rounds; unless `synthesis` is false, a last round of
+        one rollout follows. With `min_messages`, an exploring round ends when that many of its
+        rollouts have ended, and the others are cancelled.
 
         Raises InputError if `min_messages` is not positive.
         """
         if min_messages is not None and min_messages < 1:
-            raise InputError(f"at least one message must be waited for, not {min_messages}")
+            raise InputError(f"a round must wait for at least one message, not {min_messages}")
         self.model, self.engine = model, engine
         widths = round_widths(widths) if synthesis else tuple(widths)
         needs = [min(min_messages or width, width) for width in widths]
@@ -92,7 +92,7 @@ class Pacore:
 
     @property
     def prefix_tokens_saved(self) -> int:
-        """Prompt tokens whose KV rollouts found, less those that were prefilled: over all time."""
+        """Prompt tokens whose KV rollouts reused, minus those prefilled, since the engine began."""
         counts = self.engine.scheduler.counts
         return counts.prefix_hits - counts.prefilled
 
@@ -104,10 +104,10 @@ class Pacore:
         on_rollout: Callable[[RolloutResult], None] = lambda result: None,
         on_step: Callable[[int], None] = lambda tokens: None,
     ) -> Answer:
-        """The answer to one conversation whose image parts are `views`, in order.
+        """The answer to one conversation; `views` are the images of its image parts, in order.
 
-        Raises InputError for a prompt that leaves no room in the model's context, or whose KV
-        cannot fit into memory.
+        Raises InputError for a prompt that fills the model's context or whose KV cannot fit into
+        memory.
         """
         problem = Problem(messages, (lambda: views) if views else None)
         (answer,) = self.answers([problem], on_rollout=on_rollout, on_step=on_step)
@@ -123,13 +123,13 @@ class Pacore:
         on_rollout: Callable[[RolloutResult], None] = lambda result: None,
         on_step: Callable[[int], None] = lambda tokens: None,
     ) -> Iterator[Answer]:
-        """Answers as they come. Problems are taken in as the engine has room for them.
+        """Yield answers as problems end. New problems are read when the engine has room for them.
 
-        known: what ended in an earlier run, by the problem's id: it is not run again
-        on_rollout: called for every other rollout as it ends
-        on_step: called after every step with the number of tokens generated by it
+        known: maps a problem's id to rollouts that ended in an earlier run; they are not run again
+        on_rollout: called with every other rollout's result when it ends
+        on_step: called after every step with the number of tokens that it generated
 
-        Whoever stops early, by an exception from a callback too, leaves an engine without work.
+        If the caller stops early, or a callback raises, all work left in the engine is cancelled.
         """
         with closing(self.steps(problems, known, on_rollout, on_step)) as steps:
             for answers in steps:
@@ -142,24 +142,24 @@ class Pacore:
         on_rollout: Callable[[RolloutResult], None] = lambda result: None,
         on_step: Callable[[int], None] = lambda tokens: None,
     ) -> Generator[list[Answer], None, None]:
-        """`answers` one step of the engine at a time, each with the answers that it has led to."""
+        """As `answers`, but yields once per engine step: the answers that the step completed."""
         arrivals = _Arrivals(self, problems, known)
         live: dict[Group, ProblemRun] = {}
         try:
             while True:
                 answers: list[Answer] = []
-                for run in self._admitted(arrivals, live):
-                    answers += self._proceed(run, live)
-                if not live:  # nor has anybody else come
+                for run in self._starting(arrivals, live):
+                    answers += self._submit_round(run, live)
+                if not live:  # and no further problem has arrived
                     yield answers
                     return
                 stats = self.engine.stats
                 generated = stats.generated
-                done = self._note(self.engine.step(), live, on_rollout)
+                done = self._take(self.engine.step(), live, on_rollout)
                 on_step(stats.generated - generated)
                 for group in done:
-                    answers += self._proceed(live.pop(group), live)
-                answers += self._broken(live)
+                    answers += self._submit_round(live.pop(group), live)
+                answers += self._failed_images(live)
                 yield answers
         finally:
             arrivals.close()
@@ -167,18 +167,18 @@ class Pacore:
                 self.engine.cancel(group)
                 run.release()
 
-    def _admitted(
+    def _starting(
         self, arrivals: "_Arrivals", live: dict[Group, ProblemRun]
     ) -> Iterator[ProblemRun]:
-        """Problems that are to start now: as long as there is room, and the next one is ready."""
-        room = max(AHEAD, 2 * self.engine.scheduler.max_running)
-        while not arrivals.over and sum(run.pending for run in live.values()) < room:
+        """Yield the problems that start now, while there is room and the next one is ready."""
+        max_pending = max(AHEAD, 2 * self.engine.scheduler.max_running)
+        while not arrivals.empty and sum(run.pending for run in live.values()) < max_pending:
             if live and not arrivals.ready():
                 return
             yield arrivals.take()
 
-    def _proceed(self, run: ProblemRun, live: dict[Group, ProblemRun]) -> Iterator[Answer]:
-        """Submit a problem's next round; its answer, if there is none or it fails."""
+    def _submit_round(self, run: ProblemRun, live: dict[Group, ProblemRun]) -> Iterator[Answer]:
+        """Submit a problem's next round. Yields its answer if no round is left or this fails."""
         try:
             group = run.next_round()
         except InputError as error:
@@ -191,8 +191,8 @@ class Pacore:
         else:
             live[group] = run
 
-    def _broken(self, live: dict[Group, ProblemRun]) -> Iterator[Answer]:
-        """End the problems whose images cannot be encoded."""
+    def _failed_images(self, live: dict[Group, ProblemRun]) -> Iterator[Answer]:
+        """End the problems whose images cannot be encoded; yields their answers."""
         for group in [group for group, run in live.items() if run.error]:
             run = live.pop(group)
             answer = self._answer(run, run.error)
@@ -200,13 +200,13 @@ class Pacore:
             run.release()
             yield answer
 
-    def _note(
+    def _take(
         self,
         ended: Iterable[Rollout],
         live: dict[Group, ProblemRun],
         on_rollout: Callable[[RolloutResult], None],
     ) -> list[Group]:
-        """Take in the rollouts of a step; the groups that are done by them."""
+        """Record the rollouts that ended in a step; returns the groups that they complete."""
         done = []
         for rollout in ended:
             run = live[rollout.group]
@@ -225,7 +225,7 @@ class Pacore:
 
 
 class EngineOptions(TypedDict, total=False):
-    """What `engine_for` passes on to Engine, which says what it is."""
+    """The options that `engine_for` passes to Engine, where they are documented."""
 
     policy: LaterRoundFirst | str
     token_budget: int
@@ -243,22 +243,22 @@ def engine_for(
     max_running: int = 256,
     **options: Unpack[EngineOptions],
 ) -> Engine[ModelExecutor]:
-    """An engine on a model.
+    """An engine for a model.
 
-    kv_dtype: of the KV pages: the model's, or torch.float8_e4m3fn
-    kv_tokens: of which there is room for KV; the default is what free memory has
-    most_tokens: no more of them than these, then
-    max_running: rollouts that decode at once
+    kv_dtype: dtype of the KV pages; default: the model's; torch.float8_e4m3fn halves them
+    kv_tokens: capacity of the KV cache; default: what fits in free memory
+    most_tokens: upper limit of that default
+    max_running: rollouts that decode at the same time
 
-    Raises InputError if there is no memory for the KV.
+    Raises InputError if there is not enough memory for the KV.
     """
     num_pages = cdiv(kv_tokens, PAGE_SIZE) if kv_tokens else None
     if num_pages:
         size = num_pages * page_bytes(model.config.decoder, kv_dtype or model.dtype)
         if size > (free := free_bytes(model.device)):
             raise InputError(
-                f"no memory for the KV of {kv_tokens} tokens: it needs {size / 1e9:.2f} GB,"
-                f" {free / 1e9:.2f} GB are free"
+                f"not enough memory for the KV of {kv_tokens} tokens: it needs"
+                f" {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
             )
     executor = ModelExecutor(
         model,
@@ -273,7 +273,7 @@ def engine_for(
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """A model's tokens as bytes. Its tokenizer is loaded when asked for: GPU nodes may lack one."""
+    """A model's tokens as bytes. Loads the tokenizer on first use: a GPU node may have none."""
 
     model: "Step3VL"
 
@@ -282,7 +282,7 @@ class _Vocabulary:
 
 
 class _Arrivals:
-    """The problems that have not started yet; the images of the first few are being read."""
+    """The queue of problems that have not started; the first few problems' images are loading."""
 
     def __init__(
         self,
@@ -297,16 +297,16 @@ class _Arrivals:
         self._fill()
 
     @property
-    def over(self) -> bool:
+    def empty(self) -> bool:
         return not self._queue
 
     def ready(self) -> bool:
-        """Whether `take` would not wait."""
+        """Whether `take` returns a problem whose images are loaded."""
         loading = self._queue[0][1]
         return loading is None or loading.done()
 
     def take(self) -> ProblemRun:
-        """The next problem, its images read."""
+        """Remove the next problem from the queue; its images may still be loading."""
         run, loading = self._queue.popleft()
         if loading is not None:
             run.set_images(loading)
@@ -324,5 +324,5 @@ class _Arrivals:
             number, problem = arrival
             pacore, known = self._pacore, self._known(problem.id)
             run = ProblemRun(pacore.model, pacore.engine, pacore.settings, problem, number, known)
-            load = problem.load if not run.over else None
+            load = problem.load if not run.finished else None
             self._queue.append((run, self._threads.submit(load) if load else None))

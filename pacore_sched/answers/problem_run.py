@@ -1,7 +1,7 @@
-"""One problem on its way: what its next round is asked, and what has come of those before.
+"""The state of one problem between rounds: finished rounds, and the next round's prompt.
 
-A round is an entry of `Settings.widths`. It is done when as many of its rollouts have ended as
-`needs` says; those that had not by then are cancelled, and pass nothing on.
+A round is an entry of `Settings.widths`. It ends when as many of its rollouts have ended as `needs`
+says; the others are cancelled and have no message.
 """
 
 import random
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Problem:
     """A conversation to be answered.
 
-    `id` goes into the seeds of the rollouts if there is one. `load`, called once and in another
-    thread, gives the images of the conversation's image parts, in order; it may raise InputError.
+    A non-empty `id` is part of the rollouts' seeds. `load` returns the images of the conversation's
+    image parts, in order; it is called once, in another thread, and may raise InputError.
     """
 
     messages: Sequence[dict]
@@ -43,7 +43,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for all problems; `widths` and `needs` have an entry per round."""
+    """Settings that all problems share; `widths` and `needs` have an entry per round."""
 
     widths: Sequence[int]
     needs: Sequence[int]
@@ -54,13 +54,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Of an image, what its place in a prompt depends on: the pixels are not kept."""
+    """The part of an image that its prompt tokens depend on; the pixels are not kept."""
 
     newlines: tuple[bool, ...]
 
 
 class ProblemRun:
-    """A problem between rounds. `rounds` are those that are done, each its results by index."""
+    """A problem and its progress. `rounds` holds the finished rounds, each its results by index."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class ProblemRun:
         number: int,
         known: Iterable[RolloutResult] = (),
     ) -> None:
-        """`number` counts problems as they arrive; `known` are results of an earlier run."""
+        """`number` counts problems in order of arrival; `known` are results of an earlier run."""
         self.id, self.number = problem.id, number
         self.rounds: list[list[RolloutResult]] = []
         self.pending = 0  # rollouts of the current round that have not ended
@@ -84,12 +84,12 @@ class ProblemRun:
         self._head_ids: list[int] = []
         self._known = {(result.round, result.index): result for result in known}
         self._current: dict[int, RolloutResult] = {}
-        self._on_end = ExitStack()  # of the current round
+        self._on_end = ExitStack()  # closes the current round's span
         self._begin_round()
 
     @property
-    def over(self) -> bool:
-        """Whether all rounds are done."""
+    def finished(self) -> bool:
+        """Whether all rounds have ended."""
         return len(self.rounds) == len(self._settings.widths)
 
     @property
@@ -99,15 +99,15 @@ class ProblemRun:
         return f"the images cannot be encoded: {error}" if error else None
 
     def set_images(self, images: Future) -> None:
-        """Where the images are: `next_round` waits for them, and raises what they raised."""
+        """Set the future that loads the images: `next_round` waits for it and raises its error."""
         self._images = images
 
     def next_round(self) -> Group | None:
-        """Submit what is missing of the current round; None if there is no round left.
+        """Submit the missing rollouts of the current round; None if no round is left.
 
-        Raises InputError if the images or the prompt cannot be used, or never fit.
+        Raises InputError if the images or the prompt are invalid or can never fit.
         """
-        if self.over:
+        if self.finished:
             return None
         self._encode()
         ids = self._prompt()
@@ -118,7 +118,7 @@ class ProblemRun:
             self._path(ids),
             ids[-1],
             {i: rollout_seed(settings.seed, number, i, self.id) for i in missing},
-            self._fitting(len(ids)),
+            self._sampling(len(ids)),
             problem=self.number,
             round=number,
             need=settings.needs[number] - self._ended(),
@@ -128,10 +128,10 @@ class ProblemRun:
         return group
 
     def take(self, rollout: Rollout) -> RolloutResult:
-        """Note that a rollout of the current round has ended."""
+        """Record that a rollout of the current round has ended."""
         reason = rollout.finish_reason
         assert reason is not None
-        passes_on = reason in ("stop", "length")
+        has_message = reason in ("stop", "length")
         result = RolloutResult(
             problem=self.id,
             round=len(self.rounds),
@@ -139,7 +139,7 @@ class ProblemRun:
             seed=rollout.seed,
             prompt_tokens=rollout.group.prompt_tokens,
             finish_reason=reason,
-            text=self._engine.text(rollout) if passes_on else "",
+            text=self._engine.text(rollout) if has_message else "",
             num_tokens=len(rollout.tokens),
             logprob=sum(rollout.logprobs),
             tokens=tuple(rollout.tokens),
@@ -153,14 +153,14 @@ class ProblemRun:
         return result
 
     def release(self) -> None:
-        """Give back what is held from round to round."""
+        """Release the KV and image features that are kept between rounds."""
         if self._head is not None:
             self._engine.scheduler.drop(self._head)
         self._head = self._features = None
         self._on_end.close()
 
     def _begin_round(self) -> None:
-        """Take what is known of the current round, and of those after it while that is enough."""
+        """Start the current round from known results; end it at once if they are enough."""
         number = len(self.rounds)
         if number < len(self._settings.widths):
             known = (self._known.get((number, i)) for i in range(self._settings.widths[number]))
@@ -169,11 +169,11 @@ class ProblemRun:
                 self._end_round()
 
     def _end_round(self) -> None:
-        """Close the current round; rollouts that nothing is known of were cancelled."""
+        """Close the current round; rollouts without a result count as cancelled."""
         number, settings = len(self.rounds), self._settings
-        some = next(iter(self._current.values()))
+        sibling = next(iter(self._current.values()))
         cancelled = replace(
-            some, finish_reason="cancelled", text="", num_tokens=0, logprob=0.0,
+            sibling, finish_reason="cancelled", text="", num_tokens=0, logprob=0.0,
             tokens=(), logprobs=(),
         )  # fmt: skip
         self.rounds.append(
@@ -190,11 +190,11 @@ class ProblemRun:
         self._begin_round()
 
     def _ended(self) -> int:
-        """Rollouts of the current round that have ended by themselves."""
+        """The number of rollouts of the current round that ended without being cancelled."""
         return sum(o.finish_reason != "cancelled" for o in self._current.values())
 
     def _encode(self) -> None:
-        """Encode the images, the first time: from then on only their layout is needed."""
+        """Encode the images on the first call; afterwards only their layout is needed."""
         if self._images is None:
             return
         views, self._images = self._images.result(), None
@@ -203,14 +203,14 @@ class ProblemRun:
 
     def _prompt(self) -> list[int]:
         """The ids of the current round's prompt."""
-        asked = self._messages
+        messages = self._messages
         if self.rounds:
             texts = [result.text for result in self.rounds[-1]]
-            asked = round_messages(asked, texts, template=self._settings.template)
-        return build_prompt(asked, self._model.tokenizer, self._model.config, self._layouts)
+            messages = round_messages(messages, texts, template=self._settings.template)
+        return build_prompt(messages, self._model.tokenizer, self._model.config, self._layouts)
 
     def _path(self, ids: list[int]) -> list[Segment]:
-        """The prompt's segments but for its last token: the images that open it, and the rest."""
+        """The prompt's segments without its last token: the leading images, then the rest."""
         tokens, executor = self._model.config.tokens, self._engine.executor
         if self._features is None:
             return [executor.segment(ids[:-1])]
@@ -220,13 +220,13 @@ class ProblemRun:
             self._head = executor.segment(ids[:head], self._features)
             self._engine.scheduler.keep(self._head)
         head = len(self._head_ids)
-        if ids[:head] != self._head_ids:  # a chat template that rewrites what it has said
+        if ids[:head] != self._head_ids:  # the chat template changed the earlier turns
             return [executor.segment(ids[:-1], self._features)]
-        first = self._head_ids.count(tokens.im_patch)
-        return [self._head, executor.segment(ids[head:-1], self._features, first)]
+        first_patch = self._head_ids.count(tokens.im_patch)
+        return [self._head, executor.segment(ids[head:-1], self._features, first_patch)]
 
-    def _fitting(self, prompt_tokens: int) -> Sampling:
-        """The sampling options, with max_tokens cut to what the context leaves room for."""
+    def _sampling(self, prompt_tokens: int) -> Sampling:
+        """The sampling options, with max_tokens limited to the rest of the context."""
         sampling, context = self._settings.sampling, self._model.config.decoder.max_positions
         if prompt_tokens >= context:
             raise InputError(f"the prompt has {prompt_tokens} tokens, the context is {context}")
@@ -234,7 +234,7 @@ class ProblemRun:
 
 
 def rollout_seed(seed: int, number: int, index: int, problem: str = "") -> int:
-    """The seed of rollout `index` in round `number`: the same whatever the widths are, and the
-    other problems. Different for every `problem` that has an id."""
+    """The seed of rollout `index` in round `number`. It does not depend on the widths or on other
+    problems, and differs between problems with different ids."""
     name = f"{seed}/{number}/{index}"
     return random.Random(f"{name}/{problem}" if problem else name).getrandbits(63)

@@ -1,4 +1,4 @@
-"""`python -m pacore_sched ask QUESTION`: one question, answered by PaCoRe."""
+"""`python -m pacore_sched ask QUESTION`: answer one question with PaCoRe."""
 
 import argparse
 import json
@@ -25,16 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The `ask` command; 1 if it found no answer. Raises InputError for what is wrong with it."""
+    """The `ask` command; returns 1 if there is no answer. Raises InputError for invalid options."""
     widths = parse_widths(options.widths)
     template = load_template(options.template) if options.template else None
     shared.check_sampling(options)
     if not options.question.strip():
         raise InputError("the question is empty")
-    photos = [load_image(path) for path in options.image]
+    images = [load_image(path) for path in options.image]
     model = shared.load_model(options)
     sampling = shared.sampling_for(options, model.config.sampling)
-    views = shared.views_of(photos, model) if photos else []
+    views = shared.views_of(images, model) if images else []
     content = [{"type": "image"} for _ in views] + [{"type": "text", "text": options.question}]
     engine = shared.make_engine(options, model, problems=1, width=max(round_widths(widths)))
     pacore = Pacore(model, engine, widths, sampling, seed=options.seed, template=template)
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def report(pacore: Pacore, answer: Answer, seconds: float) -> dict:
-    """The JSON document of `ask`."""
+    """The JSON document that `ask --json` prints."""
     stats = pacore.engine.stats
     return {
         "answer": answer.text,
@@ -70,12 +70,12 @@ def report(pacore: Pacore, answer: Answer, seconds: float) -> dict:
                 "prompt_tokens": round_.prompt_tokens,
                 "rollouts": [
                     {
-                        "text": result.text,
-                        "tokens": result.num_tokens,
-                        "seed": result.seed,
-                        "finish_reason": result.finish_reason,
+                        "text": rollout.text,
+                        "tokens": rollout.num_tokens,
+                        "seed": rollout.seed,
+                        "finish_reason": rollout.finish_reason,
                     }
-                    for result in round_.rollouts
+                    for rollout in round_.rollouts
                 ],
             }
             for round_ in answer.rounds
@@ -89,7 +89,7 @@ def report(pacore: Pacore, answer: Answer, seconds: float) -> dict:
 
 
 def print_rollout(result: RolloutResult, *, last: bool) -> None:
-    """One rollout, with the message that it passes on if that is not the whole text."""
+    """Print one rollout, and its message if that is not the whole text."""
     name = "synthesis" if last else f"round {result.round + 1}, rollout {result.index + 1}"
     print(f"--- {name}: {result.num_tokens} tokens, {result.finish_reason}", flush=True)
     print(result.text.strip(), flush=True)
@@ -98,6 +98,7 @@ def print_rollout(result: RolloutResult, *, last: bool) -> None:
 
 
 def print_answer(pacore: Pacore, answer: Answer, seconds: float) -> None:
+    """Print the answer, the speed, and what sharing the prompts saved."""
     stats = pacore.engine.stats
     rollouts = sum(len(round_.rollouts) for round_ in answer.rounds)
     print(f"=== answer\n{answer.text.strip()}")

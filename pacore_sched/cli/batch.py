@@ -1,6 +1,6 @@
-"""`python -m pacore_sched batch FILE`: PaCoRe's answers to all questions of a JSONL file.
+"""`python -m pacore_sched batch FILE`: answer all questions of a JSONL file with PaCoRe.
 
-A line of the file is {"question": ...} or {"messages": [...]}, with "id" and "images" if need be
+A line of the file is {"question": ...} or {"messages": [...]}, optionally with "id" and "images"
 (answers/questions.py). A line of the output is a problem: its answer, or why there is none, and
 every rollout of every round.
 """
@@ -19,18 +19,18 @@ from pacore_sched.cli.jobs import Job, ProblemResult, add_job_options, run_job, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("questions", help="JSONL file, a question per line")
+    parser.add_argument("questions", help="JSONL file with one question per line")
     shared.add_pacore_options(parser)
     parser.add_argument(
         "--min-messages",
         type=int,
-        help="go on to the next round when so many of a round's rollouts have ended; default: all",
+        help="start the next round when this many of a round's rollouts have ended; default: all",
     )
-    add_job_options(parser, "a problem")
+    add_job_options(parser, "one problem")
 
 
 def run(options: argparse.Namespace) -> int:
-    """The `batch` command; 1 if a problem failed, 130 if it was stopped."""
+    """The `batch` command; returns 1 if a problem failed, 130 if the run was stopped."""
     widths = parse_widths(options.widths)
     template = load_template(options.template) if options.template else None
     settings = {
@@ -50,26 +50,26 @@ def run(options: argparse.Namespace) -> int:
 
 
 def result_line(
-    question: Question, ending: ProblemResult, results: Sequence[RolloutResult]
+    question: Question, result: ProblemResult, rollouts: Sequence[RolloutResult]
 ) -> dict:
-    """A problem's line of the output; `results` by round and index."""
-    rounds = [list(group) for _, group in groupby(results, lambda result: result.round)]
+    """A problem's output line; `rollouts` are ordered by round and index."""
+    rounds = [list(group) for _, group in groupby(rollouts, lambda rollout: rollout.round)]
     return {
         "id": question.id,
-        "answer": ending.text,
-        "failed": ending.error is not None,
-        "error": ending.error,
+        "answer": result.text,
+        "failed": result.error is not None,
+        "error": result.error,
         "rounds": [
             {
                 "prompt_tokens": round_[0].prompt_tokens,
                 "rollouts": [
                     {
-                        "text": result.text,
-                        "tokens": result.num_tokens,
-                        "seed": result.seed,
-                        "finish_reason": result.finish_reason,
+                        "text": rollout.text,
+                        "tokens": rollout.num_tokens,
+                        "seed": rollout.seed,
+                        "finish_reason": rollout.finish_reason,
                     }
-                    for result in round_
+                    for rollout in round_
                 ],
             }
             for round_ in rounds

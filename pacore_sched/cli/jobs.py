@@ -1,10 +1,10 @@
-"""A file of questions through the engine into a file of results: what `batch` and `sample` share.
+"""The run from a question file to a results file that `batch` and `sample` share.
 
-While it runs, everything that has ended is in the journal beside the output (answers/journal.py):
-JSONL, to be read at any time. The output itself is written from the journal at the very end, in the
-order of the questions, and holds nothing that depends on time: rollouts say the same whether the
-run was disturbed and resumed or not. (Log-probabilities may round otherwise beside other rollouts;
-with --min-messages, which rollouts a round still waited for is a matter of what ran beside them.)
+During the run, finished rollouts are in the journal next to the output (answers/journal.py), a
+JSONL file that can be read at any time. The output is written from the journal at the end, in the
+order of the questions, and does not depend on timing: an interrupted and resumed run gives the same
+texts. (Log-probabilities may round differently in other batches; with --min-messages, which
+rollouts are cancelled depends on what else was running.)
 """
 
 import argparse
@@ -36,11 +36,12 @@ SHOWN_FAILURES = 10
 
 @dataclass(frozen=True)
 class Job:
-    """What a command makes of the questions.
+    """The parts of a run that differ between `batch` and `sample`.
 
+    name: the command
     width: rollouts of a problem's widest round
-    settings: what the results depend on besides the options of sampling and model
-    line: a question, its ProblemResult and its rollouts -> the object that is its line of the output
+    settings: what the results depend on, other than sampling and model options
+    line: from a question, its ProblemResult and its rollouts to the object in its output line
     keep_tokens: whether the journal holds every token and its log-probability
     """
 
@@ -54,7 +55,7 @@ class Job:
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """How a problem ended."""
+    """A problem's answer, or why there is none."""
 
     text: str
     error: str | None
@@ -62,7 +63,7 @@ class ProblemResult:
 
 @dataclass
 class Progress:
-    """Counts of a run so far."""
+    """The counts of a run so far."""
 
     problems: int
     ended: int = 0
@@ -72,7 +73,7 @@ class Progress:
     start: float = field(default_factory=time.perf_counter)
 
     def note(self, answer: Answer) -> None:
-        """Count a problem that has ended."""
+        """Count one finished problem."""
         self.ended += 1
         self.failed += answer.error is not None
 
@@ -82,18 +83,18 @@ class Progress:
 
 
 class Stopped(Exception):
-    """The user wants no more."""
+    """The user has stopped the run."""
 
 
 def add_job_options(parser: argparse.ArgumentParser, what: str) -> None:
-    """The options that every job has; `what` names a line of its output."""
+    """Add the options that every job has; `what` describes an output line."""
     parser.add_argument(
         "--out",
         required=True,
-        help=f"JSONL file to write at the end, {what} per line; what has ended so far is in"
-        " .journal.jsonl beside it",
+        help=f"JSONL file, written at the end with {what} per line; finished rollouts are in"
+        " .journal.jsonl next to it during the run",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     shared.add_sampling_options(parser)
     shared.add_model_options(parser)
     shared.add_engine_options(parser)
@@ -101,13 +102,13 @@ def add_job_options(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def run_job(options: argparse.Namespace, path: str, job: Job) -> int:
-    """Run a job on the questions in `path`: 0, 1 if some problem failed, 130 if it was stopped.
+    """Run a job on the questions in `path`; returns 0, 1 if a problem failed, 130 if stopped.
 
-    Raises InputError for what concerns all of it.
+    Raises InputError for mistakes that are not those of a single question.
     """
     out = Path(options.out)
     if not out.name:
-        raise InputError(f"--out {options.out!r} is not the name of a file")
+        raise InputError(f"--out {options.out!r} is not a file name")
     journal_path = out.with_suffix(".journal.jsonl")
     _check_output(out, journal_path, options.resume)
     shared.check_sampling(options)
@@ -119,32 +120,32 @@ def run_job(options: argparse.Namespace, path: str, job: Job) -> int:
     header = _header(options, job, model, sampling, file.digest)
     with Journal(journal_path, header, resume=options.resume) as journal:
         resumed = journal.rollouts
-        done = Progress(len(file.questions), rollouts=resumed)
-        endings, stopped = _run(job, pacore, file.questions, journal, done)
+        progress = Progress(len(file.questions), rollouts=resumed)
+        results, stopped = _run(job, pacore, file.questions, journal, progress)
         if not stopped:
-            replace_file(out, _lines(job, file.questions, endings, journal))
-    report = _report(pacore, done, resumed, out, journal_path, stopped)
+            replace_file(out, _lines(job, file.questions, results, journal))
+    report = _report(pacore, progress, resumed, out, journal_path, stopped)
     if options.json:
         print(json.dumps(report))
-    _print_summary(report, endings, file.questions, quiet=options.json)
-    return 130 if stopped else int(done.failed > 0)
+    _print_summary(report, results, file.questions, quiet=options.json)
+    return 130 if stopped else int(progress.failed > 0)
 
 
 def _check_output(out: Path, journal: Path, resume: bool) -> None:
-    """Raise InputError if the output would overwrite something, or cannot be written."""
+    """Raise InputError if the output would overwrite a file or cannot be written."""
     if not out.parent.is_dir():
-        raise InputError(f"no folder {out.parent} to write {out.name} to")
+        raise InputError(f"cannot write {out.name}: there is no folder {out.parent}")
     if journal.exists() or not out.exists():
-        return  # the journal says whether it may be gone on with
+        return  # opening the journal checks whether it may be resumed
     if resume:
-        raise InputError(f"{out} is there without {journal.name}: there is nothing to resume")
-    raise InputError(f"{out} is there already: choose another --out")
+        raise InputError(f"{out} exists but {journal.name} does not: there is nothing to resume")
+    raise InputError(f"{out} already exists: choose another --out")
 
 
 def _header(
     options: argparse.Namespace, job: Job, model: Step3VL, sampling: Sampling, digest: str
 ) -> dict:
-    """All that the results depend on."""
+    """The journal's header: everything that the results depend on."""
     path = Path(options.model)
     return {
         "command": job.name,
@@ -162,7 +163,7 @@ def _header(
 
 
 def template_digest(path: str | None) -> str | None:
-    """SHA-256 of a template's file, None for the default one."""
+    """SHA-256 of a template file; None for the default template."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
 
 
@@ -171,24 +172,24 @@ def _run(
     pacore: Pacore,
     questions: Sequence[Question],
     journal: Journal,
-    done: Progress,
+    progress: Progress,
 ) -> tuple[dict[int, ProblemResult], bool]:
-    """Answer the questions; how they ended, by line, and whether the user stopped it."""
-    endings = {q.line: ProblemResult("", q.error) for q in questions if q.error}
-    done.ended = done.failed = len(endings)
-    good = [question for question in questions if not question.error]
-    lines = {question.id: question.line for question in good}
+    """Answer the questions; returns their results by line, and whether the user stopped the run."""
+    results = {q.line: ProblemResult("", q.error) for q in questions if q.error}
+    progress.ended = progress.failed = len(results)
+    valid = [question for question in questions if not question.error]
+    lines = {question.id: question.line for question in valid}
 
-    with batch_progress(pacore.engine, done) as refresh, _stop_signals() as asked_to_stop:
+    with batch_progress(pacore.engine, progress) as refresh, _stop_signals() as stop_requested:
 
         def on_rollout(result: RolloutResult) -> None:
             journal.add([result], tokens=job.keep_tokens)
-            done.rollouts += 1
+            progress.rollouts += 1
 
         def on_step(tokens: int) -> None:
-            done.tokens += tokens
+            progress.tokens += tokens
             refresh()
-            if asked_to_stop():
+            if stop_requested():
                 raise Stopped
 
         problems = (
@@ -200,25 +201,25 @@ def _run(
         try:
             for answer in answers:
                 _complete(journal, answer, tokens=job.keep_tokens)
-                endings[lines[answer.problem]] = _result(answer, lines[answer.problem])
+                results[lines[answer.problem]] = _problem_result(answer, lines[answer.problem])
                 journal.add_answer(answer.problem, answer.text, answer.error)
-                done.note(answer)
+                progress.note(answer)
         except Stopped:
-            return endings, True
-    return endings, False
+            return results, True
+    return results, False
 
 
 def _complete(journal: Journal, answer: Answer, *, tokens: bool) -> None:
-    """Write the cancelled rollouts that a kill kept from the journal, when it fell in between the
-    last message that a round waited for and them."""
-    results = [result for round_ in answer.rounds for result in round_.rollouts]
-    if journal.count(answer.problem) < len(results):
-        known = {(result.round, result.index) for result in journal.results(answer.problem)}
-        missing = [result for result in results if (result.round, result.index) not in known]
+    """Add cancelled rollouts that are missing from the journal because the earlier run was killed
+    after the last message that a round waited for, before it wrote them."""
+    rollouts = [rollout for round_ in answer.rounds for rollout in round_.rollouts]
+    if journal.count(answer.problem) < len(rollouts):
+        known = {(rollout.round, rollout.index) for rollout in journal.results(answer.problem)}
+        missing = [r for r in rollouts if (r.round, r.index) not in known]
         journal.add(missing, tokens=tokens)
 
 
-def _result(answer: Answer, line: int) -> ProblemResult:
+def _problem_result(answer: Answer, line: int) -> ProblemResult:
     return ProblemResult(answer.text, answer.error and f"line {line}: {answer.error}")
 
 
@@ -230,17 +231,17 @@ def _problem(question: Question, model: Step3VL) -> Problem:
 
 
 def _lines(
-    job: Job, questions: Sequence[Question], endings: dict[int, ProblemResult], journal: Journal
+    job: Job, questions: Sequence[Question], results: dict[int, ProblemResult], journal: Journal
 ) -> Iterator[str]:
-    """The output, line by line, from what the journal holds."""
+    """The lines of the output, from the journal."""
     for question in questions:
-        results = [] if question.error else journal.results(question.id)
-        yield json.dumps(job.line(question, endings[question.line], results))
+        rollouts = [] if question.error else journal.results(question.id)
+        yield json.dumps(job.line(question, results[question.line], rollouts))
 
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM only set what the yielded function tells; the second one ends at once."""
+    """Yields a function that says whether Ctrl-C or SIGTERM came; a second one ends the process."""
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -261,16 +262,16 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 def _report(
-    pacore: Pacore, done: Progress, resumed: int, out: Path, journal: Path, stopped: bool
+    pacore: Pacore, progress: Progress, resumed: int, out: Path, journal: Path, stopped: bool
 ) -> dict:
-    """The JSON document of a job."""
+    """The JSON document that `--json` prints."""
     stats, counts = pacore.engine.stats, pacore.engine.scheduler.counts
-    seconds = done.seconds
+    seconds = progress.seconds
     return {
-        "problems": done.problems,
-        "ended": done.ended,
-        "failed": done.failed,
-        "rollouts": done.rollouts,
+        "problems": progress.problems,
+        "ended": progress.ended,
+        "failed": progress.failed,
+        "rollouts": progress.rollouts,
         "resumed_rollouts": resumed,
         "tokens": stats.generated,
         "seconds": seconds,
@@ -288,10 +289,10 @@ def _report(
 
 
 def _print_summary(
-    report: dict, endings: dict[int, ProblemResult], questions: Sequence[Question], *, quiet: bool
+    report: dict, results: dict[int, ProblemResult], questions: Sequence[Question], *, quiet: bool
 ) -> None:
-    """For people: why problems failed and how to resume on stderr, and a summary on stdout."""
-    errors = [endings[q.line].error for q in questions if q.line in endings]
+    """Print errors and how to resume to stderr, and unless `quiet`, a summary to stdout."""
+    errors = [results[q.line].error for q in questions if q.line in results]
     errors = [error for error in errors if error]
     for error in errors[:SHOWN_FAILURES]:
         print(f"failed: {error}", file=sys.stderr)
@@ -299,15 +300,15 @@ def _print_summary(
         print(f"failed: {len(errors) - SHOWN_FAILURES} more", file=sys.stderr)
     if report["stopped"]:
         print(
-            f"stopped: {report['rollouts']} rollouts are kept in {report['journal']};"
-            " the same command with --resume goes on from there",
+            f"stopped: {report['rollouts']} rollouts are saved in {report['journal']};"
+            " continue with the same command and --resume",
             file=sys.stderr,
         )
     if not quiet:
         print(
-            f"=== {report['ended']} of {report['problems']} problems, {report['failed']} of them"
-            f" failed; {report['rollouts']} rollouts, {report['resumed_rollouts']} of an earlier"
-            f" run; {report['tokens']} tokens in {report['seconds']:.1f} s:"
-            f" {report['tokens_per_second']:.1f} tokens/s; {report['preemptions']} preemptions"
+            f"=== {report['ended']} of {report['problems']} problems ended, {report['failed']} of"
+            f" them failed; {report['rollouts']} rollouts, {report['resumed_rollouts']} of them"
+            f" from an earlier run; {report['tokens']} tokens in {report['seconds']:.1f} s"
+            f" ({report['tokens_per_second']:.1f} tokens/s); {report['preemptions']} preemptions"
             f"\n=== {report['out'] or report['journal']}"
         )

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what is made of them: a model, an engine, a sampling."""
+"""Options that several commands share, and the model, engine and sampling built from them."""
 
 import argparse
 from collections.abc import Iterable
@@ -30,13 +30,15 @@ KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="preset, checkpoint folder or GGUF")
-    parser.add_argument("--impl", help=f"how ops run: {', '.join(IMPLS)}; default: the best here")
+    parser.add_argument(
+        "--impl", help=f"one of {', '.join(IMPLS)}; default: the best on the device"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-tokens", type=int, default=512, help="per rollout")
+    parser.add_argument("--max-tokens", type=int, default=512, help="limit per rollout")
     parser.add_argument(
         "--temperature", type=float, help=f"0 is greedy; {_default_from_model('temperature')}"
     )
@@ -47,14 +49,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, help=f"1 keeps all tokens; {_default_from_model('top_p')}"
     )
     parser.add_argument(
-        "--stop", action="append", default=[], help="text that ends a rollout; may be repeated"
+        "--stop", action="append", default=[], help="string that ends a rollout; may be repeated"
     )
     parser.add_argument("--seed", type=int, default=0)
 
 
 def add_pacore_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--widths", default="16", help="rollouts per round, e.g. 16 or 32,4; '' is 1"
+        "--widths", default="16", help="rollouts per round, e.g. 16 or 32,4; '': only the synthesis"
     )
     parser.add_argument("--template", help="jinja2 file for the synthesis prompt")
 
@@ -62,36 +64,40 @@ def add_pacore_options(parser: argparse.ArgumentParser) -> None:
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     names = [name for name in POLICIES if name not in KNOW_LENGTHS]
     parser.add_argument(
-        "--policy", default="later-round-first", help=f"whose turn it is: {', '.join(names)}"
+        "--policy", default="later-round-first", help=f"scheduling policy: {', '.join(names)}"
     )
-    parser.add_argument("--max-running", type=int, default=256, help="rollouts decoding at once")
+    parser.add_argument("--max-running", type=int, default=256, help="limit of decoding rollouts")
     parser.add_argument(
-        "--kv-dtype", choices=KV_DTYPES, help="default: the model's; fp8 halves what is read"
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        help="dtype of the KV; default: the model's; fp8 halves the bytes read",
     )
-    parser.add_argument("--kv-tokens", type=int, help="default: as many as memory has room for")
+    parser.add_argument(
+        "--kv-tokens", type=int, help="capacity of the KV cache; default: what fits in memory"
+    )
     parser.add_argument(
         "--host-kv-tokens",
         type=int,
         default=0,
-        help="preempted rollouts keep their KV in the host's memory, up to so many tokens;"
-        " default: it is computed again",
+        help="keep the KV of preempted rollouts in host memory, up to this many tokens;"
+        " default: recompute it",
     )
     parser.add_argument(
         "--speculate",
         type=int,
         default=0,
-        help="draft from siblings while so few rollouts run; default: never",
+        help="draft from sibling rollouts while at most this many rollouts run; default: never",
     )
 
 
 def load_model(options: argparse.Namespace) -> Step3VL:
-    """The model that --model, --device, --dtype and --impl name."""
+    """The model described by --model, --device, --dtype and --impl."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        usable = torch.empty(0, device=device).device.type in ("cpu", "cuda")
+        is_usable = torch.empty(0, device=device).device.type in ("cpu", "cuda")
     except (RuntimeError, AssertionError):
-        usable = False
-    if not usable:
+        is_usable = False
+    if not is_usable:
         raise InputError(f"device {device!r} cannot be used on this machine")
     default = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     dtype = DTYPES[options.dtype] if options.dtype else default
@@ -101,7 +107,7 @@ def load_model(options: argparse.Namespace) -> Step3VL:
 
 
 def views_of(images: Iterable["Image.Image"], model: Step3VL) -> list[Views]:
-    """Images as the model takes them. Raises InputError if it takes none."""
+    """Images preprocessed for the model. Raises InputError for a model without a vision tower."""
     vision = model.config.vision
     if vision is None:
         raise InputError(f"model {model.config.name} has no vision tower: it takes no images")
@@ -111,8 +117,8 @@ def views_of(images: Iterable["Image.Image"], model: Step3VL) -> list[Views]:
 def make_engine(
     options: argparse.Namespace, model: Step3VL, *, problems: int, width: int
 ) -> Engine[ModelExecutor]:
-    """The engine that the options describe, no larger than needed for so many problems and
-    rollouts per round. Raises InputError for what is wrong with the options."""
+    """The engine described by the options, no larger than `problems` problems of at most `width`
+    rollouts per round need. Raises InputError for invalid options."""
     _check(
         (
             (options.max_running >= 1, "--max-running", "1"),
@@ -123,21 +129,21 @@ def make_engine(
     )
     context = model.config.decoder.max_positions
     running = min(options.max_running, problems * width)
-    own = min(options.max_tokens, context) + PAGE_SIZE
+    rollout_tokens = min(options.max_tokens, context) + PAGE_SIZE
     return engine_for(
         model,
         policy=options.policy,
         max_running=running,
         kv_dtype=KV_DTYPES.get(options.kv_dtype),
         kv_tokens=options.kv_tokens,
-        most_tokens=running * own + min(problems, running) * (context + 2 * PAGE_SIZE),
+        most_tokens=running * rollout_tokens + min(problems, running) * (context + 2 * PAGE_SIZE),
         speculate=options.speculate,
         host_pages=options.host_kv_tokens // PAGE_SIZE,
     )
 
 
 def check_sampling(options: argparse.Namespace) -> None:
-    """Raise InputError for a sampling option out of its range; one that is None is not checked."""
+    """Raise InputError for a sampling option out of range; an option that is None is skipped."""
     temperature, top_p = options.temperature, options.top_p
     _check(
         (
@@ -153,10 +159,9 @@ def check_sampling(options: argparse.Namespace) -> None:
 
 
 def sampling_for(options: argparse.Namespace, default: SamplingConfig) -> Sampling:
-    """The sampling that `check_sampling` has checked; `default` for options that are None."""
-    options_by_name = {field.name: getattr(options, field.name) for field in fields(default)}
-    given = {name: value for name, value in options_by_name.items() if value is not None}
-    config = replace(default, **given)
+    """The sampling described by the options; `default` where an option is None."""
+    values = {field.name: getattr(options, field.name) for field in fields(default)}
+    config = replace(default, **{n: value for n, value in values.items() if value is not None})
     return Sampling(
         max_tokens=options.max_tokens,
         temperature=config.temperature,
@@ -167,7 +172,7 @@ def sampling_for(options: argparse.Namespace, default: SamplingConfig) -> Sampli
 
 
 def _default_from_model(name: str) -> str:
-    """The help text for a sampling option's default: where it comes from, and the presets'."""
+    """Help text about a sampling option's default: the presets' values, and the other sources."""
     default = getattr(SamplingConfig(), name)
     values = {preset: getattr(config.sampling, name) for preset, config in PRESETS.items()}
     presets = [f"{preset} {value:g}" for preset, value in values.items() if value != default]
@@ -176,7 +181,7 @@ def _default_from_model(name: str) -> str:
 
 
 def _check(rules: Iterable[tuple[bool, str, str]]) -> None:
-    """Raise InputError for the first option that is below its least value."""
-    for ok, name, least in rules:
+    """Raise InputError for the first option that is below its minimum."""
+    for ok, name, minimum in rules:
         if not ok:
-            raise InputError(f"{name} must be at least {least}")
+            raise InputError(f"{name} must be at least {minimum}")

@@ -1,8 +1,8 @@
-"""`python -m pacore_sched sample FILE`: n samples for every prompt of a JSONL file.
+"""`python -m pacore_sched sample FILE`: draw n samples for every prompt of a JSONL file.
 
-Groups as reinforcement learning wants them: token ids and the log-probability of each under the
-distribution that it was drawn from. The file is as for `batch`; a line of the output is a prompt
-with its samples.
+The groups are for reinforcement learning: token ids, each with its log-probability under the
+distribution that it was drawn from. The file has the format of `batch`; a line of the output is a
+prompt with its samples.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from pacore_sched.cli.jobs import Job, ProblemResult, add_job_options, run_job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompts", help="JSONL file, a prompt per line")
+    parser.add_argument("prompts", help="JSONL file with one prompt per line")
     parser.add_argument("--n", type=int, default=8, help="samples per prompt")
-    add_job_options(parser, "a prompt with its samples")
+    add_job_options(parser, "one prompt with its samples")
 
 
 def run(options: argparse.Namespace) -> int:
-    """The `sample` command; 1 if a prompt failed, 130 if it was stopped."""
+    """The `sample` command; returns 1 if a prompt failed, 130 if the run was stopped."""
     if options.n < 1:
         raise InputError("--n must be at least 1")
     pacore = partial(Pacore, widths=[options.n], seed=options.seed, synthesis=False)
@@ -32,22 +32,22 @@ def run(options: argparse.Namespace) -> int:
 
 
 def result_line(
-    question: Question, ending: ProblemResult, results: Sequence[RolloutResult]
+    question: Question, result: ProblemResult, rollouts: Sequence[RolloutResult]
 ) -> dict:
-    """A prompt's line of the output; `results` by index."""
+    """A prompt's output line; `rollouts` are ordered by index."""
     return {
         "id": question.id,
-        "failed": ending.error is not None,
-        "error": ending.error,
-        "prompt_tokens": results[0].prompt_tokens if results else None,
+        "failed": result.error is not None,
+        "error": result.error,
+        "prompt_tokens": rollouts[0].prompt_tokens if rollouts else None,
         "samples": [
             {
-                "text": result.text,
-                "tokens": list(result.tokens),
-                "logprobs": list(result.logprobs),
-                "seed": result.seed,
-                "finish_reason": result.finish_reason,
+                "text": rollout.text,
+                "tokens": list(rollout.tokens),
+                "logprobs": list(rollout.logprobs),
+                "seed": rollout.seed,
+                "finish_reason": rollout.finish_reason,
             }
-            for result in results
+            for rollout in rollouts
         ],
     }
