@@ -1,8 +1,8 @@
-"""`python -m pacore_sched simulate`: policies side by side on a virtual clock.
+"""`python -m pacore_sched simulate`: compare scheduling policies on a virtual clock.
 
-Every policy runs the same problems with the same lengths; a table shows medians over seeds with
-their spread, and what each policy gains over "fcfs" and "one-at-a-time". `--compare` runs all of it
-without shared reads and with FP8 KV too; `--out` adds pictures.
+Every policy runs the same problems with the same lengths. A table shows medians over seeds with
+their spread, and each policy's gain over "fcfs" and "one-at-a-time". `--compare` repeats all runs
+without shared reads and with FP8 KV; `--out` adds pictures.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from pacore_sched.sim.workload import (
 )
 
 CHAT, CHAT_REQUESTS = "deepseek-r1", 2000
-BINS = 400  # of a timeline
+BINS = 400  # per timeline
 ARRIVALS = {"poisson": poisson_arrivals, "bursty": bursty_arrivals}
 
 
 @dataclass(frozen=True)
 class SimRun:
-    """One run: problems, and what they are run on."""
+    """One run: the problems and the setting that they run in."""
 
     workload: str
     sigma_w: float | None
@@ -59,45 +59,47 @@ class SimRun:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `simulate`."""
     add = parser.add_argument
-    named = ", ".join([*WORKLOADS, CHAT])
-    add("--workload", default="all", help=f"{named}, all, or a trace: Azure .csv, Mooncake .jsonl")
-    add("--policy", nargs="+", default=["all"], help=f"all, or of: {', '.join(POLICIES)}")
+    names = ", ".join([*WORKLOADS, CHAT])
+    add("--workload", default="all", help=f"{names}, all, or a trace: Azure .csv, Mooncake .jsonl")
+    add("--policy", nargs="+", default=["all"], help=f"all, or some of {', '.join(POLICIES)}")
     add("--model", default="step3-vl-10b", help="preset whose shapes are simulated")
     add("--gpu", default="h200", help=f"one of {', '.join(MACHINES)}")
     add("--gpus", type=int, default=1, help="replicas of the model")
-    add("--seeds", type=int, default=5, help="how many, counted from 0")
-    add("--problems", type=int, help="how many; default: the workload's")
+    add("--seeds", type=int, default=5, help="number of seeds, from 0")
+    add("--problems", type=int, help="number of problems; default: the workload's")
     add("--widths", help="rollouts per round, e.g. 16 or 32,4; default: the workload's")
-    add("--sigma-w", type=float, nargs="+", default=[SIGMA_W], help="spread within a problem")
-    add("--max-tokens", type=int, default=MAX_TOKENS, help="of one rollout")
-    add("--need", type=float, default=1.0, help="share of a round that the next one waits for")
+    add(
+        "--sigma-w", type=float, nargs="+", default=[SIGMA_W], help="spread of lengths in a problem"
+    )
+    add("--max-tokens", type=int, default=MAX_TOKENS, help="limit per rollout")
+    add("--need", type=float, default=1.0, help="share of a round that the next round waits for")
     add("--arrivals", choices=["all-at-once", *ARRIVALS], default="all-at-once")
-    add("--rate", type=float, default=0.02, help="problems per second that arrive on each GPU")
-    add("--slo", type=float, help="minutes to an answer; adds goodput")
+    add("--rate", type=float, default=0.02, help="arriving problems per second and GPU")
+    add("--slo", type=float, help="time limit for an answer in minutes; adds goodput")
     add("--shared-reads", action=argparse.BooleanOptionalAction, default=True)
     add("--kv", choices=KV_DTYPES, default="bf16", help="dtype of KV")
-    add("--compare", action="store_true", help="run without shared reads and with FP8 KV as well")
-    add("--max-running", type=int, default=256, help="rollouts that decode at once, per GPU")
-    add("--token-budget", type=int, default=2048, help="tokens that a step writes at most")
-    add("--page-size", type=int, default=64, help="tokens per page of KV")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    add("--out", type=Path, help="folder for pictures, rows and their medians")
+    add("--compare", action="store_true", help="also run without shared reads and with FP8 KV")
+    add("--max-running", type=int, default=256, help="limit of decoding rollouts per GPU")
+    add("--token-budget", type=int, default=2048, help="limit of tokens written per step")
+    add("--page-size", type=int, default=64, help="tokens per KV page")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="number of processes")
+    add("--out", type=Path, help="folder for pictures, rows and medians")
     add("--json", action="store_true", help="end with one line: a JSON document of all rows")
 
 
 def run(options: argparse.Namespace) -> int:
-    """The `simulate` command. Raises InputError for what is wrong with its options."""
+    """The `simulate` command. Raises InputError for invalid options."""
     _check(options)
     if options.out:
         plots.check_folder(options.out)
     runs = list(_runs(options))
     rows: list[dict] = []
     curves: dict[str, list[plots.Curves]] = {}
-    for run, (row, drawn) in zip(runs, _run_all(runs, options.jobs), strict=True):
+    for run, (row, run_curves) in zip(runs, _run_all(runs, options.jobs), strict=True):
         rows.append(row)
         first = run.seed == 0 and run.sigma_w in (None, options.sigma_w[0])
         if first and _variant(run.setting) == (options.shared_reads, options.kv):
-            curves.setdefault(run.workload, []).append(drawn)
+            curves.setdefault(run.workload, []).append(run_curves)
     print_report(rows, (options.shared_reads, options.kv))
     if options.out:
         for path in _write(options.out, rows, curves):
@@ -108,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def simulate_run(run: SimRun) -> tuple[dict, plots.Curves]:
-    """The row of one run and what is drawn of it."""
+    """The row of one run, and the curves to draw."""
     result = simulate(run.problems, run.setting)
     row = metrics_row(result, run.workload, run.seed, run.slo_s)
     ends, running, kv = timeline(result, BINS)
@@ -119,7 +121,7 @@ def simulate_run(run: SimRun) -> tuple[dict, plots.Curves]:
 
 
 def _run_all(runs: Sequence[SimRun], processes: int) -> list[tuple[dict, plots.Curves]]:
-    """The results of all runs, in their order."""
+    """The results of all runs, in order."""
     if processes == 1 or len(runs) == 1:
         return [simulate_run(run) for run in track(runs, "simulate")]
     done: dict[int, tuple[dict, plots.Curves]] = {}
@@ -129,7 +131,7 @@ def _run_all(runs: Sequence[SimRun], processes: int) -> list[tuple[dict, plots.C
             for future in as_completed(futures):
                 done[futures[future]] = future.result()
                 advance(1)
-        except BaseException:  # of one run, or Ctrl-C: the others are not waited for
+        except BaseException:  # a failed run or Ctrl-C: do not wait for the others
             pool.shutdown(cancel_futures=True)
             raise
     return [done[index] for index in range(len(runs))]
@@ -158,14 +160,13 @@ def _runs(options: argparse.Namespace) -> Iterator[SimRun]:
     for name, sigma_w, seed, problems in _workloads(options):
         for policy in policies:
             for setting in settings:
-                chosen = replace(setting, policy=policy)
-                yield SimRun(name, sigma_w, seed, problems, chosen, slo_s)
+                yield SimRun(name, sigma_w, seed, problems, replace(setting, policy=policy), slo_s)
 
 
 def _workloads(
     options: argparse.Namespace,
 ) -> Iterator[tuple[str, float | None, int, Sequence[SimProblem]]]:
-    """(name, sigma_w, seed, problems) of everything that --workload, --sigma-w, --seeds name."""
+    """Yields (name, sigma_w, seed, problems) for all of --workload, --sigma-w and --seeds."""
     name, seeds = options.workload, range(options.seeds)
     if name == CHAT:
         for seed in seeds:
@@ -173,13 +174,13 @@ def _workloads(
             arrivals = _arrivals(options, count, seed) or [0.0] * count
             yield name, None, seed, chat_requests(count, seed, arrivals)
     elif name == "all" or name in WORKLOADS:
-        chosen = [_workload(options, each) for each in (WORKLOADS if name == "all" else [name])]
-        for workload in chosen:
+        workloads = [_workload(options, each) for each in (WORKLOADS if name == "all" else [name])]
+        for workload in workloads:
             for sigma_w in options.sigma_w:
-                drawn = replace(workload, sigma_w=sigma_w)
+                variant = replace(workload, sigma_w=sigma_w)
                 for seed in seeds:
-                    times = _arrivals(options, drawn.problems, seed)
-                    yield drawn.name, sigma_w, seed, drawn.draw(seed, times)
+                    times = _arrivals(options, variant.problems, seed)
+                    yield variant.name, sigma_w, seed, variant.draw(seed, times)
     elif Path(name).suffix in (".csv", ".jsonl") or Path(name).exists():
         requests = read_trace(name)[: options.problems]
         for sigma_w in options.sigma_w if options.widths else [0.0]:
@@ -190,16 +191,16 @@ def _workloads(
                 yield Path(name).name, sigma_w, seed, problems
     else:
         known = ", ".join([*WORKLOADS, CHAT, "all"])
-        raise InputError(f"workload {name!r} is neither a file nor one of {known}")
+        raise InputError(f"workload {name!r} is neither a trace file nor one of {known}")
 
 
 def _workload(options: argparse.Namespace, name: str) -> Workload:
-    named = find_workload(name)
+    workload = find_workload(name)
     return replace(
-        named,
+        workload,
         max_tokens=options.max_tokens,
-        problems=options.problems or named.problems,
-        widths=named.widths if options.widths is None else parse_widths(options.widths),
+        problems=options.problems or workload.problems,
+        widths=workload.widths if options.widths is None else parse_widths(options.widths),
     )
 
 
@@ -210,18 +211,21 @@ def _arrivals(options: argparse.Namespace, count: int, seed: int) -> list[float]
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise InputError naming the first option that is out of range."""
+    """Raise InputError for the first option that is out of range."""
     for policy in options.policy:
         if policy not in (*POLICIES, "all"):
             known = ", ".join([*POLICIES, "all"])
-            raise InputError(f"unknown policy {policy!r}; choose of {known}")
-    least_one = ("gpus", "seeds", "problems", "max_tokens", "max_running", "page_size", "jobs")
-    for name in least_one:
+            raise InputError(f"unknown policy {policy!r}; choose from {known}")
+    at_least_one = ("gpus", "seeds", "problems", "max_tokens", "max_running", "page_size", "jobs")
+    for name in at_least_one:
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     for ok, message in (
-        (options.token_budget >= options.max_running, "--token-budget is below --max-running"),
+        (
+            options.token_budget >= options.max_running,
+            "--token-budget must be at least --max-running",
+        ),
         (0 < options.need <= 1, "--need must be above 0 and at most 1"),
         (options.rate > 0, "--rate must be positive"),
         (options.slo is None or options.slo > 0, "--slo must be positive"),
@@ -236,17 +240,18 @@ def _variant(setting: Setting) -> tuple[bool, str]:
 
 
 def _write(folder: Path, rows: list[dict], curves: dict[str, list[plots.Curves]]) -> list[Path]:
-    """Write rows, medians and two pictures per workload. Raises InputError if it cannot."""
-    made = [folder / "rows.json", folder / "medians.jsonl"]
+    """Write rows, medians and two pictures per workload; returns the files. Raises InputError if
+    one cannot be written."""
+    paths = [folder / "rows.json", folder / "medians.jsonl"]
     try:
-        made[0].write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        paths[0].write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
         lines = [json.dumps(row) + "\n" for row in medians(rows)]
-        made[1].write_text("".join(lines), encoding="utf-8")
-        for workload, drawn in curves.items():
+        paths[1].write_text("".join(lines), encoding="utf-8")
+        for workload, workload_curves in curves.items():
             stem = Path(workload).stem
-            made += [folder / f"{stem}-occupancy.png", folder / f"{stem}-answers.png"]
-            plots.occupancy(made[-2], workload, drawn)
-            plots.answers(made[-1], workload, drawn)
+            paths += [folder / f"{stem}-occupancy.png", folder / f"{stem}-answers.png"]
+            plots.occupancy(paths[-2], workload, workload_curves)
+            plots.answers(paths[-1], workload, workload_curves)
     except OSError as error:
         raise InputError(f"cannot write {error.filename or folder}: {error.strerror}") from None
-    return made
+    return paths

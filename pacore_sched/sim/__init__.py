@@ -1,1 +1,1 @@
-"""The simulator: the scheduler on a virtual clock. Nothing here imports torch."""
+"""The simulator: the scheduler on a virtual clock. No module in it imports torch."""

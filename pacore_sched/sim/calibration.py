@@ -1,9 +1,9 @@
-"""A cost model from measured steps, for machines that no roofline describes well, such as a CPU.
+"""A cost model fitted to measured steps, for machines without a good roofline, such as a CPU.
 
-Seconds of a step = a rising piecewise linear function of its rows + a constant per row that is
-sampled, per token of KV read, per pair of query and key, and per segment; fitted to samples of
-(shape, seconds). Segments, because attention on a CPU makes a product for every length of node:
-eight prompts of different lengths cost more than one that is eight times as long.
+Seconds of a step = a rising piecewise linear function of its rows + a constant for each sampled
+row, token of KV read, pair of query and key, and segment; fitted to samples of (shape, seconds).
+Segments count because attention on a CPU runs one matrix product per node length: eight prompts of
+different lengths cost more than one that is eight times as long.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ import numpy as np
 
 from pacore_sched.sim.cost_model import StepShape, StepWork
 
-MAX_KNOTS = 20  # of the function of the rows
-ROUNDS = 6  # of fitting, in which predictions settle
+MAX_KNOTS = 20  # of the piecewise linear function
+ROUNDS = 6  # of reweighted fitting: enough for predictions to converge
 
 
 @dataclass(frozen=True)
 class FittedCost:
-    """Measured steps as a CostModel. `row_seconds[i]` belongs to a step of `knots[i]` rows."""
+    """A CostModel fitted to measured steps. `row_seconds[i]` is for a step of `knots[i]` rows."""
 
     work: StepWork
     knots: tuple[int, ...]
@@ -40,7 +40,7 @@ class FittedCost:
         return steps * first + growth * (steps * (steps - 1) / 2)
 
     def _linear(self, rows: int) -> float:
-        """Between knots by interpolation, beyond the last one along the last line."""
+        """Interpolates between knots and extrapolates the last line beyond them."""
         if rows <= self.knots[-1] or len(self.knots) == 1:
             return float(np.interp(rows, self.knots, self.row_seconds))
         (x0, x1), (y0, y1) = self.knots[-2:], self.row_seconds[-2:]
@@ -50,15 +50,15 @@ class FittedCost:
 def fit(
     samples: Sequence[tuple[StepShape, float]], work: StepWork, shared_reads: bool = True
 ) -> FittedCost:
-    """The cost model with the least sum of squared errors over `samples`, relative to itself.
+    """The cost model with the smallest sum of squared errors, relative to its own predictions.
 
-    Relative to what it predicts, not to what was measured, for noise that is mostly upward: a slow
-    outlier would count for less than a fast one, and sums of many steps come out too short.
-    No coefficient is negative, and a step of more rows never takes less time. Raises ValueError
-    without samples, and for one that took no time.
+    Relative to measured seconds, a slow outlier would count less than a fast one; as noise mostly
+    makes steps slower, predicted sums of many steps would be too small.
+    No coefficient is negative, and a step with more rows never takes less time. Raises ValueError
+    without samples, and for one that is not above 0 seconds.
     """
     if not samples or any(seconds <= 0 for _, seconds in samples):
-        raise ValueError("a cost model is fitted to steps that took some time")
+        raise ValueError("a cost model needs samples, all of more than 0 seconds")
     shapes = [shape for shape, _ in samples]
     seconds = np.array([seconds for _, seconds in samples])
     rows = np.array([shape.rows for shape in shapes], dtype=float)
@@ -82,7 +82,7 @@ def nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     scale[scale == 0] = 1
     a = a / scale
     x = np.zeros(a.shape[1])
-    free = np.zeros(a.shape[1], dtype=bool)  # the others are held at 0
+    free = np.zeros(a.shape[1], dtype=bool)  # the other entries of x are fixed at 0
     for _ in range(3 * a.shape[1]):
         slope = np.where(free, -np.inf, a.T @ (b - a @ x))
         if slope.max() <= 1e-10 * np.linalg.norm(b):
@@ -93,7 +93,7 @@ def nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _solve_within(a: np.ndarray, b: np.ndarray, x: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """Least squares over the `free` columns; those that would turn negative are freed no more."""
+    """Least squares over the `free` columns; columns that would turn negative leave that set."""
     while free.any():
         best = np.zeros_like(x)
         best[free] = np.linalg.lstsq(a[:, free], b, rcond=None)[0]
@@ -107,16 +107,17 @@ def _solve_within(a: np.ndarray, b: np.ndarray, x: np.ndarray, free: np.ndarray)
 
 
 def _knots(rows: np.ndarray) -> np.ndarray:
-    """Numbers of rows that were measured: of many, those nearest to equal ratios, because a step of
-    two rows may differ from one of a single row as much as one of two hundred from one hundred."""
-    found = np.unique(rows)
-    wanted = np.geomspace(found[0], found[-1], MAX_KNOTS)
-    nearest = np.abs(found[:, None] - wanted).argmin(axis=0)
-    return found if len(found) <= MAX_KNOTS else found[np.unique(nearest)]
+    """The measured numbers of rows; if there are too many, those nearest to a geometric sequence:
+    steps of one and two rows may differ as much as steps of one hundred and two hundred."""
+    counts = np.unique(rows)
+    targets = np.geomspace(counts[0], counts[-1], MAX_KNOTS)
+    nearest = np.abs(counts[:, None] - targets).argmin(axis=0)
+    return counts if len(counts) <= MAX_KNOTS else counts[np.unique(nearest)]
 
 
 def _ramps(rows: np.ndarray, knots: np.ndarray) -> np.ndarray:
-    """Columns [samples, knots]: one of ones, and for every stretch between knots how far it is
-    passed, from 0 to 1. Sums with weights >= 0 are the rising functions that are linear between."""
+    """Columns [samples, knots]: a column of ones, then for every interval between knots the share
+    of it below the sample's rows, from 0 to 1. Sums with weights >= 0 are exactly the
+    non-decreasing functions that are linear between knots."""
     passed = (rows[:, None] - knots[:-1]) / np.diff(knots)
     return np.column_stack([np.ones(len(rows)), passed.clip(0, 1)])

@@ -1,8 +1,8 @@
-"""Many GPUs, a replica of the model on each, and one queue of problems that they pull from.
+"""A simulated cluster: a replica of the model on every GPU, and one queue that they pull from.
 
-A problem stays on the GPU that pulled it: its image's KV is there, and its later rounds wait for
-nobody else's clock. A single GPU takes every problem as it arrives, so that its policy sees the
-whole queue; one of many takes the next problem when none of its own rollouts waits to start.
+A problem stays on the GPU that pulled it: the KV of its image is there, and its later rounds need
+no other GPU's clock. A single GPU takes every problem on arrival, so its policy sees the whole
+queue; one of several GPUs takes the next problem when none of its rollouts is waiting to start.
 """
 
 import heapq
@@ -20,7 +20,7 @@ from pacore_sched.sim.workload import MAX_TOKENS, SimProblem
 
 @dataclass(frozen=True)
 class Setting:
-    """What the problems are run on. `num_pages` and `cost` follow from the machine if None."""
+    """The simulated system. `num_pages` and `cost` are derived from the machine if None."""
 
     policy: str = "later-round-first"
     gpus: int = 1
@@ -37,28 +37,30 @@ class Setting:
     cost: CostModel | None = None
 
     def pages(self) -> int:
-        """Pages of one GPU. Raises InputError if the model leaves no room for KV."""
+        """KV pages of one GPU. Raises InputError if the weights leave no room for KV."""
         if self.num_pages is not None:
             return self.num_pages
         tokens = kv_capacity(self.config, self.machine, self.kv_dtype)
         if tokens < self.page_size:
-            raise InputError(f"{self.config.name} leaves no room for KV on {self.machine.name}")
+            raise InputError(
+                f"the weights of {self.config.name} leave no room for KV on {self.machine.name}"
+            )
         return tokens // self.page_size
 
     def cost_model(self) -> CostModel:
-        """The given one, or the machine's roofline."""
+        """`cost` if there is one, else the machine's roofline."""
         work = StepWork(self.config.decoder, self.kv_dtype)
         return self.cost or RooflineCost(work, self.machine, self.shared_reads)
 
 
 @dataclass
 class SimResult:
-    """What happened: a record per rollout, a usage per GPU, and when problems were answered."""
+    """The result of a run: a record per rollout, a usage per GPU, and when problems ended."""
 
     setting: Setting
     problems: Sequence[SimProblem]
     records: list[Record] = field(default_factory=list)
-    answered_s: list[float] = field(default_factory=list)  # of every problem
+    answered_s: list[float] = field(default_factory=list)  # per problem
     usages: list[Usage] = field(default_factory=list)
     preemptions: int = 0
     recomputed_tokens: int = 0
@@ -71,7 +73,7 @@ def simulate(
     setting: Setting,
     on_answer: Callable[[int], None] = lambda problems: None,
 ) -> SimResult:
-    """Run all problems to their answers; `on_answer` is told of each as it comes.
+    """Run all problems to their answers; `on_answer(1)` is called for each.
 
     Raises InputError if a rollout's KV can never fit on one GPU.
     """
@@ -86,7 +88,7 @@ def simulate(
     try:
         _run(replicas, [(number, problems[number]) for number in order])
     except ValueError as error:
-        raise InputError(f"a problem does not fit a GPU's KV: {error}") from None
+        raise InputError(f"a problem does not fit in a GPU's KV: {error}") from None
     for replica in replicas:
         counts = replica.scheduler.counts
         result.usages.append(replica.executor.usage)
@@ -99,9 +101,9 @@ def simulate(
 
 def _replica(setting: Setting, result: SimResult, answer: Callable[[int, float], None]) -> Replica:
     name = setting.policy
-    knowing = KNOW_LENGTHS.get(name)
+    oracle = KNOW_LENGTHS.get(name)
     replica: Replica = Replica(
-        knowing(lambda rollout: replica.length(rollout)) if knowing else POLICIES[name](),
+        oracle(lambda rollout: replica.length(rollout)) if oracle else POLICIES[name](),
         setting.cost_model(),
         setting.pages(),
         setting.page_size,
@@ -116,7 +118,7 @@ def _replica(setting: Setting, result: SimResult, answer: Callable[[int, float],
 
 
 def _run(replicas: Sequence[Replica], queue: Sequence[tuple[int, SimProblem]]) -> None:
-    """Let the replica that is behind all others take its next step, until nothing is left."""
+    """Repeatedly step the replica with the earliest clock, until all problems are answered."""
     taken = 0
     clocks = [(0.0, index) for index in range(len(replicas))]
     while clocks:
@@ -129,10 +131,10 @@ def _run(replicas: Sequence[Replica], queue: Sequence[tuple[int, SimProblem]]) -
             replica.submit(*queue[taken])
             taken += 1
         arrival = queue[taken][1].arrival_s if taken < len(queue) else float("inf")
-        sees = arrival > clock and (len(replicas) == 1 or not replica.waits)
-        if replica.step(arrival if sees else float("inf")):
+        takes_next = arrival > clock and (len(replicas) == 1 or not replica.waits)
+        if replica.step(arrival if takes_next else float("inf")):
             heapq.heappush(clocks, (replica.executor.clock, index))
         elif replica.runs:
-            raise RuntimeError("the scheduler has work and does nothing")
+            raise RuntimeError("the scheduler has unfinished work but no batch to run")
         elif taken < len(queue):
             heapq.heappush(clocks, (max(clock, arrival), index))

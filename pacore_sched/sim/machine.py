@@ -1,9 +1,9 @@
-"""GPUs as the simulator sees them: what rows measured on one say, or stated assumptions.
+"""The simulator's GPUs: rates from measured rows, or else from stated assumptions.
 
-Assumed until there are rows, for every GPU: copies reach 0.90 of the data sheet's bandwidth and
+Assumptions for every GPU without measured rows: copies reach 0.90 of the data sheet's bandwidth and
 matrix products 0.70 of its dense rate; a step reaches 0.90 of that bandwidth, 0.85 of that rate in
-its linear layers and 0.60 of it in attention; 0.4 ms per step go to launches, norms, sampling and
-the host; KV may use what is left of 0.90 of the memory beside the weights and 6 GB of workspace.
+its linear layers and 0.60 of it in attention; launches, norms, sampling and the host take 0.4 ms
+per step; KV may use 0.90 of the memory, less the weights and 6 GB of workspace.
 """
 
 import json
@@ -16,20 +16,20 @@ from model.errors import InputError
 RESULTS = Path(__file__).resolve().parents[2] / "profiles" / "results"
 COPY_SHARE = 0.90  # of the data sheet's bandwidth
 GEMM_SHARE = 0.70  # of the data sheet's dense bf16 rate
-MODEL = "step3-vl-10b"  # whose decode rows tell a step's efficiency
-BEST_FORM = "default"  # the form of a decode row that the engine runs
+MODEL = "step3-vl-10b"  # a step's efficiency comes from this model's decode rows
+BEST_FORM = "default"  # `impl` of the decode rows that match what the engine runs
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One GPU. Rates are per second, 1e9 and 1e12; `measured` says whether rows gave them."""
+    """One GPU. `measured` says whether its rates come from measured rows."""
 
     name: str
-    copy_gb_s: float  # bytes read plus bytes written by a copy
-    gemm_tflop_s: float  # bf16, dense
+    copy_gb_s: float  # 1e9 bytes/s, read plus written by a copy
+    gemm_tflop_s: float  # 1e12 FLOP/s, bf16, dense
     memory_bytes: float
-    bandwidth_efficiency: float = 0.90  # of a step, in terms of copy_gb_s
-    linear_efficiency: float = 0.85  # in terms of gemm_tflop_s
+    bandwidth_efficiency: float = 0.90  # a step's share of copy_gb_s
+    linear_efficiency: float = 0.85  # share of gemm_tflop_s
     attention_efficiency: float = 0.60
     overhead_s: float = 0.4e-3  # per step
     memory_share: float = 0.90
@@ -64,9 +64,9 @@ MACHINES = {
 
 
 def find_machine(name: str, results: Path = RESULTS) -> Machine:
-    """The GPU called `name`, with what the rows of folders of `results` named after it say.
+    """The GPU called `name`, with rates from rows in folders of `results` named after it.
 
-    Raises InputError with the known names for another one, and for a file that is not rows.
+    Raises InputError for an unknown name, listing the known ones, and for a file without rows.
     """
     if name not in MACHINES:
         raise InputError(f"unknown GPU {name!r}; choose one of {', '.join(MACHINES)}")
@@ -82,7 +82,8 @@ def find_machine(name: str, results: Path = RESULTS) -> Machine:
 
 
 def _measured(machine: Machine, rows: list[dict]) -> Machine:
-    """The latest ceilings, and the median efficiency of the decode steps, its overhead within."""
+    """The machine with the latest measured ceilings, and the median efficiency of measured decode
+    steps, which includes the overhead per step."""
     ceilings = [row for row in rows if row["op"] == "roofline"]
     if ceilings:
         latest = ceilings[-1]
@@ -103,7 +104,7 @@ def _measured(machine: Machine, rows: list[dict]) -> Machine:
 
 
 def _read(path: Path) -> list[dict]:
-    """The rows of a JSONL file; a last line without an end is left out."""
+    """The rows of a JSONL file, without an unterminated last line."""
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -112,6 +113,6 @@ def _read(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             row = None
         if not isinstance(row, dict) or "op" not in row:
-            raise InputError(f"{path}:{number}: not a measured row")
+            raise InputError(f'{path}:{number}: not a measured row, an object with the key "op"')
         rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""Pictures of simulated runs: occupancy over time, and how many answers are there by when."""
+"""Plots of simulated runs: occupancy over time, and the distribution of times to answer."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ import numpy as np
 from model.errors import InputError
 
 SIZE, DPI = (9.0, 5.0), 130
-DASHES = ("-", "--", "-.")  # beside colours, for print and for those who cannot tell them
+DASHES = ("-", "--", "-.")  # as well as colours, for print and colour-blind readers
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What is drawn of a run; times in minutes."""
+    """The curves of one run; times in minutes."""
 
     policy: str
     answered: np.ndarray  # times to answer, ascending
@@ -25,7 +25,7 @@ class Curves:
 
 
 def check_folder(folder: Path) -> None:
-    """Make the folder; raises InputError if that, or drawing, is not possible."""
+    """Create the folder. Raises InputError if it cannot be created, or matplotlib is missing."""
     pyplot()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,17 +34,17 @@ def check_folder(folder: Path) -> None:
 
 
 def occupancy(path: Path, workload: str, runs: Sequence[Curves]) -> None:
-    """KV in use (area) and decoding rollouts (line, logarithmic) over time, a panel per policy."""
+    """Plot KV in use (area) and decoding rollouts (line, log scale) over time, per policy."""
     figure, panels = pyplot().subplots(
         len(runs), 1, sharex=True, squeeze=False, figsize=(SIZE[0], 0.9 + 1.15 * len(runs))
     )
-    most = max(run.running.max() for run in runs)
+    max_running = max(run.running.max() for run in runs)
     for axes, run in zip(panels[:, 0], runs, strict=True):
         right = area_and_line(axes, run.policy, run.ends, 100 * run.kv, run.running)
         axes.set(ylim=(0, 100), ylabel="KV, %")
-        right.set(yscale="log", ylim=(0.8, 1.3 * most))
+        right.set(yscale="log", ylim=(0.8, 1.3 * max_running))
     panels[-1, 0].set_xlabel("minutes")
-    figure.suptitle(f"{workload}: KV pages in use, and rollouts that decode", fontsize=12)
+    figure.suptitle(f"{workload}: KV pages in use and decoding rollouts", fontsize=12)
     figure.set_layout_engine("constrained")
     finish(figure, panels[:, 0], path)
 
@@ -56,9 +56,9 @@ def area_and_line(
     kv: Sequence[float] | np.ndarray,
     running: Sequence[float] | np.ndarray,
 ) -> Any:  # noqa: ANN401
-    """KV in use as an area, rollouts as a line on an axis of its own, which is returned.
+    """Draw KV in use as an area and rollouts as a line on a second axis, which is returned.
 
-    What stands at a time held from the time before it until then, from zero on for the first.
+    `kv[i]` and `running[i]` hold from `times[i - 1]` (0 for the first) to `times[i]`.
     """
     times, kv, running = [0.0, *times], [kv[0], *kv], [running[0], *running]
     axes.fill_between(times, kv, step="pre", color="C0", alpha=0.3, linewidth=0)
@@ -72,7 +72,7 @@ def area_and_line(
 
 
 def answers(path: Path, workload: str, runs: Sequence[Curves]) -> None:
-    """Share of the problems that were answered within a time, a line per policy."""
+    """Plot the share of problems answered within a time, a line per policy."""
     figure, axes = pyplot().subplots(figsize=SIZE, layout="constrained")
     for number, run in enumerate(runs):
         share = 100 * np.arange(len(run.answered) + 1) / len(run.answered)
@@ -95,7 +95,7 @@ def _style(number: int, label: str) -> dict:
 
 
 def finish(figure: Any, all_axes: Iterable[Any], path: Path) -> None:  # noqa: ANN401
-    """Give time axes their grid and origin, write the picture and let go of it."""
+    """Set grid and origin of the time axes, save the figure and close it."""
     for axes in all_axes:
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
@@ -105,7 +105,7 @@ def finish(figure: Any, all_axes: Iterable[Any], path: Path) -> None:  # noqa: A
 
 
 def pyplot() -> Any:  # noqa: ANN401
-    """matplotlib, told to draw without a display. Raises InputError if it is not installed."""
+    """pyplot with a backend that needs no display. Raises InputError without matplotlib."""
     try:
         import matplotlib
     except ImportError:

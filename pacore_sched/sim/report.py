@@ -1,4 +1,4 @@
-"""Rows of simulated runs as tables: every policy's medians, and its gain over the base lines."""
+"""Tables of simulated runs: every policy's medians, and its gain over the baselines."""
 
 from collections.abc import Iterable, Sequence
 from math import exp, log
@@ -12,18 +12,21 @@ ORACLE = "oracle"
 
 
 def print_report(rows: Sequence[dict], variant: Variant) -> None:
-    """A table per workload and sigma_w of the runs of one variant, then what compares them."""
-    chosen = [row for row in rows if variant_of(row) == variant]
-    for workload, sigma_w in _unique((row["workload"], row["sigma_w"]) for row in chosen):
+    """Print a table per workload and sigma_w for one variant, then comparisons.
+
+    The comparisons are of all variants, and of the policies with the baselines.
+    """
+    shown = [row for row in rows if variant_of(row) == variant]
+    for workload, sigma_w in _unique((row["workload"], row["sigma_w"]) for row in shown):
         of_workload = [
-            row for row in chosen if (row["workload"], row["sigma_w"]) == (workload, sigma_w)
+            row for row in shown if (row["workload"], row["sigma_w"]) == (workload, sigma_w)
         ]
         _policies(workload, sigma_w, of_workload)
     others = [other for other in _unique(map(variant_of, rows)) if other != variant]
     if others:
         _variants(rows, [variant, *others])
-    if len(_unique(row["policy"] for row in chosen)) > 1:
-        _gains(chosen)
+    if len(_unique(row["policy"] for row in shown)) > 1:
+        _gains(shown)
 
 
 def variant_of(row: dict) -> Variant:
@@ -31,29 +34,30 @@ def variant_of(row: dict) -> Variant:
 
 
 def gains(rows: Sequence[dict], base: str, field: str) -> dict[str, list[float]]:
-    """Per policy, the field of `base` over the policy's in every run of the same problems."""
+    """Per policy, `base`'s value of `field` divided by the policy's, for each pair of runs of the
+    same problems."""
     key = ("workload", "sigma_w", "seed", "shared_reads", "kv_dtype")
-    of_base = {tuple(row[name] for name in key): row for row in rows if row["policy"] == base}
-    found: dict[str, list[float]] = {}
+    base_rows = {tuple(row[name] for name in key): row for row in rows if row["policy"] == base}
+    ratios: dict[str, list[float]] = {}
     for row in rows:
-        other = of_base.get(tuple(row[name] for name in key))
-        if other:
-            found.setdefault(row["policy"], []).append(other[field] / row[field])
-    return found
+        base_row = base_rows.get(tuple(row[name] for name in key))
+        if base_row:
+            ratios.setdefault(row["policy"], []).append(base_row[field] / row[field])
+    return ratios
 
 
 def medians(rows: Sequence[dict]) -> list[dict]:
-    """A row per workload, sigma_w, policy and variant: medians over seeds, and how many."""
+    """A row per workload, sigma_w, policy and variant: medians over seeds, and their number."""
     names = ("workload", "sigma_w", "policy", "gpus", "shared_reads", "kv_dtype")
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    found = []
+    median_rows = []
     for key, runs in groups.items():
         fields = [name for name in runs[0] if name not in (*names, "seed")]
-        middle = {name: _median([run[name] for run in runs]) for name in fields}
-        found.append(dict(zip(names, key, strict=True)) | {"seeds": len(runs)} | middle)
-    return found
+        values = {name: _median([run[name] for run in runs]) for name in fields}
+        median_rows.append(dict(zip(names, key, strict=True)) | {"seeds": len(runs)} | values)
+    return median_rows
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -67,14 +71,14 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 def _policies(workload: str, sigma_w: float | None, rows: Sequence[dict]) -> None:
     header = ["policy", " makespan min", " time to answer min", " p50", " p95", " p99"]
-    header += [" used tok/s", " slots", " KV", " MBU", " tail", " preempted", " recomputed"]
+    header += [" used tok/s", " occupancy", " KV", " MBU", " tail", " preempted", " recomputed"]
     goodput = rows[0]["goodput_per_h"] is not None
     if goodput:
         header.append(" goodput/h")
     lines = []
     for policy in _unique(row["policy"] for row in rows):
         of_policy = [row for row in rows if row["policy"] == policy]
-        middle = {
+        medians_by_name = {
             name: median(row[name] for row in of_policy)
             for name, value in rows[0].items()
             if isinstance(value, int | float)
@@ -84,26 +88,27 @@ def _policies(workload: str, sigma_w: float | None, rows: Sequence[dict]) -> Non
                 policy,
                 _spread([row["makespan_s"] / 60 for row in of_policy]),
                 _spread([row["tta_mean_s"] / 60 for row in of_policy]),
-                *(f"{middle[f'tta_p{p}_s'] / 60:.1f}" for p in (50, 95, 99)),
-                f"{middle['used_tok_s']:,.0f}",
-                *(_percent(middle.get(name)) for name in ("slot_occupancy", "kv_utilisation")),
-                *(_percent(middle.get(name)) for name in ("mbu", "tail_share")),
-                f"{middle['preemptions']:,.0f}",
-                f"{middle['recomputed_tokens'] / 1e3:,.0f}k",
-                *([f"{middle['goodput_per_h']:.1f}"] if goodput else []),
+                *(f"{medians_by_name[f'tta_p{p}_s'] / 60:.1f}" for p in (50, 95, 99)),
+                f"{medians_by_name['used_tok_s']:,.0f}",
+                *(
+                    _percent(medians_by_name.get(name))
+                    for name in ("slot_occupancy", "kv_utilisation")
+                ),
+                *(_percent(medians_by_name.get(name)) for name in ("mbu", "tail_share")),
+                f"{medians_by_name['preemptions']:,.0f}",
+                f"{medians_by_name['recomputed_tokens'] / 1e3:,.0f}k",
+                *([f"{medians_by_name['goodput_per_h']:.1f}"] if goodput else []),
             ]
         )
     spread = "" if sigma_w is None else f", sigma_w {sigma_w:g}"
     runs = len(_unique(row["seed"] for row in rows))
     gpus = rows[0]["gpus"]
-    title = (
-        f"{workload}{spread}: medians of {runs} seeds (least..most), {gpus} GPU{'s' * (gpus > 1)}"
-    )
+    title = f"{workload}{spread}: medians of {runs} seeds (min..max), {gpus} GPU{'s' * (gpus > 1)}"
     table(title, header, lines)
 
 
 def _variants(rows: Sequence[dict], variants: Sequence[Variant]) -> None:
-    """Makespan and mean time to answer, medians in minutes, a column per variant."""
+    """Print medians of makespan and mean time to answer in minutes, a column per variant."""
     lines = []
     for workload, policy in _unique((row["workload"], row["policy"]) for row in rows):
         cells = []
@@ -123,7 +128,7 @@ def _variants(rows: Sequence[dict], variants: Sequence[Variant]) -> None:
 
 
 def _gains(rows: Sequence[dict]) -> None:
-    """How much better than the base lines each policy is, over all runs of the same problems."""
+    """Print how much better each policy is than the baselines, over runs of the same problems."""
     policies = _unique(row["policy"] for row in rows)
     header, columns = ["policy"], []
     for base in (*BASELINES, ORACLE):
@@ -135,8 +140,8 @@ def _gains(rows: Sequence[dict]) -> None:
         return
     lines = [[policy, *(_ratio(column.get(policy)) for column in columns)] for policy in policies]
     count = len(_unique((row["workload"], row["sigma_w"], row["seed"]) for row in rows))
-    title = "times better in mean time to answer and in makespan than base lines and oracle:"
-    table(f"{title} geometric mean of {count} runs (least..most)", header, lines)
+    title = "times faster than baselines and oracle in mean time to answer and in makespan:"
+    table(f"{title} geometric mean of {count} runs (min..max)", header, lines)
 
 
 def _ratio(values: Sequence[float] | None) -> str:

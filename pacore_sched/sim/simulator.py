@@ -1,11 +1,11 @@
-"""The simulator: the engine's scheduler on a virtual clock, from event to event.
+"""The simulator: the engine's scheduler on a virtual clock that advances from event to event.
 
-A GPU is a Scheduler and a SimExecutor, whose cost model says how long steps take. Lengths are
-pinned: a rollout ends with its last token, whatever runs beside it. Between events (a rollout ends,
-a page fills, a problem arrives) batches change in nothing but lengths, so that the seconds of all
-steps up to the next event have a closed form: skipping them changes nothing.
-Rounds follow each other as in PaCoRe: when a group is done its problem's next round is submitted,
-and its image stays in KV.
+A GPU is a Scheduler and a SimExecutor, whose cost model gives the time of steps. Lengths are
+pinned: a rollout has the same length in every run. Between events (a rollout ends, a page fills, a
+problem arrives) only the lengths in a batch change, so the total time of all steps up to the next
+event has a closed form, and skipping to the event gives the same result as single steps.
+Rounds follow each other as in PaCoRe: when a group ends, its problem's next round is submitted, and
+the KV of its image is kept.
 """
 
 from array import array
@@ -23,7 +23,7 @@ from pacore_sched.sim.workload import MAX_TOKENS, SimProblem
 
 @dataclass(slots=True)
 class Record:
-    """When one rollout was submitted, had its first token, and ended; seconds."""
+    """The times, in seconds, at which a rollout was submitted, had its first token, and ended."""
 
     problem: int
     round: int
@@ -36,7 +36,7 @@ class Record:
 
 @dataclass
 class Usage:
-    """What one GPU did. The arrays have an entry per event: from `starts[i]` to `ends[i]`,
+    """The work of one GPU. The arrays have an entry per event: from `starts[i]` to `ends[i]`,
     `running[i]` rollouts decoded and a share `kv[i]` of all pages was in use."""
 
     starts: array = field(default_factory=lambda: array("d"))
@@ -44,7 +44,7 @@ class Usage:
     running: array = field(default_factory=lambda: array("d"))
     kv: array = field(default_factory=lambda: array("d"))
     bytes: int = 0
-    bytes_saved: int = 0  # by reading every node once instead of for every sequence
+    bytes_saved: int = 0  # by reading every node once instead of once per sequence
     flops: int = 0
     steps: int = 0
 
@@ -56,9 +56,9 @@ class Usage:
 
 
 class SimExecutor:
-    """Executes batches by letting time pass: an engine's Executor, whose tokens are all 0.
+    """An engine's Executor that only advances its clock; all its tokens are 0.
 
-    `clock` is in seconds. Drafts are not known to it.
+    `clock` is in seconds. Drafts are not supported.
     """
 
     asynchronous = False
@@ -72,7 +72,7 @@ class SimExecutor:
         self.usage = Usage()
 
     def launch(self, tree: PrefixTree, batch: Batch) -> int:
-        """Pass the time of one step."""
+        """Advance the clock by one step."""
         self.run(tree, batch, step_shape(tree, batch), 1)
         return len(batch.sampled)
 
@@ -81,7 +81,7 @@ class SimExecutor:
         return [0] * pending, [0.0] * pending
 
     def run(self, tree: PrefixTree, batch: Batch, shape: StepShape, steps: int) -> None:
-        """Pass the time of `steps` steps of a batch, the first of which has this shape."""
+        """Advance the clock by `steps` steps of a batch, the first with this shape."""
         cost, usage, start = self.cost, self.usage, self.clock
         self.clock += cost.seconds(shape, steps)
         usage.steps += steps
@@ -95,20 +95,20 @@ class SimExecutor:
 
 @dataclass(eq=False)
 class Run:
-    """A problem on its way: its image, which all rounds read, and the ends of the last round."""
+    """A running problem: its image, which all rounds share, and its current round's records."""
 
     number: int
     problem: SimProblem
     image: Segment | None
-    records: dict[Rollout, Record] = field(default_factory=dict)  # of the round that runs
+    records: dict[Rollout, Record] = field(default_factory=dict)  # of the current round
 
 
 class Replica:
-    """One GPU with its scheduler, and the problems it has taken on.
+    """One GPU with its scheduler and the problems that it runs.
 
-    need_share: a round is done when this share of its rollouts have ended (1: all of them)
-    on_round: told of the records of a round that is done
-    on_answer: told of the number of a problem whose last round is done, and when
+    need_share: a round ends when this share of its rollouts have ended (1: all of them)
+    on_round: called with the records of a round that has ended
+    on_answer: called with a problem's number and the time at which its last round ended
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Replica:
         self.need_share = need_share
         self.on_round, self.on_answer = on_round, on_answer
         self.runs: dict[int, Run] = {}
-        self._batch, self._left = Batch(()), 0  # the last one, and the steps that it still holds
+        self._batch, self._left = Batch(()), 0  # the last batch, and its remaining steps
 
     @property
     def waits(self) -> bool:
@@ -143,12 +143,12 @@ class Replica:
         return any(group.waiting for group in self.scheduler.groups)
 
     def length(self, rollout: Rollout) -> int:
-        """The pinned length of a rollout that has not ended."""
+        """The pinned length of an unfinished rollout."""
         group = rollout.group
         return self.runs[group.problem].problem.lengths[group.round][rollout.index]
 
     def submit(self, number: int, problem: SimProblem) -> None:
-        """Take on a problem. Raises ValueError if one of its rollouts can never fit."""
+        """Start a problem. Raises ValueError if one of its rollouts can never fit."""
         image = Segment(problem.image_tokens) if problem.image_tokens else None
         run = self.runs[number] = Run(number, problem, image)
         if image:
@@ -156,7 +156,10 @@ class Replica:
         self._submit_round(run, 0, problem.prompt_tokens())
 
     def step(self, until: float = inf) -> bool:
-        """Go on to the next event, or to the first step's end behind `until`; False if idle."""
+        """Advance to the next event, or to the first step that ends at or after `until`.
+
+        Returns False if there is no work.
+        """
         batch = self.scheduler.schedule()
         if batch is None:
             return False
@@ -189,7 +192,7 @@ class Replica:
     def _submit_round(self, run: Run, number: int, prompt_tokens: int) -> None:
         lengths = run.problem.lengths[number]
         path = [run.image] if run.image else []
-        if prompt_tokens > 1:  # the last token opens the rollouts' own nodes
+        if prompt_tokens > 1:  # the last token is in the rollouts' leaves
             path.append(Segment(prompt_tokens - 1))
         exploring = number + 1 < len(run.problem.lengths)
         need = ceil(self.need_share * len(lengths)) if exploring else len(lengths)
@@ -203,7 +206,7 @@ class Replica:
         self.scheduler.submit(group)
 
     def _end(self, rollout: Rollout) -> None:
-        """A rollout has its last token; perhaps its round, and its problem, are done with it."""
+        """End a rollout, and its round and problem if they are complete."""
         run, group = self.runs[rollout.group.problem], rollout.group
         run.records[rollout].ended_s = self.executor.clock
         for sibling in self.scheduler.finish(rollout, "length"):
@@ -224,14 +227,14 @@ class Replica:
 
 
 def step_shape(tree: PrefixTree, batch: Batch) -> StepShape:
-    """The shape of a batch's next step, whose tokens the scheduler has appended already."""
-    own = 0  # tokens of the rollouts' own nodes
+    """The shape of a batch's next step; the scheduler has already appended the step's tokens."""
+    leaf_tokens = 0
     members: dict[Group, int] = {}
     for rollout in batch.decode:
-        own += rollout.scheduled
+        leaf_tokens += rollout.scheduled
         members[rollout.group] = members.get(rollout.group, 0) + 1
-    segments: dict[int, int] = {}  # node -> tokens of it that are read
-    unshared = own
+    segments: dict[int, int] = {}  # node -> number of its tokens that are read
+    unshared = leaf_tokens
     for group, count in members.items():
         unshared += count * (group.prompt_tokens - 1)
         segments.update((segment.node, segment.tokens) for segment in group.path)
@@ -245,5 +248,5 @@ def step_shape(tree: PrefixTree, batch: Batch) -> StepShape:
         unshared += context + new
         pairs += new * context + new * (new + 1) // 2
         rows += new
-    read = own + sum(segments.values())
+    read = leaf_tokens + sum(segments.values())
     return StepShape(rows, len(batch.sampled), read, unshared, pairs, len(segments))

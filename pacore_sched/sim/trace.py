@@ -1,9 +1,9 @@
-"""Readers of public request traces, and of one's own lengths, as problems for the simulator.
+"""Readers of public request traces, whose requests become problems for the simulator.
 
 Azure LLM inference trace: CSV with TIMESTAMP, ContextTokens, GeneratedTokens. Mooncake trace:
 JSONL with timestamp (milliseconds), input_length, output_length and hash_ids (one per block of 512
-prompt tokens; prefixes that requests have in common are not shared by the simulator).
-Times count from a trace's first request.
+prompt tokens; the simulator does not share common prefixes of requests).
+Times are relative to a trace's first request.
 """
 
 import csv
@@ -38,12 +38,12 @@ class Request:
 def read_trace(path: str | Path) -> list[Request]:
     """The requests of a `.csv` (Azure) or `.jsonl` (Mooncake) file, in order of arrival.
 
-    Raises InputError naming file and line of what is wrong.
+    Raises InputError with the file and line of an invalid entry.
     """
     path = Path(path)
     readers = {".csv": _azure, ".jsonl": _mooncake}
     if path.suffix not in readers:
-        raise InputError(f"trace {path}: its name must end with {' or '.join(readers)}")
+        raise InputError(f"trace {path}: the file name must end with {' or '.join(readers)}")
     try:
         with path.open(encoding="utf-8", newline="") as file:
             requests = list(readers[path.suffix](path, file))
@@ -52,7 +52,7 @@ def read_trace(path: str | Path) -> list[Request]:
     except UnicodeDecodeError:
         raise InputError(f"trace {path}: not UTF-8 text") from None
     if not requests:
-        raise InputError(f"trace {path}: it has no requests")
+        raise InputError(f"trace {path} has no requests")
     first = min(request.arrival_s for request in requests)
     shifted = [
         Request(r.arrival_s - first, r.input_tokens, r.output_tokens, r.hash_ids) for r in requests
@@ -67,10 +67,10 @@ def trace_problems(
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
 ) -> list[SimProblem]:
-    """Every request as a problem: one rollout, or the rounds of `widths`.
+    """Every request as a problem with one rollout, or with the rounds of `widths`.
 
-    Rollouts are as long as the request's output, times exp(N(-sigma_w^2 / 2, sigma_w)), but no
-    longer than `max_tokens`.
+    A rollout's length is the request's output length times exp(N(-sigma_w^2 / 2, sigma_w)), at most
+    `max_tokens`.
     """
     problems = []
     for number, request in enumerate(requests):
@@ -78,8 +78,8 @@ def trace_problems(
         lengths = []
         for width in round_widths(widths):
             noise = np.exp(rng.normal(-(sigma_w**2) / 2, sigma_w, width))
-            drawn = np.clip(np.rint(request.output_tokens * noise), 1, max_tokens)
-            lengths.append(tuple(drawn.astype(int).tolist()))
+            round_lengths = np.clip(np.rint(request.output_tokens * noise), 1, max_tokens)
+            lengths.append(tuple(round_lengths.astype(int).tolist()))
         problems.append(SimProblem(request.arrival_s, 0, request.input_tokens, tuple(lengths)))
     return problems
 
@@ -92,8 +92,8 @@ def _azure(path: Path, lines: Iterator[str]) -> Iterator[Request]:
     for row in rows:
         where = f"trace {path}, line {rows.line_num}"
         time = _field(where, row, "TIMESTAMP", _seconds)
-        read, made = (_field(where, row, name, _positive) for name in AZURE_COLUMNS[1:])
-        yield Request(time, read, made)
+        inputs, outputs = (_field(where, row, name, _positive) for name in AZURE_COLUMNS[1:])
+        yield Request(time, inputs, outputs)
 
 
 def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[Request]:
@@ -116,13 +116,13 @@ def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[Request]:
 
 
 def _field(where: str, row: dict[str, Any], name: str, convert: Callable[[Any], T]) -> T:
-    """A row's field as `convert` has it, which raises ValueError or TypeError for what is wrong."""
+    """A row's field, converted. `convert` raises ValueError or TypeError for an invalid value."""
     if row.get(name) is None:
         raise InputError(f"{where}: no {name}")
     try:
         return convert(row[name])
     except (ValueError, TypeError):
-        raise InputError(f"{where}: {name} is {row[name]!r}") from None
+        raise InputError(f"{where}: {name} is {row[name]!r}, which is not valid") from None
 
 
 def _positive(value: str | float) -> int:
@@ -141,6 +141,6 @@ def _finite(value: str | float) -> float:
 
 
 def _seconds(text: str) -> float:
-    """Seconds since 1970 of an ISO time, UTC if it names no zone."""
+    """Seconds since 1970 of an ISO time, which is in UTC if it has no time zone."""
     time = datetime.fromisoformat(text)
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()

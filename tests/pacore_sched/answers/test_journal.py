@@ -1,4 +1,4 @@
-"""The journal of a run: what a kill, a full disk or another run may do to it, and may not."""
+"""The run journal: what a kill, a full disk or a second run may and may not do to it."""
 
 import json
 import os
@@ -52,8 +52,8 @@ def resumed(path: Path, problem: str = "a") -> list[RolloutResult]:
         return journal.results(problem)
 
 
-def test_outcomes_return(path: Path):
-    """To the last bit, by round and index, whatever the order in which they ended."""
+def test_results_are_read_back(path: Path):
+    """A rounded number, or results in the order in which they ended, not by round and index."""
     later = replace(RESULT, round=1)
     other = replace(RESULT, problem="b", tokens=(1, 2, 3), logprobs=(-0.5, -1e-9, -3.25))
     with Journal(path, HEADER, resume=False) as journal:
@@ -65,8 +65,8 @@ def test_outcomes_return(path: Path):
     assert resumed(path, "b") == [other]
 
 
-def test_tokens_are_kept_where_asked_for(path: Path):
-    """A text run's journal is not swelled by token ids; the rest of the result is the same."""
+def test_tokens_are_written_only_on_request(path: Path):
+    """A text-only run whose journal is bloated by token ids."""
     whole = replace(RESULT, tokens=(1, 2), logprobs=(-1.0, -2.0))
     begin(path, [whole])
     assert resumed(path) == [RESULT]
@@ -74,7 +74,7 @@ def test_tokens_are_kept_where_asked_for(path: Path):
 
 
 def test_the_journal_is_readable_jsonl_while_it_is_written(path: Path):
-    """Guards what the page says: every line is on its way as soon as it is added."""
+    """A line that is buffered instead of written at once, or an answer that is written twice."""
     with Journal(path, HEADER, resume=False) as journal:
         journal.add([RESULT])
         journal.add_answer("a", "4", None)
@@ -92,22 +92,23 @@ def test_the_journal_is_readable_jsonl_while_it_is_written(path: Path):
 
 @given(st.data())
 def test_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
-    """A journal cut off at any byte resumes with all whole lines, and goes on as if uncut."""
+    """Complete lines that are lost when the journal was cut off at any byte, or a partial line that
+    is kept."""
     path = tmp_path_factory.mktemp("cut") / "journal.jsonl"
     begin(path, results_of(3))
     whole = path.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:cut])
-    left = max(whole[:cut].count(b"\n") - 1, 0)
+    complete = max(whole[:cut].count(b"\n") - 1, 0)
     with Journal(path, HEADER, resume=True) as journal:
-        assert journal.results("a") == results_of(left)
-        assert journal.rollouts == left
-        journal.add(results_of(3)[left:])
+        assert journal.results("a") == results_of(complete)
+        assert journal.rollouts == complete
+        journal.add(results_of(3)[complete:])
     assert path.read_bytes() == whole
 
 
 def test_damage_in_the_middle_is_named(path: Path):
-    """Only the end may be torn: anything else is another hand's work, and stays as it is."""
+    """Damage before the last line that is silently dropped: it must be named, and not modified."""
     begin(path, results_of(3))
     lines = path.read_bytes().splitlines(keepends=True)
     damaged = b"".join([*lines[:2], b'{"kind": "rol\n', *lines[3:]])
@@ -115,24 +116,24 @@ def test_damage_in_the_middle_is_named(path: Path):
     with pytest.raises(InputError, match="line 3: damaged"):
         resumed(path)
     assert path.read_bytes() == damaged
-    path.write_bytes(b"".join([*lines[:3], b"\0\0\0\n"]))  # what a lost page may look like
+    path.write_bytes(b"".join([*lines[:3], b"\0\0\0\n"]))  # as a lost disk page may look
     assert resumed(path) == results_of(2)
 
 
 @pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b'{"kind": "rollout"}\n', b"[]\n"])
-def test_no_journal_is_not_touched(path: Path, content: bytes):
-    """Guards a file of the user's that happens to have the journal's name."""
+def test_a_file_that_is_not_a_journal_is_not_touched(path: Path, content: bytes):
+    """Overwriting a file of the user's that happens to have the journal's name."""
     path.write_bytes(content)
     for resume in (True, False):
-        with pytest.raises(InputError, match="is no journal"):
+        with pytest.raises(InputError, match="is not a run journal"):
             Journal(path, HEADER, resume=resume)
     assert path.read_bytes() == content
 
 
 def test_nothing_is_overwritten(path: Path):
-    """A run that is there is not begun again over itself."""
+    """A new run that overwrites the journal of an existing one."""
     begin(path, [RESULT])
-    with pytest.raises(InputError, match="--resume goes on with it"):
+    with pytest.raises(InputError, match="continue it with --resume"):
         Journal(path, HEADER, resume=False)
     assert resumed(path) == [RESULT]
 
@@ -146,7 +147,7 @@ def test_nothing_is_overwritten(path: Path):
     ],
 )
 def test_other_settings_are_refused(path: Path, changes: dict, message: str):
-    """Half of the results from other settings would be nobody's experiment."""
+    """A resumed run that mixes results of different settings."""
     begin(path, [RESULT])
     with pytest.raises(InputError, match=message):
         Journal(path, HEADER | changes, resume=True)
@@ -155,7 +156,7 @@ def test_other_settings_are_refused(path: Path, changes: dict, message: str):
 
 
 def test_one_run_at_a_time(path: Path):
-    """Two runs in one journal would write each other's rollouts twice."""
+    """Two runs that write to one journal at the same time, which duplicates rollouts."""
     with (
         Journal(path, HEADER, resume=False),
         pytest.raises(InputError, match="written by another run"),
@@ -164,15 +165,15 @@ def test_one_run_at_a_time(path: Path):
     assert resumed(path) == []
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path):
-    """One line, before a model is loaded."""
+def test_a_path_that_cannot_be_written(tmp_path: Path):
+    """A traceback, instead of an InputError with the reason, for a missing folder."""
     with pytest.raises(InputError, match=r"cannot write .*nowhere.*: No such file"):
         Journal(tmp_path / "nowhere" / "journal.jsonl", HEADER, resume=False)
 
 
 @contextmanager
 def disk_of(size: int) -> Iterator[None]:
-    """Files cannot grow beyond `size` bytes: a write takes what fits, the next one fails."""
+    """Limit files to `size` bytes: a write stores what fits, and the next write fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -182,13 +183,16 @@ def disk_of(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk(path: Path):
-    """What does not fit is taken back whole; what was there is there, and the run goes on later."""
+    """A partial line left behind when a write does not fit, or a journal that cannot be resumed."""
     journal = Journal(path, HEADER, resume=False)
     journal.add(results_of(2))
-    good = path.read_bytes()
-    with disk_of(len(good) + 50), pytest.raises(InputError, match="the 2 rollouts in it are safe"):
+    before = path.read_bytes()
+    with (
+        disk_of(len(before) + 50),
+        pytest.raises(InputError, match="the 2 rollouts in it are safe"),
+    ):
         journal.add(results_of(4)[2:])
-    assert path.read_bytes() == good
+    assert path.read_bytes() == before
     journal.close()
     with Journal(path, HEADER, resume=True) as journal:
         journal.add(results_of(4)[2:])
@@ -196,7 +200,7 @@ def test_a_full_disk(path: Path):
 
 
 def test_no_space_is_one_line(path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The system's words, the file, and what to do."""
+    """A message without the system's reason or the remedy, or of several lines."""
     with Journal(path, HEADER, resume=False) as journal:
         with monkeypatch.context() as patch:
             patch.setattr(journal_module.os, "write", full)
@@ -214,7 +218,7 @@ def full(file: int, data: bytes) -> int:
 
 
 def test_a_write_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The system may take a part of a write and not be full: the rest follows."""
+    """Lost bytes when the system accepts only a part of a write without being full."""
     write = os.write
     monkeypatch.setattr(journal_module.os, "write", lambda file, data: write(file, data[:10]))
     begin(path, results_of(2))
@@ -223,7 +227,7 @@ def test_a_write_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.cli
 def test_killed(path: Path):
-    """kill -9 right after `add`: the rollout is there."""
+    """A rollout lost by kill -9 right after `add`."""
     script = f"""
 import os, signal
 from tests.pacore_sched.answers.test_journal import *
@@ -237,8 +241,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert resumed(path) == [RESULT]
 
 
-def test_the_disk_is_waited_for_now_and_then(path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Once a second and at the end, not for every rollout: a disk may take ten milliseconds."""
+def test_fsync_runs_once_a_second(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An fsync for every rollout, which may take ten milliseconds, or none at the end."""
     now, syncs = [0.0], []
     monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(journal_module.os, "fsync", lambda file: syncs.append(now[0]))
@@ -246,11 +250,14 @@ def test_the_disk_is_waited_for_now_and_then(path: Path, monkeypatch: pytest.Mon
         for index, result in enumerate(results_of(30)):
             now[0] = 0.1 * index
             journal.add([result])
-    assert len(syncs) in (3, 4)  # two seconds, with what rounding makes of tenths, and the end
+    assert len(syncs) in (
+        3,
+        4,
+    )  # after each of two seconds, which rounding of tenths may shift, and at the end
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path):
-    """Half a results file is never seen, not even when the disk fills up or lines fail to come."""
+def test_a_file_is_replaced_atomically(tmp_path: Path):
+    """A partial results file that is visible, also when the disk fills up or a line raises."""
     path = tmp_path / "results.jsonl"
     replace_file(path, ["one", "\u20ac"])
     assert path.read_text(encoding="utf-8") == "one\n\u20ac\n"

@@ -1,7 +1,7 @@
-"""PaCoRe over the engine: what each round is asked, what is shared, and that problems do not mix.
+"""PaCoRe on the engine: the prompts of each round, shared KV, and independence of problems.
 
-On the tiny model where tokens must be the model's own; on a model of hashes for what can happen to
-problems, rounds and rollouts.
+Tests of tokens use the tiny model; tests of problems, rounds and rollouts use a fake model whose
+tokens are hashes.
 """
 
 import time
@@ -61,19 +61,19 @@ def pacore_on(tiny: Step3VL, widths: list[int], sampling: Sampling = SAMPLING, *
 
 
 def is_idle(engine: Engine) -> bool:
-    """Whether nothing is left of what was asked: no work, no page."""
+    """Whether the engine has no work and holds no page."""
     engine.scheduler.check_integrity()
     tree = engine.scheduler.tree
     return not engine.busy and tree.free_pages == tree.num_pages
 
 
-def test_rounds_ask_what_they_should(tiny: Step3VL, photo: Views):
-    """Every rollout equals the model's own loop on its round's prompt, image included."""
+def test_rollouts_equal_generate_on_each_rounds_prompt(tiny: Step3VL, photo: Views):
+    """A wrong prompt, seed or token in any round, compared with the model's own loop."""
     answer = pacore_on(tiny, [3, 2], seed=4).answer(MESSAGES, [photo])
     assert [len(round_.rollouts) for round_ in answer.rounds] == [3, 2, 1]
-    asked = MESSAGES
+    messages = MESSAGES
     for number, round_ in enumerate(answer.rounds):
-        ids = build_prompt(asked, tiny.tokenizer, TINY, [photo])
+        ids = build_prompt(messages, tiny.tokenizer, TINY, [photo])
         assert round_.prompt_tokens == len(ids)
         for index, result in enumerate(round_.rollouts):
             assert (result.round, result.index) == (number, index)
@@ -82,17 +82,17 @@ def test_rounds_ask_what_they_should(tiny: Step3VL, photo: Views):
             assert list(result.tokens) == tiny.generate(ids, [photo], **options)
             assert result.num_tokens == len(result.tokens) == len(result.logprobs)
             assert result.logprob == sum(result.logprobs)
-        asked = round_messages(MESSAGES, [result.text for result in round_.rollouts])
+        messages = round_messages(MESSAGES, [result.text for result in round_.rollouts])
     assert answer.text == compact(answer.rounds[-1].rollouts[0].text)
 
 
 def test_images_are_prefilled_once(tiny: Step3VL, photo: Views, monkeypatch: pytest.MonkeyPatch):
-    """System prompt and image stay in the tree for all rounds, and sharing changes no token."""
+    """System prompt and image prefilled again in each round, or tokens that sharing changes."""
     shared = pacore_on(tiny, [3])
     answer = shared.answer(MESSAGES, [photo])
     prompts = [round_.prompt_tokens for round_ in answer.rounds]
     prefilled = shared.engine.scheduler.counts.prefilled
-    head = sum(prompts) - 2 - prefilled  # a prompt's last token is every rollout's own
+    head = sum(prompts) - 2 - prefilled  # a prompt's last token is in the leaves
     assert head > 2 * (2 + TINY.vision.crop_tokens) + 2 + TINY.vision.image_tokens
     assert shared.prefix_tokens_saved == 2 * (prompts[0] - 1) + head
     assert is_idle(shared.engine)
@@ -103,8 +103,8 @@ def test_images_are_prefilled_once(tiny: Step3VL, photo: Views, monkeypatch: pyt
     assert separate.engine.scheduler.counts.prefilled == sum(prompts) - 2
 
 
-def test_images_behind_the_head(tiny: Step3VL, photo: Views):
-    """An image further down, behind text, gets its own embeddings and not the first one's."""
+def test_images_after_the_head(tiny: Step3VL, photo: Views):
+    """An image that follows text and gets the first image's embeddings."""
     other = replace(photo, image=-photo.image, crops=photo.crops + 1)
     parts = [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
@@ -116,7 +116,7 @@ def test_images_behind_the_head(tiny: Step3VL, photo: Views):
 
 
 def test_many_problems_at_once(tiny: Step3VL, photo: Views):
-    """Every problem's answer is what it is alone, seeds by its id; images among the others'."""
+    """An answer that depends on other problems, with and without images; seeds shared by ids."""
     problems = [
         Problem(MESSAGES, lambda: [photo], id="photo"),
         Problem(COUNT, id="count"),
@@ -132,14 +132,14 @@ def test_many_problems_at_once(tiny: Step3VL, photo: Views):
     assert len(seeds) == 3 * (3 + 2 + 1)
 
 
-def test_other_widths_leave_a_rollout_alone(tiny: Step3VL):
-    """Rollout 1 of a round of 2 is rollout 1 of a round of 4."""
+def test_a_rollout_does_not_depend_on_the_width(tiny: Step3VL):
+    """Rollout 1 of a round of 2 that differs from rollout 1 of a round of 4."""
     narrow, wide = (pacore_on(tiny, [width], seed=9).answer(COUNT) for width in (2, 4))
     assert _texts(narrow)[0] == _texts(wide)[0][:2]
 
 
 def test_no_widths_is_one_rollout(tiny: Step3VL):
-    """Sequential mode: the question unmodified, one generation."""
+    """Sequential mode with anything but the unmodified question and one generation."""
     pacore = pacore_on(tiny, [])
     answer = pacore.answer(COUNT)
     assert [len(round_.rollouts) for round_ in answer.rounds] == [1]
@@ -147,7 +147,7 @@ def test_no_widths_is_one_rollout(tiny: Step3VL):
 
 
 def test_a_failed_rollout_is_reported():
-    """Logits of NaN end a rollout with a reason; it passes on no message, nor is it an answer."""
+    """A rollout with NaN logits that passes on a message or becomes the answer."""
     broken = Step3VL.from_preset("tiny", seed=1)
     broken.decoder.norm.fill_(float("nan"))
     answer = pacore_on(broken, [2]).answer(COUNT)
@@ -158,7 +158,7 @@ def test_a_failed_rollout_is_reported():
 
 
 def test_limits_are_named(tiny: Step3VL):
-    """A prompt beyond the context, and KV beyond memory, end before any work with a reason."""
+    """A prompt beyond the context, or KV beyond memory, that is not refused before any work."""
     long = [{"role": "user", "content": "x" * 9000}]
     pacore = pacore_on(tiny, [2])
     with pytest.raises(InputError, match="the context is 8192"):
@@ -170,7 +170,7 @@ def test_limits_are_named(tiny: Step3VL):
 
 
 def test_rollouts_fill_the_context_and_no_more():
-    """max_tokens is cut to what the prompt has left of it."""
+    """A max_tokens that is not limited to the context left by the prompt."""
     near = [{"role": "user", "content": "x" * 8100}]
     pacore = Pacore(HASHES, hashed().engine, [], Sampling(max_tokens=1000, ignore_eos=True))
     (round_,) = pacore.answer(near).rounds
@@ -178,7 +178,7 @@ def test_rollouts_fill_the_context_and_no_more():
 
 
 def test_a_stop_string_ends_rollouts(tiny: Step3VL):
-    """The text ends before it; the same tokens up to there, and none after."""
+    """A text with its stop string, or other tokens before it, or tokens after it."""
     sampling = Sampling(max_tokens=40)
     whole = pacore_on(tiny, [], sampling).answer(COUNT).rounds[0].rollouts[0]
     stop = whole.text[10:13]
@@ -190,30 +190,30 @@ def test_a_stop_string_ends_rollouts(tiny: Step3VL):
 
 
 class HashExecutor(FakeExecutor):
-    """A model of hashes whose images take a while, and fail if there are none."""
+    """A fake model whose images are ready after three polls, and fail if there are none."""
 
     def segment(self, ids: list[int], features: object = None, first: int = 0) -> Segment:
-        made = segment(ids)
-        made.ready = features.ready if features else made.ready
-        return made
+        prompt = segment(ids)
+        prompt.ready = features.ready if features else prompt.ready
+        return prompt
 
     def encode(self, views: list[Views]) -> SimpleNamespace:
-        left = iter([*[False] * 3, *[True] * 1000])
+        polls = iter([*[False] * 3, *[True] * 1000])
         error = None if views else RuntimeError("out of memory")
-        return SimpleNamespace(error=error, ready=lambda: next(left) and not error)
+        return SimpleNamespace(error=error, ready=lambda: next(polls) and not error)
 
 
 HASHES = SimpleNamespace(config=TINY, tokenizer=TOKENIZER)
 
 
 def hashed(widths: tuple[int, ...] = (3, 2), pages: int = 4000, **options: object) -> Pacore:
-    named = ("policy", "ahead", "speculate", "max_running")
-    engine_options = {name: options.pop(name) for name in named if name in options}
+    names = ("policy", "ahead", "speculate", "max_running")
+    engine_options = {name: options.pop(name) for name in names if name in options}
     engine = Engine(HashExecutor(pages), Stopping(TOKENIZER, [EOS]), **engine_options)
     return Pacore(HASHES, engine, widths, SAMPLING, **options)
 
 
-def asked(count: int) -> list[Problem]:
+def questions(count: int) -> list[Problem]:
     return [Problem([{"role": "user", "content": f"{n}?"}], id=f"p{n}") for n in range(count)]
 
 
@@ -236,16 +236,16 @@ def by_problem(answers) -> dict[str, Answer]:
     max_running=st.integers(1, 16),
     ended=st.integers(0, 30),
 )
-def test_known_outcomes_are_not_run_again(policy, ahead, pages, max_running, ended):
-    """Any beginning of a run, under any policy in any memory, plus what is run after it, is the
-    whole run: nothing is done twice, and nothing differs."""
+def test_known_results_are_not_run_again(policy, ahead, pages, max_running, ended):
+    """A resumed run, under any policy and amount of memory, that runs a finished rollout again or
+    gives other answers than the whole run."""
     before: list[RolloutResult] = []
-    whole = by_problem(hashed().answers(asked(5), on_rollout=before.append))
+    whole = by_problem(hashed().answers(questions(5), on_rollout=before.append))
     assert len(before) == 5 * 6
     kept, again = before[:ended], []
     pacore = hashed(policy=policy, ahead=ahead, pages=pages, max_running=max_running)
     resumed = pacore.answers(
-        asked(5),
+        questions(5),
         known=lambda id: [result for result in kept if result.problem == id],
         on_rollout=again.append,
     )
@@ -255,9 +255,9 @@ def test_known_outcomes_are_not_run_again(policy, ahead, pages, max_running, end
 
 
 def test_rollouts_arrive_as_they_end():
-    """The callback sees each rollout once, in order of ending; the answer holds all by index."""
+    """A rollout reported twice or not in order of ending; an answer not ordered by index."""
     seen: list[RolloutResult] = []
-    (answer,) = hashed((6,)).answers(asked(1), on_rollout=seen.append)
+    (answer,) = hashed((6,)).answers(questions(1), on_rollout=seen.append)
     first = [result for result in seen if result.round == 0]
     assert sorted(o.index for o in first) == list(range(6))
     assert [o.num_tokens for o in first] == sorted(o.num_tokens for o in first)
@@ -266,43 +266,45 @@ def test_rollouts_arrive_as_they_end():
 
 
 def test_policies_see_problems_and_rounds():
-    """Problems count in order of arrival, rounds from 0: what policies go by."""
+    """Groups whose problem or round number, by which policies order them, is wrong."""
     pacore = hashed((2, 2))
-    answers = by_problem(pacore.answers(asked(3)))
+    answers = by_problem(pacore.answers(questions(3)))
     assert len(answers) == 3
     groups = {r.group for batch in pacore.engine.executor.launched for r in batch.sampled}
-    places = sorted((group.problem, group.round) for group in groups)
-    assert places == [(problem, number) for problem in range(3) for number in range(3)]
+    pairs = sorted((group.problem, group.round) for group in groups)
+    assert pairs == [(problem, number) for problem in range(3) for number in range(3)]
 
 
 def test_answers_arrive_as_problems_end():
-    """A problem behind a long queue does not keep back those that are done."""
+    """Answers that are held back until later problems have ended."""
     pacore, running = hashed(max_running=3), []
-    for _ in pacore.answers(asked(8)):
+    for _ in pacore.answers(questions(8)):
         running.append(len(pacore.engine.scheduler.groups))
     assert len(running) == 8
     assert running[0] > 0
 
 
-def test_problems_are_taken_in_as_there_is_room(monkeypatch: pytest.MonkeyPatch):
-    """Guards against ten thousand images read, and prompts held, before the first answer."""
+def test_problems_are_read_when_there_is_room(monkeypatch: pytest.MonkeyPatch):
+    """Reading all problems and their images before the first answer."""
     monkeypatch.setattr("pacore_sched.answers.pacore.AHEAD", 12)
-    taken, most = [], []
+    taken, unanswered = [], []
 
     def arriving():
-        for problem in asked(40):
+        for problem in questions(40):
             taken.append(problem)
             yield problem
 
     for ended, _ in enumerate(hashed(max_running=4).answers(arriving())):
-        most.append(len(taken) - ended)
+        unanswered.append(len(taken) - ended)
     assert len(taken) == 40
-    assert max(most) <= 12 + 4 + 2  # one rollout each in the engine, waiting for images, in hand
+    # In the engine with one rollout each, with loading images, and between the two.
+    assert max(unanswered) <= 12 + 4 + 2
 
 
 def test_synthesis_at_m_of_n():
-    """A round goes on with its first messages; cancelled rollouts are told, and pass nothing on."""
-    (answer,) = hashed((5,), min_messages=2).answers(asked(1))
+    """A round that waits for all its rollouts, or cancelled rollouts that pass on a message or are
+    missing from the answer."""
+    (answer,) = hashed((5,), min_messages=2).answers(questions(1))
     reasons = [result.finish_reason for result in answer.rounds[0].rollouts]
     assert reasons.count("cancelled") == 3
     cancelled = [o for o in answer.rounds[0].rollouts if o.finish_reason == "cancelled"]
@@ -313,14 +315,15 @@ def test_synthesis_at_m_of_n():
 
 
 def test_a_round_cut_off_between_its_end_and_its_cancellations():
-    """Enough messages in the journal are enough: what was not told of the others is cancelled."""
+    """A round that runs again although the journal has enough messages, because it lacks the
+    cancelled rollouts."""
     before: list[RolloutResult] = []
     pacore = hashed((5,), min_messages=2)
-    (whole,) = pacore.answers(asked(1), on_rollout=before.append)
+    (whole,) = pacore.answers(questions(1), on_rollout=before.append)
     kept = [result for result in before if result.finish_reason != "cancelled"][:2]
     again: list[RolloutResult] = []
     (resumed,) = hashed((5,), min_messages=2).answers(
-        asked(1), known=lambda id: kept, on_rollout=again.append
+        questions(1), known=lambda id: kept, on_rollout=again.append
     )
     assert [result.round for result in again] == [1]
     assert resumed.text == whole.text
@@ -329,19 +332,19 @@ def test_a_round_cut_off_between_its_end_and_its_cancellations():
 
 
 def test_a_resumed_round_waits_for_what_is_missing():
-    """Of two messages that are to end, one is in the journal: one more is waited for, not two."""
+    """A resumed round that waits for all `min_messages` although the journal has one of them."""
     before: list[RolloutResult] = []
     options = {"min_messages": 2, "max_running": 1}
-    (whole,) = hashed((5,), **options).answers(asked(1), on_rollout=before.append)
-    (resumed,) = hashed((5,), **options).answers(asked(1), known=lambda id: before[:1])
+    (whole,) = hashed((5,), **options).answers(questions(1), on_rollout=before.append)
+    (resumed,) = hashed((5,), **options).answers(questions(1), known=lambda id: before[:1])
     reasons = [result.finish_reason for result in resumed.rounds[0].rollouts]
     assert reasons.count("cancelled") == 3
     assert resumed.text == whole.text
 
 
 def test_samples_without_a_synthesis():
-    """Groups of samples: one round, and no answer made of it."""
-    (answer,) = hashed((4,), synthesis=False).answers(asked(1))
+    """A synthesis or an answer text where only samples were requested."""
+    (answer,) = hashed((4,), synthesis=False).answers(questions(1))
     assert [len(round_.rollouts) for round_ in answer.rounds] == [4]
     assert (answer.text, answer.error) == ("", None)
 
@@ -360,28 +363,28 @@ def broken_image() -> list[Views]:
     ],
 )
 def test_a_problem_fails_alone(problem: Problem, reason: str):
-    """Its reason is told, it holds no page, and the others' answers are what they are without."""
+    """A failed problem that gives no reason, keeps pages or changes other answers."""
     pacore = hashed()
-    answers = by_problem(pacore.answers([*asked(2), problem]))
+    answers = by_problem(pacore.answers([*questions(2), problem]))
     bad = answers.pop("bad")
     assert reason in bad.error
     assert (bad.text, bad.rounds) == ("", ())
-    assert answers == by_problem(hashed().answers(asked(2)))
+    assert answers == by_problem(hashed().answers(questions(2)))
     assert is_idle(pacore.engine)
 
 
 def test_images_that_cannot_be_encoded():
-    """The tower's failure is its problem's own: nobody waits for it for ever."""
+    """Waiting forever for images that the tower failed to encode."""
     pacore = hashed()
-    problem = replace(with_image("How many?"), load=list, messages=asked(1)[0].messages)
-    answers = by_problem(pacore.answers([problem, *asked(2)]))
+    problem = replace(with_image("How many?"), load=list, messages=questions(1)[0].messages)
+    answers = by_problem(pacore.answers([problem, *questions(2)]))
     assert answers["photo"].error == "the images cannot be encoded: out of memory"
     assert answers["p1"].error is None
     assert is_idle(pacore.engine)
 
 
-def test_images_that_take_their_time():
-    """Nobody else is there, and the images are not read yet: that is no reason to go."""
+def test_images_that_load_slowly():
+    """Ending the run because there is no other work while the only problem's images still load."""
 
     def slowly() -> list:
         time.sleep(0.2)
@@ -392,7 +395,7 @@ def test_images_that_take_their_time():
 
 
 def test_samples_that_fail_fail_alone(monkeypatch: pytest.MonkeyPatch):
-    """A prompt has its samples as long as one of them has ended well."""
+    """A prompt that counts as failed although one of its samples succeeded, or the reverse."""
     pacore = hashed((3,), synthesis=False)
     launch = pacore.engine.executor.launch
 
@@ -403,7 +406,7 @@ def test_samples_that_fail_fail_alone(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(pacore.engine.executor, "launch", broken)
     for bad, error in (({0}, False), ({0, 1, 2}, True)):
-        (answer,) = pacore.answers(asked(1))
+        (answer,) = pacore.answers(questions(1))
         assert [o.finish_reason == "error" for o in answer.rounds[0].rollouts] == [
             index in bad for index in range(3)
         ]
@@ -411,9 +414,9 @@ def test_samples_that_fail_fail_alone(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_problem_may_fail_later():
-    """A synthesis prompt beyond the context fails its problem; the rounds before it are told."""
+    """Losing the finished rounds of a problem whose synthesis prompt exceeds the context."""
     pacore = hashed((30,))
-    answers = by_problem(pacore.answers([with_image("x" * 8000), *asked(1)]))
+    answers = by_problem(pacore.answers([with_image("x" * 8000), *questions(1)]))
     assert "the context is 8192" in answers["photo"].error
     assert len(answers["photo"].rounds) == 1
     assert answers["p0"].error is None
@@ -421,8 +424,8 @@ def test_a_problem_may_fail_later():
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_whoever_stops_early_leaves_an_idle_engine(ahead: bool):
-    """By leaving the loop, or by an exception from a callback: no page is lost."""
+def test_stopping_early_leaves_an_idle_engine(ahead: bool):
+    """Pages or work left in the engine after leaving the loop or an exception from a callback."""
     pacore = hashed(ahead=ahead)
 
     def stop_at(count: int) -> Callable[[object], None]:
@@ -437,21 +440,21 @@ def test_whoever_stops_early_leaves_an_idle_engine(ahead: bool):
 
     for callbacks in ({"on_rollout": stop_at(7)}, {"on_step": stop_at(5)}):
         with pytest.raises(KeyboardInterrupt):
-            list(pacore.answers([with_image("How many?"), *asked(6)], **callbacks))
+            list(pacore.answers([with_image("How many?"), *questions(6)], **callbacks))
         assert not pacore.engine.scheduler.groups
         pacore.engine.step()  # one may be in flight
         assert is_idle(pacore.engine)
-    answers = pacore.answers([*asked(6), with_image("How many?")])
+    answers = pacore.answers([*questions(6), with_image("How many?")])
     next(answers)
     answers.close()
     assert not pacore.engine.scheduler.groups
     pacore.engine.step()
     assert is_idle(pacore.engine)
-    assert by_problem(pacore.answers(asked(2))) == by_problem(hashed().answers(asked(2)))
+    assert by_problem(pacore.answers(questions(2))) == by_problem(hashed().answers(questions(2)))
 
 
-def test_seeds_are_the_problems_own():
-    """Ids that look like other seeds' parts make none of them."""
+def test_seeds_differ_between_problems():
+    """Equal seeds for ids that look like parts of other seeds' names."""
     seeds = {
         rollout_seed(seed, number, index, problem)
         for seed in (0, 1)

@@ -1,4 +1,4 @@
-"""PaCoRe's rounds as text, compared byte by byte with what the spec of the pipeline says."""
+"""The text of PaCoRe's rounds, compared byte by byte with the pipeline's specification."""
 
 import copy
 import random
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model.errors import InputError
 from pacore_sched.answers import rounds
 
-# The released template's structure and variable names around sentences of no meaning.
+# The released template's structure and variable names, with placeholder sentences.
 RELEASED_STRUCTURE = """\
 OPENING.
 
@@ -58,7 +58,7 @@ def text(words):
     ],
 )
 def test_widths(given_widths, parsed):
-    """Every notation that a command line or a JSON request may use means what it says."""
+    """A valid notation, from a command line or a JSON request, that is read as other widths."""
     assert rounds.parse_widths(given_widths) == parsed
     assert rounds.round_widths(rounds.parse_widths(given_widths)) == (*parsed, 1)
 
@@ -69,7 +69,7 @@ def test_widths(given_widths, parsed):
     + [[0], [-1], [4.0], ["16"], [True], [None], [[16]], None, 16, b"16", {16: 4}],
 )
 def test_widths_that_are_not_positive_integers(bad):
-    """A wrong width is the user's mistake, told in one line; it must not become another width."""
+    """An invalid width that is accepted as another width, or an error of several lines."""
     with pytest.raises(InputError, match="positive integers") as error:
         rounds.parse_widths(bad)
     assert "\n" not in str(error.value)
@@ -88,13 +88,13 @@ def test_widths_that_are_not_positive_integers(bad):
     ],
 )
 def test_compact(reply, message):
-    """Only what follows the last marker goes on, with its newlines; the first would be wrong."""
+    """A message cut at the first marker instead of the last, or without its newlines."""
     assert rounds.compact(reply) == message
 
 
 def test_order_is_that_of_the_released_client():
-    """Sorted, shuffled with the empty ones still in place, then dropped; any other sequence of
-    these steps gives the references in another order than the released client."""
+    """Empty messages that are dropped before the shuffle: any sequence of steps but sort, shuffle,
+    drop gives another order than the released client."""
     texts = ["dddd", "", "a", "ccc", "eeeee", "", "bb"]
     expected = sorted(texts, key=len)
     random.Random(42).shuffle(expected)
@@ -107,14 +107,14 @@ def test_order_is_that_of_the_released_client():
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.text("ab\n", max_size=3), max_size=20), st.integers(0, 5), st.data())
 def test_order_depends_on_the_set_of_messages_alone(texts, seed, data):
-    """Neither the order of arrival nor earlier use of a generator may change a prompt."""
+    """A prompt that depends on the order of arrival or on earlier use of a generator."""
     ordered = rounds.order_messages(texts, seed)
     assert sorted(ordered) == sorted(message for message in texts if message)
     assert rounds.order_messages(data.draw(st.permutations(texts)), seed) == ordered
 
 
 def test_prompt_byte_by_byte():
-    """Every blank line counts: the model was trained on this whitespace."""
+    """A changed blank line: the model was trained on exactly this whitespace."""
     prompt = rounds.synthesis_prompt("What is 2 + 2?", ["\n\nIt is 4.", "Four.\n"])
     assert prompt == (
         OPENING + "\n"
@@ -138,14 +138,14 @@ def test_prompt_byte_by_byte():
 
 
 def test_messages_are_shown_verbatim():
-    """Text of the model or the user is never markup: neither template nor HTML."""
+    """Text of the model or the user that is interpreted as template or escaped as HTML."""
     odd = "{{ 1 + 1 }} {% endfor %} <b>&\"' \r\n\ttab"
     prompt = rounds.synthesis_prompt(odd, [odd])
     assert prompt.count(odd) == 2
 
 
 def test_template_of_the_released_structure(tmp_path):
-    """The released text must work unchanged: its variable names and its whitespace."""
+    """Variable names or whitespace with which the released template does not work unchanged."""
     path = tmp_path / "released.jinja"
     path.write_text(RELEASED_STRUCTURE, encoding="utf-8")
     prompt = rounds.synthesis_prompt("P", ["\n\nA", "B"], rounds.load_template(path))
@@ -158,7 +158,7 @@ def test_template_of_the_released_structure(tmp_path):
 
 
 def test_template_may_use_what_jinja_offers(tmp_path):
-    """jinja2's own functions are no unknown variables."""
+    """jinja2's built-in functions that are rejected as unknown variables."""
     path = tmp_path / "own.jinja"
     path.write_text(
         "{{ original_prompt }}{% for i in range(ref_responses | length) %}"
@@ -173,15 +173,15 @@ def test_template_may_use_what_jinja_offers(tmp_path):
         ("{{ original_prompt }} {% for r in ref_responses %}", "line 1: Unexpected end"),
         ("a\n{{ original_prompt | nosuch }}{{ ref_responses }}", "line 2: No filter"),
         ("{{ original_prompt }}", "it must use original_prompt and ref_responses"),
-        ("", r"variables \(none\): it must use"),
+        ("", r"variables \(none\); it must use"),
         ("{{ original_prompt }}{{ ref_responses }}{{ question }}", "question"),
         ("{{ original_prompt }}{{ ref_responses + 1 }}", "concatenate"),
         ("{{ original_prompt }}{{ ref_responses }}{% include 'x' %}", "loader"),
         (b"\xff\xfe{{ original_prompt }}{{ ref_responses }}", "not UTF-8"),
     ],
 )
-def test_template_that_cannot_serve(tmp_path, source, complaint):
-    """A bad template is told by its file's name before any rollout runs."""
+def test_invalid_templates(tmp_path, source, complaint):
+    """An invalid template that is found only after the first round, or not named."""
     path = tmp_path / "mine.jinja"
     path.write_bytes(source if isinstance(source, bytes) else source.encode())
     with pytest.raises(InputError, match=complaint) as error:
@@ -190,7 +190,7 @@ def test_template_that_cannot_serve(tmp_path, source, complaint):
 
 
 def test_template_that_is_not_a_file(tmp_path):
-    """A missing file or a directory is a mistake of the user, not a traceback."""
+    """A traceback for a missing file or a directory."""
     with pytest.raises(InputError, match="nosuch.jinja: No such file"):
         rounds.load_template(tmp_path / "nosuch.jinja")
     with pytest.raises(InputError, match="directory"):
@@ -198,7 +198,7 @@ def test_template_that_is_not_a_file(tmp_path):
 
 
 def test_default_template_is_found_from_anywhere(tmp_path, monkeypatch):
-    """The packaged file is looked up beside the module, not in the working directory."""
+    """Looking up the packaged file in the working directory instead of next to the module."""
     monkeypatch.chdir(tmp_path)
     rounds._default_template.cache_clear()
     assert rounds.synthesis_prompt("P", ["m"]).startswith(OPENING)
@@ -206,7 +206,7 @@ def test_default_template_is_found_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_next_round_keeps_earlier_turns():
-    """Only the last user message changes; the original problem is embedded, not a later prompt."""
+    """Earlier turns that change, or an earlier synthesis prompt embedded as the problem."""
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "First question"},
@@ -223,7 +223,7 @@ def test_next_round_keeps_earlier_turns():
 
 
 def test_next_round_keeps_what_follows_the_user():
-    """An opened answer behind the last user message stays where it is."""
+    """Dropping a started answer that follows the last user message."""
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Well,"}]
     following = rounds.round_messages(messages, ["r"])
     assert following[0]["content"] == rounds.synthesis_prompt("Q", ["r"])
@@ -231,8 +231,8 @@ def test_next_round_keeps_what_follows_the_user():
 
 
 def test_next_round_puts_images_first():
-    """Images are neither lost nor stringified (the released client does both), and they stand in
-    front of the text, or their KV could not be shared."""
+    """Images that are lost or turned into text, as in the released client, or that follow the text,
+    where rounds could not share their KV."""
     content = [text("Compare"), image("one"), text("with"), image("two"), text("now.")]
     messages = [{"role": "user", "content": content}]
     (following,) = rounds.round_messages(messages, ["r"])
@@ -242,14 +242,14 @@ def test_next_round_puts_images_first():
 
 
 def test_next_round_of_text_parts_is_text():
-    """A list without images needs no list."""
+    """A list of parts where plain text is enough."""
     messages = [{"role": "user", "content": [text("Q")]}]
     (following,) = rounds.round_messages(messages, ["r"])
     assert following["content"] == rounds.synthesis_prompt("Q", ["r"])
 
 
 def test_next_round_takes_template_and_seed(tmp_path):
-    """The caller's template and seed must reach the prompt."""
+    """Ignoring the caller's template or seed."""
     path = tmp_path / "own.jinja"
     path.write_text("{{ original_prompt }}: {{ ref_responses | join('|') }}")
     replies = [letter * size for size, letter in enumerate("abcdef", start=1)]
@@ -262,7 +262,7 @@ def test_next_round_takes_template_and_seed(tmp_path):
 
 @pytest.mark.parametrize("replies", [[], ["", ""], ["cut</think>"]])
 def test_next_round_without_messages_asks_the_problem(replies):
-    """With nothing to show the model is asked the problem itself, not an empty list."""
+    """A synthesis prompt with an empty list of references, instead of the problem itself."""
     messages = [{"role": "user", "content": [text("Q"), image("one")]}]
     assert rounds.round_messages(messages, replies) == messages
 
@@ -278,7 +278,7 @@ def test_next_round_without_messages_asks_the_problem(replies):
         [{"role": "user", "content": [{"type": "text"}]}],
     ],
 )
-def test_conversation_that_asks_nothing(messages):
-    """A malformed conversation is told in one line."""
+def test_conversation_without_a_question(messages):
+    """A traceback for a malformed conversation."""
     with pytest.raises(InputError, match="user message"):
         rounds.round_messages(messages, ["r"])

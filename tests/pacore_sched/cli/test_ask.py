@@ -1,4 +1,4 @@
-"""`python -m pacore_sched ask`: its document, its lines, and one clear line for every mistake."""
+"""`python -m pacore_sched ask`: its JSON document, its text output, and one line per mistake."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def photo(tmp_path: Path) -> str:
 
 
 def test_json(ask, photo: str):
-    """The document's keys are a public surface; the same seed gives the same document."""
+    """Changed keys, which are a public interface, or a document that its seed does not fix."""
     arguments = ["How many?", *TINY, "--widths", "3,2", "--image", photo, "--json", "--seed", "5"]
     code, out, err = ask(*arguments)
     assert (code, err) == (0, "")
@@ -70,7 +70,7 @@ def test_json(ask, photo: str):
 
 
 def test_text(ask):
-    """For people: each rollout, the answer, and what sharing saved."""
+    """A text output without a rollout, the answer, the speed, or what sharing saved."""
     code, out, _ = ask("Count.", *TINY, "--widths", "2")
     assert code == 0
     assert out.count("--- round 1, rollout") == 2
@@ -82,9 +82,11 @@ def test_text(ask):
 
 
 def test_shown_texts_have_no_blank_ends(capsys: pytest.CaptureFixture):
-    """Line ends before and after what a model says, which leave gaps between rollouts."""
-    ended = RolloutResult("", 0, 0, 0, 9, "stop", "\n<think>\nHm.\n</think>\n\nFour.\n\n", 9, -1.0)
-    print_rollout(ended, last=False)
+    """Blank lines before or after a shown text, from line ends in the generated text."""
+    rollout = RolloutResult(
+        "", 0, 0, 0, 9, "stop", "\n<think>\nHm.\n</think>\n\nFour.\n\n", 9, -1.0
+    )
+    print_rollout(rollout, last=False)
     assert capsys.readouterr().out.splitlines() == [
         "--- round 1, rollout 1: 9 tokens, stop",
         "<think>",
@@ -94,7 +96,7 @@ def test_shown_texts_have_no_blank_ends(capsys: pytest.CaptureFixture):
         "Four.",
         "    message: Four.",
     ]
-    print_rollout(replace(ended, text="Four.\n"), last=True)
+    print_rollout(replace(rollout, text="Four.\n"), last=True)
     assert capsys.readouterr().out == "--- synthesis: 9 tokens, stop\nFour.\n"
 
 
@@ -106,8 +108,8 @@ def test_shown_texts_have_no_blank_ends(capsys: pytest.CaptureFixture):
         (["--temperature", "0", "--top-k", "0"], Sampling(512, 0.0, 0, 0.9)),
     ],
 )
-def test_sampling_is_the_models_unless_options_say_otherwise(arguments: list, sampling: Sampling):
-    """An option that the model's setting overrides, also one of 0."""
+def test_options_override_the_models_sampling(arguments: list, sampling: Sampling):
+    """An option, also one of 0, that is overridden by the model's sampling settings."""
     parser = Parser()
     options.add_sampling_options(parser)
     default = SamplingConfig(temperature=0.2, top_p=0.9, top_k=5)
@@ -116,8 +118,8 @@ def test_sampling_is_the_models_unless_options_say_otherwise(arguments: list, sa
 
 @pytest.mark.cli
 def test_the_readmes_question():
-    """SmolLM2 sampled with other settings than its card's, which gives noise, and control tokens
-    in what is shown: the example in README.md must end in the right answer."""
+    """Noise instead of the right answer to the example in README.md, because SmolLM2 is not sampled
+    with its model card's settings; control tokens in the output."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     example = re.search(r"pacore_sched (ask (?:.*\\\n)*.*)", readme)
     arguments = shlex.split(example[1].replace("\\\n", " "))[1:]
@@ -131,7 +133,7 @@ def test_the_readmes_question():
 
 
 def test_a_stop_string(ask):
-    """--stop ends texts before it."""
+    """Ignoring --stop, or a text that includes the stop string."""
     arguments = ["Count.", *TINY, "--widths", "", "--json"]
     text = json.loads(ask(*arguments)[1])["answer"]
     cut = json.loads(ask(*arguments, "--stop", text[3:5])[1])
@@ -139,8 +141,8 @@ def test_a_stop_string(ask):
     assert cut["rounds"][0]["rollouts"][0]["finish_reason"] == "stop"
 
 
-def test_no_answer_says_why(ask, monkeypatch: pytest.MonkeyPatch):
-    """Logits of NaN: a line and exit code 1, and the reason in the document."""
+def test_a_missing_answer_has_a_reason(ask, monkeypatch: pytest.MonkeyPatch):
+    """Logits of NaN with exit code 0, or without the reason on stderr and in the document."""
     load = Step3VL.from_preset
 
     def broken(*arguments, **options) -> Step3VL:
@@ -155,24 +157,24 @@ def test_no_answer_says_why(ask, monkeypatch: pytest.MonkeyPatch):
     assert err == f"failed: {json.loads(out)['error']}\n"
 
 
-def test_own_template(ask, tmp_path: Path):
-    """--template replaces the synthesis prompt."""
+def test_a_template(ask, tmp_path: Path):
+    """Ignoring --template, or using it for another round than the synthesis."""
     template = tmp_path / "template.jinja"
     template.write_text("{{ original_prompt }}|{{ ref_responses | length }}")
     arguments = ["Count.", *TINY, "--widths", "2", "--json"]
     default = json.loads(ask(*arguments)[1])
-    own = json.loads(ask(*arguments, "--template", str(template))[1])
-    assert own["rounds"][0] == default["rounds"][0]
-    assert own["rounds"][1]["prompt_tokens"] < default["rounds"][1]["prompt_tokens"]
+    custom = json.loads(ask(*arguments, "--template", str(template))[1])
+    assert custom["rounds"][0] == default["rounds"][0]
+    assert custom["rounds"][1]["prompt_tokens"] < default["rounds"][1]["prompt_tokens"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["Count.", "--model", "tiniest"], "unknown preset 'tiniest'"),
-        (["Count.", *TINY, "--widths", "0"], "widths '0' are not positive integers"),
-        (["Count.", *TINY, "--widths", "4,x"], "widths '4,x' are not positive integers"),
-        (["Count.", *TINY, "--widths", "2.5"], "widths '2.5' are not positive integers"),
+        (["Count.", *TINY, "--widths", "0"], "widths '0' must be positive integers"),
+        (["Count.", *TINY, "--widths", "4,x"], "widths '4,x' must be positive integers"),
+        (["Count.", *TINY, "--widths", "2.5"], "widths '2.5' must be positive integers"),
         (["Count.", *TINY, "--impl", "fast"], "impl 'fast'"),
         (["Count.", *TINY, "--impl", "triton", "--device", "cpu"], "impl 'triton'"),
         (["Count.", *TINY, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
@@ -195,8 +197,8 @@ def test_own_template(ask, tmp_path: Path):
     ],
 )
 def test_mistakes(ask, arguments: list[str], message: str, monkeypatch):
-    """One line on stderr, nothing on stdout, exit code 2."""
-    monkeypatch.setattr(dispatch, "_interpreting", lambda: False)  # as a user's Triton is
+    """A mistake without one line on stderr and exit code 2, or with output on stdout."""
+    monkeypatch.setattr(dispatch, "_interpreting", lambda: False)  # users run compiled Triton
     code, out, err = ask(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -205,7 +207,7 @@ def test_mistakes(ask, arguments: list[str], message: str, monkeypatch):
 
 
 def test_an_image_for_a_text_model(ask, photo: str):
-    """smollm2 has no vision tower: say so, rather than answer without having looked."""
+    """Answering without looking at the image because SmolLM2 has no vision tower."""
     code, _, err = ask("What is this?", "--image", photo, "--max-tokens", "1")
     assert code == 2
     assert "takes no images" in err
@@ -213,7 +215,7 @@ def test_an_image_for_a_text_model(ask, photo: str):
 
 @pytest.mark.cli
 def test_as_a_process(tmp_path: Path):
-    """The real thing: a corrupt image through the shell, no traceback."""
+    """A traceback for a corrupt image when the command runs as a process."""
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"not an image")
     command = [sys.executable, "-m", "pacore_sched", "ask", "What?", *TINY, "--image", str(bad)]
@@ -226,16 +228,16 @@ def test_as_a_process(tmp_path: Path):
 
 
 @pytest.mark.cli
-def test_what_stdout_cannot_take():
-    """A full disk is one line and no success, a reader that has gone is none of our business, and
-    characters that a terminal does not have are written as escapes."""
+def test_failing_stdout():
+    """A traceback or exit code 0 for a full disk, an error for a closed pipe, or a crash for
+    characters that the terminal's encoding lacks."""
     script = "from model.terminal import run_command; run_command(lambda: print('\\u2603'))"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
 
     def start(stdout: object) -> subprocess.Popen:
-        command, kept = [sys.executable, "-c", script], subprocess.PIPE
+        command, stderr = [sys.executable, "-c", script], subprocess.PIPE
         cwd = ROOT
-        return subprocess.Popen(command, stdout=stdout, stderr=kept, cwd=cwd, env=environment)
+        return subprocess.Popen(command, stdout=stdout, stderr=stderr, cwd=cwd, env=environment)
 
     reader, writer = os.pipe()
     os.close(reader)

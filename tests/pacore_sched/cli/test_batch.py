@@ -1,4 +1,4 @@
-"""`python -m pacore_sched batch` and `sample`: results, mistakes, and what a kill may not cost."""
+"""`python -m pacore_sched batch` and `sample`: results, mistakes, and resuming after a kill."""
 
 import json
 import os
@@ -61,10 +61,10 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def test_results(call: Call):
-    """A line per question, in their order, with every rollout of every round; keys are public."""
+    """A missing question or rollout, another order, or a changed key of the public format."""
     code, out, err = call("--widths", "3,2", "--seed", "7")
     assert (code, err) == (0, "")
-    assert "3 of 3 problems, 0 of them failed; 18 rollouts" in out
+    assert "3 of 3 problems ended, 0 of them failed; 18 rollouts" in out
     results = call.results()
     assert [result["id"] for result in results] == ["1", "when", "3"]
     for result in results:
@@ -82,7 +82,7 @@ def test_results(call: Call):
 
 
 def test_json(call: Call):
-    """One document on stdout, and nothing else."""
+    """Anything but one document on stdout, or wrong counts in it."""
     code, out, err = call("--json")
     assert (code, err) == (0, "")
     document = json.loads(out)
@@ -98,7 +98,7 @@ def test_json(call: Call):
 
 
 def test_a_result_depends_on_its_question_alone(call: Call):
-    """Neither on the other questions, nor on the policy, nor on how many run at once."""
+    """A result that depends on other questions, on the policy, or on how many rollouts run."""
     call()
     whole = {result["id"]: result for result in call.results()}
     call.ask(QUESTIONS[1], {"question": "Where?"})
@@ -113,9 +113,9 @@ def test_a_result_depends_on_its_question_alone(call: Call):
         assert call.results(other)[0] == whole["when"]
 
 
-def test_what_is_wrong_fails_alone(call: Call):
-    """A malformed line, an empty question, a duplicate id, a missing and a broken image, a prompt
-    beyond the context: each with its line and reason, the others answered as ever."""
+def test_an_invalid_question_fails_alone(call: Call):
+    """A malformed line, an empty question, a duplicate id, a missing or broken image, or a prompt
+    beyond the context that fails without line number and reason, or that changes other answers."""
     call()
     expected = call.results()
     photo = call.folder / "photo.png"
@@ -124,7 +124,7 @@ def test_what_is_wrong_fails_alone(call: Call):
     wrong = [
         ("{", "line 4: not JSON"),
         ({"question": " "}, "line 5: the question is empty"),
-        ({"id": "when", "question": "When?"}, "line 6: id 'when' is that of line 2"),
+        ({"id": "when", "question": "When?"}, "line 6: id 'when' is already used by line 2"),
         ({"question": "How many?", "image": "cats.png"}, "line 7: no image file 'cats.png'"),
         ({"question": "How many?", "image": "broken.png"}, "line 8: "),
         ({"question": "x" * 9000}, "line 9: the prompt has"),
@@ -146,8 +146,8 @@ def test_what_is_wrong_fails_alone(call: Call):
     assert err.count("\n") == len(wrong)
 
 
-def test_many_failures_are_not_all_told(call: Call):
-    """The terminal shows some; the output has them all."""
+def test_many_failures_are_not_all_shown(call: Call):
+    """A terminal flooded with errors, or an output that lacks some of them."""
     call.ask(*["{"] * 30, {"question": "Who?"})
     code, _, err = call()
     assert code == 1
@@ -182,13 +182,13 @@ main()
     ("command", "points"), [("batch", ((2, 100), (3, 50))), ("sample", ((3, 50),))]
 )
 def test_killed_and_resumed(call: Call, command: str, points: tuple):
-    """kill -9 at several points, also within the writing of a line, then --resume: the same file as
-    undisturbed, byte for byte, and no finished rollout runs again."""
+    """kill -9 at several points, also while a line is written: a resumed run whose output differs
+    from an undisturbed one's, or that runs a finished rollout again."""
     call.command = command
     whole = call.folder / "whole.jsonl"
     assert call(out=whole)[0] == 0
     rollouts = 12 if command == "batch" else 9
-    kept = 0
+    saved = 0
     for lines, part in points:  # whole lines written, and percent of the next one
         script = KILL.format(lines=lines, part=part, argv=call.arguments("--resume"))
         killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
@@ -196,28 +196,28 @@ def test_killed_and_resumed(call: Call, command: str, points: tuple):
         assert not call.out.exists()
         lines = [json.loads(x) for x in call.journal.read_bytes().split(b"\n")[:-1]]
         now = sum(line["kind"] == "rollout" for line in lines)
-        assert now >= kept
-        kept = now
-    assert 0 < kept < rollouts
+        assert now >= saved
+        saved = now
+    assert 0 < saved < rollouts
     code, out, _ = call("--resume", "--json")
     assert code == 0
     document = json.loads(out)
-    assert (document["resumed_rollouts"], document["rollouts"]) == (kept, rollouts)
+    assert (document["resumed_rollouts"], document["rollouts"]) == (saved, rollouts)
     if command == "batch":
         assert call.out.read_bytes() == whole.read_bytes()
     assert _without_logprobs(call.results()) == _without_logprobs(call.results(whole))
 
 
 def _without_logprobs(results: list[dict]) -> list[dict]:
-    """Log-probabilities may round otherwise beside other rollouts."""
+    """Log-probabilities may round differently in other batches."""
     for result in results:
         for sample in result.get("samples", ()):
             sample["logprobs"] = len(sample["logprobs"])
     return results
 
 
-def test_resuming_what_is_done_changes_nothing(call: Call):
-    """Nor does it run anything: a script may always say --resume."""
+def test_resuming_a_finished_run_changes_nothing(call: Call):
+    """--resume of a finished run, or of none, that fails, generates tokens or changes a file."""
     assert call("--resume")[0] == 0
     before = call.out.read_bytes(), call.journal.read_bytes()
     code, out, _ = call("--resume", "--json")
@@ -226,8 +226,8 @@ def test_resuming_what_is_done_changes_nothing(call: Call):
     assert (call.out.read_bytes(), call.journal.read_bytes()) == before
 
 
-def test_a_mended_image_is_answered_on_resume(call: Call):
-    """Problems that failed before their first rollout are tried again."""
+def test_a_repaired_image_is_answered_on_resume(call: Call):
+    """A problem that failed before its first rollout and is not tried again on resume."""
     call.ask({"question": "How many?", "image": "photo.png"}, *QUESTIONS)
     assert call()[0] == 1
     Image.effect_noise((640, 300), 60).convert("RGB").save(call.folder / "photo.png")
@@ -250,7 +250,7 @@ def test_a_mended_image_is_answered_on_resume(call: Call):
     ],
 )
 def test_other_settings_are_not_resumed(call: Call, options: list[str], message: str):
-    """The one that differs is named, and nothing is touched."""
+    """Resuming with other settings, an error that does not name them, or a modified journal."""
     with Journal(call.journal, _header_of(call), resume=False):
         pass
     before = call.journal.read_bytes()
@@ -262,8 +262,8 @@ def test_other_settings_are_not_resumed(call: Call, options: list[str], message:
 
 
 def test_the_journal_holds_the_models_sampling_settings(call: Call):
-    """Options that are not given: a header without their values, with which a run would be resumed
-    although generation_config.json has changed, or not resumed with the same values spelled out."""
+    """A header without the values of omitted options: the run would be resumed after a change of
+    generation_config.json, or not resumed with the same values as explicit options."""
     checkpoint = call.folder / "checkpoint"
     Step3VL.from_preset("tiny").save_pretrained(checkpoint)
     generation = checkpoint / "generation_config.json"
@@ -279,7 +279,7 @@ def test_the_journal_holds_the_models_sampling_settings(call: Call):
 
 
 def _header_of(call: Call) -> dict:
-    """What a run without further options begins its journal with."""
+    """The journal header of a run with default options."""
     out = call.folder / "for_header.jsonl"
     assert call(out=out)[0] == 0
     first = json.loads(out.with_suffix(".journal.jsonl").read_text().splitlines()[0])
@@ -287,7 +287,7 @@ def _header_of(call: Call) -> dict:
 
 
 def test_other_questions_are_not_resumed(call: Call):
-    """A changed file of questions is another run."""
+    """Resuming with a changed question file."""
     call()
     call.ask(*QUESTIONS, {"question": "Where?"})
     code, _, err = call("--resume")
@@ -296,7 +296,7 @@ def test_other_questions_are_not_resumed(call: Call):
 
 
 def test_nothing_is_overwritten(call: Call):
-    """Neither an output nor a journal, whatever is asked."""
+    """Overwriting an output or a journal, with or without --resume."""
     call.out.write_text("precious")
     code, _, err = call()
     assert (code, "choose another --out" in err) == (2, True)
@@ -307,12 +307,12 @@ def test_nothing_is_overwritten(call: Call):
     assert call()[0] == 0
     before = call.journal.read_bytes()
     code, _, err = call()
-    assert (code, "--resume goes on with it" in err) == (2, True)
+    assert (code, "continue it with --resume" in err) == (2, True)
     assert call.journal.read_bytes() == before
 
 
 def test_a_full_disk(call: Call, monkeypatch: pytest.MonkeyPatch):
-    """One line, no success, and with room again the run goes on from what was written."""
+    """A traceback or exit code 0 on a full disk, or a run that cannot be resumed afterwards."""
     writes, write = [], os.write
 
     def filling(file: int, data: bytes) -> int:
@@ -339,7 +339,7 @@ def test_a_full_disk(call: Call, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_the_user(call: Call, monkeypatch: pytest.MonkeyPatch, number: int):
-    """Ctrl-C and SIGTERM: exit code 130, what is done is kept, and a line says how to go on."""
+    """Rollouts lost by Ctrl-C or SIGTERM, another exit code than 130, or no hint how to resume."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     add = Journal.add
 
@@ -354,7 +354,7 @@ def test_stopped_by_the_user(call: Call, monkeypatch: pytest.MonkeyPatch, number
     document = json.loads(out)
     assert document["stopped"]
     assert 2 <= document["rollouts"] < 12
-    assert "--resume goes on from there" in err
+    assert "continue with the same command and --resume" in err
     assert not call.out.exists()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     monkeypatch.setattr(Journal, "add", add)
@@ -365,7 +365,7 @@ def test_stopped_by_the_user(call: Call, monkeypatch: pytest.MonkeyPatch, number
 
 
 def test_samples(call: Call):
-    """Groups for RL: ids and log-probabilities token by token, the ids those of the text."""
+    """Samples for RL that lack a token's id or log-probability, or are equal to each other."""
     call.command = "sample"
     code, _, err = call()
     assert (code, err) == (0, "")
@@ -383,7 +383,7 @@ def test_samples(call: Call):
 
 
 def test_fp8_kv(call: Call):
-    """Another KV gives other numbers, and a run like any other."""
+    """--kv-dtype fp8 that fails, or that changes the seeds."""
     assert call("--kv-dtype", "fp8")[0] == 0
     fp8, other = call.results(), call.folder / "other.jsonl"
     assert call(out=other)[0] == 0
@@ -394,7 +394,7 @@ def test_fp8_kv(call: Call):
 
 
 def test_synthesis_at_m_of_n(call: Call):
-    """--min-messages ends a round early; its cancelled rollouts are told as such."""
+    """Ignoring --min-messages, or an output without the cancelled rollouts."""
     assert call("--min-messages", "2", "--max-tokens", "40")[0] == 0
     reasons = [
         [rollout["finish_reason"] for rollout in result["rounds"][0]["rollouts"]]
@@ -404,14 +404,14 @@ def test_synthesis_at_m_of_n(call: Call):
     assert any("cancelled" in round_ for round_ in reasons)
 
 
-def test_cancelled_rollouts_are_told_after_a_kill(call: Call):
-    """A kill between a round's last message and its cancellations costs the output no rollout."""
+def test_cancelled_rollouts_are_listed_after_a_kill(call: Call):
+    """Cancelled rollouts lost by a kill between a round's last message and their lines."""
     options = ["--min-messages", "2", "--max-tokens", "20"]
     assert call(*options)[0] == 0
     lines = call.journal.read_text().splitlines(keepends=True)
     cut = next(i for i, line in enumerate(lines) if '"finish_reason": "cancelled"' in line)
     call.journal.write_text("".join(lines[:cut]))
-    for _ in range(2):  # what is told of them is written once
+    for _ in range(2):  # their lines are written only once
         assert call("--resume", *options)[0] == 0
         for result in call.results():
             assert [len(round_["rollouts"]) for round_ in result["rounds"]] == [3, 1]
@@ -422,22 +422,25 @@ def test_cancelled_rollouts_are_told_after_a_kill(call: Call):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--widths", "0"], "widths '0' are not positive integers"),
+        (["--widths", "0"], "widths '0' must be positive integers"),
         (["--min-messages", "0"], "at least one message"),
         (["--policy", "best"], "unknown policy 'best'"),
         (["--policy", "oracle"], "knows lengths beforehand"),
         (["--max-running", "0"], "--max-running must be at least 1"),
         (["--kv-tokens", "0"], "--kv-tokens must be at least 1"),
         (["--stop", ""], "a stop string is empty"),
-        (["--out", "nowhere/results.jsonl"], "no folder nowhere"),
-        (["--out", "."], "--out '.' is not the name of a file"),
-        (["--kv-tokens", "99999999999999"], "no memory for the KV of 99999999999999 tokens"),
+        (["--out", "nowhere/results.jsonl"], "there is no folder nowhere"),
+        (["--out", "."], "--out '.' is not a file name"),
+        (
+            ["--kv-tokens", "99999999999999"],
+            "not enough memory for the KV of 99999999999999 tokens",
+        ),
         (["--template", "nowhere.jinja"], "nowhere.jinja"),
         (["--kv-dtype", "fp4"], "invalid choice: 'fp4'"),
     ],
 )
 def test_mistakes(call: Call, options: list[str], message: str):
-    """One line on stderr, exit code 2, and no file is begun."""
+    """A mistake without one line on stderr and exit code 2, or that leaves a new file."""
     code, out, err = call(*options)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -446,16 +449,16 @@ def test_mistakes(call: Call, options: list[str], message: str):
     assert [path.name for path in call.folder.iterdir()] == ["questions.jsonl"]
 
 
-def test_a_file_that_is_not_there(call: Call):
-    """Before a model is loaded."""
+def test_a_missing_question_file(call: Call):
+    """A traceback instead of an error with exit code 2."""
     call.questions.unlink()
     code, _, err = call()
     assert code == 2
     assert "No such file" in err
 
 
-def test_the_journal_can_be_read_meanwhile(call: Call, monkeypatch: pytest.MonkeyPatch):
-    """Answers are there as problems end, not only when all have."""
+def test_the_journal_can_be_read_during_the_run(call: Call, monkeypatch: pytest.MonkeyPatch):
+    """Answers that are written only when all problems have ended."""
     seen, note = [], Journal.add_answer
 
     def look(self: Journal, *ending: object) -> None:
@@ -470,7 +473,7 @@ def test_the_journal_can_be_read_meanwhile(call: Call, monkeypatch: pytest.Monke
 
 @pytest.mark.cli
 def test_a_command_loads_only_its_own_modules():
-    """Guards the start of commands that need no model, such as --help."""
+    """Importing torch-heavy modules for commands that need no model, such as --help."""
     script = "import sys, pacore_sched.__main__; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     loaded = done.stdout.split()

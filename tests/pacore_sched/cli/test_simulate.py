@@ -1,4 +1,4 @@
-"""`python -m pacore_sched simulate`: its table, its document, its pictures, and its complaints."""
+"""`python -m pacore_sched simulate`: its tables, JSON document, pictures and error messages."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def rows_of(capsys, *arguments):
 
 
 def test_table_and_document(capsys):
-    """Guards the command's face: a table per workload, gains, and one document at the end."""
+    """A missing table, no gains, or anything but one document on the last line."""
     assert (
         run("--workload", "vqa", "--seeds", "2", "--policy", "fcfs", "barrier", "--json", *FAST)
         == 0
@@ -33,7 +33,7 @@ def test_table_and_document(capsys):
     *lines, document = capsys.readouterr().out.splitlines()
     text = "\n".join(lines)
     assert "vqa, sigma_w 0.55: medians of 2 seeds" in text
-    assert "times better in mean time to answer" in text
+    assert "times faster than baselines and oracle in mean time to answer" in text
     rows = json.loads(document)["rows"]
     assert [(row["policy"], row["seed"]) for row in rows] == [
         ("fcfs", 0),
@@ -44,16 +44,16 @@ def test_table_and_document(capsys):
 
 
 def test_sweep_and_variants(capsys):
-    """Guards what is crossed with what: workloads, spreads, and the three variants of --compare."""
-    found = rows_of(
+    """A missing combination of workload, spread and the three variants of --compare."""
+    rows = rows_of(
         capsys,
         *("--workload", "all", "--seeds", "1", "--policy", "later-round-first"),
         *("--sigma-w", "0.35", "0.8", "--compare", "--max-tokens", "65536"),
     )
-    keys = {(r["workload"], r["sigma_w"], r["shared_reads"], r["kv_dtype"]) for r in found}
-    assert len(found) == len(keys) == 4 * 2 * 3
+    keys = {(r["workload"], r["sigma_w"], r["shared_reads"], r["kv_dtype"]) for r in rows}
+    assert len(rows) == len(keys) == 4 * 2 * 3
     runs = {
-        (r["sigma_w"], r["shared_reads"], r["kv_dtype"]): r for r in found if r["workload"] == "vl"
+        (r["sigma_w"], r["shared_reads"], r["kv_dtype"]): r for r in rows if r["workload"] == "vl"
     }
     shared, apart, fp8 = ((0.8, *v) for v in ((True, "bf16"), (False, "bf16"), (True, "fp8")))
     assert runs[shared]["makespan_s"] < runs[apart]["makespan_s"]
@@ -61,13 +61,13 @@ def test_sweep_and_variants(capsys):
 
 
 def test_processes_do_not_change_rows(capsys):
-    """Guards the pool: the same rows in the same order as from one process."""
+    """A process pool that changes rows or their order."""
     arguments = ("--workload", "vqa", "--seeds", "2", "--policy", "fcfs", "later-round-first")
     assert rows_of(capsys, *arguments, "--jobs", "2") == rows_of(capsys, *arguments)
 
 
 def test_arrivals_widths_and_objective(capsys):
-    """Guards options that shape the problems: later arrivals, other rounds, goodput."""
+    """Ignoring --arrivals, --widths or --slo."""
     common = ("--workload", "vqa", "--seeds", "1", "--policy", "fcfs")
     (plain,) = rows_of(capsys, *common, "--slo", "60")
     (spaced,) = rows_of(capsys, *common, "--arrivals", "poisson", "--rate", "0.0001")
@@ -79,21 +79,21 @@ def test_arrivals_widths_and_objective(capsys):
 
 
 def test_traces_and_chat(capsys, tmp_path):
-    """Guards workloads that are not groups: a file's requests, and the fit of chat traffic."""
+    """Workloads of single requests that do not run: a trace file and the fitted chat traffic."""
     trace = tmp_path / "trace.jsonl"
     lines = [{"timestamp": 500 * i, "input_length": 300, "output_length": 40} for i in range(5)]
     trace.write_text("\n".join(map(json.dumps, lines)))
-    found = rows_of(
+    rows = rows_of(
         capsys, "--workload", str(trace), "--seeds", "1", "--policy", "fcfs", "--problems", "4"
     )
-    assert found[0]["workload"] == "trace.jsonl"
-    assert found[0]["used_tok_s"] * found[0]["makespan_s"] == pytest.approx(4 * 40)
+    assert rows[0]["workload"] == "trace.jsonl"
+    assert rows[0]["used_tok_s"] * rows[0]["makespan_s"] == pytest.approx(4 * 40)
     (chat,) = rows_of(capsys, "--workload", "deepseek-r1", "--seeds", "1", "--policy", "fcfs")
     assert chat["workload"] == "deepseek-r1"
 
 
 def test_pictures(capsys, tmp_path):
-    """Guards the files: two pictures per workload with something drawn, and all rows."""
+    """Missing or empty pictures, or a file without all rows or with wrong medians."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "made" / "here"
     assert (
@@ -116,7 +116,7 @@ def test_pictures(capsys, tmp_path):
 
 
 def test_pictures_without_matplotlib(monkeypatch, tmp_path):
-    """Guards installations without the extra: said at once, not after minutes of simulation."""
+    """Reporting that matplotlib is missing only after minutes of simulation."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(simulate, "simulate_run", lambda run: pytest.fail("simulated in vain"))
     with pytest.raises(InputError, match="pip install matplotlib"):
@@ -124,12 +124,12 @@ def test_pictures_without_matplotlib(monkeypatch, tmp_path):
 
 
 def test_gains():
-    """Guards the ratios: only runs of the same problems are compared, above 1 is better."""
+    """Comparing runs of different problems, or inverted ratios (above 1 is better)."""
     row = {"workload": "w", "sigma_w": 0.5, "seed": 0, "shared_reads": True, "kv_dtype": "bf16"}
     rows = [
         row | {"policy": "fcfs", "tta_mean_s": 30.0},
         row | {"policy": "ours", "tta_mean_s": 20.0},
-        row | {"policy": "ours", "tta_mean_s": 1.0, "seed": 1},  # without a counterpart
+        row | {"policy": "ours", "tta_mean_s": 1.0, "seed": 1},  # the baseline lacks this seed
     ]
     assert gains(rows, "fcfs", "tta_mean_s") == {"fcfs": [1.0], "ours": [1.5]}
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
@@ -138,17 +138,17 @@ def test_gains():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--workload", "nowhere"), "neither a file nor one of vqa"),
+        (("--workload", "nowhere"), "neither a trace file nor one of vqa"),
         (("--workload", "nowhere.csv"), "nowhere.csv: No such file"),
         (("--policy", "lifo"), "unknown policy 'lifo'"),
         (("--gpu", "b200"), "unknown GPU 'b200'"),
         (("--model", "llama"), "unknown preset 'llama'"),
-        (("--gpus", "0"), "--gpus 0: it must be at least 1"),
-        (("--seeds", "0"), "--seeds 0"),
+        (("--gpus", "0"), "--gpus must be at least 1, not 0"),
+        (("--seeds", "0"), "--seeds must be at least 1"),
         (("--widths", "0"), "positive integers"),
         (("--sigma-w", "-1"), "--sigma-w must be from 0 to 3"),
-        (("--max-tokens", "2000", "--workload", "vl"), "not between 0 and the limit"),
-        (("--max-running", "4096"), "--token-budget is below --max-running"),
+        (("--max-tokens", "2000", "--workload", "vl"), "must be between 0 and the limit"),
+        (("--max-running", "4096"), "--token-budget must be at least --max-running"),
         (("--need", "0"), "--need must be above 0"),
         (("--rate", "0"), "--rate must be positive"),
         (("--slo", "-1"), "--slo must be positive"),
@@ -157,13 +157,13 @@ def test_gains():
     ],
 )
 def test_bad_options(arguments, message):
-    """Guards the user's side: one line that names the mistake."""
+    """An invalid option that is accepted, or an error that does not name it."""
     with pytest.raises(InputError, match=message):
         run("--jobs", "1", "--problems", "2", *arguments)
 
 
 def test_out_that_cannot_be_written(tmp_path):
-    """Guards against finding out after the simulation."""
+    """Finding out only after the simulation that the folder cannot be created."""
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         run("--out", str(tmp_path / "file" / "folder"), *FAST)

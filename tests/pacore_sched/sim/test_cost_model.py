@@ -1,4 +1,4 @@
-"""The simulator's costs: formulas against numbers computed by hand, closed forms against sums."""
+"""The simulator's cost models, compared with numbers computed by hand and with plain sums."""
 
 import json
 from dataclasses import replace
@@ -28,18 +28,18 @@ DECODE = StepShape(rows=16, sampled=16, kv_read=10_000, kv_read_unshared=40_000,
 
 
 def grown(shape, steps):
-    """A decode step's shape so many steps later."""
-    more = shape.rows * steps
+    """A decode step's shape after `steps` more steps."""
+    growth = shape.rows * steps
     return replace(
         shape,
-        kv_read=shape.kv_read + more,
-        kv_read_unshared=shape.kv_read_unshared + more,
-        pairs=shape.pairs + more,
+        kv_read=shape.kv_read + growth,
+        kv_read_unshared=shape.kv_read_unshared + growth,
+        pairs=shape.pairs + growth,
     )
 
 
 def test_bytes_and_flops_by_hand():
-    """Guards the two figures that all of the 10B's times follow from, and who reads what."""
+    """Wrong bytes or FLOPs, from which all simulated times of the 10B follow."""
     layer = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 12288
     weights = 36 * layer + 4096 * 151936
     assert WORK.linear_bytes(DECODE) == 2 * (weights + 16 * 4096)
@@ -53,7 +53,7 @@ def test_bytes_and_flops_by_hand():
 
 
 def test_no_logits_no_vocabulary():
-    """Guards prefill of all but the last chunk against paying for logits that nobody needs."""
+    """Charging prefill chunks other than the last one for logits."""
     prefill = replace(DECODE, sampled=0)
     head = 4096 * 151936
     assert WORK.linear_bytes(DECODE) - WORK.linear_bytes(prefill) == 2 * head
@@ -63,7 +63,7 @@ def test_no_logits_no_vocabulary():
 @pytest.mark.parametrize("shared_reads", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 63, 1000])
 def test_steps_in_a_row_are_the_sum_of_steps(steps, shared_reads):
-    """Guards the closed forms that let the simulator skip from event to event."""
+    """Closed forms, with which the simulator skips to the next event, that differ from sums."""
     shapes = [grown(DECODE, step) for step in range(steps)]
     assert WORK.bytes(DECODE, steps, shared_reads) == sum(
         WORK.bytes(shape, 1, shared_reads) for shape in shapes
@@ -78,13 +78,13 @@ LINE = st.tuples(st.integers(0, 50), st.integers(0, 9))
 
 @given(LINE, LINE, st.integers(0, 40))
 def test_sum_of_larger(a, b, count):
-    """Guards the crossing from bytes to FLOPs in the middle of a run of steps."""
+    """A wrong sum where steps change from bytes-bound to FLOPs-bound."""
     expected = sum(max(a[0] + j * a[1], b[0] + j * b[1]) for j in range(count))
     assert sum_of_larger(a, b, count) == expected
 
 
 def test_roofline_seconds_by_hand():
-    """Guards the sum: a linear part and an attention part, each bound by its scarcer resource."""
+    """A time other than linear layers plus attention, each limited by bytes or by FLOPs."""
     machine = replace(MACHINES["h200"], overhead_s=0.001)
     cost = RooflineCost(WORK, machine)
     bandwidth = 4800e9 * 0.90 * 0.90
@@ -97,8 +97,8 @@ def test_roofline_seconds_by_hand():
     assert cost.seconds(chunk) == pytest.approx(linear + attention + 0.001, rel=1e-12)
 
 
-def test_capacity_leaves_the_weights_their_place():
-    """Guards the number of rollouts that fit, by which every policy's gain is measured."""
+def test_kv_capacity():
+    """A KV capacity, on which every policy's gain depends, that ignores weights or workspace."""
     h200 = MACHINES["h200"]
     room = 0.9 * 141e9 - 6e9 - weight_bytes(STEP3_VL_10B)
     assert kv_capacity(STEP3_VL_10B, h200) == int(room // 147_456)
@@ -107,15 +107,15 @@ def test_capacity_leaves_the_weights_their_place():
 
 
 def test_weight_bytes_are_those_of_the_model():
-    """Guards the count against the layers that the model really has."""
+    """A count of weights that differs from the model's real layers."""
     model = Step3VL.from_preset("tiny", seed=0)
-    held = 2 * sum(p.numel() for p in model.parameters() if p.ndim > 1)
-    assert weight_bytes(model.config) == pytest.approx(held, rel=0.15)
+    actual = 2 * sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    assert weight_bytes(model.config) == pytest.approx(actual, rel=0.15)
     assert weight_bytes(STEP3_VL_10B) == pytest.approx(20.3e9, rel=0.01)
 
 
 def test_steps_until():
-    """Guards the step in which an arrival is seen: the first that ends at or behind it."""
+    """Noticing an arrival in another step than the first that ends at or after it."""
     assert steps_until(lambda k: 2.0 * k, 6.0, 10) == 3
     assert steps_until(lambda k: 2.0 * k, 6.1, 10) == 4
     assert steps_until(lambda k: 2.0 * k, 0.1, 10) == 1
@@ -123,7 +123,7 @@ def test_steps_until():
 
 
 def test_measured_rows_replace_assumptions(tmp_path):
-    """Guards the calibration: ceilings and decode efficiency of the GPU's own rows, no others."""
+    """Ceilings or decode efficiency from rows of other GPUs, dtypes or forms, or of failures."""
     rows = [
         {"op": "roofline", "dtype": "float32", "copy_gb_s": 1.0, "gemm_tflop_s": 1.0},
         {"op": "roofline", "dtype": "bfloat16", "copy_gb_s": 4200.0, "gemm_tflop_s": 700.0},
@@ -142,12 +142,12 @@ def test_measured_rows_replace_assumptions(tmp_path):
     assert machine.measured
     assert (machine.copy_gb_s, machine.gemm_tflop_s) == (4200.0, 700.0)
     assert machine.bandwidth_efficiency == 0.84
-    assert machine.overhead_s == 0  # it is within the measured step
+    assert machine.overhead_s == 0  # the measured step includes it
     assert find_machine("h100", tmp_path) == MACHINES["h100"]
 
 
 def test_bad_machines_are_named(tmp_path):
-    """Guards the user's side: the wrong name and the wrong line are said."""
+    """An error that does not name the unknown GPU or the invalid line."""
     with pytest.raises(InputError, match="unknown GPU 'b200'.*h200"):
         find_machine("b200", tmp_path)
     (tmp_path / "h200").mkdir()
@@ -157,7 +157,7 @@ def test_bad_machines_are_named(tmp_path):
 
 
 def planted(shape):
-    """Seconds of a machine that a fit should find again: a jump in rows, then a slope."""
+    """Seconds of a machine whose coefficients a fit must recover: piecewise linear in rows."""
     linear = np.interp(shape.rows, [1, 8, 64], [0.02, 0.05, 0.11])
     per = 1e-4 * shape.sampled + 2e-6 * shape.kv_read + 3e-7 * shape.pairs
     return float(linear + per + 1e-3 * shape.segments)
@@ -173,7 +173,7 @@ def random_shapes(count, rng):
 
 
 def test_fit_finds_planted_costs():
-    """Guards the calibration of the CPU's simulator: judged on steps that it has not seen."""
+    """A fit that mispredicts steps that were not among its samples."""
     rng = np.random.default_rng(0)
     samples = [(shape, planted(shape)) for shape in random_shapes(60, rng)]
     cost = fit(samples, StepWork(SMOLLM2_135M.decoder))
@@ -189,7 +189,7 @@ def test_fit_finds_planted_costs():
 
 
 def test_fit_to_noisy_steps_predicts_their_sums():
-    """Guards replays on a noisy machine, whose slow steps are far slower: not too short in all."""
+    """Predicted sums that are too small on a noisy machine, where slow steps are much slower."""
     rng = np.random.default_rng(2)
     shapes = list(random_shapes(2000, rng))
     slow = 1 + rng.pareto(3, len(shapes)) * (rng.random(len(shapes)) < 0.3)
@@ -203,7 +203,7 @@ def test_fit_to_noisy_steps_predicts_their_sums():
 
 
 def test_fit_of_noise_never_rewards_more_work():
-    """Guards against a cost model that is better on paper: negative prices, faster with rows."""
+    """Overfitting noise: negative coefficients, or steps that get faster with more rows."""
     rng = np.random.default_rng(1)
     samples = [(shape, float(rng.uniform(0.01, 0.02))) for shape in random_shapes(40, rng)]
     cost = fit(samples, StepWork(SMOLLM2_135M.decoder))
@@ -213,16 +213,16 @@ def test_fit_of_noise_never_rewards_more_work():
 
 
 def test_fit_needs_samples():
-    """Guards against a division by a step of no seconds."""
-    with pytest.raises(ValueError, match="some time"):
+    """A division by zero for steps of 0 seconds."""
+    with pytest.raises(ValueError, match="more than 0 seconds"):
         fit([], StepWork(SMOLLM2_135M.decoder))
-    with pytest.raises(ValueError, match="some time"):
+    with pytest.raises(ValueError, match="more than 0 seconds"):
         fit([(DECODE, 0.0)], StepWork(SMOLLM2_135M.decoder))
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_nonnegative_least_squares_against_scipy(seed):
-    """Guards the active-set loop where several coefficients are held at 0."""
+    """A wrong solution where several coefficients are fixed at 0."""
     optimize = pytest.importorskip("scipy.optimize")
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(30, 7)), rng.normal(size=30)
@@ -231,8 +231,8 @@ def test_nonnegative_least_squares_against_scipy(seed):
 
 
 def test_fit_is_fine_where_rows_are_few():
-    """A step of two rows may cost half as much again as one of a single row, and of five hundred
-    sizes most are large: knots that counted sizes alone would miss the small ones."""
+    """Knots spaced by count instead of by ratio: a step of two rows may take half as long again as
+    one of a single row, but most of five hundred sizes are large."""
 
     def seconds(rows: int) -> float:
         return 0.08 + (0.03 if rows > 1 else 0) + 0.003 * rows

@@ -1,4 +1,4 @@
-"""Metrics of simulated runs, against runs small enough to compute them by hand."""
+"""Metrics of simulated runs, compared with values computed by hand."""
 
 from array import array
 from dataclasses import replace
@@ -48,7 +48,7 @@ def usage(events, moved=0, flops=0):
 
 
 def result():
-    """Two problems on two GPUs: answers at 14 and 20, of which the first arrived at 4."""
+    """Two problems on two GPUs: arrivals at 4 and 8, answers at 14 and 20."""
     records = [
         Record(0, 0, 10, submitted_s=4, first_s=5, ended_s=9.5),
         Record(0, 0, 4, submitted_s=4, first_s=6, ended_s=12),
@@ -75,7 +75,7 @@ def result():
 
 
 def test_row_by_hand():
-    """Guards every definition of the module's docstring."""
+    """A metric that does not follow its definition in the module's docstring."""
     row = metrics_row(result(), "toy", 7, slo_s=11)
     assert set(NAMES) <= row.keys()
     expected = {
@@ -105,19 +105,19 @@ def test_row_by_hand():
 
 
 def test_tail_share_by_hand():
-    """Guards the tail: from when a tenth of the rollouts is left, so here one of ten."""
-    some = result()
-    some.records = [Record(0, 0, 1, 0, 0, ended_s=end) for end in (*range(1, 10), 20)]
-    assert metrics_row(some, "toy", 0)["tail_share"] == pytest.approx((20 - 9) / 16)
+    """A tail that does not start when a tenth of the rollouts is left, here one of ten."""
+    run_result = result()
+    run_result.records = [Record(0, 0, 1, 0, 0, ended_s=end) for end in (*range(1, 10), 20)]
+    assert metrics_row(run_result, "toy", 0)["tail_share"] == pytest.approx((20 - 9) / 16)
 
 
 def test_times_to_answer():
-    """Guards the result that policies are judged by: from a problem's own arrival."""
+    """Times that are not counted from the problem's own arrival."""
     assert times_to_answer(result()).tolist() == [10, 12]
 
 
 def test_timeline_by_hand():
-    """Guards the picture: rollouts add up over GPUs, KV is their mean, idle time counts as 0."""
+    """Rollouts that are not summed over GPUs, KV that is not averaged, or idle time left out."""
     ends, running, kv = timeline(result(), 8)
     assert ends.tolist() == [6, 8, 10, 12, 14, 16, 18, 20]
     assert running.tolist() == pytest.approx([2, 2, 1, 5, 5, 4, 4, 4])
@@ -125,16 +125,16 @@ def test_timeline_by_hand():
 
 
 def test_timeline_of_bins_that_cut_events():
-    """Guards the integral inside of an event, and of a GPU that did nothing."""
-    some = result()
-    some.usages = [usage([(5, 20, 3, 1.0)]), Usage()]
-    _, running, kv = timeline(some, 2)
+    """A wrong integral in the middle of an event, or a failure for a GPU without work."""
+    run_result = result()
+    run_result.usages = [usage([(5, 20, 3, 1.0)]), Usage()]
+    _, running, kv = timeline(run_result, 2)
     assert running.tolist() == pytest.approx([3 * 7 / 8, 3])
     assert kv.tolist() == pytest.approx([0.5 * 7 / 8, 0.5])
 
 
 def test_timeline_and_row_agree_on_a_real_run():
-    """Guards both against each other where events are many."""
+    """A timeline and a row that disagree on a run with many events."""
     problems = replace(find_workload("vqa"), problems=4).draw(0)
     run = simulate(problems, Setting(gpus=2, max_running=20))
     row = metrics_row(run, "vqa", 0)
@@ -147,7 +147,8 @@ def test_timeline_and_row_agree_on_a_real_run():
 
 
 def test_a_lone_round_has_the_published_occupancy():
-    """Guards the spread of lengths: a lone 16-wide round uses 42 % of its slots at sigma_w 0.55."""
+    """A wrong spread of lengths: the mean length in a 16-wide round must be 42 % of the longest, at
+    sigma_w 0.55, so a round that runs alone has 42 % occupancy."""
     shares = []
     for problem in replace(find_workload("vqa"), problems=2000, max_tokens=10**9).draw(0):
         lengths = np.array(problem.lengths[0])
@@ -156,9 +157,9 @@ def test_a_lone_round_has_the_published_occupancy():
 
 
 def test_fitted_costs_have_no_ceiling():
-    """Guards a calibrated CPU against an MBU of somebody else's bandwidth."""
-    some = result()
-    cost = FittedCost(StepWork(some.setting.config.decoder), (1,), (0.1,), 0, 0, 0)
-    some.setting = replace(some.setting, cost=cost)
-    row = metrics_row(some, "toy", 0)
+    """An MBU of a calibrated CPU, computed with a GPU's bandwidth."""
+    run_result = result()
+    cost = FittedCost(StepWork(run_result.setting.config.decoder), (1,), (0.1,), 0, 0, 0)
+    run_result.setting = replace(run_result.setting, cost=cost)
+    row = metrics_row(run_result, "toy", 0)
     assert row["mbu"] is row["mfu"] is None

@@ -1,4 +1,4 @@
-"""The simulator: skipping from event to event changes nothing, and nothing is lost on the way."""
+"""The simulator: skipping to events equals single steps, and no rollout, token or page is lost."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,16 +19,16 @@ from pacore_sched.sim.machine import Machine
 from pacore_sched.sim.simulator import Replica, SimExecutor, step_shape
 from pacore_sched.sim.workload import SimProblem
 
-# Slow enough for overhead, bytes and FLOPs to matter alike at these sizes.
+# Slow enough that overhead, bytes and FLOPs are all significant at these sizes.
 MACHINE = Machine("toy", copy_gb_s=10, gemm_tflop_s=0.01, memory_bytes=1e9, workspace_bytes=0)
 SMALL = Setting(
     machine=MACHINE, config=TINY, max_running=24, token_budget=64, page_size=8, max_tokens=400
 )
-TIGHT = replace(SMALL, num_pages=80)  # 640 tokens: rollouts get in each other's way
+TIGHT = replace(SMALL, num_pages=80)  # 640 tokens: too few for all rollouts at once
 
 
 def problems(count, seed=0, widths=(5, 3), spacing=0.0, image=20):
-    """Problems of every length from 1 to 200 tokens."""
+    """Problems with random lengths from 1 to 199 tokens."""
     rng = np.random.default_rng(seed)
     return [
         SimProblem(
@@ -44,39 +44,39 @@ def problems(count, seed=0, widths=(5, 3), spacing=0.0, image=20):
 
 
 def token_by_token(cost, work):
-    """Ends of all rollouts of problems without images, by the plainest loop there is.
+    """End times of all rollouts of problems without images, by a plain loop over single steps.
 
-    Memory without end and a token budget that no step reaches: a prompt is written in one step,
-    beside what decodes, and its rollouts start in the next.
+    With unlimited memory and a token budget that no step reaches, a prompt is written in one step,
+    together with decoding rollouts, and its rollouts start in the next step.
     """
     clock, ends = 0.0, {}
     arriving = sorted(range(len(work)), key=lambda number: work[number].arrival_s)
-    prompts, asked, written, running = {}, [], set(), {}
+    prompts, waiting, written, running = {}, [], set(), {}
 
-    def ask(number, turn, ended=None):
+    def submit(number, turn, ended=None):
         prompts[number, turn] = work[number].prompt_tokens(ended) - 1
-        asked.append((number, turn))
+        waiting.append((number, turn))
 
-    while arriving or asked or running:
+    while arriving or waiting or running:
         while arriving and work[arriving[0]].arrival_s <= clock:
-            ask(arriving.pop(0), 0)
-        if not asked and not running:
+            submit(arriving.pop(0), 0)
+        if not waiting and not running:
             clock = work[arriving[0]].arrival_s
             continue
-        fresh = [key for key in asked if prompts[key] and key not in written]
-        for number, turn in set(asked) - set(fresh):
+        prefill = [key for key in waiting if prompts[key] and key not in written]
+        for number, turn in set(waiting) - set(prefill):
             running |= {(number, turn, i): 0 for i in range(len(work[number].lengths[turn]))}
-        asked, written = fresh, written | set(fresh)
+        waiting, written = prefill, written | set(prefill)
         running = {key: tokens + 1 for key, tokens in running.items()}
-        clock += cost.seconds(plain_shape(running, prompts, [prompts[key] for key in fresh]))
+        clock += cost.seconds(plain_shape(running, prompts, [prompts[key] for key in prefill]))
         for key in [key for key, tokens in running.items() if tokens == length(work, key)]:
             number, turn, _ = key
             del running[key]
             ends[key] = clock
             lengths = work[number].lengths
-            over = all((number, turn, index) in ends for index in range(len(lengths[turn])))
-            if over and turn + 1 < len(lengths):
-                ask(number, turn + 1, lengths[turn])
+            complete = all((number, turn, index) in ends for index in range(len(lengths[turn])))
+            if complete and turn + 1 < len(lengths):
+                submit(number, turn + 1, lengths[turn])
     return ends
 
 
@@ -86,27 +86,27 @@ def length(work, key):
 
 
 def plain_shape(running, prompts, chunks):
-    """The step of rollouts with so many tokens, and of whole prompts that are written beside."""
-    own = sum(running.values()) + sum(chunks)
-    unshared = own + sum(prompts[key[:2]] for key in running)
-    shared = own + sum(prompts[key] for key in {key[:2] for key in running})
+    """The shape of a step of running rollouts (key: tokens) and of whole prompts (`chunks`)."""
+    unshared_part = sum(running.values()) + sum(chunks)
+    unshared = unshared_part + sum(prompts[key[:2]] for key in running)
+    shared = unshared_part + sum(prompts[key] for key in {key[:2] for key in running})
     pairs = unshared - sum(chunks) + sum(n * (n + 1) // 2 for n in chunks)
     return StepShape(len(running) + sum(chunks), len(running), shared, unshared, pairs)
 
 
 def ends_of(result):
-    """(problem, round, length) -> ends, ascending, of all its rollouts."""
-    found = {}
+    """(problem, round, length) -> end times, ascending, of these rollouts."""
+    ends = {}
     for record in result.records:
         key = record.problem, record.round, record.length
-        found[key] = sorted([*found.get(key, []), record.ended_s])
-    return found
+        ends[key] = sorted([*ends.get(key, []), record.ended_s])
+    return ends
 
 
 @pytest.mark.parametrize("shared_reads", [True, False])
 @pytest.mark.parametrize("spacing", [0.0, 0.8])
 def test_events_against_token_by_token(shared_reads, spacing):
-    """Guards skipping: every rollout ends when it does in a loop that goes token by token."""
+    """Skipping to events that ends a rollout at another time than a loop over single steps."""
     setting = replace(
         SMALL,
         policy="fcfs",
@@ -116,20 +116,20 @@ def test_events_against_token_by_token(shared_reads, spacing):
         token_budget=4000,
     )
     work = problems(6, spacing=spacing, image=0)
-    work[0] = replace(work[0], question_tokens=1)  # no segment at all: it starts at once
+    work[0] = replace(work[0], question_tokens=1)  # no segment: it starts immediately
     expected = {}
     for key, end in token_by_token(setting.cost_model(), work).items():
-        place = (*key[:2], length(work, key))
-        expected[place] = sorted([*expected.get(place, []), end])
-    found = ends_of(simulate(work, setting))
-    assert found.keys() == expected.keys()
+        group = (*key[:2], length(work, key))
+        expected[group] = sorted([*expected.get(group, []), end])
+    actual = ends_of(simulate(work, setting))
+    assert actual.keys() == expected.keys()
     for key, ends in expected.items():
-        assert found[key] == pytest.approx(ends, rel=1e-9)
+        assert actual[key] == pytest.approx(ends, rel=1e-9)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_skipping_changes_nothing_when_memory_is_short(policy, monkeypatch):
-    """Guards skipping where rollouts are preempted: stopping after every step ends them alike."""
+    """Skipping to events that differs from single steps when rollouts are preempted."""
     setting = replace(TIGHT, policy=policy)
     work = problems(6)
     skipped = simulate(work, setting)
@@ -141,9 +141,9 @@ def test_skipping_changes_nothing_when_memory_is_short(policy, monkeypatch):
     assert sum(len(usage.ends) for usage in skipped.usages) < sum(
         len(usage.ends) for usage in single.usages
     )
-    for found, expected in zip(skipped.records, single.records, strict=True):
-        assert found.ended_s == pytest.approx(expected.ended_s, rel=1e-9)
-        assert found.first_s == pytest.approx(expected.first_s, rel=1e-9)
+    for actual, expected in zip(skipped.records, single.records, strict=True):
+        assert actual.ended_s == pytest.approx(expected.ended_s, rel=1e-9)
+        assert actual.first_s == pytest.approx(expected.first_s, rel=1e-9)
     used, single_used = skipped.usages[0], single.usages[0]
     assert (used.bytes, used.flops, used.steps) == (
         single_used.bytes,
@@ -156,7 +156,7 @@ def test_skipping_changes_nothing_when_memory_is_short(policy, monkeypatch):
 @pytest.mark.parametrize("gpus", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_rollout_ends_once(policy, gpus):
-    """Guards conservation: all tokens of all rounds, one round after the other, answers last."""
+    """A lost or repeated rollout, rounds that overlap, or an answer before its last rollout."""
     work = problems(8, spacing=0.05)
     result = simulate(work, replace(TIGHT, policy=policy, gpus=gpus))
     assert len(result.records) == sum(len(r) for p in work for r in p.lengths)
@@ -175,7 +175,7 @@ def test_every_rollout_ends_once(policy, gpus):
 
 
 def replica_over(work, **changes):
-    """A replica with the problems submitted, and the list that their answers go to."""
+    """A replica with the problems submitted, and the list of answered problems that it fills."""
     answers = []
     options = {"num_pages": 80, "page_size": 8, "max_running": 24, "token_budget": 64}
     replica = Replica(
@@ -191,8 +191,8 @@ def replica_over(work, **changes):
     return replica, answers
 
 
-def test_pages_come_back():
-    """Guards KV: when all is answered every page is free again, the images' too."""
+def test_all_pages_are_freed():
+    """A page, of an image or a rollout, that is not freed when all problems are answered."""
     replica, answers = replica_over(problems(4))
     while replica.step():
         replica.scheduler.check_integrity()
@@ -202,20 +202,20 @@ def test_pages_come_back():
 
 
 def test_an_image_is_prefilled_once_and_cancelled_rollouts_leave_no_message():
-    """Guards what later rounds write: no image again, and a message per rollout that ended."""
+    """Prefilling an image again in later rounds, or the message of a cancelled rollout."""
     lengths = ((30, 50, 90, 130), (10,))
     problem = SimProblem(0.0, 20, 12, lengths, template_tokens=3, message_tokens=40)
     for share, messages in ((1.0, 30 + 40 + 40 + 40), (0.5, 30 + 40)):
         replica, answers = replica_over([problem], need_share=share)
         while replica.step():
             pass
-        # Of every prompt all but the last token, which a rollout's own node begins with.
+        # Every prompt without its last token, which is in the leaves.
         assert replica.scheduler.counts.prefilled == 20 + 11 + (12 + 3 + messages - 1)
         assert answers == [0]
 
 
-def test_same_outcome_every_time():
-    """Guards determinism: two runs of the same problems agree to the last bit."""
+def test_runs_are_deterministic():
+    """Two runs of the same problems that differ in any bit."""
     setting = replace(TIGHT, gpus=2)
     first, second = (simulate(problems(6), setting) for _ in range(2))
     assert first.records == second.records
@@ -223,32 +223,32 @@ def test_same_outcome_every_time():
 
 
 def test_next_round_at_a_share_of_the_rollouts():
-    """Guards synthesis at M of N: the slowest are cancelled, and their messages not waited for."""
+    """A round that waits for all rollouts although a share is enough, or that cancels none."""
     work = problems(5)
-    all_of_them = simulate(work, SMALL)
-    most = simulate(work, replace(SMALL, need_share=0.6))
+    whole = simulate(work, SMALL)
+    partial = simulate(work, replace(SMALL, need_share=0.6))
     rounds = {}
-    for record in most.records:
+    for record in partial.records:
         rounds.setdefault((record.problem, record.round), []).append(record.cancelled)
     for (_, turn), cancelled in rounds.items():
-        # Rollouts that reach their last token in the step that ends the round have ended too.
+        # Rollouts whose last token is in the step that ends the round are not cancelled.
         assert sum(cancelled) <= {0: 2, 1: 1, 2: 0}[turn]
     assert sum(map(sum, rounds.values())) > 5
-    assert most.cancelled_tokens > 0
-    assert max(most.answered_s) < max(all_of_them.answered_s)
+    assert partial.cancelled_tokens > 0
+    assert max(partial.answered_s) < max(whole.answered_s)
 
 
 def test_more_gpus_share_the_work():
-    """Guards the queue: problems spread over the GPUs, and each keeps its rounds."""
+    """A queue that leaves GPUs without work."""
     work = problems(12)
     one, four = (simulate(work, replace(TIGHT, gpus=gpus)) for gpus in (1, 4))
     assert max(four.answered_s) < 0.5 * max(one.answered_s)
     assert all(len(usage.ends) > 20 for usage in four.usages)
 
 
-def test_pages_kept_free_are_no_reason_to_schedule_every_step():
-    """Guards the simulator's speed, and the engine's plans: running rollouts may grow into the
-    watermark a page at a time, as long as there are pages."""
+def test_growing_into_the_watermark_does_not_change_the_batch():
+    """A new batch in every step, which slows down simulator and engine, when running rollouts grow
+    into the pages of the watermark."""
     scheduler = Scheduler(100, 64, LaterRoundFirst(watermark=0.5), max_running=4)
     group = Group([], 0, Sampling(1600), need=4)
     group.rollouts = [Rollout(group, index, 0, 1600) for index in range(4)]
@@ -261,7 +261,7 @@ def test_pages_kept_free_are_no_reason_to_schedule_every_step():
 
 
 def test_idle_until_the_next_arrival():
-    """Guards the clock between problems: work starts when it arrives, not when the last ended."""
+    """A clock that does not advance to the next arrival when a GPU is idle."""
     work = problems(3, spacing=1000.0)
     result = simulate(work, SMALL)
     alone = simulate([replace(work[2], arrival_s=0.0)], SMALL)
@@ -269,7 +269,7 @@ def test_idle_until_the_next_arrival():
 
 
 def test_what_never_fits_is_refused():
-    """Guards against waiting forever for pages that no GPU has."""
+    """Waiting forever for pages that no GPU has."""
     with pytest.raises(InputError, match="does not fit"):
         simulate(problems(1), replace(SMALL, num_pages=40))
     with pytest.raises(InputError, match="no room for KV"):
@@ -277,7 +277,7 @@ def test_what_never_fits_is_refused():
 
 
 def test_step_shape_by_hand():
-    """Guards what a step is charged for: shared nodes once, chunks with what stands above them."""
+    """A step charged more than once for a shared node, or not for the nodes above a chunk."""
     scheduler = Scheduler(100, 8, POLICIES["fcfs"](), max_running=8, token_budget=64)
     image, question = Segment(30), Segment(50)
     group = Group([image, question], 0, Sampling(100), need=2)
@@ -291,8 +291,8 @@ def test_step_shape_by_hand():
     assert shapes[3] == StepShape(2, 2, 84, 164, 164, 2)
 
 
-def test_step_shape_of_a_rollout_taken_up_again():
-    """Guards the cost of recomputing: the chunk's rows, and the logits of its last one."""
+def test_step_shape_of_a_resumed_rollout():
+    """Recomputation that is not charged for the chunk's rows and its last row's logits."""
     scheduler = Scheduler(100, 8, POLICIES["fcfs"](), max_running=8, token_budget=64)
     prompt = Segment(16)
     group = Group([prompt], 0, Sampling(100), need=1)
@@ -307,7 +307,7 @@ def test_step_shape_of_a_rollout_taken_up_again():
 
 
 def test_usage_counts_what_steps_moved():
-    """Guards MBU: bytes of a lone rollout are its weights and its KV, step by step."""
+    """Bytes of a single rollout, for MBU, that differ from its weights and KV summed over steps."""
     work = StepWork(TINY.decoder)
     problem = SimProblem(0.0, 0, 1, ((5,),))
     result = simulate([problem], replace(SMALL, cost=RooflineCost(work, MACHINE)))
@@ -320,8 +320,8 @@ def test_usage_counts_what_steps_moved():
 @pytest.mark.parametrize("num_pages", [None, 80])
 @pytest.mark.parametrize("policy", ["later-round-first", "shortest-expected", "fcfs"])
 def test_the_engine_itself_on_the_virtual_clock(policy: str, num_pages: int | None):
-    """Step by step, by the loop that runs models, rollouts end when the simulator says: it skips
-    steps, and does its own bookkeeping of rounds, to the same end."""
+    """A simulator, which skips steps and tracks rounds itself, that ends rollouts at other times
+    than the engine, which runs every step."""
     setting = replace(SMALL, policy=policy, num_pages=num_pages)
     work = problems(6)
     executor = SimExecutor(

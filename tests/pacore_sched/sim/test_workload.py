@@ -1,4 +1,4 @@
-"""Workloads: the generator's statistics, arrivals, and readers of public traces."""
+"""Workloads: statistics of the generator, arrivals, and readers of public traces."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ from pacore_sched.sim.workload import (
 
 
 def test_the_four_workloads():
-    """Guards the sizes that all published figures of the simulator are for."""
+    """A changed size of a workload: all published results of the simulator depend on them."""
     shapes = {name: (w.problems, w.widths, w.mean_tokens) for name, w in WORKLOADS.items()}
     assert shapes == {
         "vqa": (96, (16,), 3_000),
@@ -33,7 +33,7 @@ def test_the_four_workloads():
 
 
 def test_rounds_and_limits():
-    """Guards the shape of a problem: every round's width, then the one that answers."""
+    """A missing round or synthesis, or a length outside its limits."""
     for problem in replace(find_workload("high"), problems=40).draw(0):
         assert [len(lengths) for lengths in problem.lengths] == [32, 4, 1]
         assert all(1 <= length <= 65536 for lengths in problem.lengths for length in lengths)
@@ -42,15 +42,15 @@ def test_rounds_and_limits():
 @pytest.mark.parametrize("name", WORKLOADS)
 @pytest.mark.parametrize("sigma_w", [0.35, 0.8])
 def test_mean_is_kept_by_clipping_and_by_spread(name, sigma_w):
-    """Guards a sweep of sigma_w against changing how much there is to do."""
+    """A sweep of sigma_w that changes the amount of work."""
     problems = replace(find_workload(name), problems=20_000 // 16, sigma_w=sigma_w).draw(1)
     per_problem = np.array([np.mean(problem.lengths[0]) for problem in problems])
     error = per_problem.std() / len(problems) ** 0.5
     assert abs(per_problem.mean() - WORKLOADS[name].mean_tokens) < 4 * error
 
 
-def test_spreads_are_those_asked_for():
-    """Guards the generator's two spreads where nothing is clipped: analysis of variance by hand."""
+def test_spreads_match_the_parameters():
+    """Wrong spreads within or between problems, by analysis of variance without clipping."""
     workload = replace(find_workload("vqa"), problems=4000, max_tokens=10**9, sigma_w=0.4)
     logs = np.log([problem.lengths[0] for problem in workload.draw(0)])  # [problems, rollouts]
     within = logs.var(axis=1, ddof=1).mean()
@@ -61,7 +61,8 @@ def test_spreads_are_those_asked_for():
 
 
 def test_lengths_are_pinned():
-    """Guards comparisons between policies: same seed, same lengths, also of more problems."""
+    """Lengths that differ for the same seed, or that depend on the number of problems: policies
+    could not be compared."""
     workload = find_workload("vl")
     assert workload.draw(3) == workload.draw(3)
     assert workload.draw(3) != workload.draw(4)
@@ -69,7 +70,7 @@ def test_lengths_are_pinned():
 
 
 def test_clipped_mean_by_sampling():
-    """Guards the formula of the mean behind mu."""
+    """A wrong formula for the clipped mean, from which mu is computed."""
     values = np.exp(np.random.default_rng(0).normal(10, 0.9, 400_000)).clip(max=40_000)
     assert clipped_mean(10, 0.9, 40_000) == pytest.approx(values.mean(), rel=0.01)
     assert clipped_mean(mu_of_clipped_mean(30_000, 0.9, 40_000), 0.9, 40_000) == pytest.approx(
@@ -81,7 +82,7 @@ def test_clipped_mean_by_sampling():
 
 
 def test_synthesis_prompt_grows_with_messages():
-    """Guards later rounds' prefill: the question, and a message of each rollout that ended."""
+    """Later prompts that lack the question, the template or a message of an ended rollout."""
     problem = SimProblem(0.0, 800, 100, ((1000, 20), (5,)), template_tokens=50, message_tokens=300)
     assert problem.prompt_tokens() == 100
     assert problem.prompt_tokens([1000, 20]) == 100 + 50 + 300 + 20
@@ -89,7 +90,7 @@ def test_synthesis_prompt_grows_with_messages():
 
 
 def test_arrivals():
-    """Guards rates, and that bursts are burstier than Poisson at the same rate."""
+    """A wrong rate, or bursty arrivals with the same variation as Poisson ones."""
     even, bursty = poisson_arrivals(20_000, 0.5, 0), bursty_arrivals(20_000, 0.5, 0, variation=4.0)
     for times, variation in ((even, 1.0), (bursty, 4.0)):
         gaps = np.diff([0.0, *times])
@@ -101,7 +102,7 @@ def test_arrivals():
 
 
 def test_chat_requests_have_the_published_means():
-    """Guards the fit's parameters: a mean output of 2,133 tokens, a median input of 215."""
+    """Wrong parameters of the fit: mean output of 2,133 tokens, median input of 215."""
     problems = chat_requests(50_000, 0, [0.0] * 50_000)
     outputs = np.array([problem.tokens for problem in problems])
     assert outputs.mean() == pytest.approx(2133, rel=0.05)
@@ -116,7 +117,7 @@ AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 
 
 def test_azure_trace(tmp_path):
-    """Guards the reader: seven digits of a second, order of arrival, time from the first."""
+    """Misreading seven fractional digits, the order of arrival, or times from the first request."""
     path = tmp_path / "AzureLLMInferenceTrace_conv.csv"
     path.write_text(AZURE)
     requests = read_trace(path)
@@ -128,7 +129,7 @@ def test_azure_trace(tmp_path):
 
 
 def test_mooncake_trace(tmp_path):
-    """Guards the reader of the other format: milliseconds, and hash ids kept."""
+    """Misreading milliseconds, or losing hash ids."""
     lines = [
         {"timestamp": 3000, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]},
         {"timestamp": 4500, "input_length": 10, "output_length": 2, "hash_ids": [0]},
@@ -141,7 +142,7 @@ def test_mooncake_trace(tmp_path):
 
 
 def test_trace_as_rounds(tmp_path):
-    """Guards what a trace becomes with widths: rounds of rollouts as long as its outputs."""
+    """Rounds from a trace whose rollouts' mean length differs from the trace's outputs."""
     path = tmp_path / "trace.jsonl"
     path.write_text('{"timestamp": 0, "input_length": 9, "output_length": 1000}\n')
     requests = read_trace(path) * 300
@@ -162,7 +163,7 @@ def test_trace_as_rounds(tmp_path):
         ("a.csv", AZURE + "yesterday,12,3\n", "line 4: TIMESTAMP is 'yesterday'"),
         ("a.csv", AZURE + "2023-11-16 18:15:48,12\n", "line 4: no GeneratedTokens"),
         ("a.csv", AZURE + "2023-11-16 18:15:48,0,3\n", "line 4: ContextTokens is '0'"),
-        ("a.csv", AZURE.splitlines()[0] + "\n", "it has no requests"),
+        ("a.csv", AZURE.splitlines()[0] + "\n", "has no requests"),
         ("a.jsonl", '{"timestamp": 1}\n', "line 1: no input_length"),
         ("a.jsonl", "\n[1]\n", "line 2: not a JSON object"),
         (
@@ -174,7 +175,7 @@ def test_trace_as_rounds(tmp_path):
     ],
 )
 def test_bad_traces_are_named(tmp_path, name, text, message):
-    """Guards the user's side: file and line of what is wrong."""
+    """An error that does not name the file and the line."""
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message) as caught:
         read_trace(tmp_path / name)
@@ -182,7 +183,7 @@ def test_bad_traces_are_named(tmp_path, name, text, message):
 
 
 def test_missing_trace():
-    """Guards against a traceback for a mistyped name."""
+    """A traceback for a mistyped name."""
     with pytest.raises(InputError, match=r"nowhere\.csv: No such file"):
         read_trace("nowhere.csv")
     with pytest.raises(InputError, match="unknown workload 'maths'.*math"):
