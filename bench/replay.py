@@ -23,7 +23,7 @@ from kernels.runtime.dtypes import dtype_name
 from model.step3vl import Step3VL
 from model.terminal import progress
 from pacore_sched.answers.pacore import engine_for
-from pacore_sched.engine.engine import Engine, policy_named
+from pacore_sched.engine.engine import Engine, find_policy
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Group, Sampling
 from pacore_sched.sim.calibration import FittedCost, fit
@@ -175,7 +175,7 @@ def simulate(
         """Rounds are not compared."""
 
     replica = Replica(
-        policy_named(setup.policy),
+        find_policy(setup.policy),
         cost,
         KV_TOKENS // 64,
         64,

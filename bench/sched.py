@@ -20,7 +20,7 @@ from bench.rows import origin
 from bench.show import titled
 from model.kv_cache import PAGE_SIZE
 from model.terminal import track
-from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
+from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sched.request import Group, Rollout, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
 
@@ -31,7 +31,7 @@ SIZES = ((64, 256), (256, 1024), (1024, 4096), (4096, 16384))  # running, waitin
 
 def run() -> Iterator[dict]:
     """Rows of all policies at one size, then of the default policy at other sizes."""
-    names = [name for name in POLICIES if name not in KNOW_LENGTHS]
+    names = [name for name in POLICIES if name not in ORACLES]
     cases = [(name, SIZES[1], short) for short in (False, True) for name in names]
     cases += [("later-round-first", size, False) for size in SIZES if size != SIZES[1]]
     for case in track(cases, "scheduler"):

@@ -33,7 +33,7 @@ class Capacity:
     """The size limits of a padded plan; its kernel configs depend on these, not on its nodes."""
 
     rows: int  # of the step, padding included
-    most_rows: int  # the most rows that one node may have
+    max_node_rows: int  # the most rows that one node may have
     levels: int  # the most nodes on a path, leaf included
 
     @property
@@ -178,7 +178,7 @@ class PrefixPlan:
         max_rows = max(node.row_end - node.row_start for node in nodes)
         levels = max(depths) + 1
         if (
-            max_rows > capacity.most_rows
+            max_rows > capacity.max_node_rows
             or levels > capacity.levels
             or len(nodes) >= capacity.nodes
         ):
@@ -191,7 +191,7 @@ class PrefixPlan:
     def row_counts(self) -> tuple[int, int]:
         """The fewest and the most rows of a node that has rows; (0, 0) if none has."""
         if self.capacity:
-            return 1, self.capacity.most_rows
+            return 1, self.capacity.max_node_rows
         counts = [n.row_end - n.row_start for n in self.nodes if n.row_end > n.row_start]
         return min(counts, default=0), max(counts, default=0)
 
@@ -201,7 +201,7 @@ class PrefixPlan:
         return _is_decode(self.nodes, self.num_rows)
 
     @cached_property
-    def room(self) -> int:
+    def steps_left(self) -> int:
         """How many further decode steps fit in the leaves' pages, as of `build` or `refill`."""
         written = [node for node in self.nodes if node.num_new]
         return min((len(n.pages) * self.page_size - n.kv_len for n in written), default=0)
@@ -275,7 +275,7 @@ class PrefixPlan:
 
 
 # Cached properties that depend on the nodes: `refill` drops them.
-_CACHED_FROM_NODES = ("is_decode", "room", "depths", "node_starts", "parts", "sequences")
+_CACHED_FROM_NODES = ("is_decode", "steps_left", "depths", "node_starts", "parts", "sequences")
 
 
 def _part(indices: list[int], first: int, pages: int, plan: PrefixPlan) -> Part:

@@ -21,7 +21,7 @@ from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.configs import Gpu, KernelConfig, Tunable
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
-from kernels.runtime.fp8 import converts_e4m3, e4m3_scale, magnitude_bits, quantise_e4m3, to_e4m3
+from kernels.runtime.fp8 import e4m3_scale, has_native_e4m3, magnitude_bits, quantise_e4m3, to_e4m3
 from kernels.runtime.rotary import cos_sin_of, pair_columns
 
 FEW_TOKENS = 64  # decode: the config should give every SM work
@@ -307,7 +307,7 @@ def _qk_norm_rope_triton(
         PAGE_SIZE=pages.page_size,
         HEIGHT=3 * mrope_section[1] if mrope_section else 0,
         WIDTH=3 * mrope_section[2] if mrope_section else 0,
-        NATIVE_FP8=converts_e4m3(qkv.device),
+        NATIVE_FP8=has_native_e4m3(qkv.device),
         BLOCK_Q=config["block_q"],
         BLOCK_KV=config["block_kv"],
         num_warps=config["num_warps"],

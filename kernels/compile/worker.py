@@ -2,8 +2,8 @@
 
     python -m kernels.compile.worker CLAIMS
 
-Reads pickled (site, gpu) pairs from stdin and answers each with a pickled `Found`. Workers that
-share the folder CLAIMS compile each kernel once between them.
+Reads pickled (site, gpu) pairs from stdin and answers each with a pickled `CompileResult`. Workers
+that share the folder CLAIMS compile each kernel once between them.
 """
 
 import os
@@ -26,7 +26,7 @@ Site = Callable[[], object]  # a picklable function that calls ops on CPU tensor
 
 
 @dataclass(frozen=True)
-class Found:
+class CompileResult:
     """The result for one site."""
 
     keys: tuple[str, ...]  # in Triton's cache, of every kernel that the site launches
@@ -46,7 +46,7 @@ def launches_of(site: Site, gpu: Gpu) -> list[Launch]:
     return launches
 
 
-def compile_site(site: Site, gpu: Gpu, claims: Path) -> Found:
+def compile_site(site: Site, gpu: Gpu, claims: Path) -> CompileResult:
     """Compile what `site` launches on `gpu`, unless cached or claimed by another worker."""
     pending, compiled, failures = compilations(launches_of(site, gpu), gpu), 0, []
     for key, compile_now in pending.items():
@@ -59,7 +59,7 @@ def compile_site(site: Site, gpu: Gpu, claims: Path) -> Found:
             compiled += 1
         except Exception as error:  # one kernel's failure must not stop the others
             failures.append(one_line(error))
-    return Found(tuple(pending), compiled, tuple(failures))
+    return CompileResult(tuple(pending), compiled, tuple(failures))
 
 
 def main() -> None:
@@ -75,12 +75,12 @@ def main() -> None:
         replies.flush()
 
 
-def _answer(request: bytes, claims: Path) -> Found:
+def _answer(request: bytes, claims: Path) -> CompileResult:
     try:
         site, gpu = pickle.loads(request)
         return compile_site(site, gpu, claims)
     except Exception as error:
-        return Found((), failures=(one_line(error),))
+        return CompileResult((), failures=(one_line(error),))
 
 
 def _claim(path: Path) -> bool:
@@ -92,6 +92,8 @@ def _claim(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    from kernels.compile import worker  # pickle `Found` under its importable name, not __main__
+    from kernels.compile import (
+        worker,
+    )  # pickle `CompileResult` under its importable name, not __main__
 
     worker.main()

@@ -82,7 +82,7 @@ def checked_stop(faults, program, line, place, stop, tile, grain, overhead):
 
 
 @triton.jit
-def checked_piece(faults, pieces, at, most_rows):
+def checked_piece(faults, pieces, at, max_node_rows):
     """`at`, or -1, which ends the walk, if that is not a valid piece.
 
     Pieces are stored in the order of the walk, so a valid NEXT is larger than `at`, and the walk
@@ -96,7 +96,7 @@ def checked_piece(faults, pieces, at, most_rows):
     low = tl.load(piece + LOW, mask=nonempty, other=0)
     high = tl.load(piece + HIGH, mask=nonempty, other=1)
     following = tl.load(piece + NEXT, mask=exists, other=-1)
-    valid = (rows >= 0) & (rows <= most_rows) & (low >= 0) & (low < high)
+    valid = (rows >= 0) & (rows <= max_node_rows) & (low >= 0) & (low < high)
     valid = valid & ((following == -1) | (following > at))
     wrong = (at >= 0) & ~(exists & valid)
     numbers = (2, at, count, rows, low, high, following)

@@ -17,7 +17,7 @@ from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.configs import KernelConfig, gpu_of
 from kernels.runtime.dispatch import check
 from kernels.runtime.dtypes import DTYPES
-from kernels.runtime.fp8 import converts_e4m3
+from kernels.runtime.fp8 import has_native_e4m3
 from kernels.runtime.pdl import pdl_options
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -158,7 +158,7 @@ def launch(
             PAGE=plan.page_size,
             BLOCK=block,
             WINDOW=spec.window,
-            NATIVE_FP8=converts_e4m3(q.device),
+            NATIVE_FP8=has_native_e4m3(q.device),
             faults=(*faults, len(schedule.pieces)) if faults else (),
             **_config_args(config, spec, fp8=pages.fp8),
             **both,

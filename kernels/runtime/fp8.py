@@ -39,7 +39,7 @@ def quantise_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() * scale.reciprocal()[..., None]).to(torch.float8_e4m3fn), scale
 
 
-def converts_e4m3(device: torch.device) -> bool:
+def has_native_e4m3(device: torch.device) -> bool:
     """Whether kernels can use native e4m3 conversions: not in the interpreter, which misrounds."""
     return gpu_of(device).arch >= 89 and not triton.knobs.runtime.interpret
 
@@ -59,7 +59,7 @@ def e4m3_scale(bits: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def to_e4m3(x: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
-    """fp32 to e4m3 as bytes (uint8); NATIVE: by the GPU's conversion, see `converts_e4m3`."""
+    """fp32 to e4m3 as bytes (uint8); NATIVE: by the GPU's conversion, see `has_native_e4m3`."""
     return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if NATIVE else to_e4m3_bits(x)
 
 

@@ -10,7 +10,7 @@ class Lru:
 
     def __init__(self, budget: int) -> None:
         self._items: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self.held, self.budget = 0, budget
+        self.size, self.budget = 0, budget
 
     def __len__(self) -> int:
         return len(self._items)
@@ -33,18 +33,18 @@ class Lru:
 
     def put(self, key: Hashable, value: Any, size: int = 1) -> None:
         """Store `value` as the most recently used, unless its size alone exceeds the budget."""
-        self.held -= self._items.pop(key, (None, 0))[1]
+        self.size -= self._items.pop(key, (None, 0))[1]
         if size > self.budget:
             return
         self._items[key] = value, size
-        self.held += size
+        self.size += size
         self._drop()
 
     def clear(self) -> None:
         self._items.clear()
-        self.held = 0
+        self.size = 0
 
     def _drop(self) -> None:
-        while self.held > self.budget:
+        while self.size > self.budget:
             _, (_, size) = self._items.popitem(last=False)
-            self.held -= size
+            self.size -= size

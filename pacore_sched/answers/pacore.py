@@ -239,7 +239,7 @@ def engine_for(
     *,
     kv_dtype: "torch.dtype | None" = None,
     kv_tokens: int | None = None,
-    most_tokens: int | None = None,
+    max_kv_tokens: int | None = None,
     max_running: int = 256,
     **options: Unpack[EngineOptions],
 ) -> Engine[ModelExecutor]:
@@ -247,7 +247,7 @@ def engine_for(
 
     kv_dtype: dtype of the KV pages; default: the model's; torch.float8_e4m3fn halves them
     kv_tokens: capacity of the KV cache; default: what fits in free memory
-    most_tokens: upper limit of that default
+    max_kv_tokens: upper limit of that default
     max_running: rollouts that decode at the same time
 
     Raises InputError if there is not enough memory for the KV.
@@ -265,7 +265,7 @@ def engine_for(
         num_pages=num_pages,
         kv_dtype=kv_dtype,
         max_running=max_running,
-        max_kv_tokens=most_tokens,
+        max_kv_tokens=max_kv_tokens,
     )
     stopping = Stopping(_Vocabulary(model), model.config.tokens.eos)
     return Engine(executor, stopping, **options)

@@ -19,7 +19,7 @@ from pacore_sched.answers.pacore import engine_for
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.engine.stopping import checked_stops
-from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
+from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sched.request import Sampling
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def add_pacore_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    names = [name for name in POLICIES if name not in KNOW_LENGTHS]
+    names = [name for name in POLICIES if name not in ORACLES]
     parser.add_argument(
         "--policy", default="later-round-first", help=f"scheduling policy: {', '.join(names)}"
     )
@@ -136,7 +136,7 @@ def make_engine(
         max_running=running,
         kv_dtype=KV_DTYPES.get(options.kv_dtype),
         kv_tokens=options.kv_tokens,
-        most_tokens=running * rollout_tokens + min(problems, running) * (context + 2 * PAGE_SIZE),
+        max_kv_tokens=running * rollout_tokens + min(problems, running) * (context + 2 * PAGE_SIZE),
         speculate=options.speculate,
         host_pages=options.host_kv_tokens // PAGE_SIZE,
     )

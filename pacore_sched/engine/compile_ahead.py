@@ -29,7 +29,7 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.runtime.cache import triton_key
 
 from kernels.compile.cache import entry, is_compiled, sources
-from kernels.compile.worker import Found, Site
+from kernels.compile.worker import CompileResult, Site
 from kernels.runtime.configs import Gpu, gpu_of
 from model.terminal import track
 
@@ -124,7 +124,7 @@ class _Pool:
         for _ in range(count):
             self._idle.put(self._start())
 
-    def compile(self, item: bytes) -> Found:
+    def compile(self, item: bytes) -> CompileResult:
         """A worker's result for an item; waits until a worker is free."""
         worker = self._idle.get()
         assert worker.stdin and worker.stdout  # pipes, as _start has them
@@ -134,7 +134,7 @@ class _Pool:
             result = pickle.load(worker.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             why = f"not done in {LIMIT_S:.0f} s" if self._closed else f"exit code {worker.wait()}"
-            result = Found((), failures=(f"a process that compiles kernels ended: {why}",))
+            result = CompileResult((), failures=(f"a process that compiles kernels ended: {why}",))
             worker = worker if self._closed else self._start()
         self._idle.put(worker)
         return result

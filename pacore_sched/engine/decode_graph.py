@@ -110,7 +110,7 @@ class DecodeGraph:
         self._plan.refill([*step.plan_nodes, *self.capacity.padding(rows, self._scratch)])
         self._fill_rows(step.positions, step.slots, batch_indices, seeds)
         torch.index_select(self._last, 0, self._rows.tensors["batch_indices"], out=self._ids)
-        return self._plan.room + 1
+        return self._plan.steps_left + 1
 
     def replay(self) -> Tensor:
         """The next step's results [2, capacity.rows], in memory that the following step reuses."""

@@ -15,7 +15,7 @@ from kernels.runtime.spans import span, spanned
 from model.errors import InputError
 from pacore_sched.engine.speculation import SiblingDrafts
 from pacore_sched.engine.stopping import Stopping
-from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES, LaterRoundFirst
+from pacore_sched.sched.policy import ORACLES, POLICIES, LaterRoundFirst
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Group, Rollout, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
@@ -90,7 +90,7 @@ class Engine(Generic[ExecutorT]):
         self.scheduler = Scheduler(
             executor.num_pages,
             executor.page_size,
-            policy_named(policy) if isinstance(policy, str) else policy,
+            find_policy(policy) if isinstance(policy, str) else policy,
             max_running=running,
             token_budget=max(token_budget, running),
             host_pages=host_pages,
@@ -283,10 +283,10 @@ class Engine(Generic[ExecutorT]):
         self.stats.kv_read_unshared += unshared
 
 
-def policy_named(name: str) -> LaterRoundFirst:
+def find_policy(name: str) -> LaterRoundFirst:
     """The policy of a name. Raises InputError for unknown ones, and those only for simulation."""
-    available = [key for key in POLICIES if key not in KNOW_LENGTHS]
-    if name in KNOW_LENGTHS:
+    available = [key for key in POLICIES if key not in ORACLES]
+    if name in ORACLES:
         raise InputError(f"policy {name!r} knows lengths beforehand: it works in `simulate` only")
     if name not in available:
         raise InputError(f"unknown policy {name!r}; choose one of: {', '.join(available)}")

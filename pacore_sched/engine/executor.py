@@ -230,7 +230,7 @@ class ModelExecutor:
         decode = DecodeStep(
             step, tensors["batch_indices"], tensors["seeds"], ids, sampler, advances(model)
         )
-        steps_left = step.plan.room + 1 if decode.advances else 1
+        steps_left = step.plan.steps_left + 1 if decode.advances else 1
 
         def run() -> Tensor:
             return decode.run(model, self.cache, self._last_tokens)

@@ -287,7 +287,7 @@ def peak(left: Iterable[tuple[int, int]]) -> int:
 
 
 # Constructed with a function that returns a rollout's length.
-KNOW_LENGTHS: dict[str, type[Oracle]] = {"oracle": Oracle, "oracle-shortest": OracleShortest}
+ORACLES: dict[str, type[Oracle]] = {"oracle": Oracle, "oracle-shortest": OracleShortest}
 POLICIES: dict[str, type[LaterRoundFirst]] = {
     "later-round-first": LaterRoundFirst,
     "fcfs": Fcfs,
@@ -297,5 +297,5 @@ POLICIES: dict[str, type[LaterRoundFirst]] = {
     "one-at-a-time": OneAtATime,
     "predicted": Predicted,
     "shortest-expected": ShortestExpected,
-    **KNOW_LENGTHS,
+    **ORACLES,
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from model.config import STEP3_VL_10B, Config
 from model.errors import InputError
-from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
+from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sim.cost_model import CostModel, RooflineCost, StepWork, kv_capacity
 from pacore_sched.sim.machine import MACHINES, Machine
 from pacore_sched.sim.simulator import Record, Replica, Usage
@@ -101,7 +101,7 @@ def simulate(
 
 def _replica(setting: Setting, result: SimResult, answer: Callable[[int, float], None]) -> Replica:
     name = setting.policy
-    oracle = KNOW_LENGTHS.get(name)
+    oracle = ORACLES.get(name)
     replica: Replica = Replica(
         oracle(lambda rollout: replica.length(rollout)) if oracle else POLICIES[name](),
         setting.cost_model(),

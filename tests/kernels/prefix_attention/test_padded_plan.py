@@ -84,7 +84,7 @@ def test_attention_over_refilled_plans(triton_device: str, group: int, changes: 
     Pages that the current plan does not use hold NaN, and so does the padding's page: data left
     from an older plan, or leaked from a padding row, would show.
     """
-    capacity = Capacity(ROWS, most_rows=ROWS, levels=3)
+    capacity = Capacity(ROWS, max_node_rows=ROWS, levels=3)
     plan = build(capacity.padding(0, SCRATCH), triton_device, capacity)
     addresses = {name: x.data_ptr() for name, x in plan.packed.tensors.items()}
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +109,7 @@ def test_attention_over_refilled_plans(triton_device: str, group: int, changes: 
 
 def test_fused_step_over_a_refilled_plan(triton_device: str):
     """Guards the fused form's writes: new tokens go to the refilled plan's slots only."""
-    capacity = Capacity(ROWS, most_rows=ROWS, levels=3)
+    capacity = Capacity(ROWS, max_node_rows=ROWS, levels=3)
     plan = build(capacity.padding(0, SCRATCH), triton_device, capacity)
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(ROWS, (4 + 2) * KV_HEADS * DIM, generator=generator).to(triton_device)
@@ -146,10 +146,10 @@ def test_fused_step_over_a_refilled_plan(triton_device: str):
 
 def test_advances_like_an_exact_plan(triton_device: str):
     """Guards every tensor that a step reads, padding included, across a page boundary."""
-    capacity = Capacity(ROWS, most_rows=ROWS, levels=3)
+    capacity = Capacity(ROWS, max_node_rows=ROWS, levels=3)
     nodes = nodes_of(HISTORY[1])
     plan = build(nodes + capacity.padding(4, SCRATCH), triton_device, capacity)
-    assert plan.room == 15  # set by the padding rows: one token of a page
+    assert plan.steps_left == 15  # set by the padding rows: one token of a page
     positions, slots = plan.row_position.clone(), torch.zeros_like(plan.row_position)
     for grown in range(1, 14):
         advance(plan, positions, slots, impl="triton")
@@ -202,7 +202,7 @@ def test_capacity_holds_every_forest(
 ):
     """Guards a running engine: no batch within the capacity has more tiles than the schedule."""
     capacity, nodes = step
-    sizes = sizes if sizes[0] or 4 * capacity.most_rows <= 16 else (64, 16)
+    sizes = sizes if sizes[0] or 4 * capacity.max_node_rows <= 16 else (64, 16)
     shape = {"num_rows": capacity.rows, "num_pages": 300, "page_size": PAGE}
     plan = PrefixPlan.build(nodes, **shape, capacity=capacity, device=triton_device)
     without = PrefixPlan.build(nodes, **shape, device=triton_device)
@@ -214,7 +214,7 @@ def test_capacity_holds_every_forest(
 
 def test_what_a_padded_plan_refuses():
     """Guards refused refills: the error names what does not fit, and the plan does not change."""
-    capacity = Capacity(rows=8, most_rows=4, levels=2)
+    capacity = Capacity(rows=8, max_node_rows=4, levels=2)
     first = nodes_of([((20,), (3, 4, 5))])
     plan = build(first + capacity.padding(3, SCRATCH), "cpu", capacity)
     before = {name: x.clone() for name, x in plan.packed.tensors.items()}

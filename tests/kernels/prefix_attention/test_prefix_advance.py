@@ -99,11 +99,11 @@ def test_schedules_advance_too(triton_device):
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_no_slot_beyond_room(triton_device, impl):
-    """Guards other leaves' pages: beyond `room` the slot is -1."""
+    """Guards other leaves' pages: beyond `steps_left` the slot is -1."""
     plan = leaves_with_room(triton_device, 0, reserve=1)
-    assert plan.room == 16  # set by the leaf that fills its page
+    assert plan.steps_left == 16  # set by the leaf that fills its page
     positions, slots = (x.clone() for x in on_host(plan))
-    for _ in range(plan.room):
+    for _ in range(plan.steps_left):
         advance(plan, positions, slots, impl=impl)
     assert (slots >= 0).all()
     advance(plan, positions, slots, impl=impl)

@@ -83,17 +83,17 @@ def test_the_budget_holds_whole_images(model: Step3VL, encoded: list[int]):
     cache.budget = 2 * size
     for seed in (2, 1, 3):  # 1 is used again: 2 makes room
         model.encode_images([photo(seed)])
-    assert (len(cache), cache.held, encoded) == (2, 2 * size, [3, 3, 3])
+    assert (len(cache), cache.size, encoded) == (2, 2 * size, [3, 3, 3])
     model.encode_images([photo(1), photo(3)])
     assert encoded == [3, 3, 3]
     model.encode_images([photo(2)])
     assert encoded == [3, 3, 3, 3]
     cache.budget = size  # at once: memory is wanted now
-    assert (len(cache), cache.held) == (1, size)
+    assert (len(cache), cache.size) == (1, size)
     model.encode_images([photo(2)])
     assert encoded == [3, 3, 3, 3]
     model.vision.prepare()
-    assert (len(cache), cache.held) == (0, 0)
+    assert (len(cache), cache.size) == (0, 0)
 
 
 def test_new_and_known_images_in_order(model: Step3VL, encoded: list[int]):
@@ -142,5 +142,5 @@ def test_lru_against_a_list():
                 naive.append((key, step, size))
             while sum(item[2] for item in naive) > 10:
                 naive.pop(0)
-        assert (len(lru), lru.held) == (len(naive), sum(item[2] for item in naive))
+        assert (len(lru), lru.size) == (len(naive), sum(item[2] for item in naive))
     assert ImageCache().budget == 2**30

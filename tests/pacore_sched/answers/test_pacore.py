@@ -27,7 +27,7 @@ from pacore_sched.answers.problem_run import Problem, rollout_seed
 from pacore_sched.answers.rounds import compact, round_messages
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.stopping import Stopping
-from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
+from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Sampling, Segment
 from tests.support.fake_executor import EOS, FakeExecutor, segment
@@ -230,7 +230,7 @@ def by_problem(answers) -> dict[str, Answer]:
 
 @settings(max_examples=40)
 @given(
-    policy=st.sampled_from([name for name in POLICIES if name not in KNOW_LENGTHS]),
+    policy=st.sampled_from([name for name in POLICIES if name not in ORACLES]),
     ahead=st.booleans(),
     pages=st.integers(150, 400),
     max_running=st.integers(1, 16),

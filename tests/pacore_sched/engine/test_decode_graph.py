@@ -212,7 +212,7 @@ def test_capacities(engine: ManualEngine):
         step = build_step_batch(engine.tree, work[:count])
         tiles = [tile for tile in (16 // group, 64 // group) if count <= tile < rows]
         capacity = graphs._capacity(step)
-        assert (capacity.rows, capacity.most_rows) == (rows, min([*tiles, rows]))
+        assert (capacity.rows, capacity.max_node_rows) == (rows, min([*tiles, rows]))
         assert capacity.levels == 5
 
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from model.errors import InputError
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.stopping import Stopping
-from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES
+from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sched.request import Group, Rollout, Sampling
 from tests.support.fake_executor import EOS, VOCABULARY, FakeExecutor, expected, segment
 
-NAMES = [name for name in POLICIES if name not in KNOW_LENGTHS]
+NAMES = [name for name in POLICIES if name not in ORACLES]
 
 
 class Letters:
@@ -206,7 +206,7 @@ def test_groups_that_can_never_fit_are_refused():
     run(engine, [group])
 
 
-@pytest.mark.parametrize("name", [*KNOW_LENGTHS, "lifo"])
+@pytest.mark.parametrize("name", [*ORACLES, "lifo"])
 def test_unknown_policies(name: str):
     """The message names the unknown policy, and the known ones."""
     with pytest.raises(InputError, match=f"policy {name!r}|knows lengths"):

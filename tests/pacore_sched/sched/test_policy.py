@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 
-from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES, Fcfs, LaterRoundFirst, Predicted, peak
+from pacore_sched.sched.policy import ORACLES, POLICIES, Fcfs, LaterRoundFirst, Predicted, peak
 from pacore_sched.sched.request import Group, Rollout, Segment
 from pacore_sched.sched.scheduler import Scheduler
-from tests.pacore_sched.sched.test_scheduler import PAGE, Trace, group_of, policy_named
+from tests.pacore_sched.sched.test_scheduler import PAGE, Trace, find_policy, group_of
 
 
 def scheduler_of(policy: LaterRoundFirst, pages: int = 1000, **options: int) -> Scheduler:
@@ -29,7 +29,7 @@ class Problems(Trace):
                 groups.append(group)
                 lengths |= group_lengths
             self.rounds.append(groups)
-        super().__init__(scheduler_of(policy_named(name, lengths), **options), lengths)
+        super().__init__(scheduler_of(find_policy(name, lengths), **options), lengths)
         self.answered: dict[int, int] = {}  # problem -> step
         self.synthesised: set[int] = set()  # problems whose second round was submitted
         for groups in self.rounds:
@@ -174,7 +174,7 @@ def test_every_policy_has_a_docstring():
     """Users choose a policy by its docstring."""
     for name, policy in POLICIES.items():
         assert policy.__doc__, name
-    assert set(KNOW_LENGTHS) < set(POLICIES)
+    assert set(ORACLES) < set(POLICIES)
 
 
 def test_expected_tokens_left():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pacore_sched.sched.policy import KNOW_LENGTHS, POLICIES, LaterRoundFirst
+from pacore_sched.sched.policy import ORACLES, POLICIES, LaterRoundFirst
 from pacore_sched.sched.request import Batch, Group, Rollout, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
 
@@ -98,8 +98,8 @@ def group_of(
     return group, dict(zip(group.rollouts, lengths, strict=True))
 
 
-def policy_named(name: str, lengths: dict[Rollout, int]) -> LaterRoundFirst:
-    args = (lengths.__getitem__,) if name in KNOW_LENGTHS else ()
+def find_policy(name: str, lengths: dict[Rollout, int]) -> LaterRoundFirst:
+    args = (lengths.__getitem__,) if name in ORACLES else ()
     return POLICIES[name](*args)
 
 
@@ -133,7 +133,7 @@ def traces(draw):
     scheduler = Scheduler(
         num_pages,
         PAGE,
-        policy_named(draw(st.sampled_from(sorted(POLICIES))), lengths),
+        find_policy(draw(st.sampled_from(sorted(POLICIES))), lengths),
         max_running=max_running,
         token_budget=draw(st.integers(max_running, 24)),
         host_pages=draw(st.sampled_from([0, 0, 5, 100])),
