@@ -92,8 +92,7 @@ def _claim(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    from kernels.compile import (
-        worker,
-    )  # pickle `CompileResult` under its importable name, not __main__
+    # Results are pickled under an importable name, not __main__.
+    from kernels.compile import worker
 
     worker.main()

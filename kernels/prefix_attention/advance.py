@@ -20,8 +20,8 @@ def advance(plan: PrefixPlan, positions: Tensor, slots: Tensor, *, impl: str | N
 
     positions, slots: int [T], as `qk_norm_rope` takes them. Also updates the plan's tensors and its
     schedules, which the Triton impl reads, but not its `nodes` on the host, which the PyTorch impls
-    read. A leaf whose pages are full gets slot -1, so replay at most `plan.steps_left` times. Tensors
-    are created at first use: run a step, and this, before capture.
+    read. A leaf whose pages are full gets slot -1, so replay `plan.steps_left` times at most.
+    Tensors are created at first use: run a step, and this, before capture.
     Raises ValueError if the plan is not that of a decode step.
     """
     check(plan.is_decode, "advance: every row of the plan must be the only new token of its node")
