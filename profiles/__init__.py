@@ -1,1 +1,1 @@
-"""Profiling drivers and the recorded rows of every GPU measured (`profiles/results/<gpu>/`)."""
+"""Profilers, supervised measuring runs, and the committed rows (`profiles/results/<machine>/`)."""

@@ -1,8 +1,8 @@
-"""Profilers over the ops and the engine, and the recorded rows of every machine.
+"""Profilers for the ops and the engine, and runs that record rows.
 
-The first minutes on a GPU (`first-light`), what the compiler made of a kernel (`static`, no GPU
-needed), time by span on any machine (`torch`), a timeline or the counters of a GPU (`nsys`, `ncu`,
-`proton`), and all that a machine can measure as rows on disk (`record`).
+`first-light`: the first minutes on a GPU. `record`: everything that a machine can measure, as rows.
+`static`: registers, spills and SASS of compiled kernels, without a GPU. `torch`: time by span on
+any machine. `nsys`, `ncu`, `proton`: a GPU's timeline and counters.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,19 @@ from model.terminal import Parser, dispatch, run_command
 COMMANDS = {
     "first-light": (
         "profiles.first_light.command",
-        "the first minutes on a GPU: what works, what is wrong, times",
+        "the first minutes on a GPU: correctness and times of every kernel",
     ),
     "decisions": (
         "profiles.first_light.decisions",
-        "what the rows of a first-light run say to do next, again",
+        "show again what the rows of a first-light run say to do next",
     ),
-    "record": ("profiles.runs.record", "all that this machine can measure, as rows in a folder"),
+    "record": (
+        "profiles.runs.record",
+        "measure everything that this machine can, as rows in a folder",
+    ),
     "kernels": (
         "profiles.packs.command",
-        "pack: all kernels compiled here for a GPU node; unpack there",
+        "pack: compile all kernels here for a GPU node; unpack them there",
     ),
     "static": (
         "profiles.static.command",
@@ -37,7 +40,7 @@ COMMANDS = {
     ),
     "ncu": (
         "profiles.profilers.ncu",
-        "Nsight Compute: counters of an op's kernels, and why warps stall",
+        "Nsight Compute: counters and warp stalls of an op's kernels",
     ),
     "proton": (
         "profiles.profilers.proton",
@@ -45,17 +48,17 @@ COMMANDS = {
     ),
     "tables": (
         "profiles.tables.command",
-        "the tables of README and docs/, from the committed rows",
+        "check or renew the generated tables and plot of README and docs/",
     ),
     "launch": (
         "profiles.profilers.launch",
-        "one case of an op between cudaProfilerStart and Stop, for a profiler",
+        "one case of an op between cudaProfilerStart and Stop, to be profiled",
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m profiles") -> int:
-    """Run the command; its exit code."""
+    """Run the command and return its exit code."""
     return dispatch(Parser(prog=prog, description=__doc__), COMMANDS, argv)
 
 

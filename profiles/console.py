@@ -8,14 +8,14 @@ from pacore_sched.__main__ import COMMANDS
 
 NAME = "step3vl-pacore"
 ROOMS = {
-    "bench": "errors and times of every op, whole decode steps, the main job end to end",
-    "profiles": "the first minutes on a GPU, profilers, what the compiler made of a kernel",
-    "model": "what a model weighs, without loading it",
+    "bench": "errors and times of every op, decode steps, whole answers",
+    "profiles": "the first minutes on a GPU, profilers, compiled kernels",
+    "model": "the weights and sizes of a model, without loading it",
 }
 
 
 def main() -> None:
-    """The entry point of the distribution."""
+    """The distribution's entry point."""
     run_command(_main)
 
 

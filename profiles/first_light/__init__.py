@@ -1,1 +1,1 @@
-"""The first minutes on a GPU: what to run, what came of it, what to do next."""
+"""The first minutes on a GPU: the run, its summary, and what its rows say to do next."""

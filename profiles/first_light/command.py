@@ -1,13 +1,13 @@
-"""The first minutes on a GPU: what works, what is wrong, how fast it is, whatever goes wrong.
+"""The first minutes on a GPU: correctness and times of every kernel, even if some hang or crash.
 
-Every case runs in a worker process with a time limit, so that a kernel that hangs, crashes or ruins
-its CUDA context costs its own result only. In order: a probe, the numerics of every kernel (many
-processes, schedules checked, launches blocking), the tests of graphs, races and bits, what the next
-decisions hang on (the cost of a launch, old and new forms in pairs, linear layers), the op table in
-turns over the ops, decode steps, engine steps, the vision tower. DIR then has rows.jsonl (a row for
-every case at least), environment.json, summary.txt, which says what to do next, and log.txt. A
-second run into the same DIR leaves out what the same clean commit has good rows of. Needs torch,
-Triton and NumPy alone; GIT_COMMIT names the commit where there is no .git.
+Every case runs in a worker process with a time limit, so a kernel that hangs, crashes or poisons
+its CUDA context costs only its own result. The stages, in order: a probe; the numerics of every
+kernel (several processes, schedules checked, blocking launches); tests of graphs, races and bits;
+what the next decisions depend on (the cost of a launch, old and new forms in pairs, linear layers);
+the op table, round-robin over the ops; decode steps; engine steps; the vision tower. DIR then has
+rows.jsonl (at least one row per case), environment.json, log.txt and summary.txt, which says what
+to do next. A second run into the same DIR skips cases that have good rows of the same clean commit.
+Needs only torch, Triton and NumPy; GIT_COMMIT names the commit where there is no .git.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from profiles.runs.task import (
     Result,
     Row,
     Task,
-    of_origin,
     outstanding,
+    rows_from,
 )
 
-# The stages, and when each ends, as a share of all the time. What it left goes last.
+# The stages and when each ends, as a share of the total time. Unfinished tasks run at the end.
 STAGES = {
     "numerics": 0.20,
     "tests": 0.30,
@@ -45,18 +45,18 @@ STAGES = {
     "engine": 0.87,
     "vision": 0.95,
 }
-# The stages that other sections go with: the first of them that is asked for.
-STAGES_OF = {
+# The stages that other sections run in: the first one that is selected.
+HOST_STAGES = {
     "compile": ("pairs", "ops"),
     "roofline": ("pairs", "ops"),
     "launches": ("pairs",),
     "linears": ("pairs",),
 }
 PARALLEL = ("numerics", "tests")
-CHECKED = {"CUDA_LAUNCH_BLOCKING": "1", "PACORE_CHECK_SCHEDULE": "1"}  # while numbers are checked
-LIMITS_FOR_S = 300.0  # what the tasks' limits are made for; shorter runs have shorter ones
+CHECKED = {"CUDA_LAUNCH_BLOCKING": "1", "PACORE_CHECK_SCHEDULE": "1"}  # while checking numerics
+REFERENCE_SECONDS = 300.0  # the run that task limits are for; shorter runs scale them down
 PROBE_S = 50.0
-LEAST_S = 60.0
+MIN_SECONDS = 60.0
 MAX_WORKERS = 10
 
 
@@ -68,55 +68,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=300.0,
         metavar="S",
-        help=f"all that there is, {LEAST_S:.0f} at least (default: 300)",
+        help=f"time limit of the whole run, at least {MIN_SECONDS:.0f} (default: 300)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=min(MAX_WORKERS, os.cpu_count() or 1),
         metavar="N",
-        help="processes where nothing is timed (default: one for each CPU, at most 10)",
+        help="worker processes while nothing is timed (default: one per CPU, at most 10)",
     )
     parser.add_argument(
         "--stage", nargs="+", choices=list(STAGES), default=list(STAGES), help="(default: all)"
     )
     parser.add_argument(
-        "--kernels", type=Path, metavar="FILE", help="a pack of `profiles kernels pack`, to begin"
+        "--kernels",
+        type=Path,
+        metavar="FILE",
+        help="a pack of `profiles kernels pack`, unpacked first",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="(default: cuda)")
     parser.add_argument("--json", action="store_true", help="end with one JSON document")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure; 1 if anything failed, 128 + its number after a signal."""
-    if not options.seconds >= LEAST_S:
-        raise InputError(f"--seconds must be at least {LEAST_S:.0f}, not {options.seconds:g}")
+    """Measure. Returns 1 if anything failed, 128 + the signal's number after a signal."""
+    if not options.seconds >= MIN_SECONDS:
+        raise InputError(f"--seconds must be at least {MIN_SECONDS:.0f}, not {options.seconds:g}")
     if options.workers < 1:
         raise InputError(f"--workers must be at least 1, not {options.workers}")
     if options.kernels and not options.kernels.is_file():
-        raise InputError(f"--kernels {options.kernels}: there is no such file")
+        raise InputError(f"--kernels {options.kernels}: no such file")
     start = time.monotonic()
-    command, spare = worker_command(options.device), options.device == "cuda"
+    command, keep_spare = worker_command(options.device), options.device == "cuda"
     with (
-        Supervisor(command, end=start + options.seconds, spare=spare) as supervisor,
+        Supervisor(command, end=start + options.seconds, spare=keep_spare) as supervisor,
         stops_on_signals(supervisor) as signals,
     ):
-        visit = Visit(options.out, supervisor, start, options.seconds, options.workers)
-        text = visit.run(options.stage, _probe(options))
-    print(json.dumps({"rows": visit.rows, "signals": signals}) if options.json else text)
+        session = FirstLightRun(options.out, supervisor, start, options.seconds, options.workers)
+        text = session.run(options.stage, _probe_task(options))
+    print(json.dumps({"rows": session.rows, "signals": signals}) if options.json else text)
     if signals:
         return 128 + signals[0]
-    return int(any(_failed(row) for row in visit.rows))
+    return int(any(_failed(row) for row in session.rows))
 
 
-def _probe(options: argparse.Namespace) -> Task:
+def _probe_task(options: argparse.Namespace) -> Task:
     form = "triton" if options.device == "cuda" else "portable"
     arguments = {"kernels": str(options.kernels.resolve())} if options.kernels else {}
     return Task("probe", "silu_mul", "probe", None, (form,), PROBE_S, arguments)
 
 
-class Visit:
-    """One run of the command: what is to be done, and the files that tell of it."""
+class FirstLightRun:
+    """One run of the command: its tasks, and the files that it writes."""
 
     def __init__(
         self, out: Path, supervisor: Supervisor, start: float, seconds: float, workers: int
@@ -125,55 +128,61 @@ class Visit:
         self._out, self._supervisor, self._workers = out, supervisor, workers
         self._start, self._seconds = start, seconds
         self._origin: Row = {"device": None, "commit": "unknown"}
-        jsonl.append(out / "rows.jsonl", [])  # now, not after minutes of work
+        jsonl.append(
+            out / "rows.jsonl", []
+        )  # fails now if it cannot be written, not after minutes of work
 
     def run(self, stages: Sequence[str], probe: Task) -> str:
-        """Probe, then all stages; the summary."""
+        """Run the probe, then all stages, and return the summary."""
         path = self._out / "rows.jsonl"
-        work = [task for task in self._prepared(probe) if _stage(task, stages)]
+        work = [task for task in self._probe(probe) if _stage_of(task, stages)]
         todo = outstanding(work, jsonl.read(path), self._origin)
-        self._log(f"{len(todo)} of {len(work)} tasks to do")
+        self._log(f"{len(todo)} of {len(work)} tasks to run")
         with progress("first light", len(todo)) as advance:
-            self._stages(todo, stages, advance)
+            self._run_stages(todo, stages, advance)
         seconds = time.monotonic() - self._start
-        known = of_origin(jsonl.read(path), self._origin)
+        known = rows_from(jsonl.read(path), self._origin)
         text = summary(self.rows, known, self._origin, seconds, len(work) - len(todo))
         (self._out / "summary.txt").write_text(text + "\n")
         return text
 
-    def _prepared(self, probe: Task) -> list[Task]:
-        """The tasks, once a kernel has run on the device; none if none did. Raises InputError if
-        there is no such device."""
+    def _probe(self, probe: Task) -> list[Task]:
+        """Run one kernel and return the tasks; none if the kernel failed.
+
+        Raises InputError if the device does not exist.
+        """
         result = self._supervisor.run_one(probe)
-        result.raise_mistake()
-        plan = next((row for row in result.rows if "tasks" in row), None)
-        if plan is None:
+        result.raise_input_error()
+        listing = next((row for row in result.rows if "tasks" in row), None)
+        if listing is None:
             print(result.stderr, file=sys.stderr)
         else:
-            jsonl.write_json(self._out / "environment.json", plan["environment"])
-            self._origin = {name: plan["environment"][name] for name in ORIGIN}
-        self._keep(replace(result, rows=[row for row in result.rows if row is not plan]))
-        tasks = [Task.from_json(json.dumps(task)) for task in plan["tasks"]] if plan else []
-        scale = min(1.0, self._seconds / LIMITS_FOR_S)
+            jsonl.write_json(self._out / "environment.json", listing["environment"])
+            self._origin = {name: listing["environment"][name] for name in ORIGIN}
+        self._write(replace(result, rows=[row for row in result.rows if row is not listing]))
+        tasks = [Task.from_json(json.dumps(task)) for task in listing["tasks"]] if listing else []
+        scale = min(1.0, self._seconds / REFERENCE_SECONDS)
         return [replace(task, limit_s=scale * task.limit_s) for task in tasks]
 
-    def _stages(
+    def _run_stages(
         self, todo: Sequence[Task], stages: Sequence[str], advance: Callable[[int], None]
     ) -> None:
-        """Each stage until its time is up, then what they left, as long as there is time."""
-        left: dict[str, list[Task]] = {}
+        """Run each stage until its time is up, then the postponed tasks while time remains."""
+        postponed: dict[str, list[Task]] = {}
         for stage, share in STAGES.items():
-            tasks = [task for task in todo if _stage(task, stages) == stage]
-            left[stage] = self._stage(stage, tasks, share, advance)
-        for stage, tasks in left.items():
-            self._stage(stage, tasks, 1.0, advance)
+            tasks = [task for task in todo if _stage_of(task, stages) == stage]
+            postponed[stage] = self._run_stage(stage, tasks, share, advance)
+        for stage, tasks in postponed.items():
+            self._run_stage(stage, tasks, 1.0, advance)
 
-    def _stage(
+    def _run_stage(
         self, stage: str, tasks: Sequence[Task], share: float, advance: Callable[[int], None]
     ) -> list[Task]:
-        """Run tasks until the first `share` of the time is up, none that might outlast all of it;
-        those that had to wait. If the share is 1 they have rows that say so."""
-        end, done = self._start + share * self._seconds, {id(task): task for task in tasks}
+        """Run tasks until `share` of the time is up; none is started that could outlast the run.
+
+        Returns the tasks that were not started. If the share is 1 they get rows that say so.
+        """
+        end, open_tasks = self._start + share * self._seconds, {id(task): task for task in tasks}
 
         def may_start(task: Task) -> bool:
             now = time.monotonic()
@@ -185,26 +194,26 @@ class Visit:
             workers=self._workers if stage in PARALLEL else 1,
             environment=CHECKED if stage == "numerics" else {},
         )
-        left = []
+        postponed = []
         for result in results:
-            done.pop(id(result.task), None)
+            open_tasks.pop(id(result.task), None)
             if share < 1 and result.failure == OUT_OF_TIME:
-                left.append(result.task)
+                postponed.append(result.task)
                 continue
-            self._keep(result)
+            self._write(result)
             advance(1)
         if self._supervisor.stopped:
-            for task in done.values():
-                self._keep(Result(task, failure=f"{NOT_STARTED}stopped"))
-        return left
+            for task in open_tasks.values():
+                self._write(Result(task, failure=f"{NOT_STARTED}stopped"))
+        return postponed
 
-    def _keep(self, result: Result) -> None:
-        made = result.as_rows(self._origin)
-        jsonl.append(self._out / "rows.jsonl", made)
-        self.rows += made
-        failures = [row["failure"] for row in made if row["failure"]]
+    def _write(self, result: Result) -> None:
+        rows = result.as_rows(self._origin)
+        jsonl.append(self._out / "rows.jsonl", rows)
+        self.rows += rows
+        failures = [row["failure"] for row in rows if row["failure"]]
         self._log(f"{result.task}: {result.seconds:.1f} s, {'; '.join(failures) or 'ok'}")
-        for text in (*(row.get("trace") for row in made), failures and result.stderr):
+        for text in (*(row.get("trace") for row in rows), failures and result.stderr):
             if text:
                 self._log(text)
 
@@ -213,10 +222,10 @@ class Visit:
             file.write(f"{time.monotonic() - self._start:7.1f} {text}\n")
 
 
-def _stage(task: Task, stages: Sequence[str]) -> str | None:
-    """The stage that a task belongs to, if that is one of `stages`."""
-    possible = STAGES_OF.get(task.section, (task.section,))
-    return next((stage for stage in possible if stage in stages), None)
+def _stage_of(task: Task, stages: Sequence[str]) -> str | None:
+    """The stage that a task runs in; None if that is not one of `stages`."""
+    candidates = HOST_STAGES.get(task.section, (task.section,))
+    return next((stage for stage in candidates if stage in stages), None)
 
 
 def _failed(row: Row) -> bool:

@@ -1,8 +1,8 @@
-"""`python -m profiles decisions DIR`: what the rows of a first-light run say to do next, once more.
+"""`python -m profiles decisions DIR`: the decision table of a first-light run, shown again.
 
-The decision table that `first-light` ends with, made again from DIR/rows.jsonl, and what it rests
-on: the line t = a + bytes / w through the times of decode attention, and what each switch gains.
-Of the device and commit of the last row. Nothing is measured.
+It is computed from DIR/rows.jsonl, for the device and commit of the last row, and shown with what
+it rests on: the line t = a + bytes / w through the times of decode attention, and what each switch
+gains. Nothing is measured.
 """
 
 import argparse
@@ -14,22 +14,22 @@ from bench import jsonl
 from model.errors import InputError
 from model.terminal import table
 from profiles.first_light.decision_table import attention_lines, copy_rate, decisions, good, latest
-from profiles.runs.task import Row, of_origin
+from profiles.runs.task import Row, rows_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own options."""
+    """Add the command's options."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of `first-light`")
-    parser.add_argument("--json", action="store_true", help="no tables; one JSON document")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, no tables")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print. Raises InputError if DIR has no rows."""
+    """Print the decisions. Raises InputError if DIR has no rows."""
     path = options.folder / "rows.jsonl"
-    found = jsonl.read(path)
-    if not found:
-        raise InputError(f"{path}: there are no rows; `profiles first-light --out` writes them")
-    rows = latest(of_origin(found, found[-1]))
+    all_rows = jsonl.read(path)
+    if not all_rows:
+        raise InputError(f"{path} has no rows; `profiles first-light --out DIR` writes them")
+    rows = latest(rows_from(all_rows, all_rows[-1]))
     lines, pairs = fitted(rows), gained(rows)
     if options.json:
         print(json.dumps({"decisions": decisions(rows), "lines": lines, "pairs": pairs}))
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def fitted(rows: Sequence[Row]) -> list[Row]:
-    """Of every form and number of rollouts the line's a and w, and w's share of the copy rate."""
+    """a, w and w's share of the copy bandwidth, for every form and number of rollouts."""
     timed_pairs = good(rows, "pairs")
     forms = dict.fromkeys(row["pair"] for row in timed_pairs)
     return [
@@ -58,25 +58,25 @@ def fitted(rows: Sequence[Row]) -> list[Row]:
 
 
 def gained(rows: Sequence[Row]) -> list[Row]:
-    """Of every pair both times, and percent of the old one that the new form saves."""
+    """Both times of every pair, and the percent of the old form's time that the new one saves."""
     times = {(row["op"], row["case"], row["pair"]): row["median_us"] for row in good(rows, "pairs")}
     found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for (op, case, pair), us in times.items():
         switch, _, value = pair.partition(" ")
         if value:
             found.setdefault((op, case, switch), []).append((int(value), us))
-    made = []
+    lines = []
     for (op, case, switch), both in found.items():
         if len(both) == 2:
             (old, before), (new, after) = sorted(both)
             row: Row = {"op": op, "case": case, "switch": f"{switch} {old} -> {new}"}
             row |= {"old us": round(before, 2), "new us": round(after, 2)}
-            made.append(row | {"saves %": round(100 * (1 - after / before), 1)})
-    return made
+            lines.append(row | {"saves %": round(100 * (1 - after / before), 1)})
+    return lines
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
-    """A table of rows of one kind; nothing without any."""
+    """Print rows with the same fields as a table; nothing if there are none."""
     if not rows:
         return
     header = [f" {name}" if isinstance(value, float) else name for name, value in rows[0].items()]

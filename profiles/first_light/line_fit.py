@@ -1,4 +1,4 @@
-"""A line through measured times: a fixed cost, and a rate. Imports no torch."""
+"""Least-squares fit of t = fixed cost + bytes / rate. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ class Line:
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Line | None:
-    """The line of least squares through points of (bytes, microseconds).
+    """The least-squares line through points of (bytes, microseconds).
 
-    None if they do not tell of a rate: fewer than two different numbers of bytes, or times that do
-    not grow with them.
+    None if there is no rate: fewer than two different numbers of bytes, or times that do not grow
+    with them.
     """
     if len({num_bytes for num_bytes, _ in points}) < 2:
         return None
     mean_bytes, mean_us = fmean(b for b, _ in points), fmean(us for _, us in points)
-    both = sum((b - mean_bytes) * (us - mean_us) for b, us in points)
-    slope = both / sum((b - mean_bytes) ** 2 for b, _ in points)  # microseconds per byte
+    covariance = sum((b - mean_bytes) * (us - mean_us) for b, us in points)
+    slope = covariance / sum((b - mean_bytes) ** 2 for b, _ in points)  # microseconds per byte
     return Line(mean_us - slope * mean_bytes, 1e-3 / slope) if slope > 0 else None

@@ -1,4 +1,4 @@
-"""What a first-light run found, and what to do next, in at most 40 lines."""
+"""The summary of a first-light run: results and what to do next, in at most 40 lines."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,41 +11,42 @@ STEPS = ("decode_step", "engine_step", "vision")
 
 
 def summary(
-    rows: Sequence[Row], known: Sequence[Row], origin: Row, seconds: float, already: int
+    rows: Sequence[Row], known: Sequence[Row], origin: Row, seconds: float, num_skipped: int
 ) -> str:
-    """Counts by section of the run's `rows`, what failed, and the times that matter most; of all
-    rows `known` of this device and commit, what they say to do next."""
+    """Counts by section, failures and the most important times of the run's `rows`, and the
+    decisions from all rows `known` of this device and commit."""
     where = f"{origin['device']}, commit {origin['commit']}"
-    head = [f"first light on {where}: {seconds:.0f} s, {already} cases already had good rows"]
+    head = [f"first light on {where}: {seconds:.0f} s, {num_skipped} cases already had good rows"]
     head += [*_counts(rows), "what to do next on a GPU:"]
     head += [f"  {line}" for line in decisions(known)]
     steps = [*_steps(rows)]
-    failed = _shortened(_failures(rows), LINES - len(head) - len(steps))
-    worst = _shortened([*_worst(rows)], LINES - len(head) - len(steps) - len(failed))
+    failed = _truncated(_failures(rows), LINES - len(head) - len(steps))
+    worst = _truncated([*_worst(rows)], LINES - len(head) - len(steps) - len(failed))
     return "\n".join([*head, *failed, *steps, *worst])
 
 
-def _shortened(lines: list[str], room: int) -> list[str]:
-    if len(lines) <= room:
+def _truncated(lines: list[str], max_lines: int) -> list[str]:
+    if len(lines) <= max_lines:
         return lines
-    return [*lines[: room - 1], f"... and {len(lines) - room + 1} more: rows.jsonl"][: max(room, 0)]
+    more = f"... and {len(lines) - max_lines + 1} more: rows.jsonl"
+    return [*lines[: max_lines - 1], more][: max(max_lines, 0)]
 
 
 def _counts(rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each section that has something to tell, one for all others."""
-    fine = []
+    """A line for each section with failures or skips, and one for all others."""
+    all_ok = []
     for section in dict.fromkeys(row["section"] for row in rows):
-        of_section = [row for row in rows if row["section"] == section]
-        states = Counter(_state(row) for row in of_section)
-        taken = sum(row.get("job", {}).get("seconds", 0) for row in of_section)
+        section_rows = [row for row in rows if row["section"] == section]
+        states = Counter(_state(row) for row in section_rows)
+        worker_s = sum(row.get("job", {}).get("seconds", 0) for row in section_rows)
         counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-        text = f"{section}: {counts}; {taken:.0f} s of workers"
+        text = f"{section}: {counts}; {worker_s:.0f} s of workers"
         if states.keys() == {"ok"}:
-            fine.append(f"{section} {len(of_section)} ({taken:.0f} s)")
+            all_ok.append(f"{section} {len(section_rows)} ({worker_s:.0f} s)")
         else:
             yield f"  {text}"
-    if fine:
-        yield f"  all ok: {', '.join(fine)}"
+    if all_ok:
+        yield f"  all ok: {', '.join(all_ok)}"
 
 
 def _state(row: Row) -> str:
@@ -55,7 +56,7 @@ def _state(row: Row) -> str:
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:
-    """A line for each op, form and kind of failure, with the number of cases."""
+    """A line per op, form and kind of failure, with the number of cases."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         if _state(row) == "FAILED":
@@ -63,9 +64,9 @@ def _failures(rows: Sequence[Row]) -> list[str]:
             kind = row["failure"].partition(":")[0][:40]
             found.setdefault((row["section"], name, row["impl"], kind), []).append(row)
     return [
-        f"FAILED {section}: {name}{f', {form}' if form else ''}"
-        f" ({len(of)} of them, first {of[0]['case']}, {of[0]['dtype']}): {of[0]['failure']}"[:200]
-        for (section, name, form, _), of in found.items()
+        f"FAILED {section}: {name}{f', {form}' if form else ''} ({len(failed)} of them, first"
+        f" {failed[0]['case']}, {failed[0]['dtype']}): {failed[0]['failure']}"[:200]
+        for (section, name, form, _), failed in found.items()
     ]
 
 
@@ -80,13 +81,13 @@ def _steps(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _worst(rows: Sequence[Row]) -> Iterator[str]:
-    """Of each op the form of ours that is furthest from the roofline."""
+    """For each op, our form that is furthest from the roofline."""
     ours: dict[str, Row] = {}
     for row in rows:
         timed = row["section"] == "ops" and row.get("roofline_pct") is not None
         if timed and str(row["impl"]).partition("-")[0] in ("triton", "portable"):
-            best = ours.setdefault(row["op"], row)
-            if row["roofline_pct"] < best["roofline_pct"]:
+            worst = ours.setdefault(row["op"], row)
+            if row["roofline_pct"] < worst["roofline_pct"]:
                 ours[row["op"]] = row
     for row in sorted(ours.values(), key=lambda row: row["roofline_pct"]):
         yield (

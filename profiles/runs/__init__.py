@@ -1,1 +1,1 @@
-"""Runs of many tasks, each in a process that a supervisor watches."""
+"""Measuring tasks, the worker processes that run them, and their supervisor."""

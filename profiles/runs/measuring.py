@@ -1,4 +1,4 @@
-"""What a worker does for each section's tasks, on one device, from which models stay loaded."""
+"""A worker's side of every section: what its tasks measure. Models stay loaded between tasks."""
 
 import json
 import os
@@ -33,13 +33,13 @@ from model.step3vl import Step3VL
 from model.vision.tower import VisionTower
 from pacore_sched.engine.compile_ahead import compile_ahead
 from profiles.packs.kernel_pack import unpack
-from profiles.runs import planning
+from profiles.runs import task_lists
 from profiles.runs.pytest_tasks import run_test
 from profiles.runs.task import Row, Task
 
 
-class Measuring:
-    """Carries out tasks on a device: a method for each section, whose rows are what it measured."""
+class TaskRunner:
+    """Runs tasks on a device: one method per section, which returns the measured rows."""
 
     def __init__(self, device: str | None) -> None:
         self._name = device
@@ -49,39 +49,39 @@ class Measuring:
 
     @cached_property
     def device(self) -> torch.device:
-        """Raises InputError if there is none of its name: in answer to the first task."""
+        """The device. Raises InputError, in answer to the first task, if it does not exist."""
         device = parse_device(self._name)
-        rows.machine(device)  # cached by it: tests may change the number of threads
+        rows.machine(device)  # cached now: tests may change the number of threads
         return device
 
     def carry_out(self, task: Task) -> list[Row]:
-        """The rows of a task."""
+        """Run a task and return its rows."""
         return getattr(self, task.section)(task)
 
     def spoiled(self) -> bool:
-        """Whether nothing should be measured in this process any more, whatever was said."""
+        """Whether this process must not measure any more, even if no task failed."""
         return failed_capture() is not None
 
-    def plan(self, task: Task) -> list[Row]:
-        """One row with the tasks of the command `task.op`, and the machine that they are for."""
-        tasks = planning.PLANS[task.op](self.device, **task.arguments)
-        found = {"tasks": [json.loads(one.to_json()) for one in tasks], "failure": None}
-        return [found | {"environment": environment(self.device)}]
+    def task_list(self, task: Task) -> list[Row]:
+        """One row: the tasks of the command `task.op`, and the machine that they are for."""
+        tasks = task_lists.TASK_LISTS[task.op](self.device, **task.arguments)
+        row = {"tasks": [json.loads(listed.to_json()) for listed in tasks], "failure": None}
+        return [row | {"environment": environment(self.device)}]
 
     def probe(self, task: Task) -> list[Row]:
-        """Whether a kernel runs here at all; if so, the plan of `first-light` is the last row."""
+        """Whether a kernel runs here; if so, the last row lists the tasks of `first-light`."""
         path = task.arguments.get("kernels")
-        packed = [_unpacked(path) | rows.origin(self.device)] if path else []
+        packed = [_unpack_row(path) | rows.origin(self.device)] if path else []
         case = next(case for case in numerics_cases() if case.op == task.op)
-        made = check_case(case, self.device, MAIN_DTYPE[self.device.type], task.forms)
-        if any(row["failure"] for row in made):
-            return [*packed, *made]
+        checked = check_case(case, self.device, MAIN_DTYPE[self.device.type], task.forms)
+        if any(row["failure"] for row in checked):
+            return [*packed, *checked]
         has_kernels = any(row["failure"] is None for row in packed)
-        plan = replace(task, op="first-light", arguments={"packed": has_kernels})
-        return [*packed, *made, *self.plan(plan)]
+        listing = replace(task, op="first-light", arguments={"packed": has_kernels})
+        return [*packed, *checked, *self.task_list(listing)]
 
     def compile(self, task: Task) -> list[Row]:
-        """Compile what will be timed, in parallel processes."""
+        """Compile everything that will be timed, in parallel processes."""
         done = compile_ahead(timed_sites(), [gpu_of(self.device)], workers=os.cpu_count())
         row: Row = {"op": task.op, "case": task.case, "impl": None, "dtype": None, "failure": None}
         row |= {"kernels": len(done.keys), "compiled": done.compiled}
@@ -151,22 +151,22 @@ class Measuring:
         return self._models[key]
 
 
-def _unpacked(path: str) -> Row:
-    """The row of a pack of kernels: one that does not fit costs time, and not the visit."""
+def _unpack_row(path: str) -> Row:
+    """Unpack kernels; the row says whether it worked. A pack that does not fit costs only time."""
     row = {"op": "kernels", "case": Path(path).name, "impl": None, "dtype": None}
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             kernels, new = unpack(Path(path))
         except InputError as error:
             return row | {"failure": str(error)}
-    failure = next((str(warning.message) for warning in found), None)
+    failure = next((str(warning.message) for warning in caught), None)
     return row | {"kernels": kernels, "new": new, "failure": failure}
 
 
 def environment(device: torch.device) -> Row:
-    """The machine and its software, as this process finds them."""
-    found = rows.origin(device) | {
+    """The machine and its software, as this process sees them."""
+    row = rows.origin(device) | {
         "python": platform.python_version(),
         "numpy": np.__version__,
         "gcc": _first_line(["gcc", "--version"]),
@@ -175,7 +175,7 @@ def environment(device: torch.device) -> Row:
         "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    return found | _gpu(device) if device.type == "cuda" else found
+    return row | _gpu(device) if device.type == "cuda" else row
 
 
 def _gpu(device: torch.device) -> Row:

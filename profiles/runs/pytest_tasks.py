@@ -1,7 +1,7 @@
-"""Tests as supervised tasks: those that need a GPU for what the op table does not show.
+"""GPU tests as supervised tasks, for what the op table does not show.
 
-Graphs over plans that change, work of several threads, races and bits. Needs pytest, which a GPU
-node may lack: there are then no such tasks.
+They cover graphs over changing plans, work from several threads, races and bits. Without pytest,
+which a GPU node may lack, there are no such tasks.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ QUIET = ["-q", "--no-header", "-p", "no:cacheprovider", "-m", "gpu and not slow_
 
 
 class _Collected:
-    """A pytest plugin that keeps the tests' names, and how each one ended."""
+    """A pytest plugin that collects the tests' names and the outcome of each."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -45,31 +45,31 @@ class _Collected:
 
 
 def collected() -> list[str]:
-    """The names of the tests, none without pytest."""
+    """The names of the tests; none without pytest."""
     try:
         import pytest  # noqa: F401
     except ImportError:
         return []
     if not (ROOT / "tests").is_dir():
         return []
-    found = _Collected()
-    _pytest(["--collect-only", *(f"{ROOT}/{name}" for name in TESTS)], found)
-    return found.names
+    plugin = _Collected()
+    _pytest(["--collect-only", *(f"{ROOT}/{name}" for name in TESTS)], plugin)
+    return plugin.names
 
 
 def run_test(name: str) -> Row:
-    """The row of one test, in this process."""
-    found = _Collected()
-    code = _pytest([f"{ROOT}/{name}"], found)
-    if not found.names and not found.failure:
-        found.failure = f"pytest ran no test: exit code {code}"
+    """Run one test in this process and return its row."""
+    plugin = _Collected()
+    code = _pytest([f"{ROOT}/{name}"], plugin)
+    if not plugin.names and not plugin.failure:
+        plugin.failure = f"pytest ran no test: exit code {code}"
     return {
         "op": "test",
         "case": name,
         "impl": None,
         "dtype": None,
-        "failure": found.failure,
-        "skipped": found.skipped,
+        "failure": plugin.failure,
+        "skipped": plugin.skipped,
     }
 
 

@@ -1,10 +1,10 @@
-"""`python -m profiles record --out DIR`: all that a machine can measure in one go, as rows on disk.
+"""`python -m profiles record --out DIR`: measure everything that a machine can, as rows on disk.
 
-Sections in order of worth: the roofline, errors of every op, the op table, the decode step, the
-engine's steps, images. Every case runs in a worker process with a time limit, so that a form that
-hangs, crashes or ruins its CUDA context costs its own row only. Rows are written as they are made:
-an interrupted or too short run leaves what it had, and the next one with the same clean commit and
-device goes on from there. Needs torch, Triton and NumPy.
+The sections, most valuable first: the roofline, errors of every op, the op table, the decode step,
+engine steps, images. Every case runs in a worker process with a time limit, so a form that hangs,
+crashes or poisons its CUDA context costs only its own row. Rows are written as they are measured:
+an interrupted run keeps its rows, and the next run with the same clean commit and device continues
+from there. Needs torch, Triton and NumPy.
 """
 
 import argparse
@@ -26,22 +26,22 @@ from profiles.runs.task import ORIGIN, OUT_OF_TIME, STOPPED, Row, Task, outstand
 
 PARALLEL = ("numerics",)
 MAX_WORKERS = 8
-OVERTIME_S = 300.0  # beyond the budget, after which workers are killed
+OVERTIME_S = 300.0  # after the budget; then workers are killed
 
 ORDER = """\
-Work that the folder has no rows of comes first: the roofline, errors of every op, the op table, the
-decode step, the engine's steps, images. Then what has rows of another commit, or failed, is
-measured again, the oldest rows first. Rows of this very commit are left as they are, if it is
-clean. So runs that are too short for everything fill the folder first, and renew it then.
+Cases without rows in the folder come first: the roofline, errors of every op, the op table, the
+decode step, engine steps, images. Then cases that failed or have rows of another commit are
+measured again, the oldest first. Cases with rows of this commit are skipped if it is clean. Runs
+that are too short for everything therefore fill the folder first and renew it later.
 
-By default: all forms of ours, eager, and what PyTorch itself offers (SDPA, cuDNN). Peers that
-compile for every case (flex, compile) and other libraries are named with --forms.
+By default: our forms, eager, and PyTorch's own peers (SDPA, cuDNN). Name peers that compile for
+every case (flex, compile) and other libraries with --forms.
 """
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """The rows made now, the number of tasks found done, and the tasks left out."""
+class RecordResult:
+    """The rows of this run, the number of tasks that were already done, and the tasks left out."""
 
     rows: list[Row]
     kept: int
@@ -59,24 +59,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="start no new case after this time (default: 450)",
     )
-    parser.add_argument("--section", nargs="+", default=(), help="these only (default: all)")
-    parser.add_argument("--shape", default="", metavar="TEXT", help="TEXT in the op or case only")
     parser.add_argument(
-        "--forms", nargs="+", default=(), metavar="FORM", help="these forms and peers only"
-    )
-    parser.add_argument("--no-peers", action="store_true", help="nothing but our own and eager")
-    parser.add_argument(
-        "--no-breakdown", action="store_true", help="decode steps as a whole, not by part"
+        "--section", nargs="+", default=(), help="only these sections (default: all)"
     )
     parser.add_argument(
-        "--time-anyway", action="store_true", help="time forms over their tolerance, and say so"
+        "--shape", default="", metavar="TEXT", help="only cases with TEXT in their op or name"
+    )
+    parser.add_argument(
+        "--forms", nargs="+", default=(), metavar="FORM", help="only these forms and peers"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="only our forms and eager")
+    parser.add_argument(
+        "--no-breakdown", action="store_true", help="decode steps only as a whole, not by part"
+    )
+    parser.add_argument(
+        "--time-anyway",
+        action="store_true",
+        help="also time forms that exceed their tolerance; their rows say so",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--json", action="store_true", help="no tables; end with one JSON document")
+    parser.add_argument("--json", action="store_true", help="end with one JSON document, no tables")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure; 1 if a row failed, 128 + its number after a signal."""
+    """Measure. Returns 1 if a row failed, 128 + the signal's number after a signal."""
     if options.budget <= 0:
         raise InputError(f"--budget must be a positive number of seconds, not {options.budget}")
     command = worker_command(options.device or "")
@@ -85,38 +91,37 @@ def run(options: argparse.Namespace) -> int:
         Supervisor(command, end=end + OVERTIME_S) as supervisor,
         stops_on_signals(supervisor) as signals,
     ):
-        work, environment = planned(supervisor, options)
+        work, environment = list_tasks(supervisor, options)
         work = select(work, options.section, options.shape)
         jsonl.write_json(options.out / "environment.json", environment)
         origin = {name: environment[name] for name in ORIGIN}
-        found = record(options.out, work, supervisor, origin, lambda: time.monotonic() < end)
+        result = record(options.out, work, supervisor, origin, lambda: time.monotonic() < end)
     if options.json:
-        left_out = [str(task) for task in found.left_out]
-        print(json.dumps({"rows": found.rows, "kept": found.kept, "left_out": left_out}))
+        left_out = [str(task) for task in result.left_out]
+        print(json.dumps({"rows": result.rows, "kept": result.kept, "left_out": left_out}))
     else:
-        _show(found, options.out)
-    return 128 + signals[0] if signals else int(any(row["failure"] for row in found.rows))
+        _show(result, options.out)
+    return 128 + signals[0] if signals else int(any(row["failure"] for row in result.rows))
 
 
-def planned(supervisor: Supervisor, options: argparse.Namespace) -> tuple[list[Task], Row]:
-    """All tasks, and the machine as a worker finds it. Raises InputError for what the worker says
-    is a mistake."""
+def list_tasks(supervisor: Supervisor, options: argparse.Namespace) -> tuple[list[Task], Row]:
+    """All tasks, and the machine as a worker sees it. Raises InputError if the worker does."""
     arguments = {
         "forms": list(options.forms),
         "peers": not options.no_peers,
         "breakdown": not options.no_breakdown,
         "anyway": options.time_anyway,
     }
-    task = Task("plan", "record", "plan", limit_s=120, arguments=arguments)
+    task = Task("task_list", "record", "task list", limit_s=120, arguments=arguments)
     result = supervisor.run_one(task)
     if result.failure == STOPPED:
         raise KeyboardInterrupt
-    result.raise_mistake()
+    result.raise_input_error()
     if result.failure:
         print(result.stderr, file=sys.stderr)
         raise InputError(f"this machine cannot be measured: {result.failure}")
-    plan = result.rows[0]
-    return [Task.from_json(json.dumps(one)) for one in plan["tasks"]], plan["environment"]
+    listing = result.rows[0]
+    return [Task.from_json(json.dumps(task)) for task in listing["tasks"]], listing["environment"]
 
 
 def record(
@@ -125,18 +130,18 @@ def record(
     supervisor: Supervisor,
     origin: Row,
     in_time: Callable[[], bool],
-) -> Recorded:
-    """Run `work` in the order of ORDER and write its rows to `out`; start nothing once not
-    `in_time`.
+) -> RecordResult:
+    """Run `work` in the order of ORDER and write its rows to `out`; start nothing when `in_time` is
+    false.
 
-    Raises InputError if `out` cannot be written or holds what is not rows.
+    Raises InputError if `out` cannot be written or has files that are not rows.
     """
     sections = dict.fromkeys(task.section for task in work)
     known = [
         {"section": name} | row for name in sections for row in jsonl.read(out / f"{name}.jsonl")
     ]
     todo = outstanding(work, known, origin)
-    made: list[Row] = []
+    rows: list[Row] = []
     left = {id(task): task for task in todo}
     with progress("record", len(todo)) as advance:
         for section, tasks in groupby(todo, lambda task: task.section):
@@ -149,28 +154,28 @@ def record(
                 left.pop(id(result.task), None)
                 new = result.as_rows(origin)
                 jsonl.append(out / f"{section}.jsonl", new)
-                made += new
+                rows += new
                 advance(1)
             if supervisor.stopped:
                 break
-    return Recorded(made, len(work) - len(todo), list(left.values()))
+    return RecordResult(rows, len(work) - len(todo), list(left.values()))
 
 
-def _show(found: Recorded, out: Path) -> None:
-    timed = [row for row in found.rows if row.get("p20_us")]
+def _show(result: RecordResult, out: Path) -> None:
+    timed = [row for row in result.rows if row.get("p20_us")]
     if timed:
         from bench import show  # imports torch
 
         show.times(timed)
-    failed = [row for row in found.rows if row["failure"]]
+    failed = [row for row in result.rows if row["failure"]]
     for row in failed:
         name = ", ".join(str(row[key]) for key in ("op", "case", "impl", "dtype"))
         print(f"FAILED: {name}: {row['failure']}")
     print(
-        f"{len(found.rows)} rows written to {out}, {len(failed)} of them failed;"
-        f" {found.kept} cases were already there"
+        f"{len(result.rows)} rows written to {out}, {len(failed)} of them failed;"
+        f" {result.kept} cases already had rows"
     )
-    if found.left_out:
-        counts = Counter(task.section for task in found.left_out)
+    if result.left_out:
+        counts = Counter(task.section for task in result.left_out)
         text = ", ".join(f"{count} of {section}" for section, count in counts.items())
-        print(f"the budget left out {text}; run again to go on", file=sys.stderr)
+        print(f"not started within the budget: {text}; run again to continue", file=sys.stderr)

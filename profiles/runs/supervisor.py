@@ -1,9 +1,9 @@
-"""Runs tasks in worker processes, so that none can cost another its result. Imports no torch.
+"""The supervisor: runs tasks in worker processes, isolated from each other. Imports no torch.
 
-A worker (worker.py) takes a task, a line of JSON, and answers with another. One that does not
-answer within the task's limit is killed, and one that dies, or says that its CUDA context is lost,
-is replaced. If a task lost its worker, its forms are run again: without the one to blame, or each
-by itself where that is not known. A form that has cost an op three workers is not tried again.
+A worker (worker.py) reads a task as a line of JSON and answers with another line. A worker that
+does not answer within the task's limit is killed; one that dies or reports a lost CUDA context is
+replaced. If a task lost its worker, its forms run again: without the form at fault if that is
+known, else one by one. A form that has lost three workers of an op is not tried again.
 """
 
 import json
@@ -25,14 +25,14 @@ from profiles.runs.task import NOT_STARTED, OUT_OF_TIME, STOPPED, Result, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 90.0  # for a worker's imports
-GRACE_S = 1.0  # beyond a limit, in which the worker writes its stacks
+GRACE_S = 1.0  # after a limit, for the worker to write its stacks
 STDERR_CHARACTERS = 4000
 STRIKES = 3
-OWN = {"PACORE_WARM_UP": "0"}  # a task of its own compiles, outside the others' limits
+WORKER_VARIABLES = {"PACORE_WARM_UP": "0"}  # a separate task compiles, outside other limits
 
 
-class Lost(Exception):
-    """A worker has died or was killed."""
+class WorkerLostError(Exception):
+    """A worker died or was killed."""
 
     def __init__(self, why: str, exit_code: int) -> None:
         super().__init__(why)
@@ -40,7 +40,7 @@ class Lost(Exception):
 
 
 class Worker:
-    """A process that answers one task at a time, once it is `ready`. Its methods raise Lost."""
+    """A process that answers one task at a time once it is `ready`; raises WorkerLostError."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._log = tempfile.TemporaryFile("ab")  # noqa: SIM115 - closed by `close`
@@ -50,32 +50,32 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=ROOT,
-            env={**os.environ, **OWN, **environment},
+            env={**os.environ, **WORKER_VARIABLES, **environment},
             start_new_session=True,  # Ctrl-C is for us; a worker's children die with it
         )
         assert self._process.stdin and self._process.stdout
-        self._questions, self._answers = self._process.stdin, self._process.stdout
-        self._seen = 0
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self._log_start = 0
 
     def ready(self, wait_s: float) -> None:
         """Wait for its imports."""
         self._answer(wait_s, "the worker was not ready")
 
     def ask(self, task: Task, wait_s: float) -> dict:
-        """The answer, within `wait_s` seconds. Raises Lost."""
-        self._seen = os.fstat(self._log.fileno()).st_size
+        """The answer, within `wait_s` seconds. Raises WorkerLostError."""
+        self._log_start = os.fstat(self._log.fileno()).st_size
         try:
-            self._questions.write(task.to_json().encode() + b"\n")
-            self._questions.flush()
-        except OSError:  # it has died: reading says so
+            self._stdin.write(task.to_json().encode() + b"\n")
+            self._stdin.flush()
+        except OSError:  # it has died: reading will say so
             pass
         return self._answer(wait_s, "no answer")
 
     @property
     def stderr(self) -> str:
-        """The end of what was written to stderr since the last task was given out."""
+        """The end of stderr since the last task was sent."""
         size = os.fstat(self._log.fileno()).st_size
-        start = max(self._seen, size - 4 * STDERR_CHARACTERS)
+        start = max(self._log_start, size - 4 * STDERR_CHARACTERS)
         text = os.pread(self._log.fileno(), size - start, start).decode(errors="replace")
         return text[-STDERR_CHARACTERS:]
 
@@ -90,14 +90,14 @@ class Worker:
         self._log.close()
 
     def wait(self) -> int:
-        """The exit code of a process that is about to end by itself."""
+        """Wait for a process that is about to end, and return its exit code."""
         try:
             return self._process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             self.kill()
             return self._process.wait()
 
-    def _answer(self, wait_s: float, otherwise: str) -> dict:
+    def _answer(self, wait_s: float, on_timeout: str) -> dict:
         expired = threading.Event()
 
         def expire() -> None:
@@ -106,30 +106,30 @@ class Worker:
 
         timer = threading.Timer(max(0.0, wait_s) + GRACE_S, expire)
         timer.start()
-        line = self._answers.readline()
+        line = self._stdout.readline()
         timer.cancel()
         if line.endswith(b"\n"):
             return json.loads(line)
         code = self.wait()
         if expired.is_set():
-            raise Lost(f"{otherwise} within {wait_s:.0f} s: killed", code)
+            raise WorkerLostError(f"{on_timeout} within {wait_s:.0f} s: killed", code)
         ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        raise Lost(f"the worker died: {ended}", code)
+        raise WorkerLostError(f"the worker died: {ended}", code)
 
 
 class Supervisor:
-    """Workers that run `command`. All are killed at `end`, on the monotonic clock, and when the
-    `with` block around it is left.
+    """Workers that run `command`. All are killed at `end` (monotonic clock) and at the end of the
+    `with` block.
 
-    spare: keep one worker in reserve, whose imports are done by the time another must be replaced;
-        it takes a core for some seconds, which few cores cannot spare while something is timed
+    spare: keep one worker in reserve with its imports done, to replace another at once; starting it
+        takes a core for some seconds, which would disturb timing on a machine with few cores
     """
 
     def __init__(self, command: Sequence[str], *, end: float, spare: bool = False) -> None:
         self.end = end
         self._command, self._keeps_spare = command, spare
         self._spare: Worker | None = None
-        self._lost: Counter[tuple[str, str]] = Counter()  # workers, by op and form
+        self._num_lost: Counter[tuple[str, str]] = Counter()  # workers, by op and form
         self._workers: set[Worker] = set()
         self._lock = threading.RLock()
         self.stopped = False
@@ -148,10 +148,10 @@ class Supervisor:
         workers: int = 1,
         environment: Mapping[str, str] | None = None,
     ) -> Iterator[Result]:
-        """Results as they come; a task that may not start has one that says so.
+        """Yield results as they come; a task that may not start gets one that says so.
 
-        `workers` processes share the tasks in order, and end with the last one. After `stop` the
-        tasks at work are given up, and those not begun have no results.
+        `workers` processes take the tasks in order and end with the last one. After `stop`, running
+        tasks are given up and tasks that have not started get no result.
         """
         todo = deque(tasks)
         results: queue.Queue[Result | Exception | None] = queue.Queue()  # None: a thread has ended
@@ -199,60 +199,62 @@ class Supervisor:
                     task = todo.popleft()
                 except IndexError:
                     break
-                if dropped := self._given_up(task):
-                    results.put(dropped)
-                    task = replace(task, forms=self._promising(task))
+                if skipped := self._skip_result(task):
+                    results.put(skipped)
+                    task = replace(task, forms=self._usable_forms(task))
                     if not task.forms:
                         continue
                 if not may_start(task):
                     results.put(Result(task, failure=OUT_OF_TIME))
                     continue
-                worker, result = self._attempt(worker, task, environment)
-                todo.extendleft(reversed(result.again))
+                worker, result = self._run_task(worker, task, environment)
+                todo.extendleft(reversed(result.retries))
                 results.put(result)
-        except Exception as error:  # a bug of ours must not look like the end of the work
+        except Exception as error:  # our own bug must not look like the end of the work
             results.put(error)
         finally:
             self._close(worker)
             results.put(None)
 
-    def _attempt(
+    def _run_task(
         self, worker: Worker | None, task: Task, environment: Mapping[str, str]
     ) -> tuple[Worker | None, Result]:
-        """One task; the worker for the next one, None if it must be a new one."""
+        """Run a task. Returns the worker for the next one (None: a new one) and the result."""
         start = time.monotonic()
         if worker is None:
             worker = self._open(environment)
             try:
                 worker.ready(min(START_S, self.end - start))
-            except Lost as lost:  # no fault of the task's
+            except WorkerLostError as lost:  # not the task's fault
                 result = self._lost_worker(worker, task, lost, time.monotonic() - start)
-                return None, replace(result, form=None, again=())
+                return None, replace(result, form=None, retries=())
         start = time.monotonic()
         try:
             answer = worker.ask(task, min(task.limit_s, self.end - start))
-        except Lost as lost:
+        except WorkerLostError as lost:
             result = self._lost_worker(worker, task, lost, time.monotonic() - start)
             self._strike(task, result.form)
             return None, result
         spoiled, form = answer.pop("spoiled"), answer["form"]
-        again: tuple[Task, ...] = ()
+        retries: tuple[Task, ...] = ()
         code = None
         if spoiled:
             code = worker.wait()
             form = form or _only_form(task)
             self._strike(task, form)
             if answer["failure"] and len(task.forms) > 1:
-                again = (task.without(form),) if form else tuple(task.form_by_form())
-        answer |= {"form": form, "exit_code": code, "stderr": worker.stderr, "again": again}
+                retries = (task.without(form),) if form else tuple(task.form_by_form())
+        answer |= {"form": form, "exit_code": code, "stderr": worker.stderr, "retries": retries}
         if spoiled:
             self._close(worker)
         return None if spoiled else worker, Result(task, **answer)
 
-    def _lost_worker(self, worker: Worker, task: Task, lost: Lost, seconds: float) -> Result:
-        """The result of a task that ended with its worker."""
+    def _lost_worker(
+        self, worker: Worker, task: Task, lost: WorkerLostError, seconds: float
+    ) -> Result:
+        """The result of a task whose worker was lost."""
         form = _only_form(task)
-        again = () if form or self.stopped else tuple(task.form_by_form())
+        retries = () if form or self.stopped else tuple(task.form_by_form())
         result = Result(
             task,
             failure=STOPPED if self.stopped else str(lost),
@@ -260,20 +262,20 @@ class Supervisor:
             seconds=seconds,
             exit_code=lost.exit_code,
             stderr=worker.stderr,
-            again=again,
+            retries=retries,
         )
         self._close(worker)
         return result
 
     def _open(self, environment: Mapping[str, str]) -> Worker:
-        with self._lock:  # so that `stop` kills it or it is not started
+        with self._lock:  # either `stop` kills it, or it is not started
             worker = None
             if not environment:
                 worker, self._spare = self._spare, None
             worker = worker or Worker(self._command, environment)
             if self._keeps_spare and not self._spare:
                 self._spare = Worker(self._command, {})
-            self._workers |= {one for one in (worker, self._spare) if one}
+            self._workers |= {process for process in (worker, self._spare) if process}
             if self.stopped:
                 self.stop()
         return worker
@@ -287,29 +289,31 @@ class Supervisor:
     def _strike(self, task: Task, form: str | None) -> None:
         if form:
             with self._lock:
-                self._lost[task.op, form] += 1
+                self._num_lost[task.op, form] += 1
 
-    def _promising(self, task: Task) -> tuple[str, ...]:
-        return tuple(form for form in task.forms if self._lost[task.op, form] < STRIKES)
+    def _usable_forms(self, task: Task) -> tuple[str, ...]:
+        return tuple(form for form in task.forms if self._num_lost[task.op, form] < STRIKES)
 
-    def _given_up(self, task: Task) -> Result | None:
-        """A row for the forms of a task that are not tried again."""
-        forms = {*task.forms} - {*self._promising(task)}
+    def _skip_result(self, task: Task) -> Result | None:
+        """A result for the forms of a task that are not tried again; None if there are none."""
+        forms = {*task.forms} - {*self._usable_forms(task)}
         if not forms:
             return None
-        why = f"{NOT_STARTED}cost {STRIKES} workers before"
+        why = f"{NOT_STARTED}this form has lost {STRIKES} workers"
         return Result(replace(task, forms=tuple(sorted(forms))), failure=why)
 
 
 def worker_command(device: str) -> list[str]:
-    """What the workers of a device run."""
+    """The command line of a device's workers."""
     return [sys.executable, "-m", "profiles.runs.worker", device]
 
 
 @contextmanager
 def stops_on_signals(supervisor: Supervisor) -> Iterator[list[int]]:
-    """Let SIGTERM and Ctrl-C stop the supervisor, after which the command ends in order: what was
-    being written is. Yields a list that the signals are added to."""
+    """Make SIGTERM and Ctrl-C stop the supervisor, so that the command finishes its files and ends.
+
+    Yields a list to which the signals are added.
+    """
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:

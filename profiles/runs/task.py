@@ -1,7 +1,4 @@
-"""A piece of supervised work as data: what a worker process is asked, and what came of it.
-
-Imports no torch.
-"""
+"""Tasks and results: what a worker process is asked, and what it answered. Imports no torch."""
 
 import json
 import time
@@ -21,9 +18,9 @@ OUT_OF_TIME = f"{NOT_STARTED}out of time"
 
 @dataclass(frozen=True)
 class Task:
-    """One (op, case, dtype), measured in some forms; `arguments` are those of its section.
+    """One (op, case, dtype), to be measured in some forms; `arguments` depend on the section.
 
-    limit_s: after which its worker is killed
+    limit_s: the time after which the worker is killed
     """
 
     section: str
@@ -50,7 +47,7 @@ class Task:
         return f"{self.section}: {', '.join(filter(None, (*self.key, ' '.join(self.forms))))}"
 
     def form_by_form(self) -> list["Task"]:
-        """A task for each of its forms."""
+        """One task per form."""
         return [replace(self, forms=(form,)) for form in self.forms]
 
     def without(self, form: str) -> "Task":
@@ -59,10 +56,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a task: rows, or a failure of the task as a whole or of one of its `form`s.
+    """A task's rows, or its failure: of the task as a whole, or of one `form`.
 
-    `stderr` is the end of what was written there meanwhile; `again` are the tasks that are run in
-    its place, because the failure may not be that of all forms.
+    stderr: the end of the worker's stderr during the task
+    retries: the tasks that run in its place, because not all forms may have failed
     """
 
     task: Task
@@ -73,24 +70,24 @@ class Result:
     exit_code: int | None = None
     cache_misses: int = 0
     stderr: str = ""
-    again: tuple[Task, ...] = ()
+    retries: tuple[Task, ...] = ()
 
-    def raise_mistake(self) -> None:
-        """Raise InputError if that is what the worker answered."""
+    def raise_input_error(self) -> None:
+        """Raise InputError if the worker answered with one."""
         name, failure = f"{InputError.__name__}: ", self.failure or ""
         if failure.startswith(name):
             raise InputError(failure.removeprefix(name))
 
     def as_rows(self, origin: Row) -> list[Row]:
-        """What was measured, then a row for each form that the failure leaves without one.
+        """The measured rows, then a row for each form that has none because of the failure.
 
-        The first row has what is known of the run as "job". origin: where rows come from
+        The first row's "job" describes the run. origin: the fields of ORIGIN, for failure rows
         """
         task, rows = self.task, [dict(row) for row in self.rows]
         if self.failure:
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             shape = {"op": task.op, "case": task.case, "dtype": task.dtype}
-            forms = (self.form,) if self.form or self.again else task.forms or (None,)
+            forms = (self.form,) if self.form or self.retries else task.forms or (None,)
             rows += [
                 shape | {"impl": form, "failure": self.failure} | origin | {"time": now}
                 for form in forms
@@ -105,31 +102,31 @@ class Result:
 def select(work: Sequence[Task], sections: Sequence[str], text: str) -> list[Task]:
     """The tasks of `sections` (all if empty) with `text` in their op or case.
 
-    Raises InputError for an unknown section and if nothing is left.
+    Raises InputError for an unknown section and if no task matches.
     """
     known = list(dict.fromkeys(task.section for task in work))
     for section in sections:
         if section not in known:
-            raise InputError(f"unknown section {section!r}; choose of {', '.join(known)}")
-    chosen = [task for task in work if not sections or task.section in sections]
-    chosen = [task for task in chosen if text in f"{task.op} {task.case}"]
-    if not chosen:
+            raise InputError(f"unknown section {section!r}; choose from: {', '.join(known)}")
+    selected = [task for task in work if not sections or task.section in sections]
+    selected = [task for task in selected if text in f"{task.op} {task.case}"]
+    if not selected:
         raise InputError(f"no case of these sections has {text!r} in its op or name")
-    return chosen
+    return selected
 
 
-def of_origin(rows: Iterable[Row], origin: Row) -> list[Row]:
-    """The rows that come from the device and commit of `origin`."""
+def rows_from(rows: Iterable[Row], origin: Row) -> list[Row]:
+    """The rows from the device and commit of `origin`."""
     fields = ("device", "commit")
     return [row for row in rows if all(row.get(name) == origin[name] for name in fields)]
 
 
 def outstanding(work: Sequence[Task], rows: Iterable[Row], origin: Row) -> list[Task]:
-    """The tasks that `rows` do not have good results of, from this device at this clean commit.
+    """The tasks without good results in `rows` from this device at this clean commit.
 
-    What there are no rows of at all comes first, in order; then what has rows of another commit, or
-    failed, the oldest first. A task counts as done if the latest row of each of its forms has no
-    failure (any row, if it names none), and no later attempt failed as a whole.
+    Tasks without any rows come first, in order; then those that failed or have rows of another
+    commit, the oldest first. A task is done if the latest row of each of its forms has no failure
+    (of every row, if it names no forms) and no later attempt failed as a whole.
     """
     clean = origin["commit"] != "unknown" and not origin["commit"].endswith("+dirty")
     taken: dict[tuple, str] = {}
@@ -140,15 +137,15 @@ def outstanding(work: Sequence[Task], rows: Iterable[Row], origin: Row) -> list[
         key = row.get("section"), row["op"], row["case"], row["dtype"]
         taken[key] = row.get("time", "")
         if clean and row["commit"] == origin["commit"]:
-            of_forms = failures.setdefault(key, {})
-            of_forms.pop(None, None)  # the row of an attempt that failed, made good by this one
-            of_forms[row.get("impl")] = row["failure"]
+            by_form = failures.setdefault(key, {})
+            by_form.pop(None, None)  # an earlier attempt failed as a whole; this row replaces it
+            by_form[row.get("impl")] = row["failure"]
 
     def done(task: Task) -> bool:
-        found = failures.get((task.section, *task.key))
-        if found is None or any(found.get(form) for form in (*(task.forms or found), None)):
+        by_form = failures.get((task.section, *task.key))
+        if by_form is None or any(by_form.get(form) for form in (*(task.forms or by_form), None)):
             return False
-        return "all" in found or found.keys() >= {*task.forms}
+        return "all" in by_form or by_form.keys() >= {*task.forms}
 
     def age(task: Task) -> tuple[bool, str]:
         key = task.section, *task.key

@@ -1,10 +1,9 @@
-"""The process that carries out tasks: `python -m profiles.runs.worker DEVICE`, for supervisor.py.
+"""The worker process of supervisor.py: `python -m profiles.runs.worker DEVICE`.
 
-An empty DEVICE is a GPU if there is one.
-
-Tasks come as lines of JSON on stdin, an answer to each goes to stdout, and it ends with its stdin.
-What tasks print goes to stderr. A task that outlives its limit has its stacks written there. After
-one that spoiled the process (bench/poison.py) it answers, and ends.
+An empty DEVICE means a GPU if there is one. The worker reads tasks as lines of JSON from stdin,
+writes an answer to each to stdout, and ends when stdin does. What tasks print goes to stderr; so do
+the stacks of a task that exceeds its limit. After a task that spoiled the process (bench/poison.py)
+the worker answers and ends.
 """
 
 import faulthandler
@@ -25,10 +24,10 @@ SPOILED = 86  # exit code
 
 
 def serve(carry_out: Callable[[Task], list[Row]], spoiled: Callable[[], bool] = bool) -> None:
-    """Answer tasks until stdin ends. `spoiled` tells what no error may say."""
+    """Answer tasks until stdin ends. `spoiled` reports a damaged process that raised no error."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    stacks = os.fdopen(os.dup(2), "w")  # pytest, in a task, turns 2 elsewhere
+    stacks = os.fdopen(os.dup(2), "w")  # pytest, in a task, redirects 2
     faulthandler.enable(stacks)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     answers.write("{}\n")  # ready
@@ -44,8 +43,8 @@ def serve(carry_out: Callable[[Task], list[Row]], spoiled: Callable[[], bool] = 
 def answer_to(
     task: Task, carry_out: Callable[[Task], list[Row]], stacks: TextIO | None = None
 ) -> dict:
-    """The task's rows, or what it raised; if it outlives its limit, its stacks go to `stacks`
-    (stderr if None)."""
+    """The task's rows, or its error. If it exceeds its limit, its stacks go to `stacks` (default:
+    stderr)."""
     misses, start = count_misses(), time.monotonic()
     rows, failure, form, poisoned = [], None, None, False
     faulthandler.dump_traceback_later(task.limit_s, file=stacks or sys.stderr)
@@ -73,7 +72,7 @@ _misses = 0
 
 
 def count_misses() -> int:
-    """Kernels that Triton had to compile so far, as its cache did not have them."""
+    """The number of kernels that Triton has compiled so far because its cache lacked them."""
     triton = sys.modules.get("triton")
     if triton is not None and triton.knobs.compilation.listener is None:
 
@@ -86,17 +85,17 @@ def count_misses() -> int:
 
 
 def _end_with_parent(parent: int) -> None:
-    """End this process when whoever started it is gone, whatever it is at."""
+    """End this process when its parent is gone."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def main() -> None:
-    from profiles.runs.measuring import Measuring  # imports torch
+    from profiles.runs.measuring import TaskRunner  # imports torch
 
-    measuring = Measuring(sys.argv[1] or None)
-    serve(measuring.carry_out, measuring.spoiled)
+    runner = TaskRunner(sys.argv[1] or None)
+    serve(runner.carry_out, runner.spoiled)
 
 
 if __name__ == "__main__":

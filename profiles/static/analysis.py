@@ -41,10 +41,10 @@ from kernels.runtime.configs import (
 )
 from kernels.runtime.dtypes import dtype_name
 from model.terminal import track
-from profiles.static import loop_figures
+from profiles.static import loop_stats
 from profiles.static.pipeline import pipelines
 from profiles.static.sass import figures, sass
-from profiles.static.sass_loop import anatomy
+from profiles.static.sass_loop import summarise_sass
 
 Row = dict
 GPUS = {gpu.arch: gpu for gpu in (A100, H200)}
@@ -192,7 +192,7 @@ def update(
     """The baseline with `rows` for all that it had of `ops` (all if empty) on `archs`."""
     kept = [row for row in baseline if (ops and row["op"] not in ops) or row["arch"] not in archs]
     good = [row for row in rows if not row["failure"]]
-    names = (*KEY, *WORST, *loop_figures.WORST, "op", "triton")
+    names = (*KEY, *WORST, *loop_stats.WORST, "op", "triton")
     new = [{name: row[name] for name in names} for row in good]
     return sorted([*kept, *new], key=lambda row: (row["op"], *key_of(row)))
 
@@ -238,7 +238,7 @@ def _worsened(row: Row, known: Row) -> Iterator[str]:
         if (row[name] or 0) < least:
             yield f"{name} {known[name]} -> {row[name]}"
     if same:
-        yield from loop_figures.worsened(row, known)
+        yield from loop_stats.worsened(row, known)
 
 
 def _attempts(case: Case, dtype: torch.dtype, gpu: Gpu, quick: bool) -> Iterator[Attempt]:
@@ -323,8 +323,8 @@ def _row(attempt: Attempt, mix: bool) -> Row:
         "arch": attempt.arch,
         "dtype": attempt.dtype,
         "config": attempt.config,
-        **dict.fromkeys((*WORST, *loop_figures.WORST)),
-        "bytes_to_cover": loop_figures.bytes_to_cover(attempt.arch),
+        **dict.fromkeys((*WORST, *loop_stats.WORST)),
+        "bytes_to_cover": loop_stats.bytes_to_cover(attempt.arch),
         "triton": triton.__version__,
         "failure": attempt.failure,
     }
@@ -335,12 +335,12 @@ def _row(attempt: Attempt, mix: bool) -> Row:
         assert compiled is not None  # there was no failure
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         row |= asdict(figures(compiled, GPUS[attempt.arch]))
-        ahead, found = pipelines(compiled.asm["ttgir"]), anatomy(sass(compiled.asm["cubin"]))
-        row |= loop_figures.loop_figures(ahead, found, row["programs_per_sm"])
+        ahead, found = pipelines(compiled.asm["ttgir"]), summarise_sass(sass(compiled.asm["cubin"]))
+        row |= loop_stats.loop_stats(ahead, found, row["programs_per_sm"])
         if mix:
             row["mix"], row["loop"], row["loops"] = found.mix, found.loop, found.loops
             row["pipelines"] = [asdict(pipeline) for pipeline in ahead]
-            row["look_at"] = "; ".join([*loop_figures.remarks(ahead, found), found.look_at])
+            row["look_at"] = "; ".join([*loop_stats.remarks(ahead, found), found.look_at])
     except Exception as error:  # one kernel must not hide the others
         row["failure"] = one_line(error)
     return row
@@ -351,5 +351,5 @@ def _worse(one: Row, other: Row) -> Row:
     if one["failure"] or other["failure"]:
         return one if one["failure"] else other
     found = {name: [r[name] for r in (one, other) if r[name] is not None] for name in WORST}
-    loops = {name: loop_figures.worse(name, one[name], other[name]) for name in loop_figures.WORST}
+    loops = {name: loop_stats.worse(name, one[name], other[name]) for name in loop_stats.WORST}
     return one | {name: WORST[name](values) for name, values in found.items() if values} | loops

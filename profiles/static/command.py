@@ -1,7 +1,7 @@
 """`python -m profiles static`: compile every Triton kernel for sm_80 and sm_90 on any machine, and
 fail if one spills, does not fit or is worse than the committed baseline.
 
-Figures of loops are lists, loop by loop (`loop_figures`).
+Figures of loops are lists, loop by loop (`loop_stats`).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from bench.cases import OPS
 from bench.tune import check_compiles
 from model.errors import InputError
 from profiles.static import analysis as static
-from profiles.static import loop_figures
+from profiles.static import loop_stats
 
 BASELINE = Path(__file__).with_name("baseline.jsonl")
 
@@ -99,7 +99,7 @@ def _show(found: list[dict]) -> None:
     ]
     show.table(f"kernels, compiled by Triton {triton.__version__}", header, lines)
     for arch in {row["arch"]: None for row in found}:
-        for gpu, (least, most) in loop_figures.bytes_to_cover(arch).items():
+        for gpu, (least, most) in loop_stats.bytes_to_cover(arch).items():
             print(f"an SM of an {gpu} needs {least / 1e3:.0f} to {most / 1e3:.0f} KB in flight")
 
 

@@ -28,7 +28,7 @@ Span = tuple[int, int]  # first and last line or instruction
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class SassSummary:
     """What a kernel's text holds, by the classes of `profiles.static.sass.MIX`."""
 
     instructions: int
@@ -58,7 +58,7 @@ class Anatomy:
         return f"{sum(loads.values())} loads among {size} instructions of {where}: all in flight?"
 
 
-def anatomy(sass: str) -> Anatomy:
+def summarise_sass(sass: str) -> SassSummary:
     """Of one kernel's SASS, as `nvdisasm -c` prints it."""
     found = list(INSTRUCTION.finditer(sass))
     names = [match[1] for match in found]
@@ -68,7 +68,7 @@ def anatomy(sass: str) -> Anatomy:
         return count_mix(names[loop[0] : loop[1] + 1])
 
     hot = hot_loops(_loops(sass, found), products, lambda loop: _bytes(mix(loop)))
-    return Anatomy(len(names), count_mix(names), [mix(loop) for loop in hot])
+    return SassSummary(len(names), count_mix(names), [mix(loop) for loop in hot])
 
 
 def hot_loops(

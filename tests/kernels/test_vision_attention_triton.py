@@ -322,14 +322,14 @@ from kernels.compile.launches import compiler, launches_recorded
 from kernels.runtime.configs import H200, use_config
 from kernels.vision_attention import vision_attention
 from kernels.vision_attention.launch import TUNABLE
-from profiles.static.sass import figures
+from profiles.static.sass import kernel_stats
 qkv = torch.empty(1296, 4608, dtype=torch.bfloat16)
 for tiles in TUNABLE.candidates("D96 T>4096", H200):
     if tiles["block"] == 64 and tiles["turn_q"]:
         with launches_recorded(H200) as launches, use_config("vision_attention", **tiles):
             vision_attention(qkv, [(36, 36)], heads=16, impl="triton")
         with compiler(H200):
-            found = figures(launches[1].compile(), H200)
+            found = kernel_stats(launches[1].compile(), H200)
         print(found.programs_per_sm, found.wgmma)
 """
 

@@ -105,7 +105,7 @@ ANSWERS = {
     ],
     "rate of decode attention": [
         (attention(85.1, 90), "B16 1,702 GB/s (85 %), B64 1,800 GB/s (90 %) -> fine"),
-        (attention(86, 84), "-> tiles of 16 rows in a launch of their own"),
+        (attention(86, 84), "-> launch the tiles of 16 rows separately"),
         (attention(84, 86), "-> profile the loop"),
         (attention(60, 60), "-> profile the loop"),
         (attention(60, 60, form="rule") + attention(90, 90), "-> fine"),
@@ -115,8 +115,8 @@ ANSWERS = {
         (attention(90, 90, a=5.9), "B16 5.9 us, B64 5.9 us -> fine"),
         (attention(90, 90, a=6.2), "B16 6.2 us, B64 6.2 us -> once the rate is fine: `pieces`"),
     ],
-    "gain by loading": [
-        (switched(2.9, -4), "-4.0 to +2.9 %, cases: 2 -> not what programs wait for"),
+    "gain from loading": [
+        (switched(2.9, -4), "-4.0 to +2.9 %, cases: 2 -> CTAs do not wait for this"),
         (switched(2.9, 3.1, 1), "+1.0 to +3.1 %, cases: 3 -> keep `ahead`, and drop the old form"),
     ],
     "launch in a graph": [
@@ -130,15 +130,15 @@ ANSWERS = {
     ],
     "vision attention": [
         (vision(399), "399 TFLOP/s without its rotation -> profile it"),
-        (vision(401), "-> tune its tiles"),
-        (vision(479, turn_q=1), "479 TFLOP/s without its rotation -> tune its tiles"),
-        (vision(481), "-> only try to rotate Q"),
+        (vision(401), "-> tune its kernel config"),
+        (vision(479, turn_q=1), "479 TFLOP/s without its rotation -> tune its kernel config"),
+        (vision(481), "-> only the rotation of Q"),
     ],
     "attention over FP8 KV": [
         (fp8(20, 19, 15), "19.0 us, 15.0 us with products in fp16; bf16 20.0 us -> keep FP8"),
         (fp8(20, 21, 19), "-> make products in fp16"),
-        (fp8(20, 23, 21), "-> products in fp16 if not yet tried; else bf16 KV below 8k"),
-        (fp8(20, 23, None), "23.0 us; bf16 20.0 us -> products in fp16 if not yet tried"),
+        (fp8(20, 23, 21), "-> try products in fp16 if not yet tried; otherwise bf16 KV below 8k"),
+        (fp8(20, 23, None), "23.0 us; bf16 20.0 us -> try products in fp16 if not yet tried"),
     ],
 }
 
@@ -228,7 +228,7 @@ def test_names_are_those_that_are_measured():
 def test_command(tmp_path: Path, capsys):
     """Guards the table of committed rows: of the last device and commit alone, and what it rests
     on."""
-    with pytest.raises(InputError, match="there are no rows"):
+    with pytest.raises(InputError, match="has no rows"):
         command.main(["decisions", str(tmp_path)])
     old = [one | {"commit": "old"} for one in [*linear(50), *attention(50, 50)]]
     jsonl.append(tmp_path / "rows.jsonl", [*old, *attention(90, 80, a=4.0), *switched(10)])

@@ -15,7 +15,7 @@ from bench import jsonl
 from model.errors import InputError
 from profiles import __main__ as command
 from profiles.first_light import command as first_light
-from profiles.first_light.command import STAGES, _stage
+from profiles.first_light.command import STAGES, _stage_of
 from profiles.first_light.summary import LINES, summary
 from profiles.runs import supervisor
 from profiles.runs.task import Row, Task
@@ -31,10 +31,10 @@ WITH_FAKES = """if True:
     from profiles import __main__
     from profiles.first_light import command as first_light
     from profiles.runs import supervisor
-    first_light.LEAST_S, first_light.LIMITS_FOR_S = 0, 1
+    first_light.MIN_SECONDS, first_light.REFERENCE_SECONDS = 0, 1
     first_light.worker_command = lambda device: {command!r}
-    plain = first_light._probe
-    first_light._probe = lambda options: first_light.replace(
+    plain = first_light._probe_task
+    first_light._probe_task = lambda options: first_light.replace(
         plain(options), arguments={{"tasks": json.loads({tasks!r})}}
     )
     sys.exit(__main__.main({arguments!r}))
@@ -49,16 +49,16 @@ def planted(section: str, case: str, limit_s: float = 2.0) -> Task:
 def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     """What fake workers say there is to do: filled by the test."""
     tasks: list[Task] = []
-    plain = first_light._probe
+    plain = first_light._probe_task
 
     def probe(options: object) -> Task:
         as_data = [asdict(task) for task in tasks]
         return first_light.replace(plain(options), arguments={"tasks": as_data})
 
     monkeypatch.setattr(first_light, "worker_command", lambda device: COMMAND)
-    monkeypatch.setattr(first_light, "_probe", probe)
-    monkeypatch.setattr(first_light, "LEAST_S", 0)
-    monkeypatch.setattr(first_light, "LIMITS_FOR_S", 1)
+    monkeypatch.setattr(first_light, "_probe_task", probe)
+    monkeypatch.setattr(first_light, "MIN_SECONDS", 0)
+    monkeypatch.setattr(first_light, "REFERENCE_SECONDS", 1)
     monkeypatch.setattr(supervisor, "GRACE_S", 0.3)
     return tasks
 
@@ -133,7 +133,7 @@ def test_what_a_stage_leaves_comes_last(fakes, tmp_path, monkeypatch):
 def test_a_probe_that_fails_ends_it(fakes, tmp_path, monkeypatch, capsys):
     """Guards the first seconds: where no kernel runs at all the error is told, in full, at once."""
     broken = Task("probe", "silu_mul", "broken", None, ("triton",), 20)
-    monkeypatch.setattr(first_light, "_probe", lambda options: broken)
+    monkeypatch.setattr(first_light, "_probe_task", lambda options: broken)
     assert visit(tmp_path, "--seconds", "60") == 1
     (row,) = jsonl.read(tmp_path / "rows.jsonl")
     assert row["failure"] == "RuntimeError: no kernel image is available"
@@ -224,7 +224,7 @@ def test_real_work_on_a_bare_machine(tmp_path, monkeypatch):
 def test_short_visits_have_short_limits(fakes, tmp_path, monkeypatch):
     """Guards short runs: no task begins unless its limit fits, so that limits made for five minutes
     would leave most of one unused."""
-    monkeypatch.setattr(first_light, "LIMITS_FOR_S", 300)
+    monkeypatch.setattr(first_light, "REFERENCE_SECONDS", 300)
     fakes += [planted("ops", "fits", 200)]
     assert visit(tmp_path, "--seconds", "60") == 0
     assert outcome(jsonl.read(tmp_path / "rows.jsonl")) == {"fits": None}
@@ -235,9 +235,9 @@ def test_what_comes_before_is_done_for_whoever_needs_it():
     roofline, once; a stage that needs neither does not wait for them."""
     for section in ("compile", "roofline"):
         task = planted(section, "a")
-        assert _stage(task, [*STAGES]) == _stage(task, ["pairs", "ops"]) == "pairs"
-        assert _stage(task, ["ops", "vision"]) == "ops"
-        assert _stage(task, ["vision"]) is None
-    assert _stage(planted("linears", "a"), [*STAGES]) == "pairs"
-    assert _stage(planted("linears", "a"), ["ops"]) is None
+        assert _stage_of(task, [*STAGES]) == _stage_of(task, ["pairs", "ops"]) == "pairs"
+        assert _stage_of(task, ["ops", "vision"]) == "ops"
+        assert _stage_of(task, ["vision"]) is None
+    assert _stage_of(planted("linears", "a"), [*STAGES]) == "pairs"
+    assert _stage_of(planted("linears", "a"), ["ops"]) is None
     assert [*STAGES].index("pairs") < [*STAGES].index("ops")

@@ -9,10 +9,10 @@ from bench import ops, timing
 from bench.poison import poisons
 from model import cuda_graph
 from profiles.runs import measuring as measuring_module
-from profiles.runs.measuring import Measuring
-from profiles.runs.planning import first_light, record
+from profiles.runs.measuring import TaskRunner
 from profiles.runs.pytest_tasks import collected, run_test
 from profiles.runs.task import Task
+from profiles.runs.task_lists import first_light, record
 from profiles.runs.worker import answer_to
 
 CPU = torch.device("cpu")
@@ -26,8 +26,8 @@ def quick(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def measuring() -> Measuring:
-    return Measuring("cpu")
+def measuring() -> TaskRunner:
+    return TaskRunner("cpu")
 
 
 def task(tasks: list[Task], section: str, text: str) -> Task:
@@ -182,7 +182,7 @@ def test_the_probe_stops_at_a_wrong_result(measuring, monkeypatch):
     """Guards the minutes after it: where the first kernel is wrong there is no plan."""
     probe = Task("probe", "silu_mul", "probe", None, ("portable",))
     plans = {"first-light": lambda device, packed: []}
-    monkeypatch.setattr(measuring_module.planning, "PLANS", plans)
+    monkeypatch.setattr(measuring_module.task_lists, "TASK_LISTS", plans)
     assert "tasks" in measuring.carry_out(probe)[-1]
     broken(monkeypatch, "portable", ValueError("no"))
     (row,) = measuring.carry_out(probe)
@@ -198,7 +198,7 @@ def test_a_pack_that_does_not_fit_costs_no_visit(measuring, monkeypatch, tmp_pat
         planned.append(packed)
         return []
 
-    monkeypatch.setattr(measuring_module.planning, "PLANS", {"first-light": first_light})
+    monkeypatch.setattr(measuring_module.task_lists, "TASK_LISTS", {"first-light": first_light})
     path = tmp_path / "kernels.tar"
     path.write_text("no pack")
     arguments = {"kernels": str(path)}

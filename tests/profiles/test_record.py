@@ -16,10 +16,10 @@ from bench.cases import OPS
 from model.errors import InputError
 from profiles import __main__ as command
 from profiles.runs import supervisor as supervisor_module
-from profiles.runs.planning import record as planned_tasks
-from profiles.runs.record import Recorded, record
+from profiles.runs.record import RecordResult, record
 from profiles.runs.supervisor import ROOT, Supervisor
 from profiles.runs.task import Row, Task, outstanding, select
+from profiles.runs.task_lists import record as planned_tasks
 from tests.profiles.test_supervisor import COMMAND, hide
 from tests.support.fake_worker import ENVIRONMENT
 
@@ -40,7 +40,9 @@ def planned(name: str, section: str = "ops") -> Task:
     return Task(section, "op", name, "float32", ("bad",), 5.0)
 
 
-def run(out: Path, work: list[Task], supervisor: Supervisor, tasks_in_time: int = 100) -> Recorded:
+def run(
+    out: Path, work: list[Task], supervisor: Supervisor, tasks_in_time: int = 100
+) -> RecordResult:
     left = iter(range(tasks_in_time))
     return record(out, work, supervisor, ORIGIN, lambda: next(left, None) is not None)
 
@@ -102,7 +104,7 @@ def test_forms():
     asked = forms(forms=("triton", "flex", "default"))
     assert asked["ops"] == {"triton", "flex"} and asked["numerics"] == {"triton"}
     assert asked["decode"] == asked["engine"] == {"default"}
-    with pytest.raises(InputError, match="unknown form 'tritn'; choose of eager, portable"):
+    with pytest.raises(InputError, match="unknown form 'tritn'; choose from: eager, portable"):
         planned_tasks(CUDA, forms=("tritn",))
     for breakdown in (True, False):
         tasks = planned_tasks(CUDA, breakdown=breakdown, anyway=not breakdown)
@@ -238,7 +240,7 @@ def test_command_on_a_bare_machine(tmp_path, monkeypatch, capsys):
 def test_mistakes(tmp_path, monkeypatch, supervisor):
     """Guards the one clear line for a user's mistake, also where a worker finds it."""
     work = planned_tasks(CPU)
-    with pytest.raises(InputError, match="unknown section 'opps'; choose of roofline, numerics"):
+    with pytest.raises(InputError, match="unknown section 'opps'; choose from: roofline, numerics"):
         select(work, ["opps"], "")
     with pytest.raises(InputError, match="'softmax'"):
         select(work, [], "softmax")

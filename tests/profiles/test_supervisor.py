@@ -122,7 +122,7 @@ def test_a_form_that_cost_three_workers_is_given_up(supervisor: Supervisor):
     tasks += [task("crash", "bad", "good"), task("crash", "bad", op="other")]
     *results, dropped, good, other = run(supervisor, tasks)
     assert [result.failure for result in results] == ["the worker died: SIGSEGV"] * 3 + [
-        "not started: cost 3 workers before"
+        "not started: this form has lost 3 workers"
     ]
     assert dropped.task.forms == ("bad",) and dropped.failure.startswith("not started")
     assert good.rows[0]["impl"] == "good"

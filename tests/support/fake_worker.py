@@ -20,7 +20,7 @@ ENVIRONMENT = {
 
 
 def carry_out(task: Task) -> list[Row]:
-    if task.section in ("probe", "plan"):
+    if task.section in ("probe", "task_list"):
         if task.case == "broken":
             raise RuntimeError("no kernel image is available")
         tasks = task.arguments["tasks"]

@@ -15,7 +15,7 @@ from bench.launch_sites import all_sites, launch_checked, pair_sites, timed_site
 from bench.numerics import form
 from bench.rows import ROOT
 from kernels.runtime.configs import A100, H200, record_configs, use_config
-from profiles.runs.planning import first_light
+from profiles.runs.task_lists import first_light
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 LAUNCHED = """

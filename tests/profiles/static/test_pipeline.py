@@ -2,10 +2,10 @@
 
 import pytest
 
-from profiles.static import loop_figures
-from profiles.static.loop_figures import bytes_to_cover, remarks, worse, worsened
+from profiles.static import loop_stats
+from profiles.static.loop_stats import bytes_to_cover, remarks, worse, worsened
 from profiles.static.pipeline import Pipeline, pipelines
-from profiles.static.sass_loop import Anatomy
+from profiles.static.sass_loop import SassSummary
 
 # Two loops after each other in a persistent one, and the name %12 in both. K and V are 16 KiB.
 ATTENTION = """
@@ -139,8 +139,8 @@ MIXES = [
 
 def test_figures_and_remarks():
     """Guards the lists: a figure for each loop, those in flight for all programs of an SM."""
-    found = Anatomy(9000, {}, MIXES)
-    assert loop_figures.loop_figures([CARRIED, RELOADED], found, 2) == {
+    found = SassSummary(9000, {}, MIXES)
+    assert loop_stats.loop_stats([CARRIED, RELOADED], found, 2) == {
         "buffers": [3, 1],
         "async_wait": [2, 0],
         "bytes_in_flight": [2 * 2 * BLOCK, 0],
@@ -156,11 +156,11 @@ def test_figures_and_remarks():
         "a scalar takes a stage of the pipeline in loop 2",
         "copies of 4 bytes in loop 2",
     ]
-    assert remarks([CARRIED, CARRIED], Anatomy(9, {}, [])) == ["scalar loads in loop 1, 2"]
-    only_page = remarks([RELOADED], Anatomy(9, {}, [{"copy 4": 1}]))
+    assert remarks([CARRIED, CARRIED], SassSummary(9, {}, [])) == ["scalar loads in loop 1, 2"]
+    only_page = remarks([RELOADED], SassSummary(9, {}, [{"copy 4": 1}]))
     assert not any("4 bytes" in text for text in only_page)  # the scalar's own
     assert remarks([Pipeline((), None, None, 0, scalar_loads=1)], found) == []
-    without = loop_figures.loop_figures([], Anatomy(9, {}, []), 2)
+    without = loop_stats.loop_stats([], SassSummary(9, {}, []), 2)
     assert set(without.values()) == {None}
 
 
@@ -194,7 +194,7 @@ def test_bytes_to_cover():
 )
 def test_each_loop_is_held(name, before, now, text):
     """Guards the comparison loop by loop, worst against worst where loops were added."""
-    row = dict.fromkeys(loop_figures.WORST) | {name: now}
+    row = dict.fromkeys(loop_stats.WORST) | {name: now}
     assert list(worsened(row, {name: before})) == ([f"{name} {text}"] if text else [])
     assert list(worsened(row, {})) == []  # a baseline that does not know the figure
 

@@ -1,6 +1,6 @@
 """The hottest loop of a kernel's SASS: text as nvdisasm prints it, shortened."""
 
-from profiles.static.sass_loop import anatomy
+from profiles.static.sass_loop import summarise_sass
 
 
 def listing(*lines: str) -> str:
@@ -42,27 +42,27 @@ ATTENTION = listing(
 
 def test_hottest_loop():
     """Guards the choice: no outer loop, no branch forward, no trap; wgmma before mma."""
-    found = anatomy(ATTENTION)
+    found = summarise_sass(ATTENTION)
     assert found.loop == {"wgmma": 1, "copy 16": 1, "MUFU": 1, "barrier": 1, "other": 1}
     assert found.mix["mma"] == 2 and found.mix["load 4"] == 1
     assert found.instructions == sum(found.mix.values()) == 17
     expected = "4 other instructions per product in the loop, 1 MUFU, 1 barriers"
     assert found.look_at == expected
     only_small = ATTENTION.replace("HGMMA.64x64x16.F32.BF16", "FFMA")
-    assert anatomy(only_small).loop == {"mma": 2, "copy 16": 1, "other": 1}
+    assert summarise_sass(only_small).loop == {"mma": 2, "copy 16": 1, "other": 1}
 
 
 def test_every_loop_with_products():
     """Guards what the baseline holds: all of them, in the order of the text."""
-    wgmma, mma = anatomy(ATTENTION).loops
+    wgmma, mma = summarise_sass(ATTENTION).loops
     assert wgmma["wgmma"] == 1 and mma["mma"] == 2
     assert [sum(mix.values()) for mix in (wgmma, mma)] == [5, 4]
-    assert anatomy(listing("HMMA.16816 R24, R4, R6, R24", "EXIT", *TRAP)).loops == []
+    assert summarise_sass(listing("HMMA.16816 R24, R4, R6, R24", "EXIT", *TRAP)).loops == []
 
 
 def test_waits_for_barriers_are_no_loops_around_others():
     """Guards tensor copies: their waits spin after the kernel's end and branch back into a loop."""
-    found = anatomy(
+    found = summarise_sass(
         listing(
             ".L_x_1:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR21], R5", "@!P0 BRA `(.L_x_3)",
             ".L_x_2:", "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",
@@ -78,13 +78,15 @@ def test_waits_for_products():
     """Guards the count: only waits until no wgmma is left, not those that leave some running."""
     wait = "WARPGROUP.DEPBAR.LE gsb0, 0x{}"
     loop = ("HGMMA.64x64x16.F32 R24, gdesc[UR8], R24, gsb0", wait.format(0), wait.format(1))
-    found = anatomy(listing(".L_x_1:", *loop, "DEPBAR.LE SB0, 0x4", "@P0 BRA `(.L_x_1)", *TRAP))
+    found = summarise_sass(
+        listing(".L_x_1:", *loop, "DEPBAR.LE SB0, 0x4", "@P0 BRA `(.L_x_1)", *TRAP)
+    )
     assert found.loop == {"wgmma": 1, "wgmma wait": 1, "copy wait": 1, "other": 2}
 
 
 def test_loads_decide_without_products():
     """Guards kernels bound by memory: the loop that brings most bytes."""
-    found = anatomy(
+    found = summarise_sass(
         listing(
             ".L_x_1:", "LDG.E R1, [R2]", "LDG.E R1, [R2+0x4]", "@P0 BRA `(.L_x_1)",
             ".L_x_2:", "LDG.E.128 R4, [R2]", "FADD R4, R4, R5", "@P0 BRA `(.L_x_2)",
@@ -98,10 +100,10 @@ def test_loads_decide_without_products():
 def test_what_to_look_at():
     """Guards the order of complaints: spills, then narrow loads, each where it is."""
     narrow = ["LDG.E.64 R2, [R2]", "LDG.E.U16 R3, [R2]", "LDG.E.128 R4, [R6]"]
-    straight = anatomy(listing(*narrow, "EXIT", *TRAP))
+    straight = summarise_sass(listing(*narrow, "EXIT", *TRAP))
     assert straight.loop is None
     assert straight.look_at == "narrow loads in straight text: 1 load 16, 1 load 8, 1 load 1, 2"
     spilling = listing("STL [R1], R4", ".L_x_1:", *narrow, "LDL R4, [R1]", "BRA `(.L_x_1)", *TRAP)
-    assert anatomy(spilling).look_at == "1 of 2 spills are in the loop"
+    assert summarise_sass(spilling).look_at == "1 of 2 spills are in the loop"
     few = ["LDG.E.128 R4, [R6]"] * 10 + ["LDG.E R3, [R2]"]
-    assert "all in flight?" in anatomy(listing(*few, "EXIT")).look_at
+    assert "all in flight?" in summarise_sass(listing(*few, "EXIT")).look_at

@@ -21,7 +21,7 @@ from kernels.runtime import dispatch
 from kernels.runtime.configs import A100, H200, gpu_of
 from kernels.runtime.dispatch import pick
 from profiles.static import analysis as static
-from profiles.static import loop_figures
+from profiles.static import loop_stats
 from profiles.static.analysis import broken_rules, update
 from profiles.static.sass import count_mix, load_bytes, min_load_bytes, programs_per_sm, wide_loads
 from tests.support import ROOT
@@ -240,7 +240,7 @@ def test_a_row_holds_the_worst_of_its_launches():
 
 def test_a_baseline_without_figures_of_loops_does_not_hold_them():
     """Guards baselines written before a figure was known: not compared, no error."""
-    older = {name: value for name, value in GOOD.items() if name not in loop_figures.WORST}
+    older = {name: value for name, value in GOOD.items() if name not in loop_stats.WORST}
     assert broken_rules([GOOD | {"async_wait": [0, 0]}], [older]) == []
     (written,) = update([older], [GOOD], [], [90])
     assert written["async_wait"] == [2, 2] and written["wgmma_waits"] == [1, 0]

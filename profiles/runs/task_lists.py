@@ -1,4 +1,4 @@
-"""Which tasks `record` and `first-light` have on a device, in order, as data for the supervisor."""
+"""The task lists of `record` and `first-light` for a device, in order of execution."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
@@ -21,16 +21,16 @@ DECODE = {
     "cpu": ("tiny", [(1, 256, 64), (4, 256, 64)]),
     "cuda": ("step3-vl-10b", [(batch, 2048, 512) for batch in (16, 64, 1)]),
 }
-# Rollouts, prompt and tokens of each; steps in a block, blocks: no more than `bench engine` does.
+# (Rollouts, prompt, tokens per rollout), steps in a block, blocks: at most those of `bench engine`.
 ENGINE = {
     "cpu": ("tiny", [(4, 256, 16)], 6, 2),
     "cuda": ("step3-vl-10b", [(batch, 2048, 128) for batch in (64, 16, 32)], 32, 3),
 }
-# Peers that PyTorch comes with and that compile nothing for a case.
+# Peers that come with PyTorch and compile nothing per case.
 QUICK_PEERS = ("sdpa", "sdpa-flash", "sdpa-cudnn", "cudnn", "cudnn-folded")
 LIBRARY_PEERS = ("sdpa-flash", "sdpa-cudnn", "cudnn-folded")  # for the first look at a GPU
-FIRST_LIGHT_S = 0.3  # of timing, for each form
-PAIR_S, LINEAR_S, LAUNCHES_S = 0.1, 0.1, 0.3  # the same where a decision hangs on it
+FIRST_LIGHT_S = 0.3  # of timing per form
+PAIR_S, LINEAR_S, LAUNCHES_S = 0.1, 0.1, 0.3  # the same, for what decisions depend on
 
 
 def record(
@@ -40,10 +40,10 @@ def record(
     breakdown: bool = True,
     anyway: bool = False,
 ) -> list[Task]:
-    """All that `device` can measure, most worthwhile first.
+    """Everything that `device` can measure, the most worthwhile first.
 
-    forms: of every case and step those that it has of these (all of ours and QUICK_PEERS if empty)
-    Raises InputError for a form that nothing has.
+    forms: measure only these forms (if empty: all of ours and QUICK_PEERS)
+    Raises InputError for a form that does not exist.
     """
     _check_forms(forms, device.type)
     main = dtype_name(MAIN_DTYPE[device.type])
@@ -55,19 +55,19 @@ def record(
     measured = (
         *_numerics(device.type, wanted),
         *_ops(device.type, wanted, peers, anyway),
-        *_steps("decode", device.type, _of(wanted, decode.forms_on(device.type)), breakdown),
+        *_steps("decode", device.type, _selected(wanted, decode.forms_on(device.type)), breakdown),
         *_steps("engine", device.type, _engine_forms(device.type, wanted), breakdown),
-        *_images(device.type, _of(wanted, images.forms_on(device.type)), main),
+        *_images(device.type, _selected(wanted, images.forms_on(device.type)), main),
     )
     compiling = _compile(device.type, 180)
     return [*compiling, *roofs, *(task for task in measured if task.forms)]
 
 
 def first_light(device: torch.device, packed: bool = False) -> list[Task]:
-    """What the first minutes on a GPU should tell: whether every kernel is right, then how fast
-    ours are. Eager, which takes a second for some steps, is the reference and is not timed.
+    """The tasks of the first minutes on a GPU: first the numerics of every kernel, then the times
+    of ours. Eager is the reference and is not timed: some of its steps take a second.
 
-    packed: whether the kernels came compiled
+    packed: whether the kernels were unpacked, already compiled
     """
     on_gpu = device.type == "cuda"
     main = dtype_name(MAIN_DTYPE[device.type])
@@ -93,20 +93,20 @@ def first_light(device: torch.device, packed: bool = False) -> list[Task]:
         if task.arguments["size"] == (1920, 1080)
     ]
     compiling = [] if packed else _compile(device.type, 60)
-    deciding = _deciding(device.type, main)
-    return [*numerics, *tests, *compiling, roof, *deciding, *timed, *steps, *engine, *tower]
+    for_decisions = _for_decisions(device.type, main)
+    return [*numerics, *tests, *compiling, roof, *for_decisions, *timed, *steps, *engine, *tower]
 
 
-PLANS: dict[str, Callable[..., list[Task]]] = {"record": record, "first-light": first_light}
+TASK_LISTS: dict[str, Callable[..., list[Task]]] = {"record": record, "first-light": first_light}
 
 
 def _compile(device_type: str, limit_s: float) -> list[Task]:
-    """On a GPU: all that is timed, before anything waits for the compiler."""
+    """On a GPU: compile everything that is timed, so that no timing waits for the compiler."""
     return [Task("compile", "compile", "all kernels", limit_s=limit_s)] * (device_type == "cuda")
 
 
 def _first_numerics(device_type: str) -> Iterator[Task]:
-    """Every form of the numerics cases, then both forms of what will be timed in pairs."""
+    """Every form of the numerics cases, then both forms of the cases that are timed in pairs."""
     for dtype in DTYPES:
         for case in numerics_cases():
             for form in ("triton", *case.modes) if device_type == "cuda" else ("portable",):
@@ -115,8 +115,8 @@ def _first_numerics(device_type: str) -> Iterator[Task]:
         yield Task("numerics", case.op, case.name, dtype_name(CHECKED_DTYPE), forms, limit_s=20)
 
 
-def _deciding(device_type: str, main: str) -> Iterator[Task]:
-    """What first_light/decision_table.py reads beside the numerics: fifteen seconds of a GPU."""
+def _for_decisions(device_type: str, main: str) -> Iterator[Task]:
+    """What first_light/decision_table.py reads apart from numerics: fifteen seconds on a GPU."""
     form = "triton" if device_type == "cuda" else "portable"
     arguments = {"budget_s": LAUNCHES_S}
     yield Task("launches", "launch", launch_cost.CASE, main, (form,), 20, arguments)
@@ -134,7 +134,7 @@ def _deciding(device_type: str, main: str) -> Iterator[Task]:
 def _numerics(device_type: str, wanted: tuple[str, ...]) -> Iterator[Task]:
     for dtype in DTYPES:
         for case in numerics_cases():
-            forms = _of(wanted, _ours(case, device_type))
+            forms = _selected(wanted, _ours(case, device_type))
             yield Task("numerics", case.op, case.name, dtype_name(dtype), forms, limit_s=60)
 
 
@@ -158,14 +158,14 @@ def _steps(
     blocks: int | None = None,
     limit_s: float = 180.0,
 ) -> Iterator[Task]:
-    """Tasks of a whole model: "decode" steps, or "engine" steps."""
+    """Tasks of a whole model: its "decode" steps or its "engine" steps."""
     options: dict[str, Any]
     if section == "decode":
         preset, sizes = DECODE[device_type]
         options = {"breakdown": breakdown, "budget_s": budget_s}
     else:
-        preset, sizes, steps, most = ENGINE[device_type]
-        options = {"steps": steps, "blocks": blocks or most}
+        preset, sizes, steps, max_blocks = ENGINE[device_type]
+        options = {"steps": steps, "blocks": blocks or max_blocks}
     main = dtype_name(MAIN_DTYPE[device_type])
     for size in sizes:
         arguments = {"preset": preset, "sizes": size, **options}
@@ -174,9 +174,9 @@ def _steps(
 
 
 def _engine_forms(device_type: str, wanted: Sequence[str]) -> tuple[str, ...]:
-    """The 10B's engine takes minutes in the eager form: only on demand, "decode" has its steps."""
+    """The 10B's eager engine takes minutes: only on request; "decode" has its eager steps."""
     forms = decode.forms_on(device_type)
-    return forms[1:] if device_type == "cuda" and not wanted else _of(wanted, forms)
+    return forms[1:] if device_type == "cuda" and not wanted else _selected(wanted, forms)
 
 
 def _images(
@@ -197,7 +197,7 @@ def _ours(case: Case, device_type: str) -> tuple[str, ...]:
     return (*IMPLS, *case.modes) if device_type == "cuda" else IMPLS[:2]
 
 
-def _of(wanted: Sequence[str], forms: Iterable[str]) -> tuple[str, ...]:
+def _selected(wanted: Sequence[str], forms: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in forms if not wanted or name in wanted)
 
 
@@ -205,12 +205,12 @@ def _check_forms(forms: Sequence[str], device_type: str) -> None:
     known = dict.fromkeys((*FORMS, *decode.forms_on(device_type), *images.forms_on(device_type)))
     for name in forms:
         if name not in known:
-            raise InputError(f"unknown form {name!r}; choose of {', '.join(known)}")
+            raise InputError(f"unknown form {name!r}; choose from: {', '.join(known)}")
 
 
-def _round_robin(found: Sequence[Case]) -> list[Case]:
+def _round_robin(all_cases: Sequence[Case]) -> list[Case]:
     """The first case of every op, then the second of each, and so on."""
     by_op: dict[str, list[Case]] = {}
-    for case in found:
+    for case in all_cases:
         by_op.setdefault(case.op, []).append(case)
     return [case for row in zip_longest(*by_op.values()) for case in row if case]

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from kernels.runtime.configs import A100, H200
 from pacore_sched.sim.machine import COPY_SHARE, MACHINES
 from profiles.static.pipeline import Pipeline
-from profiles.static.sass_loop import Anatomy
+from profiles.static.sass_loop import SassSummary
 
 Figure = list[int | None] | None
 # The worse of two, which is also where the baseline lets no figure of GUARDED go.
@@ -53,8 +53,8 @@ def bytes_to_cover(arch: int) -> dict[str, tuple[int, int]]:
     return found
 
 
-def loop_figures(
-    pipelines: Sequence[Pipeline], found: Anatomy, programs_per_sm: int
+def loop_stats(
+    pipelines: Sequence[Pipeline], found: SassSummary, programs_per_sm: int
 ) -> dict[str, Figure]:
     """The figures of WORST of one kernel."""
     ahead = [pipeline.bytes_ahead for pipeline in pipelines]
@@ -72,7 +72,7 @@ def loop_figures(
     return {name: figures[name] or None for name in WORST}
 
 
-def remarks(pipelines: Sequence[Pipeline], found: Anatomy) -> list[str]:
+def remarks(pipelines: Sequence[Pipeline], found: SassSummary) -> list[str]:
     """What is amiss in the loops' pipelines, and in which (from 1, in the order of the text)."""
     mixes = found.loops if len(found.loops) == len(pipelines) else [{}] * len(pipelines)
     loops = defaultdict(list)
