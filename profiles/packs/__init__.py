@@ -1,1 +1,1 @@
-"""Packs of kernels: compiled and packed on one machine, unpacked on a GPU node."""
+"""Packs of compiled kernels: written on any machine, unpacked on a GPU node."""

@@ -1,9 +1,9 @@
-"""Compile all kernels here, without a GPU, and carry them to a GPU node that runs the same Triton.
+"""`python -m profiles kernels`: compile kernels without a GPU, for a GPU node with the same Triton.
 
     python -m profiles kernels pack --out FILE
     python -m profiles kernels unpack FILE
 
-What the pack holds is what the benchmarks and the engine launch.
+A pack holds the kernels that the benchmarks and the engine launch.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from kernels.runtime.configs import A100, H200
 from model.errors import InputError
 from profiles.packs.kernel_pack import pack, unpack
 
-# Tables of tile choices are by name: those of an architecture may differ.
+# Tuned kernel configs go by GPU name, so GPUs of one architecture may need different kernels.
 GPUS = {80: (A100,), 90: (H200, replace(H200, name="nvidia-h100-80gb-hbm3"))}
 
 
@@ -31,29 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     unpacking = commands.add_parser("unpack", help="put a pack's kernels into Triton's cache")
     unpacking.add_argument("file", type=Path, metavar="FILE")
     for command in (packing, unpacking):
-        command.add_argument("--json", action="store_true", help="one JSON document")
+        command.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Pack or unpack; 1 if a kernel did not compile."""
+    """Pack or unpack. Returns 1 if a kernel did not compile."""
     check_compiles()
     start = time.perf_counter()
-    done = _pack(options) if options.act == "pack" else _unpack(options)
-    done["seconds"] = round(time.perf_counter() - start, 1)
-    print(json.dumps(done) if options.json else _told(done))
-    return int(bool(done.get("failures")))
+    result = _pack(options) if options.act == "pack" else _unpack(options)
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    print(json.dumps(result) if options.json else _text(result))
+    return int(bool(result.get("failures")))
 
 
 def _pack(options: argparse.Namespace) -> dict:
     if not options.out.parent.is_dir():
-        raise InputError(f"--out {options.out}: there is no folder {options.out.parent}")
+        raise InputError(f"--out {options.out}: the folder {options.out.parent} does not exist")
     gpus = [gpu for arch in options.arch for gpu in GPUS[arch]]
-    done = pack(options.out, all_sites(), gpus)
+    summary = pack(options.out, all_sites(), gpus)
     return {
         "file": str(options.out),
-        "kernels": done.compiled,
+        "kernels": summary.compiled,
         "bytes": options.out.stat().st_size,
-        "failures": done.failures,
+        "failures": summary.failures,
     }
 
 
@@ -63,9 +63,10 @@ def _unpack(options: argparse.Namespace) -> dict:
     return {"file": str(options.file), "kernels": kernels, "new": new, "bytes": size}
 
 
-def _told(done: dict) -> str:
-    lines = [f"FAILED: {failure}" for failure in done.get("failures", ())]
-    new = f", {done['new']} of them new here" if "new" in done else ""
-    size = f"{done['bytes'] / 1e6:.1f} MB"
-    lines.append(f"{done['file']}: {done['kernels']} kernels{new}, {size}, {done['seconds']} s")
+def _text(result: dict) -> str:
+    lines = [f"FAILED: {failure}" for failure in result.get("failures", ())]
+    new = f", {result['new']} of them new here" if "new" in result else ""
+    size = f"{result['bytes'] / 1e6:.1f} MB"
+    kernels = f"{result['kernels']} kernels"
+    lines.append(f"{result['file']}: {kernels}{new}, {size}, {result['seconds']} s")
     return "\n".join(lines)

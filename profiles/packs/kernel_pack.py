@@ -1,8 +1,8 @@
-"""A file of compiled kernels, to be carried to a GPU node that runs the same Triton.
+"""Kernel packs: files of compiled kernels for a GPU node with the same Triton.
 
-Triton names a kernel's entry in its cache by a hash that differs between wheels of one version. A
-pack holds the keys (`kernels/compile/cache.py`) and their entries; unpacking puts it
-where the Triton of that node looks.
+Triton names a kernel's cache entry by a hash that differs between wheels of one version. A pack
+therefore holds the keys (`kernels/compile/cache.py`) and their entries; unpacking puts each entry
+where that node's Triton looks for it.
 """
 
 import io
@@ -25,25 +25,25 @@ from model.errors import InputError
 from pacore_sched.engine.compile_ahead import Summary, compile_ahead
 
 MANIFEST = "manifest.json"
-KEPT = (".cubin", ".json")  # of an entry; the intermediate languages are left out
+KEPT = (".cubin", ".json")  # the files of an entry that are packed; intermediate languages are not
 
 
 def pack(path: Path, sites: Sequence[Site], gpus: Sequence[Gpu]) -> Summary:
-    """Compile what `sites` launch on `gpus` and write it to `path`."""
+    """Compile the kernels that `sites` launch on `gpus` and write them to `path`."""
     knobs = triton.knobs
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir, knobs.compilation.store_binary_only = folder, True
-        done = compile_ahead(sites, gpus)
-        keys = [key for key in done.keys if is_compiled(entry(key))]
+        summary = compile_ahead(sites, gpus)
+        keys = [key for key in summary.keys if is_compiled(entry(key))]
         _write(path, keys, sorted({gpu.arch for gpu in gpus}))
-    return done
+    return summary
 
 
 def unpack(path: Path) -> tuple[int, int]:
-    """Put a pack's kernels into Triton's cache: how many it holds, and how many were new here.
+    """Put a pack's kernels into Triton's cache. Returns their number, and how many were new.
 
-    Raises InputError for a file that is no pack, or one made by another Triton or ptxas; warns of
-    one made from another text of the kernels.
+    Raises InputError for a file that is no pack or comes from another Triton or ptxas. Warns if the
+    kernels' sources have changed.
     """
     try:
         with tarfile.open(path) as archive:
@@ -59,8 +59,8 @@ def unpack(path: Path) -> tuple[int, int]:
                     (folder / name).write_bytes(content)
     except InputError:
         raise
-    except Exception as error:  # whatever another file, or half of one, leads to
-        raise InputError(f"{path} is no file of `profiles kernels pack`: {error}") from error
+    except Exception as error:  # another kind of file, or a truncated one
+        raise InputError(f"{path} is not a file of `profiles kernels pack`: {error}") from error
     for folder in new:
         _list_files(folder)
     return len(folders), len(new)
@@ -69,12 +69,12 @@ def unpack(path: Path) -> tuple[int, int]:
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = archive.extractfile(member)
     if file is None:
-        raise ValueError(f"{member.name} is no file")
+        raise ValueError(f"{member.name} is not a file")
     return file.read()
 
 
 def _write(path: Path, keys: Sequence[str], archs: Sequence[int]) -> None:
-    """Entries in the order of the keys: neighbours compress well."""
+    """Write the entries in the order of their keys: neighbours compress well."""
     manifest = {"triton": triton.__version__, "archs": archs, "keys": keys}
     manifest["sources"] = sources("kernels")
     partial = path.with_name(path.name + ".partial")
@@ -98,28 +98,28 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check(path: Path, manifest: dict) -> None:
-    """Refuse what this Triton would never look up, and warn of what it may not."""
+    """Refuse a pack that this Triton would never use; warn if it may not use some of it."""
     if manifest["triton"] != triton.__version__:
         raise InputError(
-            f"{path} was packed with Triton {manifest['triton']} and this is"
-            f" {triton.__version__}: pack with the version that is to launch the kernels"
+            f"{path} was packed with Triton {manifest['triton']}, but this is"
+            f" {triton.__version__}: pack with the version that will launch the kernels"
         )
     if manifest["sources"] != sources("kernels"):
-        text = f"{path} was packed from other kernels: what has changed is compiled at first use"
+        text = f"{path} was packed from other sources: changed kernels are compiled at first use"
         warnings.warn(text, stacklevel=3)
     known = tuple(make_backend(GPUTarget("cuda", arch, 32)).hash() for arch in manifest["archs"])
     environment = str(sorted(get_cache_invalidating_env_vars().items()))
     for key in manifest["keys"]:
-        of_backend = key.partition("-")[2]  # after the hash of the source
-        if not (of_backend.startswith(known) and key.endswith(environment)):
+        backend_key = key.partition("-")[2]  # after the hash of the source
+        if not (backend_key.startswith(known) and key.endswith(environment)):
             raise InputError(
-                f"{path} was packed with another ptxas or other variables of Triton than here:"
-                " nothing would be found"
+                f"{path} was packed with another ptxas, or with other environment variables of"
+                " Triton: no kernel would be found"
             )
 
 
 def _list_files(folder: Path) -> None:
-    """Write the entry's group, last, with absolute paths as Triton has them."""
+    """Write the entry's group file, last, with absolute paths as Triton does."""
     files = _files(folder)
     group = next(file for file in files if file.suffix == ".json")
     paths = {file.name: str(file) for file in files}

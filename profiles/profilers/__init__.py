@@ -1,1 +1,1 @@
-"""Profilers: Nsight Systems, Nsight Compute, Proton and PyTorch's, and parsers of their output."""
+"""Drivers of Nsight Systems, Nsight Compute, Proton and PyTorch's profiler, and their summaries."""

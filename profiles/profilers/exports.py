@@ -1,8 +1,8 @@
-"""The CSV that nsys and ncu print, as tables: several in one text, between lines meant for people.
+"""Parser of the CSV that nsys and ncu print: several tables in one text, with messages between
+them.
 
-Versions of the tools differ in headings ("Start (ns)", "Start (us)"), in what an empty cell holds
-("", "None", "N/A") and in whether thousands are separated. A column that nobody wrote is an
-InputError that names it.
+Versions of the tools differ in headings ("Start (ns)", "Start (us)"), in empty cells ("", "None",
+"N/A") and in separators of thousands. A missing column is an InputError that names it.
 """
 
 import csv
@@ -19,53 +19,53 @@ UNIT = re.compile(r"\s*\((\w+)\)$")
 
 @dataclass(frozen=True)
 class Table:
-    """One table of an export. `source` is named in complaints."""
+    """One table of an export. Error messages name `source`."""
 
     source: str
     header: Sequence[str]
     rows: list[Sequence[str]]
 
     def has(self, *names: str) -> bool:
-        """Whether there are columns of these names, whatever their unit."""
+        """Whether there are columns with these names, in any unit."""
         return set(names) <= {UNIT.sub("", name) for name in self.header}
 
     def texts(self, name: str) -> list[str]:
-        """A column as it stands."""
-        place = self._place(name)
-        return [row[place] for row in self.rows]
+        """A column as text."""
+        index = self._index(name)
+        return [row[index] for row in self.rows]
 
     def numbers(self, name: str) -> list[float]:
         """A column of numbers. Raises InputError if a row has none."""
-        found = [number(text) for text in self.texts(name)]
-        known = [value for value in found if value is not None]
-        if len(known) < len(found):
-            heading = self.header[self._place(name)]
+        values = [number(text) for text in self.texts(name)]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            heading = self.header[self._index(name)]
             raise InputError(f"{self.source}: a row has no number in column {heading!r}")
         return known
 
     def microseconds(self, name: str) -> list[float]:
-        """A column of times, whose heading has the unit, in microseconds."""
-        heading = self.header[self._place(name)]
-        found = UNIT.search(heading)
-        if not found or found[1] not in IN_US:
+        """A column of times in microseconds; its heading has the unit."""
+        heading = self.header[self._index(name)]
+        unit = UNIT.search(heading)
+        if not unit or unit[1] not in IN_US:
             units = ", ".join(IN_US)
             raise InputError(f"{self.source}: column {heading!r} has no unit of time ({units})")
-        return [time * IN_US[found[1]] for time in self.numbers(name)]
+        return [time * IN_US[unit[1]] for time in self.numbers(name)]
 
-    def _place(self, name: str) -> int:
-        for place, heading in enumerate(self.header):
+    def _index(self, name: str) -> int:
+        for index, heading in enumerate(self.header):
             if UNIT.sub("", heading) == name:
-                return place
-        raise InputError(f"{self.source}: no column {name!r} among {', '.join(self.header)}")
+                return index
+        raise InputError(f"{self.source}: no column {name!r}; there are: {', '.join(self.header)}")
 
 
 def tables(text: str, source: str) -> list[Table]:
-    """The tables of a text. One ends at a line that has not as many cells as its header."""
+    """The tables of a text. A table ends at a line with another number of cells than its header."""
     found: list[Table] = []
     for cells in csv.reader(text.splitlines()):
         rows = found[-1].rows if found else None
         if len(cells) < 3:
-            found.append(Table(source, (), []))  # what follows is another table
+            found.append(Table(source, (), []))  # the next lines are another table
         elif rows is not None and len(cells) == len(found[-1].header):
             rows.append(cells)
         else:
@@ -74,7 +74,7 @@ def tables(text: str, source: str) -> list[Table]:
 
 
 def number(text: str) -> float | None:
-    """A number as the tools write it, with or without separated thousands; None for no number."""
+    """A number, with or without separators of thousands; None if the text is no number."""
     try:
         return None if text.strip() in EMPTY else float(text.replace(",", ""))
     except ValueError:

@@ -1,7 +1,7 @@
-"""`python -m profiles launch --op OP`: a case of an op between cudaProfilerStart and Stop.
+"""`python -m profiles launch --op OP`: one case of an op between cudaProfilerStart and Stop.
 
 For profilers that watch a process: `profiles ncu` runs it, `profiles nsys --range profiler` can.
-Inputs are made and the op is called before, so that compilation is not in the picture.
+Inputs are created and the op is warmed up first, so compilation is not profiled.
 """
 
 import argparse
@@ -19,11 +19,15 @@ WARM_UP = 3
 
 
 def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Which case of which op, and in which form."""
-    parser.add_argument("--op", required=required, metavar="OP", help=f"of {', '.join(OPS)}")
-    parser.add_argument("--shape", default="", metavar="TEXT", help="first case with TEXT in it")
+    """Add the options that select an op, a case and a form."""
+    parser.add_argument("--op", required=required, metavar="OP", help=f"one of: {', '.join(OPS)}")
+    parser.add_argument(
+        "--shape", default="", metavar="TEXT", help="the first case with TEXT in its name"
+    )
     parser.add_argument("--dtype", metavar="DTYPE", help="(default: bf16 on a GPU, fp32 on a CPU)")
-    parser.add_argument("--impl", metavar="FORM", help=f"of {', '.join(FORMS)} (default: the best)")
+    parser.add_argument(
+        "--impl", metavar="FORM", help=f"one of: {', '.join(FORMS)} (default: the best)"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,19 +46,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def prepared(options: argparse.Namespace, device: torch.device) -> tuple[str, Callable[[], object]]:
-    """A case's name, and what runs it on inputs of its own. Raises InputError as `select` does."""
+    """A case's name, and a call that runs it on new inputs. Raises InputError as `select` does."""
     impls = [options.impl] if options.impl else []
     case = select(cases(device.type), [options.op], options.shape, impls)[0]
-    given = parse_dtypes([options.dtype] if options.dtype else [])
-    dtype = given[0] if given else MAIN_DTYPE[device.type]
+    dtypes = parse_dtypes([options.dtype] if options.dtype else [])
+    dtype = dtypes[0] if dtypes else MAIN_DTYPE[device.type]
     inputs = case.inputs(0, device, dtype)
     call = form(case.op, options.impl)(inputs) if options.impl else partial(OPS[case.op], **inputs)
-    shown = dtype_name(dtype)
-    return f"{case.op}, {case.name}, {options.impl or 'best form'}, {shown}", call
+    text = dtype_name(dtype)
+    return f"{case.op}, {case.name}, {options.impl or 'best form'}, {text}", call
 
 
 def between_marks(call: Callable[[], object], calls: int, device: torch.device) -> None:
-    """Call it until it is warm, then `calls` times between the marks that profilers look for."""
+    """Warm up, then make `calls` calls between the marks that profilers look for."""
     for _ in range(WARM_UP):
         call()
     if device.type != "cuda":

@@ -1,8 +1,7 @@
 """`python -m profiles ncu --op OP`: one case of an op under Nsight Compute, and its summary.
 
-ncu runs every kernel of one warm call several times over, with counters of its own choosing. The
-report DIR/OP.ncu-rep is kept for the tool's own window; the summary is read from what
-`ncu --import` exports of it.
+ncu replays every kernel of one warm call several times, with different counters. The report
+DIR/OP.ncu-rep is kept for ncu's own GUI; the summary is read from the export of `ncu --import`.
 """
 
 import argparse
@@ -13,13 +12,13 @@ from pathlib import Path
 from model.errors import InputError
 from profiles.profilers import ncu_summary
 from profiles.profilers.launch import add_case_arguments
-from profiles.profilers.tools import check_gpu, exported, reported, show, tool
+from profiles.profilers.tools import check_gpu, run_and_capture, run_profiler, show, tool
 
 EPILOG = """\
-Only what lies between cudaProfilerStart and cudaProfilerStop is profiled: the kernels of one call
-(`python -m profiles launch`), after warm-up. Caches are emptied before every pass (--cache all).
-Clocks stay the GPU's own, as in `bench ops`; --clocks base locks them to their base for the run,
-as ncu does by itself, which makes times of different days comparable, and longer. If ncu says
+Only the kernels between cudaProfilerStart and cudaProfilerStop are profiled: those of one call
+(`python -m profiles launch`), after warm-up. Caches are flushed before every pass (--cache all).
+Clocks are left alone, as in `bench ops`; --clocks base locks them to their base for the run, which
+is ncu's default: times of different days are then comparable, but longer. If ncu reports
 ERR_NVGPUCTRPERM, an administrator must allow performance counters for users, or run it.
 
 examples:
@@ -34,15 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_case_arguments(parser, required=False)
     parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
-    parser.add_argument("--set", default="full", help="of sections, as `ncu --list-sets` has them")
-    parser.add_argument("--kernel", metavar="REGEX", help="these kernels of the call only")
-    parser.add_argument("--skip", type=int, default=0, metavar="N", help="launches to pass over")
-    parser.add_argument("--count", type=int, metavar="N", help="of launches (default: all)")
+    parser.add_argument("--set", default="full", help="of sections (see `ncu --list-sets`)")
+    parser.add_argument("--kernel", metavar="REGEX", help="only these kernels of the call")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="launches to skip")
+    parser.add_argument("--count", type=int, metavar="N", help="launches to profile (default: all)")
     parser.add_argument("--cache", choices=("all", "none"), default="all", help="(default: all)")
     parser.add_argument("--clocks", choices=("none", "base"), default="none")
-    parser.add_argument("--summarise", type=Path, metavar="REPORT", help="a report, or its raw CSV")
-    parser.add_argument("--dry-run", action="store_true", help="print the command line")
-    parser.add_argument("--json", action="store_true", help="no table; one JSON document")
+    parser.add_argument(
+        "--summarise", type=Path, metavar="REPORT", help="only summarise a report, or its raw CSV"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print the command line")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, no table")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,17 +59,17 @@ def run(options: argparse.Namespace) -> int:
     command = command_line(tool("ncu"), options)
     check_gpu("ncu")
     report = options.out / f"{options.op}.ncu-rep"
-    code = reported(command, report)
+    code = run_profiler(command, report)
     _summarise(report, options.json)
     return int(code != 0)
 
 
 def command_line(ncu: str, options: argparse.Namespace) -> list[str]:
-    """What profiles the case."""
+    """The command line that profiles the case."""
     launches = [f"--launch-skip={options.skip}"] if options.skip else []
     launches += [f"--launch-count={options.count}"] if options.count else []
-    given = {"shape": options.shape, "dtype": options.dtype, "impl": options.impl}
-    case = [part for name, value in given.items() if value for part in (f"--{name}", value)]
+    selected = {"shape": options.shape, "dtype": options.dtype, "impl": options.impl}
+    case = [part for name, value in selected.items() if value for part in (f"--{name}", value)]
     return [
         ncu,
         f"--set={options.set}",
@@ -86,12 +87,12 @@ def command_line(ncu: str, options: argparse.Namespace) -> list[str]:
 
 
 def export(report: Path) -> str:
-    """The CSV that the summary is read from. Raises InputError if there is none."""
+    """The CSV from which the summary is read. Raises InputError if there is none."""
     if not report.exists():
         raise InputError(f"there is no report {report}")
     if report.suffix != ".ncu-rep":
         return report.read_text(errors="replace")
-    return exported([tool("ncu"), "--import", str(report), "--page", "raw", "--csv"])
+    return run_and_capture([tool("ncu"), "--import", str(report), "--page", "raw", "--csv"])
 
 
 def _summarise(report: Path, as_json: bool) -> None:

@@ -1,10 +1,9 @@
-"""What an ncu report says of each kernel: time, DRAM, tensor cores, occupancy, why warps stall.
+"""Summary of an ncu report: time, DRAM, tensor cores, occupancy and warp stalls of each kernel.
 
-Read from `ncu --import REPORT --page raw --csv`: one column per metric, then a row of units, then a
-row per launch. The format is that of a real export of 2022.3, whose units are spelt "usecond" and
-"Gbyte/second"; the spelling of later versions, "us" and "Gbyte/s", is from excerpts that others
-have published. Metrics of tensor cores have other names on other architectures: the largest of
-those present counts.
+It is read from `ncu --import REPORT --page raw --csv`: a header with one column per metric, a row
+of units, then a row per launch. The format follows a real export of 2022.3, which spells units
+"usecond" and "Gbyte/second"; later versions' "us" and "Gbyte/s" are from published excerpts.
+Metrics of tensor cores have different names on different architectures: the largest one counts.
 """
 
 import re
@@ -35,30 +34,32 @@ TOP_STALLS = 3
 
 
 def summarise(text: str, source: str) -> list[dict]:
-    """Of each launch, in order: kernel, duration_us, dram_gb_s, dram_pct and tensor_pct of their
-    peaks, occupancy_pct and what it could be at most, registers of a thread, and `stalls`.
+    """One dict per launch, in order: kernel, duration_us, dram_gb_s, dram_pct and tensor_pct (of
+    their peaks), occupancy_pct, possible_occupancy_pct, registers (per thread) and stalls.
 
     stalls: reason -> share of the time that a warp spends between two of its instructions, the
-        largest first. None for what was not collected.
+        largest first. Figures that were not collected are None.
 
-    Raises InputError for a text that is no raw page, or lacks the kernel's name or duration.
+    Raises InputError for a text that is no raw page or lacks the kernel's name or duration.
     """
-    found = [t for t in tables(text, source) if t.has("Kernel Name")]
-    if not found:
-        raise InputError(f"{source}: no table of `ncu --import REPORT --page raw --csv`")
-    if found[0].has("Metric Name"):
-        raise InputError(f"{source}: one metric per line: export with --page raw --csv")
-    header = found[0].header
-    units, *launches = found[0].rows or [()]
-    found[0].texts(DURATION)  # complains if it is missing
+    raw = [t for t in tables(text, source) if t.has("Kernel Name")]
+    if not raw:
+        raise InputError(
+            f"{source}: this is not the output of `ncu --import REPORT --page raw --csv`"
+        )
+    if raw[0].has("Metric Name"):
+        raise InputError(f"{source}: the CSV has one metric per line; export with --page raw --csv")
+    header = raw[0].header
+    units, *launches = raw[0].rows or [()]
+    raw[0].texts(DURATION)  # raises if it is missing
     if not launches or units[header.index("Kernel Name")]:
-        raise InputError(f"{source}: no row of units, or no launch behind it")
-    return [_launch(_Row(found[0], units, cells)) for cells in launches]
+        raise InputError(f"{source}: no row of units, or no launch after it")
+    return [_launch(_Row(raw[0], units, cells)) for cells in launches]
 
 
 def display(launches: Sequence[dict], source: str) -> None:
-    """One line per launch."""
-    header = ["kernel", " us", " DRAM GB/s", " of peak", " tensor", " occupancy", " at most"]
+    """Print one line per launch."""
+    header = ["kernel", " us", " DRAM GB/s", " of peak", " tensor", " occupancy", " possible"]
     header += [" registers", "warps wait for (share of their time)"]
     lines = [
         [
@@ -78,16 +79,16 @@ def display(launches: Sequence[dict], source: str) -> None:
 
 
 class _Row:
-    """The figures of one launch by the metrics' names."""
+    """The figures of one launch, by metric."""
 
-    def __init__(self, of: Table, units: Sequence[str], cells: Sequence[str]) -> None:
-        names = list(of.header)
+    def __init__(self, table_: Table, units: Sequence[str], cells: Sequence[str]) -> None:
+        names = list(table_.header)
         self.texts = dict(zip(names, cells, strict=True))
         self.units = dict(zip(names, units, strict=True))
 
     def first(self, names: Sequence[str]) -> float | None:
-        """The first of these metrics that has a number, in seconds or bytes where it has a unit of
-        them."""
+        """The first of these metrics that has a number, converted to seconds or bytes if its unit
+        is one of time or size."""
         for name in names:
             value = number(self.texts.get(name, ""))
             if value is not None:
@@ -96,9 +97,11 @@ class _Row:
         return None
 
     def all(self, pattern: re.Pattern) -> dict[str, float]:
-        """Metrics that match as a whole, by name."""
-        found = {name: number(text) for name, text in self.texts.items() if pattern.fullmatch(name)}
-        return {name: value for name, value in found.items() if value is not None}
+        """The metrics whose whole name matches, by name."""
+        values = {
+            name: number(text) for name, text in self.texts.items() if pattern.fullmatch(name)
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def _launch(row: _Row) -> dict:
@@ -122,11 +125,11 @@ def _launch(row: _Row) -> dict:
 def _stalls(row: _Row) -> dict[str, float]:
     """Shares of the time between two instructions of a warp; "selected" is the issue itself."""
     metrics = row.all(STALL).items()
-    found = {named[1]: value for name, value in metrics if (named := STALL.fullmatch(name))}
-    whole = sum(found.values())
-    ordered = sorted(found.items(), key=lambda of: -of[1])
+    stalls = {match[1]: value for name, value in metrics if (match := STALL.fullmatch(name))}
+    total = sum(stalls.values())
+    ordered = sorted(stalls.items(), key=lambda stall: -stall[1])
     reasons = [(name, value) for name, value in ordered if name != "selected" and value > 0]
-    return {name: value / whole for name, value in reasons[:TOP_STALLS]}
+    return {name: value / total for name, value in reasons[:TOP_STALLS]}
 
 
 def _text(value: float | None, form: str) -> str:

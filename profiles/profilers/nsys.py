@@ -1,7 +1,7 @@
 """`python -m profiles nsys -- CMD ...`: a timeline of a command by Nsight Systems, and its summary.
 
-CMD runs with its spans as NVTX ranges. The report DIR/NAME.nsys-rep is kept for the tool's own
-window; the summary is read from what `nsys stats` exports of it.
+CMD runs with spans as NVTX ranges. The report DIR/NAME.nsys-rep is kept for nsys's own GUI; the
+summary is read from the export of `nsys stats`.
 """
 
 import argparse
@@ -12,12 +12,12 @@ from pathlib import Path
 
 from model.errors import InputError
 from profiles.profilers import nsys_summary
-from profiles.profilers.tools import exported, reported, show, spans_in_nvtx, tool
+from profiles.profilers.tools import run_and_capture, run_profiler, show, spans_in_nvtx, tool
 
 EPILOG = """\
-CPUs are not sampled (--sample=none --cpuctxsw=none): that takes rights and time. Kernels in CUDA
-graphs are traced one by one (--cuda-graph-trace=node), which makes replays slower; --graphs whole
-traces a replay as one piece instead. A span around a replay has all of its kernels.
+CPUs are not sampled (--sample=none --cpuctxsw=none), which would need permissions and time. Kernels
+in CUDA graphs are traced one by one (--cuda-graph-trace=node), which makes replays slower; --graphs
+whole traces a replay as one unit instead. A span around a replay contains all of its kernels.
 
 examples:
   python -m profiles nsys -- python -m bench e2e
@@ -31,19 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("command", nargs="*", metavar="CMD", help="what to profile, after --")
     parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
-    parser.add_argument("--name", default="nsys", help="of the report (default: nsys)")
-    parser.add_argument("--trace", default="cuda,nvtx,cublas", metavar="APIS", help="of nsys")
+    parser.add_argument("--name", default="nsys", help="name of the report (default: nsys)")
+    parser.add_argument(
+        "--trace", default="cuda,nvtx,cublas", metavar="APIS", help="what nsys traces"
+    )
     parser.add_argument(
         "--range",
         choices=("all", "profiler"),
         default="all",
-        help="all of CMD, or from its cudaProfilerStart to cudaProfilerStop (default: all)",
+        help="all of CMD, or from cudaProfilerStart to cudaProfilerStop (default: all)",
     )
     parser.add_argument("--graphs", choices=("node", "whole"), default="node")
-    parser.add_argument("--no-spans", action="store_true", help="no NVTX ranges of ours")
-    parser.add_argument("--summarise", type=Path, metavar="REPORT", help="a report, or its CSV")
-    parser.add_argument("--dry-run", action="store_true", help="print the command line")
-    parser.add_argument("--json", action="store_true", help="no tables; one JSON document")
+    parser.add_argument("--no-spans", action="store_true", help="without our NVTX ranges")
+    parser.add_argument(
+        "--summarise", type=Path, metavar="REPORT", help="only summarise a report, or its CSV"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print the command line")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, no tables")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,13 +65,13 @@ def run(options: argparse.Namespace) -> int:
         print(show(command_line("nsys", options), environment))
         return 0
     command = command_line(tool("nsys"), options)
-    code = reported(command, report, environment)
+    code = run_profiler(command, report, environment)
     _summarise(report, options.json)
     return int(code != 0)
 
 
 def command_line(nsys: str, options: argparse.Namespace) -> list[str]:
-    """What profiles CMD. nsys takes it right after its options: it knows no --."""
+    """The command line that profiles CMD, which follows the options directly: nsys has no --."""
     capture = []
     if options.range == "profiler":
         capture = ["--capture-range=cudaProfilerApi", "--capture-range-end=stop"]
@@ -86,20 +90,20 @@ def command_line(nsys: str, options: argparse.Namespace) -> list[str]:
 
 
 def export(report: Path) -> str:
-    """The CSV that the summary is read from. Raises InputError if there is none."""
+    """The CSV from which the summary is read. Raises InputError if there is none."""
     if not report.exists():
         raise InputError(f"there is no report {report}")
     if report.suffix not in (".nsys-rep", ".sqlite"):
         return report.read_text(errors="replace")
     nsys = tool("nsys")
-    names = reports_known(exported([nsys, "stats", "--help-reports"], fails=True))
-    asked = ["--report", ",".join(names), "--format", "csv"]
-    again = ["--force-export=true"] if report.suffix == ".nsys-rep" else []
-    return exported([nsys, "stats", *asked, *again, str(report)])
+    names = report_names(run_and_capture([nsys, "stats", "--help-reports"], may_fail=True))
+    reports = ["--report", ",".join(names), "--format", "csv"]
+    force = ["--force-export=true"] if report.suffix == ".nsys-rep" else []
+    return run_and_capture([nsys, "stats", *reports, *force, str(report)])
 
 
-def reports_known(help_text: str) -> Sequence[str]:
-    """What this version of nsys calls the reports."""
+def report_names(help_text: str) -> Sequence[str]:
+    """The names of the reports in this version of nsys."""
     offered = set(re.findall(r"^ *(\w+)", help_text, re.MULTILINE))
     return [new if new in offered else old for new, old in nsys_summary.REPORTS.items()]
 

@@ -1,9 +1,9 @@
-"""What an nsys report says of a run: kernels, gaps between them, time by NVTX span.
+"""Summary of an nsys report: kernels, gaps between them, time by NVTX span.
 
-Read from the CSV of `nsys stats`, whose reports have one name up to version 2022 and another since:
-`cuda_gpu_trace`, `nvtx_sum` and `nvtx_gpu_proj_trace`. The formats are those of real exports of
-2022.4; of 2023 and later only headings were at hand, in excerpts that others have published: they
-have a column more (GreenCtx).
+It is read from the CSV of `nsys stats`. Its reports `cuda_gpu_trace`, `nvtx_sum` and
+`nvtx_gpu_proj_trace` had other names up to version 2022. The formats follow real exports of 2022.4;
+for 2023 and later only published excerpts of headings were available: they have one more column
+(GreenCtx).
 """
 
 from collections import defaultdict
@@ -19,30 +19,30 @@ REPORTS = {
     "nvtx_sum": "nvtxsum",
     "nvtx_gpu_proj_trace": "nvtxgpuproj",
 }
-NOT_SEEN = "nsys 2022 sees none of the library nvtx 0.2.13 and later"
+NOT_SEEN = "nsys 2022 does not see ranges of the library nvtx 0.2.13 and later"
 
 
 def summarise(text: str, source: str) -> dict:
-    """The summary of an export, times in microseconds.
+    """The summary of an export; times are in microseconds.
 
     kernels: by name, longest first: instances, total_us, mean_us, share of all kernels' time
-    copies: copies and memsets, likewise
-    gpu: span_us from first to last activity, busy_us of it, gaps (their number, gap_us, gap_share
-        of span_us, largest_gap_us); None without a trace
+    copies: copies and memsets, with the same fields
+    gpu: span_us from first to last activity, busy_us, gaps (their number), gap_us, gap_share (of
+        span_us), largest_gap_us; None without a trace
     spans: by name without its number: instances, host_us, and on a GPU gpu_us (from a range's first
-        activity to its last, gaps included) and gpu_ops
+        activity to its last, including gaps) and gpu_ops
 
-    A span's times include those of spans within. Raises InputError for a text without any of the
-    reports, and for one that lacks a column.
+    A span's times include those of nested spans. Raises InputError for a text without any of the
+    reports, or if a column is missing.
     """
-    found = tables(text, source)
-    traces = [t for t in found if t.has("GrdX", "Strm")]
-    ranges = [t for t in found if t.has("Range", "Style")]
-    projected = [t for t in found if t.has("Projected Start")]
+    reports = tables(text, source)
+    traces = [t for t in reports if t.has("GrdX", "Strm")]
+    ranges = [t for t in reports if t.has("Range", "Style")]
+    projected = [t for t in reports if t.has("Projected Start")]
     if not traces and not ranges and not projected:
         raise InputError(
-            f"{source} has neither GPU activity nor NVTX ranges ({NOT_SEEN}); of a CSV, it must"
-            f" hold {', '.join(REPORTS)} as `nsys stats --format csv` prints them"
+            f"{source} has neither GPU activity nor NVTX ranges ({NOT_SEEN}); a CSV must be"
+            f" `nsys stats --format csv` of {', '.join(REPORTS)}"
         )
     events = [event for trace in traces for event in _events(trace)]
     kernels = [event for event in events if not _is_copy(event)]
@@ -55,7 +55,7 @@ def summarise(text: str, source: str) -> dict:
 
 
 def display(summary: dict, source: str, top: int = 15) -> None:
-    """The summary as tables, `top` lines of each."""
+    """Print the summary as tables of at most `top` lines."""
     for kind in ("kernels", "copies"):
         if summary[kind]:
             header = (kind, " instances", " total us", " mean us", " share")
@@ -70,14 +70,14 @@ def display(summary: dict, source: str, top: int = 15) -> None:
     else:
         print("\nno GPU activity in this report")
     if summary["spans"]:
-        header = ("span, those within included", " instances", " host us", " GPU us", " GPU ops")
+        header = ("span, including nested ones", " instances", " host us", " GPU us", " GPU ops")
         table("time by span", header, [_span_line(row) for row in summary["spans"]])
     else:
         print(f"no NVTX ranges ({NOT_SEEN})")
 
 
 def _events(trace: Table) -> list[tuple[str, float, float]]:
-    """Name, start and end of every activity."""
+    """The name, start and end of every activity."""
     names, starts = trace.texts("Name"), trace.microseconds("Start")
     ends = [a + b for a, b in zip(starts, trace.microseconds("Duration"), strict=True)]
     return list(zip(names, starts, ends, strict=True))
@@ -91,22 +91,22 @@ def _by_name(events: Iterable[tuple[str, float, float]]) -> list[dict]:
     times = defaultdict(list)
     for name, start, end in events:
         times[name].append(end - start)
-    whole = sum(map(sum, times.values()))
+    total = sum(map(sum, times.values()))
     rows = [
         {
             "name": name,
-            "instances": len(of),
-            "total_us": sum(of),
-            "mean_us": sum(of) / len(of),
-            "share": sum(of) / whole if whole else 0.0,
+            "instances": len(durations),
+            "total_us": sum(durations),
+            "mean_us": sum(durations) / len(durations),
+            "share": sum(durations) / total if total else 0.0,
         }
-        for name, of in times.items()
+        for name, durations in times.items()
     ]
     return sorted(rows, key=lambda row: -row["total_us"])
 
 
 def _gaps(events: Iterable[tuple[str, float, float]]) -> dict:
-    """Times in which no stream of the GPU had anything to do."""
+    """Times in which all streams of the GPU were idle."""
     intervals = sorted((start, end) for _, start, end in events)
     first, until = intervals[0]
     gaps = []
@@ -130,7 +130,7 @@ def _spans(ranges: list[Table], projected: list[Table]) -> list[dict]:
 
     def row(name: str) -> dict:
         new = {"instances": 0, "host_us": 0.0, "gpu_us": None, "gpu_ops": None}
-        return rows.setdefault(_own(name), {"name": _own(name)} | new)
+        return rows.setdefault(_span_name(name), {"name": _span_name(name)} | new)
 
     for table_ in ranges:
         columns = table_.texts("Range"), table_.numbers("Instances")
@@ -142,14 +142,14 @@ def _spans(ranges: list[Table], projected: list[Table]) -> list[dict]:
         columns = table_.texts("Name"), table_.numbers("NumGPUOps")
         times = table_.microseconds("Projected Duration")
         for name, operations, time in zip(*columns, times, strict=True):
-            of = row(name)
-            of["gpu_us"] = (of["gpu_us"] or 0.0) + time
-            of["gpu_ops"] = (of["gpu_ops"] or 0) + int(operations)
-    return sorted(rows.values(), key=lambda of: (-(of["gpu_us"] or 0.0), -of["host_us"]))
+            span = row(name)
+            span["gpu_us"] = (span["gpu_us"] or 0.0) + time
+            span["gpu_ops"] = (span["gpu_ops"] or 0) + int(operations)
+    return sorted(rows.values(), key=lambda span: (-(span["gpu_us"] or 0.0), -span["host_us"]))
 
 
-def _own(name: str) -> str:
-    """Of our own ranges the name without domain and number."""
+def _span_name(name: str) -> str:
+    """The name of a range; for our own ranges, without domain and number."""
     domain = f"{DOMAIN}:"
     return family(name.removeprefix(domain)) if name.startswith(domain) else name
 

@@ -1,9 +1,9 @@
 """`python -m profiles proton --op OP`: time of each kernel by Proton, which is in Triton's wheel.
 
-It traces calls that follow each other as fast as they can, where ncu runs each kernel alone. Needs
-a GPU. The file DIR/OP.hatchet is for `proton-viewer`; the table is read from it as that viewer of
-Triton 3.6.0 reads it: a tree of frames with metrics, "time (ns)" and "count" among them. No file
-that a GPU has made has been read yet.
+It traces back-to-back calls, whereas ncu runs each kernel alone. Needs a GPU. The file
+DIR/OP.hatchet is for `proton-viewer`; the table is read from it as Triton 3.6.0's viewer reads it:
+a tree of frames with metrics, among them "time (ns)" and "count". Not yet tested on a file from a
+GPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_case_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
     parser.add_argument("--calls", type=int, default=20, metavar="N", help="(default: 20)")
-    parser.add_argument("--json", action="store_true", help="no table; one JSON document")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, no table")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         from triton import profiler
     except ImportError as error:
-        raise InputError(f"this Triton comes without Proton: {INSTEAD}") from error
+        raise InputError(f"this Triton has no Proton; {INSTEAD}") from error
     name, call = prepared(options, parse_device("cuda"))
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / options.op
@@ -63,15 +63,15 @@ def kernels(path: Path) -> list[dict]:
     """
     try:
         roots = json.loads(path.read_text())
-        found: dict[str, list[float]] = {}
+        by_name: dict[str, list[float]] = {}
         for name, metrics in _leaves(roots[0]):
-            launches, time = found.setdefault(name, [0, 0.0])
-            found[name] = [launches + metrics.get(COUNT, 1), time + metrics[TIME] / 1e3]
+            launches, time = by_name.setdefault(name, [0, 0.0])
+            by_name[name] = [launches + metrics.get(COUNT, 1), time + metrics[TIME] / 1e3]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no tree of Proton's: {error!r}") from error
+        raise InputError(f"{path} is not a tree of Proton's: {error!r}") from error
     rows = [
         {"kernel": name, "launches": launches, "total_us": time, "mean_us": time / launches}
-        for name, (launches, time) in found.items()
+        for name, (launches, time) in by_name.items()
     ]
     return sorted(rows, key=lambda row: -row["total_us"])
 
@@ -90,7 +90,7 @@ def display(rows: list[dict], title: str) -> None:
 
 
 def _leaves(node: dict) -> Iterator[tuple[str, dict]]:
-    """Frames that have a time of their own: kernels."""
+    """The frames that have a time: kernels."""
     if TIME in node.get("metrics", {}):
         yield node["frame"]["name"], node["metrics"]
     for child in node.get("children", []):

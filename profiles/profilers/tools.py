@@ -1,4 +1,4 @@
-"""Running profilers that are programs of their own: whether they are there, what they export."""
+"""Running external profilers (nsys, ncu): finding them, their reports and their exports."""
 
 import os
 import shlex
@@ -14,7 +14,7 @@ import torch
 from kernels.runtime.spans import VARIABLE
 from model.errors import InputError
 
-INSTEAD = "`python -m profiles torch` needs PyTorch alone"
+INSTEAD = "`python -m profiles torch` needs only PyTorch"
 PACKAGES = {"nsys": "Nsight Systems", "ncu": "Nsight Compute"}
 
 
@@ -23,8 +23,8 @@ def tool(name: str) -> str:
     path = shutil.which(name)
     if path is None:
         raise InputError(
-            f"{name} is not on the PATH: install NVIDIA {PACKAGES[name]} (it comes with the CUDA"
-            f" toolkit), or do without: {INSTEAD}"
+            f"{name} is not on the PATH: install NVIDIA {PACKAGES[name]} (part of the CUDA"
+            f" toolkit). Without it, {INSTEAD}"
         )
     return path
 
@@ -32,50 +32,50 @@ def tool(name: str) -> str:
 def check_gpu(name: str) -> None:
     """Raise InputError on a machine without a GPU."""
     if not torch.cuda.is_available():
-        raise InputError(f"{name} needs a GPU, which this machine has not: {INSTEAD}")
+        raise InputError(f"{name} needs a GPU, and this machine has none; {INSTEAD}")
 
 
 def spans_in_nvtx() -> dict[str, str]:
-    """The environment of a child whose spans are NVTX ranges."""
+    """The environment of a child process whose spans are NVTX ranges."""
     if find_spec("nvtx") is None:
-        raise InputError("spans need the package `nvtx`: install it, or leave them out: --no-spans")
+        raise InputError("spans need the package `nvtx`: install it, or use --no-spans")
     return {**os.environ, VARIABLE: "nvtx"}
 
 
 def show(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
-    """A command line as a shell takes it, with what its environment has beyond ours."""
+    """A command line for a shell, with the variable of spans if `environment` sets it."""
     extra = {name: value for name, value in (environment or {}).items() if name == VARIABLE}
     return " ".join([*(f"{name}={value}" for name, value in extra.items()), shlex.join(command)])
 
 
-def watched(command: Sequence[str], environment: dict[str, str] | None = None) -> int:
-    """Run a command whose output is for the person at the terminal; its exit code.
+def run_visibly(command: Sequence[str], environment: dict[str, str] | None = None) -> int:
+    """Run a command with its output on the terminal, and return its exit code.
 
-    Its stdout becomes our stderr, so that ours holds the summary alone.
+    Its stdout goes to our stderr, so that our stdout has only the summary.
     """
     print(show(command, environment), file=sys.stderr, flush=True)
     return subprocess.run(command, env=environment, stdout=sys.stderr.fileno()).returncode
 
 
-def reported(
+def run_profiler(
     command: Sequence[str], report: Path, environment: dict[str, str] | None = None
 ) -> int:
-    """Run a profiler that is to write `report`; its exit code. Raises InputError without one."""
+    """Run a profiler that writes `report`; its exit code. Raises InputError without a report."""
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    code = watched(command, environment)
+    code = run_visibly(command, environment)
     if not report.exists():
-        raise InputError(f"{Path(command[0]).name} wrote no {report}: what it said is above")
+        raise InputError(f"{Path(command[0]).name} did not write {report}; its messages are above")
     print(f"report: {report}", file=sys.stderr)
     return code
 
 
-def exported(command: Sequence[str], fails: bool = False) -> str:
-    """What a command prints. Raises InputError with the last line of its complaint if it fails,
-    unless it `fails` by habit.
+def run_and_capture(command: Sequence[str], may_fail: bool = False) -> str:
+    """The stdout of a command. Raises InputError with the last line of its message if it fails,
+    unless it `may_fail`.
     """
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and not fails:
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing said").splitlines()
-        raise InputError(f"`{shlex.join(command)}` failed: {said[-1]}")
+    if done.returncode and not may_fail:
+        message = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
+        raise InputError(f"`{shlex.join(command)}` failed: {message[-1]}")
     return done.stdout

@@ -1,7 +1,7 @@
-"""`python -m profiles torch`: a trace by PyTorch's own profiler, on any machine, and its summary.
+"""`python -m profiles torch`: a trace by PyTorch's profiler, on any machine, and its summary.
 
-Of one case of an op, or of steps of the engine while rollouts decode over a shared prompt. The file
-is a Chrome trace, which Perfetto and chrome://tracing show.
+It traces one case of an op, or engine steps while rollouts decode over a shared prompt. The file is
+a Chrome trace, for Perfetto or chrome://tracing.
 """
 
 import argparse
@@ -30,9 +30,9 @@ DECODE = {
     "cuda": ("step3-vl-10b", DecodeCase(16, 2048, 128)),
 }
 EPILOG = """\
-The profiler costs a few microseconds per operator: take shares from its times, and times from
-`python -m bench`. Steps of the engine run op by op, so that each op has its kernels; --graphs runs
-them as in production, where all kernels of a replay belong to "execute".
+The profiler costs a few microseconds per operator: use its times for shares, and `python -m bench`
+for times. Engine steps run op by op, so that each op has its kernels; --graphs runs them as in
+production, where all kernels of a replay belong to "execute".
 
 examples:
   python -m profiles torch --out decode.json
@@ -45,22 +45,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     add_case_arguments(parser, required=False)
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the trace goes")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="or calls (default: 3)")
-    parser.add_argument("--preset", help="of the model that decodes (default: tiny; GPU: the 10B)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the trace to write")
+    parser.add_argument(
+        "--steps", type=int, default=3, metavar="N", help="steps, or calls of an op (default: 3)"
+    )
+    parser.add_argument("--preset", help="the model that decodes (default: tiny; on a GPU the 10B)")
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs, as in production")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--summarise", type=Path, metavar="FILE.json", help="a trace made before")
-    parser.add_argument("--json", action="store_true", help="no tables; one JSON document")
+    parser.add_argument(
+        "--summarise", type=Path, metavar="FILE.json", help="only summarise this trace"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document, no tables")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Record and summarise. Raises InputError without a file to write or to read."""
+    """Record and summarise. Raises InputError without a file to write or read."""
     path = options.summarise
     if path is None:
         path = options.out
         if path is None:
-            raise InputError("say where the trace goes: --out FILE.json")
+            raise InputError("no file for the trace: pass --out FILE.json")
         if options.steps < 1:
             raise InputError(f"--steps must be at least 1, not {options.steps}")
         _record(options, parse_device(options.device))
@@ -87,7 +91,7 @@ def _record(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def trace(call: Callable[[], object], calls: int, device: torch.device, path: Path) -> None:
-    """Profile `calls` calls of what is warm then, with spans, and write the trace.
+    """Warm up, profile `calls` calls with spans, and write the trace.
 
     Raises InputError if the file cannot be written.
     """
@@ -113,7 +117,7 @@ def trace(call: Callable[[], object], calls: int, device: torch.device, path: Pa
 def decoding(
     preset: str, case: DecodeCase, steps: int, device: torch.device, graphs: bool
 ) -> Iterator[Callable[[], object]]:
-    """An engine all of whose rollouts decode; yields its step."""
+    """Yields the step of an engine in which all rollouts decode."""
     model = Step3VL.from_preset(preset, device=device, dtype=MAIN_DTYPE[device.type])
     tokens = case.suffix + WARM_UP + steps + 2
     pages = cdiv(case.prefix, PAGE_SIZE) + case.batch * (cdiv(tokens, PAGE_SIZE) + 1)
@@ -121,7 +125,7 @@ def decoding(
     with engine.executor as executor:
         if not graphs:
             executor.graphs.enabled = False
-        prompt = [at % model.config.decoder.vocab_size for at in range(case.prefix)]
+        prompt = [index % model.config.decoder.vocab_size for index in range(case.prefix)]
         group = engine.submit(
             [executor.segment(prompt)],
             0,
@@ -139,4 +143,4 @@ def _read(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}") from error

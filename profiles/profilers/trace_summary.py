@@ -1,8 +1,8 @@
-"""Time by span, and the kernels, of a Chrome trace that PyTorch's profiler wrote.
+"""Summary of a Chrome trace by PyTorch's profiler: time by span, and kernels.
 
-A span's own time is what it has beyond the spans within. On a GPU that is the time of the kernels
-that were launched in it and in no span within: a launch and its kernels share a correlation id. On
-a CPU it is the time on the clock, and operators of PyTorch stand in for kernels.
+A span's own time excludes nested spans. On a GPU it is the time of the kernels launched in the span
+but in no nested one (a launch and its kernels share a correlation id). On a CPU it is wall-clock
+time, and PyTorch's operators take the place of kernels.
 """
 
 from bisect import bisect_right
@@ -17,34 +17,34 @@ from model.terminal import table
 
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-CROSSING = "round"  # spans that nest in nothing
+CROSSING = "round"  # spans that overlap others without nesting
 OUTSIDE = "outside of spans"
 
 
 @dataclass(eq=False)
 class Range:
-    """A span or operator as it happened, in microseconds."""
+    """One execution of a span or operator, in microseconds."""
 
     name: str
     start: float
     end: float
-    within: float = 0.0  # of it in ranges right inside
+    children_us: float = 0.0  # of it in its direct children
     children: list["Range"] = field(default_factory=list)
 
 
 def summarise(trace: dict, source: str) -> dict:
-    """The summary of a trace, times in microseconds, largest first.
+    """The summary of a trace; times are in microseconds, largest first.
 
-    spans: by name without its number: instances, total_us, own_us on the host's clock, gpu_us (own)
-        and share: of all own time, the GPU's if it had anything to do
-    kernels: by name: instances, total_us, share; of a CPU the operators with their own time
+    spans: by name without its number: instances, total_us and own_us (host), gpu_us (own) and share
+        (of all own time; the GPU's if there are kernels)
+    kernels: by name: instances, total_us, share; on a CPU the operators with their own time
     gpu: whether the kernels are a GPU's
 
-    Raises InputError for a file that is no trace.
+    Raises InputError for a file that is not a trace.
     """
     events = trace.get("traceEvents") if isinstance(trace, dict) else None
     if not events:
-        raise InputError(f"{source}: no events: it is no Chrome trace, or an empty one")
+        raise InputError(f"{source}: no events: this is not a Chrome trace, or it is empty")
     events = [event for event in events if event.get("ph") == "X" and "dur" in event]
     threads = _threads(event for event in events if event.get("cat") == "user_annotation")
     kernels = [event for event in events if event.get("cat") in ON_GPU]
@@ -52,14 +52,14 @@ def summarise(trace: dict, source: str) -> dict:
         counted = [(event["name"], event["dur"]) for event in kernels]
     else:
         operators = _threads(event for event in events if event.get("cat") == "cpu_op")
-        every = (one for roots in operators.values() for one in _walk(roots))
-        counted = [(one.name, one.end - one.start - one.within) for one in every]
+        ranges = (range_ for roots in operators.values() for range_ in _walk(roots))
+        counted = [(range_.name, _own_us(range_)) for range_ in ranges]
     spans = _spans(threads, _by_span(threads, events, kernels))
     return {"spans": spans, "kernels": _by_name(counted), "gpu": bool(kernels)}
 
 
 def display(summary: dict, source: str, top: int = 15) -> None:
-    """The summary as two tables."""
+    """Print the summary as two tables."""
     header = ("span", " instances", " host us", " own us", " GPU us", " share")
     lines = [
         [
@@ -71,7 +71,7 @@ def display(summary: dict, source: str, top: int = 15) -> None:
         for row in summary["spans"]
     ]
     table(f"time by span in {source}", header, lines)
-    what = "kernel" if summary["gpu"] else "operator"
+    kind = "kernel" if summary["gpu"] else "operator"
     lines = [
         [
             row["name"][:80],
@@ -81,15 +81,15 @@ def display(summary: dict, source: str, top: int = 15) -> None:
         ]
         for row in summary["kernels"][:top]
     ]
-    table(f"top {what}s", (what, " instances", " us", " share"), lines)
+    table(f"top {kind}s", (kind, " instances", " us", " share"), lines)
 
 
 TIMES = ("total_us", "own_us", "gpu_us")
 
 
 def _threads(events: Iterable[dict]) -> dict[tuple, list[Range]]:
-    """Ranges of every thread as trees: those that lie in no other, in order."""
-    found: dict[tuple, list[Range]] = {}
+    """The ranges of every thread as trees; the roots in order."""
+    threads: dict[tuple, list[Range]] = {}
     ordered = sorted(events, key=lambda e: (str(e["pid"]), str(e["tid"]), e["ts"], -e["dur"]))
     for thread, group in groupby(ordered, key=lambda e: (e["pid"], e["tid"])):
         roots: list[Range] = []
@@ -97,21 +97,25 @@ def _threads(events: Iterable[dict]) -> dict[tuple, list[Range]]:
         for event in group:
             if family(event["name"]) == CROSSING:
                 continue
-            one = Range(event["name"], event["ts"], event["ts"] + event["dur"])
-            while open_ and open_[-1].end <= one.start:
+            range_ = Range(event["name"], event["ts"], event["ts"] + event["dur"])
+            while open_ and open_[-1].end <= range_.start:
                 open_.pop()
             if open_:
-                open_[-1].within += one.end - one.start
-            (open_[-1].children if open_ else roots).append(one)
-            open_.append(one)
-        found[thread] = roots
-    return found
+                open_[-1].children_us += range_.end - range_.start
+            (open_[-1].children if open_ else roots).append(range_)
+            open_.append(range_)
+        threads[thread] = roots
+    return threads
 
 
 def _walk(ranges: Iterable[Range]) -> Iterable[Range]:
-    for one in ranges:
-        yield one
-        yield from _walk(one.children)
+    for range_ in ranges:
+        yield range_
+        yield from _walk(range_.children)
+
+
+def _own_us(range_: Range) -> float:
+    return range_.end - range_.start - range_.children_us
 
 
 def _by_span(
@@ -123,21 +127,21 @@ def _by_span(
         for event in events
         if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
     }
-    found: dict[str, float] = defaultdict(float)
+    times: dict[str, float] = defaultdict(float)
     for kernel in kernels:
         launch = launches.get(kernel.get("args", {}).get("correlation"))
         roots = threads.get((launch["pid"], launch["tid"]), []) if launch else []
-        found[_innermost(roots, launch["ts"]) if launch else OUTSIDE] += kernel["dur"]
-    return found
+        times[_innermost(roots, launch["ts"]) if launch else OUTSIDE] += kernel["dur"]
+    return times
 
 
 def _innermost(ranges: Sequence[Range], time: float) -> str:
     name = OUTSIDE
     while ranges:
-        place = bisect_right(ranges, time, key=lambda one: one.start) - 1
-        if place < 0 or ranges[place].end < time:
+        index = bisect_right(ranges, time, key=lambda range_: range_.start) - 1
+        if index < 0 or ranges[index].end < time:
             break
-        name, ranges = family(ranges[place].name), ranges[place].children
+        name, ranges = family(ranges[index].name), ranges[index].children
     return name
 
 
@@ -148,14 +152,16 @@ def _spans(threads: dict[tuple, list[Range]], gpu: dict[str, float]) -> list[dic
         new = {"instances": 0, "total_us": 0.0, "own_us": 0.0}
         return rows.setdefault(name, {"name": name} | new | {"gpu_us": gpu.get(name)})
 
-    for one in (one for roots in threads.values() for one in _walk(roots)):
-        of = row(family(one.name))
-        of["instances"] += 1
-        of["total_us"] += one.end - one.start
-        of["own_us"] += one.end - one.start - one.within
+    for range_ in (range_ for roots in threads.values() for range_ in _walk(roots)):
+        span = row(family(range_.name))
+        span["instances"] += 1
+        span["total_us"] += range_.end - range_.start
+        span["own_us"] += _own_us(range_)
     for name in gpu:
         row(name)
-    return _with_shares(rows.values(), lambda of: (of["gpu_us"] or 0.0) if gpu else of["own_us"])
+    return _with_shares(
+        rows.values(), lambda span: (span["gpu_us"] or 0.0) if gpu else span["own_us"]
+    )
 
 
 def _by_name(times: Iterable[tuple[str, float]]) -> list[dict]:
@@ -164,10 +170,10 @@ def _by_name(times: Iterable[tuple[str, float]]) -> list[dict]:
         row = rows.setdefault(name, {"name": name, "instances": 0, "total_us": 0.0})
         row["instances"] += 1
         row["total_us"] += time
-    return _with_shares(rows.values(), lambda of: of["total_us"])
+    return _with_shares(rows.values(), lambda row: row["total_us"])
 
 
 def _with_shares(rows: Iterable[dict], time: Callable[[dict], float]) -> list[dict]:
     ordered = sorted(rows, key=time, reverse=True)
-    whole = sum(map(time, ordered))
-    return [row | {"share": time(row) / whole if whole else 0.0} for row in ordered]
+    total = sum(map(time, ordered))
+    return [row | {"share": time(row) / total if total else 0.0} for row in ordered]

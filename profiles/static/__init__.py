@@ -1,1 +1,1 @@
-"""What the compiler made of every kernel: registers, spills, SASS. Needs no GPU."""
+"""Static analysis of compiled kernels: registers, spills, SASS, pipelines. Needs no GPU."""

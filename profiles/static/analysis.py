@@ -1,11 +1,11 @@
-"""Every Triton kernel that the ops launch, compiled ahead of time, without a GPU.
+"""Compiles every Triton kernel that the ops launch, without a GPU, and checks it with a baseline.
 
-The ops' own launchers run on tensors of a CPU; their launches are recorded and compiled for each
-architecture: in the tiles that the committed tables choose, in those that the rules choose, and in
-every candidate that `python -m bench tune` would measure. A row holds the worst figures over the
-launches that share kernel, architecture, dtype and configuration.
+The ops' launchers run on CPU tensors; their launches are recorded and compiled for each
+architecture, with the kernel configs of the committed tables, those of the rules, and every
+candidate that `python -m bench tune` would measure. A row has the worst figures over all launches
+with the same kernel, architecture, dtype and config.
 
-`broken_rules` says what must hold of a row, by itself and against the committed baseline.
+`broken_rules` defines what must hold of a row, alone and compared with the committed baseline.
 """
 
 import ast
@@ -43,7 +43,7 @@ from kernels.runtime.dtypes import dtype_name
 from model.terminal import track
 from profiles.static import loop_stats
 from profiles.static.pipeline import pipelines
-from profiles.static.sass import figures, sass
+from profiles.static.sass import kernel_stats, sass
 from profiles.static.sass_loop import summarise_sass
 
 Row = dict
@@ -64,11 +64,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def _extra(op: str, name: str, **shape: object) -> Case:
-    made = partial(getattr(inputs, f"{op}_inputs"), **shape)
-    return Case(op, name, made, values=0, flops=0)
+    build = partial(getattr(inputs, f"{op}_inputs"), **shape)
+    return Case(op, name, build, values=0, flops=0)
 
 
-# What the op table of a GPU lacks: other heads, forms without a residual, a second result.
+# Cases that a GPU's op table lacks: other heads, no residual, a second result.
 SMOLLM2_HEADS = {"heads": 9, "kv_heads": 3, "head_dim": 64}
 WIDE_HEADS = {"heads": 64, "kv_heads": 1, "head_dim": 256}
 DECODE, PREFILL = (fork(2048, [512] * 16),), (Node(1024, new=512),)
@@ -106,15 +106,15 @@ CASES = [
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One launch in some tiles: what it compiles to, or what went wrong before."""
+class CompiledLaunch:
+    """One launch with one kernel config: its compiled kernel, or why there is none."""
 
     op: str
     arch: int
     kernel: str
     dtype: str
     config: str
-    compiled: CompiledKernel | None = None  # or what has it as its `result()`
+    compiled: CompiledKernel | None = None  # or a future, with `result()`
     failure: str | None = None
 
 
@@ -123,8 +123,8 @@ def sweep(
 ) -> list[Row]:
     """Rows of `ops` (all if empty) on `archs`, in the order of the cases.
 
-    `quick` takes what tables and rules choose in bf16, and no candidates; `mix` adds the
-    instructions by class, of the hot loops too, what each copies ahead, and what to look at.
+    `quick` compiles only the configs of tables and rules in bf16, no candidates. `mix` adds counts
+    of instructions by class (kernel and hot loops), each loop's pipeline, and what to look at.
     """
     sites = [
         (case, dtype, GPUS[arch])
@@ -135,15 +135,15 @@ def sweep(
     ]
     rows: dict[tuple, Row] = {}
     with (
-        _parsed_in_turn(),
+        _parse_one_at_a_time(),
         ThreadPoolExecutor(os.cpu_count()) as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
-        attempts = dict.fromkeys(
-            attempt for site in track(sites, "recording") for attempt in _attempts(*site, quick)
+        launches = dict.fromkeys(
+            launch for site in track(sites, "recording") for launch in _all_configs(*site, quick)
         )
-        for attempt in track(attempts, "compiling"):
-            row = _row(attempt, mix)
+        for launch in track(launches, "compiling"):
+            row = _row(launch, mix)
             key = key_of(row)
             rows[key] = _worse(rows[key], row) if key in rows else row
     return list(rows.values())
@@ -154,13 +154,13 @@ def key_of(row: Row) -> tuple:
 
 
 def broken_rules(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
-    """What is wrong with `rows`, a line for each.
+    """What is wrong with `rows`, one line per problem.
 
-    Every row must compile, fit an SM and be known to the baseline. Against the baseline, no spill
-    is new, wgmma and tma stay, loads stay as wide, as many programs fit an SM, and each hot loop
-    copies as far ahead with as few barriers, waits and instructions; registers may move as long as
-    that holds. Where the baseline is by another Triton, whose registers are allocated otherwise,
-    only wgmma and tma count.
+    Every row must compile, fit an SM and be in the baseline. Compared with the baseline, there must
+    be no new spill, no loss of wgmma or tma, no narrower loads, no fewer programs per SM, and each
+    hot loop must copy as far ahead with no more barriers, waits and instructions. Registers may
+    change. If the baseline is from another Triton, which allocates registers differently, only
+    wgmma and tma count.
     """
     before = {key_of(row): row for row in baseline}
     comparable = same_triton(baseline)
@@ -168,28 +168,28 @@ def broken_rules(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
     for row in rows:
         known = before.get(key_of(row))
         if row["failure"]:
-            found = [row["failure"]]
+            problems = [row["failure"]]
         elif known:
-            found = [*_unfit(row), *_worsened(row, known)]
+            problems = [*_unfit(row), *_worsened(row, known)]
         else:
-            found = list(_unfit(row))
+            problems = list(_unfit(row))
             if comparable:
-                found += [f"{row['spill_bytes']} bytes spilled"] * bool(row["spill_bytes"])
-                found += ["not in the baseline; --update puts it there"]
+                problems += [f"{row['spill_bytes']} bytes spilled"] * bool(row["spill_bytes"])
+                problems += ["not in the baseline; --update adds it"]
         name = f"{row['kernel']}, sm_{row['arch']}, {row['dtype']}, {row['config']}"
-        wrong += [f"{name}: {text}" for text in found]
+        wrong += [f"{name}: {text}" for text in problems]
     return wrong
 
 
 def same_triton(baseline: Sequence[Row]) -> bool:
-    """Whether any row of the baseline was compiled by the Triton that is here."""
+    """Whether any row of the baseline was compiled by the installed Triton."""
     return any(row["triton"] == triton.__version__ for row in baseline)
 
 
 def update(
     baseline: Sequence[Row], rows: Sequence[Row], ops: Sequence[str], archs: Sequence[int]
 ) -> list[Row]:
-    """The baseline with `rows` for all that it had of `ops` (all if empty) on `archs`."""
+    """The baseline, with `rows` instead of its rows of `ops` (all if empty) on `archs`."""
     kept = [row for row in baseline if (ops and row["op"] not in ops) or row["arch"] not in archs]
     good = [row for row in rows if not row["failure"]]
     names = (*KEY, *WORST, *loop_stats.WORST, "op", "triton")
@@ -198,19 +198,19 @@ def update(
 
 
 @contextmanager
-def _parsed_in_turn() -> Iterator[None]:
-    """Let one thread at a time parse a kernel's source.
+def _parse_one_at_a_time() -> Iterator[None]:
+    """Let only one thread at a time parse a kernel's source.
 
-    Python 3.11 may lose count of how deep it is when two do, and then raises SystemError
+    With two, Python 3.11 may lose track of its recursion depth and raise SystemError
     (python/cpython#106905).
     """
     parse, lock = JITFunction.parse, Lock()
 
-    def parse_in_turn(kernel: JITFunction) -> ast.Module:
+    def parse_locked(kernel: JITFunction) -> ast.Module:
         with lock:
             return parse(kernel)
 
-    JITFunction.parse = parse_in_turn
+    JITFunction.parse = parse_locked
     try:
         yield
     finally:
@@ -220,13 +220,13 @@ def _parsed_in_turn() -> Iterator[None]:
 def _unfit(row: Row) -> Iterator[str]:
     limit = GPUS[row["arch"]].shared_bytes
     if row["shared_bytes"] > limit:
-        yield f"{row['shared_bytes']} bytes of shared memory, of {limit} that there are"
+        yield f"{row['shared_bytes']} bytes of shared memory; the GPU has {limit}"
     elif not row["programs_per_sm"]:
-        yield f"no program fits an SM with {row['registers']} registers of each thread"
+        yield f"no program fits an SM with {row['registers']} registers per thread"
 
 
 def _worsened(row: Row, known: Row) -> Iterator[str]:
-    """Figures of `row` that are worse than those `known`, before and after."""
+    """The figures of `row` that are worse than those of `known`, as "name before -> after"."""
     at_least = {"wgmma": known["wgmma"], "tma": known["tma"]}
     same = known["triton"] == row["triton"]
     if same:
@@ -234,43 +234,43 @@ def _worsened(row: Row, known: Row) -> Iterator[str]:
             yield f"spill_bytes {known['spill_bytes']} -> {row['spill_bytes']}"
         at_least |= {name: known[name] or 0 for name in ("min_load_bytes", "programs_per_sm")}
         at_least["wide_loads"] = (known["wide_loads"] or 0) - WIDE_LOADS_SLACK
-    for name, least in at_least.items():
-        if (row[name] or 0) < least:
+    for name, minimum in at_least.items():
+        if (row[name] or 0) < minimum:
             yield f"{name} {known[name]} -> {row[name]}"
     if same:
         yield from loop_stats.worsened(row, known)
 
 
-def _attempts(case: Case, dtype: torch.dtype, gpu: Gpu, quick: bool) -> Iterator[Attempt]:
-    """The case's launches in every choice of tiles, on their way through the compiler."""
+def _all_configs(case: Case, dtype: torch.dtype, gpu: Gpu, quick: bool) -> Iterator[CompiledLaunch]:
+    """The case's launches with every kernel config, submitted to the compiler."""
     with unfilled():
         arguments = case.inputs(0, torch.device("cpu"), dtype)
-    with record_configs() as asked:
-        yield from _launched(case, gpu, arguments)
-    # A GPU without a table gets the rule's tiles.
-    yield from _launched(case, replace(gpu, name="none"), arguments)
+    with record_configs() as lookups:
+        yield from _compile(case, gpu, arguments)
+    # A GPU without a table gets the rule's config.
+    yield from _compile(case, replace(gpu, name="none"), arguments)
     if quick or dtype != DTYPES[0]:
         return
-    for part, key in asked:
-        for tiles in TUNABLES[part].candidates(key, gpu):
-            with use_config(part, **tiles):
-                yield from _launched(case, gpu, arguments, tiles)
+    for part, key in lookups:
+        for config in TUNABLES[part].candidates(key, gpu):
+            with use_config(part, **config):
+                yield from _compile(case, gpu, arguments, config)
 
 
-def _launched(
-    case: Case, gpu: Gpu, arguments: dict, tiles: KernelConfig | None = None
-) -> list[Attempt]:
+def _compile(
+    case: Case, gpu: Gpu, arguments: dict, config: KernelConfig | None = None
+) -> list[CompiledLaunch]:
     try:
         with launches_recorded(gpu) as launches:
             form(case.op, case.form)(arguments)()
-    except ImplError:  # no Triton form yet
+    except ImplError:  # no Triton form
         return []
-    except Exception as error:  # one choice must not hide the others
-        config = f"{case.name} {tune.text(tiles or {})}".strip()
-        return [Attempt(case.op, gpu.arch, case.op, "", config, failure=one_line(error))]
+    except Exception as error:  # one config must not hide the others
+        text = f"{case.name} {tune.text(config or {})}".strip()
+        return [CompiledLaunch(case.op, gpu.arch, case.op, "", text, failure=one_line(error))]
     with compiler(gpu):
         return [
-            Attempt(
+            CompiledLaunch(
                 case.op,
                 gpu.arch,
                 launch.kernel.fn.__name__,
@@ -283,7 +283,7 @@ def _launched(
 
 
 def _dtype(launch: Launch) -> str:
-    """The floating dtypes of a launch's tensors; fp32 and integers only where there is no other."""
+    """The floating dtypes of a launch's tensors; fp32 or "int" only if there is no other."""
     tensors = [
         value for value in (*launch.args, *launch.kwargs.values()) if isinstance(value, Tensor)
     ]
@@ -295,13 +295,13 @@ def _dtype(launch: Launch) -> str:
 
 
 def config_of(launch: Launch) -> str:
-    """What sets a compiled kernel apart, as in "BLOCK=1024 -residual num_warps=8 num_stages=3":
+    """What a kernel is specialised for, such as "BLOCK=1024 -residual num_warps=8 num_stages=3":
     constexprs, absent pointers, options.
     """
-    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.kwargs
+    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.kwargs
     parts = []
     for parameter in launch.kernel.params:
-        value = given.pop(parameter.name, parameter.default)
+        value = values.pop(parameter.name, parameter.default)
         if value is None:
             parts.append(f"-{parameter.name}")
         elif hasattr(value, "_asdict"):  # a NamedTuple of arguments
@@ -311,45 +311,46 @@ def config_of(launch: Launch) -> str:
             value = getattr(value, "value", value)  # of a tl.constexpr
             value = int(value) if isinstance(value, bool) else str(value).replace(" ", "")
             parts.append(f"{parameter.name}={value}")
-    given = {"num_warps": 4, "num_stages": 3} | given
-    options = (f"{name}={value}" for name, value in given.items() if value is not None)
+    values = {"num_warps": 4, "num_stages": 3} | values
+    options = (f"{name}={value}" for name, value in values.items() if value is not None)
     return " ".join([*parts, *options])
 
 
-def _row(attempt: Attempt, mix: bool) -> Row:
+def _row(launch: CompiledLaunch, mix: bool) -> Row:
     row = {
-        "op": attempt.op,
-        "kernel": attempt.kernel,
-        "arch": attempt.arch,
-        "dtype": attempt.dtype,
-        "config": attempt.config,
+        "op": launch.op,
+        "kernel": launch.kernel,
+        "arch": launch.arch,
+        "dtype": launch.dtype,
+        "config": launch.config,
         **dict.fromkeys((*WORST, *loop_stats.WORST)),
-        "bytes_to_cover": loop_stats.bytes_to_cover(attempt.arch),
+        "bytes_to_cover": loop_stats.bytes_to_cover(launch.arch),
         "triton": triton.__version__,
-        "failure": attempt.failure,
+        "failure": launch.failure,
     }
-    if attempt.failure:
+    if launch.failure:
         return row
     try:
-        compiled = attempt.compiled
-        assert compiled is not None  # there was no failure
+        compiled = launch.compiled
+        assert compiled is not None  # as there was no failure
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
-        row |= asdict(figures(compiled, GPUS[attempt.arch]))
-        ahead, found = pipelines(compiled.asm["ttgir"]), summarise_sass(sass(compiled.asm["cubin"]))
-        row |= loop_stats.loop_stats(ahead, found, row["programs_per_sm"])
+        row |= asdict(kernel_stats(compiled, GPUS[launch.arch]))
+        loops = pipelines(compiled.asm["ttgir"])
+        summary = summarise_sass(sass(compiled.asm["cubin"]))
+        row |= loop_stats.loop_stats(loops, summary, row["programs_per_sm"])
         if mix:
-            row["mix"], row["loop"], row["loops"] = found.mix, found.loop, found.loops
-            row["pipelines"] = [asdict(pipeline) for pipeline in ahead]
-            row["look_at"] = "; ".join([*loop_stats.remarks(ahead, found), found.look_at])
+            row["mix"], row["loop"], row["loops"] = summary.mix, summary.loop, summary.loops
+            row["pipelines"] = [asdict(pipeline) for pipeline in loops]
+            row["look_at"] = "; ".join([*loop_stats.remarks(loops, summary), summary.look_at])
     except Exception as error:  # one kernel must not hide the others
         row["failure"] = one_line(error)
     return row
 
 
-def _worse(one: Row, other: Row) -> Row:
-    """Two rows of the same key as one with the worst of their figures."""
-    if one["failure"] or other["failure"]:
-        return one if one["failure"] else other
-    found = {name: [r[name] for r in (one, other) if r[name] is not None] for name in WORST}
-    loops = {name: loop_stats.worse(name, one[name], other[name]) for name in loop_stats.WORST}
-    return one | {name: WORST[name](values) for name, values in found.items() if values} | loops
+def _worse(a: Row, b: Row) -> Row:
+    """Two rows of the same key, merged: the worse of each figure."""
+    if a["failure"] or b["failure"]:
+        return a if a["failure"] else b
+    both = {name: [row[name] for row in (a, b) if row[name] is not None] for name in WORST}
+    loops = {name: loop_stats.worse(name, a[name], b[name]) for name in loop_stats.WORST}
+    return a | {name: WORST[name](values) for name, values in both.items() if values} | loops

@@ -1,7 +1,7 @@
-"""`python -m profiles static`: compile every Triton kernel for sm_80 and sm_90 on any machine, and
-fail if one spills, does not fit or is worse than the committed baseline.
+"""`python -m profiles static`: compile every Triton kernel for sm_80 and sm_90 on any machine.
 
-Figures of loops are lists, loop by loop (`loop_stats`).
+It fails if a kernel spills, does not fit an SM or is worse than the committed baseline. Figures of
+loops are lists with one value per loop (`loop_stats`).
 """
 
 import argparse
@@ -24,59 +24,63 @@ BASELINE = Path(__file__).with_name("baseline.jsonl")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", nargs="+", default=(), metavar="OP", help=f"of {', '.join(OPS)}")
+    parser.add_argument(
+        "--op", nargs="+", default=(), metavar="OP", help=f"only these of: {', '.join(OPS)}"
+    )
     parser.add_argument(
         "--arch", nargs="+", type=int, choices=list(static.GPUS), default=list(static.GPUS)
     )
-    parser.add_argument("--quick", action="store_true", help="only bf16, and no candidates")
+    parser.add_argument("--quick", action="store_true", help="only bf16, without tuning candidates")
     parser.add_argument(
         "--sass",
         action="store_true",
-        help="instructions by class, hot loops with what they copy ahead, and what to look at",
+        help="also instructions by class, hot loops and their pipelines, and what to look at",
     )
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")
     parser.add_argument("--update", action="store_true", help="write the rows to the baseline")
-    parser.add_argument("--json", action="store_true", help="no table; one JSON document")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, no table")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compile, compare with the baseline or replace it; 1 if a row broke a rule."""
+    """Compile, and compare with the baseline or replace it. Returns 1 if a row breaks a rule."""
     check_compiles()
     if options.update and options.quick:
-        raise InputError("--update replaces all rows of an op: leave --quick out")
+        raise InputError(
+            "--update replaces all rows of an op, so it cannot be combined with --quick"
+        )
     for op in options.op:
         if op not in OPS:
-            raise InputError(f"unknown op {op!r}; choose of {', '.join(OPS)}")
+            raise InputError(f"unknown op {op!r}; choose from: {', '.join(OPS)}")
     known = jsonl.read(options.baseline)
-    with redirect_stdout(sys.stderr):  # Triton prints there what ptxas refuses
-        found = static.sweep(options.op, options.arch, quick=options.quick, mix=options.sass)
+    with redirect_stdout(sys.stderr):  # Triton prints the errors of ptxas there
+        compiled = static.sweep(options.op, options.arch, quick=options.quick, mix=options.sass)
     if options.update:
-        known = static.update(known, found, options.op, options.arch)
+        known = static.update(known, compiled, options.op, options.arch)
         options.baseline.unlink(missing_ok=True)
         jsonl.append(options.baseline, known)
-    wrong = static.broken_rules(found, known)
+    wrong = static.broken_rules(compiled, known)
     if options.json:
-        print(json.dumps({"rows": found, "broken_rules": wrong}))
+        print(json.dumps({"rows": compiled, "broken_rules": wrong}))
         return int(bool(wrong))
-    _show(found)
+    _show(compiled)
     if options.sass:
-        _show_sass(found)
+        _show_sass(compiled)
     for text in wrong:
         print(f"BROKEN: {text}")
     if not static.same_triton(known):
         versions = ", ".join(sorted({row["triton"] for row in known})) or "no version"
         print(
-            f"the baseline is of Triton {versions}: by {triton.__version__}, all must compile, fit"
-            " an SM, and keep wgmma and TMA; spills, loads and loops are not compared"
+            f"the baseline is of Triton {versions}; with {triton.__version__} kernels must compile,"
+            " fit an SM and keep wgmma and TMA; spills, loads and loops are not compared"
         )
-    spilling = sum(bool(row["spill_bytes"]) for row in found)
-    print(f"{len(found)} kernels compiled, {spilling} of them spill, {len(wrong)} broken rules")
+    spilling = sum(bool(row["spill_bytes"]) for row in compiled)
+    print(f"{len(compiled)} kernels compiled, {spilling} of them spill, {len(wrong)} broken rules")
     return int(bool(wrong))
 
 
-def _show(found: list[dict]) -> None:
-    header = ["op", "kernel", "sm", "dtype", "configuration", " registers", " spill B", " shared B"]
-    header += [" programs/SM", "wgmma", "tma", " load B", " by 16 B"]
+def _show(rows: list[dict]) -> None:
+    header = ["op", "kernel", "sm", "dtype", "config", " registers", " spill B", " shared B"]
+    header += [" programs/SM", "wgmma", "tma", " load B", " 16 B loads"]
     header += ["buffers", "wait", "KB in flight", "barriers", "instructions/block"]
     figures = ("registers", "spill_bytes", "shared_bytes", "programs_per_sm")
     lines = [
@@ -91,40 +95,42 @@ def _show(found: list[dict]) -> None:
             "yes" * bool(row["tma"]),
             str(row["min_load_bytes"] or ""),
             "" if row["wide_loads"] is None else f"{row['wide_loads']:.0%}",
-            *(_each(row[name]) for name in ("buffers", "async_wait")),
-            _each(row["bytes_in_flight"], lambda size: f"{size / 1e3:.0f}"),
-            *(_each(row[name]) for name in ("barriers", "instructions_per_block")),
+            *(_values(row[name]) for name in ("buffers", "async_wait")),
+            _values(row["bytes_in_flight"], lambda size: f"{size / 1e3:.0f}"),
+            *(_values(row[name]) for name in ("barriers", "instructions_per_block")),
         ]
-        for row in found
+        for row in rows
     ]
     show.table(f"kernels, compiled by Triton {triton.__version__}", header, lines)
-    for arch in {row["arch"]: None for row in found}:
-        for gpu, (least, most) in loop_stats.bytes_to_cover(arch).items():
-            print(f"an SM of an {gpu} needs {least / 1e3:.0f} to {most / 1e3:.0f} KB in flight")
+    for arch in {row["arch"]: None for row in rows}:
+        for gpu, (low, high) in loop_stats.bytes_to_cover(arch).items():
+            print(f"an SM of an {gpu} needs {low / 1e3:.0f} to {high / 1e3:.0f} KB in flight")
 
 
-def _show_sass(found: list[dict]) -> None:
-    """A paragraph per kernel: its text and its loops by class, and what to look at."""
-    for row in found:
+def _show_sass(rows: list[dict]) -> None:
+    """Print a paragraph per kernel: instructions by class, its loops, and what to look at."""
+    for row in rows:
         if "mix" in row:
             print(f"\n{row['kernel']}, sm_{row['arch']}, {row['dtype']}, {row['config']}")
             print(f"  all      {_mix(row['mix'])}")
             for loop in row["loops"]:
                 print(f"  loop     {_mix(loop)}")
             for pipeline in row["pipelines"]:
-                print(f"  copies   {_ahead(pipeline, row['programs_per_sm'])}")
+                print(f"  copies   {_pipeline_text(pipeline, row['programs_per_sm'])}")
             print(f"  look at  {row['look_at']}")
 
 
-def _each(figure: list | None, text: Callable[[int], str] = str) -> str:
+def _values(figure: list | None, text: Callable[[int], str] = str) -> str:
     return " ".join("-" if value is None else text(value) for value in figure or ())
 
 
-def _ahead(pipeline: dict, programs: int) -> str:
-    """What one loop copies ahead, operand by operand."""
+def _pipeline_text(pipeline: dict, programs: int) -> str:
+    """What one loop copies ahead, per operand."""
     if not pipeline["buffers"]:
-        return "nothing by copies" if pipeline["buffers"] is not None else "not known"
-    buffers = f"buffers {_each(pipeline['buffers'])}, async_wait {_each([pipeline['async_wait']])}"
+        return "none" if pipeline["buffers"] is not None else "unknown"
+    buffers = (
+        f"buffers {_values(pipeline['buffers'])}, async_wait {_values([pipeline['async_wait']])}"
+    )
     return f"{buffers}, {pipeline['bytes_ahead']:,} B x {programs} programs per SM"
 
 

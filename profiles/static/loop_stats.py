@@ -1,8 +1,8 @@
-"""What a kernel's hot loops copy ahead and what a trip costs: each figure a list, loop by loop.
+"""Figures of a kernel's hot loops: how far they copy ahead and what an iteration costs.
 
-TTGIR and SASS each give their loops in the order of the text (`sass_loop.hot_loops`). None stands
-for what is not known or has no meaning there: an `async_wait` where nothing is copied that way, a
-figure of a kernel without loops.
+Each figure is a list with one value per loop, in the order of the code, in which TTGIR and SASS
+both give their loops (`sass_loop.hot_loops`). None means unknown or not applicable: an `async_wait`
+where nothing is copied asynchronously, a figure of a kernel without loops.
 """
 
 from collections import defaultdict
@@ -15,46 +15,46 @@ from profiles.static.pipeline import Pipeline
 from profiles.static.sass_loop import SassSummary
 
 Figure = list[int | None] | None
-# The worse of two, which is also where the baseline lets no figure of GUARDED go.
+# The worse of two values; figures of GUARDED must not become worse than in the baseline.
 WORST: dict[str, Callable] = {
-    "buffers": min,  # of the operand with fewest; 0: nothing is copied ahead
+    "buffers": min,  # of the operand with the fewest; 0: nothing is copied ahead
     "async_wait": min,  # 0: a copy is awaited as soon as it is issued
-    "bytes_in_flight": min,  # of an SM's programs while they compute
+    "bytes_in_flight": min,  # of all programs of an SM, while they compute
     "barriers": max,
-    "instructions_per_block": max,  # of a trip
-    "f2f": max,  # conversions on a slow pipe; packed ones (F2FP) are not
+    "instructions_per_block": max,  # of one iteration
+    "f2f": max,  # conversions on a slow pipe; packed conversions (F2FP) are not
     "narrow_shared_loads": max,  # of 1 or 2 bytes
-    "wgmma_waits": max,  # until no product is left
+    "wgmma_waits": max,  # until all products have ended
 }
-SASS = {  # of these, what SASS counts
+SASS = {  # the figures that are counts of SASS instructions
     "barriers": "barrier",
     "f2f": "F2F",
     "narrow_shared_loads": "shared load 1, 2",
     "wgmma_waits": "wgmma wait",
 }
 GUARDED = ("async_wait", "buffers", "barriers", "instructions_per_block", "f2f", "wgmma_waits")
-# With the same Triton only the kernel's source moves instructions: address arithmetic that is
-# written differently by a few in hundreds, the predicates of one more copy by 8 %, masks by 35 %.
+# With the same Triton, only the kernel's source changes the number of instructions: rewritten
+# address arithmetic by a few in hundreds, the predicates of one more copy by 8 %, masks by 35 %.
 INSTRUCTIONS_SLACK = 0.05
 
-# Little's law: an SM's share of the bandwidth times the latency is what it must have on its way.
-# The least is for a copy's bandwidth and the shorter latency, the most for the data sheet's and the
-# longer. Latency of loaded HBM, in seconds: assumed, until it is measured.
+# Little's law: an SM must have (its share of the bandwidth) x latency bytes in flight. The lower
+# bound uses copy bandwidth and the shorter latency, the upper the data sheet's bandwidth and the
+# longer. Latency of HBM under load, in seconds: assumed until measured.
 LATENCY = 0.8e-6, 1.0e-6
 SMS = {80: {"a100": A100.sms}, 90: {"h100": 132, "h200": H200.sms}}  # by architecture
 
 
 def bytes_to_cover(arch: int) -> dict[str, tuple[int, int]]:
-    """Least and most bytes that an SM must have on their way, for each GPU of `arch`."""
-    found = {}
+    """Lower and upper bound of the bytes that an SM must have in flight, for each GPU of `arch`."""
+    bounds = {}
     for name, sms in SMS[arch].items():
         share = MACHINES[name].copy_gb_s * 1e9 / sms
-        found[name] = round(share * LATENCY[0]), round(share / COPY_SHARE * LATENCY[1])
-    return found
+        bounds[name] = round(share * LATENCY[0]), round(share / COPY_SHARE * LATENCY[1])
+    return bounds
 
 
 def loop_stats(
-    pipelines: Sequence[Pipeline], found: SassSummary, programs_per_sm: int
+    pipelines: Sequence[Pipeline], summary: SassSummary, programs_per_sm: int
 ) -> dict[str, Figure]:
     """The figures of WORST of one kernel."""
     ahead = [pipeline.bytes_ahead for pipeline in pipelines]
@@ -65,38 +65,38 @@ def loop_stats(
         ],
         "async_wait": [pipeline.async_wait for pipeline in pipelines],
         "bytes_in_flight": [None if size is None else size * programs_per_sm for size in ahead],
-        "instructions_per_block": [sum(mix.values()) for mix in found.loops],
+        "instructions_per_block": [sum(mix.values()) for mix in summary.loops],
     }
     for name, kind in SASS.items():
-        figures[name] = [mix.get(kind, 0) for mix in found.loops]
+        figures[name] = [mix.get(kind, 0) for mix in summary.loops]
     return {name: figures[name] or None for name in WORST}
 
 
-def remarks(pipelines: Sequence[Pipeline], found: SassSummary) -> list[str]:
-    """What is amiss in the loops' pipelines, and in which (from 1, in the order of the text)."""
-    mixes = found.loops if len(found.loops) == len(pipelines) else [{}] * len(pipelines)
+def remarks(pipelines: Sequence[Pipeline], summary: SassSummary) -> list[str]:
+    """Problems of the loops' pipelines, and in which loops (from 1, in the order of the code)."""
+    mixes = summary.loops if len(summary.loops) == len(pipelines) else [{}] * len(pipelines)
     loops = defaultdict(list)
-    for at, (pipeline, mix) in enumerate(zip(pipelines, mixes, strict=True), 1):
-        amiss = {
+    for number, (pipeline, mix) in enumerate(zip(pipelines, mixes, strict=True), 1):
+        problems = {
             "copies awaited as soon as they are issued": pipeline.async_wait == 0,
             "a scalar takes a stage of the pipeline": pipeline.scalar_copies > 0,
             "copies of 4 bytes": mix.get("copy 4", 0) > pipeline.scalar_copies,
             "scalar loads": pipeline.buffers and pipeline.scalar_loads,
         }
-        for text in filter(amiss.get, amiss):
-            loops[text].append(at)
+        for text in filter(problems.get, problems):
+            loops[text].append(number)
     return [f"{text} in loop {', '.join(map(str, where))}" for text, where in loops.items()]
 
 
-def worse(name: str, one: Figure, other: Figure) -> Figure:
-    """Loop by loop the worse of two launches' figures."""
-    if one is None or other is None:
-        return one or other
-    return [_worst(name, pair) for pair in zip_longest(one, other)]
+def worse(name: str, a: Figure, b: Figure) -> Figure:
+    """The worse of two launches' figures, for each loop."""
+    if a is None or b is None:
+        return a or b
+    return [_worst(name, pair) for pair in zip_longest(a, b)]
 
 
 def worsened(row: dict, known: dict) -> Iterator[str]:
-    """The guarded figures of `row` that are worse than those `known`, before and after."""
+    """The guarded figures of `row` that are worse than in `known`, as "name before -> after"."""
     for name in GUARDED:
         before, now = known.get(name), row[name]
         if before is not None and _worsened(name, before, now):
@@ -105,7 +105,7 @@ def worsened(row: dict, known: dict) -> Iterator[str]:
 
 def _worsened(name: str, before: Sequence, now: Figure) -> bool:
     now = now or [None]
-    if len(before) != len(now):  # other loops than before: hold the worst against the worst
+    if len(before) != len(now):  # other loops than before: compare the worst
         before, now = ([_worst(name, figure)] for figure in (before, now))
     return any(_is_worse(name, *pair) for pair in zip(before, now, strict=True))
 

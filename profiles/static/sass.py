@@ -1,8 +1,8 @@
-"""What the compiler made of a kernel: registers, spills, shared memory, occupancy, load widths.
+"""Statistics of a compiled kernel: registers, spills, shared memory, occupancy, load widths.
 
 Registers and the stack come from the cubin (cuobjdump); loads, wgmma and tma from PTX, whose
-accesses ptxas neither widens nor narrows; shared memory from Triton's metadata. `sass` is
-the machine's own text (nvdisasm), `count_mix` its classes.
+accesses ptxas neither widens nor narrows; shared memory from Triton's metadata. `sass` returns the
+machine code (nvdisasm), and `count_mix` counts its instructions by class.
 """
 
 import re
@@ -17,39 +17,39 @@ from triton.compiler import CompiledKernel
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.configs import Gpu
 
-# Of an SM, sm_80 and sm_90 alike. Registers are given to a warp in units of 256 and lie in four
-# partitions, each with a quarter of the warps.
+# An SM of sm_80 or sm_90. Registers are allocated per warp in units of 256, from four partitions
+# that each hold a quarter of the warps.
 REGISTERS_PARTITION, REGISTER_UNIT, PARTITIONS = 16384, 256, 4
 MAX_WARPS, MAX_PROGRAMS = 64, 32
 SHARED_UNIT, SHARED_RESERVED = 128, 1024
 
-# What loads up to a width must carry of a thread's bytes for that width to be the narrowest.
+# The share of a thread's bytes that loads up to a width must carry for that width to matter.
 BULK_SHARE = 0.1
-WIDE = 16  # bytes; one instruction of a warp then asks for 512
+WIDE = 16  # bytes; one instruction of a warp then loads 512
 SCALAR_BYTES = {"i1": 1, "i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8}
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of one compiled kernel."""
+class KernelStats:
+    """Statistics of one compiled kernel."""
 
-    registers: int  # of a thread
-    spill_bytes: int  # of a thread: its stack frame, which only spills (or local arrays) need
+    registers: int  # per thread
+    spill_bytes: int  # per thread: its stack frame, which only spills (or local arrays) need
     shared_bytes: int
     programs_per_sm: int
-    wgmma: bool  # matrix products by warp groups (sm_90)
+    wgmma: bool  # warpgroup matrix products (sm_90)
     tma: bool  # bulk tensor copies (sm_90)
-    min_load_bytes: int | None  # of the narrowest loads that matter; None without loads
-    wide_loads: float | None  # the part of the loaded bytes that comes by 16 bytes or more
+    min_load_bytes: int | None  # width of the narrowest loads that matter; None without loads
+    wide_loads: float | None  # the share of loaded bytes that loads of 16 bytes or more carry
 
 
-def figures(kernel: CompiledKernel, gpu: Gpu) -> Figures:
-    """The figures of `kernel`, compiled for `gpu`'s architecture."""
+def kernel_stats(kernel: CompiledKernel, gpu: Gpu) -> KernelStats:
+    """The statistics of `kernel`, compiled for `gpu`'s architecture."""
     used = resource_usage(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
     loads = load_bytes(ptx, kernel.asm["ttgir"])
     shared = kernel.metadata.shared
-    return Figures(
+    return KernelStats(
         registers=used["REG"],
         spill_bytes=used["STACK"] + used["LOCAL"],
         shared_bytes=shared,
@@ -62,44 +62,44 @@ def figures(kernel: CompiledKernel, gpu: Gpu) -> Figures:
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL and more, in bytes, as cuobjdump finds them."""
+    """REG, STACK, SHARED, LOCAL and more, as cuobjdump reports them; sizes in bytes."""
     text = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
     return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", text)}
 
 
 def programs_per_sm(registers: int, shared_bytes: int, num_warps: int, gpu: Gpu) -> int:
-    """How many programs of a kernel an SM holds at once; 0 if not even one fits."""
-    of_warp = cdiv(max(registers, 1) * 32, REGISTER_UNIT) * REGISTER_UNIT
-    by_registers = REGISTERS_PARTITION // of_warp * PARTITIONS // num_warps
-    of_program = cdiv(shared_bytes, SHARED_UNIT) * SHARED_UNIT + SHARED_RESERVED
-    by_shared = gpu.shared_bytes_sm // of_program
+    """The number of a kernel's programs that fit on an SM at once; 0 if none fits."""
+    warp_registers = cdiv(max(registers, 1) * 32, REGISTER_UNIT) * REGISTER_UNIT
+    by_registers = REGISTERS_PARTITION // warp_registers * PARTITIONS // num_warps
+    program_bytes = cdiv(shared_bytes, SHARED_UNIT) * SHARED_UNIT + SHARED_RESERVED
+    by_shared = gpu.shared_bytes_sm // program_bytes
     return min(by_registers, by_shared, MAX_WARPS // num_warps, MAX_PROGRAMS)
 
 
 def load_bytes(ptx: str, ttgir: str) -> dict[int, int]:
-    """Bytes that a thread's program text loads from tensors, by the loads' width in bytes.
+    """Bytes that a thread's code loads from tensors, by the width of the loads in bytes.
 
     Each instruction counts once, in a loop or not. Copies to shared memory (cp.async) count. Bulk
-    tensor copies do not: their width is the hardware's affair. Nor do scalars (lengths, page
-    numbers), which every thread of a program loads from one address: Triton's own code tells them.
+    tensor copies do not: the hardware chooses their width. Neither do scalars (lengths, page
+    numbers), which all threads load from one address; TTGIR shows which loads those are.
     """
-    found: Counter[int] = Counter()
+    carried: Counter[int] = Counter()
     for vector, bits in re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
         width = int(vector or 1) * int(bits) // 8
-        found[width] += width
+        carried[width] += width
     for width in re.findall(r"\bcp\.async\.c[ag]\.[^;]*?\],\s*\[[^]]*\],\s*(0x\w+|\d+)", ptx):
-        found[int(width, 0)] += int(width, 0)
+        carried[int(width, 0)] += int(width, 0)
     for kind in re.findall(r"\btt\.load .*: !tt\.ptr<(\w+)>", ttgir):
         width = SCALAR_BYTES.get(kind, 1)
-        found[width] -= width
-    return {width: carried for width, carried in sorted(found.items()) if carried > 0}
+        carried[width] -= width
+    return {width: size for width, size in sorted(carried.items()) if size > 0}
 
 
 def min_load_bytes(loads: dict[int, int]) -> int | None:
     """The width of the narrowest loads that matter; None without loads.
 
-    Loads up to a width matter if they carry BULK_SHARE of the bytes: the few narrow ones beside a
-    tensor's wide ones do not, a tensor whose wide loads fall apart does.
+    Loads up to a width matter if they carry BULK_SHARE of the bytes. A few narrow loads among wide
+    ones do not; a tensor whose wide loads were split up does.
     """
     total, below = sum(loads.values()), 0
     for width, carried in sorted(loads.items()):
@@ -110,7 +110,7 @@ def min_load_bytes(loads: dict[int, int]) -> int | None:
 
 
 def wide_loads(loads: dict[int, int]) -> float | None:
-    """The part of the bytes that loads of at least WIDE bytes carry; None without loads."""
+    """The share of bytes that loads of at least WIDE bytes carry; None without loads."""
     total = sum(loads.values())
     wide = sum(carried for width, carried in loads.items() if width >= WIDE)
     return round(wide / total, 2) if total else None
@@ -137,18 +137,18 @@ MIX = {
     "shuffle": "SHFL",
     "barrier": r"BAR\b",
     "F2F": r"F2F\b",
-    "wgmma wait": r"WARPGROUP\.DEPBAR\S* gsb0, 0x0",  # until none is left
+    "wgmma wait": r"WARPGROUP\.DEPBAR\S* gsb0, 0x0",  # until no product is pending
     "copy wait": r"DEPBAR",
 }
 
 
 def sass(cubin: bytes) -> str:
-    """The instructions, with the labels that they branch to."""
+    """The instructions of a cubin, with their branch labels."""
     return _output(knobs.nvidia.nvdisasm.path, "-c", cubin)
 
 
 def count_mix(instructions: list[str]) -> dict[str, int]:
-    """Of instruction names such as "LDG.E.128", those of each class: the first that fits a name."""
+    """Count instruction names such as "LDG.E.128" by class: the first class that matches a name."""
     counts = Counter(
         next((name for name, pattern in MIX.items() if re.match(pattern, instruction)), "other")
         for instruction in instructions
@@ -157,7 +157,7 @@ def count_mix(instructions: list[str]) -> dict[str, int]:
 
 
 def _output(tool: str, option: str, cubin: bytes) -> str:
-    """What one of the CUDA tools says of a cubin."""
+    """The output of one of the CUDA tools for a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

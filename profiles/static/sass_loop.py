@@ -1,9 +1,9 @@
-"""The loop that a kernel spends its time in, as its SASS shows it, and what to look at there.
+"""The hot loops of a kernel's SASS: instructions by class, and what to look at first.
 
-A branch back to an earlier label closes a loop. (Waits for barriers spin after the kernel's end and
-branch back from there: those close none.) Which loops are hot cannot be known from text: taken are
-the innermost with matrix products, else the one that loads most. The hottest has most wgmma, else
-mma, else bytes. Loops that the compiler unrolled are straight lines.
+A branch back to an earlier label closes a loop. (Barrier waits spin after the kernel's end and
+branch back from there; those are not loops.) Code does not show which loops are hot, so we take the
+innermost loops with matrix products, or else the loop that loads most. The hottest has the most
+wgmma, then mma, then bytes. Loops that the compiler unrolled are straight-line code.
 """
 
 import re
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from profiles.static.sass import BULK_SHARE, MIX, WIDE, count_mix
 
-# Name (of a wait for wgmma with what it waits for) and target.
+# Instruction name (for a wgmma wait, with its operands) and branch target.
 INSTRUCTION = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?"
     r"([A-Z][\w.]*(?: gsb0, \w+)?)[^;]*?(?:`\((\.L\w+)\))?\s*;",
@@ -23,69 +23,71 @@ LABEL = re.compile(r"^(\.L\w+):", re.MULTILINE)
 PRODUCTS = ("wgmma", "mma")
 PRODUCT = re.compile("|".join(MIX[name] for name in PRODUCTS))
 BYTES = {"load 16": 16, "copy 16": 16, "load 8": 8, "copy 8": 8, "load 4": 4, "copy 4": 4}
-BYTES |= {"load 1, 2": 2}  # that a thread loads by an instruction of a class; TMA's are its own
+BYTES |= {"load 1, 2": 2}  # per thread and instruction of a class; without TMA
 Span = tuple[int, int]  # first and last line or instruction
 
 
 @dataclass(frozen=True)
 class SassSummary:
-    """What a kernel's text holds, by the classes of `profiles.static.sass.MIX`."""
+    """A kernel's instructions, by the classes of `profiles.static.sass.MIX`."""
 
     instructions: int
     mix: dict[str, int]
-    loops: list[dict[str, int]]  # the hot ones, in the order of the text
+    loops: list[dict[str, int]]  # the hot loops, in the order of the code
 
     @property
     def loop(self) -> dict[str, int] | None:
-        """The hottest; None without one."""
+        """The hottest loop; None without loops."""
         return max(self.loops, key=_heat, default=None)
 
     @property
     def look_at(self) -> str:
-        """The first thing that a reader of the SASS should look at."""
-        where, mix = ("the loop", self.loop) if self.loop else ("straight text", self.mix)
+        """The first thing to look at in the SASS."""
+        where, mix = ("the loop", self.loop) if self.loop else ("straight-line code", self.mix)
         loads, products = _loads(mix), sum(mix.get(name, 0) for name in PRODUCTS)
         narrow = sum(BYTES[name] * count for name, count in loads.items() if BYTES[name] < WIDE)
         size = sum(mix.values())
         if self.mix.get("spill"):
             return f"{mix.get('spill', 0)} of {self.mix['spill']} spills are in {where}"
         if narrow > BULK_SHARE * _bytes(mix):
-            found = ", ".join(f"{count} {name}" for name, count in loads.items())
-            return f"narrow loads in {where}: {found}"
+            text = ", ".join(f"{count} {name}" for name, count in loads.items())
+            return f"narrow loads in {where}: {text}"
         if products:
-            rest = f"{(size - products) / products:.0f} other instructions per product in {where}"
-            return f"{rest}, {mix.get('MUFU', 0)} MUFU, {mix.get('barrier', 0)} barriers"
+            others = f"{(size - products) / products:.0f} other instructions per product in {where}"
+            return f"{others}, {mix.get('MUFU', 0)} MUFU, {mix.get('barrier', 0)} barriers"
         return f"{sum(loads.values())} loads among {size} instructions of {where}: all in flight?"
 
 
 def summarise_sass(sass: str) -> SassSummary:
-    """Of one kernel's SASS, as `nvdisasm -c` prints it."""
-    found = list(INSTRUCTION.finditer(sass))
-    names = [match[1] for match in found]
-    products = [at for at, name in enumerate(names) if PRODUCT.match(name)]
+    """The summary of one kernel's SASS, as `nvdisasm -c` prints it."""
+    matches = list(INSTRUCTION.finditer(sass))
+    names = [match[1] for match in matches]
+    products = [index for index, name in enumerate(names) if PRODUCT.match(name)]
 
     def mix(loop: Span) -> dict[str, int]:
         return count_mix(names[loop[0] : loop[1] + 1])
 
-    hot = hot_loops(_loops(sass, found), products, lambda loop: _bytes(mix(loop)))
+    hot = hot_loops(_loops(sass, matches), products, lambda loop: _bytes(mix(loop)))
     return SassSummary(len(names), count_mix(names), [mix(loop) for loop in hot])
 
 
 def hot_loops(
     loops: Sequence[Span], products: Sequence[int], loaded: Callable[[Span], int]
 ) -> list[Span]:
-    """Of a text's `loops` the innermost with `products` (lines), in the order of the text.
+    """The innermost of `loops` that contain `products` (lines), in the order of the code.
 
-    If no loop has one: of the innermost loops the first that has most bytes `loaded`.
+    If no loop contains one: the innermost loop with the most bytes `loaded` (the first, if equal).
     """
-    busy = [loop for loop in loops if any(loop[0] <= at <= loop[1] for at in products)]
-    outer = busy or loops
-    inner = sorted(loop for loop in outer if not any(_inside(other, loop) for other in outer))
-    return inner if busy else sorted(inner, key=loaded, reverse=True)[:1]
+    with_products = [loop for loop in loops if any(loop[0] <= line <= loop[1] for line in products)]
+    candidates = with_products or loops
+    inner = sorted(
+        loop for loop in candidates if not any(_inside(other, loop) for other in candidates)
+    )
+    return inner if with_products else sorted(inner, key=loaded, reverse=True)[:1]
 
 
 def _loops(sass: str, instructions: Sequence[re.Match]) -> list[Span]:
-    """First and last instruction of every loop; the trap behind a kernel's end is none."""
+    """First and last instruction of every loop, without the trap after a kernel's end."""
     starts = [match.start() for match in instructions]
     labels = {label[1]: bisect_left(starts, label.start()) for label in LABEL.finditer(sass)}
     back = {

@@ -203,7 +203,7 @@ def test_a_pack_that_does_not_fit_costs_no_visit(measuring, monkeypatch, tmp_pat
     path.write_text("no pack")
     arguments = {"kernels": str(path)}
     probe = Task("probe", "silu_mul", "probe", None, ("portable",), arguments=arguments)
-    assert "is no file of `profiles kernels pack`" in measuring.carry_out(probe)[0]["failure"]
+    assert "is not a file of `profiles kernels pack`" in measuring.carry_out(probe)[0]["failure"]
     for warning in ("old", None):
 
         def unpack(path: object, warning: str | None = warning) -> tuple[int, int]:

@@ -85,13 +85,16 @@ def test_selected_is_no_reason_to_wait():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (RAW.replace("gpu__time_duration.sum", "time"), "no column 'gpu__time_duration.sum' among"),
-        (RAW.replace("Kernel Name", "Kernel"), "no table of `ncu --import REPORT --page raw"),
-        ("==ERROR== nothing", "no table of `ncu --import REPORT --page raw"),
+        (
+            RAW.replace("gpu__time_duration.sum", "time"),
+            "no column 'gpu__time_duration.sum'; there are",
+        ),
+        (RAW.replace("Kernel Name", "Kernel"), "not the output of `ncu --import REPORT --page raw"),
+        ("==ERROR== nothing", "not the output of `ncu --import REPORT --page raw"),
         ("\n".join(RAW.splitlines()[:2]), "no row of units, or no launch"),
         ("\n".join(RAW.splitlines()[:1]), "no row of units, or no launch"),
         ("\n".join([RAW.splitlines()[0], RAW.splitlines()[2]]), "no row of units, or no launch"),
-        ('"ID","Kernel Name","Metric Name"\n"0","f","x"\n', "one metric per line: export with"),
+        ('"ID","Kernel Name","Metric Name"\n"0","f","x"\n', "one metric per line; export with"),
     ],
 )
 def test_what_is_missing_is_named(text, message):

@@ -92,10 +92,13 @@ def test_later_versions():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (NEW_TRACE.replace("Duration (us)", "Length (us)"), "report: no column 'Duration' among"),
+        (
+            NEW_TRACE.replace("Duration (us)", "Length (us)"),
+            "report: no column 'Duration'; there are",
+        ),
         (NEW_TRACE.replace("Start (us)", "Start (days)"), r"'Start \(days\)' has no unit of time"),
         (NEW_TRACE.replace("12,1,", "12,N/A,"), r"no number in column 'Duration \(us\)'"),
-        (CPU.replace("Instances", "Count"), "report: no column 'Instances' among"),
+        (CPU.replace("Instances", "Count"), "report: no column 'Instances'; there are"),
         (CPU.replace("275282218,2,", "275282218,N/A,"), "no number in column 'Instances'"),
         ("SKIPPED: x.sqlite does not contain GPU trace data.\n", "neither GPU activity nor NVTX"),
         ("", "neither GPU activity nor NVTX"),
@@ -198,8 +201,8 @@ def test_names_of_reports():
     """Guards nsys before and after 2023, which call the same reports differently."""
     old = "The following built-in reports are available:\n\n  gputrace -- CUDA GPU Trace\n"
     new = "  cuda_gpu_trace[:nvtx-name][:base|:mangled] -- CUDA GPU Trace\n  nvtx_sum -- x\n"
-    assert nsys.reports_known(old)[0] == "gputrace"
-    assert nsys.reports_known(new) == ["cuda_gpu_trace", "nvtx_sum", "nvtxgpuproj"]
+    assert nsys.report_names(old)[0] == "gputrace"
+    assert nsys.report_names(new) == ["cuda_gpu_trace", "nvtx_sum", "nvtxgpuproj"]
 
 
 def test_tables_are_shown(capsys):
@@ -214,7 +217,7 @@ def test_a_report_from_before_is_not_taken_for_a_new_one(tmp_path, capfd):
     """Guards the summary of a run that wrote nothing against showing the last one's figures."""
     report = tmp_path / "new" / "a.nsys-rep"
     write = f"open({str(report)!r}, 'w').write('x')"
-    assert tools.reported([sys.executable, "-c", write], report) == 0
+    assert tools.run_profiler([sys.executable, "-c", write], report) == 0
     assert f"report: {report}" in capfd.readouterr().err
-    with pytest.raises(InputError, match="wrote no .*a.nsys-rep: what it said is above"):
-        tools.reported([sys.executable, "-c", "print('no')"], report)
+    with pytest.raises(InputError, match="did not write .*a.nsys-rep; its messages are above"):
+        tools.run_profiler([sys.executable, "-c", "print('no')"], report)

@@ -113,14 +113,14 @@ def test_trace_of_decode_steps(tmp_path, capsys):
 
 def test_mistakes(tmp_path):
     """Guards one clear line for what is missing or wrong."""
-    with pytest.raises(InputError, match="say where the trace goes"):
+    with pytest.raises(InputError, match="no file for the trace"):
         torch_trace.run(options())
     with pytest.raises(InputError, match="--steps must be at least 1"):
         torch_trace.run(options("--out", "x.json", "--steps", "0"))
     with pytest.raises(InputError, match="cannot read"):
         torch_trace.run(options("--summarise", str(tmp_path / "none")))
     (tmp_path / "text").write_text("no json")
-    with pytest.raises(InputError, match="is no JSON"):
+    with pytest.raises(InputError, match="is not JSON"):
         torch_trace.run(options("--summarise", str(tmp_path / "text")))
     words = ["--op", "rms_norm", "--device", "cpu", "--out", str(tmp_path / "text" / "x.json")]
     with pytest.raises(InputError, match="cannot write"):
@@ -174,7 +174,7 @@ def test_protons_tree(tmp_path, capsys):
     assert "attention_kernel" in capsys.readouterr().out
     for text in ("", "[]", '[{"metrics": {"time (ns)": 1}}]'):
         path.write_text(text)
-        with pytest.raises(InputError, match="is no tree of Proton's"):
+        with pytest.raises(InputError, match="is not a tree of Proton's"):
             proton.kernels(path)
 
 

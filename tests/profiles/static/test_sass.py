@@ -102,7 +102,8 @@ def test_what_to_look_at():
     narrow = ["LDG.E.64 R2, [R2]", "LDG.E.U16 R3, [R2]", "LDG.E.128 R4, [R6]"]
     straight = summarise_sass(listing(*narrow, "EXIT", *TRAP))
     assert straight.loop is None
-    assert straight.look_at == "narrow loads in straight text: 1 load 16, 1 load 8, 1 load 1, 2"
+    narrow_loads = "narrow loads in straight-line code: 1 load 16, 1 load 8, 1 load 1, 2"
+    assert straight.look_at == narrow_loads
     spilling = listing("STL [R1], R4", ".L_x_1:", *narrow, "LDL R4, [R1]", "BRA `(.L_x_1)", *TRAP)
     assert summarise_sass(spilling).look_at == "1 of 2 spills are in the loop"
     few = ["LDG.E.128 R4, [R6]"] * 10 + ["LDG.E R3, [R2]"]

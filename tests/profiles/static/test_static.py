@@ -203,9 +203,9 @@ GOOD = {
         ({"programs_per_sm": 7}, "programs_per_sm 8 -> 7"),
         ({"async_wait": [2, 0]}, "async_wait 2, 2 -> 2, 0"),
         ({"barriers": [3, 9]}, "barriers 2, 9 -> 3, 9"),
-        ({"shared_bytes": 232449}, "232449 bytes of shared memory, of 232448 that there are"),
+        ({"shared_bytes": 232449}, "232449 bytes of shared memory; the GPU has 232448"),
         ({"failure": "ValueError: no"}, "ValueError: no"),
-        ({"config": "BLOCK=1"}, "not in the baseline; --update puts it there"),
+        ({"config": "BLOCK=1"}, "not in the baseline; --update adds it"),
     ],
 )
 def test_each_rule(change, message):
