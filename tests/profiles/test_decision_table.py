@@ -1,4 +1,4 @@
-"""What first-light's rows say to do next: each answer from rows by hand, and missing rows."""
+"""The decision table of first-light: every answer from hand-made rows, and missing rows."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def pair(case: str, form: str, us: float, op: str = "prefix_attention", **more: 
 
 
 def attention(w16: float, w64: float, a: float = 5.0, form: str = "ahead 1") -> list[Row]:
-    """Times on two lines, whose rates are percentages of the copy rate."""
+    """Times on two lines whose rates are percentages of the copy bandwidth."""
     percent = {"B16": w16, "B64": w64}
     return [
         pair(case, form, a + num_bytes / (percent[case[:3]] / 100 * COPY * 1e3))
@@ -47,7 +47,7 @@ def attention(w16: float, w64: float, a: float = 5.0, form: str = "ahead 1") -> 
 
 
 def switched(*percent: float) -> list[Row]:
-    """Cases of which `ahead` saves so many percent of the time."""
+    """Cases of which `ahead` saves the given percentages of the time."""
     return [
         pair(case, f"ahead {new}", 100 - new * saved)
         for case, saved in zip(CASES, percent, strict=False)
@@ -56,8 +56,7 @@ def switched(*percent: float) -> list[Row]:
 
 
 def linear(percent: float, rows: int = 16) -> list[Row]:
-    """A step whose products all reach so many percent of the copy rate, but for one of them, which
-    is slow, and small."""
+    """A step whose products all reach `percent` of the copy bandwidth, except a slow, small one."""
     made = []
     for name in linears.NAMES:
         share = percent / (10 if name == "o" else 1)
@@ -75,7 +74,7 @@ def linear(percent: float, rows: int = 16) -> list[Row]:
 
 
 def vision(tflop_s: float, turn_q: int = 0) -> list[Row]:
-    """Attention at such a rate behind a rotation of 100 MB, of half of it with turn_q."""
+    """Attention at this rate after a rotation of 100 MB; of half as much with turn_q."""
     rotation_us = 100 * MB / (1 + turn_q) / COPY / 1e3
     us = rotation_us + 1e11 / tflop_s / 1e6
     more = {"flops": 1e11, "bytes": 100 * MB, "tiles": {"turn_q": turn_q}}
@@ -109,7 +108,7 @@ ANSWERS = {
         (attention(84, 86), "-> profile the loop"),
         (attention(60, 60), "-> profile the loop"),
         (attention(60, 60, form="rule") + attention(90, 90), "-> fine"),
-        (attention(60, 60, form="rule"), "-> profile the loop"),  # where there is no `ahead`
+        (attention(60, 60, form="rule"), "-> profile the loop"),  # without rows of `ahead`
     ],
     "fixed cost": [
         (attention(90, 90, a=5.9), "B16 5.9 us, B64 5.9 us -> fine"),
@@ -148,19 +147,19 @@ ANSWERS = {
     [(question, *one) for question, of in ANSWERS.items() for one in of],
 )
 def test_each_answer(question: str, rows: list[Row], answer: str):
-    """Guards every limit of the table from both sides, and what is told of the numbers."""
+    """Guards every limit of the table from both sides, and the text with the numbers."""
     (line,) = (line for line in decisions(rows) if line.startswith(question))
     assert answer in line
 
 
 def test_every_question_is_tested():
-    """Guards the test above against a question added to the table alone."""
+    """Guards against a question of the table that the test above does not cover."""
     for decision in TABLE:
         assert any(decision.question.startswith(question) for question in ANSWERS)
 
 
 def test_missing_rows():
-    """Guards an unfinished run: what was not measured, or only in part, says so."""
+    """Guards an unfinished run: a question that was not measured, or only in part, says so."""
     assert decisions([]) == [f"{decision.question}: not measured" for decision in TABLE]
     partial = {
         "rate": [one for one in attention(90, 90) if one["case"] != "B64 P2048 S8192"],
@@ -176,8 +175,7 @@ def test_missing_rows():
 
 
 def test_wrong_forms_decide_nothing():
-    """Guards a new form that is fast because it is wrong: timed all the same, it must not become
-    the rule."""
+    """Guards against choosing a new form that is fast because it is wrong (it was timed anyway)."""
     wrong = [
         one | {"failure": "max error 1"} if one["pair"] == "ahead 1" else one
         for one in switched(40)
@@ -186,7 +184,7 @@ def test_wrong_forms_decide_nothing():
 
 
 def test_the_last_row_counts():
-    """Guards a second run: what failed and was made good is good; also as a whole, form by form."""
+    """Guards a second run: a later good row replaces a failure, also one of a task as a whole."""
     old, new = row("ops", "a", "b", 1.0, failure="off"), row("ops", "a", "b", 2.0)
     assert latest([old, new]) == [new] and latest([new, old]) == [old]
     whole = row("ops", "a", "b", None, impl=None, failure="killed")
@@ -194,8 +192,8 @@ def test_the_last_row_counts():
 
 
 def test_fit():
-    """Guards the line, by numbers from paper: exact through two points, least squares through
-    three, none where there is no rate."""
+    """Guards the fit against hand-computed lines: exact through two points, least squares through
+    three, None without a rate."""
     line = fit([(1 * MB, 5.0), (3 * MB, 9.0)])
     assert (line.start_us, line.gb_s) == (pytest.approx(3), pytest.approx(500))
     line = fit([(0, 0.0), (1 * MB, 2.0), (2 * MB, 1.0)])
@@ -205,7 +203,7 @@ def test_fit():
 
 
 def test_names_are_those_that_are_measured():
-    """Guards the table against names that are planned otherwise: it would find no rows."""
+    """Guards against names in the table that no task has: it would find no rows."""
     of_gpu = pairs.PAIRS["cuda"]
     switches = {name for of_case in of_gpu.values() for name in of_case}
     texts = [text for decision in TABLE for _, text in decision.rules]
@@ -226,8 +224,7 @@ def test_names_are_those_that_are_measured():
 
 
 def test_command(tmp_path: Path, capsys):
-    """Guards the table of committed rows: of the last device and commit alone, and what it rests
-    on."""
+    """Guards `decisions DIR`: only rows of the last device and commit count; both tables appear."""
     with pytest.raises(InputError, match="has no rows"):
         command.main(["decisions", str(tmp_path)])
     old = [one | {"commit": "old"} for one in [*linear(50), *attention(50, 50)]]

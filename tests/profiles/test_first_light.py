@@ -1,4 +1,4 @@
-"""`python -m profiles first-light`: what it leaves on disk, whatever goes wrong meanwhile."""
+"""`python -m profiles first-light`: the files that it writes, even if workers hang or crash."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def planted(section: str, case: str, limit_s: float = 2.0) -> Task:
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
-    """What fake workers say there is to do: filled by the test."""
+    """The tasks that fake workers list; tests fill it."""
     tasks: list[Task] = []
     plain = first_light._probe_task
 
@@ -63,7 +63,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     return tasks
 
 
-def visit(out: Path, *more: str) -> int:
+def first_light_code(out: Path, *more: str) -> int:
     arguments = ["first-light", "--device", "cpu", "--workers", "2", "--out", str(out)]
     return command.main([*arguments, *more])
 
@@ -73,12 +73,12 @@ def outcome(rows: list[Row]) -> dict[str, str | None]:
 
 
 def test_names_exactly_what_was_planted(fakes, tmp_path, capsys):
-    """Guards the report: a hang, a crash and a poisoned context are named, nothing else is, every
-    case has a row, stages keep their order, and all fits into eight files."""
+    """Guards the report: exactly the hang, crash and poisoned context are named, every case has a
+    row, stages keep their order, and there are at most eight files."""
     for stage in reversed(STAGES):
         fakes += [planted(stage, f"{stage} a"), planted(stage, f"{stage} b")]
     fakes += [planted("numerics", case, 1) for case in PLANTED]
-    assert visit(tmp_path, "--seconds", "60") == 1
+    assert first_light_code(tmp_path, "--seconds", "60") == 1
     rows = jsonl.read(tmp_path / "rows.jsonl")
     assert {case for case, failure in outcome(rows).items() if failure} == {*PLANTED}
     assert len(rows) == len(fakes)
@@ -95,57 +95,57 @@ def test_names_exactly_what_was_planted(fakes, tmp_path, capsys):
 
 
 def test_goes_on_where_it_stopped(fakes, tmp_path, capsys):
-    """Guards the second visit: what is good is not done again, what failed is; rows of another
-    commit are none."""
+    """Guards the second run: good cases are not repeated, failed ones are; rows of another commit
+    do not count."""
     fakes += [planted("numerics", "good"), planted("numerics", "crash"), planted("ops", "late", 90)]
     arguments = ("--seconds", "30", "--json")
-    assert visit(tmp_path, *arguments) == 1
+    assert first_light_code(tmp_path, *arguments) == 1
     assert outcome(json.loads(capsys.readouterr().out)["rows"]) == {
         "good": None,
         "crash": "the worker died: SIGSEGV",
         "late": "not started: out of time",
     }
     fakes[2] = planted("ops", "late")
-    visit(tmp_path, *arguments)
+    first_light_code(tmp_path, *arguments)
     assert [*outcome(json.loads(capsys.readouterr().out)["rows"])] == ["crash", "late"]
     fakes.pop(1)
-    assert visit(tmp_path, *arguments) == 0
+    assert first_light_code(tmp_path, *arguments) == 0
     assert json.loads(capsys.readouterr().out) == {"rows": [], "signals": []}
     assert "wrong numbers or hangs: none ->" in (tmp_path / "summary.txt").read_text()
     os.environ["FAKE_COMMIT"] = "def"
     try:
-        assert visit(tmp_path, *arguments) == 0
+        assert first_light_code(tmp_path, *arguments) == 0
     finally:
         del os.environ["FAKE_COMMIT"]
     assert [*outcome(json.loads(capsys.readouterr().out)["rows"])] == ["good", "late"]
 
 
 def test_what_a_stage_leaves_comes_last(fakes, tmp_path, monkeypatch):
-    """Guards the later stages against an earlier one that takes too long, and its own rest, for
-    which there is time in the end."""
+    """Guards the later stages against an earlier one that takes too long; its remaining tasks run
+    at the end."""
     monkeypatch.setattr(first_light, "STAGES", {"numerics": 0.0, "tests": 0.5, "ops": 0.6})
     fakes += [planted(stage, stage) for stage in ("numerics", "tests", "ops")]
-    assert visit(tmp_path, "--seconds", "30") == 0
+    assert first_light_code(tmp_path, "--seconds", "30") == 0
     rows = jsonl.read(tmp_path / "rows.jsonl")
     assert [row["section"] for row in rows] == ["tests", "ops", "numerics"]
 
 
 def test_a_probe_that_fails_ends_it(fakes, tmp_path, monkeypatch, capsys):
-    """Guards the first seconds: where no kernel runs at all the error is told, in full, at once."""
+    """Guards the first seconds: if no kernel runs at all, the whole error is shown at once."""
     broken = Task("probe", "silu_mul", "broken", None, ("triton",), 20)
     monkeypatch.setattr(first_light, "_probe_task", lambda options: broken)
-    assert visit(tmp_path, "--seconds", "60") == 1
+    assert first_light_code(tmp_path, "--seconds", "60") == 1
     (row,) = jsonl.read(tmp_path / "rows.jsonl")
     assert row["failure"] == "RuntimeError: no kernel image is available"
     assert "Traceback" in row["job"]["stderr"]
-    told = capsys.readouterr()
-    assert "no kernel image is available" in told.out and "Traceback" in told.err
+    captured = capsys.readouterr()
+    assert "no kernel image is available" in captured.out and "Traceback" in captured.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_whole_lines(tmp_path, number: int):
-    """Guards what was measured when somebody ends the command: whole lines, the summary, a row for
-    each case, and an exit code that tells."""
+    """Guards the results when the command is killed: whole lines, the summary, a row for each case,
+    and the exit code of the signal."""
     tasks = [planted("numerics", f"a{i}") for i in range(5)] + [planted("numerics", "hang", 50)]
     tasks += [planted("ops", "b")]
     arguments = ["first-light", "--out", str(tmp_path), "--seconds", "100", "--workers", "1"]
@@ -172,8 +172,7 @@ def test_a_signal_leaves_whole_lines(tmp_path, number: int):
 
 
 def test_summary_is_short():
-    """Guards a person's first look: 300 different failures still fit a page, and times stay, and
-    what to do next does."""
+    """Guards the summary's length: 300 different failures fit a page, with times and decisions."""
     rows = [
         {"section": "numerics", "op": f"op{i}", "case": "c", "impl": "triton", "dtype": "x"}
         | {"failure": f"E{i}: no"}
@@ -203,36 +202,36 @@ def test_summary_is_short():
     ],
 )
 def test_mistakes(tmp_path, arguments: list[str], message: str):
-    """Guards the one clear line for a user's mistake."""
+    """Guards the one-line message for a user's mistake."""
     with pytest.raises(InputError, match=message):
-        visit(tmp_path, *arguments)
+        first_light_code(tmp_path, *arguments)
 
 
 def test_real_work_on_a_bare_machine(tmp_path, monkeypatch):
-    """Guards a GPU node: torch, Triton and NumPy alone, no .git, and real workers. Here for the
-    engine's steps on a CPU."""
+    """Guards a GPU node with only torch, Triton and NumPy, and no .git; with real workers, for
+    engine steps on a CPU."""
     absent = ["rich", "PIL", "jinja2", "tokenizers", "safetensors", "gguf", "pytest", "nvtx"]
     monkeypatch.setenv("PYTHONPATH", hide(tmp_path, absent))
     monkeypatch.setenv("GIT_DIR", "/nonexistent")
     monkeypatch.setenv("GIT_COMMIT", "abcdef")
-    assert visit(tmp_path / "out", "--stage", "engine", "--seconds", "90") == 0
+    assert first_light_code(tmp_path / "out", "--stage", "engine", "--seconds", "90") == 0
     probe, step = jsonl.read(tmp_path / "out" / "rows.jsonl")
     assert (probe["op"], step["op"]) == ("silu_mul", "engine_step")
     assert step["commit"] == "abcdef" and step["median_us"] and step["graphs"] is False
 
 
-def test_short_visits_have_short_limits(fakes, tmp_path, monkeypatch):
-    """Guards short runs: no task begins unless its limit fits, so that limits made for five minutes
-    would leave most of one unused."""
+def test_short_runs_have_short_limits(fakes, tmp_path, monkeypatch):
+    """Guards short runs: a task starts only if its limit fits, so limits for five minutes would
+    leave most of a short run unused."""
     monkeypatch.setattr(first_light, "REFERENCE_SECONDS", 300)
     fakes += [planted("ops", "fits", 200)]
-    assert visit(tmp_path, "--seconds", "60") == 0
+    assert first_light_code(tmp_path, "--seconds", "60") == 0
     assert outcome(jsonl.read(tmp_path / "rows.jsonl")) == {"fits": None}
 
 
-def test_what_comes_before_is_done_for_whoever_needs_it():
-    """Guards `--stage ops` and `--stage pairs`, each of which needs compiled kernels and the
-    roofline, once; a stage that needs neither does not wait for them."""
+def test_prerequisites_run_with_the_first_stage_that_needs_them():
+    """Guards `--stage ops` and `--stage pairs`: each needs compiled kernels and the roofline, once.
+    A stage that needs neither does not wait for them."""
     for section in ("compile", "roofline"):
         task = planted(section, "a")
         assert _stage_of(task, [*STAGES]) == _stage_of(task, ["pairs", "ops"]) == "pairs"

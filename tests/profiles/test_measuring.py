@@ -1,4 +1,4 @@
-"""What a worker does for a task, and whom it blames: in this process, on small cases."""
+"""A worker's tasks and the form that it blames for a failure; in this process, on small cases."""
 
 import warnings
 
@@ -35,7 +35,7 @@ def task(tasks: list[Task], section: str, text: str) -> Task:
 
 
 def broken(monkeypatch, form: str, error: Exception, calls: int = 0) -> None:
-    """Let a form of every op raise, after `calls` calls."""
+    """Make a form of every op raise after `calls` calls."""
     plain, left = ops.form, [calls]
 
     def form_of(op: str, name: str):
@@ -57,7 +57,7 @@ def broken(monkeypatch, form: str, error: Exception, calls: int = 0) -> None:
     monkeypatch.setattr(ops, "sets_for", lambda *_: 1)  # checked, prepared, then timed
 
 
-@pytest.mark.parametrize("plan", [record, first_light])
+@pytest.mark.parametrize("task_list", [record, first_light])
 @pytest.mark.parametrize(
     ("section", "text", "op"),
     [
@@ -69,10 +69,10 @@ def broken(monkeypatch, form: str, error: Exception, calls: int = 0) -> None:
         ("vision", "1920", "vision"),
     ],
 )
-def test_each_section(measuring, plan, section: str, text: str, op: str):
-    """Guards the path that a GPU takes with the 10B, here with `tiny`: every planned task can be
-    carried out, in just the forms that it names."""
-    one = task(plan(CPU), section, text)
+def test_each_section(measuring, task_list, section: str, text: str, op: str):
+    """Guards the path that a GPU takes with the 10B, here with `tiny`: every listed task can run,
+    in exactly the forms that it names."""
+    one = task(task_list(CPU), section, text)
     made = [row for row in measuring.carry_out(one) if row["op"] == op]
     assert [row.get("impl") for row in made] == list(one.forms or [None])
     assert all(row["failure"] is None for row in made)
@@ -91,9 +91,9 @@ def test_each_section(measuring, plan, section: str, text: str, op: str):
         ("linears", "gate_up T64", "linear"),
     ],
 )
-def test_what_decisions_hang_on(measuring, section: str, text: str, op: str):
-    """Guards the sections that first-light alone has: a row for each form that was planned, under
-    the task's own names, or a second run would measure it again."""
+def test_sections_for_decisions(measuring, section: str, text: str, op: str):
+    """Guards the sections that only first-light has: a row for each form, under the task's names,
+    or a second run would measure it again."""
     one = task(first_light(CPU), section, text)
     made = measuring.carry_out(one)
     assert [row["impl"] for row in made] == list(one.forms)
@@ -103,7 +103,7 @@ def test_what_decisions_hang_on(measuring, section: str, text: str, op: str):
 
 
 def test_both_forms_of_a_switch_are_checked(measuring):
-    """Guards what a pair's times rest on: the numbers of both values, under the task's own names,
+    """Guards the numerics of pairs: both values of a switch are checked, under the task's names,
     before anything is timed."""
     work = first_light(CPU)
     one = task(work, "numerics", "pdl=1")
@@ -115,8 +115,8 @@ def test_both_forms_of_a_switch_are_checked(measuring):
 
 
 def test_decisions_come_before_the_op_table():
-    """Guards the first minutes: what the next step hangs on is planned before what merely fills the
-    table, is cheap, and belongs to no other command."""
+    """Guards the first minutes: the tasks that decisions depend on come before the rest of the op
+    table, are cheap, and belong to no other command."""
     for device in (CPU, torch.device("cuda")):
         work = first_light(device)
         sections = [one.section for one in work]
@@ -138,8 +138,8 @@ def test_a_decode_step_by_part(measuring):
 
 @pytest.mark.parametrize("calls", [0, 1, 3], ids=["checked", "prepared", "timed"])
 def test_the_form_that_poisons_is_named(measuring, monkeypatch, calls: int):
-    """Guards the other forms of a case: an illegal access while numbers are checked, inputs are
-    prepared or times are taken ends the task there, and names the form that did it."""
+    """Guards the other forms of a case: an illegal access during checks, preparation or timing ends
+    the task and names the form that caused it."""
     broken(monkeypatch, "portable", ILLEGAL, calls)
     answer = answer_to(task(record(CPU), "ops", "rms_norm, T1 "), measuring.carry_out)
     assert answer["spoiled"] and answer["form"] == "portable" and answer["rows"] == []
@@ -147,7 +147,8 @@ def test_the_form_that_poisons_is_named(measuring, monkeypatch, calls: int):
 
 
 def test_an_error_that_poisons_nothing_costs_no_process(measuring, monkeypatch):
-    """Guards the time: a form that merely raises has its row, the others theirs, in one process."""
+    """Guards against replacing a worker needlessly: a form that only raises gets a row, like the
+    others, in the same process."""
     broken(monkeypatch, "portable", ValueError("out of range"), calls=3)
     answer = answer_to(task(record(CPU), "ops", "rms_norm, T1 "), measuring.carry_out)
     eager, portable = answer["rows"]
@@ -157,16 +158,16 @@ def test_an_error_that_poisons_nothing_costs_no_process(measuring, monkeypatch):
 
 
 def test_a_failed_capture_spoils_the_process(measuring, monkeypatch):
-    """Guards what comes after it: the engine goes on without graphs, and says so in its row, but
-    this process can capture nothing more."""
+    """Guards later tasks: the engine continues without graphs, and its row says so, but the process
+    cannot capture any more."""
     assert not measuring.spoiled()
     monkeypatch.setattr(cuda_graph, "_failures", ["operation not permitted"])
     assert measuring.spoiled()
 
 
 def test_wrong_forms_are_timed_on_demand(measuring, monkeypatch):
-    """Guards --time-anyway: over its tolerance a form has both a time and its failure, otherwise
-    the failure alone; one that cannot run has no time either way."""
+    """Guards --time-anyway: a form that exceeds its tolerance has a time and a failure, without the
+    option only the failure; a form that cannot run never has a time."""
     monkeypatch.setattr("bench.numerics.excess", lambda error, allowed: "max error 1 exceeds 0")
     for anyway in (False, True):
         made = measuring.carry_out(task(record(CPU, anyway=anyway), "ops", "rms_norm, T1 "))
@@ -179,7 +180,7 @@ def test_wrong_forms_are_timed_on_demand(measuring, monkeypatch):
 
 
 def test_the_probe_stops_at_a_wrong_result(measuring, monkeypatch):
-    """Guards the minutes after it: where the first kernel is wrong there is no plan."""
+    """Guards the minutes after it: if the first kernel is wrong, there are no tasks."""
     probe = Task("probe", "silu_mul", "probe", None, ("portable",))
     plans = {"first-light": lambda device, packed: []}
     monkeypatch.setattr(measuring_module.task_lists, "TASK_LISTS", plans)
@@ -189,9 +190,9 @@ def test_the_probe_stops_at_a_wrong_result(measuring, monkeypatch):
     assert row["failure"] == "ValueError: no"
 
 
-def test_a_pack_that_does_not_fit_costs_no_visit(measuring, monkeypatch, tmp_path):
-    """Guards the minutes on a GPU: with a wrong or an old pack kernels are compiled there, a row
-    says why; with one that fits they are not."""
+def test_a_pack_that_does_not_fit_only_costs_time(measuring, monkeypatch, tmp_path):
+    """Guards the minutes on a GPU: with a wrong or old pack, kernels are compiled there and a row
+    says why; with a good pack they are not."""
     planned = []
 
     def first_light(device: torch.device, packed: bool) -> list[Task]:
@@ -218,8 +219,8 @@ def test_a_pack_that_does_not_fit_costs_no_visit(measuring, monkeypatch, tmp_pat
 
 
 def test_kernels_are_compiled_before_the_op_table():
-    """Guards the timing stages of a GPU, whose one worker would compile for minutes; not if the
-    kernels came compiled, nor on a CPU."""
+    """Guards a GPU's timing stages, whose single worker would compile for minutes. Not needed with
+    a pack or on a CPU."""
     gpu = torch.device("cuda")
     sections = [one.section for one in first_light(gpu)]
     assert sections.index("compile") < sections.index("ops")
@@ -228,7 +229,7 @@ def test_kernels_are_compiled_before_the_op_table():
 
 
 def test_what_poisons():
-    """Guards both sides: errors of CUDA, Triton, cuBLAS, capture end a process, others do not."""
+    """Guards both sides: errors of CUDA, Triton, cuBLAS, capture end a process; others do not."""
     for text in (
         str(ILLEGAL),
         "CUDA error: the launch timed out and was terminated",
@@ -247,8 +248,8 @@ def test_what_poisons():
 
 
 def test_tests_as_tasks():
-    """Guards the tests among the tasks: found by name, run one by one, told apart. A list that has
-    become out of date would silently leave them out."""
+    """Guards tests as tasks: found by name, run one by one, with separate outcomes. An outdated
+    list would silently omit them."""
     names = collected()
     for file in ("test_decode_graph", "test_cuda_graph", "test_timing", "test_sampling_triton"):
         assert any(file in name for name in names), file
@@ -259,7 +260,7 @@ def test_tests_as_tasks():
 
 
 def test_a_failed_test_has_its_reason():
-    """Guards the row of a test that fails or is not there."""
+    """Guards the row of a test that fails or does not exist."""
     assert "no test" in run_test("tests/profiles/test_measuring.py::no_such_test")["failure"]
 
 

@@ -1,8 +1,8 @@
-"""`python -m profiles ncu`: its command line, and what it makes of ncu's exports.
+"""`python -m profiles ncu`: its command line, and its summary of ncu's exports.
 
-tests/profiles/data/ncu_2022_raw.csv is what ncu 2022.3.0 prints with `--page raw --csv` of a report
-that is delivered with it (addConstDouble, on a GPU of 48 bytes of DRAM per cycle), cut down to 47
-of its 763 columns.
+tests/profiles/data/ncu_2022_raw.csv is what ncu 2022.3.0 prints with `--page raw --csv` for a
+report that comes with it (addConstDouble, on a GPU of 48 bytes of DRAM per cycle), reduced to 47 of
+763 columns.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from profiles.profilers.ncu_summary import display, summarise
 
 DATA = Path(__file__).parent / "data" / "ncu_2022_raw.csv"
 RAW = DATA.read_text()
-# As later versions spell units, with --print-units base and separated thousands; what Hopper's
-# wgmma counts in; two launches, one of which has no figures.
+# Units as later versions spell them, with --print-units base and separated thousands; the counter
+# of Hopper's wgmma; two launches, one without figures.
 NEW = """\
 ==PROF== Connected to process 1 (python)
 "ID","Kernel Name","Context","dram__bytes_read.sum.per_second","dram__bytes_write.sum.per_second",\
@@ -42,14 +42,14 @@ def options(*words: str) -> argparse.Namespace:
 
 
 def changed(column: str, value: str, row: int = 2) -> str:
-    """The real export with another cell."""
+    """The real export with one cell changed."""
     rows = list(csv.reader(RAW.splitlines()))
     rows[row][rows[0].index(column)] = value
     return "\n".join(",".join(f'"{cell}"' for cell in cells) for cells in rows)
 
 
 def test_real_export():
-    """Guards units, the choice of metrics and the stall reasons' shares, against hand's sums."""
+    """Guards units, the choice of metrics and shares of stall reasons, against manual sums."""
     (found,) = summarise(RAW, "report")
     assert found["kernel"] == "addConstDouble(int, double *, double, double *)"
     assert found["duration_us"] == pytest.approx(239.008)
@@ -65,7 +65,7 @@ def test_real_export():
 
 
 def test_later_versions():
-    """Guards other spellings of units, thousands, wgmma's own counter, and absent figures."""
+    """Guards other spellings of units, thousands, wgmma's counter, and absent figures."""
     attention, merge = summarise(NEW, "report")
     assert attention["duration_us"] == pytest.approx(12.345)
     assert attention["dram_gb_s"] == pytest.approx(3500)
@@ -76,7 +76,7 @@ def test_later_versions():
 
 
 def test_selected_is_no_reason_to_wait():
-    """Guards the stall list against the one "reason" that is work."""
+    """Guards the stall list against "selected", the one "reason" that is work."""
     text = changed("smsp__average_warps_issue_stalled_selected_per_issue_active.ratio", "500")
     (found,) = summarise(text, "report")
     assert list(found["stalls"])[0] == "long_scoreboard"
@@ -98,27 +98,27 @@ def test_selected_is_no_reason_to_wait():
     ],
 )
 def test_what_is_missing_is_named(text, message):
-    """Guards other pages and new versions: a complaint, no wrong figure and no traceback."""
+    """Guards other pages and new versions: an error message, no wrong figure and no traceback."""
     with pytest.raises(InputError, match=message):
         summarise(text, "report")
 
 
 def test_command_line():
-    """Guards what ncu is asked: one op, its own kernels, after warm-up, caches and clocks said."""
-    given = options("--op", "rms_norm", "--shape", "T16", "--impl", "triton", "--out", "d")
-    assert ncu.command_line("ncu", given) == [
+    """Guards ncu's command line: one op, only its kernels, warm; explicit caches and clocks."""
+    parsed = options("--op", "rms_norm", "--shape", "T16", "--impl", "triton", "--out", "d")
+    assert ncu.command_line("ncu", parsed) == [
         "ncu", "--set=full", "--target-processes=all", "--profile-from-start=off",
         "--cache-control=all", "--clock-control=none", "--force-overwrite", "--export=d/rms_norm",
         sys.executable, "-m", "profiles", "launch", "--op", "rms_norm",
         "--shape", "T16", "--impl", "triton", "--device=cuda",
     ]  # fmt: skip
-    given = options("--op", "x", "--kernel", "merge", "--skip", "1", "--count", "2")
-    line = ncu.command_line("ncu", given)
+    parsed = options("--op", "x", "--kernel", "merge", "--skip", "1", "--count", "2")
+    line = ncu.command_line("ncu", parsed)
     assert {"--kernel-name=regex:merge", "--launch-skip=1", "--launch-count=2"} < set(line)
 
 
 def test_mistakes(monkeypatch, tmp_path):
-    """Guards one clear line for a missing op, tool, GPU or report."""
+    """Guards the one-line messages for a missing op, tool, GPU or report."""
     with pytest.raises(InputError, match="say what to profile"):
         ncu.run(options())
     with pytest.raises(InputError, match="there is no report"):
@@ -133,7 +133,7 @@ def test_mistakes(monkeypatch, tmp_path):
 
 
 def test_summary_of_a_file(capsys):
-    """Guards exports made elsewhere: a raw CSV needs no tool here; both views."""
+    """Guards exports from other machines: a raw CSV needs no tool here. Both text and JSON."""
     assert ncu.run(options("--summarise", str(DATA), "--json")) == 0
     assert json.loads(capsys.readouterr().out)["launches"] == summarise(RAW, "x")
     display(summarise(NEW, "report"), "report")
@@ -147,9 +147,9 @@ class Cudart:
         self.cudaProfilerStop = lambda: log.append("stop")
 
 
-def test_launch_marks_warm_calls_alone(monkeypatch):
-    """Guards what ncu and nsys see: compilation before the marks, all of the calls between them,
-    and the wait for the last kernel."""
+def test_launch_marks_only_warm_calls(monkeypatch):
+    """Guards what ncu and nsys see: compilation comes before the marks; all calls and the wait for
+    the last kernel are between them."""
     log = []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(log))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
@@ -158,7 +158,7 @@ def test_launch_marks_warm_calls_alone(monkeypatch):
 
 
 def test_launch_runs_a_case(capsys):
-    """Guards the driver on a real op, and its mistakes."""
+    """Guards the command on a real op, and its error messages."""
     parser = Parser()
     launch.add_arguments(parser)
     words = ["--op", "rms_norm", "--device", "cpu"]

@@ -1,10 +1,10 @@
-"""`python -m profiles nsys`: its command line, and what it makes of nsys's exports.
+"""`python -m profiles nsys`: its command line, and its summary of nsys's exports.
 
-tests/profiles/data/nsys_2022_cpu.csv is what nsys 2022.4.2 printed for its reports nvtxsum and
-gputrace of a process that generated two tokens with the model `tiny` on a CPU, spans on.
-nsys_2022_gpu.csv is what it printed of the same recording for gputrace, nvtxsum and nvtxgpuproj
-after a launch and a kernel had been entered into the recording's database for each of its first 13
-ops and products, and one copy: the format is the tool's, the kernels' times are made up.
+tests/profiles/data/nsys_2022_cpu.csv is what nsys 2022.4.2 printed as its reports nvtxsum and
+gputrace for a process that generated two tokens with the model `tiny` on a CPU, with spans.
+nsys_2022_gpu.csv is what it printed as gputrace, nvtxsum and nvtxgpuproj for the same recording,
+after a launch and a kernel had been added to its database for each of the first 13 ops and
+products, and one copy: the format is nsys's, the kernels' times are invented.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def by_name(rows: list[dict]) -> dict[str, dict]:
 
 
 def test_spans_of_a_cpu():
-    """Guards the reading of nvtx_sum, layers summed, and a recording without a GPU."""
+    """Guards the parsing of nvtx_sum, the sums over layers, and a recording without a GPU."""
     found = summarise(CPU, "report")
     assert (found["kernels"], found["copies"], found["gpu"]) == ([], [], None)
     spans = by_name(found["spans"])
@@ -62,7 +62,7 @@ def test_spans_of_a_cpu():
 
 
 def test_kernels_gaps_and_projected_spans():
-    """Guards sums by kernel, copies apart, idle time, and GPU time by span."""
+    """Guards sums by kernel, copies listed separately, idle time, and GPU time by span."""
     found = summarise(GPU, "report")
     kernels = by_name(found["kernels"])
     gemm = kernels["void gemm<float, 128, 64>(float const*, int)"]
@@ -80,8 +80,8 @@ def test_kernels_gaps_and_projected_spans():
 
 
 def test_later_versions():
-    """Guards other units, separated thousands, more columns, lines for people, rows out of order,
-    and two streams: where one computes, the other's waiting is no gap."""
+    """Guards other units, separated thousands, more columns, messages between tables, unordered
+    rows, and two streams: there is no gap while either of them computes."""
     found = summarise(NEW_TRACE, "report")
     assert by_name(found["kernels"])["f<int, 4>(int)"]["total_us"] == 1000.5
     gpu = found["gpu"]
@@ -105,13 +105,13 @@ def test_later_versions():
     ],
 )
 def test_what_is_missing_is_named(text, message):
-    """Guards a new version of nsys: a wrong sum would be worse than a complaint."""
+    """Guards a new version of nsys: a wrong sum would be worse than an error message."""
     with pytest.raises(InputError, match=message):
         summarise(text, "report")
 
 
 def test_tables_and_numbers():
-    """Guards the cutting of a text into tables, and cells without a number."""
+    """Guards the splitting of a text into tables, and cells without a number."""
     first, second = tables("a,b,c\n1,2,3\nwords\nd,e,f,g\n1,2,3,4\n5,6,7,8\n", "x")
     assert (first.header, first.rows) == (["a", "b", "c"], [["1", "2", "3"]])
     assert second.texts("g") == ["4", "8"]
@@ -121,22 +121,22 @@ def test_tables_and_numbers():
 
 
 def test_command_line():
-    """Guards what nsys is asked, and that CMD keeps its own options: nsys knows no --."""
-    given = options("--out", "d", "--name", "n", "--", "python", "-m", "bench", "ops", "--json")
-    assert given.command == ["python", "-m", "bench", "ops", "--json"] and not given.json
-    assert nsys.command_line("nsys", given) == [
+    """Guards nsys's command line, and that CMD keeps its options: nsys has no --."""
+    parsed = options("--out", "d", "--name", "n", "--", "python", "-m", "bench", "ops", "--json")
+    assert parsed.command == ["python", "-m", "bench", "ops", "--json"] and not parsed.json
+    assert nsys.command_line("nsys", parsed) == [
         "nsys", "profile", "--trace=cuda,nvtx,cublas", "--sample=none", "--cpuctxsw=none",
         "--cuda-graph-trace=node", "--force-overwrite=true", "--output=d/n",
         "python", "-m", "bench", "ops", "--json",
     ]  # fmt: skip
-    given = options("--range", "profiler", "--graphs", "whole", "--", "x")
-    line = nsys.command_line("nsys", given)
+    parsed = options("--range", "profiler", "--graphs", "whole", "--", "x")
+    line = nsys.command_line("nsys", parsed)
     assert {"--capture-range=cudaProfilerApi", "--capture-range-end=stop"} < set(line)
     assert "--cuda-graph-trace=graph" in line
 
 
 def test_dry_run_needs_no_tool(monkeypatch, capsys):
-    """Guards the line that is to be pasted on another machine, the spans' variable included."""
+    """Guards the line for pasting on another machine, including the variable of spans."""
     monkeypatch.setenv("PATH", "")
     assert nsys.run(options("--dry-run", "--", "python", "a file.py")) == 0
     line = capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_dry_run_needs_no_tool(monkeypatch, capsys):
 
 
 def test_mistakes(monkeypatch, tmp_path):
-    """Guards one clear line for what is missing: CMD, the tool, a report."""
+    """Guards the one-line messages for a missing CMD, tool or report."""
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="nsys is not on the PATH: install .* profiles torch"):
         nsys.run(options("--", "x"))
@@ -174,7 +174,7 @@ print("asked:", sys.argv, file=sys.stderr)
 
 @pytest.fixture
 def fake_nsys(tmp_path, monkeypatch) -> Path:
-    """A program of that name that leaves a report and exports the one in tests/profiles/data."""
+    """A program called nsys that writes a report and exports the one in tests/profiles/data."""
     path = tmp_path / "bin" / "nsys"
     path.parent.mkdir()
     path.write_text(FAKE)
@@ -185,11 +185,11 @@ def fake_nsys(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_from_end_to_end(fake_nsys, capfd, code):
-    """Guards the whole way: spans on in the child, its output on stderr, the report kept, one JSON
-    document on stdout, and the exit code of a CMD that failed."""
+    """Guards the whole command: spans on in the child, its output on stderr, the report kept, one
+    JSON document on stdout, and the exit code of a failed CMD."""
     child = [sys.executable, "-c", f"print('child speaks'); raise SystemExit({code})"]
-    given = options("--out", str(fake_nsys / "out"), "--json", "--", *child)
-    assert nsys.run(given) == int(code != 0)
+    parsed = options("--out", str(fake_nsys / "out"), "--json", "--", *child)
+    assert nsys.run(parsed) == int(code != 0)
     out, err = capfd.readouterr()
     made = json.loads(out)
     assert by_name(made["spans"])["decoder layer"]["instances"] == 4
@@ -198,7 +198,7 @@ def test_from_end_to_end(fake_nsys, capfd, code):
 
 
 def test_names_of_reports():
-    """Guards nsys before and after 2023, which call the same reports differently."""
+    """Guards nsys before and after 2023, whose reports have different names."""
     old = "The following built-in reports are available:\n\n  gputrace -- CUDA GPU Trace\n"
     new = "  cuda_gpu_trace[:nvtx-name][:base|:mangled] -- CUDA GPU Trace\n  nvtx_sum -- x\n"
     assert nsys.report_names(old)[0] == "gputrace"
@@ -213,8 +213,8 @@ def test_tables_are_shown(capsys):
 
 
 @pytest.mark.cli
-def test_a_report_from_before_is_not_taken_for_a_new_one(tmp_path, capfd):
-    """Guards the summary of a run that wrote nothing against showing the last one's figures."""
+def test_an_old_report_is_not_mistaken_for_a_new_one(tmp_path, capfd):
+    """Guards the summary of a run that wrote nothing against showing the previous figures."""
     report = tmp_path / "new" / "a.nsys-rep"
     write = f"open({str(report)!r}, 'w').write('x')"
     assert tools.run_profiler([sys.executable, "-c", write], report) == 0

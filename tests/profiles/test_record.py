@@ -1,4 +1,4 @@
-"""`python -m profiles record`: what it would do, in which order, and what it keeps."""
+"""`python -m profiles record`: its tasks, their order, and the rows that it keeps."""
 
 import json
 import signal
@@ -52,9 +52,9 @@ def row_of(name: str, **other: object) -> Row:
     return row | {"failure": None, "time": "2026-01-01T00:00:05Z"} | ORIGIN | other
 
 
-def test_everything_is_planned():
-    """Guards against an op, a dtype or a batch size that is never measured, and against an engine
-    that spoils the process before the ops have been timed."""
+def test_everything_is_listed():
+    """Guards against an op, dtype or batch size that is never measured, and against an engine that
+    spoils the process before the ops were timed."""
     for device, dtype in ((CPU, "float32"), (CUDA, "bfloat16")):
         work = planned_tasks(device)
         assert [*dict.fromkeys(task.section for task in work)] == [
@@ -79,8 +79,8 @@ def test_everything_is_planned():
 
 
 def test_forms():
-    """Guards eight minutes on a GPU: by default nothing that compiles for every case; on demand
-    those forms and peers alone, without the breakdown, or what is wrong as well."""
+    """Guards eight minutes on a GPU: by default no form that compiles for every case; on request
+    only the named forms and peers, no breakdown, or wrong forms too."""
 
     def forms(**options: object) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
@@ -101,9 +101,9 @@ def test_forms():
         "vision": {"eager", "default", "portable"},
     }
     assert forms(peers=False)["ops"] == ours
-    asked = forms(forms=("triton", "flex", "default"))
-    assert asked["ops"] == {"triton", "flex"} and asked["numerics"] == {"triton"}
-    assert asked["decode"] == asked["engine"] == {"default"}
+    selected = forms(forms=("triton", "flex", "default"))
+    assert selected["ops"] == {"triton", "flex"} and selected["numerics"] == {"triton"}
+    assert selected["decode"] == selected["engine"] == {"default"}
     with pytest.raises(InputError, match="unknown form 'tritn'; choose from: eager, portable"):
         planned_tasks(CUDA, forms=("tritn",))
     for breakdown in (True, False):
@@ -114,7 +114,7 @@ def test_forms():
 
 @pytest.mark.cli
 def test_budget(tmp_path, supervisor):
-    """Guards the time limit of a machine: nothing new is started, and what is left is named."""
+    """Guards a machine's time limit: nothing starts after it, and the remaining tasks are named."""
     found = run(tmp_path, [planned(name) for name in "abcd"], supervisor, tasks_in_time=2)
     assert [task.case for task in found.left_out] == ["c", "d"]
     assert [row["case"] for row in jsonl.read(tmp_path / "ops.jsonl")] == ["a", "b"]
@@ -122,7 +122,7 @@ def test_budget(tmp_path, supervisor):
 
 @pytest.mark.cli
 def test_resumes(tmp_path, supervisor):
-    """Guards against measuring twice, and against leaving out what failed the first time."""
+    """Guards against measuring twice, and against skipping what failed the first time."""
     found = run(tmp_path, [planned("a"), planned("raise")], supervisor)
     assert [row["failure"] for row in found.rows] == [None, "ValueError: two"]
     found = run(tmp_path, [planned(name) for name in ("a", "raise", "c")], supervisor)
@@ -133,7 +133,7 @@ def test_resumes(tmp_path, supervisor):
 
 def test_missing_rows_come_first_and_then_the_oldest():
     """Guards short runs after every commit: each would measure the first sections again and never
-    come to the others. Rows of another machine are none, and rows without a time are the oldest."""
+    reach the others. Rows of other machines do not count; rows without a time are the oldest."""
     untimed = row_of("untimed", commit="old")
     del untimed["time"]
     rows = [
@@ -161,14 +161,14 @@ def test_missing_rows_come_first_and_then_the_oldest():
     ],
 )
 def test_other_code_is_measured_again(taken: str, now: str, done: bool):
-    """Guards against rows of other code, or of code that nobody can name, passing as this one's."""
+    """Guards against rows of other or unknown code that pass as this commit's."""
     rows = [row_of("a", commit=taken)]
     assert (outstanding([planned("a")], rows, ORIGIN | {"commit": now}) == []) == done
 
 
 def test_done_means_every_form():
-    """Guards a case whose peer was not measured, or whose one form failed last; a case that does
-    not fit the memory has one row for all forms."""
+    """Guards a case whose peer was not measured, or one of whose forms failed last. A case that
+    does not fit the memory has one row for all forms."""
     task = Task("ops", "op", "a", "float32", ("triton", "eager"))
     triton, eager = row_of("a", impl="triton"), row_of("a", impl="eager")
     attempt = row_of("a", impl=None, failure="killed")
@@ -187,7 +187,7 @@ def test_done_means_every_form():
 
 @pytest.mark.cli
 def test_rows_are_on_disk_at_once(tmp_path):
-    """Guards what was measured before a run was ended in the middle."""
+    """Guards the rows that were measured before a run was killed."""
     code = f"""if True:
         import time
         from pathlib import Path
@@ -213,8 +213,8 @@ def test_rows_are_on_disk_at_once(tmp_path):
 
 @pytest.mark.cli
 def test_command_on_a_bare_machine(tmp_path, monkeypatch, capsys):
-    """Guards the command from end to end on real, small cases, and its second run, on a GPU node:
-    torch, Triton and NumPy alone, and no .git."""
+    """Guards the whole command and its second run on small, real cases, on a node with only torch,
+    Triton and NumPy, and no .git."""
     monkeypatch.setenv("GIT_DIR", "/nonexistent")
     monkeypatch.setenv("GIT_COMMIT", "abc")
     monkeypatch.setenv("PYTHONPATH", hide(tmp_path, ABSENT))
@@ -238,7 +238,7 @@ def test_command_on_a_bare_machine(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.cli
 def test_mistakes(tmp_path, monkeypatch, supervisor):
-    """Guards the one clear line for a user's mistake, also where a worker finds it."""
+    """Guards the one-line message for a user's mistake, also if a worker finds it."""
     work = planned_tasks(CPU)
     with pytest.raises(InputError, match="unknown section 'opps'; choose from: roofline, numerics"):
         select(work, ["opps"], "")
@@ -256,7 +256,7 @@ def test_mistakes(tmp_path, monkeypatch, supervisor):
 @pytest.mark.cli
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(tmp_path):
-    """Guards the same line of both commands where the GPU is missing."""
+    """Guards the message of both commands on a machine without a GPU."""
     for name in ("record", "first-light"):
         with pytest.raises(InputError, match="^device 'cuda': this machine has no GPU"):
             command.main([name, "--out", str(tmp_path), "--device", "cuda"])

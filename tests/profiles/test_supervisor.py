@@ -1,4 +1,4 @@
-"""Supervised tasks: whatever one does to its process, it costs its own result only."""
+"""The supervisor: a task that hangs, crashes or poisons its process costs only its own result."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def task(case: str, *forms: str, op: str = "op", limit_s: float = 20.0) -> Task:
 
 
 def hide(folder: Path, packages: Sequence[str]) -> str:
-    """What to put on PYTHONPATH so that processes have none of the packages."""
+    """A PYTHONPATH with which processes cannot import `packages`."""
     (folder / "sitecustomize.py").write_text(
         f"""if True:
         import sys
@@ -55,7 +55,7 @@ def run(supervisor: Supervisor, tasks: Sequence[Task], **options: object) -> lis
 
 def test_every_task_has_a_result(supervisor: Supervisor):
     """Guards the tasks after one that hangs, crashes, exits, raises, poisons its context or answers
-    half a line: each has a result, in order, and only those that misbehave failed."""
+    half a line: each has a result, in order, and only the misbehaving ones failed."""
     bad = ["hang", "crash", "exit", "raise", "poison", "half"]
     cases = [name for pair in zip(bad, "abcdef", strict=True) for name in pair]
     results = run(supervisor, [task(case, limit_s=1 if case == "hang" else 20) for case in cases])
@@ -74,8 +74,8 @@ def test_every_task_has_a_result(supervisor: Supervisor):
 
 
 def test_stderr_is_kept(supervisor: Supervisor):
-    """Guards the explanation: where a hung task stood, what a crashed one was at, and no more than
-    the end of a flood; each task's own, not that of the one before."""
+    """Guards the explanation: the stacks of a hung task, the stderr of a crashed one, only the end
+    of a flood, and nothing of the previous task."""
     cases = ["hang", "captured", "crash", "raise", "flood", "fine"]
     hang, captured, crash, error, flood, fine = run(
         supervisor, [task(case, limit_s=1) for case in cases]
@@ -89,8 +89,8 @@ def test_stderr_is_kept(supervisor: Supervisor):
 
 
 def test_a_poisoned_worker_is_replaced(supervisor: Supervisor):
-    """Guards the tasks after an illegal access: in the same process all of them would fail. One
-    that says nothing of it, as a failed capture may, ends its process, too."""
+    """Guards the tasks after an illegal access: in the same process all would fail. A task that
+    spoils its process without an error, as a failed capture may, ends it too."""
     cases = ("a", "b", "poison", "c", "spoils", "d")
     a, b, _, c, spoils, d = run(supervisor, [task(case) for case in cases])
     pids = [result.rows[0]["pid"] for result in (a, b, c, spoils, d)]
@@ -98,17 +98,17 @@ def test_a_poisoned_worker_is_replaced(supervisor: Supervisor):
     assert spoils.failure is None and spoils.exit_code == 86
 
 
-def test_the_form_to_blame_is_left_out(supervisor: Supervisor):
-    """Guards the other forms of a case: they are run again, without the one that poisoned."""
+def test_the_form_at_fault_is_left_out(supervisor: Supervisor):
+    """Guards the other forms of a case: they run again without the one that poisoned it."""
     first, again = run(supervisor, [task("poison", "good", "bad", "fine")])
     assert first.form == "bad" and [row["impl"] for row in first.as_rows({})] == ["bad"]
     assert [row["impl"] for row in again.rows] == ["good", "fine"]
 
 
 @pytest.mark.parametrize("case", ["hang", "crash", "anonymous"])
-def test_forms_by_themselves_when_nobody_can_say(supervisor: Supervisor, case: str):
-    """Guards the other forms of a case when the process is gone before it can name one, or does not
-    know. The attempt itself has a row, of no form."""
+def test_forms_run_one_by_one_if_the_faulty_one_is_unknown(supervisor: Supervisor, case: str):
+    """Guards the other forms of a case when the process died before it could name one, or does not
+    know. The attempt itself has a row without a form."""
     attempt, good, bad = run(supervisor, [task(case, "good", "bad", limit_s=1)])
     assert [row["impl"] for row in attempt.as_rows({})] == [None]
     assert good.rows[0]["impl"] == "good" and not good.failure
@@ -116,8 +116,8 @@ def test_forms_by_themselves_when_nobody_can_say(supervisor: Supervisor, case: s
 
 
 def test_a_form_that_cost_three_workers_is_given_up(supervisor: Supervisor):
-    """Guards the time: a kernel that hangs at every shape would take all of it. Other ops' forms of
-    that name go on, and so do other forms of the op."""
+    """Guards the time: a kernel that hangs at every shape would use it all up. Forms of that name
+    of other ops still run, and so do other forms of the op."""
     tasks = [task("crash", "bad") for _ in range(4)]
     tasks += [task("crash", "bad", "good"), task("crash", "bad", op="other")]
     *results, dropped, good, other = run(supervisor, tasks)
@@ -130,7 +130,7 @@ def test_a_form_that_cost_three_workers_is_given_up(supervisor: Supervisor):
 
 
 def test_workers_share_the_tasks(supervisor: Supervisor):
-    """Guards the parallel stages: nothing is run twice or left out when one crashes."""
+    """Guards the parallel stages: no task runs twice or is lost when one crashes."""
     cases = [f"case {index}" for index in range(20)]
     results = run(supervisor, [task("crash"), *map(task, cases)], workers=3)
     assert sorted(result.task.case for result in results) == sorted(["crash", *cases])
@@ -138,14 +138,14 @@ def test_workers_share_the_tasks(supervisor: Supervisor):
 
 
 def test_what_may_not_start(supervisor: Supervisor):
-    """Guards the end of the time: tasks that would outlast it are named, others still run."""
+    """Guards the end of the time: tasks that may not start get a result, others still run."""
     tasks = [task("a"), task("late"), task("b")]
     results = run(supervisor, tasks, may_start=lambda task: task.case != "late")
     assert [result.failure for result in results] == [None, OUT_OF_TIME, None]
 
 
 def test_nothing_outlasts_the_end(monkeypatch: pytest.MonkeyPatch):
-    """Guards the caller's own limit: a task within its limit is killed at the end of the time."""
+    """Guards the caller's time limit: at its end, even a task within its own limit is killed."""
     monkeypatch.setattr(supervisor_module, "GRACE_S", 0.1)
     start = time.monotonic()
     with Supervisor(COMMAND, end=start + 1.5) as supervisor:
@@ -155,8 +155,8 @@ def test_nothing_outlasts_the_end(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_worker_that_cannot_start(supervisor: Supervisor):
-    """Guards a machine where torch does not even import: the reason is in the result, and no form
-    is given up for it."""
+    """Guards a machine on which torch cannot be imported: the result has the reason, and no form is
+    given up because of it."""
     supervisor._command = [sys.executable, "-c", "import no_such_module"]
     results = run(supervisor, [task("a", "x")] * 3 + [task("a", "x", "y")])
     for result in results:
@@ -168,8 +168,8 @@ def test_a_worker_that_cannot_start(supervisor: Supervisor):
 
 
 def test_a_spare_worker_is_ready(monkeypatch: pytest.MonkeyPatch):
-    """Guards ten seconds of a GPU's time for each replaced worker: its imports are done by then.
-    None is left over, and one for another environment is not it."""
+    """Guards ten seconds of a GPU's time per replaced worker: the spare has already imported torch.
+    No spare outlives the supervisor, and none is used for another environment."""
     started: list[Mapping[str, str]] = []
 
     class Counted(supervisor_module.Worker):
@@ -191,7 +191,7 @@ def test_a_spare_worker_is_ready(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_stop(supervisor: Supervisor):
-    """Guards an interrupted run: the task at work is given up at once, and no other begins."""
+    """Guards an interrupted run: the running task is given up at once, and no other starts."""
     tasks = [task("a"), task("hang"), task("b")]
     results = []
     for result in supervisor.run(tasks, may_start=lambda task: True):
@@ -201,13 +201,13 @@ def test_stop(supervisor: Supervisor):
 
 
 def test_stopped_before_it_began(supervisor: Supervisor):
-    """Guards a signal in the first moment: there is a result to tell of all the same."""
+    """Guards against a signal before the first task: it still gets a result."""
     supervisor.stop()
     assert supervisor.run_one(task("a")).failure == STOPPED
 
 
 def test_workers_end_with_their_parent(tmp_path):
-    """Guards the GPU's memory: a worker at work must not live on when its supervisor was killed."""
+    """Guards the GPU's memory: a busy worker must not outlive a killed supervisor."""
     code = """if True:
         import os, sys, time
         from profiles.runs.supervisor import Supervisor
@@ -234,7 +234,7 @@ def test_workers_end_with_their_parent(tmp_path):
 
 
 def test_supervisor_imports_no_torch():
-    """Guards what must outlive its workers, and start at once: neither command needs torch."""
+    """Guards the supervisor's start-up time and its survival: neither command imports torch."""
     code = "import sys, profiles.first_light.command, profiles.runs.record;"
     code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -242,7 +242,7 @@ def test_supervisor_imports_no_torch():
 
 
 def test_rows_of_a_failure_name_every_form():
-    """Guards the table: no form may vanish because its process did, and JSON holds it all."""
+    """Guards the rows: no form may vanish with its process, and every row fits into JSON."""
     result = Result(task("a", "x", "y"), failure=OUT_OF_TIME, seconds=0.12345, stderr="why")
     rows = result.as_rows({"device": "d", "commit": "c"})
     assert [(row["impl"], row["failure"]) for row in rows] == [

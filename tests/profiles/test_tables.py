@@ -1,4 +1,4 @@
-"""The documents' tables: what the committed rows give, and how figures are written."""
+"""The generated tables and plot: their content from committed rows, and number formats."""
 
 import json
 from pathlib import Path
@@ -153,7 +153,7 @@ def test_figures():
 
 
 def test_the_latest_good_row_counts(tmp_path):
-    """Guards tables against old rows, of whatever file, and against rows that failed."""
+    """Guards tables against old rows of any file, and against failed rows."""
     old = {"op": "x", "time": "2026-01-01T00:00:00Z", "n": 1}
     jsonl.append(tmp_path / "a.jsonl", [old | {"time": "2026-01-03T00:00:00Z", "n": 3}])
     jsonl.append(tmp_path / "b.jsonl", [old, old | {"time": "2026-01-02T00:00:00Z", "n": 2}])
@@ -164,14 +164,14 @@ def test_the_latest_good_row_counts(tmp_path):
 
 
 def compiled(arch: int, config: str, **more) -> dict:
-    made = {"kernel": "k", "arch": arch, "dtype": "bfloat16", "config": config, "registers": arch}
-    made |= {"spill_bytes": 0, "shared_bytes": 81_924, "programs_per_sm": 2}
-    return made | {"wgmma": arch == 90, "wide_loads": 0.976} | more
+    row = {"kernel": "k", "arch": arch, "dtype": "bfloat16", "config": config, "registers": arch}
+    row |= {"spill_bytes": 0, "shared_bytes": 81_924, "programs_per_sm": 2}
+    return row | {"wgmma": arch == 90, "wide_loads": 0.976} | more
 
 
-def test_kernels_are_chosen_by_words_of_their_configuration():
-    """Guards the kernel tables: a word that must not be there, one of an architecture, and a
-    choice that is not one."""
+def test_kernels_are_found_by_words_of_their_config():
+    """Guards the kernel tables: words that must be absent, words for one architecture, and configs
+    that match no row or several."""
     baseline = [
         compiled(90, "-rotary D=128 num_warps=4"),
         compiled(90, "D=128 num_warps=4", registers=7),
@@ -192,16 +192,16 @@ def test_kernels_are_chosen_by_words_of_their_configuration():
 SWITCH = Switch("it", "k", "D=128 90:AHEAD=1 num_warps=4", "AHEAD=0", "AHEAD=1 launch_pdl=True")
 
 
-def test_a_switch_is_shown_by_both_of_its_forms():
-    """Guards the tables of switches: the old figure stands first, one that both forms have stands
-    alone, and loops that are new or unknown are seen."""
+def test_a_switch_shows_both_forms():
+    """Guards the tables of switches: the old figure comes first, equal figures appear once, and new
+    or unknown loops are visible."""
     old = compiled(90, "AHEAD=0 D=128 num_warps=4", buffers=[2, None], bytes_in_flight=[8192, None])
     new = compiled(90, "AHEAD=1 D=128 num_warps=4 launch_pdl=True", registers=91, wgmma=False)
     new |= {"buffers": [3, 2], "bytes_in_flight": None}
     figures = {" registers": lambda row: row["registers"], " CTAs per SM": lambda row: 2}
     figures |= {name: LOOPS[name] for name in (" buffers", " KB in flight")}
-    made = switch_table([SWITCH._replace(archs=(90,))], figures, [new, old])
-    assert made.splitlines() == [
+    text = switch_table([SWITCH._replace(archs=(90,))], figures, [new, old])
+    assert text.splitlines() == [
         "| kernel in bf16 | GPU | registers | CTAs per SM | buffers | KB in flight |",
         "|---|---|---:|---:|---:|---:|",
         "| it | sm_90 | 90 -> 91 | 2 | 2, - -> 3, 2 | 8, - -> - |",
@@ -220,22 +220,22 @@ def test_a_switch_is_shown_by_both_of_its_forms():
         ),
     ],
 )
-def test_forms_that_do_not_differ_in_the_switch_alone_are_refused(configs, message):
-    """Guards against figures of another switch: a form that is missing, doubled, or not a twin."""
+def test_forms_that_differ_in_more_than_the_switch_are_refused(configs, message):
+    """Guards against figures of another switch: a form that is missing, ambiguous or different."""
     with pytest.raises(InputError, match=message):
         both_forms(SWITCH, 90, [compiled(90, config) for config in configs])
 
 
 def measured(op: str, case: str, impl: str, us: float, **more) -> dict:
-    made = {"op": op, "case": case, "impl": impl, "dtype": "bfloat16", "failure": None}
-    made |= {"p20_us": us - 1, "median_us": us, "p80_us": us + 1, "bytes": 4_000_000 * us}
-    made |= {"copy_gb_s": 5000.0, "roofline_pct": 80.4, "device": "NVIDIA H100", "commit": "abc"}
-    return made | {"torch": "2.13.0", "triton": "3.6.0", "driver": "570"} | more
+    row = {"op": op, "case": case, "impl": impl, "dtype": "bfloat16", "failure": None}
+    row |= {"p20_us": us - 1, "median_us": us, "p80_us": us + 1, "bytes": 4_000_000 * us}
+    row |= {"copy_gb_s": 5000.0, "roofline_pct": 80.4, "device": "NVIDIA H100", "commit": "abc"}
+    return row | {"torch": "2.13.0", "triton": "3.6.0", "driver": "570"} | more
 
 
 def test_a_gpu_with_rows_gets_its_tables(tmp_path):
-    """Guards the first GPU's rows: they become README's tables by lying in a folder, and the line
-    that says that there are none goes."""
+    """Guards the first GPU's rows: being in a folder is enough to become tables, instead of the
+    line that no GPU was measured."""
     cpu = tmp_path / "cpu"
     jsonl.append(cpu / "ops.jsonl", [measured("op", "c", "eager", 9, device="AMD EPYC, 2 threads")])
     assert gpus(tmp_path) == NONE_YET
@@ -254,7 +254,7 @@ def test_a_gpu_with_rows_gets_its_tables(tmp_path):
         measured("prefix_attention", case, "flashinfer", 75),
         measured("prefix_attention", "B1", "triton", 50) | {"median_us": None, "failure": "off"},
         measured("prefix_attention", "B2", "triton", 50, failure="off"),  # timed anyway
-        # Not the op table's: forms in pairs, and what has no case there.
+        # Not for the op table: forms in pairs, and sections without its cases.
         measured("prefix_attention", case, "triton", 45, section="pairs"),
         measured("prefix_attention", case, "triton ahead=1", 40, section="pairs"),
         measured("launch", "100", "triton", 2, section="launches"),

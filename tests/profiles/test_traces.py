@@ -1,7 +1,7 @@
-"""`python -m profiles torch` and `proton`: traces recorded here, and GPU traces written by hand.
+"""`python -m profiles torch` and `proton`: traces recorded here, and hand-written GPU traces.
 
 The GPU events follow published excerpts of PyTorch's traces: a launch in its host thread, a kernel
-on the GPU's own, one correlation id for both.
+on the GPU's, with one correlation id.
 """
 
 import argparse
@@ -38,7 +38,7 @@ GPU = [
     event("user_annotation", "linear qkv", 12.0, 10.0),
     event("user_annotation", "decoder layer 1", 50.0, 30.0),
     event("cuda_runtime", "cudaLaunchKernel", 15.0, 2.0, 1),
-    event("cuda_driver", "cuLaunchKernelEx", 16.0, 1.0, 1),  # inside the one above
+    event("cuda_driver", "cuLaunchKernelEx", 16.0, 1.0, 1),  # nested in the one above
     event("cuda_driver", "cuLaunchKernelEx", 30.0, 1.0, 2),
     event("cuda_runtime", "cudaGraphLaunch", 82.0, 1.0, 3),
     event("cuda_runtime", "cudaMemcpyAsync", 120.0, 1.0, 4),
@@ -54,8 +54,9 @@ GPU = [
 
 
 def test_kernels_belong_to_the_innermost_span_that_launched_them():
-    """Guards the breakdown on a GPU, whose kernels run long after their spans are over: layers
-    keep what no op in them launched, graphs belong to their replay, the rest is told apart."""
+    """Guards the breakdown on a GPU, whose kernels run long after their spans have ended: a layer
+    keeps the kernels that none of its ops launched, graphs belong to their replay, others are
+    outside."""
     found = summarise({"traceEvents": GPU}, "trace")
     spans = {row["name"]: row for row in found["spans"]}
     times = {name: row["gpu_us"] for name, row in spans.items() if row["gpu_us"]}
@@ -68,8 +69,8 @@ def test_kernels_belong_to_the_innermost_span_that_launched_them():
     assert (gemm["name"], gemm["instances"], gemm["total_us"]) == ("gemm", 3, 66)
 
 
-def test_own_time_is_what_spans_within_leave():
-    """Guards sums on the host: a step's parts add up to the step, counted once."""
+def test_own_time_excludes_nested_spans():
+    """Guards sums on the host: the parts of a step add up to the step, each counted once."""
     spans = {row["name"]: row for row in summarise({"traceEvents": GPU}, "trace")["spans"]}
     own = {name: row["own_us"] for name, row in spans.items() if row["instances"]}
     assert own == {"engine step": 20, "execute": 10, "decoder layer": 60, "linear qkv": 10}
@@ -84,7 +85,7 @@ def test_other_files_are_refused(trace):
 
 
 def test_trace_of_an_op(tmp_path, capsys):
-    """Guards the command on a real op: the trace is one, and its call is the op."""
+    """Guards the command on a real op: the file is a trace, and its call is the op."""
     path = tmp_path / "new" / "norm.json"
     words = ["--op", "rms_norm", "--device", "cpu", "--steps", "2", "--out", str(path)]
     assert torch_trace.run(options(*words)) == 0
@@ -100,8 +101,8 @@ def test_trace_of_an_op(tmp_path, capsys):
 
 
 def test_trace_of_decode_steps(tmp_path, capsys):
-    """Guards the engine's steps in the picture: as many as asked, all rollouts decoding, each step
-    with every layer, and the spans' times adding up to the calls'."""
+    """Guards the traced engine steps: the requested number, all rollouts decoding, every layer in
+    each step, and spans that add up to the calls."""
     path = tmp_path / "decode.json"
     assert torch_trace.run(options("--device", "cpu", "--steps", "2", "--out", str(path))) == 0
     assert "2 steps of tiny, B4 P256 S16" in capsys.readouterr().out
@@ -112,7 +113,7 @@ def test_trace_of_decode_steps(tmp_path, capsys):
 
 
 def test_mistakes(tmp_path):
-    """Guards one clear line for what is missing or wrong."""
+    """Guards the one-line messages for missing or wrong arguments."""
     with pytest.raises(InputError, match="no file for the trace"):
         torch_trace.run(options())
     with pytest.raises(InputError, match="--steps must be at least 1"):
@@ -162,7 +163,7 @@ TREE = [
 
 
 def test_protons_tree(tmp_path, capsys):
-    """Guards the reading of Proton's file, and other files."""
+    """Guards the parsing of Proton's file, and the refusal of other files."""
     path = tmp_path / "x.hatchet"
     path.write_text(json.dumps(TREE))
     rows = proton.kernels(path)
@@ -179,7 +180,7 @@ def test_protons_tree(tmp_path, capsys):
 
 
 def test_proton_needs_a_gpu(monkeypatch):
-    """Guards the line that machines without one get."""
+    """Guards the message on machines without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     parser = Parser()
     proton.add_arguments(parser)

@@ -1,6 +1,6 @@
-"""Kernels compiled here and launched elsewhere: the pack, and Triton's launchers without a GPU.
+"""Kernel packs, and Triton's launchers without a GPU.
 
-What is launched arrives at a libcuda that runs nothing (stub_libcuda.c), built by gcc.
+Launches arrive at a libcuda that runs nothing (stub_libcuda.c), built by gcc.
 """
 
 import json
@@ -40,8 +40,8 @@ SPLIT = "smollm2 ragged decode", "triton split=1"
 
 
 def few_sites() -> list[Callable]:
-    """Every kernel at least once: each form of each op, a captured decode step; launches that the
-    rule does not choose."""
+    """Every kernel at least once: each form of each op, a captured decode step, and configs that
+    the rule does not choose."""
     first = {}
     for case in numerics_cases():
         for form in ("triton", *case.modes):
@@ -84,7 +84,7 @@ def packed(tmp_path_factory) -> tuple[Path, Summary]:
 
 
 def launched(stub: Path, sites: list[Callable], **environment: str) -> dict:
-    """What tests/support/stub_launches.py tells of the sites."""
+    """The report of tests/support/stub_launches.py for the sites."""
     file = stub / "sites.pickle"
     file.write_bytes(pickle.dumps(sites))
     libcuda = {"LD_LIBRARY_PATH": str(stub), "TRITON_LIBCUDA_PATH": str(stub)}
@@ -98,7 +98,7 @@ def launched(stub: Path, sites: list[Callable], **environment: str) -> dict:
 
 def test_another_wheel_finds_all_and_launches_as_compiled(stub, packed, tmp_path, monkeypatch):
     """Guards the keys (a GPU node that compiles again loses minutes), and launchers, grids, blocks,
-    shared memory and parameters, which nothing but a GPU would see."""
+    shared memory and parameters, which otherwise only a GPU would check."""
     path, done = packed
     assert (done.failures, done.compiled) == ((), len(done.keys))
     folder = tmp_path / "cache"
@@ -120,7 +120,7 @@ def test_another_wheel_finds_all_and_launches_as_compiled(stub, packed, tmp_path
 
 
 def test_a_pack_that_would_not_be_found_is_refused(packed, tmp_path, monkeypatch):
-    """Guards a node's first minutes: kernels of another Triton or ptxas would lie there unused."""
+    """Guards a node's first minutes: kernels of another Triton or ptxas would never be used."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     here = re.escape(triton.__version__)
     with monkeypatch.context() as patch:
@@ -134,7 +134,7 @@ def test_a_pack_that_would_not_be_found_is_refused(packed, tmp_path, monkeypatch
 
 
 def test_other_files_are_refused(packed, tmp_path, monkeypatch):
-    """Guards the message: a wrong path or half a download gave a traceback."""
+    """Guards the message: a wrong path or a truncated download gave a traceback."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     half = tmp_path / "half.pack"
     half.write_bytes(packed[0].read_bytes()[:-1000])
@@ -143,34 +143,34 @@ def test_other_files_are_refused(packed, tmp_path, monkeypatch):
             unpack(path)
 
 
-def told(*arguments: str) -> int:
-    """The command's exit code."""
+def run(*arguments: str) -> int:
+    """Run the command; its exit code."""
     parser = Parser()
     kernels_command.add_arguments(parser)
     return kernels_command.run(parser.parse_args(arguments))
 
 
-def test_the_command_tells_what_it_did(packed, tmp_path, monkeypatch, capsys):
+def test_the_command_reports_its_result(packed, tmp_path, monkeypatch, capsys):
     """Guards scripts that read its JSON, and the exit code of a pack that lacks a kernel."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     count = len(packed[1].keys)
-    assert told("unpack", str(packed[0]), "--json") == 0
+    assert run("unpack", str(packed[0]), "--json") == 0
     done = json.loads(capsys.readouterr().out)
     assert (done["kernels"], done["new"], done["bytes"]) == (count, count, packed[0].stat().st_size)
-    assert told("unpack", str(packed[0])) == 0
+    assert run("unpack", str(packed[0])) == 0
     assert f"{count} kernels, 0 of them new here" in capsys.readouterr().out
     monkeypatch.setattr(kernels_command, "all_sites", lambda: [partial(int, "x")])
-    assert told("pack", "--out", str(tmp_path / "broken.pack"), "--arch", "90") == 1
+    assert run("pack", "--out", str(tmp_path / "broken.pack"), "--arch", "90") == 1
     out = capsys.readouterr().out
     assert out.startswith("FAILED: ValueError: invalid literal") and "0 kernels" in out
 
 
-def test_refuses_where_nothing_could_be_compiled_or_written(packed, tmp_path, monkeypatch):
-    """Guards the message: after minutes of work, or as a traceback, it would come too late."""
+def test_refuses_to_start_if_it_could_not_compile_or_write(packed, tmp_path, monkeypatch):
+    """Guards the message: it must not come after minutes of work, or as a traceback."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(InputError, match="TRITON_INTERPRET is set"):
-        told("unpack", str(packed[0]))
+        run("unpack", str(packed[0]))
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(InputError, match="the folder .* does not exist"):
-        told("pack", "--out", str(tmp_path / "nowhere" / "kernels.pack"))
+        run("pack", "--out", str(tmp_path / "nowhere" / "kernels.pack"))

@@ -1,4 +1,4 @@
-"""How far loops copy ahead: TTGIR as Triton 3.6.0 prints it, shortened, and figures by loop."""
+"""Pipelines read from TTGIR (as Triton 3.6.0 prints it, shortened), and figures by loop."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from profiles.static.loop_stats import bytes_to_cover, remarks, worse, worsened
 from profiles.static.pipeline import Pipeline, pipelines
 from profiles.static.sass_loop import SassSummary
 
-# Two loops after each other in a persistent one, and the name %12 in both. K and V are 16 KiB.
+# Two successive loops in a persistent one; both use the name %12. K and V are 16 KiB.
 ATTENTION = """
     %tile:2 = scf.while (%place = %first, %at = %0) : (i32, i32) -> (i32, i32) {
       scf.condition(%1) %place, %at : i32, i32
@@ -57,13 +57,13 @@ RELOADED = Pipeline((1,), 0, 0, scalar_copies=1, scalar_loads=0)
 
 
 def test_loops_with_products():
-    """Guards the choice of loops (not the persistent one) and the reading of each: buffers through
-    an index in the loop or before it, the nearest of two equal names, scalars apart."""
+    """Guards the choice of loops (not the persistent one) and the parsing of each: buffers through
+    an index in the loop or before it, the nearest of two equal names, separate scalars."""
     assert pipelines(ATTENTION) == [CARRIED, RELOADED]
 
 
 def test_pending_groups():
-    """Guards the bytes in flight: the youngest groups of the trip before, whatever their size."""
+    """Guards the bytes in flight: the newest groups of the previous iteration, of any size."""
     assert pipelines(ATTENTION.replace("num = 2", "num = 3"))[0].bytes_ahead == 3 * BLOCK
     second = ATTENTION.replace("%token {num = 0", "%token {num = 1")
     assert pipelines(second)[1].bytes_ahead == 4  # the page number
@@ -73,11 +73,11 @@ def test_pending_groups():
     between = second.replace(wait, "")
     page -= len(wait)
     between = between[:page] + wait + between[page:]
-    assert pipelines(between)[1].bytes_ahead == BLOCK // 2  # K is younger than the last page number
+    assert pipelines(between)[1].bytes_ahead == BLOCK // 2  # K is newer than the last page number
 
 
 def test_while_loops():
-    """Guards the second half of a while loop, which is its body."""
+    """Guards the second region of a while loop, which is its body."""
     loop = "scf.while (%0 = %1) : (i32) -> (i32) {{\n  {}\n}} do {{\n  {}\n}} loc(#loc1)\n"
     text = loop.format(
         "scf.condition(%2) %0 : i32", f"%4 = tt.load %5 : !tt.ptr<i32>\n  %3 = {DOT}"
@@ -107,12 +107,12 @@ PRODUCT = f"""
 
 
 def test_tensor_copies():
-    """Guards copies that barriers await: what is issued before the loop tells how far ahead."""
+    """Guards copies that barriers await: those issued before the loop give the distance."""
     assert pipelines(PRODUCT) == [Pipeline((4,), None, 128 * 64 * 2, 0, 0)]
 
 
-def test_what_is_not_recognised_is_not_known():
-    """Guards other forms: None, no error and no 0, which the baseline would hold against it."""
+def test_unrecognised_code_gives_none():
+    """Guards other forms of code: None, not an error, and not 0, which would count as a loss."""
     unknown = Pipeline(None, None, None, 0, 0)
     assert pipelines(PRODUCT.replace("ttg.local_alloc", "ttg.other_alloc")) == [unknown]
     assert pipelines(PRODUCT.replace("[%0, %1] %12", "[%0, %1] to %12")) == [unknown]
@@ -122,8 +122,8 @@ def test_what_is_not_recognised_is_not_known():
     assert pipelines("") == pipelines("scf.for without an end") == pipelines(DOT) == []
 
 
-def test_loop_with_most_loads_where_no_loop_multiplies():
-    """Guards kernels bound by memory: one loop, the one that brings most bytes."""
+def test_the_loop_with_most_loads_if_none_has_products():
+    """Guards memory-bound kernels: one loop, the one that loads most bytes."""
     loop = "scf.for %i = %0 to %1 step %2 : i32 {{\n  %3 = {}\n}}\n"
     narrow, wide = (f"tt.load %4 : tensor<{size}x!tt.ptr<f32>, #blocked>" for size in (64, 128))
     scalar = "tt.load %4, %5 : !tt.ptr<i32>"
@@ -138,7 +138,7 @@ MIXES = [
 
 
 def test_figures_and_remarks():
-    """Guards the lists: a figure for each loop, those in flight for all programs of an SM."""
+    """Guards the lists: a figure for each loop; bytes in flight for all programs of an SM."""
     found = SassSummary(9000, {}, MIXES)
     assert loop_stats.loop_stats([CARRIED, RELOADED], found, 2) == {
         "buffers": [3, 1],
@@ -158,7 +158,7 @@ def test_figures_and_remarks():
     ]
     assert remarks([CARRIED, CARRIED], SassSummary(9, {}, [])) == ["scalar loads in loop 1, 2"]
     only_page = remarks([RELOADED], SassSummary(9, {}, [{"copy 4": 1}]))
-    assert not any("4 bytes" in text for text in only_page)  # the scalar's own
+    assert not any("4 bytes" in text for text in only_page)  # those of the scalar
     assert remarks([Pipeline((), None, None, 0, scalar_loads=1)], found) == []
     without = loop_stats.loop_stats([], SassSummary(9, {}, []), 2)
     assert set(without.values()) == {None}
@@ -177,9 +177,9 @@ def test_bytes_to_cover():
         ("async_wait", [2, 2], [3, 2], None),
         ("async_wait", [None, 2], [0, 2], None),  # tensor copies before, asynchronous ones now
         ("async_wait", [2], [None], "2 -> None"),
-        ("async_wait", [2], None, "2 -> none"),  # no loop is found any longer
+        ("async_wait", [2], None, "2 -> none"),  # no loop is found any more
         ("buffers", [3, 2], [3, 1], "3, 2 -> 3, 1"),
-        ("buffers", [3, 2], [3, 3, 2, 2], None),  # masked blocks got a loop of their own
+        ("buffers", [3, 2], [3, 3, 2, 2], None),  # masked blocks got a separate loop
         ("buffers", [3, 2], [3, 3, 2, 1], "3, 2 -> 3, 3, 2, 1"),
         ("barriers", [2, 9], [9, 2], "2, 9 -> 9, 2"),
         ("barriers", [9], [2], None),
@@ -192,15 +192,15 @@ def test_bytes_to_cover():
         ("narrow_shared_loads", [0], [64], None),
     ],
 )
-def test_each_loop_is_held(name, before, now, text):
-    """Guards the comparison loop by loop, worst against worst where loops were added."""
+def test_each_loop_is_compared(name, before, now, text):
+    """Guards the comparison loop by loop, or of the worst loops if loops were added."""
     row = dict.fromkeys(loop_stats.WORST) | {name: now}
     assert list(worsened(row, {name: before})) == ([f"{name} {text}"] if text else [])
-    assert list(worsened(row, {})) == []  # a baseline that does not know the figure
+    assert list(worsened(row, {})) == []  # a baseline without the figure
 
 
 def test_worse_of_two_launches():
-    """Guards rows of several launches: the worse of each loop, missing loops and None aside."""
+    """Guards rows of several launches: the worse of each loop, ignoring missing loops and None."""
     assert worse("async_wait", [2, 4], [3, 0]) == [2, 0]
     assert worse("barriers", [2, 9], [4, None]) == [4, 9]
     assert worse("buffers", [None], [None, 3]) == [None, 3]

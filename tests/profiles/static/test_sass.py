@@ -1,10 +1,10 @@
-"""The hottest loop of a kernel's SASS: text as nvdisasm prints it, shortened."""
+"""The hot loops of SASS, as nvdisasm prints it, shortened."""
 
 from profiles.static.sass_loop import summarise_sass
 
 
 def listing(*lines: str) -> str:
-    """Lines as nvdisasm prints them: labels as they are, instructions behind their addresses."""
+    """Lines as nvdisasm prints them: plain labels, instructions after their addresses."""
     text, address = ["        .section .text.kernel", ".text.kernel:"], 0
     for line in lines:
         if line.startswith("."):
@@ -15,7 +15,7 @@ def listing(*lines: str) -> str:
     return "\n".join(text)
 
 
-TRAP = [".L_x_9:", "BRA `(.L_x_9)", "NOP"]  # behind the end of every kernel
+TRAP = [".L_x_9:", "BRA `(.L_x_9)", "NOP"]  # after the end of every kernel
 ATTENTION = listing(
     "S2R R0, SR_CTAID.X",
     ".L_x_1:",  # the persistent loop
@@ -41,7 +41,7 @@ ATTENTION = listing(
 
 
 def test_hottest_loop():
-    """Guards the choice: no outer loop, no branch forward, no trap; wgmma before mma."""
+    """Guards the choice: no outer loop, no forward branch, no trap; wgmma before mma."""
     found = summarise_sass(ATTENTION)
     assert found.loop == {"wgmma": 1, "copy 16": 1, "MUFU": 1, "barrier": 1, "other": 1}
     assert found.mix["mma"] == 2 and found.mix["load 4"] == 1
@@ -53,14 +53,14 @@ def test_hottest_loop():
 
 
 def test_every_loop_with_products():
-    """Guards what the baseline holds: all of them, in the order of the text."""
+    """Guards what the baseline has: all loops, in the order of the code."""
     wgmma, mma = summarise_sass(ATTENTION).loops
     assert wgmma["wgmma"] == 1 and mma["mma"] == 2
     assert [sum(mix.values()) for mix in (wgmma, mma)] == [5, 4]
     assert summarise_sass(listing("HMMA.16816 R24, R4, R6, R24", "EXIT", *TRAP)).loops == []
 
 
-def test_waits_for_barriers_are_no_loops_around_others():
+def test_barrier_waits_are_not_loops_around_others():
     """Guards tensor copies: their waits spin after the kernel's end and branch back into a loop."""
     found = summarise_sass(
         listing(
@@ -75,7 +75,7 @@ def test_waits_for_barriers_are_no_loops_around_others():
 
 
 def test_waits_for_products():
-    """Guards the count: only waits until no wgmma is left, not those that leave some running."""
+    """Guards the count: only waits until no wgmma is pending, not those that leave some running."""
     wait = "WARPGROUP.DEPBAR.LE gsb0, 0x{}"
     loop = ("HGMMA.64x64x16.F32 R24, gdesc[UR8], R24, gsb0", wait.format(0), wait.format(1))
     found = summarise_sass(
@@ -85,7 +85,7 @@ def test_waits_for_products():
 
 
 def test_loads_decide_without_products():
-    """Guards kernels bound by memory: the loop that brings most bytes."""
+    """Guards memory-bound kernels: the loop that loads most bytes."""
     found = summarise_sass(
         listing(
             ".L_x_1:", "LDG.E R1, [R2]", "LDG.E R1, [R2+0x4]", "@P0 BRA `(.L_x_1)",
@@ -98,7 +98,7 @@ def test_loads_decide_without_products():
 
 
 def test_what_to_look_at():
-    """Guards the order of complaints: spills, then narrow loads, each where it is."""
+    """Guards the order of remarks: spills, then narrow loads, each with its place."""
     narrow = ["LDG.E.64 R2, [R2]", "LDG.E.U16 R3, [R2]", "LDG.E.128 R4, [R6]"]
     straight = summarise_sass(listing(*narrow, "EXIT", *TRAP))
     assert straight.loop is None

@@ -1,6 +1,6 @@
-"""What the compiler made of the kernels, on any machine: the figures, the rules, the baseline.
+"""Static analysis of compiled kernels, on any machine: figures, rules, baseline.
 
-Compilation happens in processes of its own, because pytest's has Triton interpret.
+Compilation runs in separate processes, because Triton interprets in pytest's.
 """
 
 import json
@@ -38,7 +38,7 @@ def run(module: str, *arguments: str, **environment: str) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> tuple[Path, list[dict]]:
-    """A baseline made from the toy ops, and its rows."""
+    """A baseline of the toy ops, and its rows."""
     path = tmp_path_factory.mktemp("static") / "baseline.jsonl"
     done = run(
         "tests.support.static_toy",
@@ -54,9 +54,9 @@ def toy(tmp_path_factory) -> tuple[Path, list[dict]]:
 
 
 @pytest.mark.cli
-def test_a_row_for_each_kernel_and_choice(toy):
-    """Guards the sweep: every architecture and dtype, candidates in bf16 only, ops without a Triton
-    form left out, and the rule asked anew for each GPU."""
+def test_a_row_for_each_kernel_and_config(toy):
+    """Guards the sweep: every architecture and dtype, candidates in bf16 only, no ops without a
+    Triton form, and the rule applied for each GPU."""
     found = [(row["kernel"], row["arch"], row["dtype"], row["config"]) for row in toy[1]]
     copies = [
         ("copy_kernel", arch, dtype, f"BLOCK={block} num_warps={warps} num_stages=3")
@@ -83,7 +83,7 @@ def test_a_row_for_each_kernel_and_choice(toy):
 
 @pytest.mark.cli
 def test_figures_of_compiled_kernels(toy):
-    """Guards the reading of cubin, PTX and metadata: figures that follow from the kernels' text."""
+    """Guards the parsing of cubin, PTX and metadata: figures that follow from the kernels' code."""
     rows = {(row["kernel"], row["arch"], row["config"].split()[0]): row for row in toy[1]}
     copy = rows[
         "copy_kernel", 90, "BLOCK=8192"
@@ -102,8 +102,8 @@ def test_figures_of_compiled_kernels(toy):
 
 @pytest.mark.cli
 def test_worse_kernels_break_rules(toy):
-    """Guards the comparison from end to end: an input at an odd address halves nothing but loads,
-    and a candidate that does not compile is told with its reason."""
+    """Guards the whole comparison: a misaligned input halves only loads, and a candidate that does
+    not compile is reported with its reason."""
     arguments = ("static", "--quick", "--json", "--baseline", str(toy[0]))
     done = run("tests.support.static_toy", *arguments, "--narrow", "--op", "copy", "--arch", "90")
     assert done.returncode == 1
@@ -123,9 +123,9 @@ def test_worse_kernels_break_rules(toy):
 
 
 @pytest.mark.cli
-def test_the_page_load_put_back_into_the_loop_breaks_rules(toy):
-    """Guards the loss that this repository had: a page number loaded for the loop's own block takes
-    a stage of the pipeline, and nothing overlaps. The same kernel that carries it does not."""
+def test_a_page_load_in_the_loop_breaks_rules(toy):
+    """Guards against a loss that this repository had: a page number that is loaded in the iteration
+    that uses it takes a stage of the pipeline, and nothing overlaps. Carrying it avoids that."""
     paged = next(row for row in toy[1] if row["kernel"] == "paged_kernel" and row["arch"] == 90)
     assert (paged["buffers"], paged["async_wait"]) == ([3], [2])
     block, programs = 2 * 64 * 64 * 2, paged["programs_per_sm"]
@@ -142,7 +142,7 @@ def test_the_page_load_put_back_into_the_loop_breaks_rules(toy):
 
 @pytest.mark.cli
 def test_the_table_and_the_loops(toy):
-    """Guards what a person reads: figures loop by loop, and what an SM needs in flight."""
+    """Guards the text output: figures loop by loop, and the bytes that an SM needs in flight."""
     done = run(
         "tests.support.static_toy", "static", "--sass", "--op", "paged", "--baseline", str(toy[0])
     )
@@ -209,15 +209,15 @@ GOOD = {
     ],
 )
 def test_each_rule(change, message):
-    """Guards each rule by itself: what breaks it is named, before and after; the rest passes."""
+    """Guards each rule separately: a broken one is named, with before and after; others pass."""
     row = GOOD | change
     name = f"copy_kernel, sm_90, bfloat16, {row['config']}"
     assert broken_rules([row], [GOOD]) == ([f"{name}: {message}"] if message else [])
 
 
-def test_rules_against_another_triton():
-    """Guards runs with another compiler: it may schedule otherwise and spill, but not lose wgmma or
-    tma, or make what does not fit."""
+def test_rules_with_another_triton():
+    """Guards runs with another compiler: it may schedule differently and spill, but must not lose
+    wgmma or tma, or produce kernels that do not fit."""
     old = GOOD | {"triton": "0.1"}
     moved = GOOD | {"programs_per_sm": 1, "min_load_bytes": 4, "wide_loads": 0.0, "spill_bytes": 4}
     moved["buffers"], moved["barriers"] = [0, 0], [20, 20]
@@ -230,7 +230,7 @@ def test_rules_against_another_triton():
 
 
 def test_a_row_holds_the_worst_of_its_launches():
-    """Guards launches that share a row: one figure, or one loop's, from each."""
+    """Guards launches that share a row: each figure, and each loop's, is the worse one."""
     other = GOOD | {"registers": 80, "min_load_bytes": None, "async_wait": [4, 0]}
     worst = static._worse(GOOD, other)
     assert worst == GOOD | {"registers": 80, "async_wait": [2, 0]}
@@ -238,8 +238,8 @@ def test_a_row_holds_the_worst_of_its_launches():
     assert static._worse(GOOD, failed) == static._worse(failed, GOOD) == failed
 
 
-def test_a_baseline_without_figures_of_loops_does_not_hold_them():
-    """Guards baselines written before a figure was known: not compared, no error."""
+def test_figures_that_the_baseline_lacks_are_not_compared():
+    """Guards baselines that are older than a figure: no comparison, no error."""
     older = {name: value for name, value in GOOD.items() if name not in loop_stats.WORST}
     assert broken_rules([GOOD | {"async_wait": [0, 0]}], [older]) == []
     (written,) = update([older], [GOOD], [], [90])
@@ -248,7 +248,7 @@ def test_a_baseline_without_figures_of_loops_does_not_hold_them():
 
 def test_update_replaces_what_was_compiled():
     """Guards --op and --arch with --update: rows of other ops and architectures stay, rows of
-    launches that no longer exist go, failures are not kept."""
+    launches that no longer exist are removed, failures are not written."""
     other, older = GOOD | {"op": "product"}, GOOD | {"arch": 80}
     gone, new, failed = (GOOD | {"config": text} for text in ("gone", "new", "failed"))
     failed["failure"] = "ValueError: no"
@@ -267,7 +267,7 @@ def test_update_replaces_what_was_compiled():
         (16, 0, 1, A100, 32),  # the SM's most programs
         (16, 0, 4, A100, 16),  # 64 warps
         (32, 0, 4, H200, 16),
-        (33, 0, 4, H200, 12),  # registers are given in units of 256 to a warp
+        (33, 0, 4, H200, 12),  # registers are allocated per warp in units of 256
         (128, 0, 4, A100, 4),
         (80, 0, 1, A100, 24),  # six warps to a partition, not 25 to the SM
         (168, 0, 4, A100, 3),
@@ -283,7 +283,7 @@ def test_update_replaces_what_was_compiled():
     ],
 )
 def test_programs_per_sm(registers, shared, warps, gpu, programs):
-    """Guards the occupancy, by the table of NVIDIA's calculator and by exact fits."""
+    """Guards the occupancy against NVIDIA's calculator, and at exact fits."""
     assert programs_per_sm(registers, shared, warps, gpu) == programs
 
 
@@ -306,7 +306,7 @@ TTGIR = """
 
 
 def test_load_bytes():
-    """Guards the patterns: global loads and asynchronous copies by width, the scalar taken out."""
+    """Guards the patterns: global loads and asynchronous copies by width, without the scalar."""
     assert load_bytes(PTX, "") == {2: 2, 4: 4, 8: 16, 16: 32}
     assert load_bytes(PTX, TTGIR) == {2: 2, 8: 16, 16: 32}
 
@@ -322,12 +322,12 @@ def test_load_bytes():
     ],
 )
 def test_narrowest_and_wide_loads(loads, narrowest, wide):
-    """Guards the two figures of load width: few narrow loads pass, a narrow tensor does not."""
+    """Guards the two figures of load width: a few narrow loads pass, a narrow tensor does not."""
     assert (min_load_bytes(loads), wide_loads(loads)) == (narrowest, wide)
 
 
 def test_count_mix():
-    """Guards the classes of instructions: similar names must not fall into each other's class."""
+    """Guards the classes of instructions: similar names must not get each other's class."""
     names = (
         "LDG.E.128 LDG.E LDG.E.U16 LDG.E.64.CONSTANT LDGSTS.E.BYPASS.LTC128B.64 LDGSTS.E LDGDEPBAR"
     )
@@ -357,7 +357,7 @@ def test_count_mix():
 
 
 def test_recording_is_confined(monkeypatch):
-    """Guards what follows: Triton and the ops must be as they were, also after an error."""
+    """Guards later code: Triton and the ops must be restored, also after an error."""
     monkeypatch.setattr(dispatch, "_interpreting", lambda: False)
     forms = {"eager": lambda: "eager", "triton": lambda: "triton"}
     cpu, run, active = torch.device("cpu"), JITFunction.run, driver._active
