@@ -68,7 +68,7 @@ def switch_table(
             old, new = both_forms(switch, arch, baseline)
             changes = [_change(figure(old), figure(new)) for figure in figures.values()]
             lines.append([switch.label, f"sm_{arch}", *changes])
-    return markdown(("kernel in bf16", "GPU", *figures), lines)
+    return markdown(("kernel in bf16", "arch", *figures), lines)
 
 
 def both_forms(switch: Switch, arch: int, baseline: Sequence[Row]) -> tuple[Row, Row]:

@@ -202,7 +202,7 @@ def test_a_switch_shows_both_forms():
     figures |= {name: LOOPS[name] for name in (" buffers", " KB in flight")}
     text = switch_table([SWITCH._replace(archs=(90,))], figures, [new, old])
     assert text.splitlines() == [
-        "| kernel in bf16 | GPU | registers | CTAs per SM | buffers | KB in flight |",
+        "| kernel in bf16 | arch | registers | CTAs per SM | buffers | KB in flight |",
         "|---|---|---:|---:|---:|---:|",
         "| it | sm_90 | 90 -> 91 | 2 | 2, - -> 3, 2 | 8, - -> - |",
     ]
