@@ -71,22 +71,22 @@ def decisions(rows: Iterable[Row]) -> list[str]:
 
 def latest(rows: Iterable[Row]) -> list[Row]:
     """The last row of each measurement; a task that failed as a whole has one until a form does."""
-    found: dict[tuple, Row] = {}
+    kept: dict[tuple, Row] = {}
     for row in rows:
         task = tuple(row.get(name) for name in ("section", "op", "case", "dtype"))
-        found.pop((*task, None), None)
-        found[*task, row.get("impl")] = row
-    return list(found.values())
+        kept.pop((*task, None), None)
+        kept[*task, row.get("impl")] = row
+    return list(kept.values())
 
 
 def attention_lines(rows: Sequence[Row], pair: str) -> dict[int, Line]:
     """By number of rollouts, the line through decode attention's times in one form of its pairs."""
-    found = {}
+    lines = {}
     for batch in BATCHES:
         batch_rows = [row for row in _pair_rows(rows, pair) if _decodes(row, batch)]
         if line := fit([(row["bytes"], row["median_us"]) for row in batch_rows]):
-            found[batch] = line
-    return found
+            lines[batch] = line
+    return lines
 
 
 def gains(rows: Sequence[Row], switch: str, old: str = "0", new: str = "1") -> dict[str, float]:

@@ -60,13 +60,13 @@ def fitted(rows: Sequence[Row]) -> list[Row]:
 def gained(rows: Sequence[Row]) -> list[Row]:
     """Both times of every pair, and the percent of the old form's time that the new one saves."""
     times = {(row["op"], row["case"], row["pair"]): row["median_us"] for row in good(rows, "pairs")}
-    found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    by_switch: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for (op, case, pair), us in times.items():
         switch, _, value = pair.partition(" ")
         if value:
-            found.setdefault((op, case, switch), []).append((int(value), us))
+            by_switch.setdefault((op, case, switch), []).append((int(value), us))
     lines = []
-    for (op, case, switch), both in found.items():
+    for (op, case, switch), both in by_switch.items():
         if len(both) == 2:
             (old, before), (new, after) = sorted(both)
             row: Row = {"op": op, "case": case, "switch": f"{switch} {old} -> {new}"}

@@ -57,16 +57,16 @@ def _state(row: Row) -> str:
 
 def _failures(rows: Sequence[Row]) -> list[str]:
     """A line per op, form and kind of failure, with the number of cases."""
-    found: dict[tuple, list[Row]] = {}
+    by_kind: dict[tuple, list[Row]] = {}
     for row in rows:
         if _state(row) == "FAILED":
             name = row["case"] if row["op"] == "test" else row["op"]
             kind = row["failure"].partition(":")[0][:40]
-            found.setdefault((row["section"], name, row["impl"], kind), []).append(row)
+            by_kind.setdefault((row["section"], name, row["impl"], kind), []).append(row)
     return [
         f"FAILED {section}: {name}{f', {form}' if form else ''} ({len(failed)} of them, first"
         f" {failed[0]['case']}, {failed[0]['dtype']}): {failed[0]['failure']}"[:200]
-        for (section, name, form, _), failed in found.items()
+        for (section, name, form, _), failed in by_kind.items()
     ]
 
 

@@ -61,16 +61,16 @@ class Table:
 
 def tables(text: str, source: str) -> list[Table]:
     """The tables of a text. A table ends at a line with another number of cells than its header."""
-    found: list[Table] = []
+    parsed: list[Table] = []
     for cells in csv.reader(text.splitlines()):
-        rows = found[-1].rows if found else None
+        rows = parsed[-1].rows if parsed else None
         if len(cells) < 3:
-            found.append(Table(source, (), []))  # the next lines are another table
-        elif rows is not None and len(cells) == len(found[-1].header):
+            parsed.append(Table(source, (), []))  # the next lines are another table
+        elif rows is not None and len(cells) == len(parsed[-1].header):
             rows.append(cells)
         else:
-            found.append(Table(source, cells, []))
-    return [table for table in found if table.header]
+            parsed.append(Table(source, cells, []))
+    return [table for table in parsed if table.header]
 
 
 def number(text: str) -> float | None:

@@ -1,9 +1,9 @@
 """docs/decode.svg, the plot at the top of README: decode attention of 16 rollouts.
 
-It shows the rows of the `decode` table, or a GPU's rows for the same cases once there are some. The
-file carries the numbers that it shows, as JSON in its description, so that a stale plot is noticed
-without matplotlib and whatever its version. To redraw a plot whose numbers are current (after a
-change of style), delete it first.
+It shows the rows of the `decode` table, or a GPU's rows for the same cases once there are any. The
+file's description has the plotted numbers as JSON, so that a stale plot is noticed with any version
+of matplotlib, or without it. To redraw a plot whose numbers are current (after a change of style),
+delete it first.
 """
 
 import json
@@ -75,10 +75,10 @@ def draw(file: Path, results: Path = RESULTS) -> None:
 
 
 def _gpu_rows(results: Path) -> list[tuple[DecodeCase, list[Row]]]:
-    """The rows of the GPU measured last; only cases of which it has all forms."""
+    """The rows of the GPU that was measured last, for the cases of which it has all forms."""
     folders = [rows for _, rows in gpu_folders(results)]
     for rows in sorted(folders, key=lambda rows: rows[-1].get("time") or "", reverse=True):
-        found = []
+        complete = []
         for case in DECODE_CASES:
             of_impl = {
                 row["impl"]: row
@@ -87,9 +87,9 @@ def _gpu_rows(results: Path) -> list[tuple[DecodeCase, list[Row]]]:
                 and row["dtype"] == "bfloat16"
             }
             if all(impl in of_impl for impl in GPU_FORMS):
-                found.append((case, [of_impl[impl] for impl in GPU_FORMS]))
-        if found:
-            return found
+                complete.append((case, [of_impl[impl] for impl in GPU_FORMS]))
+        if complete:
+            return complete
     return []
 
 

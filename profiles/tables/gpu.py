@@ -23,12 +23,12 @@ def gpus(results: Path) -> str:
 
 def gpu_folders(results: Path) -> list[tuple[Path, list[Row]]]:
     """The folders with rows of a GPU: the latest timed row of each op, case, impl and dtype."""
-    found = []
+    folders = []
     for path in sorted(path for path in results.iterdir() if path.is_dir()):
         rows = _latest([row for row in folder(path) if not row["device"].endswith(" threads")])
         if rows:
-            found.append((path, rows))
-    return found
+            folders.append((path, rows))
+    return folders
 
 
 def _latest(rows: Sequence[Row]) -> list[Row]:

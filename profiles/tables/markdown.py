@@ -23,7 +23,7 @@ def folder(path: Path) -> list[Row]:
     return sorted(rows, key=lambda row: row.get("time") or "")
 
 
-def one(rows: Iterable[Row], **wanted: object) -> Row:
+def latest_row(rows: Iterable[Row], **wanted: object) -> Row:
     """The latest row without a failure whose fields are as `wanted`. Raises InputError if none."""
     matches = [
         row

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from bench import jsonl
 from profiles.tables.gpu import gpus
 from profiles.tables.kernels import DECODE_KERNELS, VISION_KERNELS, Kernel, kernel_table
-from profiles.tables.markdown import Row, folder, markdown, milliseconds, one, small, spread
+from profiles.tables.markdown import Row, folder, latest_row, markdown, milliseconds, small, spread
 
 PROFILES = Path(__file__).parents[1]
 RESULTS = PROFILES / "results"
@@ -60,7 +60,7 @@ def cpu_decode_rows() -> list[tuple[DecodeCase, list[Row]]]:
         (
             case,
             [
-                one(rows, op="prefix_attention", case=case.case, impl=impl, dtype="float32")
+                latest_row(rows, op="prefix_attention", case=case.case, impl=impl, dtype="float32")
                 for impl in DECODE_FORMS.values()
             ],
         )
@@ -116,7 +116,7 @@ def end_to_end() -> str:
     lines = []
     for job in END_TO_END:
         eager, ours = (
-            one(measured(OPS_CPU), op=job.op, case=job.case, impl=impl)
+            latest_row(measured(OPS_CPU), op=job.op, case=job.case, impl=impl)
             for impl in ("eager", "default")
         )
         if job.rate:
@@ -142,7 +142,7 @@ def fold() -> str:
     header = ["dtype", *(name for column in FOLDED for name in (column, " folded"))]
     lines = []
     for label, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        row = one(measured(FOLD_CPU), op="fold", dtype=dtype)
+        row = latest_row(measured(FOLD_CPU), op="fold", dtype=dtype)
         cells = [
             written(row[field.format(path)])
             for field, written in FOLDED.values()
@@ -168,7 +168,9 @@ def packing() -> str:
     """Eight problems on one engine, under several policies."""
     lines = []
     for label, impl in PACKING.items():
-        row = one(measured(ENGINE_CPU), op="packing", case="smollm2-135m 8 x [8] T128", impl=impl)
+        row = latest_row(
+            measured(ENGINE_CPU), op="packing", case="smollm2-135m 8 x [8] T128", impl=impl
+        )
         seconds = [f"{row[name]:.1f}" for name in ("makespan_s", "tta_mean_s", "tokens_per_second")]
         lines.append([label, *seconds, f"{row['steps']:,}"])
     header = (
@@ -188,7 +190,7 @@ DEFAULT, SHORTEST = "later-round-first", "shortest-expected"
 def simulated_row(workload: str, policy: str, **variant: object) -> Row:
     """One GPU, sigma_w 0.55, bf16 KV and shared reads; `variant` overrides any of these."""
     usual = {"sigma_w": 0.55, "gpus": 1, "shared_reads": True, "kv_dtype": "bf16"}
-    return one(recorded(SIMULATED), workload=workload, policy=policy, **usual | variant)
+    return latest_row(recorded(SIMULATED), workload=workload, policy=policy, **usual | variant)
 
 
 def minutes(workload: str, policy: str, **variant: object) -> str:

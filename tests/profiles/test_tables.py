@@ -12,7 +12,7 @@ from profiles.tables import command as tables
 from profiles.tables import decode_plot
 from profiles.tables.gpu import NONE_YET, gpus
 from profiles.tables.kernels import Kernel, find_row, kernel_table
-from profiles.tables.markdown import folder, markdown, milliseconds, one, small, spread
+from profiles.tables.markdown import folder, latest_row, markdown, milliseconds, small, spread
 from profiles.tables.switches import LOOPS, Switch, both_forms, switch_table
 
 
@@ -158,9 +158,9 @@ def test_the_latest_good_row_counts(tmp_path):
     jsonl.append(tmp_path / "a.jsonl", [old | {"time": "2026-01-03T00:00:00Z", "n": 3}])
     jsonl.append(tmp_path / "b.jsonl", [old, old | {"time": "2026-01-02T00:00:00Z", "n": 2}])
     jsonl.append(tmp_path / "c.jsonl", [old | {"time": "2026-01-04", "n": 4, "failure": "off"}])
-    assert one(folder(tmp_path), op="x")["n"] == 3
+    assert latest_row(folder(tmp_path), op="x")["n"] == 3
     with pytest.raises(InputError, match="needs a row with op 'y'"):
-        one(folder(tmp_path), op="y")
+        latest_row(folder(tmp_path), op="y")
 
 
 def compiled(arch: int, config: str, **more) -> dict:
