@@ -197,7 +197,7 @@ def test_summary_is_short():
         (["--seconds", "30"], "--seconds must be at least 60, not 30"),
         (["--seconds", "nan"], "--seconds must be at least 60"),
         (["--workers", "0"], "--workers must be at least 1, not 0"),
-        (["--kernels", "none.tar"], "--kernels none.tar: there is no such file"),
+        (["--kernels", "none.tar"], "--kernels none.tar: no such file"),
         (["--stage", "opps"], "invalid choice: 'opps'"),
     ],
 )
