@@ -1,1 +1,1 @@
-"""STEP3-VL-10B on the ops of `kernels`: configuration, images, prompts, tower, decoder, weights."""
+"""STEP3-VL-10B built on the ops of `kernels`: config, images, prompts, tower, decoder, weights."""

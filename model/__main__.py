@@ -1,4 +1,4 @@
-"""`python -m model COMMAND`: what there is to know of a model without loading its weights."""
+"""`python -m model COMMAND`: facts about a model, without loading its weights."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m model") -> int:
-    """Run the command; its exit code."""
+    """Run the command and return its exit code."""
     return dispatch(Parser(prog=prog, description=__doc__), COMMANDS, argv)
 
 

@@ -15,10 +15,10 @@ class VisionConfig:
     mlp_width: int = 8960
     patch_size: int = 14
     image_size: int = 728  # side of the global view, and of the position embedding's grid
-    crop_size: int = 504  # side every crop is resized to
+    crop_size: int = 504  # side to which every crop is resized
     max_image_size: int = 3024  # longer sides are shrunk to this before cropping
     uncropped_side: int = 728  # images no longer than this are cropped only if elongated
-    crop_window: int = 504  # side of the square that crops are cut with, before their resize
+    crop_window: int = 504  # side of the squares that are cut out, before they are resized
     norm_eps: float = 1e-5
     layer_scale: float = 0.1  # initial value of LayerScale's gamma
     rope_theta: float = 10000.0
@@ -29,7 +29,7 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along a side of the global view; no view may have more."""
+        """Patches along a side of the global view, the most that any view may have."""
         return self.image_size // self.patch_size
 
     @property
@@ -67,7 +67,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the tokens that mean something to the code. All ids of `eos` end a generation."""
+    """Ids of the tokens that the code treats specially. Any id of `eos` ends a generation."""
 
     eos: tuple[int, ...] = (151643, 151645, 151679)
     im_patch: int = 151679
@@ -129,7 +129,7 @@ def _checked(cls: type, data: dict, where: str) -> dict:
     unknown = sorted(set(data) - known)
     if unknown:
         raise InputError(
-            f"{where}: unknown key {', '.join(unknown)}; known keys are {', '.join(sorted(known))}"
+            f"{where}: unknown key {', '.join(unknown)}; the keys are {', '.join(sorted(known))}"
         )
     required = {"name", "decoder"} & known
     missing = sorted(required - set(data))
@@ -140,7 +140,7 @@ def _checked(cls: type, data: dict, where: str) -> dict:
 
 # The same structure at a size that runs in seconds on a CPU: head_dim 96 in the tower, 4 query
 # heads per KV head in the decoder, images cropped as in the 10B but resized to fewer patches. Token
-# ids lie behind the 256 bytes of its byte-level vocabulary.
+# ids follow the 256 bytes of its byte-level vocabulary.
 TINY = Config(
     name="tiny",
     decoder=DecoderConfig(
@@ -191,7 +191,7 @@ PRESETS = {config.name: config for config in (STEP3_VL_10B, TINY, SMOLLM2_135M)}
 
 
 def preset(name: str) -> Config:
-    """The preset called `name`. Raises InputError with the known names otherwise."""
+    """The preset called `name`. Raises InputError, with all names, if there is none."""
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""Work on a GPU captured once and replayed as one launch, at the addresses it was captured with."""
+"""CUDA graphs: a function's GPU work, captured once and replayed as one launch."""
 
 from collections.abc import Callable
 from functools import cache
@@ -19,38 +19,41 @@ _failures: list[str] = []
 
 
 def failed_capture() -> str | None:
-    """Why a capture failed in this process, if one did.
+    """Why the first failed capture of this process failed; None if none has.
 
-    PyTorch (2.11) then leaves the allocator's pool open: `torch.cuda.empty_cache()`, and with it
-    every later capture, raises an internal assertion. Plain work goes on; whoever measures should
-    end the process.
+    After a failed capture, PyTorch (2.11) leaves the allocator's pool open: every
+    `torch.cuda.empty_cache()`, and so every later capture, raises an internal assertion. Work
+    without graphs still runs, but a process that measures should end.
     """
     return _failures[0] if _failures else None
 
 
 class CudaGraph(Generic[T]):
-    """`body` as it was when captured: `replay` runs it again and returns its reused output.
+    """The GPU work of `body`, captured: `replay` runs it again at the captured addresses and
+    returns the same output tensors, overwritten.
 
-    `body` runs once before it is captured, and must have no effect then that matters. Graphs of one
-    `pool` (torch.cuda.graph_pool_handle) share memory and must be replayed on one stream. Threads
-    that capture wait for each other. Raises RuntimeError for a body that cannot be captured, and
-    for every body after that (`failed_capture`).
+    `body` first runs once uncaptured, which must be harmless. Graphs of one `pool`
+    (torch.cuda.graph_pool_handle) share memory and must be replayed on one stream. Threads that
+    capture wait for each other. Raises RuntimeError if the capture fails, and for every graph
+    after that (`failed_capture`).
     """
 
     def __init__(
         self, body: Callable[[], T], device: torch.device, pool: "Pool | None" = None
     ) -> None:
         if _failures:
-            raise RuntimeError(f"no CUDA graph after a {_failures[0]}")
+            raise RuntimeError(
+                f"this process can capture no more CUDA graphs after a {_failures[0]}"
+            )
         self._graph = torch.cuda.CUDAGraph()
         with _capturing, torch.cuda.device(device):
             stream = _stream(torch.cuda.current_device())
             stream.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(stream), pinning() as self._pinned:
-                    body()  # compiles what is not compiled, fills tables
+                    body()  # compiles kernels and fills caches before the capture
                     self._output = self._capture(body, pool, stream)
-            finally:  # the caches serve what was computed, also if the rest failed
+            finally:  # caches were filled on `stream` and serve other streams, even if this failed
                 torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self) -> T:
@@ -63,16 +66,16 @@ class CudaGraph(Generic[T]):
                 self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
             ):
                 return body()
-        except Exception as error:  # in words that are the same whatever the cause
+        except Exception as error:  # one wording for every cause
             _failures.append(f"failed capture: {error}")
             raise RuntimeError(_failures[0]) from error
 
 
 @cache
 def _stream(device: int) -> torch.cuda.Stream:
-    """The stream that all graphs of a GPU are captured on.
+    """The stream on which all graphs of a GPU are captured.
 
-    PyTorch has 32 streams and hands them out over and over: with a new one for each graph, one
-    would be the stream on which images are encoded meanwhile, and that work end up in the graph.
+    PyTorch hands out its 32 streams in rotation. With a new stream for each graph, one would
+    eventually be the stream on which images are being encoded, and that work would be captured too.
     """
     return torch.cuda.Stream(device)

@@ -1,4 +1,4 @@
-"""`python -m model describe MODEL`: what a model weighs, without allocating it."""
+"""`python -m model describe MODEL`: the size of a model, without allocating it."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ def describe(config: Config, dtype: torch.dtype) -> dict:
     """Size of a model whose weights and KV cache have type `dtype`.
 
     `parameters` counts tied embeddings once; `tensors` counts the checkpoint's names; `parts`
-    splits the parameters; `table` has name, shape and bytes of every tensor.
+    divides the parameters by part; `table` has name, shape and bytes of every tensor.
     """
     tensors = Step3VL(config, device="meta", dtype=dtype).checkpoint_tensors()
     parts = {"vision tower": 0, "downsamplers": 0, "projector": 0, "decoder": 0}
@@ -46,19 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of weights and KV (default: bfloat16)"
+        "--dtype", choices=DTYPES, default="bfloat16", help="weights and KV (default: bfloat16)"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """The `describe` command. Raises InputError for a model that there is not."""
-    found = describe(_config(options.model), DTYPES[options.dtype])
+    """The `describe` command. Raises InputError for a model that does not exist."""
+    size = describe(_config(options.model), DTYPES[options.dtype])
     if not options.tensors:
-        del found["table"]
+        del size["table"]
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(size))
     else:
-        _print(found, options.dtype)
+        _print(size, options.dtype)
     return 0
 
 
@@ -84,28 +84,28 @@ def _part(name: str) -> str:
     return "projector" if name.startswith("vit_large_projector.") else "decoder"
 
 
-def _print(found: dict, dtype: str) -> None:
-    weights = found["weight_bytes"]
-    size = f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.2f} MB"
+def _print(size: dict, dtype: str) -> None:
+    count = size["weight_bytes"]
+    weights = f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
     rows = [
-        ("parameters", f"{found['parameters']:,}"),
-        *((f"  {part}", f"{count:,}") for part, count in found["parts"].items()),
-        ("checkpoint tensors", f"{found['tensors']:,}"),
-        (f"weights in {dtype}", size),
-        (f"KV cache per token in {dtype}", f"{found['kv_bytes_per_token']:,} B"),
+        ("parameters", f"{size['parameters']:,}"),
+        *((f"  {part}", f"{count:,}") for part, count in size["parts"].items()),
+        ("checkpoint tensors", f"{size['tensors']:,}"),
+        (f"weights in {dtype}", weights),
+        (f"KV cache per token in {dtype}", f"{size['kv_bytes_per_token']:,} B"),
     ]
-    _print_table(found["name"], rows)
-    if "table" in found:
+    _print_table(size["name"], rows)
+    if "table" in size:
         _print_table(
-            "tensors", [(r["name"], "x".join(map(str, r["shape"]))) for r in found["table"]]
+            "tensors", [(r["name"], "x".join(map(str, r["shape"]))) for r in size["table"]]
         )
 
 
 def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Two aligned columns under a title, which is bold where rich is installed."""
+    """Print two aligned columns under a title, which is bold if rich is installed."""
     left, right = (max(map(len, column)) for column in zip(*rows, strict=True))
     text = "\n".join(f"  {name:{left}}  {value:>{right}}" for name, value in rows)
-    try:  # GPU nodes may offer torch, Triton and NumPy alone
+    try:  # a GPU node may have only torch, Triton and NumPy
         from rich.console import Console
     except ImportError:
         print(f"{title}\n{text}")

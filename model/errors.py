@@ -1,5 +1,5 @@
-"""Errors that commands tell their user in one line, without a traceback. Imports nothing."""
+"""InputError, which commands print as one line without a traceback. Imports nothing."""
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: one line that names it and says what would be right."""
+    """A mistake in the user's input: one line that says what is wrong and what would be right."""

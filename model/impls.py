@@ -1,4 +1,4 @@
-"""How a model computes, by name: the implementation of each op, and the dtype."""
+"""Names of a model's ops, of their implementations (`impl`), and of its dtypes."""
 
 from kernels.errors import ImplError
 from kernels.runtime import dtypes
@@ -23,7 +23,7 @@ Impl = str | dict[str, str] | None
 
 
 def impl_per_op(impl: Impl) -> dict[str, str | None]:
-    """Spell `impl` out for every op; None means the best form for the tensors' device.
+    """`impl` as a dict with every op; None means the best implementation for the device.
 
     Raises ImplError for an unknown op or implementation.
     """
@@ -33,5 +33,5 @@ def impl_per_op(impl: Impl) -> dict[str, str | None]:
         if op not in OPS:
             raise ImplError(f"unknown op {op!r}; the model's ops are {', '.join(OPS)}")
         if name is not None and name not in IMPLS:
-            raise ImplError(f"impl {name!r} of {op}: choose one of {', '.join(IMPLS)}")
+            raise ImplError(f"unknown impl {name!r} of {op}; choose one of {', '.join(IMPLS)}")
     return per_op

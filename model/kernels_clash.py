@@ -1,8 +1,8 @@
-"""Hugging Face's distribution `kernels` installs a top-level folder `kernels/`, as ours does.
+"""Checks for Hugging Face's distribution `kernels`, whose top-level folder has the name of ours.
 
-pip puts both into one folder without a word: the later `kernels/__init__.py` replaces the other,
-and uninstalling either deletes it. An editable install of ours comes after site-packages on the
-path, so there `import kernels` finds theirs. Nothing is imported to find out: theirs takes seconds.
+pip silently installs both into one folder: the later `kernels/__init__.py` replaces the other, and
+uninstalling either deletes it. An editable install of ours comes after site-packages on the path,
+so `import kernels` then finds theirs. The checks do not import it, which would take seconds.
 """
 
 from importlib import metadata
@@ -10,34 +10,34 @@ from importlib.util import find_spec
 from pathlib import Path
 
 OURS = Path(__file__).resolve().parents[1] / "kernels" / "__init__.py"
-MARK = "STEP3-VL-10B"  # which only the text of ours has
-ADVICE = "give step3vl-pacore a virtual environment of its own"
+MARK = "STEP3-VL-10B"  # only our `__init__.py` contains it
+ADVICE = "install step3vl-pacore in a separate virtual environment"
 
 
 def error() -> str | None:
-    """Why no code of ours can be relied on: `import kernels` does not find ours, or not whole."""
+    """What prevents `import kernels` from finding ours, complete; None if it does find it."""
     if not OURS.exists():
         return (
-            f"{OURS} is gone, as after uninstalling Hugging Face's `kernels`:"
+            f"{OURS} is missing, perhaps since Hugging Face's `kernels` was uninstalled:"
             f" install step3vl-pacore again with --force-reinstall --no-deps, and {ADVICE}"
         )
     spec = find_spec("kernels")
-    found = spec.origin if spec else None
-    if found and Path(found).resolve() == OURS and MARK in OURS.read_text(encoding="utf-8"):
+    origin = spec.origin if spec else None
+    if origin and Path(origin).resolve() == OURS and MARK in OURS.read_text(encoding="utf-8"):
         return None
     return (
-        f"`import kernels` finds {found}, which is another distribution's (Hugging Face's?) and not"
-        f" step3vl-pacore's: {ADVICE}"
+        f"`import kernels` finds {origin}, which belongs to another distribution (Hugging Face's?)"
+        f" and not to step3vl-pacore: {ADVICE}"
     )
 
 
 def warning() -> str | None:
-    """What does not work where ours is whole and theirs is installed too."""
+    """What does not work if ours is complete and theirs is installed too; None if it is not."""
     try:
         version = metadata.version("kernels")
     except metadata.PackageNotFoundError:
         return None
     return (
-        f"Hugging Face's `kernels` {version} is installed too, and its get_kernel cannot be"
-        f" imported: the package of that name is step3vl-pacore's; {ADVICE}"
+        f"Hugging Face's `kernels` {version} is installed too, but `import kernels` finds"
+        f" step3vl-pacore's package, so get_kernel cannot be imported; {ADVICE}"
     )

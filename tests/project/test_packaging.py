@@ -246,12 +246,12 @@ def test_another_distribution_named_kernels(wheel, theirs, tmp_path):
     code, text = told()
     assert code == 0
     assert text.startswith("warning: Hugging Face's `kernels` 0.17.2 is installed too")
-    assert "virtual environment of its own" in text
+    assert "separate virtual environment" in text
     assert told("python", "-m", "profiles", "--help") == (0, text)
     env.pip("uninstall", "--yes", "kernels")
     code, text = told()
     assert code == 2
-    assert "kernels/__init__.py is gone" in text
+    assert "kernels/__init__.py is missing" in text
     assert "--force-reinstall" in text
     env.install(wheel)
     assert told() == (0, "")
@@ -259,7 +259,7 @@ def test_another_distribution_named_kernels(wheel, theirs, tmp_path):
     code, text = told()
     assert code == 2
     assert text.startswith("error: `import kernels` finds ")
-    assert "virtual environment of its own" in text
+    assert "separate virtual environment" in text
     for room in ROOMS[1:]:
         assert told("python", "-m", room, "--help") == (2, text)
 
@@ -273,7 +273,7 @@ def test_another_distribution_before_an_editable_install(theirs, tmp_path):
     command = ("python", "-m", "profiles", "--help")
     done = env.run(*command)
     assert done.returncode == 2
-    assert f"finds {env.packages}/kernels/__init__.py, which is another" in done.stderr
+    assert f"finds {env.packages}/kernels/__init__.py, which belongs to another" in done.stderr
     done = env.run(*command, cwd=ROOT)
     assert done.returncode == 0
     assert done.stderr.startswith("warning: ")
