@@ -1,7 +1,7 @@
 """The decoder: Qwen3 (with qk-norm) or Llama (without), over paged KV.
 
-One forward for prefill, chunked prefill, decode and their mixtures: a step is a batch of tokens,
-each with a position, a slot of the KV pages to write, and a plan that says what its row sees.
+One forward serves prefill, chunked prefill, decode and their mixtures: a step is a batch of tokens,
+each with a position and a KV slot to write, and a prefix plan that says what each row attends to.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,17 +27,17 @@ from model.module_list import ModuleList
 
 @dataclass(frozen=True)
 class Step:
-    """Where a step's tokens stand: T rows in the plan's depth-first order."""
+    """A step's positions, KV slots and prefix plan: T rows in the plan's depth-first order."""
 
-    positions: Tensor  # int [T] place in the sequence, for the rotation
-    slots: Tensor  # int [T] page * page_size + offset that receives the row's K and V
+    positions: Tensor  # int [T] index in the sequence, for the rotation
+    slots: Tensor  # int [T] where the row's K and V are written: page * page_size + offset
     plan: PrefixPlan
 
     @staticmethod
     def of_sequence(start: int, length: int, cache: KVCache) -> "Step":
-        """The step that appends `length` tokens to one sequence of `start` tokens.
+        """The step that appends `length` tokens to a sequence of `start` tokens.
 
-        The sequence owns the cache's first pages, in order.
+        The sequence has the cache's first pages, in order.
         """
         end, device = start + length, cache.k.device
         positions = torch.arange(start, end, device=device)
@@ -52,15 +52,15 @@ class Step:
         return Step(positions, positions, plan)
 
     def advance(self) -> None:
-        """Move a decode step on to the next one, in place and on the device (`advance`)."""
+        """Turn a decode step into the next one, in place and on the device (`advance`)."""
         advance(self.plan, self.positions, self.slots)
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and LM head. Holds Q/K/V and gate/up fused, as it uses them.
+    """Embedding, layers, final norm and LM head. Q/K/V and gate/up weights are stored fused.
 
-    interleaved_gate_up: whether rows of the gate and the up projection alternate in `gate_up`
-        instead of following each other, so that a product's tile holds whole pairs
+    interleaved_gate_up: whether rows of the gate and the up projection alternate in `gate_up`,
+        so that a tile of the product holds whole pairs; if not, up follows gate
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class Decoder(nn.Module):
         self.norm = weight(config.hidden)
         tied = config.tied_embeddings
         self.lm_head = self.embed_tokens if tied else weight(config.vocab_size, config.hidden)
-        # Computed on the CPU in fp32, so that every device rotates by the same frequencies.
+        # Computed on the CPU in fp32: every device rotates by the same frequencies.
         dim = config.head_dim
         inv_freq = config.rope_theta ** -(torch.arange(0, dim, 2, device="cpu").float() / dim)
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", inv_freq.to(device), persistent=False)
 
     def forward(self, embeddings: Tensor, step: Step, cache: KVCache) -> Tensor:
-        """Final hidden states [T, hidden] of embeddings [T, hidden]; their KV goes to `cache`."""
+        """Final hidden states [T, hidden] of embeddings [T, hidden]; writes KV to `cache`."""
         eps, impl = self.config.norm_eps, self.impl["rms_norm"]
         residual = embeddings
         norms = [*(layer.input_norm for layer in self.layers), self.norm]
@@ -111,9 +111,9 @@ class Decoder(nn.Module):
         return h
 
     def embed(self, input_ids: Tensor, images: Iterable[tuple[Tensor, Tensor]] = ()) -> Tensor:
-        """Embedding rows of int [T] ids: [T, hidden].
+        """Embeddings [T, hidden] of ids, int [T].
 
-        images: pairs of rows, int64 [n], and features [n, hidden] that stand there instead
+        images: pairs of rows, int64 [n], and features [n, hidden] that replace those rows
         """
         embeddings = spanned("embed", F.embedding)(input_ids, self.embed_tokens)
         for rows, features in images:

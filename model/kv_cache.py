@@ -1,4 +1,4 @@
-"""The tensors behind the KV pages of all layers. Who owns which page is the caller's affair."""
+"""The KV cache: the page pool's tensors for all layers. The caller assigns pages to sequences."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from kernels.runtime.staging import on_device
 from model.config import DecoderConfig
 
 PAGE_SIZE = 64
-SCALE_BYTES = 4  # of FP8 pages: one fp32 per token, head, and K or V
+SCALE_BYTES = 4  # FP8 pages have one fp32 scale per token, head, and K or V
 
 
 def page_bytes(config: DecoderConfig, dtype: torch.dtype, page_size: int = PAGE_SIZE) -> int:
@@ -25,7 +25,7 @@ class KVCache:
     """k, v: [layers, num_pages, kv_heads, page_size, head_dim]; one head's page is contiguous.
 
     With dtype torch.float8_e4m3fn, k_scale and v_scale are fp32 [layers, num_pages, kv_heads,
-    page_size], one scale per token and head (kernels/runtime/fp8.py); with any other they are None.
+    page_size], one scale per token and head (kernels/runtime/fp8.py); otherwise they are None.
     """
 
     def __init__(
@@ -47,37 +47,39 @@ class KVCache:
         self.page_size = page_size
 
     def layer(self, index: int) -> KVPages:
-        """One layer's pages, and their scales if they have any."""
+        """One layer's pages, with their scales if any."""
         return KVPages(self.k, self.v, self.k_scale, self.v_scale).map(lambda x: x[index])
 
     def to_host(self, pages: Sequence[int]) -> list[Tensor]:
-        """Copies of pages, bit by bit, in pinned memory: each tensor's [layers, n, ...].
+        """Bit-exact copies of pages in pinned memory, [layers, n, ...] for each of the tensors.
 
-        In the order of the GPU's stream, which nobody waits for: later work may overwrite the
-        pages, and `from_host` read the copies.
+        The copies are enqueued on the current stream, without waiting for them: work enqueued later
+        may overwrite the pages, and `from_host` may read the copies.
         """
         index, copies = self._index(pages), []
         for tensor in self._bytes():
             shape = (len(tensor), len(pages), *tensor.shape[2:])
             copy = torch.empty(shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            for layer, of_layer in zip(copy, tensor, strict=True):  # one at a time: little memory
-                layer.copy_(of_layer.index_select(0, index), non_blocking=True)
+            for copied, layer in zip(copy, tensor, strict=True):  # by layer: saves device memory
+                copied.copy_(layer.index_select(0, index), non_blocking=True)
             copies.append(copy)
         return copies
 
     def from_host(self, copies: Sequence[Tensor], pages: Sequence[int]) -> None:
-        """Write what `to_host` returned into as many pages. Raises ValueError for other numbers."""
+        """Write what `to_host` returned into the same number of pages, else raise ValueError."""
         if len(pages) != copies[0].shape[1]:
-            raise ValueError(f"{copies[0].shape[1]} pages were copied, {len(pages)} are given")
+            raise ValueError(
+                f"the copies are of {copies[0].shape[1]} pages, but `pages` lists {len(pages)}"
+            )
         index = self._index(pages)
         for tensor, copy in zip(self._bytes(), copies, strict=True):
-            for of_layer, layer in zip(tensor, copy, strict=True):
-                of_layer.index_copy_(0, index, layer.to(tensor.device, non_blocking=True))
+            for layer, copied in zip(tensor, copy, strict=True):
+                layer.index_copy_(0, index, copied.to(tensor.device, non_blocking=True))
 
     def _index(self, pages: Sequence[int]) -> Tensor:
         return on_device(np.array(pages, np.int64), self.k.device)
 
     def _bytes(self) -> list[Tensor]:
-        """All tensors of a cache, of FP8 values the bytes: not every op takes their type."""
+        """All tensors of the cache, FP8 values viewed as bytes: not every op takes FP8."""
         tensors = [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
         return [x.view(torch.uint8) if x.dtype.itemsize == 1 else x for x in tensors]

@@ -1,4 +1,4 @@
-"""A list of modules whose type says which; of PyTorch's own, attributes go unchecked."""
+"""A typed nn.ModuleList, for mypy: items of PyTorch's own have unchecked attributes."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar

@@ -1,4 +1,4 @@
-"""STEP3-VL-10B as a whole: images and token ids in, logits or generated ids out."""
+"""The whole STEP3-VL-10B model: images and token ids in, logits or generated ids out."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _Options(TypedDict):
-    """What the constructors of a model have in common."""
+    """The arguments that all constructors of a model share."""
 
     device: torch.device | str
     dtype: torch.dtype
@@ -34,13 +34,13 @@ class _Options(TypedDict):
 
 
 class Step3VL(nn.Module):
-    """Vision tower (absent in text-only models) and decoder, all ops run as `impl` says.
+    """Vision tower (absent in text-only models) and decoder, with a choice of impl for every op.
 
     `impl` is "eager", "portable", "triton", None for the best on the device, or a dict of these per
     op. Parameters are allocated, not initialised: use the `from_` constructors. Images seen before
-    are not encoded again: `vision.cache.budget` says how many bytes of them are held, 0 for none.
-    `interleaved_gate_up` is how the decoder stores weights (`Decoder`); logits and checkpoints are
-    the same either way.
+    are not encoded again; `vision.cache.budget` is how many bytes of their embeddings are kept, 0
+    for none. `interleaved_gate_up` is how the decoder stores weights (`Decoder`); logits and
+    checkpoints are the same either way.
     """
 
     def __init__(
@@ -126,18 +126,18 @@ class Step3VL(nn.Module):
         return load(cls, path, options)._prepared()
 
     def set_impl(self, impl: Impl) -> None:
-        """Run the ops as `impl` says from now on, on images seen before too.
+        """Switch the ops to `impl`, and forget the images encoded so far.
 
         Raises ImplError for an unknown name.
         """
-        self.impl.update(impl_per_op(impl))  # the parts of the model hold the same dict
+        self.impl.update(impl_per_op(impl))  # the parts of the model share this dict
         if self.vision:
             self.vision.cache.clear()
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write shards by the published names, config.json and the tokenizer to a directory.
+        """Write shards with the published names, config.json and the tokenizer to a directory.
 
-        Raises InputError if it holds a checkpoint already or cannot be written.
+        Raises InputError if it already holds a checkpoint or cannot be written.
         """
         from model.weights.checkpoint import save_checkpoint
 
@@ -152,9 +152,12 @@ class Step3VL(nn.Module):
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
-        """Raises InputError if the model was made without one."""
+        """Raises InputError if the model was loaded without one."""
         if self._load_tokenizer is None:
-            raise InputError(f"model {self.config.name} came without a tokenizer.json")
+            raise InputError(
+                f"model {self.config.name} has no tokenizer:"
+                " its checkpoint directory needs a tokenizer.json"
+            )
         return self._load_tokenizer()
 
     @property
@@ -166,7 +169,7 @@ class Step3VL(nn.Module):
         return self.decoder.norm.dtype
 
     def new_cache(self, num_pages: int, dtype: torch.dtype | None = None) -> KVCache:
-        """KV pages for this model on its device: in its dtype, or torch.float8_e4m3fn."""
+        """A KV cache for this model, on its device; dtype: the model's, or torch.float8_e4m3fn."""
         dtype = dtype or self.dtype
         return KVCache(self.config.decoder, num_pages, device=self.device, dtype=dtype)
 
@@ -176,9 +179,9 @@ class Step3VL(nn.Module):
     ) -> Tensor:
         """Logits [T, vocab] of one sequence of T ids.
 
-        images: `Views`, PIL images or paths, as many as the ids hold placeholders for, in order.
+        images: `Views`, PIL images or paths, in the order of their placeholders among the ids.
         Raises InputError for ids outside the vocabulary, a sequence longer than the context, or
-        images that do not match the `<im_patch>` ids.
+        images that do not match the number of `<im_patch>` ids.
         """
         ids = self._checked_ids(input_ids, 0)
         cache = self.new_cache(cdiv(len(ids), PAGE_SIZE))
@@ -200,8 +203,8 @@ class Step3VL(nn.Module):
     ) -> list[int]:
         """Ids that continue one sequence, ending with an eos id or after `max_tokens`.
 
-        The first call of the model reads the whole prompt, each later one a single token.
-        Temperature 0 is greedy. Raises InputError as `forward` does.
+        The first step reads the whole prompt, each later step one token. Temperature 0 is greedy.
+        Raises InputError as `forward` does.
         """
         ids = self._checked_ids(input_ids, max_tokens)
         cache = self.new_cache(cdiv(len(ids) + max_tokens, PAGE_SIZE))
@@ -229,9 +232,9 @@ class Step3VL(nn.Module):
 
     @torch.inference_mode()
     def encode_images(self, images: "Sequence[Views | ImageSource]") -> Tensor:
-        """Decoder embeddings [features, hidden] of images, each its crops, then its global view.
+        """Decoder embeddings [features, hidden] of images; each: its crops, then its global view.
 
-        images: `Views`, PIL images or paths. Those seen lately come from `vision.cache`.
+        images: `Views`, PIL images or paths. Images seen recently come from `vision.cache`.
         Raises InputError for images given to a text-only model.
         """
         views = self._views(images)
@@ -240,12 +243,12 @@ class Step3VL(nn.Module):
         return self.vision.cache.encode([image.all for image in views], self.vision)
 
     def count_features(self, images: Sequence[Views]) -> int:
-        """Embeddings that `encode_images` gives. Raises InputError for a text-only model."""
+        """Number of rows that `encode_images` returns. Raises InputError for a text-only model."""
         tower = self._tower()
         return sum(tower.count(image.all) for image in images)
 
     def _embed_prompt(self, ids: Tensor, images: "Sequence[Views | ImageSource]") -> Tensor:
-        """Embeddings [T, hidden] of ids [T], whose `<im_patch>` ids take the images' in order.
+        """Embeddings [T, hidden] of ids [T]; those of images replace `<im_patch>` ids, in order.
 
         Raises InputError if their numbers differ.
         """
@@ -275,7 +278,7 @@ class Step3VL(nn.Module):
         ]
 
     def _prepared(self) -> "Step3VL":
-        """This model, once its weights are in."""
+        """This model, ready to run with the weights just loaded."""
         if self.vision:
             self.vision.prepare()
         return self
@@ -284,10 +287,11 @@ class Step3VL(nn.Module):
         ids = torch.as_tensor(input_ids, device=self.device)
         limit, vocab = self.config.decoder.max_positions, self.config.decoder.vocab_size
         if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point():
-            raise InputError("input_ids must be a non-empty sequence of integers")
+            raise InputError("input_ids must be a non-empty, one-dimensional sequence of integers")
         if len(ids) + new_tokens > limit:
             raise InputError(
                 f"{len(ids)} prompt tokens and {new_tokens} new ones exceed the context of {limit}"
+                " tokens"
             )
         if not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
             raise InputError(f"input_ids must lie in [0, {vocab})")

@@ -1,4 +1,4 @@
-"""How every command talks to the person at the terminal: mistakes, progress, tables, exit codes."""
+"""Terminal interface of all commands: arguments, error lines, progress bars, tables, exit codes."""
 
 import argparse
 import errno
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are InputErrors: one line instead of the whole usage.
+    """An ArgumentParser whose errors are InputErrors: one line instead of the whole usage.
 
-    A `description` may be a module's docstring: it loses the "`python -m ...`: " that it begins
-    with, as the usage has the name that was typed.
+    `description` may be a module's docstring: a leading "`python -m ...`: " is removed, since the
+    usage shows the name that was typed.
     """
 
     def __init__(self, *, description: str = "", **options: Any) -> None:  # noqa: ANN401
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar with the time left, on stderr if that is a terminal; yields its advance(n)."""
-    try:  # GPU nodes may offer torch, Triton and NumPy alone
+    try:  # a GPU node may have only torch, Triton and NumPy
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
@@ -45,7 +45,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
         console=console,
         transient=True,
         disable=not console.is_terminal,
-        redirect_stdout=sys.stdout.isatty(),  # what goes to a file or pipe must not end up here
+        redirect_stdout=sys.stdout.isatty(),  # output for a file or pipe must not go to stderr
     )
     with bar:
         task = bar.add_task(description, total=total)
@@ -53,7 +53,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate behind a progress bar; `total` is needed for items without a length."""
+    """Iterate with a progress bar; `total` is needed for items without a length."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with progress(description, total) as advance:
@@ -65,22 +65,22 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 def table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """Print a table: rich's on a terminal, else plain aligned text.
 
-    All columns but those whose header begins with a space align left.
+    Columns align left, those whose header begins with a space align right.
     """
     if sys.stdout.isatty():
-        try:  # GPU nodes may offer torch, Triton and NumPy alone
+        try:  # a GPU node may have only torch, Triton and NumPy
             from rich.box import SIMPLE_HEAD
             from rich.console import Console
             from rich.table import Table
         except ImportError:
             pass
         else:
-            made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+            grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
             for name in header:
-                made.add_column(name.strip(), justify=_justify(name), overflow="fold")
+                grid.add_column(name.strip(), justify=_justify(name), overflow="fold")
             for line in lines:
-                made.add_row(*line)
-            Console().print(made, markup=False)
+                grid.add_row(*line)
+            Console().print(grid, markup=False)
             return
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     print(f"\n{title}")
@@ -95,17 +95,17 @@ def table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> 
 def dispatch(
     parser: Parser, commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None
 ) -> int:
-    """Run the command that `argv` (default: the process's) begins with; its exit code.
+    """Run the command that `argv` (default: the process's) begins with; return its exit code.
 
-    A command is the name of what has `add_arguments(parser)` and `run(options) -> int`, a module
-    or, as "module:object", something in it, and a line for `--help`. No module but its own is
-    imported: some need no torch.
+    `commands` maps a name to a target and a line for `--help`. A target, "module" or
+    "module:object", has `add_arguments(parser)` and `run(options) -> int`. Only the target that
+    runs is imported: some commands need no torch.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (place, text) in commands.items():
+    for name, (target, text) in commands.items():
         if argv[:1] == [name]:
-            command = resolve_name(place)
+            command = resolve_name(target)
             about = command.__doc__ if isinstance(command, ModuleType) else text
             subparser = subparsers.add_parser(name, help=text, description=about)
             command.add_arguments(subparser)
@@ -117,18 +117,18 @@ def dispatch(
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit: with its code, or with 2 and one line on stderr for a user's mistake.
+    """Run `main` and exit with its code, or with 2 and one line on stderr for a user's mistake.
 
-    Before that it looks at whose `kernels` is installed, so it is for `main` to import ours.
+    First checks whose `kernels` is installed. `main` must import ours only when it runs.
     """
     if text := kernels_clash.error():
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     if text := kernels_clash.warning():
         print(f"warning: {text}", file=sys.stderr)
-    from kernels.errors import ImplError  # ours, as is known only now
+    from kernels.errors import ImplError  # now known to be ours
 
-    if hasattr(sys.stdout, "reconfigure"):  # models say what not every terminal can show
+    if hasattr(sys.stdout, "reconfigure"):  # not every terminal can show all that models write
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
@@ -139,11 +139,12 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # of stdout: its reader has gone, or its disk is full
+    except OSError as error:  # stdout's reader has closed, or its disk is full
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        assert sys.__stdout__ is not None  # it has refused what was printed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # for what is left
+        assert sys.__stdout__ is not None  # something was printed to it
+        # What is left in its buffer goes to /dev/null.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
         if error.errno == errno.EPIPE:
             sys.exit(0)
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)

@@ -154,7 +154,7 @@ def test_mistakes_are_named(saved: tuple[Path, Tensor, Tensor]):
     model = Step3VL.from_pretrained(saved[0])
     for ids, message in [
         ([], "non-empty"),
-        ([[1, 2]], "non-empty sequence of integers"),
+        ([[1, 2]], "non-empty, one-dimensional sequence"),
         ([0.5], "integers"),
         ([97], r"\[0, 97\)"),
         ([-1], r"\[0, 97\)"),

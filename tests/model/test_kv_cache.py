@@ -35,5 +35,5 @@ def test_to_the_host_and_back(device: str, dtype: torch.dtype):
         found = x.view(torch.uint8)
         assert torch.equal(found[:, [2, 3, 5]], was[:, [4, 0, 1]])
         assert torch.equal(found[:, [0, 1, 4]], was[:, [0, 1, 4]])
-    with pytest.raises(ValueError, match="3 pages were copied, 2 are given"):
+    with pytest.raises(ValueError, match="the copies are of 3 pages, but `pages` lists 2"):
         cache.from_host(copies, [2, 3])

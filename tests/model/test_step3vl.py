@@ -87,7 +87,7 @@ def test_a_model_without_a_tokenizer(tiny: Step3VL, tmp_path: Path):
     (tmp_path / "saved" / "tokenizer.json").unlink()
     model = Step3VL.from_pretrained(tmp_path / "saved")
     assert model([1, 2, 3]).shape == (3, 512)
-    with pytest.raises(InputError, match=r"without a tokenizer\.json"):
+    with pytest.raises(InputError, match=r"needs a tokenizer\.json"):
         _ = model.tokenizer
 
 
