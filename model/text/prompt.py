@@ -1,8 +1,8 @@
-"""Messages to token ids: chat template, image layout, and a wall around what users write.
+"""Messages to token ids: chat template, image layout, and protection from injected control tokens.
 
 Only the chat template can write control tokens, and only an image part can place image tokens: the
-same texts inside a message are spelled out as ordinary text. jinja2 renders the template as
-transformers does, sandboxed, because templates come with checkpoints.
+same texts inside a message are encoded as ordinary text. jinja2 renders the template as
+transformers does, and sandboxed, because templates come with checkpoints.
 """
 
 import re
@@ -17,7 +17,7 @@ from model.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import jinja2
 
-# For tokenizers without a template. Thinking models start their answer inside `<think>`.
+# For tokenizers without a template. It opens `<think>`, where thinking models begin their answer.
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -26,13 +26,13 @@ CHATML = (
 )
 ROLES = ("system", "user", "assistant")
 
-# Unicode's noncharacters, which no text holds (messages lose them), mark in the rendered prompt
-# where an image stands, and where the text of a control token that a user wrote begins and ends.
+# Unicode noncharacters that mark, in the rendered prompt, the position of an image, and the start
+# and end of a control token's text that a user wrote. They are removed from messages first.
 IMAGE, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
 class HasNewlines(Protocol):
-    """Of an image, what its ids depend on: model.vision.image.Views has it."""
+    """The part of an image that its ids depend on, such as model.vision.image.Views."""
 
     @property
     def newlines(self) -> tuple[bool, ...]: ...
@@ -52,22 +52,24 @@ def build_prompt(
     and views differ in number, the model takes no images, or the template refuses the messages.
     """
     if not messages:
-        raise InputError("no messages: want at least one with a role and a content")
+        raise InputError("there are no messages; give at least one, with a role and a content")
     reserved = _reserved_texts(tokenizer, config.tokens)
     turns = [_turn(message, reserved) for message in messages]
-    placed = sum(turn["content"].count(IMAGE) for turn in turns)
-    if config.vision is None and (placed or views):
-        raise InputError(f"{config.name} takes no images")
-    if placed != len(views):
-        raise InputError(f"image parts in the messages: {placed}, images given: {len(views)}")
+    image_parts = sum(turn["content"].count(IMAGE) for turn in turns)
+    if config.vision is None and (image_parts or views):
+        raise InputError(f"{config.name} takes no images: it is a text-only model")
+    if image_parts != len(views):
+        raise InputError(f"image parts in the messages: {image_parts}, images given: {len(views)}")
     rendered = _render(tokenizer.chat_template or CHATML, turns)
     if rendered.count(IMAGE) != len(views):
-        raise InputError("the chat template leaves out or repeats an image")
+        raise InputError(
+            "the chat template leaves out or repeats an image: it must write each content once"
+        )
     return _encode(rendered, reserved, tokenizer, [image_ids(v.newlines, config) for v in views])
 
 
 def image_ids(newlines: Sequence[bool], config: Config) -> list[int]:
-    """The ids that stand for one image: its crops (one per item of `newlines`), then all of it."""
+    """The ids of one image: its crops (one per item of `newlines`), then its global view."""
     tokens, vision = config.tokens, config.vision
     assert vision is not None, f"{config.name} takes no images"
     ids = []
@@ -78,9 +80,10 @@ def image_ids(newlines: Sequence[bool], config: Config) -> list[int]:
 
 
 def image_head_length(ids: Sequence[int], tokenizer: Tokenizer, tokens: TokenIds) -> int:
-    """How many leading ids end with the images that open the last user turn; 0 if none do.
+    """Number of leading ids up to the end of the images that open the last user turn; 0 if it opens
+    with none.
 
-    This is what stays the same when only the text of that turn changes.
+    These ids stay the same when only the text of that turn changes.
     """
     opening = tokenizer.encode("<|im_start|>user\n")
     ids, size = list(ids), len(opening)
@@ -95,7 +98,7 @@ def image_head_length(ids: Sequence[int], tokenizer: Tokenizer, tokens: TokenIds
 
 
 def _reserved_texts(tokenizer: Tokenizer, tokens: TokenIds) -> re.Pattern:
-    """Matches the texts that would encode to a control token or to a part of an image."""
+    """A pattern of the texts that would encode to a control token or a structural image token."""
     structural = {*tokens.eos, tokens.im_patch, tokens.im_start, tokens.im_end}
     structural |= {tokens.patch_start, tokens.patch_end, tokens.patch_newline}
     texts = [text for id, text in tokenizer.added.items() if id in tokenizer.special | structural]
@@ -103,13 +106,15 @@ def _reserved_texts(tokenizer: Tokenizer, tokens: TokenIds) -> re.Pattern:
 
 
 def _turn(message: Mapping, reserved: re.Pattern) -> dict[str, str]:
-    """The message with its content as one string, images and reserved texts marked."""
+    """The message with its content as one string, in which images and reserved texts are marked."""
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         raise InputError(f"a message needs a role, one of {', '.join(ROLES)}: {message!r:.80}")
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list | tuple):
-        raise InputError(f"a message's content is a string or a list of parts: {message!r:.80}")
+        raise InputError(
+            f"a message's content must be a string or a list of parts: {message!r:.80}"
+        )
     text = "".join(map(_part, parts))
     return {"role": message["role"], "content": reserved.sub(rf"{OPEN}\g<0>{CLOSE}", text)}
 
@@ -119,10 +124,10 @@ def _part(part: Mapping) -> str:
     if kind == "image":
         return IMAGE
     if kind == "text" and isinstance(part.get("text"), str):
-        text = re.sub("[\ud800-\udfff]", "\ufffd", part["text"])  # no UTF-8 holds surrogates
+        text = re.sub("[\ud800-\udfff]", "\ufffd", part["text"])  # UTF-8 cannot encode surrogates
         return re.sub(f"[{IMAGE}{OPEN}{CLOSE}]", "", text)
     raise InputError(
-        'a content part is {"type": "text", "text": "..."} or {"type": "image"}, not '
+        'a content part must be {"type": "text", "text": "..."} or {"type": "image"}, not '
         f"{part!r:.80}"
     )
 
@@ -130,12 +135,13 @@ def _part(part: Mapping) -> str:
 def _encode(
     rendered: str, reserved: re.Pattern, tokenizer: Tokenizer, images: list[list[int]]
 ) -> list[int]:
-    # A template may have cut a marked text in two: lone marks go, and still keep their sides apart.
+    # If a template cut a marked text in two, its lone marks are dropped. The text is split there
+    # all the same, so that its two sides are not encoded together.
     marks = f"({OPEN}(?:{reserved.pattern}){CLOSE}|[{IMAGE}{OPEN}{CLOSE}])"
     remaining = iter(images)
     ids = []
-    for place, piece in enumerate(re.split(marks, rendered)):
-        if place % 2 == 0:
+    for index, piece in enumerate(re.split(marks, rendered)):
+        if index % 2 == 0:  # the text between marks
             ids += tokenizer.encode(piece)
         elif piece == IMAGE:
             ids += next(remaining)
@@ -150,7 +156,7 @@ def _render(template: str, turns: list[dict[str, str]]) -> str:
     try:
         return _compiled(template).render(messages=turns, tools=None, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise InputError(f"chat template: {' '.join(str(error).split())}") from None
+        raise InputError(f"the chat template failed: {' '.join(str(error).split())}") from None
 
 
 @lru_cache

@@ -1,7 +1,7 @@
-"""Text to token ids and back: byte-level BPE, the one kind that all of this project's models use.
+"""Byte-level BPE tokenizer: text to token ids and back. All models of this project use this kind.
 
-BPE itself is the `tokenizers` library's (imported where it is used: GPU nodes may lack it). Here is
-where its tables come from, and decoding, which must also work token by token.
+The `tokenizers` library does the BPE; it is imported where it is used, since a GPU node may lack
+it. This file reads its tables and decodes, which must also work token by token.
 """
 
 import codecs
@@ -17,16 +17,16 @@ from model.errors import InputError
 if TYPE_CHECKING:
     import tokenizers
 
-# Some tokenizers flag these as special, but they are part of what a model says.
+# Some tokenizers flag these as special, but they are part of a model's answer.
 SPOKEN = ("<think>", "</think>")
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary, with what a model's files say of turns.
+    """A byte-level BPE vocabulary, with the chat template and end-of-turn ids of its files.
 
-    `chat_template` is jinja2 source or None; `eos` the ids that end a turn according to these files
-    (the model's own are in its Config); `added` maps the id of every added token to its text, and
-    `special` holds the ids of those that are control tokens, not text.
+    `chat_template` is jinja2 source or None; `eos` are the ids that end a turn according to the
+    tokenizer's files (the model's are in its Config); `added` maps the id of every added token to
+    its text; `special` has the ids of the added tokens that are control tokens, not text.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Tokenizer:
 
     @staticmethod
     def from_directory(path: str | Path) -> "Tokenizer":
-        """The tokenizer beside a checkpoint: `tokenizer.json`, and if there, `chat_template.jinja`
-        and `tokenizer_config.json` (eos, and the chat template where it has no file of its own).
+        """The tokenizer in a checkpoint's directory: `tokenizer.json`, and if present
+        `tokenizer_config.json` (eos) and `chat_template.jinja` (else the template in that config).
 
         Raises InputError for files that are missing, damaged or not byte-level BPE.
         """
@@ -62,10 +62,10 @@ class Tokenizer:
             raise InputError(f"no tokenizer.json in {path}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library raises nothing more specific
             raise InputError(f"{file} is damaged: {error}") from None
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
-            raise InputError(f"{file} is not byte-level BPE")
+            raise InputError(f"{file} is not byte-level BPE, the only kind that is implemented")
         settings = _read_settings(path / "tokenizer_config.json")
         eos = settings.get("eos_token")
         eos = eos["content"] if isinstance(eos, dict) else eos
@@ -88,10 +88,10 @@ class Tokenizer:
 
     @staticmethod
     def from_gguf_metadata(fields: dict) -> "Tokenizer":
-        """The tokenizer in a GGUF file, from its metadata as Python values by their GGUF keys, with
-        or without the prefix `tokenizer.ggml.`.
+        """The tokenizer of a GGUF file, from its metadata as Python values by GGUF key, with or
+        without the prefix `tokenizer.ggml.`.
 
-        Raises InputError for a missing key and for another kind than GPT-2's or SmolLM's.
+        Raises InputError for a missing key and for any kind other than GPT-2's and SmolLM's.
         """
         from tokenizers import AddedToken, pre_tokenizers
 
@@ -99,7 +99,7 @@ class Tokenizer:
         needed = ("model", "pre", "tokens", "token_type", "merges", "eos_token_id")
         missing = [key for key in needed if key not in fields]
         if missing:
-            raise InputError(f"this GGUF file says nothing of its tokenizer's {', '.join(missing)}")
+            raise InputError(f"this GGUF file lacks its tokenizer's {', '.join(missing)}")
         split: list[pre_tokenizers.PreTokenizer] = [
             pre_tokenizers.ByteLevel(add_prefix_space=False)
         ]
@@ -107,7 +107,10 @@ class Tokenizer:
         if kind == ("gpt2", "smollm"):
             split.insert(0, pre_tokenizers.Digits(individual_digits=True))
         elif kind != ("gpt2", "gpt-2"):
-            raise InputError(f"tokenizer of this GGUF file is {'/'.join(kind)}: want gpt2/smollm")
+            raise InputError(
+                f"the tokenizer of this GGUF file is {'/'.join(kind)};"
+                " only gpt2/smollm and gpt2/gpt-2 are implemented"
+            )
         tokens = fields["tokens"]
         backend = _bpe(
             {token: id for id, token in enumerate(tokens)},
@@ -129,9 +132,9 @@ class Tokenizer:
     def byte_level(config: Config) -> "Tokenizer":
         """One token per byte, for presets with random weights.
 
-        Special tokens lie at the ids of `config.tokens`; `<|endoftext|>` and `<|im_end|>` are the
-        first two of `eos`, `<|im_start|>` precedes `<|im_end|>`. All further ids read `<id>`, so
-        that whatever random weights say can be shown.
+        Special tokens have the ids of `config.tokens`; `<|endoftext|>` and `<|im_end|>` are the
+        first two of `eos`, `<|im_start|>` precedes `<|im_end|>`. All other ids read `<id>`, so that
+        any output of random weights can be shown.
         """
         from tokenizers import AddedToken, pre_tokenizers
 
@@ -159,8 +162,8 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`.
 
-        With `special` the texts of added tokens become their ids: for rendered templates. Without,
-        they are spelled out like any other text. No begin or end token is added.
+        With `special`, for rendered templates, the texts of added tokens become their ids. Without,
+        they are encoded like any other text. No begin or end token is added.
         """
         if special:
             return self._backend.encode(text, add_special_tokens=False).ids
@@ -180,20 +183,20 @@ class Tokenizer:
         return TextStream(self)
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that token `id` stands for: none for special tokens and ids without a token."""
+        """The bytes of token `id`: none for special tokens and for ids without a token."""
         if id in self.special:
             return b""
         if id in self.added:
             return self.added[id].encode()
         text, chars = self._backend.id_to_token(id) or "", _bytes_of_chars()
-        # A character outside the alphabet means that the file does not spell this token in it.
+        # If a character is outside the byte alphabet, the file holds this token's text as it is.
         return bytes(chars[c] for c in text) if chars.keys() >= set(text) else text.encode()
 
 
 class TextStream:
-    """Incremental decoding that never gives half a character.
+    """Incremental decoding that never returns half a character.
 
-    What `push` returned so far, plus `flush()`, is always `Tokenizer.decode` of the ids pushed.
+    The results of all `push` calls plus `flush()` equal `Tokenizer.decode` of the ids pushed.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -201,11 +204,11 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
-        """The characters that `id` completes, often none."""
+        """The characters that `id` completes, which may be none."""
         return self._utf8.decode(self._tokenizer.token_bytes(id))
 
     def flush(self) -> str:
-        """The end of the text: U+FFFD if it breaks off inside a character, else nothing."""
+        """The end of the text: U+FFFD if it ends inside a character, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -244,13 +247,13 @@ def _read_settings(file: Path) -> dict:
 
 def _chat_template(file: Path, settings: dict) -> str | None:
     template = _read_text(file) or settings.get("chat_template")
-    if isinstance(template, list):  # several by name
+    if isinstance(template, list):  # several named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
 
 
 def _read_text(file: Path) -> str | None:
-    """What the file says, None if there is no such file."""
+    """The file's text, None if there is no such file."""
     if not file.is_file():
         return None
     try:

@@ -279,7 +279,7 @@ def test_bad_gguf_metadata():
         "tokenizer.ggml.token_type": [1],
         "tokenizer.ggml.merges": [],
     }
-    with pytest.raises(InputError, match="says nothing of its tokenizer's eos_token_id"):
+    with pytest.raises(InputError, match="lacks its tokenizer's eos_token_id"):
         Tokenizer.from_gguf_metadata(fields)
     with pytest.raises(InputError, match="llama/default"):
         Tokenizer.from_gguf_metadata(fields | {"tokenizer.ggml.eos_token_id": 0})
