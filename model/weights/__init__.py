@@ -1,1 +1,1 @@
-"""Where weights come from: checkpoints of safetensors, GGUF files, random numbers."""
+"""Sources of weights: safetensors checkpoints, GGUF files, random initialisation."""

@@ -1,7 +1,7 @@
-"""Checkpoint directories: safetensors shards by published names, their index, and config.json.
+"""Checkpoint directories: safetensors shards with published names, their index, and config.json.
 
-The model side is a dict of published name -> tensor (`Step3VL.checkpoint_tensors`): loading copies
-into those tensors, saving writes them. Both are strict; nothing is renamed, guessed or skipped.
+The model provides a dict of published name -> tensor (`Step3VL.checkpoint_tensors`). Loading copies
+into those tensors, saving writes them. Both are strict: nothing is renamed, guessed or skipped.
 """
 
 import json
@@ -26,20 +26,23 @@ _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def load_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
     """Copy every tensor of the checkpoint in directory `path` into its namesake in `tensors`.
 
-    The shards are memory-mapped and go tensor by tensor to the device and dtype of the target.
-    Names, shapes and dtypes are compared before any data is touched. A model with tied embeddings
-    (`tensors` without lm_head.weight) takes a checkpoint with or without a copy of them.
-    Raises InputError for unreadable shards and names what is missing, unexpected or misshapen.
+    Shards are memory-mapped; each tensor is copied to the device and dtype of its target. Names,
+    shapes and dtypes are compared before any data is copied. A model with tied embeddings
+    (`tensors` without lm_head.weight) accepts a checkpoint with or without a copy of them.
+    Raises InputError for unreadable shards and for missing, unexpected or misshapen tensors.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     located: dict[str, str] = {}  # name -> file
     for file in _shards(path):
         for name, (shape, dtype) in _header(file).items():
             if name in located:
-                raise InputError(f"{name} is in both {located[name]} and {file.name} of {path}")
+                raise InputError(
+                    f"{name} is in both {located[name]} and {file.name} of {path};"
+                    " it must be in one shard"
+                )
             if dtype not in _DTYPES:
                 kinds = ", ".join(_DTYPES)
-                raise InputError(f"{file}: {name} has dtype {dtype}; supported are {kinds}")
+                raise InputError(f"{file}: {name} has dtype {dtype}; it must be one of {kinds}")
             shapes[name], located[name] = shape, file.name
     _compare_with_index(path, located)
     tied = _LM_HEAD in shapes and _LM_HEAD not in tensors and _EMBEDDING in shapes
@@ -56,9 +59,9 @@ def copy_tensors(
     tensors: dict[str, Tensor],
     source: Path | str = "the checkpoint",
 ) -> None:
-    """Copy `named` tensors into their namesakes in `tensors`, all of which must come.
+    """Copy `named` tensors into their namesakes in `tensors`, each of which must be among them.
 
-    Raises InputError, naming `source`, for what is missing, unexpected or misshapen.
+    Raises InputError, with the name `source`, for missing, unexpected or misshapen tensors.
     """
     shapes = {}
     for name, value in track(named, "loading weights", total=len(tensors)):
@@ -73,8 +76,8 @@ def save_checkpoint(
 ) -> None:
     """Write `tensors` as safetensors shards of at most `max_shard_bytes` with index and config.
 
-    `path` is made if need be and must not hold a checkpoint. Shards are written under temporary
-    names and config.json comes last, so an interrupted save does not pass for a checkpoint.
+    `path` is created if necessary, and must not hold a checkpoint. Shards are written under
+    temporary names and config.json last, so an interrupted save is not taken for a checkpoint.
     Raises InputError if `path` cannot be written.
     """
     shards = _plan_shards(tensors, max_shard_bytes)
@@ -98,18 +101,18 @@ def save_checkpoint(
 
 
 def _shards(path: Path) -> list[Path]:
-    """The files that the index names, or without one all safetensors files of the directory."""
+    """The files that the index lists; without an index, all safetensors files of the directory."""
     if not path.is_dir():
-        raise InputError(f"no checkpoint directory {path}")
+        raise InputError(f"there is no checkpoint directory {path}")
     if (path / INDEX).exists():
         files = [path / file for file in sorted(set(_read_index(path).values()))]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
-            raise InputError(f"{path / INDEX} names {_some(absent)}, which {path} does not hold")
+            raise InputError(f"{path / INDEX} lists {_some(absent)}, which {path} does not contain")
     else:
         files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise InputError(f"no safetensors files in {path}")
+        raise InputError(f"there are no safetensors files in {path}")
     return files
 
 
@@ -119,7 +122,9 @@ def _read_index(path: Path) -> dict[str, str]:
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path / INDEX} must be JSON with weight_map: name -> file") from None
+        raise InputError(
+            f"{path / INDEX} must be JSON with an object weight_map: tensor name -> file name"
+        ) from None
     return weight_map
 
 
@@ -128,12 +133,14 @@ def _compare_with_index(path: Path, located: dict[str, str]) -> None:
         wrong = [name for name, file in _read_index(path).items() if located.get(name) != file]
         wrong += sorted(located.keys() - _read_index(path).keys())
         if wrong:
-            raise InputError(f"{path / INDEX} and its shards disagree about {_some(wrong)}")
+            raise InputError(
+                f"{path / INDEX} and the shards disagree about which file holds {_some(wrong)}"
+            )
 
 
 @contextmanager
 def _open(file: Path) -> Iterator[Any]:
-    # Imported late: machines that never read a checkpoint may lack safetensors.
+    # Imported here: a machine that never reads a checkpoint may lack safetensors.
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -161,14 +168,15 @@ def _check_tied(embedding_file: Path, lm_head_file: Path) -> None:
     with _open(embedding_file) as a, _open(lm_head_file) as b:
         if not torch.equal(a.get_tensor(_EMBEDDING), b.get_tensor(_LM_HEAD)):
             raise InputError(
-                f"{lm_head_file}: {_LM_HEAD} differs from {_EMBEDDING}, but the config ties them"
+                f"{lm_head_file}: {_LM_HEAD} differs from {_EMBEDDING}, but config.json ties them:"
+                " to keep both, tie_word_embeddings must be false"
             )
 
 
 def _compare(
     shapes: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], source: Path | str
 ) -> None:
-    """Raise an InputError that lists what `shapes` has too little, too much or otherwise."""
+    """Raise an InputError that lists tensors missing, unexpected or misshapen in `shapes`."""
     misshapen = [
         f"{name} {list(shape)} instead of {list(tensors[name].shape)}"
         for name, shape in shapes.items()
@@ -179,9 +187,9 @@ def _compare(
         "unexpected": [name for name in shapes if name not in tensors],
         "misshapen": misshapen,
     }
-    found = [f"{len(v)} {kind}: {_some(v)}" for kind, v in problems.items() if v]
-    if found:
-        raise InputError(f"{source} does not fit the model: {'; '.join(found)}")
+    errors = [f"{len(v)} {kind}: {_some(v)}" for kind, v in problems.items() if v]
+    if errors:
+        raise InputError(f"{source} does not fit the model: {'; '.join(errors)}")
 
 
 def _some(names: list[str], limit: int = 4) -> str:
@@ -190,7 +198,7 @@ def _some(names: list[str], limit: int = 4) -> str:
 
 
 def _plan_shards(tensors: dict[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
-    """Names per shard, in order; a tensor above the limit gets a shard of its own."""
+    """Names per shard, in order; a tensor above the limit gets a shard to itself."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -208,9 +216,9 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _make_empty(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
-    held = [f.name for f in path.iterdir() if f.name == "config.json" or "safetensors" in f.name]
-    if held:
-        raise InputError(f"{path} already holds {_some(sorted(held))}; save to another directory")
+    files = [f.name for f in path.iterdir() if f.name == "config.json" or "safetensors" in f.name]
+    if files:
+        raise InputError(f"{path} already holds {_some(sorted(files))}; save to another directory")
 
 
 @contextmanager
@@ -223,14 +231,14 @@ def _removed_on_exit(files: list[Path]) -> Iterator[None]:
 
 
 def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError  # late, as in _open
+    from safetensors import SafetensorError  # imported here, as in _open
     from safetensors.torch import save_file
 
-    # Standard layout for the channels-last kernels; views are written without their whole storage.
+    # Channels-last kernels are written in the standard layout, views without their whole storage.
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
         save_file(plain, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # how it reports a full disk, among others
+    except SafetensorError as error:  # such as a full disk
         raise OSError(str(error)) from None
 
 

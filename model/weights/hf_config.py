@@ -1,8 +1,8 @@
-"""config.json <-> `Config`: as published (StepVL, Qwen3, Llama) or in this project's own form.
+"""Reader and writer of config.json: published forms (StepVL, Qwen3, Llama) and this project's own.
 
-A published config.json holds many keys that do not change what is computed; those are ignored.
-Keys whose value would need code that is not here (rope scaling, sliding windows, biases, ...) are
-refused with an InputError that names them: a wrong model is worse than none.
+Keys of a published config.json that do not change what is computed are ignored. Keys whose value
+is not implemented (rope scaling, sliding windows, biases, ...) raise an InputError that names them:
+a wrong model is worse than none.
 """
 
 import json
@@ -36,7 +36,7 @@ _VISION_KEYS = {
     "norm_eps": "layer_norm_eps",
     "layer_scale": "ls_init_value",
 }
-# Under this one goes what the published keys cannot say: crop sizes, structural tokens' ids.
+# This key holds what published keys cannot express: crop sizes, ids of structural tokens.
 _OWN_KEY = "step3vl"
 
 # The only implemented value of each key; an absent key means that value.
@@ -66,7 +66,7 @@ _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 def read_config(path: Path) -> Config:
-    """The model described by `path`/config.json; it is named after the directory if unnamed.
+    """The model that `path`/config.json describes; a model without a name gets the directory's.
 
     `eos` and `sampling` come from generation_config.json where that has them: eos_token_id as in
     transformers; temperature, top_p and top_k as in vLLM. Raises InputError for a missing or
@@ -93,7 +93,7 @@ def read_config(path: Path) -> Config:
 def write_config(config: Config) -> dict:
     """The content of a config.json that `read_config` reads back as `config`.
 
-    Text-only models come out as Qwen3 or Llama in the form that transformers loads, models with
+    Text-only models are written as Qwen3 or Llama in the form that transformers loads, models with
     vision in the published StepVL form.
     """
     model_type = "qwen3" if config.decoder.qk_norm else "llama"
@@ -143,14 +143,14 @@ def _from_published(data: dict, path: Path, generation: dict) -> Config:
         _refuse(part, "quantization_config", part.get("quantization_config") is None)
     if model_type not in tuple(_ARCHITECTURES):
         raise InputError(
-            f"model_type {model_type!r} is not implemented; step_robotics, qwen3 and llama are"
+            f"model_type is {model_type!r}; only step_robotics, qwen3 and llama are implemented"
         )
     tokens = {"eos": _eos(generation, text, data), **(own.get("tokens") or {})}
     if "image_token_id" in data:
         tokens["im_patch"] = data["image_token_id"]
-    found = {"decoder": _read_decoder(text, model_type), "vision": vision}
+    parts = {"decoder": _read_decoder(text, model_type), "vision": vision}
     named = {"name": path.resolve().name, **own, "tokens": tokens}
-    config = Config.from_dict(named | found)
+    config = Config.from_dict(named | parts)
     _check_token_lengths(data, config.vision)
     return config
 
@@ -159,25 +159,25 @@ def _read_decoder(text: dict, model_type: str) -> dict:
     _require_fixed(text, _TEXT_FIXED, "")
     layer_types = text.get("layer_types") or []
     _refuse(text, "layer_types", layer_types == ["full_attention"] * len(layer_types))
-    found: dict[str, Any] = {field: text.get(key) for field, key in _DECODER_KEYS.items()}
-    found["rope_theta"] = _rope_theta(text)
-    found["kv_heads"] = found["kv_heads"] or found["heads"]
-    found["tied_embeddings"] = found["tied_embeddings"] or False
-    missing = [k for f, k in _DECODER_KEYS.items() if found[f] is None and f != "head_dim"]
+    values: dict[str, Any] = {field: text.get(key) for field, key in _DECODER_KEYS.items()}
+    values["rope_theta"] = _rope_theta(text)
+    values["kv_heads"] = values["kv_heads"] or values["heads"]
+    values["tied_embeddings"] = values["tied_embeddings"] or False
+    missing = [k for f, k in _DECODER_KEYS.items() if values[f] is None and f != "head_dim"]
     if missing:
         raise InputError(f"missing key {', '.join(missing)}")
-    if found["head_dim"] is None and model_type == "qwen3":
-        found["head_dim"] = DecoderConfig.head_dim
-    elif found["head_dim"] is None:
-        check_number("hidden_size", found["hidden"], int)
-        check_number("num_attention_heads", found["heads"], int)
-        found["head_dim"] = found["hidden"] // found["heads"]
-    return found | {"qk_norm": model_type == "qwen3"}
+    if values["head_dim"] is None and model_type == "qwen3":
+        values["head_dim"] = DecoderConfig.head_dim
+    elif values["head_dim"] is None:
+        check_number("hidden_size", values["hidden"], int)
+        check_number("num_attention_heads", values["heads"], int)
+        values["head_dim"] = values["hidden"] // values["heads"]
+    return values | {"qk_norm": model_type == "qwen3"}
 
 
 def _rope_theta(text: dict) -> float:
-    """`rope_theta` from either spelling: its own key, or inside `rope_parameters`."""
-    theta = text.get("rope_theta", 10000.0)  # as transformers; old Llamas leave it out
+    """`rope_theta` in either form: a key of the config, or inside `rope_parameters`."""
+    theta = text.get("rope_theta", 10000.0)  # transformers' default; old Llamas omit the key
     for key in ("rope_parameters", "rope_scaling"):
         rope = text.get(key) or {}
         _refuse(text, key, isinstance(rope, dict))
@@ -193,12 +193,12 @@ def _read_vision(vision: dict) -> dict:
     _require_fixed(vision, _VISION_FIXED, "vision_config.")
     # The published configuration class has both spellings.
     _require_fixed(vision, {"ues_cls_token": False}, "vision_config.")
-    found = {field: vision[key] for field, key in _VISION_KEYS.items() if key in vision}
-    width = found.get("width", VisionConfig.width)
+    values = {field: vision[key] for field, key in _VISION_KEYS.items() if key in vision}
+    width = values.get("width", VisionConfig.width)
     ratio = vision.get("mlp_ratio", VisionConfig.mlp_width / VisionConfig.width)
     check_number("vision_config.width", width, int)
     check_number("vision_config.mlp_ratio", ratio, float)
-    return found | {"mlp_width": int(width * ratio)}
+    return values | {"mlp_width": int(width * ratio)}
 
 
 def _write_vision(vision: VisionConfig) -> dict:
@@ -233,14 +233,14 @@ def _sampling(generation: dict, default: SamplingConfig) -> SamplingConfig:
 
 
 def _check_token_lengths(data: dict, vision: VisionConfig | None) -> None:
-    """Refuse image and crop sizes that this preprocessing would not turn into as many tokens."""
+    """Refuse token counts of an image or a crop that differ from those of our preprocessing."""
     if vision is not None:
         for key, ours in (("image_token_len", "image_tokens"), ("patch_token_len", "crop_tokens")):
             _require_fixed(data, {key: getattr(vision, ours)}, "")
 
 
 def check_config(config: Config) -> None:
-    """Raise InputError unless all numbers have their type, are positive, and head counts divide."""
+    """Raise InputError unless numbers have their type and are positive, and head counts divide."""
     for part in (config.decoder, config.vision):
         for field in fields(part) if part is not None else ():
             assert isinstance(field.type, type)  # model/config.py evaluates its annotations
@@ -248,7 +248,7 @@ def check_config(config: Config) -> None:
     for field in fields(TokenIds):
         ids = getattr(config.tokens, field.name)
         if not all(type(i) is int and i >= 0 for i in (ids if field.name == "eos" else [ids])):
-            raise InputError(f"{field.name} is {ids!r}; it must hold token ids")
+            raise InputError(f"{field.name} is {ids!r}; token ids must be integers from 0 up")
     if not isinstance(config.name, str):
         raise InputError(f"name is {config.name!r}; it must be a string")
     _check_heads(config.decoder, config.vision)
@@ -269,12 +269,12 @@ def check_number(key: str, value: object, kind: type) -> None:
 def _check_heads(decoder: DecoderConfig, vision: VisionConfig | None) -> None:
     if decoder.heads % decoder.kv_heads or decoder.head_dim % 2:
         raise InputError(
-            f"{decoder.heads} heads must be a multiple of {decoder.kv_heads} KV heads, "
-            f"and head_dim {decoder.head_dim} even"
+            f"heads ({decoder.heads}) must be a multiple of kv_heads ({decoder.kv_heads}), "
+            f"and head_dim ({decoder.head_dim}) must be even"
         )
     if vision is not None and vision.width % (4 * vision.heads):
         raise InputError(
-            f"vision width {vision.width} must be a multiple of 4 x {vision.heads} heads"
+            f"vision width ({vision.width}) must be a multiple of 4 x heads ({vision.heads})"
         )
 
 

@@ -1,7 +1,7 @@
-"""Random weights that depend on nothing but the seed and each tensor's published name.
+"""Random initialisation of weights, determined by the seed and each tensor's published name alone.
 
-Not a training recipe: the scales keep activations of order 1 at any depth and width, and every
-tensor matters to the output, so that a test notices a weight that is dropped or misplaced.
+This is not a training recipe. The scales keep activations of order 1 at any depth and width, and
+every tensor affects the output, so that a test notices a dropped or misplaced weight.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ def random_init(tensors: dict[str, Tensor], seed: int, *, layer_scale: float = 0
     """Fill `tensors` (published name -> tensor) in place, each on its own device.
 
     - Matrices, convolutions and embeddings: normal with std 1/sqrt(fan_in). A linear layer then
-      keeps the scale of its input whatever its width; a constant 0.02 would gain 1.3 per layer at
-      width 4096 and lose 3 at 256. Pre-norm blocks add O(1) each, so the residual stream grows
-      only as the square root of the depth.
+      keeps the scale of its input at any width; a constant 0.02 would gain 1.3 per layer at width
+      4096 and lose 3 at 256. Pre-norm blocks add O(1) each, so the residual stream grows only as
+      the square root of the depth.
     - Norm weights 1, LayerScale `layer_scale`, biases 0, each plus a tenth at random: exact ones
-      and zeros would hide a forgotten one.
+      and zeros would hide a forgotten tensor.
 
-    Drawn in fp32 and rounded, so models of different dtypes hold the same weights; CPU and CUDA
-    draw different ones. Raises ValueError for a name that no rule covers.
+    Values are drawn in fp32 and rounded, so models of different dtypes hold the same weights; CPU
+    and CUDA draw different ones. Raises ValueError for a name that no rule covers.
     """
     for name, tensor in tensors.items():
         mean, std = _distribution(name, tensor, layer_scale)
@@ -42,9 +42,12 @@ def _distribution(name: str, tensor: Tensor, layer_scale: float) -> tuple[float,
         return 0.0, 0.1
     if name.endswith(".gamma"):
         return layer_scale, 0.1 * layer_scale
-    if name.endswith(".weight"):  # the only vectors among the weights are those of the norms
+    if name.endswith(".weight"):  # the only weights that are vectors are those of norms
         return 1.0, 0.1
-    raise ValueError(f"no rule to initialise {name} {list(tensor.shape)}")
+    raise ValueError(
+        f"no rule to initialise {name} {list(tensor.shape)}:"
+        " a vector's name must end in bias, .gamma or .weight"
+    )
 
 
 def _tensor_seed(seed: int, name: str) -> int:

@@ -178,10 +178,13 @@ def test_the_index_must_be_right(tmp_path):
     index = json.loads((tmp_path / INDEX).read_text())
     first, second = index["weight_map"].values()
     for weight_map, words in [
-        ({"a.weight": first, "b.weight": "gone.safetensors"}, "names gone.safetensors"),
-        ({"a.weight": second, "b.weight": first}, "disagree about a.weight, b.weight"),
+        ({"a.weight": first, "b.weight": "gone.safetensors"}, "lists gone.safetensors"),
+        (
+            {"a.weight": second, "b.weight": first},
+            "disagree about which file holds a.weight, b.weight",
+        ),
         ({"a.weight": first}, "1 missing: b.weight"),
-        ({"a.weight": 1}, "must be JSON with weight_map"),
+        ({"a.weight": 1}, "must be JSON with an object weight_map"),
     ]:
         (tmp_path / INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
         assert words in refusal(tmp_path, target)
@@ -198,7 +201,9 @@ def test_a_shard_may_not_hold_more_than_its_index(tmp_path):
     save_checkpoint(tmp_path, two_tensors(), TINY)
     file = "model-00001-of-00001.safetensors"
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a.weight": file}}))
-    assert "disagree about b.weight" in refusal(tmp_path, empty_like(two_tensors()))
+    assert "disagree about which file holds b.weight" in refusal(
+        tmp_path, empty_like(two_tensors())
+    )
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
