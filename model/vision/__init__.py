@@ -1,1 +1,1 @@
-"""Images: their views, the vision tower, and what is kept of its work."""
+"""Images: preprocessing into views, the vision tower, its CUDA graphs and embedding cache."""

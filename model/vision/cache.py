@@ -1,9 +1,9 @@
-"""Decoder embeddings of images seen before, found by the content of their views.
+"""Cache of images' decoder embeddings, keyed by the content of their views.
 
-An image whose pixels return, in the same call or in a later one, is encoded once, and what is
-served are the bits of that time. Without the cache, too, an image alone in its call always gets the
-same bits; encoded together with others it may differ from them by rounding, as matrix products of
-other sizes do, and then that is what returns.
+An image that occurs again, in the same call or a later one, is encoded once and gets the bits of
+its first encoding. An image encoded alone always gets the same bits, cached or not. Encoded with
+others, its bits may differ from those by rounding, as in any matrix product of another size, and
+the cache then returns these bits.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from kernels.runtime.lru import Lru
 
 
 class Tower(Protocol):
-    """What is asked of a vision tower: model.vision.tower.VisionTower has it."""
+    """What the cache needs of a vision tower (model.vision.tower.VisionTower)."""
 
     def __call__(self, views: Sequence[Tensor]) -> Tensor: ...
 
@@ -28,21 +28,21 @@ class Tower(Protocol):
 class ImageCache(Lru):
     """Embeddings [tokens, hidden] by `image_key`, on the model's device.
 
-    `budget` is in bytes and may be set at any time; with 0 no image is hashed, held, or encoded
-    less often than it is given. One image of the 10B takes up to 25 MB.
+    `budget` is in bytes and may be set at any time; with 0, images are neither hashed nor kept, and
+    every occurrence is encoded. One image of the 10B takes up to 25 MB.
     """
 
     def __init__(self, budget: int = 2**30) -> None:
         super().__init__(budget)
 
     def encode(self, images: Sequence[Sequence[Tensor]], tower: Tower) -> Tensor:
-        """Embeddings [tokens, hidden] of one image or more, given as their views, in order.
+        """Embeddings [tokens, hidden] of one or more images, each given as its views, in order.
 
-        `tower` is called once, for all images that are new. The result is the caller's own.
+        `tower` is called at most once, for all new images. The caller may overwrite the result.
         """
         keys: list[Hashable] = list(map(image_key, images) if self.budget else range(len(images)))
         known: dict[Hashable, Tensor] = {
-            key: found for key in keys if (found := self.get(key)) is not None
+            key: cached for key in keys if (cached := self.get(key)) is not None
         }
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
         if new:
@@ -58,8 +58,8 @@ class ImageCache(Lru):
 
 
 def image_key(views: Sequence[Tensor]) -> bytes:
-    """SHA-256 of the views' dtypes, shapes and values, each view's by a thread: an image of 37
-    views has 116 MB."""
+    """SHA-256 of the views' dtypes, shapes and values, one thread per view: an image of 37 views
+    has 116 MB."""
     with ThreadPoolExecutor() as pool:
         return b"".join(pool.map(_view_key, views))
 

@@ -1,8 +1,8 @@
-"""CUDA graphs of the vision tower, for batches of views whose grids return.
+"""CUDA graphs of the vision tower, for batches of views whose grids recur.
 
-Of few views the tower is hundreds of short launches, and the host may be slower than the GPU; a
-graph is one launch. Captured with it are the addresses of weights, tables and buffers: whoever
-changes weights clears the graphs (`VisionTower.prepare` does).
+With few views the tower is hundreds of short launches, and the host may be slower than the GPU; a
+graph is one launch. It holds the addresses of weights, tables and buffers, so a change of weights
+must clear the graphs (`VisionTower.prepare` does).
 """
 
 import warnings
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class GraphOfInputs:
-    """`body` captured once; called with new inputs, it replays and returns its reused output."""
+    """`body`, captured once. A call copies new inputs in, replays, and returns the same output
+    tensor, overwritten."""
 
     def __init__(
         self, body: Callable[[Tensor], Tensor], inputs: Tensor, pool: "Pool | None"
@@ -34,13 +35,13 @@ class GraphOfInputs:
 
 
 class Graphs:
-    """Graphs by key, each captured when its key comes a second time.
+    """Graphs by key, each captured when its key occurs for the second time.
 
-    At most `max_graphs`, those used last, in one memory pool, so that they take what the largest
-    takes beside their inputs and outputs; they must run on one stream. More than `max_rows` inputs
-    keep a GPU busy by themselves and are not captured. `enabled`: None for on CUDA in Triton forms,
-    False for never. What cannot be captured after all (too little memory) is run plainly from then
-    on, with one warning.
+    The `max_graphs` most recently used are kept, in one memory pool: beyond their inputs and
+    outputs, they take together what the largest takes. They must run on one stream. Batches of more
+    than `max_rows` input rows keep a GPU busy by themselves and are not captured. `enabled`: None
+    for on CUDA with Triton impls, False for never. If a capture fails (too little memory), that key
+    runs without a graph from then on, after one warning.
     """
 
     capture = GraphOfInputs
@@ -58,10 +59,10 @@ class Graphs:
         inputs: Tensor,
         impls: Collection[str | None],
     ) -> Callable[[Tensor], Tensor] | None:
-        """The graph to call with `inputs` in place of `body`, whose ops run in the forms `impls`,
-        if there is one.
+        """The graph to call with `inputs` instead of `body`, whose ops run as `impls`; None if
+        there is none.
 
-        There is none for a caller who captures a graph: it takes the plain call in.
+        While the caller is capturing a graph of its own, there is none: it captures the plain call.
         """
         if inputs.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
@@ -69,7 +70,7 @@ class Graphs:
         enabled = in_triton if self.enabled is None else self.enabled
         if not enabled or len(inputs) > self.max_rows:
             return None
-        graph = self._graphs.get(key)  # False: it could not be captured
+        graph = self._graphs.get(key)  # False: its capture failed
         if graph is None and self._seen.get(key):
             graph = self._captured(body, inputs)
             self._graphs.put(key, graph)
@@ -79,7 +80,7 @@ class Graphs:
     def clear(self) -> None:
         self._graphs.clear()
         self._seen.clear()
-        self._pool = None  # a pool whose graphs are gone takes no new ones
+        self._pool = None  # a pool whose graphs have been deleted takes no new ones
 
     def _captured(
         self, body: Callable[[Tensor], Tensor], inputs: Tensor

@@ -1,10 +1,9 @@
-"""Images to tensors: a global view and a grid of crops per image, as the released model sees them.
+"""Image preprocessing: a global view and a grid of crops per image, as the released model has them.
 
-Geometry is plain integers (`crop_layout`); pixels follow it (`preprocess`). Nothing here knows of
-tokens' ids: `model.text.prompt` lays them out. PIL is imported where it is used, so that `Views`
-can be made by hand on machines without it.
+`crop_layout` computes the geometry in integers, `preprocess` the pixels. Token ids are laid out in
+`model.text.prompt`. PIL is imported where it is used: `Views` can be built without it.
 
-The algorithm is that of the model's published processors (spelled out at each step below), with
+The algorithm is that of the model's published processors (described at each step below), with
 their rule `long side <= 728` for images that need no crops.
 """
 
@@ -29,10 +28,10 @@ if TYPE_CHECKING:
 
     ImageSource: TypeAlias = str | Path | bytes | Image.Image
 
-# TIFF is left out: its decoder prints to stderr and accepts some truncated files.
+# Without TIFF, whose decoder prints to stderr and accepts some truncated files.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM")
-MAX_SIDE = 65_535  # pixels; what JPEG can hold
-MAX_PIXELS = 178_956_970  # where PIL, too, stops trusting a file
+MAX_SIDE = 65_535  # pixels, JPEG's limit
+MAX_PIXELS = 178_956_970  # PIL's limit for a trusted file
 MAX_CROPS = 128  # ordinary images have at most 95 (3024 x 32)
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,11 +40,11 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class CropLayout:
-    """How an image is cut. Sizes are (width, height) and boxes (left, top, right, bottom), pixels.
+    """How an image is cut. Sizes are (width, height), boxes (left, top, right, bottom), in pixels.
 
-    `padded` is the image with black to its right or below, `size` that after shrinking. Crops are
-    squares of side `window` (0: none) out of the image resized to `canvas`, row by row; `newlines`
-    says for each whether its row of crops ends with it and another one follows.
+    `padded` is the size with black added to the right or below, `size` the size after shrinking.
+    Crops are squares of side `window` (0: none), cut row by row from the image resized to `canvas`;
+    `newlines` says for each crop whether it ends its row and another row follows.
     """
 
     padded: tuple[int, int]
@@ -58,7 +57,7 @@ class CropLayout:
 
 @dataclass(frozen=True)
 class Views:
-    """One image as the vision tower takes it: fp32, normalised, channels first.
+    """One image as input of the vision tower: fp32, normalised, channels first.
 
     `image` [3, S, S] is the global view, `crops` [n, 3, c, c] the crops (n may be 0), with S and c
     of VisionConfig's `image_size` and `crop_size`; `newlines` (n of them) as in CropLayout.
@@ -75,18 +74,18 @@ class Views:
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """The image in a file, in a file's bytes, or in a PIL image, as 8-bit RGB.
+    """The image of a file, of a file's bytes, or of a PIL image, as 8-bit RGB.
 
-    As in the reference, EXIF orientation is not applied and transparency is dropped, not blended;
-    of an animation the first frame is taken; of 16-bit values the upper byte. Raises InputError for
-    a file that is missing, no image, truncated or too large; too large is seen before decoding.
+    As in the reference, EXIF orientation is not applied, transparency is dropped and not blended,
+    an animation gives its first frame, and 16-bit values give their upper byte. Raises InputError
+    for a file that is missing, no image, truncated or too large (checked before decoding).
     """
     from PIL import Image
 
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the image")
     name, data = ("the image", source) if isinstance(source, bytes) else _read(source)
-    with warnings.catch_warnings():  # PIL warns of sizes that are within our limit
+    with warnings.catch_warnings():  # PIL warns about sizes within our limit
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -94,21 +93,22 @@ def load_image(source: ImageSource) -> Image.Image:
             raise InputError(_too_large(name)) from None
         except (OSError, SyntaxError, ValueError):
             raise InputError(
-                f"{name} is not an image: want {', '.join(FORMATS)} of at least 1 x 1 pixels"
+                f"{name} is not an image; it must be one of {', '.join(FORMATS)}, of at least"
+                " 1 x 1 pixels"
             ) from None
     with image:
         return _to_rgb(image, name)
 
 
 def crop_layout(width: int, height: int, config: VisionConfig) -> CropLayout:
-    """Where the crops of a width x height image (pixels, both > 0) lie."""
+    """The crop boxes of a width x height image (pixels, both > 0)."""
     padded = _padded(width, height)
     size = _shrunk(*padded, config.max_image_size)
     window = _window(*size, config)
     if window == 0:
         return CropLayout(padded, size, 0, size, (), ())
     canvas = _snapped(size[0], window), _snapped(size[1], window)
-    # A canvas side below the window still gives one crop, which reaches beyond it.
+    # A canvas side below the window still gives one crop, which extends beyond the canvas.
     lefts, tops = (range(0, max(side - window, 0) + 1, window) for side in canvas)
     boxes = tuple((x, y, x + window, y + window) for y in tops for x in lefts)
     newlines = tuple(x == lefts[-1] and y != tops[-1] for y in tops for x in lefts)
@@ -118,9 +118,9 @@ def crop_layout(width: int, height: int, config: VisionConfig) -> CropLayout:
 def preprocess(image: Image.Image, config: VisionConfig) -> Views:
     """The views of an RGB image from `load_image`.
 
-    PIL pads, shrinks and cuts; then, in the reference's order, values are scaled to 0..1,
-    normalised, and only then resized (bilinear with antialias, aspect ratio not kept). Raises
-    InputError for an image so elongated that it would give more than MAX_CROPS crops.
+    PIL pads, shrinks and cuts. Then, in the reference's order, values are scaled to 0..1,
+    normalised, and last resized (bilinear with antialias, without keeping the aspect ratio). Raises
+    InputError for an image so elongated that it would have more than MAX_CROPS crops.
     """
     from PIL.Image import Resampling
 
@@ -128,7 +128,7 @@ def preprocess(image: Image.Image, config: VisionConfig) -> Views:
     if len(layout.boxes) > MAX_CROPS:
         raise InputError(
             f"an image of {image.width} x {image.height} pixels is too elongated: "
-            f"it would be cut into {len(layout.boxes)} crops, at most {MAX_CROPS} are taken"
+            f"it would be cut into {len(layout.boxes)} crops, and at most {MAX_CROPS} are allowed"
         )
     if layout.padded != image.size:
         image = image.crop((0, 0, *layout.padded))  # PIL fills with black beyond the image
@@ -160,14 +160,16 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise InputError(_too_large(name))
     if image.mode == "F":
-        raise InputError(f"{name} has float pixels of unknown range: want 8 or 16 bits")
+        raise InputError(
+            f"{name} has float pixels, whose range is unknown; convert it to 8 or 16 bits"
+        )
     try:
         if image.mode.startswith("I"):  # PIL would clip 16 bits, not scale them
             image = _upper_byte(image)
         elif image.mode == "P":
-            image = image.convert("RGBA")  # straight to RGB, PIL warns of a transparent palette
+            image = image.convert("RGBA")  # PIL warns if a transparent palette goes to RGB directly
         return image.convert("RGB")
-    except Exception:  # each decoder has its own; all mean that the file does not hold its pixels
+    except Exception:  # every decoder raises its own; each means that pixels are missing or damaged
         raise InputError(f"{name} is truncated or damaged") from None
 
 
@@ -179,13 +181,13 @@ def _upper_byte(image: Image.Image) -> Image.Image:
 
 def _too_large(name: str) -> str:
     return (
-        f"{name} is too large: at most {MAX_SIDE:,} pixels a side and {MAX_PIXELS:,} in all "
-        "(thin images count as the square that they are padded to)"
+        f"{name} is too large: it may have at most {MAX_SIDE:,} pixels a side and {MAX_PIXELS:,} "
+        "in all (a thin image counts as the square to which it is padded)"
     )
 
 
 def _padded(width: int, height: int) -> tuple[int, int]:
-    """Slivers are padded to a square."""
+    """The size after padding: very thin images are padded to a square."""
     if min(width, height) < 32 and (width / height > 4 or width / height < 1 / 4):
         return (max(width, height),) * 2
     return width, height
@@ -207,7 +209,8 @@ def _window(width: int, height: int, config: VisionConfig) -> int:
 
 
 def _snapped(side: int, window: int) -> int:
-    """The multiple of `window` that `side` is resized to: up from a remainder of over a fifth."""
+    """`side` rounded to a multiple of `window`, up if the remainder is over a fifth of it; a side
+    shorter than `window` stays."""
     ratio = side / window
     if ratio < 1:
         return side
@@ -215,7 +218,7 @@ def _snapped(side: int, window: int) -> int:
 
 
 def _to_tensor(images: list[Image.Image], side: int) -> torch.Tensor:
-    """n RGB images of one size -> fp32 [n, 3, side, side]."""
+    """n RGB images of equal size -> fp32 [n, 3, side, side]."""
     if not images:
         return torch.empty(0, 3, side, side)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))

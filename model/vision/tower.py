@@ -1,7 +1,7 @@
-"""The vision side: PE-lang tower, then the projector that gives the decoder 16 times fewer tokens.
+"""The vision encoder: PE-lang tower and the projector, which reduces the tokens 16-fold.
 
-Views of different sizes run as one packed batch, those of one grid side by side: every linear layer
-sees all tokens of all views, attention and convolutions see each view by itself.
+Views of all sizes run as one packed batch, with equal grids adjacent: a linear layer processes all
+tokens of all views at once, attention and convolutions process each view separately.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +31,8 @@ from model.vision.graph import Graphs
 class VisionTower(nn.Module):
     """Patch embedding, position embedding, ln_pre, blocks, two downsamplers and the projector.
 
-    What `prepare` derives from the weights, `cache` (for `Step3VL`) and `graphs` hold no parameters
-    and are in no checkpoint. After changing weights in place, call `prepare`.
+    The tensors that `prepare` derives from the weights, `cache` (used by `Step3VL`) and `graphs`
+    are not parameters and are in no checkpoint. After changing weights in place, call `prepare`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class VisionTower(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
         def kernel(*shape: int) -> nn.Parameter:
-            # Channels-last, the layout that the tokens already have.
+            # Channels-last, which is the layout of the tokens.
             tensor = weight(*shape).data.to(memory_format=torch.channels_last)
             return nn.Parameter(tensor, requires_grad=False)
 
@@ -69,9 +69,9 @@ class VisionTower(nn.Module):
         self._folded: tuple[Tensor, Tensor] | None = None
 
     def prepare(self) -> None:
-        """Derive from the weights what each call needs, and forget all that came of older ones.
+        """Compute what each call derives from the weights; drop everything derived from older ones.
 
-        The first call of `forward` does it if nobody has.
+        The first call of `forward` does this if it has not been done.
         """
         self._forget()
         self._folded = fold(self.downsampler2, self.bias2, self.projector)
@@ -80,21 +80,21 @@ class VisionTower(nn.Module):
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """Encode views [3, height, width] of any sizes to decoder embeddings [T', out_width].
 
-        The result holds each view's tokens in the order of the views, row-major within a view.
+        The result has each view's tokens in the order of the views, row-major within a view.
         Raises ValueError for views that `grids` refuses.
         """
         if self._folded is None:
             self.prepare()
-        given = self.grids(views)
-        if not given:
+        view_grids = self.grids(views)
+        if not view_grids:
             return self.projector.new_empty(0, len(self.projector))
-        order, out, rows = _side_by_side(given), None, None
+        order, out, rows = _equal_grids_adjacent(view_grids), None, None
         if order != sorted(order):
-            counts = [output_tokens(grid) for grid in given]
+            counts = [output_tokens(grid) for grid in view_grids]
             out = self.projector.new_empty(sum(counts), len(self.projector))
-            places = torch.arange(len(out), device=out.device).split(counts)
-            rows = torch.cat([places[index] for index in order])
-        views, grids = [views[i] for i in order], tuple(given[i] for i in order)
+            view_rows = torch.arange(len(out), device=out.device).split(counts)
+            rows = torch.cat([view_rows[index] for index in order])
+        views, grids = [views[i] for i in order], tuple(view_grids[i] for i in order)
         patches = spanned("vision pack", self.patches)(views, grids)
         impls = self.impl.values()
         body = partial(self.encode, grids=grids)
@@ -109,36 +109,39 @@ class VisionTower(nn.Module):
     def grids(self, views: Sequence[Tensor]) -> list[Grid]:
         """Each view's patches as rows x columns.
 
-        Raises ValueError for views that are not [3, height, width] in whole patches, at most as
-        many a side as the global view has, all of one dtype on one device.
+        Raises ValueError unless all views are [3, height, width] in whole patches, no side has more
+        patches than the global view's, and all have one dtype and device.
         """
         size, side, grids = self.config.patch_size, self.config.grid, []
         for i, view in enumerate(views):
             shape, kind = list(view.shape), (view.dtype, view.device)
             first = (views[0].dtype, views[0].device)
-            check(len(shape) == 3 and shape[0] == 3, f"view {i} is {shape}, not [3, height, width]")
+            check(
+                len(shape) == 3 and shape[0] == 3,
+                f"view {i} has shape {shape}; it must be [3, height, width]",
+            )
             check(
                 kind == first,
-                f"view {i} is {kind[0]} on {kind[1]}, view 0 {first[0]} on {first[1]}",
+                f"view {i} is {kind[0]} on {kind[1]}, but view 0 is {first[0]} on {first[1]}",
             )
             (rows, row), (columns, column) = (divmod(pixels, size) for pixels in shape[1:])
             check(
                 row == column == 0,
-                f"view {i} has {shape[1]} x {shape[2]} pixels: sides must be multiples of {size}",
+                f"view {i} has {shape[1]} x {shape[2]} pixels; sides must be multiples of {size}",
             )
             check(
                 0 < rows <= side and 0 < columns <= side,
-                f"view {i} has {rows} x {columns} patches: sides must be 1 to {side}",
+                f"view {i} has {rows} x {columns} patches; sides must have 1 to {side}",
             )
             grids.append((rows, columns))
         return grids
 
     def count(self, views: Sequence[Tensor]) -> int:
-        """Decoder embeddings that views give. Raises ValueError as `grids` does."""
+        """Number of decoder embeddings of views. Raises ValueError as `grids` does."""
         return sum(map(output_tokens, self.grids(views)))
 
     def patches(self, views: Sequence[Tensor], grids: Sequence[Grid]) -> Tensor:
-        """Pixels of all views by patch, packed [T, 3 * size * size], in the weights' dtype."""
+        """Pixels of all views, packed by patch: [T, 3 * size * size] in the weights' dtype."""
         weight, size = self.patch_embedding, self.config.patch_size
         packed = weight.new_empty(tokens_of(grids), weight[0].numel())
         parts = packed.split([rows * columns for rows, columns in grids])
@@ -175,7 +178,7 @@ class VisionTower(nn.Module):
         Each sub-layer's LayerScale and residual sum are folded into the next layer norm.
         """
         x = self._norm(self._embedded(patches, grids), self.ln_pre)
-        last: tuple[Tensor, Tensor] | None = None  # sub-layer's result, and its LayerScale
+        last: tuple[Tensor, Tensor] | None = None  # a sub-layer's result and its LayerScale
         for index, block in enumerate(self.blocks):
             with span("vision layer", index):
                 if last is None:
@@ -186,7 +189,7 @@ class VisionTower(nn.Module):
                     x, self._attention(h, block, grids), block.ls_1, block.ln_2
                 )
                 last = self._mlp(h, block), block.ls_2
-        assert last is not None, "a tower has blocks"
+        assert last is not None, "the tower has no blocks; VisionConfig.layers must be at least 1"
         branch, gamma = last
         return x + branch * gamma
 
@@ -216,7 +219,7 @@ class VisionTower(nn.Module):
     def _norm_of_sum(
         self, x: Tensor, branch: Tensor, gamma: Tensor, norm: "_LayerNorm"
     ) -> tuple[Tensor, Tensor]:
-        """x + gamma * branch: normalised, and as it is."""
+        """x + gamma * branch: normalised, and not normalised."""
         return layer_norm(
             branch,
             norm.weight,
@@ -242,7 +245,8 @@ class VisionTower(nn.Module):
         return spanned("linear vision proj", F.linear)(h, block.proj, block.proj_bias)
 
     def _embedded(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """The convolution with stride and size of a patch as a product, and positions."""
+        """Patch embedding, a matrix product since the convolution's stride is a patch, plus the
+        position embedding."""
         weight = self.patch_embedding.flatten(1)
         x = spanned("linear vision patches", F.linear)(patches, weight)
         start = 0
@@ -254,7 +258,7 @@ class VisionTower(nn.Module):
         return x
 
     def _positions(self, grid: Grid) -> Tensor:
-        """The position embedding at a view's grid, [tokens, width], in the parameter's dtype."""
+        """The position embedding for a view's grid, [tokens, width], in the parameter's dtype."""
         if grid == (self.config.grid, self.config.grid):
             return self.positional_embedding
         return pinned((id(self), grid), partial(self._interpolate, grid))
@@ -276,13 +280,13 @@ class VisionTower(nn.Module):
         self.cache.clear()
 
     def _apply(self, *args: Any, **options: Any) -> "VisionTower":
-        """Every change of device or dtype passes here: what is derived must follow the weights."""
+        """Called for every change of device or dtype: drop everything derived from weights."""
         self._forget()
         return super()._apply(*args, **options)
 
 
-def _side_by_side(grids: Sequence[Grid]) -> list[int]:
-    """Indices that bring equal grids together, otherwise in order."""
+def _equal_grids_adjacent(grids: Sequence[Grid]) -> list[int]:
+    """Indices that make equal grids adjacent, otherwise in order."""
     first = {grid: index for index, grid in reversed(list(enumerate(grids)))}
     return sorted(range(len(grids)), key=lambda index: first[grids[index]])
 

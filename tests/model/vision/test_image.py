@@ -242,14 +242,14 @@ def png_header(width, height):
         ("no/such/file.png", "cannot read image no/such/file.png: No such file"),
         ("nul\0byte.png", "no such file"),
         (PHOTOS, "Is a directory"),
-        (PHOTOS / "README.txt", "README.txt is not an image: want PNG, JPEG"),
+        (PHOTOS / "README.txt", "README.txt is not an image; it must be one of PNG, JPEG"),
         (b"", "is not an image"),
-        (png_header(0, 5), "is not an image: .* at least 1 x 1"),
+        (png_header(0, 5), "is not an image; .* at least 1 x 1"),
         (Image.new("RGB", (0, 5)), "is empty: 0 x 5 pixels"),
-        (png_header(100_000, 100_000), "too large: at most 65,535 pixels a side"),
+        (png_header(100_000, 100_000), "too large: it may have at most 65,535 pixels a side"),
         (png_header(100_000, 40), "too large"),
         (png_header(16_000, 12_000), "too large"),
-        (png_header(30_000, 20), "too large: .*thin images"),  # its square would not fit
+        (png_header(30_000, 20), "too large: .*thin image"),  # its square would not fit
         (png_header(12_000, 10_000), "truncated"),  # within the limit: and no warning of PIL's
         (Image.new("F", (5, 5)), "float pixels"),
     ],

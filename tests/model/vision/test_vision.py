@@ -114,7 +114,7 @@ def views_of(*sides: int) -> list[Tensor]:
     return [torch.randn(3, side, side, generator=generator) for side in sides]
 
 
-def test_views_of_one_grid_run_side_by_side(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+def test_views_of_one_grid_run_adjacently(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
     """Several images alternate crops and global views; each op should see two runs, not eight."""
     seen = []
     encode = tiny.vision.encode
@@ -172,13 +172,16 @@ def test_mistakes_are_named(tiny: Step3VL):
     """Grids beyond the position embedding, pixels that would be dropped, mixed-up views."""
     small = torch.zeros(3, 28, 28)
     for view, message in [
-        (torch.zeros(3, 182, 182), "view 1 has 13 x 13 patches: sides must be 1 to 12"),
-        (torch.zeros(3, 0, 28), "view 1 has 0 x 2 patches: sides must be 1 to 12"),
-        (torch.zeros(3, 28, 30), "view 1 has 28 x 30 pixels: sides must be multiples of 14"),
-        (torch.zeros(4, 28, 28), r"view 1 is \[4, 28, 28\], not \[3, height, width\]"),
-        (torch.zeros(28, 28), r"view 1 is \[28, 28\], not"),
-        (small.double(), "view 1 is torch.float64 on cpu, view 0 torch.float32 on cpu"),
-        (small.to("meta"), "view 1 is torch.float32 on meta, view 0 torch.float32 on cpu"),
+        (torch.zeros(3, 182, 182), "view 1 has 13 x 13 patches; sides must have 1 to 12"),
+        (torch.zeros(3, 0, 28), "view 1 has 0 x 2 patches; sides must have 1 to 12"),
+        (torch.zeros(3, 28, 30), "view 1 has 28 x 30 pixels; sides must be multiples of 14"),
+        (
+            torch.zeros(4, 28, 28),
+            r"view 1 has shape \[4, 28, 28\]; it must be \[3, height, width\]",
+        ),
+        (torch.zeros(28, 28), r"view 1 has shape \[28, 28\]; it must be"),
+        (small.double(), "view 1 is torch.float64 on cpu, but view 0 is torch.float32 on cpu"),
+        (small.to("meta"), "view 1 is torch.float32 on meta, but view 0 is torch.float32 on cpu"),
     ]:
         with pytest.raises(ValueError, match=message):
             tiny.vision([small, view])
