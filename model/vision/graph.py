@@ -62,7 +62,7 @@ class Graphs:
         """The graph to call with `inputs` instead of `body`, whose ops run as `impls`; None if
         there is none.
 
-        While the caller is capturing a graph of its own, there is none: it captures the plain call.
+        While the caller is capturing a graph itself, there is none: it captures the plain call.
         """
         if inputs.is_cuda and torch.cuda.is_current_stream_capturing():
             return None

@@ -59,7 +59,7 @@ def copy_tensors(
     tensors: dict[str, Tensor],
     source: Path | str = "the checkpoint",
 ) -> None:
-    """Copy `named` tensors into their namesakes in `tensors`, each of which must be among them.
+    """Copy `named` tensors into their namesakes in `tensors`; no name of `tensors` may be missing.
 
     Raises InputError, with the name `source`, for missing, unexpected or misshapen tensors.
     """

@@ -1,4 +1,4 @@
-"""Capturing beside other threads: one at a time, on one stream; on a GPU, what comes of it."""
+"""Tests of CUDA graph capture with other threads running: one at a time, on one stream."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from model.cuda_graph import CudaGraph
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """torch.cuda without a GPU: how many streams were made."""
+    """A fake torch.cuda that counts the streams created."""
     seen = SimpleNamespace(streams=0)
 
     def stream(*_: object) -> SimpleNamespace:
@@ -34,26 +34,26 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_one_capture_at_a_time(counted: SimpleNamespace):
-    """Decode steps and the images' thread capture graphs as they come; PyTorch refuses two at once,
-    and its streams are few enough that a new one for each graph would be somebody else's."""
-    inside, most = 0, 0
+    """Guards against simultaneous captures by decode steps and the image thread, which PyTorch
+    refuses, and against a new stream per graph, which would soon be one that is in use."""
+    running, max_running = 0, 0
 
     def body() -> torch.Tensor:
-        nonlocal inside, most
-        inside += 1
-        most = max(most, inside)
+        nonlocal running, max_running
+        running += 1
+        max_running = max(max_running, running)
         time.sleep(1e-3)
-        inside -= 1
+        running -= 1
         return torch.empty(0)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: CudaGraph(body, torch.device("cpu"), None), range(12)))
-    assert most == 1 and counted.streams == 1
+    assert max_running == 1 and counted.streams == 1
 
 
 def test_nothing_is_captured_after_a_failed_capture(counted, monkeypatch: pytest.MonkeyPatch):
-    """Guards the rest of the process: PyTorch's allocator is broken by then, and the next capture
-    would end in an internal assertion, far from its cause."""
+    """Guards against another capture after PyTorch's allocator is broken: it would fail with an
+    internal assertion, far from its cause."""
     monkeypatch.setattr(cuda_graph, "_failures", [])
 
     def graph(*_: object, **__: object) -> None:
@@ -63,7 +63,7 @@ def test_nothing_is_captured_after_a_failed_capture(counted, monkeypatch: pytest
     body = Mock()
     with pytest.raises(RuntimeError, match="^failed capture: operation not permitted$") as failed:
         CudaGraph(body, torch.device("cpu"))
-    assert poisons(str(failed.value))  # whatever PyTorch says: or the next form would be blamed
+    assert poisons(str(failed.value))  # for any message of PyTorch: else the next form is blamed
     assert "operation not permitted" in cuda_graph.failed_capture()
     body.reset_mock()
     with pytest.raises(RuntimeError, match="after a failed capture: operation not permitted"):
@@ -71,8 +71,8 @@ def test_nothing_is_captured_after_a_failed_capture(counted, monkeypatch: pytest
     body.assert_not_called()
 
 
-def test_what_fails_before_capture_spoils_nothing(counted, monkeypatch: pytest.MonkeyPatch):
-    """Guards against giving up graphs for good because memory was short once."""
+def test_an_error_before_capture_does_not_disable_graphs(counted, monkeypatch: pytest.MonkeyPatch):
+    """Guards against giving up graphs for the whole process because memory was short once."""
     monkeypatch.setattr(cuda_graph, "_failures", [])
     with pytest.raises(RuntimeError, match="memory"):
         CudaGraph(Mock(side_effect=RuntimeError("out of memory")), torch.device("cpu"))
@@ -82,7 +82,8 @@ def test_what_fails_before_capture_spoils_nothing(counted, monkeypatch: pytest.M
 
 @pytest.mark.gpu
 def test_another_threads_work_stays_out_of_graphs():
-    """More graphs than PyTorch has streams, while a thread works on a stream of its own."""
+    """Guards against capturing another thread's work: more graphs than PyTorch has streams are
+    captured while a thread works on a separate stream."""
     other, x = torch.cuda.Stream(), torch.zeros(8, device="cuda")
     torch.cuda.synchronize()
     stop = False

@@ -1,4 +1,4 @@
-"""The decoder against transformers: Qwen3 and Llama from their saved checkpoints, paged KV."""
+"""Tests of the decoder against transformers: Qwen3 and Llama checkpoints, with paged KV."""
 
 from pathlib import Path
 
@@ -34,14 +34,14 @@ LENGTH = 150  # more than two pages of 64
 
 
 def randomise(module: torch.nn.Module) -> None:
-    """Weights large enough, and norms different enough from 1, that a wrong one shows."""
+    """Draw weights large enough, and norms far enough from 1, for a wrong one to be noticed."""
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen3-tied", "llama"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """A tiny random checkpoint that transformers wrote, and the logits transformers gives."""
+    """A tiny random checkpoint written by transformers, and transformers' logits."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_whole_forward(saved: tuple[Path, Tensor, Tensor], impl: str):
-    """Names, fusions, rotation, norms, GQA and masks, all at once."""
+    """Guards against any error in names, fusions, rotation, norms, GQA or masks."""
     path, ids, expected = saved
     logits = Step3VL.from_pretrained(path, impl=impl)(ids)
     assert max_error(logits, expected) < 1e-4
@@ -70,8 +70,8 @@ def test_whole_forward(saved: tuple[Path, Tensor, Tensor], impl: str):
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_interleaved_gate_up(saved: tuple[Path, Tensor, Tensor], impl: str, tmp_path: Path):
-    """The same checkpoint, its gates and ups stored in turns: the logits of transformers, and saved
-    again the same published tensors."""
+    """Guards against gate and up rows stored alternately that change the logits, or that are saved
+    to other than the published tensors."""
     path, ids, expected = saved
     model = Step3VL.from_pretrained(path, impl=impl, interleaved_gate_up=True)
     plain = Step3VL.from_pretrained(path, impl=impl)
@@ -85,7 +85,7 @@ def test_interleaved_gate_up(saved: tuple[Path, Tensor, Tensor], impl: str, tmp_
 
 
 def test_interleaved_random_weights():
-    """Random weights are drawn by published name: how they are stored does not change them."""
+    """Guards against random weights that depend on the storage order instead of the names."""
     models = [Step3VL.from_preset("tiny", interleaved_gate_up=flag) for flag in (False, True)]
     tensors = [model.checkpoint_tensors() for model in models]
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
@@ -96,7 +96,7 @@ def test_interleaved_random_weights():
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("chunks", [(LENGTH,), (64, 64, 22), (37, 1, 63, 49), (1,) * 70 + (80,)])
 def test_through_the_cache(saved: tuple[Path, Tensor, Tensor], impl: str, chunks: tuple[int, ...]):
-    """Prefill, chunked prefill and token by token give what one forward gives."""
+    """Guards against prefill, chunked prefill or decoding that differs from one whole forward."""
     path, ids, expected = saved
     model = Step3VL.from_pretrained(path, impl=impl)
     cache, done, parts = model.new_cache(3), 0, []
@@ -111,10 +111,8 @@ def test_through_the_cache(saved: tuple[Path, Tensor, Tensor], impl: str, chunks
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_a_fork_equals_separate_sequences(saved: tuple[Path, Tensor, Tensor], impl: str):
-    """Two continuations over one shared prompt node equal two forwards of the whole text each.
-
-    Both are decoded in one step of two rows, behind a prompt that ends inside a page.
-    """
+    """Guards against two continuations of a shared prompt node that differ from two separate
+    forwards. Both are decoded in one step of two rows, after a prompt that ends inside a page."""
     path, ids, _ = saved
     model = Step3VL.from_pretrained(path, impl=impl)
     cache, prompt, page = model.new_cache(6), 70, 64
@@ -136,7 +134,7 @@ def test_a_fork_equals_separate_sequences(saved: tuple[Path, Tensor, Tensor], im
 
 
 def test_generate_greedy_equals_transformers(saved: tuple[Path, Tensor, Tensor]):
-    """The loop: prefill once, then one token per step, stop at eos."""
+    """Guards the loop: prefill once, then one token per step, stop at eos."""
     from transformers import AutoModelForCausalLM
 
     path, ids, _ = saved
@@ -150,7 +148,7 @@ def test_generate_greedy_equals_transformers(saved: tuple[Path, Tensor, Tensor])
 
 
 def test_mistakes_are_named(saved: tuple[Path, Tensor, Tensor]):
-    """Each of these would otherwise end in an index error deep inside, or in a wrong answer."""
+    """Guards against an index error deep inside, or a wrong answer, for bad input."""
     model = Step3VL.from_pretrained(saved[0])
     for ids, message in [
         ([], "non-empty"),
@@ -172,9 +170,9 @@ TRITON = dict.fromkeys(("rms_norm", "silu_mul", "qk_norm_rope", "prefix_attentio
 
 
 def fork_step(model: Step3VL, prompt: Tensor, leaves: int, impl: dict | str, steps: int) -> Tensor:
-    """Prefill `prompt`, then `steps` decode steps of `leaves` rollouts that advance by themselves.
+    """Prefill `prompt`, then run `steps` decode steps of `leaves` rollouts with fixed ids.
 
-    Returns the logits of all: [len(prompt) + steps * leaves, vocab].
+    Returns all logits: [len(prompt) + steps * leaves, vocab].
     """
     model.set_impl(impl)
     decoder, size = model.decoder, len(prompt)
@@ -205,7 +203,7 @@ def fork_step(model: Step3VL, prompt: Tensor, leaves: int, impl: dict | str, ste
 
 
 def test_triton_ops_through_layers(saved: tuple[Path, Tensor, Tensor], triton_device: str):
-    """The Triton forms together: prefill, fused decode, and a plan that advances on the device."""
+    """Guards all Triton impls together: prefill, fused decode, a plan advanced on the device."""
     path, ids, _ = saved
     model = Step3VL.from_pretrained(path, device=triton_device)
     prompt = ids[:7].to(triton_device)
@@ -217,7 +215,7 @@ def test_triton_ops_through_layers(saved: tuple[Path, Tensor, Tensor], triton_de
 
 
 def test_fp8_cache(saved: tuple[Path, Tensor, Tensor]):
-    """Close to the model with fp32 pages, and not equal: the pages are really of 8 bits."""
+    """Guards against FP8 pages that are inaccurate, or that secretly hold more than 8 bits."""
     path, ids, logits = saved
     model = Step3VL.from_pretrained(path)
     cache = model.new_cache(3, torch.float8_e4m3fn)
@@ -226,5 +224,5 @@ def test_fp8_cache(saved: tuple[Path, Tensor, Tensor]):
     with torch.inference_mode():
         step = Step.of_sequence(0, LENGTH, cache)
         result = decoder.logits(decoder(decoder.embed(ids), step, cache))
-    # With weights this large attention is peaked: the error is far above that of real models.
+    # With weights this large, attention is peaked and the error is far above that of real models.
     assert 1e-3 < ((result - logits).square().mean() / logits.square().mean()).sqrt() < 0.25

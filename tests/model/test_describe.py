@@ -1,4 +1,4 @@
-"""`python -m model describe`: the 10B's published tensors, and what the command prints."""
+"""Tests of `python -m model describe`: the 10B's published tensors, and the command's output."""
 
 import json
 import sys
@@ -70,23 +70,23 @@ def output_of(capsys, *arguments):
 
 
 def test_the_10b_is_the_published_model(capsys):
-    """A tensor too few or too many, misnamed or misshapen, in the checkpoint of the 10B."""
-    found = json.loads(output_of(capsys, "step3-vl-10b", "--json", "--tensors"))
-    assert {row["name"]: tuple(row["shape"]) for row in found["table"]} == PUBLISHED
-    assert found["tensors"] == len(found["table"]) == 1066
-    assert found["parameters"] == 10_171_750_144
-    assert found["parts"] == {
+    """Guards against a missing, extra, misnamed or misshapen tensor in the 10B's checkpoint."""
+    size = json.loads(output_of(capsys, "step3-vl-10b", "--json", "--tensors"))
+    assert {row["name"]: tuple(row["shape"]) for row in size["table"]} == PUBLISHED
+    assert size["tensors"] == len(size["table"]) == 1066
+    assert size["parameters"] == 10_171_750_144
+    assert size["parts"] == {
         "vision tower": 1_743_503_104,
         "downsamplers": 42_470_400 + 169_875_456,
         "projector": 25_165_824,
         "decoder": 8_190_735_360,
     }
-    assert found["weight_bytes"] == sum(row["bytes"] for row in found["table"]) == 20_343_500_288
-    assert found["kv_bytes_per_token"] == 147_456
+    assert size["weight_bytes"] == sum(row["bytes"] for row in size["table"]) == 20_343_500_288
+    assert size["kv_bytes_per_token"] == 147_456
 
 
 def test_dtype_and_tied_embeddings():
-    """Tied embeddings counted twice, or bytes of another type."""
+    """Guards against tied embeddings counted twice, and bytes of another dtype."""
     half, full = (describe(SMOLLM2_135M, dtype) for dtype in (torch.bfloat16, torch.float32))
     assert half["parameters"] == full["parameters"] == 134_515_008
     assert half["tensors"] == 272
@@ -95,7 +95,7 @@ def test_dtype_and_tied_embeddings():
 
 
 def test_nothing_is_allocated(monkeypatch):
-    """40 GB of weights taken for a question about their size."""
+    """Guards against allocating 40 GB of weights to report their size."""
     allocated, empty = [], torch.empty
     monkeypatch.setattr(
         torch, "empty", lambda *a, **k: allocated.append(empty(*a, **k)) or allocated[-1]
@@ -107,7 +107,7 @@ def test_nothing_is_allocated(monkeypatch):
 
 @pytest.mark.parametrize("rich", [True, False])
 def test_human_output(rich, capsys, monkeypatch):
-    """A figure that differs from the JSON, a truncated name, a need for rich."""
+    """Guards against a number that differs from the JSON, a truncated name, and a need for rich."""
     if not rich:
         monkeypatch.setitem(sys.modules, "rich.console", None)
     lines = output_of(capsys, "step3-vl-10b", "--tensors").splitlines()
@@ -121,7 +121,7 @@ def test_human_output(rich, capsys, monkeypatch):
 
 
 def test_a_directory(capsys, tmp_path):
-    """A checkpoint that must be loaded, or have weights at all, to be described."""
+    """Guards against a need for weights: a directory with config.json alone can be described."""
     (tmp_path / "config.json").write_text(json.dumps(write_config(TINY)))
     assert output_of(capsys, str(tmp_path), "--json") == output_of(capsys, "tiny", "--json")
 
@@ -135,7 +135,7 @@ def test_a_directory(capsys, tmp_path):
     ],
 )
 def test_mistakes_get_one_line(model, words, capsys):
-    """A traceback, or exit code 0, for a mistyped model."""
+    """Guards against a traceback, or exit code 0, for a mistyped model."""
     with pytest.raises(SystemExit) as exit_:
         run_command(lambda: main(["describe", model]))
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The tensors behind the pages."""
+"""Tests of the KV cache's tensors."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from model.kv_cache import KVCache
 
 
 def test_fp8_pages_have_scales():
-    """One fp32 scale per token and head, contiguous by layer, and none for other dtypes."""
+    """Guards the scales: one fp32 per token and head, contiguous; none for other dtypes."""
     config = PRESETS["tiny"].decoder
     cache = KVCache(config, 3, dtype=torch.float8_e4m3fn, page_size=4)
     for pages, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
@@ -22,7 +22,7 @@ def test_fp8_pages_have_scales():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_to_the_host_and_back(device: str, dtype: torch.dtype):
-    """Every bit of every layer, in the order of pages, to other pages; what lies beside is left."""
+    """Guards against lost bits, pages in another order, and writes to any other page."""
     config = PRESETS["tiny"].decoder
     cache = KVCache(config, 6, dtype=dtype, page_size=4, device=device)
     for x in cache._bytes():
@@ -32,8 +32,8 @@ def test_to_the_host_and_back(device: str, dtype: torch.dtype):
     copies = cache.to_host([4, 0, 1])
     cache.from_host(copies, [2, 3, 5])
     for x, was in zip(cache._bytes(), before, strict=True):
-        found = x.view(torch.uint8)
-        assert torch.equal(found[:, [2, 3, 5]], was[:, [4, 0, 1]])
-        assert torch.equal(found[:, [0, 1, 4]], was[:, [0, 1, 4]])
+        after = x.view(torch.uint8)
+        assert torch.equal(after[:, [2, 3, 5]], was[:, [4, 0, 1]])
+        assert torch.equal(after[:, [0, 1, 4]], was[:, [0, 1, 4]])
     with pytest.raises(ValueError, match="the copies are of 3 pages, but `pages` lists 2"):
         cache.from_host(copies, [2, 3])

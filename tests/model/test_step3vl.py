@@ -1,4 +1,4 @@
-"""The public surface of the whole model: constructors, saving, images in all their forms."""
+"""Tests of Step3VL's public interface: constructors, saving, every kind of image source."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def photo(tmp_path: Path) -> Path:
 
 
 def test_presets_are_repeatable(tiny: Step3VL):
-    """The same seed gives the same weights, another one others."""
+    """Guards against weights that the seed does not determine, or that ignore it."""
     again, other = (Step3VL.from_preset("tiny", seed=seed) for seed in (3, 4))
     for name, tensor in tiny.checkpoint_tensors().items():
         assert torch.equal(tensor, again.checkpoint_tensors()[name])
@@ -38,7 +38,8 @@ def test_presets_are_repeatable(tiny: Step3VL):
 
 
 def test_save_and_load(tiny: Step3VL, photo: Path, tmp_path: Path):
-    """A saved model is whole: weights to the bit, also after use, shape, vision, tokenizer."""
+    """Guards against a saved model that lacks a part: weights (bit-exact, also after use), config,
+    vision, tokenizer."""
     fresh = Step3VL.from_preset("tiny", seed=3).checkpoint_tensors()
     tiny.encode_images([photo])
     tiny.save_pretrained(tmp_path / "saved")
@@ -55,7 +56,7 @@ def test_save_and_load(tiny: Step3VL, photo: Path, tmp_path: Path):
 
 
 def test_images_in_any_form(tiny: Step3VL, photo: Path):
-    """A path, PIL's image and prepared views are the same picture."""
+    """Guards against a path, a PIL image and prepared views that give different logits."""
     image = load_image(photo)
     views = preprocess(image, tiny.config.vision)
     ids = build_prompt(QUESTION, tiny.tokenizer, tiny.config, [views])
@@ -66,7 +67,7 @@ def test_images_in_any_form(tiny: Step3VL, photo: Path):
 
 
 def test_impl_of_single_ops(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
-    """One name for all ops or a name per op; both parts of the model follow a later change."""
+    """Guards `impl` as one name or a dict by op, and later changes: both parts must follow them."""
     model = Step3VL.from_preset("tiny", seed=3, impl={"prefix_attention": "eager"})
     assert model.impl == dict.fromkeys(OPS) | {"prefix_attention": "eager"}
     ids = list(range(1, 20))
@@ -82,7 +83,7 @@ def test_impl_of_single_ops(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_model_without_a_tokenizer(tiny: Step3VL, tmp_path: Path):
-    """Ids still work; text says what is missing."""
+    """Guards against a need for tokenizer.json where only ids are used, and a vague error."""
     tiny.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "tokenizer.json").unlink()
     model = Step3VL.from_pretrained(tmp_path / "saved")
@@ -92,7 +93,7 @@ def test_a_model_without_a_tokenizer(tiny: Step3VL, tmp_path: Path):
 
 
 def test_unknown_names():
-    """A preset that does not exist, a path that does not."""
+    """Guards against a traceback for an unknown preset or a path that does not exist."""
     with pytest.raises(InputError, match="unknown preset 'huge'; choose one of step3-vl-10b, tiny"):
         Step3VL.from_preset("huge")
     with pytest.raises(InputError, match="nowhere"):
