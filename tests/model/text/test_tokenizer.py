@@ -1,5 +1,5 @@
-"""Byte-level BPE against a plain Python BPE written from llama.cpp's expressions, transformers, and
-the tokenizers library's own decoder."""
+"""Tests of byte-level BPE against a plain Python BPE with llama.cpp's regular expressions, against
+transformers, and against the tokenizers library's decoder."""
 
 import json
 from functools import cache
@@ -19,14 +19,14 @@ from model.weights.gguf import smollm2_path
 TEXTS = [
     "",
     "What is the capital of France?",
-    "In 1999, 12  34 it's we'LL\n\n  x\t7 \r\n",  # digits after blanks: where splits differ
+    "In 1999, 12  34 it's we'LL\n\n  x\t7 \r\n",  # splitters differ at digits after blanks
     "def f(x):\n    return x ** 2  # ½ ² ٣٤ 一二\n",
     "naïve façade — “quotes” … 漢字 ひらがな 한국어 😀👩‍👩‍👧 e\u0301",
     "\u00a0\u2003\x00\x1f\x7f\ufeff\U0010ffff",
     "a" * 50 + " " * 50,
 ]
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Without the bytes that SmolLM2's vocabulary lacks: some control codes, planes that are unassigned.
+# Without the bytes that SmolLM2's vocabulary lacks: some control codes and unassigned planes.
 written = st.characters(
     codec="utf-8", max_codepoint=0x3FFFF, exclude_characters="\x04\x06\x13\x14\x16\x1d"
 )
@@ -50,7 +50,7 @@ def smollm2():
     return Tokenizer.from_gguf_metadata(smollm2_fields())
 
 
-# As llama.cpp splits for SmolLM: digits first, then GPT-2's words, each of the rest on its own.
+# llama.cpp's split for SmolLM: single digits first, then GPT-2's words in each part between them.
 DIGIT = regex.compile(r"\p{N}|[^\p{N}]+")
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
@@ -63,7 +63,8 @@ def smollm2_tables():
 
 
 def plain_bpe(text):
-    """The ids of `text`, special tokens spelled out: merge the best-ranked pair until none is."""
+    """The ids of `text`, special tokens as plain text: merge the best-ranked pair while there is
+    one."""
     vocab, ranks = smollm2_tables()
     plain = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = sorted({*range(256)} - {*plain})
@@ -84,13 +85,13 @@ def plain_bpe(text):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_smollm2_equals_plain_bpe(text):
-    """Guards vocabulary, merges and the split into words, digits one by one."""
+    """Guards the vocabulary, the merges and the split into words and single digits."""
     assert smollm2().encode(text) == plain_bpe(text)
 
 
 @given(texts)
 def test_text_is_never_a_special_token(text):
-    """Guards `special=False`: what a user writes is never a control token, and not lost."""
+    """Guards `special=False`: a user's text never becomes a control token, and none is lost."""
     ids = smollm2().encode(text, special=False)
     assert ids == plain_bpe(text)
     assert not smollm2().special & set(ids)
@@ -99,10 +100,10 @@ def test_text_is_never_a_special_token(text):
 
 @pytest.mark.judge
 def test_smollm2_equals_transformers():
-    """Guards against a misreading of the GGUF file that the plain BPE here shares.
+    """Guards against a misreading of the GGUF file that the plain BPE of this test shares.
 
     transformers does not split digits for this file (digits and the blanks before them then
-    differ), so its splitter is replaced by the one of SmolLM2's own tokenizer.json.
+    differ), so its splitter is replaced by that of SmolLM2's tokenizer.json.
     """
     from transformers import AutoTokenizer
 
@@ -122,7 +123,7 @@ def test_smollm2_equals_transformers():
 
 
 def test_special_tokens_in_rendered_text():
-    """Guards that a rendered template's control tokens are single ids, and are hidden in text."""
+    """Guards against control tokens of a template that are split, or that show in decoded text."""
     ids = smollm2().encode("<|im_start|>user\nHi<|im_end|>\n")
     assert ids == [1, *plain_bpe("user\nHi"), 2, *plain_bpe("\n")]
     assert smollm2().decode(ids) == "user\nHi\n"
@@ -130,7 +131,7 @@ def test_special_tokens_in_rendered_text():
 
 @pytest.mark.parametrize("name", ["tiny", "step3-vl-10b", "smollm2-135m"])
 def test_stream_is_decode_in_pieces(name):
-    """Guards streaming: no half characters, nothing lost or doubled, whatever the model says."""
+    """Guards streaming against half characters and lost or doubled text, for any ids."""
     size = preset(name).decoder.vocab_size
     tokenizer = smollm2() if name == "smollm2-135m" else Tokenizer.byte_level(preset(name))
 
@@ -149,7 +150,7 @@ def test_stream_is_decode_in_pieces(name):
 
 
 def test_stream_holds_back_half_characters():
-    """Guards the moment at which a character of several tokens appears."""
+    """Guards when a character of several tokens appears: with its last token."""
     stream = Tokenizer.byte_level(preset("tiny")).stream()
     assert [stream.push(byte) for byte in "é😀".encode()] == ["", "é", "", "", "", "😀"]
     assert [stream.push("é".encode()[0]), stream.flush()] == ["", "\ufffd"]
@@ -157,8 +158,8 @@ def test_stream_holds_back_half_characters():
 
 @pytest.mark.parametrize("name", ["tiny", "step3-vl-10b"])
 def test_byte_level(name):
-    """Guards presets with random weights: bytes are ids, special tokens lie where the model looks
-    for them, and every id the model can say has a text."""
+    """Guards presets with random weights: ids of bytes are the bytes, special tokens have the ids
+    that the model expects, and every id of the vocabulary has a text."""
     config = preset(name)
     tokenizer = Tokenizer.byte_level(config)
     every_byte = "".join(map(chr, range(0x80))) + "é漢😀"
@@ -184,7 +185,7 @@ def test_byte_level(name):
 
 @pytest.fixture
 def directory(tmp_path):
-    """A checkpoint's tokenizer files: trained BPE with NFC, as Qwen's, and a text length limit."""
+    """A checkpoint's tokenizer files: trained BPE with NFC (as Qwen's), truncation and padding."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -204,7 +205,7 @@ def directory(tmp_path):
 
 @pytest.mark.judge
 def test_directory_equals_transformers(directory):
-    """Guards reading of tokenizer.json: normaliser kept, limits and padding in it dropped."""
+    """Guards against losing tokenizer.json's normaliser, and against obeying its length limits."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer.from_directory(directory)
@@ -217,7 +218,7 @@ def test_directory_equals_transformers(directory):
 
 
 def test_think_marks_are_text(directory):
-    """Guards compaction after `</think>`: some tokenizers flag it special, and would hide it."""
+    """Guards against hiding `</think>`, which some tokenizers flag special: messages follow it."""
     tokenizer = Tokenizer.from_directory(directory)
     ids = tokenizer.encode("<think>a</think>b<|im_end|>")
     assert tokenizer.decode(ids) == "<think>a</think>b"
@@ -242,7 +243,7 @@ def test_think_marks_are_text(directory):
     ],
 )
 def test_directory_settings(directory, settings, eos, template):
-    """Guards the spellings of eos and chat template that occur; the template's own file wins."""
+    """Guards every form of eos and chat template; chat_template.jinja has precedence."""
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = Tokenizer.from_directory(directory)
     assert tokenizer.eos == (() if eos is None else tuple(tokenizer.encode(eos)))
@@ -252,7 +253,7 @@ def test_directory_settings(directory, settings, eos, template):
 
 
 def test_bad_directories(directory):
-    """Guards users against tracebacks: each wrong file is named in one line."""
+    """Guards against tracebacks: the error names the wrong file in one line."""
     with pytest.raises(InputError, match="no tokenizer.json in .*nowhere"):
         Tokenizer.from_directory(directory / "nowhere")
     (directory / "tokenizer_config.json").write_text("{")
@@ -271,7 +272,7 @@ def test_bad_directories(directory):
 
 
 def test_bad_gguf_metadata():
-    """Guards against another kind of tokenizer read as if it were this one."""
+    """Guards against reading another kind of tokenizer as byte-level BPE."""
     fields = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
@@ -286,7 +287,7 @@ def test_bad_gguf_metadata():
 
 
 def test_saved_is_the_same(tmp_path):
-    """A checkpoint saved here must read text, turns and ends as the model it was saved from."""
+    """Guards against a saved tokenizer that encodes text, turns or eos differently."""
     for name, tokenizer in {"a": smollm2(), "b": Tokenizer.byte_level(preset("tiny"))}.items():
         (tmp_path / name).mkdir()
         tokenizer.save(tmp_path / name)

@@ -1,5 +1,5 @@
-"""Image reading, crop geometry and pixels against the published test vectors, transformers' planner
-of the same algorithm, and PIL's own resampling of float images."""
+"""Tests of image reading, crop geometry and pixels against published test vectors, transformers'
+planner of the same algorithm, and PIL's resampling of float images."""
 
 import importlib
 import io
@@ -71,7 +71,7 @@ def test_published_vectors(size):
 @given(sides, sides)
 @example(3024, 32)
 def test_crops_tile_the_canvas_row_by_row(width, height):
-    """Guards gaps, overlaps, a wrong order of crops, and newlines elsewhere than between rows."""
+    """Guards against gaps, overlaps, a wrong order of crops, and newlines not between rows."""
     layout = crop_layout(width, height, STEP3.vision)
     window, boxes = layout.window, layout.boxes
     assert len(layout.newlines) == len(boxes)
@@ -90,8 +90,8 @@ def test_crops_tile_the_canvas_row_by_row(width, height):
 
 @pytest.fixture(scope="module")
 def transformers_processor():
-    # By its module: the package hides the class where torchvision is missing, though only its
-    # resizing needs it. Releases before it have no such module.
+    # Imported by module: without torchvision the package hides the class, although only its
+    # resizing needs torchvision. Older releases have no such module.
     module = pytest.importorskip("transformers.models.step3p7.image_processing_step3p7")
     return importlib.import_module(module.__name__).Step3p7ImageProcessor()
 
@@ -105,7 +105,7 @@ def test_geometry_equals_transformers(transformers_processor):
     @example(600, 400)  # exactly 3:2
     def check(width, height):
         layout = crop_layout(width, height, STEP3.vision)
-        # At a remainder of exactly a fifth, rounding decides in the reference, but not there.
+        # If a remainder is exactly a fifth, rounding decides in the reference, but not there.
         assume(all(5 * (side % (layout.window or side)) != layout.window for side in layout.size))
         columns = len({x for x, *_ in layout.boxes})
         rows = len({y for _, y, *_ in layout.boxes})
@@ -117,7 +117,7 @@ def test_geometry_equals_transformers(transformers_processor):
 
 
 def resized_in_float(image, side):
-    """Normalise, then resize, with PIL's own filters on one float channel after the other."""
+    """Normalise, then resize each float channel with PIL."""
     pixels = (np.asarray(image, np.float64) / 255 - MEAN) / STD
     channels = [Image.fromarray(pixels[..., c].astype(np.float32)) for c in range(3)]
     size = (side, side)
@@ -130,8 +130,8 @@ def resized_in_float(image, side):
     ("photo", "crops"), [("motorcycle_left.png", 2), ("coffee.png", 0), ("page.png", 2)]
 )
 def test_pixels_of_photos_equal_pil(photo, crops):
-    """Guards the order of the pipeline (normalise before the resize, no rounding to 8 bits between
-    them), the antialiasing, the order of the channels, and which image each view is cut from."""
+    """Guards the pipeline's order (normalise, then resize, without rounding to 8 bits between), the
+    antialiasing, the order of channels, and which image each view is cut from."""
     image = load_image(PHOTOS / photo)
     layout = crop_layout(*image.size, STEP3.vision)
     views = preprocess(image, STEP3.vision)
@@ -157,7 +157,7 @@ def test_sliver_is_padded_with_black_below():
 
 
 def test_crop_beyond_the_canvas_is_black_there():
-    """Guards crops of images lower than the window: they reach below the image."""
+    """Guards crops of images lower than the window: they extend below the image, in black."""
     crops = preprocess(Image.new("RGB", (1000, 300), "white"), STEP3.vision).crops
     black = -torch.tensor(MEAN) / torch.tensor(STD)
     assert torch.allclose(crops[:, :, 310:].mean((0, 2, 3)), black, atol=1e-5)
@@ -169,7 +169,7 @@ def test_crop_beyond_the_canvas_is_black_there():
     [((700, 500), (600, 428), (600, 450)), ((700, 350), (600, 300), (600, 300))],
 )
 def test_large_image_is_shrunk_before_it_is_cut(given_size, size, canvas):
-    """Guards that crops come from the shrunk image, as the reference's do, not the original."""
+    """Guards against crops from the original image; the reference cuts the shrunk one."""
     config = replace(TINY.vision, max_image_size=600, uncropped_side=200, crop_window=150)
     image = Image.effect_noise(given_size, 60).convert("RGB")
     layout = crop_layout(*image.size, config)
@@ -183,8 +183,8 @@ def test_large_image_is_shrunk_before_it_is_cut(given_size, size, canvas):
 
 
 @pytest.mark.parametrize("photo", ["horse.png", "camera.png", "retina.jpg", "motorcycle_left.png"])
-def test_a_file_its_bytes_and_its_image_are_one(photo):
-    """Guards the three kinds of source, and RGBA, grey and colour files, down to the pixel."""
+def test_a_file_its_bytes_and_its_image_are_equal(photo):
+    """Guards every pixel of the three kinds of source, for RGBA, grey and colour files."""
     with Image.open(PHOTOS / photo) as image:
         expected = np.asarray(image.convert("RGB"))
         for source in (PHOTOS / photo, str(PHOTOS / photo), (PHOTOS / photo).read_bytes(), image):
@@ -208,7 +208,7 @@ def test_16_bits_are_scaled(form):
 
 
 def test_palette_with_transparency_gives_its_colours_silently():
-    """Guards palettes, and stderr against PIL's warning about transparent ones."""
+    """Guards palette images, and against PIL's warning about transparent palettes."""
     image = Image.new("P", (4, 4))
     image.putpalette([10, 20, 30, 40, 50, 60])
     with warnings.catch_warnings():
@@ -218,14 +218,14 @@ def test_palette_with_transparency_gives_its_colours_silently():
 
 
 def test_orientation_is_not_applied():
-    """Guards the reference's reading of photos with an EXIF orientation: as stored."""
+    """Guards against applying an EXIF orientation: the reference reads photos as stored."""
     exif = Image.Exif()
     exif[0x0112] = 6
     assert load_image(encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif)).size == (40, 20)
 
 
 def png_header(width, height):
-    """A PNG that promises width x height pixels and holds none."""
+    """A PNG whose header says width x height pixels and which holds none."""
 
     def chunk(kind, data):
         return (
@@ -256,7 +256,7 @@ def png_header(width, height):
     ids=lambda value: value if isinstance(value, str) and "\0" not in value else "",
 )
 def test_bad_images_get_one_line(source, message):
-    """Guards users against tracebacks, warnings and machines that run out of memory."""
+    """Guards against tracebacks, warnings and running out of memory for a bad image."""
     with warnings.catch_warnings(), pytest.raises(InputError, match=message) as error:
         warnings.simplefilter("error")
         load_image(source)
@@ -265,7 +265,7 @@ def test_bad_images_get_one_line(source, message):
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM"])
 def test_truncated_files_are_refused(form):
-    """Guards against half-grey images, and against decoders' own kinds of errors."""
+    """Guards against half-grey images, and against exceptions of a decoder's own type."""
     with Image.open(PHOTOS / "chelsea.png") as photo:
         data = encoded(photo.resize((61, 41)), form)
     load_image(data)
@@ -275,7 +275,7 @@ def test_truncated_files_are_refused(form):
 
 
 def test_too_many_crops_are_refused():
-    """Guards memory: a long strip shrinks to a thin one, cut into thousands of full-size crops."""
+    """Guards memory: a long strip would be cut into thousands of full-size crops."""
     strip = Image.new("RGB", (12_000, 40))
     with pytest.raises(InputError, match=re.escape("12000 x 40 pixels is too elongated")):
         preprocess(strip, TINY.vision)

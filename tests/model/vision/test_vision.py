@@ -1,4 +1,4 @@
-"""The vision side against transformers' Step3p7VisionModel, timm's PE-lang, and plain fp64."""
+"""Tests of the vision encoder against transformers' Step3p7VisionModel, timm's PE-lang and fp64."""
 
 import pytest
 import torch
@@ -26,7 +26,8 @@ def tiny() -> Step3VL:
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("side", [VISION.image_size, VISION.crop_size, 70])
 def test_tower_and_downsamplers(tiny: Step3VL, impl: str, side: int):
-    """Both view sizes and an odd grid of 5: patches, positions, rotation, blocks, convolutions."""
+    """Guards patches, positions, rotation, blocks and convolutions, at both view sizes and a 5 x 5
+    grid."""
     vision = Step3VL.from_preset("tiny", seed=1, impl=impl).vision
     view = torch.randn(3, side, side, generator=torch.Generator().manual_seed(side))
     expected = transformers_judge.features(tiny, [view])
@@ -36,7 +37,7 @@ def test_tower_and_downsamplers(tiny: Step3VL, impl: str, side: int):
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_views_in_one_batch(tiny: Step3VL, impl: str):
-    """Views of both sizes, interleaved: a view's features do not depend on its neighbours."""
+    """Guards against features that depend on other views of the batch; sizes are interleaved."""
     vision = Step3VL.from_preset("tiny", seed=1, impl=impl).vision
     generator = torch.Generator().manual_seed(0)
     sides = [112, 112, 168, 112, 168, 168]
@@ -51,7 +52,8 @@ def test_views_in_one_batch(tiny: Step3VL, impl: str):
 @pytest.mark.judge
 @pytest.mark.parametrize("side", [VISION.image_size, VISION.crop_size])
 def test_blocks_against_timm(tiny: Step3VL, side: int):
-    """A second, unrelated implementation of the blocks, with interleaved rotation as published."""
+    """Guards the blocks with a second, unrelated implementation, whose rotation is interleaved as
+    published."""
     view = torch.randn(3, side, side, generator=torch.Generator().manual_seed(side))
     with torch.inference_mode():
         expected = timm_judge.tokens(tiny, view)
@@ -62,7 +64,8 @@ def test_blocks_against_timm(tiny: Step3VL, side: int):
 
 @pytest.mark.judge
 def test_whole_model(tiny: Step3VL):
-    """Vision, linear and Qwen3 put together from transformers: image features in their places."""
+    """Guards the rows of image features, against transformers' vision model, a linear layer and
+    Qwen3 combined."""
     generator = torch.Generator().manual_seed(5)
     photos = [
         Views(
@@ -85,7 +88,7 @@ def test_whole_model(tiny: Step3VL):
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_attention_positions_are_axial(impl: str):
-    """The first half of a head turns with the column, the second with the row, never both."""
+    """Guards the rotation: by column in the first half of a head, by row in the second."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(12, 3 * 8, generator=generator)
     base = vision_attention(qkv, [(3, 4)], heads=1, impl=impl)
@@ -95,18 +98,18 @@ def test_attention_positions_are_axial(impl: str):
 
 
 def axial_attention_by_hand(qkv: Tensor, rows: int, columns: int) -> Tensor:
-    """One head of 8 in fp64: pairs as complex numbers, turned by exp(i angle)."""
+    """One head of 8 in fp64: pairs as complex numbers, rotated by exp(i angle)."""
     q, k, v = (part.contiguous() for part in qkv.chunk(3, dim=1))
     frequencies = torch.tensor([1.0, 1e4**-0.5], dtype=torch.float64)
-    turned = []
+    rotated = []
     for x in (q, k):
         z = torch.view_as_complex(x.view(-1, 4, 2)).clone()
         for token in range(rows * columns):
             row, column = divmod(token, columns)
             angle = torch.cat([column * frequencies, row * frequencies])
             z[token] *= torch.polar(torch.ones_like(angle), angle)
-        turned.append(torch.view_as_real(z).flatten(1))
-    return (turned[0] @ turned[1].T / 8**0.5).softmax(-1) @ v
+        rotated.append(torch.view_as_real(z).flatten(1))
+    return (rotated[0] @ rotated[1].T / 8**0.5).softmax(-1) @ v
 
 
 def views_of(*sides: int) -> list[Tensor]:
@@ -115,7 +118,8 @@ def views_of(*sides: int) -> list[Tensor]:
 
 
 def test_views_of_one_grid_run_adjacently(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
-    """Several images alternate crops and global views; each op should see two runs, not eight."""
+    """Guards against one run per view: images alternate crops and global views, but each op should
+    see one run of views per grid."""
     seen = []
     encode = tiny.vision.encode
 
@@ -131,7 +135,7 @@ def test_views_of_one_grid_run_adjacently(tiny: Step3VL, monkeypatch: pytest.Mon
 
 
 def test_prepare_follows_the_weights():
-    """Folded weights, interpolated positions or cached images of weights that are gone."""
+    """Guards against folded weights, interpolated positions or cached images of old weights."""
     model, other = (Step3VL.from_preset("tiny", seed=seed) for seed in (1, 2))
     photo = Views(views_of(168)[0], torch.empty(0, 3, 112, 112), ())
     views = views_of(70, 112)
@@ -144,7 +148,7 @@ def test_prepare_follows_the_weights():
 
 
 def test_another_dtype_needs_no_prepare():
-    """Derived tensors left behind in fp32 by Module.to."""
+    """Guards against derived tensors that Module.to leaves in fp32."""
     model = Step3VL.from_preset("tiny", seed=1)
     views = views_of(70)
     model.vision(views)
@@ -153,7 +157,8 @@ def test_another_dtype_needs_no_prepare():
 
 
 def test_derived_tensors_are_no_weights(tiny: Step3VL):
-    """A checkpoint must hold what it was loaded from, and the definition must run on that."""
+    """Guards against derived tensors in a checkpoint, changed weights, and a definition that uses
+    them."""
     vision = Step3VL.from_preset("tiny", seed=1).vision
     weights = {name: tensor.clone() for name, tensor in vision.checkpoint_tensors().items()}
     vision(views_of(70, 168))
@@ -169,7 +174,7 @@ def test_derived_tensors_are_no_weights(tiny: Step3VL):
 
 
 def test_mistakes_are_named(tiny: Step3VL):
-    """Grids beyond the position embedding, pixels that would be dropped, mixed-up views."""
+    """Guards against grids beyond the position embedding, dropped pixels and mixed views."""
     small = torch.zeros(3, 28, 28)
     for view, message in [
         (torch.zeros(3, 182, 182), "view 1 has 13 x 13 patches; sides must have 1 to 12"),

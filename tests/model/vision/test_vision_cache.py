@@ -1,4 +1,4 @@
-"""Images that return: found by content, held within a budget, never served where they are wrong."""
+"""Tests of the image cache: lookup by content, the budget, and no wrong hits."""
 
 import random
 
@@ -41,7 +41,8 @@ def encoded(model: Step3VL, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_an_image_is_encoded_once(model: Step3VL, encoded: list[int]):
-    """Twice in one call, then again in another; with the bits it gets without a cache."""
+    """Guards against encoding an image twice, in one call or in two, and against other bits than
+    without a cache."""
     a, b = photo(1), photo(2)
     alone = model.encode_images([a])
     assert encoded == [3]
@@ -60,17 +61,17 @@ def test_an_image_is_encoded_once(model: Step3VL, encoded: list[int]):
     assert encoded == [3, 3, 3, 3, 9]
 
 
-def test_what_is_served_cannot_be_changed(model: Step3VL):
-    """A caller that writes into its features must not write into the cache."""
+def test_callers_cannot_change_the_cache(model: Step3VL):
+    """Guards against a caller that writes into its features and thereby into the cache."""
     with torch.inference_mode():
         expected = model.encode_images([photo(1)]).clone()
-        for _ in range(2):  # new, then known
+        for _ in range(2):  # new, then cached
             model.encode_images([photo(1)]).zero_()
         assert expected.any() and torch.equal(model.encode_images([photo(1)]), expected)
 
 
 def test_another_impl_encodes_again(model: Step3VL, encoded: list[int]):
-    """Comparing two forms would compare one with itself."""
+    """Guards comparisons of two impls, which would otherwise compare one with itself."""
     model.encode_images([photo(1)])
     model.set_impl("eager")
     model.encode_images([photo(1)])
@@ -78,17 +79,17 @@ def test_another_impl_encodes_again(model: Step3VL, encoded: list[int]):
 
 
 def test_the_budget_holds_whole_images(model: Step3VL, encoded: list[int]):
-    """Two of three fit; the one used longest ago goes."""
+    """Guards the eviction of the least recently used image: two of three fit."""
     cache, size = model.vision.cache, model.encode_images([photo(1)]).nbytes
     cache.budget = 2 * size
-    for seed in (2, 1, 3):  # 1 is used again: 2 makes room
+    for seed in (2, 1, 3):  # 1 is used again, so 2 is evicted
         model.encode_images([photo(seed)])
     assert (len(cache), cache.size, encoded) == (2, 2 * size, [3, 3, 3])
     model.encode_images([photo(1), photo(3)])
     assert encoded == [3, 3, 3]
     model.encode_images([photo(2)])
     assert encoded == [3, 3, 3, 3]
-    cache.budget = size  # at once: memory is wanted now
+    cache.budget = size  # takes effect at once
     assert (len(cache), cache.size) == (1, size)
     model.encode_images([photo(2)])
     assert encoded == [3, 3, 3, 3]
@@ -97,7 +98,7 @@ def test_the_budget_holds_whole_images(model: Step3VL, encoded: list[int]):
 
 
 def test_new_and_known_images_in_order(model: Step3VL, encoded: list[int]):
-    """Whatever the cache knows of the images of a call, their embeddings come in its order."""
+    """Guards the order of embeddings, for any mixture of new and cached images in a call."""
     a, b, c = photo(1), photo(2, crops=0), photo(3)
     images = [a, b, a, c, b]
     expected = torch.cat([model.encode_images([image]) for image in images])
@@ -111,7 +112,8 @@ def test_new_and_known_images_in_order(model: Step3VL, encoded: list[int]):
 
 
 def test_keys_tell_images_apart():
-    """Values, shapes and dtypes count; how the values lie in memory and in views' batches not."""
+    """Guards against equal keys of images that differ in values, shape or dtype, and against keys
+    that depend on memory layout."""
     a = torch.randn(2, 3, 14, 28)
     key = image_key(a)
     assert image_key(list(a.clone())) == image_key([a[0], a[1]])
@@ -124,16 +126,16 @@ def test_keys_tell_images_apart():
 
 
 def test_lru_against_a_list():
-    """Budget, order of use and sizes, against a list searched from the front."""
+    """Guards the budget, the order of use and the sizes, against a list searched from the front."""
     rng, lru, naive = random.Random(0), Lru(10), []
     for step in range(2000):
         key = rng.randrange(8)
         if rng.random() < 0.5:
-            found = next((item for item in naive if item[0] == key), None)
-            if found:
-                naive.remove(found)
-                naive.append(found)
-            assert lru.get(key) == (found[1] if found else None)
+            match = next((item for item in naive if item[0] == key), None)
+            if match:
+                naive.remove(match)
+                naive.append(match)
+            assert lru.get(key) == (match[1] if match else None)
         else:
             size = rng.randrange(1, 13)
             lru.put(key, step, size)

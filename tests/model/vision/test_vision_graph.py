@@ -1,4 +1,4 @@
-"""Which calls of the tower are captured and replayed; on a GPU, that replays compute the same."""
+"""Tests of the tower's CUDA graphs: which calls are captured, and that replays compute the same."""
 
 from unittest.mock import MagicMock, Mock, patch
 
@@ -12,13 +12,13 @@ from model.vision.graph import Graphs
 
 
 class Recorded:
-    """What a CUDA graph is to its caller, on any device: its output is one reused buffer."""
+    """A fake CUDA graph for any device: its output is one reused buffer."""
 
-    made, replays = 0, 0
+    captures, replays = 0, 0
 
     def __init__(self, body, inputs: Tensor, pool: object) -> None:
         self.body, self.output = body, body(inputs)
-        Recorded.made += 1
+        Recorded.captures += 1
 
     def __call__(self, inputs: Tensor) -> Tensor:
         Recorded.replays += 1
@@ -30,12 +30,12 @@ def vision():
     """The tower of `tiny` with recorded graphs."""
     vision = Step3VL.from_preset("tiny", seed=1).vision
     vision.graphs.enabled, vision.graphs.capture = True, Recorded
-    Recorded.made = Recorded.replays = 0
+    Recorded.captures = Recorded.replays = 0
     return vision
 
 
 def counts() -> tuple[int, int]:
-    return Recorded.made, Recorded.replays
+    return Recorded.captures, Recorded.replays
 
 
 def views_of(seed: int, *sides: int) -> list[Tensor]:
@@ -45,22 +45,22 @@ def views_of(seed: int, *sides: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("sides", [(28, 28), (28, 42, 28)])
 def test_captured_the_second_time(vision, sides: tuple[int, ...]):
-    """New pixels of the same grids, in any order; results that a later replay must not change."""
+    """Guards replays with new pixels, in any order of views, and results against later replays."""
     plain = Step3VL.from_preset("tiny", seed=1).vision
     views = [views_of(seed, *sides) for seed in range(4)]
     results = [vision(batch) for batch in views]
     assert counts() == (1, 3)
     for batch, result in zip(views, results, strict=True):
         assert torch.equal(result, plain(batch))
-    turned = views[3][::-1]
-    assert torch.equal(vision(turned), plain(turned))
+    reordered = views[3][::-1]
+    assert torch.equal(vision(reordered), plain(reordered))
     assert counts() == (1, 4)
     vision(views_of(0, *sides, *sides))
     assert counts() == (1, 4)
 
 
-def test_new_weights_and_forms_are_captured_anew(vision):
-    """A graph replays the kernels and addresses it was captured with."""
+def test_new_weights_and_impls_are_captured_again(vision):
+    """Guards against replaying a graph with the kernels and addresses of an old impl or weight."""
     views = views_of(0, 28)
     vision(views), vision(views)
     vision.impl["layer_norm"] = "eager"
@@ -76,9 +76,9 @@ def test_new_weights_and_forms_are_captured_anew(vision):
     assert counts() == (3, 3)
 
 
-def test_captured_by_form_not_by_device():
-    """Guards eager towers on a GPU: what they copy from the host cannot be captured, and a capture
-    that fails breaks the process."""
+def test_captured_by_impl_not_by_device():
+    """Guards eager towers on a GPU: their copies from the host cannot be captured, and a failed
+    capture breaks the process."""
     inputs = MagicMock(is_cuda=True)
     inputs.__len__.return_value = 8
     with patch("torch.cuda.is_current_stream_capturing", return_value=False):
@@ -91,7 +91,8 @@ def test_captured_by_form_not_by_device():
 
 
 def test_a_few_small_batches(vision):
-    """Memory must not grow with every size of image; large batches gain nothing."""
+    """Guards against memory that grows with every image size, and graphs of large batches, which
+    gain nothing."""
     vision.graphs = Graphs(max_graphs=2, max_rows=9)
     vision.graphs.enabled, vision.graphs.capture = True, Recorded
     for side in (14, 28, 42, 56):
@@ -104,8 +105,8 @@ def test_a_few_small_batches(vision):
     assert counts() == (4, 6)
 
 
-def test_what_cannot_be_captured_runs_plainly(vision):
-    """One warning, the right result, and no second try."""
+def test_a_failed_capture_runs_without_a_graph(vision):
+    """Guards against a wrong result, a second try or a second warning after a failed capture."""
     tries = []
 
     def fail(body, inputs: Tensor, pool: object) -> None:
@@ -121,8 +122,8 @@ def test_what_cannot_be_captured_runs_plainly(vision):
     assert len(caught) == len(tries) == 1
 
 
-def test_off_where_there_is_no_gpu_or_no_wish(vision):
-    """CPUs by default, and whoever says so."""
+def test_off_without_a_gpu_or_when_disabled(vision):
+    """Guards against graphs on a CPU, and when they are disabled."""
     for enabled in (None, False):
         vision.graphs.enabled = enabled
         for _ in range(3):
@@ -131,7 +132,7 @@ def test_off_where_there_is_no_gpu_or_no_wish(vision):
 
 
 def test_tables_are_held(vision):
-    """The graph reads interpolated positions that the tower may drop from its cache."""
+    """Guards interpolated positions that a graph reads and the tower drops from its cache."""
     with pinning() as pinned:
         vision(views_of(0, 28))
     assert any(table is vision._positions((2, 2)) for table in pinned.values())
@@ -139,10 +140,8 @@ def test_tables_are_held(vision):
 
 @torch.inference_mode()
 def test_no_table_is_computed_in_a_capture(vision, monkeypatch: pytest.MonkeyPatch):
-    """Its memory would be the graph's, and the caches would serve what another replay leaves there.
-
-    A body that ran once does not compute any, of however many grids its batch is.
-    """
+    """Guards against a table computed during a capture: it would be in the graph's memory, which
+    other replays overwrite. A body that ran once computes none, for any number of grids."""
     grids = tuple((rows, columns) for rows in range(1, 6) for columns in range(1, 6))
     patches = vision.patches([torch.randn(3, 14 * r, 14 * c) for r, c in grids], grids)
     with pinning():
@@ -155,7 +154,8 @@ def test_no_table_is_computed_in_a_capture(vision, monkeypatch: pytest.MonkeyPat
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_replays_on_a_gpu(dtype: torch.dtype):
-    """The bits of plain calls, with new pixels, also once other grids have filled every cache."""
+    """Guards against bits that differ from calls without a graph, also after other grids have
+    filled every cache."""
     plain, replayed = (
         Step3VL.from_preset("tiny", seed=1, device="cuda", dtype=dtype).vision for _ in range(2)
     )
@@ -168,7 +168,7 @@ def test_replays_on_a_gpu(dtype: torch.dtype):
     for rows in range(1, 9):
         for columns in range(1, 9):
             replayed([torch.zeros(3, 14 * rows, 14 * columns)])
-    torch.full((2**28,), torch.nan, device="cuda")  # over memory that was given back
+    torch.full((2**28,), torch.nan, device="cuda")  # overwrites freed memory
     results.append(replayed(views[4]))
     for result, want in zip(results, expected, strict=True):
         assert torch.equal(result, want)
@@ -176,11 +176,11 @@ def test_replays_on_a_gpu(dtype: torch.dtype):
 
 @pytest.mark.gpu
 def test_a_caller_may_capture():
-    """Its graph takes the plain call in, as a replay cannot be captured."""
+    """Guards against a replay inside a caller's capture, which fails."""
     vision = Step3VL.from_preset("tiny", seed=1, device="cuda", dtype=torch.bfloat16).vision
     views = [view.cuda() for view in views_of(0, 112, 168)]
     expected = vision(views)
-    assert torch.equal(vision(views), expected)  # by a graph of the tower's own
+    assert torch.equal(vision(views), expected)  # captures the tower's graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = vision(views)

@@ -1,4 +1,4 @@
-"""The whole model with every op in Triton: a photo through views, tower, projector and decoder."""
+"""Tests of the whole model with every op in Triton, from a photo to logits."""
 
 from dataclasses import replace
 
@@ -16,8 +16,8 @@ from model.vision.image import load_image, preprocess
 from model.weights.random_init import random_init
 from tests.support.errors import max_error
 
-# Smaller than `tiny`, as interpreted kernels are slow. Two blocks have every kind of layer norm,
-# and a head has the width of the 10B's.
+# Smaller than `tiny`, because interpreted kernels are slow. Two blocks have every kind of layer
+# norm, and a head has the 10B's width.
 SMALL = replace(
     TINY,
     vision=replace(TINY.vision, width=96, heads=1, mlp_width=224, image_size=98, crop_size=56),
@@ -27,17 +27,17 @@ SMALL = replace(
 
 @pytest.fixture
 def models(triton_device: str) -> tuple[Step3VL, Step3VL]:
-    """The definition, and all in Triton."""
-    made = []
+    """The model in eager form, and with every op in Triton."""
+    models = []
     for impl in ("eager", "triton"):
         model = Step3VL(SMALL, impl=impl, device=triton_device)
         random_init(model.checkpoint_tensors(), 1)
-        made.append(model)
-    return tuple(made)
+        models.append(model)
+    return tuple(models)
 
 
 def test_a_photo_through_every_op(models: tuple[Step3VL, Step3VL], monkeypatch: pytest.MonkeyPatch):
-    """Crops, global view and text: embeddings in their places, and logits."""
+    """Guards embeddings, their rows and logits, for crops, global view and text."""
     photo = load_image(Image.fromarray(data.astronaut())).resize((96, 48))
     views = preprocess(photo, SMALL.vision)
     assert len(views.crops) == 2
@@ -51,7 +51,7 @@ def test_a_photo_through_every_op(models: tuple[Step3VL, Step3VL], monkeypatch: 
 
 
 def test_tiny_whole(triton_device: str):
-    """The preset itself, on a photo that is not cropped: two heads of 96, both decoder layers."""
+    """Guards the preset `tiny` on a photo that is not cropped: two heads of 96, two layers."""
     logits = {}
     for impl in ("eager", "triton"):
         model = Step3VL.from_preset("tiny", seed=0, impl=impl, device=triton_device)
@@ -66,8 +66,8 @@ def test_tiny_whole(triton_device: str):
 @pytest.mark.parametrize("turn_q", [0, 1])
 @pytest.mark.parametrize("sides", [(), (70, 14, 70)])
 def test_views_of_odd_grids(models: tuple[Step3VL, Step3VL], sides: tuple[int, ...], turn_q: int):
-    """None, a single token, and sides that are no multiple of four, out of order; queries rotated
-    with the keys or where they are used."""
+    """Guards no views, a single token, and sides that are no multiple of four, out of order;
+    queries rotated with the keys or where they are used."""
     eager, ours = (model.vision for model in models)
     views = [torch.randn(3, side, side) for side in sides]
     with use_config("vision_attention", turn_q=turn_q):
