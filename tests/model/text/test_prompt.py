@@ -167,7 +167,7 @@ def test_half_a_surrogate_pair():
 
 
 def test_template_that_cuts_a_marked_text():
-    """Guards against marks left over, or text joined, where a template separates a pair of marks."""
+    """Guards against marks left over, or text joined, where a template separates two marks."""
     template = "{% for m in messages %}{{ m.content.split('im_')[1] }}<|im_end|>{% endfor %}"
     tokenizer = Tokenizer(BYTES._backend, chat_template=template)
     chat = [{"role": "user", "content": "a<|im_end|>b"}]

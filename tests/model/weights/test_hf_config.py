@@ -1,4 +1,4 @@
-"""config.json in all its forms; transformers judges what a text-only one means."""
+"""Tests of config.json in all its forms; those of text-only models against transformers."""
 
 import json
 from dataclasses import asdict, replace
@@ -20,7 +20,7 @@ from model.config import (
 from model.errors import InputError
 from model.weights.hf_config import read_config, write_config
 
-# The keys of the published StepVL config.json, at the 10B's sizes where a key has any.
+# The keys of the published StepVL config.json, with the 10B's sizes.
 STEP_VL = {
     "architectures": ["StepVLForConditionalGeneration"],
     "auto_map": {"AutoConfig": "configuration_step_vl.StepRoboticsConfig"},
@@ -115,7 +115,7 @@ def merged(data, path, value):
 
 
 def test_published_step_vl(read):
-    """A published key read under another name or left at a default."""
+    """Guards against a published key read under another name or left at its default."""
     assert replace(read(STEP_VL), name="step3-vl-10b") == STEP3_VL_10B
     tower = {"width": 64, "heads": 2, "layers": 3, "layer_norm_eps": 1e-3, "ls_init_value": 0.5}
     small = merged(STEP_VL, "vision_config", STEP_VL["vision_config"] | tower)
@@ -128,20 +128,20 @@ def test_published_step_vl(read):
 
 
 def test_flat_step_vl(read):
-    """Text keys beside the vision ones instead of in text_config."""
+    """Guards configs whose text keys are next to the vision keys instead of in text_config."""
     flat = {k: v for k, v in STEP_VL["text_config"].items() if k != "architectures"}
     assert read({**flat, **merged(STEP_VL, "text_config", ...)}).decoder == STEP3_VL_10B.decoder
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
 def test_what_we_write_reads_back(config, read):
-    """A field that config.json does not carry, in our form or the published one."""
+    """Guards against a field that config.json loses, in our form or the published one."""
     assert read(write_config(config)) == config
     assert read(asdict(config)) == config
 
 
 def test_every_field_reads_back(read):
-    """A field that config.json loses, hidden by its default."""
+    """Guards against a field that config.json loses unnoticed, because it has its default."""
     vision = VisionConfig(96, 3, 6, 111, 7, 63, 49, 1000, 100, 50, 1e-3, 0.5, 2e4)
     decoder = DecoderConfig(300, 48, 5, 6, 3, 10, 70, 1e-2, 3e4, 999, False, True)
     tokens = TokenIds((1, 2), 3, 4, 5, 6, 7, 8)
@@ -158,7 +158,7 @@ def test_every_field_reads_back(read):
 @example(1, 7, 61, True, False)  # int(28 * (61 / 28)) is 60
 @given(st.integers(1, 4), st.integers(1, 20), st.integers(1, 20000), st.booleans(), st.booleans())
 def test_any_width_reads_back(tmp_path_factory, heads, quarter, mlp_width, qk_norm, tied):
-    """An MLP width that is lost in the published mlp_ratio, whose product readers truncate."""
+    """Guards against an MLP width rounded away in mlp_ratio: readers truncate the product."""
     vision = replace(TINY.vision, width=4 * heads * quarter, heads=heads, mlp_width=mlp_width)
     decoder = replace(TINY.decoder, qk_norm=qk_norm, tied_embeddings=tied)
     path = tmp_path_factory.mktemp("model")
@@ -178,7 +178,7 @@ def test_any_width_reads_back(tmp_path_factory, heads, quarter, mlp_width, qk_no
     ],
 )
 def test_agrees_with_transformers(kind, options, tmp_path):
-    """A key whose meaning or default differs from transformers', in both directions."""
+    """Guards against a key whose meaning or default differs from transformers', read or written."""
     from transformers import AutoConfig
 
     theirs = AutoConfig.for_model(kind, **options)
@@ -206,7 +206,7 @@ def test_agrees_with_transformers(kind, options, tmp_path):
 
 
 def test_old_llama_leaves_keys_out(read):
-    """Other defaults than those that old files rely on."""
+    """Guards the defaults that old files rely on."""
     old = {k: v for k, v in QWEN3.items() if k not in ("rope_theta", "head_dim")}
     del old["num_key_value_heads"]
     decoder = read(old | {"model_type": "llama"}).decoder
@@ -214,7 +214,7 @@ def test_old_llama_leaves_keys_out(read):
 
 
 def test_generation_config_ends_generation(read, tmp_path):
-    """A chat model whose config.json knows fewer ends than its generation_config.json."""
+    """Guards chat models whose config.json has fewer eos ids than generation_config.json."""
     assert read(QWEN3).tokens.eos == (7,)
     generation = tmp_path / "model" / "generation_config.json"
     generation.write_text('{"eos_token_id": [7, 9]}')
@@ -300,7 +300,7 @@ def test_refuses_a_malformed_generation_config(text, words, read, tmp_path):
     ],
 )
 def test_refuses_in_a_text_model(key, value, words, read):
-    """A model that loads although it computes something else."""
+    """Guards against a model that loads although it computes something else."""
     with pytest.raises(InputError, match=f"config.json: .*{words}"):
         read(merged(QWEN3, key, value))
 
@@ -329,7 +329,7 @@ def test_refuses_in_a_text_model(key, value, words, read):
     ],
 )
 def test_refuses_in_a_vision_model(path, value, words, read):
-    """A tower or projector that loads although it computes something else."""
+    """Guards against a tower or projector that loads although it computes something else."""
     with pytest.raises(InputError, match=words):
         read(merged(STEP_VL, path, value))
 
@@ -351,19 +351,19 @@ def test_refuses_in_a_vision_model(path, value, words, read):
     ],
 )
 def test_refuses_in_our_own_form(path, value, words, read):
-    """A misspelt key that leaves its field at the default."""
+    """Guards against a misspelt key that leaves its field at the default."""
     with pytest.raises(InputError, match=words):
         read(merged(asdict(TINY), path, value))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"model_type": 5}', "{}"])
 def test_refuses_what_is_no_config(text, read):
-    """A traceback for a damaged file."""
+    """Guards against a traceback for a damaged file."""
     with pytest.raises(InputError, match=r"config\.json"):
         read(text)
 
 
 def test_a_missing_config_is_named(tmp_path):
-    """A traceback for a directory that holds no model."""
+    """Guards against a traceback for a directory without a model."""
     with pytest.raises(InputError, match=r"cannot read .*config\.json: No such file"):
         read_config(tmp_path)

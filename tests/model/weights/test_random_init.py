@@ -1,4 +1,4 @@
-"""Random weights: what they depend on, and the scale of activations they give."""
+"""Tests of random weights: what determines them, and the scale of the activations."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def filled(tensors, seed=0):
 
 
 def test_depends_on_seed_and_name_alone():
-    """Weights that change with the order, the sharding, or a tensor added elsewhere."""
+    """Guards against weights that depend on the order, the sharding or on other tensors."""
     shapes = {"a.weight": (40, 30), "b.weight": (40, 30), "c.bias": (50,)}
     whole = filled({name: torch.empty(shape) for name, shape in shapes.items()})
     for name, shape in shapes.items():
@@ -25,7 +25,8 @@ def test_depends_on_seed_and_name_alone():
 
 
 def test_depends_on_neither_dtype_nor_layout(monkeypatch):
-    """A bf16 model that is not the rounded fp32 one, and kernels filled in memory order."""
+    """Guards against a bf16 model that is not the rounded fp32 one, and kernels filled in memory
+    order."""
     monkeypatch.setattr("model.weights.random_init._CHUNK", 128)
     plain = filled({"a.weight": torch.empty(16, 8, 3, 3)})["a.weight"]
     half = filled({"a.weight": torch.empty(16, 8, 3, 3, dtype=torch.bfloat16)})["a.weight"]
@@ -37,7 +38,8 @@ def test_depends_on_neither_dtype_nor_layout(monkeypatch):
 
 
 def test_fills_every_tensor_of_the_model():
-    """A tensor left uninitialised, or exact ones and zeros that hide a forgotten weight."""
+    """Guards against an uninitialised tensor, and exact ones and zeros, which hide a forgotten
+    weight."""
     model = Step3VL(TINY)
     for parameter in model.parameters():
         parameter.fill_(torch.nan)
@@ -53,14 +55,15 @@ def test_fills_every_tensor_of_the_model():
 
 
 def test_refuses_a_name_without_a_rule():
-    """A vector of a new kind that silently gets the scale of another."""
+    """Guards against a vector of a new kind that silently gets another's scale."""
     with pytest.raises(ValueError, match="no rule to initialise scale"):
         random_init({"scale": torch.empty(3)}, 0)
 
 
 @pytest.mark.parametrize("width", [32, 96])
 def test_activations_keep_their_scale_at_full_depth(width):
-    """Activations that vanish or explode over 36 decoder or 47 tower layers, at any width."""
+    """Guards against activations that vanish or explode over 36 decoder or 47 tower layers, at any
+    width."""
     decoder = DecoderConfig(128, width, 36, 4, 2, width // 4, 2 * width, max_positions=256)
     vision = VisionConfig(width, 47, 4, 2 * width, image_size=56, crop_size=28)
     model = Step3VL(Config("deep", decoder, vision))
@@ -76,7 +79,7 @@ def test_activations_keep_their_scale_at_full_depth(width):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_on_a_gpu(dtype):
-    """Draws in bf16 itself, which are coarse, and results that depend on the chunking of others."""
+    """Guards against draws in bf16, which are coarse, and results that depend on other tensors."""
     a = filled({"a.weight": torch.empty(1000, 1000, device="cuda", dtype=dtype)})["a.weight"]
     b = {"z.bias": torch.empty(7, device="cuda"), "a.weight": torch.empty_like(a)}
     assert torch.equal(filled(b)["a.weight"], a)

@@ -1,4 +1,4 @@
-"""Real weights: SmolLM2-135M from its GGUF, against transformers reading the same file."""
+"""Tests with real weights: SmolLM2-135M from its GGUF file, which transformers reads too."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def smollm2() -> Step3VL:
 
 
 def transformers_model() -> torch.nn.Module:
-    """The GGUF as transformers reads it; `from_pretrained` would want accelerate for the same."""
+    """The GGUF model as transformers reads it; its `from_pretrained` would need accelerate."""
     from transformers import AutoConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -32,7 +32,7 @@ def transformers_model() -> torch.nn.Module:
 
 @pytest.mark.judge
 def test_logits_equal_transformers(smollm2: Step3VL):
-    """Dequantisation, the undone row permutation, rotation, norms, tied head: all 30 layers."""
+    """Guards dequantisation, row order, rotation, norms and tied head, over all 30 layers."""
     ids = build_prompt(QUESTION, smollm2.tokenizer, smollm2.config)
     with torch.inference_mode():
         expected = transformers_model()(torch.tensor([ids])).logits[0]
@@ -40,7 +40,7 @@ def test_logits_equal_transformers(smollm2: Step3VL):
 
 
 def test_it_knows_the_capital_of_france(smollm2: Step3VL):
-    """The whole path on a real question: template, tokenizer, prefill, decode, text."""
+    """Guards the whole path on a real question: template, tokenizer, prefill, decode, text."""
     ids = build_prompt(QUESTION, smollm2.tokenizer, smollm2.config)
     answer = smollm2.generate(ids, max_tokens=20)
     assert "Paris" in smollm2.tokenizer.decode(answer)
