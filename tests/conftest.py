@@ -26,9 +26,9 @@ os.environ["PACORE_WARM_UP"] = "0"  # tests compile what they launch, and nothin
 # to be chosen before a kernel is defined, and which Triton ships wrong for bf16.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from tests.support.interpreter import mend
+    from tests.support.interpreter import correct_interpreter
 
-    mend()
+    correct_interpreter()
 
 # One thread on every machine: sums split the same way, and tiny ops do not wait for other threads.
 torch.set_num_threads(1)

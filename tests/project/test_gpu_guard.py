@@ -1,4 +1,4 @@
-"""The guard of GPU tests, without a GPU: which tests are marked, and what a CUDA error costs."""
+"""Tests of the GPU guard without a GPU: which tests are marked, and what a CUDA error costs."""
 
 import os
 import subprocess
@@ -15,26 +15,26 @@ from tests.support import ROOT, gpu_guard
 
 pytestmark = pytest.mark.cli
 
-# Collects as on a machine with a GPU, and tells of each test whether -m chose it.
+# Collects as on a machine with a GPU, and prints for each test whether -m selected it.
 COLLECT = """
 import pytest, sys, torch
 torch.cuda.is_available = lambda: True
 
 class Listing:
     def pytest_deselected(self, items):
-        self.tell("no", items)
+        self.show("no", items)
 
     def pytest_collection_finish(self, session):
-        self.tell("yes", session.items)
+        self.show("yes", session.items)
 
-    def tell(self, selected, items):
+    def show(self, selected, items):
         for item in items:
             print("item", selected, "triton_device" in item.fixturenames, item.nodeid)
 
 pytest.main(["--collect-only", "-qq", "-m", "gpu", *sys.argv[1:]], plugins=[Listing()])
 """
 
-# A GPU that remembers an illegal access, as a CUDA context does, until its process ends.
+# A fake GPU that, like a CUDA context, fails after an illegal access until its process ends.
 CONFTEST = """
 import pytest
 from tests.support import gpu_guard
@@ -91,7 +91,7 @@ def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Tests that poison a GPU, between good ones, and tests that only fail."""
+    """Tests that poison a GPU and tests that only fail, between good ones."""
     files = {"conftest.py": CONFTEST, "test_a.py": GOOD, "test_z.py": GOOD}
     files["pytest.ini"] = "[pytest]\nmarkers = gpu\n"
     for name, body in (BAD | HARMLESS).items():
@@ -104,13 +104,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_test_on_the_gpu_is_marked():
-    """Guards `pytest -m gpu`, which left out most Triton tests: those that ask for their device."""
+    """Guards `pytest -m gpu`, which left out most Triton tests: those with `triton_device`."""
     files = [str(path) for path in (ROOT / "tests").rglob("test_*.py")]
-    asking = [path for path in files if "triton_device" in Path(path).read_text()]
-    found = python("-c", COLLECT, *asking)
-    items = [line.split(" ", 3)[1:] for line in found.stdout.splitlines() if line[:5] == "item "]
+    files = [path for path in files if "triton_device" in Path(path).read_text()]
+    done = python("-c", COLLECT, *files)
+    items = [line.split(" ", 3)[1:] for line in done.stdout.splitlines() if line[:5] == "item "]
     on_gpu = [(selected, name) for selected, fixture, name in items if fixture == "True"]
-    assert len(on_gpu) > 300, found.stdout[-2000:] + found.stderr[-2000:]
+    assert len(on_gpu) > 300, done.stdout[-2000:] + done.stderr[-2000:]
     assert [name for selected, name in on_gpu if selected == "no"] == []
     plain = [name for selected, _, name in items if selected == "no"]
     assert any(name.endswith("test_every_test_on_the_gpu_is_marked") for name in plain)
@@ -118,11 +118,11 @@ def test_every_test_on_the_gpu_is_marked():
 
 def test_a_cuda_error_costs_one_test(folder: Path):
     """Guards against one illegal access that fails every later test of its process, and against
-    blame on the test that came next: the error shows when the device is waited for."""
+    blaming the next test: the error shows only when the device is synchronised."""
     run = python("-m", "pytest", "-n", "2", "-rA", "--tb=line", cwd=folder)
-    told = [line.split(" - ")[0].split() for line in run.stdout.splitlines()]
-    passed = {line[1] for line in told if line[:1] == ["PASSED"]}
-    failed = {line[1].split("::")[1] for line in told if line[:1] == ["FAILED"]}
+    lines = [line.split(" - ")[0].split() for line in run.stdout.splitlines()]
+    passed = {line[1] for line in lines if line[:1] == ["PASSED"]}
+    failed = {line[1].split("::")[1] for line in lines if line[:1] == ["FAILED"]}
     assert len(passed) == 40, run.stdout
     assert failed == BAD.keys() | HARMLESS.keys()
     assert run.stdout.count("replacing crashed worker") == len(BAD)
@@ -130,8 +130,8 @@ def test_a_cuda_error_costs_one_test(folder: Path):
 
 
 def test_the_controller_outlives_a_worker_that_ends_as_it_sends():
-    """Guards a rare end of the whole session: tests sent between a worker's end and the news of it.
-    The window is too short for a test to meet it, so the worker here has no process."""
+    """Guards against the end of the whole session when tests are sent to a worker whose end is not
+    yet known. That window is too short for a test, so the worker here has no process."""
     node: Any = WorkerController.__new__(WorkerController)
     node.log = lambda *_: None
     sent = []
@@ -149,7 +149,7 @@ def test_the_controller_outlives_a_worker_that_ends_as_it_sends():
 
 
 def test_a_cuda_error_ends_a_single_process(folder: Path):
-    """Guards a run without xdist: one line that names the test, instead of false failures."""
+    """Guards a run without xdist: it ends with one line that names the test, not false failures."""
     run = python("-m", "pytest", "--tb=line", cwd=folder)
     (line,) = [line for line in run.stdout.splitlines() if "Exit: a CUDA error" in line]
     assert "test_m.py::test_access" in line

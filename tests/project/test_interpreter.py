@@ -1,4 +1,4 @@
-"""Triton's interpreter as tests mend it: bf16 against PyTorch's own on the CPU, bit by bit."""
+"""Tests of the corrected Triton interpreter: bf16 against PyTorch's on the CPU, bit by bit."""
 
 import numpy as np
 import pytest
@@ -9,15 +9,15 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from tests.support.interpreter import MENDED, MOVES
+from tests.support.interpreter import CORRECTED, MOVES
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 ALL = 1 << 16  # patterns of bf16
 BF16 = torch.bfloat16
 # 2^-126 and its neighbours, the largest and smallest numbers, ties of sums and products, NaN.
-TELLING = [0x0000, 0x0001, 0x007F, 0x0080, 0x0081, 0x3F80, 0x3F81, 0x3FFF, 0x4049, 0x7F7F, 0x7F80]
-TELLING += [0x7F81, 0x7FC0, 0x7FFF, 0x1A35, 0x2B7E]
+EDGES = [0x0000, 0x0001, 0x007F, 0x0080, 0x0081, 0x3F80, 0x3F81, 0x3FFF, 0x4049, 0x7F7F, 0x7F80]
+EDGES += [0x7F81, 0x7FC0, 0x7FFF, 0x1A35, 0x2B7E]
 
 
 def every_bf16() -> Tensor:
@@ -25,17 +25,18 @@ def every_bf16() -> Tensor:
 
 
 def pairs() -> list[Tensor]:
-    """Any two patterns, then numbers not far from one another, then all telling pairs."""
+    """Random patterns, then numbers of similar size, then all pairs of edge cases."""
     some = torch.randint(-(1 << 15), 1 << 15, (2, ALL // 2)).to(torch.int16).view(BF16)
     near = torch.randn(2, ALL // 2 - 1024).to(BF16)
-    bits = torch.tensor([sign | bits for sign in (0, 1 << 15) for bits in TELLING])
-    telling = bits.to(torch.int16).view(BF16)
+    bits = torch.tensor([sign | bits for sign in (0, 1 << 15) for bits in EDGES])
+    edges = bits.to(torch.int16).view(BF16)
     crossed = torch.cartesian_prod(torch.arange(32), torch.arange(32)).T
-    return list(torch.cat((some, near, telling[crossed]), 1))
+    return list(torch.cat((some, near, edges[crossed]), 1))
 
 
 def same_bits(result: Tensor, expected: Tensor) -> bool:
-    """NaN where NaN is expected, whichever, and elsewhere the same bits: -0 is not 0."""
+    """Whether there is NaN (of any bits) where it is expected, and equal bits elsewhere: -0 is not
+    0."""
     if result.dtype != expected.dtype or result.shape != expected.shape:
         return False
     nan = expected.isnan()
@@ -57,7 +58,8 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def test_bf16_from_fp32():
-    """Every upper half with lower halves that are nothing, a tie, less, more, and all ones."""
+    """Guards rounding: every upper half, with lower halves 0, below, at and above a tie, and all
+    ones."""
     lower = torch.tensor([0, 1, 0x1234, 0x7FFF, 0x8000, 0x8001, 0xEDCB, 0xFFFF])
     x = ((torch.arange(ALL)[:, None] << 16) | lower).to(torch.int32).view(torch.float32).flatten()
     assert same_bits(converted(x, BF16), x.to(BF16))
@@ -70,7 +72,8 @@ def test_bf16_to_other_floats(dtype: torch.dtype):
 
 
 def test_bf16_from_fp16_and_integers():
-    """bf16 has less of a mantissa than fp16: it rounds. Integers go through fp32, as on a GPU."""
+    """Guards rounding from fp16, whose mantissa is longer, and from integers through fp32, as on a
+    GPU."""
     half = torch.arange(ALL, dtype=torch.int32).to(torch.int16).view(torch.float16)
     assert same_bits(converted(half, BF16), half.to(BF16))
     whole = torch.randint(-(1 << 31), 1 << 31, (1 << 12,)) >> torch.randint(32, (1 << 12,))
@@ -97,14 +100,14 @@ def arithmetic_kernel(x, y, out, N: tl.constexpr):
 
 
 def test_bf16_arithmetic():
-    """Each operation rounds once, subnormal numbers and what is beyond the largest too."""
+    """Guards against double rounding, also of subnormal numbers and overflow."""
     a, b = pairs()
     out = torch.empty(6, ALL, dtype=BF16)
     arithmetic_kernel[(1,)](a, b, out, ALL)
     factor = torch.tensor(1.7, dtype=BF16)
     expected = [a + b, a - b, a * b, a.abs(), a * factor + 1, a / b]
-    for result, meant in zip(out, expected, strict=True):
-        assert same_bits(result, meant)
+    for result, rounded in zip(out, expected, strict=True):
+        assert same_bits(result, rounded)
 
 
 @triton.jit
@@ -114,7 +117,7 @@ def negation_kernel(x, out, N: tl.constexpr):
 
 
 def test_bf16_negation():
-    """0 - x, so that the sign of zero is another in some versions of Triton."""
+    """Guards negation; some versions of Triton compute 0 - x, so the sign of zero may differ."""
     x = every_bf16()
     out = torch.empty_like(x)
     negation_kernel[(1,)](x, out, ALL)
@@ -122,7 +125,7 @@ def test_bf16_negation():
 
 
 @triton.jit
-def comparison_kernel(x, y, flags, chosen, N: tl.constexpr):
+def comparison_kernel(x, y, flags, selected, N: tl.constexpr):
     at = tl.arange(0, N)
     a, b = tl.load(x + at), tl.load(y + at)
     tl.store(flags + at, a < b)
@@ -132,18 +135,18 @@ def comparison_kernel(x, y, flags, chosen, N: tl.constexpr):
     tl.store(flags + 4 * N + at, a == b)
     tl.store(flags + 5 * N + at, a != b)
     tl.store(flags + 6 * N + at, (a < b) & (b > 0))
-    tl.store(chosen + at, tl.where(a < b, a, b))
-    tl.store(chosen + N + at, (a < b).to(a.dtype))
+    tl.store(selected + at, tl.where(a < b, a, b))
+    tl.store(selected + N + at, (a < b).to(a.dtype))
 
 
 def test_bf16_comparisons():
-    """Of numbers, not of their bits, of which -1 has more than 1; NaN is unlike all."""
+    """Guards against comparing bits instead of numbers: -1 would exceed 1, and NaN equal itself."""
     a, b = pairs()
-    flags, chosen = torch.empty(7, ALL, dtype=torch.bool), torch.empty(2, ALL, dtype=BF16)
-    comparison_kernel[(1,)](a, b, flags, chosen, ALL)
+    flags, selected = torch.empty(7, ALL, dtype=torch.bool), torch.empty(2, ALL, dtype=BF16)
+    comparison_kernel[(1,)](a, b, flags, selected, ALL)
     expected = [a < b, a <= b, a > b, a >= b, a == b, a != b, (a < b) & (b > 0)]
     assert torch.equal(flags, torch.stack(expected))
-    assert same_bits(chosen, torch.stack((torch.where(a < b, a, b), (a < b).to(BF16))))
+    assert same_bits(selected, torch.stack((torch.where(a < b, a, b), (a < b).to(BF16))))
 
 
 @triton.jit
@@ -153,7 +156,7 @@ def dot_kernel(a, b, c, out, N: tl.constexpr):
 
 
 def test_bf16_dot():
-    """The products of bf16 summed in fp32, on top of an accumulator."""
+    """Guards products of bf16, summed in fp32 onto an accumulator."""
     a, b = torch.randn(2, 64, 64).to(BF16)
     c, out = torch.randn(64, 64), torch.empty(64, 64)
     dot_kernel[(1,)](a, b, c, out, 64)
@@ -165,21 +168,22 @@ def promoted_kernel(x, out, HOW: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
     a = tl.load(x + at)
     if HOW == "sort":
-        found = tl.sort(a)
+        result = tl.sort(a)
     elif HOW == "max":
-        found = tl.max(a, 0)
+        result = tl.max(a, 0)
     elif HOW == "cumsum":
-        found = tl.cumsum(a, 0)
+        result = tl.cumsum(a, 0)
     elif HOW == "maximum":
-        found = tl.maximum(a, 0.5)
+        result = tl.maximum(a, 0.5)
     elif HOW == "clamp":
-        found = tl.clamp(a, -0.5, 0.5)
-    tl.store(out + at, found)
+        result = tl.clamp(a, -0.5, 0.5)
+    tl.store(out + at, result)
 
 
 @pytest.mark.parametrize("how", ["sort", "max", "cumsum", "maximum", "clamp"])
 def test_bf16_that_triton_may_promote(how: str):
-    """What Triton, in some versions, first turns into fp32 is right, and in the others refused."""
+    """Guards operations that some versions of Triton first convert to fp32, and that others must
+    refuse."""
     x, out = torch.randn(64).to(BF16), torch.empty(64)
     expected = {
         "sort": x.sort().values,
@@ -217,7 +221,7 @@ def movement_kernel(x, out, few, N: tl.constexpr):
 
 
 def test_bf16_movement():
-    """Bits arrive as they are, through shapes, masks, constants and tensor descriptors."""
+    """Guards against changed bits in shapes, masks, constants and tensor descriptors."""
     x = every_bf16()[0x3F00:0x4000].view(16, 16)
     out = torch.empty(6, 16, 16, dtype=BF16)
     movement_kernel[(1,)](x, out, 5, 16)
@@ -272,17 +276,18 @@ REFUSED = ["sum", "reduce", "scan", "fma", "round to zero", "fp64", "to fp8", "f
 
 @pytest.mark.parametrize("how", [*REFUSED, "print", "NaN beyond the end"])
 def test_bf16_is_refused(how: str):
-    """What would be wrong says so."""
+    """Guards against silently wrong results: these operations raise an error."""
     x, wide = torch.ones(16, dtype=BF16), torch.ones(16)
     with pytest.raises(InterpreterError, match="of bf16 would be wrong"):
         refused_kernel[(1,)](x, wide, how)
 
 
-def test_bf16_is_refused_by_all_else():
-    """Every operation that is neither known to move bits nor mended, of this version of Triton."""
+def test_bf16_is_refused_by_all_other_operations():
+    """Guards against operations of this version of Triton that are neither known to move bits nor
+    corrected."""
     handle = TensorHandle(np.zeros(4, np.uint16), tl.bfloat16)
     names = [name for name in vars(InterpreterBuilder) if name.startswith("create_")]
-    rest = [name for name in names if name.removeprefix("create_") not in MENDED.keys() | MOVES]
+    rest = [name for name in names if name.removeprefix("create_") not in CORRECTED.keys() | MOVES]
     assert len(rest) > 50
     for name in [*rest, "get_all_ones_value"]:
         for args in ([handle], [None, handle], [[handle]], [None, tl.bfloat16]):
@@ -290,8 +295,8 @@ def test_bf16_is_refused_by_all_else():
                 getattr(InterpreterBuilder(), name)(*args)
 
 
-def test_bf16_beside_another_type_is_refused():
-    """Handles that Triton never makes: one operand as its bits would be the worst of all."""
+def test_bf16_with_another_type_is_refused():
+    """Guards against using the bits of one operand as numbers (handles that Triton never makes)."""
     half = TensorHandle(np.zeros((4, 4), np.uint16), tl.bfloat16)
     wide = TensorHandle(np.zeros((4, 4), np.float32), tl.float32)
     builder = InterpreterBuilder()
@@ -316,7 +321,7 @@ def condition_kernel(x, out):
 
 @pytest.mark.parametrize(("x", "holds"), [(-0.0, 0), (0.0, 0), (1e-40, 1), (torch.nan, 1)])
 def test_bf16_condition(x: float, holds: int):
-    """A number is true unless it is 0, of either sign."""
+    """Guards conditions: a number is true unless it is 0 or -0."""
     out = torch.zeros(1, dtype=torch.int32)
     condition_kernel[(1,)](torch.tensor([x], dtype=BF16), out)
     assert out.item() == holds
@@ -329,7 +334,7 @@ def loop_kernel(out, bound):
 
 
 def test_loops_to_a_bound_of_the_launch():
-    """Triton 3.6's interpreter alone fails with NumPy >= 2.4."""
+    """Guards loops to a kernel argument: Triton 3.6's interpreter fails there with NumPy >= 2.4."""
     out = torch.full((5,), -1)
     loop_kernel[(1,)](out, 5)
     assert out.tolist() == [0, -1, 2, -1, 4]
@@ -339,12 +344,12 @@ def test_loops_to_a_bound_of_the_launch():
 def mask_kernel(x, out, bound):
     row = tl.load(x).to(tl.int64)
     mask = (tl.arange(0, 4) < bound) & (row >= 0)
-    assert mask.handle.data.dtype == bool, mask.handle.data.dtype  # Triton 3.9 takes nothing else
+    assert mask.handle.data.dtype == bool, mask.handle.data.dtype  # Triton 3.9 needs bool
     tl.store(out + tl.arange(0, 4), 1, mask=mask)
 
 
 def test_a_condition_that_becomes_a_block_stays_one():
-    """Guards masks with a part that is the same for all, whatever the type of what it compares."""
+    """Guards masks with a scalar part, for any dtype of its operands."""
     for row, bound, expected in ((0, 2, [1, 1, 0, 0]), (-1, 4, [0, 0, 0, 0])):
         out = torch.zeros(4, dtype=torch.int32)
         mask_kernel[(1,)](torch.tensor([row], dtype=torch.int32), out, bound)

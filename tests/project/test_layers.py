@@ -1,7 +1,7 @@
-"""The rooms import one way, nothing forms a cycle, and each room keeps out what it must not know.
+"""Tests of imports between rooms: one direction, no cycles, no forbidden libraries.
 
-The rules are read off the source, so imports inside functions count too. A check takes a mapping
-from module names to source text; each is shown to fail on a planted source.
+The rules are checked on the source, so imports inside functions count too. Each check takes a
+mapping from module names to source text, and is shown to fail on planted source.
 """
 
 import ast
@@ -15,9 +15,9 @@ from tests.support import ROOT
 
 ROOMS = ("kernels", "model", "pacore_sched", "bench", "profiles")  # each may import those before it
 
-MOST_FILES = 14  # of a folder
+MAX_FILES = 14  # per folder
 
-# A package, or a module, and what it reaches neither itself nor through what it imports.
+# A package or module, and the libraries that it must not import, directly or through others.
 FORBIDDEN = {
     "kernels": {"transformers"},
     "kernels.errors": {"torch"},
@@ -40,7 +40,8 @@ FORBIDDEN = {
 
 
 def sources() -> dict[str, str]:
-    """Module name -> source text, for every module of every room; a package's has its name."""
+    """Module name -> source text for every module of every room; `__init__` has the package's
+    name."""
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): (
             path.read_text()
@@ -57,8 +58,8 @@ def import_statements(source: str) -> list[ast.Import | ast.ImportFrom]:
 
 
 def imports(module: str, source: str, modules: Container[str] = ()) -> set[str]:
-    """Every name that `module` imports anywhere: `from a import b` counts as "a" and as "a.b", or
-    as "a.b" alone if that is one of `modules`."""
+    """Every name that `module` imports anywhere: `from a import b` counts as "a" and "a.b", or only
+    as "a.b" if that is one of `modules`."""
     names: set[str] = set()
     for node in import_statements(source):
         if isinstance(node, ast.Import):
@@ -72,7 +73,7 @@ def imports(module: str, source: str, modules: Container[str] = ()) -> set[str]:
 
 
 def wrong_directions(modules: dict[str, str]) -> list[str]:
-    """The imports of a room from one that comes after it, the tests or the examples."""
+    """The imports of a room from a later room, from tests or from examples."""
     wrong = []
     for module, source in modules.items():
         allowed = ROOMS[: ROOMS.index(module.split(".")[0]) + 1]
@@ -84,36 +85,36 @@ def wrong_directions(modules: dict[str, str]) -> list[str]:
 
 
 def cycles(modules: dict[str, str]) -> list[list[str]]:
-    """The import cycles among what stands side by side in a folder, modules and packages alike.
+    """The import cycles among the modules and packages of each folder.
 
-    A package's own `__init__` stands beside its modules, which every import of them runs first.
+    A package's `__init__` counts as one of its modules: every import of a module runs it first.
     """
     graphs: dict[str, dict[str, set[str]]] = {}
     for module, source in modules.items():
         for name in imports(module, source, modules) & modules.keys():
-            shared, ours, theirs = _where_they_part(module, name)
-            if ours != theirs:
-                graphs.setdefault(shared, {}).setdefault(ours, set()).add(theirs)
-    found = []
+            folder, importer, imported = _in_common_folder(module, name)
+            if importer != imported:
+                graphs.setdefault(folder, {}).setdefault(importer, set()).add(imported)
+    cycles = []
     for graph in graphs.values():
         try:
             TopologicalSorter(graph).prepare()
         except CycleError as error:
-            found.append(error.args[1])
-    return found
+            cycles.append(error.args[1])
+    return cycles
 
 
-def _where_they_part(module: str, name: str) -> tuple[str, str, str]:
-    """The deepest folder that holds both, and what they are or lie in there."""
+def _in_common_folder(module: str, name: str) -> tuple[str, str, str]:
+    """The deepest folder that contains both, and the entries of that folder that contain each."""
     ours, theirs = module.split("."), name.split(".")
-    same = 0
-    while same < min(len(ours), len(theirs)) and ours[same] == theirs[same]:
-        same += 1
-    return ".".join(ours[:same]), ".".join(ours[: same + 1]), ".".join(theirs[: same + 1])
+    depth = 0
+    while depth < min(len(ours), len(theirs)) and ours[depth] == theirs[depth]:
+        depth += 1
+    return ".".join(ours[:depth]), ".".join(ours[: depth + 1]), ".".join(theirs[: depth + 1])
 
 
 def forbidden_imports(modules: dict[str, str]) -> list[str]:
-    """How modules reach what FORBIDDEN keeps from them, by way of which others."""
+    """The chains of imports by which modules reach what FORBIDDEN denies them."""
     return [
         " imports ".join(chain)
         for scope, forbidden in FORBIDDEN.items()
@@ -123,27 +124,27 @@ def forbidden_imports(modules: dict[str, str]) -> list[str]:
     ]
 
 
-def _chain(start: str, wanted: Iterable[str], modules: dict[str, str]) -> list[str]:
-    """The shortest chain of imports from a module to one of `wanted`; [] if there is none."""
-    came_from: dict[str, str] = {}
-    waiting = [start]
-    for module in waiting:
+def _chain(start: str, targets: Iterable[str], modules: dict[str, str]) -> list[str]:
+    """The shortest chain of imports from a module to one of `targets`; [] if there is none."""
+    importer: dict[str, str] = {}
+    queue = [start]
+    for module in queue:
         for name in sorted(imports(module, modules[module])):
             parts = name.split(".")
             for prefix in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
-                if prefix in wanted:
+                if prefix in targets:
                     chain = [prefix, module]
                     while chain[-1] != start:
-                        chain.append(came_from[chain[-1]])
+                        chain.append(importer[chain[-1]])
                     return chain[::-1]
-                if prefix in modules and prefix != start and prefix not in came_from:
-                    came_from[prefix] = module
-                    waiting.append(prefix)
+                if prefix in modules and prefix != start and prefix not in importer:
+                    importer[prefix] = module
+                    queue.append(prefix)
     return []
 
 
 def test_imports_go_one_way():
-    """Guards the order of the rooms: a kernel that knows the model cannot be judged by itself."""
+    """Guards the order of the rooms: a kernel that imports the model cannot be tested alone."""
     assert wrong_directions(sources()) == []
 
 
@@ -160,22 +161,22 @@ def test_forbidden_imports():
 
 
 def test_every_folder_is_a_package():
-    """Guards the wheel against a folder that setup.py's find_packages passes over."""
+    """Guards the wheel against a folder that setup.py's find_packages does not find."""
     folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
     assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == {*ROOMS, "tests"}
 
 
 def test_folders_stay_small():
-    """Guards against a folder in which nobody finds anything."""
-    undivided = {ROOT / "bench", ROOT / "bench" / "peers"}  # still
+    """Guards against folders too large to find a file in."""
+    undivided = {ROOT / "bench", ROOT / "bench" / "peers"}  # still to be divided
     folders = {path.parent for room in (*ROOMS, "tests") for path in (ROOT / room).rglob("*.py")}
     sizes = {str(folder): len([*folder.glob("*.py")]) for folder in folders - undivided}
-    assert {folder: size for folder, size in sizes.items() if size > MOST_FILES} == {}
+    assert {folder: size for folder, size in sizes.items() if size > MAX_FILES} == {}
 
 
 def test_no_private_module_is_shared():
-    """Guards the meaning of a leading underscore: what another package imports has none."""
+    """Guards against imports of private modules (leading underscore) from another package."""
     known = sources()
     private = [
         f"{module} imports {name}"
@@ -199,7 +200,7 @@ def test_no_private_module_is_shared():
     ],
 )
 def test_wrong_direction_is_found(source):
-    """Guards the check itself: each way to write an import is seen."""
+    """Guards the check itself: it finds every form of import statement."""
     assert wrong_directions({"kernels.norm": source})
     in_last = source.replace("tests.conftest", "model")
     assert not wrong_directions({"profiles.profilers.ncu": in_last})
@@ -212,7 +213,7 @@ def test_wrong_direction_is_found(source):
         {"model.a": "from model import b", "model.b": "import model.a"},
         {"model.a": "def f():\n    from .b import x", "model.b": "from . import a"},
         {"model.a": "import model.b", "model.b": "import model.c", "model.c": "import model.a"},
-        {  # of packages, though their modules form none
+        {  # a cycle of packages whose modules form none
             "model.b": "from model.p import two",
             "model.p.one": "import model.b",
             "model.p.two": "",
@@ -242,8 +243,8 @@ def test_forbidden_import_is_found():
 
 
 def test_forbidden_import_is_found_through_others():
-    """Guards the check itself: a module is not free of torch if what it imports, or the package
-    that this lies in, is not."""
+    """Guards the check itself: a module reaches torch if a module that it imports does, or the
+    package of that module."""
     through = {"pacore_sched.sched.step_batch": "from model.terminal import table", "model": ""}
     planted = through | {
         "model.terminal": "def f():\n    import model.x",

@@ -1,8 +1,7 @@
-"""The package named `kernels` fools no library, the rooms import on a bare GPU node, a wheel has
-all that its commands need, and Hugging Face's `kernels` beside it is noticed.
+"""Tests of packaging: the name `kernels`, imports on a bare GPU node, and the contents of a wheel.
 
-Each check runs in its own process as a user would run it: with the checkout on the path, or with an
-installed wheel, no checkout, and an empty folder to work in.
+Each check runs in a separate process as a user would run it: with the checkout on the path, or with
+an installed wheel, no checkout, and an empty working folder.
 """
 
 import ast
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.cli
 
 ROOMS = ("kernels", "model", "pacore_sched", "bench", "profiles")
 
-# What a GPU node may lack, and the modules that are only for machines that have it.
+# Libraries that a GPU node may lack, and the modules that need them on import.
 ABSENT = {"PIL", "rich", "jinja2", "tokenizers", "safetensors", "gguf", "transformers"}
 ABSENT |= {"skimage", "matplotlib", "timm", "hypothesis", "pytest", "nvtx"}
 NEEDS_MORE = {
@@ -31,7 +30,7 @@ NEEDS_MORE = {
 }
 NEEDS_MORE |= {"bench.test_ops"}
 
-DATA = {  # what no error tells of, or only one of libraries that may not be there
+DATA = {  # files whose absence no command below would report, or only with optional libraries
     "bench/report/page.html.jinja",
     "profiles/results/amd-epyc-avx2-2-threads/bench.jsonl",
     "profiles/static/baseline.jsonl",
@@ -55,7 +54,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.import_utils import is_kernels_available
 
-assert not is_kernels_available(), "transformers takes this checkout for the library of that name"
+assert not is_kernels_available(), "transformers takes this checkout for the library `kernels`"
 config = Qwen3Config(
     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
     num_attention_heads=2, num_key_value_heads=1, head_dim=8,
@@ -63,7 +62,7 @@ config = Qwen3Config(
 print(tuple(Qwen3ForCausalLM(config)(torch.arange(5)[None]).logits.shape))
 """
 
-# The help of every command and a little work of some, in one process: torch is imported once.
+# Every command's --help and some short runs, in one process: torch is imported once.
 COMMANDS = """
 import contextlib, io, sys
 import bench.__main__, model.__main__, pacore_sched.__main__, profiles.__main__
@@ -96,7 +95,7 @@ call("ask", "Hello?", "--model", "tiny", "--widths", "1", "--max-tokens", "2", "
 call("bench", "numerics", "--op", "rms_norm", "--dtype", "float32", "--device", "cpu")
 call("profiles", "static", "--op", "rms_norm", "--quick", "--arch", "90")
 tiny = Step3VL.from_preset("tiny", seed=0, device="cpu")
-Step3VL.from_preset = lambda *arguments, **options: tiny  # the weights of others may not be there
+Step3VL.from_preset = lambda *arguments, **options: tiny  # other presets' weights may be missing
 fp8_kv.TOKENS = 16
 call("bench", "fp8", "--device", "cpu")
 assert "Apache License" in e2e._question(tiny)  # the rest of `e2e` takes a minute
@@ -113,17 +112,17 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """An environment with our wheel and what is installed here, but for the checkout."""
-    made = wheels.environment(tmp_path_factory.mktemp("installed"))
-    made.install(wheel)
-    here = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (made.packages / "others.pth").write_text("\n".join(here))  # none of their .pth files count
-    return made
+    """An environment with our wheel and the packages installed here, without the checkout."""
+    env = wheels.environment(tmp_path_factory.mktemp("installed"))
+    env.install(wheel)
+    folders = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (env.packages / "others.pth").write_text("\n".join(folders))  # their .pth files are not read
+    return env
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """A wheel with the name and the layout of Hugging Face's."""
+    """A wheel with the name and layout of Hugging Face's `kernels`."""
     files = {
         "kernels/__init__.py": "from kernels.load import get_kernel\n",
         "kernels/load.py": "def get_kernel(): pass\n",
@@ -150,51 +149,51 @@ def modules() -> set[str]:
 
 
 def test_version_stays_below_that_of_the_library():
-    """Guards against transformers taking `kernels` for the library, which it does from 0.9 on."""
+    """Guards against transformers taking our `kernels` for the library, which it does from 0.9."""
     major, minor, _ = (int(part) for part in kernels.__version__.split("."))
     assert (major, minor) < (0, 9)
 
 
 def test_kernels_package_imports_nothing():
-    """Guards transformers' start-up, which imports the package `kernels` to ask its version."""
+    """Guards transformers' start-up, which imports the package `kernels` to read its version."""
     tree = ast.parse((ROOT / "kernels" / "__init__.py").read_text())
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
 
 
 @pytest.mark.judge
-def test_transformers_works_beside_the_checkout():
-    """Guards transformers' models, which would call that library if it seemed installed."""
+def test_transformers_works_with_the_checkout():
+    """Guards transformers' models, which would call the library `kernels` if it seemed present."""
     result = run(QWEN3)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "(1, 5, 32)"
 
 
 def test_rooms_import_on_a_bare_node():
-    """Guards recording on GPU nodes, which may offer torch, Triton and NumPy alone."""
-    assert modules() > NEEDS_MORE, "an exception that no longer exists"
+    """Guards recording on GPU nodes, which may have only torch, Triton and NumPy."""
+    assert modules() > NEEDS_MORE, "NEEDS_MORE lists a module that no longer exists"
     result = import_without(ABSENT, sorted(modules() - NEEDS_MORE))
     assert result.returncode == 0, result.stderr
 
 
 def test_scheduler_and_simulator_need_no_torch():
-    """Guards what runs where there is no torch, as the rules of test_layers.py promise."""
-    rooms = ("pacore_sched.sched", "pacore_sched.sim")
-    free = sorted(name for name in modules() if name.startswith(rooms))
-    assert len(free) > 15
-    result = import_without({"torch", "triton"}, free)
+    """Guards imports without torch, which the rules of test_layers.py promise."""
+    packages = ("pacore_sched.sched", "pacore_sched.sim")
+    names = sorted(name for name in modules() if name.startswith(packages))
+    assert len(names) > 15
+    result = import_without({"torch", "triton"}, names)
     assert result.returncode == 0, result.stderr
 
 
 def test_blocker_blocks():
-    """Guards the test above: what is blocked is not found, and what is not blocked is."""
+    """Guards the tests above: blocked modules are not found, and others are."""
     result = import_without({"PIL"}, ["json", "PIL.Image"])
     assert "No module named 'PIL' (blocked)" in result.stderr
     assert import_without({"PIL"}, ["json"]).returncode == 0
 
 
 def test_a_wheel_has_all_that_commands_need(installed):
-    """Guards against files and modules that only a checkout has, and a usage that says another
-    name than the one that was typed."""
+    """Guards against files and modules that only a checkout has, and a usage line with a name other
+    than the one typed."""
     done = installed.run("python", "-c", COMMANDS, ",".join(ROOMS))
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.splitlines()[-1].split()
@@ -206,7 +205,7 @@ def test_a_wheel_has_all_that_commands_need(installed):
 
 
 def test_the_console_command(installed):
-    """Guards the script that pip makes: its list, its start without torch, its mistakes."""
+    """Guards the script that pip creates: its commands, its start without torch, its errors."""
     done = installed.run("step3vl-pacore", "--help")
     assert done.returncode == 0, done.stderr
     for name in ("ask", "batch", "sample", "simulate", "bench", "profiles", "model"):
@@ -233,40 +232,40 @@ def test_the_console_command(installed):
 
 
 def test_another_distribution_named_kernels(wheel, theirs, tmp_path):
-    """Guards against tracebacks, or silence, where pip has mixed two folders `kernels/`."""
+    """Guards against a traceback, or silence, if pip has mixed two folders `kernels/`."""
     env = wheels.environment(tmp_path)
 
-    def told(*command):
+    def run_command(*command):
         done = env.run(*(command or ("step3vl-pacore", "--version")))
         assert done.stderr.count("\n") <= 1, done.stderr
         return done.returncode, done.stderr
 
     env.install(theirs)
     env.install(wheel)
-    code, text = told()
+    code, text = run_command()
     assert code == 0
     assert text.startswith("warning: Hugging Face's `kernels` 0.17.2 is installed too")
     assert "separate virtual environment" in text
-    assert told("python", "-m", "profiles", "--help") == (0, text)
+    assert run_command("python", "-m", "profiles", "--help") == (0, text)
     env.pip("uninstall", "--yes", "kernels")
-    code, text = told()
+    code, text = run_command()
     assert code == 2
     assert "kernels/__init__.py is missing" in text
     assert "--force-reinstall" in text
     env.install(wheel)
-    assert told() == (0, "")
+    assert run_command() == (0, "")
     env.install(theirs)
-    code, text = told()
+    code, text = run_command()
     assert code == 2
     assert text.startswith("error: `import kernels` finds ")
     assert "separate virtual environment" in text
     for room in ROOMS[1:]:
-        assert told("python", "-m", room, "--help") == (2, text)
+        assert run_command("python", "-m", room, "--help") == (2, text)
 
 
 def test_another_distribution_before_an_editable_install(theirs, tmp_path):
-    """Guards the checkout on the path after site-packages: commands get theirs, unless they are run
-    in the checkout."""
+    """Guards an editable install, whose checkout comes after site-packages on the path: commands
+    must report that they get the other package, unless they run in the checkout."""
     env = wheels.environment(tmp_path)
     (env.packages / "editable.pth").write_text(str(ROOT))
     env.install(theirs)

@@ -1,5 +1,5 @@
-"""What tests share: plans and prefix trees, stand-ins, and processes of their own."""
+"""Helpers that tests share: prefix trees, fakes, scripts that run in a separate process."""
 
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout
+ROOT = Path(__file__).resolve().parents[2]  # the checkout

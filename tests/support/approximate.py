@@ -1,4 +1,4 @@
-"""Triton's interpreter with the errors that a GPU's approximate instructions may have."""
+"""Triton's interpreter with the largest errors of a GPU's approximate instructions."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,12 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from tests.kernels.runtime.ptx_errors import DIV_ULP, EX2_ULP, RSQRT
 
 LOG2E = np.float32(1.4426950408889634)
-SIDES = {"random": (0, 0), "both up": (1, 1), "apart": (1, -1)}  # of functions, of quotients
+SIDES = {"random": (0, 0), "both up": (1, 1), "apart": (1, -1)}  # for functions, for quotients
 
 
 def approximate(monkeypatch: pytest.MonkeyPatch, sides: tuple[int, int]) -> None:
-    """Every exp, exp2, rsqrt and quotient in fp32 becomes as wrong as documented, to its side:
-    1 is up, -1 is down, 0 at random and anywhere within the bound.
+    """Give every exp, exp2, rsqrt and quotient in fp32 its documented error, towards its side:
+    1 is up, -1 is down, 0 is random within the bound.
     """
     random = np.random.default_rng(0)
 
@@ -26,7 +26,7 @@ def approximate(monkeypatch: pytest.MonkeyPatch, sides: tuple[int, int]) -> None
         kept = (exact == 0) | ~np.isfinite(ulp)
         return np.where(kept, exact, wrong).astype(np.float32)
 
-    def ex2(x: ndarray) -> ndarray:  # 1 at 0, as is documented
+    def ex2(x: ndarray) -> ndarray:  # 1 at 0, as documented
         return np.where(x == 0, x + 1, off(np.exp2(x.astype(np.float64)), EX2_ULP, sides[0]))
 
     def rsqrt(x: ndarray) -> ndarray:

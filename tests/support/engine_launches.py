@@ -1,6 +1,6 @@
-"""What a whole engine launches on a GPU and `engine_sites` leaves out, by name, as JSON.
+"""Script that prints, as JSON, the kernels that an engine launches and `engine_sites` leaves out.
 
-For pacore_sched/engine/test_warm_up.py, which runs this in a process of its own: pytest's
+pacore_sched/engine/test_warm_up.py runs it in a separate process, because pytest's process
 interprets Triton.
 """
 
@@ -26,7 +26,7 @@ PROMPTS, ROLLOUTS, KV = (3, 40, 130), 5, (None, torch.float8_e4m3fn)
 
 
 class Graph:
-    """A CUDA graph that is no graph: its body runs at each replay."""
+    """A fake CUDA graph, whose body runs at each replay."""
 
     def __init__(self, body: Callable[[], Tensor], device: torch.device, pool: object) -> None:
         self.replay = body
@@ -34,12 +34,12 @@ class Graph:
 
 
 def drawn(*args: object, **options: object) -> tuple[Tensor, ...]:
-    """`sample`, whose tokens are in memory that was never written."""
+    """`sample` with tokens 0, since no kernel runs and its output is never written."""
     return tuple(result.zero_() for result in sample(*args, **options))
 
 
 def run_engine(model: Step3VL, kv_dtype: torch.dtype | None) -> None:
-    """Prompts of several lengths, one after the other, so that steps mix reading and decoding."""
+    """Submit prompts of several lengths one by one, so that steps mix prefill and decoding."""
     engine = engine_for(model, kv_dtype=kv_dtype, kv_tokens=4096, max_running=16)
     graphs = engine.executor.graphs
     graphs.enabled, graphs.capture = True, Graph
@@ -54,9 +54,9 @@ def run_engine(model: Step3VL, kv_dtype: torch.dtype | None) -> None:
 
 
 def missing() -> dict[str, int]:
-    """Names of kernels, and how many of each are not among the sites'."""
+    """Kernel name -> number of its launches that are not among those of the sites."""
     decode_step.sample = drawn
-    config, found = PRESETS["tiny"], {}
+    config, counts = PRESETS["tiny"], {}
     for kv_dtype in KV:
         model = Step3VL.from_preset("tiny", dtype=torch.bfloat16)
         with launches_recorded(H200) as launches:
@@ -66,8 +66,8 @@ def missing() -> dict[str, int]:
         for launch in launches:
             if set(compilations([launch], H200)) - known:
                 name = launch.kernel.fn.__name__
-                found[name] = found.get(name, 0) + 1
-    return found
+                counts[name] = counts.get(name, 0) + 1
+    return counts
 
 
 if __name__ == "__main__":

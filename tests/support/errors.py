@@ -1,4 +1,4 @@
-"""The one measure of error, as a number to compare with a bound."""
+"""The maximum error, the number that tests compare with a bound."""
 
 from torch import Tensor
 
@@ -6,5 +6,5 @@ from bench.numerics import compare
 
 
 def max_error(actual: Tensor, reference: Tensor) -> float:
-    """Largest error relative to max(rms(reference), |reference|), as `bench.numerics` has it."""
+    """Largest error relative to max(rms(reference), |reference|), as in `bench.numerics`."""
     return compare(actual, reference).max

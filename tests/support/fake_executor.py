@@ -1,7 +1,7 @@
-"""An executor without a model, for tests: a next token is a hash of the context found in its pages.
+"""A fake executor without a model: the next token is a hash of the context that its pages hold.
 
-It goes by what it reads back from "KV": a page lost, shared, overwritten or written too late, a
-stale batch index or a forgotten token changes every token that follows.
+It reads the context back from "KV", so a page that is lost, shared, overwritten or written too
+late, a stale batch index or a forgotten token changes every token that follows.
 """
 
 import zlib
@@ -16,10 +16,10 @@ EOS = 0
 
 
 def next_token(context: Sequence[int], seed: int, vocabulary: int = VOCABULARY) -> int:
-    """What the "model" says behind some tokens; small vocabularies repeat themselves."""
-    near = context[-2:] if vocabulary < VOCABULARY else context  # repetitive, for drafts
+    """The "model's" token after `context`; with a small vocabulary, texts repeat themselves."""
+    read = context[-2:] if vocabulary < VOCABULARY else context  # repetitive, for drafts
     return (
-        zlib.crc32(repr((list(near), seed if vocabulary == VOCABULARY else 0)).encode())
+        zlib.crc32(repr((list(read), seed if vocabulary == VOCABULARY else 0)).encode())
         % vocabulary
     )
 
@@ -27,7 +27,7 @@ def next_token(context: Sequence[int], seed: int, vocabulary: int = VOCABULARY) 
 def expected(
     group: Group, rollout: Rollout, eos: int = EOS, vocabulary: int = VOCABULARY
 ) -> list[int]:
-    """The tokens of a rollout that has the machine for itself."""
+    """The tokens of a rollout that runs alone."""
     context = [token for segment in group.path for token in segment.inputs] + [group.last_token]
     tokens = []
     while len(tokens) < rollout.max_tokens and (not tokens or tokens[-1] != eos):
@@ -73,10 +73,10 @@ class FakeExecutor:
                 else [owner.group.last_token, *owner.tokens]
             )
             work[owner.node] = known[chunk.start : chunk.stop]
-            assert len(work[owner.node]) == chunk.stop - chunk.start, "tokens that are not known"
+            assert len(work[owner.node]) == chunk.stop - chunk.start, "the chunk has unknown tokens"
         for rollout in batch.decode:
             assert tree.length(rollout.node) <= rollout.max_tokens
-        build_step_batch(tree, [(node, len(tokens)) for node, tokens in work.items()])  # may refuse
+        build_step_batch(tree, [(node, len(tokens)) for node, tokens in work.items()])  # may raise
         for node, tokens in work.items():
             length = tree.length(node)
             slots = tree.slots(node, length - len(tokens), length)
@@ -88,7 +88,7 @@ class FakeExecutor:
             for end in range(len(context) - len(draft), len(context) + 1):
                 drawn.append(next_token(context[:end], rollout.seed, self.vocabulary))
             self.last[rollout.batch_index] = rollout, drawn[-1]
-            if draft:  # the host knows better which token is the last
+            if draft:  # the last token depends on how much of the draft the host accepts
                 del self.last[rollout.batch_index]
         return drawn, [-1.0] * len(drawn)
 

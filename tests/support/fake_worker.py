@@ -1,4 +1,4 @@
-"""A worker for the supervisor's tests, without torch: a task does what its case says."""
+"""A fake worker without torch, for the supervisor's tests: a task's case says how it fails."""
 
 import ctypes
 import os
@@ -29,7 +29,7 @@ def carry_out(task: Task) -> list[Row]:
     print(f"stderr of {task.case}", file=sys.stderr)
     for form in task.forms or (None,):
         misbehave(task.case, form)
-    if task.case == "spoils":  # as a capture that fails in the engine: no error, a lost process
+    if task.case == "spoils":  # as a failed capture in the engine: no error, but a spoiled process
         spoiled.append(True)
     return [
         {"op": task.op, "case": task.case, "impl": form, "dtype": task.dtype, "failure": None}
@@ -43,7 +43,7 @@ spoiled: list[bool] = []
 
 
 def misbehave(case: str, form: str | None) -> None:
-    """Only the form "bad" does, or the form that there is none of."""
+    """Fail as the case says, if the form is "bad" or None."""
     if form not in (None, "bad"):
         return
     if case == "hang":
@@ -70,7 +70,7 @@ def misbehave(case: str, form: str | None) -> None:
 
 
 def answers() -> int:
-    """The descriptor that answers go to: stdin, stdout and stderr come first."""
+    """The descriptor of the pipe for answers: the highest, after stdin, stdout and stderr."""
     return max(int(name) for name in os.listdir("/proc/self/fd") if _is_pipe(name))
 
 

@@ -1,12 +1,12 @@
-"""Tests on a GPU: which ones they are, and what happens after a CUDA error.
+"""Pytest hooks for tests on a GPU: the mark `gpu`, and the end of a process after a CUDA error.
 
-Every test that runs a kernel on a GPU carries the mark `gpu`, and no other test sees the GPU; where
-there is none, those that need one skip. A CUDA error poisons its process: each later test on the
-GPU would fail with it. So the device is synchronised at the end of every such test, and an error,
-there or before, ends the process inside that test, once its report is sent: pytest-xdist blames
-this test and replaces the worker. Without xdist the session ends.
+Every test that runs a kernel on a GPU has the mark `gpu`, and no other test sees the GPU. Without a
+GPU, tests that need one are skipped. A CUDA error poisons its process: each later test on the GPU
+would fail with it. So the device is synchronised at the end of every such test, and an error, there
+or before, ends the process during that test, once its report is sent: pytest-xdist blames this test
+and replaces the worker. Without xdist the session ends.
 
-The hooks are in force where a conftest.py imports them.
+A conftest.py activates the hooks by importing them.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def synchronise() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on the GPU that is here, or skip what would need one."""
+    """Mark the tests that run on the GPU, or without one, skip those that need it."""
     for item in items:
         if has_gpu():
             if "triton_device" in item.fixturenames:
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Hide the GPU from a test without the mark, and from the processes that it starts."""
+    """Hide the GPU from a test without the mark, and from processes that it starts."""
     with pytest.MonkeyPatch.context() as patch:
         if has_gpu() and not _on_gpu(item):
             patch.setattr("torch.cuda.is_available", lambda: False)
@@ -59,7 +59,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """A test on the GPU lasts until its kernels are done: their errors are its own."""
+    """Wait at the end of a GPU test for its kernels, so that their errors are attributed to it."""
     try:
         return (yield)
     finally:
@@ -71,7 +71,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Note in the report whether the process is lost."""
+    """Note in the report whether the process is poisoned."""
     report = yield
     report.poisoned = bool(call.excinfo and _on_gpu(item) and _poisons(call.excinfo.value))
     return report
@@ -85,18 +85,18 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os._exit(1)
     pytest.exit(
-        f"a CUDA error in {report.nodeid}: this process cannot use the GPU any more, and the other"
-        " tests were not run (with pytest-xdist, as in make test-gpu, they are)",
+        f"a CUDA error in {report.nodeid}: this process can no longer use the GPU, so the remaining"
+        " tests were not run (pytest-xdist, as in make test-gpu, would run them)",
         returncode=1,
     )
 
 
-@pytest.hookimpl(optionalhook=True)  # xdist's, in its controller
+@pytest.hookimpl(optionalhook=True)  # a hook of xdist, in its controller
 def pytest_testnodeready(node: Any) -> None:
-    """Send tests to a worker that has just ended without an error of our own.
+    """Ignore a broken pipe when tests are sent to a worker that has just ended.
 
-    That its process ended is the next thing the controller hears of it, and then xdist gives those
-    tests to another; but the broken pipe would end the whole session before.
+    The controller learns next that the process ended, and xdist then gives those tests to another;
+    but the broken pipe would end the whole session first.
     """
     send = node.sendcommand
 
@@ -112,7 +112,7 @@ def _on_gpu(item: pytest.Item) -> bool:
 
 
 def _poisons(error: BaseException | None) -> bool:
-    """Whether the error, or one that led to it, is of the kind that a process does not survive."""
+    """Whether the error, or one that led to it, poisons the process."""
     while error is not None:
         if poisons(str(error)):
             return True

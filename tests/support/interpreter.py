@@ -1,12 +1,12 @@
-"""Triton's CPU interpreter as tests need it: right for bf16, and looping with every NumPy.
+"""Corrections of Triton's CPU interpreter for tests: bf16 arithmetic, and loops with every NumPy.
 
-The interpreter keeps bf16 as its bits in uint16, and computes with those as if they were integers.
-Once `mend` has run, each operation that meets bf16 moves bits, or is computed in fp32 and rounded
-to nearest even, or raises NotImplementedError: no result is silently wrong. fp32 is wide enough for
-that to be the correctly rounded sum, difference or product of two bf16. What is refused no kernel
-here needs; Triton turns operands of most of it into fp32 before.
+The interpreter stores bf16 as its bits in uint16, and computes with those as if they were integers.
+After `correct_interpreter`, an operation on bf16 moves bits, or is computed in fp32 and rounded to
+nearest even, or raises NotImplementedError: no result is silently wrong. fp32 is wide enough for
+that to be the correctly rounded sum, difference or product of two bf16. No kernel here needs the
+refused operations; Triton converts the operands of most of them to fp32 first.
 
-Tried with the interpreters of Triton 3.6.0, 3.7.1, 3.8.0 and 3.9.0. An operation that a later
+Tested with the interpreters of Triton 3.6.0, 3.7.1, 3.8.0 and 3.9.0. An operation that a later
 version adds is refused for bf16 until it is listed here.
 """
 
@@ -19,15 +19,15 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
-Method = Callable[..., object]  # of InterpreterBuilder
+Method = Callable[..., object]  # a method of InterpreterBuilder
 
-# Methods of InterpreterBuilder, without "create_", that treat bf16 as the bits it is.
+# Methods of InterpreterBuilder, without "create_", that only move the bits of bf16.
 LOADS_AND_STORES = {"load", "store", "masked_load", "masked_store", "atomic_load", "atomic_store"}
 POINTERS = {"addptr", "make_block_ptr", "advance", "tensor_pointer_store", "int_to_ptr"}
 DESCRIPTORS = {
     "make_tensor_descriptor",
     "descriptor_store",
-    "descriptor_gather",  # made of descriptor_load
+    "descriptor_gather",  # calls descriptor_load
     "descriptor_scatter",
 }
 SHAPES = {"reshape", "trans", "expand_dims", "broadcast", "cat", "join", "split", "splat"}
@@ -35,28 +35,28 @@ BITS = {"bitcast", "select", "fabs", "gather", "unsplat"}
 MOVES = LOADS_AND_STORES | POINTERS | DESCRIPTORS | SHAPES | BITS
 
 
-def mend() -> None:
-    """Put the mended operations in the place of Triton's, for the life of the process."""
+def correct_interpreter() -> None:
+    """Replace Triton's operations with corrected ones, for the rest of the process."""
     for name, plain in list(vars(InterpreterBuilder).items()):
         op = name.removeprefix("create_")
         if (op != name and op not in MOVES) or name == "get_all_ones_value":
-            setattr(InterpreterBuilder, name, MENDED.get(op, _refused)(op, plain))
+            setattr(InterpreterBuilder, name, CORRECTED.get(op, _refused)(op, plain))
         if op.startswith(("icmp", "fcmp")):
             setattr(InterpreterBuilder, name, _truths(getattr(InterpreterBuilder, name)))
-    InterpreterBuilder.get_bf16 = _get_bf16  # Triton < 3.9 has none
-    _mend_reductions()
-    _mend_python_values()
+    InterpreterBuilder.get_bf16 = _get_bf16  # missing before Triton 3.9
+    _correct_reductions()
+    _correct_python_values()
 
 
 def to_fp32(bits: ndarray) -> ndarray:
-    """The values of bf16, uint16 of any shape, as fp32: exact."""
+    """The exact fp32 values of bf16 bits, uint16 of any shape."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def to_bf16(values: ndarray) -> ndarray:
-    """fp32 of any shape rounded to nearest even: uint16, the bits of bf16. NaN stays NaN."""
+    """fp32 of any shape rounded to nearest even, as bf16 bits in uint16. NaN stays NaN."""
     bits = np.asarray(values).view(np.uint32)
-    with np.errstate(over="ignore"):  # of NaN, which is not rounded
+    with np.errstate(over="ignore"):  # for NaN, whose rounded value is not used
         rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
     quiet = bits | np.uint32(1 << 22)
     return (np.where(np.isnan(values), quiet, rounded) >> np.uint32(16)).astype(np.uint16)
@@ -90,8 +90,8 @@ def _compared(op: str, plain: Method) -> Method:
 
 
 def _truths(compare: Method) -> Method:
-    """Triton's own give truths the type of what was compared: a scalar of them becomes a block of
-    integers, which 3.9 takes for no mask."""
+    """A comparison with results of type int1. Triton's have the type of the operands, so a scalar
+    result becomes a block of integers, which 3.9 does not accept as a mask."""
 
     def run(self: InterpreterBuilder, *operands: TensorHandle) -> TensorHandle:
         return TensorHandle(compare(self, *operands).data, tl.int1)
@@ -100,7 +100,7 @@ def _truths(compare: Method) -> Method:
 
 
 def _multiplied(op: str, plain: Method) -> Method:
-    """tl.dot: products of bf16 are exact in fp32, in which they are summed."""
+    """tl.dot: products of bf16 are exact in fp32, and are summed in fp32."""
 
     def run(self: InterpreterBuilder, a: object, b: object, acc: object, *rest: object) -> object:
         if _is_bf16(acc):
@@ -113,7 +113,8 @@ def _multiplied(op: str, plain: Method) -> Method:
 
 
 def _converted(op: str, plain: Method) -> Method:
-    """To bf16 from integers, through fp32 as on a GPU, fp16 and fp32; to fp16 and fp32."""
+    """Conversions from bf16 to fp16 and fp32, and to bf16 from these and, through fp32 as on a GPU,
+    from integers."""
 
     def run(self: InterpreterBuilder, src: object, dst_type: tl.dtype, *rounding: object) -> object:
         source, target = src.dtype.scalar, dst_type.scalar
@@ -131,7 +132,7 @@ def _converted(op: str, plain: Method) -> Method:
 
 
 def _padded(op: str, plain: Method) -> Method:
-    """A load through a block pointer or descriptor: its NaN for uint16 would be 0."""
+    """A load through a block pointer or descriptor, whose padding with NaN would be 0 in uint16."""
 
     def run(self: InterpreterBuilder, source: object, *rest: object) -> object:
         padding = (getattr(source, "padding", None), *rest)
@@ -142,10 +143,10 @@ def _padded(op: str, plain: Method) -> Method:
     return run
 
 
-# How each of the other methods is made from Triton's own; those that are not here refuse bf16.
-MENDED: dict[str, Callable[[str, Method], Method]] = {
+# Wrappers of the other methods of Triton; methods that are not listed refuse bf16.
+CORRECTED: dict[str, Callable[[str, Method], Method]] = {
     **dict.fromkeys(("fadd", "fsub", "fmul", "fneg"), _rounded),
-    # NumPy's comparisons are right for NaN where none may be one, and in UNE, where any may.
+    # NumPy's comparisons treat NaN as these ordered ones do (false), and as UNE does (true).
     **dict.fromkeys(("fcmpOLT", "fcmpOLE", "fcmpOGT", "fcmpOGE"), _compared),
     **dict.fromkeys(("fcmpOEQ", "fcmpUNE"), _compared),
     **dict.fromkeys(("si_to_fp", "ui_to_fp", "fp_ext", "fp_trunc", "fp_to_fp"), _converted),
@@ -158,7 +159,7 @@ def _get_bf16(self: InterpreterBuilder, value: float) -> TensorHandle:
     return self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)
 
 
-def _mend_reductions() -> None:
+def _correct_reductions() -> None:
     plain = ReduceScanOpInterface.apply
 
     def apply(self: ReduceScanOpInterface, input: object) -> object:
@@ -169,9 +170,9 @@ def _mend_reductions() -> None:
     ReduceScanOpInterface.apply = apply
 
 
-def _mend_python_values() -> None:
-    """As an index, such as the bound of a loop: Triton 3.6 calls int() of an array, which NumPy
-    >= 2.4 refuses. As a condition: the bits of -0 in bf16 are not 0."""
+def _correct_python_values() -> None:
+    """Correct tensors as Python values. As an index, such as a loop's bound: Triton 3.6 calls int()
+    on an array, which NumPy >= 2.4 refuses. As a condition: the bits of -0 in bf16 are not 0."""
     plain = interpreter._patch_lang_tensor
 
     def patch(tensor: type, scope: object) -> None:
@@ -190,7 +191,8 @@ def _mend_python_values() -> None:
 
 
 def _is_bf16(value: object) -> bool:
-    """Of a tensor, a handle, a type or any of several; pointers to bf16 are no bf16."""
+    """Whether a tensor, handle or type, or any in a list of them, is bf16. A pointer to bf16 is
+    not."""
     if isinstance(value, list | tuple):
         return any(map(_is_bf16, value))
     dtype = value if isinstance(value, tl.dtype) else getattr(value, "dtype", None)
@@ -198,11 +200,11 @@ def _is_bf16(value: object) -> bool:
 
 
 def _all_bf16(op: str, operands: tuple) -> bool:
-    """Whether all operands are bf16, or none; raises NotImplementedError if only some are."""
-    found = set(map(_is_bf16, operands))
-    if len(found) > 1:
+    """Whether all operands are bf16; raises NotImplementedError if only some are."""
+    kinds = set(map(_is_bf16, operands))
+    if len(kinds) > 1:
         raise _refusal(f"{op} with another type and")
-    return found == {True}
+    return kinds == {True}
 
 
 def _wide(handle: TensorHandle) -> TensorHandle:

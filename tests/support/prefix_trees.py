@@ -1,4 +1,4 @@
-"""For the tests of prefix attention: random prefix trees, a brute force in fp64, the switches."""
+"""Helpers for tests of prefix attention: random prefix trees, a brute force in fp64, switches."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 
-# Tile choices of prefix attention with an old form, 0, and a new one, 1.
+# The switches of prefix attention's kernel config: 0 is the old form, 1 the new one.
 SWITCHES = ("ahead", "steady", "pieces", "split", "fp16", "pdl")
 
 
@@ -22,7 +22,7 @@ class Node:
 
 
 def trees(depth: int, page: int, most_new: int = 5) -> st.SearchStrategy[Node]:
-    """Lengths: empty, one token, the edges of a page, primes that fill none."""
+    """Trees whose lengths are 0, 1, around a page, and primes that fill no page."""
     below = st.lists(trees(depth - 1, page, most_new), max_size=2) if depth > 1 else st.just([])
     lengths = (0, 1, page - 1, page, page + 1, 13, 37)
     return st.sampled_from(lengths).flatmap(
@@ -50,7 +50,7 @@ def lay_out(roots: list[Node], page: int) -> tuple[list[PlanNode], int, int]:
 
     for root in roots:
         visit(root)
-    num_pages = sum(sizes) + 2  # two that nobody owns
+    num_pages = sum(sizes) + 2  # two are unused
     pages = iter(torch.randperm(num_pages, generator=torch.Generator().manual_seed(rows)).tolist())
     nodes = [
         PlanNode([next(pages) for _ in range(size)], length, start, end, new)
@@ -60,7 +60,7 @@ def lay_out(roots: list[Node], page: int) -> tuple[list[PlanNode], int, int]:
 
 
 def pools(nodes: list[PlanNode], num_pages: int, kv_heads: int, dim: int, page: int) -> KVPages:
-    """K and V pages: random where a node holds a token, NaN everywhere else."""
+    """K and V pages: random where a node has a token, NaN everywhere else."""
     generator = torch.Generator().manual_seed(num_pages)
     pair = []
     for _ in range(2):
@@ -80,7 +80,7 @@ def brute_force(
     scale: float,
     window: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Row by row, in fp64, from the visibility formula alone."""
+    """Attention row by row in fp64, from the visibility formula alone: output and log-sum-exp."""
     out = torch.zeros_like(q, dtype=torch.float64)
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
     for row in range(q.shape[0]):
@@ -89,8 +89,8 @@ def brute_force(
             if node.row_start <= row < node.row_end:
                 offset = node.kv_len - node.num_new
                 visible = min(node.kv_len, offset + row - node.row_start + 1)
-                places = (divmod(token, pages.page_size) for token in range(visible))
-                seen += [(node.pages[index], at) for index, at in places]
+                offsets = (divmod(token, pages.page_size) for token in range(visible))
+                seen += [(node.pages[index], at) for index, at in offsets]
         if not seen:
             continue
         index, at = torch.tensor(seen[-window:]).T

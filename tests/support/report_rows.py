@@ -1,4 +1,4 @@
-"""Made rows for the report's tests: what `python -m bench` writes, with numbers of our choosing."""
+"""Invented rows for tests of the report, in the form that `python -m bench` writes."""
 
 BASE = {
     "dtype": "bfloat16",
@@ -23,20 +23,21 @@ BASE = {
 
 
 def row(op, case, impl, us, num_bytes=4e6, flops=7e8, **more):
-    """A row of the op table; `us` is None where there is no time."""
+    """A row of the op table; `us` is None if there is no time."""
     times = {
         name: us and us * f for name, f in (("p20_us", 0.9), ("median_us", 1), ("p80_us", 1.2))
     }
     floor = max(num_bytes / 4e6, flops / 7e8)
-    made = {**BASE, "op": op, "case": case, "impl": impl, **times}
-    made |= {"bytes": int(num_bytes), "flops": int(flops)}
-    return made | {"roofline_pct": us and 100 * floor / us} | more
+    result = {**BASE, "op": op, "case": case, "impl": impl, **times}
+    result |= {"bytes": int(num_bytes), "flops": int(flops)}
+    return result | {"roofline_pct": us and 100 * floor / us} | more
 
 
 def part(case, impl, name, us, **more):
-    """A row of what a decode step is made of."""
-    made = row("decode_part", case, impl, us) | {"part": name} | more
-    return {key: made[key] for key in made if key not in ("p20_us", "p80_us", "bytes", "flops")}
+    """A row of one part of a decode step."""
+    result = row("decode_part", case, impl, us) | {"part": name} | more
+    omitted = ("p20_us", "p80_us", "bytes", "flops")
+    return {key: result[key] for key in result if key not in omitted}
 
 
 def heat(name, eager, ours, peer=None):
@@ -47,7 +48,7 @@ def heat(name, eager, ours, peer=None):
 
 
 def every_kind():
-    """Rows for every section of a report, of two devices."""
+    """Rows for every section of a report, from two devices."""
     cpu = {"device": "AMD EPYC, 2 threads", "driver": None, "dtype": "float32"}
     timeline = {"seconds": [0.0, 1.0, 2.5], "running": [1, 16, 3], "kv_tokens": [100, 900, 400]}
     names = {"op": "packing", "case": "tiny 8 x [8]", "makespan_s": 12.25, "tta_mean_s": 7.5}

@@ -1,6 +1,6 @@
-"""Ops made to be compiled, and `python -m profiles` with nothing but them.
+"""Toy ops for the static analysis, and a script that runs `python -m profiles` with them alone.
 
-For profiles/static/test_static.py, which runs this in a process of its own: pytest's interprets
+profiles/static/test_static.py runs it in a separate process, because pytest's process interprets
 Triton.
 """
 
@@ -29,7 +29,8 @@ def product_kernel(a, b, out, SIZE: tl.constexpr):
     tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at)).to(out.dtype.element_ty))
 
 
-# A page number that the loop loads for its own block is pipelined, too, and takes a stage of it.
+# If the loop loads the page number of the current block, that load is pipelined too, and takes a
+# stage.
 RELOADED = tl.constexpr("--reload" in sys.argv)
 
 
@@ -76,16 +77,16 @@ PRODUCT = Tunable("product", lambda gpu: {"size": 64 if gpu.arch == 90 else 32})
 
 
 def _copy_triton(x: Tensor) -> Tensor:
-    chosen = COPY.choose("any", x.device)
+    config = COPY.choose("any", x.device)
     out = torch.empty_like(x)
-    copy_kernel[(1,)](x, out, x.numel(), BLOCK=chosen["block"], num_warps=chosen["num_warps"])
+    copy_kernel[(1,)](x, out, x.numel(), BLOCK=config["block"], num_warps=config["num_warps"])
     return out
 
 
 def _product(a: Tensor) -> Tensor:
     out = torch.empty_like(a)
-    size = PRODUCT.choose("any", a.device)
-    product_kernel[(1,)](a, a, out, SIZE=size["size"])
+    config = PRODUCT.choose("any", a.device)
+    product_kernel[(1,)](a, a, out, SIZE=config["size"])
     return out
 
 

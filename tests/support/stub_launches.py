@@ -1,10 +1,10 @@
-"""Launches through Triton's own driver into a libcuda without a GPU (stub_libcuda.c).
+"""Script that launches kernels through Triton's driver with a stub of libcuda (stub_libcuda.c).
 
     python -m tests.support.stub_launches SITES   # a pickle; LD_LIBRARY_PATH leads to the stub
 
-Prints what was launched, and what arrived otherwise than asked for, as JSON. For tests, which need
-a process of its own for it: pytest's has Triton interpret. TRITON_KEY_OF_ANOTHER_WHEEL in the
-environment takes the place of `triton_key`.
+Prints as JSON what was launched, and which arguments arrived wrong. Tests run it in a separate
+process, because pytest's process interprets Triton. TRITON_KEY_OF_ANOTHER_WHEEL in the environment
+replaces `triton_key`.
 """
 
 import ctypes
@@ -29,11 +29,11 @@ from kernels.runtime.configs import H200, assume_gpu
 from kernels.runtime.dispatch import without_gpu
 
 INTEGERS = {"1": 1, "8": 1, "16": 2, "32": 4, "64": 8}  # bytes, by the end of a type's name
-SCRATCH = [(8, 0), (8, 0)]  # parameters that Triton adds, not in use
+SCRATCH = [(8, 0), (8, 0)]  # parameters that Triton adds, unused here
 
 
 class Last(ctypes.Structure):
-    """`stub_last` of the stub."""
+    """The struct `stub_last` of stub_libcuda.c."""
 
     _fields_ = [
         ("launches", ctypes.c_uint32),
@@ -47,7 +47,7 @@ class Last(ctypes.Structure):
 
 
 class Driver(CudaDriver):
-    """Triton's driver, but for what it asks PyTorch, on an H200."""
+    """Triton's driver for an H200, with fixed answers instead of PyTorch's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,20 +57,20 @@ class Driver(CudaDriver):
 
 
 class Checked:
-    """`JITFunction.run` that looks at what arrived with each launch."""
+    """`JITFunction.run` with a check of what arrived with each launch."""
 
     def __init__(self) -> None:
         self.last = Last.in_dll(ctypes.CDLL("libcuda.so.1"), "stub_last")
         self.run, self.wrong = JITFunction.run, []
-        self.found: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
 
     def __call__(self, kernel: JITFunction, *args: object, grid: object, **options) -> object:
         before = self.last.launches
         compiled = self.run(kernel, *args, grid=grid, **options)
-        own = {name: options[name] for name in kernel.arg_names if name in options}
-        bound = kernel.signature.bind(*args, **own)
+        keywords = {name: options[name] for name in kernel.arg_names if name in options}
+        bound = kernel.signature.bind(*args, **keywords)
         bound.apply_defaults()
-        wanted = {
+        expected = {
             "launches": before + 1,
             "name": compiled.metadata.name,
             "grid": [*grid, 1, 1][:3],
@@ -78,17 +78,18 @@ class Checked:
             "shared": compiled.metadata.shared,
             "parameters": parameters(compiled.src.signature, bound.arguments) + SCRATCH,
         }
-        arrived = self.arrived([size for size, _ in wanted["parameters"]])
+        arrived = self.arrived([size for size, _ in expected["parameters"]])
         self.wrong += [
-            f"{compiled.metadata.name}: {what} {arrived[what]}, not {wanted[what]}"
-            for what in wanted
-            if arrived[what] != wanted[what]
+            f"{compiled.metadata.name}: {what} {arrived[what]}, not {expected[what]}"
+            for what in expected
+            if arrived[what] != expected[what]
         ]
-        self.found[compiled.metadata.name] += 1
+        self.launches[compiled.metadata.name] += 1
         return compiled
 
     def arrived(self, sizes: list[int]) -> dict:
-        """What the stub saw, of parameters of these sizes: those that the cubin declares."""
+        """What the stub received: of the parameters, which have these sizes, those that the cubin
+        declares."""
         last = self.last
         sizes = [*sizes, *[8] * last.params][: last.params]
         return {
@@ -102,11 +103,12 @@ class Checked:
 
 
 def parameters(types: object, values: object) -> list[tuple[int, int]]:
-    """What arguments become, as (bytes, bits): nothing of what is compiled in."""
+    """Arguments as kernel parameters (bytes, bits), without constexprs, which are compiled in."""
     if isinstance(types, dict):
         types, values = tuple(types.values()), tuple(values[name] for name in types)
     if isinstance(types, tuple):
-        return [one for pair in zip(types, values, strict=True) for one in parameters(*pair)]
+        pairs = zip(types, values, strict=True)
+        return [parameter for pair in pairs for parameter in parameters(*pair)]
     if types == "constexpr":
         return []
     if types.startswith("*"):
@@ -118,7 +120,8 @@ def parameters(types: object, values: object) -> list[tuple[int, int]]:
 
 
 def launch_all(sites: list) -> dict:
-    """Run the sites as on a GPU; how often Triton's cache had the kernel, and what was wrong."""
+    """Run the sites as on a GPU. Returns the launches by kernel, wrong arguments, and hits and
+    misses of Triton's cache."""
     driver.set_active(Driver())
     lookups: Counter[bool] = Counter()
     triton.knobs.compilation.listener = lambda cache_hit, **_: lookups.update([cache_hit])
@@ -130,7 +133,7 @@ def launch_all(sites: list) -> dict:
             with suppress(ImplError):
                 site()
     return {
-        "launches": checked.found,
+        "launches": checked.launches,
         "wrong": checked.wrong,
         "hits": lookups[True],
         "misses": lookups[False],

@@ -1,6 +1,6 @@
-/* A libcuda without a GPU: what Triton calls to load a cubin and to launch it.
+/* A libcuda without a GPU: the functions that Triton calls to load and launch a cubin.
 
-   It runs nothing. What arrived with the last launch is left in stub_last. */
+   They run nothing. stub_last has the arguments of the last launch. */
 
 #include <elf.h>
 #include <stdint.h>
@@ -8,11 +8,11 @@
 
 #include "cuda.h"
 
-#define MOST 4096
+#define MAX_FUNCTIONS 4096
 
 struct {
   uint32_t launches, grid[3], block[3], shared;
-  uint32_t params;      /* that the cubin declares */
+  uint32_t params;      /* parameters that the cubin declares */
   uint64_t values[256]; /* the first 8 bytes of each */
   char name[256];
 } stub_last;
@@ -20,7 +20,7 @@ struct {
 static struct {
   char name[256];
   int params;
-} functions[MOST];
+} functions[MAX_FUNCTIONS];
 static int count;
 
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
@@ -68,7 +68,7 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
   return *text = "stub", CUDA_SUCCESS;
 }
 
-/* A module is how many parameters its kernel has: .nv.info holds a record of each. */
+/* A module is the number of its kernel's parameters: .nv.info has a record of each. */
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   static const char record[] = {4, 0x17, 12, 0, 0, 0, 0, 0}; /* EIATTR_KPARAM_INFO, 12 bytes */
   const Elf64_Ehdr *header = image;
@@ -83,7 +83,7 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
 CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-  if (count + 1 == MOST) return CUDA_ERROR_OUT_OF_MEMORY;
+  if (count + 1 == MAX_FUNCTIONS) return CUDA_ERROR_OUT_OF_MEMORY;
   strncpy(functions[++count].name, name, sizeof functions->name - 1);
   functions[count].params = (int)(intptr_t)module;
   *function = (CUfunction)(intptr_t)count;

@@ -1,4 +1,4 @@
-"""Wheels, and virtual environments to install them into, without the network."""
+"""Builder of wheels, and virtual environments to install them in, without network access."""
 
 import base64
 import hashlib
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# What makes Python see the checkout, or Triton interpret.
+# Environment variables that make Python see the checkout, or make Triton interpret.
 HIDDEN = ("PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment of this Python, and an empty folder that its commands run in."""
+    """A virtual environment of this Python, and an empty folder in which its commands run."""
 
     folder: Path
     empty: Path
@@ -28,36 +28,36 @@ class Environment:
         return next(self.folder.glob("lib/python*/site-packages"))
 
     def install(self, wheel: Path) -> None:
-        """Install a wheel as pip does, over whatever is there."""
+        """Install a wheel with pip, over anything installed."""
         self.pip("install", "--no-deps", "--no-index", "--force-reinstall", "--no-compile", wheel)
 
     def pip(self, *arguments: object) -> None:
         pip(self.empty, "--python", self.folder / "bin" / "python", *arguments)
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-        """A program of the environment, in the empty folder."""
+        """Run a program of the environment, by default in the empty folder."""
         program, *arguments = command
         return _run([self.folder / "bin" / program, *arguments], cwd or self.empty)
 
 
 def environment(folder: Path) -> Environment:
-    """A new one in `folder`, with nothing installed, not even pip."""
-    made = Environment(folder / "venv", folder / "empty")
-    venv.create(made.folder, with_pip=False, symlinks=True)
-    made.empty.mkdir()
-    return made
+    """A new environment in `folder`, with nothing installed, not even pip."""
+    result = Environment(folder / "venv", folder / "empty")
+    venv.create(result.folder, with_pip=False, symlinks=True)
+    result.empty.mkdir()
+    return result
 
 
 def pip(cwd: Path, *arguments: object) -> None:
-    """This Python's pip without anybody's settings."""
+    """Run this Python's pip without the user's settings."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     done = _run(list(map(str, command)), cwd, PIP_CONFIG_FILE=os.devnull)
     assert done.returncode == 0, done.stderr
 
 
 def build(root: Path, names: Sequence[str], folder: Path) -> Path:
-    """The wheel of the project in `root`, made from a copy of the files and folders it consists of:
-    a build leaves some behind. Needs setuptools."""
+    """Build the wheel of the project in `root` from a copy of `names`, its files and folders,
+    because a build leaves files in its source. Needs setuptools."""
     source = folder / "source"
     source.mkdir()
     for name in names:
@@ -68,7 +68,7 @@ def build(root: Path, names: Sequence[str], folder: Path) -> Path:
 
 
 def write(folder: Path, name: str, version: str, files: dict[str, str]) -> Path:
-    """A wheel of some files."""
+    """Write a wheel with these files (path -> text)."""
     info = f"{name}-{version}.dist-info"
     files = files | {
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
