@@ -1,36 +1,36 @@
 # `make bench` and `make test` set up .venv when it is missing or out of date, then run.
 
-# The first Python on the PATH that is in range; PYTHON=/path/to/python takes another.
+# The first Python on the PATH that is 3.11 to 3.13; PYTHON=/path/to/python selects another.
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-# Tests run side by side, but not where they would share a GPU.
-SIDE_BY_SIDE := $(shell nvidia-smi >/dev/null 2>&1 || echo --numprocesses auto --maxprocesses 4 --dist worksteal)
+# Tests run in parallel, except on a machine with a GPU, which they would share.
+PARALLEL := $(shell nvidia-smi >/dev/null 2>&1 || echo --numprocesses auto --maxprocesses 4 --dist worksteal)
 
-# A GPU's tests share it: 8 processes fit its memory, and compile kernels on 16 cores. What hangs ends
-# its process, which xdist replaces.
+# GPU tests share the GPU: 8 processes fit its memory, and compile kernels on 16 cores. A test that
+# hangs ends its process, which xdist replaces.
 GPU_WORKERS ?= 8
 ON_GPU := -m pytest --ignore=tests/bench/peers --timeout 60 --timeout-method thread
 
 .DEFAULT_GOAL := help
 .PHONY: bench test quick test-gpu gate lint setup clean help
 
-bench: .venv/.ready  ## check every op, time them, answer a question end to end; a page in report/
+bench: .venv/.ready  ## check and time every op, answer a question end to end; writes a page to report/
 	@.venv/bin/python -m bench --report report
 
 test: .venv/.ready  ## run the tests
-	@.venv/bin/python -m pytest $(SIDE_BY_SIDE)
+	@.venv/bin/python -m pytest $(PARALLEL)
 
-quick: .venv/.ready  ## the fast tests, in a minute: no Triton interpreter, no subprocesses, no transformers or timm
-	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not (gpu or interpreter or cli or judge)"
+quick: .venv/.ready  ## run the fast tests, in a minute: no Triton interpreter, subprocesses, transformers or timm
+	@.venv/bin/python -m pytest $(PARALLEL) -m "not (gpu or interpreter or cli or judge)"
 
-test-gpu: .venv/.ready  ## only what runs on a GPU, without the peers, side by side
-	@echo "test-gpu: $(GPU_WORKERS) processes (GPU_WORKERS=...), then one for what may hang the GPU or times it"
+test-gpu: .venv/.ready  ## run the GPU tests in parallel, without those of peers
+	@echo "test-gpu: $(GPU_WORKERS) processes (GPU_WORKERS=...), then one for tests that may hang the GPU or time it"
 	@.venv/bin/python $(ON_GPU) -m "gpu and not slow_gpu" --numprocesses $(GPU_WORKERS) --dist worksteal; \
 	status=$$?; .venv/bin/python $(ON_GPU) -m "gpu and slow_gpu" --numprocesses 1 || status=1; exit $$status
 
-gate: .venv/.ready  ## hold kernels, speed-ups and tables against what is committed
+gate: .venv/.ready  ## compare kernels, speed-ups and tables with what is committed
 	@.venv/bin/python -m profiles static --quick
 	@.venv/bin/python -m bench gate
 	@.venv/bin/python -m profiles tables
@@ -43,7 +43,7 @@ lint: .venv/.ready  ## check style, formatting and types
 setup: .venv/.ready  ## only set up .venv
 	@echo "setup: .venv is ready"
 
-clean:  ## remove .venv and everything else that was made here
+clean:  ## remove .venv and everything else that was created here
 	rm -rf .venv build report *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,4 +1,4 @@
-"""What this distribution is called, holds and needs. Install it with `make setup`."""
+"""The distribution: its name, packages and requirements. Install it with `make setup`."""
 
 import re
 from pathlib import Path
@@ -14,13 +14,13 @@ setup(
     description="STEP3-VL-10B and PaCoRe at kernel level: fused ops, scheduler, measurements",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    package_dir={"": "."},  # makes an editable install one line in a .pth file
+    package_dir={"": "."},  # an editable install is then one line in a .pth file
     packages=find_packages(include=[f"{room}{inner}" for room in ROOMS for inner in ("", ".*")]),
     package_data={
         "kernels": ["tuned/*.json"],
         "pacore_sched": ["answers/*.jinja"],
         "bench": ["report/*.jinja", "peers/*.md"],
-        # `simulate` reads the rates of its GPU from results/.
+        # `simulate` reads its GPU's rates from results/.
         "profiles": ["static/*.jsonl", "results/*/*.jsonl"],
     },
     entry_points={"console_scripts": ["step3vl-pacore = profiles.console:main"]},

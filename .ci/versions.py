@@ -1,9 +1,9 @@
-"""`python3 .ci/versions.py`: the tests with other Pythons and releases of PyTorch than CI has.
+"""`python3 .ci/versions.py`: run the tests with other releases of Python and PyTorch than CI's.
 
-Each pair gets a clone of HEAD with an environment of its own (5 GB, kept under --folder for the
-next run), where `make setup`, `make test` and `profiles static --quick` run. The result replaces
-the pair's line in .ci/versions.jsonl; `python -m profiles tables --write` then puts it into
-docs/results.md. Needs nothing but the standard library, and every Python by its name on the PATH.
+Each pair gets a clone of HEAD with a separate environment (5 GB, kept under --folder for the next
+run), where `make setup`, `make test` and `profiles static --quick` run. The result replaces the
+pair's line in .ci/versions.jsonl; `python -m profiles tables --write` then copies it to
+docs/results.md. Needs only the standard library, and every Python by its name on the PATH.
 Exit code 1 if a pair failed.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / ".ci" / "versions.jsonl"
 
-# Every Python with the oldest and the newest PyTorch, and each PyTorch between them once.
+# Every Python with the oldest and the newest PyTorch, and each PyTorch in between once.
 PAIRS = (
     ("python3.11", "2.11.0"),
     ("python3.11", "2.13.0"),
@@ -40,7 +40,7 @@ print(json.dumps({"python": platform.python_version(), "torch": torch.__version_
 
 
 def main() -> int:
-    """Run the chosen pairs, one after the other."""
+    """Run the pairs of the command line, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     names = ", ".join("=".join(pair) for pair in PAIRS)
     parser.add_argument(
@@ -50,9 +50,9 @@ def main() -> int:
         "--folder",
         type=Path,
         default=ROOT / "build" / "versions",
-        help="of the clones (default: build/versions)",
+        help="where the clones are (default: build/versions)",
     )
-    parser.add_argument("--setup", action="store_true", help="only set the environments up")
+    parser.add_argument("--setup", action="store_true", help="only set up the environments")
     options = parser.parse_args()
     failed = 0
     for python, torch in options.pair or PAIRS:
@@ -63,7 +63,7 @@ def main() -> int:
             failed += 1
         elif not options.setup:
             row = _row(clone, environment)
-            _keep(row)
+            _save(row)
             print(json.dumps(row), flush=True)
             failed += not row["ok"]
     return int(failed > 0)
@@ -72,16 +72,16 @@ def main() -> int:
 def _pair(text: str) -> tuple[str, str]:
     python, sign, torch = text.partition("=")
     if not (python and sign and torch):
-        raise argparse.ArgumentTypeError(f"{text!r}: want one such as python3.12=2.11.0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a pair such as python3.12=2.11.0")
     return python, torch
 
 
 def _clone(folder: Path) -> Path:
-    """A clone of HEAD in `folder`; one that is there is brought up to date."""
+    """Clone HEAD to `folder`, or update the clone that is there."""
     if not folder.exists():
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
-    fetched = ["git", "-C", folder, "fetch", "-q", ROOT, "HEAD"]
-    subprocess.run(fetched, check=True)
+    fetch = ["git", "-C", folder, "fetch", "-q", ROOT, "HEAD"]
+    subprocess.run(fetch, check=True)
     subprocess.run(["git", "-C", folder, "reset", "-q", "--hard", "FETCH_HEAD"], check=True)
     return folder
 
@@ -91,11 +91,11 @@ def _row(clone: Path, environment: dict) -> dict:
     tests = _run(["make", "test"], clone, environment)
     static = _run([python, "-m", "profiles", "static", "--quick"], clone, environment)
     last_line = tests.stdout.rstrip().rpartition("\n")[2]
-    counts = {what: int(number) for number, what in re.findall(r"(\d+) ([a-z]+?)s?\b", last_line)}
+    counts = {kind: int(number) for number, kind in re.findall(r"(\d+) ([a-z]+?)s?\b", last_line)}
     head = _run(["git", "rev-parse", "--short=12", "HEAD"], clone, environment)
     return {
         **json.loads(_run([python, "-c", INSTALLED], clone, environment).stdout),
-        **{what: counts.get(what, 0) for what in ("passed", "failed", "skipped", "error")},
+        **{kind: counts.get(kind, 0) for kind in ("passed", "failed", "skipped", "error")},
         "static": static.stdout.rstrip().rpartition("\n")[2],
         "ok": tests.returncode == 0 and static.returncode == 0,
         "commit": head.stdout.strip(),
@@ -110,8 +110,8 @@ def _run(command: list, clone: Path, environment: dict) -> subprocess.CompletedP
     return done
 
 
-def _keep(row: dict) -> None:
-    """Put the row into the file, in place of an older one of the same Python and PyTorch."""
+def _save(row: dict) -> None:
+    """Write the row to the file, replacing an older one of the same Python and PyTorch."""
 
     def key(row: dict) -> tuple:
         names = ("python", "torch")
@@ -119,7 +119,7 @@ def _keep(row: dict) -> None:
 
     lines = ROWS.read_text().splitlines() if ROWS.exists() else []
     rows = [old for old in map(json.loads, lines) if key(old) != key(row)]
-    lines = [json.dumps(kept) for kept in sorted([*rows, row], key=key)]
+    lines = [json.dumps(row) for row in sorted([*rows, row], key=key)]
     ROWS.write_text("\n".join(lines) + "\n")
 
 

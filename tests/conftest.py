@@ -1,5 +1,5 @@
-"""What holds for every test: one state of the random numbers, one thread, no network, and a GPU
-only where there is one."""
+"""Setup of all tests: fixed random state, one thread, no network, and Triton's interpreter if there
+is no GPU."""
 
 import gc
 import os
@@ -20,36 +20,36 @@ from tests.support.gpu_guard import (  # noqa: F401 - hooks
 )
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
-os.environ["PACORE_WARM_UP"] = "0"  # tests compile what they launch, and nothing else
+os.environ["PACORE_WARM_UP"] = "0"  # tests compile only what they launch
 
-# Triton kernels are tested on the GPU where there is one, else in Triton's interpreter, which has
-# to be chosen before a kernel is defined, and which Triton ships wrong for bf16.
+# Triton kernels are tested on the GPU if there is one, else in Triton's interpreter, which must be
+# selected before a kernel is defined, and whose bf16 is wrong as shipped.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     from tests.support.interpreter import correct_interpreter
 
     correct_interpreter()
 
-# One thread on every machine: sums split the same way, and tiny ops do not wait for other threads.
+# One thread on every machine: sums are split alike, and tiny ops do not wait for other threads.
 torch.set_num_threads(1)
 
 try:
     from hypothesis import settings
-except ImportError:  # a GPU node may have pytest alone
+except ImportError:  # a GPU node may have pytest without it
     pass
 else:
     settings.load_profile("ci")  # derandomised, without deadlines and without a database
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector off what stays to the end: a collection, of which every timing
-    makes one, takes 0.3 s otherwise."""
+    """Exclude the objects that exist now from garbage collection: each timing starts a collection,
+    which would take 0.3 s."""
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def seeds():
-    """Every test starts from the same random state, whichever ran before it."""
+    """Start every test from the same random state, independent of the tests before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def seeds():
 
 @pytest.fixture(scope="session", autouse=True)
 def small_roofline() -> Generator[None]:
-    """A CPU's ceilings from small work, once a process: no test is about how high they are."""
+    """Measure the CPU's roofline with little work, since no test depends on its values."""
     from bench import roofline
 
     with pytest.MonkeyPatch.context() as patch:
@@ -68,29 +68,30 @@ def small_roofline() -> Generator[None]:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    """The CPU, and a GPU where there is one."""
+    """The CPU, and the GPU if there is one."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def triton_device() -> str:
-    """Where Triton kernels run: on the GPU, which marks the test `gpu`, or interpreted."""
+    """The device of Triton kernels: the GPU (the test gets the mark `gpu`), or the CPU,
+    interpreted."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
 def interpreter() -> None:
-    """For a test whose Triton kernels take the tensors of a CPU: skips where they are compiled."""
+    """For a test whose Triton kernels take CPU tensors: skips it if kernels are compiled."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs Triton's interpreter, which is off where there is a GPU")
+        pytest.skip("needs Triton's interpreter, which is off on a machine with a GPU")
 
 
 @pytest.fixture
 def steady_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products whose bits do not depend on where a row stands in its tile, as on a GPU.
+    """Matrix products whose bits do not depend on a row's index in its tile, as on a GPU.
 
-    The interpreter's are NumPy's, and its BLAS sums the last rows of a matrix in another order on
-    CPUs without AVX-512. Summed in fp64 and rounded, that is not seen.
+    The interpreter uses NumPy's products, and its BLAS sums the last rows of a matrix in another
+    order on CPUs without AVX-512. Summing in fp64 and rounding hides that.
     """
     if torch.cuda.is_available():
         return
@@ -107,8 +108,8 @@ def steady_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
-# What takes seconds is left out of `make quick` by its mark, and no other test may do it: start a
-# Python process (`cli`), import transformers or timm (`judge`).
+# Two things take seconds, so only tests that `make quick` leaves out by their mark may do them:
+# start a Python process (`cli`), import transformers or timm (`judge`).
 _now: list[pytest.Item] = []
 
 
@@ -129,7 +130,7 @@ def _refuse_the_unmarked(event: str, args: tuple) -> None:
     elif event == "import" and args[0] in ("transformers", "timm"):
         mark = "judge"
     if mark and _now and not _now[0].get_closest_marker(mark):
-        pytest.fail(f"{event} {args[0]}: such a test needs the mark `{mark}`")
+        pytest.fail(f"{event} {args[0]}: a test that does this needs the mark `{mark}`")
 
 
 sys.addaudithook(_refuse_the_unmarked)
