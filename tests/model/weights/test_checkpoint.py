@@ -209,7 +209,7 @@ def test_a_shard_may_not_hold_more_than_its_index(tmp_path):
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
-    """Guards against two different copies of a tensor, of which the last one read would win."""
+    """Guards against two different copies of a tensor: the last one read would win."""
     tensors = {name: t.clone() for name, t in two_tensors().items()}
     save_file(tensors, tmp_path / "model.safetensors")
     save_file({"a.weight": tensors["a.weight"]}, tmp_path / "other.safetensors")
