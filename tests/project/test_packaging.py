@@ -223,7 +223,7 @@ def test_the_console_command(installed):
         (["nothing"], "invalid choice: 'nothing'"),
         (["profiles", "nothing"], "(see `step3vl-pacore profiles --help`)"),
         (["profiles", "tables"], "only in a checkout of the repository"),
-        (["bench", "compare", "HEAD", "."], "is no git checkout"),
+        (["bench", "compare", "HEAD", "."], "is not a git checkout"),
     ):
         done = installed.run("step3vl-pacore", *arguments)
         assert done.returncode == 2
