@@ -259,7 +259,7 @@ class Step3VL(nn.Module):
         count = self.count_features(views)
         if len(rows) != count:
             raise InputError(
-                f"the prompt has {len(rows)} <im_patch> tokens, the images give {count}"
+                f"the prompt has {len(rows)} <im_patch> tokens, but the images need {count}"
             )
         return self.decoder.embed(ids, [(rows, self.encode_images(views))] if views else [])
 

@@ -53,7 +53,7 @@ class Prompt:
         if placeholders and first + len(placeholders) > count:
             raise InputError(
                 f"the prompt has {first + len(placeholders)} <im_patch> tokens,"
-                f" the images give {count}"
+                f" but the images need {count}"
             )
         return Prompt(ids, placeholders, features, first)
 

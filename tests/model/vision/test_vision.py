@@ -82,7 +82,7 @@ def test_whole_model(tiny: Step3VL):
     views = [*photos[0].all, *photos[1].all]
     expected = transformers_judge.logits(tiny, ids, views)
     assert max_error(tiny(ids, images=photos), expected) < 1e-4
-    with pytest.raises(InputError, match="26 <im_patch> tokens, the images give 9"):
+    with pytest.raises(InputError, match="26 <im_patch> tokens, but the images need 9"):
         tiny(ids, images=photos[1:])
 
 
