@@ -422,7 +422,7 @@ def test_bad_input(tiny: Step3VL):
     patch = tiny.config.tokens.im_patch
     with pytest.raises(InputError, match=r"prompt id -3 is not in \[0, "):
         engine.executor.segment([1, -3])
-    with pytest.raises(InputError, match="has 2 <im_patch> tokens, but the images neee 0"):
+    with pytest.raises(InputError, match="has 2 <im_patch> tokens, but the images need 0"):
         engine.executor.segment([1, patch, patch])
     text_only = Step3VL.from_preset("tiny", seed=1)
     text_only.vision = None
