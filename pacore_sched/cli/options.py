@@ -29,7 +29,11 @@ KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="smollm2-135m", help="preset, checkpoint folder or GGUF")
+    parser.add_argument(
+        "--model",
+        default="smollm2-135m",
+        help="preset, checkpoint folder or GGUF (default: smollm2-135m)",
+    )
     parser.add_argument(
         "--impl", help=f"one of {', '.join(IMPLS)}; default: the best on the device"
     )
@@ -38,7 +42,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-tokens", type=int, default=512, help="limit per rollout")
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, help="limit per rollout (default: 512)"
+    )
     parser.add_argument(
         "--temperature", type=float, help=f"0 is greedy; {_default_from_model('temperature')}"
     )
@@ -56,7 +62,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def add_pacore_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--widths", default="16", help="rollouts per round, e.g. 16 or 32,4; '': only the synthesis"
+        "--widths",
+        default="16",
+        help="rollouts per round, such as 32,4 (default: 16); '': only the synthesis",
     )
     parser.add_argument("--template", help="jinja2 file for the synthesis prompt")
 
@@ -64,9 +72,13 @@ def add_pacore_options(parser: argparse.ArgumentParser) -> None:
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     names = [name for name in POLICIES if name not in ORACLES]
     parser.add_argument(
-        "--policy", default="later-round-first", help=f"scheduling policy: {', '.join(names)}"
+        "--policy",
+        default="later-round-first",
+        help=f"one of {', '.join(names)} (default: later-round-first)",
     )
-    parser.add_argument("--max-running", type=int, default=256, help="limit of decoding rollouts")
+    parser.add_argument(
+        "--max-running", type=int, default=256, help="limit of decoding rollouts (default: 256)"
+    )
     parser.add_argument(
         "--kv-dtype",
         choices=KV_DTYPES,

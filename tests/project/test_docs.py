@@ -54,7 +54,7 @@ def test_readme_calls_a_kernel(tmp_path):
 def test_terms_are_defined_once():
     """Guards the glossary's promise: one meaning per word."""
     glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]* \|$", glossary, re.MULTILINE)
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|[^|]*\|$", glossary, re.MULTILINE)
     terms = [term.strip() for row in rows for term in row.split(", ") if term != "term"]
     assert len(terms) > 50
     assert sorted(terms) == sorted(set(terms))
