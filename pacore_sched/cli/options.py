@@ -57,7 +57,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], help="string that ends a rollout; may be repeated"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
 
 
 def add_pacore_options(parser: argparse.ArgumentParser) -> None:

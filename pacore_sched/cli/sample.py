@@ -18,7 +18,7 @@ from pacore_sched.cli.jobs import Job, ProblemResult, add_job_options, run_job
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", help="JSONL file with one prompt per line")
-    parser.add_argument("--n", type=int, default=8, help="samples per prompt")
+    parser.add_argument("--n", type=int, default=8, help="samples per prompt (default: 8)")
     add_job_options(parser, "one prompt with its samples")
 
 
