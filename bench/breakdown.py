@@ -17,7 +17,8 @@ REPEATS = 3
 
 
 def parts(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Microseconds of one call by kind of span (the first word of its name): medians of REPEATS.
+    """Microseconds of one call by part (the first word of a span's name: "linear" of "linear
+    down"): medians of REPEATS.
 
     A span's time excludes the spans inside it; "other" is everything outside ops and products, so
     that the parts add up to the call. On a CPU these are wall-clock times; on a GPU they are the
@@ -45,7 +46,7 @@ def _by_clock(call: Callable[[], object]) -> dict[str, float]:
             yield
         finally:
             elapsed = time.perf_counter() - start
-            self_us[_kind(name)] += 1e6 * (elapsed - nested.pop())
+            self_us[_part(name)] += 1e6 * (elapsed - nested.pop())
             nested[-1] += elapsed
 
     with use(Ranges(span, lambda name: lambda: None)), span(WHOLE):
@@ -62,12 +63,12 @@ def _by_kernels(call: Callable[[], object]) -> dict[str, float]:
     for event in trace.events():
         if event.name == WHOLE and _on_host(event):
             for inner in _walk(event):
-                self_us[_kind(inner.name)] += _self_us(inner)
+                self_us[_part(inner.name)] += _self_us(inner)
     return self_us
 
 
-def _kind(name: str) -> str:
-    """The first word ("linear" of "linear down"); a layer's time outside ops is "other"."""
+def _part(name: str) -> str:
+    """A span's part: its first word; "other" for a layer's time outside ops."""
     first, _, rest = name.partition(" ")
     return "other" if name == WHOLE or rest.startswith("layer") else first
 

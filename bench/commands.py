@@ -113,7 +113,7 @@ def end_to_end(options: argparse.Namespace, device: torch.device) -> Iterator[di
 
 
 def tuning(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """Measure the tile candidates and write the best into the GPU's table."""
+    """Measure the candidate kernel configs and write the best ones into the GPU's table."""
     if not options.dry_run and device.type != "cuda":
         raise InputError("tune needs a GPU, this device is a CPU; --dry-run lists the candidates")
     tune.check_compiles()

@@ -2,9 +2,9 @@
 
 Each ratio compares two forms that are timed alternately in one run, on one thread: with several
 threads on a shared machine, parallel regions wait for threads that are not running, and every form
-takes as long as the wait. The minimums are well below all measured ratios, so that only losing a
-form's purpose gets below one. A ratio below its minimum is measured again before it counts. Exit
-code 1 if it is below twice, or if a form's numbers are wrong.
+takes as long as the wait. The minimums are well below all measured ratios, so that a ratio
+falls below its minimum only if the form has lost its purpose. Such a ratio is measured again before
+it counts. Exit code 1 if it is below twice, or if a form's numbers are wrong.
 """
 
 import argparse

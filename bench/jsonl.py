@@ -1,4 +1,8 @@
-"""Rows as JSON Lines: one object per line, written whole or not at all. Imports no torch."""
+"""Rows as JSON Lines, one object per line. Imports no torch.
+
+An incomplete last line, as a killed process may leave it, is ignored by `read` and removed by the
+next `append`.
+"""
 
 import json
 from collections.abc import Iterable, Iterator

@@ -57,7 +57,7 @@ class Several:
 
 
 def measure(parts: Sequence[Measurement], options: argparse.Namespace) -> int:
-    """Run them; returns 1 if a form's numbers are wrong or it could not run, else 0."""
+    """Run the measurements; returns 1 if a form's numbers are wrong or it could not run, else 0."""
     device = parse_device(options.device)
     keep_freed_memory()
     if options.report:

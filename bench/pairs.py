@@ -56,8 +56,8 @@ PAIRS: dict[str, Table] = {
         ("rms_norm", "T256 C4096"): PDL,
     },
 }
-# The same for `numerics_cases`, in bf16. One value of each switch is the rule's and has been
-# checked as such, but which one depends on the GPU.
+# The same for `numerics_cases`, in bf16. One value of each switch is the rule's and is checked by
+# `numerics` already; which one depends on the GPU.
 CHECKS: dict[str, Table] = {
     "cuda": {
         ("prefix_attention", "ragged forest"): ATTENTION,

@@ -38,7 +38,8 @@ def measured(
 ) -> dict:
     """One row. Without a `timing`, its times, rates and ceilings are None.
 
-    `with_speedups` fills in `speedup`; `failure` says why a row has no times, or is None.
+    `with_speedups` fills in `speedup`; `failure` says what is wrong with the results, or why
+    there are no times; else it is None.
     """
     best = roofline(device, dtype) if timing else None
     return {

@@ -1,4 +1,4 @@
-"""The one timer: every duration that this project reports comes from `measure`.
+"""The one timer of ops and model steps: `measure`. (Runs of many steps use a wall clock.)
 
 Candidates run interleaved, in alternating order, so that drift of the machine affects all of them
 alike; the result is a median with the 20th and 80th percentiles. A candidate receives the index of

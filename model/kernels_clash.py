@@ -15,7 +15,7 @@ ADVICE = "install step3vl-pacore in a separate virtual environment"
 
 
 def error() -> str | None:
-    """What prevents `import kernels` from finding ours, complete; None if it does find it."""
+    """What prevents `import kernels` from finding this repository's complete package, or None."""
     if not OURS.exists():
         return (
             f"{OURS} is missing, perhaps since Hugging Face's `kernels` was uninstalled:"

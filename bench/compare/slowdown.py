@@ -11,7 +11,7 @@ B is slower if
   centre. The standard error comes from the spread, 1.4826 times the median absolute deviation of
   the log ratios (one standard deviation of a normal distribution): how much both sides' runs vary
   from one to the next, apart from drift;
-- and nearly all pairs agree: a share AGREE of them, 9 of 10, exceed the threshold themselves.
+- and nearly all pairs agree: at least AGREE of them (85 %, so 9 of 10) exceed the threshold.
 
 B is faster by the same rule with the sign reversed. A centre beyond the threshold that meets
 neither rule is "unclear". Noise alone rarely meets both conditions, but an effect that lasts as

@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class Worker:
-    """Serves requests. A request names a method and its arguments; methods return JSON."""
+    """Serves requests: the first constructs it, each later one names a method and arguments."""
 
     def __init__(self, device: str, dtype: str | None, threads: int) -> None:
         import torch

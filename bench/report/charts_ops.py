@@ -180,7 +180,7 @@ def _label(figure: Any, axes: Any, rows: list[dict], marks: list[tuple[float, fl
     """Label each op once, at its case with the most FLOPs, next to the marker if there is room."""
     figure.canvas.draw()
     pixels = axes.transData.transform
-    taken = [_box(pixels(marker_style)) for marker_style in marks]
+    taken = [_box(pixels(point)) for point in marks]
     names: list[Any] = []
     for op_rows in group_by(rows, "op").values():
         row = max(op_rows, key=lambda row: row["flops"])

@@ -5,7 +5,8 @@
 Before each tile, every CTA then checks that the tile exists, is as long on the work line as its
 grains and overhead require, and contains the CTA's position on the line. If not, the CTA records
 its numbers and leaves the loop; the launcher waits for the kernel, reads the record and raises.
-During CUDA graph capture nothing is read. By default the check is off and not compiled in.
+With `pieces` it checks each piece's record instead. During CUDA graph capture nothing is read. By
+default the check is off and not compiled in.
 """
 
 import os

@@ -117,7 +117,8 @@ class InputClass:
                         3      smaller tiles alone, on sm_90
             ahead       0      fused e4m3; fused M 128 on sm_80       registers
                                M 64 with 4 warps on sm_80             room for a second CTA
-            pieces      0      fused smaller tiles alone, on sm_90    registers
+            pieces      0      fused smaller tiles alone, without     registers
+                               e4m3, on sm_90
             steady      1      M 128 without e4m3                     fills the pipeline twice: pays
                                                                       where computing takes longer
 

@@ -6,7 +6,7 @@ the part of a row tile that one CTA processes.
 
 import triton.language as tl
 
-# Columns of a tile's record. Row r of the tile sees the node's first min(end, edge + r) tokens.
+# Columns of a tile's record. Row r of the step sees the node's first min(end, edge + r) tokens.
 ROW = tl.constexpr(0)  # the tile's first row
 ROWS = tl.constexpr(1)
 PAGE_START = tl.constexpr(2)  # the node's first entry in the page table

@@ -52,7 +52,7 @@ def attend_tile(
         final
     row_start, rows: the tile's first row and its number of rows
     page_start, node_start: the node's first entry in the page table; tokens before the node
-    edge: row r sees the tokens before edge + r
+    edge: row r of the step sees the tokens before edge + r
     """
     q, kv, blocks, page_table, row_position, rotary = inputs
     out, lse, part_out, part_lse = outputs

@@ -12,8 +12,8 @@ they are safe during capture.
 There are spans for PaCoRe's rounds, the engine's steps ("engine step 7": "schedule", "execute",
 "update"), layers ("decoder layer 3"), every op by its name (`dispatch.pick`; `rotary_attention`
 where it is fused) and every matrix product of the model ("linear gate_up"). A span's name up to the
-first number is its `family`. The self times of its spans (without the spans in them) add up to a
-step.
+first number is its `family`. The self times of all spans (each without the spans inside it) add up
+to the step.
 """
 
 import os

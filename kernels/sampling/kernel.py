@@ -4,7 +4,7 @@ Each row is split into blocks of BLOCK tokens, one CTA each:
 
     scan   reads the logits from HBM, once: each block's largest logit and sum of exponentials;
            without truncation, also each block's token with the largest score
-    cut    (with truncation) one CTA per row finds the least probable z that is kept
+    cut    (with truncation) one CTA per row finds the smallest z that is kept
     draw   (with truncation) each block's token with the largest score among those kept
     pick   one CTA per row: the best block's token and its log-probability, written to where the
            next step reads them

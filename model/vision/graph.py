@@ -40,8 +40,8 @@ class Graphs:
     The `max_graphs` most recently used are kept, in one memory pool: beyond their inputs and
     outputs, they take together what the largest takes. They must run on one stream. Batches of more
     than `max_rows` input rows keep a GPU busy by themselves and are not captured. `enabled`: None
-    for on CUDA with Triton impls, False for never. If a capture fails (too little memory), that key
-    runs without a graph from then on, after one warning.
+    for on CUDA with Triton impls, False for never. If a capture fails (too little memory), no
+    further key is captured; each of them warns once and runs without a graph.
     """
 
     capture = GraphOfInputs

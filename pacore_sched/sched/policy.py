@@ -277,7 +277,7 @@ def peak(left: Iterable[tuple[int, int]]) -> int:
     """The most tokens held at once by rollouts of (tokens to come, tokens held).
 
     All grow at the same rate. The peak comes just before a rollout ends, when all that end later
-    have grown by as much.
+    have grown by the same number of tokens.
     """
     highest = held = count = 0
     for to_come, held_now in sorted(left, reverse=True):

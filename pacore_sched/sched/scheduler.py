@@ -221,7 +221,7 @@ class Scheduler:
         heappush(self._ends, (self.steps + rollout.max_tokens - rollout.scheduled, rollout.node))
 
     def _start_decoding(self, rollout: Rollout) -> None:
-        """Decode a rollout from the next step on, with pages until all rollouts reserve again."""
+        """Decode a rollout from the next step on, and reserve its pages as far as the others'."""
         self._decoding[rollout.node] = rollout
         self._catching_up.pop(rollout, None)
         self._push_end(rollout)

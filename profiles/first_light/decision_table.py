@@ -8,7 +8,7 @@ One entry per question, the most important first. The reasons for the limits:
   tiles of 16 rows, which share launches and registers with the large tiles; otherwise it is the
   loop.
 - a is the cost of a call outside that loop: finding the work, the first page, the merge. About 3 us
-  are expected, and a step of 16 rollouts has little more than 14 us of reading to hide them. Tuning
+  are expected, and 16 rollouts read for only about 14 us, too short to hide them. Tuning
   block sizes cannot lower a; records of pieces and an earlier start can.
 - `ahead` takes the load of the page number out of the pipeline of K and V loads. If it gains less
   than 3 % on every case, CTAs do not wait for the pipeline, and the ideas that build on it fail

@@ -1,4 +1,4 @@
-"""Tasks and results: what a worker process is asked, and what it answered. Imports no torch."""
+"""Tasks sent to worker processes, and their results. Imports no torch."""
 
 import json
 import time

@@ -55,7 +55,7 @@ def _origin(path: Path, rows: Sequence[Row]) -> str:
 
 
 def _decode_steps(rows: Sequence[Row]) -> str:
-    """A line per batch, prefix and suffix. MBU is the fewest bytes over time and copy bandwidth."""
+    """A line per batch, prefix and suffix. MBU: minimum bytes over time and copy bandwidth."""
     steps: dict[str, dict[str, Row]] = {}
     for row in rows:
         if row["op"] == "decode_step":
