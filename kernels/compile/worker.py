@@ -3,7 +3,8 @@
     python -m kernels.compile.worker CLAIMS
 
 Reads pickled requests from stdin, each the bytes of a pickled (site, gpu) pair, and answers each
-with a pickled `CompileResult`. Workers that share the folder CLAIMS compile each kernel once between them.
+with a pickled `CompileResult`. Workers that share the folder CLAIMS compile each kernel once
+between them.
 """
 
 import os
