@@ -5,8 +5,8 @@ line, an equal work range for every program, a partial for every pair of a tile 
 is allocated and nothing is launched. Program p is assumed to run on SM p mod SMs.
 
 Floors relate the bytes that must cross the bus (every token once, q, the result) to the copy
-bandwidth and the useful operations to the matrix rate. Both rates are the datasheet's unless a
-measured bandwidth is given; no kernel reaches a datasheet's bandwidth.
+bandwidth and the useful operations to the matrix rate. Both rates are the data sheet's unless a
+measured bandwidth is given; no kernel reaches a data sheet's bandwidth.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from kernels.runtime.configs import A100, H200, Gpu, assume_gpu
 from model.config import PRESETS
 from model.errors import InputError
 
-# Datasheet memory GB/s, TFLOP/s of dense bf16 products and of fp32: H200 SXM; A100 SXM 80 GB.
+# Data sheet: memory GB/s, TFLOP/s of dense bf16 products and of fp32: H200 SXM; A100 SXM 80 GB.
 GPUS: dict[str, tuple[Gpu, float, float, float]] = {
     "h200": (H200, 4800.0, 989.0, 67.0),
     "a100": (A100, 2039.0, 312.0, 19.5),
@@ -198,8 +198,8 @@ def rotary(name: str, forest: Forest, gpu: Gpu, best: Roofline, fp32_tflop_s: fl
 def table(gpu_name: str, copy_gb_s: float | None = None, name: str = "") -> Iterator[dict]:
     """Rows of all trees with `name` in their names: all in the fastest mode, then the main trees in
     every mode. Raises InputError if there is no such tree."""
-    gpu, datasheet, tflop_s, fp32_tflop_s = GPUS[gpu_name]
-    best = Roofline(gpu.name, "bfloat16", copy_gb_s or datasheet, tflop_s)
+    gpu, memory_gb_s, tflop_s, fp32_tflop_s = GPUS[gpu_name]
+    best = Roofline(gpu.name, "bfloat16", copy_gb_s or memory_gb_s, tflop_s)
     source = {"copy_source": "given" if copy_gb_s else "datasheet", "failure": None}
     main_trees = [tree for tree in main_forests() if name in tree[0]]
     trees = [*main_trees, *(tree for tree in grid() if name in tree[0])]

@@ -16,7 +16,7 @@ from bench.jsonl import SCHEMA
 from bench.numerics import Verdict
 from bench.roofline import roofline
 from bench.timing import Timing
-from kernels.compile.cache import sources
+from kernels.compile.cache import source_hash
 from kernels.runtime.dtypes import dtype_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +129,7 @@ def commit() -> str:
     """
     head = git("rev-parse", "--short=12", "HEAD")
     if head is None:
-        code = sources("kernels", "model", "pacore_sched", "bench")
+        code = source_hash("kernels", "model", "pacore_sched", "bench")
         return os.environ.get("GIT_COMMIT") or f"{kernels.__version__}+{code[:12]}"
     status = ("status", "--porcelain", "--untracked-files=no")
     changes = git(*status, "--", ".", ":(exclude)profiles/results")

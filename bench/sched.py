@@ -45,15 +45,15 @@ def step_cost(policy: str, size: tuple[int, int], short: bool = False, steps: in
     for _ in range(WARM_UP):
         load.step()
     times = sorted(load.step() for _ in range(steps))
-    cut = quantiles(times, n=100)
+    percentiles = quantiles(times, n=100)
     return {
         "op": "scheduler_step",
         "case": f"{running} running, {waiting} waiting" + (", short memory" if short else ""),
         "policy": policy,
-        "median_us": cut[49],
-        "p20_us": cut[19],
-        "p80_us": cut[79],
-        "p99_us": cut[98],
+        "median_us": percentiles[49],
+        "p20_us": percentiles[19],
+        "p80_us": percentiles[79],
+        "p99_us": percentiles[98],
         "mean_us": fmean(times),
         "per_rollout_us": fmean(times) / running,
         "preemptions_per_step": load.scheduler.counts.preemptions / (steps + WARM_UP),

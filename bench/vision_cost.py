@@ -4,7 +4,7 @@ The ops' own launchers run on unfilled CPU tensors, and their launches are recor
 program, the multiply-adds of its tiles, padding included. Programs go to the SMs in order, each to
 the first SM that is free, one at a time; launches follow each other. `balance` is the busiest SMs'
 work over the mean, `padding` all work over the useful work, "scheduled" the busiest SMs' time at
-the datasheet's rate. Launches without products (a rotation, a merge) are left out.
+the data sheet's rate. Launches without products (a rotation, a merge) are left out.
 """
 
 import heapq
@@ -37,8 +37,8 @@ def table(ops: Sequence[str], gpu_name: str, copy_gb_s: float | None, name: str)
     Raises InputError if there is no such case, or if Triton interprets.
     """
     check_compiles()
-    gpu, datasheet, tflop_s, _ = GPUS[gpu_name]
-    best = Roofline(gpu.name, "bfloat16", copy_gb_s or datasheet, tflop_s)
+    gpu, memory_gb_s, tflop_s, _ = GPUS[gpu_name]
+    best = Roofline(gpu.name, "bfloat16", copy_gb_s or memory_gb_s, tflop_s)
     for case in in_modes(select(cases("cuda"), ops, name)):
         works = work_of(case, gpu)
         if works:
@@ -120,9 +120,9 @@ def _gemm(args: dict, config: KernelConfig, gpu: Gpu) -> np.ndarray:
     steps = args["TAPS"] * cdiv(args["C"], args["BLOCK_K"])
     programs = gpu.sms * config["programs"]
     names = ("band", "whole", "rest", "lanes", "share")
-    cut = StreamK(steps, programs, **{name: args[name] for name in names})
+    division = StreamK(steps, programs, **{name: args[name] for name in names})
     step = args["BLOCK_M"] * args["BLOCK_N"] * args["BLOCK_K"]
-    return np.array([cut.work(program) * step for program in range(programs)])
+    return np.array([division.work(program) * step for program in range(programs)])
 
 
 PARTS = ("vision_attention", "gemm")  # whose configs these launches use

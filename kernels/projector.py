@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gemm import check_placing, convolution, halved, linear
+from kernels.gemm import check_output_rows, convolution, halved, linear
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.grids import Grid, tokens_of
@@ -57,7 +57,7 @@ def projector(
     """
     weights = (w1, b1, w2, b2, w3)
     _check_weights(x, grids, weights, folded)
-    check_placing(x, sum(map(output_tokens, grids)), w3.shape[0], out, rows)
+    check_output_rows(x, sum(map(output_tokens, grids)), w3.shape[0], out, rows)
     form = pick("projector", impl, x.device, _FORMS)
     return form(x, grids, weights, folded, out, rows)
 

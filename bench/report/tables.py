@@ -27,7 +27,7 @@ def percent(value: float) -> str:
 
 ORIGIN = ("device", "driver", "torch", "triton", "commit", "time", "schema")
 MAX_ROWS, MAX_LENGTH = 40, 200  # rows of an unknown kind; characters of a value
-US, SECONDS = number(0), number(2, per=1e6)
+NUMBER, SECONDS = number(0), number(2, per=1e6)
 NAMES = tuple((name, name, str) for name in ("case", "impl", "dtype"))
 COMPARED = ((" % roofline", "roofline_pct", number(1)), (" x eager", "speedup", number(2)))
 RATES = (
@@ -37,15 +37,15 @@ RATES = (
 MAKESPAN = (" makespan s", "makespan_s", number(1))
 TO_ANSWER = (" time to answer s", "tta_mean_s", number(1))
 ERROR = (" max error", "max_err", error)
-SPREAD = tuple((f" {p} us", f"{p}_us", US) for p in ("median", "p20", "p80"))
+SPREAD = tuple((f" {p} us", f"{p}_us", NUMBER) for p in ("median", "p20", "p80"))
 MILLISECONDS = tuple((f" {p} ms", f"{p}_us", number(2, per=1e3)) for p in ("median", "p20", "p80"))
 JOB_COLUMNS: dict[str, tuple[Column, ...]] = {
     "pacore": (*NAMES, (" seconds", "median_us", SECONDS), *RATES, *COMPARED, ERROR),
     "photo": (*NAMES, *MILLISECONDS, *COMPARED, ERROR),
     "vision": (
         *NAMES,
-        (" views", "views", US),
-        (" tokens", "tokens", US),
+        (" views", "views", NUMBER),
+        (" tokens", "tokens", NUMBER),
         *MILLISECONDS,
         (" TFLOP/s", "tflop_s", number(3)),
         (" % of GEMM", "gemm_pct", number(1)),
@@ -57,7 +57,7 @@ JOB_COLUMNS: dict[str, tuple[Column, ...]] = {
         *SPREAD,
         *COMPARED,
         RATES[0],
-        (" host us", "host_us", US),
+        (" host us", "host_us", NUMBER),
         (" idle %", "idle_pct", number(1)),
         (" padding %", "padding_pct", number(1)),
         (" same tokens as eager", "same_tokens", percent),
@@ -67,10 +67,10 @@ JOB_COLUMNS: dict[str, tuple[Column, ...]] = {
         MAKESPAN,
         TO_ANSWER,
         RATES[0],
-        (" steps", "steps", US),
-        (" preemptions", "preemptions", US),
-        (" drafted", "drafted", US),
-        (" accepted", "accepted", US),
+        (" steps", "steps", NUMBER),
+        (" preemptions", "preemptions", NUMBER),
+        (" drafted", "drafted", NUMBER),
+        (" accepted", "accepted", NUMBER),
         (" same texts", "same_texts", percent),
     ),
     "replay": (
@@ -81,8 +81,8 @@ JOB_COLUMNS: dict[str, tuple[Column, ...]] = {
         TO_ANSWER,
         (" simulated", "tta_mean_simulated_s", number(1)),
         (" error", "tta_error", percent),
-        (" steps", "steps", US),
-        (" simulated", "steps_simulated", US),
+        (" steps", "steps", NUMBER),
+        (" simulated", "steps_simulated", NUMBER),
     ),
     "scheduler_step": (
         ("case", "case", str),

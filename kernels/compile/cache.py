@@ -39,7 +39,7 @@ def is_compiled(folder: Path) -> bool:
     return False
 
 
-def sources(*packages: str) -> str:
+def source_hash(*packages: str) -> str:
     """A hash of these packages' files: keys depend on the kernels' text, even line numbers."""
     digest = hashlib.sha256()
     for package in packages:

@@ -79,7 +79,7 @@ def convolution(
     return _launch(x, by_tap.flatten(1), bias, windows, windows.shape[1], False, out, rows)
 
 
-def check_placing(
+def check_output_rows(
     x: Tensor, count: int, width: int, out: Tensor | None, rows: Tensor | None
 ) -> None:
     """Raise ValueError unless `count` results of `width` columns can be written to `rows` of `out`.
@@ -280,7 +280,7 @@ def _check_operands(
     check(x.stride(1) == 1 or x.shape[1] == 1, "x must have neighbouring channels (stride 1)")
     width = weight.shape[0]
     check(bias is None or bias.shape == (width,), f"bias must be [{width}]")
-    check_placing(x, count, width, out, rows)
+    check_output_rows(x, count, width, out, rows)
     for name, tensor in {"weight": weight, "bias": bias}.items():
         check(
             tensor is None or (tensor.dtype == x.dtype and tensor.device == x.device),

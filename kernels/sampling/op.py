@@ -24,8 +24,8 @@ from kernels.sampling.kernel import (
 )
 
 WORD = 0xFFFFFFFF  # the low 32 bits
-ROW = 16  # rows are padded to multiples of this many fp32, 64 bytes, to be aligned alike
-BLOCK = 1 << 17  # counters computed at a time on a CPU: six int64 buffers of 1 MiB
+ROW_ALIGNMENT = 16  # rows are padded to multiples of this many fp32, 64 bytes, to be aligned alike
+COUNTER_BLOCK = 1 << 17  # counters computed at a time on a CPU: six int64 buffers of 1 MiB
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def sample_ref(
     because torch may round them differently for other shapes and alignments.
     """
     batch, vocab = logits.shape
-    width = cdiv(vocab, ROW) * ROW
+    width = cdiv(vocab, ROW_ALIGNMENT) * ROW_ALIGNMENT
     scores = logits.new_full((batch, width), -torch.inf, dtype=torch.float32)
     scores[:, :vocab] = logits
     z = scores - scores.amax(1, keepdim=True)
@@ -172,7 +172,7 @@ def _noise(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
     noise = torch.empty(len(seeds), count, 4, device=seeds.device)
     index = torch.arange(count, device=seeds.device)
     zero = torch.zeros_like(index[:1])
-    rows = max(1, len(seeds) if seeds.is_cuda else BLOCK // count)
+    rows = max(1, len(seeds) if seeds.is_cuda else COUNTER_BLOCK // count)
     for block, seed, position in zip(
         noise.split(rows), seeds[:, None].split(rows), positions[:, None].split(rows), strict=True
     ):

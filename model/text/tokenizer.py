@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 # Some tokenizers flag these as special, but they are part of a model's answer.
-SPOKEN = ("<think>", "</think>")
+THINK_MARKERS = ("<think>", "</think>")
 
 
 class Tokenizer:
@@ -44,7 +44,9 @@ class Tokenizer:
         self.chat_template = chat_template
         self.added = {id: token.content for id, token in added.items()}
         self.special = frozenset(
-            id for id, token in added.items() if token.special and token.content not in SPOKEN
+            id
+            for id, token in added.items()
+            if token.special and token.content not in THINK_MARKERS
         )
 
     @staticmethod

@@ -114,15 +114,16 @@ class VisionTower(nn.Module):
         """
         size, side, grids = self.config.patch_size, self.config.grid, []
         for i, view in enumerate(views):
-            shape, kind = list(view.shape), (view.dtype, view.device)
+            shape, dtype_and_device = list(view.shape), (view.dtype, view.device)
             first = (views[0].dtype, views[0].device)
             check(
                 len(shape) == 3 and shape[0] == 3,
                 f"view {i} has shape {shape}; it must be [3, height, width]",
             )
             check(
-                kind == first,
-                f"view {i} is {kind[0]} on {kind[1]}, but view 0 is {first[0]} on {first[1]}",
+                dtype_and_device == first,
+                f"view {i} is {view.dtype} on {view.device},"
+                f" but view 0 is {first[0]} on {first[1]}",
             )
             (rows, row), (columns, column) = (divmod(pixels, size) for pixels in shape[1:])
             check(

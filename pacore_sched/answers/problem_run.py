@@ -191,7 +191,7 @@ class ProblemRun:
 
     def _ended(self) -> int:
         """The number of rollouts of the current round that ended without being cancelled."""
-        return sum(o.finish_reason != "cancelled" for o in self._current.values())
+        return sum(result.finish_reason != "cancelled" for result in self._current.values())
 
     def _encode(self) -> None:
         """Encode the images on the first call; afterwards only their layout is needed."""

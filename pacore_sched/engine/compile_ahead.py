@@ -28,7 +28,7 @@ import triton
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.runtime.cache import triton_key
 
-from kernels.compile.cache import entry, is_compiled, sources
+from kernels.compile.cache import entry, is_compiled, source_hash
 from kernels.compile.worker import CompileResult, Site
 from kernels.runtime.configs import Gpu, gpu_of
 from model.terminal import track
@@ -98,7 +98,7 @@ def _stamp(sites: Sequence[Site], gpu: Gpu) -> Path:
     digest = hashlib.sha256(pickle.dumps((sites, gpu)))
     env = {name: os.environ[name] for name in os.environ if name.startswith(("PACORE_", "TRITON_"))}
     triton_env = get_cache_invalidating_env_vars()
-    text = sources("kernels", "model", "pacore_sched", "bench")
+    text = source_hash("kernels", "model", "pacore_sched", "bench")
     parts = (text, triton_key(), torch.__version__, sorted(env.items()), triton_env)
     digest.update(str(parts).encode())
     return Path(triton.knobs.cache.dir) / "warm_up" / f"{digest.hexdigest()}.json"

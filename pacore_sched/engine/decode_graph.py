@@ -44,10 +44,11 @@ def default_buckets(max_running: int) -> tuple[int, ...]:
 
 def node_row_limits(rows: int, group: int) -> list[int]:
     """The node sizes, in rows, for which graphs of `rows` rows are captured: the rows that fit
-    attention's tiles of 16 and 64 query vectors, `group` per row, if fewer than `rows`; and `rows`.
+    attention's tiles of 16 and 64 query vectors (`group` vectors per row), where fewer than `rows`;
+    and `rows`.
     """
-    tiles = [vectors // group for vectors in (16, 64)]
-    return [*(tile for tile in tiles if 0 < tile < rows), rows]
+    limits = [vectors // group for vectors in (16, 64)]
+    return [*(limit for limit in limits if 0 < limit < rows), rows]
 
 
 class Captured(Protocol):
@@ -181,7 +182,7 @@ class DecodeGraphs:
         """The smallest bucket that fits, with the row limit that fits the largest node."""
         rows = next(bucket for bucket in self.buckets if bucket >= len(step.positions))
         largest = max(node.row_end - node.row_start for node in step.plan_nodes)
-        row_limit = next(tile for tile in node_row_limits(rows, self._group) if largest <= tile)
+        row_limit = next(limit for limit in node_row_limits(rows, self._group) if largest <= limit)
         return Capacity(rows, row_limit, max(MIN_LEVELS, _depth(step)))
 
     def _add_graph(

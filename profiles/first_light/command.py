@@ -45,8 +45,8 @@ STAGES = {
     "engine": 0.87,
     "vision": 0.95,
 }
-# The stages that other sections run in: the first one that is selected.
-HOST_STAGES = {
+# A section without its own stage runs in the first of these stages that is selected.
+STAGES_OF_SECTION = {
     "compile": ("pairs", "ops"),
     "roofline": ("pairs", "ops"),
     "launches": ("pairs",),
@@ -224,7 +224,7 @@ class FirstLightRun:
 
 def _stage_of(task: Task, stages: Sequence[str]) -> str | None:
     """The stage that a task runs in; None if that is not one of `stages`."""
-    candidates = HOST_STAGES.get(task.section, (task.section,))
+    candidates = STAGES_OF_SECTION.get(task.section, (task.section,))
     return next((stage for stage in candidates if stage in stages), None)
 
 

@@ -18,7 +18,7 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
-from kernels.compile.cache import entry, is_compiled, sources
+from kernels.compile.cache import entry, is_compiled, source_hash
 from kernels.compile.worker import Site
 from kernels.runtime.configs import Gpu
 from model.errors import InputError
@@ -76,7 +76,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def _write(path: Path, keys: Sequence[str], archs: Sequence[int]) -> None:
     """Write the entries in the order of their keys: neighbours compress well."""
     manifest = {"triton": triton.__version__, "archs": archs, "keys": keys}
-    manifest["sources"] = sources("kernels")
+    manifest["sources"] = source_hash("kernels")
     partial = path.with_name(path.name + ".partial")
     with tarfile.open(partial, "w:xz") as archive:
         _add(archive, MANIFEST, json.dumps(manifest).encode())
@@ -104,7 +104,7 @@ def _check(path: Path, manifest: dict) -> None:
             f"{path} was packed with Triton {manifest['triton']}, but this is"
             f" {triton.__version__}: pack with the version that will launch the kernels"
         )
-    if manifest["sources"] != sources("kernels"):
+    if manifest["sources"] != source_hash("kernels"):
         text = f"{path} was packed from other sources: changed kernels are compiled at first use"
         warnings.warn(text, stacklevel=3)
     known = tuple(make_backend(GPUTarget("cuda", arch, 32)).hash() for arch in manifest["archs"])

@@ -96,12 +96,12 @@ def _loops(sass: str, instructions: Sequence[re.Match]) -> list[Span]:
         if match[1].startswith("BRA") and labels.get(match[2], at) < at
     }
 
-    def returns(at: int) -> bool:
+    def follows_barrier_wait(at: int) -> bool:
         """Whether the loop right before the branch is a barrier's wait."""
         names = (match[1] for match in instructions[back.get(at - 1, at) : at])
         return any(name.startswith("SYNCS") for name in names)
 
-    return sorted((first, at) for at, first in back.items() if not returns(at))
+    return sorted((first, at) for at, first in back.items() if not follows_barrier_wait(at))
 
 
 def _inside(inner: Span, outer: Span) -> bool:

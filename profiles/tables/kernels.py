@@ -28,7 +28,7 @@ FUSED, FUSED_FP8 = "-kv.k_scale !-rotary", "!-kv.k_scale !-rotary"
 SOME, MANY = "SIZES=(64,16) STEADY=0 num_stages=3", "SIZES=(128,16) STEADY=1 num_stages=5"
 AHEAD_90, EIGHT_80 = "90:AHEAD=1 80:AHEAD=0", "90:num_warps=4 80:num_warps=8"
 ATTENTION = "prefix_attention_kernel"
-PREFIX_KINDS = {  # the configs that the rule chooses
+PREFIX_CONFIGS = {  # the configs that the rule chooses
     "up to 4 rollouts": f"{HEADS} {BF16} SIZES=(0,16) STEADY=0 AHEAD=1 num_warps=4 num_stages=3",
     "16 rollouts": f"{HEADS} {BF16} {SOME} {AHEAD_90} num_warps=4",
     "64 rollouts": f"{HEADS} {BF16} {MANY} AHEAD=1",
@@ -43,16 +43,16 @@ RMS_NORM = "!-residual ROWS=1 BLOCK=4096 PDL=0 num_warps=8"
 LAYER_NORM = "!-residual ROWS=1 BLOCK=2048 PDL=0 num_warps=4"
 SILU_MUL = "INTERLEAVED=0 BLOCK=256"
 DECODE_KERNELS = (
-    Kernel("`prefix_attention`, 16 rollouts", ATTENTION, PREFIX_KINDS["16 rollouts"]),
+    Kernel("`prefix_attention`, 16 rollouts", ATTENTION, PREFIX_CONFIGS["16 rollouts"]),
     Kernel(
-        "`prefix_attention`, 16 rollouts, FP8 KV", ATTENTION, PREFIX_KINDS["16 rollouts, FP8 KV"]
+        "`prefix_attention`, 16 rollouts, FP8 KV", ATTENTION, PREFIX_CONFIGS["16 rollouts, FP8 KV"]
     ),
     Kernel(
         "`prefix_attention`, 16 rollouts, rotary fused",
         ATTENTION,
-        PREFIX_KINDS["16 rollouts, rotary fused"],
+        PREFIX_CONFIGS["16 rollouts, rotary fused"],
     ),
-    Kernel("`prefix_attention`, 32 or more rollouts", ATTENTION, PREFIX_KINDS["64 rollouts"]),
+    Kernel("`prefix_attention`, 32 or more rollouts", ATTENTION, PREFIX_CONFIGS["64 rollouts"]),
     Kernel("merge of `prefix_attention`", "merge_kernel", MERGE),
     Kernel(
         "`qk_norm_rope`, up to 64 tokens",

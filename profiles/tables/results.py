@@ -114,18 +114,18 @@ END_TO_END = (
 def end_to_end() -> str:
     """Whole runs, with all ops eager and with our default impls."""
     lines = []
-    for job in END_TO_END:
+    for line in END_TO_END:
         eager, ours = (
-            latest_row(measured(OPS_CPU), op=job.op, case=job.case, impl=impl)
+            latest_row(measured(OPS_CPU), op=line.op, case=line.case, impl=impl)
             for impl in ("eager", "default")
         )
-        if job.rate:
-            cells = [f"{row[job.rate]:,.1f} tokens/s" for row in (eager, ours)]
-            gain = ours[job.rate] / eager[job.rate]
+        if line.rate:
+            cells = [f"{row[line.rate]:,.1f} tokens/s" for row in (eager, ours)]
+            gain = ours[line.rate] / eager[line.rate]
         else:
             cells = [f"{milliseconds(row['median_us'])} ms" for row in (eager, ours)]
             gain = eager["median_us"] / ours["median_us"]
-        lines.append([job.label, *cells, f"{gain:.1f}x"])
+        lines.append([line.label, *cells, f"{gain:.1f}x"])
     return markdown(("whole run", " eager", " ours", " speed-up"), lines)
 
 

@@ -10,7 +10,7 @@ from profiles.tables.kernels import (
     FIGURES,
     LAYER_NORM,
     MERGE,
-    PREFIX_KINDS,
+    PREFIX_CONFIGS,
     RMS_NORM,
     ROTATION,
     SILU_MUL,
@@ -101,21 +101,21 @@ def _change(old: object, new: object) -> str:
     return f"{old}" if old == new else f"{old} -> {new}"
 
 
-def _of_attention(old: str, new: str, kinds: Iterable[str] = PREFIX_KINDS) -> list[Switch]:
-    return [Switch(kind, ATTENTION, PREFIX_KINDS[kind], old, new) for kind in kinds]
+def _of_attention(old: str, new: str, labels: Iterable[str] = PREFIX_CONFIGS) -> list[Switch]:
+    return [Switch(label, ATTENTION, PREFIX_CONFIGS[label], old, new) for label in labels]
 
 
-def _where_no_spill(old: str, new: str, kinds: Iterable[str] = PREFIX_KINDS) -> list[Switch]:
+def _where_no_spill(old: str, new: str, labels: Iterable[str] = PREFIX_CONFIGS) -> list[Switch]:
     """Leaves out forms that are no candidates on sm_90 because they would spill there."""
     return [
         switch._replace(archs=(80,)) if "fused, FP8" in switch.label else switch
-        for switch in _of_attention(old, new, kinds)
+        for switch in _of_attention(old, new, labels)
     ]
 
 
 def _fp16() -> list[Switch]:
-    kinds = [kind for kind in PREFIX_KINDS if "FP8" in kind]
-    return _where_no_spill("AHEAD=0 HALF=0", "AHEAD=0 HALF=1", kinds)
+    labels = [label for label in PREFIX_CONFIGS if "FP8" in label]
+    return _where_no_spill("AHEAD=0 HALF=0", "AHEAD=0 HALF=1", labels)
 
 
 def _pdl() -> list[Switch]:
@@ -123,7 +123,7 @@ def _pdl() -> list[Switch]:
     return [*attention, Switch("merge", "merge_kernel", MERGE, *PDL, archs=(90,))]
 
 
-SOME, MANY = PREFIX_KINDS["16 rollouts"], PREFIX_KINDS["64 rollouts"]
+SOME, MANY = PREFIX_CONFIGS["16 rollouts"], PREFIX_CONFIGS["64 rollouts"]
 SPLIT = (  # one launch compared with each of two; the second is that for up to 4 rollouts
     Switch("16 rollouts, large tiles", ATTENTION, SOME, "SIZES=(64,16)", "SIZES=(64,0)"),
     Switch(

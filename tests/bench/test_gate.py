@@ -66,7 +66,14 @@ def test_wrong_numbers_fail(monkeypatch, capsys):
 def test_the_table_lists_every_minimum(monkeypatch, capsys):
     """Guards the printed table: a line per minimum with its verdict."""
     monkeypatch.setattr(gate, "MIN_SPEEDUPS", MIN_SPEEDUPS)
-    fields = {"ratio": 2.0, "failure": None, "device": "cpu", "torch": "0", "commit": "c"}
+    fields = {
+        "floor": 1.5,
+        "ratio": 2.0,
+        "failure": None,
+        "device": "cpu",
+        "torch": "0",
+        "commit": "c",
+    }
     gate._show(
         [vars(MINIMUM) | fields, vars(MINIMUM) | fields | {"ratio": None, "failure": "slow"}]
     )
@@ -89,4 +96,4 @@ def test_minimums_have_a_case_and_a_margin(minimum):
         if (row["op"], row.get("case")) == (minimum.op, minimum.case) and row.get("median_us")
     }
     recorded = times[minimum.over] / times["portable"]
-    assert minimum.floor <= 0.9 * min(minimum.seen[0], minimum.recorded, recorded)
+    assert minimum.minimum <= 0.9 * min(minimum.seen[0], minimum.recorded, recorded)

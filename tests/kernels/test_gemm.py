@@ -1,4 +1,4 @@
-"""The Triton GEMM as linear layer and convolution against fp64, with all kinds of cuts."""
+"""The Triton GEMM as linear layer and convolution against fp64, with tiles whole and split."""
 
 import pytest
 import torch
@@ -15,17 +15,17 @@ BF16 = pytest.param(torch.bfloat16, id="bf16")
 # fp32: sums in another order. 16 bits: one rounding.
 TOLERANCES = {torch.float32: 5e-6, torch.float16: 2**-11 * 1.01, torch.bfloat16: 2**-8 * 1.01}
 TILE = 16
-WHOLE, CUT = {"overhead": 1000}, {"overhead": 0}
+WHOLE, SPLIT = {"overhead": 1000}, {"overhead": 0}
 
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    """Few SMs, small tiles, and cuts everywhere: small inputs then have whole waves and cut tiles.
+    """Few SMs, small tiles, and splitting for free: small inputs have whole waves and split tiles.
 
     Unwritten elements of results and of the workspace are NaN.
     """
     torch.use_deterministic_algorithms(True)
-    with assume_gpu(toy(5)), use_config("gemm", **tile(), **CUT):
+    with assume_gpu(toy(5)), use_config("gemm", **tile(), **SPLIT):
         yield
     torch.use_deterministic_algorithms(False)
 
@@ -68,7 +68,7 @@ def convolved(x: Tensor, grids: list, weight: Tensor, bias: Tensor | None) -> Te
     return torch.cat(outs)
 
 
-@pytest.mark.parametrize("options", [WHOLE, CUT, {"overhead": 1}], ids=["whole", "cut", "some"])
+@pytest.mark.parametrize("options", [WHOLE, SPLIT, {"overhead": 1}], ids=["whole", "split", "some"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 @pytest.mark.parametrize(
     "shape",
@@ -83,7 +83,7 @@ def convolved(x: Tensor, grids: list, weight: Tensor, bias: Tensor | None) -> Te
     ],
 )
 def test_linear(shape: tuple, dtype: torch.dtype, options: dict, triton_device: str):
-    """Guards every remainder on every axis, with whole tiles, with cut tiles, and with both."""
+    """Guards every remainder on every axis, with whole tiles, with split tiles, and with both."""
     x, weight, bias = layer(*shape, dtype=dtype, device=triton_device)
     with use_config("gemm", **options):
         out = linear(x, weight, bias)
@@ -94,7 +94,7 @@ def test_linear(shape: tuple, dtype: torch.dtype, options: dict, triton_device: 
     assert max_error(out, expected + bias.double()) < TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("options", [WHOLE, CUT], ids=["whole", "cut"])
+@pytest.mark.parametrize("options", [WHOLE, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize("channels", [1, 16, 24, 48])
 @pytest.mark.parametrize(
     "grids",
@@ -123,7 +123,7 @@ def test_convolution_in_16_bits(triton_device: str):
     assert max_error(out, convolved(x, [(5, 7)], weight, None)) < TOLERANCES[torch.float16]
 
 
-@pytest.mark.parametrize("options", [WHOLE, CUT], ids=["whole", "cut"])
+@pytest.mark.parametrize("options", [WHOLE, SPLIT], ids=["whole", "split"])
 def test_tensor_copies(options: dict, triton_device: str):
     """Guards loads by TMA descriptors, which fill with zeros beyond the last row or column.
 
@@ -164,7 +164,7 @@ def test_windows():
 
 @pytest.mark.parametrize("m_tiles,n_tiles", [(1, 3), (2, 3), (5, 2), (BAND + 3, 2)])
 @pytest.mark.parametrize("sms", [1, 3, 5, 8, 13])
-def test_every_cut_is_a_whole_product(m_tiles: int, n_tiles: int, sms: int, triton_device: str):
+def test_all_divisions_give_the_product(m_tiles: int, n_tiles: int, sms: int, triton_device: str):
     """Guards lanes of equal and unequal length, programs more and fewer than tiles, bands of
     tiles."""
     x, weight, bias = layer(16 * m_tiles, 16 * n_tiles, 3 * 16, device=triton_device)
@@ -176,49 +176,49 @@ def test_every_cut_is_a_whole_product(m_tiles: int, n_tiles: int, sms: int, trit
 
 @pytest.mark.parametrize("sms", [1, 5, 108, 132])
 @pytest.mark.parametrize("overhead", [0, 3, 16])
-def test_cuts_hold_all_the_work(sms: int, overhead: int):
-    """Guards the cut: every step belongs to one program, the workspace has at most two tiles per
-    program, and work ranges are long enough.
+def test_divisions_hold_all_the_work(sms: int, overhead: int):
+    """Guards the division: every step belongs to one program, the workspace has at most two tiles
+    per program, and work ranges are long enough.
 
-    Tiles are cut only if that shortens the longest program's work by more than it costs.
+    Tiles are split only if that shortens the longest program's work by more than it costs.
     """
     for m_tiles in (1, 2, 3, 7, 8, 17, 97):
         for n_tiles in (1, 5, 12, 16):
             for steps in (1, 9, 216):
-                cut = stream_k(m_tiles, n_tiles, steps, sms, overhead)
-                work = [cut.work(program) for program in range(sms)]
+                division = stream_k(m_tiles, n_tiles, steps, sms, overhead)
+                work = [division.work(program) for program in range(sms)]
                 assert sum(work) == m_tiles * n_tiles * steps
-                assert cut.partials <= 2 * sms
-                assert cut.rest < sms and cut.whole + cut.rest == m_tiles * n_tiles
-                if cut.rest:
-                    waves = cut.whole // sms
-                    assert max(work) <= waves * steps + cut.share
-                    assert overhead <= cut.share < steps - overhead
+                assert division.partials <= 2 * sms
+                assert division.rest < sms and division.whole + division.rest == m_tiles * n_tiles
+                if division.rest:
+                    waves = division.whole // sms
+                    assert max(work) <= waves * steps + division.share
+                    assert overhead <= division.share < steps - overhead
 
 
 @pytest.mark.parametrize("sms", [108, 132])
 @pytest.mark.parametrize("width,steps,first,more", [(3072, 216, 676, 324), (4096, 432, 169, 81)])
 def test_programs_have_equal_work(sms: int, width: int, steps: int, first: int, more: int):
     """Guards the balance of both convolutions of the 10B, for the global view and up to 36 crops,
-    in tiles of 128 x 256: within 2 % of the mean, or within the cost of a further cut."""
+    in tiles of 128 x 256: within 2 % of the mean, or within the cost of one more split."""
     overhead = 16
     for crops in range(37):
         rows = first + crops * more
-        cut = stream_k(-(-rows // 128), -(-width // 256), steps, sms, overhead)
-        work = [cut.work(program) for program in range(sms)]
+        division = stream_k(-(-rows // 128), -(-width // 256), steps, sms, overhead)
+        work = [division.work(program) for program in range(sms)]
         assert max(work) <= max(1.02 * sum(work) / sms, sum(work) / sms + overhead)
 
 
 def test_a_panel_of_the_weight_is_read_at_once():
     """Guards reuse in the L2 cache: neighbouring programs work on all rows of one panel of the
     weight, at the same place in K."""
-    cut = stream_k(2, 16, 432, 132, 16)
-    assert (cut.whole, cut.rest, cut.lanes) == (0, 32, 2)
-    cut = stream_k(6, 12, 216, 132, 16)
-    assert (cut.whole, cut.rest, cut.lanes) == (0, 72, 6)
+    division = stream_k(2, 16, 432, 132, 16)
+    assert (division.whole, division.rest, division.lanes) == (0, 32, 2)
+    division = stream_k(6, 12, 216, 132, 16)
+    assert (division.whole, division.rest, division.lanes) == (0, 72, 6)
 
 
-@pytest.mark.parametrize("options", [WHOLE, CUT], ids=["whole", "cut"])
+@pytest.mark.parametrize("options", [WHOLE, SPLIT], ids=["whole", "split"])
 def test_rows_of_out(options: dict, triton_device: str):
     """Guards the scatter: results go to the rows named; all other elements keep their values."""
     x, weight, bias = layer(37, 19, 70, device=triton_device)
@@ -232,7 +232,7 @@ def test_rows_of_out(options: dict, triton_device: str):
     assert (whole[others.to(triton_device)] == 7).all() and (whole[:, 19:] == 7).all()
 
 
-@pytest.mark.parametrize("options", [WHOLE, CUT], ids=["whole", "cut"])
+@pytest.mark.parametrize("options", [WHOLE, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 def test_quick_gelu(options: dict, dtype: torch.dtype, triton_device: str):
     """Guards the rounding before the activation: it gets the sum rounded to the dtype, and its

@@ -24,7 +24,7 @@ TILES = {"block_m": 16, "block_n": 16, "block_k": 16, "overhead": 0, "programs":
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    """Small tiles, cut among five SMs; unwritten elements are NaN."""
+    """Small tiles, split among five SMs; unwritten elements are NaN."""
     torch.use_deterministic_algorithms(True)
     with assume_gpu(Gpu("toy", 90, 5, 227 * 1024)), use_config("gemm", **TILES):
         yield

@@ -19,7 +19,7 @@ SMALL_TILES = {"block_m": 16, "block_n": 16, "block_k": 16, "overhead": 0, "prog
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    """Small tiles for the Triton form, cut among five SMs; unwritten elements are NaN."""
+    """Small tiles for the Triton form, split among five SMs; unwritten elements are NaN."""
     torch.use_deterministic_algorithms(True)
     with assume_gpu(Gpu("toy", 90, 5, 227 * 1024)), use_config("gemm", **SMALL_TILES):
         yield

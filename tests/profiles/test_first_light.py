@@ -68,7 +68,7 @@ def first_light_code(out: Path, *more: str) -> int:
     return command.main([*arguments, *more])
 
 
-def outcome(rows: list[Row]) -> dict[str, str | None]:
+def failure_by_case(rows: list[Row]) -> dict[str, str | None]:
     return {row["case"]: row["failure"] for row in rows}
 
 
@@ -80,7 +80,7 @@ def test_names_exactly_what_was_planted(fakes, tmp_path, capsys):
     fakes += [planted("numerics", case, 1) for case in PLANTED]
     assert first_light_code(tmp_path, "--seconds", "60") == 1
     rows = jsonl.read(tmp_path / "rows.jsonl")
-    assert {case for case, failure in outcome(rows).items() if failure} == {*PLANTED}
+    assert {case for case, failure in failure_by_case(rows).items() if failure} == {*PLANTED}
     assert len(rows) == len(fakes)
     assert list(dict.fromkeys(row["section"] for row in rows)) == list(STAGES)
     assert all("job" in row for row in rows)
@@ -100,14 +100,14 @@ def test_goes_on_where_it_stopped(fakes, tmp_path, capsys):
     fakes += [planted("numerics", "good"), planted("numerics", "crash"), planted("ops", "late", 90)]
     arguments = ("--seconds", "30", "--json")
     assert first_light_code(tmp_path, *arguments) == 1
-    assert outcome(json.loads(capsys.readouterr().out)["rows"]) == {
+    assert failure_by_case(json.loads(capsys.readouterr().out)["rows"]) == {
         "good": None,
         "crash": "the worker died: SIGSEGV",
         "late": "not started: out of time",
     }
     fakes[2] = planted("ops", "late")
     first_light_code(tmp_path, *arguments)
-    assert [*outcome(json.loads(capsys.readouterr().out)["rows"])] == ["crash", "late"]
+    assert [*failure_by_case(json.loads(capsys.readouterr().out)["rows"])] == ["crash", "late"]
     fakes.pop(1)
     assert first_light_code(tmp_path, *arguments) == 0
     assert json.loads(capsys.readouterr().out) == {"rows": [], "signals": []}
@@ -117,7 +117,7 @@ def test_goes_on_where_it_stopped(fakes, tmp_path, capsys):
         assert first_light_code(tmp_path, *arguments) == 0
     finally:
         del os.environ["FAKE_COMMIT"]
-    assert [*outcome(json.loads(capsys.readouterr().out)["rows"])] == ["good", "late"]
+    assert [*failure_by_case(json.loads(capsys.readouterr().out)["rows"])] == ["good", "late"]
 
 
 def test_what_a_stage_leaves_comes_last(fakes, tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_a_signal_leaves_whole_lines(tmp_path, number: int):
     assert process.returncode == 128 + number and document["signals"] == [number]
     assert path.read_text().endswith("\n")
     stopped = {"hang": "stopped", "b": "not started: stopped"}
-    assert outcome(jsonl.read(path)) == {f"a{i}": None for i in range(5)} | stopped
+    assert failure_by_case(jsonl.read(path)) == {f"a{i}": None for i in range(5)} | stopped
     assert "not started" in (tmp_path / "summary.txt").read_text()
 
 
@@ -226,7 +226,7 @@ def test_short_runs_have_short_limits(fakes, tmp_path, monkeypatch):
     monkeypatch.setattr(first_light, "REFERENCE_SECONDS", 300)
     fakes += [planted("ops", "fits", 200)]
     assert first_light_code(tmp_path, "--seconds", "60") == 0
-    assert outcome(jsonl.read(tmp_path / "rows.jsonl")) == {"fits": None}
+    assert failure_by_case(jsonl.read(tmp_path / "rows.jsonl")) == {"fits": None}
 
 
 def test_prerequisites_run_with_the_first_stage_that_needs_them():

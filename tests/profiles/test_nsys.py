@@ -168,7 +168,7 @@ if "--help-reports" in sys.argv:
     print("  nvtxsum -- NVTX Range Summary\\n  gputrace -- CUDA GPU Trace")
     sys.exit(1)
 print(pathlib.Path({str(DATA / "nsys_2022_cpu.csv")!r}).read_text())
-print("asked:", sys.argv, file=sys.stderr)
+print("arguments:", sys.argv, file=sys.stderr)
 """
 
 

@@ -83,10 +83,10 @@ def test_forms():
     only the named forms and peers, no breakdown, or wrong forms too."""
 
     def forms(**options: object) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
+        by_section: dict[str, set[str]] = {}
         for task in planned_tasks(CUDA, **options):
-            found.setdefault(task.section, set()).update(task.forms)
-        return found
+            by_section.setdefault(task.section, set()).update(task.forms)
+        return by_section
 
     ours = {"eager", "portable", "triton", "triton-invariant", "triton-separate", "triton-fused"}
     quick = {"sdpa", "sdpa-flash", "sdpa-cudnn", "cudnn", "cudnn-folded"}
@@ -115,19 +115,19 @@ def test_forms():
 @pytest.mark.cli
 def test_budget(tmp_path, supervisor):
     """Guards a machine's time limit: nothing starts after it, and the remaining tasks are named."""
-    found = run(tmp_path, [planned(name) for name in "abcd"], supervisor, tasks_in_time=2)
-    assert [task.case for task in found.left_out] == ["c", "d"]
+    result = run(tmp_path, [planned(name) for name in "abcd"], supervisor, tasks_in_time=2)
+    assert [task.case for task in result.left_out] == ["c", "d"]
     assert [row["case"] for row in jsonl.read(tmp_path / "ops.jsonl")] == ["a", "b"]
 
 
 @pytest.mark.cli
 def test_resumes(tmp_path, supervisor):
     """Guards against measuring twice, and against skipping what failed the first time."""
-    found = run(tmp_path, [planned("a"), planned("raise")], supervisor)
-    assert [row["failure"] for row in found.rows] == [None, "ValueError: two"]
-    found = run(tmp_path, [planned(name) for name in ("a", "raise", "c")], supervisor)
-    assert [row["case"] for row in found.rows] == ["c", "raise"]
-    assert found.kept == 1
+    result = run(tmp_path, [planned("a"), planned("raise")], supervisor)
+    assert [row["failure"] for row in result.rows] == [None, "ValueError: two"]
+    result = run(tmp_path, [planned(name) for name in ("a", "raise", "c")], supervisor)
+    assert [row["case"] for row in result.rows] == ["c", "raise"]
+    assert result.kept == 1
     assert run(tmp_path, [planned(name) for name in "ac"], supervisor).rows == []
 
 
@@ -147,8 +147,8 @@ def test_missing_rows_come_first_and_then_the_oldest():
     ]
     names = ("late", "renewed", "early", "untimed", "elsewhere", "never")
     work = [planned("middle", "numerics"), *map(planned, names)]
-    found = [task.case for task in outstanding(work, rows, ORIGIN)]
-    assert found == ["elsewhere", "never", "untimed", "early", "middle", "renewed", "late"]
+    order = [task.case for task in outstanding(work, rows, ORIGIN)]
+    assert order == ["elsewhere", "never", "untimed", "early", "middle", "renewed", "late"]
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ def test_rows_are_on_disk_at_once(tmp_path):
         work = [planned("a", "numerics"), planned("hang")]
         supervisor = Supervisor(COMMAND, end=time.monotonic() + 60)
         with supervisor, stops_on_signals(supervisor):
-            found = run(Path({str(tmp_path)!r}), work, supervisor)
-        print([row["failure"] for row in found.rows])
+            result = run(Path({str(tmp_path)!r}), work, supervisor)
+        print([row["failure"] for row in result.rows])
     """
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -222,17 +222,17 @@ def test_command_on_a_bare_machine(tmp_path, monkeypatch, capsys):
     arguments = ["record", "--out", str(out), "--device", "cpu", "--json"]
     arguments += ["--section", "numerics", "ops", "--shape", "rms_norm T1 "]
     assert command.main(arguments) == 0
-    made = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert made["left_out"] == []
-    assert {row["dtype"] for row in made["rows"]} == {"bfloat16", "float16", "float32"}
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["left_out"] == []
+    assert {row["dtype"] for row in document["rows"]} == {"bfloat16", "float16", "float32"}
     timed = jsonl.read(out / "ops.jsonl")
-    assert jsonl.read(out / "numerics.jsonl") + timed == made["rows"]
+    assert jsonl.read(out / "numerics.jsonl") + timed == document["rows"]
     assert [row["impl"] for row in timed] == ["eager", "portable"]
     assert all(row["median_us"] > 0 for row in timed)
-    found = json.loads((out / "environment.json").read_text())
-    assert found["commit"] == "abc" and found["torch"] == torch.__version__
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["commit"] == "abc" and environment["torch"] == torch.__version__
     assert command.main(arguments) == 0
-    kept = len({(row["op"], row["case"], row["dtype"], row["section"]) for row in made["rows"]})
+    kept = len({(row["op"], row["case"], row["dtype"], row["section"]) for row in document["rows"]})
     assert json.loads(capsys.readouterr().out) == {"rows": [], "kept": kept, "left_out": []}
 
 

@@ -184,8 +184,8 @@ def test_kernels_are_found_by_words_of_their_config():
     assert line == "| it | 7 / 8 | 0 / 0 | 80 / 80 | 2 / 2 | yes | 98 / 98 % |"
     alone = kernel_table([kernel._replace(archs=(90,))], [baseline[1] | {"wide_loads": None}])
     assert alone.splitlines()[-1] == "| it | 7 / - | 0 / - | 80 / - | 2 / - | yes | TMA |"
-    for config, found in (("D=128", 2), ("D=64", 0)):
-        with pytest.raises(InputError, match=f"{found} rows of the static baseline"):
+    for config, count in (("D=128", 2), ("D=64", 0)):
+        with pytest.raises(InputError, match=f"{count} rows of the static baseline"):
             find_row(Kernel("it", "k", config), 90, baseline)
 
 
@@ -240,7 +240,7 @@ def test_a_gpu_with_rows_gets_its_tables(tmp_path):
     jsonl.append(cpu / "ops.jsonl", [measured("op", "c", "eager", 9, device="AMD EPYC, 2 threads")])
     assert gpus(tmp_path) == NONE_YET
     shape, case = "step3-vl-10b B16 P2048 S512", "B16 P2048 S512"
-    found = [
+    rows = [
         measured("roofline", "copy, matrix product", None, 0, gemm_tflop_s=771.4)
         | {"median_us": None},
         measured("decode_step", shape, "eager", 40_000),
@@ -259,7 +259,7 @@ def test_a_gpu_with_rows_gets_its_tables(tmp_path):
         measured("prefix_attention", case, "triton ahead=1", 40, section="pairs"),
         measured("launch", "100", "triton", 2, section="launches"),
     ]
-    jsonl.append(tmp_path / "h100" / "all.jsonl", found)
+    jsonl.append(tmp_path / "h100" / "all.jsonl", rows)
     origin, steps, ops = gpus(tmp_path).split("\n\n")
     assert "NVIDIA H100" in origin and "bfloat16 5,000 GB/s, 771 TFLOP/s" in origin
     assert "`profiles/results/h100/`" in origin and "commit abc" in origin

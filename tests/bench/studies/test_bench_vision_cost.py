@@ -62,8 +62,8 @@ def test_work_of_attention():
 
 def test_work_of_a_product():
     """Guards the count: all programs together do every step of every tile once."""
-    cut = stream_k(9, 12, 54, 132, 16)
-    args = {name: getattr(cut, name) for name in ("band", "whole", "rest", "lanes", "share")}
+    division = stream_k(9, 12, 54, 132, 16)
+    args = {name: getattr(division, name) for name in ("band", "whole", "rest", "lanes", "share")}
     args |= {"C": 200, "TAPS": 9, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 32}
     work = vision_cost._gemm(args | {"TAPS": 1, "C": 54 * 32}, {"programs": 1}, H200)
     assert len(work) == 132

@@ -355,5 +355,7 @@ def test_ended_rollouts_are_freed():
         del group, rollout
     assert scheduler.schedule() is None
     gc.collect()  # a group and its rollouts refer to each other
-    alive = [o for o in gc.get_objects() if type(o) is Rollout and o.finish_reason == "stop"]
-    assert len([o for o in alive if o.max_tokens == 900]) <= 4  # those of the last batch
+    rollouts = [item for item in gc.get_objects() if type(item) is Rollout]
+    alive = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
+    # Those of the last batch may be alive.
+    assert sum(rollout.max_tokens == 900 for rollout in alive) <= 4

@@ -109,7 +109,7 @@ def test_another_wheel_finds_all_and_launches_as_compiled(stub, packed, tmp_path
         pytest.warns(UserWarning, match="packed from other sources"),
         monkeypatch.context() as edit,
     ):
-        edit.setattr(kernel_pack, "sources", lambda *packages: "of today")
+        edit.setattr(kernel_pack, "source_hash", lambda *packages: "of today")
         assert unpack(path) == (len(done.keys), 0)
     environment = {"TRITON_CACHE_DIR": str(folder), "TRITON_KEY_OF_ANOTHER_WHEEL": OTHER_WHEEL}
     found = launched(stub, few_sites(), **environment)
