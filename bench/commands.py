@@ -196,7 +196,7 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
         "--copy-gb-s",
         type=float,
         metavar="X",
-        help="use this measured copy bandwidth instead of the datasheet's",
+        help="use this measured copy bandwidth instead of the data sheet's",
     )
 
 

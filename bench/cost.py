@@ -234,8 +234,10 @@ def display(rows: Sequence[dict]) -> None:
         title = "cost that rotary adds to attention, by arithmetic: two ops or fused"
         show.table(f"{title} ({rows[0]['gpu']})", header, lines)
         print(f"assumed: {PAIR_INSTRUCTIONS} instructions per pair, {LAUNCH_US} us per launch")
-    rate = f"{rows[0]['copy_gb_s']:,.0f} GB/s ({rows[0]['copy_source']})"
-    print(f"floors: copy {rate}, matrix product {rows[0]['gemm_tflop_s']:,.0f} TFLOP/s (datasheet)")
+    source = rows[0]["copy_source"].replace("datasheet", "data sheet")
+    copy = f"{rows[0]['copy_gb_s']:,.0f} GB/s ({source})"
+    product = f"{rows[0]['gemm_tflop_s']:,.0f} TFLOP/s (data sheet)"
+    print(f"floors: copy {copy}, matrix product {product}")
 
 
 def _rotary_cells(row: dict) -> list[str]:

@@ -91,7 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("suffix", "tokens of each rollout, the new one included"),
     ):
         parser.add_argument(f"--{name}", nargs="+", type=int, default=(), metavar="N", help=what)
-    parser.add_argument("--dtype", nargs="+", default=(), help="default: bf16 on a GPU, else fp32")
+    parser.add_argument(
+        "--dtype", nargs="+", default=(), help="(default: float32 on a CPU, bfloat16 on a GPU)"
+    )
 
 
 def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:

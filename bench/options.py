@@ -32,7 +32,8 @@ def filter_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar="DTYPE",
-        help="bfloat16, float16, float32 (default: numerics all; times fp32 on a CPU, else bf16)",
+        help="bfloat16, float16, float32 (default: numerics checks all; timings use float32 on a"
+        " CPU, bfloat16 on a GPU)",
     )
 
 

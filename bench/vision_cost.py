@@ -105,7 +105,7 @@ def display(rows: Sequence[dict]) -> None:
         ]
         for row in rows
     ]
-    show.table(f"vision ops by arithmetic ({rows[0]['gpu']}, datasheet)", header, lines)
+    show.table(f"vision ops by arithmetic ({rows[0]['gpu']}, data sheet)", header, lines)
 
 
 def _attention(args: dict, config: KernelConfig, gpu: Gpu) -> np.ndarray:

@@ -73,10 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-tokens", type=int, default=MAX_TOKENS, help="limit per rollout")
     add("--need", type=float, default=1.0, help="share of a round that the next round waits for")
-    add("--arrivals", choices=["all-at-once", *ARRIVALS], default="all-at-once")
+    add(
+        "--arrivals",
+        choices=["all-at-once", *ARRIVALS],
+        default="all-at-once",
+        help="when problems arrive: together, or at random times at --rate",
+    )
     add("--rate", type=float, default=0.02, help="arriving problems per second and GPU")
     add("--slo", type=float, help="time limit for an answer in minutes; adds goodput")
-    add("--shared-reads", action=argparse.BooleanOptionalAction, default=True)
+    add(
+        "--shared-reads",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read the KV that rollouts share once per step, not once per rollout",
+    )
     add("--kv", choices=KV_DTYPES, default="bf16", help="dtype of KV")
     add("--compare", action="store_true", help="also run without shared reads and with FP8 KV")
     add("--max-running", type=int, default=256, help="limit of decoding rollouts per GPU")

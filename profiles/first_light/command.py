@@ -78,7 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="worker processes while nothing is timed (default: one per CPU, at most 10)",
     )
     parser.add_argument(
-        "--stage", nargs="+", choices=list(STAGES), default=list(STAGES), help="(default: all)"
+        "--stage",
+        nargs="+",
+        choices=list(STAGES),
+        default=list(STAGES),
+        help="stages to run, always in this order (default: all)",
     )
     parser.add_argument(
         "--kernels",
@@ -86,7 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a pack of `profiles kernels pack`, unpacked first",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="(default: cuda)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda", help="device to test (default: cuda)"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON document")
 
 

@@ -24,7 +24,9 @@ def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -
     parser.add_argument(
         "--shape", default="", metavar="TEXT", help="the first case with TEXT in its name"
     )
-    parser.add_argument("--dtype", metavar="DTYPE", help="(default: bf16 on a GPU, fp32 on a CPU)")
+    parser.add_argument(
+        "--dtype", metavar="DTYPE", help="(default: float32 on a CPU, bfloat16 on a GPU)"
+    )
     parser.add_argument(
         "--impl", metavar="FORM", help=f"one of: {', '.join(FORMS)} (default: the best)"
     )
@@ -32,7 +34,9 @@ def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_case_arguments(parser)
-    parser.add_argument("--calls", type=int, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument(
+        "--calls", type=int, default=1, metavar="N", help="calls to profile (default: 1)"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
 
 

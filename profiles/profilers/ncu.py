@@ -33,12 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_case_arguments(parser, required=False)
     parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
-    parser.add_argument("--set", default="full", help="of sections (see `ncu --list-sets`)")
+    parser.add_argument(
+        "--set",
+        default="full",
+        help="set of sections, as ncu names it (default: full; see `ncu --list-sets`)",
+    )
     parser.add_argument("--kernel", metavar="REGEX", help="only these kernels of the call")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="launches to skip")
     parser.add_argument("--count", type=int, metavar="N", help="launches to profile (default: all)")
     parser.add_argument("--cache", choices=("all", "none"), default="all", help="(default: all)")
-    parser.add_argument("--clocks", choices=("none", "base"), default="none")
+    parser.add_argument(
+        "--clocks",
+        choices=("none", "base"),
+        default="none",
+        help="base: lock the clocks to their base during the run (default: none)",
+    )
     parser.add_argument(
         "--summarise", type=Path, metavar="REPORT", help="only summarise a report, or its raw CSV"
     )

@@ -41,8 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="all of CMD, or from cudaProfilerStart to cudaProfilerStop (default: all)",
     )
-    parser.add_argument("--graphs", choices=("node", "whole"), default="node")
-    parser.add_argument("--no-spans", action="store_true", help="without our NVTX ranges")
+    parser.add_argument(
+        "--graphs",
+        choices=("node", "whole"),
+        default="node",
+        help="trace a CUDA graph's kernels one by one, or each replay as a unit (default: node)",
+    )
+    parser.add_argument("--no-spans", action="store_true", help="do not add our NVTX ranges")
     parser.add_argument(
         "--summarise", type=Path, metavar="REPORT", help="only summarise a report, or its CSV"
     )

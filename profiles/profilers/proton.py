@@ -25,7 +25,9 @@ TIME, COUNT = "time (ns)", "count"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_case_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
-    parser.add_argument("--calls", type=int, default=20, metavar="N", help="(default: 20)")
+    parser.add_argument(
+        "--calls", type=int, default=20, metavar="N", help="calls to profile (default: 20)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document, no table")
 
 

@@ -192,12 +192,12 @@ class TestTable:
         assert row["fused_vectors"] == sum(items)
 
     def test_command(self, capsys):
-        """Guards the printed tables, and the label of a datasheet's figure."""
+        """Guards the printed tables, and the label of a data sheet's figure."""
         arguments = ["cost", "--shape", "P2048 S128", "--gpu", "a100", "--device", "cpu"]
         assert command.main([*arguments, "--copy-gb-s", "1700"]) == 0
         printed = capsys.readouterr().out
         assert "fastest (nvidia-a100)" in printed
-        assert "copy 1,700 GB/s (given), matrix product 312 TFLOP/s (datasheet)" in printed
+        assert "copy 1,700 GB/s (given), matrix product 312 TFLOP/s (data sheet)" in printed
         assert command.main([*arguments, "--json"]) == 0
         rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
         assert {row["case"] for row in rows} == {f"B{b} P2048 S128" for b in (16, 32, 64)}
