@@ -215,7 +215,7 @@ def _same_rollouts(
     wrong = not error.max <= MODEL_TOLERANCE or identical < 0.9 * len(rollouts)
     if dtype == torch.float32 and wrong:
         failure = (
-            f"{identical} of {len(rollouts)} rollouts are as in eager;"
-            f" log-probability error {error.max:.1e}"
+            f"{identical} of {len(rollouts)} rollouts are the same as in eager, at least 90 % must"
+            f" be; log-probability error {error.max:.1e}, at most {MODEL_TOLERANCE:.0e} is allowed"
         )
     return Verdict(error.max, error.rms, failure)

@@ -172,7 +172,10 @@ class _Load:
         failure = None
         exact = self.model.dtype == torch.float32 and not self.fp8
         if exact and not (error.max <= MODEL_TOLERANCE and agreement >= 0.9):
-            failure = f"{agreement:.0%} of tokens agree; log-probability error {error.max:.1e}"
+            failure = (
+                f"{agreement:.0%} of tokens agree with eager, at least 90 % must; log-probability"
+                f" error {error.max:.1e}, at most {MODEL_TOLERANCE:.0e} is allowed"
+            )
         return Verdict(error.max, error.rms, failure)
 
     def _agreement(self, other: "_Load") -> float:

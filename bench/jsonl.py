@@ -51,7 +51,7 @@ def read(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             row = None
         if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: not a JSON object")
+            raise InputError(f"{path}:{number}: each line must be a JSON object")
         if (schema := row.get("schema", 1)) != SCHEMA:
             reader = f"; commit {row['commit']} can read it" if row.get("commit") else ""
             raise InputError(f"{path}:{number}: the row has schema {schema}, not {SCHEMA}{reader}")

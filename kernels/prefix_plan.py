@@ -174,7 +174,11 @@ class PrefixPlan:
         if capacity is None:
             return
         if not _is_decode(nodes, self.num_rows) or self.num_rows != capacity.rows:
-            raise ValueError("a padded plan is for a decode step of all its rows")
+            new = [node.num_new for node in nodes if node.num_new]
+            raise ValueError(
+                f"a padded plan takes a decode step of exactly {capacity.rows} rows, one new token"
+                f" each; got {self.num_rows} rows and {sum(new)} new tokens in {len(new)} nodes"
+            )
         max_rows = max(node.row_end - node.row_start for node in nodes)
         levels = max(depths) + 1
         if (

@@ -176,10 +176,17 @@ def _check_weights(
 ) -> None:
     w1, b1, w2, b2, w3 = weights
     tokens, width = tokens_of(grids), w3.shape[0]
-    check(x.ndim == 2 and x.shape[0] == tokens, f"x must be [{tokens}, C], as the grids say")
+    check(
+        x.ndim == 2 and x.shape[0] == tokens,
+        f"x must be [{tokens}, C], a row per token of the grids, not {list(x.shape)}",
+    )
     check(w1.shape[1:] == (x.shape[1], 3, 3), f"w1 must be [C1, {x.shape[1]}, 3, 3]")
     check(w2.shape[1:] == (w1.shape[0], 3, 3), f"w2 must be [C2, {w1.shape[0]}, 3, 3]")
-    check(b1.shape == w1.shape[:1] and b2.shape == w2.shape[:1], "b1, b2 must fit w1, w2")
+    check(
+        b1.shape == w1.shape[:1] and b2.shape == w2.shape[:1],
+        f"b1 must be [{w1.shape[0]}] and b2 [{w2.shape[0]}] like w1 and w2,"
+        f" not {list(b1.shape)} and {list(b2.shape)}",
+    )
     check(w3.ndim == 2 and w3.shape[1] == w2.shape[0], f"w3 must be [width, {w2.shape[0]}]")
     if folded is not None:
         shapes = [[width, w1.shape[0], 3, 3], [width]]

@@ -76,7 +76,10 @@ class Bundle:
                 schema = manifest["schema"]
                 self.items, self.made_for = manifest["items"], manifest["made_for"]
             except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path} is not a manifest of peers") from None
+                raise InputError(
+                    f"{path} is not a manifest of peers, a JSON object with the keys schema,"
+                    " made_for and items"
+                ) from None
             if schema != SCHEMA:
                 raise InputError(f"{path} has schema {schema}; this version reads {SCHEMA}")
 

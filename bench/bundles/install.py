@@ -84,5 +84,8 @@ def _flashinfer(target: Path | None) -> Path:
     invalidate_caches()
     spec = find_spec("flashinfer")
     if spec is None:
-        raise ItemError("FlashInfer, which these modules belong to, is not installed")
+        raise ItemError(
+            "FlashInfer, which these modules belong to, is not installed; install the item"
+            " flashinfer first"
+        )
     return Path(spec.origin).parent

@@ -44,7 +44,10 @@ def prepare(folder: Path, names: Sequence[str], target: Target) -> list[dict]:
     bundle, made_for = Bundle(folder), {"python": target.python, "platform": target.platform}
     if bundle.made_for not in (None, made_for):
         other = " on ".join(bundle.made_for.values())
-        raise InputError(f"{folder} is for Python {other}; choose another --dir, or these options")
+        raise InputError(
+            f"{folder} is for Python {other}; choose another --dir, or pass --python and --platform"
+            " of that bundle"
+        )
     bundle.made_for = made_for
     rows = [_row(bundle, name, target) for name in track(names, "prepare")]
     if not any(row["failure"] for row in rows):
@@ -201,4 +204,4 @@ def _cuda_home() -> Path:
     for home in (*from_env, *from_nvcc, Path("/usr/local/cuda")):
         if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
             return home
-    raise ItemError("needs nvcc and CUDA's headers; set CUDA_HOME to their folder")
+    raise ItemError("building needs nvcc and CUDA's headers; set CUDA_HOME to their folder")

@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--impl", nargs="+", default=(), help="forms or peers to compare (default: all forms)"
     )
     names = [dtype_name(dtype) for dtype in DTYPES]
-    parser.add_argument("--dtype", choices=names, help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument(
+        "--dtype", choices=names, help="(default: float32 on a CPU, bfloat16 on a GPU)"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
         "--threads",
@@ -97,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("a file of rows can only be compared with another file of rows")
     result = _compare_files(options) if any(files) else _compare_commits(options)
     if not result.rows and not result.wrong:
-        raise InputError("; ".join(["A and B have nothing in common", *result.notes]))
+        raise InputError("; ".join(["A and B must share at least one case", *result.notes]))
     if options.json:
         print(json.dumps(asdict(result)))
     else:

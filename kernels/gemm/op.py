@@ -68,7 +68,10 @@ def convolution(
     Raises ValueError likewise.
     """
     tokens = tokens_of(grids)
-    check(x.ndim == 2 and x.shape[0] == tokens, f"x must be [{tokens}, C], as the grids say")
+    check(
+        x.ndim == 2 and x.shape[0] == tokens,
+        f"x must be [{tokens}, C], a row per token of the grids, not {list(x.shape)}",
+    )
     check(
         weight.ndim == 4 and weight.shape[1:] == (x.shape[1], 3, 3),
         f"weight must be [N, {x.shape[1]}, 3, 3], not {list(weight.shape)}",

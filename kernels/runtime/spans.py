@@ -98,7 +98,7 @@ def _end_nothing() -> None:
 @cache
 def _ranges_of(mode: str) -> Ranges | None:
     if mode not in MODES:
-        raise ValueError(f"unknown spans {mode!r}; choose one of {', '.join(MODES)}")
+        raise ValueError(f"spans ({VARIABLE}) must be one of {', '.join(MODES)}, not {mode!r}")
     return {"off": lambda: None, "nvtx": _nvtx, "torch": _torch}[mode]()
 
 

@@ -48,7 +48,7 @@ class Packed:
         """
         for name, (_, size) in self._ranges.items():
             if arrays[name].size > size:
-                raise ValueError(f"{name}: {arrays[name].size} values, room for {size}")
+                raise ValueError(f"{name} takes at most {size} values, got {arrays[name].size}")
         staging = self._buffer
         if staging.is_cuda:
             staging = torch.zeros(staging.shape, dtype=staging.dtype, pin_memory=True)

@@ -34,8 +34,10 @@ ROTATE_ROWS, ROTATE_HEADS = 32, 4
 def launch(qkv: Tensor, grids: Sequence[Grid], heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     """qkv [T, 3 * H * D] -> [T, H * D]; cos and sin cover the views' largest side."""
     dim = qkv.shape[1] // (3 * heads)
-    check(dim <= MAX_DIM, f"vision_attention: head_dim is at most {MAX_DIM} in Triton, not {dim}")
-    check(qkv.dtype in DTYPES, f"vision_attention: fp32, bf16 or fp16, not {qkv.dtype}")
+    check(
+        dim <= MAX_DIM, f"vision_attention: head_dim must be at most {MAX_DIM} in Triton, not {dim}"
+    )
+    check(qkv.dtype in DTYPES, f"vision_attention: qkv must be fp32, bf16 or fp16, not {qkv.dtype}")
     check(qkv.stride(1) == 1, "vision_attention: qkv must have neighbouring columns (stride 1)")
     out = qkv.new_empty(len(qkv), heads * dim)
     if not len(qkv):
@@ -139,7 +141,8 @@ def _geometry(grids: tuple[Grid, ...], rows: int, device: torch.device) -> tuple
     A row tile is (its first token, its view's first token, its view's last + 1). Tiles of large
     views come first, so that those of small views fill SMs that would be idle at the end.
     """
-    check(max(max(grid) for grid in grids) < 2**15, "vision_attention: sides must be below 32768")
+    longest = max(max(grid) for grid in grids)
+    check(longest < 2**15, f"vision_attention: grid sides must be below 32768, not {longest}")
     coords, tiles, start = [], [], 0
     for r, c in grids:
         coords.append((torch.arange(r)[:, None] << 16 | torch.arange(c)).flatten())

@@ -36,7 +36,10 @@ def vision_attention(
         qkv.ndim == 2 and qkv.shape[1] > 0 and qkv.shape[1] % (12 * heads) == 0,
         f"qkv must be [T, 3 * {heads} * D], D a multiple of 4",
     )
-    check(qkv.shape[0] == tokens, f"grids hold {tokens} tokens, qkv {qkv.shape[0]} rows")
+    check(
+        qkv.shape[0] == tokens,
+        f"qkv must have one row per token of the grids: {tokens}, not {qkv.shape[0]}",
+    )
     return pick("vision_attention", impl, qkv.device, _FORMS)(qkv, grids, heads, theta)
 
 

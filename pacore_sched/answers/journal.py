@@ -147,11 +147,16 @@ class Journal:
         with open(self.path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if torn:
-                    raise InputError(f"{self.path}, line {number - 1}: damaged")
+                    raise InputError(
+                        f"{self.path}: line {number - 1} is damaged; only the last may be"
+                        " incomplete: restore the file or choose another --out"
+                    )
                 record = _parsed(line)
                 torn = record is None
                 if number == 1 and not line.startswith(HEADER) and not HEADER.startswith(line):
-                    raise InputError(f"{self.path} exists and is not a run journal")
+                    raise InputError(
+                        f"{self.path} exists and is not a run journal: choose another --out"
+                    )
                 if record is not None:
                     self._index(record, number, end, header, resume)
                     end += len(line)

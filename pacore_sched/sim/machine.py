@@ -113,6 +113,6 @@ def _read(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             row = None
         if not isinstance(row, dict) or "op" not in row:
-            raise InputError(f'{path}:{number}: not a measured row, an object with the key "op"')
+            raise InputError(f'{path}:{number}: each row must be a JSON object with the key "op"')
         rows.append(row)
     return rows

@@ -88,7 +88,10 @@ def _azure(path: Path, lines: Iterator[str]) -> Iterator[Request]:
     rows = csv.DictReader(lines)
     missing = [name for name in AZURE_COLUMNS if name not in (rows.fieldnames or ())]
     if missing:
-        raise InputError(f"trace {path}, line 1: no column {', '.join(missing)}")
+        raise InputError(
+            f"trace {path}, line 1: no column {', '.join(missing)};"
+            f" the columns must include {', '.join(AZURE_COLUMNS)}"
+        )
     for row in rows:
         where = f"trace {path}, line {rows.line_num}"
         time = _field(where, row, "TIMESTAMP", _seconds)
@@ -118,11 +121,12 @@ def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[Request]:
 def _field(where: str, row: dict[str, Any], name: str, convert: Callable[[Any], T]) -> T:
     """A row's field, converted. `convert` raises ValueError or TypeError for an invalid value."""
     if row.get(name) is None:
-        raise InputError(f"{where}: no {name}")
+        raise InputError(f"{where}: no {name}; it must be {_VALID[convert]}")
     try:
         return convert(row[name])
     except (ValueError, TypeError):
-        raise InputError(f"{where}: {name} is {row[name]!r}, which is not valid") from None
+        message = f"{where}: {name} is {row[name]!r}; it must be {_VALID[convert]}"
+        raise InputError(message) from None
 
 
 def _positive(value: str | float) -> int:
@@ -144,3 +148,12 @@ def _seconds(text: str) -> float:
     """Seconds since 1970 of an ISO time, which is in UTC if it has no time zone."""
     time = datetime.fromisoformat(text)
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+
+
+# What each conversion of `_field` accepts.
+_VALID: dict[Callable[[Any], Any], str] = {
+    _seconds: "an ISO time",
+    _positive: "a positive integer",
+    _finite: "a finite number",
+    tuple: "a list",
+}

@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compare or write; return 1 if a table or the plot is stale and was not written."""
     if not any(page.exists() for page in PAGES):
-        raise InputError("the rows that tables come from are only in a checkout of the repository")
+        raise InputError(
+            "run this in a checkout: the rows that tables come from are only in a checkout of the"
+            " repository"
+        )
     pages = [options.file] if options.file else PAGES
     texts = {page: _read(page) for page in pages}
     renewed = {page: _renew_page(page, text) for page, text in texts.items()}

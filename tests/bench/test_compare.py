@@ -359,7 +359,7 @@ def test_row_files(tmp_path, capsys):
         ([".", ".", "--op", "rms"], "unknown op 'rms'; choose one of"),
         ([".", ".", "--rounds", "2"], "--rounds must be 3 or more"),
         ([".", ".", "--budget", "0"], "must be positive"),
-        (["a.jsonl", "a.jsonl", "--shape", "T9"], "nothing in common"),
+        (["a.jsonl", "a.jsonl", "--shape", "T9"], "must share at least one case"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path, monkeypatch, arguments, message):

@@ -66,14 +66,8 @@ def test_wrong_numbers_fail(monkeypatch, capsys):
 def test_the_table_lists_every_minimum(monkeypatch, capsys):
     """Guards the printed table: a line per minimum with its verdict."""
     monkeypatch.setattr(gate, "MIN_SPEEDUPS", MIN_SPEEDUPS)
-    fields = {
-        "floor": 1.5,
-        "ratio": 2.0,
-        "failure": None,
-        "device": "cpu",
-        "torch": "0",
-        "commit": "c",
-    }
+    fields = {"floor": 1.5, "ratio": 2.0, "failure": None}
+    fields |= {"device": "cpu", "torch": "0", "commit": "c"}
     gate._show(
         [vars(MINIMUM) | fields, vars(MINIMUM) | fields | {"ratio": None, "failure": "slow"}]
     )

@@ -243,7 +243,7 @@ def test_empty_batch(triton_device: str):
 
 def test_mistakes_are_named(triton_device: str):
     """Guards the checks: each mistake raises a ValueError that names the argument."""
-    with pytest.raises(ValueError, match="head_dim is at most 128 in Triton, not 132"):
+    with pytest.raises(ValueError, match="head_dim must be at most 128 in Triton, not 132"):
         run(torch.zeros(4, 396, device=triton_device), [(2, 2)], 1)
     with pytest.raises(ValueError, match="fp32, bf16 or fp16, not torch.float64"):
         run(torch.zeros(4, 48, device=triton_device).double(), [(2, 2)], 1)

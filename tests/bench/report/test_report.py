@@ -260,8 +260,8 @@ def test_rows_of_any_kind(tmp_path):
     [
         (None, r"rows\.jsonl: no such file"),
         (b"", r"no rows in .*rows\.jsonl"),
-        (b"\n".join([b"[1, 2]", b""]), r"rows\.jsonl:1: not a JSON object"),
-        (b'{"op": "a"}\nop,case\n', r"rows\.jsonl:2: not a JSON object"),
+        (b"\n".join([b"[1, 2]", b""]), r"rows\.jsonl:1: each line must be a JSON object"),
+        (b'{"op": "a"}\nop,case\n', r"rows\.jsonl:2: each line must be a JSON object"),
         (b"\x89PNG\r\n\xff\xfe\n", r"rows\.jsonl: not a text file of rows"),
         ("folder", r"cannot read .*rows\.jsonl: Is a directory"),
     ],

@@ -63,7 +63,7 @@ def test_use_ends_with_its_block():
         assert spanned("op", torch.add) is not torch.add
         raise KeyError
     assert spanned("op", torch.add) is torch.add
-    with pytest.raises(ValueError, match="choose one of off, nvtx, torch"), use("cupti"):
+    with pytest.raises(ValueError, match="must be one of off, nvtx, torch"), use("cupti"):
         pass
 
 

@@ -190,7 +190,7 @@ def test_mistakes_are_named(tiny: Step3VL):
     ]:
         with pytest.raises(ValueError, match=message):
             tiny.vision([small, view])
-    with pytest.raises(ValueError, match="grids hold 12 tokens, qkv 11"):
+    with pytest.raises(ValueError, match="one row per token of the grids: 12, not 11"):
         vision_attention(torch.zeros(11, 24), [(3, 4)], heads=1)
     for width in (0, 25):
         with pytest.raises(ValueError, match="qkv must be"):

@@ -113,7 +113,7 @@ def test_damage_in_the_middle_is_named(path: Path):
     lines = path.read_bytes().splitlines(keepends=True)
     damaged = b"".join([*lines[:2], b'{"kind": "rol\n', *lines[3:]])
     path.write_bytes(damaged)
-    with pytest.raises(InputError, match="line 3: damaged"):
+    with pytest.raises(InputError, match="line 3 is damaged"):
         resumed(path)
     assert path.read_bytes() == damaged
     path.write_bytes(b"".join([*lines[:3], b"\0\0\0\n"]))  # as a lost disk page may look
