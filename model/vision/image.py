@@ -1,7 +1,8 @@
 """Image preprocessing: a global view and a grid of crops per image, as the released model has them.
 
-`crop_layout` computes the geometry in integers, `preprocess` the pixels. Token ids are laid out in
-`model.text.prompt`. PIL is imported where it is used: `Views` can be built without it.
+`load_image` reads an image, `crop_layout` computes the geometry in integers, `preprocess` the
+pixels. Token ids are laid out in `model.text.prompt`. PIL is imported where it is used: `Views` can
+be built without it.
 
 The algorithm is that of the model's published processors (described at each step below), with
 their rule `long side <= 728` for images that need no crops.
@@ -9,12 +10,9 @@ their rule `long side <= 728` for images that need no crops.
 
 from __future__ import annotations
 
-import io
-import warnings
 from dataclasses import dataclass
 from math import floor
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,16 +20,16 @@ import torch.nn.functional as F
 
 from model.config import VisionConfig
 from model.errors import InputError
+from model.vision.reading.limits import padded
+from model.vision.reading.rgb import to_rgb
+from model.vision.reading.source import open_image
+from model.vision.reading.strict import strict_pil
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    ImageSource: TypeAlias = str | Path | bytes | Image.Image
+    from model.vision.reading.source import ImageSource
 
-# Without TIFF, whose decoder prints to stderr and accepts some truncated files.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM")
-MAX_SIDE = 65_535  # pixels, JPEG's limit
-MAX_PIXELS = 178_956_970  # PIL's limit for a trusted file
 MAX_CROPS = 128  # ordinary images have at most 95 (3024 x 32)
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -74,45 +72,43 @@ class Views:
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """The image of a file, of a file's bytes, or of a PIL image, as 8-bit RGB.
+    """The image as a person sees it on white paper: upright, opaque, 8-bit RGB.
 
-    As in the reference, EXIF orientation is not applied, transparency is dropped and not blended,
-    an animation gives its first frame, and 16-bit values give their upper byte. Raises InputError
-    for a file that is missing, no image, truncated or too large (checked before decoding).
+    `source` is one of
+
+    - a path of a regular file, or a `data:image/...;base64,` URL;
+    - a file's bytes, or a binary file object, read from its start if it can seek;
+    - an array or tensor of pixels (`array_image`), whose channels are in the order RGB;
+    - a PIL image, which stays as it is.
+
+    The orientation in EXIF data is applied, as transformers does, and transparency blended with
+    white, as vLLM does. An animation gives its first frame (a PIL image its current one), 16-bit
+    values their upper byte. Colour profiles and gamma are ignored. Files are PNG, JPEG, WEBP, GIF,
+    BMP or PPM. Raises InputError for a source that is no image, truncated, or too large; sizes are
+    checked before decoding (`model.vision.reading.limits`).
     """
-    from PIL import Image
-
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
-    name, data = ("the image", source) if isinstance(source, bytes) else _read(source)
-    with warnings.catch_warnings():  # PIL warns about sizes within our limit
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with strict_pil():
+        image, name = open_image(source)
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.DecompressionBombError:
-            raise InputError(_too_large(name)) from None
-        except (OSError, SyntaxError, ValueError):
-            raise InputError(
-                f"{name} is not an image; it must be one of {', '.join(FORMATS)}, of at least"
-                " 1 x 1 pixels"
-            ) from None
-    with image:
-        return _to_rgb(image, name)
+            return to_rgb(image, name)
+        finally:
+            if image is not source:
+                image.close()
 
 
 def crop_layout(width: int, height: int, config: VisionConfig) -> CropLayout:
     """The crop boxes of a width x height image (pixels, both > 0)."""
-    padded = _padded(width, height)
-    size = _shrunk(*padded, config.max_image_size)
+    square = padded(width, height)
+    size = _shrunk(*square, config.max_image_size)
     window = _window(*size, config)
     if window == 0:
-        return CropLayout(padded, size, 0, size, (), ())
+        return CropLayout(square, size, 0, size, (), ())
     canvas = _snapped(size[0], window), _snapped(size[1], window)
     # A canvas side below the window still gives one crop, which extends beyond the canvas.
     lefts, tops = (range(0, max(side - window, 0) + 1, window) for side in canvas)
     boxes = tuple((x, y, x + window, y + window) for y in tops for x in lefts)
     newlines = tuple(x == lefts[-1] and y != tops[-1] for y in tops for x in lefts)
-    return CropLayout(padded, size, window, canvas, boxes, newlines)
+    return CropLayout(square, size, window, canvas, boxes, newlines)
 
 
 def preprocess(image: Image.Image, config: VisionConfig) -> Views:
@@ -142,55 +138,6 @@ def preprocess(image: Image.Image, config: VisionConfig) -> Views:
         crops=_to_tensor(crops, config.crop_size),
         newlines=layout.newlines,
     )
-
-
-def _read(path: str | Path) -> tuple[str, bytes]:
-    try:
-        return str(path), Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read image {path}: {error.strerror}") from None
-    except ValueError:  # a null byte in the name
-        raise InputError(f"cannot read image {str(path)!r}: no such file") from None
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if 0 in image.size:
-        raise InputError(f"{name} is empty: {image.width} x {image.height} pixels")
-    width, height = _padded(*image.size)
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise InputError(_too_large(name))
-    if image.mode == "F":
-        raise InputError(
-            f"{name} has float pixels, whose range is unknown; convert it to 8 or 16 bits"
-        )
-    try:
-        if image.mode.startswith("I"):  # PIL would clip 16 bits, not scale them
-            image = _upper_byte(image)
-        elif image.mode == "P":
-            image = image.convert("RGBA")  # PIL warns if a transparent palette goes to RGB directly
-        return image.convert("RGB")
-    except Exception:  # every decoder raises its own; each means that pixels are missing or damaged
-        raise InputError(f"{name} is truncated or damaged") from None
-
-
-def _upper_byte(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    return Image.fromarray((np.asarray(image).clip(0, 65_535) >> 8).astype(np.uint8))
-
-
-def _too_large(name: str) -> str:
-    return (
-        f"{name} is too large: it may have at most {MAX_SIDE:,} pixels a side and {MAX_PIXELS:,} "
-        "in all (a thin image counts as the square to which it is padded)"
-    )
-
-
-def _padded(width: int, height: int) -> tuple[int, int]:
-    """The size after padding: very thin images are padded to a square."""
-    if min(width, height) < 32 and (width / height > 4 or width / height < 1 / 4):
-        return (max(width, height),) * 2
-    return width, height
 
 
 def _shrunk(width: int, height: int, limit: int) -> tuple[int, int]:

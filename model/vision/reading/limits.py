@@ -1,0 +1,44 @@
+"""Limits on the size of images, checked before anything is decoded."""
+
+from model.errors import InputError
+
+MAX_SIDE = 65_535  # pixels, JPEG's limit
+# Ten times what the model sees of an image (3024 x 3024). It is the number from which PIL warns of
+# "decompression bombs" (a quarter of a GiB at 3 bytes per pixel); vLLM takes twice as many.
+MAX_PIXELS = 89_478_485
+MAX_BYTES = 2**28  # of a file: that quarter of a GiB, the largest image without compression
+MAX_SCANS = (
+    100  # of a JPEG: each is a pass over all pixels, and a few bytes long; usual are 1 to 10
+)
+
+
+def padded(width: int, height: int) -> tuple[int, int]:
+    """The size after padding: very thin images are padded to a square."""
+    if min(width, height) < 32 and (width / height > 4 or width / height < 1 / 4):
+        return (max(width, height),) * 2
+    return width, height
+
+
+def check_size(width: int, height: int, name: str) -> None:
+    """Raises InputError, which begins with `name`, for an image that is empty or too large."""
+    if width < 1 or height < 1:
+        raise InputError(f"{name} is empty: {width} x {height} pixels")
+    width, height = padded(width, height)
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise too_large(name)
+
+
+def too_large(name: str) -> InputError:
+    return InputError(
+        f"{name} is too large: it may have at most {MAX_SIDE:,} pixels a side and {MAX_PIXELS:,} in"
+        " all (a thin image counts as the square to which it is padded); shrink it to 3,024 on its"
+        " long side, which is all that the model sees"
+    )
+
+
+def check_bytes(count: int, name: str) -> None:
+    """Raises InputError, which begins with `name`, for a file without bytes or with too many."""
+    if count == 0:
+        raise InputError(f"{name} is empty: 0 bytes")
+    if count > MAX_BYTES:
+        raise InputError(f"{name} is too large: it may have at most {MAX_BYTES:,} bytes")

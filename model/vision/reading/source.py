@@ -1,0 +1,173 @@
+"""Opens what callers have of an image: a path, bytes, a file object, a data URL, an array.
+
+Nothing is decoded here: limits are checked against the sizes of files and the headers in them.
+"""
+
+import base64
+import binascii
+import io
+import os
+import stat
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
+
+import numpy as np
+import torch
+
+from model.errors import InputError
+from model.vision.reading.arrays import array_image
+from model.vision.reading.limits import MAX_BYTES, check_bytes, check_size, too_large
+from model.vision.reading.streams import flaw
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    ImageSource: TypeAlias = (
+        str
+        | os.PathLike[str]
+        | bytes
+        | bytearray
+        | memoryview
+        | BinaryIO
+        | np.ndarray
+        | torch.Tensor
+        | Image.Image
+    )
+
+# Without TIFF, whose decoder prints to stderr and accepts some truncated files.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM")
+BLOCK = 2**20  # bytes read at a time
+
+
+def open_image(source: "ImageSource") -> tuple["Image.Image", str]:
+    """A PIL image, not decoded unless the caller did that, and what messages call it.
+
+    Raises InputError for a source that is no image, is too large, or whose PNG data end early.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        _check_opened(source)
+        return source, "the image"
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return array_image(source), "the array"
+    name, data = _contents(source)
+    check_bytes(len(data), name)
+    image = _identified(data, name)
+    check_size(*image.size, name)
+    _check_data(data, name)
+    return image, name
+
+
+def _contents(source: "ImageSource") -> tuple[str, bytes]:
+    """What to call the source, and its bytes."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return "the image", bytes(source)
+    if isinstance(source, str) and source.startswith("data:"):
+        return "the data URL", _decoded(source)
+    if isinstance(source, str | os.PathLike):
+        return _shown(source), _read_path(source)
+    if hasattr(source, "read"):
+        path = getattr(source, "name", None)  # an int for some temporary files
+        name = _shown(path) if isinstance(path, str) else "the file"
+        return name, _read_file(cast(BinaryIO, source), name)
+    raise InputError(
+        f"a {type(source).__name__} is no image; it must be a path, the bytes of a file, a binary"
+        " file, an array or a PIL image"
+    )
+
+
+def _read_path(path: str | os.PathLike[str]) -> bytes:
+    name, data = _shown(path), b""
+    try:
+        status = os.stat(path)
+        if (regular := stat.S_ISREG(status.st_mode)) and status.st_size <= MAX_BYTES:
+            with open(path, "rb") as file:
+                data = file.read(status.st_size)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", "") or "no such file"  # a ValueError: a null byte
+        hint = "; a URL is not fetched, download the file" if "://" in name else ""
+        raise InputError(f"cannot read image {name}: {reason}{hint}") from None
+    if not regular:  # reading a pipe or a device may never end
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise InputError(f"cannot read image {name}: it is {kind}, not a file")
+    check_bytes(status.st_size, name)
+    return data
+
+
+def _read_file(file: BinaryIO, name: str) -> bytes:
+    """A file object's bytes: from its start if it can seek, as PIL reads, else from where it is."""
+    data = bytearray()
+    try:
+        if hasattr(file, "seekable") and file.seekable():
+            file.seek(0)
+        while len(data) <= MAX_BYTES and (block := file.read(BLOCK)):
+            data += block
+    except TypeError:  # of a text file, or of a read() that takes no size
+        raise InputError(f"{name} is no binary file; open it with mode 'rb'") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {name}: {error}") from None
+    check_bytes(len(data), name)
+    return bytes(data)
+
+
+def _decoded(url: str) -> bytes:
+    """The bytes of a data URL, as OpenAI's clients send them."""
+    header, _, body = url.partition(",")
+    try:
+        if not header.endswith(";base64"):
+            raise ValueError
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError("a data URL must be data:image/...;base64, followed by base64") from None
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    """A path for a message: on one line, not endless, and printable."""
+    text = os.fsdecode(path)
+    return text if text.isprintable() and 0 < len(text) <= 200 else f"{text[:200]!r}"
+
+
+def _identified(data: bytes, name: str) -> "Image.Image":
+    """The opened image."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            # PIL fails at some malformed EXIF data while it opens a JPEG: hide them from it.
+            return Image.open(io.BytesIO(data.replace(b"Exif\0\0", b"Exif\0\1")), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise too_large(name) from None
+    except (OSError, SyntaxError):
+        raise InputError(
+            f"{name} is not an image; it must be one of {', '.join(FORMATS)}, of at least"
+            " 1 x 1 pixels"
+        ) from None
+    except Exception as error:  # such as metadata beyond PIL's limits
+        raise damaged(name, error) from None
+
+
+def _check_opened(image: "Image.Image") -> None:
+    """Check a PIL image; one that is not decoded yet has its file, whose data are checked too."""
+    check_size(*image.size, "the image")
+    if not getattr(image, "tile", None):
+        return
+    file = getattr(image, "fp", None)
+    if file is None:
+        raise InputError("the image was closed before it was loaded; pass its path")
+    if image.format in ("PNG", "JPEG", "MPO") and image.tell() == 0:
+        position = file.tell()
+        data = _read_file(file, "the image")
+        file.seek(position)
+        _check_data(data, "the image")
+
+
+def _check_data(data: bytes, name: str) -> None:
+    if found := flaw(data):
+        raise damaged(name, found)
+
+
+def damaged(name: str, error: object) -> InputError:
+    reason = " ".join(str(error).split())
+    return InputError(f"{name} is truncated or damaged" + (f": {reason}" if reason else ""))
