@@ -179,7 +179,8 @@ class Step3VL(nn.Module):
     ) -> Tensor:
         """Logits [T, vocab] of one sequence of T ids.
 
-        images: `Views`, PIL images or paths, in the order of their placeholders among the ids.
+        images: a list of `Views`, or of paths, bytes, file objects, arrays or PIL images (as
+        `load_image` takes them), in the order of their placeholders among the ids.
         Raises InputError for ids outside the vocabulary, a sequence longer than the context, or
         images that do not match the number of `<im_patch>` ids.
         """
@@ -234,7 +235,7 @@ class Step3VL(nn.Module):
     def encode_images(self, images: "Sequence[Views | ImageSource]") -> Tensor:
         """Decoder embeddings [features, hidden] of images; each: its crops, then its global view.
 
-        images: `Views`, PIL images or paths. Images seen recently come from `vision.cache`.
+        images: a list, as in `forward`. Images seen recently come from `vision.cache`.
         Raises InputError for images given to a text-only model.
         """
         views = self._views(images)
@@ -269,6 +270,8 @@ class Step3VL(nn.Module):
         return self.vision
 
     def _views(self, images: "Sequence[Views | ImageSource]") -> list[Views]:
+        if not isinstance(images, list | tuple):  # a path and an array are sequences too
+            raise InputError(f"images must be a list, such as [image], not {type(images).__name__}")
         if not images:
             return []
         config = self._tower().config

@@ -16,7 +16,7 @@ import torch
 from model.errors import InputError
 from model.vision.reading.arrays import array_image
 from model.vision.reading.limits import MAX_BYTES, check_bytes, check_size, too_large
-from model.vision.reading.streams import flaw
+from model.vision.reading.streams import flaw, without_metadata
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -128,24 +128,22 @@ def _shown(path: str | os.PathLike[str]) -> str:
 
 
 def _identified(data: bytes, name: str) -> "Image.Image":
-    """The opened image."""
-    from PIL import Image, UnidentifiedImageError
+    """The opened image; its metadata are left out if PIL fails with them."""
+    from PIL import Image
 
-    try:
+    error: Exception = OSError()
+    for prepare in (bytes, without_metadata):
         try:
-            return Image.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError:
-            # PIL fails at some malformed EXIF data while it opens a JPEG: hide them from it.
-            return Image.open(io.BytesIO(data.replace(b"Exif\0\0", b"Exif\0\1")), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise too_large(name) from None
-    except (OSError, SyntaxError):
-        raise InputError(
-            f"{name} is not an image; it must be one of {', '.join(FORMATS)}, of at least"
-            " 1 x 1 pixels"
-        ) from None
-    except Exception as error:  # such as metadata beyond PIL's limits
-        raise damaged(name, error) from None
+            return Image.open(io.BytesIO(prepare(data)), formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise too_large(name) from None
+        except Exception as failure:  # PIL's parsers raise errors of many types
+            error = failure
+    if not isinstance(error, OSError | SyntaxError):
+        raise damaged(name, error)
+    raise InputError(
+        f"{name} is not an image; it must be one of {', '.join(FORMATS)}, of at least 1 x 1 pixels"
+    )
 
 
 def _check_opened(image: "Image.Image") -> None:

@@ -1,4 +1,4 @@
-"""What PIL does not check of the data of PNG and JPEG files."""
+"""What PIL does not check of the data of PNG and JPEG files, and what it need not read of them."""
 
 import re
 import zlib
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from model.vision.reading.limits import MAX_SCANS
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # chunks that make the image
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 # Interlacing's passes: first column, first row, step between columns, step between rows.
 ADAM7 = (
@@ -33,11 +34,20 @@ def flaw(data: bytes) -> str:
     return ""
 
 
+def without_metadata(data: bytes) -> bytes:
+    """The data without what may keep PIL from opening a good image: PNG's texts and profiles if
+    they inflate to more than 1 MiB, and some malformed EXIF data of JPEG (hidden, not removed)."""
+    if data.startswith(PNG_SIGNATURE):
+        chunks = (whole for kind, _, whole in _png_chunks(data) if kind in PNG_PIXELS)
+        return PNG_SIGNATURE + b"".join(chunks)
+    return data.replace(b"Exif\0\0", b"Exif\0\1")
+
+
 def _has_all_rows(data: bytes) -> bool:
     """Whether a PNG's compressed data hold as many bytes as its rows take."""
     missing = 0
     inflate = zlib.decompressobj()
-    for kind, body in _png_chunks(data):
+    for kind, body, _ in _png_chunks(data):
         if kind == b"IHDR":
             missing = _row_bytes(bytes(body))
         elif kind == b"IDAT":
@@ -51,13 +61,14 @@ def _has_all_rows(data: bytes) -> bool:
     return missing <= 0
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Types and contents of a PNG's chunks; the last may be cut."""
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, memoryview]]:
+    """Types, contents and all bytes of a PNG's chunks; the last may be cut."""
     view, start = memoryview(data), len(PNG_SIGNATURE)
     while start < len(data):
         length = int.from_bytes(view[start : start + 4], "big")
-        yield bytes(view[start + 4 : start + 8]), view[start + 8 : start + 8 + length]
-        start += 12 + length  # and a checksum, which PIL checks
+        end = start + 12 + length  # with a checksum, which PIL checks
+        yield bytes(view[start + 4 : start + 8]), view[start + 8 : end - 4], view[start:end]
+        start = end
 
 
 def _row_bytes(header: bytes) -> int:
