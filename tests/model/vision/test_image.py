@@ -1,15 +1,9 @@
-"""Tests of image reading, crop geometry and pixels against published test vectors, transformers'
+"""Tests of crop geometry and pixels against published test vectors, transformers'
 planner of the same algorithm, and PIL's resampling of float images."""
 
 import importlib
-import io
 import re
-import struct
-import warnings
-import zlib
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,12 +17,12 @@ from model.errors import InputError
 from model.text.prompt import image_ids
 from model.vision.image import MEAN, STD, crop_layout, load_image, preprocess
 from tests.support.errors import max_error
+from tests.support.images import PHOTOS
 
 STEP3, TINY = preset("step3-vl-10b"), preset("tiny")
 # PIL's coefficients are fp64, torch's fp32: a coordinate near 1000 is off by up to 6e-5 of a pixel,
 # times the contrast between neighbours (up to 3.8). One step of 8 bits would be 1.4e-2.
 TOLERANCE = 2e-4
-PHOTOS = Path(find_spec("skimage").submodule_search_locations[0]) / "data"
 
 # width, height: size after padding and shrinking, window, canvas, crops per row and column, tokens
 VECTORS = {
@@ -180,98 +174,6 @@ def test_large_image_is_shrunk_before_it_is_cut(given_size, size, canvas):
     assert max_error(views.image, resized_in_float(shrunk, 168)) < TOLERANCE
     for crop, box in zip(views.crops, layout.boxes, strict=True):
         assert max_error(crop, resized_in_float(cut.crop(box), 112)) < TOLERANCE
-
-
-@pytest.mark.parametrize("photo", ["horse.png", "camera.png", "retina.jpg", "motorcycle_left.png"])
-def test_a_file_its_bytes_and_its_image_are_equal(photo):
-    """Guards every pixel of the three kinds of source, for RGBA, grey and colour files."""
-    with Image.open(PHOTOS / photo) as image:
-        expected = np.asarray(image.convert("RGB"))
-        for source in (PHOTOS / photo, str(PHOTOS / photo), (PHOTOS / photo).read_bytes(), image):
-            loaded = load_image(source)
-            assert loaded.mode == "RGB"
-            assert np.array_equal(np.asarray(loaded), expected)
-
-
-def encoded(image, form, **options):
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("form", ["PNG", "PPM"])
-def test_16_bits_are_scaled(form):
-    """Guards against PIL's clipping of 16-bit grey values at 255."""
-    values = (np.arange(256, dtype=np.uint16) * 255 + 255).reshape(16, 16)
-    loaded = np.asarray(load_image(encoded(Image.fromarray(values), form)))
-    assert np.array_equal(loaded, np.repeat((values >> 8)[..., None], 3, -1))
-
-
-def test_palette_with_transparency_gives_its_colours_silently():
-    """Guards palette images, and against PIL's warning about transparent palettes."""
-    image = Image.new("P", (4, 4))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loaded = load_image(encoded(image, "PNG", transparency=b"\x80\xff"))
-    assert loaded.getpixel((0, 0)) == (10, 20, 30)
-
-
-def test_orientation_is_not_applied():
-    """Guards against applying an EXIF orientation: the reference reads photos as stored."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert load_image(encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif)).size == (40, 20)
-
-
-def png_header(width, height):
-    """A PNG whose header says width x height pixels and which holds none."""
-
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("no/such/file.png", "cannot read image no/such/file.png: No such file"),
-        ("nul\0byte.png", "no such file"),
-        (PHOTOS, "Is a directory"),
-        (PHOTOS / "README.txt", "README.txt is not an image; it must be one of PNG, JPEG"),
-        (b"", "is not an image"),
-        (png_header(0, 5), "is not an image; .* at least 1 x 1"),
-        (Image.new("RGB", (0, 5)), "is empty: 0 x 5 pixels"),
-        (png_header(100_000, 100_000), "too large: it may have at most 65,535 pixels a side"),
-        (png_header(100_000, 40), "too large"),
-        (png_header(16_000, 12_000), "too large"),
-        (png_header(30_000, 20), "too large: .*thin image"),  # its square would not fit
-        (png_header(12_000, 10_000), "truncated"),  # within the limit: and no warning of PIL's
-        (Image.new("F", (5, 5)), "float pixels"),
-    ],
-    ids=lambda value: value if isinstance(value, str) and "\0" not in value else "",
-)
-def test_bad_images_get_one_line(source, message):
-    """Guards against tracebacks, warnings and running out of memory for a bad image."""
-    with warnings.catch_warnings(), pytest.raises(InputError, match=message) as error:
-        warnings.simplefilter("error")
-        load_image(source)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM"])
-def test_truncated_files_are_refused(form):
-    """Guards against half-grey images, and against exceptions of a decoder's own type."""
-    with Image.open(PHOTOS / "chelsea.png") as photo:
-        data = encoded(photo.resize((61, 41)), form)
-    load_image(data)
-    for kept in range(0, len(data) - 20, max(1, len(data) // 50)):
-        with pytest.raises(InputError, match="not an image|truncated"):
-            load_image(data[:kept])
 
 
 def test_too_many_crops_are_refused():
