@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -56,14 +57,20 @@ def test_save_and_load(tiny: Step3VL, photo: Path, tmp_path: Path):
 
 
 def test_images_in_any_form(tiny: Step3VL, photo: Path):
-    """Guards against a path, a PIL image and prepared views that give different logits."""
+    """Guards against a path, an array, a PIL image and prepared views that give different logits,
+    and against reading one image as a list of its rows or letters."""
     image = load_image(photo)
     views = preprocess(image, tiny.config.vision)
     ids = build_prompt(QUESTION, tiny.tokenizer, tiny.config, [views])
     expected = tiny(ids, images=[views])
     assert torch.equal(tiny(ids, images=[image]), expected)
     assert torch.equal(tiny(ids, images=[str(photo)]), expected)
+    array = np.asarray(image)
+    assert torch.equal(tiny(ids, images=[array]), expected)
     assert tiny.generate(ids, [photo], max_tokens=3)
+    for single in (str(photo), photo, photo.read_bytes(), array, torch.from_numpy(array), image):
+        with pytest.raises(InputError, match=r"images must be a list, such as \[image\], not"):
+            tiny.encode_images(single)
 
 
 def test_impl_of_single_ops(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):

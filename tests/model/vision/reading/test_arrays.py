@@ -36,6 +36,7 @@ def test_values_of_other_dtypes():
         floats,
         floats.astype(np.float32),
         torch.from_numpy(floats).float().requires_grad_(),
+        (levels.clip(1) - 0.25) / 255 * (levels > 0),
         levels.astype(np.uint16) * 256 + 255,
     ):
         assert np.array_equal(np.asarray(load_image(given))[..., 0], levels)

@@ -83,7 +83,7 @@ def test_jpeg_of_many_scans_is_refused():
     scan = data[data.rindex(b"\xff\xda") : -2]
     assert data.count(b"\xff\xda") == 10
     load_image(data[:-2] + scan * 90 + b"\xff\xd9")
-    load_image(data + b"\xff\xda\0\0" * 200)
+    load_image(data + b"\0\0" + b"\xff\xda\0\0" * 200)
     load_image(data[:2] + b"\xff\xe5\x01\x92" + b"\xff\xda" * 200 + data[2:])
     with pytest.raises(InputError, match="it has 101 scans; at most 100 are read"):
         load_image(data[:-2] + scan * 91 + b"\xff\xd9")
