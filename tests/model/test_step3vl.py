@@ -65,7 +65,7 @@ def test_images_in_any_form(tiny: Step3VL, photo: Path):
     expected = tiny(ids, images=[views])
     assert torch.equal(tiny(ids, images=[image]), expected)
     assert torch.equal(tiny(ids, images=[str(photo)]), expected)
-    array = np.asarray(image)
+    array = np.array(image)
     assert torch.equal(tiny(ids, images=[array]), expected)
     assert tiny.generate(ids, [photo], max_tokens=3)
     for single in (str(photo), photo, photo.read_bytes(), array, torch.from_numpy(array), image):
