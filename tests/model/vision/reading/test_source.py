@@ -104,9 +104,9 @@ def big_file(path):
         (io.StringIO("a"), "the file is no binary file; open it with mode 'rb'"),
         (Image.new("RGB", (0, 5)), "is empty: 0 x 5 pixels"),
         (Image.new("F", (5, 5)), "float pixels"),
-        (None, "a NoneType is no image; it must be a path, the bytes of a file, a binary file"),
-        (3, "a int is no image"),
-        ([str(PHOTO)], "a list is no image"),
+        (None, "an object of type NoneType is no image; it must be a path, the bytes"),
+        (3, "type int is no image"),
+        ([str(PHOTO)], "type list is no image"),
     ],
     ids=lambda value: "" if not isinstance(value, str) or len(value) > 60 else repr(value),
 )
