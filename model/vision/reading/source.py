@@ -71,8 +71,8 @@ def _contents(source: "ImageSource") -> tuple[str, bytes]:
         name = _shown(path) if isinstance(path, str) else "the file"
         return name, _read_file(cast(BinaryIO, source), name)
     raise InputError(
-        f"an object of type {type(source).__name__} is no image; it must be a path, the bytes of a file, a binary"
-        " file, an array or a PIL image"
+        f"an object of type {type(source).__name__} is no image; it must be a path, the bytes of a"
+        " file, a binary file, an array or a PIL image"
     )
 
 
