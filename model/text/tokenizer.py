@@ -6,13 +6,14 @@ it. This file reads its tables and decodes, which must also work token by token.
 
 import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model.config import Config
 from model.errors import InputError
+from model.text.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED, read_gguf_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -35,6 +36,7 @@ class Tokenizer:
         *,
         eos: tuple[int, ...] = (),
         chat_template: str | None = None,
+        special_tokens: Mapping[str, str] = {},
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -42,6 +44,7 @@ class Tokenizer:
         self._backend = backend
         self.eos = eos
         self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens)
         self.added = {id: token.content for id, token in added.items()}
         self.special = frozenset(
             id
@@ -89,46 +92,37 @@ class Tokenizer:
             (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
     @staticmethod
-    def from_gguf_metadata(fields: dict) -> "Tokenizer":
-        """The tokenizer of a GGUF file, from its metadata as Python values by GGUF key, with or
-        without the prefix `tokenizer.ggml.`.
+    def from_gguf_metadata(metadata: Mapping[str, Any]) -> "Tokenizer":
+        """The tokenizer of a GGUF file, from its metadata as Python values by key.
 
-        Raises InputError for a missing key and for any kind other than GPT-2's and SmolLM's.
+        Raises InputError for a key that is missing, wrong or not implemented.
         """
         from tokenizers import AddedToken, pre_tokenizers
 
-        fields = {k.removeprefix("tokenizer.").removeprefix("ggml."): v for k, v in fields.items()}
-        needed = ("model", "pre", "tokens", "token_type", "merges", "eos_token_id")
-        missing = [key for key in needed if key not in fields]
-        if missing:
-            raise InputError(f"this GGUF file lacks its tokenizer's {', '.join(missing)}")
+        described = read_gguf_tokenizer(metadata)
         split: list[pre_tokenizers.PreTokenizer] = [
             pre_tokenizers.ByteLevel(add_prefix_space=False)
         ]
-        kind = fields["model"], fields["pre"]
-        if kind == ("gpt2", "smollm"):
+        if described.splits_digits:
             split.insert(0, pre_tokenizers.Digits(individual_digits=True))
-        elif kind != ("gpt2", "gpt-2"):
-            raise InputError(
-                f"the tokenizer of this GGUF file is {'/'.join(kind)};"
-                " only gpt2/smollm and gpt2/gpt-2 are implemented"
-            )
-        tokens = fields["tokens"]
         backend = _bpe(
-            {token: id for id, token in enumerate(tokens)},
-            [tuple(merge.split(" ")) for merge in fields["merges"]],
+            {token: id for id, token in enumerate(described.tokens)},
+            described.merges,
             pre_tokenizers.Sequence(split),
         )
-        control, user_defined = 3, 4  # llama.cpp's token types
         backend.add_tokens(
             [
-                AddedToken(token, special=type == control, normalized=False)
-                for token, type in zip(tokens, fields["token_type"], strict=True)
-                if type in (control, user_defined)
+                AddedToken(token, special=type != USER_DEFINED, normalized=False)
+                for token, type in zip(described.tokens, described.types, strict=True)
+                if type in (UNKNOWN, CONTROL, USER_DEFINED)
             ]
         )
-        template = fields.get("chat_template")
-        return Tokenizer(backend, eos=(fields["eos_token_id"],), chat_template=template)
+        return Tokenizer(
+            backend,
+            eos=described.eos,
+            chat_template=described.chat_template,
+            special_tokens=described.special_tokens,
+        )
 
     @staticmethod
     def byte_level(config: Config) -> "Tokenizer":
