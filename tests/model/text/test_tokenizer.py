@@ -271,21 +271,6 @@ def test_bad_directories(directory):
         Tokenizer.from_directory(directory)
 
 
-def test_bad_gguf_metadata():
-    """Guards against reading another kind of tokenizer as byte-level BPE."""
-    fields = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": ["a"],
-        "tokenizer.ggml.token_type": [1],
-        "tokenizer.ggml.merges": [],
-    }
-    with pytest.raises(InputError, match="lacks its tokenizer's eos_token_id"):
-        Tokenizer.from_gguf_metadata(fields)
-    with pytest.raises(InputError, match="llama/default"):
-        Tokenizer.from_gguf_metadata(fields | {"tokenizer.ggml.eos_token_id": 0})
-
-
 def test_saved_is_the_same(tmp_path):
     """Guards against a saved tokenizer that encodes text, turns or eos differently."""
     for name, tokenizer in {"a": smollm2(), "b": Tokenizer.byte_level(preset("tiny"))}.items():
