@@ -16,8 +16,8 @@ from model.config import preset
 from model.errors import InputError
 from model.text.prompt import image_ids
 from model.vision.image import MEAN, STD, crop_layout, load_image, preprocess
+from tests.model.vision.images import PHOTOS
 from tests.support.errors import max_error
-from tests.support.images import PHOTOS
 
 STEP3, TINY = preset("step3-vl-10b"), preset("tiny")
 # PIL's coefficients are fp64, torch's fp32: a coordinate near 1000 is off by up to 6e-5 of a pixel,

@@ -16,7 +16,7 @@ from model.weights.gguf import read_gguf, smollm2_path
 
 gguf = pytest.importorskip("gguf")
 
-from tests.support.gguf_files import HIDDEN, SHAPES, TOKENIZER, VOCAB, write_gguf  # noqa: E402
+from tests.model.weights.gguf_files import HIDDEN, SHAPES, TOKENIZER, VOCAB, write_gguf  # noqa: E402
 
 Q = gguf.GGMLQuantizationType
 

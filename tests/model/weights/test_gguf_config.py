@@ -10,7 +10,7 @@ from model.weights.gguf_config import read_gguf_config
 
 gguf = pytest.importorskip("gguf")
 
-from tests.support.gguf_files import (  # noqa: E402  it imports gguf
+from tests.model.weights.gguf_files import (  # noqa: E402  it imports gguf
     HEAD_DIM,
     HEADS,
     HIDDEN,

@@ -9,7 +9,7 @@ from PIL import Image
 
 from model.errors import InputError
 from model.vision.image import load_image
-from tests.support.images import photo
+from tests.model.vision.images import photo
 
 RGB = np.asarray(photo())  # [41, 61, 3]
 GREY = np.ascontiguousarray(RGB[..., 0])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from model.vision.image import load_image
-from tests.support.images import chunk, encoded, oriented, photo, png
+from tests.model.vision.images import chunk, encoded, oriented, photo, png
 
 CORNERS = np.array([[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [90, 90, 90]]], np.uint8)
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)

@@ -17,7 +17,7 @@ from model.errors import InputError
 from model.vision.image import load_image
 from model.vision.reading import limits, source
 from model.vision.reading.strict import strict_pil
-from tests.support.images import FORMATS, PHOTOS, chunk, encoded, oriented, photo, png
+from tests.model.vision.images import FORMATS, PHOTOS, chunk, encoded, oriented, photo, png
 
 PHOTO = PHOTOS / "chelsea.png"
 

@@ -11,7 +11,7 @@ from PIL import Image
 from model.errors import InputError
 from model.vision.image import load_image
 from model.vision.reading.streams import _row_bytes
-from tests.support.images import encoded, photo, png
+from tests.model.vision.images import encoded, photo, png
 
 ROWS = b"".join(b"\0" + row.tobytes() for row in np.asarray(photo()))
 LEVELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
