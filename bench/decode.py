@@ -30,9 +30,9 @@ from model.decoder import Decoder, Step
 from model.errors import InputError
 from model.impls import impl_per_op
 from model.kv_cache import PAGE_SIZE, KVCache
+from model.memory import free_bytes
 from model.step3vl import Step3VL
 from model.terminal import track
-from pacore_sched.engine.kv_memory import free_bytes
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.step_batch import build_step_batch
 

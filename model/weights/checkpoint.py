@@ -1,10 +1,12 @@
 """Checkpoint directories: safetensors shards with published names, their index, and config.json.
 
 The model provides a dict of published name -> tensor (`Step3VL.checkpoint_tensors`). Loading copies
-into those tensors, saving writes them. Both are strict: nothing is renamed, guessed or skipped.
+into those tensors, saving writes them. Both are strict: no weight is renamed, guessed or skipped.
 """
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +16,17 @@ import torch
 from torch import Tensor
 
 from model.config import Config
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.terminal import track
 from model.weights.hf_config import write_config
+from model.weights.json_file import check_regular, read_json
 
 INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_FILE_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
+# Old checkpoints hold tables of the rotation, which follow from config.json: transformers passes
+# over the first, vLLM over all three.
+_IGNORED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -26,31 +34,53 @@ _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def load_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
     """Copy every tensor of the checkpoint in directory `path` into its namesake in `tensors`.
 
-    Shards are memory-mapped; each tensor is copied to the device and dtype of its target. Names,
-    shapes and dtypes are compared before any data is copied. A model with tied embeddings
-    (`tensors` without lm_head.weight) accepts a checkpoint with or without a copy of them.
+    Shards are memory-mapped; each tensor is copied to the device and dtype of its target. Raises
+    InputError as `find_tensors` does, before anything is copied.
+    """
+    copy_tensors(read_tensors(path, find_tensors(path, tensors)), tensors, path)
+
+
+def find_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The file that holds each of `tensors` (published name -> tensor, which may be meta).
+
+    Names, shapes and dtypes are compared; no values are read, except to see that a copy of tied
+    embeddings is one: a model with them (`tensors` without lm_head.weight) accepts a checkpoint
+    with or without a copy. Tables of the rotation, which old checkpoints hold, are left out.
     Raises InputError for unreadable shards and for missing, unexpected or misshapen tensors.
     """
+    index = _read_index(path)
     shapes: dict[str, tuple[int, ...]] = {}
     located: dict[str, str] = {}  # name -> file
-    for file in _shards(path):
+    for file in _shards(path, index):
         for name, (shape, dtype) in _header(file).items():
             if name in located:
                 raise InputError(
-                    f"{name} is in both {located[name]} and {file.name} of {path};"
+                    f"{_name(name)} is in both {located[name]} and {file.name} of {path};"
                     " it must be in one shard"
                 )
             if dtype not in _DTYPES:
                 kinds = ", ".join(_DTYPES)
-                raise InputError(f"{file}: {name} has dtype {dtype}; it must be one of {kinds}")
+                raise InputError(
+                    f"{file}: {_name(name)} has dtype {dtype}; it must be one of {kinds}"
+                )
             shapes[name], located[name] = shape, file.name
-    _compare_with_index(path, located)
+    if index is not None:
+        _compare_with_index(path, located, index)
     tied = _LM_HEAD in shapes and _LM_HEAD not in tensors and _EMBEDDING in shapes
     if tied:
         _check_tied(path / located[_EMBEDDING], path / located[_LM_HEAD])
-        del shapes[_LM_HEAD], located[_LM_HEAD]
+        del shapes[_LM_HEAD]
     _compare(shapes, tensors, path)
-    copy_tensors(_read(path, located), tensors, path)
+    return {name: located[name] for name in shapes}
+
+
+def read_tensors(path: Path, located: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `located` names (name -> file), in the order of the files."""
+    for file in sorted(set(located.values())):
+        with _open(path / file) as shard:
+            for name in shard.offset_keys():
+                if name in located:
+                    yield name, shard.get_tensor(name)
 
 
 @torch.no_grad()
@@ -100,42 +130,57 @@ def save_checkpoint(
         raise InputError(f"cannot write checkpoint {path}: {error.strerror or error}") from None
 
 
-def _shards(path: Path) -> list[Path]:
-    """The files that the index lists; without an index, all safetensors files of the directory."""
-    if not path.is_dir():
+def _shards(path: Path, index: dict[str, str] | None) -> list[Path]:
+    """The files that the index lists. Without an index: model.safetensors, whatever else is in the
+    directory, as in transformers; else all safetensors files."""
+    if not os.path.isdir(path):
         raise InputError(f"there is no checkpoint directory {path}")
-    if (path / INDEX).exists():
-        files = [path / file for file in sorted(set(_read_index(path).values()))]
-        absent = [file.name for file in files if not file.is_file()]
+    single = path / _SINGLE
+    if index is not None:
+        names = sorted(set(index.values()))
+        # transformers would read this file and not the index, vLLM the index.
+        if _SINGLE not in names and os.path.lexists(single):
+            raise InputError(
+                f"{path} has both {_SINGLE} and {INDEX}, which does not list it: remove one"
+            )
+        absent = [name for name in names if not os.path.lexists(path / name)]
         if absent:
             raise InputError(f"{path / INDEX} lists {_some(absent)}, which {path} does not contain")
+        files = [path / name for name in names]
     else:
-        files = sorted(path.glob("*.safetensors"))
+        files = [single] if os.path.lexists(single) else sorted(path.glob("*.safetensors"))
     if not files:
         raise InputError(f"there are no safetensors files in {path}")
+    for file in files:
+        check_regular(file)
     return files
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(file, str) for file in weight_map.values()):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            f"{path / INDEX} must be JSON with an object weight_map: tensor name -> file name"
-        ) from None
-    return weight_map
-
-
-def _compare_with_index(path: Path, located: dict[str, str]) -> None:
-    if (path / INDEX).exists():
-        wrong = [name for name, file in _read_index(path).items() if located.get(name) != file]
-        wrong += sorted(located.keys() - _read_index(path).keys())
-        if wrong:
+def _read_index(path: Path) -> dict[str, str] | None:
+    """The index's map from tensor to file, without the names in _IGNORED; None without an index."""
+    file = path / INDEX
+    if not os.path.lexists(file):
+        return None
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{file} must have an object weight_map: tensor name -> file name")
+    for name in weight_map.values():
+        # A path could lead out of the directory.
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise InputError(
-                f"{path / INDEX} and the shards disagree about which file holds {_some(wrong)}"
+                f"{file}: weight_map names {shown(name)}; it must be the name of a"
+                " .safetensors file in the same directory"
             )
+    return {name: file for name, file in weight_map.items() if not _IGNORED.search(name)}
+
+
+def _compare_with_index(path: Path, located: dict[str, str], index: dict[str, str]) -> None:
+    wrong = [name for name, file in index.items() if located.get(name) != file]
+    wrong += sorted(located.keys() - index.keys())
+    if wrong:
+        raise InputError(
+            f"{path / INDEX} and the shards disagree about which file holds {_some(wrong)}"
+        )
 
 
 @contextmanager
@@ -153,15 +198,11 @@ def _open(file: Path) -> Iterator[Any]:
 def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     with _open(file) as shard:
         slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-        return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-
-
-def _read(path: Path, located: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(set(located.values())):
-        with _open(path / file) as shard:
-            for name in shard.offset_keys():
-                if name in located:
-                    yield name, shard.get_tensor(name)
+        return {
+            name: (tuple(s.get_shape()), s.get_dtype())
+            for name, s in slices.items()
+            if not _IGNORED.search(name)
+        }
 
 
 def _check_tied(embedding_file: Path, lm_head_file: Path) -> None:
@@ -178,7 +219,7 @@ def _compare(
 ) -> None:
     """Raise an InputError that lists tensors missing, unexpected or misshapen in `shapes`."""
     misshapen = [
-        f"{name} {list(shape)} instead of {list(tensors[name].shape)}"
+        f"{_name(name)} {list(shape)} instead of {list(tensors[name].shape)}"
         for name, shape in shapes.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
@@ -194,7 +235,12 @@ def _compare(
 
 def _some(names: list[str], limit: int = 4) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(map(_name, names[:limit])) + more
+
+
+def _name(name: str) -> str:
+    """A tensor's or file's name for an error message: those of files are of any length."""
+    return name if len(name) <= 120 else f"{name[:117]}..."
 
 
 def _plan_shards(tensors: dict[str, Tensor], max_shard_bytes: int) -> list[list[str]]:

@@ -8,13 +8,12 @@ wrong model is worse than none.
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from reprlib import repr as shown
 from typing import Any
 
 from model.config import PRESETS, Config, DecoderConfig, SamplingConfig, TokenIds
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.text.gguf_tokenizer import read_gguf_tokenizer
-from model.weights.hf_config import check_config, check_number
+from model.weights.config_checks import check_config, check_number
 
 # The keys that are read, all with the prefix `llama.`.
 _REQUIRED = {

@@ -2,17 +2,22 @@
 
 Keys of a published config.json that do not change what is computed are ignored. Keys whose value
 is not implemented (rope scaling, sliding windows, biases, ...) raise an InputError that names them:
-a wrong model is worse than none.
+a wrong model is worse than none. What a key means is what transformers' configuration classes and
+modeling code make of it; where vLLM differs from them, the key is refused.
 """
 
 import json
 import math
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model.config import Config, DecoderConfig, SamplingConfig, TokenIds, VisionConfig
-from model.errors import InputError
+from model.config import Config, DecoderConfig, TokenIds, VisionConfig
+from model.errors import InputError, shown
+from model.weights.config_checks import check_config, check_number, token_ids
+from model.weights.generation_config import with_generation_config
+from model.weights.json_file import read_json
 
 _DECODER_KEYS = {
     "vocab_size": "vocab_size",
@@ -38,13 +43,54 @@ _VISION_KEYS = {
 }
 # This key holds what published keys cannot express: crop sizes, ids of structural tokens.
 _OWN_KEY = "step3vl"
+_OWN_VISION = set(asdict(VisionConfig())) - {*_VISION_KEYS, "mlp_width"}
+_OWN_TOKENS = set(asdict(TokenIds())) - {"eos"}
+_OWN_PARTS = {"name", "tokens", "sampling", "vision"}
 
-# The only implemented value of each key; an absent key means that value.
+# The implemented values of keys that change what is computed; an absent or null key means them too.
 _TEXT_FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
+}
+# The same for keys of related architectures (Granite, MiniCPM, Falcon-H1, Cohere, Gemma, OLMo,
+# Llama 4, SmolLM3, mixtures of experts), whose weights have the names and shapes of Llama's.
+_TEXT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "lm_head_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "scale_emb": (1,),
+    "scale_depth": (),
+    "dim_model_base": (),
+    "final_logit_softcapping": (),
+    "attn_logit_softcapping": (),
+    "clip_qkv": (),
+    "attention_chunk_size": (),
+    "attn_temperature_tuning": (False,),
+    "no_rope_layer_interval": (),
+    "swiglu_limits": (),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "n_routed_experts": (0,),
+    "quantization_config": (),
+    "compression_config": (),
+}
+_TEXT_KEYS = {
+    *_DECODER_KEYS.values(),
+    *_TEXT_FIXED,
+    *_TEXT_NEUTRAL,
+    "rope_parameters",
+    "rope_scaling",
+    "sliding_window",
+    "layer_types",
+    "no_rope_layers",
+    "attention_multiplier",
+    "query_pre_attn_scalar",
 }
 _VISION_FIXED = {
     "hidden_act": "quick_gelu",
@@ -68,26 +114,22 @@ _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 def read_config(path: Path) -> Config:
     """The model that `path`/config.json describes; a model without a name gets the directory's.
 
-    `eos` and `sampling` come from generation_config.json where that has them: eos_token_id as in
-    transformers; temperature, top_p and top_k as in vLLM. Raises InputError for a missing or
+    generation_config.json adds to it, if there is one: end tokens (`eos`) are those of all files,
+    temperature, top_p and top_k those of generation_config.json. Warns of settings in that file
+    that are not followed. Raises InputError, which begins with the file's name, for a missing or
     invalid file and for anything that is not implemented.
     """
-    file, generation_file = path / "config.json", path / "generation_config.json"
-    data = _read_json(file)
-    generation = _read_json(generation_file) if generation_file.exists() else {}
+    file = path / "config.json"
+    data = read_json(file)
     try:
         if "model_type" in data:
-            config = _from_published(data, path, generation)
+            config = _from_published(data, path)
         else:
-            _require_objects(data, "decoder", "vision", "tokens", "sampling")
             config = Config.from_dict(data)
-        check_config(config)
+            check_config(config)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    try:
-        return replace(config, sampling=_sampling(generation, config.sampling))
-    except InputError as error:
-        raise InputError(f"{generation_file}: {error}") from None
+    return with_generation_config(config, path)
 
 
 def write_config(config: Config) -> dict:
@@ -104,89 +146,183 @@ def write_config(config: Config) -> dict:
         **_TEXT_FIXED,
         "eos_token_id": list(config.tokens.eos),
     }
-    tokens = asdict(config.tokens)
-    del tokens["eos"]
+    tokens, vision = asdict(config.tokens), config.vision
     own: dict[str, object] = {
         "name": config.name,
-        "tokens": tokens,
+        "tokens": {key: tokens[key] for key in tokens if key in _OWN_TOKENS},
         "sampling": asdict(config.sampling),
     }
-    if config.vision is None:
+    if vision is None:
         return text | {_OWN_KEY: own}
-    published = {*_VISION_KEYS, "mlp_width"}
-    own["vision"] = {k: v for k, v in asdict(config.vision).items() if k not in published}
+    own["vision"] = {k: v for k, v in asdict(vision).items() if k in _OWN_VISION}
     return {
         "model_type": "step_robotics",
         "architectures": ["StepVLForConditionalGeneration"],
         "image_token_id": config.tokens.im_patch,
-        "image_token_len": config.vision.image_tokens,
-        "patch_token_len": config.vision.crop_tokens,
+        "image_token_len": vision.image_tokens,
+        "patch_token_len": vision.crop_tokens,
         **_STEP_FIXED,
-        "vision_config": _write_vision(config.vision),
+        "vision_config": _write_vision(vision),
         "text_config": text,
         _OWN_KEY: own,
     }
 
 
-def _from_published(data: dict, path: Path, generation: dict) -> Config:
-    _require_objects(data, "text_config", "vision_config", _OWN_KEY)
-    own = data.get(_OWN_KEY) or {}
-    _require_objects(own, "tokens", "vision", "sampling")
-    _refuse(own, "vision", "vision" not in own or data["model_type"] == "step_robotics")
-    model_type, text, vision = data["model_type"], data, None
-    if model_type == "step_robotics":
+def _from_published(data: dict, path: Path) -> Config:
+    own = _own_part(data)
+    vision_config = _object(data, "vision_config")
+    vision = None
+    if data["model_type"] == "step_robotics":
         _require_fixed(data, _STEP_FIXED, "")
-        vision = (own.get("vision") or {}) | _read_vision(data.get("vision_config") or {})
-        text = data.get("text_config") or data | {"model_type": "qwen3"}
-        model_type = text.get("model_type", "qwen3")
-    for part in (data, text):
-        _refuse(part, "quantization_config", part.get("quantization_config") is None)
-    if model_type not in tuple(_ARCHITECTURES):
+        vision = (own.get("vision") or {}) | _read_vision(vision_config)
+    elif "vision" in own:
         raise InputError(
-            f"model_type is {model_type!r}; only step_robotics, qwen3 and llama are implemented"
+            f"{_OWN_KEY}.vision is given, but {shown(data['model_type'])} has no vision tower"
         )
-    tokens = {"eos": _eos(generation, text, data), **(own.get("tokens") or {})}
+    text, where, model_type = _text_model(data)
+    decoder = _read_decoder(text, model_type, where)
+    if text is not data:
+        _require_agreement(data, text, decoder, model_type)
+    tokens = (own.get("tokens") or {}) | {"eos": ()}
     if "image_token_id" in data:
         tokens["im_patch"] = data["image_token_id"]
-    parts = {"decoder": _read_decoder(text, model_type), "vision": vision}
-    named = {"name": path.resolve().name, **own, "tokens": tokens}
-    config = Config.from_dict(named | parts)
+    parts = {"decoder": decoder, "vision": vision, "tokens": tokens}
+    config = Config.from_dict({"name": _name_of(path), **own} | parts)
+    check_config(config, _names(data, where))
     _check_token_lengths(data, config.vision)
+    for source, prefix in ((text, where), (data, "")):
+        key, ids = f"{prefix}eos_token_id", source.get("eos_token_id")
+        config = config.with_ends(token_ids(key, ids, config.decoder.vocab_size))
     return config
 
 
-def _read_decoder(text: dict, model_type: str) -> dict:
-    _require_fixed(text, _TEXT_FIXED, "")
-    layer_types = text.get("layer_types") or []
-    _refuse(text, "layer_types", layer_types == ["full_attention"] * len(layer_types))
+def _own_part(data: dict) -> dict:
+    own = _object(data, _OWN_KEY)
+    _require_known(_OWN_KEY, own, _OWN_PARTS)
+    _require_known(f"{_OWN_KEY}.tokens", _object(own, "tokens", f"{_OWN_KEY}."), _OWN_TOKENS)
+    _require_known(f"{_OWN_KEY}.vision", _object(own, "vision", f"{_OWN_KEY}."), _OWN_VISION)
+    _object(own, "sampling", f"{_OWN_KEY}.")
+    return own
+
+
+def _text_model(data: dict) -> tuple[dict, str, str]:
+    """The keys of the text model, what comes before their names in this file, and their type."""
+    text, where, model_type = data, "", data["model_type"]
+    nested = _object(data, "text_config")
+    if model_type == "step_robotics":
+        model_type = nested.get("model_type", "qwen3")
+        if nested:
+            text, where = nested, "text_config."
+    if model_type not in tuple(_ARCHITECTURES):
+        raise InputError(
+            f"{where}model_type is {shown(model_type)}; only step_robotics, qwen3 and llama are"
+            " implemented"
+        )
+    return text, where, model_type
+
+
+def _names(data: dict, where: str) -> dict[str, str]:
+    """Field -> its key in this file, where they differ; `where` is the text model's prefix."""
+    names = {f"decoder.{field}": where + key for field, key in _DECODER_KEYS.items()}
+    names |= {f"vision.{field}": f"vision_config.{key}" for field, key in _VISION_KEYS.items()}
+    names["vision.mlp_width"] = "vision_config.width x mlp_ratio"
+    names |= {f"vision.{field}": f"{_OWN_KEY}.vision.{field}" for field in _OWN_VISION}
+    names |= {f"tokens.{field}": f"{_OWN_KEY}.tokens.{field}" for field in _OWN_TOKENS}
+    if "image_token_id" in data:
+        names["tokens.im_patch"] = "image_token_id"
+    return names
+
+
+def _name_of(path: Path) -> str:
+    return "".join(c if c.isprintable() else "?" for c in path.resolve().name)
+
+
+def _read_decoder(text: dict, model_type: str, where: str) -> dict:
+    _require_fixed(text, _TEXT_FIXED, where)
+    for key, neutral in _TEXT_NEUTRAL.items():
+        _refuse(text, key, where, text.get(key) is None or text[key] in neutral)
     values: dict[str, Any] = {field: text.get(key) for field, key in _DECODER_KEYS.items()}
-    values["rope_theta"] = _rope_theta(text)
-    values["kv_heads"] = values["kv_heads"] or values["heads"]
-    values["tied_embeddings"] = values["tied_embeddings"] or False
+    values["rope_theta"] = _rope_theta(text, where)
+    values["kv_heads"] = values["heads"] if values["kv_heads"] is None else values["kv_heads"]
+    values["tied_embeddings"] = text.get("tie_word_embeddings") or False
     missing = [k for f, k in _DECODER_KEYS.items() if values[f] is None and f != "head_dim"]
     if missing:
-        raise InputError(f"missing key {', '.join(missing)}")
-    if values["head_dim"] is None and model_type == "qwen3":
-        values["head_dim"] = DecoderConfig.head_dim
-    elif values["head_dim"] is None:
-        check_number("hidden_size", values["hidden"], int)
-        check_number("num_attention_heads", values["heads"], int)
-        values["head_dim"] = values["hidden"] // values["heads"]
+        raise InputError(f"missing key {', '.join(where + key for key in missing)}")
+    if values["head_dim"] is None:
+        values["head_dim"] = _default_head_dim(values, model_type, where)
+    _check_attention(text, values, model_type, where)
     return values | {"qk_norm": model_type == "qwen3"}
 
 
-def _rope_theta(text: dict) -> float:
-    """`rope_theta` in either form: a key of the config, or inside `rope_parameters`."""
-    theta = text.get("rope_theta", 10000.0)  # transformers' default; old Llamas omit the key
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = text.get(key) or {}
-        _refuse(text, key, isinstance(rope, dict))
-        plain = {"rope_theta": rope.get("rope_theta"), "partial_rotary_factor": 1.0}
-        plain |= {"rope_type": "default", "type": "default"}
-        _refuse(text, key, all(k in plain and v == plain[k] for k, v in rope.items()))
-        theta = rope.get("rope_theta", theta)
-    _refuse(text, "partial_rotary_factor", text.get("partial_rotary_factor") in (None, 1.0))
-    return theta
+def _default_head_dim(values: dict, model_type: str, where: str) -> int:
+    if model_type == "qwen3":
+        return DecoderConfig.head_dim
+    hidden, heads = values["hidden"], values["heads"]
+    check_number(f"{where}hidden_size", hidden, int)
+    check_number(f"{where}num_attention_heads", heads, int)
+    if hidden % heads:
+        raise InputError(
+            f"{where}hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}),"
+            " as there is no head_dim"
+        )
+    return hidden // heads
+
+
+def _check_attention(text: dict, values: dict, model_type: str, where: str) -> None:
+    """Refuse windows, layers without rotation, and scores of another scale."""
+    layers, head_dim = values["layers"], values["head_dim"]
+    check_number(f"{where}num_hidden_layers", layers, int, "layers")
+    check_number(f"{where}head_dim", head_dim, int, "head_dim")
+    types = text.get("layer_types")
+    _refuse(text, "layer_types", where, types in (None, ["full_attention"] * layers))
+    rope_layers = text.get("no_rope_layers")  # 1: the layer rotates
+    _refuse(text, "no_rope_layers", where, rope_layers in (None, [], [1] * layers))
+    # transformers' Llama has no window, vLLM's has one.
+    window, off = text.get("sliding_window"), text.get("use_sliding_window") is False
+    _refuse(text, "sliding_window", where, window is None or off or model_type == "qwen3")
+    for key, neutral in (
+        ("attention_multiplier", head_dim**-0.5),
+        ("query_pre_attn_scalar", head_dim),
+    ):
+        value = text.get(key)
+        same = isinstance(value, int | float) and math.isclose(value, neutral, rel_tol=1e-6)
+        _refuse(text, key, where, value is None or same)
+
+
+def _require_agreement(data: dict, text: dict, decoder: dict, model_type: str) -> None:
+    """Refuse keys of the text model that stand outside `text_config` and say something else.
+
+    Readers differ in which of the two they follow; tie_word_embeddings is an example.
+    """
+    outside = {key: data[key] for key in sorted(_TEXT_KEYS) if data.get(key) is not None}
+    other = _read_decoder(text | outside, model_type, "")
+    for field, key in _DECODER_KEYS.items():
+        if other[field] != decoder[field]:
+            raise InputError(
+                f"{key} is {shown(other[field])}, but with text_config alone it is"
+                f" {shown(decoder[field])}; they must agree"
+            )
+
+
+def _rope_theta(text: dict, where: str) -> object:
+    """The base of the rotation, which the config says as a key or inside one of two objects."""
+    default = text.get("rope_theta", 10000.0)  # transformers' default; old Llamas omit the key
+    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+    thetas = [] if text.get("rope_theta") is None else [default]
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = text.get(key)
+        if rope is not None and rope != {}:
+            _refuse(text, key, where, isinstance(rope, dict))
+            others = {k: v for k, v in rope.items() if k != "rope_theta"}
+            _refuse(text, key, where, all(k in plain and v == plain[k] for k, v in others.items()))
+            thetas.append(rope.get("rope_theta", default))
+    for theta in thetas[1:]:  # readers differ in which one they follow
+        if theta != thetas[0]:
+            raise InputError(
+                f"{where}rope_theta is {shown(thetas[0])} in one place and {shown(theta)} in"
+                " another; they must agree"
+            )
+    return thetas[0] if thetas else default
 
 
 def _read_vision(vision: dict) -> dict:
@@ -196,9 +332,20 @@ def _read_vision(vision: dict) -> dict:
     values = {field: vision[key] for field, key in _VISION_KEYS.items() if key in vision}
     width = values.get("width", VisionConfig.width)
     ratio = vision.get("mlp_ratio", VisionConfig.mlp_width / VisionConfig.width)
-    check_number("vision_config.width", width, int)
-    check_number("vision_config.mlp_ratio", ratio, float)
-    return values | {"mlp_width": int(width * ratio)}
+    check_number("vision_config.width", width, int, "width")
+    check_number("vision_config.mlp_ratio", ratio, float, "mlp_ratio")
+    values["mlp_width"] = int(width * ratio)
+    default = VisionConfig()
+    synonyms = {  # transformers' and vLLM's names
+        "hidden_size": "width",
+        "intermediate_size": "mlp_width",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+        "layer_scale_init_value": "layer_scale",
+    }
+    for key, field in synonyms.items():
+        _require_fixed(vision, {key: values.get(field, getattr(default, field))}, "vision_config.")
+    return values
 
 
 def _write_vision(vision: VisionConfig) -> dict:
@@ -209,29 +356,6 @@ def _write_vision(vision: VisionConfig) -> dict:
     return {"model_type": "perception_encoder", "mlp_ratio": ratio, **known, **_VISION_FIXED}
 
 
-def _eos(*sources: dict) -> list[int]:
-    """The eos ids of the first source that has some."""
-    for source in sources:
-        eos = source.get("eos_token_id")
-        if eos is not None:
-            return eos if isinstance(eos, list) else [eos]
-    return []
-
-
-def _sampling(generation: dict, default: SamplingConfig) -> SamplingConfig:
-    """The sampling settings in generation_config.json; `default` for absent and null keys.
-
-    Raises InputError for a value out of range.
-    """
-    names = [field.name for field in fields(SamplingConfig)]
-    settings = {name: generation[name] for name in names if generation.get(name) is not None}
-    if settings.get("top_k") == -1:  # vLLM's spelling of 0
-        settings["top_k"] = 0
-    sampling = replace(default, **settings)
-    _check_sampling(sampling)
-    return sampling
-
-
 def _check_token_lengths(data: dict, vision: VisionConfig | None) -> None:
     """Refuse token counts of an image or a crop that differ from those of our preprocessing."""
     if vision is not None:
@@ -239,82 +363,31 @@ def _check_token_lengths(data: dict, vision: VisionConfig | None) -> None:
             _require_fixed(data, {key: getattr(vision, ours)}, "")
 
 
-def check_config(config: Config) -> None:
-    """Raise InputError unless numbers have their type and are positive, and head counts divide."""
-    for part in (config.decoder, config.vision):
-        for field in fields(part) if part is not None else ():
-            assert isinstance(field.type, type)  # model/config.py evaluates its annotations
-            check_number(field.name, getattr(part, field.name), field.type)
-    for field in fields(TokenIds):
-        ids = getattr(config.tokens, field.name)
-        if not all(type(i) is int and i >= 0 for i in (ids if field.name == "eos" else [ids])):
-            raise InputError(f"{field.name} is {ids!r}; token ids must be integers from 0 up")
-    if not isinstance(config.name, str):
-        raise InputError(f"name is {config.name!r}; it must be a string")
-    _check_heads(config.decoder, config.vision)
-    _check_sampling(config.sampling)
-
-
-def check_number(key: str, value: object, kind: type) -> None:
-    """Raise InputError unless `value` is a positive, finite number (or bool) of type `kind`."""
-    if kind is bool:
-        if type(value) is not bool:
-            raise InputError(f"{key} is {value!r}; it must be true or false")
-        return
-    fits = type(value) in (int, kind) and isinstance(value, int | float) and 0 < value < math.inf
-    if not fits:
-        raise InputError(f"{key} is {value!r}; it must be a positive {kind.__name__}")
-
-
-def _check_heads(decoder: DecoderConfig, vision: VisionConfig | None) -> None:
-    if decoder.heads % decoder.kv_heads or decoder.head_dim % 2:
-        raise InputError(
-            f"heads ({decoder.heads}) must be a multiple of kv_heads ({decoder.kv_heads}), "
-            f"and head_dim ({decoder.head_dim}) must be even"
-        )
-    if vision is not None and vision.width % (4 * vision.heads):
-        raise InputError(
-            f"vision width ({vision.width}) must be a multiple of 4 x heads ({vision.heads})"
-        )
-
-
-def _check_sampling(sampling: SamplingConfig) -> None:
-    temperature, top_p, top_k = sampling.temperature, sampling.top_p, sampling.top_k
-    number = type(temperature) in (int, float)
-    if not number or not (temperature == 0 or 1e-6 <= temperature <= 1e6):
-        raise InputError(f"temperature is {temperature!r}; it must be 0, or from 1e-6 to 1e6")
-    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p!r}; it must be above 0 and at most 1")
-    if type(top_k) is not int or top_k < 0:
-        raise InputError(f"top_k is {top_k!r}; it must be an integer, at least 0")
-
-
-def _require_fixed(data: dict, fixed: dict[str, Any], where: str) -> None:
+def _require_fixed(data: dict, fixed: Mapping[str, Any], where: str) -> None:
     for key, value in fixed.items():
         if data.get(key, value) not in (value, None):
             raise InputError(
-                f"{where}{key} is {data[key]!r}; only {json.dumps(value)} is implemented"
+                f"{where}{key} is {shown(data[key])}; only {json.dumps(value)} is implemented"
             )
 
 
-def _refuse(data: dict, key: str, implemented: bool) -> None:
+def _refuse(data: dict, key: str, where: str, implemented: bool) -> None:
     if not implemented:
-        raise InputError(f"{key} {json.dumps(data.get(key))} is not implemented")
+        raise InputError(f"{where}{key} {shown(data.get(key))} is not implemented")
 
 
-def _require_objects(data: dict, *keys: str) -> None:
-    for key in keys:
-        if not isinstance(data.get(key), dict | None):
-            raise InputError(f"{key} is {data[key]!r}; it must be an object")
+def _require_known(where: str, data: dict, known: set[str]) -> None:
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise InputError(
+            f"{where}: unknown key {', '.join(unknown):.80}; the keys are"
+            f" {', '.join(sorted(known))}"
+        )
 
 
-def _read_json(file: Path) -> dict:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{file} must hold a JSON object")
-    return data
+def _object(data: dict, key: str, where: str = "") -> dict:
+    """The object at `key`; empty if the key is absent or null."""
+    value = data.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{where}{key} is {shown(value)}; it must be an object")
+    return value or {}

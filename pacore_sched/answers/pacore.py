@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from kernels.runtime.arithmetic import cdiv
 from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, page_bytes
+from model.memory import free_bytes
 from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.problem_run import Problem, ProblemRun, Settings
 from pacore_sched.answers.rounds import compact, round_widths
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
-from pacore_sched.engine.kv_memory import free_bytes
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.request import Group, Rollout, Sampling

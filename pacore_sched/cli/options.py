@@ -1,9 +1,9 @@
 """Options that several commands share, and the model, engine and sampling built from them."""
 
 import argparse
+import os
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -113,7 +113,7 @@ def load_model(options: argparse.Namespace) -> Step3VL:
         raise InputError(f"device {device!r} cannot be used on this machine")
     default = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     dtype = DTYPES[options.dtype] if options.dtype else default
-    exists = Path(options.model).exists()
+    exists = os.path.exists(options.model)  # unlike Path's, false for names too long
     load = Step3VL.from_pretrained if exists else Step3VL.from_preset
     return load(options.model, device=device, dtype=dtype, impl=options.impl)
 

@@ -1,14 +1,12 @@
 """The number of KV pages that fit in memory."""
 
-import os
-from pathlib import Path
-
 import torch
 
 from kernels.runtime.arithmetic import cdiv
 from model.config import DecoderConfig
 from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, page_bytes
+from model.memory import free_bytes
 
 # Share of the memory that is free after loading the weights. The rest of a GPU's is for CUDA graphs
 # and activations, including the images'; a CPU's is shared with other processes.
@@ -46,15 +44,3 @@ def pages_that_fit(
             " or use FP8 KV"
         )
     return max(min_pages, min(fitting, cdiv(max_kv_tokens, PAGE_SIZE)))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can be allocated on `device`; the total for a CPU that does not report it."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # MemAvailable includes the page cache
-        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -130,7 +130,9 @@ def test_a_directory(capsys, tmp_path):
     ("model", "words"),
     [
         ("step3", "step3 is neither a preset (step3-vl-10b, tiny, smollm2-135m) nor a checkpoint"),
-        (str(Path(__file__).parent), "cannot read "),
+        (str(Path(__file__).parent), "config.json cannot be read: No such file"),
+        ("x" * 5000, "xxx is neither a preset"),
+        ("a\0b", r"a\x00b is neither a preset"),
         (__file__, "is not a GGUF file"),
     ],
 )

@@ -1,6 +1,7 @@
 """Tests of loading and saving checkpoint directories, against transformers and safetensors."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -186,7 +187,9 @@ def test_the_index_must_be_right(tmp_path):
             "disagree about which file holds a.weight, b.weight",
         ),
         ({"a.weight": first}, "1 missing: b.weight"),
-        ({"a.weight": 1}, "must be JSON with an object weight_map"),
+        ({"a.weight": 1}, "weight_map names 1; it must be the name of a .safetensors file"),
+        ({}, "must have an object weight_map"),
+        ([], "must have an object weight_map"),
     ]:
         (tmp_path / INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
         assert words in refusal(tmp_path, target)
@@ -208,13 +211,87 @@ def test_a_shard_may_not_hold_more_than_its_index(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../c/{}", "./{}", "{}\0", ".", "a\x1b[31m.bin", "a" * 5000]
+)
+def test_an_index_names_files_of_its_directory(name, tmp_path):
+    """Guards against opening any file of the machine that a downloaded index names."""
+    save_checkpoint(tmp_path / "c", two_tensors(), TINY)
+    file = "model-00001-of-00001.safetensors"
+    weight_map = dict.fromkeys(two_tensors(), name.format(file))
+    (tmp_path / "c" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    message = refusal(tmp_path / "c", empty_like(two_tensors()))
+    assert "it must be the name of a .safetensors file in the same directory" in message
+    assert message.isprintable()
+
+
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
     """Guards against two different copies of a tensor: the last one read would win."""
     tensors = {name: t.clone() for name, t in two_tensors().items()}
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "one.safetensors")
     save_file({"a.weight": tensors["a.weight"]}, tmp_path / "other.safetensors")
     message = refusal(tmp_path, empty_like(tensors))
-    assert "a.weight is in both model.safetensors and other.safetensors" in message
+    assert "a.weight is in both one.safetensors and other.safetensors" in message
+
+
+def test_which_of_several_files(tmp_path):
+    """Guards against an adapter's or another format's weights mixed into the model's: as in
+    transformers, model.safetensors is the whole model. Where it and an index disagree, transformers
+    reads one and vLLM the other."""
+    tensors = {name: t.clone() for name, t in two_tensors().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for other in ("adapter_model.safetensors", "consolidated.safetensors"):
+        save_file({"a.weight": tensors["a.weight"] + 1}, tmp_path / other)
+    target = empty_like(tensors)
+    load_checkpoint(tmp_path, target)
+    assert all(torch.equal(target[n], t) for n, t in tensors.items())
+    index = {"weight_map": dict.fromkeys(tensors, "consolidated.safetensors")}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert "which does not list it: remove one" in refusal(tmp_path, empty_like(tensors))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_tables_of_the_rotation_are_passed_over(indexed, tmp_path):
+    """Guards against refusing old checkpoints, which hold them as transformers once did; a weight
+    whose name only resembles theirs is still refused."""
+    tensors = {name: t.clone() for name, t in two_tensors().items()}
+    old = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.rotary_emb.inv_freq": torch.ones(4),
+    }
+    file = "model-1.safetensors"
+
+    def write(held):
+        save_file(held, tmp_path / file)
+        if indexed:
+            (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(held, file)}))
+
+    write(tensors | old)
+    target = empty_like(tensors)
+    load_checkpoint(tmp_path, target)
+    assert all(torch.equal(target[n], t) for n, t in tensors.items())
+    write(tensors | {"model.rotary_emb.inv_freq.weight": torch.ones(4)})
+    assert "1 unexpected: model.rotary_emb.inv_freq.weight" in refusal(tmp_path, target)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path.name)])
+def test_only_regular_files_are_shards(make, indexed, tmp_path):
+    """Guards against waiting for ever on a FIFO, and against a traceback."""
+    file = tmp_path / "model-1.safetensors"
+    make(file)
+    if indexed:
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a.weight": file.name}}))
+    assert refusal(tmp_path, empty_like(two_tensors())).startswith(str(file))
+
+
+def test_names_in_messages_are_printable(tmp_path):
+    """Guards against a tensor's name that moves the terminal's cursor or begins a second line."""
+    save_file({"\x1b[2J\n" + "x" * 500: torch.ones(1)}, tmp_path / "model.safetensors")
+    message = refusal(tmp_path, empty_like(two_tensors()))
+    assert r"1 unexpected: \x1b[2J\n" in message
+    assert message.isprintable()
+    assert len(message) < 400
 
 
 def test_paths_without_a_checkpoint(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from model import memory
 from model.config import SMOLLM2_135M
 from model.errors import InputError
 from model.step3vl import Step3VL
@@ -81,13 +82,16 @@ def test_smollm2_fits_the_model(smollm2):
         assert value.isfinite().all()
 
 
-def test_loads_as_a_model(tmp_path):
-    """Guards against weights copied to the wrong parameters."""
+def test_loads_as_a_model(tmp_path, monkeypatch):
+    """Guards against weights copied to the wrong parameters, or into too little memory."""
     path = write_gguf(tmp_path / "a.gguf")
     model = Step3VL.from_pretrained(path, dtype=torch.bfloat16)
     tensors = model.checkpoint_tensors()
     for name, value in read_gguf(path)[2]:
         assert torch.equal(tensors[name], value.bfloat16())
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(InputError, match=r"weights of a need 0\.\d+ GB in float32, but cpu has"):
+        Step3VL.from_pretrained(path)
 
 
 @pytest.mark.parametrize(

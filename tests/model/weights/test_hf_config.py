@@ -162,7 +162,7 @@ def test_any_width_reads_back(tmp_path_factory, heads, quarter, mlp_width, qk_no
     vision = replace(TINY.vision, width=4 * heads * quarter, heads=heads, mlp_width=mlp_width)
     decoder = replace(TINY.decoder, qk_norm=qk_norm, tied_embeddings=tied)
     path = tmp_path_factory.mktemp("model")
-    for config in (replace(TINY, vision=vision), Config("text", decoder)):
+    for config in (replace(TINY, vision=vision), Config("text", decoder, tokens=TINY.tokens)):
         (path / "config.json").write_text(json.dumps(write_config(config)))
         assert read_config(path) == config
 
@@ -205,6 +205,102 @@ def test_agrees_with_transformers(kind, options, tmp_path):
         assert config.model_type == kind
 
 
+JUDGED = {
+    "vocab_size": 12,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+CHANGES_NOTHING = {"base_model_tp_plan", "base_model_pp_plan"}
+# Another value for every key that transformers' classes declare, and rope's.
+CHANGES = [
+    {"vocab_size": 13},
+    {"hidden_size": 20},
+    {"intermediate_size": 25},
+    {"num_hidden_layers": 1},
+    {"num_attention_heads": 2},
+    {"num_key_value_heads": 1},
+    {"num_key_value_heads": None},
+    {"head_dim": 8},
+    {"hidden_act": "gelu"},
+    {"max_position_embeddings": 128},
+    {"initializer_range": 0.5},
+    {"rms_norm_eps": 0.5},
+    {"use_cache": False},
+    {"tie_word_embeddings": True},
+    {"attention_bias": True},
+    {"mlp_bias": True},
+    {"pretraining_tp": 2},
+    {"attention_dropout": 0.5},
+    {"pad_token_id": 3},
+    {"bos_token_id": 4},
+    {"eos_token_id": 5},
+    {"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 0},
+    {"use_sliding_window": False, "sliding_window": 2, "max_window_layers": 0},
+    {"layer_types": ["full_attention", "full_attention"]},
+    {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 2}
+    | {"use_sliding_window": True},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+    {"rope_parameters": {"type": "default", "rope_theta": 1e4}},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_theta": 1e5}, "rope_parameters": None},
+    {"rope_theta": 1e5, "rope_parameters": None},
+    {"rope_theta": 1e5},
+    {"rope_parameters": None},
+]
+
+
+@pytest.mark.judge
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_whatever_changes_transformers_logits(kind, tmp_path):
+    """Guards against a key that changes what transformers computes and that we pass over: with it,
+    the model must be another one for us too, or be refused. Without effect there, our model is the
+    same one, if it is not refused. Keys that newer versions declare must be added here."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    declared = set(CONFIG_MAPPING[kind].__annotations__) - {"model_type", *CHANGES_NOTHING}
+    assert declared <= {key for change in CHANGES for key in change}
+    weights = None
+    ids = torch.arange(12)[None] % 12
+
+    def logits(options):
+        nonlocal weights
+        torch.manual_seed(0)
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options)).eval()
+        if weights is None:
+            weights = {k: v * 20 if v.ndim > 1 else v for k, v in theirs.state_dict().items()}
+        theirs.load_state_dict(weights)
+        return theirs(ids).logits
+
+    def ours(options):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind} | options))
+        return read_config(tmp_path).decoder
+
+    base, base_logits = ours(JUDGED), logits(JUDGED)
+    for change in CHANGES:
+        options = JUDGED | change
+        try:
+            same = torch.equal(logits(options), base_logits)
+        except (RuntimeError, ValueError, KeyError):  # other shapes, or refused
+            same = False
+        try:
+            decoder = replace(ours(options), max_positions=base.max_positions)
+        except InputError:
+            continue
+        assert (decoder == base) == same, (kind, change)
+
+
 def test_old_llama_leaves_keys_out(read):
     """Guards the defaults that old files rely on."""
     old = {k: v for k, v in QWEN3.items() if k not in ("rope_theta", "head_dim")}
@@ -213,14 +309,51 @@ def test_old_llama_leaves_keys_out(read):
     assert (decoder.head_dim, decoder.kv_heads, decoder.rope_theta) == (8, 4, 1e4)
 
 
-def test_generation_config_ends_generation(read, tmp_path):
-    """Guards chat models whose config.json has fewer eos ids than generation_config.json."""
-    assert read(QWEN3).tokens.eos == (7,)
+def test_the_ends_of_all_files_count(read, tmp_path):
+    """Guards against rollouts that run past an end which only one of the files names: chat models
+    have more in generation_config.json, others fewer; vLLM and transformers differ in whom they
+    ask, so all count. In the published forms and in ours."""
+    read(QWEN3)
     generation = tmp_path / "model" / "generation_config.json"
-    generation.write_text('{"eos_token_id": [7, 9]}')
-    assert read(QWEN3).tokens.eos == (7, 9)
-    generation.write_text('{"temperature": 1.0}')
-    assert read(QWEN3).tokens.eos == (7,)
+    for text, eos in (
+        ('{"eos_token_id": [7, 9]}', (7, 9)),
+        ('{"eos_token_id": 9}', (7, 9)),
+        ('{"temperature": 1.0}', (7,)),
+        ('{"eos_token_id": null}', (7,)),
+    ):
+        generation.write_text(text)
+        assert read(QWEN3).tokens.eos == eos
+    generation.write_text('{"eos_token_id": 9}')
+    assert read(asdict(TINY)).tokens.eos == (*TINY.tokens.eos, 9)
+    generation.unlink()
+    assert read(STEP_VL | {"eos_token_id": [1, 151645]}).tokens.eos == (151643, 151645, 151679, 1)
+    assert read(merged(QWEN3, "eos_token_id", ...)).tokens.eos == ()
+
+
+@pytest.mark.parametrize(
+    ("generation", "words"),
+    [
+        ({"do_sample": False, "temperature": 0.5}, "not followed: do_sample False; temperature 0"),
+        ({"repetition_penalty": 1.05, "min_p": 0.1}, "repetition_penalty 1.05, min_p 0.1"),
+        ({"suppress_tokens": [1]}, r"suppress_tokens \[1\]"),
+    ],
+)
+def test_names_what_is_not_followed(generation, words, read, tmp_path):
+    """Guards against answers drawn otherwise than the model's authors say, without a word."""
+    read(QWEN3)
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
+    with pytest.warns(UserWarning, match=words):
+        read(QWEN3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_is_silent_about_settings_without_effect(read, tmp_path):
+    """Guards against a warning for every published model."""
+    read(QWEN3)
+    settings = {"do_sample": True, "repetition_penalty": 1.0, "min_p": 0.0, "num_beams": 1}
+    settings |= {"max_new_tokens": 2048, "pad_token_id": 0, "stop_strings": None}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    assert read(QWEN3).sampling == SamplingConfig()
 
 
 @pytest.mark.parametrize(
@@ -251,6 +384,9 @@ def test_generation_config_says_how_to_sample(generation, sampling, read, tmp_pa
         ('{"temperature": true}', "temperature is True; it must"),
         ('{"top_p": 0}', "top_p is 0; it must be above 0 and at most 1"),
         ('{"top_p": [1]}', r"top_p is \[1\]; it must"),
+        ('{"top_k": 1e400}', "top_k is inf"),
+        ('{"eos_token_id": 96}', "eos_token_id is 96; token ids must be integers from 0 to 95"),
+        ('{"eos_token_id": "x"}', "eos_token_id is 'x'"),
         ('{"top_k": 2.5}', "top_k is 2.5; it must be an integer, at least 0"),
         ('{"top_k": -2}', "top_k is -2; it must"),
         ("{", "is not valid JSON"),
@@ -276,7 +412,11 @@ def test_refuses_a_malformed_generation_config(text, words, read, tmp_path):
         ("attention_bias", True, "attention_bias is True; only false"),
         ("mlp_bias", True, "mlp_bias is True"),
         ("use_sliding_window", True, "use_sliding_window is True"),
+        ("sliding_window", 64, "sliding_window 64 is not implemented"),
         ("layer_types", ["full_attention", "sliding_attention"], "layer_types"),
+        ("layer_types", ["full_attention"], "layer_types"),
+        ("layer_types", 5, "layer_types 5 is not implemented"),
+        ("no_rope_layers", [1, 0], "no_rope_layers"),
         ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "rope_scaling .* not implemented"),
         ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling"),
         ("rope_scaling", {"type": "default", "mrope_section": [8, 4, 4]}, "rope_scaling"),
@@ -284,25 +424,79 @@ def test_refuses_a_malformed_generation_config(text, words, read, tmp_path):
         ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "rope_parameters"),
         ("rope_parameters", [1], "rope_parameters"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
+        ("rope_parameters", {"rope_theta": 1e4}, "rope_theta is 500000.0 in one place and 10000.0"),
+        ("rope_parameters", {"full_attention": {"rope_theta": 5e5}}, "rope_parameters"),
+        ("rope_theta", None, "missing key rope_theta"),
         ("quantization_config", {"quant_method": "fp8"}, "quantization_config"),
+        ("quantization_config", {}, "quantization_config {} is not implemented"),
+        ("compression_config", {}, "compression_config"),
+        ("embedding_multiplier", 12, "embedding_multiplier 12 is not implemented"),
+        ("logits_scaling", 8.0, "logits_scaling"),
+        ("attention_multiplier", 0.5, "attention_multiplier 0.5 is not implemented"),
+        ("query_pre_attn_scalar", 256, "query_pre_attn_scalar"),
+        ("final_logit_softcapping", 30.0, "final_logit_softcapping"),
+        ("num_local_experts", 8, "num_local_experts"),
         ("hidden_size", ..., "missing key hidden_size"),
-        ("hidden_size", "32", "hidden is '32'; it must be a positive int"),
-        ("num_hidden_layers", 0, "layers is 0"),
-        ("rms_norm_eps", -1e-6, "norm_eps is -1e-06"),
-        ("tie_word_embeddings", 1, "tied_embeddings is 1; it must be true or false"),
+        ("hidden_size", "32", "hidden_size is '32'; it must be a positive int"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("rms_norm_eps", -1e-6, "rms_norm_eps is -1e-06"),
+        ("tie_word_embeddings", 1, "tie_word_embeddings is 1; it must be true or false"),
         ("num_key_value_heads", 3, "heads .4. must be a multiple of kv_heads .3."),
         ("head_dim", 15, "head_dim .15. must be even"),
-        ("eos_token_id", ["</s>"], "token ids must be integers"),
+        ("eos_token_id", ["</s>"], "eos_token_id is .*; token ids must be integers"),
+        ("eos_token_id", 96, "eos_token_id is 96; token ids must be integers from 0 to 95"),
+        ("eos_token_id", [-1], "eos_token_id is .-1."),
+        ("eos_token_id", True, "eos_token_id is True"),
+        ("num_hidden_layers", 10**30, "num_hidden_layers is 10*; it must be from 1 to 1000"),
+        ("hidden_size", 10**400, r"hidden_size is 10*\.\.\.0*; it must be from 1 to"),
+        ("rope_theta", 1e308, "rope_theta is 1e.308; it must be from"),
+        ("vision_config", 5, "vision_config is 5; it must be an object"),
         ("step3vl", {"colour": 1}, "unknown key colour"),
         ("step3vl", {"tokens": {"colour": 1}}, "unknown key colour"),
         ("step3vl", {"vision": {}}, "vision"),
-        ("step3vl", {"tokens": [1]}, "tokens is"),
+        ("step3vl", {"decoder": {}}, "step3vl: unknown key decoder"),
+        ("step3vl", {"tokens": [1]}, "step3vl.tokens is"),
+        ("step3vl", {"tokens": {"eos": 5}}, "step3vl.tokens: unknown key eos"),
+        ("step3vl", {"sampling": 5}, "step3vl.sampling is 5; it must be an object"),
+        ("step3vl", {"name": "a\x1b[31m"}, "name is 'a.x1b.31m'; it must be a string"),
     ],
 )
 def test_refuses_in_a_text_model(key, value, words, read):
     """Guards against a model that loads although it computes something else."""
     with pytest.raises(InputError, match=f"config.json: .*{words}"):
-        read(merged(QWEN3, key, value))
+        read(
+            merged(
+                QWEN3 | {"model_type": "llama"} if key == "sliding_window" else QWEN3, key, value
+            )
+        )
+
+
+NEUTRAL = {
+    "layer_types": ["full_attention"] * 2,
+    "no_rope_layers": [1, 1],
+    "sliding_window": 64,
+    "use_sliding_window": False,
+    "max_window_layers": 1,
+    "partial_rotary_factor": 1.0,
+    "rope_scaling": None,
+    "rope_parameters": {"type": "default", "rope_theta": 5e5},
+    "attention_multiplier": 0.25,
+    "query_pre_attn_scalar": 16,
+    "logits_scaling": 1.0,
+    "final_logit_softcapping": None,
+    "quantization_config": None,
+    "num_experts": 0,
+    "attention_dropout": 0.1,
+    "pretraining_tp": 2,
+    "torch_dtype": "int8",
+}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_accepts_what_changes_nothing(kind, read):
+    """Guards against refusing a model for a key of another architecture that has no effect."""
+    base = QWEN3 | {"model_type": kind}
+    assert read(base | NEUTRAL) == read(base)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +518,19 @@ def test_refuses_in_a_text_model(key, value, words, read):
         ("vision_config", [], "vision_config is"),
         ("text_config.rope_scaling", {"rope_type": "yarn"}, "rope_scaling"),
         ("text_config.model_type", "qwen2", "model_type is 'qwen2'"),
+        ("text_config.hidden_size", "x", "text_config.hidden_size is 'x'; it must be a positive"),
+        ("text_config.eos_token_id", 151936, "text_config.eos_token_id is 151936; .* to 151935"),
+        ("tie_word_embeddings", True, "tie_word_embeddings is True, but with text_config alone"),
+        ("rope_theta", 5, "rope_theta is 5, but with text_config alone it is 1000000; they must"),
+        ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling"),
+        ("quantization_config", {"bits": 8}, "quantization_config"),
+        ("image_token_id", 151936, "image_token_id is 151936; token ids must be"),
+        ("image_token_id", "x", "image_token_id is 'x'; it must be a token id, an integer"),
+        ("step3vl.tokens.im_end", -1, "step3vl.tokens.im_end is -1; token ids must be"),
+        ("vision_config.hidden_size", 1024, "vision_config.hidden_size is 1024; only 1536"),
+        ("vision_config.layers", 1001, "vision_config.layers is 1001; it must be from 1 to 1000"),
+        ("vision_config.mlp_ratio", 1e-5, "vision_config.width x mlp_ratio is 0"),
+        ("vision_config.image_size", 729, "image_size .729. must be a multiple of patch_size"),
         ("text_config.quantization_config", {"bits": 8}, "quantization_config"),
         ("step3vl.vision.colour", 1, "vision: unknown key colour"),
     ],
@@ -347,6 +554,11 @@ def test_refuses_in_a_vision_model(path, value, words, read):
         ("sampling.top_p", 2, "top_p is 2"),
         ("sampling.heat", 2, "unknown key heat"),
         ("sampling", 5, "sampling is 5; it must be an object"),
+        ("decoder", None, "decoder is null; it must be an object"),
+        ("tokens.eos", 5, "tokens.eos is 5; it must be a list of token ids"),
+        ("tokens.eos", [512], "tokens.eos is .512,.; token ids must be integers from 0 to 511"),
+        ("tokens.im_patch", "x", "tokens.im_patch is 'x'"),
+        ("vision.crop_size", 182, "crop_size .182. must be at most image_size"),
         ("name", 5, "name is 5"),
     ],
 )
@@ -365,5 +577,5 @@ def test_refuses_what_is_no_config(text, read):
 
 def test_a_missing_config_is_named(tmp_path):
     """Guards against a traceback for a directory without a model."""
-    with pytest.raises(InputError, match=r"cannot read .*config\.json: No such file"):
+    with pytest.raises(InputError, match=r"config\.json cannot be read: No such file"):
         read_config(tmp_path)

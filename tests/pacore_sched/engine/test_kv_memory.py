@@ -65,9 +65,3 @@ def test_too_little():
     for share in (0.0, -1.0, 1.1, float("nan")):
         with pytest.raises(InputError, match="share of memory"):
             fit(share=share)
-
-
-def test_free_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch):
-    """More than a page of KV and less than a thousand terabytes."""
-    monkeypatch.undo()
-    assert 2**20 < kv_memory.free_bytes(CPU) < 2**50

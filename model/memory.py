@@ -1,0 +1,82 @@
+"""Free memory of a device, and the refusal of models whose weights do not fit into it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from kernels.runtime.dtypes import dtype_name
+from model.errors import InputError
+
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be allocated on `device`.
+
+    On a CPU: what the system has available, or what the process's control groups (of a container
+    or a batch job) still allow if that is less; the total where the system reports neither.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return max(0, min([_system_bytes(), *_cgroup_bytes()]))
+
+
+def check_weights_fit(name: str, values: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise InputError unless `device` has memory for model `name`: `values` numbers of `dtype`."""
+    need, free = values * dtype.itemsize, free_bytes(device)
+    if need <= free:
+        return
+    half = values * torch.bfloat16.itemsize
+    advice = "use a device with more memory"
+    if half <= free:
+        advice = f"in bfloat16 they need {half / 1e9:.2f} GB"
+    raise InputError(
+        f"the weights of {name} need {need / 1e9:.2f} GB in {dtype_name(dtype)}, but {device} has"
+        f" {free / 1e9:.2f} GB of free memory: {advice}"
+    )
+
+
+def _system_bytes() -> int:
+    meminfo = _PROC / "meminfo"
+    if meminfo.exists():  # MemAvailable includes the page cache
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroup_bytes() -> Iterator[int]:
+    """What each limit on this process's control group and the groups around it still allows.
+
+    Files are those of the kernel's cgroup-v2.rst and cgroup-v1/memory.rst. Inside a container the
+    group's path may not exist: its limits are then in the root that the container sees.
+    """
+    own = _PROC / "self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, limit, usage, prefix = _CGROUPS, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            root, prefix = _CGROUPS / "memory", "total_"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = root / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                yield from _allowed(folder, limit, usage, prefix)
+
+
+def _allowed(folder: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
+    """The bytes that a group may still use, if it has a limit; it can drop its page cache."""
+    try:
+        most = (folder / limit).read_text().strip()
+        used = int((folder / usage).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:  # no such group, or none with a limit, such as the root
+        return
+    cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    if most != "max":
+        yield int(most) - used + cache
