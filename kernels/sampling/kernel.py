@@ -5,7 +5,8 @@ Each row is split into blocks of BLOCK tokens, one CTA each:
     scan   reads the logits from HBM, once: each block's largest logit and sum of exponentials;
            without truncation, also each block's token with the largest score
     cut    (with truncation) one CTA per row finds the smallest z that is kept
-    draw   (with truncation) each block's token with the largest score among those kept
+    draw   (with truncation) each block's token with the largest score among those kept, and the
+           sum of their exponentials
     pick   one CTA per row: the best block's token and its log-probability, written to where the
            next step reads them
 
@@ -13,6 +14,10 @@ Each row is split into blocks of BLOCK tokens, one CTA each:
 logits themselves, the depth at which they alone reach the target bounds the cut, and groups whose
 largest logit is past the bound are never read. The result is exact for all logits. A flat row with
 top_p alone has no such groups and takes a dozen passes over the row, which L2 holds.
+
+A log-probability is the drawn token's logit less the logarithm of a sum of exponentials. The raw
+one takes the sums of `scan`, the processed one those of the tokens that are drawn from: with
+truncation the sums of `draw`, else the tempered ones of `scan`. Neither reads the logits again.
 
 What is computed for a row, and the order of its sums, depends on its logits and BLOCK alone: its
 token and log-probability are the same bits in every batch and at every index.
@@ -22,6 +27,8 @@ The token may differ from that of `sample_ref`, which also rounds to fp32,
     ulp of its terms, and a block's winner is found with z relative to the block's largest logit;
   - if top_p is within 2^-19 of the probability that it is compared with: the error of exponentials
     and of sums, which are fp32 within a thread and a block, and fp64 above.
+Log-probabilities, raw or processed, have sums in fp32 and are within 1e-6 * max(1, |logprob|) of
+exact ones (1e-7 measured in the interpreter). If one token is kept, the processed one is exactly 0.
 """
 
 import triton
@@ -298,6 +305,7 @@ def sample_draw_kernel(
     peaks,  # fp32 [B, blocks]
     cuts,  # int32 [B]
     winners,  # int32 [B, blocks]: `vocab` for a block of which no token is kept
+    masses,  # fp32 [B, blocks] or None: the sum of exp(z) over its tokens that are kept
     vocab,
     stride,
     seed_stride,
@@ -314,7 +322,7 @@ def sample_draw_kernel(
         tl.load(peaks + row * blocks + block_ids, block_ids < blocks, other=-float("inf")), axis=0
     )
     cut = tl.load(cuts + row)
-    winner = vocab
+    winner, mass = vocab, tl.full((), 0, tl.float32)
     if depth(tl.load(peaks + cell), peak, inverse) <= cut:
         tokens = block * BLOCK + tl.arange(0, BLOCK)
         x = load_logits(logits + row.to(tl.int64) * stride, tokens, tokens < vocab)  # [BLOCK]
@@ -323,7 +331,10 @@ def sample_draw_kernel(
         quads = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         z = tl.where(depth(x, peak, inverse) <= cut, (x - peak) * inverse, -float("inf"))
         winner = perturbed_argmax(z, random_words(seed, position, quads), tokens, vocab)
+        mass = tl.sum(exp(z), axis=0)
     tl.store(winners + cell, winner)
+    if masses is not None:
+        tl.store(masses + cell, mass)
 
 
 @triton.jit
@@ -334,6 +345,7 @@ def sample_pick_kernel(
     peaks,  # fp32 [B, blocks]
     sums,  # fp32 [2, B, blocks]
     winners,  # int32 [B, blocks]
+    masses,  # fp32 [B, blocks] or None, with PROCESSED and truncation: as `draw` writes them
     results,  # int32 [2, B]: tokens; the bits of their log-probabilities
     ids,  # int64 [B] or None: the tokens, with 0 for -1
     last,  # int64 or None: the same, written to last[batch_indices[b]]
@@ -346,6 +358,7 @@ def sample_pick_kernel(
     blocks,
     BLOCKS: tl.constexpr,
     GREEDY: tl.constexpr,
+    PROCESSED: tl.constexpr,  # whether the log-probability is that of the distribution drawn from
 ):
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
@@ -368,6 +381,16 @@ def sample_pick_kernel(
     drawn = tl.max(tl.where(winner == token, x, -float("inf")), axis=0)
     token = tl.where(total == total, token, -1)
     logprob = drawn - peak - tl.log(total)
+    if PROCESSED:
+        processed = 0.0  # of a point mass
+        if not GREEDY:
+            if masses is not None:
+                mass = tl.sum(tl.load(masses + row * blocks + block, mask, other=0.0), axis=0)
+            else:
+                tempered = tl.load(sums + (tl.num_programs(0) + row) * blocks + block, mask, 0.0)
+                mass = tl.sum(tempered * exp((block_peaks - peak) * inverse), axis=0)
+            processed = (drawn - peak) * inverse - tl.log(mass)
+        logprob = tl.where(total == total, processed, logprob)  # NaN stays
     tl.store(results + row, token)
     tl.store(results + tl.num_programs(0) + row, logprob.to(tl.int32, bitcast=True))
     next_id = tl.maximum(token, 0).to(tl.int64)

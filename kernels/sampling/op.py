@@ -24,6 +24,7 @@ from kernels.sampling.kernel import (
 )
 
 WORD = 0xFFFFFFFF  # the low 32 bits
+LOGPROBS = ("raw", "processed")
 ROW_ALIGNMENT = 16  # rows are padded to multiples of this many fp32, 64 bytes, to be aligned alike
 COUNTER_BLOCK = 1 << 17  # counters computed at a time on a CPU: six int64 buffers of 1 MiB
 
@@ -74,14 +75,15 @@ def sample(
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
+    logprobs: str = "raw",
     out: SampleOutput | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw a token for each row; returns the tokens and their log-probabilities.
 
-    logits: [B, V]; seeds, positions: int64 [B], any values. Returns tokens int32 [B] and logprobs
-    fp32 [B]: the log-softmax of the input logits (no temperature, no truncation) at the token. Both
-    are views of `out.results`, which is newly allocated unless `out` is given.
+    logits: [B, V]; seeds, positions: int64 [B], any values. Returns tokens int32 [B] and
+    log-probabilities fp32 [B]. Both are views of `out.results`, which is newly allocated unless
+    `out` is given.
 
     Everything is fp32, except top_p's sums. temperature 0 takes the largest logit, the lowest index
     on ties. Otherwise the scores are z = (logits - max(logits)) * (1 / temperature), and tokens are
@@ -92,6 +94,10 @@ def sample(
     Of the rest, the token with the largest z - log(-log1p(-u)) is drawn. u = (w + 0.5) * 2^-32,
     kept below 1, where w of token v is word v % 4 of Philox4x32-10 with counter (v // 4, position
     mod 2^32, position >> 32 mod 2^32, 0) and the row's seed as key, as in `tl.philox(seed, ...)`.
+
+    logprobs: "raw" returns the log-softmax of the logits as given at the token; "processed" that of
+    z over the tokens that are left, the distribution from which the token is drawn. They are equal
+    at temperature 1 without truncation. Temperature 0 always takes its token, so "processed" is 0.
 
     A row with NaN or +inf, or only -inf, is not a distribution: token -1, log-probability NaN.
     Raises ValueError for shapes, dtypes, devices and settings that do not fit.
@@ -107,10 +113,11 @@ def sample(
         f"sample: top_k must be 0 (off) or a positive integer, not {top_k}",
     )
     check(0 < top_p <= 1, f"sample: top_p must be above 0 and at most 1, not {top_p}")
+    check(logprobs in LOGPROBS, f"sample: logprobs must be 'raw' or 'processed', not {logprobs!r}")
     out = out or SampleOutput.of(len(logits), logits.device)
     _check_output(out, logits)
     form = pick("sample", impl, logits.device, _SAMPLE)
-    form(logits, seeds, positions, temperature, top_k, top_p, out)
+    form(logits, seeds, positions, temperature, top_k, top_p, logprobs, out)
     return out.tokens, out.logprobs
 
 
@@ -121,6 +128,7 @@ def sample_ref(
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
+    logprobs: str = "raw",
 ) -> tuple[Tensor, Tensor]:
     """The definition of `sample`: int64 tokens and fp32 log-probabilities.
 
@@ -136,11 +144,13 @@ def sample_ref(
         z.mul_(1 / temperature)
         for row in z:
             _truncate(row, top_k, top_p)
-        z.add_(_noise(seeds, positions, width // 4))
-    tokens = z.argmax(1, keepdim=True)
-    logprobs = scores.log_softmax(1).gather(1, tokens)
-    tokens = torch.where(logprobs.isnan(), -1, tokens)
-    return tokens[:, 0], logprobs[:, 0]
+        tokens = _noise(seeds, positions, width // 4).add_(z).argmax(1, keepdim=True)
+    else:
+        tokens = z.argmax(1, keepdim=True)
+        z = torch.full_like(z, -torch.inf).scatter_(1, tokens, z.gather(1, tokens))
+    drawn = (scores if logprobs == "raw" else z).log_softmax(1).gather(1, tokens)
+    tokens = torch.where(drawn.isnan(), -1, tokens)
+    return tokens[:, 0], drawn[:, 0]
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -210,6 +220,7 @@ def sample_triton(
     temperature: float,
     top_k: int,
     top_p: float,
+    logprobs: str,
     out: SampleOutput,
 ) -> None:
     """`sample` in two launches, or four with top_k or top_p; see kernel.py."""
@@ -219,6 +230,9 @@ def sample_triton(
     top_k = 0 if greedy or top_k >= vocab else top_k
     top_p = 1.0 if greedy else top_p
     truncated = top_k > 0 or top_p < 1
+    # At temperature 1 without truncation both log-probabilities are the same bits.
+    processed = logprobs == "processed" and (truncated or temperature != 1)
+    tempered = top_k == 0 and top_p < 1 or processed and not (truncated or greedy)
     config = _scan_config(logits, "greedy" if greedy else "truncated" if truncated else "plain")
     block = config["block"]
     blocks = cdiv(vocab, block)
@@ -226,6 +240,7 @@ def sample_triton(
     peaks, sums = empty(batch, blocks), empty(2, batch, blocks)
     winners = empty(batch, blocks, dtype=torch.int32)
     maxima = empty(batch, blocks * (block // GROUP.value) if truncated else 0)
+    masses = empty(batch, blocks) if processed and truncated else None
     rows = {
         "logits": logits,
         "vocab": vocab,
@@ -248,16 +263,17 @@ def sample_triton(
         return
     sample_scan_kernel[(batch * blocks,)](
         **rows, **noise, **split, sums=sums, maxima=maxima, winners=winners, size=peaks.numel(),
-        GREEDY=greedy, TRUNCATED=truncated, TEMPERED=top_k == 0 and top_p < 1,
+        GREEDY=greedy, TRUNCATED=truncated, TEMPERED=tempered,
     )  # fmt: skip
     if truncated:
         cuts = _cut(rows, sums, maxima, padded, top_k, top_p)
         sample_draw_kernel[(batch * blocks,)](
-            **rows, **noise, **split, cuts=cuts, winners=winners, BLOCKS=padded
+            **rows, **noise, **split, cuts=cuts, winners=winners, masses=masses, BLOCKS=padded
         )
     sample_pick_kernel[(batch,)](
-        **rows, **noise, sums=sums, winners=winners, results=out.results, ids=out.ids,
-        last=out.last, batch_indices=out.batch_indices, BLOCKS=padded, GREEDY=greedy, num_warps=1,
+        **rows, **noise, sums=sums, winners=winners, masses=masses, results=out.results,
+        ids=out.ids, last=out.last, batch_indices=out.batch_indices, BLOCKS=padded, GREEDY=greedy,
+        PROCESSED=processed, num_warps=1,
     )  # fmt: skip
 
 
@@ -309,9 +325,10 @@ def _sample_eager(
     temperature: float,
     top_k: int,
     top_p: float,
+    logprobs: str,
     out: SampleOutput,
 ) -> None:
-    out.write(*sample_ref(logits, seeds, positions, temperature, top_k, top_p))
+    out.write(*sample_ref(logits, seeds, positions, temperature, top_k, top_p, logprobs))
 
 
 _SAMPLE = {"eager": _sample_eager, "triton": sample_triton}

@@ -40,7 +40,7 @@ class RolloutResult:
     finish_reason: str
     text: str
     num_tokens: int
-    logprob: float  # of all tokens, summed
+    logprob: float  # of all tokens, summed; raw or processed, as `Sampling.logprobs` says
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from kernels import __version__
@@ -43,6 +43,7 @@ class Job:
     settings: what the results depend on, other than sampling and model options
     line: from a question, its ProblemResult and its rollouts to the object in its output line
     keep_tokens: whether the journal holds every token and its log-probability
+    logprobs: the kind of log-probability, as in `Sampling`
     """
 
     name: str
@@ -51,6 +52,7 @@ class Job:
     pacore: Callable[..., Pacore]  # (model, engine, sampling=...) -> Pacore
     line: Callable[[Question, "ProblemResult", Sequence[RolloutResult]], dict]
     keep_tokens: bool = False
+    logprobs: str = "raw"
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def run_job(options: argparse.Namespace, path: str, job: Job) -> int:
     file = read_questions(path)
     model = shared.load_model(options)
     sampling = shared.sampling_for(options, model.config.sampling)
+    sampling = replace(sampling, logprobs=job.logprobs)
     engine = shared.make_engine(options, model, problems=len(file.questions), width=job.width)
     pacore = job.pacore(model, engine, sampling=sampling)
     header = _header(options, job, model, sampling, file.digest)

@@ -1,14 +1,15 @@
 """`python -m pacore_sched sample FILE`: draw n samples for every prompt of a JSONL file.
 
-The groups are for reinforcement learning: token ids, each with its log-probability under the
-distribution that it was drawn from. The file has the format of `batch`; a line of the output is a
-prompt with its samples.
+The groups are for reinforcement learning: token ids, each with its log-probability, under the
+distribution that it was drawn from unless --logprobs is raw. The file has the format of `batch`; a
+line of the output is a prompt with its samples.
 """
 
 import argparse
 from collections.abc import Sequence
 from functools import partial
 
+from kernels.sampling import LOGPROBS
 from model.errors import InputError
 from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.pacore import Pacore
@@ -19,6 +20,13 @@ from pacore_sched.cli.jobs import Job, ProblemResult, add_job_options, run_job
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", help="JSONL file with one prompt per line")
     parser.add_argument("--n", type=int, default=8, help="samples per prompt (default: 8)")
+    parser.add_argument(
+        "--logprobs",
+        choices=LOGPROBS,
+        default="processed",
+        help="processed: after temperature, top-k and top-p, renormalised, as the denominator of an"
+        " importance ratio; raw: of the model's own distribution, before them (default: processed)",
+    )
     add_job_options(parser, "one prompt with its samples")
 
 
@@ -27,14 +35,28 @@ def run(options: argparse.Namespace) -> int:
     if options.n < 1:
         raise InputError("--n must be at least 1")
     pacore = partial(Pacore, widths=[options.n], seed=options.seed, synthesis=False)
-    job = Job("sample", options.n, {"n": options.n}, pacore, result_line, keep_tokens=True)
+    job = Job(
+        "sample",
+        options.n,
+        {"n": options.n},
+        pacore,
+        result_line,
+        keep_tokens=True,
+        logprobs=options.logprobs,
+    )
     return run_job(options, options.prompts, job)
 
 
 def result_line(
     question: Question, result: ProblemResult, rollouts: Sequence[RolloutResult]
 ) -> dict:
-    """A prompt's output line; `rollouts` are ordered by index."""
+    """A prompt's output line; `rollouts` are ordered by index.
+
+    A sample's `logprobs` has the natural logarithm of each token's probability. "processed": at the
+    temperature, among the tokens that top-k and top-p kept; 0 if it was the only one, as always at
+    temperature 0. "raw": in the softmax of the logits. Both are equal at temperature 1, top-k 0 and
+    top-p 1.
+    """
     return {
         "id": question.id,
         "failed": result.error is not None,

@@ -8,7 +8,7 @@ changes, and be captured in a CUDA graph. It launches only the model's ops, `adv
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,14 @@ from model.kv_cache import KVCache
 from model.step3vl import Step3VL
 from pacore_sched.sched.request import Rollout, Sampling
 
-SamplingKey = tuple[float, int, float]  # temperature, top_k, top_p
+
+class SamplingKey(NamedTuple):
+    """The sampling parameters that a launch depends on: rows with equal keys share launches."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    logprobs: str = "raw"
 
 
 def advances(model: Step3VL) -> bool:
@@ -41,7 +48,7 @@ def _in_triton(model: Step3VL, op: str) -> bool:
 
 
 def sampling_key(sampling: Sampling) -> SamplingKey:
-    return sampling.temperature, sampling.top_k, sampling.top_p
+    return SamplingKey(*(getattr(sampling, name) for name in SamplingKey._fields))
 
 
 class LastTokens:
@@ -114,14 +121,12 @@ class RowSampler:
         out = SampleOutput.of(len(seeds), seeds.device, **feeds)
         tokens = torch.empty_like(seeds)
         logprobs = torch.empty_like(seeds, dtype=torch.float32)
-        for (temperature, top_k, top_p), rows in self.parts:
-            sample_rows = partial(
-                sample, temperature=temperature, top_k=top_k, top_p=top_p, impl=impl
-            )
+        for key, rows in self.parts:
+            parameters = key._asdict()
             if rows is None:
-                sample_rows(logits, seeds, positions, out=out)
+                sample(logits, seeds, positions, **parameters, impl=impl, out=out)
                 return out.results
-            results = sample_rows(logits[rows], seeds[rows], positions[rows])
+            results = sample(logits[rows], seeds[rows], positions[rows], **parameters, impl=impl)
             tokens[rows], logprobs[rows] = results[0].long(), results[1]
         out.write(tokens, logprobs)
         return out.results

@@ -28,13 +28,17 @@ from pacore_sched.engine.decode_step import LastTokens, SamplingKey
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.step_batch import build_step_batch
 
-# Temperature, top_k, top_p: plain (the default), greedy, and truncated.
-SAMPLING_KEYS: tuple[SamplingKey, ...] = (
-    (1.0, 0, 1.0),
-    (0.0, 0, 1.0),
-    (1.0, 20, 1.0),
-    (1.0, 0, 0.95),
-    (1.0, 20, 0.95),
+# Plain (the default), greedy, and truncated; then the processed log-probabilities that launch other
+# kernels than raw ones.
+SAMPLING_KEYS = (
+    SamplingKey(1.0, 0, 1.0),
+    SamplingKey(0.0, 0, 1.0),
+    SamplingKey(1.0, 20, 1.0),
+    SamplingKey(1.0, 0, 0.95),
+    SamplingKey(1.0, 20, 0.95),
+    SamplingKey(0.6, 0, 1.0, "processed"),
+    SamplingKey(0.0, 0, 1.0, "processed"),
+    SamplingKey(1.0, 20, 0.95, "processed"),
 )
 CHUNKS = (1, 4, 16, 100, 2048)  # prompt tokens of a step
 DECODING = (1, 4, 16, 32)  # rollouts in the same step, or in steps without CUDA graphs
@@ -128,8 +132,8 @@ def _sample(model: Step3VL, rows: int) -> None:
     table = {"last": seeds, "batch_indices": seeds}
     for feeds in ({"ids": seeds, **table}, table, {}):  # decode steps, with prompts, in parts
         out = SampleOutput.of(rows, model.device, **feeds)
-        for temperature, top_k, top_p in SAMPLING_KEYS:
-            sample(logits, seeds, seeds, temperature=temperature, top_k=top_k, top_p=top_p, out=out)
+        for key in SAMPLING_KEYS:
+            sample(logits, seeds, seeds, **key._asdict(), out=out)
 
 
 class _Uncaptured:

@@ -13,12 +13,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters; temperature 0 is greedy, top_k 0 and top_p 1 truncate nothing."""
+    """Sampling parameters; temperature 0 is greedy, top_k 0 and top_p 1 truncate nothing.
+
+    logprobs: whether tokens come with "raw" log-probabilities, under the model's own distribution,
+    or with "processed" ones, under the distribution that they are drawn from
+    """
 
     max_tokens: int = 512
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    logprobs: str = "raw"
     stop: tuple[str, ...] = ()  # a rollout ends where its text contains one of these
     ignore_eos: bool = False  # for rollouts of a fixed length
 
