@@ -192,6 +192,8 @@ def numerics_cases() -> list[Case]:
         _silu_mul(7, 97, interleaved=True),
         _sample(3, 151936),
         _sample(17, 997, top_k=5, top_p=0.9),
+        _sample(5, 9973, temperature=0.6, logprobs="processed"),
+        _sample(17, 997, temperature=1.3, top_k=5, top_p=0.9, logprobs="processed"),
         _vision([(5, 7), (5, 7), (8, 3)], heads=2),
         _vision([(1, 1), (9, 15), (1, 13)], heads=3),
         *(_vision([(11, 6), (2, 1)], heads=1, head_dim=dim) for dim in (64, 72, 80, 128)),
@@ -331,12 +333,30 @@ def _linear_quick_gelu(rows: int, width: int, out: int) -> Case:
     )
 
 
-def _sample(rows: int, vocab: int, top_k: int = 0, top_p: float = 1.0) -> Case:
-    limits = f" k{top_k} p{top_p}" if top_k or top_p < 1 else ""
+def _sample(
+    rows: int,
+    vocab: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    logprobs: str = "raw",
+) -> Case:
+    name = f"B{rows} V{vocab}"
+    name += f" t{temperature}" if temperature != 1 else ""
+    name += f" k{top_k} p{top_p}" if top_k or top_p < 1 else ""
+    name += f" {logprobs}" if logprobs != "raw" else ""
     return Case(
         op="sample",
-        name=f"B{rows} V{vocab}{limits}",
-        inputs=partial(inputs.sample_inputs, rows=rows, vocab=vocab, top_k=top_k, top_p=top_p),
+        name=name,
+        inputs=partial(
+            inputs.sample_inputs,
+            rows=rows,
+            vocab=vocab,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            logprobs=logprobs,
+        ),
         values=rows * vocab,
         flops=5 * rows * vocab,
     )

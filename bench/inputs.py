@@ -290,17 +290,20 @@ def sample_inputs(
     *,
     rows: int,
     vocab: int,
+    temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    logprobs: str = "raw",
 ) -> dict:
     draw = _NormalDraws(seed, device, dtype)
     return {
         "logits": draw(rows, vocab, scale=3.0),
         "seeds": torch.randint(0, 2**62, (rows,), generator=draw.host).to(device),
         "positions": torch.arange(1000, 1000 + rows, device=device),
-        "temperature": 1.0,
+        "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "logprobs": logprobs,
     }
 
 

@@ -248,10 +248,11 @@ def _sample(
     temperature: float,
     top_k: int,
     top_p: float,
+    logprobs: str,
 ) -> Results:
     """Row by row, by sorting. No row has a tie within rounding that fp32 forms could break
     differently."""
-    tokens = []
+    tokens, drawn = [], []
     for row, seed, position in zip(logits, seeds.tolist(), positions.tolist(), strict=True):
         z = (row - row.max()) / temperature
         ordered = z.sort(descending=True).values
@@ -260,10 +261,11 @@ def _sample(
         mass = ordered.exp().cumsum(0)
         last = ordered[min(int((mass < top_p * mass[-1]).sum()), len(ordered) - 1)]
         noise = torch.from_numpy(_noise(len(z), seed, position))
-        tokens.append((z + noise).masked_fill(z < last, -torch.inf).argmax())
-    tokens = torch.stack(tokens)
-    logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
-    return tokens, logprobs
+        token = (z + noise).masked_fill(z < last, -torch.inf).argmax()
+        scores = row if logprobs == "raw" else z.masked_fill(z < last, -torch.inf)
+        tokens.append(token)
+        drawn.append(scores[token] - scores.logsumexp(0))
+    return torch.stack(tokens), torch.stack(drawn)
 
 
 def _noise(vocab: int, seed: int, position: int) -> np.ndarray:

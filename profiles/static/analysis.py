@@ -102,6 +102,13 @@ CASES = [
         for dim in (64, 72, 80, 128)
     ),
     _extra("sample", "B1 V151936 k20 p0.95", rows=1, vocab=151_936, top_k=20, top_p=0.95),
+    *(
+        _extra("sample", name, rows=64, vocab=151_936, logprobs="processed", **settings)
+        for name, settings in {
+            "B64 V151936 t0.6 processed": {"temperature": 0.6},
+            "B64 V151936 k20 p0.95 processed": {"top_k": 20, "top_p": 0.95},
+        }.items()
+    ),
 ]
 
 

@@ -360,6 +360,7 @@ def test_bad_outputs_are_named(field, tensor):
         ("top_p", {"top_p": math.nan}),
         ("top_k", {"top_k": -1}),
         ("top_k", {"top_k": 2.5}),
+        ("logprobs must be 'raw' or 'processed', not 'both'", {"logprobs": "both"}),
         ("logits", {"logits": torch.zeros(8)}),
         ("logits", {"logits": torch.zeros(2, 0)}),
         ("logits", {"logits": torch.zeros(2, 8, dtype=torch.int64)}),

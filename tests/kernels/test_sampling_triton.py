@@ -202,12 +202,13 @@ def test_ties_go_to_the_lowest_index(triton_device):
     assert both(triton_device, logits, temperature=0)[1][0].tolist() == [300, 50]
 
 
+@pytest.mark.parametrize("logprobs", ["raw", "processed"])
 @pytest.mark.parametrize("settings", [{}, {"top_k": 9, "top_p": 0.9}], ids=str)
-def test_a_row_does_not_depend_on_its_batch(settings, triton_device):
+def test_a_row_does_not_depend_on_its_batch(settings, logprobs, triton_device):
     """Guards bits against the row's index, the batch size, all strides, and a broken neighbour."""
     logits = randn(5, 600).to(triton_device)
     seeds, positions = (torch.arange(n, n + 5).to(triton_device) for n in (3, 100))
-    settings = {"temperature": 0.9, "impl": "triton", **settings}
+    settings = {"temperature": 0.9, "logprobs": logprobs, "impl": "triton", **settings}
     want = sample(logits, seeds, positions, **settings)
     wide = torch.full((10, 640), torch.nan, device=triton_device)
     wide[1::2, 20:620] = logits.flip(0)
@@ -314,13 +315,14 @@ def test_empty_batch_and_strided_logits(triton_device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("logprobs", ["raw", "processed"])
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0.0}, {}, {"top_k": 50, "top_p": 0.9}], ids=str
 )
-def test_replay_of_a_graph(settings):
+def test_replay_of_a_graph(settings, logprobs):
     """Guards CUDA graphs: the host never waits, and no launch depends on the logits."""
     logits, seeds = randn(64, 151_936).cuda(), torch.arange(64).cuda()
-    settings = {"temperature": 1.0, "impl": "triton", **settings}
+    settings = {"temperature": 0.8, "logprobs": logprobs, "impl": "triton", **settings}
     with real_configs():
         sample(logits, seeds, seeds, **settings)  # compiles
         graph = torch.cuda.CUDAGraph()

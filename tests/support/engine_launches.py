@@ -5,7 +5,8 @@ interprets Triton.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from kernels.compile.cache import compilations
 from kernels.compile.launches import launches_recorded
 from kernels.compile.worker import launches_of
 from kernels.runtime.configs import H200
-from kernels.sampling import sample
+from kernels.sampling import LOGPROBS, sample
 from model.config import PRESETS
 from model.step3vl import Step3VL
 from pacore_sched.answers.pacore import engine_for
@@ -23,6 +24,18 @@ from pacore_sched.engine.launch_sites import engine_sites
 from pacore_sched.sched.request import Sampling
 
 PROMPTS, ROLLOUTS, KV = (3, 40, 130), 5, (None, torch.float8_e4m3fn)
+SETTINGS = (
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"top_p": 0.9},
+    {"top_k": 5, "top_p": 0.9},
+)
+SAMPLINGS = tuple(
+    Sampling(6, **settings, logprobs=logprobs, ignore_eos=True)
+    for settings in (*SETTINGS, {"temperature": 0.7})
+    for logprobs in LOGPROBS
+)
 
 
 class Graph:
@@ -38,13 +51,13 @@ def drawn(*args: object, **options: object) -> tuple[Tensor, ...]:
     return tuple(result.zero_() for result in sample(*args, **options))
 
 
-def run_engine(model: Step3VL, kv_dtype: torch.dtype | None) -> None:
-    """Submit prompts of several lengths one by one, so that steps mix prefill and decoding."""
+def run_engine(model: Step3VL, kv_dtype: torch.dtype | None, samplings: Sequence[Sampling]) -> None:
+    """Submit prompts of several lengths one by one, so that steps mix prefill and decoding; each
+    has one of `samplings`."""
     engine = engine_for(model, kv_dtype=kv_dtype, kv_tokens=4096, max_running=16)
     graphs = engine.executor.graphs
     graphs.enabled, graphs.capture = True, Graph
-    for length in PROMPTS:
-        sampling = Sampling(6, temperature=1.0, ignore_eos=True)
+    for length, sampling in zip(PROMPTS, cycle(samplings), strict=False):
         segment = engine.executor.segment([1] * length)
         engine.submit([segment], 1, dict(enumerate(range(ROLLOUTS))), sampling)
         engine.step()
@@ -60,7 +73,10 @@ def missing() -> dict[str, int]:
     for kv_dtype in KV:
         model = Step3VL.from_preset("tiny", dtype=torch.bfloat16)
         with launches_recorded(H200) as launches:
-            run_engine(model, kv_dtype)
+            for sampling in SAMPLINGS:
+                run_engine(model, kv_dtype, [sampling])
+            for start in range(0, len(SAMPLINGS), len(PROMPTS)):  # in parts
+                run_engine(model, kv_dtype, SAMPLINGS[start:])
         sites = engine_sites(config, torch.bfloat16, kv_dtype)
         known = {key for s in sites for key in compilations(launches_of(s, H200), H200)}
         for launch in launches:

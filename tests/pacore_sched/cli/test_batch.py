@@ -382,6 +382,42 @@ def test_samples(call: Call):
             assert all(logprob <= 0 for logprob in sample["logprobs"])
 
 
+def test_log_probabilities_of_samples(call: Call):
+    """Log-probabilities that are not of the distribution that tokens are drawn from, though that is
+    the default and promised; or an option that changes the tokens, or nothing."""
+    call.command = "sample"
+
+    def samples(*options: str) -> tuple[list[list[int]], list[list[float]]]:
+        out = call.folder / f"{len(list(call.folder.iterdir()))}.jsonl"
+        assert call(*options, out=out)[0] == 0
+        drawn = [sample for result in call.results(out) for sample in result["samples"]]
+        return [sample["tokens"] for sample in drawn], [sample["logprobs"] for sample in drawn]
+
+    tokens, certain = samples("--top-k", "1")
+    assert str(certain) == str([[0.0] * len(sample) for sample in tokens])
+    same, raw = samples("--top-k", "1", "--logprobs", "raw")
+    assert same == tokens and max(map(max, raw)) < 0
+    assert samples("--temperature", "1") == samples("--temperature", "1", "--logprobs", "raw")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--logprobs", "both"], "invalid choice: 'both' (choose from 'raw', 'processed')"),
+        (["--resume", "--logprobs", "raw"], "logprobs 'processed', which is 'raw' now"),
+    ],
+)
+def test_log_probabilities_of_one_kind(call: Call, options: list[str], message: str):
+    """An unknown kind, or a resumed file that would mix two, without one line that says so."""
+    call.command = "sample"
+    with Journal(call.journal, _header_of(call), resume=False):
+        pass
+    before = call.journal.read_bytes()
+    code, _, err = call(*options)
+    assert (code, err.count("\n"), message in err) == (2, 1, True)
+    assert call.journal.read_bytes() == before
+
+
 def test_fp8_kv(call: Call):
     """--kv-dtype fp8 that fails, or that changes the seeds."""
     assert call("--kv-dtype", "fp8")[0] == 0

@@ -6,6 +6,7 @@ plan and tables, in Triton's interpreter.
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -120,11 +121,15 @@ def test_one_graph_for_each_sampling_key(engine: ManualEngine, plain: Step3VL):
     engine.decode([cold], 1)
     engine.decode([warm], 1)
     assert counts() == (2, 3)
+    (certain,) = engine.group(segment, 9, [2], replace(GREEDY, logprobs="processed"))
+    engine.decode([certain], 1)
+    assert counts() == (3, 4)
+    assert certain.tokens == cold.tokens and certain.logprobs == [0.0] != cold.logprobs
     engine.decode([warm, cold], 1)
     batch, pending = engine.launch(Batch((cold,), drafts=((5,),)))
     cold.tokens.append(engine.executor.collect(pending)[0][0])
     cold.logprobs.append(0.0)
-    assert counts() == (2, 3)
+    assert counts() == (3, 4)
     check(plain, OTHER, warm, cold)
 
 

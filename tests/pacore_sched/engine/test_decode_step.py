@@ -60,8 +60,14 @@ def launched(sampling_key: SamplingKey, rows: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("sampling_key", "extra_kernels"),
-    [((1.0, 0, 1.0), ()), ((0.0, 0, 1.0), ()), ((1.0, 20, 0.95), ("cut", "draw"))],
-    ids=["plain", "greedy", "truncated"],
+    [
+        (SamplingKey(1.0, 0, 1.0), ()),
+        (SamplingKey(0.0, 0, 1.0), ()),
+        (SamplingKey(1.0, 20, 0.95), ("cut", "draw")),
+        (SamplingKey(0.6, 0, 1.0, "processed"), ()),
+        (SamplingKey(1.0, 20, 0.95, "processed"), ("cut", "draw")),
+    ],
+    ids=["plain", "greedy", "truncated", "plain processed", "truncated processed"],
 )
 @pytest.mark.parametrize(("rows", "pieces"), [(4, ()), (64, ("pieces",))])
 @torch.no_grad()  # in inference mode a cast would be recorded as a view

@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from kernels.runtime.configs import Gpu, assume_gpu, use_config
+from model.decoder import Step
 from model.errors import InputError
+from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
 from model.text.prompt import build_prompt
 from model.vision.image import Views, load_image, preprocess
@@ -389,14 +391,43 @@ def test_fp8_pages(tiny: Step3VL):
     assert rollouts[0].logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
-def test_logprobs_are_the_models(tiny: Step3VL):
-    """Log-probabilities equal those of one forward pass over prompt and rollout."""
-    engine = ManualEngine(tiny)
-    (rollout,) = engine.group(engine.prompt(PROMPT), 7, [5])
-    engine.decode([rollout], 10)
-    logits = tiny([*PROMPT, 7, *rollout.tokens[:-1]])[len(PROMPT) :]
-    expected = logits.log_softmax(-1)[range(len(rollout.tokens)), rollout.tokens]
+def check_logprobs(model: Step3VL, prompt: Sequence[int], rollout: Rollout) -> None:
+    """A rollout's log-probabilities are those of one forward pass over prompt and rollout. Its
+    sampling may have a top-k, but no top-p."""
+    sampling = rollout.group.sampling
+    ids = torch.tensor([*prompt, rollout.group.last_token, *rollout.tokens[:-1]])
+    cache = model.new_cache(len(ids) // PAGE_SIZE + 1)
+    with torch.inference_mode():  # not `model(ids)`: an <im_patch> id may have been drawn
+        step = Step.of_sequence(0, len(ids), cache)
+        hidden = model.decoder(model.decoder.embed(ids), step, cache)
+        z = model.decoder.logits(hidden[len(prompt) :]).double()
+    if sampling.logprobs == "processed":
+        k = 1 if sampling.temperature == 0 else sampling.top_k or z.shape[1]
+        z = z / (sampling.temperature or 1)
+        z = z.masked_fill(z < z.topk(k).values[:, -1:], -torch.inf)
+    expected = z.log_softmax(-1)[range(len(rollout.tokens)), rollout.tokens]
     assert rollout.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_logprobs_are_the_models(tiny: Step3VL):
+    """Log-probabilities of the wrong kind or of another rollout: alone, and in one batch with other
+    settings."""
+    engine = ManualEngine(tiny)
+    segment = engine.prompt(PROMPT)
+    samplings = [
+        Sampling(),
+        Sampling(temperature=0.5),
+        Sampling(temperature=0.5, logprobs="processed"),
+        Sampling(temperature=0.5, top_k=3, logprobs="processed"),
+        Sampling(temperature=0.0, logprobs="processed"),
+    ]
+    rollouts = [r for s in samplings for r in engine.group(segment, 7, [5], s)]
+    for batch in ([rollout] for rollout in rollouts):
+        engine.decode(batch, 5)
+    engine.decode(rollouts[::-1], 5)
+    for rollout in rollouts:
+        check_logprobs(tiny, PROMPT, rollout)
+    assert rollouts[1].tokens == rollouts[2].tokens and rollouts[4].logprobs == [0.0] * 10
 
 
 def test_nan_logits(tiny: Step3VL):
@@ -492,7 +523,7 @@ def test_under_the_engine(tiny: Step3VL, ahead: bool, speculate: int):
     )
     prompts = {
         (*PROMPT, 7): Sampling(90, ignore_eos=True),
-        (*OTHER, 9): Sampling(60, temperature=0.7, top_k=2),
+        (*OTHER, 9): Sampling(60, temperature=0.7, top_k=2, logprobs="processed"),
     }
     groups = [
         engine.submit([executor.segment(ids[:-1])], ids[-1], dict(enumerate(range(5))), sampling)
@@ -505,6 +536,7 @@ def test_under_the_engine(tiny: Step3VL, ahead: bool, speculate: int):
         assert {r.finish_reason for r in group.rollouts} <= {"stop", "length"}
         for rollout in group.rollouts:
             check(tiny, ids[:-1], rollout)
+            check_logprobs(tiny, ids[:-1], rollout)
     assert engine.scheduler.counts.preemptions
     assert engine.stats.accepted or not speculate
     assert engine.scheduler.tree.free_pages == executor.num_pages
