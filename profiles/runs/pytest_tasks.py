@@ -16,7 +16,7 @@ TESTS = (
     "tests/pacore_sched/engine/test_decode_graph.py",
     "tests/model/test_cuda_graph.py",
     "tests/kernels/prefix_attention/test_prefix_advance.py",
-    "tests/kernels/test_sampling_triton.py::test_replay_of_a_graph",
+    "tests/kernels/sampling/test_sampling_triton.py::test_replay_of_a_graph",
     "tests/bench/measure/test_timing.py",
     "tests/kernels/test_vision_attention_triton.py::test_real_shapes",
     "tests/model/vision/test_vision_graph.py",

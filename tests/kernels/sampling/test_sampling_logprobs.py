@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kernels.sampling import sample
-from tests.kernels.test_sampling import LOGPROB_ERROR, draw_logits, kept_tokens
-from tests.kernels.test_sampling_triton import (
+from tests.kernels.sampling.test_sampling import LOGPROB_ERROR, draw_logits, kept_tokens
+from tests.kernels.sampling.test_sampling_triton import (
     POSITIONS,
     ROWS,
     SEEDS,
