@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=LOGPROBS,
         default="processed",
         help="processed: after temperature, top-k and top-p, renormalised, as the denominator of an"
-        " importance ratio; raw: of the model's own distribution, before them (default: processed)",
+        " importance ratio; raw: of the model's own distribution, before them; equal at temperature"
+        " 1, top-k 0 and top-p 1 (default: processed)",
     )
     add_job_options(parser, "one prompt with its samples")
 
