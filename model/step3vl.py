@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.dtypes import dtype_name
 from kernels.sampling import sample
 from model.config import Config, preset
 from model.decoder import Decoder, Step
@@ -249,7 +250,7 @@ class Step3VL(nn.Module):
         """Ids that continue one sequence, ending with an eos id or after `max_tokens`.
 
         The first step reads the whole prompt, each later step one token. Temperature 0 is greedy.
-        Raises InputError as `forward` does.
+        Raises InputError as `forward` does, and for logits that are not a distribution.
         """
         ids = self._checked_ids(input_ids, max_tokens)
         cache = self.new_cache(cdiv(len(ids) + max_tokens, PAGE_SIZE))
@@ -269,6 +270,11 @@ class Step3VL(nn.Module):
                 top_p=top_p,
                 impl=self.impl["sample"],
             )
+            if int(token) < 0:
+                raise InputError(
+                    f"{self.config.name} gives logits that are not numbers; its weights may be"
+                    f" damaged, or beyond the range of {dtype_name(self.dtype)}"
+                )
             generated.append(int(token))
             if generated[-1] in self.config.tokens.eos:
                 break

@@ -234,6 +234,14 @@ def test_errors_inside_properties_are_seen():
             getattr(instance, name)
 
 
+def test_damaged_weights_end_generation():
+    """Guards against an IndexError when the id of a draw from NaN, -1, is embedded."""
+    damaged = Step3VL.from_preset("tiny")
+    damaged.checkpoint_tensors()["model.norm.weight"].fill_(float("nan"))
+    with pytest.raises(InputError, match="tiny gives logits that are not numbers; .* of float32"):
+        damaged.generate([1, 2], max_tokens=2)
+
+
 def test_unknown_names():
     """Guards against a traceback for an unknown preset or a path that does not exist."""
     with pytest.raises(InputError, match="unknown preset 'huge'; choose one of step3-vl-10b, tiny"):

@@ -6,10 +6,9 @@ MAX_SIDE = 65_535  # pixels, JPEG's limit
 # Ten times what the model sees of an image (3024 x 3024). It is the number from which PIL warns of
 # "decompression bombs" (a quarter of a GiB at 3 bytes per pixel); vLLM takes twice as many.
 MAX_PIXELS = 89_478_485
+MAX_SLOW_PIXELS = 3024 * 3024  # of PPM in text or with an odd maximum, which PIL decodes in Python
 MAX_BYTES = 2**28  # of a file: that quarter of a GiB, the largest image without compression
-MAX_SCANS = (
-    100  # of a JPEG: each is a pass over all pixels, and a few bytes long; usual are 1 to 10
-)
+MAX_SCANS = 100  # of a JPEG, each a pass over all pixels from a few bytes; 1 to 10 are usual
 
 
 def padded(width: int, height: int) -> tuple[int, int]:

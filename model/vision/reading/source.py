@@ -15,7 +15,13 @@ import torch
 
 from model.errors import InputError
 from model.vision.reading.arrays import array_image
-from model.vision.reading.limits import MAX_BYTES, check_bytes, check_size, too_large
+from model.vision.reading.limits import (
+    MAX_BYTES,
+    MAX_SLOW_PIXELS,
+    check_bytes,
+    check_size,
+    too_large,
+)
 from model.vision.reading.streams import flaw, without_metadata
 
 if TYPE_CHECKING:
@@ -54,6 +60,8 @@ def open_image(source: "ImageSource") -> tuple["Image.Image", str]:
     check_bytes(len(data), name)
     image = _identified(data, name)
     check_size(*image.size, name)
+    if image.format == "PPM" and image.tile[0][0] != "raw":
+        _check_slow(image.size, name)
     _check_data(data, name)
     return image, name
 
@@ -159,6 +167,14 @@ def _check_opened(image: "Image.Image") -> None:
         data = _read_file(file, "the image")
         file.seek(position)
         _check_data(data, "the image")
+
+
+def _check_slow(size: tuple[int, int], name: str) -> None:
+    if size[0] * size[1] > MAX_SLOW_PIXELS:
+        raise InputError(
+            f"{name} is too large: a PPM file in text or with an odd maximum may have at most"
+            f" {MAX_SLOW_PIXELS:,} pixels; convert it to PNG"
+        )
 
 
 def _check_data(data: bytes, name: str) -> None:

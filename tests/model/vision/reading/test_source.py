@@ -182,6 +182,8 @@ GIF_OF_LARGE_FRAME = b"GIF89a\1\0\1\0\0\0\0," + bytes(4) + b"\xff" * 4 + bytes(9
         (png(30_000, 20, b""), "too large: .*thin image"),  # its square would not fit
         (png(20_000, 10_000, b""), "too large"),  # PIL's own limit
         (b"P6 10000 10000 255 ", "too large"),
+        (b"P5 3025 3025 254 ", "too large: a PPM file in text or with an odd maximum"),
+        (b"P3 3025 3025 255 ", "too large: a PPM file in text or with an odd maximum"),
         (bmp(10_000, 10_000), "too large"),
         (
             b"GIF89a" + b"\xff" * 4 + bytes(3) + b"," + bytes(4) + b"\xff" * 4 + bytes(9),
