@@ -29,6 +29,19 @@ _OPTIONAL = {
     "attention.key_length": int,
     "rope.freq_base": float,
 }
+# Field -> its key, for errors.
+_NAMES = {
+    "decoder.hidden": "llama.embedding_length",
+    "decoder.heads": "llama.attention.head_count",
+    "decoder.kv_heads": "llama.attention.head_count_kv",
+    "decoder.head_dim": "llama.attention.key_length",
+    "decoder.layers": "llama.block_count",
+    "decoder.mlp_width": "llama.feed_forward_length",
+    "decoder.norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "decoder.rope_theta": "llama.rope.freq_base",
+    "decoder.max_positions": "llama.context_length",
+    "decoder.vocab_size": "the number of tokenizer.ggml.tokens",
+}
 # Keys that may have a value for every layer; all layers must have the same one.
 _PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 # The values of other keys that leave the model as it is implemented.
@@ -83,16 +96,17 @@ def read_gguf_config(
     tokenizer = read_gguf_tokenizer(metadata)
     values = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
     numbers = _read_numbers(values, num_tensors=len(tensors))
-    head_dim = numbers.get(
-        "attention.key_length", numbers["embedding_length"] // numbers["attention.head_count"]
-    )
+    hidden, heads = numbers["embedding_length"], numbers["attention.head_count"]
+    if heads > hidden:
+        raise InputError(f"llama.attention.head_count is {heads}, but embedding_length is {hidden}")
+    head_dim = numbers.get("attention.key_length", hidden // heads)
     _check_others(values, num_tokens=len(tokenizer.tokens), head_dim=head_dim)
     decoder = DecoderConfig(
         vocab_size=len(tokenizer.tokens),
-        hidden=numbers["embedding_length"],
+        hidden=hidden,
         layers=numbers["block_count"],
-        heads=numbers["attention.head_count"],
-        kv_heads=numbers.get("attention.head_count_kv", numbers["attention.head_count"]),
+        heads=heads,
+        kv_heads=numbers.get("attention.head_count_kv", heads),
         head_dim=head_dim,
         mlp_width=numbers["feed_forward_length"],
         norm_eps=_shortest(numbers["attention.layer_norm_rms_epsilon"]),
@@ -104,7 +118,7 @@ def read_gguf_config(
     name = _read_name(metadata, default_name)
     sampling = _read_sampling(metadata, name)
     config = Config(name, decoder, tokens=TokenIds(eos=tokenizer.eos), sampling=sampling)
-    check_config(config)
+    check_config(config, _NAMES)
     return config
 
 
