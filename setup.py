@@ -30,7 +30,7 @@ setup(
         "numpy>=1.26",
         "safetensors",
         "tokenizers",
-        "jinja2",
+        "jinja2>=3.1.6",  # earlier sandboxes have known escapes
         "pillow",
         "rich",
     ],

@@ -18,6 +18,7 @@ _TYPES = (1, UNKNOWN, CONTROL, USER_DEFINED, 5)  # 1 is normal, 5 unused; 6 is a
 _SPLITS_DIGITS = {("gpt2", "smollm"): True, ("gpt2", "gpt-2"): False}
 
 _PREFIX = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"  # the default; other templates are TEMPLATE.name
 _REQUIRED = ("model", "pre", "tokens", "token_type", "merges")
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _SPECIAL_TOKENS = {  # a template's name of each token
@@ -56,7 +57,7 @@ class GGUFTokenizer:
     splits_digits: bool
     eos: tuple[int, ...]
     special_tokens: dict[str, str]
-    chat_template: str | None
+    chat_templates: dict[str, str]  # by name
 
 
 def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> GGUFTokenizer:
@@ -81,7 +82,7 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> GGUFTokenizer:
         splits_digits,
         eos=tuple(dict.fromkeys(ids[key] for key in _ENDS if key in ids)),
         special_tokens={name: tokens[ids[k]] for k, name in _SPECIAL_TOKENS.items() if k in ids},
-        chat_template=_read_chat_template(metadata),
+        chat_templates=_read_chat_templates(metadata),
     )
 
 
@@ -137,17 +138,14 @@ def _read_id(key: str, value: object, tokens: list[str]) -> int:
     return value
 
 
-def _read_chat_template(metadata: Mapping[str, Any]) -> str | None:
-    key = "tokenizer.chat_template"
-    named = [name.removeprefix(f"{key}.") for name in metadata if name.startswith(f"{key}.")]
-    if key not in metadata and named:
-        raise InputError(
-            f"{key} is missing; there are only templates with names: {', '.join(sorted(named))}"
-        )
-    template = metadata.get(key)
-    if not isinstance(template, str | None):
-        raise InputError(f"{key} is {shown(template)}; it must be a string")
-    return template
+def _read_chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    templates = {}
+    for key, template in metadata.items():
+        if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):
+            if not isinstance(template, str):
+                raise InputError(f"{key} is {shown(template)}; it must be a string")
+            templates[key.removeprefix(_TEMPLATE).removeprefix(".") or "default"] = template
+    return templates
 
 
 def _list_of(fields: Mapping[str, Any], key: str, kind: type) -> list:

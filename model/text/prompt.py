@@ -1,34 +1,25 @@
 """Messages to token ids: chat template, image layout, and protection from injected control tokens.
 
 Only the chat template can write control tokens, and only an image part can place image tokens: the
-same texts inside a message are encoded as ordinary text. jinja2 renders the template as
-transformers does, and sandboxed, because templates come with checkpoints.
+same texts inside a message are encoded as ordinary text.
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from itertools import groupby
+from typing import Protocol
 
 from model.config import Config, TokenIds
 from model.errors import InputError
-from model.text.tokenizer import Tokenizer
+from model.text.chat_template import BEGIN, CHATML, END, IMAGE, Turn, render_turns
+from model.text.tokenizer import THINK_MARKERS, Tokenizer
 
-if TYPE_CHECKING:
-    import jinja2
-
-# For tokenizers without a template. It opens `<think>`, where thinking models begin their answer.
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
-)
 ROLES = ("system", "user", "assistant")
 
-# Unicode noncharacters that mark, in the rendered prompt, the position of an image, and the start
-# and end of a control token's text that a user wrote. They are removed from messages first.
-IMAGE, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+# Unicode noncharacters that mark, in the rendered prompt, the start and end of a control token's
+# text that a user wrote. Like IMAGE, BEGIN and END they are removed from messages first.
+OPEN, CLOSE = "\ufdd1", "\ufdd2"
 
 
 class HasNewlines(Protocol):
@@ -53,19 +44,30 @@ def build_prompt(
     """
     if not messages:
         raise InputError("there are no messages; give at least one, with a role and a content")
-    reserved = _reserved_texts(tokenizer, config.tokens)
+    template = tokenizer.chat_template
+    if template is None:
+        warnings.warn(
+            f"{config.name} has no chat template: its prompts are written as ChatML", stacklevel=2
+        )
+        template = CHATML
+    reserved = _reserved_texts(tokenizer, template, config.tokens)
     turns = [_turn(message, reserved) for message in messages]
-    image_parts = sum(turn["content"].count(IMAGE) for turn in turns)
+    _check_characters(turns, tokenizer)
+    image_parts = sum(turn.texts.count(IMAGE) for turn in turns)
     if config.vision is None and (image_parts or views):
         raise InputError(f"{config.name} takes no images: it is a text-only model")
     if image_parts != len(views):
         raise InputError(f"image parts in the messages: {image_parts}, images given: {len(views)}")
-    rendered = _render(tokenizer.chat_template or CHATML, turns)
+    rendered = _without_surrogates(render_turns(template, turns, tokenizer.special_tokens))
     if rendered.count(IMAGE) != len(views):
+        raise InputError("the chat template leaves out or repeats an image in this conversation")
+    ids = _encode(rendered, reserved, tokenizer, [image_ids(v.newlines, config) for v in views])
+    if max(ids, default=0) >= config.decoder.vocab_size:
         raise InputError(
-            "the chat template leaves out or repeats an image: it must write each content once"
+            f"the prompt has token {max(ids)} ({tokenizer.added.get(max(ids))!r}), the model's"
+            f" vocabulary ends at {config.decoder.vocab_size - 1}"
         )
-    return _encode(rendered, reserved, tokenizer, [image_ids(v.newlines, config) for v in views])
+    return ids
 
 
 def image_ids(newlines: Sequence[bool], config: Config) -> list[int]:
@@ -97,16 +99,29 @@ def image_head_length(ids: Sequence[int], tokenizer: Tokenizer, tokens: TokenIds
     return end if end > first else 0
 
 
-def _reserved_texts(tokenizer: Tokenizer, tokens: TokenIds) -> re.Pattern:
-    """A pattern of the texts that would encode to a control token or a structural image token."""
+def _reserved_texts(tokenizer: Tokenizer, template: str, tokens: TokenIds) -> re.Pattern:
+    """A pattern of the texts that would encode to a control token or a structural image token.
+
+    An added token that the template contains is a control token too, whatever its flag says.
+    """
     structural = {*tokens.eos, tokens.im_patch, tokens.im_start, tokens.im_end}
     structural |= {tokens.patch_start, tokens.patch_end, tokens.patch_newline}
-    texts = [text for id, text in tokenizer.added.items() if id in tokenizer.special | structural]
-    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+    written = {
+        id
+        for id, text in tokenizer.added.items()
+        if text in template and not text.isspace() and text not in THINK_MARKERS
+    }
+    reserved = tokenizer.special | structural | written
+    texts = [text for id, text in tokenizer.added.items() if id in reserved and text]
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _turn(message: Mapping, reserved: re.Pattern) -> dict[str, str]:
-    """The message with its content as one string, in which images and reserved texts are marked."""
+def _turn(message: Mapping, reserved: re.Pattern) -> Turn:
+    """The message with its images and reserved texts marked.
+
+    Adjacent text parts become one text, so that none can hold half of a reserved text.
+    """
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         raise InputError(f"a message needs a role, one of {', '.join(ROLES)}: {message!r:.80}")
     content = message.get("content")
@@ -115,8 +130,24 @@ def _turn(message: Mapping, reserved: re.Pattern) -> dict[str, str]:
         raise InputError(
             f"a message's content must be a string or a list of parts: {message!r:.80}"
         )
-    text = "".join(map(_part, parts))
-    return {"role": message["role"], "content": reserved.sub(rf"{OPEN}\g<0>{CLOSE}", text)}
+    texts: list[str] = []
+    for is_image, group in groupby(map(_part, parts), IMAGE.__eq__):
+        run = list(group)
+        texts += run if is_image else [reserved.sub(rf"{OPEN}\g<0>{CLOSE}", "".join(run))]
+    return Turn(message["role"], tuple(texts))
+
+
+def _check_characters(turns: Sequence[Turn], tokenizer: Tokenizer) -> None:
+    """Raise InputError for a character that the vocabulary cannot write."""
+    if not tokenizer.missing_bytes:
+        return
+    for number, turn in enumerate(turns, start=1):
+        for char in sorted(set("".join(turn.texts)) - {IMAGE, OPEN, CLOSE}):
+            if tokenizer.missing_bytes & set(char.encode()):
+                raise InputError(
+                    f"message {number} (role {turn.role}) has the character U+{ord(char):04X},"
+                    " which the model's vocabulary cannot write"
+                )
 
 
 def _part(part: Mapping) -> str:
@@ -124,12 +155,16 @@ def _part(part: Mapping) -> str:
     if kind == "image":
         return IMAGE
     if kind == "text" and isinstance(part.get("text"), str):
-        text = re.sub("[\ud800-\udfff]", "\ufffd", part["text"])  # UTF-8 cannot encode surrogates
-        return re.sub(f"[{IMAGE}{OPEN}{CLOSE}]", "", text)
+        return re.sub(f"[{IMAGE}{OPEN}{CLOSE}{BEGIN}{END}]", "", _without_surrogates(part["text"]))
     raise InputError(
         'a content part must be {"type": "text", "text": "..."} or {"type": "image"}, not '
         f"{part!r:.80}"
     )
+
+
+def _without_surrogates(text: str) -> str:
+    """The text with U+FFFD for surrogates, which UTF-8 cannot encode."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _encode(
@@ -148,31 +183,3 @@ def _encode(
         else:
             ids += tokenizer.encode(piece.strip(OPEN + CLOSE), special=False)
     return ids
-
-
-def _render(template: str, turns: list[dict[str, str]]) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return _compiled(template).render(messages=turns, tools=None, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise InputError(f"the chat template failed: {' '.join(str(error).split())}") from None
-
-
-@lru_cache
-def _compiled(source: str) -> "jinja2.Template":
-    from datetime import datetime
-
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)

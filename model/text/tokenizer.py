@@ -7,13 +7,16 @@ it. This file reads its tables and decodes, which must also work token by token.
 import codecs
 import json
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import Config
 from model.errors import InputError
+from model.text.chat_template import THINKING_CHATML
+from model.text.files import check_regular
 from model.text.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED, read_gguf_tokenizer
+from model.text.tokenizer_config import TokenizerConfig
 
 if TYPE_CHECKING:
     import tokenizers
@@ -23,9 +26,10 @@ THINK_MARKERS = ("<think>", "</think>")
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary, with the chat template and end-of-turn ids of its files.
+    """A byte-level BPE vocabulary, with the chat templates and special tokens of its files.
 
-    `chat_template` is jinja2 source or None; `eos` are the ids that end a turn according to the
+    `chat_templates` are jinja2 sources by name; `special_tokens` are texts by name (bos_token,
+    eos_token, ...), which templates may write; `eos` are the ids that end a turn according to the
     tokenizer's files (the model's are in its Config); `added` maps the id of every added token to
     its text; `special` has the ids of the added tokens that are control tokens, not text.
     """
@@ -35,15 +39,17 @@ class Tokenizer:
         backend: "tokenizers.Tokenizer",
         *,
         eos: tuple[int, ...] = (),
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         special_tokens: Mapping[str, str] = {},
     ) -> None:
+        """`chat_template` is the only template, called default, or several by name."""
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
         self._backend = backend
         self.eos = eos
-        self.chat_template = chat_template
+        named = {"default": chat_template} if isinstance(chat_template, str) else chat_template
+        self.chat_templates = dict(named or {})
         self.special_tokens = dict(special_tokens)
         self.added = {id: token.content for id, token in added.items()}
         self.special = frozenset(
@@ -52,44 +58,68 @@ class Tokenizer:
             if token.special and token.content not in THINK_MARKERS
         )
 
+    @property
+    def chat_template(self) -> str | None:
+        """The default chat template, None if there is no template at all.
+
+        Raises InputError if there are only templates of other names.
+        """
+        if self.chat_templates and "default" not in self.chat_templates:
+            raise InputError(
+                "none of this model's chat templates is the default; choose one with"
+                f" --chat-template: {', '.join(sorted(self.chat_templates))}"
+            )
+        return self.chat_templates.get("default")
+
     @staticmethod
     def from_directory(path: str | Path) -> "Tokenizer":
         """The tokenizer in a checkpoint's directory: `tokenizer.json`, and if present
-        `tokenizer_config.json` (eos) and `chat_template.jinja` (else the template in that config).
+        `tokenizer_config.json` and its companions (tokenizer_config.py, chat_template.py).
 
-        Raises InputError for files that are missing, damaged or not byte-level BPE.
+        Raises InputError for files that are missing, damaged, not byte-level BPE, or ask for what
+        is not implemented.
         """
         import tokenizers
 
         path = Path(path)
         file = path / "tokenizer.json"
-        if not file.is_file():
-            raise InputError(f"no tokenizer.json in {path}")
+        check_regular(file)
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more specific
             raise InputError(f"{file} is damaged: {error}") from None
-        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
+        if not (
+            isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+            and isinstance(backend.model, tokenizers.models.BPE)
+        ):
             raise InputError(f"{file} is not byte-level BPE, the only kind that is implemented")
-        settings = _read_settings(path / "tokenizer_config.json")
-        eos = settings.get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos
+        if backend.model.dropout:
+            raise InputError(f"{file}: dropout {backend.model.dropout} would draw ids at random")
+        unknown = backend.model.unk_token
+        if unknown is not None and backend.token_to_id(unknown) is None:
+            raise InputError(f"{file}: unk_token {unknown!r:.60} is not in the vocabulary")
+        config = TokenizerConfig.read(path)
+        config.add_tokens(backend, path)
+        eos = config.special_tokens.get("eos_token")
         eos_id = None if eos is None else backend.token_to_id(eos)
         return Tokenizer(
             backend,
             eos=() if eos_id is None else (eos_id,),
-            chat_template=_chat_template(path / "chat_template.jinja", settings),
+            chat_template=config.chat_templates,
+            special_tokens=config.special_tokens,
         )
 
     def save(self, path: str | Path) -> None:
         """Write the files that `from_directory` reads into directory `path`."""
         path = Path(path)
         self._backend.save(str(path / "tokenizer.json"))
-        if self.chat_template is not None:
-            (path / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        settings: dict[str, object] = {**self.special_tokens}
         if self.eos:
-            settings = {"eos_token": self._backend.id_to_token(self.eos[0])}
-            (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+            settings["eos_token"] = self._backend.id_to_token(self.eos[0])
+        settings["chat_template"] = [
+            {"name": name, "template": template} for name, template in self.chat_templates.items()
+        ]
+        (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
     @staticmethod
     def from_gguf_metadata(metadata: Mapping[str, Any]) -> "Tokenizer":
@@ -120,7 +150,7 @@ class Tokenizer:
         return Tokenizer(
             backend,
             eos=described.eos,
-            chat_template=described.chat_template,
+            chat_template=described.chat_templates,
             special_tokens=described.special_tokens,
         )
 
@@ -153,7 +183,12 @@ class Tokenizer:
         vocab |= _bytes_of_chars()
         backend = _bpe(vocab, [], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         backend.add_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-        return Tokenizer(backend, eos=ids.eos)
+        return Tokenizer(
+            backend,
+            eos=ids.eos,
+            chat_template=THINKING_CHATML,
+            special_tokens={"eos_token": "<|endoftext|>"},
+        )
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`.
@@ -173,6 +208,14 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    @cached_property
+    def missing_bytes(self) -> frozenset[int]:
+        """The bytes that no token writes: `encode` drops them without an error."""
+        if self._backend.model.unk_token is not None:
+            return frozenset()
+        chars = _bytes_of_chars().items()
+        return frozenset(byte for char, byte in chars if self._backend.token_to_id(char) is None)
 
     def stream(self) -> "TextStream":
         """A decoder for ids that come one at a time."""
@@ -232,27 +275,3 @@ def _bytes_of_chars() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {
         chr(256 + rank): byte for rank, byte in enumerate(others)
     }
-
-
-def _read_settings(file: Path) -> dict:
-    try:
-        return json.loads(_read_text(file) or "{}")
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is damaged: {error}") from None
-
-
-def _chat_template(file: Path, settings: dict) -> str | None:
-    template = _read_text(file) or settings.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
-
-
-def _read_text(file: Path) -> str | None:
-    """The file's text, None if there is no such file."""
-    if not file.is_file():
-        return None
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {file}: {error}") from None

@@ -18,8 +18,8 @@ from torch import Tensor
 from model.config import Config
 from model.errors import InputError, shown
 from model.terminal import track
+from model.text.files import check_regular, read_json
 from model.weights.hf_config import write_config
-from model.weights.json_file import check_regular, read_json
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -8,8 +8,8 @@ from typing import Any
 
 from model.config import Config, SamplingConfig
 from model.errors import InputError, shown
+from model.text.files import read_json
 from model.weights.config_checks import check_sampling, token_ids
-from model.weights.json_file import read_json
 
 FILE = "generation_config.json"
 

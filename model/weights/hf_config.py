@@ -15,9 +15,9 @@ from typing import Any
 
 from model.config import Config, DecoderConfig, TokenIds, VisionConfig
 from model.errors import InputError, shown
+from model.text.files import read_json
 from model.weights.config_checks import check_config, check_number, token_ids
 from model.weights.generation_config import with_generation_config
-from model.weights.json_file import read_json
 
 _DECODER_KEYS = {
     "vocab_size": "vocab_size",

@@ -21,7 +21,7 @@ from model.kv_cache import PAGE_SIZE, page_bytes
 from model.memory import free_bytes
 from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.problem_run import Problem, ProblemRun, Settings
-from pacore_sched.answers.rounds import compact, round_widths
+from pacore_sched.answers.rounds import SynthesisTemplate, compact, round_widths
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.engine.stopping import Stopping
@@ -30,7 +30,6 @@ from pacore_sched.sched.request import Group, Rollout, Sampling
 
 if TYPE_CHECKING:
     import torch
-    from jinja2 import Template
 
     from model.step3vl import Step3VL
     from model.vision.image import Views
@@ -72,7 +71,7 @@ class Pacore:
         sampling: Sampling,
         *,
         seed: int = 0,
-        template: "Template | None" = None,
+        template: SynthesisTemplate | None = None,
         min_messages: int | None = None,
         synthesis: bool = True,
     ) -> None:

@@ -15,13 +15,11 @@ from kernels.runtime.spans import begin
 from model.errors import InputError
 from model.text.prompt import build_prompt, image_head_length
 from pacore_sched.answers.journal import RolloutResult
-from pacore_sched.answers.rounds import round_messages
+from pacore_sched.answers.rounds import SynthesisTemplate, round_messages
 from pacore_sched.engine.engine import Engine
 from pacore_sched.sched.request import Group, Rollout, Sampling, Segment
 
 if TYPE_CHECKING:
-    from jinja2 import Template
-
     from model.step3vl import Step3VL
     from model.vision.image import Views
     from pacore_sched.engine.executor import ModelExecutor
@@ -49,7 +47,7 @@ class Settings:
     needs: Sequence[int]
     sampling: Sampling
     seed: int = 0
-    template: "Template | None" = None
+    template: SynthesisTemplate | None = None
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ are run by engine/engine.py. A conversation is a list of OpenAI-style chat messa
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from model.errors import InputError
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from model.text.files import read_text
+from model.text.jinja import render, variable_names
 
 # The released template's variable names: its text works unchanged with `--template`.
 TEMPLATE_VARIABLES = {"original_prompt", "ref_responses"}
@@ -58,50 +57,53 @@ def order_messages(texts: Sequence[str], seed: int = 42) -> list[str]:
     return [message for message in messages if message]
 
 
-def load_template(path: str | Path) -> "Template":
+@dataclass(frozen=True)
+class SynthesisTemplate:
+    """The jinja2 source of a synthesis prompt; `name` is what errors call it."""
+
+    name: str
+    source: str
+
+    def render(self, problem: str, messages: Sequence[str]) -> str:
+        """Raises InputError if the template fails on these or exceeds the limits of templates."""
+        variables = {"original_prompt": problem, "ref_responses": list(messages)}
+        return render(self.name, self.source, variables)
+
+
+def load_template(path: str | Path) -> SynthesisTemplate:
     """Read a synthesis template: jinja2 with the variables `original_prompt` and `ref_responses`.
 
     Raises InputError for a file that cannot be read or rendered, or uses other variables.
     """
-    import jinja2  # a GPU node may have only torch, Triton and NumPy
-    from jinja2 import meta
-
-    environment = jinja2.Environment()
-    try:
-        source = Path(path).read_text(encoding="utf-8")
-        names = meta.find_undeclared_variables(environment.parse(source))
-        template = environment.from_string(source)
-    except OSError as error:
-        raise InputError(f"template {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"template {path}: not UTF-8 text") from error
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"template {path}, line {error.lineno}: {error.message}") from error
+    source = read_text(Path(path))
+    if source is None:
+        raise InputError(f"template {path}: No such file")
+    template = SynthesisTemplate(f"template {path}", source)
+    names = variable_names(template.name, source)
     if names != TEMPLATE_VARIABLES:
         raise InputError(
             f"template {path} uses the variables {', '.join(sorted(names)) or '(none)'};"
             f" it must use {' and '.join(sorted(TEMPLATE_VARIABLES))} and no others"
         )
-    try:  # a template may raise anything: fail now, not after a round of rollouts
-        template.render(original_prompt="problem", ref_responses=["message"])
-    except Exception as error:
-        raise InputError(f"template {path}: {error}") from error
+    template.render("problem", ["message"])  # fail now, not after a round of rollouts
     return template
 
 
 def synthesis_prompt(
-    problem: str, messages: Sequence[str], template: "Template | None" = None
+    problem: str, messages: Sequence[str], template: SynthesisTemplate | None = None
 ) -> str:
-    """The prompt with a problem and the previous round's messages, all verbatim."""
-    template = template or _default_template()
-    return template.render(original_prompt=problem, ref_responses=list(messages))
+    """The prompt with a problem and the previous round's messages, all verbatim.
+
+    Raises InputError if the template fails on them.
+    """
+    return (template or _default_template()).render(problem, messages)
 
 
 def round_messages(
     messages: Sequence[dict],
     replies: Sequence[str],
     *,
-    template: "Template | None" = None,
+    template: SynthesisTemplate | None = None,
     seed: int = 42,
 ) -> list[dict]:
     """The next round's conversation, from the first round's `messages` and the last replies.
@@ -110,7 +112,8 @@ def round_messages(
     text of the last user message (several text parts are one problem, joined by newlines); its
     other parts, the images, come first, where all rounds can share their KV. If no reply has a
     message, the conversation is returned unchanged. `messages` itself is not modified.
-    Raises InputError if there is no user message, or its content is not text or a list of parts.
+    Raises InputError if there is no user message, its content is not text or a list of parts, or
+    the template fails on it.
     """
     users = [index for index, message in enumerate(messages) if message.get("role") == "user"]
     if not users:
@@ -134,7 +137,7 @@ def _integer(text: str) -> int:
 
 
 @cache
-def _default_template() -> "Template":
+def _default_template() -> SynthesisTemplate:
     return load_template(Path(__file__).with_name("synthesis.jinja"))
 
 

@@ -15,7 +15,7 @@ from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.questions import Question
 from pacore_sched.answers.rounds import load_template, parse_widths, round_widths
 from pacore_sched.cli import options as shared
-from pacore_sched.cli.jobs import Job, ProblemResult, add_job_options, run_job, template_digest
+from pacore_sched.cli.jobs import Job, ProblemResult, add_job_options, run_job, text_digest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     settings = {
         "widths": widths,
         "min_messages": options.min_messages,
-        "template_sha256": template_digest(options.template),
+        "template_sha256": text_digest(template.source) if template else None,
     }
     pacore = partial(
         Pacore,

@@ -158,6 +158,7 @@ def _header(
         "dtype": dtype_name(model.dtype),
         "kv_dtype": options.kv_dtype,
         "impl": options.impl,
+        "chat_template_sha256": text_digest(model.tokenizer.chat_template),
         "questions_sha256": digest,
         **job.settings,
         "seed": options.seed,
@@ -165,9 +166,9 @@ def _header(
     }
 
 
-def template_digest(path: str | None) -> str | None:
-    """SHA-256 of a template file; None for the default template."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
+def text_digest(text: str | None) -> str | None:
+    """SHA-256 of a text, such as a template; None if there is none."""
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 def _run(

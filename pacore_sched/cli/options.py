@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from model.errors import InputError
 from model.impls import DTYPES
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
+from model.text.files import read_text
 from model.vision.image import Views, preprocess
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.engine.engine import Engine
@@ -33,6 +35,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="smollm2-135m",
         help="preset, checkpoint folder or GGUF (default: smollm2-135m)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        help="jinja2 file, or the name of one of the model's chat templates; default: default",
     )
     parser.add_argument(
         "--impl", help=f"one of {', '.join(IMPLS)}; default: the best on the device"
@@ -103,7 +109,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(options: argparse.Namespace) -> Step3VL:
-    """The model described by --model, --device, --dtype and --impl."""
+    """The model described by --model, --device, --dtype, --impl and --chat-template."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         is_usable = torch.empty(0, device=device).device.type in ("cpu", "cuda")
@@ -115,7 +121,18 @@ def load_model(options: argparse.Namespace) -> Step3VL:
     dtype = DTYPES[options.dtype] if options.dtype else default
     exists = os.path.exists(options.model)  # unlike Path's, false for names too long
     load = Step3VL.from_pretrained if exists else Step3VL.from_preset
-    return load(options.model, device=device, dtype=dtype, impl=options.impl)
+    text = _chat_template_text(options.chat_template)  # before the weights, which take minutes
+    model = load(options.model, device=device, dtype=dtype, impl=options.impl)
+    if options.chat_template:
+        templates = model.tokenizer.chat_templates
+        text = templates.get(options.chat_template) if text is None else text
+        if text is None:
+            raise InputError(
+                f"--chat-template {options.chat_template}: there is no such file, and the chat"
+                f" templates of {options.model} are: {', '.join(sorted(templates)) or '(none)'}"
+            )
+        model.tokenizer.chat_templates = {"default": text}
+    return model
 
 
 def views_of(images: Iterable["Image.Image"], model: Step3VL) -> list[Views]:
@@ -181,6 +198,14 @@ def sampling_for(options: argparse.Namespace, default: SamplingConfig) -> Sampli
         top_p=config.top_p,
         stop=checked_stops(options.stop),
     )
+
+
+def _chat_template_text(choice: str | None) -> str | None:
+    """The text of the file that --chat-template names; None if it names a template."""
+    text = read_text(Path(choice)) if choice else None
+    if text is None and choice and choice.endswith((".jinja", ".jinja2", ".j2")):
+        raise InputError(f"--chat-template {choice}: there is no such file")
+    return text
 
 
 def _default_from_model(name: str) -> str:

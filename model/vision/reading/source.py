@@ -60,8 +60,8 @@ def open_image(source: "ImageSource") -> tuple["Image.Image", str]:
     check_bytes(len(data), name)
     image = _identified(data, name)
     check_size(*image.size, name)
-    if image.format == "PPM" and image.tile[0][0] != "raw":
-        _check_slow(image.size, name)
+    if image.format == "PPM":
+        _check_ppm(image, name)
     _check_data(data, name)
     return image, name
 
@@ -169,8 +169,9 @@ def _check_opened(image: "Image.Image") -> None:
         _check_data(data, "the image")
 
 
-def _check_slow(size: tuple[int, int], name: str) -> None:
-    if size[0] * size[1] > MAX_SLOW_PIXELS:
+def _check_ppm(image: "Image.Image", name: str) -> None:
+    (codec, *_), *_ = getattr(image, "tile", [("raw",)])
+    if codec != "raw" and image.width * image.height > MAX_SLOW_PIXELS:
         raise InputError(
             f"{name} is too large: a PPM file in text or with an odd maximum may have at most"
             f" {MAX_SLOW_PIXELS:,} pixels; convert it to PNG"

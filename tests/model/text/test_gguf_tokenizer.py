@@ -61,14 +61,14 @@ def test_special_tokens_have_the_names_of_templates():
     }
 
 
-def test_chat_template_is_the_default_one():
-    """Guards against a template meant for tools, and against ChatML where templates have names."""
+def test_chat_templates_by_name():
+    """Guards against a template meant for tools as the default, and templates passed over."""
     key = "tokenizer.chat_template"
-    named = {f"{key}.tool_use": "T", f"{key}.rag": "R", "tokenizer.chat_templates": ["x"]}
-    assert read_gguf_tokenizer(METADATA).chat_template is None
-    assert read_gguf_tokenizer(METADATA | named | {key: "D"}).chat_template == "D"
-    with pytest.raises(InputError, match="only templates with names: rag, tool_use"):
-        read_gguf_tokenizer(METADATA | named)
+    named = {f"{key}.tool_use": "T", "tokenizer.chat_templates": ["tool_use"]}
+    assert read_gguf_tokenizer(METADATA).chat_templates == {}
+    assert read_gguf_tokenizer(METADATA | named).chat_templates == {"tool_use": "T"}
+    both = read_gguf_tokenizer(METADATA | named | {key: "D"}).chat_templates
+    assert both == {"tool_use": "T", "default": "D"}
 
 
 @pytest.mark.parametrize(

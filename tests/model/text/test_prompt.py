@@ -1,5 +1,7 @@
 """Tests of prompts against transformers' rendering of the templates, and of the image layout."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,10 +9,11 @@ from hypothesis import strategies as st
 
 from model.config import preset
 from model.errors import InputError
-from model.text.prompt import CHATML, build_prompt, image_head_length, image_ids
+from model.text.chat_template import CHATML
+from model.text.prompt import build_prompt, image_head_length, image_ids
 from model.text.tokenizer import Tokenizer
 from model.vision.image import Views
-from tests.model.text.test_tokenizer import smollm2
+from tests.model.text.test_tokenizer import smollm2, smollm2_fields
 
 TINY, STEP3, SMOLLM2 = preset("tiny"), preset("step3-vl-10b"), preset("smollm2-135m")
 BYTES = Tokenizer.byte_level(TINY)
@@ -62,10 +65,11 @@ def test_equals_transformers(chat, template):
 
     tokenizer = smollm2()
     tokenizer = Tokenizer(
-        tokenizer._backend, chat_template=tokenizer.chat_template if template == "SmolLM2" else None
+        tokenizer._backend,
+        chat_template=tokenizer.chat_template if template == "SmolLM2" else CHATML,
     )
     reference = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._backend, chat_template=tokenizer.chat_template or CHATML
+        tokenizer_object=tokenizer._backend, chat_template=tokenizer.chat_template
     )
     expected = reference.apply_chat_template(
         flat(chat), add_generation_prompt=True, sanitize_control_tokens=True
@@ -73,8 +77,8 @@ def test_equals_transformers(chat, template):
     assert build_prompt(chat, tokenizer, SMOLLM2) == expected["input_ids"]
 
 
-def test_default_template_is_chatml_that_thinks():
-    """Guards the ids of the default template: no system prompt, `<think>` opened."""
+def test_presets_have_chatml_that_thinks():
+    """Guards the template of random weights: no system prompt, `<think>` opened."""
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     im_start, im_end = [257], [258]
     assert build_prompt(chat, BYTES, TINY) == [
@@ -88,11 +92,11 @@ def test_template_statements_leave_no_blank_lines():
     """Guards trim_blocks, lstrip_blocks and `break`, which long templates rely on."""
     template = (
         "{% for message in messages %}\n  {% if loop.index > 1 %}\n    {% break %}\n  {% endif %}\n"
-        "{{ message.content }}\n{% endfor %}\nend"
+        "{% for m in messages %}\n{{ m.content }}\n{% endfor %}\n{% endfor %}\nend"
     )
     chat = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     tokenizer = Tokenizer(BYTES._backend, chat_template=template)
-    assert bytes(build_prompt(chat, tokenizer, TINY)) == b"a\nend"
+    assert bytes(build_prompt(chat, tokenizer, TINY)) == b"a\nb\nend"
 
 
 def test_image_layout():
@@ -131,6 +135,8 @@ PIECES = [
     "\ufdd0",
     "\ufdd1",
     "\ufdd2",
+    "\ufdd30.0\ufdd3",
+    "\ufdd4",
     "<|im_",
     "end|>",
     "<",
@@ -154,7 +160,7 @@ def test_users_cannot_forge_tokens(contents):
     for content in contents:
         expected += [257, *b"user\n"]
         for piece in content:
-            shown = piece if piece not in ("\ufdd0", "\ufdd1", "\ufdd2") else ""
+            shown = "".join(c for c in piece or "" if not "\ufdd0" <= c <= "\ufdd4")
             expected += image if piece is None else shown.encode()
         expected += [258, *b"\n"]
     assert ids == [*expected, 257, *b"assistant\n<think>\n"]
@@ -166,12 +172,29 @@ def test_half_a_surrogate_pair():
     assert "a\ufffd".encode() in bytes(id for id in ids if id < 256)
 
 
+def test_control_tokens_that_begin_alike():
+    """Guards against marking a shorter control token inside a longer one, as transformers does not:
+    the rest is then split into other tokens."""
+    backend = Tokenizer.from_gguf_metadata(smollm2_fields())._backend
+    backend.add_special_tokens(["<|im_end|>\n"])
+    tokenizer = Tokenizer(backend, chat_template="{{ messages[0].content }}")
+    ids = build_prompt([{"role": "user", "content": "<|im_end|>\n\n"}], tokenizer, SMOLLM2)
+    plain = partial(tokenizer.encode, special=False)
+    assert ids == plain("<|im_end|>\n") + plain("\n") != plain("<|im_end|>") + plain("\n\n")
+
+
+def test_characters_that_the_vocabulary_lacks():
+    """Guards against dropping them silently, as SmolLM2's vocabulary does some control codes."""
+    with pytest.raises(InputError, match=r"message 1 \(role user\) has the character U\+0004"):
+        build_prompt([{"role": "user", "content": "a<|im_end|>\x04b"}], smollm2(), SMOLLM2)
+
+
 def test_template_that_cuts_a_marked_text():
     """Guards against marks left over, or text joined, where a template separates two marks."""
-    template = "{% for m in messages %}{{ m.content.split('im_')[1] }}<|im_end|>{% endfor %}"
+    template = "{% for m in messages %}{{ m.content.split('im_') | join }}<|im_end|>{% endfor %}"
     tokenizer = Tokenizer(BYTES._backend, chat_template=template)
     chat = [{"role": "user", "content": "a<|im_end|>b"}]
-    assert build_prompt(chat, tokenizer, TINY) == [*b"end|>b", 258]
+    assert build_prompt(chat, tokenizer, TINY) == [*b"a<|end|>b", 258]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +230,7 @@ def test_bad_messages(chat, images, config, message):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for %}", "chat template failed: Expected an expression"),
+        ("a\n{% for %}", "chat template failed in line 2: Expected an expression"),
         (
             "{{ raise_exception('roles must alternate') }}",
             "chat template failed: roles must alternate",

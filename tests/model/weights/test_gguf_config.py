@@ -155,7 +155,7 @@ def test_missing_keys_are_named(key):
         ({"general.size_label": "x" * 101}, "general.size_label is .* at most 100 characters"),
         (
             {"llama.attention.head_count": 2 * HIDDEN},
-            "head_count is 128, but embedding_length is 64",
+            "is 128, but embedding_length is 64",
         ),
         ({"llama.attention.head_count_kv": 3}, r"a multiple of kv_heads \(3\)"),
         ({"tokenizer.ggml.eos_token_id": VOCAB}, "tokenizer.ggml.eos_token_id is 20"),

@@ -24,7 +24,7 @@ from pacore_sched.answers import problem_run
 from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.pacore import Answer, Pacore, engine_for
 from pacore_sched.answers.problem_run import Problem, rollout_seed
-from pacore_sched.answers.rounds import compact, round_messages
+from pacore_sched.answers.rounds import SynthesisTemplate, compact, round_messages
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import ORACLES, POLICIES
@@ -420,6 +420,17 @@ def test_a_problem_may_fail_later():
     assert "the context is 8192" in answers["photo"].error
     assert len(answers["photo"].rounds) == 1
     assert answers["p0"].error is None
+    assert is_idle(pacore.engine)
+
+
+def test_a_synthesis_that_fails_fails_alone():
+    """A template that fails on one problem's messages, and ends the whole job."""
+    source = "{{ original_prompt }}{% if '1?' in original_prompt %}{{ 1 // 0 }}{% endif %}"
+    pacore = hashed(template=SynthesisTemplate("template t", source))
+    answers = by_problem(pacore.answers(questions(3)))
+    errors = {name: answer.error for name, answer in answers.items()}
+    reason = "template t failed: integer division or modulo by zero"
+    assert errors == {"p0": None, "p1": reason, "p2": None}
     assert is_idle(pacore.engine)
 
 

@@ -1,9 +1,11 @@
 """The text of PaCoRe's rounds, compared byte by byte with the pipeline's specification."""
 
 import copy
+import os
 import random
 from pathlib import Path
 
+import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -178,6 +180,12 @@ def test_template_may_use_what_jinja_offers(tmp_path):
         ("{{ original_prompt }}{{ ref_responses + 1 }}", "concatenate"),
         ("{{ original_prompt }}{{ ref_responses }}{% include 'x' %}", "loader"),
         (b"\xff\xfe{{ original_prompt }}{{ ref_responses }}", "not UTF-8"),
+        (
+            "{{ original_prompt }}{{ ref_responses }}"
+            "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+            "unsafe",
+        ),
+        ("{{ original_prompt }}{{ ref_responses }}{{ 'a' * 10**10 }}", "more than 1 GiB"),
     ],
 )
 def test_invalid_templates(tmp_path, source, complaint):
@@ -189,12 +197,49 @@ def test_invalid_templates(tmp_path, source, complaint):
     assert "mine.jinja" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("loop", "complaint"),
+    [
+        ("{{ 1 // (3 - loop.index) }}", "integer division or modulo by zero"),
+        ("{% if loop.index == 3 %}{{ m() }}{% endif %}", "maximum recursion depth"),
+        ("{{ 'a' * 10 ** (loop.index0 * 5) }}", "needs more than 1 GiB"),
+    ],
+)
+def test_template_that_fails_later(tmp_path, loop, complaint):
+    """A template that renders one message and fails on three, which ended the whole job."""
+    path = tmp_path / "mine.jinja"
+    path.write_text(
+        "{% macro m() %}{{ m() }}{% endmacro %}"
+        "{{ original_prompt }}{% for r in ref_responses %}" + loop + "{% endfor %}"
+    )
+    template = rounds.load_template(path)
+    messages = [{"role": "user", "content": "Q"}]
+    with pytest.raises(InputError, match=f"mine.jinja.*{complaint}"):
+        rounds.round_messages(messages, ["a", "b", "c"], template=template)
+
+
+def test_template_has_jinjas_defaults(tmp_path):
+    """Options of chat templates, which change white space, or a sandbox without list methods."""
+    source = (
+        "{% set a = [] %}\n  {% for r in ref_responses %}\n  {{ a.append(r) or '' }}{% endfor %}\n"
+        "{{ a | tojson }}{{ original_prompt | e }}\n\n"
+    )
+    path = tmp_path / "own.jinja"
+    path.write_text(source)
+    expected = jinja2.Environment().from_string(source)
+    prompt = rounds.synthesis_prompt("P<", ["a'", "b"], rounds.load_template(path))
+    assert prompt == expected.render(original_prompt="P<", ref_responses=["a'", "b"])
+
+
 def test_template_that_is_not_a_file(tmp_path):
     """A traceback for a missing file or a directory."""
     with pytest.raises(InputError, match="nosuch.jinja: No such file"):
         rounds.load_template(tmp_path / "nosuch.jinja")
     with pytest.raises(InputError, match="directory"):
         rounds.load_template(tmp_path)
+    os.mkfifo(tmp_path / "fifo")  # opening it would wait forever
+    with pytest.raises(InputError, match="is a pipe, socket or device"):
+        rounds.load_template(tmp_path / "fifo")
 
 
 def test_default_template_is_found_from_anywhere(tmp_path, monkeypatch):

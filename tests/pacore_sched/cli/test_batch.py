@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -276,6 +277,38 @@ def test_the_journal_holds_the_models_sampling_settings(call: Call):
     code, _, err = call("--resume", *options)
     assert (code, "temperature 0.5, which is 2 now" in err) == (2, True)
     assert call("--resume", *options, "--temperature", "0.5", "--top-k", "9")[0] == 0
+
+
+def test_the_chat_template_is_chosen_by_name_or_file(call: Call):
+    """An ignored --chat-template, a name that is not found without saying which there are, or a
+    run that is resumed with another template."""
+    checkpoint = call.folder / "checkpoint"
+    Step3VL.from_preset("tiny").save_pretrained(checkpoint)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    named = [
+        {"name": "short", "template": template},
+        {"name": "long", "template": "long " + template},
+    ]
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    file = call.folder / "mine.jinja"
+    file.write_text(template)
+    call.ask({"question": "Who?"})
+    model = ["--model", str(checkpoint), "--chat-template"]
+    assert call(*model, "short")[0] == 0
+    (result,) = call.results()
+    assert result["rounds"][0]["prompt_tokens"] == len("Who?")
+    assert call("--resume", *model, str(file))[0] == 0  # the same text
+    code, _, err = call("--resume", *model, "long")
+    assert (code, "chat_template_sha256" in err) == (2, True)
+    for choice, message in (
+        ("best", "there is no such file, and the chat templates of .*checkpoint are: long, short"),
+        (str(call.folder), "is a directory; it must be a file"),
+        ("best.jinja", "best.jinja: there is no such file"),
+    ):
+        code, _, err = call(*model, choice, out=call.folder / "other.jsonl")
+        assert (code, err.count("\n"), bool(re.search(message, err))) == (2, 1, True)
+    code, _, err = call(*model[:2], out=call.folder / "other.jsonl")
+    assert (code, "choose one with --chat-template: long, short" in err) == (2, True)
 
 
 def _header_of(call: Call) -> dict:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from model.config import TINY, Config, DecoderConfig, TokenIds
 from model.errors import InputError
+from model.text.files import check_regular, read_json
 from model.weights.checkpoint import INDEX, find_tensors, save_checkpoint
 from model.weights.hf_config import read_config, write_config
-from model.weights.json_file import check_regular, read_json
 
 
 def refusal(file):

@@ -1,0 +1,69 @@
+"""Text and JSON files that come with a checkpoint: regular files, in UTF-8, of limited size."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+from model.errors import InputError
+
+_MAX_BYTES = 2**26  # an index of a million tensors; a larger file is none of those read here
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises InputError, which begins with the file's name, for anything
+    else."""
+    check_regular(file)
+    value = read_object(file)
+    assert value is not None, f"{file} was removed while it was read"
+    return value
+
+
+def read_object(file: Path) -> dict | None:
+    """The object in a JSON file, None if there is no such file. Raises as `read_text` does, and for
+    anything but an object."""
+    text = read_text(file)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{file} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:  # also of integers with thousands of digits
+        raise InputError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file} must hold a JSON object")
+    return value
+
+
+def read_text(file: Path) -> str | None:
+    """The text of a file without its byte order mark, None if there is no such file.
+
+    Raises InputError, which begins with the file's name, for a file that cannot be read.
+    """
+    if not os.path.lexists(file):
+        return None
+    check_regular(file)
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise InputError(f"{file} is larger than {_MAX_BYTES >> 20} MiB: it is no such file")
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not UTF-8 text") from None
+
+
+def check_regular(file: Path) -> None:
+    """Raise InputError unless `file` is a regular file or a link to one.
+
+    Opening a FIFO would wait for its writer for ever; a directory has no content.
+    """
+    try:
+        mode = file.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{file} cannot be read: {reason}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise InputError(f"{file} is {kind}; it must be a file")

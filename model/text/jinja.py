@@ -1,0 +1,126 @@
+"""jinja2 templates of others, rendered in a separate process with limits (jinja_worker.py).
+
+The process is started on first use and serves all templates; one that exceeded its limits is
+replaced on next use. Every error is an InputError of one line.
+"""
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+
+from model.errors import InputError
+from model.text import jinja_worker as worker
+
+_process: "subprocess.Popen[bytes] | None" = None
+_lock = threading.Lock()
+
+
+class TemplateError(InputError):
+    """The template is wrong or refuses its input; exceeded limits are plain InputErrors."""
+
+
+def render(what: str, source: str, variables: Mapping, *, chat: bool = False) -> str:
+    """The text that a template makes of JSON-like variables.
+
+    `what` names the template in errors. With `chat` the environment is that of chat templates in
+    transformers, else jinja2's default. Raises TemplateError for what the template raises, and
+    InputError for more than 10 s, 1 GiB or 16 Mi characters.
+    """
+    return _ask(what, {"source": source, "variables": variables, "chat": chat})["text"]
+
+
+def variable_names(what: str, source: str) -> set[str]:
+    """The variables that a template with jinja2's default environment uses but does not set.
+
+    Raises as `render` does.
+    """
+    return set(_ask(what, {"source": source, "variables": None, "chat": False})["names"])
+
+
+def _ask(what: str, request: dict) -> dict:
+    data = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+    with _lock:
+        process = _running()
+        try:
+            line = _exchange(process, data)
+            if not line.endswith(b"\n"):
+                raise InputError(_death(what, process.wait()))
+        except BaseException:  # after Ctrl-C, a reply may still be coming
+            _stop()
+            raise
+    reply = json.loads(line)
+    if "limit" in reply:
+        raise InputError(f"{what} {reply['limit']}")
+    if "error" in reply:
+        where = f" in line {reply['line']}" if reply["line"] else ""
+        raise TemplateError(f"{what} failed{where}: {reply['error']}")
+    return reply
+
+
+def _running() -> "subprocess.Popen[bytes]":
+    global _process
+    if _process is None or _process.poll() is not None:
+        _stop()
+        _process = subprocess.Popen(
+            [sys.executable, "-P", worker.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C in the terminal is for the command, which decides
+        )
+    return _process
+
+
+def _exchange(process: "subprocess.Popen[bytes]", data: bytes) -> bytes:
+    """Send a request; returns the reply's line, or less if the process has ended."""
+    assert process.stdin is not None and process.stdout is not None
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[process.stdin.write(rest) :]
+    except BrokenPipeError:
+        return b""
+    chunks = []
+    while chunk := process.stdout.read(1 << 16):
+        chunks.append(chunk)
+        if chunk.endswith(b"\n"):
+            break
+    return b"".join(chunks)
+
+
+def _death(what: str, code: int) -> str:
+    """Why the process ended without a reply."""
+    if code == worker.NO_JINJA2:
+        return "templates need the package jinja2: pip install jinja2"
+    if code == worker.OUT_OF_MEMORY:
+        return f"{what} needs more than {worker.MEMORY >> 30} GiB of memory"
+    if code == -signal.SIGPROF:
+        return f"{what} takes longer than {worker.SECONDS} s"
+    reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"{what} ended the process that renders templates ({reason})"
+
+
+def _stop() -> None:
+    global _process
+    if _process is not None:
+        _process.kill()
+        with _process:  # closes the pipes and waits
+            _process = None
+
+
+def _forget() -> None:
+    """Leave the process to the parent after a fork; the child starts its own."""
+    global _process, _lock
+    if _process is not None:
+        _process.returncode = 0  # it is not this process's to wait for
+    _process, _lock = None, threading.Lock()
+
+
+atexit.register(_stop)
+os.register_at_fork(after_in_child=_forget)
