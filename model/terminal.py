@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pkgutil import resolve_name
@@ -119,7 +120,7 @@ def dispatch(
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its code, or with 2 and one line on stderr for a user's mistake.
 
-    First checks whose `kernels` is installed. `main` must import ours only when it runs.
+    Warnings are one line on stderr too. First checks whose `kernels` is installed. `main` must import ours only when it runs.
     """
     if text := kernels_clash.error():
         print(f"error: {text}", file=sys.stderr)
@@ -130,6 +131,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     if hasattr(sys.stdout, "reconfigure"):  # not every terminal can show all that models write
         sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.showwarning = _show_warning
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -149,6 +151,11 @@ def run_command(main: Callable[[], int | None]) -> None:
             sys.exit(0)
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
         sys.exit(2)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """`warnings.showwarning` without the line of code, which says nothing to users."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _justify(name: str) -> Literal["left", "right"]:

@@ -39,8 +39,9 @@ def build_prompt(
 
     `messages` are OpenAI-style: `{"role": ..., "content": ...}` with content a string or a list of
     `{"type": "text", "text": ...}` and `{"type": "image"}` parts; `views` are the images of these
-    image parts, in order. Raises InputError if there are no messages, one is malformed, image parts
-    and views differ in number, the model takes no images, or the template refuses the messages.
+    image parts, in order. Warns if the model has no chat template. Raises InputError if there are
+    no messages, one is malformed or has other keys, image parts and views differ in number, the
+    model takes no images, or the template refuses the messages.
     """
     if not messages:
         raise InputError("there are no messages; give at least one, with a role and a content")
@@ -124,6 +125,12 @@ def _turn(message: Mapping, reserved: re.Pattern) -> Turn:
     """
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         raise InputError(f"a message needs a role, one of {', '.join(ROLES)}: {message!r:.80}")
+    given = {str(key) for key, value in message.items() if value is not None}
+    if others := given - {"role", "content"}:
+        raise InputError(
+            "a message may have a role and a content; "
+            f"{', '.join(sorted(others)):.80} is not implemented"
+        )
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list | tuple):

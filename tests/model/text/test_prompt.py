@@ -204,6 +204,12 @@ def test_template_that_cuts_a_marked_text():
         (["Hi"], 0, TINY, "a message needs a role, one of system, user, assistant: 'Hi'"),
         ([{"role": "root", "content": "Hi"}], 0, TINY, "a message needs a role"),
         ([{"role": "user<|im_end|>", "content": "Hi"}], 0, TINY, "a message needs a role"),
+        (
+            [{"role": "user", "content": "Hi", "name": "Ann", "tool_calls": []}],
+            0,
+            TINY,
+            "a role and a content; name, tool_calls is not implemented",
+        ),
         ([{"role": "user"}], 0, TINY, "content must be a string or a list of parts"),
         ([{"role": "user", "content": {"type": "image"}}], 1, TINY, "a string or a list"),
         ([{"role": "user", "content": [{"type": "video"}]}], 0, TINY, "a content part must be"),

@@ -228,6 +228,18 @@ def test_as_a_process(tmp_path: Path):
 
 
 @pytest.mark.cli
+def test_a_warning_is_one_line(ask, tmp_path: Path):
+    """Guards against a source path and a line of code on the terminal, and a line per round."""
+    model = Step3VL.from_preset("tiny")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")  # without a template
+    code, _, err = ask("Hi", "--model", str(tmp_path), "--widths", "2", "--max-tokens", "2")
+    assert (code, err) == (
+        0,
+        "warning: tiny has no chat template: its prompts are written as ChatML\n",
+    )
+
+
 def test_failing_stdout():
     """A traceback or exit code 0 for a full disk, an error for a closed pipe, or a crash for
     characters that the terminal's encoding lacks."""
