@@ -120,7 +120,8 @@ def dispatch(
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its code, or with 2 and one line on stderr for a user's mistake.
 
-    Warnings are one line on stderr too. First checks whose `kernels` is installed. `main` must import ours only when it runs.
+    Warnings are one line on stderr too. First checks whose `kernels` is installed. `main` must
+    import ours only when it runs.
     """
     if text := kernels_clash.error():
         print(f"error: {text}", file=sys.stderr)

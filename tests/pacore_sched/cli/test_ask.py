@@ -227,7 +227,6 @@ def test_as_a_process(tmp_path: Path):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.cli
 def test_a_warning_is_one_line(ask, tmp_path: Path):
     """Guards against a source path and a line of code on the terminal, and a line per round."""
     model = Step3VL.from_preset("tiny")
@@ -240,6 +239,7 @@ def test_a_warning_is_one_line(ask, tmp_path: Path):
     )
 
 
+@pytest.mark.cli
 def test_failing_stdout():
     """A traceback or exit code 0 for a full disk, an error for a closed pipe, or a crash for
     characters that the terminal's encoding lacks."""
