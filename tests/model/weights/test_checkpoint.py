@@ -81,7 +81,7 @@ def test_loads_what_transformers_saves(kind, tied, tmp_path):
     """Guards against a name, shape or config key that differs from transformers'."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind, **SMALL, tie_word_embeddings=tied)
+    config = AutoConfig.for_model(kind, **SMALL, tie_word_embeddings=tied, eos_token_id=2)
     theirs = AutoModelForCausalLM.from_config(config)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     ours = Step3VL.from_pretrained(tmp_path).checkpoint_tensors()
