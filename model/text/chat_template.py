@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import InputError
-from model.text.files import read_object, read_text
+from model.text.files import read_json, read_text
 from model.text.jinja import TemplateError, render
 
 CHATML = (
@@ -50,7 +50,7 @@ def read_chat_templates(path: Path, settings: Mapping) -> dict[str, str]:
     for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
         templates[file.stem] = read_text(file) or ""
     for name in ("processor_config.json", "chat_template.json"):
-        processor = _named(read_object(path / name) or {}, path / name)
+        processor = _named(read_json(path / name) or {}, path / name)
         if processor:
             if default is not None and processor != {"default": default}:
                 return {"chat_template.jinja": default, name: next(iter(processor.values()))}

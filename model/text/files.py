@@ -10,26 +10,20 @@ from model.errors import InputError
 _MAX_BYTES = 2**26  # an index of a million tensors; a larger file is none of those read here
 
 
-def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises InputError, which begins with the file's name, for anything
-    else."""
-    check_regular(file)
-    value = read_object(file)
-    assert value is not None, f"{file} was removed while it was read"
-    return value
+def read_json(file: Path) -> dict | None:
+    """The object in a JSON file, None if there is no such file.
 
-
-def read_object(file: Path) -> dict | None:
-    """The object in a JSON file, None if there is no such file. Raises as `read_text` does, and for
-    anything but an object."""
+    Raises InputError as `read_text` does, and for anything but an object of valid Unicode.
+    """
     text = read_text(file)
     if text is None:
         return None
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # "\ud800" is no character: refused
     except RecursionError:
         raise InputError(f"{file} is not valid JSON: it is nested too deeply") from None
-    except ValueError as error:  # also of integers with thousands of digits
+    except ValueError as error:  # also for integers with thousands of digits
         raise InputError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{file} must hold a JSON object")
@@ -54,16 +48,17 @@ def read_text(file: Path) -> str | None:
         raise InputError(f"{file} is not UTF-8 text") from None
 
 
-def check_regular(file: Path) -> None:
-    """Raise InputError unless `file` is a regular file or a link to one.
+def check_regular(file: str | os.PathLike[str], name: str | None = None) -> None:
+    """Raise InputError unless `file`, in messages `name`, is a regular file or a link to one.
 
     Opening a FIFO would wait for its writer for ever; a directory has no content.
     """
+    name = name or str(file)
     try:
-        mode = file.stat().st_mode
+        mode = os.stat(file).st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{file} cannot be read: {reason}") from None
+        raise InputError(f"{name} cannot be read: {reason}") from None
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise InputError(f"{file} is {kind}; it must be a file")
+        raise InputError(f"{name} is {kind}; it must be a file")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.errors import InputError
 from model.text.chat_template import read_chat_templates
-from model.text.files import read_object
+from model.text.files import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -43,7 +43,7 @@ class TokenizerConfig:
         Raises InputError for a damaged file, a wrong type, and what is not implemented.
         """
         file = path / FILE
-        settings = read_object(file) or {}
+        settings = read_json(file) or {}
         for key, value in FIXED.items():
             if settings.get(key, value) != value:
                 raise InputError(f"{file}: {key} {settings[key]!r:.60} is not implemented")
@@ -53,7 +53,7 @@ class TokenizerConfig:
             added = _added(settings["added_tokens_decoder"], f"{file}: added_tokens_decoder")
         else:  # files of older releases
             more_special, more_extra = _special_tokens(
-                read_object(path / MAP_FILE) or {}, path / MAP_FILE
+                read_json(path / MAP_FILE) or {}, path / MAP_FILE
             )
             special, extra = special | more_special, extra | more_extra
             added_from = ADDED_FILE
@@ -144,7 +144,7 @@ def _older_added(file: Path, special: Iterable[str]) -> "dict[int, tokenizers.Ad
     """added_tokens.json: ids by token."""
     from tokenizers import AddedToken
 
-    entries: dict[str, Any] = read_object(file) or {}
+    entries: dict[str, Any] = read_json(file) or {}
     for text, id in entries.items():
         if type(id) is not int or id < 0:
             raise InputError(f"{file}: the id of {text!r:.60} must be an integer, not {id!r:.60}")

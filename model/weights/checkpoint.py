@@ -159,9 +159,10 @@ def _shards(path: Path, index: dict[str, str] | None) -> list[Path]:
 def _read_index(path: Path) -> dict[str, str] | None:
     """The index's map from tensor to file, without the names in _IGNORED; None without an index."""
     file = path / INDEX
-    if not os.path.lexists(file):
+    index = read_json(file)
+    if index is None:
         return None
-    weight_map = read_json(file).get("weight_map")
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{file} must have an object weight_map: tensor name -> file name")
     for name in weight_map.values():

@@ -1,6 +1,5 @@
 """generation_config.json: which tokens end a generation, and how to sample."""
 
-import os
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -51,9 +50,9 @@ def with_generation_config(config: Config, path: Path) -> Config:
     Warns of settings that are not followed. Raises InputError for an invalid file.
     """
     file = path / FILE
-    if not os.path.lexists(file):
-        return config
     data = read_json(file)
+    if data is None:
+        return config
     try:
         eos = token_ids("eos_token_id", data.get("eos_token_id"), config.decoder.vocab_size)
         sampling = _sampling(data, config.sampling)

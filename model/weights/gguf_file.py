@@ -6,12 +6,12 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
-import stat
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model.errors import InputError
+from model.text.files import check_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,18 +61,14 @@ def read_gguf_file(path: Path) -> GGUFFile:
 
 
 def _map(path: Path) -> "np.ndarray":
-    """The bytes of a file, which are read when they are used; none of a FIFO, device or directory.
-
-    (Opening a FIFO would wait for its writer.)
-    """
+    """The bytes of a file, which are read when they are used."""
     import numpy as np
 
-    try:
-        status = path.stat()
-        readable = stat.S_ISREG(status.st_mode) and status.st_size > 0
-        return np.memmap(path, np.uint8, "r") if readable else np.empty(0, np.uint8)
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+    check_regular(path)
+    try:  # an empty file cannot be mapped
+        return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 class _Header:

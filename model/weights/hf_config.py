@@ -15,7 +15,7 @@ from typing import Any
 
 from model.config import Config, DecoderConfig, TokenIds, VisionConfig
 from model.errors import InputError, shown
-from model.text.files import read_json
+from model.text.files import check_regular, read_json
 from model.weights.config_checks import check_config, check_number, token_ids
 from model.weights.generation_config import with_generation_config
 
@@ -120,7 +120,8 @@ def read_config(path: Path) -> Config:
     invalid file and for anything that is not implemented.
     """
     file = path / "config.json"
-    data = read_json(file)
+    check_regular(file)
+    data = read_json(file) or {}
     try:
         if "model_type" in data:
             config = _from_published(data, path)

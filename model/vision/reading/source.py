@@ -7,13 +7,13 @@ import base64
 import binascii
 import io
 import os
-import stat
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
 
 import numpy as np
 import torch
 
 from model.errors import InputError
+from model.text.files import check_regular
 from model.vision.reading.arrays import array_image
 from model.vision.reading.limits import (
     MAX_BYTES,
@@ -85,21 +85,16 @@ def _contents(source: "ImageSource") -> tuple[str, bytes]:
 
 
 def _read_path(path: str | os.PathLike[str]) -> bytes:
-    name, data = _shown(path), b""
+    name = _shown(path)
+    if "://" in name and not os.path.lexists(path):
+        raise InputError(f"image {name} is a URL, which is not fetched; download the file")
+    check_regular(path, f"image {name}")
     try:
-        status = os.stat(path)
-        if (regular := stat.S_ISREG(status.st_mode)) and status.st_size <= MAX_BYTES:
-            with open(path, "rb") as file:
-                data = file.read(status.st_size)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", "") or "no such file"  # a ValueError: a null byte
-        hint = "; a URL is not fetched, download the file" if "://" in name else ""
-        raise InputError(f"cannot read image {name}: {reason}{hint}") from None
-    if not regular:  # reading a pipe or a device may never end
-        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise InputError(f"cannot read image {name}: it is {kind}, not a file")
-    check_bytes(status.st_size, name)
-    return data
+        check_bytes(os.stat(path).st_size, name)
+        with open(path, "rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"image {name} cannot be read: {error.strerror}") from None
 
 
 def _read_file(file: BinaryIO, name: str) -> bytes:

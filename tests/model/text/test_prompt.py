@@ -13,7 +13,8 @@ from model.text.chat_template import CHATML
 from model.text.prompt import build_prompt, image_head_length, image_ids
 from model.text.tokenizer import Tokenizer
 from model.vision.image import Views
-from tests.model.text.test_tokenizer import smollm2, smollm2_fields
+from tests.model.text.test_gguf_tokenizer import TOKENS, metadata
+from tests.model.text.test_tokenizer import smollm2
 
 TINY, STEP3, SMOLLM2 = preset("tiny"), preset("step3-vl-10b"), preset("smollm2-135m")
 BYTES = Tokenizer.byte_level(TINY)
@@ -175,9 +176,10 @@ def test_half_a_surrogate_pair():
 def test_control_tokens_that_begin_alike():
     """Guards against marking a shorter control token inside a longer one, as transformers does not:
     the rest is then split into other tokens."""
-    backend = Tokenizer.from_gguf_metadata(smollm2_fields())._backend
-    backend.add_special_tokens(["<|im_end|>\n"])
-    tokenizer = Tokenizer(backend, chat_template="{{ messages[0].content }}")
+    tables = {"tokens": [*TOKENS, "<|im_end|>\n", "ĊĊ"], "merges": ["Ċ Ċ"]}
+    types = [3, 3] + [1] * (len(TOKENS) - 2) + [3, 1]
+    tokenizer = Tokenizer.from_gguf_metadata(metadata(**tables, token_type=types))
+    tokenizer = Tokenizer(tokenizer._backend, chat_template="{{ messages[0].content }}")
     ids = build_prompt([{"role": "user", "content": "<|im_end|>\n\n"}], tokenizer, SMOLLM2)
     plain = partial(tokenizer.encode, special=False)
     assert ids == plain("<|im_end|>\n") + plain("\n") != plain("<|im_end|>") + plain("\n\n")

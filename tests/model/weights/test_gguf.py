@@ -160,10 +160,10 @@ def test_damaged_files_are_refused(tmp_path):
     whole = write_gguf(tmp_path / "a.gguf").read_bytes()
     path, noise, loaded = tmp_path / "b.gguf", random.Random(0), 0
     header = whole.index(b"output_norm.weight")
-    for trial in range(600):
+    for trial in range(300):
         damaged = bytearray(whole)
-        if trial < 300:
-            damaged = whole[: len(whole) * trial // 300]
+        if trial < 150:
+            damaged = whole[: len(whole) * trial // 150]
         else:
             damaged[noise.randrange(4, header)] = noise.choice((0, 1, 127, 255))
         path.write_bytes(damaged)
@@ -172,11 +172,11 @@ def test_damaged_files_are_refused(tmp_path):
             Tokenizer.from_gguf_metadata(tokenizer)
             list(weights)
             loaded += 1
-            assert trial >= 300
+            assert trial >= 150
         except InputError as error:
             assert str(path) in str(error)
             assert str(error).isprintable()
-    assert loaded < 100
+    assert loaded < 50
 
 
 def test_says_what_to_install(monkeypatch):

@@ -179,10 +179,10 @@ def test_only_regular_files_are_opened(tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("not a model")
     (tmp_path / "short").write_text("GG")
-    for name in ("fifo", "empty", "text", "short", "."):
+    for name in ("empty", "text", "short"):
         with pytest.raises(InputError, match="is not a GGUF file"):
             read_gguf_file(tmp_path / name)
     (tmp_path / "loop").symlink_to("loop")
-    for name in ("loop", "nowhere", "a\0b"):
-        with pytest.raises(InputError, match="cannot read"):
+    for name in ("fifo", ".", "loop", "nowhere", "a\0b"):
+        with pytest.raises(InputError, match="it must be a file|cannot be read"):
             read_gguf_file(tmp_path / name)

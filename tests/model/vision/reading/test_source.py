@@ -85,17 +85,17 @@ def big_file(path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("no/such/file.png", "cannot read image no/such/file.png: No such file"),
-        ("nul\0byte.png", r"cannot read image 'nul\\x00byte.png': no such file"),
-        ("two\nlines.png", r"cannot read image 'two\\nlines.png': No such file"),
-        ("", "cannot read image '': No such file"),
-        ("iVBORw0KGgo" * 10_000, "cannot read image '(iVBORw0KGgo){18}iV': File name too long"),
-        ("https://host/a.png", "a URL is not fetched, download the file"),
+        ("no/such/file.png", "image no/such/file.png cannot be read: No such file"),
+        ("nul\0byte.png", r"image 'nul\\x00byte.png' cannot be read: embedded null"),
+        ("two\nlines.png", r"image 'two\\nlines.png' cannot be read: No such file"),
+        ("", "image '' cannot be read: No such file"),
+        ("iVBORw0KGgo" * 10_000, "image '(iVBORw0KGgo){18}iV' cannot be read: File name too"),
+        ("https://host/a.png", "image https://host/a.png is a URL, which is not fetched"),
         ("data:image/png,abc", "data URL must be data:image/...;base64, followed by base64"),
         ("data:image/png;base64,@@@", "data URL must be"),
         ("data:image/png;base64,", "the data URL is empty: 0 bytes"),
-        (PHOTOS, "it is a directory, not a file"),
-        (Path("/dev/zero"), "cannot read image /dev/zero: it is a pipe or a device, not a file"),
+        (PHOTOS, "is a directory; it must be a file"),
+        (Path("/dev/zero"), "image /dev/zero is a pipe, socket or device; it must be a file"),
         (PHOTOS / "README.txt", "README.txt is not an image; it must be one of PNG, JPEG"),
         (b"", "the image is empty: 0 bytes"),
         (b"GIF89a", "is not an image"),
@@ -132,7 +132,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     reader.join(timeout=20)
-    assert len(errors) == 1 and "it is a pipe or a device, not a file" in errors[0]
+    assert len(errors) == 1 and "is a pipe, socket or device" in errors[0]
 
 
 def test_closed_files_get_one_line(tmp_path):
