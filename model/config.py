@@ -131,17 +131,22 @@ def tokens_after_projector(grid: int) -> int:
     return side * side
 
 
-def _checked(cls: type, data: object, where: str) -> dict:
-    """`data` as arguments of the dataclass `cls`; `eos`, a list in JSON, becomes a tuple."""
-    if not isinstance(data, dict):
-        raise InputError(f"{where} is {shown(data)}; it must be an object")
-    known = {field.name for field in fields(cls)}
+def check_keys(where: str, data: Iterable[str], known: set[str]) -> None:
+    """Raise InputError, which begins with `where`, for a key in `data` that is not `known`."""
     unknown = sorted(set(data) - known)
     if unknown:
         raise InputError(
             f"{where}: unknown key {', '.join(unknown):.80}; the keys are"
             f" {', '.join(sorted(known))}"
         )
+
+
+def _checked(cls: type, data: object, where: str) -> dict:
+    """`data` as arguments of the dataclass `cls`; `eos`, a list in JSON, becomes a tuple."""
+    if not isinstance(data, dict):
+        raise InputError(f"{where} is {shown(data)}; it must be an object")
+    known = {field.name for field in fields(cls)}
+    check_keys(where, data, known)
     required = {"name", "decoder"} & known
     missing = sorted(required - set(data))
     if missing:

@@ -1,4 +1,4 @@
-"""Free memory of a device, and the refusal of models whose weights do not fit into it."""
+"""Free memory of a device, and a check that a model's weights fit into it."""
 
 import os
 from collections.abc import Iterator

@@ -39,8 +39,8 @@ class _Options(TypedDict):
 
 
 def _visible_errors(getter: "Callable[[Step3VL], T]") -> "Callable[[Step3VL], T]":
-    """A property's getter whose AttributeErrors become RuntimeErrors: nn.Module would hide them
-    behind "no attribute", with the property's name."""
+    """A property's getter whose AttributeErrors become RuntimeErrors: nn.Module would replace
+    them with one that the property itself does not exist."""
 
     @wraps(getter)
     def wrapped(model: "Step3VL") -> T:

@@ -232,7 +232,7 @@ def sample_triton(
     truncated = top_k > 0 or top_p < 1
     # At temperature 1 without truncation both log-probabilities are the same bits.
     processed = logprobs == "processed" and (truncated or temperature != 1)
-    tempered = top_k == 0 and top_p < 1 or processed and not (truncated or greedy)
+    tempered = (top_k == 0 and top_p < 1) or (processed and not truncated and not greedy)
     config = _scan_config(logits, "greedy" if greedy else "truncated" if truncated else "plain")
     block = config["block"]
     blocks = cdiv(vocab, block)

@@ -1,14 +1,14 @@
 """Chat templates: which one a checkpoint has, and a conversation rendered with it.
 
-The sources and their order are those of transformers; its processors, which read images, have
-sources of their own.
+The sources and their order are those of transformers: of its tokenizers and, for models with
+images, its processors.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.text.files import read_json, read_text
 from model.text.jinja import TemplateError, render
 
@@ -62,7 +62,7 @@ def render_turns(template: str, turns: Sequence[Turn], special_tokens: Mapping[s
     """The prompt that a template makes of a conversation; images are IMAGE characters.
 
     Some templates read a content as a string, some as a list of parts, and many lose the text of
-    the other kind without an error. A trial with marked texts tells which kind this one reads.
+    the other kind without an error. A trial with marked texts shows which kind this one reads.
     Raises InputError if the template fails, or leaves out a text or an image.
     """
     problem: InputError | None = None
@@ -93,7 +93,7 @@ def _named(settings: Mapping, file: Path) -> dict[str, str]:
     ):
         raise InputError(
             f"{file}: chat_template must be a string, or a list of"
-            f' {{"name": "...", "template": "..."}}, not {entry!r:.60}'
+            f' {{"name": "...", "template": "..."}}, not {shown(entry)}'
         )
     return templates
 
@@ -123,7 +123,7 @@ def _render(
 
 
 def _mark(text: str, number: int, index: int) -> str:
-    """The text between marks of its own, which survive if a template trims or escapes it."""
+    """The text between unique marks, which survive if a template trims or escapes the text."""
     if text == IMAGE:
         return text
     name = f"{number}.{index}"

@@ -1,4 +1,4 @@
-"""jinja2 templates of others, rendered in a separate process with limits (jinja_worker.py).
+"""Renders untrusted jinja2 templates in a separate process with limits (jinja_worker.py).
 
 The process is started on first use and serves all templates; one that exceeded its limits is
 replaced on next use. Every error is an InputError of one line.
@@ -118,7 +118,7 @@ def _forget() -> None:
     """Leave the process to the parent after a fork; the child starts its own."""
     global _process, _lock
     if _process is not None:
-        _process.returncode = 0  # it is not this process's to wait for
+        _process.returncode = 0  # only the parent may wait for it
     _process, _lock = None, threading.Lock()
 
 

@@ -1,4 +1,4 @@
-"""Renders jinja2 templates in a process of its own, which model/text/jinja.py starts by this path.
+"""Renders jinja2 templates in a separate process; model/text/jinja.py runs this file.
 
 Templates come with downloads. The sandbox keeps them from Python's internals; the limits on time
 and memory are the operating system's, since Python can neither interrupt a call into C nor refuse

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Protocol
 
 from model.config import Config, TokenIds
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.text.chat_template import BEGIN, CHATML, END, IMAGE, Turn, render_turns
 from model.text.tokenizer import THINK_MARKERS, Tokenizer
 
@@ -103,7 +103,7 @@ def image_head_length(ids: Sequence[int], tokenizer: Tokenizer, tokens: TokenIds
 def _reserved_texts(tokenizer: Tokenizer, template: str, tokens: TokenIds) -> re.Pattern:
     """A pattern of the texts that would encode to a control token or a structural image token.
 
-    An added token that the template contains is a control token too, whatever its flag says.
+    An added token that the template contains is a control token too, flagged special or not.
     """
     structural = {*tokens.eos, tokens.im_patch, tokens.im_start, tokens.im_end}
     structural |= {tokens.patch_start, tokens.patch_end, tokens.patch_newline}
@@ -124,9 +124,9 @@ def _turn(message: Mapping, reserved: re.Pattern) -> Turn:
     Adjacent text parts become one text, so that none can hold half of a reserved text.
     """
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-        raise InputError(f"a message needs a role, one of {', '.join(ROLES)}: {message!r:.80}")
-    given = {str(key) for key, value in message.items() if value is not None}
-    if others := given - {"role", "content"}:
+        raise InputError(f"a message needs a role, one of {', '.join(ROLES)}: {shown(message)}")
+    keys = {str(key) for key, value in message.items() if value is not None}
+    if others := keys - {"role", "content"}:
         raise InputError(
             "a message may have a role and a content; "
             f"{', '.join(sorted(others)):.80} is not implemented"
@@ -135,7 +135,7 @@ def _turn(message: Mapping, reserved: re.Pattern) -> Turn:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list | tuple):
         raise InputError(
-            f"a message's content must be a string or a list of parts: {message!r:.80}"
+            f"a message's content must be a string or a list of parts: {shown(message)}"
         )
     texts: list[str] = []
     for is_image, group in groupby(map(_part, parts), IMAGE.__eq__):
@@ -165,7 +165,7 @@ def _part(part: Mapping) -> str:
         return re.sub(f"[{IMAGE}{OPEN}{CLOSE}{BEGIN}{END}]", "", _without_surrogates(part["text"]))
     raise InputError(
         'a content part must be {"type": "text", "text": "..."} or {"type": "image"}, not '
-        f"{part!r:.80}"
+        f"{shown(part)}"
     )
 
 
@@ -177,8 +177,8 @@ def _without_surrogates(text: str) -> str:
 def _encode(
     rendered: str, reserved: re.Pattern, tokenizer: Tokenizer, images: list[list[int]]
 ) -> list[int]:
-    # If a template cut a marked text in two, its lone marks are dropped. The text is split there
-    # all the same, so that its two sides are not encoded together.
+    # If a template cut a marked text in two, its unpaired marks are dropped, and the text is
+    # still split there, so that its two sides are not encoded together.
     marks = f"({OPEN}(?:{reserved.pattern}){CLOSE}|[{IMAGE}{OPEN}{CLOSE}])"
     remaining = iter(images)
     ids = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import Config
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.text.chat_template import THINKING_CHATML
 from model.text.files import check_regular
 from model.text.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED, read_gguf_tokenizer
@@ -97,7 +97,7 @@ class Tokenizer:
             raise InputError(f"{file}: dropout {backend.model.dropout} would draw ids at random")
         unknown = backend.model.unk_token
         if unknown is not None and backend.token_to_id(unknown) is None:
-            raise InputError(f"{file}: unk_token {unknown!r:.60} is not in the vocabulary")
+            raise InputError(f"{file}: unk_token {shown(unknown)} is not in the vocabulary")
         config = TokenizerConfig.read(path)
         config.add_tokens(backend, path)
         eos = config.special_tokens.get("eos_token")
@@ -228,7 +228,7 @@ class Tokenizer:
         if id in self.added:
             return self.added[id].encode()
         text, chars = self._backend.id_to_token(id) or "", _bytes_of_chars()
-        # If a character is outside the byte alphabet, the file holds this token's text as it is.
+        # If a character is outside the byte alphabet, the file holds this token's plain text.
         return bytes(chars[c] for c in text) if chars.keys() >= set(text) else text.encode()
 
 

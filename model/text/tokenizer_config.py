@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.text.chat_template import read_chat_templates
 from model.text.files import read_json
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 FILE, MAP_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-OTHERS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+EXTRAS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 # Settings that change the ids, with the only value that is implemented.
 FIXED = {"split_special_tokens": False, "fast_tokenizer_files": None}
 
@@ -46,7 +46,7 @@ class TokenizerConfig:
         settings = read_json(file) or {}
         for key, value in FIXED.items():
             if settings.get(key, value) != value:
-                raise InputError(f"{file}: {key} {settings[key]!r:.60} is not implemented")
+                raise InputError(f"{file}: {key} {shown(settings[key])} is not implemented")
         special, extra = _special_tokens(settings, file)
         if "added_tokens_decoder" in settings:
             added_from = FILE
@@ -70,7 +70,8 @@ class TokenizerConfig:
 
         eos = self.special_tokens.get("eos_token")
         if eos is not None and backend.token_to_id(eos) is None and not self._adds(eos):
-            raise InputError(f"{path}: eos_token {eos!r:.60} is not in the vocabulary")
+            raise InputError(f"{path}: eos_token {shown(eos)} is not in the vocabulary")
+        # Compared by their repr, which has all flags.
         known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
         new = [token for _, token in sorted(self.added.items()) if repr(token) not in known]
         texts = {token.content for token in (*backend.get_added_tokens_decoder().values(), *new)}
@@ -82,7 +83,7 @@ class TokenizerConfig:
         for id, token in self.added.items():
             if backend.token_to_id(token.content) != id:
                 raise InputError(
-                    f"{path / self.added_from} gives {token.content!r:.60} the id {id}; by"
+                    f"{path / self.added_from} gives {shown(token.content)} the id {id}; by"
                     f" tokenizer.json it is {backend.token_to_id(token.content)}"
                 )
 
@@ -99,17 +100,17 @@ def _special_tokens(settings: dict, file: Path) -> tuple[dict[str, str], dict[st
         key: _text(value, f"{file}: {key}")
         for key, value in settings.items()
         if value is not None
-        if key in NAMED or (key.endswith("_token") and isinstance(value, str | dict))
+        if key in NAMES or (key.endswith("_token") and isinstance(value, str | dict))
     }
     others: dict[str, None] = {}
-    for key in OTHERS:
+    for key in EXTRAS:
         value, where = settings.get(key), f"{file}: {key}"
         if isinstance(value, dict):
             named |= {name: _text(text, where) for name, text in value.items()}
         elif isinstance(value, list):
             others |= dict.fromkeys(_text(text, where) for text in value)
         elif value is not None:
-            raise InputError(f"{where} must be a list or an object of tokens, not {value!r:.60}")
+            raise InputError(f"{where} must be a list or an object of tokens, not {shown(value)}")
     return named, others
 
 
@@ -118,7 +119,7 @@ def _text(value: object, where: str) -> str:
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise InputError(
-            f'{where} must be a token, such as "</s>" or {{"content": "</s>"}}, not {value!r:.60}'
+            f'{where} must be a token, such as "</s>" or {{"content": "</s>"}}, not {shown(value)}'
         )
     return text
 
@@ -127,12 +128,12 @@ def _added(entries: object, where: str) -> "dict[int, tokenizers.AddedToken]":
     from tokenizers import AddedToken
 
     if not isinstance(entries, dict):
-        raise InputError(f"{where} must be an object of tokens by id, not {entries!r:.60}")
+        raise InputError(f"{where} must be an object of tokens by id, not {shown(entries)}")
     added = {}
     for id, fields in entries.items():
         text = _text(fields, f"{where}[{id}]")
         if not isinstance(fields, dict):
-            raise InputError(f"{where}[{id}] must be an object, not {text!r:.60}")
+            raise InputError(f"{where}[{id}] must be an object, not {shown(text)}")
         try:
             added[int(id)] = AddedToken(**{k: v for k, v in fields.items() if k != "__type"})
         except (TypeError, ValueError, OverflowError) as error:
@@ -147,7 +148,7 @@ def _older_added(file: Path, special: Iterable[str]) -> "dict[int, tokenizers.Ad
     entries: dict[str, Any] = read_json(file) or {}
     for text, id in entries.items():
         if type(id) is not int or id < 0:
-            raise InputError(f"{file}: the id of {text!r:.60} must be an integer, not {id!r:.60}")
+            raise InputError(f"{file}: the id of {shown(text)} must be an integer, not {shown(id)}")
     return {
         id: AddedToken(text, special=text in special, normalized=text not in special)
         for text, id in entries.items()

@@ -79,7 +79,7 @@ def load_image(source: ImageSource) -> Image.Image:
     - a path of a regular file, or a `data:image/...;base64,` URL;
     - a file's bytes, or a binary file object, read from its start if it can seek;
     - an array or tensor of pixels (`array_image`), whose channels are in the order RGB;
-    - a PIL image, which stays as it is.
+    - a PIL image, which is not modified.
 
     The orientation in EXIF data is applied, as transformers does, and transparency blended with
     white, as vLLM does. An animation gives its first frame (a PIL image its current one), 16-bit

@@ -131,8 +131,8 @@ def save_checkpoint(
 
 
 def _shards(path: Path, index: dict[str, str] | None) -> list[Path]:
-    """The files that the index lists. Without an index: model.safetensors, whatever else is in the
-    directory, as in transformers; else all safetensors files."""
+    """The files that the index lists. Without an index: model.safetensors alone, as in
+    transformers, or if there is none, all safetensors files."""
     if not os.path.isdir(path):
         raise InputError(f"there is no checkpoint directory {path}")
     single = path / _SINGLE

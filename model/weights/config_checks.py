@@ -1,8 +1,9 @@
-"""Checks of a Config's values, whatever file they come from: types, limits, sizes that divide."""
+"""Checks of a Config's values, for every file format: types, limits, sizes that divide."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 from model.config import Config, DecoderConfig, SamplingConfig, TokenIds, VisionConfig
 from model.errors import InputError, shown
@@ -99,6 +100,15 @@ def check_sampling(sampling: SamplingConfig) -> None:
         raise InputError(f"top_p is {shown(top_p)}; it must be above 0 and at most 1")
     if type(top_k) is not int or not 0 <= top_k < 2**31:
         raise InputError(f"top_k is {shown(top_k)}; it must be an integer, at least 0")
+
+
+def with_settings(sampling: SamplingConfig, settings: Mapping[str, Any]) -> SamplingConfig:
+    """`sampling` with a file's settings. Raises as `check_sampling` does."""
+    if settings.get("top_k") == -1:  # vLLM's spelling of 0
+        settings = {**settings, "top_k": 0}
+    sampling = replace(sampling, **settings)
+    check_sampling(sampling)
+    return sampling
 
 
 def _check_sizes(decoder: DecoderConfig, vision: VisionConfig | None) -> None:

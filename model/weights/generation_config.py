@@ -8,7 +8,7 @@ from typing import Any
 from model.config import Config, SamplingConfig
 from model.errors import InputError, shown
 from model.text.files import read_json
-from model.weights.config_checks import check_sampling, token_ids
+from model.weights.config_checks import token_ids, with_settings
 
 FILE = "generation_config.json"
 
@@ -73,9 +73,4 @@ def with_generation_config(config: Config, path: Path) -> Config:
 def _sampling(data: dict, default: SamplingConfig) -> SamplingConfig:
     """The settings in `data`; `default` for absent and null keys."""
     names = [field.name for field in fields(SamplingConfig)]
-    settings = {name: data[name] for name in names if data.get(name) is not None}
-    if settings.get("top_k") == -1:  # vLLM's spelling of 0
-        settings["top_k"] = 0
-    sampling = replace(default, **settings)
-    check_sampling(sampling)
-    return sampling
+    return with_settings(default, {k: data[k] for k in names if data.get(k) is not None})

@@ -1,19 +1,18 @@
 """The metadata of a llama-architecture GGUF file as a `Config`.
 
 What a key means is taken from llama.cpp (src/llama-model.cpp, src/llama-arch.cpp). A `llama.` key
-that is not known to leave the model as it is implemented raises an InputError that names it: a
-wrong model is worse than none.
+is refused by name unless it is read, or its value is known not to change the model: a wrong model
+is worse than none.
 """
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 from model.config import PRESETS, Config, DecoderConfig, SamplingConfig, TokenIds
 from model.errors import InputError, shown
 from model.text.gguf_tokenizer import read_gguf_tokenizer
-from model.weights.config_checks import check_config, check_number
+from model.weights.config_checks import check_config, check_number, with_settings
 
 # The keys that are read, all with the prefix `llama.`.
 _REQUIRED = {
@@ -44,7 +43,7 @@ _NAMES = {
 }
 # Keys that may have a value for every layer; all layers must have the same one.
 _PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
-# The values of other keys that leave the model as it is implemented.
+# Other keys, with the values that do not change the model.
 _NEUTRAL: dict[str, tuple] = {
     "rope.scaling.type": ("none", "linear"),  # linear is the default; its factor decides
     "rope.scaling.factor": (0, 1),
@@ -129,11 +128,11 @@ def _check_content(metadata: Mapping[str, Any]) -> None:
             f"it is one of {shown(metadata['split.count'])} files of a split model; merge them"
             " first: llama-gguf-split --merge FIRST_FILE MERGED_FILE"
         )
-    given = {"general.type": "model", **metadata}  # older files lack it
+    metadata = {"general.type": "model", **metadata}  # older files lack it
     for key, implemented in (("general.type", "model"), ("general.architecture", "llama")):
-        if given.get(key) != implemented:
+        if metadata.get(key) != implemented:
             raise InputError(
-                f"{key} is {shown(given.get(key))}; only {implemented!r} is implemented"
+                f"{key} is {shown(metadata.get(key))}; only {implemented!r} is implemented"
             )
 
 
@@ -210,9 +209,7 @@ def _read_sampling(metadata: Mapping[str, Any], name: str) -> SamplingConfig:
     for field, value in settings.items():
         if type(value) is float:
             settings[field] = _shortest(value)
-    if settings.get("top_k") == -1:  # another spelling of 0
-        settings["top_k"] = 0
-    return replace(default, **settings)
+    return with_settings(default, settings)
 
 
 def _shortest(value: float) -> float:

@@ -1,4 +1,4 @@
-"""The container format GGUF: the metadata and the tensors of a file, whatever they describe.
+"""The container format GGUF: metadata and tensors of a file, without their meaning.
 
 The package gguf has a reader, but that one loops for as many items as a file claims to have, and
 takes 3 s for SmolLM2's metadata; this takes 0.1 s, and never reads beyond the end of the file.
@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.text.files import check_regular
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _MAX_HEADER = 64 << 20
 
 
 class RawTensor(NamedTuple):
-    """A tensor as it lies in the file: its bytes [..., bytes per row] and the shape they encode."""
+    """A tensor as it is stored: its bytes [..., bytes per row] and the shape they encode."""
 
     shape: tuple[int, ...]
     type: "GGMLQuantizationType"
@@ -101,7 +101,7 @@ class _Header:
         """A string that can be shown on a terminal."""
         name = self.string()
         if not name.isprintable() or len(name) > 200:
-            raise InputError(f"the name {name!r:.60} is too long or not printable")
+            raise InputError(f"the name {shown(name)} is too long or not printable")
         return name
 
     def value(self, kind: int) -> Any:  # noqa: ANN401
@@ -146,7 +146,7 @@ def _read_tensors(
 ) -> dict[str, RawTensor]:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise InputError(f"general.alignment is {alignment!r:.60}; it must be a power of two")
+        raise InputError(f"general.alignment is {shown(alignment)}; it must be a power of two")
     described = {}
     for _ in range(count):  # each takes 32 bytes or more
         name = header.name()
@@ -159,7 +159,7 @@ def _read_tensors(
     start, expected, tensors = _align(header.position, alignment), 0, {}
     for name, (shape, kind, stored, offset) in described.items():
         if offset != expected:  # as in llama.cpp: tensors follow each other without gaps
-            raise InputError(f"tensor {name} lies at {offset} instead of {expected}")
+            raise InputError(f"tensor {name} has the offset {offset} instead of {expected}")
         first, size = start + offset, math.prod(stored)
         if first + size > len(data):
             raise InputError(f"tensor {name} continues beyond the end of the file")

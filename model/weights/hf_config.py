@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model.config import Config, DecoderConfig, TokenIds, VisionConfig
+from model.config import Config, DecoderConfig, TokenIds, VisionConfig, check_keys
 from model.errors import InputError, shown
 from model.text.files import check_regular, read_json
 from model.weights.config_checks import check_config, check_number, token_ids
@@ -199,9 +199,9 @@ def _from_published(data: dict, path: Path) -> Config:
 
 def _own_part(data: dict) -> dict:
     own = _object(data, _OWN_KEY)
-    _require_known(_OWN_KEY, own, _OWN_PARTS)
-    _require_known(f"{_OWN_KEY}.tokens", _object(own, "tokens", f"{_OWN_KEY}."), _OWN_TOKENS)
-    _require_known(f"{_OWN_KEY}.vision", _object(own, "vision", f"{_OWN_KEY}."), _OWN_VISION)
+    check_keys(_OWN_KEY, own, _OWN_PARTS)
+    check_keys(f"{_OWN_KEY}.tokens", _object(own, "tokens", f"{_OWN_KEY}."), _OWN_TOKENS)
+    check_keys(f"{_OWN_KEY}.vision", _object(own, "vision", f"{_OWN_KEY}."), _OWN_VISION)
     _object(own, "sampling", f"{_OWN_KEY}.")
     return own
 
@@ -291,7 +291,7 @@ def _check_attention(text: dict, values: dict, model_type: str, where: str) -> N
 
 
 def _require_agreement(data: dict, text: dict, decoder: dict, model_type: str) -> None:
-    """Refuse keys of the text model that stand outside `text_config` and say something else.
+    """Refuse keys of the text model outside `text_config` that contradict it.
 
     Readers differ in which of the two they follow; tie_word_embeddings is an example.
     """
@@ -306,7 +306,7 @@ def _require_agreement(data: dict, text: dict, decoder: dict, model_type: str) -
 
 
 def _rope_theta(text: dict, where: str) -> object:
-    """The base of the rotation, which the config says as a key or inside one of two objects."""
+    """The base of the rotation: a key, or an entry of one of two objects."""
     default = text.get("rope_theta", 10000.0)  # transformers' default; old Llamas omit the key
     plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
     thetas = [] if text.get("rope_theta") is None else [default]
@@ -375,15 +375,6 @@ def _require_fixed(data: dict, fixed: Mapping[str, Any], where: str) -> None:
 def _refuse(data: dict, key: str, where: str, implemented: bool) -> None:
     if not implemented:
         raise InputError(f"{where}{key} {shown(data.get(key))} is not implemented")
-
-
-def _require_known(where: str, data: dict, known: set[str]) -> None:
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise InputError(
-            f"{where}: unknown key {', '.join(unknown):.80}; the keys are"
-            f" {', '.join(sorted(known))}"
-        )
 
 
 def _object(data: dict, key: str, where: str = "") -> dict:

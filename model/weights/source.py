@@ -6,7 +6,8 @@ Reading it costs little and finds most mistakes; the weights are read when they 
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ class Source:
     """A model on disk.
 
     config: with the end tokens of all files, the tokenizer's included
-    load_tokenizer: returns the tokenizer; None if there is none
+    load_tokenizer: returns the tokenizer, which is read once; None if there is none
     weights: takes the model's tensors by published name, which may be meta, compares them with
         those on disk as far as the format allows, and returns an iterator over the latter
     """
@@ -42,16 +43,13 @@ def read_source(path: Path) -> Source:
     for anything missing, damaged or not implemented.
     """
     source = _read_gguf(path) if os.path.isfile(path) else _read_directory(path)
-    config, load = source.config, source.load_tokenizer
-    if load is not None:
+    config = source.config
+    if source.load_tokenizer is not None:
         try:
-            tokenizer = load()
+            config = _with_ends(config, source.load_tokenizer(), path)
         except ModuleNotFoundError as error:
             if error.name != "tokenizers":
                 raise
-        else:
-            config = _with_ends(config, tokenizer, path)
-            load = lambda: tokenizer  # noqa: E731
     if not config.tokens.eos:
         warnings.warn(
             f"{path} names no token that ends an answer: every rollout runs to its token limit."
@@ -59,13 +57,14 @@ def read_source(path: Path) -> Source:
             " tokenizer_config.json would name one",
             stacklevel=2,
         )
-    return Source(config, load, source.weights)
+    return replace(source, config=config)
 
 
 def _read_directory(path: Path) -> Source:
     from model.weights.checkpoint import find_tensors, read_tensors
     from model.weights.hf_config import read_config
 
+    @cache
     def load_tokenizer() -> "Tokenizer":
         from model.text.tokenizer import Tokenizer
 
@@ -83,6 +82,7 @@ def _read_gguf(path: Path) -> Source:
 
     config, fields, tensors = read_gguf(path)
 
+    @cache
     def load_tokenizer() -> "Tokenizer":
         from model.text.tokenizer import Tokenizer
 

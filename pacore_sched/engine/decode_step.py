@@ -48,7 +48,7 @@ def _in_triton(model: Step3VL, op: str) -> bool:
 
 
 def sampling_key(sampling: Sampling) -> SamplingKey:
-    return SamplingKey(*(getattr(sampling, name) for name in SamplingKey._fields))
+    return SamplingKey(sampling.temperature, sampling.top_k, sampling.top_p, sampling.logprobs)
 
 
 class LastTokens:

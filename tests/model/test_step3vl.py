@@ -136,7 +136,7 @@ def test_the_tokenizers_end_counts(tiny: Step3VL, saved: Path, tmp_path: Path):
 
 
 def test_a_model_without_an_end_is_warned_about(saved: Path):
-    """Guards against rollouts that all run to their limit, without a word."""
+    """Guards against rollouts that all run to their limit, silently."""
     text = {**json.loads((saved / "config.json").read_text())["text_config"], "eos_token_id": None}
     edit(saved / "config.json", text_config=text)
     (saved / "tokenizer_config.json").unlink()

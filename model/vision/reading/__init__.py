@@ -1,1 +1,1 @@
-"""From what a caller has (a file, bytes, an array, a PIL image) to upright 8-bit RGB pixels."""
+"""Reading images: from a file, bytes, an array or a PIL image to upright 8-bit RGB pixels."""

@@ -37,7 +37,7 @@ def to_rgb(image: "Image.Image", name: str) -> "Image.Image":
 def _transparent_colour(image: "Image.Image") -> tuple[int, ...] | None:
     """The colour that a grey or RGB image declares transparent, in the units of its pixels.
 
-    PIL gives it in the file's: it scales the pixels of 2, 4 and 16 bits per channel, and not it.
+    PIL gives it in the units of the file, and scales pixels of 2, 4 and 16 bits to 8 bits.
     """
     colour = image.info.get("transparency")
     if colour is None or image.mode not in ("1", "L", "RGB", "I", "I;16"):

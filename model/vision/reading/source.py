@@ -1,4 +1,4 @@
-"""Opens what callers have of an image: a path, bytes, a file object, a data URL, an array.
+"""Opens images: from a path, bytes, a file object, a data URL, an array or a PIL image.
 
 Nothing is decoded here: limits are checked against the sizes of files and the headers in them.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
 import numpy as np
 import torch
 
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.text.files import check_regular
 from model.vision.reading.arrays import array_image
 from model.vision.reading.limits import (
@@ -22,7 +22,7 @@ from model.vision.reading.limits import (
     check_size,
     too_large,
 )
-from model.vision.reading.streams import flaw, without_metadata
+from model.vision.reading.streams import stream_error, without_metadata
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -127,7 +127,7 @@ def _decoded(url: str) -> bytes:
 def _shown(path: str | os.PathLike[str]) -> str:
     """A path for a message: on one line, not endless, and printable."""
     text = os.fsdecode(path)
-    return text if text.isprintable() and 0 < len(text) <= 200 else f"{text[:200]!r}"
+    return text if text.isprintable() and 0 < len(text) <= 200 else shown(text)
 
 
 def _identified(data: bytes, name: str) -> "Image.Image":
@@ -174,8 +174,8 @@ def _check_ppm(image: "Image.Image", name: str) -> None:
 
 
 def _check_data(data: bytes, name: str) -> None:
-    if found := flaw(data):
-        raise damaged(name, found)
+    if error := stream_error(data):
+        raise damaged(name, error)
 
 
 def damaged(name: str, error: object) -> InputError:

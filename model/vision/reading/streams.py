@@ -1,4 +1,4 @@
-"""What PIL does not check of the data of PNG and JPEG files, and what it need not read of them."""
+"""Checks of PNG and JPEG data that PIL lacks, and removal of metadata that it may fail on."""
 
 import re
 import zlib
@@ -24,14 +24,14 @@ BLOCK = 2**20  # bytes inflated at a time
 JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 
 
-def flaw(data: bytes) -> str:
-    """Why PNG or JPEG data must not be decoded; "" for other data, or if nothing is wrong."""
+def stream_error(data: bytes) -> str | None:
+    """Why PNG or JPEG data must not be decoded; None for other data, or if nothing is wrong."""
     if data.startswith(PNG_SIGNATURE):
         # PIL takes a compressed stream that ends early for a whole one, and leaves rows black.
-        return "" if _has_all_rows(data) else "the image data end early"
+        return None if _has_all_rows(data) else "the image data end early"
     if data.startswith(b"\xff\xd8") and (scans := _count_scans(data)) > MAX_SCANS:
         return f"it has {scans} scans; at most {MAX_SCANS} are read"
-    return ""
+    return None
 
 
 def without_metadata(data: bytes) -> bytes:
@@ -87,8 +87,8 @@ def _row_bytes(header: bytes) -> int:
 def _count_scans(data: bytes) -> int:
     """Scans of the first image in JPEG data."""
     scans, start = 0, 2
-    while found := JPEG_MARKER.search(data, start):
-        marker, start = found[1][0], found.end()
+    while match := JPEG_MARKER.search(data, start):
+        marker, start = match[1][0], match.end()
         if marker == 0xD9:  # end of image
             break
         scans += marker == 0xDA

@@ -1,4 +1,4 @@
-"""PIL's process-wide settings, as reading needs them."""
+"""PIL's process-wide settings while an image is read."""
 
 import threading
 import warnings

@@ -131,7 +131,7 @@ def test_the_table_has_both_outcomes():
 
 @pytest.mark.parametrize("template", ["smolvlm", "llava"])
 def test_images_among_parts(template):
-    """Guards images in templates that need parts: each stands where the conversation has it."""
+    """Guards images in templates that need parts: each is where the conversation has it."""
     chat = [user([IMAGE, text("a"), IMAGE, text("b")])]
     ids = build_prompt(chat, ours(PARTS[template]), CONFIG, views((), ()))
     tokens = CONFIG.tokens
@@ -259,7 +259,7 @@ SOURCES = [
 @pytest.mark.judge
 @pytest.mark.parametrize(("files", "expected"), SOURCES)
 def test_sources_equal_transformers(directory, files, expected):
-    """Guards which template a checkpoint's files stand for: all were passed over but two."""
+    """Guards which template a checkpoint provides: all but two were ignored."""
     from transformers import PreTrainedTokenizerFast
 
     write(directory, files)

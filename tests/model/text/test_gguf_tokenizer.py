@@ -62,7 +62,7 @@ def test_special_tokens_have_the_names_of_templates():
 
 
 def test_chat_templates_by_name():
-    """Guards against a template meant for tools as the default, and templates passed over."""
+    """Guards against a template for tools as the default, and ignored templates."""
     key = "tokenizer.chat_template"
     named = {f"{key}.tool_use": "T", "tokenizer.chat_templates": ["tool_use"]}
     assert read_gguf_tokenizer(METADATA).chat_templates == {}
@@ -84,7 +84,7 @@ def test_chat_templates_by_name():
     ],
 )
 def test_other_ids_are_refused_by_name(key, value, neutral):
-    """Guards against prompts that lack a token, or have one too many, without a word."""
+    """Guards against prompts that lack a token, or have one too many, silently."""
     with pytest.raises(InputError, match=rf"tokenizer\.ggml\.{key} is .*; only .* is implemented"):
         read_gguf_tokenizer(metadata(**{key: value}))
     assert read_gguf_tokenizer(metadata(**{key: neutral})) == read_gguf_tokenizer(METADATA)

@@ -61,8 +61,8 @@ CONFIGS += [
 @settings(max_examples=120)
 @given(st.sampled_from(CONFIGS).flatmap(mutations), mutations(GENERATION))
 def test_any_value_at_any_key(tmp_path_factory, config, generation):
-    """Guards against a traceback, a hang or a message that names no file, whatever the files
-    hold."""
+    """Guards against a traceback, a hang or a message that names no file, for any content of
+    the files."""
     path = tmp_path_factory.mktemp("model")
     config_file, generation_file = path / "config.json", path / "generation_config.json"
     for content, other in ((config, {}), (CONFIGS[1], generation)):

@@ -178,7 +178,7 @@ def test_content_that_is_accepted():
 
 
 def test_recommended_sampling():
-    """Guards against ignoring the sampling settings of the file without a word."""
+    """Guards against ignoring the sampling settings of the file silently."""
     settings = {
         "general.sampling.temp": 0.6000000238418579,  # fp32 of 0.6
         "general.sampling.top_p": 0.949999988079071,

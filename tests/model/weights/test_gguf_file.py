@@ -1,4 +1,4 @@
-"""Tests of the container format GGUF against the package gguf, and with files that lie."""
+"""Tests of the container format GGUF against the package gguf, and with malformed files."""
 
 import os
 import struct
@@ -154,8 +154,8 @@ def test_bad_metadata(keys, words, tmp_path):
     ("tensors", "words"),
     [
         ([("x", [4], 0), ("x", [4], 32)], "the tensor x occurs twice"),
-        ([("x", [4], 0), ("y", [4], 0)], "tensor y lies at 0 instead of 32"),
-        ([("x", [4], 7)], "tensor x lies at 7 instead of 0"),
+        ([("x", [4], 0), ("y", [4], 0)], "tensor y has the offset 0 instead of 32"),
+        ([("x", [4], 7)], "tensor x has the offset 7 instead of 0"),
         ([("x", [17], 0)], "tensor x continues beyond the end"),
         ([("x", [2**32, 2**32], 0)], "tensor x continues beyond the end"),
         ([("x", [2**63, 2**63, 2**63, 2**63], 0)], "tensor x continues beyond the end"),

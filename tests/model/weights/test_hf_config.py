@@ -339,7 +339,7 @@ def test_the_ends_of_all_files_count(read, tmp_path):
     ],
 )
 def test_names_what_is_not_followed(generation, words, read, tmp_path):
-    """Guards against answers drawn otherwise than the model's authors say, without a word."""
+    """Guards against answers drawn otherwise than the model's authors say, silently."""
     read(QWEN3)
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
     with pytest.warns(UserWarning, match=words):

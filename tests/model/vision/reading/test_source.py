@@ -89,7 +89,7 @@ def big_file(path):
         ("nul\0byte.png", r"image 'nul\\x00byte.png' cannot be read: embedded null"),
         ("two\nlines.png", r"image 'two\\nlines.png' cannot be read: No such file"),
         ("", "image '' cannot be read: No such file"),
-        ("iVBORw0KGgo" * 10_000, "image '(iVBORw0KGgo){18}iV' cannot be read: File name too"),
+        ("iVBORw0KGgo" * 10_000, "image '(iVBORw0KGgo){3}iV.*' cannot be read: File name too"),
         ("https://host/a.png", "image https://host/a.png is a URL, which is not fetched"),
         ("data:image/png,abc", "data URL must be data:image/...;base64, followed by base64"),
         ("data:image/png;base64,@@@", "data URL must be"),
@@ -135,7 +135,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     assert len(errors) == 1 and "is a pipe, socket or device" in errors[0]
 
 
-def test_closed_files_get_one_line(tmp_path):
+def test_closed_files_get_one_line():
     """Guards against PIL's AssertionError and Python's ValueError."""
     file = io.BytesIO(b"a")
     file.close()
