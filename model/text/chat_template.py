@@ -85,17 +85,19 @@ def _named(settings: Mapping, file: Path) -> dict[str, str]:
     entry = settings.get("chat_template")
     if entry is None:
         return {}
-    templates = {"default": entry} if isinstance(entry, str) else entry
-    if isinstance(entry, list) and all(isinstance(item, dict) for item in entry):
-        templates = {item.get("name"): item.get("template") for item in entry}
-    if not isinstance(templates, dict) or not all(
-        isinstance(text, str) for pair in templates.items() for text in pair
-    ):
+    pairs = None
+    if isinstance(entry, str):
+        pairs = [("default", entry)]
+    elif isinstance(entry, dict):
+        pairs = list(entry.items())
+    elif isinstance(entry, list) and all(isinstance(item, dict) for item in entry):
+        pairs = [(item.get("name"), item.get("template")) for item in entry]
+    if pairs is None or not all(isinstance(text, str) for pair in pairs for text in pair):
         raise InputError(
             f"{file}: chat_template must be a string, or a list of"
             f' {{"name": "...", "template": "..."}}, not {shown(entry)}'
         )
-    return templates
+    return dict(pairs)
 
 
 def _render(

@@ -121,16 +121,16 @@ def load_model(options: argparse.Namespace) -> Step3VL:
     dtype = DTYPES[options.dtype] if options.dtype else default
     exists = os.path.exists(options.model)  # unlike Path's, false for names too long
     load = Step3VL.from_pretrained if exists else Step3VL.from_preset
-    text = _chat_template_text(options.chat_template)  # before the weights, which take minutes
+    file_text = _chat_template_text(options.chat_template)  # before weights, which take minutes
     model = load(options.model, device=device, dtype=dtype, impl=options.impl)
     if options.chat_template:
         templates = model.tokenizer.chat_templates
-        text = templates.get(options.chat_template) if text is None else text
-        if text is None:
+        if file_text is None and options.chat_template not in templates:
             raise InputError(
                 f"--chat-template {options.chat_template}: there is no such file, and the chat"
                 f" templates of {options.model} are: {', '.join(sorted(templates)) or '(none)'}"
             )
+        text = templates[options.chat_template] if file_text is None else file_text
         model.tokenizer.chat_templates = {"default": text}
     return model
 

@@ -57,7 +57,7 @@ def _bytes(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
-    if array.dtype == np.uint16:
+    if array.dtype.type == np.uint16:  # of either byte order
         return (array >> 8).astype(np.uint8)
     if not np.issubdtype(array.dtype, np.floating):
         raise InputError(

@@ -48,8 +48,7 @@ def directory(tmp_path):
 
 def write(directory, files):
     for name, content in files.items():
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        (directory / name).write_bytes(data)
+        (directory / name).write_text(json.dumps(content))
 
 
 def typed(content, **flags):
@@ -141,13 +140,7 @@ TOKEN_FORM = 'must be a token, such as "</s>" or {"content": "</s>"}, not'
     ("files", "complaint"),
     [
         ({CONFIG: []}, f"{CONFIG} must hold a JSON object"),
-        ({CONFIG: b"[" * 100_000}, f"{CONFIG} is not valid JSON: it is nested"),
-        ({CONFIG: b"{}}"}, f"{CONFIG} is not valid JSON: Extra data"),
-        ({CONFIG: '"caf\xe9"'.encode("latin-1")}, f"{CONFIG} is not UTF-8 text"),
-        (
-            {CONFIG: b'{"a": ' + b"9" * 5000 + b"}"},
-            f"{CONFIG} is not valid JSON: Exceeds",
-        ),
+        ({CONFIG: {"eos_token": "\ud800"}}, f"{CONFIG} is not valid JSON: 'utf-8' codec"),
         ({CONFIG: {"eos_token": 5}}, f"{CONFIG}: eos_token {TOKEN_FORM} 5"),
         ({CONFIG: {"eos_token": {}}}, f"{CONFIG}: eos_token {TOKEN_FORM} {{}}"),
         ({CONFIG: {"pad_token": ["x"]}}, f"{CONFIG}: pad_token {TOKEN_FORM} ['x']"),

@@ -38,6 +38,7 @@ def test_values_of_other_dtypes():
         torch.from_numpy(floats).float().requires_grad_(),
         (levels.clip(1) - 0.25) / 255 * (levels > 0),
         levels.astype(np.uint16) * 256 + 255,
+        (levels.astype(np.uint16) * 256).astype(">u2"),
     ):
         assert np.array_equal(np.asarray(load_image(given))[..., 0], levels)
     mask = levels > 9
