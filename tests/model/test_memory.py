@@ -77,5 +77,5 @@ def test_version_1(write):
 
 
 def test_this_machine():
-    """More than a page of KV and less than a thousand terabytes."""
+    """Guards against files of another form than above: more than 1 MiB and less than 1 PiB."""
     assert 2**20 < free_bytes(CPU) < 2**50
