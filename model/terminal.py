@@ -156,7 +156,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """`warnings.showwarning` without the line of code, which says nothing to users."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"warning: {InputError(str(message))}", file=sys.stderr)  # its text is one line
 
 
 def _justify(name: str) -> Literal["left", "right"]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FILE, MAP_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRAS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 # Settings that change the ids, with the only value that is implemented.
 FIXED = {"split_special_tokens": False, "fast_tokenizer_files": None}
 
@@ -135,7 +136,7 @@ def _added(entries: object, where: str) -> "dict[int, tokenizers.AddedToken]":
         if not isinstance(fields, dict):
             raise InputError(f"{where}[{id}] must be an object, not {shown(text)}")
         try:
-            added[int(id)] = AddedToken(**{k: v for k, v in fields.items() if k != "__type"})
+            added[int(id)] = AddedToken(text, **{k: fields[k] for k in FLAGS if k in fields})
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{where}[{id}]: {error}") from None
     return added

@@ -201,8 +201,9 @@ def sampling_for(options: argparse.Namespace, default: SamplingConfig) -> Sampli
 
 
 def _chat_template_text(choice: str | None) -> str | None:
-    """The text of the file that --chat-template names; None if it names a template."""
-    text = read_text(Path(choice)) if choice else None
+    """The text of the file that --chat-template names; None if it names a template, even one with
+    the name of a folder."""
+    text = read_text(Path(choice)) if choice and not os.path.isdir(choice) else None
     if text is None and choice and choice.endswith((".jinja", ".jinja2", ".j2")):
         raise InputError(f"--chat-template {choice}: there is no such file")
     return text

@@ -24,8 +24,11 @@ def array_image(array: np.ndarray | torch.Tensor) -> "Image.Image":
     from PIL import Image
 
     if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
+        try:
+            array = array.detach().cpu()
+            array = (array.float() if array.is_floating_point() else array).numpy()
+        except (NotImplementedError, RuntimeError, TypeError) as error:  # sparse, meta, quantised
+            raise InputError(f"the tensor has no plain array of pixels: {error}") from None
     array = _channels_last(array)
     check_size(array.shape[1], array.shape[0], "the array")
     pixels = np.ascontiguousarray(_bytes(array))

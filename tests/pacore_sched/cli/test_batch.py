@@ -279,7 +279,7 @@ def test_the_journal_holds_the_models_sampling_settings(call: Call):
     assert call("--resume", *options, "--temperature", "0.5", "--top-k", "9")[0] == 0
 
 
-def test_the_chat_template_is_chosen_by_name_or_file(call: Call):
+def test_the_chat_template_is_chosen_by_name_or_file(call: Call, monkeypatch: pytest.MonkeyPatch):
     """An ignored --chat-template, a name that is not found without saying which there are, or a
     run that is resumed with another template."""
     checkpoint = call.folder / "checkpoint"
@@ -294,6 +294,8 @@ def test_the_chat_template_is_chosen_by_name_or_file(call: Call):
     file.write_text(template)
     call.ask({"question": "Who?"})
     model = ["--model", str(checkpoint), "--chat-template"]
+    monkeypatch.chdir(call.folder)  # where a folder has the name of a template
+    Path("short").mkdir()
     assert call(*model, "short")[0] == 0
     (result,) = call.results()
     assert result["rounds"][0]["prompt_tokens"] == len("Who?")
@@ -302,7 +304,7 @@ def test_the_chat_template_is_chosen_by_name_or_file(call: Call):
     assert (code, "chat_template_sha256" in err) == (2, True)
     for choice, message in (
         ("best", "there is no such file, and the chat templates of .*checkpoint are: long, short"),
-        (str(call.folder), "is a directory; it must be a file"),
+        (str(call.folder), "there is no such file, and the chat templates of"),
         ("best.jinja", "best.jinja: there is no such file"),
     ):
         code, _, err = call(*model, choice, out=call.folder / "other.jsonl")
