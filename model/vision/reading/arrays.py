@@ -1,12 +1,13 @@
 """Arrays and tensors of pixels as PIL images."""
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from model.errors import InputError
-from model.vision.reading.limits import check_size
+from model.vision.reading.limits import MAX_PIXELS, check_size, too_large
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +24,8 @@ def array_image(array: np.ndarray | torch.Tensor) -> "Image.Image":
     """
     from PIL import Image
 
+    if math.prod(array.shape) > max(CHANNELS) * MAX_PIXELS:  # before a copy in another dtype
+        raise too_large("the array")
     if isinstance(array, torch.Tensor):
         try:
             array = array.detach().cpu()

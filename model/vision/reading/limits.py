@@ -8,6 +8,7 @@ MAX_SIDE = 65_535  # pixels, JPEG's limit
 MAX_PIXELS = 89_478_485
 MAX_SLOW_PIXELS = 3024 * 3024  # of PPM in text or with an odd maximum, which PIL decodes in Python
 MAX_BYTES = 2**28  # of a file: that quarter of a GiB, the largest image without compression
+MAX_PARTS = 2**17  # such as segments of a JPEG and bytes of a PPM header: reading them takes 0.3 s
 MAX_SCANS = 100  # of a JPEG, each a pass over all pixels from a few bytes; 1 to 10 are usual
 
 

@@ -22,7 +22,7 @@ from model.vision.reading.limits import (
     check_size,
     too_large,
 )
-from model.vision.reading.streams import stream_error, without_metadata
+from model.vision.reading.streams import stream_error, structure_error, without_metadata
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,11 +58,12 @@ def open_image(source: "ImageSource") -> tuple["Image.Image", str]:
         return array_image(source), "the array"
     name, data = _contents(source)
     check_bytes(len(data), name)
+    _check(structure_error(data), name)
     image = _identified(data, name)
     check_size(*image.size, name)
     if image.format == "PPM":
         _check_ppm(image, name)
-    _check_data(data, name)
+    _check(stream_error(data), name)
     return image, name
 
 
@@ -70,7 +71,7 @@ def _contents(source: "ImageSource") -> tuple[str, bytes]:
     """What to call the source, and its bytes."""
     if isinstance(source, bytes | bytearray | memoryview):
         return "the image", bytes(source)
-    if isinstance(source, str) and source.startswith("data:"):
+    if isinstance(source, str) and source[:5].lower() == "data:":
         return "the data URL", _decoded(source)
     if isinstance(source, str | os.PathLike):
         return _shown(source), _read_path(source)
@@ -117,7 +118,7 @@ def _decoded(url: str) -> bytes:
     """The bytes of a data URL, as OpenAI's clients send them."""
     header, _, body = url.partition(",")
     try:
-        if not header.endswith(";base64"):
+        if not header.lower().endswith(";base64"):
             raise ValueError
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError):
@@ -161,7 +162,7 @@ def _check_opened(image: "Image.Image") -> None:
         position = file.tell()
         data = _read_file(file, "the image")
         file.seek(position)
-        _check_data(data, "the image")
+        _check(structure_error(data) or stream_error(data), "the image")
 
 
 def _check_ppm(image: "Image.Image", name: str) -> None:
@@ -173,8 +174,8 @@ def _check_ppm(image: "Image.Image", name: str) -> None:
         )
 
 
-def _check_data(data: bytes, name: str) -> None:
-    if error := stream_error(data):
+def _check(error: str | None, name: str) -> None:
+    if error:
         raise damaged(name, error)
 
 

@@ -1,10 +1,11 @@
-"""Checks of PNG and JPEG data that PIL lacks, and removal of metadata that it may fail on."""
+"""Checks of files' data that PIL lacks, and removal of metadata that it may fail on."""
 
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 
-from model.vision.reading.limits import MAX_SCANS
+from model.vision.reading.limits import MAX_PARTS, MAX_SCANS
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # chunks that make the image
@@ -20,17 +21,40 @@ ADAM7 = (
     (0, 1, 1, 2),
 )
 BLOCK = 2**20  # bytes inflated at a time
-# Any but the stuffed zero, restarts and padding, which occur between markers.
-JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+JPEG_SCAN = 0xDA  # the marker of a scan's header
+# Markers that begin a segment, and the end of the image. The others (a stuffed zero, TEM, restarts,
+# start of image, padding) have no length after them.
+JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
+# Two or three numbers between white space and comments.
+PPM_HEADER = re.compile(rb"P[1-6](?:(?:\s|#[^\r\n]*[\r\n])+\d+){2,3}")
+
+
+def structure_error(data: bytes) -> str | None:
+    """Why a file must not even be opened: it has so many parts that reading them costs more than
+    its pixels, since PIL reads them in Python, and decodes all pixels for each scan of a JPEG."""
+    if data.startswith(PNG_SIGNATURE):
+        if next(islice(_png_chunks(data), MAX_PARTS, None), None):
+            return f"it has more than {MAX_PARTS} chunks"
+    elif data.startswith(b"\xff\xd8"):
+        markers = list(islice(_jpeg_markers(data), MAX_PARTS + 1))
+        scans = markers.count(JPEG_SCAN)
+        if len(markers) > MAX_PARTS:
+            return f"it has more than {MAX_PARTS} segments"
+        if scans > MAX_SCANS:
+            return f"it has {scans} scans; at most {MAX_SCANS} are read"
+    elif data.startswith((b"GIF87a", b"GIF89a")):
+        if next(islice(_gif_blocks(data), MAX_PARTS, None), None):
+            return f"it has more than {MAX_PARTS} blocks before its first image"
+    elif re.match(rb"P[1-6]\s", data) and not PPM_HEADER.match(data[:MAX_PARTS]):
+        return f"its header does not end within {MAX_PARTS} bytes"
+    return None
 
 
 def stream_error(data: bytes) -> str | None:
-    """Why PNG or JPEG data must not be decoded; None for other data, or if nothing is wrong."""
-    if data.startswith(PNG_SIGNATURE):
-        # PIL takes a compressed stream that ends early for a whole one, and leaves rows black.
-        return None if _has_all_rows(data) else "the image data end early"
-    if data.startswith(b"\xff\xd8") and (scans := _count_scans(data)) > MAX_SCANS:
-        return f"it has {scans} scans; at most {MAX_SCANS} are read"
+    """Why PNG data must not be decoded; None for other data, or if nothing is wrong."""
+    # PIL takes a compressed stream that ends early for a whole one, and leaves rows black.
+    if data.startswith(PNG_SIGNATURE) and not _has_all_rows(data):
+        return "the image data end early"
     return None
 
 
@@ -71,6 +95,18 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, memoryview]]:
         start = end
 
 
+def _gif_blocks(data: bytes) -> Iterator[int]:
+    """Sizes of the blocks of text and settings that precede a GIF's first image."""
+    flags = data[10] if len(data) > 10 else 0
+    start = 13 + (3 << (flags % 8 + 1) if flags & 0x80 else 0)  # after the colour table
+    while data[start : start + 1] == b"!":  # an extension
+        start += 2
+        while size := int.from_bytes(data[start : start + 1], "big"):
+            yield size
+            start += 1 + size
+        start += 1
+
+
 def _row_bytes(header: bytes) -> int:
     """Bytes of all rows, each with a byte for its filter, of a PNG with this IHDR."""
     width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big")
@@ -84,13 +120,9 @@ def _row_bytes(header: bytes) -> int:
     return total
 
 
-def _count_scans(data: bytes) -> int:
-    """Scans of the first image in JPEG data."""
-    scans, start = 0, 2
-    while match := JPEG_MARKER.search(data, start):
-        marker, start = match[1][0], match.end()
-        if marker == 0xD9:  # end of image
-            break
-        scans += marker == 0xDA
-        start += int.from_bytes(data[start : start + 2], "big")  # the segment's length
-    return scans
+def _jpeg_markers(data: bytes) -> Iterator[int]:
+    """Markers of the segments of the first image in JPEG data."""
+    start = 2
+    while (match := JPEG_MARKER.search(data, start)) and match[1][0] != 0xD9:  # end of image
+        yield match[1][0]
+        start = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")

@@ -55,6 +55,7 @@ def test_values_of_other_dtypes():
         (np.zeros((1, 3, 50, 50), np.uint8), "one image at a time"),
         (torch.zeros(3, 50, 50, device="meta"), "the tensor has no plain array of pixels"),
         (torch.zeros(50, 50).to_sparse(), "the tensor has no plain array of pixels"),
+        (torch.zeros(1, 1).bfloat16().expand(30_000, 30_000), "the array is too large"),
         (torch.zeros(8, 50, 50), "shape [8, 50, 50] is no image"),
         (np.zeros((0, 5), np.uint8), "the array is empty: 5 x 0 pixels"),
         (np.zeros((50, 50), np.int64), "an array of int64 is no image; pixels must be uint8"),

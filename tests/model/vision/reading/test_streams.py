@@ -1,6 +1,7 @@
-"""Tests of what PIL does not check: PNG data that end early, JPEG files of endless scans."""
+"""Tests of what PIL does not check: PNG data that end early, files of millions of small parts."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from model.errors import InputError
 from model.vision.image import load_image
+from model.vision.reading.limits import MAX_PARTS
 from model.vision.reading.streams import _row_bytes
 from tests.model.vision.images import encoded, photo, png
 
@@ -76,6 +78,31 @@ def test_interlaced_png_is_read_whole():
         load_image(png(13, 11, data[: -5 * 14], colour=0, interlaced=1))
 
 
+def parts(form, count):
+    """An image with `count` more chunks, segments, blocks or header bytes that hold nothing."""
+    data = encoded(photo(), form)
+    if form == "PNG":
+        return (
+            data[:33]
+            + (bytes(4) + b"abCd" + zlib.crc32(b"abCd").to_bytes(4, "big")) * count
+            + data[33:]
+        )
+    if form == "JPEG":
+        return data[:2] + b"\xff\xe5\0\2" * count + data[2:]
+    if form == "GIF":
+        table = 13 + (3 << (data[10] % 8 + 1))
+        return data[:table] + b"!\xfe" + b"\1a" * count + b"\0" + data[table:]
+    return b"P6\n#" + b" " * count + data[2:]
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "PPM"])
+def test_files_of_many_parts_are_refused(form):
+    """Guards time and memory: PIL reads parts one at a time, 90 s for a JPEG of 256 MiB of them."""
+    assert load_image(parts(form, 1000)).size == photo().size
+    with pytest.raises(InputError, match=f"the image is truncated or damaged: .*{MAX_PARTS}"):
+        load_image(parts(form, MAX_PARTS + 1))
+
+
 def test_jpeg_of_many_scans_is_refused():
     """Guards time: each scan is a pass over all pixels, in a few bytes. Scans of what follows the
     first image, such as a video of a phone, do not count."""
@@ -85,5 +112,6 @@ def test_jpeg_of_many_scans_is_refused():
     load_image(data[:-2] + scan * 90 + b"\xff\xd9")
     load_image(data + b"\0\0" + b"\xff\xda\0\0" * 200)
     load_image(data[:2] + b"\xff\xe5\x01\x92" + b"\xff\xda" * 200 + data[2:])
-    with pytest.raises(InputError, match="it has 101 scans; at most 100 are read"):
-        load_image(data[:-2] + scan * 91 + b"\xff\xd9")
+    for hidden in (b"", b"\xff\x01\xff\xff"):  # TEM has no length that could hide scans
+        with pytest.raises(InputError, match="it has 101 scans; at most 100 are read"):
+            load_image(data[:-2] + hidden + scan * 91 + b"\xff\xd9")
