@@ -206,6 +206,14 @@ SMOLLM2_135M = Config(
 PRESETS = {config.name: config for config in (STEP3_VL_10B, TINY, SMOLLM2_135M)}
 
 
+def unknown_model(name: str) -> InputError:
+    """The error for what is neither a preset nor a model's files."""
+    return InputError(
+        f"{shown(name)} is neither a preset ({', '.join(PRESETS)}) nor a checkpoint directory or"
+        " GGUF file"
+    )
+
+
 def preset(name: str) -> Config:
     """The preset called `name`. Raises InputError, with all names, if there is none."""
     if name not in PRESETS:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model.config import PRESETS, Config
-from model.errors import InputError
+from model.config import PRESETS, Config, unknown_model
 from model.impls import DTYPES
 from model.step3vl import Step3VL
 from model.weights.gguf import read_gguf
@@ -71,10 +70,7 @@ def _config(model: str) -> Config:
         return read_config(path)
     if os.path.isfile(path):
         return read_gguf(path)[0]
-    presets = ", ".join(PRESETS)
-    raise InputError(
-        f"{model:.200} is neither a preset ({presets}) nor a checkpoint directory or GGUF file"
-    )
+    raise unknown_model(model)
 
 
 def _part(name: str) -> str:

@@ -25,8 +25,9 @@ class Parser(argparse.ArgumentParser):
     usage shows the name that was typed.
     """
 
-    def __init__(self, *, description: str = "", **options: Any) -> None:  # noqa: ANN401
-        super().__init__(description=re.sub(r"\A`[^`]*`: ", "", description), **options)
+    def __init__(self, *, description: str | None = "", **options: Any) -> None:  # noqa: ANN401
+        text = description or ""  # None: with -OO, Python removes docstrings
+        super().__init__(description=re.sub(r"\A`[^`]*`: ", "", text), **options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see `{self.prog} --help`)")
@@ -123,6 +124,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     Warnings are one line on stderr too. First checks whose `kernels` is installed. `main` must
     import ours only when it runs.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as in `command >&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if text := kernels_clash.error():
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)

@@ -4,6 +4,7 @@ The sources and their order are those of transformers: of its tokenizers and, fo
 images, its processors.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ CHATML = (
 # It opens `<think>`, where thinking models begin their answer.
 THINKING_CHATML = CHATML.replace("assistant\n", "assistant\n<think>\n")
 
-# Unicode noncharacters that mark, in a rendered conversation, the place of an image, and the begin
-# and end of a message's text in a trial. `model.text.prompt` removes them from messages.
-IMAGE, BEGIN, END = "\ufdd0", "\ufdd3", "\ufdd4"
+# Unicode noncharacters that mark, in a rendered conversation, an image, the start and end of a
+# control token's text that a user wrote, and those of a message's text in a trial.
+# `model.text.prompt` removes them from messages.
+IMAGE, OPEN, CLOSE, BEGIN, END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
 WHAT = "the chat template"
 
 
@@ -58,12 +60,15 @@ def read_chat_templates(path: Path, settings: Mapping) -> dict[str, str]:
     return templates or _named(settings, path / "tokenizer_config.json")
 
 
-def render_turns(template: str, turns: Sequence[Turn], special_tokens: Mapping[str, str]) -> str:
+def render_turns(
+    template: str, turns: Sequence[Turn], special_tokens: Mapping[str, str], control: re.Pattern
+) -> str:
     """The prompt that a template makes of a conversation; images are IMAGE characters.
 
     Some templates read a content as a string, some as a list of parts, and many lose the text of
     the other kind without an error. A trial with marked texts shows which kind this one reads.
-    Raises InputError if the template fails, or leaves out a text or an image.
+    Raises InputError if the template fails, leaves out a text or an image, or changes a text so
+    that it has an unmarked match of `control`, the pattern of control tokens.
     """
     problem: InputError | None = None
     for as_parts in (False, True):
@@ -73,6 +78,7 @@ def render_turns(template: str, turns: Sequence[Turn], special_tokens: Mapping[s
             problem = problem or error
             continue
         if not (lost := _lost(trial, turns)):
+            _check_no_control_token(trial, control)
             return _render(template, turns, special_tokens, as_parts)
         if problem is None or END in trial:  # it reads this kind, or neither
             problem = InputError(lost)
@@ -130,6 +136,13 @@ def _mark(text: str, number: int, index: int) -> str:
         return text
     name = f"{number}.{index}"
     return f"{BEGIN}{name}{BEGIN}{text}{END}{name}{END}"
+
+
+def _check_no_control_token(trial: str, control: re.Pattern) -> None:
+    for index, text in re.findall(f"{BEGIN}(\\d+)[.]\\d+{BEGIN}(.*?){END}", trial, re.DOTALL):
+        if control.search(re.sub(f"{OPEN}(?:{control.pattern}){CLOSE}", OPEN, text)):
+            number = int(index) + 1
+            raise InputError(f"{WHAT} makes a control token of the text of message {number}")
 
 
 def _lost(trial: str, turns: Sequence[Turn]) -> str | None:

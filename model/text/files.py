@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model.errors import InputError
 
-_MAX_BYTES = 2**26  # an index of a million tensors; a larger file is none of those read here
+_MAX_BYTES = 2**26  # twice the largest tokenizer.json in use; an index of a million tensors
 
 
 def read_json(file: Path) -> dict | None:
@@ -40,7 +40,7 @@ def read_text(file: Path) -> str | None:
     check_regular(file)
     try:
         if file.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{file} is larger than {_MAX_BYTES >> 20} MiB: it is no such file")
+            raise InputError(f"{file} is larger than {_MAX_BYTES >> 20} MiB, the limit for text")
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None

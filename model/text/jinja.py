@@ -29,7 +29,7 @@ def render(what: str, source: str, variables: Mapping, *, chat: bool = False) ->
 
     `what` names the template in errors. With `chat` the environment is that of chat templates in
     transformers, else jinja2's default. Raises TemplateError for what the template raises, and
-    InputError for more than 10 s, 1 GiB or 16 Mi characters.
+    InputError for more than 10 s, 1 GiB or 8 Mi characters.
     """
     return _ask(what, {"source": source, "variables": variables, "chat": chat})["text"]
 
@@ -103,7 +103,7 @@ def _death(what: str, code: int) -> str:
     if code == -signal.SIGPROF:
         return f"{what} takes longer than {worker.SECONDS} s"
     reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"{what} ended the process that renders templates ({reason})"
+    return f"{what} is not rendered: the process for it ended ({reason})"
 
 
 def _stop() -> None:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import jinja2
     from jinja2.sandbox import SandboxedEnvironment
 
-SECONDS = 10  # of CPU time for one request
+SECONDS = 10  # of CPU time for one rendering
 MEMORY = 1 << 30  # bytes of address space
-CHARACTERS = 16 << 20  # of a rendered text
+CHARACTERS = 8 << 20  # of a rendered text
 OUT_OF_MEMORY, NO_JINJA2 = 3, 4  # exit codes
 
 

@@ -12,14 +12,10 @@ from typing import Protocol
 
 from model.config import Config, TokenIds
 from model.errors import InputError, shown
-from model.text.chat_template import BEGIN, CHATML, END, IMAGE, Turn, render_turns
+from model.text.chat_template import BEGIN, CHATML, CLOSE, END, IMAGE, OPEN, Turn, render_turns
 from model.text.tokenizer import THINK_MARKERS, Tokenizer
 
 ROLES = ("system", "user", "assistant")
-
-# Unicode noncharacters that mark, in the rendered prompt, the start and end of a control token's
-# text that a user wrote. Like IMAGE, BEGIN and END they are removed from messages first.
-OPEN, CLOSE = "\ufdd1", "\ufdd2"
 
 
 class HasNewlines(Protocol):
@@ -59,7 +55,8 @@ def build_prompt(
         raise InputError(f"{config.name} takes no images: it is a text-only model")
     if image_parts != len(views):
         raise InputError(f"image parts in the messages: {image_parts}, images given: {len(views)}")
-    rendered = _without_surrogates(render_turns(template, turns, tokenizer.special_tokens))
+    rendered = render_turns(template, turns, tokenizer.special_tokens, reserved)
+    rendered = _without_surrogates(rendered)
     if rendered.count(IMAGE) != len(views):
         raise InputError("the chat template leaves out or repeats an image in this conversation")
     ids = _encode(rendered, reserved, tokenizer, [image_ids(v.newlines, config) for v in views])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from model.config import Config
 from model.errors import InputError, shown
 from model.text.chat_template import THINKING_CHATML
-from model.text.files import check_regular
+from model.text.files import read_text
 from model.text.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED, read_gguf_tokenizer
 from model.text.tokenizer_config import TokenizerConfig
 
@@ -83,10 +83,14 @@ class Tokenizer:
 
         path = Path(path)
         file = path / "tokenizer.json"
-        check_regular(file)
+        text = read_text(file)
+        if text is None:
+            raise InputError(f"{file} cannot be read: No such file")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more specific
+            backend = tokenizers.Tokenizer.from_str(text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # also the panics of Rust code
             raise InputError(f"{file} is damaged: {error}") from None
         if not (
             isinstance(backend.decoder, tokenizers.decoders.ByteLevel)

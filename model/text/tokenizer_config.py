@@ -20,7 +20,7 @@ NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 EXTRAS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 # Settings that change the ids, with the only value that is implemented.
-FIXED = {"split_special_tokens": False, "fast_tokenizer_files": None}
+FIXED = {"split_special_tokens": False, "fast_tokenizer_files": None, "add_prefix_space": False}
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,8 @@ def _read_description(
     if not 1 <= dimensions <= _MAX_DIMENSIONS:
         raise InputError(f"it has {dimensions} dimensions; 1 to {_MAX_DIMENSIONS} are possible")
     shape = header.numbers("Q", dimensions)[::-1]  # the file's first is last
+    if not all(0 < size < 2**40 for size in shape):
+        raise InputError(f"its shape is {list(shape)}; sizes must be from 1 to 2^40")
     code, offset = header.number("I"), header.number("Q")
     try:
         kind = GGMLQuantizationType(code)

@@ -286,7 +286,9 @@ def _check_attention(text: dict, values: dict, model_type: str, where: str) -> N
         ("query_pre_attn_scalar", head_dim),
     ):
         value = text.get(key)
-        same = isinstance(value, int | float) and math.isclose(value, neutral, rel_tol=1e-6)
+        same = value == neutral or (
+            isinstance(value, float) and math.isclose(value, neutral, rel_tol=1e-6)
+        )
         _refuse(text, key, where, value is None or same)
 
 
@@ -315,7 +317,8 @@ def _rope_theta(text: dict, where: str) -> object:
         if rope is not None and rope != {}:
             _refuse(text, key, where, isinstance(rope, dict))
             others = {k: v for k, v in rope.items() if k != "rope_theta"}
-            _refuse(text, key, where, all(k in plain and v == plain[k] for k, v in others.items()))
+            for name in sorted(others, key=lambda name: name not in plain):  # the type first
+                _refuse(rope, name, f"{where}{key}.", others[name] == plain.get(name, ...))
             thetas.append(rope.get("rope_theta", default))
     for theta in thetas[1:]:  # readers differ in which one they follow
         if theta != thetas[0]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from model.config import Config
+from model.config import Config, unknown_model
 from model.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def read_source(path: Path) -> Source:
     and the ends that only it names are unknown. Warns of a model without ends. Raises InputError
     for anything missing, damaged or not implemented.
     """
+    if not os.path.exists(path):
+        raise unknown_model(str(path))
     source = _read_gguf(path) if os.path.isfile(path) else _read_directory(path)
     config = source.config
     if source.load_tokenizer is not None:

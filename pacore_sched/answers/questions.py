@@ -5,11 +5,13 @@
     {"messages": [{"role": "user", "content": "What is 2 + 2?"}]}
 
 The images of a "question" come first in its message; those of "messages" fill its image parts in
-order. Paths are relative to the file. An invalid line fails alone; the other lines are answered.
+order. Images are paths, relative to the file, or data URLs. An invalid line fails alone; the other
+lines are answered.
 """
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ class Question:
     line: int
     id: str
     messages: tuple[dict, ...] = ()
-    images: tuple[Path, ...] = ()
+    images: tuple[Path | str, ...] = ()
     error: str | None = None
 
 
@@ -143,18 +145,14 @@ def _is_blank(content: object) -> bool:
     return not any(isinstance(text, str) and text.strip() for text in texts)
 
 
-def _images(fields: dict, folder: Path) -> tuple[Path, ...]:
+def _images(fields: dict, folder: Path) -> tuple[Path | str, ...]:
     if "image" in fields and "images" in fields:
         raise _LineError('a line may have "image" or "images", not both')
     names = [fields["image"]] if "image" in fields else fields.get("images", [])
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
         raise _LineError("images must be paths of files")
-    paths = tuple(folder / name for name in names)
-    for name, path in zip(names, paths, strict=True):
-        try:
-            exists = path.is_file()
-        except (OSError, ValueError):  # the name is too long or contains a NUL
-            exists = False
-        if not exists:
+    images = tuple(name if name.startswith("data:") else folder / name for name in names)
+    for name, image in zip(names, images, strict=True):
+        if isinstance(image, Path) and not os.path.isfile(image):
             raise _LineError(f"no image file {name!r:.200}")
-    return paths
+    return images

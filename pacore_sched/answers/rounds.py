@@ -14,6 +14,8 @@ from model.errors import InputError
 from model.text.files import read_text
 from model.text.jinja import render, variable_names
 
+MAX_WIDTH = 65_536  # rollouts of a round; they are created before any of them runs
+
 # The released template's variable names: its text works unchanged with `--template`.
 TEMPLATE_VARIABLES = {"original_prompt", "ref_responses"}
 
@@ -26,9 +28,11 @@ def parse_widths(widths: str | Sequence[int]) -> tuple[int, ...]:
     values = widths
     if isinstance(widths, str):
         values = [_integer(part) for part in widths.split(",")] if widths.strip() else []
-    if not isinstance(values, list | tuple) or any(type(v) is not int or v < 1 for v in values):
+    if not isinstance(values, list | tuple) or not all(
+        type(value) is int and 1 <= value <= MAX_WIDTH for value in values
+    ):
         raise InputError(
-            f"widths {widths!r} must be positive integers:"
+            f"widths {widths!r} must be integers from 1 to {MAX_WIDTH}:"
             " the number of rollouts of each round, such as 16 or 32,4"
         )
     return tuple(values)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.runtime.dispatch import IMPLS
-from model.config import PRESETS, SamplingConfig
+from model.config import PRESETS, SamplingConfig, unknown_model
 from model.errors import InputError
 from model.impls import DTYPES
 from model.kv_cache import PAGE_SIZE
@@ -120,6 +120,8 @@ def load_model(options: argparse.Namespace) -> Step3VL:
     default = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     dtype = DTYPES[options.dtype] if options.dtype else default
     exists = os.path.exists(options.model)  # unlike Path's, false for names too long
+    if not exists and options.model not in PRESETS:
+        raise unknown_model(options.model)
     load = Step3VL.from_pretrained if exists else Step3VL.from_preset
     file_text = _chat_template_text(options.chat_template)  # before weights, which take minutes
     model = load(options.model, device=device, dtype=dtype, impl=options.impl)

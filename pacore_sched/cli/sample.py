@@ -14,6 +14,7 @@ from model.errors import InputError
 from pacore_sched.answers.journal import RolloutResult
 from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.questions import Question
+from pacore_sched.answers.rounds import MAX_WIDTH
 from pacore_sched.cli.jobs import Job, ProblemResult, add_job_options, run_job
 
 
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The `sample` command; returns 1 if a prompt failed, 130 if the run was stopped."""
-    if options.n < 1:
-        raise InputError("--n must be at least 1")
+    if not 1 <= options.n <= MAX_WIDTH:
+        raise InputError(f"--n must be from 1 to {MAX_WIDTH}")
     pacore = partial(Pacore, widths=[options.n], seed=options.seed, synthesis=False)
     job = Job(
         "sample",

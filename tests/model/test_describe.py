@@ -129,10 +129,13 @@ def test_a_directory(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("step3", "step3 is neither a preset (step3-vl-10b, tiny, smollm2-135m) nor a checkpoint"),
+        (
+            "step3",
+            "'step3' is neither a preset (step3-vl-10b, tiny, smollm2-135m) nor a checkpoint",
+        ),
         (str(Path(__file__).parent), "config.json cannot be read: No such file"),
-        ("x" * 5000, "xxx is neither a preset"),
-        ("a\0b", r"a\x00b is neither a preset"),
+        ("x" * 5000, "xxx' is neither a preset"),
+        ("a\0b", r"'a\x00b' is neither a preset"),
         (__file__, "is not a GGUF file"),
     ],
 )

@@ -244,6 +244,8 @@ def test_damaged_weights_end_generation():
 
 def test_unknown_names():
     """Guards against a traceback for an unknown preset or a path that does not exist."""
+    with pytest.raises(InputError, match="'Qwen/Qwen3-8B' is neither a preset .* nor a checkpoint"):
+        Step3VL.from_pretrained("Qwen/Qwen3-8B")
     with pytest.raises(InputError, match="unknown preset 'huge'; choose one of step3-vl-10b, tiny"):
         Step3VL.from_preset("huge")
     with pytest.raises(InputError, match="nowhere"):

@@ -259,6 +259,10 @@ def test_bad_directories(directory):
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer.json is damaged"):
         Tokenizer.from_directory(directory)
+    panics = {"vocab": {"a": 0}, "merges": [["a", "a"]], "continuing_subword_prefix": "##"}
+    (directory / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"} | panics}))
+    with pytest.raises(InputError, match="tokenizer.json is damaged"):
+        Tokenizer.from_directory(directory)
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     words.save(str(directory / "tokenizer.json"))
     with pytest.raises(InputError, match="not byte-level"):

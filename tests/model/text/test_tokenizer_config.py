@@ -76,7 +76,7 @@ FILES = [
     {CONFIG: {"eos_token": "<mask>"}, MAP: {"eos_token": "<|end|>", "bos_token": "<|end|>"}},
     {CONFIG: {}, MAP: {"eos_token": {"content": "<|end|>", "lstrip": False}}},
     {MAP: {"additional_special_tokens": ["<tool>"], "pad_token": "<pad>"}},
-    {CONFIG: {"add_prefix_space": True, "clean_up_tokenization_spaces": True}},
+    {CONFIG: {"add_prefix_space": False, "clean_up_tokenization_spaces": True}},
 ]
 
 
@@ -151,6 +151,7 @@ TOKEN_FORM = 'must be a token, such as "</s>" or {"content": "</s>"}, not'
         ({CONFIG: {"extra_special_tokens": [5]}}, f"extra_special_tokens {TOKEN_FORM} 5"),
         ({CONFIG: {"eos_token": "<none>"}}, "eos_token '<none>' is not in the vocabulary"),
         ({CONFIG: {"split_special_tokens": True}}, "split_special_tokens True is not implemented"),
+        ({CONFIG: {"add_prefix_space": True}}, "add_prefix_space True is not implemented"),
         ({CONFIG: {"fast_tokenizer_files": ["a"]}}, "fast_tokenizer_files ['a'] is not implem"),
         ({CONFIG: {"added_tokens_decoder": []}}, "added_tokens_decoder must be an object"),
         (

@@ -417,7 +417,12 @@ def test_refuses_a_malformed_generation_config(text, words, read, tmp_path):
         ("layer_types", ["full_attention"], "layer_types"),
         ("layer_types", 5, "layer_types 5 is not implemented"),
         ("no_rope_layers", [1, 0], "no_rope_layers"),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "rope_scaling .* not implemented"),
+        (
+            "rope_scaling",
+            {"factor": 2.0, "rope_type": "yarn"},
+            "rope_scaling.rope_type 'yarn' is not implemented",
+        ),
+        ("attention_multiplier", 10**400, "attention_multiplier 1000"),
         ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling"),
         ("rope_scaling", {"type": "default", "mrope_section": [8, 4, 4]}, "rope_scaling"),
         ("rope_parameters", {"rope_type": "llama3", "factor": 8.0}, "rope_parameters"),

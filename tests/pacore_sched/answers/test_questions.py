@@ -40,14 +40,16 @@ def test_forms_of_a_line(read, tmp_path: Path):
 
 
 def test_images_fill_the_parts_of_messages(read, tmp_path: Path):
-    """Images of a conversation out of order; an absolute path that is changed."""
+    """Images of a conversation out of order; an absolute path that is changed, or a data URL."""
     parts = [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]
-    path = str(tmp_path / "birds.png")
+    path, url = str(tmp_path / "birds.png"), "data:image/png;base64,iVBORw=="
     (question,) = read(
         {"messages": [{"role": "user", "content": parts}], "images": ["birds.png", path]}
     )
     assert question.images == (tmp_path / "birds.png", tmp_path / "birds.png")
     assert question.messages == ({"role": "user", "content": parts},)
+    (question,) = read({"question": "Why?", "images": [url, "birds.png"]})
+    assert question.images == (url, tmp_path / "birds.png")
 
 
 @pytest.mark.parametrize(

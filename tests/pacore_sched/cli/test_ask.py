@@ -171,10 +171,13 @@ def test_a_template(ask, tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["Count.", "--model", "tiniest"], "unknown preset 'tiniest'"),
-        (["Count.", *TINY, "--widths", "0"], "widths '0' must be positive integers"),
-        (["Count.", *TINY, "--widths", "4,x"], "widths '4,x' must be positive integers"),
-        (["Count.", *TINY, "--widths", "2.5"], "widths '2.5' must be positive integers"),
+        (
+            ["Count.", "--model", "tiniest"],
+            "'tiniest' is neither a preset",
+        ),
+        (["Count.", *TINY, "--widths", "0"], "widths '0' must be integers from 1 to 65536"),
+        (["Count.", *TINY, "--widths", "4,x"], "widths '4,x' must be integers from 1 to 65536"),
+        (["Count.", *TINY, "--widths", "2.5"], "widths '2.5' must be integers from 1 to 65536"),
         (["Count.", *TINY, "--impl", "fast"], "impl 'fast'"),
         (["Count.", *TINY, "--impl", "triton", "--device", "cpu"], "impl 'triton'"),
         (["Count.", *TINY, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
@@ -237,6 +240,16 @@ def test_a_warning_is_one_line(ask, tmp_path: Path):
         0,
         "warning: tiny has no chat template: its prompts are written as ChatML\n",
     )
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("options", ["", "-OO"])
+def test_closed_stdout_and_no_docstrings(options: str):
+    """Guards against a traceback for a stdout that the shell closed, and for -OO, which removes
+    the docstrings that --help shows."""
+    command = f"exec {sys.executable} {options} -m model describe tiny >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.cli

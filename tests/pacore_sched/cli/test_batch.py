@@ -493,7 +493,7 @@ def test_cancelled_rollouts_are_listed_after_a_kill(call: Call):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--widths", "0"], "widths '0' must be positive integers"),
+        (["--widths", "0"], "widths '0' must be integers from 1 to 65536"),
         (["--min-messages", "0"], "at least one message"),
         (["--policy", "best"], "unknown policy 'best'"),
         (["--policy", "oracle"], "knows lengths beforehand"),

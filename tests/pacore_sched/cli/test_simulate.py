@@ -145,7 +145,7 @@ def test_gains():
         (("--model", "llama"), "unknown preset 'llama'"),
         (("--gpus", "0"), "--gpus must be at least 1, not 0"),
         (("--seeds", "0"), "--seeds must be at least 1"),
-        (("--widths", "0"), "positive integers"),
+        (("--widths", "0"), "integers from 1 to 65536"),
         (("--sigma-w", "-1"), "--sigma-w must be from 0 to 3"),
         (("--max-tokens", "2000", "--workload", "vl"), "must be between 0 and the limit"),
         (("--max-running", "4096"), "--token-budget must be at least --max-running"),
