@@ -27,7 +27,7 @@ def to_rgb(image: "Image.Image", name: str) -> "Image.Image":
     try:
         key = _transparent_colour(image)
         image.load()
-        rgb = _upright(_over_white(image, key), _orientation(image))
+        rgb = _upright(_white_around_frame(image, _over_white(image, key)), _orientation(image))
     except Exception as error:  # every decoder raises its own
         raise damaged(name, error) from None
     rgb.info.clear()  # else an orientation could be applied again
@@ -77,6 +77,18 @@ def _over_white(image: "Image.Image", key: tuple[int, ...] | None) -> "Image.Ima
         return image.convert("RGB")
     paper = Image.new("RGB", image.size, "white")
     paper.paste(image, mask=alpha)
+    return paper
+
+
+def _white_around_frame(image: "Image.Image", rgb: "Image.Image") -> "Image.Image":
+    """`rgb`, white where a GIF's first frame does not cover its canvas: PIL fills with colour 0."""
+    from PIL import Image
+
+    frame = getattr(image, "dispose_extent", None)
+    if image.format != "GIF" or image.tell() != 0 or frame in (None, (0, 0, *image.size)):
+        return rgb
+    paper = Image.new("RGB", image.size, "white")
+    paper.paste(rgb.crop(frame), frame)
     return paper
 
 

@@ -201,6 +201,20 @@ def test_an_animation_gives_its_first_frame():
         assert np.array_equal(pixels(data), np.asarray(photo()))
 
 
+def test_gif_frame_smaller_than_its_canvas():
+    """Guards against PIL's colour 0 around it, where browsers show what is below the picture."""
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 200, 0, 255, 0, 0])
+    data = bytearray(encoded(image, "GIF"))
+    data[6:10] = bytes([4, 0, 4, 0])  # the canvas
+    start = data.index(b",", 19)  # of the frame: its left, top, width, height
+    data[start + 1 : start + 5] = bytes([1, 0, 1, 0])
+    expected = np.full((4, 4, 3), 255)
+    expected[1:3, 1:3] = 255, 0, 0
+    for given in (bytes(data), Image.open(io.BytesIO(data))):
+        assert np.array_equal(np.asarray(load_image(given)), expected)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
 def test_opaque_images_are_as_pil_converts_them(mode):
     """Guards against changing a pixel of an image without alpha, in every other mode of 8 bits."""
