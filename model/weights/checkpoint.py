@@ -31,15 +31,6 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def load_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Copy every tensor of the checkpoint in directory `path` into its namesake in `tensors`.
-
-    Shards are memory-mapped; each tensor is copied to the device and dtype of its target. Raises
-    InputError as `find_tensors` does, before anything is copied.
-    """
-    copy_tensors(read_tensors(path, find_tensors(path, tensors)), tensors, path)
-
-
 def find_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     """The file that holds each of `tensors` (published name -> tensor, which may be meta).
 
@@ -75,7 +66,8 @@ def find_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def read_tensors(path: Path, located: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `located` names (name -> file), in the order of the files."""
+    """The tensors that `located` names (name -> file), in the order of the files, which are
+    memory-mapped."""
     for file in sorted(set(located.values())):
         with _open(path / file) as shard:
             for name in shard.offset_keys():

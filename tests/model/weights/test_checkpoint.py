@@ -12,7 +12,13 @@ from model.config import TINY, Config, DecoderConfig
 from model.errors import InputError
 from model.step3vl import Step3VL
 from model.weights import checkpoint
-from model.weights.checkpoint import INDEX, copy_tensors, load_checkpoint, save_checkpoint
+from model.weights.checkpoint import (
+    INDEX,
+    copy_tensors,
+    find_tensors,
+    read_tensors,
+    save_checkpoint,
+)
 from model.weights.hf_config import read_config
 from model.weights.random_init import random_init
 
@@ -25,6 +31,11 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+
+
+def load_checkpoint(path, tensors):
+    """Copy the checkpoint in directory `path` into `tensors`, as `Step3VL.from_pretrained` does."""
+    copy_tensors(read_tensors(path, find_tensors(path, tensors)), tensors, path)
 
 
 def two_tensors(dtype=torch.float32):
