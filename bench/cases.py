@@ -333,30 +333,15 @@ def _linear_quick_gelu(rows: int, width: int, out: int) -> Case:
     )
 
 
-def _sample(
-    rows: int,
-    vocab: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    logprobs: str = "raw",
-) -> Case:
-    name = f"B{rows} V{vocab}"
-    name += f" t{temperature}" if temperature != 1 else ""
-    name += f" k{top_k} p{top_p}" if top_k or top_p < 1 else ""
-    name += f" {logprobs}" if logprobs != "raw" else ""
+def _sample(rows: int, vocab: int, **settings: float | str) -> Case:
+    """`settings` are those of `sample`; they are part of the name in this order."""
+    prefixes = {"temperature": "t", "top_k": "k", "top_p": "p", "logprobs": ""}
+    parts = [f"{prefix}{settings[key]}" for key, prefix in prefixes.items() if key in settings]
+    name = " ".join([f"B{rows} V{vocab}", *parts])
     return Case(
         op="sample",
         name=name,
-        inputs=partial(
-            inputs.sample_inputs,
-            rows=rows,
-            vocab=vocab,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            logprobs=logprobs,
-        ),
+        inputs=partial(inputs.sample_inputs, rows=rows, vocab=vocab, **settings),
         values=rows * vocab,
         flops=5 * rows * vocab,
     )

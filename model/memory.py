@@ -72,11 +72,11 @@ def _cgroup_bytes() -> Iterator[int]:
 def _allowed(folder: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
     """The bytes that a group may still use, if it has a limit; it can drop its page cache."""
     try:
-        most = (folder / limit).read_text().strip()
+        allowed = (folder / limit).read_text().strip()
         used = int((folder / usage).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except OSError:  # no such group, or none with a limit, such as the root
         return
     cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
-    if most != "max":
-        yield int(most) - used + cache
+    if allowed != "max":
+        yield int(allowed) - used + cache

@@ -1,7 +1,7 @@
 """The container format GGUF: metadata and tensors of a file, without their meaning.
 
 The package gguf has a reader, but that one loops for as many items as a file claims to have, and
-takes 3 s for SmolLM2's metadata; this takes 0.1 s, and never reads beyond the end of the file.
+takes 3 s for SmolLM2's metadata; this takes 0.1 s (docs/log.md), and never reads beyond the end.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 

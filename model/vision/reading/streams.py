@@ -30,8 +30,8 @@ PPM_HEADER = re.compile(rb"P[1-6](?:(?:\s|#[^\r\n]*[\r\n])+\d+){2,3}")
 
 
 def structure_error(data: bytes) -> str | None:
-    """Why a file must not even be opened: it has so many parts that reading them costs more than
-    its pixels, since PIL reads them in Python, and decodes all pixels for each scan of a JPEG."""
+    """Why PIL must not open a file: it would read too many parts in Python, one at a time, or
+    decode all pixels too often, once for each scan of a JPEG. None if nothing is wrong."""
     if data.startswith(PNG_SIGNATURE):
         if next(islice(_png_chunks(data), MAX_PARTS, None), None):
             return f"it has more than {MAX_PARTS} chunks"

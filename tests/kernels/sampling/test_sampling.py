@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from itertools import accumulate
+from itertools import accumulate, product
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.sampling import SampleOutput, philox4x32, sample
+from kernels.sampling import LOGPROBS, SampleOutput, philox4x32, sample
 
 # The seeds are fixed: a correct sampler passes the chi-square tests always or never.
 P_VALUE = 1e-3
@@ -301,8 +301,10 @@ def test_rows_that_are_no_distribution():
     logits = draw_logits(5, 20)
     logits[0, 3], logits[1, 4], logits[2], logits[3] = torch.nan, torch.inf, -torch.inf, torch.nan
     seeds = torch.arange(5)
-    for settings in ({"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 1}):
-        tokens, logprobs = sample(logits, seeds, seeds, **{"temperature": 1.0, **settings})
+    modes = ({"temperature": 0}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 1})
+    for kind, mode in product(LOGPROBS, modes):
+        settings = {"temperature": 1.0, "logprobs": kind, **mode}
+        tokens, logprobs = sample(logits, seeds, seeds, **settings)
         assert tokens[:4].tolist() == [-1] * 4 and logprobs[:4].isnan().all()
         assert tokens[4] >= 0 and logprobs[4].isfinite()
 

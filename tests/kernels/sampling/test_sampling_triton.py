@@ -6,6 +6,7 @@ of 64, of which the search for the cut reads 8 at a time.
 
 import math
 from contextlib import contextmanager
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels.runtime.configs import use_config
-from kernels.sampling import SampleOutput, sample
+from kernels.sampling import LOGPROBS, SampleOutput, sample
 from kernels.sampling import op as sampling
 from kernels.sampling.noise import gumbel, rough_gumbel
 
@@ -188,8 +189,10 @@ def test_rows_that_are_no_distribution(triton_device):
         torch.nan,
     )
     logits[4, :290] = -torch.inf
-    for settings in ({"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.5}):
-        want, got = both(triton_device, logits, **settings)
+    for kind, mode in product(
+        LOGPROBS, ({"temperature": 0}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.5})
+    ):
+        want, got = both(triton_device, logits, logprobs=kind, **mode)
         assert got[0][:4].tolist() == [-1] * 4
         assert_same(want, got)
 

@@ -48,7 +48,7 @@ def test_defaults_are_those_of_llama_cpp():
     assert read(**{"llama.attention.key_length": 8}).decoder.head_dim == 8
 
 
-# Values of which some change what llama.cpp or another reader computes. The last one is neutral.
+# (key, a value with which some reader computes something else, a neutral value)
 OTHER_MODELS = [
     ("rope.scaling.factor", 8.0, 1.0),  # without a type: linear
     ("rope.scaling.factor", float("nan"), 0.0),
