@@ -182,6 +182,7 @@ def simulate(
         max_running=setup.max_running,
         token_budget=TOKEN_BUDGET,
         max_tokens=max_tokens,
+        context=KV_TOKENS,  # more than any of these problems reaches
         on_round=on_round,
         on_answer=on_answer,
     )

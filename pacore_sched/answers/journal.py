@@ -30,7 +30,11 @@ SYNC_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """A finished rollout. `tokens` and `logprobs` are empty if the journal keeps only the text."""
+    """A finished rollout. `tokens` and `logprobs` are empty if the journal keeps only the text.
+
+    cut, dropped: the rollouts of the previous round whose messages have lost their beginnings, or
+    are left out, in this rollout's prompt
+    """
 
     problem: str
     round: int
@@ -41,6 +45,8 @@ class RolloutResult:
     text: str
     num_tokens: int
     logprob: float  # of all tokens, summed; raw or processed, as `Sampling.logprobs` says
+    cut: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
 
@@ -55,7 +61,8 @@ class RolloutResult:
     def of_record(record: Mapping) -> "RolloutResult":
         """The result in a journal line."""
         fields = {key: value for key, value in record.items() if key != "kind"}
-        lists = {key: tuple(fields.get(key, ())) for key in ("tokens", "logprobs")}
+        names = ("cut", "dropped", "tokens", "logprobs")
+        lists = {key: tuple(fields.get(key, ())) for key in names}
         return RolloutResult(**(fields | lists))
 
 

@@ -40,10 +40,39 @@ IMAGES_AHEAD = 4  # problems whose images are read before they are submitted
 
 @dataclass(frozen=True)
 class Round:
-    """The results of one round; rollouts are ordered by index."""
+    """The results of one round, ordered by index.
+
+    cut, dropped: the previous round's rollouts whose messages have lost their beginnings, or are
+    left out, so that the prompt fits (message_budget.py)
+    """
 
     prompt_tokens: int
     rollouts: tuple[RolloutResult, ...]
+    cut: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(results: Sequence[RolloutResult]) -> "Round":
+        """The round that these rollouts are."""
+        first = results[0]
+        return Round(first.prompt_tokens, tuple(results), first.cut, first.dropped)
+
+    def record(self) -> dict:
+        """The round in the JSON of `ask` and `batch`."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cut": list(self.cut),
+            "dropped": list(self.dropped),
+            "rollouts": [
+                {
+                    "text": rollout.text,
+                    "tokens": rollout.num_tokens,
+                    "seed": rollout.seed,
+                    "finish_reason": rollout.finish_reason,
+                }
+                for rollout in self.rollouts
+            ],
+        }
 
 
 @dataclass(frozen=True)
@@ -215,7 +244,7 @@ class Pacore:
         return done
 
     def _answer(self, run: ProblemRun, error: str | None) -> Answer:
-        rounds = tuple(Round(results[0].prompt_tokens, tuple(results)) for results in run.rounds)
+        rounds = tuple(map(Round.of, run.rounds))
         last = rounds[-1].rollouts if rounds else ()
         if error is None and all(result.finish_reason == "error" for result in last):
             error = "the last round failed: its logits were not finite"

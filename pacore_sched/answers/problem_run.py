@@ -15,6 +15,7 @@ from kernels.runtime.spans import begin
 from model.errors import InputError
 from model.text.prompt import build_prompt, image_head_length
 from pacore_sched.answers.journal import RolloutResult
+from pacore_sched.answers.message_budget import FittedPrompt, fit_messages, prompt_limit
 from pacore_sched.answers.rounds import SynthesisTemplate, round_messages
 from pacore_sched.engine.engine import Engine
 from pacore_sched.sched.request import Group, Rollout, Sampling, Segment
@@ -80,6 +81,7 @@ class ProblemRun:
         self._features: Features | None = None
         self._head: Segment | None = None
         self._head_ids: list[int] = []
+        self._prompt = FittedPrompt([], (), ())  # of the current round
         self._known = {(result.round, result.index): result for result in known}
         self._current: dict[int, RolloutResult] = {}
         self._on_end = ExitStack()  # closes the current round's span
@@ -108,15 +110,16 @@ class ProblemRun:
         if self.finished:
             return None
         self._encode()
-        ids = self._prompt()
+        self._prompt = self._build_prompt()
         number, settings = len(self.rounds), self._settings
         width = settings.widths[number]
         missing = [index for index in range(width) if index not in self._current]
+        path = self._path(self._prompt.ids)
         group = self._engine.submit(
-            self._path(ids),
-            ids[-1],
+            path,
+            self._prompt.ids[-1],
             {i: rollout_seed(settings.seed, number, i, self.id) for i in missing},
-            self._sampling(len(ids)),
+            self._sampling(path),
             problem=self.number,
             round=number,
             need=settings.needs[number] - self._ended(),
@@ -140,6 +143,8 @@ class ProblemRun:
             text=self._engine.text(rollout) if has_message else "",
             num_tokens=len(rollout.tokens),
             logprob=sum(rollout.logprobs),
+            cut=self._prompt.cut,
+            dropped=self._prompt.dropped,
             tokens=tuple(rollout.tokens),
             logprobs=tuple(rollout.logprobs),
         )
@@ -199,12 +204,32 @@ class ProblemRun:
         self._layouts = [_Layout(view.newlines) for view in views]
         self._features = self._engine.executor.encode(views)
 
-    def _prompt(self) -> list[int]:
-        """The ids of the current round's prompt."""
-        messages = self._messages
-        if self.rounds:
-            texts = [result.text for result in self.rounds[-1]]
-            messages = round_messages(messages, texts, template=self._settings.template)
+    def _build_prompt(self) -> FittedPrompt:
+        """The current round's prompt. Raises InputError if known rollouts had another one."""
+        if not self.rounds:
+            return FittedPrompt(self._ids_of(self._messages), (), ())
+        template, model = self._settings.template, self._model
+        prompt = fit_messages(
+            self.rounds[-1],
+            lambda texts: self._ids_of(round_messages(self._messages, texts, template=template)),
+            prompt_limit(
+                model.config.decoder.max_positions,
+                self._engine.scheduler.tree,
+                self.rounds[0][0].prompt_tokens,
+                self._settings.sampling.max_tokens,
+            ),
+            model.tokenizer,
+        )
+        for known in self._current.values():
+            if known.prompt_tokens != len(prompt.ids):
+                raise InputError(
+                    f"the prompt of round {len(self.rounds) + 1} has {len(prompt.ids)} tokens, but"
+                    f" had {known.prompt_tokens} in the run that is resumed, with room for another"
+                    " number of KV tokens: resume with the same --kv-tokens"
+                )
+        return prompt
+
+    def _ids_of(self, messages: Sequence[dict]) -> list[int]:
         return build_prompt(messages, self._model.tokenizer, self._model.config, self._layouts)
 
     def _path(self, ids: list[int]) -> list[Segment]:
@@ -223,12 +248,19 @@ class ProblemRun:
         first_patch = self._head_ids.count(tokens.im_patch)
         return [self._head, executor.segment(ids[head:-1], self._features, first_patch)]
 
-    def _sampling(self, prompt_tokens: int) -> Sampling:
-        """The sampling options, with max_tokens limited to the rest of the context."""
+    def _sampling(self, path: Sequence[Segment]) -> Sampling:
+        """The sampling options, with max_tokens limited to the rest of the context.
+
+        After the first round, also to the rest of the KV: the rollouts so far are not lost.
+        """
         sampling, context = self._settings.sampling, self._model.config.decoder.max_positions
+        prompt_tokens = sum(segment.tokens for segment in path) + 1
         if prompt_tokens >= context:
             raise InputError(f"the prompt has {prompt_tokens} tokens, the context is {context}")
-        return replace(sampling, max_tokens=min(sampling.max_tokens, context - prompt_tokens))
+        limit = min(sampling.max_tokens, context - prompt_tokens)
+        if self.rounds:
+            limit = min(limit, self._engine.scheduler.max_tokens(path))
+        return replace(sampling, max_tokens=limit)
 
 
 def rollout_seed(seed: int, number: int, index: int, problem: str = "") -> int:

@@ -104,32 +104,33 @@ def synthesis_prompt(
 
 
 def round_messages(
-    messages: Sequence[dict],
-    replies: Sequence[str],
+    conversation: Sequence[dict],
+    messages: Sequence[str],
     *,
     template: SynthesisTemplate | None = None,
     seed: int = 42,
 ) -> list[dict]:
-    """The next round's conversation, from the first round's `messages` and the last replies.
+    """The next round's conversation, from the first round's and the last round's `messages`.
 
-    Replies are whole generated texts, "" for a failed rollout. The synthesis prompt replaces the
+    Messages are compacted texts, "" for a rollout without one. The synthesis prompt replaces the
     text of the last user message (several text parts are one problem, joined by newlines); its
-    other parts, the images, come first, where all rounds can share their KV. If no reply has a
-    message, the conversation is returned unchanged. `messages` itself is not modified.
+    other parts, the images, come first, where all rounds can share their KV. Without any message,
+    the conversation is returned unchanged. `conversation` itself is not modified.
     Raises InputError if there is no user message, its content is not text or a list of parts, or
     the template fails on it.
     """
-    users = [index for index, message in enumerate(messages) if message.get("role") == "user"]
+    users = [index for index, turn in enumerate(conversation) if turn.get("role") == "user"]
     if not users:
         raise InputError("the conversation has no user message")
-    references = order_messages([compact(reply) for reply in replies], seed)
+    references = order_messages(messages, seed)
     if not references:
-        return list(messages)
-    last = messages[users[-1]]
+        return list(conversation)
+    last = conversation[users[-1]]
     problem, images = _split_content(last.get("content"))
     prompt = synthesis_prompt(problem, references, template)
     content = [*images, {"type": "text", "text": prompt}] if images else prompt
-    return [*messages[: users[-1]], {**last, "content": content}, *messages[users[-1] + 1 :]]
+    following = {**last, "content": content}
+    return [*conversation[: users[-1]], following, *conversation[users[-1] + 1 :]]
 
 
 def _integer(text: str) -> int:

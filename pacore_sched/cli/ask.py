@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 
 from model.errors import InputError
 from model.terminal import progress
@@ -65,21 +66,7 @@ def report(pacore: Pacore, answer: Answer, seconds: float) -> dict:
     return {
         "answer": answer.text,
         "error": answer.error,
-        "rounds": [
-            {
-                "prompt_tokens": round_.prompt_tokens,
-                "rollouts": [
-                    {
-                        "text": rollout.text,
-                        "tokens": rollout.num_tokens,
-                        "seed": rollout.seed,
-                        "finish_reason": rollout.finish_reason,
-                    }
-                    for rollout in round_.rollouts
-                ],
-            }
-            for round_ in answer.rounds
-        ],
+        "rounds": [round_.record() for round_ in answer.rounds],
         "seconds": seconds,
         "tokens_per_second": stats.generated / seconds,
         "prefix_tokens_saved": pacore.prefix_tokens_saved,
@@ -101,6 +88,13 @@ def print_answer(pacore: Pacore, answer: Answer, seconds: float) -> None:
     """Print the answer, the speed, and what sharing the prompts saved."""
     stats = pacore.engine.stats
     rollouts = sum(len(round_.rollouts) for round_ in answer.rounds)
+    for number, round_ in enumerate(answer.rounds):
+        if round_.cut or round_.dropped:
+            print(
+                f"--- round {number + 1} read {len(round_.cut)} messages of round {number} without"
+                f" their beginnings{_numbers(round_.cut)} and {len(round_.dropped)} not at"
+                f" all{_numbers(round_.dropped)}: the prompt leaves room for an answer"
+            )
     print(f"=== answer\n{answer.text.strip()}")
     print(
         f"=== {rollouts} rollouts, {stats.generated} tokens in {seconds:.1f} s"
@@ -110,3 +104,8 @@ def print_answer(pacore: Pacore, answer: Answer, seconds: float) -> None:
         f"    shared prompts: {pacore.prefix_tokens_saved} tokens not prefilled again;"
         f" decode steps read the KV of {stats.kv_read} tokens instead of {stats.kv_read_unshared}"
     )
+
+
+def _numbers(indices: Sequence[int]) -> str:
+    """The rollouts of these indices, as they are called in the output."""
+    return f" ({', '.join(str(index + 1) for index in indices)})" if indices else ""

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import groupby
 
 from pacore_sched.answers.journal import RolloutResult
-from pacore_sched.answers.pacore import Pacore
+from pacore_sched.answers.pacore import Pacore, Round
 from pacore_sched.answers.questions import Question
 from pacore_sched.answers.rounds import load_template, parse_widths, round_widths
 from pacore_sched.cli import options as shared
@@ -53,25 +53,11 @@ def result_line(
     question: Question, result: ProblemResult, rollouts: Sequence[RolloutResult]
 ) -> dict:
     """A problem's output line; `rollouts` are ordered by round and index."""
-    rounds = [list(group) for _, group in groupby(rollouts, lambda rollout: rollout.round)]
+    rounds = [Round.of(list(group)) for _, group in groupby(rollouts, lambda r: r.round)]
     return {
         "id": question.id,
         "answer": result.text,
         "failed": result.error is not None,
         "error": result.error,
-        "rounds": [
-            {
-                "prompt_tokens": round_[0].prompt_tokens,
-                "rollouts": [
-                    {
-                        "text": rollout.text,
-                        "tokens": rollout.num_tokens,
-                        "seed": rollout.seed,
-                        "finish_reason": rollout.finish_reason,
-                    }
-                    for rollout in round_
-                ],
-            }
-            for round_ in rounds
-        ],
+        "rounds": [round_.record() for round_ in rounds],
     }

@@ -79,6 +79,11 @@ class Scheduler:
         longest = max(rollout.max_tokens for rollout in group.rollouts)
         return cdiv(longest, size) + sum(cdiv(segment.tokens, size) for segment in group.path)
 
+    def max_tokens(self, path: Sequence[Segment]) -> int:
+        """The most tokens that a rollout of a prompt can have: all pages that the prompt leaves."""
+        size = self.tree.page_size
+        return size * (self.tree.num_pages - sum(cdiv(segment.tokens, size) for segment in path))
+
     def submit(self, group: Group) -> None:
         """Add a group. Raises ValueError if one of its rollouts can never fit."""
         if self.max_pages(group) > self.tree.num_pages:

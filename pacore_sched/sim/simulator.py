@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil, inf
 
+from pacore_sched.answers.message_budget import prompt_limit
 from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Group, Rollout, Sampling, Segment
@@ -106,6 +107,7 @@ class Run:
 class Replica:
     """One GPU with its scheduler and the problems that it runs.
 
+    context: the most tokens of a prompt and its rollout; later rounds' messages are cut to it
     need_share: a round ends when this share of its rollouts have ended (1: all of them)
     on_round: called with the records of a round that has ended
     on_answer: called with a problem's number and the time at which its last round ended
@@ -121,6 +123,7 @@ class Replica:
         max_running: int,
         token_budget: int,
         max_tokens: int = MAX_TOKENS,
+        context: int,
         need_share: float = 1.0,
         on_round: Callable[[list[Record]], None],
         on_answer: Callable[[int, float], None],
@@ -132,7 +135,7 @@ class Replica:
             num_pages, page_size, policy, max_running=max_running, token_budget=token_budget
         )
         self.sampling = Sampling(max_tokens, ignore_eos=True)
-        self.need_share = need_share
+        self.context, self.need_share = context, need_share
         self.on_round, self.on_answer = on_round, on_answer
         self.runs: dict[int, Run] = {}
         self._batch, self._left = Batch(()), 0  # the last batch, and its remaining steps
@@ -144,8 +147,7 @@ class Replica:
 
     def length(self, rollout: Rollout) -> int:
         """The pinned length of an unfinished rollout."""
-        group = rollout.group
-        return self.runs[group.problem].problem.lengths[group.round][rollout.index]
+        return self._record(rollout).length
 
     def submit(self, number: int, problem: SimProblem) -> None:
         """Start a problem. Raises ValueError if one of its rollouts can never fit."""
@@ -198,9 +200,11 @@ class Replica:
         need = ceil(self.need_share * len(lengths)) if exploring else len(lengths)
         group = Group(path, 0, self.sampling, problem=run.number, round=number, need=need)
         limit = self.sampling.max_tokens
+        if number:  # as in answers/problem_run.py
+            limit = min(limit, self.scheduler.max_tokens(path))
         group.rollouts = [Rollout(group, index, 0, limit) for index in range(len(lengths))]
         run.records = {
-            rollout: Record(run.number, number, length, self.executor.clock)
+            rollout: Record(run.number, number, min(length, limit), self.executor.clock)
             for rollout, length in zip(group.rollouts, lengths, strict=True)
         }
         self.scheduler.submit(group)
@@ -218,7 +222,10 @@ class Replica:
         self.on_round(records)
         if group.round + 1 < len(run.problem.lengths):
             ended = [record.length for record in records if not record.cancelled]
-            self._submit_round(run, group.round + 1, run.problem.prompt_tokens(ended))
+            first = run.problem.image_tokens + run.problem.prompt_tokens()
+            tree, max_tokens = self.scheduler.tree, self.sampling.max_tokens
+            limit = prompt_limit(self.context, tree, first, max_tokens)
+            self._submit_round(run, group.round + 1, run.problem.prompt_tokens(ended, limit))
             return
         if run.image:
             self.scheduler.drop(run.image)

@@ -15,6 +15,7 @@ from math import erf, exp, log, sqrt
 import numpy as np
 
 from model.errors import InputError
+from pacore_sched.answers.message_budget import tokens_kept
 from pacore_sched.answers.rounds import round_widths
 
 SIGMA_B, SIGMA_W = 0.7, 0.55
@@ -38,13 +39,20 @@ class SimProblem:
         """Number of tokens generated in all rounds."""
         return sum(map(sum, self.lengths))
 
-    def prompt_tokens(self, ended: Sequence[int] | None = None) -> int:
+    def prompt_tokens(self, ended: Sequence[int] | None = None, limit: int | None = None) -> int:
         """Prompt tokens after the image: of the first round, or of a round whose previous round's
-        rollouts ended with the lengths `ended`."""
+        rollouts ended with the lengths `ended`.
+
+        Messages are cut and dropped, as in answers/message_budget.py, until the image and the
+        prompt have at most `limit` tokens. Unfinished rollouts are not told from others.
+        """
         if ended is None:
             return self.question_tokens
-        messages = sum(min(length, self.message_tokens) for length in ended)
-        return self.question_tokens + self.template_tokens + messages
+        messages = [min(length, self.message_tokens) for length in ended]
+        fixed = self.question_tokens + self.template_tokens
+        if limit is not None:
+            messages = tokens_kept(messages, limit - self.image_tokens - fixed)
+        return fixed + sum(messages) if any(messages) else self.question_tokens
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ def test_next_round_keeps_earlier_turns():
         {"role": "user", "content": "Second question", "name": "ann"},
     ]
     before = copy.deepcopy(messages)
-    following = rounds.round_messages(messages, ["why</think>yes", "", "no"])
+    following = rounds.round_messages(messages, ["yes", "", "no"])
     references = rounds.order_messages(["yes", "", "no"])
     prompt = rounds.synthesis_prompt("Second question", references)
     assert sorted(references) == ["no", "yes"]
@@ -297,19 +297,19 @@ def test_next_round_takes_template_and_seed(tmp_path):
     """Ignoring the caller's template or seed."""
     path = tmp_path / "own.jinja"
     path.write_text("{{ original_prompt }}: {{ ref_responses | join('|') }}")
-    replies = [letter * size for size, letter in enumerate("abcdef", start=1)]
+    references = [letter * size for size, letter in enumerate("abcdef", start=1)]
     messages = [{"role": "user", "content": "Q"}]
     (following,) = rounds.round_messages(
-        messages, replies, template=rounds.load_template(path), seed=7
+        messages, references, template=rounds.load_template(path), seed=7
     )
-    assert following["content"] == "Q: " + "|".join(rounds.order_messages(replies, 7))
+    assert following["content"] == "Q: " + "|".join(rounds.order_messages(references, 7))
 
 
-@pytest.mark.parametrize("replies", [[], ["", ""], ["cut</think>"]])
-def test_next_round_without_messages_asks_the_problem(replies):
+@pytest.mark.parametrize("none", [[], ["", ""]])
+def test_next_round_without_messages_asks_the_problem(none):
     """A synthesis prompt with an empty list of references, instead of the problem itself."""
     messages = [{"role": "user", "content": [text("Q"), image("one")]}]
-    assert rounds.round_messages(messages, replies) == messages
+    assert rounds.round_messages(messages, none) == messages
 
 
 @pytest.mark.parametrize(

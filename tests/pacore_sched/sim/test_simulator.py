@@ -183,6 +183,7 @@ def replica_over(work, **changes):
         SMALL.cost_model(),
         **options | changes,
         max_tokens=400,
+        context=65536,
         on_round=lambda records: None,
         on_answer=lambda number, seconds: answers.append(number),
     )
