@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 UNFINISHED_TOKENS = 512  # of an unfinished rollout; a finished message has 900 (report, figure 4)
 MIN_TOKENS = 64  # what is left of a message that is cut
-ATTEMPTS = 8  # prompts built to find the longest that fits; seldom more than 3
+ATTEMPTS = 8  # prompts built to find one that is within 1 % of the limit
 CUT, UNFINISHED = "Its beginning is left out.", "It was not finished."
 
 
@@ -49,21 +49,26 @@ def fit_messages(
     most = [UNFINISHED_TOKENS if i in unfinished else limit for i in range(len(messages))]
     ends = [tail(text, tokens, tokenizer) for text, tokens in zip(messages, most, strict=True)]
     lengths = [tokens for _, tokens in ends]
-    budget, kept, best = limit, [-1], None
+    best: FittedPrompt | None = None
+    low, budget, high = 0, limit, limit + 1  # `low` fits, `high` does not
     for _ in range(ATTEMPTS):
-        before, kept = kept, tokens_kept(lengths, budget, unfinished)
-        if kept == before:
-            break
+        kept = tokens_kept(lengths, budget, unfinished)
         texts = [
             text if tokens == length else tail(text, tokens, tokenizer)[0]
             for (text, length), tokens in zip(ends, kept, strict=True)
         ]
         cut = {i for i, text in enumerate(texts) if text and text != messages[i]}
         ids = build([_marked(t, i in cut, i in unfinished) for i, t in enumerate(texts)])
-        if len(ids) <= limit and (best is None or len(ids) > len(best.ids)):
+        if len(ids) <= limit:
+            low = budget
             dropped = (i for i, text in enumerate(texts) if messages[i] and not text)
             best = FittedPrompt(ids, tuple(sorted(cut)), tuple(dropped))
-        budget = limit - (len(ids) - sum(kept))  # without what the template adds
+        else:
+            high = budget
+        guess = limit - (len(ids) - sum(kept))  # if the template adds as much as it did now
+        budget = guess if low < guess < high else (low + high) // 2
+        if budget == low or 0 <= limit - len(ids) <= limit // 100:
+            break
     if best is None:
         dropped = (i for i, message in enumerate(messages) if message)
         best = FittedPrompt(build([""] * len(messages)), (), tuple(dropped))

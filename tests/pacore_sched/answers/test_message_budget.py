@@ -1,6 +1,7 @@
 """Messages that are too long together: what a prompt keeps of them, and what the result says."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -70,6 +71,16 @@ def test_tail(text: str, tokens: int):
     assert length - 3 <= len(end.encode()) <= length
 
 
+def test_tail_of_long_tokens():
+    """A tail that is too short because its tokens have many characters."""
+    words = SimpleNamespace(
+        encode=lambda text, special: [text.count("w", 0, at + 1) for at in range(0, len(text), 20)],
+        token_bytes=lambda id: b"w" + b"." * 19,
+    )
+    text = ("w" + "." * 19) * 50
+    assert tail(text, 30, words) == (text[-600:], 30)
+
+
 def test_messages_that_fit_are_unchanged():
     """A message that is marked or shortened without need."""
     results = [rollout("thoughts</think>\n\n4"), rollout("5"), rollout("no end</think>")]
@@ -124,13 +135,13 @@ def test_a_template_that_grows_with_its_messages():
     assert prompt.dropped == (0, 1)
 
 
-def in_context(context: int, kv_tokens: int = 8192, widths=(4, 1)) -> Pacore:
-    """A tiny model with rounds of 110 tokens per rollout, and this context."""
+def in_context(context: int, kv_tokens: int = 8192, widths=(4, 1), max_tokens: int = 110) -> Pacore:
+    """A tiny model with this context, whose rollouts all have `max_tokens` tokens."""
     model = Step3VL.from_preset("tiny", seed=1)
     decoder = replace(model.config.decoder, max_positions=context)
     model.config = replace(model.config, decoder=decoder)
     engine = engine_for(model, max_running=4, kv_tokens=kv_tokens)
-    return Pacore(model, engine, widths[:-1], Sampling(110, ignore_eos=True))
+    return Pacore(model, engine, widths[:-1], Sampling(max_tokens, ignore_eos=True))
 
 
 @pytest.mark.parametrize("context, kv_tokens", [(1200, 8192), (8192, 64 * 20)])
@@ -146,6 +157,16 @@ def test_a_synthesis_that_would_outgrow_the_context_or_the_kv(context: int, kv_t
     assert not (explore.cut or explore.dropped or synthesis.dropped)
     room = min(context, kv_tokens) - 110
     assert room - 4 * 64 <= synthesis.prompt_tokens <= room
+
+
+def test_a_rollout_that_takes_all_kv_pages():
+    """A synthesis that is refused because the prompt and `max_tokens` need more than all pages."""
+    answer = in_context(8192, 64 * 20, max_tokens=1000).answer(QUESTION)
+    synthesis = answer.rounds[1]
+    assert answer.error is None
+    assert len(synthesis.cut) in range(1, 4)
+    assert len(synthesis.cut) + len(synthesis.dropped) == 4
+    assert 1280 - 2 * 64 < synthesis.prompt_tokens + synthesis.rollouts[0].num_tokens <= 1281
 
 
 def test_a_question_that_leaves_no_room_for_messages():

@@ -178,12 +178,12 @@ def replica_over(work, **changes):
     """A replica with the problems submitted, and the list of answered problems that it fills."""
     answers = []
     options = {"num_pages": 80, "page_size": 8, "max_running": 24, "token_budget": 64}
+    options |= {"context": 65536}
     replica = Replica(
         POLICIES["later-round-first"](),
         SMALL.cost_model(),
         **options | changes,
         max_tokens=400,
-        context=65536,
         on_round=lambda records: None,
         on_answer=lambda number, seconds: answers.append(number),
     )
@@ -275,6 +275,22 @@ def test_what_never_fits_is_refused():
         simulate(problems(1), replace(SMALL, num_pages=40))
     with pytest.raises(InputError, match="no room for KV"):
         simulate(problems(1), replace(SMALL, machine=replace(MACHINE, memory_bytes=1e6)))
+
+
+@pytest.mark.parametrize("limits", [{"context": 500}, {"num_pages": 64}])
+def test_messages_that_do_not_fit_are_shortened(limits):
+    """A synthesis that no GPU can run, which ends the simulation, or a prompt without room for an
+    answer, although the engine would shorten its messages."""
+    work = [replace(problem, message_tokens=150) for problem in problems(4, widths=(12,))]
+    work = [replace(problem, lengths=(problem.lengths[0], (400,))) for problem in work]
+    replica, answers = replica_over(work, **limits)
+    groups = set()
+    while replica.step():
+        replica.scheduler.check_integrity()
+        groups |= replica.scheduler.groups.keys()
+    assert sorted(answers) == [0, 1, 2, 3]
+    prompts = {group.prompt_tokens for group in groups if group.round}
+    assert max(prompts) <= 64 * 8 - 400 // 2 < 12 * 64
 
 
 def test_step_shape_by_hand():

@@ -85,6 +85,10 @@ def test_synthesis_prompt_grows_with_messages():
     """Later prompts that lack the question, the template or a message of an ended rollout."""
     problem = SimProblem(0.0, 800, 100, ((1000, 20), (5,)), template_tokens=50, message_tokens=300)
     assert problem.prompt_tokens() == 100
+    messages = {1270: 300 + 20, 1200: 230 + 20, 1000: 20}  # with the image: 950 without any
+    for limit, tokens in messages.items():
+        assert problem.prompt_tokens([1000, 20], limit) == 100 + 50 + tokens
+    assert problem.prompt_tokens([1000, 20], 960) == 100  # the question again
     assert problem.prompt_tokens([1000, 20]) == 100 + 50 + 300 + 20
     assert problem.tokens == 1025
 
