@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
 
 from model.errors import InputError
 from model.terminal import progress
@@ -88,13 +87,15 @@ def print_answer(pacore: Pacore, answer: Answer, seconds: float) -> None:
     """Print the answer, the speed, and what sharing the prompts saved."""
     stats = pacore.engine.stats
     rollouts = sum(len(round_.rollouts) for round_ in answer.rounds)
-    for number, round_ in enumerate(answer.rounds):
-        if round_.cut or round_.dropped:
-            print(
-                f"--- round {number + 1} read {len(round_.cut)} messages of round {number} without"
-                f" their beginnings{_numbers(round_.cut)} and {len(round_.dropped)} not at"
-                f" all{_numbers(round_.dropped)}: the prompt leaves room for an answer"
-            )
+    for number, round_ in enumerate(answer.rounds, start=1):
+        changes = ((round_.cut, "without their beginnings"), (round_.dropped, "left out"))
+        texts = [
+            f"{', '.join(str(index + 1) for index in indices)} {what}"
+            for indices, what in changes
+            if indices
+        ]
+        if texts:
+            print(f"--- round {number}'s prompt, to fit: messages {'; '.join(texts)}")
     print(f"=== answer\n{answer.text.strip()}")
     print(
         f"=== {rollouts} rollouts, {stats.generated} tokens in {seconds:.1f} s"
@@ -104,8 +105,3 @@ def print_answer(pacore: Pacore, answer: Answer, seconds: float) -> None:
         f"    shared prompts: {pacore.prefix_tokens_saved} tokens not prefilled again;"
         f" decode steps read the KV of {stats.kv_read} tokens instead of {stats.kv_read_unshared}"
     )
-
-
-def _numbers(indices: Sequence[int]) -> str:
-    """The rollouts of these indices, as they are called in the output."""
-    return f" ({', '.join(str(index + 1) for index in indices)})" if indices else ""

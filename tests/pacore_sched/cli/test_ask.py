@@ -46,6 +46,24 @@ def photo(tmp_path: Path) -> str:
     return str(path)
 
 
+def test_messages_that_do_not_fit_are_named(ask):
+    """Messages that are shortened or left out without a word."""
+    arguments = ["Hi", "--model", "tiny", "--max-tokens", "60", "--seed", "1"]
+    arguments += ["--widths", "6", "--kv-tokens", "1024"]
+    code, out, err = ask(*arguments, "--json")
+    assert (code, err) == (0, "")
+    first, last = json.loads(out)["rounds"]
+    assert (first["cut"], first["dropped"]) == ([], [])
+    assert last["cut"]
+    assert last["dropped"]
+    cut, dropped = (
+        ", ".join(str(index + 1) for index in last[name]) for name in ("cut", "dropped")
+    )
+    line = f"messages {cut} without their beginnings; {dropped} left out"
+    assert f"--- round 2's prompt, to fit: {line}\n" in ask(*arguments)[1]
+    assert "to fit" not in ask(*arguments[:-2])[1]
+
+
 def test_json(ask, photo: str):
     """Changed keys, which are a public interface, or a document that its seed does not fix."""
     arguments = ["How many?", *TINY, "--widths", "3,2", "--image", photo, "--json", "--seed", "5"]
