@@ -22,7 +22,7 @@ from model.step3vl import Step3VL
 from model.terminal import progress
 from model.text.prompt import build_prompt
 from model.vision.image import load_image, preprocess
-from pacore_sched.answers.journal import RolloutResult
+from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.pacore import Pacore, engine_for
 from pacore_sched.engine.engine import Engine
 from pacore_sched.sched.request import Sampling

@@ -62,6 +62,15 @@ def read_source(path: Path) -> Source:
     return replace(source, config=config)
 
 
+def source_files(path: Path) -> list[Path]:
+    """All files that reading the model in `path` may open, and others of their kinds; sorted."""
+    if not os.path.isdir(path):
+        return [path]
+    patterns = "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.safetensors"
+    files = (file for pattern in patterns for file in path.glob(pattern))
+    return sorted(file for file in files if file.is_file())
+
+
 def _read_directory(path: Path) -> Source:
     from model.weights.checkpoint import find_tensors, read_tensors
     from model.weights.hf_config import read_config

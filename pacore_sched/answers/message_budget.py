@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pacore_sched.answers.journal import RolloutResult
+from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.rounds import compact
 from pacore_sched.sched.prefix_tree import PrefixTree
 

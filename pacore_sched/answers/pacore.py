@@ -19,7 +19,7 @@ from kernels.runtime.arithmetic import cdiv
 from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, page_bytes
 from model.memory import free_bytes
-from pacore_sched.answers.journal import RolloutResult
+from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.problem_run import Problem, ProblemRun, Settings
 from pacore_sched.answers.rounds import SynthesisTemplate, compact, round_widths
 from pacore_sched.engine.engine import Engine

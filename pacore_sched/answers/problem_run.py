@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from kernels.runtime.spans import begin
 from model.errors import InputError
 from model.text.prompt import build_prompt, image_head_length
-from pacore_sched.answers.journal import RolloutResult
+from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.message_budget import FittedPrompt, fit_messages, prompt_limit
 from pacore_sched.answers.rounds import SynthesisTemplate, round_messages
 from pacore_sched.engine.engine import Engine

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 
-from pacore_sched.answers.journal import RolloutResult
+from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.pacore import Pacore, Round
 from pacore_sched.answers.questions import Question
 from pacore_sched.answers.rounds import load_template, parse_widths, round_widths
@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
         template=template,
         min_messages=options.min_messages,
     )
-    width = max(round_widths(widths))
-    return run_job(options, options.questions, Job("batch", width, settings, pacore, result_line))
+    job = Job("batch", round_widths(widths), settings, pacore, result_line)
+    return run_job(options, options.questions, job)
 
 
 def result_line(

@@ -4,30 +4,36 @@ During the run, finished rollouts are in the journal next to the output (answers
 JSONL file that can be read at any time. The output is written from the journal at the end, in the
 order of the questions, and does not depend on timing: an interrupted and resumed run gives the same
 texts. (Log-probabilities may round differently in other batches; with --min-messages, which
-rollouts are cancelled depends on what else was running.)
+rollouts are cancelled depends on what else was running.) What the results depend on is compared
+before the weights are loaded, as far as it is known then.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from kernels import __version__
 from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError
 from model.step3vl import Step3VL
-from model.vision.image import Views, load_image
-from pacore_sched.answers.journal import Journal, RolloutResult, replace_file
+from model.text.files import check_regular
+from model.vision.image import Views
+from pacore_sched.answers.journal import Journal, replace_file
+from pacore_sched.answers.journal_lines import Expected, RolloutResult
 from pacore_sched.answers.pacore import Answer, Pacore
-from pacore_sched.answers.problem_run import Problem
+from pacore_sched.answers.problem_run import Problem, rollout_seed
 from pacore_sched.answers.questions import Question, read_questions
 from pacore_sched.cli import options as shared
+from pacore_sched.cli.inputs import ImageFiles, image_files, model_identity
 from pacore_sched.cli.progress import batch_progress
 from pacore_sched.sched.request import Sampling
 
@@ -39,7 +45,7 @@ class Job:
     """The parts of a run that differ between `batch` and `sample`.
 
     name: the command
-    width: rollouts of a problem's widest round
+    widths: rollouts of every round of a problem, the synthesis included
     settings: what the results depend on, other than sampling and model options
     line: from a question, its ProblemResult and its rollouts to the object in its output line
     keep_tokens: whether the journal holds every token and its log-probability
@@ -47,7 +53,7 @@ class Job:
     """
 
     name: str
-    width: int
+    widths: Sequence[int]
     settings: dict
     pacore: Callable[..., Pacore]  # (model, engine, sampling=...) -> Pacore
     line: Callable[[Question, "ProblemResult", Sequence[RolloutResult]], dict]
@@ -84,8 +90,8 @@ class Progress:
         return time.perf_counter() - self.start
 
 
-class Stopped(Exception):
-    """The user has stopped the run."""
+class Stopped(BaseException):
+    """The user has stopped the run. No handler of a problem's errors may take it for one."""
 
 
 def add_job_options(parser: argparse.ArgumentParser, what: str) -> None:
@@ -115,16 +121,21 @@ def run_job(options: argparse.Namespace, path: str, job: Job) -> int:
     _check_output(out, journal_path, options.resume)
     shared.check_sampling(options)
     file = read_questions(path)
-    model = shared.load_model(options)
-    sampling = shared.sampling_for(options, model.config.sampling)
-    sampling = replace(sampling, logprobs=job.logprobs)
-    engine = shared.make_engine(options, model, problems=len(file.questions), width=job.width)
-    pacore = job.pacore(model, engine, sampling=sampling)
-    header = _header(options, job, model, sampling, file.digest)
-    with Journal(journal_path, header, resume=options.resume) as journal:
+    settings = _settings(options, job, file.digest)
+    expected = _expected(options, job, file.questions)
+    with Journal(journal_path, settings, expected, resume=options.resume) as journal:
+        images = ImageFiles(journal)
+        images.check(file.questions)
+        model = shared.load_model(options)
+        sampling = shared.sampling_for(options, model.config.sampling)
+        sampling = replace(sampling, logprobs=job.logprobs)
+        problems, width = len(file.questions), max(job.widths)
+        engine = shared.make_engine(options, model, problems=problems, width=width)
+        pacore = job.pacore(model, engine, sampling=sampling)
+        journal.begin(_model_settings(model, sampling))
         resumed = journal.rollouts
-        progress = Progress(len(file.questions), rollouts=resumed)
-        results, stopped = _run(job, pacore, file.questions, journal, progress)
+        progress = Progress(problems, rollouts=resumed)
+        results, stopped = _run(job, pacore, file.questions, journal, images, progress)
         if not stopped:
             replace_file(out, _lines(job, file.questions, results, journal))
     report = _report(pacore, progress, resumed, out, journal_path, stopped)
@@ -138,32 +149,48 @@ def _check_output(out: Path, journal: Path, resume: bool) -> None:
     """Raise InputError if the output would overwrite a file or cannot be written."""
     if not out.parent.is_dir():
         raise InputError(f"cannot write {out.name}: there is no folder {out.parent}")
-    if journal.exists() or not out.exists():
+    if os.path.exists(out):
+        check_regular(out)
+    if os.path.exists(journal) or not os.path.exists(out):
         return  # opening the journal checks whether it may be resumed
     if resume:
         raise InputError(f"{out} exists but {journal.name} does not: there is nothing to resume")
     raise InputError(f"{out} already exists: choose another --out")
 
 
-def _header(
-    options: argparse.Namespace, job: Job, model: Step3VL, sampling: Sampling, digest: str
-) -> dict:
-    """The journal's header: everything that the results depend on."""
-    path = Path(options.model)
+def _settings(options: argparse.Namespace, job: Job, digest: str) -> dict:
+    """The part of the journal's header that is known without the model; `digest` is that of the
+    questions. Together with `_model_settings`, it has everything that the results depend on."""
     return {
         "command": job.name,
         "version": __version__,
-        "model": str(path.resolve()) if path.exists() else options.model,
-        "device": model.device.type,
-        "dtype": dtype_name(model.dtype),
+        "model": model_identity(options.model),
         "kv_dtype": options.kv_dtype,
         "impl": options.impl,
-        "chat_template_sha256": text_digest(model.tokenizer.chat_template),
         "questions_sha256": digest,
         **job.settings,
         "seed": options.seed,
+        "max_tokens": options.max_tokens,
+        "stop": options.stop,
+    }
+
+
+def _model_settings(model: Step3VL, sampling: Sampling) -> dict:
+    """The other part; omitted options have the model's values."""
+    return {
+        "device": model.device.type,
+        "dtype": dtype_name(model.dtype),
+        "chat_template_sha256": text_digest(model.tokenizer.chat_template),
         **asdict(sampling),
     }
+
+
+def _expected(options: argparse.Namespace, job: Job, questions: Sequence[Question]) -> Expected:
+    files = {question.id: None for question in questions if question.error} | {
+        question.id: len(image_files(question)) for question in questions if not question.error
+    }
+    seed = partial(rollout_seed, options.seed)
+    return Expected(files, job.widths, seed, tokens=job.keep_tokens)
 
 
 def text_digest(text: str | None) -> str | None:
@@ -176,6 +203,7 @@ def _run(
     pacore: Pacore,
     questions: Sequence[Question],
     journal: Journal,
+    images: ImageFiles,
     progress: Progress,
 ) -> tuple[dict[int, ProblemResult], bool]:
     """Answer the questions; returns their results by line, and whether the user stopped the run."""
@@ -186,25 +214,30 @@ def _run(
 
     with batch_progress(pacore.engine, progress) as refresh, _stop_signals() as stop_requested:
 
+        def check_stop() -> None:
+            if stop_requested():
+                raise Stopped
+
         def on_rollout(result: RolloutResult) -> None:
-            journal.add([result], tokens=job.keep_tokens)
+            journal.add([result], images=images.hashes(result.problem))
             progress.rollouts += 1
 
         def on_step(tokens: int) -> None:
             progress.tokens += tokens
             refresh()
-            if stop_requested():
-                raise Stopped
+            check_stop()
 
-        problems = (
-            _problem(question, pacore.model) for question in questions if not question.error
-        )
+        def problems() -> Iterator[Problem]:
+            for question in valid:
+                check_stop()  # thousands may be known from an earlier run: no step between them
+                yield _problem(question, pacore.model, images, check_stop)
+
         answers = pacore.answers(
-            problems, known=journal.results, on_rollout=on_rollout, on_step=on_step
+            problems(), known=journal.results, on_rollout=on_rollout, on_step=on_step
         )
         try:
             for answer in answers:
-                _complete(journal, answer, tokens=job.keep_tokens)
+                _complete(journal, answer)
                 results[lines[answer.problem]] = _problem_result(answer, lines[answer.problem])
                 journal.add_answer(answer.problem, answer.text, answer.error)
                 progress.note(answer)
@@ -213,23 +246,25 @@ def _run(
     return results, False
 
 
-def _complete(journal: Journal, answer: Answer, *, tokens: bool) -> None:
+def _complete(journal: Journal, answer: Answer) -> None:
     """Add cancelled rollouts that are missing from the journal because the earlier run was killed
     after the last message that a round waited for, before it wrote them."""
+    finished = journal.finished(answer.problem)
     rollouts = [rollout for round_ in answer.rounds for rollout in round_.rollouts]
-    if journal.count(answer.problem) < len(rollouts):
-        known = {(rollout.round, rollout.index) for rollout in journal.results(answer.problem)}
-        missing = [r for r in rollouts if (r.round, r.index) not in known]
-        journal.add(missing, tokens=tokens)
+    missing = [r for r in rollouts if (r.round, r.index) not in finished]
+    if missing:
+        journal.add(missing)
 
 
 def _problem_result(answer: Answer, line: int) -> ProblemResult:
     return ProblemResult(answer.text, answer.error and f"line {line}: {answer.error}")
 
 
-def _problem(question: Question, model: Step3VL) -> Problem:
+def _problem(
+    question: Question, model: Step3VL, images: ImageFiles, check_stop: Callable[[], None]
+) -> Problem:
     def load() -> list[Views]:
-        return shared.views_of(map(load_image, question.images), model)
+        return shared.views_of(images.load(question, check_stop), model)
 
     return Problem(question.messages, load if question.images else None, question.id)
 

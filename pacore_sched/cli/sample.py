@@ -11,7 +11,7 @@ from functools import partial
 
 from kernels.sampling import LOGPROBS
 from model.errors import InputError
-from pacore_sched.answers.journal import RolloutResult
+from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.questions import Question
 from pacore_sched.answers.rounds import MAX_WIDTH
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     pacore = partial(Pacore, widths=[options.n], seed=options.seed, synthesis=False)
     job = Job(
         "sample",
-        options.n,
+        [options.n],
         {"n": options.n},
         pacore,
         result_line,

@@ -16,15 +16,18 @@ from hypothesis import strategies as st
 
 from model.errors import InputError
 from pacore_sched.answers import journal as journal_module
-from pacore_sched.answers.journal import Journal, RolloutResult, replace_file
+from pacore_sched.answers.journal import Journal, replace_file
+from pacore_sched.answers.journal_lines import Expected, RolloutResult
 from tests.support import ROOT
 
 HEADER = {"model": "tiny", "widths": (4, 2), "seed": 0}
+SEED = 2**62 + 1
+EXPECTED = Expected({"a": 0, "b": 0, "photo": 2}, (30, 2, 1), lambda *rollout: SEED)
 RESULT = RolloutResult(
     problem="a",
     round=0,
     index=0,
-    seed=2**62 + 1,
+    seed=SEED,
     prompt_tokens=7,
     finish_reason="stop",
     text="four \u20ac\n</think>4",
@@ -42,27 +45,41 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "results.journal.jsonl"
 
 
+def opened(
+    path: Path, *, resume: bool, header: dict = HEADER, expected: Expected = EXPECTED
+) -> Journal:
+    return Journal(path, header, expected, resume=resume).begin()
+
+
 def begin(path: Path, results: list[RolloutResult]) -> None:
-    with Journal(path, HEADER, resume=False) as journal:
+    with opened(path, resume=False) as journal:
         journal.add(results)
 
 
 def resumed(path: Path, problem: str = "a") -> list[RolloutResult]:
-    with Journal(path, HEADER, resume=True) as journal:
+    with opened(path, resume=True) as journal:
         return journal.results(problem)
 
 
 def test_results_are_read_back(path: Path):
     """A rounded number, or results in the order in which they ended, not by round and index."""
     later = replace(RESULT, round=1)
-    other = replace(RESULT, problem="b", tokens=(1, 2, 3), logprobs=(-0.5, -1e-9, -3.25))
-    with Journal(path, HEADER, resume=False) as journal:
+    later = replace(later, cut=(0, 2), dropped=(1, 29))
+    with opened(path, resume=False) as journal:
         journal.add([later, *reversed(results_of(3))])
-        journal.add([other], tokens=True)
         assert journal.results("a") == [*results_of(3), later]
         assert journal.results("c") == []
     assert resumed(path) == [*results_of(3), later]
-    assert resumed(path, "b") == [other]
+
+
+def test_tokens_are_read_back(path: Path):
+    """Token ids or log-probabilities that are lost, rounded or of another type."""
+    expected = replace(EXPECTED, tokens=True)
+    result = replace(RESULT, tokens=(1, 2, 3), logprobs=(-0.5, -1e-9, -3.25))
+    with opened(path, resume=False, expected=expected) as journal:
+        journal.add([result])
+    with opened(path, resume=True, expected=expected) as journal:
+        assert journal.results("a") == [result]
 
 
 def test_tokens_are_written_only_on_request(path: Path):
@@ -75,17 +92,17 @@ def test_tokens_are_written_only_on_request(path: Path):
 
 def test_the_journal_is_readable_jsonl_while_it_is_written(path: Path):
     """A line that is buffered instead of written at once, or an answer that is written twice."""
-    with Journal(path, HEADER, resume=False) as journal:
+    with opened(path, resume=False) as journal:
         journal.add([RESULT])
         journal.add_answer("a", "4", None)
         journal.add_answer("a", "4", None)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["header", "rollout", "answer"]
     assert lines[0] == {
-        "kind": "header", "format": 1, "model": "tiny", "widths": [4, 2], "seed": 0,
+        "kind": "header", "format": 2, "model": "tiny", "widths": [4, 2], "seed": 0,
     }  # fmt: skip
     assert lines[1]["text"] == RESULT.text
-    with Journal(path, HEADER, resume=True) as journal:
+    with opened(path, resume=True) as journal:
         journal.add_answer("a", "4", None)
     assert len(path.read_text().splitlines()) == 3
 
@@ -100,7 +117,7 @@ def test_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, data: st.DataObj
     cut = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:cut])
     complete = max(whole[:cut].count(b"\n") - 1, 0)
-    with Journal(path, HEADER, resume=True) as journal:
+    with opened(path, resume=True) as journal:
         assert journal.results("a") == results_of(complete)
         assert journal.rollouts == complete
         journal.add(results_of(3)[complete:])
@@ -126,7 +143,7 @@ def test_a_file_that_is_not_a_journal_is_not_touched(path: Path, content: bytes)
     path.write_bytes(content)
     for resume in (True, False):
         with pytest.raises(InputError, match="is not a run journal"):
-            Journal(path, HEADER, resume=resume)
+            opened(path, resume=resume)
     assert path.read_bytes() == content
 
 
@@ -134,7 +151,7 @@ def test_nothing_is_overwritten(path: Path):
     """A new run that overwrites the journal of an existing one."""
     begin(path, [RESULT])
     with pytest.raises(InputError, match="continue it with --resume"):
-        Journal(path, HEADER, resume=False)
+        opened(path, resume=False)
     assert resumed(path) == [RESULT]
 
 
@@ -150,25 +167,25 @@ def test_other_settings_are_refused(path: Path, changes: dict, message: str):
     """A resumed run that mixes results of different settings."""
     begin(path, [RESULT])
     with pytest.raises(InputError, match=message):
-        Journal(path, HEADER | changes, resume=True)
+        opened(path, header=HEADER | changes, resume=True)
     with pytest.raises(InputError, match="model 'tiny', which is None now"):
-        Journal(path, {"widths": (4, 2), "seed": 0}, resume=True)
+        opened(path, header={"widths": (4, 2), "seed": 0}, resume=True)
 
 
 def test_one_run_at_a_time(path: Path):
     """Two runs that write to one journal at the same time, which duplicates rollouts."""
     with (
-        Journal(path, HEADER, resume=False),
+        opened(path, resume=False),
         pytest.raises(InputError, match="written by another run"),
     ):
-        Journal(path, HEADER, resume=True)
+        opened(path, resume=True)
     assert resumed(path) == []
 
 
 def test_a_path_that_cannot_be_written(tmp_path: Path):
     """A traceback, instead of an InputError with the reason, for a missing folder."""
     with pytest.raises(InputError, match=r"cannot write .*nowhere.*: No such file"):
-        Journal(tmp_path / "nowhere" / "journal.jsonl", HEADER, resume=False)
+        opened(tmp_path / "nowhere" / "journal.jsonl", resume=False)
 
 
 @contextmanager
@@ -184,7 +201,7 @@ def disk_of(size: int) -> Iterator[None]:
 
 def test_a_full_disk(path: Path):
     """A partial line left behind when a write does not fit, or a journal that cannot be resumed."""
-    journal = Journal(path, HEADER, resume=False)
+    journal = opened(path, resume=False)
     journal.add(results_of(2))
     before = path.read_bytes()
     with (
@@ -194,14 +211,14 @@ def test_a_full_disk(path: Path):
         journal.add(results_of(4)[2:])
     assert path.read_bytes() == before
     journal.close()
-    with Journal(path, HEADER, resume=True) as journal:
+    with opened(path, resume=True) as journal:
         journal.add(results_of(4)[2:])
         assert journal.results("a") == results_of(4)
 
 
 def test_no_space_is_one_line(path: Path, monkeypatch: pytest.MonkeyPatch):
     """A message without the system's reason or the remedy, or of several lines."""
-    with Journal(path, HEADER, resume=False) as journal:
+    with opened(path, resume=False) as journal:
         with monkeypatch.context() as patch:
             patch.setattr(journal_module.os, "write", full)
             with pytest.raises(InputError) as caught:
@@ -231,7 +248,7 @@ def test_killed(path: Path):
     script = f"""
 import os, signal
 from tests.pacore_sched.answers.test_journal import *
-journal = Journal({str(path)!r}, HEADER, resume=False)
+journal = opened({str(path)!r}, resume=False)
 journal.add([RESULT])
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -246,7 +263,7 @@ def test_fsync_runs_once_a_second(path: Path, monkeypatch: pytest.MonkeyPatch):
     now, syncs = [0.0], []
     monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(journal_module.os, "fsync", lambda file: syncs.append(now[0]))
-    with Journal(path, HEADER, resume=False) as journal:
+    with opened(path, resume=False) as journal:
         for index, result in enumerate(results_of(30)):
             now[0] = 0.1 * index
             journal.add([result])

@@ -11,7 +11,7 @@ from model.config import TINY
 from model.step3vl import Step3VL
 from model.text.tokenizer import Tokenizer
 from pacore_sched.answers import message_budget
-from pacore_sched.answers.journal import RolloutResult
+from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.message_budget import MIN_TOKENS, fit_messages, tail, tokens_kept
 from pacore_sched.answers.pacore import Answer, Pacore, engine_for
 from pacore_sched.answers.problem_run import Problem

@@ -21,7 +21,7 @@ from model.text.prompt import build_prompt
 from model.text.tokenizer import Tokenizer
 from model.vision.image import Views
 from pacore_sched.answers import problem_run
-from pacore_sched.answers.journal import RolloutResult
+from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.pacore import Answer, Pacore, engine_for
 from pacore_sched.answers.problem_run import Problem, rollout_seed
 from pacore_sched.answers.rounds import SynthesisTemplate, compact, round_messages

@@ -17,7 +17,7 @@ from model.config import SamplingConfig
 from model.step3vl import Step3VL
 from model.terminal import Parser, run_command
 from pacore_sched.__main__ import main
-from pacore_sched.answers.journal import RolloutResult
+from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.cli import options
 from pacore_sched.cli.ask import print_rollout
 from pacore_sched.sched.request import Sampling

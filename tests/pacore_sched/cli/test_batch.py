@@ -1,9 +1,7 @@
-"""`python -m pacore_sched batch` and `sample`: results, mistakes, and resuming after a kill."""
+"""`python -m pacore_sched batch` and `sample`: results and mistakes."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,53 +10,11 @@ import pytest
 from PIL import Image
 
 from model.step3vl import Step3VL
-from model.terminal import run_command
-from pacore_sched.__main__ import main
-from pacore_sched.answers import journal as journal_module
 from pacore_sched.answers.journal import Journal
 from pacore_sched.answers.problem_run import rollout_seed
 from pacore_sched.cli import jobs
 from tests.support import ROOT
-
-TINY = ["--model", "tiny", "--max-tokens", "8", "--kv-tokens", "4096"]
-QUESTIONS = [{"question": "Who?"}, {"id": "when", "question": "When?"}, {"question": "Why?"}]
-
-
-class Call:
-    """The command in this process, on a file of questions in `folder`."""
-
-    def __init__(
-        self, folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture
-    ) -> None:
-        self.folder, self._patch, self._capture = folder, patch, capture
-        self.questions, self.out = folder / "questions.jsonl", folder / "results.jsonl"
-        self.journal = folder / "results.journal.jsonl"
-        self.command = "batch"
-        self.ask(*QUESTIONS)
-
-    def ask(self, *lines: object) -> None:
-        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-        self.questions.write_text("\n".join(texts))
-
-    def arguments(self, *more: str, out: Path | None = None) -> list[str]:
-        paths = [str(self.questions), "--out", str(out or self.out)]
-        widths = ["--widths", "3"] if self.command == "batch" else ["--n", "3"]
-        return ["pacore_sched", self.command, *paths, *widths, *TINY, *more]
-
-    def __call__(self, *more: str, out: Path | None = None) -> tuple[int, str, str]:
-        """(exit code, stdout, stderr)"""
-        self._patch.setattr(sys, "argv", self.arguments(*more, out=out))
-        with pytest.raises(SystemExit) as exit:
-            run_command(main)
-        return exit.value.code, *self._capture.readouterr()
-
-    def results(self, out: Path | None = None) -> list[dict]:
-        return [json.loads(line) for line in (out or self.out).read_text().splitlines()]
-
-
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call:
-    return Call(tmp_path, monkeypatch, capsys)
+from tests.support.job_call import QUESTIONS, Call
 
 
 def test_results(call: Call):
@@ -157,128 +113,6 @@ def test_many_failures_are_not_all_shown(call: Call):
     assert sum(result["failed"] for result in call.results()) == 30
 
 
-KILL = """
-import os, signal, sys
-from pacore_sched.answers import journal
-from pacore_sched.__main__ import main
-
-lines, write = 0, os.write
-
-def dying(file, data):
-    global lines
-    lines += 1
-    if lines <= {lines}:
-        return write(file, data)
-    write(file, data[: len(data) * {part} // 100])
-    os.kill(os.getpid(), signal.SIGKILL)
-
-journal.os.write = dying
-sys.argv = {argv}
-main()
-"""
-
-
-@pytest.mark.cli
-@pytest.mark.parametrize(
-    ("command", "points"), [("batch", ((2, 100), (3, 50))), ("sample", ((3, 50),))]
-)
-def test_killed_and_resumed(call: Call, command: str, points: tuple):
-    """kill -9 at several points, also while a line is written: a resumed run whose output differs
-    from an undisturbed one's, or that runs a finished rollout again."""
-    call.command = command
-    whole = call.folder / "whole.jsonl"
-    assert call(out=whole)[0] == 0
-    rollouts = 12 if command == "batch" else 9
-    saved = 0
-    for lines, part in points:  # whole lines written, and percent of the next one
-        script = KILL.format(lines=lines, part=part, argv=call.arguments("--resume"))
-        killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert not call.out.exists()
-        lines = [json.loads(x) for x in call.journal.read_bytes().split(b"\n")[:-1]]
-        now = sum(line["kind"] == "rollout" for line in lines)
-        assert now >= saved
-        saved = now
-    assert 0 < saved < rollouts
-    code, out, _ = call("--resume", "--json")
-    assert code == 0
-    document = json.loads(out)
-    assert (document["resumed_rollouts"], document["rollouts"]) == (saved, rollouts)
-    if command == "batch":
-        assert call.out.read_bytes() == whole.read_bytes()
-    assert _without_logprobs(call.results()) == _without_logprobs(call.results(whole))
-
-
-def _without_logprobs(results: list[dict]) -> list[dict]:
-    """Log-probabilities may round differently in other batches."""
-    for result in results:
-        for sample in result.get("samples", ()):
-            sample["logprobs"] = len(sample["logprobs"])
-    return results
-
-
-def test_resuming_a_finished_run_changes_nothing(call: Call):
-    """--resume of a finished run, or of none, that fails, generates tokens or changes a file."""
-    assert call("--resume")[0] == 0
-    before = call.out.read_bytes(), call.journal.read_bytes()
-    code, out, _ = call("--resume", "--json")
-    assert code == 0
-    assert json.loads(out)["tokens"] == 0
-    assert (call.out.read_bytes(), call.journal.read_bytes()) == before
-
-
-def test_a_repaired_image_is_answered_on_resume(call: Call):
-    """A problem that failed before its first rollout and is not tried again on resume."""
-    call.ask({"question": "How many?", "image": "photo.png"}, *QUESTIONS)
-    assert call()[0] == 1
-    Image.effect_noise((640, 300), 60).convert("RGB").save(call.folder / "photo.png")
-    code, out, _ = call("--resume", "--json")
-    assert code == 0
-    assert json.loads(out)["resumed_rollouts"] == 12
-    assert not any(result["failed"] for result in call.results())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--widths", "4"], "widths [3], which is [4] now"),
-        (["--seed", "1"], "seed 0, which is 1 now"),
-        (["--temperature", "0.5"], "temperature 1.0, which is 0.5 now"),
-        (["--max-tokens", "9"], "max_tokens 8, which is 9 now"),
-        (["--stop", "x"], "stop [], which is ['x'] now"),
-        (["--min-messages", "2"], "min_messages None, which is 2 now"),
-        (["--kv-dtype", "fp8"], "kv_dtype None, which is 'fp8' now"),
-    ],
-)
-def test_other_settings_are_not_resumed(call: Call, options: list[str], message: str):
-    """Resuming with other settings, an error that does not name them, or a modified journal."""
-    with Journal(call.journal, _header_of(call), resume=False):
-        pass
-    before = call.journal.read_bytes()
-    code, _, err = call("--resume", *options)
-    assert code == 2
-    assert message in err
-    assert err.count("\n") == 1
-    assert call.journal.read_bytes() == before
-
-
-def test_the_journal_holds_the_models_sampling_settings(call: Call):
-    """A header without the values of omitted options: the run would be resumed after a change of
-    generation_config.json, or not resumed with the same values as explicit options."""
-    checkpoint = call.folder / "checkpoint"
-    Step3VL.from_preset("tiny").save_pretrained(checkpoint)
-    generation = checkpoint / "generation_config.json"
-    generation.write_text('{"temperature": 0.5, "top_k": 9}')
-    options = ["--model", str(checkpoint), "--top-p", "0.75"]
-    assert call(*options)[0] == 0
-    header = json.loads(call.journal.read_text().splitlines()[0])
-    assert (header["temperature"], header["top_k"], header["top_p"]) == (0.5, 9, 0.75)
-    generation.write_text('{"temperature": 2}')
-    code, _, err = call("--resume", *options)
-    assert (code, "temperature 0.5, which is 2 now" in err) == (2, True)
-    assert call("--resume", *options, "--temperature", "0.5", "--top-k", "9")[0] == 0
-
-
 def test_the_chat_template_is_chosen_by_name_or_file(call: Call, monkeypatch: pytest.MonkeyPatch):
     """An ignored --chat-template, a name that is not found without saying which there are, or a
     run that is resumed with another template."""
@@ -311,92 +145,6 @@ def test_the_chat_template_is_chosen_by_name_or_file(call: Call, monkeypatch: py
         assert (code, err.count("\n"), bool(re.search(message, err))) == (2, 1, True)
     code, _, err = call(*model[:2], out=call.folder / "other.jsonl")
     assert (code, "choose one with --chat-template: long, short" in err) == (2, True)
-
-
-def _header_of(call: Call) -> dict:
-    """The journal header of a run with default options."""
-    out = call.folder / "for_header.jsonl"
-    assert call(out=out)[0] == 0
-    first = json.loads(out.with_suffix(".journal.jsonl").read_text().splitlines()[0])
-    return {key: value for key, value in first.items() if key not in ("kind", "format")}
-
-
-def test_other_questions_are_not_resumed(call: Call):
-    """Resuming with a changed question file."""
-    call()
-    call.ask(*QUESTIONS, {"question": "Where?"})
-    code, _, err = call("--resume")
-    assert code == 2
-    assert "questions_sha256" in err
-
-
-def test_nothing_is_overwritten(call: Call):
-    """Overwriting an output or a journal, with or without --resume."""
-    call.out.write_text("precious")
-    code, _, err = call()
-    assert (code, "choose another --out" in err) == (2, True)
-    code, _, err = call("--resume")
-    assert (code, "nothing to resume" in err) == (2, True)
-    assert call.out.read_text() == "precious"
-    call.out.unlink()
-    assert call()[0] == 0
-    before = call.journal.read_bytes()
-    code, _, err = call()
-    assert (code, "continue it with --resume" in err) == (2, True)
-    assert call.journal.read_bytes() == before
-
-
-def test_a_full_disk(call: Call, monkeypatch: pytest.MonkeyPatch):
-    """A traceback or exit code 0 on a full disk, or a run that cannot be resumed afterwards."""
-    writes, write = [], os.write
-
-    def filling(file: int, data: bytes) -> int:
-        writes.append(data)
-        if len(writes) > 5:
-            raise OSError(28, os.strerror(28))
-        return write(file, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(journal_module.os, "write", filling)
-        code, out, err = call()
-    assert (code, out) == (2, "")
-    assert err.startswith("error: cannot write")
-    assert "No space left on device" in err
-    assert err.count("\n") == 1
-    assert not call.out.exists()
-    code, out, _ = call("--resume", "--json")
-    assert code == 0
-    assert json.loads(out)["resumed_rollouts"] >= 3
-    whole = call.folder / "whole.jsonl"
-    call(out=whole)
-    assert call.out.read_bytes() == whole.read_bytes()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_the_user(call: Call, monkeypatch: pytest.MonkeyPatch, number: int):
-    """Rollouts lost by Ctrl-C or SIGTERM, another exit code than 130, or no hint how to resume."""
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    add = Journal.add
-
-    def stopping(self: Journal, results: list, **options: object) -> None:
-        add(self, results, **options)
-        if self.rollouts == 2:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Journal, "add", stopping)
-    code, out, err = call("--json")
-    assert code == 130
-    document = json.loads(out)
-    assert document["stopped"]
-    assert 2 <= document["rollouts"] < 12
-    assert "continue with the same command and --resume" in err
-    assert not call.out.exists()
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    monkeypatch.setattr(Journal, "add", add)
-    assert call("--resume")[0] == 0
-    whole = call.folder / "whole.jsonl"
-    call(out=whole)
-    assert call.out.read_bytes() == whole.read_bytes()
 
 
 def test_samples(call: Call):
@@ -435,24 +183,6 @@ def test_log_probabilities_of_samples(call: Call):
     assert samples("--temperature", "1") == samples("--temperature", "1", "--logprobs", "raw")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--logprobs", "both"], "invalid choice: 'both' (choose from 'raw', 'processed')"),
-        (["--resume", "--logprobs", "raw"], "logprobs 'processed', which is 'raw' now"),
-    ],
-)
-def test_log_probabilities_of_one_kind(call: Call, options: list[str], message: str):
-    """An unknown kind, or a resumed file that would mix two, without one line that says so."""
-    call.command = "sample"
-    with Journal(call.journal, _header_of(call), resume=False):
-        pass
-    before = call.journal.read_bytes()
-    code, _, err = call(*options)
-    assert (code, err.count("\n"), message in err) == (2, 1, True)
-    assert call.journal.read_bytes() == before
-
-
 def test_fp8_kv(call: Call):
     """--kv-dtype fp8 that fails, or that changes the seeds."""
     assert call("--kv-dtype", "fp8")[0] == 0
@@ -473,21 +203,6 @@ def test_synthesis_at_m_of_n(call: Call):
     ]
     assert all(len(round_) == 3 for round_ in reasons)
     assert any("cancelled" in round_ for round_ in reasons)
-
-
-def test_cancelled_rollouts_are_listed_after_a_kill(call: Call):
-    """Cancelled rollouts lost by a kill between a round's last message and their lines."""
-    options = ["--min-messages", "2", "--max-tokens", "20"]
-    assert call(*options)[0] == 0
-    lines = call.journal.read_text().splitlines(keepends=True)
-    cut = next(i for i, line in enumerate(lines) if '"finish_reason": "cancelled"' in line)
-    call.journal.write_text("".join(lines[:cut]))
-    for _ in range(2):  # their lines are written only once
-        assert call("--resume", *options)[0] == 0
-        for result in call.results():
-            assert [len(round_["rollouts"]) for round_ in result["rounds"]] == [3, 1]
-        journal = call.journal.read_text()
-        assert journal.count('"kind": "rollout"') == 12
 
 
 @pytest.mark.parametrize(
