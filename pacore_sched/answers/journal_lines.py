@@ -94,7 +94,9 @@ def check_line(record: Mapping, expected: Expected) -> None:
     if kind == "images":
         files, hashes = expected.image_files[record["problem"]], record["sha256"]
         if files not in (None, len(hashes)):
-            raise ValueError(f"there are {len(hashes)} hashes of {files} image files")
+            raise ValueError(
+                f"sha256 must have {files} elements, one per image file, and has {len(hashes)}"
+            )
 
 
 def _check_rollout(record: Mapping, expected: Expected) -> None:
