@@ -289,3 +289,10 @@ def test_a_file_is_replaced_atomically(tmp_path: Path):
         replace_file(path, (str(1 / n) for n in (1, 0)))
     assert path.read_text(encoding="utf-8") == "one\n\u20ac\n"
     assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_a_draft_is_no_fifo(tmp_path: Path):
+    """Waiting for the reader of a FIFO with the temporary name."""
+    os.mkfifo(tmp_path / "results.jsonl.partial")
+    with pytest.raises(InputError, match="partial is a pipe, socket or device"):
+        replace_file(tmp_path / "results.jsonl", ["one"])
