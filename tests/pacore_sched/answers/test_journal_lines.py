@@ -189,6 +189,8 @@ def test_a_write_of_images_that_was_cut_off(path: Path):
     refused, though no rollout has seen the other one."""
     journal = resumed(path, rollout(), images())
     assert journal.images("photo") is None
+    journal.add([RolloutResult.of_record(rollout(index=1))])
+    assert journal.images("a") is None
     other = ["f" * 64] * 2
     for index in range(2):
         result = RolloutResult.of_record(rollout("photo", index=index))
