@@ -1,6 +1,8 @@
 """Images and checkpoints of a resumed job are compared by content."""
 
 import base64
+import builtins
+import io
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 from model.step3vl import Step3VL
+from model.weights.source import source_files
 from pacore_sched.cli import inputs
 from pacore_sched.cli.inputs import ImageFiles
 from tests.support.job_call import Call
@@ -164,3 +167,28 @@ def test_large_files_are_compared_by_size_and_time(
     os.utime(shard, ns=(time, time))
     code, _, err = call("--model", str(checkpoint), "--resume", out=out)
     assert (code, f"{shard.name} '{shard.stat().st_size} bytes, modified" in err) == (2, True)
+
+
+def test_every_file_that_a_model_is_read_from_is_compared(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A file that reading a checkpoint opens, and a resumed run does not compare."""
+    (checkpoint / "additional_chat_templates").mkdir()
+    texts = ["chat_template.jinja", "additional_chat_templates/short.jinja"]
+    jsons = ["generation_config", "special_tokens_map", "added_tokens", "processor_config"]
+    for name in texts:
+        (checkpoint / name).write_text("{{ messages }}")
+    for name in jsons:
+        (checkpoint / f"{name}.json").write_text("{}")
+    opened, real = set(), io.open
+
+    def spy(file: object, *options: object, **more: object) -> object:
+        opened.add(str(file))
+        return real(file, *options, **more)
+
+    monkeypatch.setattr(io, "open", spy)
+    monkeypatch.setattr(builtins, "open", spy)
+    assert Step3VL.from_pretrained(checkpoint).tokenizer.chat_templates
+    files = {file for file in opened if file.startswith(f"{checkpoint}/")}
+    assert {f"{checkpoint}/{name}" for name in (*texts, "added_tokens.json")} <= files
+    assert files <= set(map(str, source_files(checkpoint)))
