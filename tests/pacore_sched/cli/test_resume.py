@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -288,7 +289,10 @@ def test_a_stop_before_the_first_step(call: Call, monkeypatch: pytest.MonkeyPatc
 
     def stopping(source: object) -> Image.Image:
         loaded.append(source)
+        handler = signal.getsignal(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+        while signal.getsignal(signal.SIGINT) is handler:  # the main thread has not run it yet
+            time.sleep(1e-3)
         return load(source)
 
     with monkeypatch.context() as patch:
