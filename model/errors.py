@@ -1,6 +1,11 @@
 """InputError, which commands print as one line without a traceback. Imports no torch."""
 
+from pathlib import Path
 from reprlib import Repr
+from traceback import walk_tb
+
+# Raised to end the program or a generator; whatever else is raised says that something failed.
+STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 class InputError(ValueError):
@@ -12,6 +17,19 @@ class InputError(ValueError):
 
     def __init__(self, text: str) -> None:
         super().__init__("".join(c if c.isprintable() else _escaped(c) for c in text))
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line. One that is no InputError is called unexpected, with its
+    type and the line of code that raised it."""
+    if isinstance(error, InputError):
+        return str(error)
+    words = " ".join(str(error).split())[:300]
+    text = f"unexpected {type(error).__name__}" + (f": {words}" if words else "")
+    if error.__traceback__:
+        *_, (frame, line) = walk_tb(error.__traceback__)
+        text += f" ({Path(frame.f_code.co_filename).name}, line {line})"
+    return str(InputError(text))
 
 
 def shown(value: object) -> str:

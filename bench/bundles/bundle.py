@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import InputError
+from model.text.files import check_regular
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -71,6 +72,7 @@ class Bundle:
         self.made_for: dict[str, str] | None = None  # Python version and platform
         path = folder / MANIFEST
         if path.exists():
+            check_regular(path)
             try:
                 manifest = json.loads(path.read_text(encoding="utf-8"))
                 schema = manifest["schema"]
@@ -100,8 +102,8 @@ class Bundle:
         """What is wrong with an item's pieces; None if they are intact."""
         for piece in self.items[name]["pieces"]:
             path = self.folder / piece["file"]
-            if not path.exists():
-                return f"{piece['file']} is missing"
+            if not path.is_file():
+                return f"{piece['file']} is missing or no file"
             if sha256(path) != piece["sha256"]:
                 return f"{piece['file']} is damaged (its SHA-256 is not the manifest's)"
         return None

@@ -1,4 +1,4 @@
-"""Text and JSON files that come with a checkpoint: regular files, in UTF-8, of limited size."""
+"""Files that users name: only regular ones are opened; text is UTF-8 of limited size."""
 
 import json
 import os

@@ -1,7 +1,8 @@
-"""Renders untrusted jinja2 templates in a separate process with limits (jinja_worker.py).
+"""Renders untrusted jinja2 templates in separate processes with limits (jinja_worker.py).
 
-The process is started on first use and serves all templates; one that exceeded its limits is
-replaced on next use. Every error is an InputError of one line.
+A process is started on first use and serves all templates; threads that render at the same time
+each have one, so that none waits for another's slow template. A process that exceeded its limits is
+not used again. Every error is an InputError of one line.
 """
 
 import atexit
@@ -10,14 +11,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 
 from model.errors import InputError
 from model.text import jinja_worker as worker
 
-_process: "subprocess.Popen[bytes] | None" = None
-_lock = threading.Lock()
+_idle: "list[subprocess.Popen[bytes]]" = []  # its methods are atomic
 
 
 class TemplateError(InputError):
@@ -44,15 +43,15 @@ def variable_names(what: str, source: str) -> set[str]:
 
 def _ask(what: str, request: dict) -> dict:
     data = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-    with _lock:
-        process = _running()
-        try:
-            line = _exchange(process, data)
-            if not line.endswith(b"\n"):
-                raise InputError(_death(what, process.wait()))
-        except BaseException:  # after Ctrl-C, a reply may still be coming
-            _stop()
-            raise
+    process = _running()
+    try:
+        line = _exchange(process, data)
+        if not line.endswith(b"\n"):
+            raise InputError(_death(what, process.wait()))
+    except BaseException:  # after Ctrl-C, a reply may still be coming
+        _stop(process)
+        raise
+    _idle.append(process)
     reply = json.loads(line)
     if "limit" in reply:
         raise InputError(f"{what} {reply['limit']}")
@@ -63,18 +62,23 @@ def _ask(what: str, request: dict) -> dict:
 
 
 def _running() -> "subprocess.Popen[bytes]":
-    global _process
-    if _process is None or _process.poll() is not None:
-        _stop()
-        _process = subprocess.Popen(
-            [sys.executable, "-P", worker.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,  # Ctrl-C in the terminal is for the command, which decides
-        )
-    return _process
+    """An idle process, else a new one."""
+    while _idle:
+        try:
+            process = _idle.pop()
+        except IndexError:  # another thread took it
+            break
+        if process.poll() is None:
+            return process
+        _stop(process)
+    return subprocess.Popen(
+        [sys.executable, "-P", worker.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        start_new_session=True,  # Ctrl-C in the terminal is for the command, which decides
+    )
 
 
 def _exchange(process: "subprocess.Popen[bytes]", data: bytes) -> bytes:
@@ -106,21 +110,23 @@ def _death(what: str, code: int) -> str:
     return f"{what} is not rendered: the process for it ended ({reason})"
 
 
-def _stop() -> None:
-    global _process
-    if _process is not None:
-        _process.kill()
-        with _process:  # closes the pipes and waits
-            _process = None
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    with process:  # closes the pipes and waits
+        pass
+
+
+def _stop_all() -> None:
+    while _idle:
+        _stop(_idle.pop())
 
 
 def _forget() -> None:
-    """Leave the process to the parent after a fork; the child starts its own."""
-    global _process, _lock
-    if _process is not None:
-        _process.returncode = 0  # only the parent may wait for it
-    _process, _lock = None, threading.Lock()
+    """Leave the processes to the parent after a fork; the child starts its own."""
+    for process in _idle:
+        process.returncode = 0  # only the parent may wait for it
+    _idle.clear()
 
 
-atexit.register(_stop)
+atexit.register(_stop_all)
 os.register_at_fork(after_in_child=_forget)

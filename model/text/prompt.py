@@ -13,6 +13,7 @@ from typing import Protocol
 from model.config import Config, TokenIds
 from model.errors import InputError, shown
 from model.text.chat_template import BEGIN, CHATML, CLOSE, END, IMAGE, OPEN, Turn, render_turns
+from model.text.jinja_worker import CHARACTERS
 from model.text.tokenizer import THINK_MARKERS, Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -30,6 +31,8 @@ def build_prompt(
     tokenizer: Tokenizer,
     config: Config,
     views: Sequence[HasNewlines] = (),
+    *,
+    max_tokens: int | None = None,
 ) -> list[int]:
     """The ids of a conversation up to where the assistant's next turn begins.
 
@@ -37,10 +40,15 @@ def build_prompt(
     `{"type": "text", "text": ...}` and `{"type": "image"}` parts; `views` are the images of these
     image parts, in order. Warns if the model has no chat template. Raises InputError if there are
     no messages, one is malformed or has other keys, image parts and views differ in number, the
-    model takes no images, or the template refuses the messages.
+    model takes no images, or the template refuses the messages; and before tokenising, for more
+    text than templates may write, or than `max_tokens` tokens can hold.
     """
     if not messages:
         raise InputError("there are no messages; give at least one, with a role and a content")
+    if (characters := num_characters(messages)) > CHARACTERS:
+        raise InputError(
+            f"the messages have {characters:,} characters; a prompt may have {CHARACTERS:,}"
+        )
     template = tokenizer.chat_template
     if template is None:
         warnings.warn(
@@ -59,6 +67,8 @@ def build_prompt(
     rendered = _without_surrogates(rendered)
     if rendered.count(IMAGE) != len(views):
         raise InputError("the chat template leaves out or repeats an image in this conversation")
+    if max_tokens is not None and len(rendered) > max_tokens:  # less text may fit
+        _check_fits(rendered, tokenizer, max_tokens)
     ids = _encode(rendered, reserved, tokenizer, [image_ids(v.newlines, config) for v in views])
     if max(ids, default=0) >= config.decoder.vocab_size:
         raise InputError(
@@ -66,6 +76,18 @@ def build_prompt(
             f" vocabulary ends at {config.decoder.vocab_size - 1}"
         )
     return ids
+
+
+def num_characters(messages: Sequence[Mapping]) -> int:
+    """Characters of all texts of a conversation, whose messages may be malformed."""
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    parts = [
+        part
+        for content in contents
+        for part in (content if isinstance(content, list | tuple) else [{"text": content}])
+    ]
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def image_ids(newlines: Sequence[bool], config: Config) -> list[int]:
@@ -169,6 +191,16 @@ def _part(part: Mapping) -> str:
 def _without_surrogates(text: str) -> str:
     """The text with U+FFFD for surrogates, which UTF-8 cannot encode."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def _check_fits(rendered: str, tokenizer: Tokenizer, max_tokens: int) -> None:
+    """Raise InputError for a text that has more than `max_tokens` tokens, however it is divided."""
+    text = re.sub(f"[{IMAGE}{OPEN}{CLOSE}]", "", rendered)
+    if (fewest := tokenizer.fewest_tokens(text)) > max_tokens:
+        raise InputError(
+            f"the prompt has at least {fewest:,} tokens ({len(text):,} characters),"
+            f" the context is {max_tokens:,}"
+        )
 
 
 def _encode(

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernels.runtime.arithmetic import cdiv
 from model.config import Config
 from model.errors import InputError, shown
 from model.text.chat_template import THINKING_CHATML
@@ -114,16 +115,22 @@ class Tokenizer:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the files that `from_directory` reads into directory `path`."""
+        """Write the files that `from_directory` reads into directory `path`.
+
+        Raises InputError if that fails.
+        """
         path = Path(path)
-        self._backend.save(str(path / "tokenizer.json"))
         settings: dict[str, object] = {**self.special_tokens}
         if self.eos:
             settings["eos_token"] = self._backend.id_to_token(self.eos[0])
         settings["chat_template"] = [
             {"name": name, "template": template} for name, template in self.chat_templates.items()
         ]
-        (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        try:
+            self._backend.save(str(path / "tokenizer.json"))
+            (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        except Exception as error:  # the library's errors have no type of their own
+            raise InputError(f"cannot write the tokenizer into {path}: {error}") from None
 
     @staticmethod
     def from_gguf_metadata(metadata: Mapping[str, Any]) -> "Tokenizer":
@@ -198,16 +205,27 @@ class Tokenizer:
         """Token ids of `text`.
 
         With `special`, for rendered templates, the texts of added tokens become their ids. Without,
-        they are encoded like any other text. No begin or end token is added.
+        they are encoded like any other text. No begin or end token is added. Other threads may run
+        meanwhile.
         """
-        if special:
-            return self._backend.encode(text, add_special_tokens=False).ids
+        if special:  # `encode` would hold the GIL, and take twice as long, for offsets
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+            return encoding.ids
         if self._backend.normalizer is not None:
             text = self._backend.normalizer.normalize_str(text)
         words = [text]
         if self._backend.pre_tokenizer is not None:
             words = [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for word in words for token in self._backend.model.tokenize(word)]
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number that `encode(text)` reaches or exceeds, found without tokenising: as if every
+        token were the longest. 0 for vocabularies whose tokens stand for texts of any length."""
+        if not self._longest:
+            return 0
+        if self._backend.normalizer is not None:
+            text = self._backend.normalizer.normalize_str(text)
+        return cdiv(len(text.encode()), self._longest)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -220,6 +238,19 @@ class Tokenizer:
             return frozenset()
         chars = _bytes_of_chars().items()
         return frozenset(byte for char, byte in chars if self._backend.token_to_id(char) is None)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token; 0 if one may be of any length, or bytes may be dropped."""
+        added = self._backend.get_added_tokens_decoder().values()
+        if self._backend.model.unk_token is not None or any(t.lstrip or t.rstrip for t in added):
+            return 0  # it takes all unknown characters, or all white space, next to it
+        probe, split = " \t\n 1234, abc  d'Re --- \xe9\u4e2d\n", self._backend.pre_tokenizer
+        words = split.pre_tokenize_str(probe) if split else []
+        if sum(len(word) for word, _ in words) != len(probe.encode()):
+            return 0  # not a character per byte
+        longest_added = max((len(text.encode()) for text in self.added.values()), default=0)
+        return max(longest_added, *map(len, self._backend.get_vocab(with_added_tokens=False)))
 
     def stream(self) -> "TextStream":
         """A decoder for ids that come one at a time."""

@@ -118,8 +118,11 @@ def save_checkpoint(
                 file.rename(path / name)
         _write_json(path / INDEX, index)
         _write_json(path / "config.json", write_config(config))
-    except OSError as error:
-        raise InputError(f"cannot write checkpoint {path}: {error.strerror or error}") from None
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        text = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write checkpoint {path}: {text}") from None
 
 
 def _shards(path: Path, index: dict[str, str] | None) -> list[Path]:

@@ -4,8 +4,12 @@
 
 A problem's next round is submitted in the same step in which its current round ends, and the engine
 batches it with all other work. Images come first in every round's prompt, in a separate segment
-that is encoded and prefilled once for all rounds. A failed problem, for example one with a prompt
-that is too long or a broken image, does not affect the others.
+that is encoded and prefilled once for all rounds.
+
+A failed problem, for example one with a prompt that is too long or a broken image, does not affect
+the others: whatever is raised for one problem, expected or not, becomes the error in its answer.
+What concerns all of them ends the run: errors of the engine's steps, of the callbacks and of the
+iterable of problems.
 """
 
 from collections import deque
@@ -16,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from kernels.runtime.arithmetic import cdiv
-from model.errors import InputError
+from model.errors import STOPS, InputError, reason
 from model.kv_cache import PAGE_SIZE, page_bytes
 from model.memory import free_bytes
 from pacore_sched.answers.journal_lines import RolloutResult
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     from model.vision.image import Views
 
 AHEAD = 1024  # unfinished rollouts submitted at a time, at least: policies choose among them
-IMAGES_AHEAD = 4  # problems whose images are read before they are submitted
+PREPARED_AHEAD = 4  # problems whose images are read and prompts built before they are submitted
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,8 @@ class Round:
 class Answer:
     """The result of a problem. `text` is the message of the synthesis, "" without a synthesis.
 
-    `error` says why there is no answer: either the problem is invalid, and its remaining rounds are
-    missing from `rounds`, or all rollouts of the last round failed.
+    `error` says why there is no answer: either the problem failed in some round, and that round and
+    those after it are missing from `rounds`, or all rollouts of the last round failed.
     """
 
     problem: str
@@ -134,12 +138,12 @@ class Pacore:
     ) -> Answer:
         """The answer to one conversation; `views` are the images of its image parts, in order.
 
-        Raises InputError for a prompt that fills the model's context or whose KV cannot fit into
-        memory.
+        Raises InputError if the problem fails in its first round, for example because its prompt
+        fills the model's context or its KV cannot fit into memory. Later, the Answer has the error.
         """
         problem = Problem(messages, (lambda: views) if views else None)
         (answer,) = self.answers([problem], on_rollout=on_rollout, on_step=on_step)
-        if answer.error and len(answer.rounds) < len(self.settings.widths):
+        if answer.error and not answer.rounds:
             raise InputError(answer.error)
         return answer
 
@@ -187,7 +191,7 @@ class Pacore:
                 on_step(stats.generated - generated)
                 for group in done:
                     answers += self._submit_round(live.pop(group), live)
-                answers += self._failed_images(live)
+                answers += self._failed(live)
                 yield answers
         finally:
             arrivals.close()
@@ -209,9 +213,11 @@ class Pacore:
         """Submit a problem's next round. Yields its answer if no round is left or this fails."""
         try:
             group = run.next_round()
-        except InputError as error:
+        except STOPS:
+            raise
+        except BaseException as error:  # panics of Rust code are no Exceptions
             run.release()
-            yield self._answer(run, str(error))
+            yield self._answer(run, reason(error))
             return
         if group is None:
             run.release()
@@ -219,8 +225,8 @@ class Pacore:
         else:
             live[group] = run
 
-    def _failed_images(self, live: dict[Group, ProblemRun]) -> Iterator[Answer]:
-        """End the problems whose images cannot be encoded; yields their answers."""
+    def _failed(self, live: dict[Group, ProblemRun]) -> Iterator[Answer]:
+        """End the problems that failed while their rollouts ran; yields their answers."""
         for group in [group for group, run in live.items() if run.error]:
             run = live.pop(group)
             answer = self._answer(run, run.error)
@@ -234,11 +240,21 @@ class Pacore:
         live: dict[Group, ProblemRun],
         on_rollout: Callable[[RolloutResult], None],
     ) -> list[Group]:
-        """Record the rollouts that ended in a step; returns the groups that they complete."""
+        """Record the rollouts that ended in a step; returns the groups that they complete.
+
+        A problem of which a rollout cannot be recorded has an `error` afterwards.
+        """
         done = []
         for rollout in ended:
             run = live[rollout.group]
-            on_rollout(run.take(rollout))
+            try:
+                result = run.take(rollout)
+            except STOPS:
+                raise
+            except BaseException as error:
+                run.fail(error)
+                continue
+            on_rollout(result)
             if not run.pending:
                 done.append(rollout.group)
         return done
@@ -248,7 +264,12 @@ class Pacore:
         last = rounds[-1].rollouts if rounds else ()
         if error is None and all(result.finish_reason == "error" for result in last):
             error = "the last round failed: its logits were not finite"
-        text = compact(last[0].text) if self.synthesis and not error else ""
+        text = ""
+        if self.synthesis and not error:
+            try:
+                text = compact(last[0].text)
+            except Exception as failure:
+                error = reason(failure)
         return Answer(run.id, text, error, rounds)
 
 
@@ -310,7 +331,7 @@ class _Vocabulary:
 
 
 class _Arrivals:
-    """The queue of problems that have not started; the first few problems' images are loading."""
+    """The queue of problems that have not started; a thread prepares the first few."""
 
     def __init__(
         self,
@@ -320,7 +341,7 @@ class _Arrivals:
     ) -> None:
         self._pacore, self._known = pacore, known
         self._problems = enumerate(problems)
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="images")
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="arrivals")
         self._queue: deque[tuple[ProblemRun, Future | None]] = deque()
         self._fill()
 
@@ -329,15 +350,18 @@ class _Arrivals:
         return not self._queue
 
     def ready(self) -> bool:
-        """Whether `take` returns a problem whose images are loaded."""
-        loading = self._queue[0][1]
-        return loading is None or loading.done()
+        """Whether `take` returns a problem that is prepared, or quick to prepare.
+
+        Quick ones always start in the same step, so that a run of them repeats exactly.
+        """
+        run, preparing = self._queue[0]
+        return preparing is None or preparing.done() or run.quick
 
     def take(self) -> ProblemRun:
-        """Remove the next problem from the queue; its images may still be loading."""
-        run, loading = self._queue.popleft()
-        if loading is not None:
-            run.set_images(loading)
+        """Remove the next problem from the queue; it may still be prepared."""
+        run, preparing = self._queue.popleft()
+        if preparing is not None:
+            run.set_preparing(preparing)
         self._fill()
         return run
 
@@ -345,12 +369,12 @@ class _Arrivals:
         self._threads.shutdown(cancel_futures=True)
 
     def _fill(self) -> None:
-        while len(self._queue) < IMAGES_AHEAD:
+        while len(self._queue) < PREPARED_AHEAD:
             arrival = next(self._problems, None)
             if arrival is None:
                 return
             number, problem = arrival
             pacore, known = self._pacore, self._known(problem.id)
             run = ProblemRun(pacore.model, pacore.engine, pacore.settings, problem, number, known)
-            load = problem.load if not run.finished else None
-            self._queue.append((run, self._threads.submit(load) if load else None))
+            preparing = None if run.finished else self._threads.submit(run.prepare)
+            self._queue.append((run, preparing))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kernels.runtime.spans import begin
-from model.errors import InputError
-from model.text.prompt import build_prompt, image_head_length
+from model.errors import InputError, reason
+from model.text.prompt import build_prompt, image_head_length, num_characters
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.message_budget import FittedPrompt, fit_messages, prompt_limit
 from pacore_sched.answers.rounds import SynthesisTemplate, round_messages
@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     from pacore_sched.engine.image_encoder import Features
 
 
+QUICK = 100_000  # characters: about 0.1 s of tokenising
+
+
 @dataclass(frozen=True)
 class Problem:
     """A conversation to be answered.
 
     A non-empty `id` is part of the rollouts' seeds. `load` returns the images of the conversation's
-    image parts, in order; it is called once, in another thread, and may raise InputError.
+    image parts, in order; it is called once, in another thread. What it raises is the problem's
+    error.
     """
 
     messages: Sequence[dict]
@@ -75,10 +79,12 @@ class ProblemRun:
         self.rounds: list[list[RolloutResult]] = []
         self.pending = 0  # rollouts of the current round that have not ended
         self._model, self._engine, self._settings = model, engine, settings
-        self._messages = problem.messages
-        self._images: Future | None = None
+        self._messages, self._load = problem.messages, problem.load
+        self._preparing: Future | None = None
+        self._views: Sequence[Views] = ()
         self._layouts: list[_Layout] = []
         self._features: Features | None = None
+        self._failure: str | None = None
         self._head: Segment | None = None
         self._head_ids: list[int] = []
         self._prompt = FittedPrompt([], (), ())  # of the current round
@@ -93,27 +99,52 @@ class ProblemRun:
         return len(self.rounds) == len(self._settings.widths)
 
     @property
-    def error(self) -> str | None:
-        """Why the current round will never start: its images could not be encoded."""
-        error = self._features.error if self._features else None
-        return f"the images cannot be encoded: {error}" if error else None
+    def quick(self) -> bool:
+        """Whether `prepare` takes no longer than a step: without images, and for short messages."""
+        return not self._load and num_characters(self._messages) <= QUICK
 
-    def set_images(self, images: Future) -> None:
-        """Set the future that loads the images: `next_round` waits for it and raises its error."""
-        self._images = images
+    @property
+    def error(self) -> str | None:
+        """Why the current round will never end: its images could not be encoded, or `fail`."""
+        if self._failure or self._features is None:
+            return self._failure
+        error = self._features.error
+        return f"the images cannot be encoded: {reason(error)}" if error else None
+
+    def fail(self, error: BaseException) -> None:
+        """Make `error` the problem's error."""
+        self._failure = reason(error)
+
+    def prepare(self) -> None:
+        """Load the images and build the first prompt; may run in another thread.
+
+        Raises InputError if they are invalid or can never fit, and whatever `Problem.load` raises.
+        """
+        self._views = self._load() if self._load else ()
+        self._layouts = [_Layout(view.newlines) for view in self._views]
+        self._prompt = self._build_prompt()
+
+    def set_preparing(self, preparing: Future) -> None:
+        """Set the future of `prepare`: `next_round` waits for it and raises its error."""
+        self._preparing = preparing
 
     def next_round(self) -> Group | None:
         """Submit the missing rollouts of the current round; None if no round is left.
 
-        Raises InputError if the images or the prompt are invalid or can never fit.
+        Raises InputError if the prompt is invalid or can never fit, and whatever `prepare` raised.
         """
         if self.finished:
             return None
+        if self._preparing is not None:
+            self._preparing.result()
+            self._preparing = None
+        else:
+            self._prompt = self._build_prompt()
         self._encode()
-        self._prompt = self._build_prompt()
         number, settings = len(self.rounds), self._settings
         width = settings.widths[number]
         missing = [index for index in range(width) if index not in self._current]
+        self._on_end.callback(begin("round", f"{number} of problem {self.id or self.number}"))
         path = self._path(self._prompt.ids)
         group = self._engine.submit(
             path,
@@ -125,11 +156,11 @@ class ProblemRun:
             need=settings.needs[number] - self._ended(),
         )
         self.pending = len(missing)
-        self._on_end.callback(begin("round", f"{number} of problem {self.id or self.number}"))
         return group
 
     def take(self, rollout: Rollout) -> RolloutResult:
-        """Record that a rollout of the current round has ended."""
+        """Record that a rollout of the current round has ended. May raise anything, if there is no
+        text of its tokens."""
         reason = rollout.finish_reason
         assert reason is not None
         has_message = reason in ("stop", "length")
@@ -156,7 +187,10 @@ class ProblemRun:
         return result
 
     def release(self) -> None:
-        """Release the KV and image features that are kept between rounds."""
+        """Release the KV and image features that are kept between rounds; images that have not
+        been encoded will not be."""
+        if self._features is not None:
+            self._features.cancel()
         if self._head is not None:
             self._engine.scheduler.drop(self._head)
         self._head = self._features = None
@@ -198,27 +232,26 @@ class ProblemRun:
 
     def _encode(self) -> None:
         """Encode the images on the first call; afterwards only their layout is needed."""
-        if self._images is None:
-            return
-        views, self._images = self._images.result(), None
-        self._layouts = [_Layout(view.newlines) for view in views]
-        self._features = self._engine.executor.encode(views)
+        if self._load:
+            views, self._views, self._load = self._views, (), None  # the pixels are not kept
+            self._features = self._engine.executor.encode(views)
 
     def _build_prompt(self) -> FittedPrompt:
-        """The current round's prompt. Raises InputError if known rollouts had another one."""
+        """The current round's prompt. Raises InputError for a question that fills the context, or
+        if known rollouts had another prompt."""
+        context = self._model.config.decoder.max_positions
         if not self.rounds:
-            return FittedPrompt(self._ids_of(self._messages), (), ())
-        template, model = self._settings.template, self._model
+            ids = self._ids_of(self._messages, max_tokens=context)
+            if len(ids) >= context:
+                raise InputError(f"the prompt has {len(ids)} tokens, the context is {context}")
+            return FittedPrompt(ids, (), ())
+        template, first = self._settings.template, self.rounds[0][0].prompt_tokens
+        max_tokens = self._settings.sampling.max_tokens
         prompt = fit_messages(
             self.rounds[-1],
             lambda texts: self._ids_of(round_messages(self._messages, texts, template=template)),
-            prompt_limit(
-                model.config.decoder.max_positions,
-                self._engine.scheduler.tree,
-                self.rounds[0][0].prompt_tokens,
-                self._settings.sampling.max_tokens,
-            ),
-            model.tokenizer,
+            prompt_limit(context, self._engine.scheduler.tree, first, max_tokens),
+            self._model.tokenizer,
         )
         for known in self._current.values():
             if known.prompt_tokens != len(prompt.ids):
@@ -229,8 +262,11 @@ class ProblemRun:
                 )
         return prompt
 
-    def _ids_of(self, messages: Sequence[dict]) -> list[int]:
-        return build_prompt(messages, self._model.tokenizer, self._model.config, self._layouts)
+    def _ids_of(self, messages: Sequence[dict], max_tokens: int | None = None) -> list[int]:
+        model = self._model
+        return build_prompt(
+            messages, model.tokenizer, model.config, self._layouts, max_tokens=max_tokens
+        )
 
     def _path(self, ids: list[int]) -> list[Segment]:
         """The prompt's segments without its last token: the leading images, then the rest."""
@@ -255,8 +291,6 @@ class ProblemRun:
         """
         sampling, context = self._settings.sampling, self._model.config.decoder.max_positions
         prompt_tokens = sum(segment.tokens for segment in path) + 1
-        if prompt_tokens >= context:
-            raise InputError(f"the prompt has {prompt_tokens} tokens, the context is {context}")
         limit = min(sampling.max_tokens, context - prompt_tokens)
         if self.rounds:
             limit = min(limit, self._engine.scheduler.max_tokens(path))

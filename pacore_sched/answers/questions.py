@@ -12,11 +12,16 @@ lines are answered.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from model.errors import InputError
+from model.errors import InputError, reason
+from model.text.files import check_regular
 
+MAX_LINE = 2**28  # bytes, as of an image file: images may be in it, as data URLs
+BLOCK = 2**20  # bytes of a longer line read at a time
 KEYS = {"id", "question", "messages", "image", "images"}
 
 
@@ -49,21 +54,38 @@ class _LineError(Exception):
 def read_questions(path: str | Path) -> QuestionFile:
     """Read a JSONL file; empty lines are skipped.
 
-    Raises InputError for a file that cannot be read or has no questions.
+    Raises InputError for a file that cannot be read or has no questions, and for a pipe, from which
+    a run could not be resumed.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    check_regular(path)
     questions: list[Question] = []
     lines: dict[str, int] = {}
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            questions.append(_question(number, line, path.parent, lines))
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(_lines(file, digest), start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+                if line.strip():
+                    questions.append(_question(number, line, path.parent, lines))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if not questions:
         raise InputError(f"{path} has no questions")
-    return QuestionFile(tuple(questions), hashlib.sha256(data).hexdigest())
+    return QuestionFile(tuple(questions), digest.hexdigest())
+
+
+def _lines(file: BinaryIO, digest: "hashlib._Hash") -> Iterator[bytes]:
+    """The lines of a file, all of which goes into `digest`. Of a line that is too long, only as
+    much as shows it."""
+    while line := file.readline(MAX_LINE + 1):
+        digest.update(line)
+        rest = line
+        while len(line) > MAX_LINE and rest and not rest.endswith(b"\n"):
+            rest = file.readline(BLOCK)
+            digest.update(rest)
+        yield line
 
 
 def _question(number: int, line: bytes, folder: Path, lines: dict[str, int]) -> Question:
@@ -78,6 +100,8 @@ def _question(number: int, line: bytes, folder: Path, lines: dict[str, int]) -> 
         images = _images(fields, folder)
     except _LineError as error:
         return Question(number, id, error=f"line {number}: {error}")
+    except Exception as error:  # such as a MemoryError
+        return Question(number, id, error=f"line {number}: {reason(error)}")
     lines[id] = number
     if "question" in fields:
         images_first = [{"type": "image"} for _ in images]
@@ -87,6 +111,8 @@ def _question(number: int, line: bytes, folder: Path, lines: dict[str, int]) -> 
 
 
 def _fields(line: bytes) -> dict:
+    if len(line) > MAX_LINE:
+        raise _LineError(f"longer than {MAX_LINE >> 20} MiB, the limit for a line")
     try:
         fields = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from kernels import __version__
 from kernels.runtime.dtypes import dtype_name
-from model.errors import InputError
+from model.errors import InputError, reason
 from model.step3vl import Step3VL
 from model.text.files import check_regular
 from model.vision.image import Views
@@ -137,7 +137,7 @@ def run_job(options: argparse.Namespace, path: str, job: Job) -> int:
         progress = Progress(problems, rollouts=resumed)
         results, stopped = _run(job, pacore, file.questions, journal, images, progress)
         if not stopped:
-            replace_file(out, _lines(job, file.questions, results, journal))
+            replace_file(out, _lines(job, file.questions, results, journal, progress))
     report = _report(pacore, progress, resumed, out, journal_path, stopped)
     if options.json:
         print(json.dumps(report))
@@ -270,12 +270,23 @@ def _problem(
 
 
 def _lines(
-    job: Job, questions: Sequence[Question], results: dict[int, ProblemResult], journal: Journal
+    job: Job,
+    questions: Sequence[Question],
+    results: dict[int, ProblemResult],
+    journal: Journal,
+    progress: Progress,
 ) -> Iterator[str]:
-    """The lines of the output, from the journal."""
+    """The lines of the output, from the journal. A problem without one fails, in `results` too."""
     for question in questions:
         rollouts = [] if question.error else journal.results(question.id)
-        yield json.dumps(job.line(question, results[question.line], rollouts))
+        try:
+            line = json.dumps(job.line(question, results[question.line], rollouts))
+        except Exception as error:
+            result = ProblemResult("", f"line {question.line}: {reason(error)}")
+            progress.failed += results[question.line].error is None
+            results[question.line] = result
+            line = json.dumps(job.line(question, result, []))
+        yield line
 
 
 @contextmanager

@@ -32,7 +32,13 @@ class Features:
     @property
     def error(self) -> BaseException | None:
         """What encoding raised, once it has failed."""
-        return self._future.exception() if self._future.done() else None
+        if not self._future.done() or self._future.cancelled():
+            return None
+        return self._future.exception()
+
+    def cancel(self) -> None:
+        """Do not encode the images, if that has not begun."""
+        self._future.cancel()
 
     def result(self) -> Tensor:
         """[count, hidden], for work on the current stream. Raises what encoding raised."""

@@ -22,6 +22,7 @@ from kernels.compile.cache import entry, is_compiled, source_hash
 from kernels.compile.worker import Site
 from kernels.runtime.configs import Gpu
 from model.errors import InputError
+from model.text.files import check_regular
 from pacore_sched.engine.compile_ahead import Summary, compile_ahead
 
 MANIFEST = "manifest.json"
@@ -45,6 +46,7 @@ def unpack(path: Path) -> tuple[int, int]:
     Raises InputError for a file that is no pack or comes from another Triton or ptxas. Warns if the
     kernels' sources have changed.
     """
+    check_regular(path)
     try:
         with tarfile.open(path) as archive:
             members = ((member.name, _content(archive, member)) for member in archive)

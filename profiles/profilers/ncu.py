@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from model.errors import InputError
+from model.text.files import check_regular
 from profiles.profilers import ncu_summary
 from profiles.profilers.launch import add_case_arguments
 from profiles.profilers.tools import check_gpu, run_and_capture, run_profiler, show, tool
@@ -99,6 +100,7 @@ def export(report: Path) -> str:
     """The CSV from which the summary is read. Raises InputError if there is none."""
     if not report.exists():
         raise InputError(f"there is no report {report}")
+    check_regular(report)
     if report.suffix != ".ncu-rep":
         return report.read_text(errors="replace")
     return run_and_capture([tool("ncu"), "--import", str(report), "--page", "raw", "--csv"])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model.errors import InputError
+from model.text.files import check_regular
 from profiles.profilers import nsys_summary
 from profiles.profilers.tools import run_and_capture, run_profiler, show, spans_in_nvtx, tool
 
@@ -98,6 +99,7 @@ def export(report: Path) -> str:
     """The CSV from which the summary is read. Raises InputError if there is none."""
     if not report.exists():
         raise InputError(f"there is no report {report}")
+    check_regular(report)
     if report.suffix not in (".nsys-rep", ".sqlite"):
         return report.read_text(errors="replace")
     nsys = tool("nsys")

@@ -20,6 +20,7 @@ from kernels.runtime.spans import span, use
 from model.errors import InputError
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
+from model.text.files import check_regular
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.sched.request import Sampling
 from profiles.profilers import trace_summary
@@ -138,6 +139,7 @@ def decoding(
 
 
 def _read(path: Path) -> dict:
+    check_regular(path)
     try:
         return json.loads(path.read_text(errors="replace"))
     except OSError as error:

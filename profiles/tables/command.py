@@ -14,6 +14,7 @@ from pathlib import Path
 from bench import rows
 from model.errors import InputError
 from model.terminal import table
+from model.text.files import check_regular
 from profiles.tables import decode_plot, results, switches
 
 PAGES = tuple(
@@ -115,6 +116,7 @@ def table_names(text: str) -> list[str]:
 
 
 def _read(page: Path) -> str:
+    check_regular(page)
     try:
         return page.read_text(encoding="utf-8")
     except OSError as error:

@@ -6,13 +6,14 @@ on the GPU's, with one correlation id.
 
 import argparse
 import json
+import os
 
 import pytest
 import torch
 
 from model.errors import InputError
 from model.terminal import Parser
-from profiles.profilers import proton, torch_trace
+from profiles.profilers import ncu, nsys, proton, torch_trace
 from profiles.profilers.trace_summary import OUTSIDE, display, summarise
 
 
@@ -113,13 +114,17 @@ def test_trace_of_decode_steps(tmp_path, capsys):
 
 
 def test_mistakes(tmp_path):
-    """Guards the one-line messages for missing or wrong arguments."""
+    """Guards the one-line messages for missing or wrong arguments, and waiting for ever."""
     with pytest.raises(InputError, match="no file for the trace"):
         torch_trace.run(options())
     with pytest.raises(InputError, match="--steps must be at least 1"):
         torch_trace.run(options("--out", "x.json", "--steps", "0"))
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="cannot be read: No such file"):
         torch_trace.run(options("--summarise", str(tmp_path / "none")))
+    os.mkfifo(tmp_path / "pipe")
+    for read in (torch_trace._read, nsys.export, ncu.export):
+        with pytest.raises(InputError, match="pipe is a pipe, socket or device"):
+            read(tmp_path / "pipe")
     (tmp_path / "text").write_text("no json")
     with pytest.raises(InputError, match="is not JSON"):
         torch_trace.run(options("--summarise", str(tmp_path / "text")))

@@ -66,13 +66,13 @@ def test_time_limit(tmp_path, monkeypatch):
     assert "\nSECONDS = 10 " in text
     file.write_text(text.replace("\nSECONDS = 10 ", "\nSECONDS = 0.1 "))
     monkeypatch.setattr(jinja.worker, "__file__", str(file))
-    jinja._stop()
+    jinja._stop_all()
     loop = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
     for source in (loop, "{{ (7 ** (10 ** 7)) ** 30 }}"):
         with pytest.raises(InputError, match="^T takes longer than 10 s$"):
             render(source)
     assert render("{{ x }}", x=1) == "1"
-    jinja._stop()
+    jinja._stop_all()
 
 
 def test_limits_of_the_process():
@@ -80,7 +80,7 @@ def test_limits_of_the_process():
     assert render("a") == "a"
     for limit, value in (("AS", 1 << 30), ("FSIZE", 0), ("NPROC", 0), ("CORE", 0)):
         number = getattr(resource, f"RLIMIT_{limit}")
-        assert resource.prlimit(jinja._process.pid, number) == (value, value)
+        assert resource.prlimit(jinja._idle[-1].pid, number) == (value, value)
 
 
 def test_interrupted_while_it_renders(monkeypatch):
@@ -101,15 +101,32 @@ def test_interrupted_while_it_renders(monkeypatch):
 def test_killed_by_the_system():
     """Guards against a traceback or a hang if the process is killed, while idle or at work."""
     render("a")
-    jinja._process.kill()
-    jinja._process.wait()
+    jinja._idle[-1].kill()
+    jinja._idle[-1].wait()
     assert render("b") == "b"
-    jinja._process.send_signal(signal.SIGSTOP)
-    timer = threading.Timer(0.05, jinja._process.kill)
+    process = jinja._idle[-1]
+    process.send_signal(signal.SIGSTOP)
+    timer = threading.Timer(0.05, process.kill)
     timer.start()
     with pytest.raises(InputError, match=r"T is not rendered: .* ended \(SIGKILL\)"):
         render("c")
     timer.join()
+
+
+def test_no_thread_waits_for_anothers_template():
+    """Guards against a slow template of one problem that stops all work which needs a template."""
+    render("a")
+    process, results = jinja._idle[-1], []
+    process.send_signal(signal.SIGSTOP)  # a template that takes for ever
+    slow = threading.Thread(target=lambda: results.append(render("slow")))
+    slow.start()
+    while process in jinja._idle:
+        pass
+    assert render("fast") == "fast"
+    assert not results
+    process.send_signal(signal.SIGCONT)
+    slow.join()
+    assert results == ["slow"]
 
 
 def test_threads_and_forks():
@@ -125,23 +142,21 @@ def test_threads_and_forks():
     for thread in threads:
         thread.join()
     assert not wrong
-    before = jinja._process.pid
-    jinja._lock.acquire()  # as if another thread were rendering
+    before = jinja._idle[-1].pid
     child = os.fork()
     if child == 0:
         signal.alarm(10)
-        os._exit(render("child") != "child" or jinja._process.pid == before)
-    jinja._lock.release()
+        os._exit(render("child") != "child" or jinja._idle[-1].pid == before)
     assert render("parent") == "parent"
     assert os.waitpid(child, 0)[1] == 0
-    assert jinja._process.pid == before
+    assert jinja._idle[-1].pid == before
 
 
 PARENT = """
 import sys
 from model.text import jinja
 jinja.render("T", "a", {})
-print(jinja._process.pid, flush=True)
+print(jinja._idle[-1].pid, flush=True)
 sys.stdin.read()
 """
 

@@ -270,6 +270,38 @@ def test_bad_templates(template, message):
     assert "\n" not in str(error.value)
 
 
+NO_TEXT_FITS = r"the prompt has at least [\d,]+ tokens \([\d,]+ characters\), the context is 100"
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised(monkeypatch):
+    """Guards against minutes of tokenising what is then refused; and against refusing what fits:
+    the longest tokens of a vocabulary, one after another."""
+    tokenizer = smollm2()
+    vocabulary = tokenizer._backend.get_vocab()
+    longest = max(vocabulary, key=lambda text: len(tokenizer.token_bytes(vocabulary[text])))
+    text = tokenizer.decode([vocabulary[longest]])
+    chat = [{"role": "user", "content": text * 60}]
+    assert len(build_prompt(chat, tokenizer, SMOLLM2, max_tokens=100)) <= 100
+    monkeypatch.setattr(Tokenizer, "encode", None)
+    with pytest.raises(InputError, match=NO_TEXT_FITS):
+        build_prompt([{"role": "user", "content": text * 110}], tokenizer, SMOLLM2, max_tokens=100)
+
+
+def test_a_text_longer_than_any_prompt_is_not_rendered(monkeypatch):
+    """Guards against work on a text of many MB in several messages or parts, before it is refused.
+    Malformed messages count nothing: they are refused later."""
+    monkeypatch.setattr("model.text.prompt.CHARACTERS", 20)
+    monkeypatch.setattr("model.text.prompt._turn", None)
+    chat = [
+        {"role": "user", "content": "x" * 8},
+        {"role": "user", "content": [text("x" * 6), IMAGE, text("x" * 7), text(5), 5]},
+        {"role": "user"},
+        5,
+    ]
+    with pytest.raises(InputError, match="the messages have 21 characters; a prompt may have 20"):
+        build_prompt(chat, BYTES, TINY)
+
+
 @pytest.mark.parametrize(
     ("chat", "newlines", "shared"),
     [

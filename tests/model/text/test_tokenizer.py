@@ -269,6 +269,14 @@ def test_bad_directories(directory):
         Tokenizer.from_directory(directory)
 
 
+def test_saving_that_fails(tmp_path):
+    """Guards against a traceback from a full disk, here a folder that is missing."""
+    with pytest.raises(
+        InputError, match=f"cannot write the tokenizer into {tmp_path}/none: No such"
+    ):
+        Tokenizer.byte_level(preset("tiny")).save(tmp_path / "none")
+
+
 def test_saved_is_the_same(tmp_path):
     """Guards against a saved tokenizer that encodes text, turns or eos differently."""
     for name, tokenizer in {"a": smollm2(), "b": Tokenizer.byte_level(preset("tiny"))}.items():
@@ -283,3 +291,34 @@ def test_saved_is_the_same(tmp_path):
             assert saved.encode(text) == ids
             assert saved.decode(ids) == tokenizer.decode(ids)
             assert saved.encode(text, special=False) == tokenizer.encode(text, special=False)
+
+
+def bound(*added, unk=None, normalizer=None, split=None):
+    """A tokenizer of bytes and the token "abcd"."""
+    chars = [*pre_tokenizers.ByteLevel.alphabet(), "ab", "cd", "abcd", "<unk>"]
+    vocab = {char: id for id, char in enumerate(sorted(chars))}
+    merges = [("a", "b"), ("c", "d"), ("ab", "cd")]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True))
+    backend.pre_tokenizer = split or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder, backend.normalizer = decoders.ByteLevel(), normalizer
+    backend.add_tokens(list(added))
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "fewest"),
+    [
+        (bound(), "abcdabcd", 2),
+        (bound(), "é" * 6, 3),
+        (bound(AddedToken("é" * 4)), "é" * 6, 2),
+        (bound(normalizer=normalizers.NFC()), "e\u0301" * 4, 2),
+        (bound(AddedToken("<a>", lstrip=True)), " " * 99 + "<a>", 0),
+        (bound(AddedToken("<a>", rstrip=True)), "<a>" + " " * 99, 0),
+        (bound(unk="<unk>"), "abcd" * 9, 0),
+        (bound(split=pre_tokenizers.Whitespace()), " " * 99, 0),
+    ],
+)
+def test_fewest_tokens(tokenizer, text, fewest):
+    """Guards against refusing a text that fits, where a token stands for more bytes than its own,
+    and a bound that refuses nothing."""
+    assert tokenizer.fewest_tokens(text) == fewest <= len(tokenizer.encode(text))

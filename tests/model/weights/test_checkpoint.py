@@ -331,13 +331,16 @@ def test_an_interrupted_save_is_not_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_save_does_not_overwrite(tmp_path):
-    """Guards against a mixture of two checkpoints, and a traceback if the path is a file."""
+    """Guards against a mixture of two checkpoints, and a traceback if the path is a file or no
+    path."""
     save_checkpoint(tmp_path / "c", two_tensors(), TINY)
     with pytest.raises(InputError, match="already holds"):
         save_checkpoint(tmp_path / "c", two_tensors(), TINY)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write checkpoint"):
         save_checkpoint(tmp_path / "file", two_tensors(), TINY)
+    with pytest.raises(InputError, match=r"cannot write checkpoint .*a\\x00b: embedded null byte"):
+        save_checkpoint(tmp_path / "a\0b", two_tensors(), TINY)
 
 
 def test_saved_shards_name_their_framework(tmp_path):

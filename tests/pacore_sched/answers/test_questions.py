@@ -1,11 +1,13 @@
 """Question files: the valid forms of a line, and errors that name an invalid line's number."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from model.errors import InputError
+from pacore_sched.answers import questions
 from pacore_sched.answers.questions import Question, read_questions
 
 
@@ -111,24 +113,55 @@ def test_an_invalid_line_reserves_no_id(read):
 
 def test_empty_lines_are_numbered_and_skipped(read):
     """Line numbers other than an editor's, also with CRLF line ends and a byte-order mark."""
-    questions = read(b"\xef\xbb\xbf" + b'{"question": "Who?"}\r', b"", b"  ", {"question": "When?"})
-    assert [(q.line, q.id, q.error) for q in questions] == [(1, "1", None), (4, "4", None)]
+    lines = read(b"\xef\xbb\xbf" + b'{"question": "Who?"}\r', b"", b"  ", {"question": "When?"})
+    assert [(q.line, q.id, q.error) for q in lines] == [(1, "1", None), (4, "4", None)]
 
 
-def test_the_digest_depends_on_the_file(tmp_path: Path):
-    """One digest for two files, whose results could then be mixed by --resume."""
+def test_a_line_that_is_too_long_fails_alone(read, monkeypatch: pytest.MonkeyPatch):
+    """A line of many GB that is read whole, or the rest of it as further lines."""
+    monkeypatch.setattr(questions, "MAX_LINE", 60)
+    monkeypatch.setattr(questions, "BLOCK", 16)
+    edge = b'{"question": "' + b"x" * (60 - 17) + b'"}'  # 60 bytes with its end
+    first, wrong, last = read(edge, edge.replace(b"x", b"yy", 1) + b"\r", {"question": "When?"})
+    assert (first.error, last.error, last.line) == (None, None, 3)
+    assert wrong.error == "line 2: longer than 0 MiB, the limit for a line"
+
+
+def test_an_unexpected_error_fails_alone(read, monkeypatch: pytest.MonkeyPatch):
+    """A line that needs too much memory, which ended the whole job."""
+
+    def fail(line: bytes) -> dict:
+        if b"Why" in line:
+            raise MemoryError
+        return json.loads(line)
+
+    monkeypatch.setattr(questions, "_fields", fail)
+    first, wrong = read({"question": "Who?"}, {"question": "Why?"})
+    assert first.error is None
+    assert wrong.error.startswith("line 2: unexpected MemoryError (test_questions.py, line ")
+
+
+@pytest.mark.parametrize("max_line", [4, questions.MAX_LINE])
+def test_the_digest_depends_on_the_file(max_line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One digest for two files, whose results could then be mixed by --resume; also if they differ
+    in what is not read of a long line."""
+    monkeypatch.setattr(questions, "MAX_LINE", max_line)
     path, digests = tmp_path / "q.jsonl", set()
-    for text in ("Who?", "When?"):
+    for text in ("Who?", "Why?"):
         path.write_text(json.dumps({"question": text}))
         digests.add(read_questions(path).digest)
     assert len(digests) == 2
 
 
 def test_files_that_cannot_be_read(tmp_path: Path):
-    """A traceback for a missing file, a folder or a file without questions."""
-    with pytest.raises(InputError, match=r"cannot read .*nowhere.jsonl: No such file"):
+    """A traceback for a missing file, a folder or a file without questions; waiting for ever for
+    the writer of a pipe."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe is a pipe, socket or device; it must be a file"):
+        read_questions(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"nowhere.jsonl cannot be read: No such file"):
         read_questions(tmp_path / "nowhere.jsonl")
-    with pytest.raises(InputError, match="cannot read .*: Is a directory"):
+    with pytest.raises(InputError, match="is a directory; it must be a file"):
         read_questions(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(InputError, match="has no questions"):

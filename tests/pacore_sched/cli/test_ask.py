@@ -175,6 +175,18 @@ def test_a_missing_answer_has_a_reason(ask, monkeypatch: pytest.MonkeyPatch):
     assert err == f"failed: {json.loads(out)['error']}\n"
 
 
+def test_rounds_that_ended_are_shown(ask, tmp_path: Path):
+    """Rollouts that are lost because the synthesis fails."""
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ original_prompt }}{{ 1 // (3 - ref_responses | length) }}")
+    code, out, err = ask("Count.", *TINY, "--widths", "3", "--json", "--template", str(template))
+    report = json.loads(out)
+    assert (code, report["answer"]) == (1, "")
+    assert [len(round_["rollouts"]) for round_ in report["rounds"]] == [3]
+    assert report["error"] == f"template {template} failed: integer division or modulo by zero"
+    assert err == f"failed: {report['error']}\n"
+
+
 def test_a_template(ask, tmp_path: Path):
     """Ignoring --template, or using it for another round than the synthesis."""
     template = tmp_path / "template.jinja"

@@ -12,7 +12,7 @@ from PIL import Image
 from model.step3vl import Step3VL
 from pacore_sched.answers.journal import Journal
 from pacore_sched.answers.problem_run import rollout_seed
-from pacore_sched.cli import jobs
+from pacore_sched.cli import batch, jobs
 from tests.support import ROOT
 from tests.support.job_call import QUESTIONS, Call
 
@@ -101,6 +101,26 @@ def test_an_invalid_question_fails_alone(call: Call):
     assert "broken.png" in results[7]["error"]
     assert (results[9]["id"], results[9]["failed"]) == ("photo", False)
     assert err.count("\n") == len(wrong)
+
+
+def test_an_output_line_that_cannot_be_written_fails_alone(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+):
+    """A traceback at the end of a long run, because of one problem's line; or exit code 0."""
+    line = batch.result_line
+
+    def failing(question, result, rollouts):
+        if question.id == "when" and rollouts:
+            raise MemoryError
+        return line(question, result, rollouts)
+
+    monkeypatch.setattr(batch, "result_line", failing)
+    code, _, err = call()
+    assert code == 1
+    failed = {result["id"]: result["error"] for result in call.results() if result["failed"]}
+    assert list(failed) == ["when"]
+    assert failed["when"].startswith("line 2: unexpected MemoryError (test_batch.py")
+    assert err == f"failed: {failed['when']}\n"
 
 
 def test_many_failures_are_not_all_shown(call: Call):

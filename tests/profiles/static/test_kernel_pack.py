@@ -134,12 +134,18 @@ def test_a_pack_that_would_not_be_found_is_refused(packed, tmp_path, monkeypatch
 
 
 def test_other_files_are_refused(packed, tmp_path, monkeypatch):
-    """Guards the message: a wrong path or a truncated download gave a traceback."""
+    """Guards the message: a wrong path or a truncated download gave a traceback, a pipe no end."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     half = tmp_path / "half.pack"
     half.write_bytes(packed[0].read_bytes()[:-1000])
-    for path in (tmp_path / "none.pack", Path(__file__), half):
-        with pytest.raises(InputError, match=r"is not a file of `profiles kernels pack`"):
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in (
+        (tmp_path / "none.pack", "none.pack cannot be read: No such file"),
+        (tmp_path / "pipe", "is a pipe, socket or device; it must be a file"),
+        (Path(__file__), "is not a file of `profiles kernels pack`"),
+        (half, "is not a file of `profiles kernels pack`"),
+    ):
+        with pytest.raises(InputError, match=words):
             unpack(path)
 
 

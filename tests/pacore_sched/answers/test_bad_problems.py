@@ -1,0 +1,257 @@
+"""One bad problem: whatever is raised for it, at any stage, is its error and nothing else's."""
+
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model.errors import InputError
+from pacore_sched.answers import pacore, problem_run
+from pacore_sched.answers.pacore import Answer, Pacore
+from pacore_sched.answers.problem_run import Problem
+from pacore_sched.engine.image_encoder import ImageEncoder
+from pacore_sched.sched.request import Rollout
+from tests.pacore_sched.answers.test_pacore import by_problem, hashed, is_idle, questions
+
+BAD = "a bad question"
+
+
+class Panic(BaseException):
+    """Like pyo3_runtime.PanicException, which tokenizers raises: no Exception."""
+
+
+ERRORS = [
+    RecursionError("maximum recursion depth exceeded"),
+    MemoryError(),
+    AssertionError("two\nlines"),
+    UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"),
+    torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB"),
+    Panic("index out of bounds"),
+]
+
+
+class Features(SimpleNamespace):
+    """Images that are encoded, or fail to be, or are given up."""
+
+    error: BaseException | None = None
+    cancelled = False
+
+    def ready(self) -> bool:
+        return not self.error
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Stages:
+    """A Pacore in which one stage of the problem BAD fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException) -> None:
+        self.pacore = hashed(ahead=True)
+        self.encoded: list[Features] = []
+        self._error, self._patch = error, monkeypatch
+        self.problem = Problem([{"role": "user", "content": BAD}], id="bad")
+        engine = self.pacore.engine
+        monkeypatch.setattr(engine.executor, "encode", self._encode)
+        if stage in ("load", "encode", "encoding", "segment"):
+            image = {"type": "image"}, {"type": "text", "text": BAD}
+            self.problem = replace(
+                self.problem, messages=[{"role": "user", "content": image}], load=self._load
+            )
+        self._stage = stage
+        self._wrap(engine.executor, "segment", lambda *args: stage == "segment" and args[1:])
+        self._wrap(engine, "text", lambda rollout: stage == "text" and self._is_bad(rollout))
+        self._wrap(engine, "submit", lambda *_, problem, **__: stage == "submit" and problem == 1)
+        self._wrap(problem_run, "build_prompt", self._prompt_fails)
+        self._wrap(problem_run, "round_messages", self._template_fails)
+        self._wrap(pacore, "compact", lambda text: stage == "compact")
+
+    def run(self, **options: Callable) -> dict[str, Answer]:
+        first, *others = questions(3)
+        return by_problem(self.pacore.answers([first, self.problem, *others], **options))
+
+    def _wrap(self, owner: object, name: str, fails: Callable[..., object]) -> None:
+        function = getattr(owner, name)
+
+        def failing(*args: object, **named: object) -> object:
+            if fails(*args, **named):
+                raise self._error
+            return function(*args, **named)
+
+        self._patch.setattr(owner, name, failing)
+
+    def _load(self) -> list[SimpleNamespace]:
+        if self._stage == "load":
+            raise self._error
+        return [SimpleNamespace(newlines=(False,))]
+
+    def _encode(self, views: list) -> Features:
+        if self._stage == "encode":
+            raise self._error
+        self.encoded.append(Features(error=self._error if self._stage == "encoding" else None))
+        return self.encoded[-1]
+
+    def _is_bad(self, rollout: Rollout) -> bool:
+        return rollout.group.problem == 1 and rollout.group.round == 1
+
+    def _prompt_fails(self, messages: list, *_: object, **__: object) -> bool:
+        later = BAD in str(messages) and len(str(messages)) > 200
+        return BAD in str(messages) and (
+            self._stage == "prompt" or (self._stage == "later prompt" and later)
+        )
+
+    def _template_fails(self, messages: list, *_: object, **__: object) -> bool:
+        return self._stage == "template" and BAD in str(messages)
+
+
+EARLY = ("load", "prompt", "encode", "encoding", "segment", "submit")
+LATE = ("template", "later prompt", "text")
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("stage", [*EARLY, *LATE])
+def test_any_error_at_any_stage(stage: str, error: BaseException, monkeypatch: pytest.MonkeyPatch):
+    """A job that ends with a traceback; rounds that are lost; other problems' texts that change;
+    KV, work or images that stay in the engine."""
+    stages = Stages(monkeypatch, stage, error)
+    answers = stages.run()
+    bad = answers.pop("bad")
+    assert f"unexpected {type(error).__name__}" in bad.error
+    assert " ".join(str(error).split()) in bad.error or isinstance(error, UnicodeEncodeError)
+    assert bad.error.isprintable()
+    assert len(bad.rounds) == (0 if stage in EARLY else 1)
+    stages.pacore.engine.step()  # one may be in flight
+    assert is_idle(stages.pacore.engine)
+    assert not stages.pacore.engine.scheduler._segments
+    assert all(features.cancelled for features in stages.encoded)
+    monkeypatch.undo()
+    assert answers == by_problem(hashed().answers(questions(3)))
+
+
+def test_an_answer_that_cannot_be_compacted(monkeypatch: pytest.MonkeyPatch):
+    """A traceback from the last stage of an answer, and its rollouts lost."""
+    answers = Stages(monkeypatch, "compact", RecursionError("too deep")).run()
+    for answer in answers.values():
+        assert answer.error.startswith("unexpected RecursionError: too deep (test_bad_problems.py")
+        assert len(answer.rounds) == 3
+
+
+@pytest.mark.parametrize("stage", ["template", "text"])
+def test_a_stop_is_no_error_of_a_problem(stage: str, monkeypatch: pytest.MonkeyPatch):
+    """Ctrl-C that becomes one problem's error while the run goes on."""
+    stages = Stages(monkeypatch, stage, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        stages.run()
+    stages.pacore.engine.step()
+    assert is_idle(stages.pacore.engine)
+
+
+def test_what_concerns_the_run_ends_it(monkeypatch: pytest.MonkeyPatch):
+    """A journal that cannot be written, or a broken engine, as one problem's error."""
+
+    def fail(*_: object) -> None:
+        raise InputError("disk full")
+
+    pacore = hashed()
+    with pytest.raises(InputError, match="disk full"):
+        list(pacore.answers(questions(3), on_rollout=fail))
+    assert is_idle(pacore.engine)
+    monkeypatch.setattr(pacore.engine.executor, "launch", fail)
+    with pytest.raises(InputError, match="disk full"):
+        list(pacore.answers(questions(3)))
+
+
+@pytest.mark.parametrize("stage", LATE)
+def test_an_answer_keeps_the_rounds_that_ended(stage: str, monkeypatch: pytest.MonkeyPatch):
+    """A library's user who loses all rollouts because the synthesis failed."""
+    stages = Stages(monkeypatch, stage, TypeError("no text"))
+    list(stages.pacore.answers(questions(1)))  # the bad problem is number 0 below
+    monkeypatch.setattr(stages, "_is_bad", lambda rollout: rollout.group.round == 1)
+    answer = stages.pacore.answer(stages.problem.messages)
+    assert "unexpected TypeError: no text" in answer.error
+    assert [len(round_.rollouts) for round_ in answer.rounds] == [3]
+    with pytest.raises(InputError, match="unexpected TypeError: no text"):
+        Stages(monkeypatch, "prompt", TypeError("no text")).pacore.answer(stages.problem.messages)
+
+
+def test_images_of_a_failed_problem_are_not_encoded():
+    """Images of problems that failed, which keep others waiting for the tower."""
+    begun, go = threading.Event(), threading.Event()
+    encoded = []
+
+    def encode(views: str) -> torch.Tensor:
+        begun.set()
+        assert go.wait(60)
+        encoded.append(views)
+        return torch.zeros(1)
+
+    encoder = ImageEncoder(
+        SimpleNamespace(device=torch.device("cpu"), count_features=len, encode_images=encode)
+    )
+    first, second, third = (encoder.encode(name) for name in ("first", "second", "third"))
+    assert begun.wait(60)
+    first.cancel()  # too late
+    second.cancel()
+    go.set()
+    third.result()
+    encoder.close()
+    assert encoded == ["first", "third"]
+    assert (first.error, second.error) == (None, None)
+
+
+@contextmanager
+def prompts(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]):
+    """Calls `before` with the text of every prompt that is built."""
+    build = problem_run.build_prompt
+
+    def building(messages: list, *args: object, **named: object) -> list[int]:
+        before(messages[0]["content"])
+        return build(messages, *args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(problem_run, "build_prompt", building)
+        yield
+
+
+def test_decoding_goes_on_while_a_long_question_is_tokenised(monkeypatch: pytest.MonkeyPatch):
+    """An engine that stands still for 20 s while a question of 10 MB arrives."""
+    monkeypatch.setattr(problem_run, "QUICK", 10)
+    others_ended = threading.Event()
+    long = Problem([{"role": "user", "content": "x" * 11}], id="long")
+
+    def before(text: str) -> None:
+        if text == "x" * 11:
+            assert others_ended.wait(20), "the loop waited for a prompt"
+
+    pacore = hashed((2,))
+    with prompts(monkeypatch, before):
+        answers = {}
+        for answer in pacore.answers([*questions(2), long, *questions(3)[2:]]):
+            answers[answer.problem] = answer
+            if len(answers) == 2:
+                others_ended.set()
+    assert list(answers)[:2] in (["p0", "p1"], ["p1", "p0"])
+    assert [answer.error for answer in answers.values()] == [None] * 4
+
+
+def test_short_questions_start_in_the_same_step_in_every_run(monkeypatch: pytest.MonkeyPatch):
+    """A run of texts alone whose batches, and so the last bits of logits, depend on how fast a
+    thread builds prompts."""
+    taken = threading.Event()
+    next_round = problem_run.ProblemRun.next_round
+
+    def take(run: problem_run.ProblemRun) -> object:
+        if run.number == 1:
+            taken.set()
+        return next_round(run)
+
+    monkeypatch.setattr(problem_run.ProblemRun, "next_round", take)
+    pacore: Pacore = hashed()
+    with prompts(monkeypatch, lambda text: text != "1?" or taken.wait(20)):
+        list(pacore.answers(questions(2)))
+    first = pacore.engine.executor.launched[0]
+    assert len({chunk.owner for chunk in first.chunks}) == 2  # both prompts
