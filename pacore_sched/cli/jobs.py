@@ -90,7 +90,7 @@ class Progress:
         return time.perf_counter() - self.start
 
 
-class Stopped(BaseException):
+class Stopped(KeyboardInterrupt):
     """The user has stopped the run. No handler of a problem's errors may take it for one."""
 
 
