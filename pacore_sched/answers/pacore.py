@@ -13,7 +13,7 @@ iterable of problems.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 AHEAD = 1024  # unfinished rollouts submitted at a time, at least: policies choose among them
 PREPARED_AHEAD = 4  # problems whose images are read and prompts built before they are submitted
+ENCODED_AHEAD = 4  # submitted problems whose images' pixels wait to be encoded
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,22 @@ class Pacore:
         """Yield the problems that start now, while there is room and the next one is ready."""
         max_pending = max(AHEAD, 2 * self.engine.scheduler.max_running)
         while not arrivals.empty and sum(run.pending for run in live.values()) < max_pending:
-            if live and not arrivals.ready():
+            if live and not (arrivals.ready() and self._has_room(arrivals.next, live.values())):
                 return
             yield arrivals.take()
+
+    def _has_room(self, run: ProblemRun, live: Collection[ProblemRun]) -> bool:
+        """Whether there is room for a problem's images: for the embeddings within the budget, which
+        one problem alone may exceed, and for the pixels next to those that wait to be encoded.
+
+        Problems start in the order of arrival: those after one without room wait with it.
+        """
+        if not run.image_bytes:
+            return True
+        held = sum(other.image_bytes for other in live)
+        encoding = sum(other.encoding for other in live)
+        fits = not held or held + run.image_bytes <= self.engine.executor.image_bytes
+        return fits and encoding < ENCODED_AHEAD
 
     def _submit_round(self, run: ProblemRun, live: dict[Group, ProblemRun]) -> Iterator[Answer]:
         """Submit a problem's next round. Yields its answer if no round is left or this fails."""
@@ -289,6 +303,7 @@ def engine_for(
     kv_dtype: "torch.dtype | None" = None,
     kv_tokens: int | None = None,
     max_kv_tokens: int | None = None,
+    image_bytes: int | None = None,
     max_running: int = 256,
     **options: Unpack[EngineOptions],
 ) -> Engine[ModelExecutor]:
@@ -297,6 +312,7 @@ def engine_for(
     kv_dtype: dtype of the KV pages; default: the model's; torch.float8_e4m3fn halves them
     kv_tokens: capacity of the KV cache; default: what fits in free memory
     max_kv_tokens: upper limit of that default
+    image_bytes: budget for the image embeddings of unfinished problems; default: 5 % of free memory
     max_running: rollouts that decode at the same time
 
     Raises InputError if there is not enough memory for the KV.
@@ -315,6 +331,7 @@ def engine_for(
         kv_dtype=kv_dtype,
         max_running=max_running,
         max_kv_tokens=max_kv_tokens,
+        image_bytes=image_bytes,
     )
     stopping = Stopping(_Vocabulary(model), model.config.tokens.eos)
     return Engine(executor, stopping, **options)
@@ -348,6 +365,11 @@ class _Arrivals:
     @property
     def empty(self) -> bool:
         return not self._queue
+
+    @property
+    def next(self) -> ProblemRun:
+        """The problem that `take` will return."""
+        return self._queue[0][0]
 
     def ready(self) -> bool:
         """Whether `take` returns a problem that is prepared, or quick to prepare.

@@ -80,8 +80,9 @@ class ProblemRun:
         self.pending = 0  # rollouts of the current round that have not ended
         self._model, self._engine, self._settings = model, engine, settings
         self._messages, self._load = problem.messages, problem.load
+        self.image_bytes = 0  # of the images' embeddings, from `prepare` to `release`
         self._preparing: Future | None = None
-        self._views: Sequence[Views] = ()
+        self._views: Sequence[Views] = ()  # until they are encoded
         self._layouts: list[_Layout] = []
         self._features: Features | None = None
         self._failure: str | None = None
@@ -104,6 +105,11 @@ class ProblemRun:
         return not self._load and num_characters(self._messages) <= QUICK
 
     @property
+    def encoding(self) -> bool:
+        """Whether its images' pixels are in memory, to be encoded."""
+        return self._features is not None and self._features.waiting
+
+    @property
     def error(self) -> str | None:
         """Why the current round will never end: its images could not be encoded, or `fail`."""
         if self._failure or self._features is None:
@@ -121,6 +127,7 @@ class ProblemRun:
         Raises InputError if they are invalid or can never fit, and whatever `Problem.load` raises.
         """
         self._views = self._load() if self._load else ()
+        self.image_bytes = self._engine.executor.feature_bytes(self._views)
         self._layouts = [_Layout(view.newlines) for view in self._views]
         self._prompt = self._build_prompt()
 
@@ -182,18 +189,21 @@ class ProblemRun:
         self._current[rollout.index] = result
         self.pending -= 1
         if not self.pending:
+            rollout.group.rollouts.clear()  # which refer to the group: this ends the cycle
             self._on_end.close()
             self._end_round()
         return result
 
     def release(self) -> None:
-        """Release the KV and image features that are kept between rounds; images that have not
-        been encoded will not be."""
+        """Release the KV and image features that are kept between rounds, and the images that wait
+        to be encoded."""
         if self._features is not None:
             self._features.cancel()
         if self._head is not None:
             self._engine.scheduler.drop(self._head)
         self._head = self._features = None
+        self._preparing = None  # if it failed, its traceback refers to this object
+        self._views, self.image_bytes = (), 0
         self._on_end.close()
 
     def _begin_round(self) -> None:

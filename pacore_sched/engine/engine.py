@@ -136,16 +136,15 @@ class Engine(Generic[ExecutorT]):
         if min(limits.values()) < 1:
             raise InputError(f"max_tokens must be at least 1, not {min(limits.values())}")
         group = Group(path, last_token, sampling, problem, round, need)
-        for index, seed in seeds.items():
-            group.rollouts.append(Rollout(group, index, seed, limits[index]))
-        pages, size = self.scheduler.max_pages(group), self.executor.page_size
+        longest, size = max(limits.values()), self.executor.page_size
+        pages = self.scheduler.max_pages(path, longest)
         if pages > self.executor.num_pages:
-            longest = max(limits.values())
             raise InputError(
                 f"a prompt of {group.prompt_tokens} tokens and a rollout of up to {longest} need"
                 f" KV for {pages * size} tokens, but there is memory for"
                 f" {self.executor.num_pages * size}: lower max_tokens"
             )
+        group.rollouts = [Rollout(group, i, seed, limits[i]) for i, seed in seeds.items()]
         self.scheduler.submit(group)
         return group
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.staging import Packed
 from model.decoder import Step
-from model.kv_cache import PAGE_SIZE
+from model.errors import InputError
+from model.kv_cache import PAGE_SIZE, page_bytes
 from model.step3vl import Step3VL
 from pacore_sched.engine.compile_ahead import warm_up
 from pacore_sched.engine.decode_graph import DecodeGraphs, default_buckets
@@ -30,7 +31,7 @@ from pacore_sched.engine.decode_step import (
     unpacked_results,
 )
 from pacore_sched.engine.image_encoder import Features, ImageEncoder
-from pacore_sched.engine.kv_memory import pages_that_fit
+from pacore_sched.engine.kv_memory import image_budget, pages_that_fit
 from pacore_sched.engine.launch_sites import engine_sites
 from pacore_sched.engine.step_rows import Prompt, StepRows, build_step_rows
 from pacore_sched.engine.step_timer import StepEvents, StepStats, StepTimer
@@ -72,10 +73,12 @@ class ModelExecutor:
     max_running: rollouts that decode at the same time
     max_kv_tokens: the most tokens ever in use; by default a full context for each rollout
     min_kv_tokens: tokens for which the KV must have room
-    share: share of free memory for KV, if `num_pages` is not given
+    image_bytes: budget for the image embeddings of running problems; by default a share of free
+        memory (kv_memory.py). Who admits problems keeps to it (answers/pacore.py)
+    share: share of free memory for KV and image embeddings, if `num_pages` is not given
     buckets: numbers of rows for which CUDA graphs are captured
 
-    Raises InputError if the KV does not fit in memory.
+    Raises InputError if the KV does not fit in memory, or `image_bytes` is negative.
     """
 
     def __init__(
@@ -87,18 +90,26 @@ class ModelExecutor:
         max_running: int = 256,
         max_kv_tokens: int | None = None,
         min_kv_tokens: int = 1,
+        image_bytes: int | None = None,
         share: float | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
         self.model, self.max_running, self.page_size = model, max_running, PAGE_SIZE
         self.asynchronous = model.device.type == "cuda"
-        config = model.config.decoder
+        config, kv_dtype = model.config.decoder, kv_dtype or model.dtype
+        if image_bytes is None:
+            kv_bytes = (num_pages or 0) * page_bytes(config, kv_dtype)
+            image_bytes = image_budget(model.config, device=model.device, kv_bytes=kv_bytes)
+        if image_bytes < 0:
+            raise InputError(f"image_bytes must be at least 0, not {image_bytes}")
+        self.image_bytes = image_bytes
         self.num_pages = num_pages or pages_that_fit(
             config,
             device=model.device,
-            dtype=kv_dtype or model.dtype,
+            dtype=kv_dtype,
             max_kv_tokens=max_kv_tokens or max_running * config.max_positions,
             min_kv_tokens=min_kv_tokens,
+            image_bytes=image_bytes,
             share=share,
         )
         # One page that the scheduler does not know, for padding rows.
@@ -133,6 +144,11 @@ class ModelExecutor:
         """Start to encode images while steps run. Raises InputError if the model takes none."""
         self._encoder = self._encoder or ImageEncoder(self.model)
         return self._encoder.encode(views)
+
+    def feature_bytes(self, views: Sequence["Views"]) -> int:
+        """Bytes of the images' embeddings. Raises InputError if the model takes no images."""
+        width = self.model.config.decoder.hidden * self.model.dtype.itemsize
+        return self.model.count_features(views) * width
 
     @torch.inference_mode()
     def launch(self, tree: PrefixTree, batch: Batch) -> PendingStep:

@@ -1,6 +1,6 @@
 """Encodes images while steps run: in a thread, and on a GPU in a separate stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,26 @@ class Features:
     """Embeddings of some images, perhaps still being computed. `count` is their number of rows."""
 
     def __init__(
-        self, count: int, future: "Future[tuple[Tensor, torch.cuda.Event | None]]"
+        self,
+        count: int,
+        future: "Future[tuple[Tensor, torch.cuda.Event | None]]",
+        drop_views: Callable[[], None],
     ) -> None:
-        self.count, self._future = count, future
+        self.count, self._future, self._drop_views = count, future, drop_views
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the images' pixels are still in memory, to be encoded."""
+        return not self._future.done()
+
+    def cancel(self) -> None:
+        """Do not encode the images, if that has not begun: nobody will read their embeddings."""
+        if self._future.cancel():
+            self._drop_views()  # the thread's queue still holds the call
 
     def ready(self) -> bool:
         """Whether `result` would return without waiting; never true after an `error`."""
-        if not self._future.done() or self._future.exception():
+        if not self._future.done() or self._future.cancelled() or self._future.exception():
             return False
         event = self._future.result()[1]
         return event is None or event.query()
@@ -35,10 +48,6 @@ class Features:
         if not self._future.done() or self._future.cancelled():
             return None
         return self._future.exception()
-
-    def cancel(self) -> None:
-        """Do not encode the images, if that has not begun."""
-        self._future.cancel()
 
     def result(self) -> Tensor:
         """[count, hidden], for work on the current stream. Raises what encoding raised."""
@@ -63,13 +72,16 @@ class ImageEncoder:
     def encode(self, views: Sequence["Views"]) -> Features:
         """Start to encode some images. Raises InputError for a model that takes none."""
         count = self._model.count_features(views)
-        return Features(count, self._thread.submit(spanned("encode images", self._run), views))
+        call = [views]  # a list, which `cancel` can empty
+        future = self._thread.submit(spanned("encode images", self._run), call)
+        return Features(count, future, call.clear)
 
     def close(self) -> None:
         """End the thread after the current images; drops those that have not started."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _run(self, views: Sequence["Views"]) -> tuple[Tensor, "torch.cuda.Event | None"]:
+    def _run(self, call: list[Sequence["Views"]]) -> tuple[Tensor, "torch.cuda.Event | None"]:
+        views = call.pop()
         if self._stream is None:
             return self._model.encode_images(views), None
         with torch.cuda.device(self._model.device), torch.cuda.stream(self._stream):

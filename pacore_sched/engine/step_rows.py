@@ -119,7 +119,7 @@ def _add_chunk(rows: StepRows, chunk: Chunk, end: int) -> None:
     owner, first = chunk.owner, end - (chunk.stop - chunk.start)
     if isinstance(owner, Segment):
         prompt = owner.inputs
-        assert isinstance(prompt, Prompt)
+        assert isinstance(prompt, Prompt), "its last user has ended: see Scheduler.keep"
         rows.ids[first:end] = prompt.ids[chunk.start : chunk.stop]
         low, high = (
             bisect_left(prompt.placeholders, position) for position in (chunk.start, chunk.stop)

@@ -176,6 +176,7 @@ class Predicted(LaterRoundFirst):
     """
 
     QUANTILE, MIN_ENDED = 0.6, 3  # with fewer ended rollouts there is no prediction
+    MAX_ENDED = 65_536  # lengths that are kept per round
 
     def __init__(self, watermark: float = 0.01) -> None:
         super().__init__(watermark)
@@ -188,6 +189,8 @@ class Predicted(LaterRoundFirst):
             self._round_lengths[rollout.group.round],
         ):
             insort(lengths, rollout.scheduled)
+            if len(lengths) > self.MAX_ENDED:
+                del lengths[::2]  # every second one in order of length: the quantiles stay
 
     def forget(self, group: Group) -> None:
         self._group_lengths.pop(group, None)

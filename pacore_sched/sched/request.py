@@ -28,17 +28,25 @@ class Sampling:
     ignore_eos: bool = False  # for rollouts of a fixed length
 
 
+def _ready() -> bool:
+    return True
+
+
 @dataclass(eq=False, slots=True)
 class Segment:
     """A run of prompt tokens that several rollouts share."""
 
     tokens: int  # how many
     inputs: object = None  # what the executor computes their embeddings from
-    ready: Callable[[], bool] = lambda: True  # whether it can: images may still be encoding
+    ready: Callable[[], bool] = _ready  # whether it can: images may still be encoding
     # Set by the scheduler:
     users: int = field(default=0, init=False)  # groups and problems that will still read it
     node: int = field(default=-1, init=False)  # in the prefix tree; -1 without KV
     written: int = field(default=0, init=False)  # tokens whose KV has been written
+
+    def forget(self) -> None:
+        """Release what its embeddings are computed from: nobody will read the segment again."""
+        self.inputs, self.ready = None, _ready
 
 
 @dataclass(eq=False, slots=True)

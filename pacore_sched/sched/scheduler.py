@@ -9,13 +9,15 @@ the model and the simulator use the same scheduler.
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from operator import itemgetter
 
 from kernels.runtime.arithmetic import cdiv
 from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Chunk, Group, PageMove, Rollout, Segment
+
+MIN_ENDS = 64  # a heap of fewer entries is not worth rebuilding
 
 
 @dataclass
@@ -73,11 +75,10 @@ class Scheduler:
         self._host_tokens: dict[Rollout, int] = {}  # preempted rollout -> its tokens on the host
         self._evicted: list[PageMove] = []
 
-    def max_pages(self, group: Group) -> int:
-        """Pages that the largest rollout of a group takes, including its prompt."""
+    def max_pages(self, path: Sequence[Segment], max_tokens: int) -> int:
+        """Pages that a rollout of up to `max_tokens` tokens takes, including its prompt."""
         size = self.tree.page_size
-        longest = max(rollout.max_tokens for rollout in group.rollouts)
-        return cdiv(longest, size) + sum(cdiv(segment.tokens, size) for segment in group.path)
+        return cdiv(max_tokens, size) + sum(cdiv(segment.tokens, size) for segment in path)
 
     def max_tokens(self, path: Sequence[Segment]) -> int:
         """The most tokens that a rollout of a prompt can have: all pages that the prompt leaves."""
@@ -86,10 +87,9 @@ class Scheduler:
 
     def submit(self, group: Group) -> None:
         """Add a group. Raises ValueError if one of its rollouts can never fit."""
-        if self.max_pages(group) > self.tree.num_pages:
-            raise ValueError(
-                f"the group needs {self.max_pages(group)} pages, the pool has {self.tree.num_pages}"
-            )
+        longest = max(rollout.max_tokens for rollout in group.rollouts)
+        if (pages := self.max_pages(group.path, longest)) > self.tree.num_pages:
+            raise ValueError(f"the group needs {pages} pages, the pool has {self.tree.num_pages}")
         group.number, self._num_submitted = self._num_submitted, self._num_submitted + 1
         group.waiting = self.policy.order(group.rollouts)
         for segment in group.path:
@@ -103,10 +103,14 @@ class Scheduler:
         segment.users += 1
 
     def drop(self, segment: Segment) -> None:
-        """Undo one `keep`."""
+        """Undo one `keep`. Without users, a segment's KV and inputs are released."""
         segment.users -= 1
-        if not segment.users and segment.node >= 0:
+        if segment.users:
+            return
+        if segment.node >= 0:
             self._free_segment(segment)
+        # Ended groups and old batches may still refer to the segment, but not to its images.
+        segment.forget()
 
     def schedule(self) -> Batch | None:
         """The next step's batch, its tokens appended to the tree; None if nothing can be done."""
@@ -223,7 +227,17 @@ class Scheduler:
                 del self._decoding[node]
 
     def _push_end(self, rollout: Rollout) -> None:
-        heappush(self._ends, (self.steps + rollout.max_tokens - rollout.scheduled, rollout.node))
+        """Note the step of a decoding rollout's max_tokens; an accepted draft brings it forward.
+
+        Entries that no longer hold stay in the heap. It is rebuilt when they are most of it.
+        """
+        if len(self._ends) > 2 * len(self._decoding) + MIN_ENDS:
+            self._ends = [(self._end_step(r), node) for node, r in self._decoding.items()]
+            heapify(self._ends)
+        heappush(self._ends, (self._end_step(rollout), rollout.node))
+
+    def _end_step(self, rollout: Rollout) -> int:
+        return self.steps + rollout.max_tokens - rollout.scheduled
 
     def _start_decoding(self, rollout: Rollout) -> None:
         """Decode a rollout from the next step on, and reserve its pages as far as the others'."""

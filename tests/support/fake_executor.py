@@ -28,15 +28,23 @@ def expected(
     group: Group, rollout: Rollout, eos: int = EOS, vocabulary: int = VOCABULARY
 ) -> list[int]:
     """The tokens of a rollout that runs alone."""
-    context = [token for segment in group.path for token in segment.inputs] + [group.last_token]
+    context = [token for segment in group.path for token in segment.ids] + [group.last_token]
     tokens = []
     while len(tokens) < rollout.max_tokens and (not tokens or tokens[-1] != eos):
         tokens.append(next_token(context + tokens, rollout.seed, vocabulary))
     return tokens
 
 
-def segment(ids: Sequence[int]) -> Segment:
-    return Segment(len(ids), inputs=list(ids))
+class IdSegment(Segment):
+    """A segment whose ids tests can read after its last user has ended."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        super().__init__(len(ids), inputs=list(ids))
+        self.ids = list(ids)
+
+
+def segment(ids: Sequence[int]) -> IdSegment:
+    return IdSegment(ids)
 
 
 class FakeExecutor:

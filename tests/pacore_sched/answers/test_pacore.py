@@ -193,6 +193,11 @@ def test_a_stop_string_ends_rollouts(tiny: Step3VL):
 class HashExecutor(FakeExecutor):
     """A fake model whose images are ready after three polls, and fail if there are none."""
 
+    image_bytes = 10**9
+
+    def feature_bytes(self, views: list[Views]) -> int:
+        return len(views)
+
     def segment(self, ids: list[int], features: object = None, first: int = 0) -> Segment:
         prompt = segment(ids)
         prompt.ready = features.ready if features else prompt.ready
@@ -201,8 +206,12 @@ class HashExecutor(FakeExecutor):
     def encode(self, views: list[Views]) -> SimpleNamespace:
         polls = iter([*[False] * 3, *[True] * 1000])
         error = None if views else RuntimeError("out of memory")
-        ready = lambda: next(polls) and not error  # noqa: E731
-        return SimpleNamespace(error=error, ready=ready, cancel=lambda: None)
+        return SimpleNamespace(
+            error=error,
+            ready=lambda: next(polls) and not error,
+            waiting=False,
+            cancel=lambda: None,
+        )
 
 
 HASHES = SimpleNamespace(config=TINY, tokenizer=TOKENIZER)

@@ -6,8 +6,10 @@ import torch
 from model.config import PRESETS
 from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, KVCache, page_bytes
+from model.step3vl import Step3VL
+from pacore_sched.answers.pacore import engine_for
 from pacore_sched.engine import kv_memory
-from pacore_sched.engine.kv_memory import pages_that_fit
+from pacore_sched.engine.kv_memory import image_budget, pages_that_fit
 
 TINY = PRESETS["tiny"].decoder
 LARGE = PRESETS["step3-vl-10b"].decoder
@@ -44,6 +46,34 @@ def test_a_share_of_free_memory():
     assert fit(device=torch.device("cuda")) == 9 * 10**8 // page
     assert fit(share=1.0) == 10**9 // page
     assert fit(dtype=torch.float8_e4m3fn, share=1.0) == 10**9 // (page * 33 // 64)
+
+
+def test_image_embeddings_have_their_part():
+    """Embeddings outside the plan: 25 MB per image next to a KV cache that takes all the memory."""
+    config, text_only = PRESETS["step3-vl-10b"], PRESETS["smollm2-135m"]
+    assert image_budget(text_only, device=CPU) == 0
+    budget = image_budget(config, device=CPU)
+    assert budget == 5 * 10**7
+    page = PAGE_SIZE * 147_456
+    assert fit(image_bytes=budget) == (5 * 10**8 - budget) // page
+    assert image_budget(config, device=CPU, kv_bytes=9 * 10**8) == 5 * 10**6
+    assert image_budget(config, device=CPU, kv_bytes=2 * 10**9) == 0
+    with pytest.raises(InputError, match=r"memory may be used, 0\.50 GB of it for images: lower"):
+        fit(image_bytes=5 * 10**8)
+
+
+def test_an_engine_plans_for_images():
+    """A budget that is set must reach the executor, and the KV must leave it free."""
+    model = Step3VL.from_preset("tiny", seed=1)
+    with engine_for(model, max_running=2).executor as executor:
+        assert executor.image_bytes == 5 * 10**7
+    page = page_bytes(TINY, torch.float32)
+    with engine_for(model, max_running=2, image_bytes=5 * 10**8 - 7 * page).executor as executor:
+        assert executor.num_pages == 7
+    with engine_for(model, kv_tokens=PAGE_SIZE, image_bytes=0).executor as executor:
+        assert executor.image_bytes == 0
+    with pytest.raises(InputError, match="image_bytes must be at least 0, not -1"):
+        engine_for(model, kv_tokens=PAGE_SIZE, image_bytes=-1)
 
 
 def test_no_more_than_can_be_used():

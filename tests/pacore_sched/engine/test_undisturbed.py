@@ -38,9 +38,14 @@ def run(
     once."""
     groups = [
         engine.submit(
-            [engine.executor.segment(ids)], 7, dict(enumerate(seeds)), SAMPLING, need=need
+            [engine.executor.segment(ids)],
+            7,
+            dict(enumerate(seeds)),
+            SAMPLING,
+            need=need,
+            problem=number,
         )
-        for ids, seeds in zip(PROMPTS, seeds_by_prompt, strict=True)
+        for number, (ids, seeds) in enumerate(zip(PROMPTS, seeds_by_prompt, strict=True))
         if seeds
     ]
     ended: list[Rollout] = []
@@ -60,9 +65,11 @@ def alone(tiny: Step3VL) -> dict:
     for kv_dtype in (None, torch.float8_e4m3fn):
         for seeds_by_prompt in ([[0], []], [[1, 2], range(3)]):
             for group in run(engine_of(tiny, 40, kv_dtype), seeds_by_prompt):
-                prompt = PROMPTS.index(list(group.path[0].inputs.ids))
                 for rollout in group.rollouts:
-                    results[kv_dtype, prompt, rollout.seed] = rollout.tokens, rollout.logprobs
+                    results[kv_dtype, group.problem, rollout.seed] = (
+                        rollout.tokens,
+                        rollout.logprobs,
+                    )
     return results
 
 
@@ -92,6 +99,5 @@ def test_cancelled_siblings(tiny: Step3VL, alone: dict, ahead: bool):
         complete = [r for r in group.rollouts if r.finish_reason == "length"]
         assert len(complete) == 2
         for rollout in group.rollouts:
-            prompt = PROMPTS.index(list(group.path[0].inputs.ids))
-            tokens, _ = alone[None, prompt, rollout.seed]
+            tokens, _ = alone[None, group.problem, rollout.seed]
             assert rollout.tokens == tokens[: len(rollout.tokens)]

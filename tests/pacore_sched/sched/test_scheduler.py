@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pacore_sched.sched.policy import ORACLES, POLICIES, LaterRoundFirst
 from pacore_sched.sched.request import Batch, Group, Rollout, Sampling, Segment
-from pacore_sched.sched.scheduler import Scheduler
+from pacore_sched.sched.scheduler import MIN_ENDS, Scheduler
 
 PAGE = 4
 
@@ -147,13 +147,14 @@ def test_random_traces(trace):
     """Every rollout ends once, within its max_tokens, having written each of its tokens in order;
     no page is lost or owned twice at any step; and every trace ends."""
     scheduler, groups, lengths = trace
-    fitting = [
-        (at, group)
-        for at, group in groups
-        if scheduler.max_pages(group) <= scheduler.tree.num_pages
-    ]
+
+    def fits(group: Group) -> bool:
+        longest = max(rollout.max_tokens for rollout in group.rollouts)
+        return scheduler.max_pages(group.path, longest) <= scheduler.tree.num_pages
+
+    fitting = [(at, group) for at, group in groups if fits(group)]
     for _, group in groups:
-        if scheduler.max_pages(group) > scheduler.tree.num_pages:
+        if not fits(group):
             with pytest.raises(ValueError, match="the group needs"):
                 scheduler.submit(group)
     run = Trace(scheduler, lengths)
@@ -340,6 +341,33 @@ def test_nothing_starts_below_a_segment_written_in_this_step():
     first = step_of(scheduler)
     assert [chunk.owner for chunk in first.chunks] == [shared] and not first.decode
     assert len(step_of(scheduler).decode) == 2
+
+
+def test_the_heap_of_ends_stays_small():
+    """An entry for each verified draft, or for each rollout that ended long before its max_tokens:
+    their number must be bounded by the running rollouts, and no end may be missed."""
+    scheduler = Scheduler(9000, PAGE, LaterRoundFirst(), max_running=8, token_budget=64)
+    most = 2 * 8 + MIN_ENDS + 1
+    for problem in range(50):  # these end early
+        group, _ = group_of([1] * 8, problem=problem, slack=3000)
+        scheduler.submit(group)
+        scheduler.schedule()
+        for rollout in group.rollouts:
+            scheduler.finish(rollout, "stop")
+        assert len(scheduler._ends) <= most
+    group, _ = group_of([3000 - 100 * index for index in range(8)])
+    scheduler.submit(group)
+    while scheduler.groups:
+        batch = scheduler.schedule()
+        decode = batch.decode if batch else ()
+        for rollout in group.rollouts:
+            left = rollout.max_tokens - rollout.scheduled
+            assert left >= 0, "an end was missed"
+            if rollout.index % 3 and left and scheduler.append_draft(rollout, min(3, left)):
+                scheduler.settle_draft(rollout, rollout.index % min(3, left))
+            if not left and rollout not in decode and not rollout.finish_reason:
+                scheduler.finish(rollout, "length")
+        assert len(scheduler._ends) <= most
 
 
 def test_ended_rollouts_are_freed():
