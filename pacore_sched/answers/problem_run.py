@@ -127,7 +127,8 @@ class ProblemRun:
         Raises InputError if they are invalid or can never fit, and whatever `Problem.load` raises.
         """
         self._views = self._load() if self._load else ()
-        self.image_bytes = self._engine.executor.feature_bytes(self._views)
+        if self._views:
+            self.image_bytes = self._engine.executor.feature_bytes(self._views)
         self._layouts = [_Layout(view.newlines) for view in self._views]
         self._prompt = self._build_prompt()
 

@@ -16,7 +16,7 @@ from model.errors import InputError
 from model.step3vl import Step3VL
 from model.vision.image import Views
 from pacore_sched.answers.journal import RolloutResult
-from pacore_sched.answers.pacore import ENCODED_AHEAD, IMAGES_AHEAD, Pacore, engine_for
+from pacore_sched.answers.pacore import ENCODED_AHEAD, PREPARED_AHEAD, Pacore, engine_for
 from pacore_sched.answers.problem_run import Problem
 from pacore_sched.sched.request import Group, Rollout, Sampling
 
@@ -185,4 +185,4 @@ def test_pixels_wait_for_the_encoder_in_small_numbers(
         if number == 30:
             gate.set()
     assert answered == 17
-    assert ENCODED_AHEAD <= most <= ENCODED_AHEAD + IMAGES_AHEAD
+    assert ENCODED_AHEAD <= most <= ENCODED_AHEAD + PREPARED_AHEAD

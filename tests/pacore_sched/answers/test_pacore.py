@@ -139,6 +139,15 @@ def test_a_rollout_does_not_depend_on_the_width(tiny: Step3VL):
     assert _texts(narrow)[0] == _texts(wide)[0][:2]
 
 
+def test_a_text_only_model():
+    """Questions refused because a model without a vision tower takes no images, not even none."""
+    model = Step3VL.from_preset("tiny", seed=1)
+    model.config, model.vision = replace(model.config, vision=None), None
+    (answer,) = pacore_on(model, [2]).answers([Problem(COUNT)])
+    assert answer.error is None
+    assert len(answer.rounds) == 2
+
+
 def test_no_widths_is_one_rollout(tiny: Step3VL):
     """Sequential mode with anything but the unmodified question and one generation."""
     pacore = pacore_on(tiny, [])
