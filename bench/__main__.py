@@ -26,6 +26,7 @@ COMMANDS = {
     "roofline": ("bench.commands:ROOFLINE", "this machine's copy bandwidth and matrix rate"),
     "sched": ("bench.commands:SCHED", "the scheduler's CPU time per step"),
     "engine": ("bench.commands:ENGINE", "whole engine steps with a full batch"),
+    "stress": ("bench.stress.command", "random events on the engine, checked after each"),
     "packing": ("bench.commands:PACKING", "gain from running many problems together (minutes)"),
     "replay": ("bench.commands:REPLAY", "the simulator's error against the engine (minutes)"),
     "tune": ("bench.commands:TUNE", "measure kernel configs on a GPU, write kernels/tuned/"),

@@ -247,6 +247,7 @@ class Engine(Generic[ExecutorT]):
             )
             start += len(draft) + 1
             if rollout.finish_reason:  # cancelled when a sibling ended in this step
+                self.stats.wasted += 1 + len(draft)
                 continue
             accepted, reason = 0, None
             for i, (token, logprob) in enumerate(zip(*sampled, strict=True)):

@@ -224,3 +224,18 @@ def test_counts_of_shared_reads():
     own_nodes = 4 * (1 + 2 + 3)
     assert engine.stats.kv_read == 3 * 70 + own_nodes
     assert engine.stats.kv_read_unshared == 4 * 3 * 70 + own_nodes
+
+
+def test_what_a_cancelled_rollout_sampled_is_wasted():
+    """Two equal rollouts reach the same draft in one step and the first ends the group: the second
+    one's 1 + draft tokens of that step were counted nowhere."""
+    executor = FakeExecutor(40, 4, vocabulary=6)
+    engine = engine_of(executor, speculate=2)
+    run(
+        engine,
+        [engine.submit([segment([3])], 1, {0: 5, 1: 5}, Sampling(41, ignore_eos=True), need=1)],
+    )
+    last = executor.launched[-1]
+    assert len(last.drafts) == 2 and all(last.drafts)
+    sampled = sum(len(batch.sampled) + sum(map(len, batch.drafts)) for batch in executor.launched)
+    assert engine.stats.generated + engine.stats.wasted == sampled

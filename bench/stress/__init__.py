@@ -1,0 +1,1 @@
+"""Stress test of the scheduler and the engine: random events on a model of hashes."""
