@@ -35,11 +35,11 @@ from bench.ops import (
     select,
     time_case,
 )
-from bench.options import case_arguments, filter_arguments
+from bench.options import SECONDS, case_arguments, filter_arguments
 from kernels.runtime.configs import gpu_of
 from model.config import PRESETS
 from model.errors import InputError
-from model.terminal import track
+from model.terminal import real, track
 from pacore_sched.engine.compile_ahead import warm_up
 
 TIME_BUDGET_S = 1.0  # per case
@@ -169,7 +169,7 @@ def time_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budget",
-        type=float,
+        type=SECONDS,
         default=TIME_BUDGET_S,
         metavar="SECONDS",
         help=f"timing budget per case (default: {TIME_BUDGET_S:g})",
@@ -194,7 +194,7 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", choices=cost.GPUS, default="h200", help="default: h200")
     parser.add_argument(
         "--copy-gb-s",
-        type=float,
+        type=real(1e-3, 1e6),
         metavar="X",
         help="use this measured copy bandwidth instead of the data sheet's",
     )

@@ -32,7 +32,8 @@ from model.impls import impl_per_op
 from model.kv_cache import PAGE_SIZE, KVCache
 from model.memory import free_bytes
 from model.step3vl import Step3VL
-from model.terminal import track
+from model.terminal import integer, track
+from pacore_sched.answers.rounds import MAX_WIDTH
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.step_batch import build_step_batch
 
@@ -85,12 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="PRESET", help=f"one of {', '.join(PRESETS)} (default: by device)"
     )
-    for name, what in (
-        ("batch", "rollouts"),
-        ("prefix", "tokens that all rollouts share"),
-        ("suffix", "tokens of each rollout, the new one included"),
+    for name, largest, what in (
+        ("batch", MAX_WIDTH, "rollouts"),
+        ("prefix", 10**6, "tokens that all rollouts share"),
+        ("suffix", 10**6, "tokens of each rollout, the new one included"),
     ):
-        parser.add_argument(f"--{name}", nargs="+", type=int, default=(), metavar="N", help=what)
+        size = integer(1, largest)
+        parser.add_argument(f"--{name}", nargs="+", type=size, default=(), metavar="N", help=what)
     parser.add_argument(
         "--dtype", nargs="+", default=(), help="(default: float32 on a CPU, bfloat16 on a GPU)"
     )
@@ -115,7 +117,7 @@ def selected_steps(
     options: argparse.Namespace, device: torch.device
 ) -> tuple[str, tuple[torch.dtype, ...], list[DecodeCase]]:
     """The requested preset, dtypes and steps. Raises InputError for an unknown preset or dtype, or
-    a size below 1."""
+    steps beyond the model's context."""
     name = options.model or MODELS[device.type]
     if name not in PRESETS:
         raise InputError(f"unknown model {name!r}; choose one of {', '.join(PRESETS)}")
@@ -123,8 +125,11 @@ def selected_steps(
     sizes = [
         values or default for values, default in zip(requested, SIZES[device.type], strict=True)
     ]
-    if min(map(min, sizes)) < 1:
-        raise InputError("--batch, --prefix and --suffix must be at least 1")
+    context = PRESETS[name].decoder.max_positions
+    if (tokens := max(sizes[1]) + max(sizes[2])) > context:
+        raise InputError(
+            f"--prefix and --suffix make {tokens:,} tokens; the context of {name} has {context:,}"
+        )
     dtypes = parse_dtypes(options.dtype) or (MAIN_DTYPE[device.type],)
     return name, dtypes, [DecodeCase(*size) for size in product(*sizes)]
 

@@ -9,8 +9,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.errors import InputError
+from model.errors import InputError, shown
+from model.text.files import check_regular
+from model.text.rows import FileRow, read_rows
 
+# Fields that rows of several kinds have.
+TEXTS = (
+    *("op", "case", "impl", "dtype", "policy", "part", "failure", "skipped", "timer", "version"),
+    *("device", "driver", "torch", "triton", "commit", "time", "section", "pair"),
+)
+TIMES = ("p20_us", "median_us", "p80_us")
+NUMBERS = ("bytes", "flops", "roofline_pct", "speedup", "max_err", "copy_gb_s", "gemm_tflop_s")
+RATES = ("tokens_per_second",)  # in some rows only
 SCHEMA = 1  # version of the rows; incremented whenever a field changes its meaning
 
 
@@ -21,6 +31,8 @@ def append(path: Path, rows: Iterable[dict]) -> None:
     the file cannot be written.
     """
     with _write_errors(path):
+        if path.exists():
+            check_regular(path)
         text = path.read_bytes() if path.exists() else b""
         if not text.endswith(b"\n"):
             path.write_bytes(text[: text.rfind(b"\n") + 1])
@@ -34,29 +46,51 @@ def write_json(path: Path, document: dict) -> None:
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path) -> list[FileRow]:
     """The rows of a JSONL file; none if the file does not exist.
 
-    Ignores a last line without a newline, which an interrupted write left. Raises InputError for
-    any other line that is not a JSON object, and for rows of another schema (a row without `schema`
+    Raises InputError as `read_rows` does, and for rows of another schema (a row without `schema`
     has schema 1).
     """
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: each line must be a JSON object")
+    rows = read_rows(path)
+    for row in rows:
         if (schema := row.get("schema", 1)) != SCHEMA:
             reader = f"; commit {row['commit']} can read it" if row.get("commit") else ""
-            raise InputError(f"{path}:{number}: the row has schema {schema}, not {SCHEMA}{reader}")
-        rows.append(row)
+            raise InputError(
+                f"{row.where}: the row has schema {shown(schema)}, not {SCHEMA}{reader}"
+            )
     return rows
+
+
+def read_measured(path: Path) -> list[FileRow]:
+    """As `read`, and raises InputError for a field of an invalid value too."""
+    rows = read(path)
+    for row in rows:
+        if problem := invalid_field(row):
+            raise InputError(f"{row.where}: {problem}")
+    return rows
+
+
+def invalid_field(row: dict) -> str | None:
+    """What is wrong with the first field of an invalid value; None if all are valid. Any field may
+    be missing or None."""
+    for names, valid, kind in (
+        (TEXTS, lambda value: isinstance(value, str), "a text"),
+        (TIMES, lambda value: is_number(value) and 1e-6 <= value <= 1e15, "from 1e-6 to 1e15"),
+        ((*NUMBERS, *RATES), is_number, "a number, at least 0"),
+    ):
+        for name in names:
+            value = row.get(name)
+            if value is not None and not valid(value):
+                return f"{name} is {shown(value)}; it must be {kind}"
+    return None
+
+
+def is_number(value: object) -> bool:
+    """Whether the value is a number from 0 to 1e30, beyond which floats overflow; not NaN."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 <= value < 1e30
 
 
 @contextmanager

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from bench.cases import OPS
 from bench.ops import FORMS
+from model.terminal import real
+
+SECONDS = real(0, 86_400, exclusive=True)  # type of options: up to a day
 
 
 def case_arguments(parser: argparse.ArgumentParser) -> None:

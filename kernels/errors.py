@@ -1,8 +1,12 @@
-"""The error class of unavailable implementations, and one-line error messages. Imports nothing."""
+"""Error classes that commands print as one line, and one-line messages. Imports nothing."""
 
 
 class ImplError(ValueError):
     """The requested implementation does not exist, or cannot run on this machine."""
+
+
+class VariableError(ValueError):
+    """An environment variable has a value that it may not have."""
 
 
 def one_line(error: BaseException) -> str:

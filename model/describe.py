@@ -99,13 +99,7 @@ def _print(size: dict, dtype: str) -> None:
 
 
 def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Print two aligned columns under a title, which is bold if rich is installed."""
+    """Print two aligned columns under a title."""
     left, right = (max(map(len, column)) for column in zip(*rows, strict=True))
     text = "\n".join(f"  {name:{left}}  {value:>{right}}" for name, value in rows)
-    try:  # a GPU node may have only torch, Triton and NumPy
-        from rich.console import Console
-    except ImportError:
-        print(f"{title}\n{text}")
-    else:
-        Console().print(title, style="bold", markup=False, highlight=False)
-        Console().print(text, markup=False, soft_wrap=True)
+    print(f"{title}\n{text}")

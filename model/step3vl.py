@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, wraps
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
@@ -13,7 +14,7 @@ from kernels.runtime.dtypes import dtype_name
 from kernels.sampling import sample
 from model.config import Config, preset
 from model.decoder import Decoder, Step
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.impls import Impl, impl_per_op
 from model.kv_cache import PAGE_SIZE, KVCache
 from model.memory import check_weights_fit
@@ -250,8 +251,13 @@ class Step3VL(nn.Module):
         """Ids that continue one sequence, ending with an eos id or after `max_tokens`.
 
         The first step reads the whole prompt, each later step one token. Temperature 0 is greedy.
-        Raises InputError as `forward` does, and for logits that are not a distribution.
+        Raises InputError as `forward` does, for a seed that is not a signed 64-bit integer, and for
+        logits that are not a distribution.
         """
+        if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+            raise InputError(f"seed must be an integer from -2^63 to 2^63 - 1, not {shown(seed)}")
+        if not isinstance(max_tokens, Integral) or max_tokens < 0:
+            raise InputError(f"max_tokens must be an integer, at least 0, not {shown(max_tokens)}")
         ids = self._checked_ids(input_ids, max_tokens)
         cache = self.new_cache(cdiv(len(ids) + max_tokens, PAGE_SIZE))
         embeddings, length = self._embed_prompt(ids, images), 0

@@ -2,20 +2,29 @@
 
 import argparse
 import errno
+import io
+import math
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import pairwise
 from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any, Literal, NoReturn, TypeVar
 
 from model import kernels_clash
-from model.errors import InputError
+from model.errors import InputError, shown
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+
+# Of a write to stdout: its reader has closed, the shell has closed it, or its disk is full or gone.
+_WRITE_ERRORS = (errno.EPIPE, errno.EBADF, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +40,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see `{self.prog} --help`)")
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """The `type` of an option whose value is an integer from `low` to `high`."""
+    return partial(_number, int, low, high, f"an integer from {low:,} to {high:,}")
+
+
+def real(low: float, high: float, *, exclusive: bool = False) -> Callable[[str], float]:
+    """The `type` of an option whose value is from `low`, or if `exclusive` above it, to `high`."""
+    limits = f"above {low:,.10g} and at most" if exclusive else f"from {low:,.10g} to"
+    above = math.nextafter(low, math.inf) if exclusive else low
+    return partial(_number, float, above, high, f"a number {limits} {high:,.10g}")
+
+
+def _number(
+    kind: Callable[[str], Number], low: Number, high: Number, valid: str, text: str
+) -> Number:
+    try:
+        value = kind(text)
+    except ValueError:  # also for an integer of thousands of digits
+        value = None
+    if value is None or not low <= value <= high:  # false for NaN
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not {valid}")
+    return value
 
 
 @contextmanager
@@ -101,9 +134,13 @@ def dispatch(
 
     `commands` maps a name to a target and a line for `--help`. A target, "module" or
     "module:object", has `add_arguments(parser)` and `run(options) -> int`. Only the target that
-    runs is imported: some commands need no torch.
+    runs is imported: some commands need no torch. Raises InputError for arguments that are not
+    UTF-8: neither tokenizers nor JSON files can represent them.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for before, word in pairwise(["the command", *argv]):
+        if not word.isascii() and word.encode("utf-8", "ignore").decode() != word:
+            raise InputError(f"the argument {shown(word)} after {shown(before)} is not UTF-8 text")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (target, text) in commands.items():
         if argv[:1] == [name]:
@@ -118,44 +155,101 @@ def dispatch(
     return options.run(options)
 
 
+def stop_signals() -> dict[int, Any]:
+    """SIGINT and SIGTERM with their handlers, for a command that handles them itself; not those
+    that this process was started to ignore, as in the background of a shell's script."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    return {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its code, or with 2 and one line on stderr for a user's mistake.
 
     Warnings are one line on stderr too. First checks whose `kernels` is installed. `main` must
-    import ours only when it runs.
+    import ours only when it runs. Output that cannot be written is a mistake as well, unless the
+    reader of a pipe has closed it: that ends the command in silence, with the code of SIGPIPE if it
+    was still running.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell, as in `command >&-`
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    _open_streams()
     if text := kernels_clash.error():
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     if text := kernels_clash.warning():
         print(f"warning: {text}", file=sys.stderr)
-    from kernels.errors import ImplError  # now known to be ours
+    from kernels.errors import ImplError, VariableError  # now known to be ours
+    from kernels.runtime.environment import check_variables
 
-    if hasattr(sys.stdout, "reconfigure"):  # not every terminal can show all that models write
-        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = _show_warning
+    code: object
     try:
+        check_variables()
         code = main() or 0
-        sys.stdout.flush()
-        sys.exit(code)
-    except (InputError, ImplError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, ImplError, VariableError) as error:
+        code = _mistake(str(error))
+    except MemoryError:
+        code = _mistake("there is not enough memory")
     except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:  # stdout's reader has closed, or its disk is full
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        code = 130
+    except SystemExit as error:  # of --help and --version
+        code = error.code
+    except OSError as error:
+        if error.filename is not None:
+            code = _mistake(str(InputError(f"{error.filename}: {error.strerror}")))
+        elif error.errno in _WRITE_ERRORS:
+            code = _lost_output(error, 128 + signal.SIGPIPE)
+        else:
             raise
-        assert sys.__stdout__ is not None  # something was printed to it
-        # What is left in its buffer goes to /dev/null.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
-        if error.errno == errno.EPIPE:
-            sys.exit(0)
-        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = _lost_output(error, code)
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+class _Stderr(io.TextIOWrapper):
+    """A stderr that drops what cannot be written: a lost message is no reason to lose the work."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(stream.buffer, stream.encoding, stream.errors, line_buffering=True)
+        self._stream = stream  # would close the buffer when collected
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+def _open_streams() -> None:
+    """Prepare the standard streams, which the shell may have closed, as in `command >&-`, and whose
+    encoding may lack characters that models write."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # Else the next file opened would get the number. Printing to this stdout fails.
+            mode = os.O_WRONLY if name == "stderr" else os.O_RDONLY
+            os.dup2(os.open(os.devnull, mode), number)
+            stream = open(number, "w" if number else "r", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = _Stderr(sys.stderr)
+
+
+def _mistake(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
+def _lost_output(error: OSError, code_of_pipe: object) -> object:
+    """The exit code after a failed write to stdout; what is left in its buffer goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno == errno.EPIPE:
+        return code_of_pipe
+    return _mistake(f"cannot write the output: {error.strerror}")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import InputError
-from model.text.files import check_regular
+from model.text.files import read_json
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -71,13 +71,12 @@ class Bundle:
         self.items: dict[str, dict] = {}  # by name: its "wanted" parts and "pieces"
         self.made_for: dict[str, str] | None = None  # Python version and platform
         path = folder / MANIFEST
-        if path.exists():
-            check_regular(path)
+        if (manifest := read_json(path)) is not None:
             try:
-                manifest = json.loads(path.read_text(encoding="utf-8"))
                 schema = manifest["schema"]
                 self.items, self.made_for = manifest["items"], manifest["made_for"]
-            except (ValueError, KeyError, TypeError):
+                _check_fields(self.items, self.made_for)
+            except (LookupError, TypeError, AttributeError):
                 raise InputError(
                     f"{path} is not a manifest of peers, a JSON object with the keys schema,"
                     " made_for and items"
@@ -151,6 +150,16 @@ def _pack(files: Sequence[Path], folder: Path, stem: Path, limit: int) -> list[d
         for number, half in enumerate(halves, 1)
         for entry in _pack(half, folder, stem.with_name(f"{stem.name}-{number}"), limit)
     ]
+
+
+def _check_fields(items: dict[str, dict], made_for: dict[str, str] | None) -> None:
+    """Raise LookupError, TypeError or AttributeError for a manifest without the fields in use."""
+    for item in items.values():
+        pieces = [(piece["file"] + piece["sha256"], piece["holds"]) for piece in item["pieces"]]
+        files = ["".join(file["file"] for file in holds) for _, holds in pieces]
+        "".join([*item["wanted"], *files])
+    if made_for is not None:
+        made_for["python"] + made_for["platform"]
 
 
 def file_entry(path: Path, name: str) -> dict:

@@ -21,9 +21,10 @@ from bench.cases import OPS
 from bench.compare import turns
 from bench.compare.slowdown import Pair, judge_pairs, judge_rows
 from bench.ops import DTYPES, parse_device
+from bench.options import SECONDS
 from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError
-from model.terminal import progress, table
+from model.terminal import integer, progress, real, table
 
 # Per stage: the number of worker processes per side, one after the other, each for `--rounds` pairs
 # of runs; and the verdicts for which the next stage measures again.
@@ -62,21 +63,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
         "--threads",
-        type=int,
+        type=integer(1, 1024),
         default=1,
         metavar="N",
         help="CPU threads of each side (default: 1; with more, on a busy machine, threads mostly"
         " wait for each other)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="pairs of runs per case (default: 5)"
+        "--rounds",
+        type=integer(3, 1000),  # fewer are inconclusive
+        default=5,
+        metavar="N",
+        help="pairs of runs per case, at least 3 (default: 5)",
     )
     parser.add_argument(
-        "--budget", type=float, default=0.3, metavar="S", help="seconds per run (default: 0.3)"
+        "--budget", type=SECONDS, default=0.3, metavar="S", help="seconds per run (default: 0.3)"
     )
     parser.add_argument(
         "--threshold",
-        type=float,
+        type=real(0, 1e6, exclusive=True),
         default=10.0,
         metavar="PERCENT",
         help="the smallest change to report (default: 10)",
@@ -88,12 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compare A and B and print the result; return 1 if B is slower or wrong in a case."""
-    if options.rounds < 3:
-        raise InputError(
-            f"--rounds must be 3 or more, not {options.rounds}: fewer are inconclusive"
-        )
-    if min(options.budget, options.threshold, options.threads) <= 0:
-        raise InputError("--budget, --threshold and --threads must be positive")
     files = [name.endswith(".jsonl") for name in (options.a, options.b)]
     if any(files) and not all(files):
         raise InputError("a file of rows can only be compared with another file of rows")
@@ -237,7 +236,7 @@ def _by_key(path: Path, options: argparse.Namespace) -> dict[tuple[str, ...], li
     if not path.exists():
         raise InputError(f"there is no file {path}")
     by_key: dict[tuple[str, ...], list[dict]] = {}
-    for row in jsonl.read(path):
+    for row in jsonl.read_measured(path):
         key = tuple(row.get(name) for name in ("op", "case", "impl", "dtype", "device"))
         selected = (
             all(key)
@@ -247,7 +246,8 @@ def _by_key(path: Path, options: argparse.Namespace) -> dict[tuple[str, ...], li
             and row["dtype"] == (options.dtype or row["dtype"])
         )
         if selected and ("median_us" in row or row.get("failure")):
-            by_key.setdefault(key, []).append(row)
+            spread = {n: row.get(n) or row.get("median_us") for n in ("p20_us", "p80_us")}
+            by_key.setdefault(key, []).append(row | spread)
     return by_key
 
 

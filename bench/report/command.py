@@ -109,11 +109,11 @@ def write(rows: Sequence[dict], out: Path, older_rows: Sequence[dict] = ()) -> l
 
 def _part(anchor: str, measurements: Measurements, sections: dict[str, Section | None]) -> dict:
     """The template's values for one device."""
-    versions = {row["version"]: None for row in measurements.latest if row.get("version")}
+    versions = [str(row["version"]) for row in measurements.latest if row.get("version")]
     return {
         "anchor": anchor,
         "device": measurements.device,
-        "versions": list(map(str, versions)),
+        "versions": list(dict.fromkeys(versions)),
         "skipped": skipped_lines(measurements),
         "empty_sections": [title for title, section in sections.items() if section is None],
         "sections": [

@@ -20,12 +20,7 @@ from kernels.runtime.dispatch import IMPLS
 from model.errors import InputError
 
 WHOLE_RUNS = ("pacore", "photo", "vision", "engine_step", "packing", "replay", "scheduler_step")
-TEXTS = ("op", "case", "impl", "dtype", "policy", "part", "failure", "skipped", "timer", "version")
-TEXTS += ("device", "driver", "torch", "triton", "commit", "time")
-NUMBERS = ("p20_us", "median_us", "p80_us", "bytes", "flops", "roofline_pct", "speedup", "max_err")
-NUMBERS += ("copy_gb_s", "gemm_tflop_s")
-RATES = ("tokens_per_second",)  # in some rows only
-FIELDS = (*TEXTS, *NUMBERS)
+FIELDS = (*jsonl.TEXTS, *jsonl.TIMES, *jsonl.NUMBERS)
 KEY = ("op", "case", "dtype", "policy", "part")  # with the form, identifies what a row measures
 WHOLE_CASE = (None, "all")  # values of `impl` in a row about all forms of a case
 
@@ -50,16 +45,11 @@ class Measurements:
 
 def read(paths: Sequence[Path]) -> list[dict]:
     """The rows of all files. Raises InputError for a missing or unreadable file, or no rows."""
-    file_rows = []
+    file_rows: list[dict] = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such file")
-        try:
-            file_rows += jsonl.read(path)
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: not a text file of rows, one JSON object per line") from None
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from None
+        file_rows += jsonl.read(path)
     if not file_rows:
         raise InputError(f"no rows in {', '.join(map(str, paths))}")
     return file_rows
@@ -79,7 +69,7 @@ def committed(path: Path) -> list[dict]:
             copy.write_bytes(_git(folder, "show", f"{commit}:./{path.name}") or b"")
             try:
                 file_rows += jsonl.read(copy)
-            except (InputError, UnicodeDecodeError):
+            except InputError:
                 continue
     return file_rows
 
@@ -190,15 +180,7 @@ def _with_all_fields(row: dict) -> dict:
 
 def _is_valid(row: dict) -> bool:
     """Whether the fields that the row has are of the right types."""
-    texts = all(isinstance(row.get(name), str | None) for name in TEXTS)
-    numbers = [row[name] for name in (*NUMBERS, *RATES) if row.get(name) is not None]
-    return (
-        texts
-        and bool(row.get("op"))
-        and all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers)
-        and all(math.isfinite(x) and x >= 0 for x in numbers)
-        and all(row[name] > 0 for name in NUMBERS[:3] if row.get(name) is not None)
-    )
+    return bool(row.get("op")) and not jsonl.invalid_field(row)
 
 
 def _key(row: dict, form: str | None, has_result: bool) -> str:

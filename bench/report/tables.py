@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from bench.jsonl import is_number
 from bench.report.rows import Measurements, group_by, kind_of
 from bench.show import TIMES, error, skipped, time_line, worst
 
@@ -185,8 +186,7 @@ def _filled(title: str, columns: Sequence[Column], rows: Sequence[dict]) -> Tabl
 
 
 def _cell(value: object, write: Callable) -> str:
-    """A value in its column's format, or unformatted if it has an unexpected type."""
+    """A value in its column's format, or unformatted if it is no number as rows have them."""
     if value is None:
         return ""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return write(value) if is_number or write is str else str(value)
+    return write(value) if is_number(value) or write is str else str(value)

@@ -9,7 +9,6 @@ With `pieces` it checks each piece's record instead. During CUDA graph capture n
 default the check is off and not compiled in.
 """
 
-import os
 from contextvars import ContextVar
 
 import torch
@@ -18,11 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.prefix_attention.records import END, GRAIN_START, HIGH, LOW, NEXT, PIECE, RECORD, ROWS
+from kernels.runtime.environment import variable
 
 VARIABLE = "PACORE_CHECK_SCHEDULE"
-check_schedule: ContextVar[bool] = ContextVar(
-    "check_schedule", default=os.environ.get(VARIABLE) == "1"
-)
+check_schedule: ContextVar[bool] = ContextVar("check_schedule", default=variable(VARIABLE) == "1")
 NUMBERS = tl.constexpr(9)  # int32 values per fault: its type (1 or 2), then its numbers
 
 

@@ -16,18 +16,20 @@ first number is its `family`. The self times of all spans (each without the span
 to the step.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial, wraps
 from typing import NamedTuple, ParamSpec, TypeVar
 
+from kernels.errors import VariableError
+from kernels.runtime.environment import VARIABLES, variable
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MODES = ("off", "nvtx", "torch")
 VARIABLE = "PACORE_SPANS"
+MODES = VARIABLES[VARIABLE]
 DOMAIN = "pacore"  # NVTX's
 
 
@@ -122,4 +124,11 @@ def _torch() -> Ranges:
     return Ranges(record_function, begin)
 
 
-_ranges: Ranges | None = _ranges_of(os.environ.get(VARIABLE) or "off")
+def _ranges_of_environment() -> Ranges | None:
+    try:
+        return _ranges_of(variable(VARIABLE))
+    except ModuleNotFoundError as error:
+        raise VariableError(f"{VARIABLE}=nvtx needs the package {error.name}") from None
+
+
+_ranges: Ranges | None = _ranges_of_environment()

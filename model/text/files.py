@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model.errors import InputError
 
-_MAX_BYTES = 2**26  # twice the largest tokenizer.json in use; an index of a million tensors
+MAX_BYTES = 2**26  # twice the largest tokenizer.json in use; an index of a million tensors
 
 
 def read_json(file: Path) -> dict | None:
@@ -19,18 +19,29 @@ def read_json(file: Path) -> dict | None:
     if text is None:
         return None
     try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # "\ud800" is no character: refused
-    except RecursionError:
-        raise InputError(f"{file} is not valid JSON: it is nested too deeply") from None
-    except ValueError as error:  # also for integers with thousands of digits
+        value = parse_json(text)
+    except ValueError as error:
         raise InputError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{file} must hold a JSON object")
     return value
 
 
-def read_text(file: Path) -> str | None:
+def parse_json(text: str) -> object:
+    """The value of a JSON text.
+
+    Raises ValueError for any other text, one that is nested too deeply, integers with thousands of
+    digits, and strings that are not valid Unicode ("\\ud800" is no character).
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str | None:
     """The text of a file without its byte order mark, None if there is no such file.
 
     Raises InputError, which begins with the file's name, for a file that cannot be read.
@@ -39,8 +50,8 @@ def read_text(file: Path) -> str | None:
         return None
     check_regular(file)
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{file} is larger than {_MAX_BYTES >> 20} MiB, the limit for text")
+        if file.stat().st_size > max_bytes:
+            raise InputError(f"{file} is larger than {max_bytes >> 20} MiB, the limit for text")
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from model.errors import InputError, reason
+from model.errors import InputError, reason, shown
 from model.text.files import check_regular
 
 MAX_LINE = 2**28  # bytes, as of an image file: images may be in it, as data URLs
@@ -128,6 +128,7 @@ def _fields(line: bytes) -> dict:
         ) from None
     if not isinstance(fields, dict):
         raise _LineError('not an object such as {"question": "..."}')
+    fields = {name: value for name, value in fields.items() if value is not None}
     if unknown := sorted(fields.keys() - KEYS):
         raise _LineError(
             f"unknown key {', '.join(map(repr, unknown))}; known: {', '.join(sorted(KEYS))}"
@@ -136,9 +137,10 @@ def _fields(line: bytes) -> dict:
 
 
 def _id(fields: dict, number: int) -> str:
+    """The line's id, or else its number. An integer is the same id as its digits in a string."""
     id = fields.get("id", number)
     if type(id) not in (str, int) or id == "":
-        raise _LineError(f"id {id!r:.80} must be a non-empty string or an integer")
+        raise _LineError(f"id {shown(id)} must be a non-empty string or an integer")
     return str(id)
 
 

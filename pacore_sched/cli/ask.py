@@ -12,6 +12,7 @@ from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.pacore import Answer, Pacore
 from pacore_sched.answers.rounds import compact, load_template, parse_widths, round_widths
 from pacore_sched.cli import options as shared
+from pacore_sched.engine.stopping import checked_stops
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     """The `ask` command; returns 1 if there is no answer. Raises InputError for invalid options."""
     widths = parse_widths(options.widths)
     template = load_template(options.template) if options.template else None
-    shared.check_sampling(options)
+    checked_stops(options.stop)
     if not options.question.strip():
         raise InputError("the question is empty")
     images = [load_image(path) for path in options.image]

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_pacore_options(parser)
     parser.add_argument(
         "--min-messages",
-        type=int,
+        type=shared.WIDTH,
         help="start the next round when this many of a round's rollouts have ended; default: all",
     )
     add_job_options(parser, "one problem")

@@ -25,6 +25,7 @@ from kernels import __version__
 from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError, reason
 from model.step3vl import Step3VL
+from model.terminal import stop_signals
 from model.text.files import check_regular
 from model.vision.image import Views
 from pacore_sched.answers.journal import Journal, replace_file
@@ -35,6 +36,7 @@ from pacore_sched.answers.questions import Question, read_questions
 from pacore_sched.cli import options as shared
 from pacore_sched.cli.inputs import ImageFiles, image_files, model_identity
 from pacore_sched.cli.progress import batch_progress
+from pacore_sched.engine.stopping import checked_stops
 from pacore_sched.sched.request import Sampling
 
 SHOWN_FAILURES = 10
@@ -119,7 +121,7 @@ def run_job(options: argparse.Namespace, path: str, job: Job) -> int:
         raise InputError(f"--out {options.out!r} is not a file name")
     journal_path = out.with_suffix(".journal.jsonl")
     _check_output(out, journal_path, options.resume)
-    shared.check_sampling(options)
+    checked_stops(options.stop)
     file = read_questions(path)
     settings = _settings(options, job, file.digest)
     expected = _expected(options, job, file.questions)
@@ -293,7 +295,7 @@ def _lines(
 def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C or SIGTERM came; a second one ends the process."""
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = stop_signals()
 
     def restore() -> None:
         for number, handler in before.items():

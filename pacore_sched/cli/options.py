@@ -15,9 +15,11 @@ from model.errors import InputError
 from model.impls import DTYPES
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
+from model.terminal import integer, real
 from model.text.files import read_text
 from model.vision.image import Views, preprocess
 from pacore_sched.answers.pacore import engine_for
+from pacore_sched.answers.rounds import MAX_WIDTH
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.engine.stopping import checked_stops
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 KV_DTYPES = {"fp8": torch.float8_e4m3fn}
+COUNT, WIDTH = integer(1, 10**9), integer(1, MAX_WIDTH)  # types of options
+SEED = integer(-(2**63), 2**63 - 1)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -49,21 +53,27 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max-tokens", type=int, default=512, help="limit per rollout (default: 512)"
+        "--max-tokens", type=COUNT, default=512, help="limit per rollout (default: 512)"
     )
     parser.add_argument(
-        "--temperature", type=float, help=f"0 is greedy; {_default_from_model('temperature')}"
+        "--temperature",
+        type=_temperature,
+        help=f"0 is greedy; {_default_from_model('temperature')}",
     )
     parser.add_argument(
-        "--top-k", type=int, help=f"0 keeps all tokens; {_default_from_model('top_k')}"
+        "--top-k",
+        type=integer(0, 10**9),
+        help=f"0 keeps all tokens; {_default_from_model('top_k')}",
     )
     parser.add_argument(
-        "--top-p", type=float, help=f"1 keeps all tokens; {_default_from_model('top_p')}"
+        "--top-p",
+        type=real(0, 1, exclusive=True),
+        help=f"1 keeps all tokens; {_default_from_model('top_p')}",
     )
     parser.add_argument(
         "--stop", action="append", default=[], help="string that ends a rollout; may be repeated"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of all draws (default: 0)")
 
 
 def add_pacore_options(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +93,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help=f"one of {', '.join(names)} (default: later-round-first)",
     )
     parser.add_argument(
-        "--max-running", type=int, default=256, help="limit of decoding rollouts (default: 256)"
+        "--max-running",
+        type=WIDTH,
+        default=256,
+        help="limit of decoding rollouts (default: 256)",
     )
     parser.add_argument(
         "--kv-dtype",
@@ -91,18 +104,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="dtype of the KV; default: the model's; fp8 halves the bytes read",
     )
     parser.add_argument(
-        "--kv-tokens", type=int, help="capacity of the KV cache; default: what fits in memory"
+        "--kv-tokens", type=COUNT, help="capacity of the KV cache; default: what fits in memory"
     )
     parser.add_argument(
         "--host-kv-tokens",
-        type=int,
+        type=integer(0, 10**9),
         default=0,
         help="keep the KV of preempted rollouts in host memory, up to this many tokens;"
         " default: recompute it",
     )
     parser.add_argument(
         "--speculate",
-        type=int,
+        type=integer(0, MAX_WIDTH),
         default=0,
         help="draft from sibling rollouts while at most this many rollouts run; default: never",
     )
@@ -149,15 +162,7 @@ def make_engine(
     options: argparse.Namespace, model: Step3VL, *, problems: int, width: int
 ) -> Engine[ModelExecutor]:
     """The engine described by the options, no larger than `problems` problems of at most `width`
-    rollouts per round need. Raises InputError for invalid options."""
-    _check(
-        (
-            (options.max_running >= 1, "--max-running", "1"),
-            (options.kv_tokens is None or options.kv_tokens >= 1, "--kv-tokens", "1"),
-            (options.speculate >= 0, "--speculate", "0"),
-            (options.host_kv_tokens >= 0, "--host-kv-tokens", "0"),
-        )
-    )
+    rollouts per round need. Raises InputError if there is not enough memory."""
     context = model.config.decoder.max_positions
     running = min(options.max_running, problems * width)
     rollout_tokens = min(options.max_tokens, context) + PAGE_SIZE
@@ -171,22 +176,6 @@ def make_engine(
         speculate=options.speculate,
         host_pages=options.host_kv_tokens // PAGE_SIZE,
     )
-
-
-def check_sampling(options: argparse.Namespace) -> None:
-    """Raise InputError for a sampling option out of range; an option that is None is skipped."""
-    temperature, top_p = options.temperature, options.top_p
-    _check(
-        (
-            (options.max_tokens >= 1, "--max-tokens", "1"),
-            (options.top_k is None or options.top_k >= 0, "--top-k", "0"),
-        )
-    )
-    if not (temperature is None or temperature == 0 or 1e-6 <= temperature <= 1e6):
-        raise InputError("--temperature must be 0, or from 1e-6 to 1e6")
-    if not (top_p is None or 0 < top_p <= 1):
-        raise InputError("--top-p must be above 0 and at most 1")
-    checked_stops(options.stop)
 
 
 def sampling_for(options: argparse.Namespace, default: SamplingConfig) -> Sampling:
@@ -211,6 +200,14 @@ def _chat_template_text(choice: str | None) -> str | None:
     return text
 
 
+def _temperature(text: str) -> float:
+    """The type of --temperature: 0, or from 1e-6 to 1e6, so that scaled logits stay finite."""
+    value = real(0, 1e6)(text)
+    if 0 < value < 1e-6:
+        raise argparse.ArgumentTypeError(f"{text} is neither 0 nor a number from 1e-6 to 1e6")
+    return value
+
+
 def _default_from_model(name: str) -> str:
     """Help text about a sampling option's default: the presets' values, and the other sources."""
     default = getattr(SamplingConfig(), name)
@@ -218,10 +215,3 @@ def _default_from_model(name: str) -> str:
     presets = [f"{preset} {value:g}" for preset, value in values.items() if value != default]
     sources = ", ".join([*presets, "a checkpoint's generation_config.json"])
     return f"default: the model's: {sources}, else {default:g}"
-
-
-def _check(rules: Iterable[tuple[bool, str, str]]) -> None:
-    """Raise InputError for the first option that is below its minimum."""
-    for ok, name, minimum in rules:
-        if not ok:
-            raise InputError(f"{name} must be at least {minimum}")

@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from functools import partial
 
 from kernels.sampling import LOGPROBS
-from model.errors import InputError
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.questions import Question
-from pacore_sched.answers.rounds import MAX_WIDTH
 from pacore_sched.cli.jobs import Job, ProblemResult, add_job_options, run_job
+from pacore_sched.cli.options import WIDTH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", help="JSONL file with one prompt per line")
-    parser.add_argument("--n", type=int, default=8, help="samples per prompt (default: 8)")
+    parser.add_argument("--n", type=WIDTH, default=8, help="samples per prompt (default: 8)")
     parser.add_argument(
         "--logprobs",
         choices=LOGPROBS,
@@ -34,8 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The `sample` command; returns 1 if a prompt failed, 130 if the run was stopped."""
-    if not 1 <= options.n <= MAX_WIDTH:
-        raise InputError(f"--n must be from 1 to {MAX_WIDTH}")
     pacore = partial(Pacore, widths=[options.n], seed=options.seed, synthesis=False)
     job = Job(
         "sample",

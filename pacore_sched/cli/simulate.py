@@ -8,17 +8,21 @@ without shared reads and with FP8 KV; `--out` adds pictures.
 import argparse
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing import active_children, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 
 from model.config import preset
 from model.errors import InputError
-from model.terminal import progress, track
-from pacore_sched.answers.rounds import parse_widths
+from model.terminal import integer, progress, real, stop_signals, track
+from pacore_sched.answers.rounds import MAX_WIDTH, parse_widths, round_widths
 from pacore_sched.sched.policy import POLICIES
 from pacore_sched.sim import plots
 from pacore_sched.sim.cluster import Setting, simulate
@@ -41,6 +45,7 @@ from pacore_sched.sim.workload import (
 
 CHAT, CHAT_REQUESTS = "deepseek-r1", 2000
 BINS = 400  # per timeline
+MAX_ROLLOUTS = 10**7  # of one workload, over all seeds: 0.4 GB, and days of simulation
 ARRIVALS = {"poisson": poisson_arrivals, "bursty": bursty_arrivals}
 
 
@@ -64,23 +69,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policy", nargs="+", default=["all"], help=f"all, or some of {', '.join(POLICIES)}")
     add("--model", default="step3-vl-10b", help="preset whose shapes are simulated")
     add("--gpu", default="h200", help=f"one of {', '.join(MACHINES)}")
-    add("--gpus", type=int, default=1, help="replicas of the model")
-    add("--seeds", type=int, default=5, help="number of seeds, from 0")
-    add("--problems", type=int, help="number of problems; default: the workload's")
+    add("--gpus", type=integer(1, 4096), default=1, help="replicas of the model")
+    add("--seeds", type=integer(1, 1000), default=5, help="number of seeds, from 0")
+    add(
+        "--problems",
+        type=integer(1, MAX_ROLLOUTS),
+        help="number of problems; default: the workload's",
+    )
     add("--widths", help="rollouts per round, e.g. 16 or 32,4; default: the workload's")
     add(
-        "--sigma-w", type=float, nargs="+", default=[SIGMA_W], help="spread of lengths in a problem"
+        "--sigma-w",
+        type=real(0, 3),
+        nargs="+",
+        default=[SIGMA_W],
+        help="spread of lengths in a problem",
     )
-    add("--max-tokens", type=int, default=MAX_TOKENS, help="limit per rollout")
-    add("--need", type=float, default=1.0, help="share of a round that the next round waits for")
+    add("--max-tokens", type=integer(1, 10**6), default=MAX_TOKENS, help="limit per rollout")
+    add(
+        "--need",
+        type=real(0, 1, exclusive=True),
+        default=1.0,
+        help="share of a round that the next round waits for",
+    )
     add(
         "--arrivals",
         choices=["all-at-once", *ARRIVALS],
         default="all-at-once",
         help="when problems arrive: together, or at random times at --rate",
     )
-    add("--rate", type=float, default=0.02, help="arriving problems per second and GPU")
-    add("--slo", type=float, help="time limit for an answer in minutes; adds goodput")
+    add(
+        "--rate",
+        type=real(1e-9, 1e9),
+        default=0.02,
+        help="arriving problems per second and GPU",
+    )
+    add("--slo", type=real(1e-9, 1e9), help="time limit for an answer in minutes; adds goodput")
     add(
         "--shared-reads",
         action=argparse.BooleanOptionalAction,
@@ -89,10 +112,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--kv", choices=KV_DTYPES, default="bf16", help="dtype of KV")
     add("--compare", action="store_true", help="also run without shared reads and with FP8 KV")
-    add("--max-running", type=int, default=256, help="limit of decoding rollouts per GPU")
-    add("--token-budget", type=int, default=2048, help="limit of tokens written per step")
-    add("--page-size", type=int, default=64, help="tokens per KV page")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="number of processes")
+    add(
+        "--max-running",
+        type=integer(1, MAX_WIDTH),
+        default=256,
+        help="limit of decoding rollouts per GPU",
+    )
+    add(
+        "--token-budget",
+        type=integer(1, 10**6),
+        default=2048,
+        help="limit of tokens written per step",
+    )
+    add("--page-size", type=integer(1, 4096), default=64, help="tokens per KV page")
+    add("--jobs", type=integer(1, 1024), default=os.cpu_count() or 1, help="number of processes")
     add("--out", type=Path, help="folder for pictures, rows and medians")
     add("--json", action="store_true", help="end with one line: a JSON document of all rows")
 
@@ -135,16 +168,38 @@ def _run_all(runs: Sequence[SimRun], processes: int) -> list[tuple[dict, plots.C
     if processes == 1 or len(runs) == 1:
         return [simulate_run(run) for run in track(runs, "simulate")]
     done: dict[int, tuple[dict, plots.Curves]] = {}
-    with ProcessPoolExecutor(processes) as pool, progress("simulate", len(runs)) as advance:
+    pool = ProcessPoolExecutor(min(processes, len(runs)), initializer=_begin_worker)
+    with pool, progress("simulate", len(runs)) as advance:
         futures = {pool.submit(simulate_run, run): index for index, run in enumerate(runs)}
         try:
             for future in as_completed(futures):
                 done[futures[future]] = future.result()
                 advance(1)
-        except BaseException:  # a failed run or Ctrl-C: do not wait for the others
+        except BaseException as error:  # a failed run or Ctrl-C: do not wait for the others
+            for process in active_children():
+                process.kill()
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise InputError(
+                    "a process of the simulation was killed, perhaps because memory ran out: fewer"
+                    " --jobs need less"
+                ) from None
             raise
     return [done[index] for index in range(len(runs))]
+
+
+def _begin_worker() -> None:
+    """Let this process end in silence with Ctrl-C, and with its parent even if that is killed."""
+    if signal.SIGINT in stop_signals():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _runs(options: argparse.Namespace) -> Iterator[SimRun]:
@@ -179,12 +234,15 @@ def _workloads(
     """Yields (name, sigma_w, seed, problems) for all of --workload, --sigma-w and --seeds."""
     name, seeds = options.workload, range(options.seeds)
     if name == CHAT:
+        count = options.problems or CHAT_REQUESTS
+        _check_size(options, count, ())
         for seed in seeds:
-            count = options.problems or CHAT_REQUESTS
             arrivals = _arrivals(options, count, seed) or [0.0] * count
             yield name, None, seed, chat_requests(count, seed, arrivals)
     elif name == "all" or name in WORKLOADS:
         workloads = [_workload(options, each) for each in (WORKLOADS if name == "all" else [name])]
+        for workload in workloads:
+            _check_size(options, workload.problems, workload.widths)
         for workload in workloads:
             for sigma_w in options.sigma_w:
                 variant = replace(workload, sigma_w=sigma_w)
@@ -193,11 +251,11 @@ def _workloads(
                     yield variant.name, sigma_w, seed, variant.draw(seed, times)
     elif Path(name).suffix in (".csv", ".jsonl") or Path(name).exists():
         requests = read_trace(name)[: options.problems]
+        widths = parse_widths(options.widths or "")
+        _check_size(options, len(requests), widths)
         for sigma_w in options.sigma_w if options.widths else [0.0]:
             for seed in seeds:
-                problems = trace_problems(
-                    requests, parse_widths(options.widths or ""), sigma_w, seed, options.max_tokens
-                )
+                problems = trace_problems(requests, widths, sigma_w, seed, options.max_tokens)
                 yield Path(name).name, sigma_w, seed, problems
     else:
         known = ", ".join([*WORKLOADS, CHAT, "all"])
@@ -221,28 +279,23 @@ def _arrivals(options: argparse.Namespace, count: int, seed: int) -> list[float]
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise InputError for the first option that is out of range."""
+    """Raise InputError for an unknown policy, or limits that exclude each other."""
     for policy in options.policy:
         if policy not in (*POLICIES, "all"):
             known = ", ".join([*POLICIES, "all"])
             raise InputError(f"unknown policy {policy!r}; choose from {known}")
-    at_least_one = ("gpus", "seeds", "problems", "max_tokens", "max_running", "page_size", "jobs")
-    for name in at_least_one:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    for ok, message in (
-        (
-            options.token_budget >= options.max_running,
-            "--token-budget must be at least --max-running",
-        ),
-        (0 < options.need <= 1, "--need must be above 0 and at most 1"),
-        (options.rate > 0, "--rate must be positive"),
-        (options.slo is None or options.slo > 0, "--slo must be positive"),
-        (all(0 <= value <= 3 for value in options.sigma_w), "--sigma-w must be from 0 to 3"),
-    ):
-        if not ok:
-            raise InputError(message)
+    if options.token_budget < options.max_running:
+        raise InputError("--token-budget must be at least --max-running")
+
+
+def _check_size(options: argparse.Namespace, problems: int, widths: Sequence[int]) -> None:
+    """Raise InputError for more rollouts than MAX_ROLLOUTS: all lengths are drawn first."""
+    draws = options.seeds * len(options.sigma_w) * problems
+    if (rollouts := draws * sum(round_widths(widths))) > MAX_ROLLOUTS:
+        raise InputError(
+            f"--seeds, --sigma-w, --problems and --widths make {rollouts:,} rollouts;"
+            f" at most {MAX_ROLLOUTS:,} are simulated"
+        )
 
 
 def _variant(setting: Setting) -> tuple[bool, str]:

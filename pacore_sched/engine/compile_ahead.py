@@ -31,6 +31,7 @@ from triton.runtime.cache import triton_key
 from kernels.compile.cache import entry, is_compiled, source_hash
 from kernels.compile.worker import CompileResult, Site
 from kernels.runtime.configs import Gpu, gpu_of
+from kernels.runtime.environment import variable
 from model.terminal import track
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +75,7 @@ def warm_up(sites: Sequence[Site], device: torch.device) -> None:
     Launches that an earlier run of the same code found compiled are not recorded again.
     PACORE_WARM_UP=0 in the environment leaves compilation to the first launches.
     """
-    enabled = os.environ.get("PACORE_WARM_UP") != "0" and not triton.knobs.runtime.interpret
+    enabled = variable("PACORE_WARM_UP") == "1" and not triton.knobs.runtime.interpret
     if not (enabled and device.type == "cuda" and sites):
         return
     try:

@@ -6,12 +6,13 @@ its linear layers and 0.60 of it in attention; launches, norms, sampling and the
 per step; KV may use 0.90 of the memory, less the weights and 6 GB of workspace.
 """
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 from model.errors import InputError
+from model.text.rows import read_rows
 
 RESULTS = Path(__file__).resolve().parents[2] / "profiles" / "results"
 COPY_SHARE = 0.90  # of the data sheet's bandwidth
@@ -75,13 +76,13 @@ def find_machine(name: str, results: Path = RESULTS) -> Machine:
         for folder in sorted(results.glob("*"))
         if folder.is_dir() and name in folder.name.lower()
         for path in sorted(folder.glob("*.jsonl"))
-        for row in _read(path)
+        for row in read_rows(path)
         if not row.get("failure") and row.get("dtype") == "bfloat16"
     ]
     return _measured(MACHINES[name], rows)
 
 
-def _measured(machine: Machine, rows: list[dict]) -> Machine:
+def _measured(machine: Machine, rows: Sequence[dict]) -> Machine:
     """The machine with the latest measured ceilings, and the median efficiency of measured decode
     steps, which includes the overhead per step."""
     ceilings = [row for row in rows if row["op"] == "roofline"]
@@ -101,18 +102,3 @@ def _measured(machine: Machine, rows: list[dict]) -> Machine:
         share = min(1.0, median(shares))
         machine = replace(machine, bandwidth_efficiency=share, overhead_s=0.0, measured=True)
     return machine
-
-
-def _read(path: Path) -> list[dict]:
-    """The rows of a JSONL file, without an unterminated last line."""
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict) or "op" not in row:
-            raise InputError(f'{path}:{number}: each row must be a JSON object with the key "op"')
-        rows.append(row)
-    return rows

@@ -7,21 +7,25 @@ Times are relative to a trace's first request.
 """
 
 import csv
-import json
+import io
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from model.errors import InputError
+from model.errors import InputError, shown
+from model.text.files import parse_json, read_text
 from pacore_sched.answers.rounds import round_widths
 from pacore_sched.sim.workload import MAX_TOKENS, SimProblem
 
 T = TypeVar("T")
+MAX_TRACE_BYTES = 2**28  # some 6 million requests, which take 2 GB
+MAX_COUNT = 10**9  # tokens of a request
+MAX_MS = 1e15  # of a time stamp: those since 1970 are below 2e12 until 2033
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -38,25 +42,30 @@ class Request:
 def read_trace(path: str | Path) -> list[Request]:
     """The requests of a `.csv` (Azure) or `.jsonl` (Mooncake) file, in order of arrival.
 
-    Raises InputError with the file and line of an invalid entry.
+    Requests without input or output tokens, which real traces have, are left out with one warning.
+    Raises InputError for a file that cannot be read, has more than MAX_TRACE_BYTES or no request
+    with tokens, and with the line of an invalid entry.
     """
     path = Path(path)
     readers = {".csv": _azure, ".jsonl": _mooncake}
     if path.suffix not in readers:
         raise InputError(f"trace {path}: the file name must end with {' or '.join(readers)}")
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            requests = list(readers[path.suffix](path, file))
-    except OSError as error:
-        raise InputError(f"trace {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"trace {path}: not UTF-8 text") from None
+    text = read_text(path, MAX_TRACE_BYTES)
+    if text is None:
+        raise InputError(f"trace {path}: No such file")
+    requests, empty = [], 0
+    for request in readers[path.suffix](path, io.StringIO(text)):
+        if request.input_tokens and request.output_tokens:
+            requests.append(request)
+        else:
+            empty += 1
     if not requests:
-        raise InputError(f"trace {path} has no requests")
+        raise InputError(f"trace {path} has no requests{' with tokens' * bool(empty)}")
+    if empty:
+        text = f"trace {path}: requests without input or output tokens are left out: {empty:,}"
+        warnings.warn(text, stacklevel=2)
     first = min(request.arrival_s for request in requests)
-    shifted = [
-        Request(r.arrival_s - first, r.input_tokens, r.output_tokens, r.hash_ids) for r in requests
-    ]
+    shifted = [replace(request, arrival_s=request.arrival_s - first) for request in requests]
     return sorted(shifted, key=lambda request: request.arrival_s)
 
 
@@ -86,17 +95,20 @@ def trace_problems(
 
 def _azure(path: Path, lines: Iterator[str]) -> Iterator[Request]:
     rows = csv.DictReader(lines)
-    missing = [name for name in AZURE_COLUMNS if name not in (rows.fieldnames or ())]
-    if missing:
-        raise InputError(
-            f"trace {path}, line 1: no column {', '.join(missing)};"
-            f" the columns must include {', '.join(AZURE_COLUMNS)}"
-        )
-    for row in rows:
-        where = f"trace {path}, line {rows.line_num}"
-        time = _field(where, row, "TIMESTAMP", _seconds)
-        inputs, outputs = (_field(where, row, name, _positive) for name in AZURE_COLUMNS[1:])
-        yield Request(time, inputs, outputs)
+    try:
+        names = list(rows.fieldnames or ())
+        if any(names.count(name) != 1 for name in AZURE_COLUMNS):
+            raise InputError(
+                f"trace {path}, line 1: the columns are {', '.join(names)};"
+                f" they must include {', '.join(AZURE_COLUMNS)}, each once"
+            )
+        for row in rows:
+            where = f"trace {path}, line {rows.line_num}"
+            time = _field(where, row, "TIMESTAMP", _seconds)
+            inputs, outputs = (_field(where, row, name, _tokens) for name in AZURE_COLUMNS[1:])
+            yield Request(time, inputs, outputs)
+    except csv.Error as error:  # a NUL, or a field of more than 128 KiB
+        raise InputError(f"trace {path}, line {rows.line_num + 1}: {error}") from None
 
 
 def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[Request]:
@@ -105,15 +117,15 @@ def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[Request]:
             continue
         where = f"trace {path}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             row = None
         if not isinstance(row, dict):
             raise InputError(f"{where}: not a JSON object")
         yield Request(
-            _field(where, row, "timestamp", _finite) / 1e3,
-            _field(where, row, "input_length", _positive),
-            _field(where, row, "output_length", _positive),
+            _field(where, row, "timestamp", _milliseconds) / 1e3,
+            _field(where, row, "input_length", _tokens),
+            _field(where, row, "output_length", _tokens),
             _field(where, row, "hash_ids", tuple) if "hash_ids" in row else (),
         )
 
@@ -124,22 +136,22 @@ def _field(where: str, row: dict[str, Any], name: str, convert: Callable[[Any], 
         raise InputError(f"{where}: no {name}; it must be {_VALID[convert]}")
     try:
         return convert(row[name])
-    except (ValueError, TypeError):
-        message = f"{where}: {name} is {row[name]!r}; it must be {_VALID[convert]}"
+    except (ValueError, TypeError, OverflowError):
+        message = f"{where}: {name} is {shown(row[name])}; it must be {_VALID[convert]}"
         raise InputError(message) from None
 
 
-def _positive(value: str | float) -> int:
-    """A positive integer. Raises ValueError or TypeError for anything else."""
+def _tokens(value: str | float) -> int:
+    """A number of tokens. Raises ValueError, TypeError or OverflowError for anything else."""
     number = int(value)
-    if number != float(value) or number < 1:
+    if number != float(value) or not 0 <= number <= MAX_COUNT:
         raise ValueError(value)
     return number
 
 
-def _finite(value: str | float) -> float:
+def _milliseconds(value: str | float) -> float:
     number = float(value)
-    if not isfinite(number):
+    if not abs(number) <= MAX_MS:  # also for NaN
         raise ValueError(value)
     return number
 
@@ -153,7 +165,7 @@ def _seconds(text: str) -> float:
 # What each conversion of `_field` accepts.
 _VALID: dict[Callable[[Any], Any], str] = {
     _seconds: "an ISO time",
-    _positive: "a positive integer",
-    _finite: "a finite number",
+    _tokens: f"an integer from 0 to {MAX_COUNT:,}",
+    _milliseconds: f"a number from {-MAX_MS:g} to {MAX_MS:g}",
     tuple: "a list",
 }

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench import jsonl
 from model.errors import InputError
-from model.terminal import progress
+from model.terminal import integer, progress, real
 from profiles.first_light.summary import summary
 from profiles.runs.supervisor import Supervisor, stops_on_signals, worker_command
 from profiles.runs.task import (
@@ -65,14 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=real(MIN_SECONDS, 86_400),
         default=300.0,
         metavar="S",
         help=f"time limit of the whole run, at least {MIN_SECONDS:.0f} (default: 300)",
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=integer(1, 256),
         default=min(MAX_WORKERS, os.cpu_count() or 1),
         metavar="N",
         help="worker processes while nothing is timed (default: one per CPU, at most 10)",
@@ -98,10 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure. Returns 1 if anything failed, 128 + the signal's number after a signal."""
-    if not options.seconds >= MIN_SECONDS:
-        raise InputError(f"--seconds must be at least {MIN_SECONDS:.0f}, not {options.seconds:g}")
-    if options.workers < 1:
-        raise InputError(f"--workers must be at least 1, not {options.workers}")
     if options.kernels and not options.kernels.is_file():
         raise InputError(f"--kernels {options.kernels}: no such file")
     start = time.monotonic()
@@ -142,12 +138,12 @@ class FirstLightRun:
         """Run the probe, then all stages, and return the summary."""
         path = self._out / "rows.jsonl"
         work = [task for task in self._probe(probe) if _stage_of(task, stages)]
-        todo = outstanding(work, jsonl.read(path), self._origin)
+        todo = outstanding(work, jsonl.read_measured(path), self._origin)
         self._log(f"{len(todo)} of {len(work)} tasks to run")
         with progress("first light", len(todo)) as advance:
             self._run_stages(todo, stages, advance)
         seconds = time.monotonic() - self._start
-        known = rows_from(jsonl.read(path), self._origin)
+        known = rows_from(jsonl.read_measured(path), self._origin)
         text = summary(self.rows, known, self._origin, seconds, len(work) - len(todo))
         (self._out / "summary.txt").write_text(text + "\n")
         return text

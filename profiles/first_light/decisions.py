@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the decisions. Raises InputError if DIR has no rows."""
     path = options.folder / "rows.jsonl"
-    all_rows = jsonl.read(path)
+    all_rows = jsonl.read_measured(path)
     if not all_rows:
         raise InputError(f"{path} has no rows; `profiles first-light --out DIR` writes them")
     rows = latest(rows_from(all_rows, all_rows[-1]))
@@ -63,7 +63,7 @@ def gained(rows: Sequence[Row]) -> list[Row]:
     by_switch: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for (op, case, pair), us in times.items():
         switch, _, value = pair.partition(" ")
-        if value:
+        if value.isdecimal():
             by_switch.setdefault((op, case, switch), []).append((int(value), us))
     lines = []
     for (op, case, switch), both in by_switch.items():

@@ -16,6 +16,7 @@ from bench.launch_sites import all_sites
 from bench.tune import check_compiles
 from kernels.runtime.configs import A100, H200
 from model.errors import InputError
+from model.terminal import integer
 from profiles.packs.kernel_pack import pack, unpack
 
 # Tuned kernel configs go by GPU name, so GPUs of one architecture may need different kernels.
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="act", required=True, metavar="pack|unpack")
     packing = commands.add_parser("pack", help="compile for GPUs of these architectures")
     packing.add_argument("--out", type=Path, required=True, metavar="FILE")
-    packing.add_argument("--arch", nargs="+", type=int, choices=list(GPUS), default=list(GPUS))
+    packing.add_argument(
+        "--arch", nargs="+", type=integer(1, 999), choices=GPUS, default=list(GPUS)
+    )
     unpacking = commands.add_parser("unpack", help="put a pack's kernels into Triton's cache")
     unpacking.add_argument("file", type=Path, metavar="FILE")
     for command in (packing, unpacking):

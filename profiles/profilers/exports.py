@@ -6,13 +6,13 @@ Versions of the tools differ in headings ("Start (ns)", "Start (us)"), in empty 
 """
 
 import csv
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from model.errors import InputError
 
-EMPTY = {"", "-", "None", "N/A", "n/a", "nan"}
 IN_US = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "s": 1e6}
 UNIT = re.compile(r"\s*\((\w+)\)$")
 
@@ -62,7 +62,7 @@ class Table:
 def tables(text: str, source: str) -> list[Table]:
     """The tables of a text. A table ends at a line with another number of cells than its header."""
     parsed: list[Table] = []
-    for cells in csv.reader(text.splitlines()):
+    for cells in _lines(text, source):
         rows = parsed[-1].rows if parsed else None
         if len(cells) < 3:
             parsed.append(Table(source, (), []))  # the next lines are another table
@@ -74,8 +74,16 @@ def tables(text: str, source: str) -> list[Table]:
 
 
 def number(text: str) -> float | None:
-    """A number, with or without separators of thousands; None if the text is no number."""
+    """A finite number, with or without separators of thousands; None if the text is none."""
     try:
-        return None if text.strip() in EMPTY else float(text.replace(",", ""))
+        value = float(text.replace(",", ""))
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
+
+
+def _lines(text: str, source: str) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(text.splitlines())
+    except csv.Error as error:  # a cell of more than 128 KiB
+        raise InputError(f"{source} is not CSV: {error}") from None

@@ -14,8 +14,10 @@ from bench.cases import OPS, cases
 from bench.numerics import form
 from bench.ops import FORMS, MAIN_DTYPE, parse_device, parse_dtypes, select
 from kernels.runtime.dtypes import dtype_name
+from model.terminal import integer
 
 WARM_UP = 3
+CALLS = integer(1, 100_000)  # type of options
 
 
 def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -35,7 +37,7 @@ def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_case_arguments(parser)
     parser.add_argument(
-        "--calls", type=int, default=1, metavar="N", help="calls to profile (default: 1)"
+        "--calls", type=CALLS, default=1, metavar="N", help="calls to profile (default: 1)"
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from model.errors import InputError
+from model.terminal import integer
 from model.text.files import check_regular
 from profiles.profilers import ncu_summary
 from profiles.profilers.launch import add_case_arguments
@@ -40,8 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="set of sections, as ncu names it (default: full; see `ncu --list-sets`)",
     )
     parser.add_argument("--kernel", metavar="REGEX", help="only these kernels of the call")
-    parser.add_argument("--skip", type=int, default=0, metavar="N", help="launches to skip")
-    parser.add_argument("--count", type=int, metavar="N", help="launches to profile (default: all)")
+    parser.add_argument(
+        "--skip", type=integer(0, 10**9), default=0, metavar="N", help="launches to skip"
+    )
+    parser.add_argument(
+        "--count", type=integer(1, 10**9), metavar="N", help="launches to profile (default: all)"
+    )
     parser.add_argument("--cache", choices=("all", "none"), default="all", help="(default: all)")
     parser.add_argument(
         "--clocks",
@@ -102,7 +107,7 @@ def export(report: Path) -> str:
         raise InputError(f"there is no report {report}")
     check_regular(report)
     if report.suffix != ".ncu-rep":
-        return report.read_text(errors="replace")
+        return report.read_text(encoding="utf-8", errors="replace")
     return run_and_capture([tool("ncu"), "--import", str(report), "--page", "raw", "--csv"])
 
 

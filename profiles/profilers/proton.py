@@ -16,7 +16,7 @@ import torch
 from bench.ops import parse_device
 from model.errors import InputError
 from model.terminal import table
-from profiles.profilers.launch import WARM_UP, add_case_arguments, prepared
+from profiles.profilers.launch import CALLS, WARM_UP, add_case_arguments, prepared
 from profiles.profilers.tools import INSTEAD, check_gpu
 
 TIME, COUNT = "time (ns)", "count"
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_case_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("traces"), metavar="DIR")
     parser.add_argument(
-        "--calls", type=int, default=20, metavar="N", help="calls to profile (default: 20)"
+        "--calls", type=CALLS, default=20, metavar="N", help="calls to profile (default: 20)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document, no table")
 
@@ -64,12 +64,20 @@ def kernels(path: Path) -> list[dict]:
     Raises InputError for a file that is not Proton's tree.
     """
     try:
-        roots = json.loads(path.read_text())
+        roots = json.loads(path.read_text(encoding="utf-8"))
         by_name: dict[str, list[float]] = {}
         for name, metrics in _leaves(roots[0]):
             launches, time = by_name.setdefault(name, [0, 0.0])
             by_name[name] = [launches + metrics.get(COUNT, 1), time + metrics[TIME] / 1e3]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise InputError(f"{path} is not a tree of Proton's: {error!r}") from error
     rows = [
         {"kernel": name, "launches": launches, "total_us": time, "mean_us": time / launches}

@@ -24,7 +24,7 @@ from model.text.files import check_regular
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.sched.request import Sampling
 from profiles.profilers import trace_summary
-from profiles.profilers.launch import WARM_UP, add_case_arguments, prepared
+from profiles.profilers.launch import CALLS, WARM_UP, add_case_arguments, prepared
 
 DECODE = {
     "cpu": ("tiny", DecodeCase(4, 256, 16)),
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_case_arguments(parser, required=False)
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the trace to write")
     parser.add_argument(
-        "--steps", type=int, default=3, metavar="N", help="steps, or calls of an op (default: 3)"
+        "--steps", type=CALLS, default=3, metavar="N", help="steps, or calls of an op (default: 3)"
     )
     parser.add_argument("--preset", help="the model that decodes (default: tiny; on a GPU the 10B)")
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs, as in production")
@@ -66,10 +66,13 @@ def run(options: argparse.Namespace) -> int:
         path = options.out
         if path is None:
             raise InputError("no file for the trace: pass --out FILE.json")
-        if options.steps < 1:
-            raise InputError(f"--steps must be at least 1, not {options.steps}")
         _record(options, parse_device(options.device))
-    summary = trace_summary.summarise(_read(path), path.name)
+    try:
+        summary = trace_summary.summarise(_read(path), path.name)
+    except InputError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{path} is not a trace of PyTorch's profiler: {error!r}") from error
     if options.json:
         print(json.dumps({"trace": str(path)} | summary))
     else:
@@ -141,8 +144,8 @@ def decoding(
 def _read(path: Path) -> dict:
     check_regular(path)
     try:
-        return json.loads(path.read_text(errors="replace"))
+        return json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error

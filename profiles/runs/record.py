@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench import jsonl
 from model.errors import InputError
-from model.terminal import progress
+from model.terminal import progress, real
 from profiles.runs.supervisor import Supervisor, stops_on_signals, worker_command
 from profiles.runs.task import ORIGIN, OUT_OF_TIME, STOPPED, Row, Task, outstanding, select
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument(
         "--budget",
-        type=float,
+        type=real(0, 86_400, exclusive=True),
         default=450.0,
         metavar="SECONDS",
         help="start no new case after this time (default: 450)",
@@ -83,8 +83,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure. Returns 1 if a row failed, 128 + the signal's number after a signal."""
-    if options.budget <= 0:
-        raise InputError(f"--budget must be a positive number of seconds, not {options.budget}")
     command = worker_command(options.device or "")
     end = time.monotonic() + options.budget
     with (
@@ -138,7 +136,9 @@ def record(
     """
     sections = dict.fromkeys(task.section for task in work)
     known = [
-        {"section": name} | row for name in sections for row in jsonl.read(out / f"{name}.jsonl")
+        {"section": name} | row
+        for name in sections
+        for row in jsonl.read_measured(out / f"{name}.jsonl")
     ]
     todo = outstanding(work, known, origin)
     rows: list[Row] = []

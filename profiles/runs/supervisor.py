@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from model.terminal import stop_signals
 from profiles.runs.task import NOT_STARTED, OUT_OF_TIME, STOPPED, Result, Task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -320,7 +321,9 @@ def stops_on_signals(supervisor: Supervisor) -> Iterator[list[int]]:
         received.append(number)
         supervisor.stop()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = stop_signals()
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield received
     finally:

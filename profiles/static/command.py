@@ -17,6 +17,7 @@ from bench import jsonl, show
 from bench.cases import OPS
 from bench.tune import check_compiles
 from model.errors import InputError
+from model.terminal import integer
 from profiles.static import analysis as static
 from profiles.static import loop_stats
 
@@ -28,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--op", nargs="+", default=(), metavar="OP", help=f"only these of: {', '.join(OPS)}"
     )
     parser.add_argument(
-        "--arch", nargs="+", type=int, choices=list(static.GPUS), default=list(static.GPUS)
+        "--arch",
+        nargs="+",
+        type=integer(1, 999),
+        choices=list(static.GPUS),
+        default=list(static.GPUS),
     )
     parser.add_argument("--quick", action="store_true", help="only bf16, without tuning candidates")
     parser.add_argument(
@@ -51,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     for op in options.op:
         if op not in OPS:
             raise InputError(f"unknown op {op!r}; choose from: {', '.join(OPS)}")
-    known = jsonl.read(options.baseline)
+    known: list[dict] = [*jsonl.read(options.baseline)]
     with redirect_stdout(sys.stderr):  # Triton prints the errors of ptxas there
         compiled = static.sweep(options.op, options.arch, quick=options.quick, mix=options.sass)
     if options.update:

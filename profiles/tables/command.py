@@ -14,7 +14,7 @@ from pathlib import Path
 from bench import rows
 from model.errors import InputError
 from model.terminal import table
-from model.text.files import check_regular
+from model.text.files import read_text
 from profiles.tables import decode_plot, results, switches
 
 PAGES = tuple(
@@ -116,11 +116,10 @@ def table_names(text: str) -> list[str]:
 
 
 def _read(page: Path) -> str:
-    check_regular(page)
-    try:
-        return page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {page}: {error.strerror}") from None
+    text = read_text(page)
+    if text is None:
+        raise InputError(f"{page}: no such file")
+    return text
 
 
 def _renew_page(page: Path, text: str) -> str:

@@ -20,7 +20,7 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def folder(path: Path) -> list[Row]:
     """The rows of all JSONL files of a folder, the latest last."""
     rows = [row for file in sorted(path.glob("*.jsonl")) for row in jsonl.read(file)]
-    return sorted(rows, key=lambda row: row.get("time") or "")
+    return sorted(rows, key=lambda row: str(row.get("time") or ""))
 
 
 def latest_row(rows: Iterable[Row], **wanted: object) -> Row:

@@ -71,8 +71,8 @@ class TestFilters:
             (["ops", "--op", "sample", "--impl", "flex"], "none of these cases has a form 'flex'"),
             (["numerics", "--dtype", "int4"], "unknown dtype 'int4'; choose one of bfloat16"),
             (["decode", "--model", "gpt-5"], "unknown model 'gpt-5'; choose one of "),
-            (["decode", "--batch", "0"], "must be at least 1"),
-            (["decode", "--batch", "many"], "invalid int value: 'many'"),
+            (["decode", "--model", "tiny", "--prefix", "9000"], "the context of tiny has 8,192"),
+            (["decode", "--batch", "many"], "--batch: 'many' is not an integer from 1 to"),
             (["frobnicate"], "invalid choice: 'frobnicate'"),
         ],
     )

@@ -242,6 +242,19 @@ def test_damaged_weights_end_generation():
         damaged.generate([1, 2], max_tokens=2)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"seed": 2**63}, {"seed": -(2**63) - 1}, {"seed": 1.5}, {"seed": None}]
+    + [{"max_tokens": -1}, {"max_tokens": 1.5}],
+)
+def test_generate_takes_integers(tiny: Step3VL, wrong: dict):
+    """An error of torch that does not name the argument, or no tokens and no error."""
+    (name,) = wrong
+    with pytest.raises(InputError, match=f"{name} must be an integer"):
+        tiny.generate([1, 2], **wrong)
+    assert len(tiny.generate([1, 2], seed=-(2**63), max_tokens=np.int64(2), temperature=1.0)) == 2
+
+
 def test_unknown_names():
     """Guards against a traceback for an unknown preset or a path that does not exist."""
     with pytest.raises(InputError, match="'Qwen/Qwen3-8B' is neither a preset .* nor a checkpoint"):

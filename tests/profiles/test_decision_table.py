@@ -241,3 +241,17 @@ def test_command(tmp_path: Path, capsys):
     ]
     assert command.main(["decisions", str(tmp_path)]) == 0
     assert "what a switch gains" in capsys.readouterr().out
+
+
+def test_rows_without_fields_name_the_line(tmp_path: Path):
+    """A KeyError's traceback for rows of another kind."""
+    path = tmp_path / "rows.jsonl"
+    for name in ("device", "copy_gb_s", "failure"):
+        rows = [*attention(90, 80, a=4.0), *switched(10)]
+        path.write_text("".join(json.dumps(r) + "\n" for r in (without(r, name) for r in rows)))
+        with pytest.raises(InputError, match=rf"rows\.jsonl:\d+: the row has no '{name}'"):
+            command.main(["decisions", str(tmp_path)])
+
+
+def without(row: dict, name: str) -> dict:
+    return {key: value for key, value in row.items() if key != name}

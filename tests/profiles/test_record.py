@@ -244,7 +244,7 @@ def test_mistakes(tmp_path, monkeypatch, supervisor):
         select(work, ["opps"], "")
     with pytest.raises(InputError, match="'softmax'"):
         select(work, [], "softmax")
-    with pytest.raises(InputError, match="--budget must be a positive"):
+    with pytest.raises(InputError, match="--budget: '0' is not a number above 0"):
         command.main(["record", "--out", str(tmp_path), "--budget", "0"])
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):

@@ -85,7 +85,7 @@ def test_several_pages_share_a_table(pages):
         run("--write")
     assert a.read_text() == STALE
     b.unlink()
-    with pytest.raises(InputError, match="b.md cannot be read: No such file"):
+    with pytest.raises(InputError, match="b.md: no such file"):
         run()
 
 

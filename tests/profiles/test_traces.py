@@ -117,8 +117,6 @@ def test_mistakes(tmp_path):
     """Guards the one-line messages for missing or wrong arguments, and waiting for ever."""
     with pytest.raises(InputError, match="no file for the trace"):
         torch_trace.run(options())
-    with pytest.raises(InputError, match="--steps must be at least 1"):
-        torch_trace.run(options("--out", "x.json", "--steps", "0"))
     with pytest.raises(InputError, match="cannot be read: No such file"):
         torch_trace.run(options("--summarise", str(tmp_path / "none")))
     os.mkfifo(tmp_path / "pipe")
@@ -128,6 +126,17 @@ def test_mistakes(tmp_path):
     (tmp_path / "text").write_text("no json")
     with pytest.raises(InputError, match="is not JSON"):
         torch_trace.run(options("--summarise", str(tmp_path / "text")))
+    kernel = {"ph": "X", "cat": "kernel", "name": "k", "dur": 1, "ts": 0, "pid": 1, "tid": 1}
+    span = kernel | {"cat": "user_annotation"}
+    for text in (
+        "[" * 100_000,
+        '{"traceEvents": [1]}',
+        *(json.dumps({"traceEvents": [kernel, span | {"dur": wrong}]}) for wrong in ("x", None)),
+        json.dumps({"traceEvents": [{n: v for n, v in span.items() if n != "pid"}]}),
+    ):
+        (tmp_path / "text").write_text(text)
+        with pytest.raises(InputError, match="is not JSON|is not a trace"):
+            torch_trace.run(options("--summarise", str(tmp_path / "text")))
     words = ["--op", "rms_norm", "--device", "cpu", "--out", str(tmp_path / "text" / "x.json")]
     with pytest.raises(InputError, match="cannot write"):
         torch_trace.run(options(*words))

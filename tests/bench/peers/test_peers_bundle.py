@@ -220,9 +220,17 @@ class TestPrepare:
         run_prepare(capsys, tmp_path, "--only", "small")
         with pytest.raises(InputError, match=f"is for Python {HERE} on any; choose another --dir"):
             peers(capsys, "prepare", "--dir", tmp_path, "--python", "3.99")
-        (tmp_path / "manifest.json").write_text("[]")
-        with pytest.raises(InputError, match="is not a manifest"):
-            run_prepare(capsys, tmp_path)
+        for wrong in (
+            "[]",
+            "[" * 100_000,
+            "{}",
+            '{"schema": 1, "made_for": {"python": 3, "platform": "any"}, "items": {}}',
+            '{"schema": 1, "made_for": null, "items": {"small": {"wanted": [], "pieces": [{}]}}}',
+            '{"schema": 1, "made_for": null, "items": {"small": {"wanted": [1], "pieces": []}}}',
+        ):
+            (tmp_path / "manifest.json").write_text(wrong)
+            with pytest.raises(InputError, match="manifest"):
+                run_prepare(capsys, tmp_path)
 
     def test_torch_is_not_among_them(self):
         """Guards the GPU machine's torch and Triton, which --no-deps alone does not."""

@@ -262,8 +262,8 @@ def test_rows_of_any_kind(tmp_path):
         (b"", r"no rows in .*rows\.jsonl"),
         (b"\n".join([b"[1, 2]", b""]), r"rows\.jsonl:1: each line must be a JSON object"),
         (b'{"op": "a"}\nop,case\n', r"rows\.jsonl:2: each line must be a JSON object"),
-        (b"\x89PNG\r\n\xff\xfe\n", r"rows\.jsonl: not a text file of rows"),
-        ("folder", r"cannot read .*rows\.jsonl: Is a directory"),
+        (b"\x89PNG\r\n\xff\xfe\n", r"rows\.jsonl is not UTF-8 text"),
+        ("folder", r"rows\.jsonl is a directory; it must be a file"),
     ],
 )
 def test_files_without_rows(tmp_path, content, complaint):

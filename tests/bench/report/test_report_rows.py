@@ -1,10 +1,14 @@
 """The rows of a report: which rows are shown, and which numbers are valid."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from bench import jsonl
 from bench.report import rows as report_rows
+from bench.report.command import write
+from model.errors import InputError
 from tests.support.report_rows import BASE, row
 
 
@@ -44,10 +48,10 @@ def test_a_later_success_replaces_a_failure(whole, us):
     assert "died" in [r["failure"] for r in measurements.latest]
 
 
-@pytest.mark.parametrize("name", report_rows.NUMBERS)
+@pytest.mark.parametrize("name", (*jsonl.TIMES, *jsonl.NUMBERS))
 def test_invalid_numbers(name):
     """Guards pictures against values that cannot be drawn: such a row is of kind "other"."""
-    for value in ("text", -1, [1], True, float("nan"), 1e400):
+    for value in ("text", -1, [1], True, float("nan"), 1e400, 10**400):
         whole = row("rms_norm", "T1 C64", "triton", 20.0) | {name: value}
         (measurements,) = report_rows.by_device([whole])
         assert [report_rows.kind_of(r) for r in measurements.latest] == ["other"], value
@@ -58,3 +62,22 @@ def test_no_history_outside_git(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row("rms_norm", "T1 C64", "triton", 1.0)) + "\n")
     assert report_rows.committed(path) == []
+
+
+@pytest.mark.parametrize("value", [None, "", ["x"], {"x": 1}, -1, True, 10**400, float("nan"), "x"])
+def test_any_value_in_any_field(tmp_path, value):
+    """A traceback in a table or picture for rows of other programs, or of other versions."""
+    whole = row("rms_norm", "T1 C64", "triton", 20.0)
+    path = tmp_path / "rows.jsonl"
+    rows = [whole | {name: value} for name in whole if name != "schema"]
+    rows += [whole | {"op": "packing", "version": value, "makespan_s": value}]
+    rows += [{"new": value, "failure": value}, {}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    page, *_ = write(report_rows.read([path]), tmp_path / "out")
+    assert page.exists()
+
+
+def test_rows_are_not_written_to_devices():
+    """Guards memory: rows are appended to what is in the file, which /dev/zero has without end."""
+    with pytest.raises(InputError, match="/dev/zero is a pipe, socket or device"):
+        jsonl.append(Path("/dev/zero"), [{}])

@@ -77,6 +77,8 @@ def test_images_fill_the_parts_of_messages(read, tmp_path: Path):
             "the question is empty",
         ),
         ({"question": "Why?", "id": 1.5}, "must be a non-empty string or an integer"),
+        ({"question": "Why?", "id": []}, "id [] must be a non-empty string or an integer"),
+        ({"question": None}, 'either "question" or "messages"'),
         ({"question": "Why?", "id": True}, "must be a non-empty string or an integer"),
         ({"question": "Why?", "id": ""}, "must be a non-empty string or an integer"),
         ({"question": "Why?", "image": "cats.png"}, "no image file 'cats.png'"),
@@ -166,3 +168,10 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(InputError, match="has no questions"):
         read_questions(tmp_path / "empty.jsonl")
+
+
+def test_null_is_absent(read):
+    """Guards exports that write every field: a null "image" was an error, or a null "id" an id."""
+    nulls = {"id": None, "messages": None, "image": None, "images": None}
+    (question,) = read({"question": "Why?"} | nulls)
+    assert (question.error, question.id, question.images) == (None, "1", ())

@@ -1,7 +1,12 @@
 """`python -m pacore_sched simulate`: its tables, JSON document, pictures and error messages."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +15,7 @@ from model.terminal import Parser
 from pacore_sched.cli import simulate
 from pacore_sched.sim.report import gains, geometric_mean
 
+ROOT = Path(__file__).parents[3]
 FAST = ("--problems", "3", "--max-tokens", "9000", "--max-running", "24", "--jobs", "1")
 
 
@@ -143,15 +149,12 @@ def test_gains():
         (("--policy", "lifo"), "unknown policy 'lifo'"),
         (("--gpu", "b200"), "unknown GPU 'b200'"),
         (("--model", "llama"), "unknown preset 'llama'"),
-        (("--gpus", "0"), "--gpus must be at least 1, not 0"),
-        (("--seeds", "0"), "--seeds must be at least 1"),
+        (("--gpus", "1000000"), "--gpus: '1000000' is not an integer from 1 to 4,096"),
+        (("--problems", "200000", "--workload", "vqa"), "make 17,000,000 rollouts"),
         (("--widths", "0"), "integers from 1 to 65536"),
-        (("--sigma-w", "-1"), "--sigma-w must be from 0 to 3"),
         (("--max-tokens", "2000", "--workload", "vl"), "must be between 0 and the limit"),
         (("--max-running", "4096"), "--token-budget must be at least --max-running"),
-        (("--need", "0"), "--need must be above 0"),
-        (("--rate", "0"), "--rate must be positive"),
-        (("--slo", "-1"), "--slo must be positive"),
+        (("--rate", "1e-320"), "--rate: '1e-320' is not a number from 1e-09 to 1,000,000,000"),
         (("--kv", "fp4"), "invalid choice: 'fp4'"),
         (("--max-tokens", "700000", "--workload", "vqa", "--policy", "fcfs"), "does not fit"),
     ],
@@ -167,3 +170,52 @@ def test_out_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         run("--out", str(tmp_path / "file" / "folder"), *FAST)
+
+
+def killed(run: simulate.SimRun) -> None:
+    """A simulation whose process the system kills for its memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def endless(run: simulate.SimRun) -> None:
+    """A simulation that runs for a minute, and says that it has begun."""
+    signal.alarm(60)
+    print("begun", flush=True)
+    signal.pause()
+
+
+def test_a_killed_process_is_one_line(monkeypatch):
+    """A traceback of BrokenProcessPool for a lack of memory."""
+    monkeypatch.setattr(simulate, "simulate_run", killed)
+    with pytest.raises(InputError, match="was killed, perhaps because memory ran out"):
+        run("--workload", "vqa", "--seeds", "2", *FAST[:-1], "2")
+
+
+def test_ctrl_c_ends_the_processes(monkeypatch):
+    """Half a minute between Ctrl-C and the end, until the simulations in progress have ended."""
+    processes = []
+
+    def interrupted(futures):
+        processes.extend(active_children())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulate, "simulate_run", endless)
+    monkeypatch.setattr(simulate, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--workload", "vqa", "--seeds", "2", *FAST[:-1], "2")
+    assert [process.exitcode for process in processes] == 2 * [-signal.SIGKILL]
+
+
+@pytest.mark.cli
+def test_no_process_outlives_the_command():
+    """Processes that wait for work for ever, with their memory, after their parent was killed."""
+    code = (
+        "from tests.pacore_sched.cli import test_simulate as t;"
+        "t.simulate.simulate_run = t.endless;"
+        "t.run('--workload', 'vqa', '--seeds', '2', *t.FAST[:-1], '2')"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout.readline() == b"begun\n"
+        process.kill()
+        assert process.stdout.read() in (b"", b"begun\n")  # returns when all have ended

@@ -1,6 +1,5 @@
 """Workloads: statistics of the generator, arrivals, and readers of public traces."""
 
-import json
 from dataclasses import replace
 from math import log
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 
 from model.errors import InputError
-from pacore_sched.sim.trace import read_trace, trace_problems
 from pacore_sched.sim.workload import (
     WORKLOADS,
     SimProblem,
@@ -114,81 +112,7 @@ def test_chat_requests_have_the_published_means():
     assert np.median([p.prompt_tokens() for p in problems]) == pytest.approx(215, rel=0.1)
 
 
-AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
-2023-11-16 18:15:47.6805900,4808,10
-2023-11-16 18:15:46.6805900,374,44
-"""
-
-
-def test_azure_trace(tmp_path):
-    """Misreading seven fractional digits, the order of arrival, or times from the first request."""
-    path = tmp_path / "AzureLLMInferenceTrace_conv.csv"
-    path.write_text(AZURE)
-    requests = read_trace(path)
-    assert [(r.arrival_s, r.input_tokens, r.output_tokens) for r in requests] == [
-        (0.0, 374, 44),
-        (1.0, 4808, 10),
-    ]
-    assert trace_problems(requests)[1] == SimProblem(1.0, 0, 4808, ((10,),))
-
-
-def test_mooncake_trace(tmp_path):
-    """Misreading milliseconds, or losing hash ids."""
-    lines = [
-        {"timestamp": 3000, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]},
-        {"timestamp": 4500, "input_length": 10, "output_length": 2, "hash_ids": [0]},
-    ]
-    path = tmp_path / "trace.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    first, second = read_trace(path)
-    assert (first.arrival_s, first.output_tokens, first.hash_ids) == (0.0, 500, (0, 1))
-    assert (second.arrival_s, second.input_tokens) == (1.5, 10)
-
-
-def test_trace_as_rounds(tmp_path):
-    """Rounds from a trace whose rollouts' mean length differs from the trace's outputs."""
-    path = tmp_path / "trace.jsonl"
-    path.write_text('{"timestamp": 0, "input_length": 9, "output_length": 1000}\n')
-    requests = read_trace(path) * 300
-    drawn = trace_problems(requests, (16,), 0.5, seed=2)
-    assert [len(lengths) for lengths in drawn[0].lengths] == [16, 1]
-    lengths = [length for problem in drawn for length in problem.lengths[0]]
-    assert np.mean(lengths) == pytest.approx(1000, rel=0.05)
-    assert np.log(lengths).std() == pytest.approx(0.5, rel=0.05)
-    cut = trace_problems(requests, (16,), 0.5, max_tokens=900)
-    assert max(max(problem.lengths[0]) for problem in cut) == 900
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.csv", "TIMESTAMP,ContextTokens\n", "line 1: no column GeneratedTokens"),
-        ("a.csv", AZURE + "2023-11-16 18:15:48,12,many\n", "line 4: GeneratedTokens is 'many'"),
-        ("a.csv", AZURE + "yesterday,12,3\n", "line 4: TIMESTAMP is 'yesterday'"),
-        ("a.csv", AZURE + "2023-11-16 18:15:48,12\n", "line 4: no GeneratedTokens"),
-        ("a.csv", AZURE + "2023-11-16 18:15:48,0,3\n", "line 4: ContextTokens is '0'"),
-        ("a.csv", AZURE.splitlines()[0] + "\n", "has no requests"),
-        ("a.jsonl", '{"timestamp": 1}\n', "line 1: no input_length"),
-        ("a.jsonl", "\n[1]\n", "line 2: not a JSON object"),
-        (
-            "a.jsonl",
-            '{"timestamp": NaN, "input_length": 1, "output_length": 1}',
-            "timestamp is nan",
-        ),
-        ("a.txt", "", r"must end with \.csv or \.jsonl"),
-    ],
-)
-def test_bad_traces_are_named(tmp_path, name, text, message):
-    """An error that does not name the file and the line."""
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=message) as caught:
-        read_trace(tmp_path / name)
-    assert name in str(caught.value)
-
-
-def test_missing_trace():
+def test_unknown_workload():
     """A traceback for a mistyped name."""
-    with pytest.raises(InputError, match=r"nowhere\.csv: No such file"):
-        read_trace("nowhere.csv")
     with pytest.raises(InputError, match="unknown workload 'maths'.*math"):
         find_workload("maths")

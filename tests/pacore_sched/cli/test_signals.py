@@ -1,0 +1,21 @@
+"""Signals during `batch` and `sample`."""
+
+import os
+import signal
+
+from pacore_sched.cli.jobs import _stop_signals
+
+
+def test_ignored_signals_stay_ignored():
+    """A night's run under nohup, or in the background of a script, that another job's Ctrl-C
+    stops."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with _stop_signals() as stop_requested:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop_requested()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop_requested()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
