@@ -17,8 +17,7 @@ from pathlib import Path
 from bench.stress.checks import Checks
 from bench.stress.driver import Run
 from kernels.errors import one_line
-from model.errors import InputError
-from model.terminal import progress, table
+from model.terminal import integer, progress, table
 
 EVENTS_PER_RUN = 400  # before the engine is drained
 MAX_TEXT = 200  # characters of an error
@@ -26,15 +25,14 @@ MAX_TEXT = 200  # characters of an error
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("--events", type=int, default=100_000, metavar="N", help="default: 100000")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--engine", type=int, metavar="N", help="only this engine of the seed")
+    add = parser.add_argument
+    add("--events", type=integer(1, 10**9), default=100_000, metavar="N", help="default: 100000")
+    add("--seed", type=integer(0, 2**63 - 1), default=0, help="default: 0")
+    add("--engine", type=integer(0, 10**9), metavar="N", help="only this engine of the seed")
 
 
 def run(options: argparse.Namespace) -> int:
     """Stress engines until the events are used up; return 1 after a fault, else 0."""
-    if options.events < 1:
-        raise InputError(f"--events must be at least 1, not {options.events}")
     total: Counter[str] = Counter()
     start = time.perf_counter()
     with progress("stress", options.events) as advance:
