@@ -12,17 +12,17 @@ What concerns all of them ends the run: errors of the engine's steps, of the cal
 iterable of problems.
 """
 
-from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from kernels.runtime.arithmetic import cdiv
 from model.errors import STOPS, InputError, reason
 from model.kv_cache import PAGE_SIZE, page_bytes
 from model.memory import free_bytes
+from pacore_sched.answers.arrivals import Arrivals
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.problem_run import Problem, ProblemRun, Settings
 from pacore_sched.answers.rounds import SynthesisTemplate, compact, round_widths
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from model.vision.image import Views
 
 AHEAD = 1024  # unfinished rollouts submitted at a time, at least: policies choose among them
-PREPARED_AHEAD = 4  # problems whose images are read and prompts built before they are submitted
 ENCODED_AHEAD = 4  # submitted problems whose images' pixels wait to be encoded
 
 
@@ -176,7 +175,8 @@ class Pacore:
         on_step: Callable[[int], None] = lambda tokens: None,
     ) -> Generator[list[Answer], None, None]:
         """As `answers`, but yields once per engine step: the answers that the step completed."""
-        arrivals = _Arrivals(self, problems, known)
+        run_of = partial(ProblemRun, self.model, self.engine, self.settings)
+        arrivals = Arrivals(run_of, problems, known)
         live: dict[Group, ProblemRun] = {}
         try:
             while True:
@@ -200,9 +200,7 @@ class Pacore:
                 self.engine.cancel(group)
                 run.release()
 
-    def _starting(
-        self, arrivals: "_Arrivals", live: dict[Group, ProblemRun]
-    ) -> Iterator[ProblemRun]:
+    def _starting(self, arrivals: Arrivals, live: dict[Group, ProblemRun]) -> Iterator[ProblemRun]:
         """Yield the problems that start now, while there is room and the next one is ready."""
         max_pending = max(AHEAD, 2 * self.engine.scheduler.max_running)
         while not arrivals.empty and sum(run.pending for run in live.values()) < max_pending:
@@ -278,12 +276,7 @@ class Pacore:
         last = rounds[-1].rollouts if rounds else ()
         if error is None and all(result.finish_reason == "error" for result in last):
             error = "the last round failed: its logits were not finite"
-        text = ""
-        if self.synthesis and not error:
-            try:
-                text = compact(last[0].text)
-            except Exception as failure:
-                error = reason(failure)
+        text = compact(last[0].text) if self.synthesis and not error else ""
         return Answer(run.id, text, error, rounds)
 
 
@@ -345,58 +338,3 @@ class _Vocabulary:
 
     def token_bytes(self, id: int) -> bytes:
         return self.model.tokenizer.token_bytes(id)
-
-
-class _Arrivals:
-    """The queue of problems that have not started; a thread prepares the first few."""
-
-    def __init__(
-        self,
-        pacore: Pacore,
-        problems: Iterable[Problem],
-        known: Callable[[str], Iterable[RolloutResult]],
-    ) -> None:
-        self._pacore, self._known = pacore, known
-        self._problems = enumerate(problems)
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="arrivals")
-        self._queue: deque[tuple[ProblemRun, Future | None]] = deque()
-        self._fill()
-
-    @property
-    def empty(self) -> bool:
-        return not self._queue
-
-    @property
-    def next(self) -> ProblemRun:
-        """The problem that `take` will return."""
-        return self._queue[0][0]
-
-    def ready(self) -> bool:
-        """Whether `take` returns a problem that is prepared, or quick to prepare.
-
-        Quick ones always start in the same step, so that a run of them repeats exactly.
-        """
-        run, preparing = self._queue[0]
-        return preparing is None or preparing.done() or run.quick
-
-    def take(self) -> ProblemRun:
-        """Remove the next problem from the queue; it may still be prepared."""
-        run, preparing = self._queue.popleft()
-        if preparing is not None:
-            run.set_preparing(preparing)
-        self._fill()
-        return run
-
-    def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    def _fill(self) -> None:
-        while len(self._queue) < PREPARED_AHEAD:
-            arrival = next(self._problems, None)
-            if arrival is None:
-                return
-            number, problem = arrival
-            pacore, known = self._pacore, self._known(problem.id)
-            run = ProblemRun(pacore.model, pacore.engine, pacore.settings, problem, number, known)
-            preparing = None if run.finished else self._threads.submit(run.prepare)
-            self._queue.append((run, preparing))

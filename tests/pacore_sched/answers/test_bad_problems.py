@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.errors import InputError
-from pacore_sched.answers import pacore, problem_run
+from pacore_sched.answers import problem_run
 from pacore_sched.answers.pacore import Answer, Pacore
 from pacore_sched.answers.problem_run import Problem
 from pacore_sched.engine.image_encoder import ImageEncoder
@@ -68,7 +68,6 @@ class Stages:
         self._wrap(engine, "submit", lambda *_, problem, **__: stage == "submit" and problem == 1)
         self._wrap(problem_run, "build_prompt", self._prompt_fails)
         self._wrap(problem_run, "round_messages", self._template_fails)
-        self._wrap(pacore, "compact", lambda text: stage == "compact")
 
     def run(self, **options: Callable) -> dict[str, Answer]:
         first, *others = questions(3)
@@ -130,14 +129,6 @@ def test_any_error_at_any_stage(stage: str, error: BaseException, monkeypatch: p
     assert all(features.cancelled for features in stages.encoded)
     monkeypatch.undo()
     assert answers == by_problem(hashed().answers(questions(3)))
-
-
-def test_an_answer_that_cannot_be_compacted(monkeypatch: pytest.MonkeyPatch):
-    """A traceback from the last stage of an answer, and its rollouts lost."""
-    answers = Stages(monkeypatch, "compact", RecursionError("too deep")).run()
-    for answer in answers.values():
-        assert answer.error.startswith("unexpected RecursionError: too deep (test_bad_problems.py")
-        assert len(answer.rounds) == 3
 
 
 @pytest.mark.parametrize("stage", ["template", "text"])
