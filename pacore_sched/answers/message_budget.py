@@ -79,13 +79,13 @@ def prompt_limit(context: int, tree: PrefixTree, first_prompt: int, max_tokens: 
     """The most tokens of a prompt with messages: what `context` and the KV pages of `tree` hold,
     without room for an answer.
 
-    That is room for `max_tokens`, or else for half of what the first round's prompt leaves: the
-    report's setting has 64K for a rollout in a context of 128K.
+    That is room for `max_tokens`, or else for half of what the first round's prompt leaves, one
+    token at least: the report's setting has 64K for a rollout in a context of 128K.
     """
     size = tree.page_size
     in_pages = tree.num_pages * size - 3 * (size - 1)  # images, text and rollout start new pages
     capacity = min(context, in_pages)
-    return capacity - min(max_tokens, max(capacity - first_prompt, 0) // 2)
+    return capacity - min(max_tokens, max((capacity - first_prompt) // 2, 1))
 
 
 def tokens_kept(lengths: Sequence[int], budget: int, unfinished: Collection[int] = ()) -> list[int]:

@@ -12,9 +12,16 @@ from model.step3vl import Step3VL
 from model.text.tokenizer import Tokenizer
 from pacore_sched.answers import message_budget
 from pacore_sched.answers.journal_lines import RolloutResult
-from pacore_sched.answers.message_budget import MIN_TOKENS, fit_messages, tail, tokens_kept
+from pacore_sched.answers.message_budget import (
+    MIN_TOKENS,
+    fit_messages,
+    prompt_limit,
+    tail,
+    tokens_kept,
+)
 from pacore_sched.answers.pacore import Answer, Pacore, engine_for
 from pacore_sched.answers.problem_run import Problem
+from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Sampling
 
 BYTES = Tokenizer.byte_level(TINY)  # a token per byte
@@ -178,6 +185,14 @@ def test_a_question_that_leaves_no_room_for_messages():
     assert synthesis.dropped == (0, 1, 2, 3)
     assert synthesis.prompt_tokens == explore.prompt_tokens
     assert synthesis.rollouts[0].num_tokens == 400 - synthesis.prompt_tokens
+
+
+@pytest.mark.parametrize("first", [500, 997, 998, 999])
+def test_a_prompt_leaves_a_token(first: int):
+    """A template that omits a long question, whose prompt may then fill the whole context."""
+    tree = PrefixTree(num_pages=100, page_size=64)
+    assert prompt_limit(1000, tree, first, 600) == 1000 - max((1000 - first) // 2, 1)
+    assert prompt_limit(1000, tree, first, 1) == 999
 
 
 def test_a_resumed_round_has_the_same_prompt():
