@@ -225,10 +225,10 @@ class Pacore:
         """Submit a problem's next round. Yields its answer if no round is left or this fails."""
         try:
             group = run.next_round()
-        except STOPS:
-            raise
         except BaseException as error:  # panics of Rust code are no Exceptions
             run.release()
+            if isinstance(error, STOPS):
+                raise
             yield self._answer(run, reason(error))
             return
         if group is None:

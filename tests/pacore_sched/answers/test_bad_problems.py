@@ -15,7 +15,7 @@ from pacore_sched.answers.pacore import Answer, Pacore
 from pacore_sched.answers.problem_run import Problem
 from pacore_sched.engine.image_encoder import ImageEncoder
 from pacore_sched.sched.request import Rollout
-from tests.pacore_sched.answers.test_pacore import by_problem, hashed, is_idle, questions
+from tests.pacore_sched.answers.test_pacore import by_problem, hashed, is_idle, questions, with_image
 
 BAD = "a bad question"
 
@@ -133,12 +133,14 @@ def test_any_error_at_any_stage(stage: str, error: BaseException, monkeypatch: p
 
 @pytest.mark.parametrize("stage", ["template", "text"])
 def test_a_stop_is_no_error_of_a_problem(stage: str, monkeypatch: pytest.MonkeyPatch):
-    """Ctrl-C that becomes one problem's error while the run goes on."""
+    """Ctrl-C that becomes one problem's error while the run goes on, or keeps its images' KV."""
     stages = Stages(monkeypatch, stage, KeyboardInterrupt())
+    stages.problem = with_image(BAD)
     with pytest.raises(KeyboardInterrupt):
         stages.run()
     stages.pacore.engine.step()
     assert is_idle(stages.pacore.engine)
+    assert [features.cancelled for features in stages.encoded] == [True]
 
 
 def test_what_concerns_the_run_ends_it(monkeypatch: pytest.MonkeyPatch):
