@@ -11,7 +11,8 @@ PREPARED_AHEAD = 4  # problems whose images are read and prompts built before th
 
 
 class Arrivals:
-    """A queue of problems of any number. A thread prepares the next few, while rollouts decode."""
+    """A queue of problems of any number, empty until `fill`. A thread prepares the next few, while
+    rollouts decode."""
 
     def __init__(
         self,
@@ -25,7 +26,6 @@ class Arrivals:
         self._problems = enumerate(problems)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="arrivals")
         self._queue: deque[tuple[ProblemRun, Future | None]] = deque()
-        self._fill()
 
     @property
     def empty(self) -> bool:
@@ -49,13 +49,11 @@ class Arrivals:
         run, preparing = self._queue.popleft()
         if preparing is not None:
             run.set_preparing(preparing)
-        self._fill()
+        self.fill()
         return run
 
-    def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    def _fill(self) -> None:
+    def fill(self) -> None:
+        """Read the next few problems. Raises what the iterable of problems raises."""
         while len(self._queue) < PREPARED_AHEAD:
             arrival = next(self._problems, None)
             if arrival is None:
@@ -64,3 +62,7 @@ class Arrivals:
             run = self._run_of(problem, number, self._known(problem.id))
             preparing = None if run.finished else self._threads.submit(run.prepare)
             self._queue.append((run, preparing))
+
+    def close(self) -> None:
+        """Wait for the problem that is being prepared; forget the others."""
+        self._threads.shutdown(cancel_futures=True)

@@ -179,6 +179,7 @@ class Pacore:
         arrivals = Arrivals(run_of, problems, known)
         live: dict[Group, ProblemRun] = {}
         try:
+            arrivals.fill()
             while True:
                 answers: list[Answer] = []
                 for run in self._starting(arrivals, live):

@@ -1,7 +1,8 @@
 """One bad problem: whatever is raised for it, at any stage, is its error and nothing else's."""
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -156,6 +157,25 @@ def test_what_concerns_the_run_ends_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pacore.engine.executor, "launch", fail)
     with pytest.raises(InputError, match="disk full"):
         list(pacore.answers(questions(3)))
+
+
+def test_an_iterable_of_problems_that_fails():
+    """A thread that goes on loading images after the run has ended."""
+    begun = threading.Event()
+
+    def slowly() -> list:
+        begun.set()
+        time.sleep(0.2)
+        return []
+
+    def arriving() -> Iterator[Problem]:
+        yield replace(with_image(BAD), load=slowly)
+        assert begun.wait(20)
+        raise InputError("disk full")
+
+    with pytest.raises(InputError, match="disk full"):
+        list(hashed().answers(arriving()))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("arrivals")]
 
 
 @pytest.mark.parametrize("stage", LATE)
