@@ -3,7 +3,11 @@
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
+from typing import BinaryIO
 
 from model.errors import InputError
 
@@ -48,15 +52,25 @@ def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str | None:
     """
     if not os.path.lexists(file):
         return None
-    check_regular(file)
-    try:
-        if file.stat().st_size > max_bytes:
+    with open_file(file) as opened, TextIOWrapper(opened, encoding="utf-8-sig") as text:
+        if os.fstat(opened.fileno()).st_size > max_bytes:
             raise InputError(f"{file} is larger than {max_bytes >> 20} MiB, the limit for text")
-        return file.read_text(encoding="utf-8-sig")
+        try:
+            return text.read()
+        except UnicodeDecodeError:
+            raise InputError(f"{file} is not UTF-8 text") from None
+
+
+@contextmanager
+def open_file(file: str | os.PathLike[str], name: str | None = None) -> Iterator[BinaryIO]:
+    """The bytes of a file. Raises InputError as `check_regular` does, and for errors of the system
+    while the file is open."""
+    check_regular(file, name)
+    try:
+        with open(file, "rb") as opened:
+            yield opened
     except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8 text") from None
+        raise InputError(f"{name or file} cannot be read: {error.strerror}") from None
 
 
 def check_regular(file: str | os.PathLike[str], name: str | None = None) -> None:

@@ -10,7 +10,6 @@ lines are answered.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from model.errors import InputError, reason, shown
-from model.text.files import check_regular
+from model.text.files import open_file, parse_json
 
 MAX_LINE = 2**28  # bytes, as of an image file: images may be in it, as data URLs
 BLOCK = 2**20  # bytes of a longer line read at a time
@@ -58,19 +57,15 @@ def read_questions(path: str | Path) -> QuestionFile:
     a run could not be resumed.
     """
     path = Path(path)
-    check_regular(path)
     questions: list[Question] = []
     lines: dict[str, int] = {}
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(_lines(file, digest), start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-                if line.strip():
-                    questions.append(_question(number, line, path.parent, lines))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    with open_file(path) as file:
+        for number, line in enumerate(_lines(file, digest), start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+            if line.strip():
+                questions.append(_question(number, line, path.parent, lines))
     if not questions:
         raise InputError(f"{path} has no questions")
     return QuestionFile(tuple(questions), digest.hexdigest())
@@ -114,18 +109,16 @@ def _fields(line: bytes) -> dict:
     if len(line) > MAX_LINE:
         raise _LineError(f"longer than {MAX_LINE >> 20} MiB, the limit for a line")
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise _LineError("not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise _LineError(f"not JSON: {error}") from None
-    try:
-        json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         surrogate = ord(error.object[error.start])
         raise _LineError(
             f"\\u{surrogate:x} is half of a surrogate pair, which UTF-8 cannot encode"
         ) from None
+    except ValueError as error:
+        raise _LineError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise _LineError('not an object such as {"question": "..."}')
     fields = {name: value for name, value in fields.items() if value is not None}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from model.errors import InputError
 from model.terminal import track
-from model.text.files import check_regular
+from model.text.files import open_file
 from model.vision.image import load_image
 from model.weights.gguf import smollm2_path
 from model.weights.source import source_files
@@ -113,13 +113,9 @@ class _HashedFile:
 
 def _load_hashed(path: Path) -> tuple["Image.Image", str]:
     """An image file, and the SHA-256 of the very bytes that were decoded."""
-    check_regular(path, f"image {path}")
-    try:
-        with open(path, "rb") as file:
-            hashed = _HashedFile(file, str(path))
-            return load_image(cast(BinaryIO, hashed)), hashed.sha256.hexdigest()
-    except OSError as error:
-        raise InputError(f"image {path} cannot be read: {error.strerror}") from None
+    with open_file(path, f"image {path}") as file:
+        hashed = _HashedFile(file, str(path))
+        return load_image(cast(BinaryIO, hashed)), hashed.sha256.hexdigest()
 
 
 def _compare(path: Path, before: str, now: str) -> None:
@@ -135,9 +131,5 @@ def _identity(path: Path) -> str:
 
 
 def _file_sha256(path: Path) -> str:
-    check_regular(path)
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from model.errors import InputError, shown
-from model.text.files import check_regular
+from model.text.files import open_file
 from model.vision.reading.arrays import array_image
 from model.vision.reading.limits import (
     MAX_BYTES,
@@ -89,13 +89,9 @@ def _read_path(path: str | os.PathLike[str]) -> bytes:
     name = _shown(path)
     if "://" in name and not os.path.lexists(path):
         raise InputError(f"image {name} is a URL, which is not fetched; download the file")
-    check_regular(path, f"image {name}")
-    try:
-        check_bytes(os.stat(path).st_size, name)
-        with open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"image {name} cannot be read: {error.strerror}") from None
+    with open_file(path, f"image {name}") as file:
+        check_bytes(os.fstat(file.fileno()).st_size, name)
+        return file.read(MAX_BYTES + 1)
 
 
 def _read_file(file: BinaryIO, name: str) -> bytes:
