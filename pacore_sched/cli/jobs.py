@@ -137,7 +137,7 @@ def run_job(options: argparse.Namespace, path: str, job: Job) -> int:
         journal.begin(_model_settings(model, sampling))
         resumed = journal.rollouts
         progress = Progress(problems, rollouts=resumed)
-        results, stopped = _run(job, pacore, file.questions, journal, images, progress)
+        results, stopped = _run(pacore, file.questions, journal, images, progress)
         if not stopped:
             replace_file(out, _lines(job, file.questions, results, journal, progress))
     report = _report(pacore, progress, resumed, out, journal_path, stopped)
@@ -201,7 +201,6 @@ def text_digest(text: str | None) -> str | None:
 
 
 def _run(
-    job: Job,
     pacore: Pacore,
     questions: Sequence[Question],
     journal: Journal,
@@ -214,11 +213,7 @@ def _run(
     valid = [question for question in questions if not question.error]
     lines = {question.id: question.line for question in valid}
 
-    with batch_progress(pacore.engine, progress) as refresh, _stop_signals() as stop_requested:
-
-        def check_stop() -> None:
-            if stop_requested():
-                raise Stopped
+    with batch_progress(pacore.engine, progress) as refresh, _stop_signals() as check_stop:
 
         def on_rollout(result: RolloutResult) -> None:
             journal.add([result], images=images.hashes(result.problem))
@@ -239,8 +234,10 @@ def _run(
         )
         try:
             for answer in answers:
+                line = lines[answer.problem]
+                error = answer.error and f"line {line}: {answer.error}"
+                results[line] = ProblemResult(answer.text, error)
                 _complete(journal, answer)
-                results[lines[answer.problem]] = _problem_result(answer, lines[answer.problem])
                 journal.add_answer(answer.problem, answer.text, answer.error)
                 progress.note(answer)
         except Stopped:
@@ -256,10 +253,6 @@ def _complete(journal: Journal, answer: Answer) -> None:
     missing = [r for r in rollouts if (r.round, r.index) not in finished]
     if missing:
         journal.add(missing)
-
-
-def _problem_result(answer: Answer, line: int) -> ProblemResult:
-    return ProblemResult(answer.text, answer.error and f"line {line}: {answer.error}")
 
 
 def _problem(
@@ -292,8 +285,9 @@ def _lines(
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C or SIGTERM came; a second one ends the process."""
+def _stop_signals() -> Iterator[Callable[[], None]]:
+    """Yields a function that raises Stopped once Ctrl-C or SIGTERM has come; a second one ends the
+    process."""
     received: list[int] = []
     before = stop_signals()
 
@@ -305,10 +299,14 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         received.append(number)
         restore()
 
+    def check_stop() -> None:
+        if received:
+            raise Stopped
+
     for number in before:
         signal.signal(number, receive)
     try:
-        yield lambda: bool(received)
+        yield check_stop
     finally:
         restore()
 

@@ -16,7 +16,13 @@ from pacore_sched.answers.pacore import Answer, Pacore
 from pacore_sched.answers.problem_run import Problem
 from pacore_sched.engine.image_encoder import ImageEncoder
 from pacore_sched.sched.request import Rollout
-from tests.pacore_sched.answers.test_pacore import by_problem, hashed, is_idle, questions, with_image
+from tests.pacore_sched.answers.test_pacore import (
+    by_problem,
+    hashed,
+    is_idle,
+    questions,
+    with_image,
+)
 
 BAD = "a bad question"
 

@@ -3,7 +3,9 @@
 import os
 import signal
 
-from pacore_sched.cli.jobs import _stop_signals
+import pytest
+
+from pacore_sched.cli.jobs import Stopped, _stop_signals
 
 
 def test_ignored_signals_stay_ignored():
@@ -11,11 +13,12 @@ def test_ignored_signals_stay_ignored():
     stops."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with _stop_signals() as stop_requested:
+        with _stop_signals() as check_stop:
             os.kill(os.getpid(), signal.SIGINT)
-            assert not stop_requested()
+            check_stop()
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop_requested()
+            with pytest.raises(Stopped):
+                check_stop()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
