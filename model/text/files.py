@@ -5,9 +5,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import BinaryIO
 
 from model.errors import InputError
 
@@ -62,7 +61,7 @@ def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str | None:
 
 
 @contextmanager
-def open_file(file: str | os.PathLike[str], name: str | None = None) -> Iterator[BinaryIO]:
+def open_file(file: str | os.PathLike[str], name: str | None = None) -> Iterator[BufferedReader]:
     """The bytes of a file. Raises InputError as `check_regular` does, and for errors of the system
     while the file is open."""
     check_regular(file, name)
