@@ -31,9 +31,10 @@ def append(path: Path, rows: Iterable[dict]) -> None:
     the file cannot be written.
     """
     with _write_errors(path):
+        text = b""
         if path.exists():
             check_regular(path)
-        text = path.read_bytes() if path.exists() else b""
+            text = path.read_bytes()
         if not text.endswith(b"\n"):
             path.write_bytes(text[: text.rfind(b"\n") + 1])
         with path.open("a", encoding="utf-8") as file:

@@ -15,8 +15,8 @@ from bench.stress.config import Config, RandomPolicy
 from bench.stress.hash_executor import HashExecutor, expect
 from bench.stress.hash_model import (
     PLACEHOLDER,
+    STOP_STRINGS,
     STOPPING,
-    STOPS,
     TEXTS,
     Expected,
     expected,
@@ -162,7 +162,7 @@ class Run:
             return
         draw = self.draw
         path, problem = self._path()
-        stop = draw.choice(STOPS)
+        stop = draw.choice(STOP_STRINGS)
         longest = draw.choice((1, 3, 10, 20, 30, 40, 50))
         sampling = Sampling(longest, stop=stop, ignore_eos=draw.random() < 0.5)
         width = draw.choice((1, 2, 3, 4, 6, 10))

@@ -16,7 +16,7 @@ from pacore_sched.sched.request import Sampling
 TEXTS = (b"<eos>", b"a", b"b", b"ab", b"ba", b"c", b"\xc3", b"\xa4")
 EOS = 0
 PLACEHOLDER = len(TEXTS)  # the prompt id that image embeddings replace
-STOPS = ((), (), (), ("bab",), ("ca", "bb"), ("\xe4",))
+STOP_STRINGS = ((), (), (), ("bab",), ("ca", "bb"), ("\xe4",))
 
 
 class Texts:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernels.runtime.arithmetic import cdiv
 from model.config import Config
-from model.errors import InputError, shown
+from model.errors import STOPS, InputError, shown
 from model.text.chat_template import THINKING_CHATML
 from model.text.files import read_text
 from model.text.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED, read_gguf_tokenizer
@@ -89,7 +89,7 @@ class Tokenizer:
             raise InputError(f"{file} cannot be read: No such file")
         try:
             backend = tokenizers.Tokenizer.from_str(text)
-        except (KeyboardInterrupt, SystemExit):
+        except STOPS:
             raise
         except BaseException as error:  # also the panics of Rust code
             raise InputError(f"{file} is damaged: {error}") from None

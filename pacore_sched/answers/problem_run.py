@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pacore_sched.engine.executor import ModelExecutor
     from pacore_sched.engine.image_encoder import Features
 
-
 QUICK = 100_000  # characters: about 0.1 s of tokenising
 
 
@@ -167,18 +166,18 @@ class ProblemRun:
         return group
 
     def take(self, rollout: Rollout) -> RolloutResult:
-        """Record that a rollout of the current round has ended. May raise anything, if there is no
-        text of its tokens."""
-        reason = rollout.finish_reason
-        assert reason is not None
-        has_message = reason in ("stop", "length")
+        """Record that a rollout of the current round has ended. Raises whatever turning its tokens
+        into text raises."""
+        finish_reason = rollout.finish_reason
+        assert finish_reason is not None
+        has_message = finish_reason in ("stop", "length")
         result = RolloutResult(
             problem=self.id,
             round=len(self.rounds),
             index=rollout.index,
             seed=rollout.seed,
             prompt_tokens=rollout.group.prompt_tokens,
-            finish_reason=reason,
+            finish_reason=finish_reason,
             text=self._engine.text(rollout) if has_message else "",
             num_tokens=len(rollout.tokens),
             logprob=sum(rollout.logprobs),

@@ -62,8 +62,10 @@ def read_trace(path: str | Path) -> list[Request]:
     if not requests:
         raise InputError(f"trace {path} has no requests{' with tokens' * bool(empty)}")
     if empty:
-        text = f"trace {path}: requests without input or output tokens are left out: {empty:,}"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(
+            f"trace {path}: requests without input or output tokens are left out: {empty:,}",
+            stacklevel=2,
+        )
     first = min(request.arrival_s for request in requests)
     shifted = [replace(request, arrival_s=request.arrival_s - first) for request in requests]
     return sorted(shifted, key=lambda request: request.arrival_s)
@@ -131,7 +133,8 @@ def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[Request]:
 
 
 def _field(where: str, row: dict[str, Any], name: str, convert: Callable[[Any], T]) -> T:
-    """A row's field, converted. `convert` raises ValueError or TypeError for an invalid value."""
+    """A row's field, converted; `convert` is a key of _VALID. Raises InputError if it is missing or
+    invalid."""
     if row.get(name) is None:
         raise InputError(f"{where}: no {name}; it must be {_VALID[convert]}")
     try:
