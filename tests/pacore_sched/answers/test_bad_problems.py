@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from model.errors import InputError
+from model.vision.image import Views
 from pacore_sched.answers import problem_run
 from pacore_sched.answers.pacore import Answer, Pacore
 from pacore_sched.answers.problem_run import Problem
+from pacore_sched.answers.rounds import SynthesisTemplate
 from pacore_sched.engine.image_encoder import ImageEncoder
-from pacore_sched.sched.request import Rollout
-from tests.pacore_sched.answers.test_pacore import (
+from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.request import Batch, Rollout
+from tests.pacore_sched.answers.hashed_pacore import (
     by_problem,
     hashed,
     is_idle,
@@ -118,6 +121,33 @@ EARLY = ("load", "prompt", "encode", "encoding", "segment", "submit")
 LATE = ("template", "later prompt", "text")
 
 
+WITH_IMAGE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": BAD}]}]
+
+
+def broken_image() -> list[Views]:
+    raise InputError("birds.png is no image")
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (Problem([{"role": "user", "content": "x" * 9000}], id="bad"), "the context is 8192"),
+        (Problem(WITH_IMAGE, broken_image, id="bad"), "birds.png is no image"),
+        (Problem(WITH_IMAGE, id="bad"), "image parts in the messages: 1, images given: 0"),
+        (Problem([{"role": "user", "content": 5}], id="bad"), "a string or a list of parts"),
+    ],
+)
+def test_a_problem_fails_alone(problem: Problem, reason: str):
+    """A failed problem that gives no reason, keeps pages or changes other answers."""
+    pacore = hashed()
+    answers = by_problem(pacore.answers([*questions(2), problem]))
+    bad = answers.pop("bad")
+    assert reason in bad.error
+    assert (bad.text, bad.rounds) == ("", ())
+    assert answers == by_problem(hashed().answers(questions(2)))
+    assert is_idle(pacore.engine)
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("stage", [*EARLY, *LATE])
 def test_any_error_at_any_stage(stage: str, error: BaseException, monkeypatch: pytest.MonkeyPatch):
@@ -126,7 +156,8 @@ def test_any_error_at_any_stage(stage: str, error: BaseException, monkeypatch: p
     stages = Stages(monkeypatch, stage, error)
     answers = stages.run()
     bad = answers.pop("bad")
-    assert f"unexpected {type(error).__name__}" in bad.error
+    prefix = "the images cannot be encoded: " if stage == "encoding" else ""
+    assert bad.error.startswith(f"{prefix}unexpected {type(error).__name__}")
     assert " ".join(str(error).split()) in bad.error or isinstance(error, UnicodeEncodeError)
     assert bad.error.isprintable()
     assert len(bad.rounds) == (0 if stage in EARLY else 1)
@@ -136,6 +167,38 @@ def test_any_error_at_any_stage(stage: str, error: BaseException, monkeypatch: p
     assert all(features.cancelled for features in stages.encoded)
     monkeypatch.undo()
     assert answers == by_problem(hashed().answers(questions(3)))
+
+
+def test_samples_that_fail_fail_alone(monkeypatch: pytest.MonkeyPatch):
+    """A prompt that counts as failed although one of its samples succeeded, or the reverse."""
+    pacore = hashed((3,), synthesis=False)
+    launch = pacore.engine.executor.launch
+
+    def broken(tree: PrefixTree, batch: Batch) -> tuple[list[int], list[float]]:
+        tokens, logprobs = launch(tree, batch)
+        failed = [rollout.index in bad for rollout in batch.sampled]
+        return [-1 if f else t for f, t in zip(failed, tokens, strict=True)], logprobs
+
+    monkeypatch.setattr(pacore.engine.executor, "launch", broken)
+    for bad, error in (({0}, False), ({0, 1, 2}, True)):
+        (answer,) = pacore.answers(questions(1))
+        assert [o.finish_reason == "error" for o in answer.rounds[0].rollouts] == [
+            index in bad for index in range(3)
+        ]
+        assert bool(answer.error) == error
+
+
+def test_a_synthesis_that_fails_fails_alone():
+    """A template that fails on one problem's messages, and ends the whole job or loses the rounds
+    that had ended."""
+    source = "{{ original_prompt }}{% if '1?' in original_prompt %}{{ 1 // 0 }}{% endif %}"
+    pacore = hashed(template=SynthesisTemplate("template t", source))
+    answers = by_problem(pacore.answers(questions(3)))
+    errors = {name: answer.error for name, answer in answers.items()}
+    reason = "template t failed: integer division or modulo by zero"
+    assert errors == {"p0": None, "p1": reason, "p2": None}
+    assert [len(round_.rollouts) for round_ in answers["p1"].rounds] == [3]
+    assert is_idle(pacore.engine)
 
 
 @pytest.mark.parametrize("stage", ["template", "text"])

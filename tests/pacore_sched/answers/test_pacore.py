@@ -18,27 +18,29 @@ from model.config import TINY
 from model.errors import InputError
 from model.step3vl import Step3VL
 from model.text.prompt import build_prompt
-from model.text.tokenizer import Tokenizer
 from model.vision.image import Views
 from pacore_sched.answers import problem_run
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.pacore import Answer, Pacore, engine_for
 from pacore_sched.answers.problem_run import Problem, rollout_seed
-from pacore_sched.answers.rounds import SynthesisTemplate, compact, round_messages
-from pacore_sched.engine.engine import Engine
-from pacore_sched.engine.stopping import Stopping
+from pacore_sched.answers.rounds import compact, round_messages
 from pacore_sched.sched.policy import ORACLES, POLICIES
-from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, Sampling, Segment
-from tests.support.fake_executor import EOS, FakeExecutor, segment
+from pacore_sched.sched.request import Sampling
+from tests.pacore_sched.answers.hashed_pacore import (
+    HASHES,
+    SAMPLING,
+    by_problem,
+    hashed,
+    is_idle,
+    questions,
+    with_image,
+)
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]},
 ]
 COUNT = [{"role": "user", "content": "Count."}]
-SAMPLING = Sampling(max_tokens=12)
-TOKENIZER = Tokenizer.byte_level(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +60,6 @@ def photo() -> Views:
 
 def pacore_on(tiny: Step3VL, widths: list[int], sampling: Sampling = SAMPLING, **options) -> Pacore:
     return Pacore(tiny, engine_for(tiny, kv_tokens=16384), widths, sampling, **options)
-
-
-def is_idle(engine: Engine) -> bool:
-    """Whether the engine has no work and holds no page."""
-    engine.scheduler.check_integrity()
-    tree = engine.scheduler.tree
-    return not engine.busy and tree.free_pages == tree.num_pages
 
 
 def test_rollouts_equal_generate_on_each_rounds_prompt(tiny: Step3VL, photo: Views):
@@ -199,55 +194,6 @@ def test_a_stop_string_ends_rollouts(tiny: Step3VL):
     assert cut.num_tokens < whole.num_tokens
 
 
-class HashExecutor(FakeExecutor):
-    """A fake model whose images are ready after three polls, and fail if there are none."""
-
-    image_bytes = 10**9
-
-    def feature_bytes(self, views: list[Views]) -> int:
-        return len(views)
-
-    def segment(self, ids: list[int], features: object = None, first: int = 0) -> Segment:
-        prompt = segment(ids)
-        prompt.ready = features.ready if features else prompt.ready
-        return prompt
-
-    def encode(self, views: list[Views]) -> SimpleNamespace:
-        polls = iter([*[False] * 3, *[True] * 1000])
-        error = None if views else RuntimeError("out of memory")
-        return SimpleNamespace(
-            error=error,
-            ready=lambda: next(polls) and not error,
-            waiting=False,
-            cancel=lambda: None,
-        )
-
-
-HASHES = SimpleNamespace(config=TINY, tokenizer=TOKENIZER)
-
-
-def hashed(widths: tuple[int, ...] = (3, 2), pages: int = 4000, **options: object) -> Pacore:
-    names = ("policy", "ahead", "speculate", "max_running")
-    engine_options = {name: options.pop(name) for name in names if name in options}
-    engine = Engine(HashExecutor(pages), Stopping(TOKENIZER, [EOS]), **engine_options)
-    return Pacore(HASHES, engine, widths, SAMPLING, **options)
-
-
-def questions(count: int) -> list[Problem]:
-    return [Problem([{"role": "user", "content": f"{n}?"}], id=f"p{n}") for n in range(count)]
-
-
-def with_image(text: str) -> Problem:
-    """A problem named "photo"."""
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    layout = SimpleNamespace(newlines=(False,))
-    return Problem([{"role": "user", "content": content}], lambda: [layout], id="photo")
-
-
-def by_problem(answers) -> dict[str, Answer]:
-    return {answer.problem: answer for answer in answers}
-
-
 @settings(max_examples=40)
 @given(
     policy=st.sampled_from([name for name in POLICIES if name not in ORACLES]),
@@ -369,42 +315,6 @@ def test_samples_without_a_synthesis():
     assert (answer.text, answer.error) == ("", None)
 
 
-def broken_image() -> list[Views]:
-    raise InputError("birds.png is no image")
-
-
-@pytest.mark.parametrize(
-    ("problem", "reason"),
-    [
-        (Problem([{"role": "user", "content": "x" * 9000}], id="bad"), "the context is 8192"),
-        (Problem(MESSAGES, broken_image, id="bad"), "birds.png is no image"),
-        (Problem(MESSAGES, id="bad"), "image parts in the messages: 1, images given: 0"),
-        (Problem([{"role": "user", "content": 5}], id="bad"), "a string or a list of parts"),
-    ],
-)
-def test_a_problem_fails_alone(problem: Problem, reason: str):
-    """A failed problem that gives no reason, keeps pages or changes other answers."""
-    pacore = hashed()
-    answers = by_problem(pacore.answers([*questions(2), problem]))
-    bad = answers.pop("bad")
-    assert reason in bad.error
-    assert (bad.text, bad.rounds) == ("", ())
-    assert answers == by_problem(hashed().answers(questions(2)))
-    assert is_idle(pacore.engine)
-
-
-def test_images_that_cannot_be_encoded():
-    """Waiting forever for images that the tower failed to encode."""
-    pacore = hashed()
-    problem = replace(with_image("How many?"), load=list, messages=questions(1)[0].messages)
-    answers = by_problem(pacore.answers([problem, *questions(2)]))
-    assert answers["photo"].error == (
-        "the images cannot be encoded: unexpected RuntimeError: out of memory"
-    )
-    assert answers["p1"].error is None
-    assert is_idle(pacore.engine)
-
-
 def test_images_that_load_slowly():
     """Ending the run because there is no other work while the only problem's images still load."""
 
@@ -414,38 +324,6 @@ def test_images_that_load_slowly():
 
     (answer,) = hashed().answers([replace(with_image("How many?"), load=slowly)])
     assert (answer.problem, answer.error) == ("photo", None)
-
-
-def test_samples_that_fail_fail_alone(monkeypatch: pytest.MonkeyPatch):
-    """A prompt that counts as failed although one of its samples succeeded, or the reverse."""
-    pacore = hashed((3,), synthesis=False)
-    launch = pacore.engine.executor.launch
-
-    def broken(tree: PrefixTree, batch: Batch) -> tuple[list[int], list[float]]:
-        tokens, logprobs = launch(tree, batch)
-        failed = [rollout.index in bad for rollout in batch.sampled]
-        return [-1 if f else t for f, t in zip(failed, tokens, strict=True)], logprobs
-
-    monkeypatch.setattr(pacore.engine.executor, "launch", broken)
-    for bad, error in (({0}, False), ({0, 1, 2}, True)):
-        (answer,) = pacore.answers(questions(1))
-        assert [o.finish_reason == "error" for o in answer.rounds[0].rollouts] == [
-            index in bad for index in range(3)
-        ]
-        assert bool(answer.error) == error
-
-
-def test_a_synthesis_that_fails_fails_alone():
-    """A template that fails on one problem's messages, and ends the whole job or loses the rounds
-    that had ended."""
-    source = "{{ original_prompt }}{% if '1?' in original_prompt %}{{ 1 // 0 }}{% endif %}"
-    pacore = hashed(template=SynthesisTemplate("template t", source))
-    answers = by_problem(pacore.answers(questions(3)))
-    errors = {name: answer.error for name, answer in answers.items()}
-    reason = "template t failed: integer division or modulo by zero"
-    assert errors == {"p0": None, "p1": reason, "p2": None}
-    assert [len(round_.rollouts) for round_ in answers["p1"].rounds] == [3]
-    assert is_idle(pacore.engine)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
