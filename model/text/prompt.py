@@ -70,11 +70,7 @@ def build_prompt(
     if max_tokens is not None and len(rendered) > max_tokens:  # less text may fit
         _check_fits(rendered, tokenizer, max_tokens)
     ids = _encode(rendered, reserved, tokenizer, [image_ids(v.newlines, config) for v in views])
-    if max(ids, default=0) >= config.decoder.vocab_size:
-        raise InputError(
-            f"the prompt has token {max(ids)} ({tokenizer.added.get(max(ids))!r}), the model's"
-            f" vocabulary ends at {config.decoder.vocab_size - 1}"
-        )
+    _check_ids(ids, tokenizer, config)
     return ids
 
 
@@ -200,6 +196,15 @@ def _check_fits(rendered: str, tokenizer: Tokenizer, max_tokens: int) -> None:
         raise InputError(
             f"the prompt has at least {fewest:,} tokens ({len(text):,} characters),"
             f" the context is {max_tokens:,}"
+        )
+
+
+def _check_ids(ids: Sequence[int], tokenizer: Tokenizer, config: Config) -> None:
+    """Raise InputError for a token that the model lacks: tokenizers may have more of them."""
+    if max(ids, default=0) >= config.decoder.vocab_size:
+        raise InputError(
+            f"the prompt has token {max(ids)} ({tokenizer.added.get(max(ids))!r}), the model's"
+            f" vocabulary ends at {config.decoder.vocab_size - 1}"
         )
 
 

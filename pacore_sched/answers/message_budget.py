@@ -45,7 +45,7 @@ def fit_messages(
     `build` takes a message per rollout, "" for none; without any message the prompt must fit.
     """
     messages = [compact(result.text) for result in results]
-    unfinished = {index for index, result in enumerate(results) if is_unfinished(result)}
+    unfinished = {index for index, result in enumerate(results) if _is_unfinished(result)}
     most = [UNFINISHED_TOKENS if i in unfinished else limit for i in range(len(messages))]
     ends = [tail(text, tokens, tokenizer) for text, tokens in zip(messages, most, strict=True)]
     lengths = [tokens for _, tokens in ends]
@@ -123,7 +123,7 @@ def tail(text: str, tokens: int, tokenizer: "Tokenizer") -> tuple[str, int]:
     return end.decode("utf-8", errors="ignore"), tokens  # without the rest of a cut character
 
 
-def is_unfinished(result: RolloutResult) -> bool:
+def _is_unfinished(result: RolloutResult) -> bool:
     """Whether a rollout ended before its thoughts did."""
     text = result.text
     return "</think>" not in text and (result.finish_reason == "length" or "<think>" in text)

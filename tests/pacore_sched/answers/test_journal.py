@@ -252,8 +252,7 @@ journal = opened({str(path)!r}, resume=False)
 journal.add([RESULT])
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    root = ROOT
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
     assert done.returncode == -9
     assert resumed(path) == [RESULT]
 
@@ -267,10 +266,8 @@ def test_fsync_runs_once_a_second(path: Path, monkeypatch: pytest.MonkeyPatch):
         for index, result in enumerate(results_of(30)):
             now[0] = 0.1 * index
             journal.add([result])
-    assert len(syncs) in (
-        3,
-        4,
-    )  # after each of two seconds, which rounding of tenths may shift, and at the end
+    # After each of two seconds, which rounding of tenths may shift, and at the end.
+    assert len(syncs) in (3, 4)
 
 
 def test_a_file_is_replaced_atomically(tmp_path: Path):
