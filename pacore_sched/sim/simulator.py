@@ -200,7 +200,7 @@ class Replica:
         need = ceil(self.need_share * len(lengths)) if exploring else len(lengths)
         group = Group(path, 0, self.sampling, problem=run.number, round=number, need=need)
         limit = self.sampling.max_tokens
-        if number:  # as in answers/problem_run.py
+        if number:  # as in answers/problem_run.py; the context limits no lengths here
             limit = min(limit, self.scheduler.max_tokens(path))
         group.rollouts = [Rollout(group, index, 0, limit) for index in range(len(lengths))]
         run.records = {
