@@ -1,6 +1,7 @@
 """Terminal interface of all commands: arguments, error lines, progress bars, tables, exit codes."""
 
 import argparse
+import atexit
 import errno
 import io
 import math
@@ -144,7 +145,8 @@ def dispatch(
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (target, text) in commands.items():
         if argv[:1] == [name]:
-            command = resolve_name(target)
+            with _interruptible():
+                command = resolve_name(target)
             about = command.__doc__ if isinstance(command, ModuleType) else text
             subparser = subparsers.add_parser(name, help=text, description=about)
             command.add_arguments(subparser)
@@ -160,6 +162,20 @@ def stop_signals() -> dict[int, Any]:
     that this process was started to ignore, as in the background of a shell's script."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     return {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the process at once: an exception within the imports of NumPy or torch would be
+    taken for a missing part, or abort."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -203,6 +219,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except OSError as error:
         code = _lost_output(error, code)
+    # A further Ctrl-C would print tracebacks of what runs at exit; this is run first.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)  # type: ignore[arg-type]
 
 

@@ -41,6 +41,10 @@ def parse_json(text: str) -> object:
         json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        if "sys.set_int_max_str_digits" in str(error):  # advice for programmers
+            raise ValueError("an integer in it has thousands of digits") from None
+        raise
     return value
 
 

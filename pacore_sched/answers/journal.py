@@ -93,8 +93,8 @@ class Journal:
     def add_answer(self, problem: str, answer: str, error: str | None) -> None:
         """Write a problem's answer, once, or again after an error that was mended. It is for
         readers only: a resumed run recomputes it."""
-        errors = self._index.errors
-        if problem not in errors or errors[problem] != error:
+        before = self._index.errors.get(problem, "")  # None: it has been answered
+        if before is not None and before != error:
             line = {"kind": "answer", "problem": problem, "answer": answer, "error": error}
             self._write([line])
 

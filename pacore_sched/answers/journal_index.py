@@ -21,6 +21,7 @@ class JournalIndex:
         self.offsets: dict[str, dict[tuple[int, int], int]] = {}
         self.images: dict[str, list[str]] = {}
         self.errors: dict[str, str | None] = {}
+        self._prompts: dict[tuple[str, int], tuple] = {}  # of each problem and round
         self.begun: Mapping | None = None
         self._expected = expected
 
@@ -36,6 +37,7 @@ class JournalIndex:
         if self.begun:
             self.images[problem], self.begun = self.begun["sha256"], None
         self.offsets.setdefault(problem, {})[record["round"], record["index"]] = offset
+        self._prompts[problem, record["round"]] = _prompt(record)
         self.rollouts += 1
 
     def check(self, record: Mapping) -> None:
@@ -55,5 +57,16 @@ class JournalIndex:
                     f"rollout {record['index']} of round {record['round']} of {name} is there"
                     " already"
                 )
+            before = self._prompts.get((problem, record["round"]), _prompt(record))
+            if before != _prompt(record):
+                raise ValueError(
+                    f"prompt_tokens, cut and dropped are {_prompt(record)}; other rollouts of"
+                    f" round {record['round']} of {name} have {before}"
+                )
             if self._expected.image_files[problem] and not (self.begun or problem in self.images):
                 raise ValueError(f"the hashes of the images of {name} must be before it")
+
+
+def _prompt(record: Mapping) -> tuple:
+    """The fields of a rollout that all of its round share."""
+    return record["prompt_tokens"], list(record["cut"]), list(record["dropped"])

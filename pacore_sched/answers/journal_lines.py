@@ -63,12 +63,14 @@ class Expected:
     widths: the rollouts of every round, the synthesis included
     seed: maps a rollout's round, index and problem to its seed
     tokens: whether the lines have every token and its log-probability
+    cancels: whether rounds may cancel rollouts
     """
 
     image_files: Mapping[str, int | None]
     widths: Sequence[int]
     seed: Callable[[int, int, str], int]
     tokens: bool = False
+    cancels: bool = False
 
 
 def check_line(record: Mapping, expected: Expected) -> None:
@@ -114,6 +116,11 @@ def _check_rollout(record: Mapping, expected: Expected) -> None:
                 f"{key} must have {record['num_tokens']} elements, as num_tokens says, and has"
                 f" {len(record[key])}"
             )
+    reason = record["finish_reason"]
+    if reason in ("error", "cancelled") and record["text"]:
+        raise ValueError(f"text must be empty, as finish_reason is {reason}")
+    if reason == "cancelled" and not expected.cancels:
+        raise ValueError("finish_reason is cancelled, but every round waits for all its rollouts")
     messages = widths[number - 1] if number else 0
     for key in ("cut", "dropped"):
         if any(message >= messages for message in record[key]):

@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from model.errors import InputError, reason, shown
 from model.text.files import open_file, parse_json
+from model.vision.reading.source import check_image_file
 
 MAX_LINE = 2**28  # bytes, as of an image file: images may be in it, as data URLs
 BLOCK = 2**20  # bytes of a longer line read at a time
@@ -154,16 +155,19 @@ def _messages(fields: dict) -> list[dict]:
     users = [message for message in messages if message.get("role") == "user"]
     if not users:
         raise _LineError("the messages have none with role user")
-    if not users[-1].get("content") or _is_blank(users[-1]["content"]):
+    if _is_blank(users[-1].get("content")):
         raise _LineError("the question is empty")
     return messages
 
 
 def _is_blank(content: object) -> bool:
-    """Whether a message's content has no text but white space."""
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    return not any(isinstance(text, str) and text.strip() for text in texts)
+    """Whether a message's content has no text but white space. What is no content at all is not
+    blank: building the prompt says what is wrong with it."""
+    if isinstance(content, list):
+        texts = [part.get("text", "") if isinstance(part, dict) else part for part in content]
+    else:
+        texts = ["" if content is None else content]
+    return all(isinstance(text, str) and not text.strip() for text in texts)
 
 
 def _images(fields: dict, folder: Path) -> tuple[Path | str, ...]:
@@ -171,9 +175,12 @@ def _images(fields: dict, folder: Path) -> tuple[Path | str, ...]:
         raise _LineError('a line may have "image" or "images", not both')
     names = [fields["image"]] if "image" in fields else fields.get("images", [])
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise _LineError("images must be paths of files")
+        raise _LineError('images must be a list of paths and data URLs; "image" is a single one')
     images = tuple(name if name.startswith("data:") else folder / name for name in names)
     for name, image in zip(names, images, strict=True):
-        if isinstance(image, Path) and not os.path.isfile(image):
-            raise _LineError(f"no image file {name!r:.200}")
+        if isinstance(image, Path):
+            try:
+                check_image_file(image if os.path.lexists(image) else name)
+            except InputError as error:
+                raise _LineError(error) from None
     return images

@@ -5,6 +5,7 @@ are run by engine/engine.py. A conversation is a list of OpenAI-style chat messa
 """
 
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -89,7 +90,13 @@ def load_template(path: str | Path) -> SynthesisTemplate:
             f"template {path} uses the variables {', '.join(sorted(names)) or '(none)'};"
             f" it must use {' and '.join(sorted(TEMPLATE_VARIABLES))} and no others"
         )
-    template.render("problem", ["message"])  # fail now, not after a round of rollouts
+    prompt = template.render("271828", ["314159"])  # fail now, not after a round of rollouts
+    if not ("271828" in prompt and "314159" in prompt):
+        warnings.warn(
+            f"template {path} leaves out the problem or the responses: it should write"
+            " {{ original_prompt }} and all of ref_responses",
+            stacklevel=2,
+        )
     return template
 
 

@@ -26,7 +26,7 @@ from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError, reason
 from model.step3vl import Step3VL
 from model.terminal import stop_signals
-from model.text.files import check_regular
+from model.text.files import check_regular, open_file, parse_json
 from model.vision.image import Views
 from pacore_sched.answers.journal import Journal, replace_file
 from pacore_sched.answers.journal_lines import Expected, RolloutResult
@@ -153,11 +153,27 @@ def _check_output(out: Path, journal: Path, resume: bool) -> None:
         raise InputError(f"cannot write {out.name}: there is no folder {out.parent}")
     if os.path.exists(out):
         check_regular(out)
-    if os.path.exists(journal) or not os.path.exists(out):
-        return  # opening the journal checks whether it may be resumed
+    if not os.path.exists(out):
+        return
+    if os.path.exists(journal):  # opening it checks whether it may be resumed
+        if not _is_output(out):
+            raise InputError(f"{out} is not the output of such a run: choose another --out")
+        return
     if resume:
         raise InputError(f"{out} exists but {journal.name} does not: there is nothing to resume")
     raise InputError(f"{out} already exists: choose another --out")
+
+
+def _is_output(path: Path) -> bool:
+    """Whether the first line of a file is that of an output, which a resumed run may replace: the
+    outputs a.jsonl and a.txt would have one journal."""
+    with open_file(path) as file:
+        line = file.readline()
+    try:
+        first = parse_json(line.decode())
+    except ValueError:
+        return False
+    return isinstance(first, dict) and {"id", "failed"} <= first.keys()
 
 
 def _settings(options: argparse.Namespace, job: Job, digest: str) -> dict:
@@ -192,7 +208,8 @@ def _expected(options: argparse.Namespace, job: Job, questions: Sequence[Questio
         question.id: len(image_files(question)) for question in questions if not question.error
     }
     seed = partial(rollout_seed, options.seed)
-    return Expected(files, job.widths, seed, tokens=job.keep_tokens)
+    cancels = job.settings.get("min_messages") is not None
+    return Expected(files, job.widths, seed, tokens=job.keep_tokens, cancels=cancels)
 
 
 def text_digest(text: str | None) -> str | None:

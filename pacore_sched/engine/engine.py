@@ -141,8 +141,8 @@ class Engine(Generic[ExecutorT]):
         if pages > self.executor.num_pages:
             raise InputError(
                 f"a prompt of {group.prompt_tokens} tokens and a rollout of up to {longest} need"
-                f" KV for {pages * size} tokens, but there is memory for"
-                f" {self.executor.num_pages * size}: lower max_tokens"
+                f" {pages} KV pages of {size} tokens, but there are {self.executor.num_pages}:"
+                " lower max_tokens, or give the KV more memory (--kv-tokens)"
             )
         group.rollouts = [Rollout(group, i, seed, limits[i]) for i, seed in seeds.items()]
         self.scheduler.submit(group)

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from model.terminal import stop_signals
+from model.terminal import Parser, dispatch, stop_signals
 
 ROOT = Path(__file__).parents[2]
 PRINTS = "import sys; from model.terminal import run_command; run_command(lambda: {})"
@@ -109,6 +110,27 @@ def test_wrong_variables(name: str, value: str, choices: str):
 def test_errors_of_the_system(error: str, line: str):
     """A traceback for a folder that may not be read, or for a lack of memory."""
     assert shell(f"(_ for _ in ()).throw({error})", "") == (2, "", f"error: {line}\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "during"),
+    [(signal.default_int_handler, signal.SIG_DFL), (signal.SIG_IGN, signal.SIG_IGN)],
+)
+def test_ctrl_c_during_imports(before: object, during: object, monkeypatch: pytest.MonkeyPatch):
+    """An interrupted import that NumPy or torch takes for a missing part of itself."""
+    handlers = []
+
+    def resolve(target: str) -> SimpleNamespace:
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return SimpleNamespace(add_arguments=lambda parser: None, run=lambda options: 0)
+
+    monkeypatch.setattr("model.terminal.resolve_name", resolve)
+    earlier = signal.signal(signal.SIGINT, before)
+    try:
+        assert dispatch(Parser(), {"go": ("target", "")}, ["go"]) == 0
+        assert [*handlers, signal.getsignal(signal.SIGINT)] == [during, before]
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 def test_an_ignored_signal_stays_ignored():

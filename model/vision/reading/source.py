@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from model.errors import InputError, shown
-from model.text.files import open_file
+from model.text.files import check_regular, open_file
 from model.vision.reading.arrays import array_image
 from model.vision.reading.limits import (
     MAX_BYTES,
@@ -85,10 +85,17 @@ def _contents(source: "ImageSource") -> tuple[str, bytes]:
     )
 
 
-def _read_path(path: str | os.PathLike[str]) -> bytes:
+def check_image_file(path: str | os.PathLike[str]) -> None:
+    """Raise InputError for what is no regular file, before anything is opened."""
     name = _shown(path)
     if "://" in name and not os.path.lexists(path):
         raise InputError(f"image {name} is a URL, which is not fetched; download the file")
+    check_regular(path, f"image {name}")
+
+
+def _read_path(path: str | os.PathLike[str]) -> bytes:
+    check_image_file(path)
+    name = _shown(path)
     with open_file(path, f"image {name}") as file:
         check_bytes(os.fstat(file.fileno()).st_size, name)
         return file.read(MAX_BYTES + 1)

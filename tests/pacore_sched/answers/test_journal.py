@@ -96,6 +96,7 @@ def test_the_journal_is_readable_jsonl_while_it_is_written(path: Path):
         journal.add([RESULT])
         journal.add_answer("a", "4", None)
         journal.add_answer("a", "4", None)
+        journal.add_answer("a", "", "an error after the answer, which could not be read back")
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["header", "rollout", "answer"]
     assert lines[0] == {

@@ -17,7 +17,10 @@ from pacore_sched.sched.request import Rollout
 
 SHA256 = "0123456789abcdef" * 4
 EXPECTED = Expected(
-    {"a": 0, "b": None, "photo": 2}, (3, 2, 1), lambda *rollout: rollout_seed(7, *rollout)
+    {"a": 0, "b": None, "photo": 2},
+    (3, 2, 1),
+    lambda *rollout: rollout_seed(7, *rollout),
+    cancels=True,
 )
 
 
@@ -65,7 +68,7 @@ def test_what_a_run_writes_is_accepted(path: Path):
         rollout("photo", index=2, finish_reason="cancelled", text="", num_tokens=0, logprob=0),
         answer("photo", "no room"),
         rollout("b", number=1, index=1, cut=[0, 2], dropped=[1], finish_reason="length"),
-        rollout("photo", number=2, finish_reason="error", logprob=-1e-9),
+        rollout("photo", number=2, finish_reason="error", text="", logprob=-1e-9),
         answer("photo"),
     ]
     journal = resumed(path, *lines)
@@ -96,6 +99,13 @@ WRONG = [
     ([rollout("c")], "there is no problem 'c'"),
     ([answer("c")], "there is no problem 'c'"),
     ([rollout(problem=["a"])], "problem ['a'] must be a string"),
+    ([rollout(finish_reason="error")], "text must be empty, as finish_reason is error"),
+    ([rollout(finish_reason="cancelled")], "text must be empty, as finish_reason is cancelled"),
+    ([rollout(), rollout(index=1, prompt_tokens=8)], "prompt_tokens, cut and dropped are (8, [],"),
+    (
+        [rollout(number=1, cut=[0]), rollout(number=1, index=1)],
+        "other rollouts of round 1 of problem 'a' have (7, [0], [])",
+    ),
     ([rollout(round=3)], "round 3 must be below 3, the number of rounds"),
     ([rollout(index=3)], "index 3 must be below 3, the round's width"),
     ([rollout(number=1, index=2)], "index 2 must be below 2, the round's width"),
@@ -121,6 +131,14 @@ WRONG = [
         "the images of problem 'photo' must be before its first rollout, and once",
     ),
 ]
+
+
+def test_cancelled_without_need():
+    """A cancelled rollout in a round that waits for all: too few would be left to run."""
+    cancelled = rollout(finish_reason="cancelled", text="", cut=[], dropped=[])
+    journal_lines.check_line(cancelled, EXPECTED)
+    with pytest.raises(ValueError, match="every round waits for all its rollouts"):
+        journal_lines.check_line(cancelled, replace(EXPECTED, cancels=False))
 
 
 @pytest.mark.parametrize(("lines", "message"), WRONG)

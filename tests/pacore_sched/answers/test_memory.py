@@ -97,7 +97,7 @@ def rollouts_and_groups() -> int:
         ({}, None),
         ({"load": "broken"}, "no image"),
         ({"text": "x" * 9000}, "the prompt has"),  # longer than the context
-        ({"text": "x" * 5000}, "there is memory for"),
+        ({"text": "x" * 5000}, "KV pages of"),
         ({"images": 0}, None),
     ],
     ids=["answered", "image broken", "prompt too long", "too little memory", "text"],

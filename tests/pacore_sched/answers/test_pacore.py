@@ -170,7 +170,7 @@ def test_limits_are_named(tiny: Step3VL):
         pacore.answer(long)
     assert is_idle(pacore.engine)
     small = Pacore(tiny, engine_for(tiny, kv_tokens=512), [2], Sampling(max_tokens=8000))
-    with pytest.raises(InputError, match="rollout of up to 8000 need KV for .* memory for 512"):
+    with pytest.raises(InputError, match="8000 need .* pages of 64 tokens, but there are 8:"):
         small.answer(COUNT)
 
 

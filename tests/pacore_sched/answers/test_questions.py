@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from model.config import TINY
 from model.errors import InputError
+from model.text.prompt import build_prompt
+from model.text.tokenizer import Tokenizer
 from pacore_sched.answers import questions
 from pacore_sched.answers.questions import Question, read_questions
 
@@ -81,10 +84,12 @@ def test_images_fill_the_parts_of_messages(read, tmp_path: Path):
         ({"question": None}, 'either "question" or "messages"'),
         ({"question": "Why?", "id": True}, "must be a non-empty string or an integer"),
         ({"question": "Why?", "id": ""}, "must be a non-empty string or an integer"),
-        ({"question": "Why?", "image": "cats.png"}, "no image file 'cats.png'"),
-        ({"question": "Why?", "image": "a\0b"}, "no image file"),
-        ({"question": "Why?", "image": ["birds.png"]}, "must be paths"),
-        ({"question": "Why?", "images": "birds.png"}, "must be paths"),
+        ({"question": "Why?", "image": "cats.png"}, "image cats.png cannot be read: No such file"),
+        ({"question": "Why?", "image": "a\0b"}, "image 'a\\x00b' cannot be read"),
+        ({"question": "Why?", "image": "."}, "is a directory; it must be a file"),
+        ({"question": "Why?", "image": "http://a.org/b.png"}, "b.png is a URL, which is not"),
+        ({"question": "Why?", "image": ["birds.png"]}, "must be a list of paths"),
+        ({"question": "Why?", "images": "birds.png"}, "must be a list of paths"),
         ({"question": "Why?", "image": "birds.png", "images": []}, "not both"),
         ({"question": "Why?", "id": "first"}, "id 'first' is already used by line 1"),
     ],
@@ -97,6 +102,15 @@ def test_an_invalid_line_fails_alone(read, line: object, reason: str):
     assert reason in wrong.error
     assert "\n" not in wrong.error
     assert (first.error, first.id, last.error, last.id) == (None, "first", None, "3")
+
+
+@pytest.mark.parametrize("content", [1, True, {"text": "x"}, ["x"], [None], [{"text": ["x"]}]])
+def test_what_is_no_content_is_not_empty(read, content: object):
+    """A wrong type called an empty question; building the prompt names it."""
+    (question,) = read({"messages": [{"role": "user", "content": content}]})
+    assert question.error is None
+    with pytest.raises(InputError, match="a string or a list of parts|a content part must be"):
+        build_prompt(question.messages, Tokenizer.byte_level(TINY), TINY)
 
 
 def test_a_line_number_equal_to_another_id(read):

@@ -210,7 +210,7 @@ def test_template_that_fails_later(tmp_path, loop, complaint):
     path = tmp_path / "mine.jinja"
     path.write_text(
         "{% macro m() %}{{ m() }}{% endmacro %}"
-        "{{ original_prompt }}{% for r in ref_responses %}" + loop + "{% endfor %}"
+        "{{ original_prompt }}{% for r in ref_responses %}{{ r }}" + loop + "{% endfor %}"
     )
     template = rounds.load_template(path)
     messages = [{"role": "user", "content": "Q"}]
@@ -303,6 +303,15 @@ def test_next_round_takes_template_and_seed(tmp_path):
         messages, references, template=rounds.load_template(path), seed=7
     )
     assert following["content"] == "Q: " + "|".join(rounds.order_messages(references, 7))
+
+
+@pytest.mark.parametrize("forgotten", ["original_prompt", "ref_responses"])
+def test_template_that_forgets_a_variable(tmp_path, forgotten):
+    """Rollouts that are paid for and not passed on, without a word."""
+    text = "{{ original_prompt }} {{ ref_responses | join }}"
+    (tmp_path / "t").write_text(text.replace(f"{{ {forgotten}", f"{{ '' if {forgotten}"))
+    with pytest.warns(UserWarning, match="leaves out the problem or the responses"):
+        rounds.load_template(tmp_path / "t")
 
 
 @pytest.mark.parametrize("none", [[], ["", ""]])

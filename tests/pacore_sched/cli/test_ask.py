@@ -177,7 +177,9 @@ def test_a_missing_answer_has_a_reason(ask, monkeypatch: pytest.MonkeyPatch):
 def test_rounds_that_ended_are_shown(ask, tmp_path: Path):
     """Rollouts that are lost because the synthesis fails."""
     template = tmp_path / "t.jinja"
-    template.write_text("{{ original_prompt }}{{ 1 // (3 - ref_responses | length) }}")
+    template.write_text(
+        "{{ original_prompt }}{{ ref_responses | join }}{{ 1 // (3 - ref_responses | length) }}"
+    )
     code, out, err = ask("Count.", *TINY, "--widths", "3", "--json", "--template", str(template))
     report = json.loads(out)
     assert (code, report["answer"]) == (1, "")
@@ -221,7 +223,7 @@ def test_a_template(ask, tmp_path: Path):
         (["Count.", *TINY, "--top-p", "0"], "'0' is not a number above 0 and at most 1"),
         (["Count.", *TINY, "--stop", ""], "a stop string is empty"),
         (["Count.", *TINY, "--policy", "best"], "unknown policy 'best'"),
-        (["Count.", *TINY, "--kv-tokens", "64"], "need KV for"),
+        (["Count.", *TINY, "--kv-tokens", "64"], "KV pages of 64 tokens, but there are 1:"),
         (["x" * 9000, *TINY], "the context is 8192"),
         ([], "required: question"),
     ],

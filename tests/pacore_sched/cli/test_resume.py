@@ -279,6 +279,18 @@ def test_the_output_is_no_directory(call: Call):
     assert (code, "results.jsonl is a directory; it must be a file" in err) == (2, True)
 
 
+def test_only_an_output_is_replaced(call: Call):
+    """A file of the same stem, such as notes or the questions, that the output overwrites."""
+    assert call()[0] == 0
+    for name, text in (("results.md", "# Notes"), ("results.txt", '{"question": "Why?"}')):
+        file = call.folder / name
+        file.write_text(text)
+        code, _, err = call("--resume", "--out", str(file))
+        assert (code, f"{name} is not the output of such a run" in err) == (2, True)
+        assert file.read_text() == text
+    assert call("--resume")[0] == 0
+
+
 def test_a_stop_before_the_first_step(call: Call, monkeypatch: pytest.MonkeyPatch):
     """Ctrl-C that is answered only after a step: not while problems start, whose rollouts are all
     known or whose images are loading."""

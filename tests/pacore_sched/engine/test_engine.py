@@ -195,7 +195,7 @@ def test_errors_end_a_rollout_alone():
 def test_groups_that_can_never_fit_are_refused():
     """A rollout that needs more KV than there is, is refused at once, with the numbers."""
     engine = engine_of(FakeExecutor(10))
-    with pytest.raises(InputError, match="KV for 44 tokens, but there is memory for 40"):
+    with pytest.raises(InputError, match="11 KV pages of 4 tokens, but there are 10:"):
         engine.submit([segment([1] * 5)], 7, {0: 0}, Sampling(max_tokens=35))
     with pytest.raises(InputError, match="0 rollouts"):
         engine.submit([], 7, {}, Sampling())
