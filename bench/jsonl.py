@@ -1,17 +1,19 @@
 """Rows as JSON Lines, one object per line. Imports no torch.
 
 An incomplete last line, as a killed process may leave it, is ignored by `read` and removed by the
-next `append`.
+next `append`. A last line that lacks only its newline is a row.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedRandom
 from pathlib import Path
 
 from model.errors import InputError, shown
-from model.text.files import check_regular
-from model.text.rows import FileRow, read_rows
+from model.text.files import MAX_BYTES, check_target
+from model.text.rows import FileRow, parse_row, read_rows
 
 # Fields that rows of several kinds have.
 TEXTS = (
@@ -27,22 +29,45 @@ SCHEMA = 1  # version of the rows; incremented whenever a field changes its mean
 def append(path: Path, rows: Iterable[dict]) -> None:
     """Append `rows` to a JSONL file, creating the file and its folders if necessary.
 
-    First cuts off an incomplete last line, which an interrupted write left. Raises InputError if
-    the file cannot be written.
+    First cuts off an incomplete last line, which an interrupted write left. Raises InputError, and
+    leaves the file unchanged, if it is no file of rows or cannot be written.
     """
-    with _write_errors(path):
-        text = b""
-        if path.exists():
-            check_regular(path)
-            text = path.read_bytes()
-        if not text.endswith(b"\n"):
-            path.write_bytes(text[: text.rfind(b"\n") + 1])
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    check_target(path)
+    with _write_errors(path), path.open("a+b") as file:
+        _end_last_row(file, path)
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def _end_last_row(file: BufferedRandom, path: Path) -> None:
+    """Add a missing newline to a file of rows, or cut off its last line if that is incomplete.
+
+    Raises InputError for another file, recognised by its first line.
+    """
+    file.seek(0)
+    first = file.readline(MAX_BYTES)
+    if not first:
+        return
+    if not _is_row(first):
+        raise InputError(f"{path} is no file of rows: choose another file")
+    file.seek(-1, os.SEEK_END)
+    if file.read() == b"\n":
+        return
+    file.seek(0)
+    text = file.read()
+    start = text.rfind(b"\n") + 1
+    if _is_row(text[start:]):
+        file.write(b"\n")
+    else:
+        file.truncate(start)  # in place: a process killed now loses no row
+
+
+def _is_row(line: bytes) -> bool:
+    return parse_row(line.decode("utf-8-sig", "replace")) is not None
 
 
 def write_json(path: Path, document: dict) -> None:
     """Write one indented JSON document. Raises InputError if the file cannot be written."""
+    check_target(path)
     with _write_errors(path):
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

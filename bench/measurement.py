@@ -60,8 +60,12 @@ def measure(parts: Sequence[Measurement], options: argparse.Namespace) -> int:
     """Run the measurements; returns 1 if a form's numbers are wrong or it could not run, else 0."""
     device = parse_device(options.device)
     keep_freed_memory()
+    if options.out:
+        jsonl.append(
+            options.out, []
+        )  # fails now if it cannot be written, not after minutes of work
     if options.report:
-        report.check(options.report)  # now, not after minutes of work
+        report.check(options.report)  # the same
     all_rows: list[dict] = []
     poisoned: PoisonedError | None = None
     for part in parts:

@@ -90,3 +90,12 @@ def check_regular(file: str | os.PathLike[str], name: str | None = None) -> None
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
         raise InputError(f"{name} is {kind}; it must be a file")
+
+
+def check_target(file: str | os.PathLike[str]) -> None:
+    """Raise InputError if `file`, which is to be written, exists and is not a regular file.
+
+    Opening a FIFO would wait for its reader for ever.
+    """
+    if os.path.exists(file):
+        check_regular(file)

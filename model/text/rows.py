@@ -29,17 +29,25 @@ class FileRow(dict[str, Any]):
 def read_rows(file: Path) -> list[FileRow]:
     """The rows of a JSONL file; none if there is no such file.
 
-    Ignores a last line without a newline, which an interrupted write left. Raises InputError as
-    `read_text` does, and for any other line that is not a JSON object.
+    Ignores a last line without a newline that is not a JSON object: an interrupted write left it.
+    Raises InputError as `read_text` does, and for any other line that is not a JSON object.
     """
+    *lines, last = (read_text(file) or "").split("\n")
+    if parse_row(last) is not None:
+        lines.append(last)
     rows = []
-    for number, line in enumerate((read_text(file) or "").split("\n")[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         where = f"{file}:{number}"
-        try:
-            fields = parse_json(line)
-        except ValueError:
-            fields = None
-        if not isinstance(fields, dict):
+        if (fields := parse_row(line)) is None:
             raise InputError(f"{where}: each line must be a JSON object")
         rows.append(FileRow(fields, where))
     return rows
+
+
+def parse_row(line: str) -> dict[str, Any] | None:
+    """The JSON object in a line, None if the line is anything else."""
+    try:
+        fields = parse_json(line)
+    except ValueError:
+        return None
+    return fields if isinstance(fields, dict) else None

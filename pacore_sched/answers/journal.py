@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from model.errors import InputError, shown
-from model.text.files import check_regular
+from model.text.files import check_target
 from pacore_sched.answers.journal_index import JournalIndex
 from pacore_sched.answers.journal_lines import Expected, RolloutResult
 
@@ -137,8 +137,7 @@ class Journal:
 
     def _open(self, flags: int = 0) -> None:
         """Open, lock and read the file."""
-        if os.path.exists(self.path):
-            check_regular(self.path)
+        check_target(self.path)
         try:
             flags |= os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
             self._file = os.open(self.path, flags, 0o644)
@@ -247,8 +246,7 @@ def replace_file(path: str | Path, lines: Iterable[str]) -> None:
     """
     path = Path(path)
     draft = path.with_name(f"{path.name}.partial")
-    if os.path.exists(draft):
-        check_regular(draft)
+    check_target(draft)
     try:
         with open(draft, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{line}\n" for line in lines)

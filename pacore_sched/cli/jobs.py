@@ -26,7 +26,7 @@ from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError, reason
 from model.step3vl import Step3VL
 from model.terminal import stop_signals
-from model.text.files import check_regular, open_file, parse_json
+from model.text.files import check_target, open_file, parse_json
 from model.vision.image import Views
 from pacore_sched.answers.journal import Journal, replace_file
 from pacore_sched.answers.journal_lines import Expected, RolloutResult
@@ -151,8 +151,8 @@ def _check_output(out: Path, journal: Path, resume: bool) -> None:
     """Raise InputError if the output would overwrite a file or cannot be written."""
     if not out.parent.is_dir():
         raise InputError(f"cannot write {out.name}: there is no folder {out.parent}")
-    if os.path.exists(out):
-        check_regular(out)
+    for target in (out, draft_of(out)):
+        check_target(target)
     if not os.path.exists(out):
         return
     if os.path.exists(journal):  # opening it checks whether it may be resumed

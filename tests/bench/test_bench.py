@@ -26,6 +26,7 @@ from kernels.errors import ImplError
 from model.config import PRESETS
 from model.errors import InputError
 from model.step3vl import Step3VL
+from tests.pacore_sched.answers.test_journal import disk_of
 
 CPU = torch.device("cpu")
 FIELDS = [
@@ -260,6 +261,40 @@ class TestRows:
         assert jsonl.read(file) == [{"a": 1}]
         jsonl.append(file, [{"a": 3}])
         assert jsonl.read(file) == [{"a": 1}, {"a": 3}]
+
+    def test_a_whole_last_row_is_kept(self, tmp_path):
+        """Guards a row that an editor saved without a newline: it was deleted as incomplete."""
+        file = tmp_path / "rows.jsonl"
+        file.write_text('{"a": 1}\n{"a": 2}')
+        jsonl.append(file, [{"a": 3}])
+        assert file.read_text() == '{"a": 1}\n{"a": 2}\n{"a": 3}\n'
+
+    def test_a_cut_loses_nothing_else(self, tmp_path):
+        """Guards the rows before an incomplete one: while the file was rewritten, a killed process
+        or a full disk lost them all."""
+        file = tmp_path / "rows.jsonl"
+        file.write_text('{"a": 1}\n{"a": 2, "b')
+        with disk_of(4), pytest.raises(InputError, match="cannot write"):
+            jsonl.append(file, [{"a": 3}])
+        assert jsonl.read(file) == [{"a": 1}]
+
+    @pytest.mark.parametrize(
+        "content", [b"# Notes\n\nmore", b"notes", b"\x89PNG\r\n\x1a\n\0", b"\n"]
+    )
+    def test_other_files_are_left_alone(self, tmp_path, content):
+        """Guards `--out notes.md`: the last line of any file was cut off, and rows were added."""
+        file = tmp_path / "notes.md"
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="notes.md is no file of rows: choose another"):
+            jsonl.append(file, [{"a": 1}])
+        assert file.read_bytes() == content
+
+    def test_a_wrong_out_is_found_before_measuring(self, tmp_path, monkeypatch):
+        """Guards minutes of measurements, of which the first row found the file unfit."""
+        monkeypatch.setattr(commands, "ROOFLINE", Measurement(pytest.fail, print))
+        (tmp_path / "notes.md").write_text("notes")
+        with pytest.raises(InputError, match="is no file of rows"):
+            command.main(["roofline", "--device", "cpu", "--out", str(tmp_path / "notes.md")])
 
     @pytest.mark.parametrize("line", ["{", "[1]", ""])
     def test_other_content_is_named(self, tmp_path, line):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from model.errors import InputError
-from model.text.files import check_regular, read_json
+from model.text.files import check_regular, check_target, read_json
 
 
 def refusal(file, read=read_json):
@@ -68,3 +68,16 @@ def test_size_is_limited(tmp_path):
     with (tmp_path / "a.json").open("wb") as file:
         file.truncate(2**26 + 1)
     assert "is larger than 64 MiB" in refusal(tmp_path / "a.json")
+
+
+def test_targets(tmp_path):
+    """Guards against waiting for ever for a FIFO's reader; new files and links to files are fine,
+    also a link to a file that does not exist yet."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "new link").symlink_to("gone")
+    assert "is a directory; it must be a file" in refusal(tmp_path, check_target)
+    assert "is a pipe, socket or device" in refusal(tmp_path / "fifo", check_target)
+    for name in ("file", "link", "new link", "gone"):
+        check_target(tmp_path / name)

@@ -17,6 +17,13 @@ def test_rows(tmp_path: Path):
     assert read_rows(file) == [{"op": "a"}, {"op": "b"}]
 
 
+def test_a_last_row_without_a_newline(tmp_path: Path):
+    """Guards against losing a row that an editor saved without a newline."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"op": "a"}\n{"op": "b"}')
+    assert [row.where for row in read_rows(file)] == [f"{file}:1", f"{file}:2"]
+
+
 def test_a_missing_field_names_the_line(tmp_path: Path):
     """A KeyError's traceback for a row of another kind, wherever the field is used."""
     file = tmp_path / "rows.jsonl"
