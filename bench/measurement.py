@@ -61,11 +61,9 @@ def measure(parts: Sequence[Measurement], options: argparse.Namespace) -> int:
     device = parse_device(options.device)
     keep_freed_memory()
     if options.out:
-        jsonl.append(
-            options.out, []
-        )  # fails now if it cannot be written, not after minutes of work
+        jsonl.append(options.out, [])  # fails now, not after minutes of work
     if options.report:
-        report.check(options.report)  # the same
+        report.check(options.report)
     all_rows: list[dict] = []
     poisoned: PoisonedError | None = None
     for part in parts:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import InputError
-from model.text.files import read_json
+from model.text.files import check_target, read_json
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -89,6 +89,7 @@ class Bundle:
         self.items[name] = {"wanted": wanted, "pieces": pieces}
         document = {"schema": SCHEMA, "made_for": self.made_for, "items": self.items}
         part = self.folder / f"{MANIFEST}.part"
+        check_target(part)
         part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         os.replace(part, self.folder / MANIFEST)
 
@@ -134,6 +135,7 @@ def _pack(files: Sequence[Path], folder: Path, stem: Path, limit: int) -> list[d
     part = piece.with_name(f"{piece.name}.part")
     # Wheels are already compressed; shared objects shrink to a fraction of their size.
     preset = 0 if all(path.suffix == ".whl" for path in files) else lzma.PRESET_DEFAULT
+    check_target(part)
     with tarfile.open(part, "w:xz", preset=preset) as archive:
         for path in files:
             archive.add(path, path.relative_to(folder).as_posix(), filter=_without_owner)

@@ -14,6 +14,7 @@ from bench.bundles.bundle import BUILT, Bundle
 from bench.bundles.prepare import PIP, ItemError, run_tool
 from model.errors import InputError
 from model.terminal import track
+from model.text.files import check_target
 
 INSTALLED = "installed"  # in the bundle's folder: the unpacked items, with their shared objects
 
@@ -25,6 +26,7 @@ def install(folder: Path, names: Sequence[str], target: Path | None = None) -> l
     sets environment variables. Raises InputError without a bundle, or for another Python's.
     """
     bundle = Bundle(folder)
+    check_target(folder / "env.sh")
     if bundle.made_for is None:
         raise InputError(f"{folder} contains no bundle; create one with `bench peers prepare`")
     here = f"{sys.version_info.major}.{sys.version_info.minor}"

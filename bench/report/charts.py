@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.report.rows import role
 from kernels.runtime.arithmetic import cdiv
+from model.text.files import check_target
 from pacore_sched.sim.plots import DPI, pyplot
 
 WIDTH, MAX_HEIGHT = 7.6, 9.4  # of a page, in inches
@@ -60,6 +61,7 @@ def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Any,
 
 def save(figure: Any, path: Path) -> Path:  # noqa: ANN401
     """Write a picture and close its figure."""
+    check_target(path)
     figure.savefig(path, dpi=DPI)
     pyplot().close(figure)
     return path

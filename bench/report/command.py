@@ -20,6 +20,7 @@ from bench.report.sections import SECTIONS, Block, Section
 from bench.report.tables import Table, skipped_lines
 from model.errors import InputError
 from model.terminal import track
+from model.text.files import check_target
 from pacore_sched.sim.plots import check_folder
 
 PAGE = "index.html"
@@ -67,12 +68,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(out: Path) -> None:
-    """Create the folder; raises InputError if that fails or matplotlib or jinja2 is missing."""
+    """Create the folder; raises InputError if it cannot be written, or matplotlib or jinja2 is
+    missing."""
     try:
         import jinja2  # noqa: F401
     except ImportError:
         raise InputError("a report needs jinja2: pip install jinja2") from None
     check_folder(out)
+    check_target(out / PAGE)
 
 
 def write(rows: Sequence[dict], out: Path, older_rows: Sequence[dict] = ()) -> list[Path]:

@@ -43,6 +43,7 @@ RESULT_NAMES = {
 # share with it. For one op these dominate: torch's fp32 sum of 151,936 exponentials on a CPU puts
 # the log-probability off by 50 roundoffs (RMS 43). 1.5 times that is allowed.
 FP64_TOLERANCES = {("sample", torch.float32): Error(75, 65)}
+ROWS = "validate.jsonl"
 CPU = torch.device("cpu")
 WRONG_BF16 = "Triton's interpreter multiplies bfloat16 wrongly; bfloat16 needs a GPU"
 
@@ -61,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
     device = parse_device(options.device)
     if options.out:
         check_folder(options.out)
+        jsonl.append(options.out / ROWS, [])  # fails now if it cannot be written
     new_rows = validate(
         device,
         ops=options.op,
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     for row in new_rows:
         all_rows.append(row)
         if options.out:
-            jsonl.append(options.out / "validate.jsonl", [row])
+            jsonl.append(options.out / ROWS, [row])
     pictures = histogram.draw(all_rows, options.out) if options.out else []
     if options.json:
         print(json.dumps({"rows": all_rows, "pictures": [str(path) for path in pictures]}))

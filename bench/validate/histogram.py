@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.validate.comparison import EDGES
+from model.text.files import check_target
 from pacore_sched.sim.plots import pyplot
 
 COLUMNS, PANEL, DPI = 3, (4.6, 2.7), 110
@@ -54,6 +55,7 @@ def _picture(rows: Sequence[dict], dtype: str, path: Path) -> None:
     figure.suptitle(f"errors against fp64, {dtype}, {rows[0]['device']}")
     figure.supxlabel("error in roundoffs of the result's dtype (first bin: below 1/16, or exact)")
     figure.supylabel("share of elements")
+    check_target(path)
     figure.savefig(path, dpi=DPI)
     pyplot().close(figure)
 

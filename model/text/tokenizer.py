@@ -15,7 +15,7 @@ from kernels.runtime.arithmetic import cdiv
 from model.config import Config
 from model.errors import STOPS, InputError, shown
 from model.text.chat_template import THINKING_CHATML
-from model.text.files import read_text
+from model.text.files import check_target, read_text
 from model.text.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED, read_gguf_tokenizer
 from model.text.tokenizer_config import TokenizerConfig
 
@@ -126,6 +126,8 @@ class Tokenizer:
         settings["chat_template"] = [
             {"name": name, "template": template} for name, template in self.chat_templates.items()
         ]
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            check_target(path / name)
         try:
             self._backend.save(str(path / "tokenizer.json"))
             (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -18,7 +18,7 @@ from torch import Tensor
 from model.config import Config
 from model.errors import InputError, shown
 from model.terminal import track
-from model.text.files import check_regular, read_json
+from model.text.files import check_regular, check_target, read_json
 from model.weights.hf_config import write_config
 
 INDEX = "model.safetensors.index.json"
@@ -286,5 +286,6 @@ def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
 
 def _write_json(file: Path, data: dict) -> None:
     temporary = file.with_suffix(".tmp")
+    check_target(temporary)
     temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     temporary.rename(file)

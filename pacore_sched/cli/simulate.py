@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ import numpy as np
 from model.config import preset
 from model.errors import InputError
 from model.terminal import integer, progress, real, stop_signals, track
+from model.text.files import check_target
 from pacore_sched.answers.rounds import MAX_WIDTH, parse_widths, round_widths
 from pacore_sched.sched.policy import POLICIES
 from pacore_sched.sim import plots
@@ -136,6 +137,9 @@ def run(options: argparse.Namespace) -> int:
     if options.out:
         plots.check_folder(options.out)
     runs = list(_runs(options))
+    if options.out:
+        for path in _paths(options.out, [run.workload for run in runs]):
+            check_target(path)
     rows: list[dict] = []
     curves: dict[str, list[plots.Curves]] = {}
     for run, (row, run_curves) in zip(runs, _run_all(runs, options.jobs), strict=True):
@@ -305,16 +309,22 @@ def _variant(setting: Setting) -> tuple[bool, str]:
 def _write(folder: Path, rows: list[dict], curves: dict[str, list[plots.Curves]]) -> list[Path]:
     """Write rows, medians and two pictures per workload; returns the files. Raises InputError if
     one cannot be written."""
-    paths = [folder / "rows.json", folder / "medians.jsonl"]
+    paths = _paths(folder, curves)
+    pictures = iter(paths[2:])
     try:
         paths[0].write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
         lines = [json.dumps(row) + "\n" for row in medians(rows)]
         paths[1].write_text("".join(lines), encoding="utf-8")
         for workload, workload_curves in curves.items():
-            stem = Path(workload).stem
-            paths += [folder / f"{stem}-occupancy.png", folder / f"{stem}-answers.png"]
-            plots.occupancy(paths[-2], workload, workload_curves)
-            plots.answers(paths[-1], workload, workload_curves)
+            plots.occupancy(next(pictures), workload, workload_curves)
+            plots.answers(next(pictures), workload, workload_curves)
     except OSError as error:
         raise InputError(f"cannot write {error.filename or folder}: {error.strerror}") from None
     return paths
+
+
+def _paths(folder: Path, workloads: Iterable[str]) -> list[Path]:
+    """The files that `_write` writes."""
+    stems = dict.fromkeys(Path(workload).stem for workload in workloads)
+    pictures = [f"{stem}-{kind}.png" for stem in stems for kind in ("occupancy", "answers")]
+    return [folder / name for name in ("rows.json", "medians.jsonl", *pictures)]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from model.errors import InputError
+from model.text.files import check_target
 
 SIZE, DPI = (9.0, 5.0), 130
 DASHES = ("-", "--", "-.")  # as well as colours, for print and colour-blind readers
@@ -96,6 +97,7 @@ def _style(number: int, label: str) -> dict:
 
 def finish(figure: Any, all_axes: Iterable[Any], path: Path) -> None:  # noqa: ANN401
     """Set grid and origin of the time axes, save the figure and close it."""
+    check_target(path)
     for axes in all_axes:
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)

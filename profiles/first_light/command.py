@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import jsonl
-from model.errors import InputError
 from model.terminal import integer, progress, real
+from model.text.files import check_regular, check_target
 from profiles.first_light.summary import summary
 from profiles.runs.supervisor import Supervisor, stops_on_signals, worker_command
 from profiles.runs.task import (
@@ -98,8 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure. Returns 1 if anything failed, 128 + the signal's number after a signal."""
-    if options.kernels and not options.kernels.is_file():
-        raise InputError(f"--kernels {options.kernels}: no such file")
+    if options.kernels:
+        check_regular(options.kernels, f"--kernels {options.kernels}")
     start = time.monotonic()
     command, keep_spare = worker_command(options.device), options.device == "cuda"
     with (
@@ -130,9 +130,9 @@ class FirstLightRun:
         self._out, self._supervisor, self._workers = out, supervisor, workers
         self._start, self._seconds = start, seconds
         self._origin: Row = {"device": None, "commit": "unknown"}
-        jsonl.append(
-            out / "rows.jsonl", []
-        )  # fails now if it cannot be written, not after minutes of work
+        jsonl.append(out / "rows.jsonl", [])  # fails now, not after minutes of work
+        for name in ("environment.json", "log.txt", "summary.txt"):
+            check_target(out / name)
 
     def run(self, stages: Sequence[str], probe: Task) -> str:
         """Run the probe, then all stages, and return the summary."""

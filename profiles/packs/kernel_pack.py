@@ -22,7 +22,7 @@ from kernels.compile.cache import entry, is_compiled, source_hash
 from kernels.compile.worker import Site
 from kernels.runtime.configs import Gpu
 from model.errors import InputError
-from model.text.files import check_regular
+from model.text.files import check_regular, check_target
 from pacore_sched.engine.compile_ahead import Summary, compile_ahead
 
 MANIFEST = "manifest.json"
@@ -31,12 +31,16 @@ KEPT = (".cubin", ".json")  # the files of an entry that are packed; intermediat
 
 def pack(path: Path, sites: Sequence[Site], gpus: Sequence[Gpu]) -> Summary:
     """Compile the kernels that `sites` launch on `gpus` and write them to `path`."""
+    partial = path.with_name(path.name + ".partial")
+    for file in (path, partial):
+        check_target(file)
     knobs = triton.knobs
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir, knobs.compilation.store_binary_only = folder, True
         summary = compile_ahead(sites, gpus)
         keys = [key for key in summary.keys if is_compiled(entry(key))]
-        _write(path, keys, sorted({gpu.arch for gpu in gpus}))
+        _write(partial, keys, sorted({gpu.arch for gpu in gpus}))
+    partial.replace(path)
     return summary
 
 
@@ -61,8 +65,11 @@ def unpack(path: Path) -> tuple[int, int]:
                     (folder / name).write_bytes(content)
     except InputError:
         raise
-    except Exception as error:  # another kind of file, or a truncated one
-        raise InputError(f"{path} is not a file of `profiles kernels pack`: {error}") from error
+    except OSError as error:
+        raise InputError(f"cannot unpack {path}: {error.strerror or error}") from error
+    except Exception as error:  # tarfile's text has a line for each method of compression
+        text = f"{path} is not a file of `profiles kernels pack`, or is only a part of one"
+        raise InputError(text) from error
     for folder in new:
         _list_files(folder)
     return len(folders), len(new)
@@ -79,13 +86,11 @@ def _write(path: Path, keys: Sequence[str], archs: Sequence[int]) -> None:
     """Write the entries in the order of their keys: neighbours compress well."""
     manifest = {"triton": triton.__version__, "archs": archs, "keys": keys}
     manifest["sources"] = source_hash("kernels")
-    partial = path.with_name(path.name + ".partial")
-    with tarfile.open(partial, "w:xz") as archive:
+    with tarfile.open(path, "w:xz") as archive:
         _add(archive, MANIFEST, json.dumps(manifest).encode())
         for index, key in enumerate(keys):
             for file in _files(entry(key)):
                 _add(archive, f"{index}/{file.name}", file.read_bytes())
-    partial.replace(path)
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

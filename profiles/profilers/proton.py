@@ -16,6 +16,7 @@ import torch
 from bench.ops import parse_device
 from model.errors import InputError
 from model.terminal import table
+from model.text.files import check_target
 from profiles.profilers.launch import CALLS, WARM_UP, add_case_arguments, prepared
 from profiles.profilers.tools import INSTEAD, check_gpu
 
@@ -41,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     name, call = prepared(options, parse_device("cuda"))
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / options.op
+    check_target(path.with_suffix(".hatchet"))
     with torch.inference_mode():
         for _ in range(WARM_UP):
             call()
@@ -78,7 +80,7 @@ def kernels(path: Path) -> list[dict]:
         ArithmeticError,
         RecursionError,
     ) as error:
-        raise InputError(f"{path} is not a tree of Proton's: {error!r}") from error
+        raise InputError(f"{path} is not a tree of kernels and times by Proton") from error
     rows = [
         {"kernel": name, "launches": launches, "total_us": time, "mean_us": time / launches}
         for name, (launches, time) in by_name.items()

@@ -13,6 +13,7 @@ import torch
 
 from kernels.runtime.spans import VARIABLE
 from model.errors import InputError
+from model.text.files import check_target
 
 INSTEAD = "`python -m profiles torch` needs only PyTorch"
 PACKAGES = {"nsys": "Nsight Systems", "ncu": "Nsight Compute"}
@@ -62,6 +63,7 @@ def run_profiler(
 ) -> int:
     """Run a profiler that writes `report`; its exit code. Raises InputError without a report."""
     report.parent.mkdir(parents=True, exist_ok=True)
+    check_target(report)
     report.unlink(missing_ok=True)
     code = run_visibly(command, environment)
     if not report.exists():

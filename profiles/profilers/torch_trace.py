@@ -20,7 +20,7 @@ from kernels.runtime.spans import span, use
 from model.errors import InputError
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
-from model.text.files import check_regular
+from model.text.files import check_regular, check_target
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.sched.request import Sampling
 from profiles.profilers import trace_summary
@@ -72,7 +72,8 @@ def run(options: argparse.Namespace) -> int:
     except InputError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{path} is not a trace of PyTorch's profiler: {error!r}") from error
+        text = f"{path} is not a trace of PyTorch's profiler: its events lack fields or have others"
+        raise InputError(text) from error
     if options.json:
         print(json.dumps({"trace": str(path)} | summary))
     else:
@@ -106,6 +107,7 @@ def trace(call: Callable[[], object], calls: int, device: torch.device, path: Pa
         path.touch()
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
+    check_target(path)
     for _ in range(WARM_UP):
         call()
     with use("torch"), profile(activities=activities) as profiler:

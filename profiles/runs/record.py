@@ -21,6 +21,7 @@ from pathlib import Path
 from bench import jsonl
 from model.errors import InputError
 from model.terminal import progress, real
+from model.text.files import check_target
 from profiles.runs.supervisor import Supervisor, stops_on_signals, worker_command
 from profiles.runs.task import ORIGIN, OUT_OF_TIME, STOPPED, Row, Task, outstanding, select
 
@@ -83,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure. Returns 1 if a row failed, 128 + the signal's number after a signal."""
+    check_target(options.out / "environment.json")  # now, not after a task
     command = worker_command(options.device or "")
     end = time.monotonic() + options.budget
     with (

@@ -189,7 +189,7 @@ def test_protons_tree(tmp_path, capsys):
     assert "attention_kernel" in capsys.readouterr().out
     for text in ("", "[]", '[{"metrics": {"time (ns)": 1}}]'):
         path.write_text(text)
-        with pytest.raises(InputError, match="is not a tree of Proton's"):
+        with pytest.raises(InputError, match="is not a tree of kernels"):
             proton.kernels(path)
 
 

@@ -172,6 +172,16 @@ def test_out_that_cannot_be_written(tmp_path):
         run("--out", str(tmp_path / "file" / "folder"), *FAST)
 
 
+@pytest.mark.parametrize("name", ["rows.json", "medians.jsonl", "vqa-answers.png"])
+def test_a_file_that_cannot_be_written(name, monkeypatch, tmp_path):
+    """Waiting for ever for a FIFO's reader, or an error, after the simulation."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(simulate, "simulate_run", lambda run: pytest.fail("it began"))
+    (tmp_path / name).symlink_to("/dev/null")
+    with pytest.raises(InputError, match=f"{name} is a pipe, socket or device"):
+        run("--out", str(tmp_path), "--workload", "vqa", *FAST)
+
+
 def killed(run: simulate.SimRun) -> None:
     """A simulation whose process the system kills for its memory."""
     os.kill(os.getpid(), signal.SIGKILL)
