@@ -168,14 +168,15 @@ def stop_signals() -> dict[int, Any]:
 def _interruptible() -> Iterator[None]:
     """Ctrl-C ends the process at once: an exception within the imports of NumPy or torch would be
     taken for a missing part, or abort."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    if before not in (signal.default_int_handler, _interrupt):
         yield
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -184,8 +185,10 @@ def run_command(main: Callable[[], int | None]) -> None:
     Warnings are one line on stderr too. First checks whose `kernels` is installed. `main` must
     import ours only when it runs. Output that cannot be written is a mistake as well, unless the
     reader of a pipe has closed it: that ends the command in silence, with the code of SIGPIPE if it
-    was still running.
+    was still running. A second Ctrl-C ends the process at once, in silence.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     _open_streams()
     if text := kernels_clash.error():
         print(f"error: {text}", file=sys.stderr)
@@ -219,9 +222,18 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except OSError as error:
         code = _lost_output(error, code)
+    if signal.getsignal(signal.SIGINT) is _interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A further Ctrl-C would print tracebacks of what runs at exit; this is run first.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)  # type: ignore[arg-type]
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    """Raise KeyboardInterrupt once: a second one, in the middle of cleaning up or in a library's
+    lock, would be a traceback."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 class _Stderr(io.TextIOWrapper):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from model import terminal
 from model.terminal import Parser, dispatch, stop_signals
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,11 @@ def test_errors_of_the_system(error: str, line: str):
 
 @pytest.mark.parametrize(
     ("before", "during"),
-    [(signal.default_int_handler, signal.SIG_DFL), (signal.SIG_IGN, signal.SIG_IGN)],
+    [
+        (signal.default_int_handler, signal.SIG_DFL),
+        (terminal._interrupt, signal.SIG_DFL),
+        (signal.SIG_IGN, signal.SIG_IGN),
+    ],
 )
 def test_ctrl_c_during_imports(before: object, during: object, monkeypatch: pytest.MonkeyPatch):
     """An interrupted import that NumPy or torch takes for a missing part of itself."""
@@ -141,3 +146,24 @@ def test_an_ignored_signal_stays_ignored():
     finally:
         signal.signal(signal.SIGINT, before)
     assert stop_signals()[signal.SIGINT] == before
+
+
+@pytest.mark.cli
+def test_a_second_ctrl_c():
+    """A traceback of the second one: from a library's lock, a thread, or the end of Python."""
+    code = """if True:
+        import signal
+        from model.terminal import run_command
+
+        def main():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                print("cleaning up", flush=True)
+                signal.raise_signal(signal.SIGINT)
+
+        run_command(main)
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "cleaning up\n", "")
