@@ -39,10 +39,10 @@ def run(options: argparse.Namespace) -> int:
         from triton import profiler
     except ImportError as error:
         raise InputError(f"this Triton has no Proton; {INSTEAD}") from error
-    name, call = prepared(options, parse_device("cuda"))
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / options.op
     check_target(path.with_suffix(".hatchet"))
+    name, call = prepared(options, parse_device("cuda"))
+    options.out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
         for _ in range(WARM_UP):
             call()

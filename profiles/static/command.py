@@ -58,9 +58,7 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"unknown op {op!r}; choose from: {', '.join(OPS)}")
     known: list[dict] = [*jsonl.read(options.baseline)]
     if options.update:
-        jsonl.append(
-            options.baseline, []
-        )  # fails now if it is another file, which would be deleted
+        jsonl.append(options.baseline, [])  # fails now for another file, which would be deleted
     with redirect_stdout(sys.stderr):  # Triton prints the errors of ptxas there
         compiled = static.sweep(options.op, options.arch, quick=options.quick, mix=options.sass)
     if options.update:

@@ -195,7 +195,8 @@ def test_summary_is_short():
     ("arguments", "message"),
     [
         (["--seconds", "30"], "'30' is not a number from 60 to 86,400"),
-        (["--kernels", "none.tar"], "--kernels none.tar: no such file"),
+        (["--kernels", "none.tar"], "--kernels none.tar cannot be read: No such file"),
+        (["--kernels", "/dev/null"], "--kernels /dev/null is a pipe, socket or device"),
         (["--stage", "opps"], "invalid choice: 'opps'"),
     ],
 )

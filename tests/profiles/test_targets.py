@@ -26,7 +26,7 @@ from pacore_sched.sim import plots
 from profiles import __main__ as profiles
 from profiles.first_light.command import FirstLightRun
 from profiles.packs import kernel_pack
-from profiles.profilers import tools, torch_trace
+from profiles.profilers import proton, tools, torch_trace
 from profiles.runs import record
 from profiles.static import command as static
 
@@ -109,6 +109,16 @@ def test_the_check_is_before_the_work(name: str, words: list[str], tmp_path, mon
     main = profiles.main if words[0] == "record" else bench.main
     with pytest.raises(InputError, match=f"{name} is a pipe, socket or device"):
         main([*words, "--out", str(tmp_path)])
+
+
+def test_protons_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Guards the file that Proton writes, on any machine."""
+    monkeypatch.setattr(proton, "check_gpu", lambda name: None)
+    monkeypatch.setattr(proton, "prepared", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(proton, "parse_device", lambda name: CPU)
+    (tmp_path / "copy.hatchet").symlink_to("/dev/null")
+    with pytest.raises(InputError, match="copy.hatchet is a pipe, socket or device"):
+        profiles.main(["proton", "--op", "copy", "--out", str(tmp_path)])
 
 
 def test_a_baseline_is_a_file_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -135,8 +135,9 @@ def test_mistakes(tmp_path):
         json.dumps({"traceEvents": [{n: v for n, v in span.items() if n != "pid"}]}),
     ):
         (tmp_path / "text").write_text(text)
-        with pytest.raises(InputError, match="is not JSON|is not a trace"):
+        with pytest.raises(InputError, match="is not JSON|is not a trace") as raised:
             torch_trace.run(options("--summarise", str(tmp_path / "text")))
+        assert "Error(" not in str(raised.value), "Python's words"
     words = ["--op", "rms_norm", "--device", "cpu", "--out", str(tmp_path / "text" / "x.json")]
     with pytest.raises(InputError, match="cannot write"):
         torch_trace.run(options(*words))
@@ -189,8 +190,9 @@ def test_protons_tree(tmp_path, capsys):
     assert "attention_kernel" in capsys.readouterr().out
     for text in ("", "[]", '[{"metrics": {"time (ns)": 1}}]'):
         path.write_text(text)
-        with pytest.raises(InputError, match="is not a tree of kernels"):
+        with pytest.raises(InputError, match="is not a tree of kernels") as raised:
             proton.kernels(path)
+        assert "Error(" not in str(raised.value), "Python's words"
 
 
 def test_proton_needs_a_gpu(monkeypatch):

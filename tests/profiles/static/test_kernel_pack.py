@@ -145,8 +145,9 @@ def test_other_files_are_refused(packed, tmp_path, monkeypatch):
         (Path(__file__), "is not a file of `profiles kernels pack`"),
         (half, "is not a file of `profiles kernels pack`"),
     ):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=words) as raised:
             unpack(path)
+        assert "\\n" not in str(raised.value), "several lines of tarfile's"
 
 
 def run(*arguments: str) -> int:
