@@ -239,13 +239,18 @@ class Journal:
             self._size += len(line)
 
 
+def draft_of(path: Path) -> Path:
+    """The file that `replace_file` writes first."""
+    return path.with_name(f"{path.name}.partial")
+
+
 def replace_file(path: str | Path, lines: Iterable[str]) -> None:
     """Write a file atomically: under a temporary name first, then renamed.
 
     Raises InputError if it cannot be written; `path` then keeps its old content.
     """
     path = Path(path)
-    draft = path.with_name(f"{path.name}.partial")
+    draft = draft_of(path)
     check_target(draft)
     try:
         with open(draft, "w", encoding="utf-8", newline="\n") as file:

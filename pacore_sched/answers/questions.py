@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from model.errors import InputError, reason, shown
 from model.text.files import open_file, parse_json
-from model.vision.reading.source import check_image_file
+from model.vision.reading.limits import check_image_file
 
 MAX_LINE = 2**28  # bytes, as of an image file: images may be in it, as data URLs
 BLOCK = 2**20  # bytes of a longer line read at a time

@@ -28,7 +28,7 @@ from model.step3vl import Step3VL
 from model.terminal import stop_signals
 from model.text.files import check_target, open_file, parse_json
 from model.vision.image import Views
-from pacore_sched.answers.journal import Journal, replace_file
+from pacore_sched.answers.journal import Journal, draft_of, replace_file
 from pacore_sched.answers.journal_lines import Expected, RolloutResult
 from pacore_sched.answers.pacore import Answer, Pacore
 from pacore_sched.answers.problem_run import Problem, rollout_seed

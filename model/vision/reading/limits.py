@@ -1,6 +1,9 @@
-"""Limits on the size of images, checked before anything is decoded."""
+"""What is refused before anything is decoded: paths of no file, and images that are too large."""
 
-from model.errors import InputError
+import os
+
+from model.errors import InputError, shown
+from model.text.files import check_regular
 
 MAX_SIDE = 65_535  # pixels, JPEG's limit
 # Ten times what the model sees of an image (3024 x 3024). It is the number from which PIL warns of
@@ -42,3 +45,17 @@ def check_bytes(count: int, name: str) -> None:
         raise InputError(f"{name} is empty: 0 bytes")
     if count > MAX_BYTES:
         raise InputError(f"{name} is too large: it may have at most {MAX_BYTES:,} bytes")
+
+
+def check_image_file(path: str | os.PathLike[str]) -> None:
+    """Raise InputError for what is no regular file, before anything is opened."""
+    name = path_name(path)
+    if "://" in name and not os.path.lexists(path):
+        raise InputError(f"image {name} is a URL, which is not fetched; download the file")
+    check_regular(path, f"image {name}")
+
+
+def path_name(path: str | os.PathLike[str]) -> str:
+    """A path for a message: on one line, not endless, and printable."""
+    text = os.fsdecode(path)
+    return text if text.isprintable() and 0 < len(text) <= 200 else shown(text)

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
 import numpy as np
 import torch
 
-from model.errors import InputError, shown
-from model.text.files import check_regular, open_file
+from model.errors import InputError
+from model.text.files import open_file
 from model.vision.reading.arrays import array_image
 from model.vision.reading.limits import (
     MAX_BYTES,
     MAX_SLOW_PIXELS,
     check_bytes,
+    check_image_file,
     check_size,
+    path_name,
     too_large,
 )
 from model.vision.reading.streams import stream_error, structure_error, without_metadata
@@ -74,10 +76,10 @@ def _contents(source: "ImageSource") -> tuple[str, bytes]:
     if isinstance(source, str) and source[:5].lower() == "data:":
         return "the data URL", _decoded(source)
     if isinstance(source, str | os.PathLike):
-        return _shown(source), _read_path(source)
+        return path_name(source), _read_path(source)
     if hasattr(source, "read"):
         path = getattr(source, "name", None)  # an int for some temporary files
-        name = _shown(path) if isinstance(path, str) else "the file"
+        name = path_name(path) if isinstance(path, str) else "the file"
         return name, _read_file(cast(BinaryIO, source), name)
     raise InputError(
         f"an object of type {type(source).__name__} is no image; it must be a path, the bytes of a"
@@ -85,17 +87,9 @@ def _contents(source: "ImageSource") -> tuple[str, bytes]:
     )
 
 
-def check_image_file(path: str | os.PathLike[str]) -> None:
-    """Raise InputError for what is no regular file, before anything is opened."""
-    name = _shown(path)
-    if "://" in name and not os.path.lexists(path):
-        raise InputError(f"image {name} is a URL, which is not fetched; download the file")
-    check_regular(path, f"image {name}")
-
-
 def _read_path(path: str | os.PathLike[str]) -> bytes:
     check_image_file(path)
-    name = _shown(path)
+    name = path_name(path)
     with open_file(path, f"image {name}") as file:
         check_bytes(os.fstat(file.fileno()).st_size, name)
         return file.read(MAX_BYTES + 1)
@@ -126,12 +120,6 @@ def _decoded(url: str) -> bytes:
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError):
         raise InputError("a data URL must be data:image/...;base64, followed by base64") from None
-
-
-def _shown(path: str | os.PathLike[str]) -> str:
-    """A path for a message: on one line, not endless, and printable."""
-    text = os.fsdecode(path)
-    return text if text.isprintable() and 0 < len(text) <= 200 else shown(text)
 
 
 def _identified(data: bytes, name: str) -> "Image.Image":

@@ -277,6 +277,11 @@ def test_the_output_is_no_directory(call: Call):
     call.out.mkdir()
     code, _, err = call("--resume")
     assert (code, "results.jsonl is a directory; it must be a file" in err) == (2, True)
+    call.out.rmdir()
+    (call.folder / "results.jsonl.partial").mkdir()
+    code, _, err = call("--resume")
+    assert (code, "results.jsonl.partial is a directory; it must be a file" in err) == (2, True)
+    assert "rollouts" not in err  # nothing had been run
 
 
 def test_only_an_output_is_replaced(call: Call):
