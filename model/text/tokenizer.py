@@ -222,7 +222,7 @@ class Tokenizer:
 
     def fewest_tokens(self, text: str) -> int:
         """A number that `encode(text)` reaches or exceeds, found without tokenising: as if every
-        token were the longest. 0 for vocabularies whose tokens stand for texts of any length."""
+        token were the longest. 0 for vocabularies whose tokens may be texts of any length."""
         if not self._longest:
             return 0
         if self._backend.normalizer is not None:

@@ -196,7 +196,7 @@ class Journal:
         if (format := record.get("format")) != FORMAT:
             raise InputError(
                 f"{self.path} was written by another version of this program, in journal format"
-                f" {shown(format)} instead of {FORMAT}: start the job anew with another --out"
+                f" {shown(format)} instead of {FORMAT}: start a new run with another --out"
             )
         _compare(self.path, record, self._settings, self._settings)
         self._header = record

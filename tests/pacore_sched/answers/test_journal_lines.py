@@ -190,7 +190,7 @@ def test_a_journal_of_an_older_version(path: Path):
     assert "by another version of this program, in journal format 1 instead of 2" in str(
         caught.value
     )
-    assert "start the job anew with another --out" in str(caught.value)
+    assert "start a new run with another --out" in str(caught.value)
 
 
 def test_lines_nested_too_deeply(path: Path):
