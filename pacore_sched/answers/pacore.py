@@ -255,7 +255,7 @@ class Pacore:
     ) -> list[Group]:
         """Record the rollouts that ended in a step; returns the groups that they complete.
 
-        A problem of which a rollout cannot be recorded has an `error` afterwards.
+        A problem whose rollout cannot be recorded has an `error` afterwards.
         """
         done = []
         for rollout in ended:

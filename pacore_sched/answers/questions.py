@@ -73,7 +73,7 @@ def read_questions(path: str | Path) -> QuestionFile:
 
 
 def _lines(file: BinaryIO, digest: "hashlib._Hash") -> Iterator[bytes]:
-    """The lines of a file, all of which goes into `digest`. Of a line that is too long, only as
+    """The lines of a file, whose bytes all go into `digest`; of a line that is too long, only as
     much as shows it."""
     while line := file.readline(MAX_LINE + 1):
         digest.update(line)

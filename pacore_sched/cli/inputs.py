@@ -26,7 +26,7 @@ MAX_HASHED = 2**28  # bytes of a model's file: reading shards of gigabytes would
 
 
 def model_identity(model: str) -> str | dict[str, str]:
-    """What --model stands for: file name -> SHA-256, or size and modification time if the file has
+    """What identifies --model: file name -> SHA-256, or size and modification time if the file has
     more than MAX_HASHED bytes; the name of a preset with random weights.
 
     Raises InputError for a file that cannot be read.
