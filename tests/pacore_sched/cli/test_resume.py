@@ -309,12 +309,16 @@ def test_a_stop_before_the_first_step(call: Call, monkeypatch: pytest.MonkeyPatc
         handler = signal.getsignal(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         while signal.getsignal(signal.SIGINT) is handler:  # the main thread has not run it yet
+            # It may have begun to wait for this thread before it could: another signal wakes it.
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
             time.sleep(1e-3)
         return load(source)
 
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
     with monkeypatch.context() as patch:
         patch.setattr(inputs, "load_image", stopping)
         assert call()[0] == 130
+    signal.signal(signal.SIGUSR1, before)
     assert len(loaded) == 1
     assert call("--resume")[0] == 0
     known, results = [], Journal.results
