@@ -4,6 +4,7 @@ is no GPU."""
 import gc
 import os
 import random
+import signal
 import sys
 from collections.abc import Generator
 
@@ -40,6 +41,9 @@ except ImportError:  # a GPU node may have pytest without it
     pass
 else:
     settings.load_profile("ci")  # derandomised, without deadlines and without a database
+
+# A script's background jobs ignore Ctrl-C, and so would the commands that tests send one to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
