@@ -18,7 +18,7 @@ from pacore_sched.sched.prefix_tree import PrefixTree
 if TYPE_CHECKING:
     from model.text.tokenizer import Tokenizer
 
-UNFINISHED_TOKENS = 512  # of an unfinished rollout; a finished message has 900 (report, figure 4)
+UNFINISHED_TOKENS = 512  # of an unfinished rollout; a message has about 900 (report, fig. 4)
 MIN_TOKENS = 64  # what is left of a message that is cut
 ATTEMPTS = 8  # prompts built to find one that is within 1 % of the limit
 CUT, UNFINISHED = "Its beginning is left out.", "It was not finished."

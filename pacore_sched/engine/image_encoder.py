@@ -31,7 +31,7 @@ class Features:
         return not self._future.done()
 
     def cancel(self) -> None:
-        """Do not encode the images, if that has not begun: nobody will read their embeddings."""
+        """Do not encode the images, if that has not begun: their embeddings will not be read."""
         if self._future.cancel():
             self._drop_views()  # the thread's queue still holds the call
 

@@ -45,7 +45,7 @@ class Segment:
     written: int = field(default=0, init=False)  # tokens whose KV has been written
 
     def forget(self) -> None:
-        """Release what its embeddings are computed from: nobody will read the segment again."""
+        """Release what its embeddings are computed from: the segment will not be read again."""
         self.inputs, self.ready = None, _ready
 
 
