@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from kernels.plan_node import PlanNode
-from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.staging import Packed, on_device
 
 
@@ -46,25 +45,6 @@ class Capacity:
         return [PlanNode((page,), 1, row, row + 1, 1) for row in range(rows, self.rows)]
 
 
-# The most tokens of one Part: enough for efficient matrix products, few enough for their K, V and
-# scores to stay in a CPU's cache.
-PART_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class Part:
-    """The work of one batched product: p pages at the same offset in n nodes of equal shape.
-
-    The nodes have equal depth and m rows each; no row belongs to two of them.
-    """
-
-    pages: Tensor  # int64 [n, p]
-    rows: Tensor  # int64 [n, m]
-    visible: Tensor  # int64 [n, m] how many tokens of these pages each row sees
-    min_visible: int  # the smallest of `visible`
-    start: Tensor  # int64 [n] tokens that precede these pages in their sequences
-
-
 @dataclass(eq=False)
 class PrefixPlan:
     """A step's prefix tree as int32 tensors, nodes in depth-first order; see `build`.
@@ -78,8 +58,10 @@ class PrefixPlan:
     capacity: Capacity | None  # of a padded plan
     nodes: tuple[PlanNode, ...]  # as of the last `build` or `refill`
     packed: Packed = field(repr=False)
-    # This plan's schedules by ScheduleSpec, see prefix_attention/schedule.py.
+    # What attention has derived from this plan, by its parameters: a Schedule for the Triton form
+    # (prefix_attention/schedule.py), a Layout for the portable one (prefix_attention/portable.py).
     schedules: dict = field(default_factory=dict, init=False, repr=False)
+    advanced: int = field(default=0, init=False)  # decode steps since `build` or `refill`
 
     def __post_init__(self) -> None:
         tensors = self.packed.tensors
@@ -138,9 +120,13 @@ class PrefixPlan:
         self.packed.fill(self._arrays(nodes, depths))
         for name in _CACHED_FROM_NODES:
             self.__dict__.pop(name, None)
-        self.nodes, self.__dict__["depths"] = nodes, depths
+        self.nodes, self.__dict__["depths"], self.advanced = nodes, depths, 0
         for schedule in self.schedules.values():
             schedule.refill()
+
+    def length(self, node: PlanNode) -> int:
+        """The tokens of one of the nodes, with those by which the plan has advanced."""
+        return node.kv_len + (self.advanced if node.num_new else 0)
 
     def _arrays(self, nodes: tuple[PlanNode, ...], depths: list[int]) -> dict[str, np.ndarray]:
         """The tensors' new contents, by name. Raises ValueError for a page that does not exist."""
@@ -246,27 +232,6 @@ class PrefixPlan:
         return on_device(seen - 1, self.kv_len.device)
 
     @cached_property
-    def parts(self) -> list[Part]:
-        """Every visible page once, nodes batched by depth, number of rows and number of pages."""
-        shapes: dict[tuple[int, int, int], list[int]] = {}
-        for index, (node, depth) in enumerate(zip(self.nodes, self.depths, strict=True)):
-            rows, pages = node.row_end - node.row_start, cdiv(node.kv_len, self.page_size)
-            if rows and pages:
-                shapes.setdefault((depth, rows, pages), []).append(index)
-        max_pages = max(1, PART_TOKENS // self.page_size)
-        return [
-            _part(
-                members[at : at + max(1, max_pages // pages)],
-                first,
-                min(max_pages, pages - first),
-                self,
-            )
-            for (_, _, pages), members in shapes.items()
-            for at in range(0, len(members), max(1, max_pages // pages))
-            for first in range(0, pages, max_pages)
-        ]
-
-    @cached_property
     def sequences(self) -> list[tuple[int, int, list[PlanNode]]]:
         """Runs of rows with one path: (start, end, nodes from the root), without empty paths."""
         edges = sorted({edge for node in self.nodes for edge in (node.row_start, node.row_end)})
@@ -279,27 +244,7 @@ class PrefixPlan:
 
 
 # Cached properties that depend on the nodes: `refill` drops them.
-_CACHED_FROM_NODES = ("is_decode", "steps_left", "depths", "node_starts", "parts", "sequences")
-
-
-def _part(indices: list[int], first: int, pages: int, plan: PrefixPlan) -> Part:
-    """The Part for pages [first, first + pages) of nodes with equally many rows."""
-    members = [plan.nodes[index] for index in indices]
-    row = np.arange(members[0].row_end - members[0].row_start)
-    start, length, new = np.array([(n.row_start, n.kv_len, n.num_new) for n in members]).T
-    visible = np.minimum(length[:, None], (length - new)[:, None] + row + 1)
-    visible = (visible - first * plan.page_size).clip(0, pages * plan.page_size)
-    starts = np.array([plan.node_starts[index] for index in indices]) + first * plan.page_size
-    arrays = (
-        np.array([node.pages[first : first + pages] for node in members]),
-        start[:, None] + row,
-        visible,
-        starts,
-    )
-    pages_tensor, rows, visible_tensor, starts_tensor = (
-        on_device(x, plan.kv_len.device) for x in arrays
-    )
-    return Part(pages_tensor, rows, visible_tensor, int(visible.min()), starts_tensor)
+_CACHED_FROM_NODES = ("is_decode", "steps_left", "depths", "node_starts", "sequences")
 
 
 def _starts(nodes: tuple[PlanNode, ...], depths: list[int]) -> list[int]:

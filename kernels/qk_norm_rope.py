@@ -11,12 +11,15 @@ The Triton form is one launch with a CTA per token and block of heads. It reads 
 element once: 24 KiB per token with 32 + 2 * 8 heads of 128 in bf16.
 """
 
+from inspect import unwrap
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.kv_pages import KVPages
+from kernels.rotary_tables import RotaryTables, norm_rotate_store
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.configs import Gpu, KernelConfig, Tunable
 from kernels.runtime.dispatch import check, pick
@@ -38,6 +41,7 @@ def qk_norm_rope(
     *,
     eps: float = 1e-6,
     mrope_section: tuple[int, int, int] | None = None,
+    tables: RotaryTables | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Normalise and rotate Q and K, store K and V into their pages, return Q as [T, Hq, D].
@@ -50,6 +54,8 @@ def qk_norm_rope(
         (the interleaved order of Qwen3-VL); mrope_section adds up to R / 2
     slots: int [T], page * page_size + offset, or -1 to store nothing
     pages: written in place, of any dtype
+    tables: those of these positions and slots (`RotaryTables.of`), which the portable form then
+        does not compute again; the other forms ignore them
     Raises ValueError for shapes that do not fit together and pages that `KVPages.check` rejects;
     the Triton form also for dtypes, strides and devices that it does not support.
     """
@@ -57,7 +63,8 @@ def qk_norm_rope(
     inputs = (qkv, q_weight, k_weight, inv_freq, positions, slots, pages)
     check_shapes(*inputs, mrope_section)
     run = pick("qk_norm_rope", impl, qkv.device, _FORMS)
-    return run(*inputs, eps=eps, mrope_section=mrope_section)
+    given = {"tables": tables} if unwrap(run) is _qk_norm_rope_portable else {}
+    return run(*inputs, eps=eps, mrope_section=mrope_section, **given)
 
 
 def check_shapes(
@@ -120,6 +127,25 @@ def qk_norm_rope_ref(
             stored, scale[page, :, offset] = quantise_e4m3(x)
             target.view(torch.uint8)[page, :, offset] = stored.view(torch.uint8)
     return q
+
+
+def _qk_norm_rope_portable(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    inv_freq: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    pages: KVPages,
+    *,
+    eps: float,
+    mrope_section: tuple[int, int, int] | None,
+    tables: RotaryTables | None,
+) -> Tensor:
+    if tables is None:
+        positions = _positions_of_frequencies(positions, mrope_section)
+        tables = RotaryTables.of(inv_freq, positions, slots, pages)
+    return norm_rotate_store(qkv, q_weight, k_weight, tables, pages, eps)
 
 
 def _positions_of_frequencies(positions: Tensor, section: tuple[int, int, int] | None) -> Tensor:
@@ -365,7 +391,11 @@ def _candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     return [{"block_q": m, "block_kv": min(m, 8), "num_warps": warps} for m, warps in shapes]
 
 
-_FORMS = {"eager": qk_norm_rope_ref, "triton": _qk_norm_rope_triton}
+_FORMS = {
+    "eager": qk_norm_rope_ref,
+    "portable": _qk_norm_rope_portable,
+    "triton": _qk_norm_rope_triton,
+}
 
 
 TUNABLE = Tunable("qk_norm_rope", _rule, _candidates)

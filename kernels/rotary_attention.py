@@ -18,6 +18,7 @@ from kernels.prefix_attention.fused_decode import Rotary
 from kernels.prefix_attention.launch import launch, plan_launch
 from kernels.prefix_plan import PrefixPlan
 from kernels.qk_norm_rope import check_layouts, check_shapes, qk_norm_rope
+from kernels.rotary_tables import RotaryTables
 from kernels.runtime.configs import Tunable
 from kernels.runtime.dispatch import check, check_triton, runs_on_gpu
 from kernels.runtime.spans import spanned
@@ -37,6 +38,7 @@ def rotary_attention(
     eps: float = 1e-6,
     window: int = 0,
     fused: bool | None = None,
+    tables: RotaryTables | None = None,
     impl: str | None | tuple[str | None, str | None] = None,
 ) -> Tensor:
     """Attention's output [T, Hq, D]; arguments as of `qk_norm_rope` and `prefix_attention`.
@@ -60,9 +62,8 @@ def rotary_attention(
         rotary = Rotary(q_weight, k_weight, inv_freq, positions, slots, eps)
         run = spanned("rotary_attention", _fused)
         return run(qkv, rotary, pages, plan, scale, window)
-    q = qk_norm_rope(
-        qkv, q_weight, k_weight, inv_freq, positions, slots, pages, eps=eps, impl=impls[0]
-    )
+    tensors = (qkv, q_weight, k_weight, inv_freq, positions, slots)
+    q = qk_norm_rope(*tensors, pages, eps=eps, tables=tables, impl=impls[0])
     out = prefix_attention(q, pages, plan, scale=scale, window=window, impl=impls[1])
     assert isinstance(out, Tensor)  # without return_lse
     return out

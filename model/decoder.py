@@ -18,10 +18,13 @@ from kernels.plan_node import PlanNode
 from kernels.prefix_attention.advance import advance
 from kernels.prefix_plan import PrefixPlan
 from kernels.rotary_attention import rotary_attention
+from kernels.rotary_tables import RotaryTables
 from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.dispatch import default_impl
 from kernels.runtime.spans import span, spanned
 from model.config import DecoderConfig
 from model.kv_cache import KVCache
+from model.linear import Linear
 from model.module_list import ModuleList
 
 
@@ -84,7 +87,9 @@ class Decoder(nn.Module):
         self.layers: ModuleList[_Layer] = ModuleList(layers)
         self.norm = weight(config.hidden)
         tied = config.tied_embeddings
-        self.lm_head = self.embed_tokens if tied else weight(config.vocab_size, config.hidden)
+        self.lm_head = Linear(
+            self.embed_tokens if tied else weight(config.vocab_size, config.hidden)
+        )
         # Computed on the CPU in fp32: every device rotates by the same frequencies.
         dim = config.head_dim
         inv_freq = config.rope_theta ** -(torch.arange(0, dim, 2, device="cpu").float() / dim)
@@ -93,19 +98,24 @@ class Decoder(nn.Module):
 
     def forward(self, embeddings: Tensor, step: Step, cache: KVCache) -> Tensor:
         """Final hidden states [T, hidden] of embeddings [T, hidden]; writes KV to `cache`."""
-        eps, impl = self.config.norm_eps, self.impl["rms_norm"]
+        eps, impl, linear = self.config.norm_eps, self.impl["rms_norm"], self.impl["linear"]
         residual = embeddings
         norms = [*(layer.input_norm for layer in self.layers), self.norm]
         h = rms_norm(embeddings, norms[0], eps=eps, impl=impl)
+        tables = None
+        if (self.impl["qk_norm_rope"] or default_impl(h.device)) == "portable":
+            tables = RotaryTables.of(
+                self.inv_freq, step.positions[:, None], step.slots, cache.layer(0)
+            )
         for index, layer in enumerate(self.layers):
             with span("decoder layer", index):
-                h = self._attention(h, layer, step, cache.layer(index))
+                h = self._attention(h, layer, step, cache.layer(index), tables)
                 h, residual = rms_norm(h, layer.post_norm, eps=eps, residual=residual, impl=impl)
-                gate_up = spanned("linear gate_up", F.linear)(h, layer.gate_up)
+                gate_up = spanned("linear gate_up", layer.gate_up)(h, linear)
                 h = silu_mul(
                     gate_up, interleaved=self.interleaved_gate_up, impl=self.impl["silu_mul"]
                 )
-                h = spanned("linear down", F.linear)(h, layer.down)
+                h = spanned("linear down", layer.down)(h, linear)
                 next_norm = norms[index + 1]
                 h, residual = rms_norm(h, next_norm, eps=eps, residual=residual, impl=impl)
         return h
@@ -122,22 +132,42 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head on final hidden states [T, hidden]: [T, vocab]."""
-        return spanned("linear lm_head", F.linear)(hidden, self.lm_head)
+        return spanned("linear lm_head", self.lm_head)(hidden, self.impl["linear"])
+
+    def pack(self) -> None:
+        """Hold the weights packed where the linear layers compute with packed ones (`Linear`)."""
+        for linear in self._linears():
+            # The embedding needs its plain weight.
+            if linear.packs(self.impl["linear"]) and linear.weight is not self.embed_tokens:
+                linear.pack()
+
+    def _linears(self) -> Iterator[Linear]:
+        return (module for module in self.modules() if isinstance(module, Linear))
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Published name -> view into this module's storage."""
+        """Published name -> view into this module's storage; unpacks packed weights."""
+        for linear in self._linears():
+            linear.unpack()
         tensors: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed_tokens}
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.checkpoint_tensors(self.config, self.interleaved_gate_up):
                 tensors[f"model.layers.{index}.{name}.weight"] = tensor
         tensors["model.norm.weight"] = self.norm
         if not self.config.tied_embeddings:
-            tensors["lm_head.weight"] = self.lm_head
+            tensors["lm_head.weight"] = self.lm_head.weight
         return tensors
 
-    def _attention(self, h: Tensor, layer: "_Layer", step: Step, pages: KVPages) -> Tensor:
+    def _attention(
+        self,
+        h: Tensor,
+        layer: "_Layer",
+        step: Step,
+        pages: KVPages,
+        tables: RotaryTables | None,
+    ) -> Tensor:
+        linear = self.impl["linear"]
         out = rotary_attention(
-            spanned("linear qkv", F.linear)(h, layer.qkv),
+            spanned("linear qkv", layer.qkv)(h, linear),
             layer.q_norm,
             layer.k_norm,
             self.inv_freq,
@@ -147,9 +177,10 @@ class Decoder(nn.Module):
             step.plan,
             scale=self.config.head_dim**-0.5,
             eps=self.config.norm_eps,
+            tables=tables,
             impl=(self.impl["qk_norm_rope"], self.impl["prefix_attention"]),
         )
-        return spanned("linear o", F.linear)(out.flatten(1), layer.o)
+        return spanned("linear o", layer.o)(out.flatten(1), linear)
 
 
 class _Layer(nn.Module):
@@ -159,20 +190,20 @@ class _Layer(nn.Module):
         super().__init__()
         q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.input_norm = weight(config.hidden)
-        self.qkv = weight(q_width + 2 * kv_width, config.hidden)
+        self.qkv = Linear(weight(q_width + 2 * kv_width, config.hidden))
         self.q_norm = weight(config.head_dim) if config.qk_norm else None
         self.k_norm = weight(config.head_dim) if config.qk_norm else None
-        self.o = weight(config.hidden, q_width)
+        self.o = Linear(weight(config.hidden, q_width))
         self.post_norm = weight(config.hidden)
-        self.gate_up = weight(2 * config.mlp_width, config.hidden)
-        self.down = weight(config.hidden, config.mlp_width)
+        self.gate_up = Linear(weight(2 * config.mlp_width, config.hidden))
+        self.down = Linear(weight(config.hidden, config.mlp_width))
 
     def checkpoint_tensors(
         self, config: DecoderConfig, interleaved_gate_up: bool
     ) -> Iterator[tuple[str, Tensor]]:
         q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        q, k, v = self.qkv.split([q_width, kv_width, kv_width])
-        gate, up = gate_and_up(self.gate_up, interleaved_gate_up, axis=0)
+        q, k, v = self.qkv.weight.split([q_width, kv_width, kv_width])
+        gate, up = gate_and_up(self.gate_up.weight, interleaved_gate_up, axis=0)
         yield "input_layernorm", self.input_norm
         yield "self_attn.q_proj", q
         yield "self_attn.k_proj", k
@@ -180,8 +211,8 @@ class _Layer(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             yield "self_attn.q_norm", self.q_norm
             yield "self_attn.k_norm", self.k_norm
-        yield "self_attn.o_proj", self.o
+        yield "self_attn.o_proj", self.o.weight
         yield "post_attention_layernorm", self.post_norm
         yield "mlp.gate_proj", gate
         yield "mlp.up_proj", up
-        yield "mlp.down_proj", self.down
+        yield "mlp.down_proj", self.down.weight

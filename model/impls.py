@@ -6,6 +6,7 @@ from kernels.runtime.dispatch import IMPLS
 from kernels.runtime.dtypes import dtype_name
 
 OPS = (
+    "linear",
     "rms_norm",
     "layer_norm",
     "silu_mul",

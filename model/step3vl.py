@@ -353,6 +353,7 @@ class Step3VL(nn.Module):
         """This model, ready to run with the weights just loaded."""
         if self.vision:
             self.vision.prepare()
+        self.decoder.pack()
         return self
 
     def _checked_ids(self, input_ids: Sequence[int] | Tensor, new_tokens: int) -> Tensor:

@@ -18,9 +18,9 @@ from kernels.runtime.dispatch import check, pick
 def advance(plan: PrefixPlan, positions: Tensor, slots: Tensor, *, impl: str | None = None) -> None:
     """Move a decode step's tensors on to the next step, in place and on the device.
 
-    positions, slots: int [T], as `qk_norm_rope` takes them. Also updates the plan's tensors and its
-    schedules, which the Triton impl reads, but not its `nodes` on the host, which the PyTorch impls
-    read. A leaf whose pages are full gets slot -1, so replay `plan.steps_left` times at most.
+    positions, slots: int [T], as `qk_norm_rope` takes them. Also updates the plan's tensors and
+    schedules, but not its `nodes` on the host, which impl "eager" of attention reads. A leaf whose
+    pages are full gets slot -1, so replay `plan.steps_left` times at most.
     Tensors are created at first use: run a step, and this, before capture.
     Raises ValueError if the plan is not that of a decode step.
     """
@@ -33,6 +33,7 @@ def advance(plan: PrefixPlan, positions: Tensor, slots: Tensor, *, impl: str | N
         check(tensor.is_contiguous(), f"advance: {name} must be contiguous")
     forms = {"eager": advance_ref, "triton": _advance_triton}
     pick("advance", impl, plan.kv_len.device, forms)(plan, positions, slots)
+    plan.advanced += 1
     for schedule in plan.schedules.values():
         schedule.update()
 

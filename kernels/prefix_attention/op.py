@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kernels.kv_pages import KVPages
 from kernels.prefix_attention.launch import prefix_attention_triton
-from kernels.prefix_plan import Part, PrefixPlan
+from kernels.prefix_attention.portable import prefix_attention_portable
+from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.dispatch import check, pick
 
 
@@ -103,88 +104,6 @@ def prefix_attention_ref(
         out[start:end] = result.transpose(0, 1).to(q.dtype)
         lse[start:end] = scores.logsumexp(dim=-1).transpose(0, 1)
     return out, lse
-
-
-def prefix_attention_portable(
-    q: Tensor,
-    pages: KVPages,
-    plan: PrefixPlan,
-    scale: float,
-    *,
-    window: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Read every node once for all its rows; merge the partials by log-sum-exp in fp32."""
-    out = torch.zeros_like(q, dtype=torch.float32)
-    lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
-    # One buffer for K and V of all parts: fresh memory costs more than the copy into it.
-    size = max((part.pages.numel() for part in plan.parts), default=0) * pages.k[0].numel()
-    buffers = pages.k.new_empty(2, size)
-    for part in plan.parts:
-        k = _gather(pages.k, pages.k_scale, buffers[0], part)
-        v = _gather(pages.v, pages.v_scale, buffers[1], part)
-        oldest = plan.row_position[part.rows] - (window - 1) if window else None
-        _merge(out, lse, part.rows, *_attend(q, k, v, part, scale, oldest))
-    return out.to(q.dtype), lse
-
-
-def _gather(pages: Tensor, scales: Tensor | None, buffer: Tensor, part: Part) -> Tensor:
-    """K or V of a part, fp32 [Hkv * n, tokens, D], in `buffer` if that is fp32."""
-    _, kv_heads, page_size, dim = pages.shape
-    head = torch.arange(kv_heads, device=pages.device)[:, None, None]
-    tiles = (part.pages * kv_heads + head).flatten()  # one head's page each
-    out = buffer[: tiles.numel() * page_size * dim].view(-1, page_size * dim)
-    if scales is None:
-        torch.index_select(pages.view(-1, page_size * dim), 0, tiles, out=out)
-        return out.view(kv_heads * len(part.pages), -1, dim).float()
-    values = pages.view(-1, page_size, dim)[tiles].float()
-    values *= scales.view(-1, page_size)[tiles][..., None]
-    return values.view(kv_heads * len(part.pages), -1, dim)
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float, oldest: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Partial attention of a part's rows: out [n, m, Hq, D] and lse [n, m, Hq], fp32."""
-    (n, m), heads, (_, tokens, dim) = part.rows.shape, q.shape[1], k.shape
-    kv_heads = len(k) // n
-    rows = q[part.rows].float().mul_(scale).view(n, m, kv_heads, -1, dim)
-    rows = rows.permute(2, 0, 1, 3, 4).reshape(kv_heads * n, -1, dim)  # m * Hq/Hkv rows each
-    scores = rows @ k.transpose(1, 2)
-    by_token = scores.view(kv_heads, n, m, -1, tokens)
-
-    if part.min_visible < tokens:
-        token = torch.arange(part.min_visible, tokens, device=q.device)
-        hidden = token >= part.visible[:, :, None]  # [n, m, tokens that some row does not see]
-        by_token[..., part.min_visible :].masked_fill_(hidden[None, :, :, None], -math.inf)
-        # Memory past a node's last token may hold anything, even NaN: keep it out of P V.
-        rest = v.view(kv_heads, n, tokens, dim)[:, :, part.min_visible :]
-        rest.masked_fill_(hidden.all(1)[None, :, :, None], 0.0)
-    if oldest is not None:  # [n, m]: the first position in its sequence that a row sees
-        position = part.start[:, None, None] + torch.arange(tokens, device=q.device)
-        by_token.masked_fill_((position < oldest[..., None])[None, :, :, None], -math.inf)
-    # A row that sees none of these tokens has maximum -inf: avoid exp(-inf + inf).
-    top = scores.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
-    weights = scores.sub_(top).exp_()
-    total = weights.sum(dim=-1, keepdim=True)
-    out = (weights @ v).div_(total.clamp_min(torch.finfo(torch.float32).tiny))
-    lse = top.add_(total.log())
-
-    def by_row(x: Tensor) -> Tensor:
-        return x.view(kv_heads, n, m, heads // kv_heads, -1).permute(1, 2, 0, 3, 4)
-
-    return by_row(out).reshape(n, m, heads, dim), by_row(lse).reshape(n, m, heads)
-
-
-def _merge(out: Tensor, lse: Tensor, rows: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
-    """Merge partials into the running results, in place: a convex combination by exp(lse)."""
-    old_lse = lse[rows]
-    merged = torch.logaddexp(old_lse, new_lse)
-    # If a row has seen no token, before or now, both weights are 0, not exp(-inf + inf).
-    base = merged.clamp_min(torch.finfo(torch.float32).min)
-    old_weight = (old_lse - base).exp_()[..., None]
-    new_weight = (new_lse - base).exp_()[..., None]
-    out[rows] = out[rows] * old_weight + new_out * new_weight
-    lse[rows] = merged
 
 
 def check_attention(

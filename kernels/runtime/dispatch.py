@@ -28,7 +28,7 @@ def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Calla
     """
     forms = {"portable": forms["eager"], **forms}
     if impl is None:
-        impl = "triton" if runs_on_gpu(device) and "triton" in forms else "portable"
+        impl = default_impl(device) if "triton" in forms else "portable"
     if impl not in IMPLS:
         raise ImplError(f"impl {impl!r} of {op}: choose one of {', '.join(IMPLS)}")
     if impl not in forms:
@@ -36,6 +36,11 @@ def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Calla
     if impl == "triton":
         check_triton(op, device)
     return spanned(op, forms[impl])
+
+
+def default_impl(device: torch.device) -> str:
+    """The implementation that `impl=None` takes of an op with all forms."""
+    return "triton" if runs_on_gpu(device) else "portable"
 
 
 def runs_on_gpu(device: torch.device) -> bool:

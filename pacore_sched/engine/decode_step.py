@@ -32,14 +32,16 @@ class SamplingKey(NamedTuple):
 
 
 def advances(model: Step3VL) -> bool:
-    """Whether attention reads its plan only on the device, where the plan can advance."""
-    return _in_triton(model, "prefix_attention")
+    """Whether attention follows a plan that advances on the device: all forms but the definition,
+    which reads the plan's nodes on the host."""
+    return model.impl["prefix_attention"] != "eager"
 
 
 def capturable(model: Step3VL) -> bool:
     """Whether a decode step of this model can be a CUDA graph: the plan advances on the device, and
     sampling does not wait for the device, as PyTorch's top-p does."""
-    return model.device.type == "cuda" and advances(model) and _in_triton(model, "sample")
+    triton = (_in_triton(model, op) for op in ("prefix_attention", "sample"))
+    return model.device.type == "cuda" and all(triton)
 
 
 def _in_triton(model: Step3VL, op: str) -> bool:

@@ -97,6 +97,25 @@ def test_schedules_advance_too(triton_device):
         assert max_error(new, expected) < 4e-6 < max_error(old, expected), mode
 
 
+@pytest.mark.parametrize("window", [0, 21])
+def test_layouts_advance_too(window):
+    """Guards the portable form over an advanced plan, across page boundaries, with prefixes and
+    leaves in several pieces; it equals the definition over a new plan."""
+    plan = leaves_with_room("cpu", 0, reserve=3)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(len(LENGTHS), 4, 16, generator=generator)
+    k = torch.randn(plan.num_pages, 2, PAGE, 16, generator=generator)
+    inputs = {"q": q, "pages": KVPages(k, k.flip(3).contiguous()), "scale": 0.3, "window": window}
+    positions, slots = (x.clone() for x in on_host(plan))
+    before = prefix_attention(**inputs, plan=plan, impl="portable")
+    for grown in range(1, 3 * PAGE):
+        advance(plan, positions, slots)
+        fresh = leaves_with_room("cpu", grown, reserve=3)
+        expected = prefix_attention(**inputs, plan=fresh, impl="eager")
+        out = prefix_attention(**inputs, plan=plan, impl="portable")
+        assert max_error(out, expected) < 4e-6 < max_error(before, expected), grown
+
+
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_no_slot_beyond_room(triton_device, impl):
     """Guards other leaves' pages: beyond `steps_left` the slot is -1."""

@@ -1,0 +1,289 @@
+"""The portable form of prefix attention: PyTorch reads each node once for all its rows.
+
+Nodes are cut into pieces of at most PIECE_TOKENS tokens, few enough for their K, V and scores to
+stay in a CPU's cache. A piece that several rows read is one call of the flash-attention kernel
+behind SDPA, which also returns the log-sum-exp. Pieces that one row reads, such as the rollouts'
+own tokens in a decode step, are batched into padded matrix products. The pieces on a row's path are
+on different levels; its results are merged level by level.
+
+The pieces depend on the plan, not on the layer: the plan keeps them (`Layout`), and when a decode
+step advances (advance.py) only what its new tokens change is computed again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.kv_pages import KVPages
+from kernels.plan_node import PlanNode
+from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.staging import on_device
+
+PIECE_TOKENS = 2048
+UNSEEN = torch.finfo(torch.float32).min  # log-sum-exp of no token: finite, so differences exist
+
+Partial = tuple[Tensor, Tensor]  # of n rows: out [n, Hkv, G, D], log-sum-exp fp32 [n, Hkv, G]
+
+
+def prefix_attention_portable(
+    q: Tensor, pages: KVPages, plan: PrefixPlan, scale: float, *, window: int = 0
+) -> tuple[Tensor, Tensor]:
+    """As the definition, with the partials of a row merged in fp32.
+
+    In 16 bits, the flash kernel also rounds its probabilities and its partial results.
+    """
+    layout = _layout(plan, pages, window)
+    rows, heads, dim = q.shape
+    grouped = q.reshape(rows, pages.kv_heads, heads // pages.kv_heads, dim)
+    partials = (layout.attend(level, grouped, pages, scale) for level in layout.levels)
+    first = next(partials, None)
+    if first is None:  # no row sees any token
+        return torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    out, lse = reduce(_merge, partials, first)
+    if layout.some_row_sees_nothing:
+        lse = lse.masked_fill(lse == UNSEEN, -torch.inf)
+    return out.reshape(q.shape).to(q.dtype), lse.reshape(q.shape[:2])
+
+
+def _merge(one: Partial, other: Partial) -> Partial:
+    """The convex combination of two partials by exp(log-sum-exp)."""
+    (out, lse), (new_out, new_lse) = one, other
+    weight = torch.sigmoid(new_lse - lse)[..., None]
+    return torch.lerp(out.float(), new_out.float(), weight), torch.logaddexp(lse, new_lse)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens [start, stop) of a node, and the rows that read them.
+
+    Every row sees all of these tokens, or if `causal` row i the first i + 1. With a window, rows
+    see only those that it reaches.
+    """
+
+    node: PlanNode
+    start: int
+    stop: int
+    position: int  # of the first of these tokens in the rows' sequences
+    row_start: int
+    row_end: int
+    causal: bool = False
+
+    def pages(self, page_size: int) -> list[int]:
+        return [*self.node.pages[self.start // page_size : cdiv(self.stop, page_size)]]
+
+
+Levels = dict[tuple[int, int, int], list[_Piece]]  # by depth, 0 or 1 for new tokens, and order
+
+
+def _pieces_by_level(plan: PrefixPlan) -> Levels:
+    """The pieces of all nodes; rows of the pieces on a level are disjoint."""
+    levels: Levels = {}
+    most = max(1, PIECE_TOKENS // plan.page_size) * plan.page_size
+    for node, depth, first in zip(plan.nodes, plan.depths, plan.node_starts, strict=True):
+        length = plan.length(node)
+        old = length - node.num_new
+        if node.num_new == node.row_end - node.row_start == 1:
+            old = length  # its one row sees the whole node
+        new_end = node.row_start + node.num_new
+        for new, start, stop, row in ((0, 0, old, node.row_start), (1, old, length, new_end)):
+            for number, at in enumerate(range(start, stop, most)):
+                if row < node.row_end:
+                    tokens = (at, min(at + most, stop), first + at)
+                    piece = _Piece(node, *tokens, row, node.row_end)
+                    levels.setdefault((depth, new, number), []).append(piece)
+        if old < length:
+            piece = _Piece(node, old, length, first + old, node.row_start, new_end, causal=True)
+            levels.setdefault((depth, 1, 0), []).append(piece)
+    return levels
+
+
+class _Shared:
+    """A piece that several rows read: one call of the flash-attention kernel."""
+
+    def __init__(self, piece: _Piece, seen: np.ndarray | None, layout: "Layout") -> None:
+        self.rows, self.causal = slice(piece.row_start, piece.row_end), piece.causal
+        self.tiles = layout.tiles([piece.pages(layout.page_size)])
+        first = piece.start % layout.page_size
+        self.tokens = slice(first, first + piece.stop - piece.start)
+        self.bias: Tensor | None = None  # added to the scores: 0 for tokens that a row sees
+        if seen is not None:
+            self.causal = False
+            self.bias = on_device(np.where(seen, 0.0, -np.inf), layout.device)
+            self.blind = on_device(~seen.any(1)[:, None, None], layout.device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+        """q [n, Hkv, G, D]; k, v [Hkv, tokens, D]."""
+        n, kv_heads, group, dim = q.shape
+        k, v = (x.view(kv_heads, -1, dim)[:, self.tokens].to(q.dtype) for x in (k, v))
+        if self.bias is None and not self.causal:  # all queries of a KV head see the same tokens
+            q = q.transpose(0, 1).reshape(1, kv_heads, n * group, dim)
+            out, lse = _flash(q, k[None], v[None], scale=scale)
+            out, lse = out.view(kv_heads, n, group, dim), lse.view(kv_heads, n, group)
+            return out.transpose(0, 1), lse.transpose(0, 1)
+        q = q.permute(1, 2, 0, 3)
+        k, v = (x[:, None].expand(kv_heads, group, -1, dim) for x in (k, v))
+        mask = None if self.bias is None else self.bias.to(q.dtype)
+        out, lse = _flash(q, k, v, is_causal=self.causal, attn_mask=mask, scale=scale)
+        out, lse = out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
+        if self.bias is not None:
+            lse = lse.masked_fill(self.blind, UNSEEN)
+        return out, lse
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class _Single:
+    """Pieces that one row each reads, padded to the longest: one batched product for all."""
+
+    def __init__(self, pieces: Sequence[_Piece], layout: "Layout") -> None:
+        rows, device = [piece.row_start for piece in pieces], layout.device
+        self.rows: slice | Tensor = slice(rows[0], rows[0] + len(rows))
+        if rows != [*range(rows[0], rows[0] + len(rows))]:
+            self.rows = on_device(np.array(rows), device)
+        pages = [piece.pages(layout.page_size) for piece in pieces]
+        longest = max(map(len, pages))
+        self.tiles = layout.tiles([ids + ids[:1] * (longest - len(ids)) for ids in pages])
+        self._kv_heads = layout.kv_heads
+        self._token = torch.arange(longest * layout.page_size, device=device)
+        # Rows of a decode step's plan see the new tokens at the ends of their nodes.
+        ends = [p.node.num_new and p.stop == layout.plan.length(p.node) for p in pieces]
+        self._growth = on_device(np.array(ends).astype(bool), device)
+        self._lengths = on_device(np.array([p.stop - p.start for p in pieces]), device)
+        self._hide()
+
+    def grow(self) -> None:
+        """Follow the nodes, which have grown by a token."""
+        self._lengths += self._growth
+        self._hide()
+
+    def _hide(self) -> None:
+        hidden = self._token >= self._lengths[:, None]  # [n, tokens]
+        of_heads = hidden[:, None].expand(-1, self._kv_heads, -1)
+        self._hidden, self._hidden_v = hidden[:, None, None], of_heads.flatten().nonzero()[:, 0]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+        """q [n, Hkv, G, D]; k, v [n * Hkv, tokens, D]."""
+        n, kv_heads, group, dim = q.shape
+        k, v = (x.view(n * kv_heads, -1, dim).float() for x in (k, v))
+        # Memory past a node's last token may hold anything, even NaN: keep it out of both products.
+        v.view(-1, dim).index_fill_(0, self._hidden_v, 0.0)
+        queries = q.reshape(n * kv_heads, group, dim).float()
+        unused = queries.new_empty(())
+        scores = torch.baddbmm(unused, queries, k.transpose(1, 2), beta=0, alpha=scale)
+        scores.view(n, kv_heads, group, -1).masked_fill_(self._hidden, -torch.inf)
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out = torch.bmm(weights, v).div_(total)
+        lse = top.add_(total.log_())
+        return out.view(n, kv_heads, group, dim), lse.view(n, kv_heads, group)
+
+
+_Part = _Shared | _Single
+
+
+class Layout:
+    """A plan's pieces by level, for one number of KV heads and one window.
+
+    One of the plan's schedules: `refill` follows new nodes, `update` the new tokens of a step.
+    """
+
+    def __init__(self, plan: PrefixPlan, kv_heads: int, window: int) -> None:
+        self.plan, self.kv_heads, self.window = plan, kv_heads, window
+        self.page_size, self.device = plan.page_size, plan.kv_len.device
+        self._buffer: Tensor | None = None
+        self.refill()
+
+    def refill(self) -> None:
+        positions = self.plan.row_position.cpu().numpy()
+        self.some_row_sees_nothing = bool((positions < 0).any())
+        levels = _pieces_by_level(self.plan)
+        self.levels = [[*self._parts(levels[key], positions)] for key in sorted(levels)]
+        parts = chain.from_iterable(self.levels)
+        self._largest = max((len(part.tiles) for part in parts), default=0)
+
+    def update(self) -> None:
+        plan = self.plan
+        new_page = any(n.num_new and plan.length(n) % self.page_size == 1 for n in plan.nodes)
+        if new_page or self.window:
+            self.refill()
+            return
+        for part in chain.from_iterable(self.levels):
+            if isinstance(part, _Single):
+                part.grow()
+
+    def attend(self, parts: Sequence[_Part], q: Tensor, pages: KVPages, scale: float) -> Partial:
+        """The partials of all rows on one level; q [T, Hkv, G, D]."""
+        if len(parts) == 1 and parts[0].rows == slice(0, len(q)):
+            return parts[0].attend(q, *self._gather(pages, parts[0].tiles), scale)
+        out = torch.zeros_like(q, dtype=torch.float32)
+        lse = q.new_full(q.shape[:3], UNSEEN, dtype=torch.float32)
+        for part in parts:
+            kv = self._gather(pages, part.tiles)
+            out[part.rows], lse[part.rows] = part.attend(q[part.rows], *kv, scale)
+        return out, lse
+
+    def tiles(self, pages: Sequence[Sequence[int]]) -> Tensor:
+        """Where each head's part of the pages of n lists is: int64 [n * Hkv * pages]."""
+        head = np.arange(self.kv_heads)[:, None]
+        tiles = np.array(pages, int)[:, None] * self.kv_heads + head
+        return on_device(tiles.reshape(-1), self.device)
+
+    def _parts(self, pieces: Sequence[_Piece], positions: np.ndarray) -> Iterator[_Part]:
+        single: dict[int, list[_Piece]] = {}
+        for piece in pieces:
+            alone = piece.row_end - piece.row_start == 1 and piece.start % self.page_size == 0
+            seen = self._in_window(piece, positions) if self.window else None
+            if seen is not None and not seen.any():
+                continue
+            if alone and (seen is None or seen.all()):
+                # Padding at most doubles the work.
+                size = len(piece.pages(self.page_size)).bit_length()
+                single.setdefault(size, []).append(piece)
+            else:
+                yield _Shared(piece, seen, self)
+        for size, similar in single.items():
+            at_once = max(1, PIECE_TOKENS // (self.page_size << (size - 1)))
+            for at in range(0, len(similar), at_once):
+                yield _Single(similar[at : at + at_once], self)
+
+    def _in_window(self, piece: _Piece, positions: np.ndarray) -> np.ndarray:
+        """Which tokens each row sees: bool [rows, tokens]."""
+        token = np.arange(piece.start, piece.stop)
+        rows = slice(piece.row_start, piece.row_end)
+        age = positions[rows, None] - (piece.position + token - piece.start)
+        seen = age < self.window
+        if piece.causal:
+            seen &= token - piece.start <= np.arange(piece.row_end - piece.row_start)[:, None]
+        return seen
+
+    def _gather(self, pages: KVPages, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of tiles, [tiles, page_size, D], overwritten by the next call."""
+        shape = (len(tiles), *pages.k.shape[2:])
+        if pages.k_scale is not None and pages.v_scale is not None:
+            k, v = (x.view(-1, *shape[1:])[tiles].float() for x in (pages.k, pages.v))
+            k *= pages.k_scale.view(-1, shape[1])[tiles][..., None]
+            v *= pages.v_scale.view(-1, shape[1])[tiles][..., None]
+            return k, v
+        size = shape[1] * shape[2]
+        # One buffer for all parts: fresh memory costs more than the copy into it.
+        if self._buffer is None or self._buffer.shape[1] < self._largest:
+            self._buffer = pages.k.new_empty(2, self._largest, size)
+        k, v = self._buffer[:, : len(tiles)]
+        torch.index_select(pages.k.view(-1, size), 0, tiles, out=k)
+        torch.index_select(pages.v.view(-1, size), 0, tiles, out=v)
+        return k.view(shape), v.view(shape)
+
+
+def _layout(plan: PrefixPlan, pages: KVPages, window: int) -> Layout:
+    key = ("portable", pages.kv_heads, pages.head_dim, pages.k.dtype, window)
+    if key not in plan.schedules:
+        plan.schedules[key] = Layout(plan, pages.kv_heads, window)
+    return plan.schedules[key]
