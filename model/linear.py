@@ -39,7 +39,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, impl: str | None = None) -> Tensor:
         """[..., N] of x [..., K]."""
         if self.packs(impl):
-            return torch.ops.mkldnn._linear_pointwise(x, self._pack(), None, "none", [], "")
+            return packed_product(x, self._pack())
         self._restore()
         return F.linear(x, self.weight)
 
@@ -63,7 +63,7 @@ class Linear(nn.Module):
         if self._packed is None or not (
             self.weight.is_mkldnn or self.weight._version == self._version
         ):
-            self._packed, self._version = _packed(self.weight), self.weight._version
+            self._packed, self._version = pack(self.weight), self.weight._version
         return self._packed
 
     def _restore(self) -> None:
@@ -87,15 +87,21 @@ def _parameter(value: Callable[[], Tensor]) -> nn.Parameter:
         return nn.Parameter(value(), requires_grad=False)
 
 
-def _packed(weight: Tensor) -> Tensor:
+def pack(weight: Tensor) -> Tensor:
+    """A packed copy of a plain weight [N, K]."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+
+
+def packed_product(x: Tensor, packed: Tensor) -> Tensor:
+    """x W^T: [..., N] of x [..., K]."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 @cache
 def packing_pays(dtype: torch.dtype) -> bool:
     """Whether products with packed weights are at least 1.25 times as fast on this CPU.
 
-    Measured once, in some 20 ms, on the shape of a decode step. The margin keeps the choice, and
+    Measured once, in some 30 ms, on the shape of a decode step. The margin keeps the choice, and
     with it the bits of all results, the same in all processes; PACORE_PACKED_WEIGHTS fixes it.
     """
     choice = variable("PACORE_PACKED_WEIGHTS")
@@ -119,19 +125,15 @@ def _speedup(dtype: torch.dtype) -> float:
     with torch.inference_mode():
         x = torch.full((ROWS, 512), 0.5, dtype=dtype)
         weights = [torch.full((2048, 512), 0.5, dtype=dtype) for _ in range(4)]
-        packed = [_packed(weight) for weight in weights]
+        packed = [pack(weight) for weight in weights]
         best = {"plain": float("inf"), "packed": float("inf")}
-        for _ in range(5):
+        for _ in range(7):
             for name, calls in (
                 ("plain", [lambda w=w: F.linear(x, w) for w in weights]),
-                ("packed", [lambda w=w: _product(x, w) for w in packed]),
+                ("packed", [lambda w=w: packed_product(x, w) for w in packed]),
             ):
                 start = time.perf_counter()
                 for call in calls:
                     call()
                 best[name] = min(best[name], time.perf_counter() - start)
     return best["plain"] / best["packed"]
-
-
-def _product(x: Tensor, packed: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

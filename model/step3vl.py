@@ -175,7 +175,10 @@ class Step3VL(nn.Module):
         from model.weights.checkpoint import save_checkpoint
 
         tokenizer = self.tokenizer if self._load_tokenizer else None
-        save_checkpoint(Path(path), self.checkpoint_tensors(), self.config)
+        try:
+            save_checkpoint(Path(path), self.checkpoint_tensors(), self.config)
+        finally:
+            self.decoder.pack()
         if tokenizer is not None:
             tokenizer.save(path)
 

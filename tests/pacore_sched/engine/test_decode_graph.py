@@ -253,6 +253,7 @@ def test_products_of_8_rows(plain: Step3VL, monkeypatch: pytest.MonkeyPatch):
         return linear(x, *weights)
 
     monkeypatch.setattr(F, "linear", padded_to_8_rows(spy))
+    monkeypatch.setitem(plain.impl, "linear", "eager")
     engine = ManualEngine(plain)
     rollouts = engine.group(engine.prompt(OTHER), 9, [1, 2, 3])
     assert len(OTHER) in rows

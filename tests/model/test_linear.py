@@ -1,0 +1,131 @@
+"""Linear layers with packed weights: the same products, and the weight's bits and changes kept."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from model.linear import Linear, packing_pays
+from model.step3vl import Step3VL
+from tests.support.errors import max_error
+
+pytestmark = pytest.mark.skipif(
+    not packing_pays(torch.float32), reason="this CPU, or this PyTorch, does not pack weights"
+)
+
+
+@pytest.fixture
+def linear() -> Linear:
+    """An odd shape, so that the packed layout is padded."""
+    generator = torch.Generator().manual_seed(0)
+    return Linear(nn.Parameter(torch.randn(70, 33, generator=generator), requires_grad=False))
+
+
+def check(linear: Linear, weight: torch.Tensor) -> None:
+    """Both forms compute with `weight`."""
+    x = torch.randn(5, 33, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        for impl in (None, "eager", None):
+            assert max_error(linear(x, impl), x @ weight.T) < 1e-5, impl
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (70, 33), (128, 64), (17, 1025)])
+def test_packing_keeps_the_bits(shape: tuple[int, int], dtype: torch.dtype):
+    """Guards checkpoints saved from packed weights, padding of the packed layout included."""
+    if not packing_pays(dtype):
+        pytest.skip(f"{dtype} is not packed here")
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    linear = Linear(nn.Parameter(weight.clone(), requires_grad=False))
+    linear.pack()
+    assert linear.weight.is_mkldnn and linear.weight.shape == shape
+    linear.unpack()
+    assert torch.equal(linear.weight, weight)
+
+
+def test_impls_take_turns(linear: Linear):
+    """Guards a benchmark that alternates impls: each keeps its form of the weight, packed once."""
+    weight = linear.weight.clone()
+    linear.pack()
+    check(linear, weight)
+    plain, packed = linear.weight, linear._packed
+    check(linear, weight)
+    assert linear.weight is plain and linear._packed is packed
+
+
+def test_changes_in_place(linear: Linear):
+    """Guards products with the weight as it was when it was packed."""
+    check(linear, linear.weight.clone())
+    linear.weight.mul_(2)
+    check(linear, linear.weight.clone())
+    linear.weight[3:5].view(-1)[7] = 100
+    check(linear, linear.weight.clone())
+
+
+def test_state_dict(linear: Linear):
+    """Guards load_state_dict and state_dict of a packed layer: as those of a plain one."""
+    before, after = linear.weight.clone(), torch.ones(70, 33)
+    linear.pack()
+    assert torch.equal(linear.state_dict()["weight"], before)
+    linear.pack()
+    linear.load_state_dict({"weight": after})
+    check(linear, after)
+
+
+def test_conversion(linear: Linear):
+    """Guards `to` of a packed layer, whose packed weight has the old dtype."""
+    weight = linear.weight.clone()
+    linear.pack()
+    linear.to(torch.bfloat16).to(torch.float32)
+    check(linear, weight.bfloat16().float())
+
+
+@pytest.fixture
+def model() -> Step3VL:
+    return Step3VL.from_preset("tiny")
+
+
+def test_loaded_models_are_packed(model: Step3VL, tmp_path: Path):
+    """Guards memory for two copies of each weight, and what `save_pretrained` writes."""
+    layers = model.decoder.layers
+    assert all(layer.down.weight.is_mkldnn for layer in layers)
+    assert not model.decoder.embed_tokens.is_mkldnn  # rows of it are looked up
+    expected = model([1, 2, 3])
+    model.save_pretrained(tmp_path / "saved")
+    assert all(layer.down.weight.is_mkldnn for layer in layers)
+    again = Step3VL.from_pretrained(tmp_path / "saved")
+    pairs = zip(*(m.checkpoint_tensors().items() for m in (model, again)), strict=True)
+    assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
+    assert torch.equal(model([1, 2, 3]), expected)
+
+
+def test_weights_changed_through_the_checkpoint(model: Step3VL):
+    """Guards changes through views of the weights, before and after the model has run."""
+    expected = model([1, 2, 3])
+    weight = model.checkpoint_tensors()["model.layers.0.mlp.down_proj.weight"]
+    original = weight.clone()
+    weight.zero_()
+    assert max_error(model([1, 2, 3]), expected) > 1e-3
+    weight.copy_(original)
+    assert max_error(model([1, 2, 3]), expected) < 1e-6
+
+
+@pytest.fixture
+def choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    packing_pays.cache_clear()
+    yield monkeypatch
+    packing_pays.cache_clear()
+
+
+def test_packing_can_be_switched_off(choice: pytest.MonkeyPatch):
+    """Guards the variable, and packing where it is slower."""
+    choice.setenv("PACORE_PACKED_WEIGHTS", "0")
+    assert not Step3VL.from_preset("tiny").decoder.layers[0].qkv.weight.is_mkldnn
+    packing_pays.cache_clear()
+    choice.setenv("PACORE_PACKED_WEIGHTS", "auto")
+    for speedup in (1.2, 1.3):
+        choice.setattr("model.linear._speedup", lambda dtype, speedup=speedup: speedup)
+        assert packing_pays(torch.float32) == (speedup == 1.3)
+        packing_pays.cache_clear()
