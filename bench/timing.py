@@ -143,7 +143,8 @@ def _cpu_repeats(
 
     for name, call in candidates.items():
         with _attributed_to(name):
-            repeat(call)
+            for index in range(sets):  # what a call keeps for its inputs, such as a plan's layout
+                call(index)
     return {name: Repeat(partial(repeat, call), "clock") for name, call in candidates.items()}
 
 

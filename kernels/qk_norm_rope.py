@@ -11,6 +11,7 @@ The Triton form is one launch with a CTA per token and block of heads. It reads 
 element once: 24 KiB per token with 32 + 2 * 8 heads of 128 in bf16.
 """
 
+from collections.abc import Callable
 from inspect import unwrap
 
 import torch
@@ -391,7 +392,7 @@ def _candidates(key: str, gpu: Gpu) -> list[KernelConfig]:
     return [{"block_q": m, "block_kv": min(m, 8), "num_warps": warps} for m, warps in shapes]
 
 
-_FORMS = {
+_FORMS: dict[str, Callable] = {
     "eager": qk_norm_rope_ref,
     "portable": _qk_norm_rope_portable,
     "triton": _qk_norm_rope_triton,

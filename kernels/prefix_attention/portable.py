@@ -10,6 +10,7 @@ The pieces depend on the plan, not on the layer: the plan keeps them (`Layout`),
 step advances (advance.py) only what its new tokens change is computed again.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -26,6 +27,7 @@ from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.staging import on_device
 
 PIECE_TOKENS = 2048
+KEPT_BYTES = 64 << 20  # of a thread's buffer for K and V
 UNSEEN = torch.finfo(torch.float32).min  # log-sum-exp of no token: finite, so differences exist
 
 Partial = tuple[Tensor, Tensor]  # of n rows: out [n, Hkv, G, D], log-sum-exp fp32 [n, Hkv, G]
@@ -38,7 +40,7 @@ def prefix_attention_portable(
 
     In 16 bits, the flash kernel also rounds its probabilities and its partial results.
     """
-    layout = _layout(plan, pages, window)
+    layout = _layout(plan, pages.kv_heads, window)
     rows, heads, dim = q.shape
     grouped = q.reshape(rows, pages.kv_heads, heads // pages.kv_heads, dim)
     partials = (layout.attend(level, grouped, pages, scale) for level in layout.levels)
@@ -115,7 +117,7 @@ class _Shared:
         if seen is not None:
             self.causal = False
             self.bias = on_device(np.where(seen, 0.0, -np.inf), layout.device)
-            self.blind = on_device(~seen.any(1)[:, None, None], layout.device)
+            self.blind = ~torch.from_numpy(seen).any(1).to(layout.device)[:, None, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
         """q [n, Hkv, G, D]; k, v [Hkv, tokens, D]."""
@@ -198,7 +200,6 @@ class Layout:
     def __init__(self, plan: PrefixPlan, kv_heads: int, window: int) -> None:
         self.plan, self.kv_heads, self.window = plan, kv_heads, window
         self.page_size, self.device = plan.page_size, plan.kv_len.device
-        self._buffer: Tensor | None = None
         self.refill()
 
     def refill(self) -> None:
@@ -206,8 +207,6 @@ class Layout:
         self.some_row_sees_nothing = bool((positions < 0).any())
         levels = _pieces_by_level(self.plan)
         self.levels = [[*self._parts(levels[key], positions)] for key in sorted(levels)]
-        parts = chain.from_iterable(self.levels)
-        self._largest = max((len(part.tiles) for part in parts), default=0)
 
     def update(self) -> None:
         plan = self.plan
@@ -273,17 +272,33 @@ class Layout:
             v *= pages.v_scale.view(-1, shape[1])[tiles][..., None]
             return k, v
         size = shape[1] * shape[2]
-        # One buffer for all parts: fresh memory costs more than the copy into it.
-        if self._buffer is None or self._buffer.shape[1] < self._largest:
-            self._buffer = pages.k.new_empty(2, self._largest, size)
-        k, v = self._buffer[:, : len(tiles)]
+        k, v = _buffer(2 * len(tiles) * size, pages.k).view(2, -1, size)
         torch.index_select(pages.k.view(-1, size), 0, tiles, out=k)
         torch.index_select(pages.v.view(-1, size), 0, tiles, out=v)
         return k.view(shape), v.view(shape)
 
 
-def _layout(plan: PrefixPlan, pages: KVPages, window: int) -> Layout:
-    key = ("portable", pages.kv_heads, pages.head_dim, pages.k.dtype, window)
+def _buffer(size: int, like: Tensor) -> Tensor:
+    """Memory for `size` elements of the dtype and device of `like`: fresh memory costs more than
+    the copy into it, so each thread keeps its last buffer unless that is large."""
+    kept: Tensor | None = getattr(_kept, "buffer", None)
+    if (
+        kept is None
+        or kept.numel() < size
+        or (kept.dtype, kept.device) != (like.dtype, like.device)
+    ):
+        with torch.inference_mode(False):  # so that it can also be written outside inference mode
+            kept = torch.empty(size, dtype=like.dtype, device=like.device)
+        if kept.nbytes <= KEPT_BYTES:
+            _kept.buffer = kept
+    return kept[:size]
+
+
+_kept = threading.local()
+
+
+def _layout(plan: PrefixPlan, kv_heads: int, window: int) -> Layout:
+    key = ("portable", kv_heads, window)
     if key not in plan.schedules:
-        plan.schedules[key] = Layout(plan, pages.kv_heads, window)
+        plan.schedules[key] = Layout(plan, kv_heads, window)
     return plan.schedules[key]
