@@ -58,5 +58,7 @@ setup(
             "scikit-image",
         ],
         "peers": ["flash-attn", "xformers", "flashinfer-python", "liger-kernel"],
+        # Apart from the others: pip compiles it for up to a quarter of an hour.
+        "llama": ["llama-cpp-python>=0.3.36"],
     },
 )

@@ -89,9 +89,11 @@ def ops(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
 
 
 def decode_steps(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """Errors and times of decode steps, and their time by part."""
-    name, dtypes, cases = decode.selected_steps(options, device)
-    sites = [site for dtype in dtypes for site in decode_sites(PRESETS[name], cases, dtype)]
+    """Errors and times of decode steps, their time by part, and prompts."""
+    config = PRESETS[decode.selected_model(options, device)]
+    steps = decode.selected_steps(options, device)
+    dtypes = decode.selected_dtypes(options, device)
+    sites = [site for dtype in dtypes for site in decode_sites(config, steps, dtype)]
     warm_up(sites, device)
     yield from decode.run(options, device)
 
@@ -105,11 +107,13 @@ def ceilings(options: argparse.Namespace, device: torch.device) -> Iterator[dict
 def end_to_end(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """A question and a photo through whole models, or images of several sizes: eager and ours."""
     if options.vision:
+        if options.impl:
+            raise InputError("--vision measures eager and default: it takes no --impl")
         yield from images.run(device)
         return
     from bench import e2e  # needs the packages of the README, which a GPU node may lack
 
-    yield from e2e.run(device)
+    yield from e2e.run(device, options.impl)
 
 
 def tuning(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
@@ -180,6 +184,7 @@ def end_to_end_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vision", action="store_true", help="instead encode images of several sizes"
     )
+    decode.impl_argument(parser)
 
 
 def tune_arguments(parser: argparse.ArgumentParser) -> None:
@@ -218,5 +223,6 @@ ALL = Several(
     {
         **{"op": (), "shape": "", "impl": (), "dtype": (), "model": None, "vision": False},
         **{"grid": True, "budget": TIME_BUDGET_S, "batch": (16,), "prefix": (), "suffix": ()},
+        "prefill": (512,),
     },
 )

@@ -1,34 +1,40 @@
 """One decode step of a whole decoder: rollouts over a shared prefix, each adding one token.
 
-Timed from the tokens' embeddings to the next tokens. Weights are random; the time does not depend
-on them. Host work before the step (building its plan) is not timed. "decode_part" rows are a step's
-time by part.
+Timed from the tokens' embeddings to the next tokens. Weights and KV are random; the time does not
+depend on them. Host work before the step (building its plan) is not timed. "decode_part" rows are a
+step's time by part.
+
+With model peers, all forms read the same tokens instead of random KV, so that their logits can be
+compared. A peer's step ends at the logits: sampling is timed in our forms only.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from bench import model_peers
 from bench.breakdown import parts
-from bench.numerics import Verdict, compare
+from bench.model_peers.peer import LoadedPeer
+from bench.model_peers.step_rows import begin, time_step
+from bench.numerics import compare
 from bench.ops import MAIN_DTYPE, NOT_RUN, parse_dtypes
-from bench.rows import measured, origin, with_speedups
+from bench.prefill import PrefillCase, decoder_weights, random_ids, time_prefill
+from bench.rows import measured, origin
 from bench.show import times, titled
-from bench.timing import measure
 from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dtypes import dtype_name
 from kernels.runtime.fp8 import quantise_e4m3
 from kernels.sampling import sample
 from model.config import PRESETS, Config, DecoderConfig
-from model.decoder import Decoder, Step
+from model.decoder import Step
 from model.errors import InputError
-from model.impls import impl_per_op
 from model.kv_cache import PAGE_SIZE, KVCache
 from model.memory import free_bytes
 from model.step3vl import Step3VL
@@ -42,6 +48,7 @@ FP8 = "default, FP8 KV"  # the default form over pages of e4m3, on a GPU
 MODELS = {"cpu": "smollm2-135m", "cuda": "step3-vl-10b"}
 # Batches, prefixes and suffixes: as in a round of PaCoRe, and a single rollout.
 SIZES = {"cpu": ((1, 16), (512,), (64,)), "cuda": ((16, 64, 1), (2048, 8192), (512,))}
+PREFILL = {"cpu": (512,), "cuda": (2048,)}  # tokens of prompts
 
 
 def forms_on(device_type: str) -> tuple[str, ...]:
@@ -56,6 +63,7 @@ class DecodeCase:
     batch: int
     prefix: int
     suffix: int
+    op: ClassVar[str] = "decode_step"
 
     @property
     def name(self) -> str:
@@ -69,7 +77,7 @@ class DecodeCase:
     def bytes(self, config: DecoderConfig, dtype: torch.dtype, fp8_kv: bool = False) -> int:
         """Bytes to move: every weight once (only the tokens' rows of the embedding) and every
         token's KV once."""
-        weights = _weights(config) + self.batch * config.hidden
+        weights = decoder_weights(config) + self.batch * config.hidden
         kv = config.kv_bytes_per_token(1 if fp8_kv else dtype.itemsize)
         if fp8_kv:  # the fp32 scales of a token's K and V in every head
             kv += 8 * config.layers * config.kv_heads
@@ -78,11 +86,11 @@ class DecodeCase:
     def flops(self, config: DecoderConfig) -> int:
         """Two per weight and rollout, plus attention's two products."""
         attention = 4 * config.layers * config.heads * config.head_dim
-        return self.batch * (2 * _weights(config) + attention * (self.prefix + self.suffix))
+        return self.batch * (2 * decoder_weights(config) + attention * (self.prefix + self.suffix))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that choose the model and its steps."""
+    """Options that choose the model, its steps and their forms."""
     parser.add_argument(
         "--model", metavar="PRESET", help=f"one of {', '.join(PRESETS)} (default: by device)"
     )
@@ -90,51 +98,103 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("batch", MAX_WIDTH, "rollouts"),
         ("prefix", 10**6, "tokens that all rollouts share"),
         ("suffix", 10**6, "tokens of each rollout, the new one included"),
+        ("prefill", 10**6, "read prompts of N tokens; alone, no decode step"),
     ):
         size = integer(1, largest)
         parser.add_argument(f"--{name}", nargs="+", type=size, default=(), metavar="N", help=what)
+    impl_argument(parser)
     parser.add_argument(
         "--dtype", nargs="+", default=(), help="(default: float32 on a CPU, bfloat16 on a GPU)"
     )
 
 
+def impl_argument(parser: argparse.ArgumentParser) -> None:
+    """The option `--impl` of whole models."""
+    parser.add_argument(
+        "--impl",
+        nargs="+",
+        default=(),
+        metavar="FORM",
+        help="only these forms and model peers (default: ours, and peers that are installed):"
+        f" {', '.join((*FORMS, *model_peers.PEERS))}",
+    )
+
+
 def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """Rows of the requested steps and of their parts."""
-    name, dtypes, cases = selected_steps(options, device)
+    """Rows of the requested decode steps and of their parts, and of the requested prompts."""
+    name, dtypes = selected_model(options, device), selected_dtypes(options, device)
+    cases: list[DecodeCase | PrefillCase] = [
+        *selected_steps(options, device),
+        *selected_prompts(options, device),
+    ]
+    forms, peers = model_peers.select(options.impl, forms_on(device.type), PRESETS[name], device)
     for dtype in dtypes:
         model, free = None, free_bytes(device)  # before any weights are allocated
+        loaded: dict[str, LoadedPeer] = {}
         for case in track(cases, "decode"):
             needed = needed_bytes(PRESETS[name], case, dtype)
             if needed > free:
                 reason = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
                 yield _skipped(PRESETS[name], case, device, dtype, reason)
                 continue
-            model = model or Step3VL.from_preset(name, device=device, dtype=dtype)
-            yield from time_decode(model, case, breakdown=True)
+            if model is None:
+                model = Step3VL.from_preset(name, device=device, dtype=dtype)
+                loaded = model_peers.load(peers, model)
+            if isinstance(case, PrefillCase):
+                ours = {form: FORMS[form] for form in forms if form in FORMS}
+                yield from time_prefill(model, case, ours, loaded)
+            else:
+                yield from time_decode(model, case, names=forms, breakdown=True, peers=loaded)
 
 
-def selected_steps(
-    options: argparse.Namespace, device: torch.device
-) -> tuple[str, tuple[torch.dtype, ...], list[DecodeCase]]:
-    """The requested preset, dtypes and steps. Raises InputError for an unknown preset or dtype, or
-    steps beyond the model's context."""
+def selected_model(options: argparse.Namespace, device: torch.device) -> str:
+    """The requested preset. Raises InputError for an unknown one."""
     name = options.model or MODELS[device.type]
     if name not in PRESETS:
         raise InputError(f"unknown model {name!r}; choose one of {', '.join(PRESETS)}")
+    return name
+
+
+def selected_dtypes(options: argparse.Namespace, device: torch.device) -> tuple[torch.dtype, ...]:
+    """The requested dtypes, or the device's main one. Raises InputError for an unknown dtype."""
+    return parse_dtypes(options.dtype) or (MAIN_DTYPE[device.type],)
+
+
+def selected_steps(options: argparse.Namespace, device: torch.device) -> list[DecodeCase]:
+    """The requested decode steps: none if only prompts are requested.
+
+    Raises InputError for steps beyond the model's context.
+    """
     requested = (options.batch, options.prefix, options.suffix)
+    if options.prefill and not any(requested):
+        return []
     sizes = [
         values or default for values, default in zip(requested, SIZES[device.type], strict=True)
     ]
-    context = PRESETS[name].decoder.max_positions
-    if (tokens := max(sizes[1]) + max(sizes[2])) > context:
-        raise InputError(
-            f"--prefix and --suffix make {tokens:,} tokens; the context of {name} has {context:,}"
-        )
-    dtypes = parse_dtypes(options.dtype) or (MAIN_DTYPE[device.type],)
-    return name, dtypes, [DecodeCase(*size) for size in product(*sizes)]
+    tokens = max(sizes[1]) + max(sizes[2])
+    _check_context(selected_model(options, device), "--prefix and --suffix make", tokens)
+    return [DecodeCase(*size) for size in product(*sizes)]
 
 
-def needed_bytes(config: Config, case: DecodeCase, dtype: torch.dtype) -> int:
+def selected_prompts(options: argparse.Namespace, device: torch.device) -> list[PrefillCase]:
+    """The requested prompts; those of PREFILL if no size at all is requested.
+
+    Raises InputError for prompts beyond the model's context.
+    """
+    sizes = options.prefill
+    if not any((sizes, options.batch, options.prefix, options.suffix)):
+        sizes = PREFILL[device.type]
+    _check_context(selected_model(options, device), "--prefill makes", max(sizes, default=0))
+    return [PrefillCase(tokens) for tokens in sizes]
+
+
+def _check_context(preset: str, what: str, tokens: int) -> None:
+    context = PRESETS[preset].decoder.max_positions
+    if tokens > context:
+        raise InputError(f"{what} {tokens:,} tokens; the context of {preset} has {context:,}")
+
+
+def needed_bytes(config: Config, case: DecodeCase | PrefillCase, dtype: torch.dtype) -> int:
     """Memory for the weights, the KV pages and an FP8 copy of them, and two sets of fp32 logits."""
     kv = config.decoder.kv_bytes_per_token(dtype.itemsize)
     logits = 8 * case.batch * config.decoder.vocab_size
@@ -147,21 +207,23 @@ def time_decode(
     model: Step3VL,
     case: DecodeCase,
     budget_s: float = 3.0,
-    names: Sequence[str] = (),
+    names: Sequence[str] | None = None,
     breakdown: bool = False,
+    peers: Mapping[str, LoadedPeer] | None = None,
 ) -> list[dict]:
-    """One row per form in `names` (`forms_on` the device if empty); with `breakdown`, also one row
-    per form and part.
+    """One row per form in `names` (by default `forms_on` the device) and per peer; with
+    `breakdown`, also one row per form and part.
 
     Errors compare the logits with the eager ones. Leaves the model with the best form of every op.
     """
     config, decoder, device = model.config.decoder, model.decoder, model.device
-    step, cache = prepare(case, model)
-    names = names or forms_on(device.type)
+    tokens = Tokens.of(case, model)
+    step, cache = prepare(case, model, tokens if peers else None)
+    names = forms_on(device.type) if names is None else names
     forms = {name: (FORMS[name], cache) for name in names if name != FP8}
     if FP8 in names:
         forms[FP8] = (None, _quantised(cache, model))
-    ids = torch.arange(case.batch, device=device) % config.vocab_size
+    ids = tokens.suffixes[:, -1]
     seeds = torch.arange(case.batch, device=device)
 
     def logits(impl: str | None, cache: KVCache) -> Tensor:
@@ -175,36 +237,31 @@ def time_decode(
     with torch.inference_mode():
         expected = logits("eager", cache)
         errors = {name: compare(logits(*form), expected) for name, form in forms.items()}
-    calls = {name: partial(next_tokens, *form) for name, form in forms.items()}
-    timings = measure(
-        {name: lambda _, call=call: call() for name, call in calls.items()},
-        device=device,
+    calls: dict[str, Callable] = {name: partial(next_tokens, *form) for name, form in forms.items()}
+    rows = time_step(
+        case,
+        model,
+        calls,
+        errors,
+        begin(peers or {}, lambda peer: peer.decode_step(tokens.prompt, tokens.suffixes)),
+        expected,
+        num_bytes=lambda name: case.bytes(config, model.dtype, name == FP8),
         budget_s=budget_s,
     )
-    rows = [
-        measured(
-            "decode_step",
-            f"{model.config.name} {case.name}",
-            name,
-            device=device,
-            dtype=model.dtype,
-            num_bytes=case.bytes(config, model.dtype, name == FP8),
-            flops=case.flops(config),
-            verdict=Verdict(errors[name].max, errors[name].rms, None),
-            timing=timings[name],
-        )
-        for name in forms
-    ]
-    timed_rows = with_speedups(rows) + (_parts(model, case, calls) if breakdown else [])
+    rows += _parts(model, case, calls) if breakdown else []
     model.set_impl(None)
-    return timed_rows
+    return rows
 
 
 def _skipped(
-    config: Config, case: DecodeCase, device: torch.device, dtype: torch.dtype, reason: str
+    config: Config,
+    case: DecodeCase | PrefillCase,
+    device: torch.device,
+    dtype: torch.dtype,
+    reason: str,
 ) -> dict:
     row = measured(
-        "decode_step",
+        case.op,
         f"{config.name} {case.name}",
         "all",
         device=device,
@@ -244,47 +301,73 @@ def _quantised(cache: KVCache, model: Step3VL) -> KVCache:
     return fp8
 
 
-def prepare(case: DecodeCase, model: Step3VL) -> tuple[Step, KVCache]:
-    """The step, and KV pages filled with random numbers."""
-    device = model.device
+@dataclass(frozen=True)
+class Tokens:
+    """A step's tokens: prompt, int [P], and suffixes, int [B, S], of which it reads the last
+    column."""
+
+    prompt: Tensor
+    suffixes: Tensor
+
+    @staticmethod
+    def of(case: DecodeCase, model: Step3VL) -> "Tokens":
+        """Random tokens, the same in every run."""
+        ids = random_ids(case.tokens, model)
+        return Tokens(ids[: case.prefix], ids[case.prefix :].view(case.batch, case.suffix))
+
+
+def prepare(case: DecodeCase, model: Step3VL, tokens: Tokens | None = None) -> tuple[Step, KVCache]:
+    """The step, and pages with the KV of the tokens before it; without tokens, random KV."""
     pages = cdiv(case.prefix, PAGE_SIZE) + case.batch * cdiv(case.suffix, PAGE_SIZE)
+    cache = model.new_cache(pages)
+    if tokens is None:
+        generator = torch.Generator(model.device).manual_seed(0)
+        for pages_of_layers in (cache.k, cache.v):
+            pages_of_layers.normal_(generator=generator)
     tree = PrefixTree(pages, PAGE_SIZE)
     root = tree.add()
     tree.append(root, case.prefix)
+    if tokens is not None:
+        _read(tokens.prompt, _step(tree, [root], case.prefix, cache), model, cache)
     leaves = [tree.add(root) for _ in range(case.batch)]
+    before = case.suffix - 1
     for leaf in leaves:
-        tree.append(leaf, case.suffix)
-    batch = build_step_batch(tree, [(leaf, 1) for leaf in leaves])
+        tree.reserve(leaf, case.suffix)
+        tree.append(leaf, before)
+    if tokens is not None and before:
+        step = _step(tree, leaves, before, cache)
+        _read(tokens.suffixes[:, :-1].flatten(), step, model, cache)
+    for leaf in leaves:
+        tree.append(leaf, 1)
+    return _step(tree, leaves, 1, cache), cache
+
+
+def _step(tree: PrefixTree, nodes: Sequence[int], num_new: int, cache: KVCache) -> Step:
+    """The step that writes the last `num_new` tokens of each node, one node after the other."""
+    batch, device = build_step_batch(tree, [(node, num_new) for node in nodes]), cache.k.device
     plan = PrefixPlan.build(
         batch.plan_nodes,
-        num_rows=case.batch,
-        num_pages=pages,
+        num_rows=len(batch.positions),
+        num_pages=cache.num_pages,
         page_size=PAGE_SIZE,
         device=device,
     )
-    cache = model.new_cache(pages)
-    generator = torch.Generator(device).manual_seed(0)
-    for pages_of_layers in (cache.k, cache.v):
-        pages_of_layers.normal_(generator=generator)
     positions, slots = (
         torch.tensor(values, device=device) for values in (batch.positions, batch.slots)
     )
-    return Step(positions, slots, plan), cache
+    return Step(positions, slots, plan)
 
 
-def _weights(config: DecoderConfig) -> int:
-    """How many weights every step reads: all of the decoder's but the embedding."""
-    with torch.device("meta"):
-        decoder = Decoder(config, impl=impl_per_op(None), device="meta", dtype=torch.float32)
-    tensors = decoder.checkpoint_tensors()
-    return sum(t.numel() for name, t in tensors.items() if "embed_tokens" not in name) + (
-        config.vocab_size * config.hidden if config.tied_embeddings else 0
-    )
+@torch.inference_mode()
+def _read(ids: Tensor, step: Step, model: Step3VL, cache: KVCache) -> None:
+    """Write the KV of tokens, with the best form of every op."""
+    model.set_impl(None)
+    model.decoder(model.decoder.embed(ids), step, cache)
 
 
 def display(rows: Sequence[dict]) -> None:
-    """The steps as a table, and each form's time by part."""
-    times([row for row in rows if row["op"] == "decode_step"])
+    """The steps and prompts as a table, and each form's time by part."""
+    times([row for row in rows if row["op"] != "decode_part"])
     steps: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
         if row["op"] == "decode_part":

@@ -1,29 +1,37 @@
 """End-to-end runs: a PaCoRe question, and a photo up to its first logits; eager and default ops.
 
+Model peers answer the question, too: their rounds have the first round's prompt, cut or repeated to
+our rounds' lengths, and each of their rollouts has as many tokens as ours has.
+
 On a CPU: SmolLM2 with its real weights and a question about a text of some 1,500 tokens, and a
 photo through `tiny`. On a GPU: the 10B with random weights for both. The question is asked once per
 form, because it takes a hundred steps and more; the photo is timed like any op.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
+from typing import NamedTuple
 
 import torch
 
+from bench import model_peers
 from bench.decode import FORMS
+from bench.model_peers.peer import LoadedPeer
 from bench.numerics import MODEL_TOLERANCE, Verdict, compare, judged
-from bench.ops import MAIN_DTYPE
+from bench.ops import MAIN_DTYPE, NOT_RUN
 from bench.rows import LICENCE, measured, with_speedups
 from bench.timing import Timing, measure
 from bench.vision import tower_flops
 from kernels.runtime.arithmetic import cdiv
+from model.config import PRESETS
 from model.errors import InputError
 from model.step3vl import Step3VL
 from model.terminal import progress
 from model.text.prompt import build_prompt
 from model.vision.image import load_image, preprocess
 from pacore_sched.answers.journal_lines import RolloutResult
-from pacore_sched.answers.pacore import Pacore, engine_for
+from pacore_sched.answers.pacore import Answer, Pacore, engine_for
 from pacore_sched.engine.engine import Engine
 from pacore_sched.sched.request import Sampling
 
@@ -32,21 +40,36 @@ WIDTHS, PROMPT_TOKENS = (16,), 1500
 MAX_TOKENS = {"cpu": 32, "cuda": 64}
 KV_TOKENS = 12288  # room for both prompts and all rollouts
 TIMELINE = 200  # maximum points
+# Peers that answer by default. transformers reads the prompt once per rollout, so it takes longer.
+DEFAULT_PEERS = ("llama.cpp",)
 
 
-def run(device: torch.device) -> Iterator[dict]:
-    """Rows of the question and of the photo."""
-    _photo()  # fails now if a package is missing, not after minutes of the question
+def run(device: torch.device, names: Sequence[str] = ()) -> Iterator[dict]:
+    """Rows of the question and of the photo, in the forms and peers `names`.
+
+    Raises InputError as `model_peers.select` does, and for peers without one of our forms.
+    """
     text_model, image_model = MODELS[device.type]
+    config = PRESETS[text_model]
+    forms, peers = model_peers.select(names, tuple(FORMS), config, device, DEFAULT_PEERS)
+    if not forms:
+        raise InputError(
+            f"{peers[0].name} generates as many tokens as our rollouts have: add eager or default"
+        )
+    _photo()  # fails now if a package is missing, not after minutes of the question
     model = Step3VL.from_preset(text_model, device=device, dtype=MAIN_DTYPE[device.type])
-    yield from ask(model)
+    yield from ask(model, forms=forms, peers=model_peers.load(peers, model))
     if image_model != text_model:
         model = Step3VL.from_preset(image_model, device=device, dtype=MAIN_DTYPE[device.type])
-    yield from look(model)
+    yield from look(model, forms)
 
 
 def ask(
-    model: Step3VL, widths: tuple[int, ...] = WIDTHS, max_tokens: int | None = None
+    model: Step3VL,
+    widths: tuple[int, ...] = WIDTHS,
+    max_tokens: int | None = None,
+    forms: Sequence[str] = tuple(FORMS),
+    peers: Mapping[str, LoadedPeer] | None = None,
 ) -> list[dict]:
     """Rows of a whole PaCoRe answer: all prefills and decode steps of all rounds.
 
@@ -57,42 +80,72 @@ def ask(
     """
     max_tokens = max_tokens or MAX_TOKENS[model.device.type]
     question = [{"role": "user", "content": _question(model)}]
-    seconds, decoding, pacores, rollouts, watches = {}, {}, {}, {}, {}
-    with progress("question", len(FORMS) * (sum(widths) + 1) * max_tokens) as advance:
-        for name, impl in FORMS.items():
-            model.set_impl(impl)
+    runs: dict[str, _Run] = {}
+    pacores, rollouts, watches = {}, {}, {}
+    with progress("question", len(forms) * (sum(widths) + 1) * max_tokens) as advance:
+        for name in forms:
+            model.set_impl(FORMS[name])
             engine = engine_for(model, kv_tokens=KV_TOKENS, max_running=max(widths))
             pacores[name] = Pacore(model, engine, widths, Sampling(max_tokens))
             watch = watches[name] = _Watch(engine, advance)
             start = time.perf_counter()
             answer = pacores[name].answer(question, on_step=watch)
-            seconds[name] = time.perf_counter() - start
-            decoding[name] = _rate([end for end in watch.ends if end[1] > 1])
+            runs[name] = _Run(time.perf_counter() - start, watch.ends)
             rollouts[name] = answer.rounds[0].rollouts
+    ids = build_prompt(question, model.tokenizer, model.config)
+    for name, peer in (peers or {}).items():
+        runs[name] = _peer_run(peer, ids, answer)
+    case = f"{model.config.name} P{answer.rounds[0].prompt_tokens} W{widths[0]} T{max_tokens}"
     rows = []
-    for name, pacore in pacores.items():
-        stats, us = pacore.engine.stats, seconds[name] * 1e6
+    for name, run in runs.items():
+        pacore = pacores.get(name, pacores[forms[-1]])  # a peer does the work of our last form
+        stats, us = pacore.engine.stats, run.seconds * 1e6
         prefilled = pacore.engine.scheduler.counts.prefilled
+        verdict = NOT_RUN
+        if name in rollouts and "eager" in rollouts:
+            verdict = _same_rollouts(rollouts[name], rollouts["eager"], model.dtype)
         row = measured(
             "pacore",
-            f"{model.config.name} P{answer.rounds[0].prompt_tokens} W{widths[0]} T{max_tokens}",
+            case,
             name,
             device=model.device,
             dtype=model.dtype,
             num_bytes=_decode_bytes(pacore),
             flops=2 * _decoder_weights(model) * (prefilled + stats.generated),
-            verdict=_same_rollouts(rollouts[name], rollouts["eager"], model.dtype),
+            verdict=verdict,
             timing=Timing(us, us, us, 1, "clock"),
         )
-        rates = {
-            "tokens_per_second": stats.generated / seconds[name],
-            "decode_tokens_per_second": decoding[name],
-        }
-        rows.append(row | rates | {"timeline": watches[name].timeline()})
+        row["tokens_per_second"] = stats.generated / run.seconds
+        row["decode_tokens_per_second"] = _rate([end for end in run.ends if end[1] > 1])
+        if name in watches:
+            row["timeline"] = watches[name].timeline()
+        else:
+            row |= model_peers.fields(name, run.settings)
+        rows.append(row)
     return with_speedups(rows)
 
 
-def look(model: Step3VL) -> list[dict]:
+class _Run(NamedTuple):
+    """A whole answer: its time, each step's end time and number of tokens, a peer's settings."""
+
+    seconds: float
+    ends: list[tuple[float, int]]
+    settings: str = ""
+
+
+def _peer_run(peer: LoadedPeer, ids: Sequence[int], answer: Answer) -> _Run:
+    """A peer's rounds, as long as those of `answer`, whose first prompt is `ids`."""
+    prompts = [list(islice(cycle(ids), round.prompt_tokens)) for round in answer.rounds]
+    lengths = [[rollout.num_tokens for rollout in round.rollouts] for round in answer.rounds]
+    generate, settings = peer.generator(prompts, lengths, Sampling().temperature)
+    ends: list[tuple[float, int]] = []
+    start = time.perf_counter()
+    for prompt, many in zip(prompts, lengths, strict=True):
+        generate(prompt, many, lambda tokens: ends.append((time.perf_counter(), tokens)))
+    return _Run(time.perf_counter() - start, ends, settings)
+
+
+def look(model: Step3VL, forms: Sequence[str] = tuple(FORMS)) -> list[dict]:
     """Rows of one photo with a question, from preprocessed views to the prompt's logits.
 
     The model's image cache is off: every call encodes the photo.
@@ -107,10 +160,11 @@ def look(model: Step3VL) -> list[dict]:
         model.set_impl(impl)
         return model(ids, images=[views])
 
+    impls = {name: FORMS[name] for name in forms}
     expected = logits("eager")
-    errors = {name: compare(logits(impl), expected) for name, impl in FORMS.items()}
+    errors = {name: compare(logits(impl), expected) for name, impl in impls.items()}
     timings = measure(
-        {name: lambda _, impl=impl: logits(impl) for name, impl in FORMS.items()},
+        {name: lambda _, impl=impl: logits(impl) for name, impl in impls.items()},
         device=model.device,
         budget_s=4.0,
     )

@@ -18,7 +18,7 @@ from model.text.rows import FileRow, parse_row, read_rows
 # Fields that rows of several kinds have.
 TEXTS = (
     *("op", "case", "impl", "dtype", "policy", "part", "failure", "skipped", "timer", "version"),
-    *("device", "driver", "torch", "triton", "commit", "time", "section", "pair"),
+    *("device", "driver", "torch", "triton", "commit", "time", "section", "pair", "settings"),
 )
 TIMES = ("p20_us", "median_us", "p80_us")
 NUMBERS = ("bytes", "flops", "roofline_pct", "speedup", "max_err", "copy_gb_s", "gemm_tflop_s")

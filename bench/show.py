@@ -93,9 +93,9 @@ def jobs(rows: Sequence[Row]) -> None:
             row["dtype"],
             f"{row['median_us'] / 1e6:.2f}",
             *(f"{row[rate]:.1f}" if row.get(rate) else "" for rate in RATES),
-            f"{row['speedup']:.2f}",
+            f"{row['speedup']:.2f}" if row["speedup"] else "",
             error(row["max_err"]),
-            f"FAILED: {row['failure']}" if row["failure"] else "",
+            f"FAILED: {row['failure']}" if row["failure"] else row.get("settings") or "",
         ]
         for row in rows
     ]
@@ -167,6 +167,7 @@ def _microseconds(value: float) -> str:
 def _note(row: Row) -> str:
     """What is unusual about a time."""
     notes = [f"WRONG: {row['failure']}"] if row["failure"] else []
+    notes += [row["settings"]] if row.get("settings") else []
     notes += ["launches included"] if row["timer"] == "events" else []
     if row.get("tokens_per_second"):
         notes.append(f"{row['tokens_per_second']:,.1f} tokens/s")

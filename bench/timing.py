@@ -61,19 +61,22 @@ def measure(
     device: torch.device | str,
     sets: int = 1,
     budget_s: float = 1.0,
+    min_repeats: int | None = None,
 ) -> dict[str, Timing]:
     """Time `candidates`, each called with an index below `sets`, for about `budget_s` seconds.
 
-    Warm-up is not counted. Every candidate gets at least MIN_REPEATS repeats, however long they
-    take. Raises CandidateError if a candidate fails, PoisonedError if that poisons the process.
+    Warm-up is not counted. Every candidate gets at least `min_repeats` repeats (by default
+    MIN_REPEATS), however long they take. Raises CandidateError if a candidate fails, PoisonedError
+    if that poisons the process.
     """
     with torch.inference_mode(), _garbage_collection_off():
         repeats = prepare(candidates, device=device, sets=sets)
         samples: dict[str, list[float]] = {name: [] for name in candidates}
         order = list(candidates)
+        least = MIN_REPEATS if min_repeats is None else min_repeats
         end = time.perf_counter() + budget_s
         for count in range(MAX_REPEATS):
-            if count >= MIN_REPEATS and time.perf_counter() > end:
+            if count >= least and time.perf_counter() > end:
                 break
             for name in order:
                 with _attributed_to(name):

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+from bench import model_peers
 from bench.bundles.bundle import BUILT, ITEMS
 from bench.bundles.flashinfer_modules import DEFAULT, MODULES
 from bench.bundles.install import install
 from bench.bundles.prepare import Target, prepare
+from bench.model_peers.peer import ModelPeer
 from bench.ops import parse_device
 from bench.peers import PEERS
 from bench.peers.peer import Peer
@@ -97,12 +99,14 @@ def run(options: argparse.Namespace) -> int:
 
 def listed(device: torch.device) -> list[dict]:
     """A row for each peer; `absent` is the reason why it cannot be used on `device`, or None."""
-    return [_row(peer, device) for peers in PEERS.values() for peer in peers.values()]
+    of_ops = [_row(peer.op, peer, device) for peers in PEERS.values() for peer in peers.values()]
+    of_models = [_row("whole model", peer, device) for peer in model_peers.PEERS.values()]
+    return of_ops + of_models
 
 
-def _row(peer: Peer, device: torch.device) -> dict:
+def _row(op: str, peer: Peer | ModelPeer, device: torch.device) -> dict:
     return {
-        "op": peer.op,
+        "op": op,
         "peer": peer.name,
         "library": peer.library.name,
         "version": peer.library.version(),

@@ -41,7 +41,14 @@ ERROR = (" max error", "max_err", error)
 SPREAD = tuple((f" {p} us", f"{p}_us", NUMBER) for p in ("median", "p20", "p80"))
 MILLISECONDS = tuple((f" {p} ms", f"{p}_us", number(2, per=1e3)) for p in ("median", "p20", "p80"))
 JOB_COLUMNS: dict[str, tuple[Column, ...]] = {
-    "pacore": (*NAMES, (" seconds", "median_us", SECONDS), *RATES, *COMPARED, ERROR),
+    "pacore": (
+        *NAMES,
+        (" seconds", "median_us", SECONDS),
+        *RATES,
+        *COMPARED,
+        ERROR,
+        ("settings", "settings", str),
+    ),
     "photo": (*NAMES, *MILLISECONDS, *COMPARED, ERROR),
     "vision": (
         *NAMES,

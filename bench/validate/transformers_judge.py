@@ -1,4 +1,4 @@
-"""transformers' Qwen3 and Step3p7VisionModel with this model's weights: an independent judge.
+"""transformers' decoders and Step3p7VisionModel with this model's weights: an independent judge.
 
 Joined by the projector they are the whole model. transformers is imported inside functions, because
 the import takes seconds; where it is not installed they raise ImportError.
@@ -27,26 +27,29 @@ RENAMED = {
 }
 
 
-def qwen3(model: Step3VL) -> Any:  # noqa: ANN401
-    """Qwen3ForCausalLM with our decoder's weights, in its dtype and on its device."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def causal_lm(model: Step3VL) -> Any:  # noqa: ANN401
+    """Qwen3ForCausalLM, or without qk-norm LlamaForCausalLM, with our decoder's weights, in its
+    dtype and on its device."""
+    import transformers
 
     decoder = model.config.decoder
-    judge = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=decoder.vocab_size,
-            hidden_size=decoder.hidden,
-            num_hidden_layers=decoder.layers,
-            num_attention_heads=decoder.heads,
-            num_key_value_heads=decoder.kv_heads,
-            head_dim=decoder.head_dim,
-            intermediate_size=decoder.mlp_width,
-            rms_norm_eps=decoder.norm_eps,
-            rope_theta=decoder.rope_theta,
-            tie_word_embeddings=decoder.tied_embeddings,
-        )
+    name = "Qwen3" if decoder.qk_norm else "Llama"
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=decoder.vocab_size,
+        hidden_size=decoder.hidden,
+        num_hidden_layers=decoder.layers,
+        num_attention_heads=decoder.heads,
+        num_key_value_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        intermediate_size=decoder.mlp_width,
+        rms_norm_eps=decoder.norm_eps,
+        rope_theta=decoder.rope_theta,
+        max_position_embeddings=decoder.max_positions,
+        tie_word_embeddings=decoder.tied_embeddings,
     )
-    judge.load_state_dict(model.decoder.checkpoint_tensors())
+    judge = getattr(transformers, f"{name}ForCausalLM")(config)
+    lm_head = {"lm_head.weight": model.decoder.lm_head}  # of a checkpoint only if it is not tied
+    judge.load_state_dict(model.decoder.checkpoint_tensors() | lm_head)
     return like(model, judge)
 
 
@@ -99,7 +102,7 @@ def like(model: Step3VL, judge: nn.Module) -> Any:  # noqa: ANN401
 @torch.inference_mode()
 def logits(model: Step3VL, ids: Tensor, views: list[Tensor]) -> Tensor:
     """Logits [T, vocab] of ids, in which `views` replace the `<im_patch>` ids."""
-    judge = qwen3(model)
+    judge = causal_lm(model)
     embeddings = judge.get_input_embeddings()(ids)
     if views:
         embeddings[ids == model.config.tokens.im_patch] = features(model, views)

@@ -118,7 +118,8 @@ class TestDecode:
         """Guards the step's parts: every form has them, of known kinds, attention and products
         included."""
         monkeypatch.setattr(timing, "MIN_REPEATS", 1)
-        arguments = ("decode", "--model", "tiny", "--batch", "2", "--prefix", "70", "--suffix", "5")
+        sizes = ("--batch", "2", "--prefix", "70", "--suffix", "5")
+        arguments = ("decode", "--model", "tiny", *sizes, "--impl", "eager", "default")
         all_rows = json.loads(output_of(capsys, *arguments, "--json"))["rows"]
         steps = [row for row in all_rows if row["op"] == "decode_step"]
         parts = [row for row in all_rows if row["op"] == "decode_part"]

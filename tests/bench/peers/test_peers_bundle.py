@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import model_peers
 from bench.bundles import bundle, command, install, prepare
 from bench.bundles.bundle import BUILT, Bundle, Item, pack
 from bench.bundles.prepare import ItemError
@@ -305,7 +306,8 @@ class TestList:
         assert (code, document) == peers(capsys, "list", "--device", "cpu")
         assert code == 0
         rows = {(row["op"], row["peer"]): row for row in document["peers"]}
-        assert rows.keys() == {(op, name) for op, named in PEERS.items() for name in named}
+        of_ops = {(op, name) for op, named in PEERS.items() for name in named}
+        assert rows.keys() == of_ops | {("whole model", name) for name in model_peers.PEERS}
         sdpa, fa3 = (rows["prefix_attention", name] for name in ("sdpa", "fa3"))
         assert sdpa["absent"] is None
         assert sdpa["version"] == f"torch {torch.__version__}"
