@@ -11,8 +11,8 @@ from functools import cache
 import torch
 
 from bench.timing import Candidate, cache_bytes, measure
+from kernels.runtime import onednn
 from kernels.runtime.dtypes import dtype_name
-from model.linear import pack, packed_product, packing_pays
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices
 COPY_CACHES = {"cpu": 4, "cuda": 16}  # size of the copied buffer in last-level caches
@@ -55,8 +55,8 @@ def _gemm(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     products: dict[str, Candidate] = {"plain": lambda _: torch.mm(a, b, out=out)}
-    if device.type == "cpu" and packing_pays(dtype):  # another library, perhaps twice as fast
-        packed = pack(b)
-        products["packed"] = lambda _: packed_product(a, packed)
+    if device.type == "cpu" and onednn.is_faster(dtype):  # another library, perhaps twice as fast
+        packed = onednn.pack(b)
+        products["packed"] = lambda _: onednn.product(a, packed)
     timings = measure(products, device=device, budget_s=0.5)
     return 2 * size**3 / min(timing.p20_us for timing in timings.values()) / 1e6

@@ -27,11 +27,11 @@ def silu_mul(gate_up: Tensor, *, interleaved: bool = False, impl: str | None = N
     and dtypes.
     """
     _check_rows("silu_mul", "gate_up", gate_up)
-    check(
-        gate_up.shape[1] % 2 == 0,
-        f"silu_mul: gate_up must be [T, 2F] with gate and up of equal width,"
-        f" not {list(gate_up.shape)}",
-    )
+    if gate_up.shape[1] % 2:
+        raise ValueError(
+            f"silu_mul: gate_up must be [T, 2F] with gate and up of equal width,"
+            f" not {list(gate_up.shape)}"
+        )
     return pick("silu_mul", impl, gate_up.device, _SILU_MUL)(gate_up, interleaved)
 
 
@@ -183,5 +183,7 @@ _QUICK_GELU = {
 
 
 def _check_rows(op: str, name: str, x: Tensor) -> None:
-    check(x.dim() == 2, f"{op}: {name} must have two axes, not shape {list(x.shape)}")
-    check(x.dtype in DTYPES, f"{op}: {name} must be fp32, bf16 or fp16, not {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{op}: {name} must have two axes, not shape {list(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: {name} must be fp32, bf16 or fp16, not {x.dtype}")

@@ -60,11 +60,13 @@ class KVPages(NamedTuple):
         check(self.v.dtype == self.k.dtype, "pages.v must have the dtype of pages.k")
         shape, fp8 = self.k.shape[:3], self.fp8
         for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
-            rule = "goes with pages of float8_e4m3fn: required there, None otherwise"
-            check((scale is not None) == fp8, f"pages.{name} {rule}")
-            fits = scale is None or (scale.dtype == torch.float32 and scale.shape == shape)
-            check(fits, f"pages.{name} must be fp32 {list(shape)}")
+            if (scale is not None) != fp8:
+                rule = "goes with pages of float8_e4m3fn: required there, None otherwise"
+                raise ValueError(f"pages.{name} {rule}")
+            if scale is not None and (scale.dtype != torch.float32 or scale.shape != shape):
+                raise ValueError(f"pages.{name} must be fp32 {list(shape)}")
         for name, x in zip(self._fields, self, strict=True):
-            if x is not None:
-                check(x.is_contiguous(), f"pages.{name} must be contiguous")
-                check(x.device == device, f"pages.{name} must be on {device}, not {x.device}")
+            if x is not None and not x.is_contiguous():
+                raise ValueError(f"pages.{name} must be contiguous")
+            if x is not None and x.device != device:
+                raise ValueError(f"pages.{name} must be on {device}, not {x.device}")

@@ -326,20 +326,21 @@ _LAYER_NORM = {
 
 
 def _check_rows(op: str, x: Tensor, vectors: dict[str, Tensor], residual: Tensor | None) -> None:
-    check(x.dim() == 2 and x.shape[1] > 0, f"{op}: x must be [T, C], not {list(x.shape)}")
-    check(x.dtype in DTYPES, f"{op}: x must be fp32, bf16 or fp16, not {x.dtype}")
-    expected = dict.fromkeys(vectors, x.shape[1:])
-    tensors = dict(vectors)
-    if residual is not None:
-        expected["residual"], tensors["residual"] = x.shape, residual
-    for name, tensor in tensors.items():
-        shape = expected[name]
-        check(
-            tensor.shape == shape,
-            f"{op}: {name} must be {list(shape)} like x {list(x.shape)}, not {list(tensor.shape)}",
-        )
-        check(
-            tensor.dtype == x.dtype and tensor.device == x.device,
-            f"{op}: {name} must be {x.dtype} on {x.device} like x,"
-            f" not {tensor.dtype} on {tensor.device}",
-        )
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"{op}: x must be [T, C], not {list(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: x must be fp32, bf16 or fp16, not {x.dtype}")
+    for name, tensor in [*vectors.items(), ("residual", residual)]:
+        if tensor is None:
+            continue
+        shape = x.shape if name == "residual" else x.shape[1:]
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{op}: {name} must be {list(shape)} like x {list(x.shape)},"
+                f" not {list(tensor.shape)}"
+            )
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"{op}: {name} must be {x.dtype} on {x.device} like x,"
+                f" not {tensor.dtype} on {tensor.device}"
+            )

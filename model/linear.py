@@ -5,19 +5,15 @@ decode step that costs more than the product. Packing moves the weight's values 
 them, so plain and packed weights convert to each other bit for bit.
 """
 
-import time
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.runtime import onednn
 from kernels.runtime.dispatch import default_impl
-from kernels.runtime.environment import variable
-
-ROWS = 16  # oneDNN chooses the layout for this many; measured to be as good from 1 row to 2,048
 
 
 class Linear(nn.Module):
@@ -39,7 +35,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, impl: str | None = None) -> Tensor:
         """[..., N] of x [..., K]."""
         if self.packs(impl):
-            return packed_product(x, self._pack())
+            return onednn.product(x, self._pack())
         self._restore()
         return F.linear(x, self.weight)
 
@@ -48,7 +44,7 @@ class Linear(nn.Module):
         weight = self.weight
         portable = (impl or default_impl(weight.device)) == "portable"
         packable = weight.device.type == "cpu" and not weight.is_inference()
-        return portable and packable and packing_pays(weight.dtype)
+        return portable and packable and onednn.is_faster(weight.dtype)
 
     def pack(self) -> None:
         """Pack the weight and free its plain storage: views of that no longer belong to it."""
@@ -63,7 +59,7 @@ class Linear(nn.Module):
         if self._packed is None or not (
             self.weight.is_mkldnn or self.weight._version == self._version
         ):
-            self._packed, self._version = pack(self.weight), self.weight._version
+            self._packed, self._version = onednn.pack(self.weight), self.weight._version
         return self._packed
 
     def _restore(self) -> None:
@@ -85,55 +81,3 @@ def _parameter(value: Callable[[], Tensor]) -> nn.Parameter:
     """A parameter whose later changes in place are counted: not an inference tensor."""
     with torch.inference_mode(False), torch.no_grad():
         return nn.Parameter(value(), requires_grad=False)
-
-
-def pack(weight: Tensor) -> Tensor:
-    """A packed copy of a plain weight [N, K]."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-
-
-def packed_product(x: Tensor, packed: Tensor) -> Tensor:
-    """x W^T: [..., N] of x [..., K]."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-
-
-@cache
-def packing_pays(dtype: torch.dtype) -> bool:
-    """Whether products with packed weights are at least 1.25 times as fast on this CPU.
-
-    Measured once, in some 30 ms, on the shape of a decode step. The margin keeps the choice, and
-    with it the bits of all results, the same in all processes; PACORE_PACKED_WEIGHTS fixes it.
-    """
-    choice = variable("PACORE_PACKED_WEIGHTS")
-    if choice == "0" or not _supported(dtype):
-        return False
-    return choice == "1" or _speedup(dtype) >= 1.25
-
-
-def _supported(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.float32:
-        return True
-    ops = torch.ops.mkldnn
-    supports = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    return supports is not None and bool(getattr(ops, f"_is_mkldnn_{supports}_supported")())
-
-
-def _speedup(dtype: torch.dtype) -> float:
-    """Of packed over plain weights, both read from memory or the last-level cache."""
-    with torch.inference_mode():
-        x = torch.full((ROWS, 512), 0.5, dtype=dtype)
-        weights = [torch.full((2048, 512), 0.5, dtype=dtype) for _ in range(4)]
-        packed = [pack(weight) for weight in weights]
-        best = {"plain": float("inf"), "packed": float("inf")}
-        for _ in range(7):
-            for name, calls in (
-                ("plain", [lambda w=w: F.linear(x, w) for w in weights]),
-                ("packed", [lambda w=w: packed_product(x, w) for w in packed]),
-            ):
-                start = time.perf_counter()
-                for call in calls:
-                    call()
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best["plain"] / best["packed"]

@@ -125,7 +125,8 @@ def check_attention(
         pages.page_size == plan.page_size,
         f"the plan is for pages of {plan.page_size} tokens, not {pages.page_size}",
     )
-    check(plan.kv_len.device == q.device, f"the plan must be on {q.device} like q")
+    if plan.kv_len.device != q.device:
+        raise ValueError(f"the plan must be on {q.device} like q")
     check(window >= 0, f"window must be 0 (off) or a number of tokens, not {window}")
-    fits = pages.fp8 or pages.k.dtype == q.dtype
-    check(fits, f"pages must be {q.dtype} like q, or float8_e4m3fn")
+    if not pages.fp8 and pages.k.dtype != q.dtype:
+        raise ValueError(f"pages must be {q.dtype} like q, or float8_e4m3fn")

@@ -13,7 +13,7 @@ step advances (advance.py) only what its new tokens change is computed again.
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import chain
 
 import numpy as np
@@ -23,11 +23,14 @@ from torch import Tensor
 from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_plan import PrefixPlan
+from kernels.runtime import onednn
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.staging import on_device
 
 PIECE_TOKENS = 2048
 KEPT_BYTES = 64 << 20  # of a thread's buffer for K and V
+PRODUCT_WORK = 1 << 22  # multiply-adds of one head's scores from which products by head pay
+PRODUCT_QUERIES = 512  # at a time
 UNSEEN = torch.finfo(torch.float32).min  # log-sum-exp of no token: finite, so differences exist
 
 Partial = tuple[Tensor, Tensor]  # of n rows: out [n, Hkv, G, D], log-sum-exp fp32 [n, Hkv, G]
@@ -123,9 +126,14 @@ class _Shared:
         """q [n, Hkv, G, D]; k, v [Hkv, tokens, D]."""
         n, kv_heads, group, dim = q.shape
         k, v = (x.view(kv_heads, -1, dim)[:, self.tokens].to(q.dtype) for x in (k, v))
-        if self.bias is None and not self.causal:  # all queries of a KV head see the same tokens
-            q = q.transpose(0, 1).reshape(1, kv_heads, n * group, dim)
-            out, lse = _flash(q, k[None], v[None], scale=scale)
+        by_head = self.bias is None and _products_pay(n * group, k)
+        if by_head or (self.bias is None and not self.causal):
+            # All queries of a KV head as one matrix.
+            q = q.transpose(0, 1).reshape(kv_heads, n * group, dim)
+            if by_head:
+                out, lse = _by_products(q * scale, k, v, group if self.causal else 0)
+            else:
+                out, lse = _flash(q[None], k[None], v[None], scale=scale)
             out, lse = out.view(kv_heads, n, group, dim), lse.view(kv_heads, n, group)
             return out.transpose(0, 1), lse.transpose(0, 1)
         q = q.permute(1, 2, 0, 3)
@@ -139,6 +147,49 @@ class _Shared:
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _products_pay(queries: int, k: Tensor) -> bool:
+    """Whether oneDNN's products of a head's queries with its K and V take less time than the flash
+    kernel, which calls BLAS."""
+    enough = queries * k[0].numel() >= PRODUCT_WORK
+    usable = k.dtype == torch.float32 and k.device.type == "cpu"
+    return enough and usable and onednn.is_faster(k.dtype)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, group: int) -> Partial:
+    """Scaled queries [Hkv, m, D] over k, v [Hkv, tokens, D]: out [Hkv, m, D], lse [Hkv, m].
+
+    group: 0 if all queries see all tokens; else the first `group` see the first token, the next
+        `group` one more, and so on
+    """
+    most = PRODUCT_QUERIES // max(1, group) * max(1, group)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+    for head in range(len(q)):
+        for at in range(0, q.shape[1], most):  # few at a time: their scores stay in the cache
+            some = slice(at, at + most)
+            seen = (at + len(q[head, some])) // group if group else k.shape[1]
+            scores = onednn.product(q[head, some], k[head, :seen])
+            if group:
+                edge = scores[:, at // group :]
+                later = _later(most // group, group)[: len(edge), : edge.shape[1]]
+                edge.masked_fill_(later, -torch.inf)
+            weights, lse[head, some] = _softmax(scores)
+            out[head, some] = onednn.product(weights, v[head, :seen].T)
+    return out, lse
+
+
+@lru_cache(maxsize=4)
+def _later(rows: int, group: int) -> Tensor:
+    """Which of `rows` tokens come after each of as many rows of `group` queries: bool."""
+    return torch.ones(rows, rows, dtype=torch.bool).triu(1).repeat_interleave(group, dim=0)
+
+
+def _softmax(scores: Tensor) -> Partial:
+    """The softmax over the last axis, and the log-sum-exp."""
+    top = scores.amax(-1)
+    weights = torch.softmax(scores, -1)
+    return weights, top.sub_(weights.amax(-1).log_())  # the largest weight is 1 / sum
 
 
 class _Single:
@@ -166,26 +217,30 @@ class _Single:
         self._hide()
 
     def _hide(self) -> None:
-        hidden = self._token >= self._lengths[:, None]  # [n, tokens]
-        of_heads = hidden[:, None].expand(-1, self._kv_heads, -1)
-        self._hidden, self._hidden_v = hidden[:, None, None], of_heads.flatten().nonzero()[:, 0]
+        self._longest = int(self._lengths.max())
+        hidden = self._token >= self._lengths[:, None]  # [n, tokens], whole pages
+        hidden[:, self._longest :] = False
+        self._hidden: Tensor | None = None
+        if bool(hidden.any()):
+            self._hidden = hidden[:, None, None, : self._longest]
+            of_heads = hidden[:, None].expand(-1, self._kv_heads, -1)
+            self._hidden_v = of_heads.flatten().nonzero()[:, 0]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
         """q [n, Hkv, G, D]; k, v [n * Hkv, tokens, D]."""
         n, kv_heads, group, dim = q.shape
         k, v = (x.view(n * kv_heads, -1, dim).float() for x in (k, v))
-        # Memory past a node's last token may hold anything, even NaN: keep it out of both products.
-        v.view(-1, dim).index_fill_(0, self._hidden_v, 0.0)
+        if self._hidden is not None:
+            # Memory past a node's last token may hold anything, even NaN, and 0 * NaN is NaN.
+            v.view(-1, dim).index_fill_(0, self._hidden_v, 0.0)
+        k, v = k[:, : self._longest], v[:, : self._longest]
         queries = q.reshape(n * kv_heads, group, dim).float()
         unused = queries.new_empty(())
         scores = torch.baddbmm(unused, queries, k.transpose(1, 2), beta=0, alpha=scale)
-        scores.view(n, kv_heads, group, -1).masked_fill_(self._hidden, -torch.inf)
-        top = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        out = torch.bmm(weights, v).div_(total)
-        lse = top.add_(total.log_())
-        return out.view(n, kv_heads, group, dim), lse.view(n, kv_heads, group)
+        if self._hidden is not None:
+            scores.view(n, kv_heads, group, -1).masked_fill_(self._hidden, -torch.inf)
+        weights, lse = _softmax(scores)
+        return torch.bmm(weights, v).view(n, kv_heads, group, dim), lse.view(n, kv_heads, group)
 
 
 _Part = _Shared | _Single

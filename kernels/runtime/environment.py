@@ -9,7 +9,7 @@ VARIABLES = {
     "PACORE_SPANS": ("off", "nvtx", "torch"),
     "PACORE_CHECK_SCHEDULE": ("0", "1"),
     "PACORE_WARM_UP": ("1", "0"),
-    "PACORE_PACKED_WEIGHTS": ("auto", "0", "1"),
+    "PACORE_ONEDNN": ("auto", "0", "1"),
 }
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from model.linear import Linear, packing_pays
+from kernels.runtime import onednn
+from model.linear import Linear
 from model.step3vl import Step3VL
 from tests.support.errors import max_error
 
 pytestmark = pytest.mark.skipif(
-    not packing_pays(torch.float32), reason="this CPU, or this PyTorch, does not pack weights"
+    not onednn.is_faster(torch.float32), reason="this CPU, or this PyTorch, does not pack weights"
 )
 
 
@@ -35,7 +36,7 @@ def check(linear: Linear, weight: torch.Tensor) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (70, 33), (128, 64), (17, 1025)])
 def test_packing_keeps_the_bits(shape: tuple[int, int], dtype: torch.dtype):
     """Guards checkpoints saved from packed weights, padding of the packed layout included."""
-    if not packing_pays(dtype):
+    if not onednn.is_faster(dtype):
         pytest.skip(f"{dtype} is not packed here")
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     linear = Linear(nn.Parameter(weight.clone(), requires_grad=False))
@@ -114,18 +115,18 @@ def test_weights_changed_through_the_checkpoint(model: Step3VL):
 
 @pytest.fixture
 def choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    packing_pays.cache_clear()
+    onednn.is_faster.cache_clear()
     yield monkeypatch
-    packing_pays.cache_clear()
+    onednn.is_faster.cache_clear()
 
 
 def test_packing_can_be_switched_off(choice: pytest.MonkeyPatch):
     """Guards the variable, and packing where it is slower."""
-    choice.setenv("PACORE_PACKED_WEIGHTS", "0")
+    choice.setenv("PACORE_ONEDNN", "0")
     assert not Step3VL.from_preset("tiny").decoder.layers[0].qkv.weight.is_mkldnn
-    packing_pays.cache_clear()
-    choice.setenv("PACORE_PACKED_WEIGHTS", "auto")
+    onednn.is_faster.cache_clear()
+    choice.setenv("PACORE_ONEDNN", "auto")
     for speedup in (1.2, 1.3):
-        choice.setattr("model.linear._speedup", lambda dtype, speedup=speedup: speedup)
-        assert packing_pays(torch.float32) == (speedup == 1.3)
-        packing_pays.cache_clear()
+        choice.setattr("kernels.runtime.onednn._speedup", lambda dtype, speedup=speedup: speedup)
+        assert onednn.is_faster(torch.float32) == (speedup == 1.3)
+        onednn.is_faster.cache_clear()
