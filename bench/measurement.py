@@ -58,6 +58,8 @@ class Several:
 
 def measure(parts: Sequence[Measurement], options: argparse.Namespace) -> int:
     """Run the measurements; returns 1 if a form's numbers are wrong or it could not run, else 0."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = parse_device(options.device)
     keep_freed_memory()
     if options.out:

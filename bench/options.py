@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench.cases import OPS
 from bench.ops import FORMS
-from model.terminal import real
+from model.terminal import add_threads, real
 
 SECONDS = real(0, 86_400, exclusive=True)  # type of options: up to a day
 
@@ -50,8 +50,9 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options for the device and the output format."""
+    """Options for the device, its threads and the output format."""
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    add_threads(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document of all rows, no tables"
     )

@@ -67,6 +67,30 @@ def _number(
     return value
 
 
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add `--threads`, for `torch.set_num_threads`: None leaves PyTorch's number."""
+    parser.add_argument(
+        "--threads",
+        type=_threads,
+        metavar="N",
+        help="threads that compute on a CPU (default: PyTorch's, one per core); next to a busy"
+        " process, one fewer is faster",
+    )
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _threads(text: str) -> int:
+    cpus = usable_cpus()
+    valid = f"an integer from 1 to {cpus}, the number of CPUs that this process may use"
+    return _number(int, 1, cpus, valid, text)
+
+
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar with the time left, on stderr if that is a terminal; yields its advance(n)."""

@@ -59,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Validate the selected cases; return 1 if an error exceeds its limit, else 0."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = parse_device(options.device)
     if options.out:
         check_folder(options.out)

@@ -4,8 +4,10 @@ The noise is counter-based (Philox4x32-10), without generator state, so a row's 
 on its logits, seed and position, not on the rest of the batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -22,11 +24,10 @@ from kernels.sampling.kernel import (
     sample_pick_kernel,
     sample_scan_kernel,
 )
+from kernels.sampling.portable import sample_portable
+from kernels.sampling.reference import sample_ref
 
-WORD = 0xFFFFFFFF  # the low 32 bits
 LOGPROBS = ("raw", "processed")
-ROW_ALIGNMENT = 16  # rows are padded to multiples of this many fp32, 64 bytes, to be aligned alike
-COUNTER_BLOCK = 1 << 17  # counters computed at a time on a CPU: six int64 buffers of 1 MiB
 
 
 @dataclass(frozen=True)
@@ -119,98 +120,6 @@ def sample(
     form = pick("sample", impl, logits.device, _SAMPLE)
     form(logits, seeds, positions, temperature, top_k, top_p, logprobs, out)
     return out.tokens, out.logprobs
-
-
-def sample_ref(
-    logits: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    logprobs: str = "raw",
-) -> tuple[Tensor, Tensor]:
-    """The definition of `sample`: int64 tokens and fp32 log-probabilities.
-
-    Exponentials, logarithms and sums are computed row by row, over rows with the same alignment,
-    because torch may round them differently for other shapes and alignments.
-    """
-    batch, vocab = logits.shape
-    width = cdiv(vocab, ROW_ALIGNMENT) * ROW_ALIGNMENT
-    scores = logits.new_full((batch, width), -torch.inf, dtype=torch.float32)
-    scores[:, :vocab] = logits
-    z = scores - scores.amax(1, keepdim=True)
-    if temperature > 0:
-        z.mul_(1 / temperature)
-        for row in z:
-            _truncate(row, top_k, top_p)
-        tokens = _noise(seeds, positions, width // 4).add_(z).argmax(1, keepdim=True)
-    else:
-        tokens = z.argmax(1, keepdim=True)
-        z = torch.full_like(z, -torch.inf).scatter_(1, tokens, z.gather(1, tokens))
-    drawn = (scores if logprobs == "raw" else z).log_softmax(1).gather(1, tokens)
-    tokens = torch.where(drawn.isnan(), -1, tokens)
-    return tokens[:, 0], drawn[:, 0]
-
-
-def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The four output words of Philox4x32-10, in [0, 2^32).
-
-    counter, key: four and two int64 tensors of words in [0, 2^32), with shapes that broadcast.
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
-    """
-    c0, c1, c2, c3 = (word.clone() for word in torch.broadcast_tensors(*counter))
-    k0, k1 = key
-    product0, product2 = torch.empty_like(c0), torch.empty_like(c2)
-    for _ in range(10):
-        # int64 products wrap around, but their low and high halves equal those of unsigned ones.
-        # c1 and c3 keep upper halves, which are masked off when they are combined with c0 and c2.
-        torch.mul(c0, 0xD2511F53, out=product0)
-        torch.mul(c2, 0xCD9E8D57, out=product2)
-        torch.bitwise_right_shift(product2, 32, out=c0)
-        torch.bitwise_right_shift(product0, 32, out=c2)
-        c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
-        c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
-        c1, product2 = product2, c1
-        c3, product0 = product0, c3
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    return c0, c1.bitwise_and_(WORD), c2, c3.bitwise_and_(WORD)
-
-
-def _noise(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
-    """-log(-log1p(-u)) of tokens 0 .. 4 * count - 1, fp32 [B, 4 * count]."""
-    noise = torch.empty(len(seeds), count, 4, device=seeds.device)
-    index = torch.arange(count, device=seeds.device)
-    zero = torch.zeros_like(index[:1])
-    rows = max(1, len(seeds) if seeds.is_cuda else COUNTER_BLOCK // count)
-    for block, seed, position in zip(
-        noise.split(rows), seeds[:, None].split(rows), positions[:, None].split(rows), strict=True
-    ):
-        counter = (index, position & WORD, (position >> 32) & WORD, zero)
-        words = philox4x32(counter, (seed & WORD, (seed >> 32) & WORD))
-        for column, word in enumerate(words):
-            block[:, :, column] = word
-    noise = noise.flatten(1)
-    for row in noise:
-        row.add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)  # -u
-        row.log1p_().neg_().log_().neg_()
-    return noise
-
-
-def _truncate(z: Tensor, top_k: int, top_p: float) -> None:
-    """Set to -inf the elements of z [V] (all <= 0) that top_k and then top_p remove."""
-    if 0 < top_k < len(z):
-        z.masked_fill_(z < z.topk(top_k).values[-1], -torch.inf)
-    if top_p < 1:
-        wide = z.double()
-        total = wide.exp().sum()
-        # Tokens less probable than (1 - top_p) / V add up to less than 1 - top_p, so none of them
-        # is the one that reaches top_p. Only the others, in practice few, have to be sorted.
-        unlikely = wide < (total * ((1 - top_p) / len(z))).log()
-        ordered = wide[~unlikely].sort(descending=True).values
-        below = ordered.exp().cumsum(0) < top_p * total
-        last = below.sum().clamp_(max=len(ordered) - 1)
-        z.masked_fill_(wide < ordered.take(last), -torch.inf)
 
 
 def sample_triton(
@@ -318,20 +227,21 @@ SCAN = Tunable("sample_scan", lambda gpu: {"block": 4096, "num_warps": 8}, _scan
 CUT = Tunable("sample_cut", lambda gpu: {"tile": 64, "num_warps": 16}, _cut_candidates)
 
 
-def _sample_eager(
-    logits: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    logprobs: str,
-    out: SampleOutput,
-) -> None:
-    out.write(*sample_ref(logits, seeds, positions, temperature, top_k, top_p, logprobs))
+def _writing(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., None]:
+    """A form that returns tokens and log-probabilities, as one that writes them to `out`."""
+
+    def write(*arguments: Any) -> None:
+        *inputs, out = arguments
+        out.write(*form(*inputs))
+
+    return write
 
 
-_SAMPLE = {"eager": _sample_eager, "triton": sample_triton}
+_SAMPLE = {
+    "eager": _writing(sample_ref),
+    "portable": _writing(sample_portable),
+    "triton": sample_triton,
+}
 
 
 def _check_triton(logits: Tensor) -> None:

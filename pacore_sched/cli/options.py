@@ -15,7 +15,7 @@ from model.errors import InputError
 from model.impls import DTYPES
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
-from model.terminal import integer, real
+from model.terminal import add_threads, integer, real
 from model.text.files import read_text
 from model.vision.image import Views, preprocess
 from pacore_sched.answers.pacore import engine_for
@@ -49,6 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    add_threads(parser)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +123,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(options: argparse.Namespace) -> Step3VL:
-    """The model described by --model, --device, --dtype, --impl and --chat-template."""
+    """The model described by --model, --device, --dtype, --impl and --chat-template; it computes
+    with --threads."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         is_usable = torch.empty(0, device=device).device.type in ("cpu", "cuda")

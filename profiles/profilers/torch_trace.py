@@ -20,6 +20,7 @@ from kernels.runtime.spans import span, use
 from model.errors import InputError
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
+from model.terminal import add_threads
 from model.text.files import check_regular, check_target
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.sched.request import Sampling
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help="the model that decodes (default: tiny; on a GPU the 10B)")
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs, as in production")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    add_threads(parser)
     parser.add_argument(
         "--summarise", type=Path, metavar="FILE.json", help="only summarise this trace"
     )
@@ -66,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
         path = options.out
         if path is None:
             raise InputError("no file for the trace: pass --out FILE.json")
+        if options.threads:
+            torch.set_num_threads(options.threads)
         _record(options, parse_device(options.device))
     try:
         summary = trace_summary.summarise(_read(path), path.name)

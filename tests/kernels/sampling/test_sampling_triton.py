@@ -18,6 +18,7 @@ from kernels.runtime.configs import use_config
 from kernels.sampling import LOGPROBS, SampleOutput, sample
 from kernels.sampling import op as sampling
 from kernels.sampling.noise import gumbel, rough_gumbel
+from kernels.sampling.reference import _truncate
 
 ULP = 2.0**-24
 NOISE_ERROR = 5 * ULP  # of gumbel, relative to max(1, |noise|); 2.3 measured
@@ -166,7 +167,7 @@ def test_the_kept_set(settings, triton_device, cuts):
     both(triton_device, logits, **settings)
     got, z = kept(logits, cuts[0], settings["temperature"])
     for name, row, finite, mask in zip(ROWS, z, z > -torch.inf, got, strict=True):
-        sampling._truncate(row, settings["top_k"], settings["top_p"])
+        _truncate(row, settings["top_k"], settings["top_p"])
         assert torch.equal((row > -torch.inf), mask & finite), name
 
 
