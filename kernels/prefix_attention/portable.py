@@ -163,7 +163,7 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, group: int) -> Partial:
     group: 0 if all queries see all tokens; else the first `group` see the first token, the next
         `group` one more, and so on
     """
-    most = PRODUCT_QUERIES // max(1, group) * max(1, group)
+    most = max(1, PRODUCT_QUERIES // max(1, group)) * max(1, group)  # whole rows
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
     for head in range(len(q)):
         for at in range(0, q.shape[1], most):  # few at a time: their scores stay in the cache

@@ -9,7 +9,7 @@ from bench.inputs import quantised
 from kernels.errors import ImplError
 from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
-from kernels.prefix_attention import prefix_attention
+from kernels.prefix_attention import portable, prefix_attention
 from kernels.prefix_plan import PrefixPlan
 from tests.support.errors import max_error
 from tests.support.prefix_trees import Node, brute_force, lay_out, pools, trees
@@ -23,10 +23,11 @@ FORMS = ("eager", "portable")
     roots=st.lists(trees(4, PAGE), min_size=1, max_size=2),
     heads=st.sampled_from([(1, 1), (8, 2)]),
     window=st.sampled_from([0, 1, 7]),
+    by_products=st.booleans(),
 )
-def test_random_trees(roots: list[Node], heads: tuple[int, int], window: int):
+def test_random_trees(roots: list[Node], heads: tuple[int, int], window: int, by_products: bool):
     """Guards trees of depth 1 to 4, empty and one-token nodes, parents written in the same step as
-    children, and windows.
+    children, windows, and the two ways in which the portable form computes nodes of several rows.
 
     Unused pages and the ends of last pages hold NaN, so that a read beyond a node's length shows.
     """
@@ -36,10 +37,13 @@ def test_random_trees(roots: list[Node], heads: tuple[int, int], window: int):
     plan = PrefixPlan.build(nodes, num_rows=rows, num_pages=num_pages, page_size=PAGE)
     expected, expected_lse = brute_force(q, pages, nodes, 0.3, window)
     options = {"scale": 0.3, "window": window, "return_lse": True}
-    for impl in FORMS:
-        out, lse = prefix_attention(q, pages, plan, impl=impl, **options)
-        assert max_error(out, expected) < 2e-6, impl
-        assert max_error(lse, expected_lse) < 2e-6, impl
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(portable, "PRODUCT_WORK", 0 if by_products else 1 << 62)
+        monkeypatch.setattr(portable, "PRODUCT_QUERIES", 9)  # two rows of 4 queries
+        for impl in FORMS:
+            out, lse = prefix_attention(q, pages, plan, impl=impl, **options)
+            assert max_error(out, expected) < 2e-6, impl
+            assert max_error(lse, expected_lse) < 2e-6, impl
 
 
 @pytest.mark.parametrize("impl", FORMS)
