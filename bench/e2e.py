@@ -245,7 +245,9 @@ def _decoder_weights(model: Step3VL) -> int:
 def _decode_bytes(pacore: Pacore) -> int:
     """Minimum bytes: all weights once per step, and the KV that the decode steps read."""
     model, stats = pacore.model, pacore.engine.stats
-    weights = (_decoder_weights(model) + model.decoder.lm_head.weight.numel()) * model.dtype.itemsize
+    weights = (
+        _decoder_weights(model) + model.decoder.lm_head.weight.numel()
+    ) * model.dtype.itemsize
     kv = model.config.decoder.kv_bytes_per_token(model.dtype.itemsize)
     return weights * stats.steps + kv * stats.kv_read
 

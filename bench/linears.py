@@ -69,5 +69,5 @@ def shape_of(config: DecoderConfig, name: str, dtype: torch.dtype) -> tuple[int,
     """The shape [F, C] of a decoder's weight."""
     one_layer = replace(config, layers=1)
     decoder = Decoder(one_layer, impl=impl_per_op(None), device="meta", dtype=dtype)
-    weight = decoder.lm_head if name == "lm_head" else getattr(decoder.layers[0], name)
-    return tuple(weight.shape)
+    linear = decoder.lm_head if name == "lm_head" else getattr(decoder.layers[0], name)
+    return tuple(linear.weight.shape)

@@ -72,6 +72,11 @@ class Linear(nn.Module):
         self.unpack()
         return super()._apply(*args, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: a packed tensor has no storage that could be copied."""
+        self.unpack()
+        return self.__dict__.copy()
+
 
 def _unpack(module: Linear, *_: object) -> None:
     module.unpack()

@@ -350,6 +350,8 @@ class Step3VL(nn.Module):
         values = sum(parameter.numel() for parameter in self.parameters())
         if self.config.vision:  # the folded projector of VisionTower.prepare
             values += self.config.decoder.hidden * (9 * 2 * self.config.vision.width + 1)
+        if self.config.decoder.tied_embeddings and torch.device(device).type == "cpu":
+            values += self.decoder.embed_tokens.numel()  # the LM head, packed
         check_weights_fit(self.config.name, values, self.dtype, torch.device(device))
 
     def _prepared(self) -> "Step3VL":

@@ -48,8 +48,8 @@ def causal_lm(model: Step3VL) -> Any:  # noqa: ANN401
         tie_word_embeddings=decoder.tied_embeddings,
     )
     judge = getattr(transformers, f"{name}ForCausalLM")(config)
-    lm_head = {"lm_head.weight": model.decoder.lm_head.weight}  # of a checkpoint only if it is not tied
-    judge.load_state_dict(model.decoder.checkpoint_tensors() | lm_head)
+    tensors = model.decoder.checkpoint_tensors()  # without the LM head if it is tied
+    judge.load_state_dict(tensors | {"lm_head.weight": model.decoder.lm_head.weight})
     return like(model, judge)
 
 

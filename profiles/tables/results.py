@@ -15,7 +15,7 @@ from profiles.tables.markdown import Row, folder, latest_row, markdown, millisec
 
 PROFILES = Path(__file__).parents[1]
 RESULTS = PROFILES / "results"
-OPS_CPU = RESULTS / "amd-epyc-avx2-2-threads"  # of ops, and of models end to end
+OPS_CPU = RESULTS / "amd-epyc-avx512-2-threads"  # of ops, and of models end to end
 FOLD_CPU = ENGINE_CPU = RESULTS / "amd-epyc-avx2-2-threads"
 SIMULATED = PROFILES / "simulated" / "h200.jsonl"
 STATIC = PROFILES / "static" / "baseline.jsonl"
@@ -127,6 +127,66 @@ def end_to_end() -> str:
             gain = eager["median_us"] / ours["median_us"]
         lines.append([line.label, *cells, f"{gain:.1f}x"])
     return markdown(("whole run", " eager", " ours", " speed-up"), lines)
+
+
+class ModelRow(NamedTuple):
+    """A line of the table of other libraries: the median time of a row, or its `rate`."""
+
+    label: str
+    op: str
+    case: str
+    rate: str | None = None
+
+
+MODEL_ROWS = (
+    ModelRow(
+        "decode step, 16 rollouts, 512 + 64 tokens, ms", "decode_step", "smollm2-135m B16 P512 S64"
+    ),
+    ModelRow(
+        "decode step, 16 rollouts, 2,048 + 64 tokens, ms",
+        "decode_step",
+        "smollm2-135m B16 P2048 S64",
+    ),
+    ModelRow(
+        "prompt of 512 tokens, tokens/s", "prefill", "smollm2-135m N512", rate="tokens_per_second"
+    ),
+    ModelRow(
+        "prompt of 2,048 tokens, tokens/s",
+        "prefill",
+        "smollm2-135m N2048",
+        rate="tokens_per_second",
+    ),
+    ModelRow(
+        "whole answer: prompt of 1,481 tokens, width 16, 32 tokens, tokens/s",
+        "pacore",
+        "smollm2-135m P1481 W16 T32",
+        rate="tokens_per_second",
+    ),
+)
+MODEL_FORMS = {
+    " eager": ("eager", "float32"),
+    " ours": ("default", "float32"),
+    " ours, bf16": ("default", "bfloat16"),
+    " llama.cpp": ("llama.cpp", "float32"),
+    " transformers": ("transformers", "float32"),
+}
+
+
+def models_on_cpu() -> str:
+    """SmolLM2 by our forms and by other libraries; a cell without a row stays empty."""
+    rows = measured(OPS_CPU)
+
+    def cell(line: ModelRow, impl: str, dtype: str) -> str:
+        wanted = {"op": line.op, "case": line.case, "impl": impl, "dtype": dtype}
+        if not any(wanted.items() <= row.items() and not row.get("failure") for row in rows):
+            return ""
+        row = latest_row(rows, **wanted)
+        return f"{row[line.rate]:,.0f}" if line.rate else spread(row)
+
+    lines = [
+        [line.label, *(cell(line, *form) for form in MODEL_FORMS.values())] for line in MODEL_ROWS
+    ]
+    return markdown(("SmolLM2-135M", *MODEL_FORMS), lines)
 
 
 FOLDED = {  # column, field, how it is written
@@ -261,6 +321,7 @@ def versions(file: Path = VERSIONS) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "end to end": end_to_end,
+    "models on a CPU": models_on_cpu,
     "gpus": lambda: gpus(RESULTS),
     "kernels of the decode path": lambda: compiled(DECODE_KERNELS),
     "fold": fold,

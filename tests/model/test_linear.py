@@ -1,5 +1,7 @@
 """Linear layers with packed weights: the same products, and the weight's bits and changes kept."""
 
+import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +75,20 @@ def test_state_dict(linear: Linear):
     linear.pack()
     linear.load_state_dict({"weight": after})
     check(linear, after)
+
+
+def test_copies(linear: Linear):
+    """Guards copy.deepcopy and pickle of a packed layer, and copies that share the original's
+    weight or unpack it when they load another."""
+    weight = linear.weight.clone()
+    for copied in (copy.deepcopy, lambda packed: pickle.loads(pickle.dumps(packed))):
+        linear.pack()
+        other = copied(linear)
+        linear.pack()
+        other.load_state_dict({"weight": torch.ones(70, 33)})
+        assert linear.weight.is_mkldnn
+        check(other, torch.ones(70, 33))
+        check(linear, weight)
 
 
 def test_conversion(linear: Linear):
