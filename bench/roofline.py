@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 from bench.timing import Candidate, cache_bytes, measure
-from kernels.runtime import onednn
+from kernels import onednn
 from kernels.runtime.dtypes import dtype_name
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices

@@ -24,8 +24,7 @@ from kernels.runtime.dispatch import default_impl
 from kernels.runtime.spans import span, spanned
 from model.config import DecoderConfig
 from model.kv_cache import KVCache
-from model.linear import Linear
-from model.module_list import ModuleList
+from model.modules import Linear, ModuleList
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import onednn
 from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime import onednn
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.staging import on_device
 
@@ -125,7 +125,8 @@ class _Shared:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
         """q [n, Hkv, G, D]; k, v [Hkv, tokens, D]."""
         n, kv_heads, group, dim = q.shape
-        k, v = (x.view(kv_heads, -1, dim)[:, self.tokens].to(q.dtype) for x in (k, v))
+        k, v = (x.view(kv_heads, -1, dim)[:, self.tokens] for x in (k, v))
+        q = q.to(k.dtype)  # fp32 if the pages are FP8
         by_head = self.bias is None and _products_pay(n * group, k)
         if by_head or (self.bias is None and not self.causal):
             # All queries of a KV head as one matrix.

@@ -23,7 +23,7 @@ from kernels.runtime.spans import span, spanned
 from kernels.runtime.tensor_cache import pinned
 from kernels.vision_attention import vision_attention
 from model.config import VisionConfig
-from model.module_list import ModuleList
+from model.modules import ModuleList
 from model.vision.cache import ImageCache
 from model.vision.graph import Graphs
 

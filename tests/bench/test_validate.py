@@ -252,13 +252,13 @@ class TestModel:
             ]
             assert all(fields["max_err"] < 2e-5 for _, _, fields in rows)
 
-    @pytest.mark.parametrize("fault", ["norm", "lm_head"])
+    @pytest.mark.parametrize("fault", ["model.norm.weight", "lm_head.weight"])
     def test_a_small_fault_fails(self, fault, half):
         """Guards the limits in 16 bits: one weight tensor that is 0.25 % too large must fail."""
         case = validate_model.CASES[0]
         wrong = SimpleNamespace(model=half.model, ids=half.ids)
         wrong.exact, wrong.rounded = half.exact, half.rounded  # of the right weights
-        weight = half.model.decoder.get_parameter(fault)
+        weight = half.model.checkpoint_tensors()[fault]
         before = weight.clone()
         weight.mul_(1.0025)
         try:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from kernels.runtime import onednn
-from model.linear import Linear
+from kernels import onednn
+from model.modules import Linear
 from model.step3vl import Step3VL
 from tests.support.errors import max_error
 
@@ -143,6 +143,6 @@ def test_packing_can_be_switched_off(choice: pytest.MonkeyPatch):
     onednn.is_faster.cache_clear()
     choice.setenv("PACORE_ONEDNN", "auto")
     for speedup in (1.2, 1.3):
-        choice.setattr("kernels.runtime.onednn._speedup", lambda dtype, speedup=speedup: speedup)
+        choice.setattr("kernels.onednn._speedup", lambda dtype, speedup=speedup: speedup)
         assert onednn.is_faster(torch.float32) == (speedup == 1.3)
         onednn.is_faster.cache_clear()

@@ -1,18 +1,17 @@
-"""Linear layers whose weight a CPU can hold packed: in the blocked layout that oneDNN uses.
+"""Modules that the model consists of: linear layers, and lists of modules of one class.
 
-Without it, a product first rearranges the whole weight, in every call: with the few rows of a
-decode step that costs more than the product. Packing moves the weight's values without changing
-them, so plain and packed weights convert to each other bit for bit.
+A CPU can hold a linear layer's weight packed (kernels/onednn.py). Packing keeps every bit, so plain
+and packed weights convert to each other.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.runtime import onednn
+from kernels import onednn
 from kernels.runtime.dispatch import default_impl
 
 
@@ -86,3 +85,14 @@ def _parameter(value: Callable[[], Tensor]) -> nn.Parameter:
     """A parameter whose later changes in place are counted: not an inference tensor."""
     with torch.inference_mode(False), torch.no_grad():
         return nn.Parameter(value(), requires_grad=False)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class ModuleList(nn.ModuleList, Generic[M]):
+    """nn.ModuleList of modules of one class, for mypy: items of PyTorch's own are unchecked."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[M]: ...
