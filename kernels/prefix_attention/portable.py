@@ -128,6 +128,8 @@ class _Shared:
         k, v = (x.view(kv_heads, -1, dim)[:, self.tokens] for x in (k, v))
         q = q.to(k.dtype)  # fp32 if the pages are FP8
         by_head = self.bias is None and _products_pay(n * group, k)
+        if by_head:
+            q, k, v = q.float(), k.float(), v.float()
         if by_head or (self.bias is None and not self.causal):
             # All queries of a KV head as one matrix.
             q = q.transpose(0, 1).reshape(kv_heads, n * group, dim)
@@ -154,8 +156,7 @@ def _products_pay(queries: int, k: Tensor) -> bool:
     """Whether oneDNN's products of a head's queries with its K and V take less time than the flash
     kernel, which calls BLAS."""
     enough = queries * k[0].numel() >= PRODUCT_WORK
-    usable = k.dtype == torch.float32 and k.device.type == "cpu"
-    return enough and usable and onednn.is_faster(k.dtype)
+    return enough and k.device.type == "cpu" and onednn.is_faster(torch.float32)
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, group: int) -> Partial:
