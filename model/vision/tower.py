@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import onednn
 from kernels.linear_quick_gelu import linear_quick_gelu
 from kernels.norm import layer_norm
 from kernels.projector import fold, output_tokens, projector
@@ -231,25 +232,29 @@ class VisionTower(nn.Module):
             impl=self.impl["layer_norm"],
         )
 
+    def _linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        linear = F.linear if self.impl["linear"] == "eager" else onednn.linear
+        return spanned(f"linear vision {name}", linear)(x, weight, bias)
+
     def _attention(self, h: Tensor, block: "_Block", grids: Sequence[Grid]) -> Tensor:
         out = vision_attention(
-            spanned("linear vision qkv", F.linear)(h, block.qkv, block.qkv_bias),
+            self._linear("qkv", h, block.qkv, block.qkv_bias),
             grids,
             heads=self.config.heads,
             theta=self.config.rope_theta,
             impl=self.impl["vision_attention"],
         )
-        return spanned("linear vision out", F.linear)(out, block.out, block.out_bias)
+        return self._linear("out", out, block.out, block.out_bias)
 
     def _mlp(self, h: Tensor, block: "_Block") -> Tensor:
         h = linear_quick_gelu(h, block.fc, block.fc_bias, impl=self.impl["linear_quick_gelu"])
-        return spanned("linear vision proj", F.linear)(h, block.proj, block.proj_bias)
+        return self._linear("proj", h, block.proj, block.proj_bias)
 
     def _embedded(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Patch embedding, a matrix product since the convolution's stride is a patch, plus the
         position embedding."""
         weight = self.patch_embedding.flatten(1)
-        x = spanned("linear vision patches", F.linear)(patches, weight)
+        x = self._linear("patches", patches, weight)
         start = 0
         for grid, same in groupby(grids):
             positions, n = self._positions(grid), len(list(same))
