@@ -109,7 +109,7 @@ def _pieces_by_level(plan: PrefixPlan) -> Levels:
 
 
 class _Shared:
-    """A piece that several rows read: one call of the flash-attention kernel."""
+    """A piece that several rows read: one call of the flash kernel, or products by KV head."""
 
     def __init__(self, piece: _Piece, seen: np.ndarray | None, layout: "Layout") -> None:
         self.rows, self.causal = slice(piece.row_start, piece.row_end), piece.causal
@@ -149,7 +149,40 @@ class _Shared:
         return out, lse
 
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+) -> Partial:
+    """Attention of q [B, H, n, D] to k, v [B, H, tokens, D]: out [B, H, n, D], lse [B, H, n]."""
+    if q.device.type != "cpu":
+        return _without_flash(q, k, v, scale=scale, is_causal=is_causal, attn_mask=attn_mask)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(q, k, v, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
+
+
+def _without_flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+) -> Partial:
+    """The same on devices whose flash kernels PyTorch does not offer with a log-sum-exp."""
+    scores = q.float() @ k.float().transpose(-1, -2) * scale
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores.masked_fill_(later, UNSEEN)
+    if attn_mask is not None:
+        scores = (scores + attn_mask).clamp_min_(UNSEEN)
+    weights, lse = _softmax(scores)
+    return weights @ v.float(), lse
 
 
 def _products_pay(queries: int, k: Tensor) -> bool:
@@ -267,7 +300,8 @@ class Layout:
 
     def update(self) -> None:
         plan = self.plan
-        new_page = any(n.num_new and plan.length(n) % self.page_size == 1 for n in plan.nodes)
+        written = (plan.length(node) - 1 for node in plan.nodes if node.num_new)
+        new_page = any(token % self.page_size == 0 for token in written)
         if new_page or self.window:
             self.refill()
             return

@@ -18,16 +18,16 @@ PAGE = 4
 FORMS = ("eager", "portable")
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=90, deadline=None, derandomize=True)
 @given(
     roots=st.lists(trees(4, PAGE), min_size=1, max_size=2),
     heads=st.sampled_from([(1, 1), (8, 2)]),
     window=st.sampled_from([0, 1, 7]),
-    by_products=st.booleans(),
+    way=st.sampled_from(["flash", "products", "other device"]),
 )
-def test_random_trees(roots: list[Node], heads: tuple[int, int], window: int, by_products: bool):
+def test_random_trees(roots: list[Node], heads: tuple[int, int], window: int, way: str):
     """Guards trees of depth 1 to 4, empty and one-token nodes, parents written in the same step as
-    children, windows, and the two ways in which the portable form computes nodes of several rows.
+    children, windows, and the ways in which the portable form computes nodes of several rows.
 
     Unused pages and the ends of last pages hold NaN, so that a read beyond a node's length shows.
     """
@@ -38,7 +38,9 @@ def test_random_trees(roots: list[Node], heads: tuple[int, int], window: int, by
     expected, expected_lse = brute_force(q, pages, nodes, 0.3, window)
     options = {"scale": 0.3, "window": window, "return_lse": True}
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(portable, "PRODUCT_WORK", 0 if by_products else 1 << 62)
+        monkeypatch.setattr(portable, "PRODUCT_WORK", 0 if way == "products" else 1 << 62)
+        if way == "other device":
+            monkeypatch.setattr(portable, "_flash", portable._without_flash)
         monkeypatch.setattr(portable, "PRODUCT_QUERIES", 9)  # two rows of 4 queries
         for impl in FORMS:
             out, lse = prefix_attention(q, pages, plan, impl=impl, **options)
