@@ -19,7 +19,7 @@ from kernels.errors import ImplError
 from kernels.runtime import dispatch
 from model import memory
 from model.errors import InputError
-from model.impls import OPS
+from model.impls import CHOICES
 from model.step3vl import Step3VL
 from model.text.prompt import build_prompt
 from model.vision.image import load_image, preprocess
@@ -85,7 +85,7 @@ def test_images_in_any_form(tiny: Step3VL, photo: Path):
 def test_impl_of_single_ops(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
     """Guards `impl` as one name or a dict by op, and later changes: both parts must follow them."""
     model = Step3VL.from_preset("tiny", seed=3, impl={"prefix_attention": "eager"})
-    assert model.impl == dict.fromkeys(OPS) | {"prefix_attention": "eager"}
+    assert model.impl == dict.fromkeys(CHOICES) | {"prefix_attention": "eager"}
     ids = list(range(1, 20))
     assert torch.allclose(model(ids), tiny(ids), atol=1e-4)
     model.set_impl("triton")

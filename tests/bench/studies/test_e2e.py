@@ -137,7 +137,8 @@ def test_vision_flops(tiny: Step3VL):
     """The formula against PyTorch's own count of products, per view and in total."""
     config = tiny.config
     tower = Step3VL.from_preset("tiny", impl=None).vision
-    tower.impl["vision_attention"] = "eager"  # the counter does not know the fused one of a CPU
+    tower.impl["vision_attention"] = "eager"  # the counter does not know the fused one of a CPU,
+    tower.impl["linear"] = "eager"  # nor products by oneDNN
     grids = vision.views_of(1280, 720, config.vision)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         tower(images._views(tower, grids))

@@ -63,7 +63,7 @@ def test_ties_and_rows_that_are_no_distribution(
     kinds, vocab, dtype, temperature, top_k, top_p, logprobs, seed
 ):
     """Guards ties within and between groups and at both limits, probabilities that equal top_p,
-    -inf, NaN, infinities, temperatures that overflow, and rows beside such rows."""
+    -inf, NaN, infinities, temperatures that overflow, and rows next to such rows."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.stack(
         [

@@ -131,7 +131,7 @@ def check(model: Step3VL, prompt: Sequence[int], *rollouts: Rollout, images: tup
 def test_one_batch_repeatedly(tiny: Step3VL, ahead: bool, impl: str | None):
     """Rollouts cross a page; with a step in flight, tokens feed the next one without the host.
 
-    Also guards plans built anew in every step: only the definition of attention needs that.
+    Also guards plans rebuilt in every step: only the definition of attention needs that.
     """
     model = tiny if impl is None else Step3VL.from_preset("tiny", seed=1, impl=impl)
     engine = ManualEngine(model)
