@@ -29,7 +29,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, by oneDNN where that is faster, for so many rows that packing would gain little."""
+    """F.linear with a plain weight, by oneDNN where `is_faster` says so of packed ones: for many
+    rows, where packing would gain little."""
     faster = x.device.type == "cpu" and is_faster(x.dtype)
     return product(x, weight, bias) if faster else F.linear(x, weight, bias)
 

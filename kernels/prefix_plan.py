@@ -61,7 +61,7 @@ class PrefixPlan:
     # What attention has derived from this plan, by its parameters: a Schedule for the Triton form
     # (prefix_attention/schedule.py), a Layout for the portable one (prefix_attention/portable.py).
     schedules: dict = field(default_factory=dict, init=False, repr=False)
-    advanced: int = field(default=0, init=False)  # decode steps since `build` or `refill`
+    advanced: int = field(default=0, init=False)  # calls of `advance` since the last `refill`
 
     def __post_init__(self) -> None:
         tensors = self.packed.tensors

@@ -16,9 +16,7 @@ class RotaryTables(NamedTuple):
     cos: Tensor  # fp32 [T, 1, R], each angle's twice: for both elements of a pair
     sin: Tensor  # fp32 [T, 1, R/2]
     stored: Tensor | None  # int64 [n] the tokens with a slot; None: all
-    rows: (
-        Tensor  # int64 [n * Hkv] where they go in pages viewed as [num_pages * Hkv * page_size, D]
-    )
+    rows: Tensor  # int64 [n * Hkv] where they go, in pages viewed as rows of D elements
 
     @staticmethod
     def of(inv_freq: Tensor, positions: Tensor, slots: Tensor, pages: KVPages) -> "RotaryTables":

@@ -140,11 +140,19 @@ class Decoder(nn.Module):
             if linear.packs(self.impl["linear"]) and linear.weight is not self.embed_tokens:
                 linear.pack()
 
+    @property
+    def packed(self) -> bool:
+        """Whether any weight is held packed only."""
+        return any(linear.weight.is_mkldnn for linear in self._linears())
+
     def _linears(self) -> Iterator[Linear]:
         return (module for module in self.modules() if isinstance(module, Linear))
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Published name -> view into this module's storage; unpacks packed weights."""
+        """Published name -> view into this module's storage, until the next `pack`.
+
+        Unpacks the weights, which are then held packed as well if the model runs.
+        """
         for linear in self._linears():
             linear.unpack()
         tensors: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed_tokens}

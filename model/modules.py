@@ -18,67 +18,83 @@ from kernels.runtime.dispatch import default_impl
 class Linear(nn.Module):
     """x W^T with a weight W [N, K] that is plain, packed, or both.
 
-    `weight` is plain unless `pack` has been called. Impl "eager" computes with the plain weight,
-    and unpacks it if necessary. On a CPU the portable form computes with a packed one if that is
-    faster here; it packs the weight when it is first needed, and again after changes in place.
+    `weight` is plain until `pack`. On a CPU the portable form computes with a packed weight if that
+    is faster here; it packs the weight when it is first needed, and again after it was replaced or
+    changed in place. (Changes through `.data` or NumPy go unnoticed: call `unpack` after them.)
+    Impl "eager" computes with the plain weight. A layer that is used with both holds both.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
         self._packed: Tensor | None = None
-        self._version = 0  # of the weight when it was packed
-        self.register_state_dict_pre_hook(_unpack)
-        self.register_load_state_dict_pre_hook(_unpack)
+        self._packed_from: tuple[int, ...] = ()  # which weight: its identity, memory, version
+        self._pack_next = False  # when it is next used: it was unpacked for a moment
+        self.register_state_dict_pre_hook(_unpack_for_now)
+        self.register_load_state_dict_pre_hook(_unpack_for_now)
 
     def forward(self, x: Tensor, impl: str | None = None) -> Tensor:
         """[..., N] of x [..., K]."""
         if self.packs(impl):
+            if self._pack_next:
+                self.pack()
             return onednn.product(x, self._pack())
         self._restore()
         return F.linear(x, self.weight)
 
     def packs(self, impl: str | None) -> bool:
-        """Whether `forward` computes with a packed weight."""
+        """Whether `forward` computes with a packed weight. Never with one that was created in
+        inference mode, which does not count changes."""
         weight = self.weight
         portable = (impl or default_impl(weight.device)) == "portable"
         packable = weight.device.type == "cpu" and not weight.is_inference()
         return portable and packable and onednn.is_faster(weight.dtype)
 
     def pack(self) -> None:
-        """Pack the weight and free its plain storage: views of that no longer belong to it."""
-        self.weight = _parameter(self._pack)
+        """Hold the weight only packed: views of its plain storage no longer belong to it."""
+        self.weight, self._packed = _parameter(self._pack), None
+        self._pack_next = False
 
-    def unpack(self) -> None:
-        """Keep the weight only in its plain form."""
+    def unpack(self, *, for_now: bool = False) -> None:
+        """Hold the weight only plain; `for_now`: until it is next used, if it was packed only."""
+        self._pack_next = for_now and (self._pack_next or self.weight.is_mkldnn)
         self._restore()
         self._packed = None
 
     def _pack(self) -> Tensor:
-        if self._packed is None or not (
-            self.weight.is_mkldnn or self.weight._version == self._version
-        ):
-            self._packed, self._version = onednn.pack(self.weight), self.weight._version
-        return self._packed
+        weight, packed = self.weight, self._packed
+        if weight.is_mkldnn:
+            return weight
+        now = (id(weight), weight.data_ptr(), weight._version)
+        if packed is None or self._packed_from != now:
+            with torch.inference_mode(False), torch.no_grad():
+                self._packed = packed = onednn.pack(weight)
+            self._packed_from = now
+        return packed
 
     def _restore(self) -> None:
         if self.weight.is_mkldnn:
-            self.weight = _parameter(self.weight.to_dense)
-            self._version = self.weight._version
+            packed = self.weight
+            self.weight = weight = _parameter(packed.to_dense)
+            self._packed = packed.detach()
+            self._packed_from = (id(weight), weight.data_ptr(), weight._version)
 
     def _apply(self, *args: Any, **options: Any) -> "Linear":
         """Called for every change of device or dtype."""
-        self.unpack()
+        self.unpack(for_now=True)
         return super()._apply(*args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: a packed tensor has no storage that could be copied."""
-        self.unpack()
-        return self.__dict__.copy()
+        """For copies, which are plain: a packed tensor has no storage that could be copied."""
+        state = self.__dict__ | {"_packed": None, "_packed_from": ()}
+        if self.weight.is_mkldnn:
+            plain = {"weight": _parameter(self.weight.to_dense)}
+            state |= {"_parameters": self._parameters | plain, "_pack_next": True}
+        return state
 
 
-def _unpack(module: Linear, *_: object) -> None:
-    module.unpack()
+def _unpack_for_now(module: Linear, *_: object) -> None:
+    module.unpack(for_now=True)
 
 
 def _parameter(value: Callable[[], Tensor]) -> nn.Parameter:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kernels import onednn
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dtypes import dtype_name
 from kernels.sampling import sample
@@ -175,15 +176,18 @@ class Step3VL(nn.Module):
         from model.weights.checkpoint import save_checkpoint
 
         tokenizer = self.tokenizer if self._load_tokenizer else None
+        packed = self.decoder.packed
         try:
             save_checkpoint(Path(path), self.checkpoint_tensors(), self.config)
         finally:
-            self.decoder.pack()
+            if packed:
+                self.decoder.pack()
         if tokenizer is not None:
             tokenizer.save(path)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Published checkpoint name -> view into the parameters' storage."""
+        """Published checkpoint name -> view into the parameters' storage, until the weights are
+        packed again: by `save_pretrained`, or `decoder.pack`."""
         vision = self.vision.checkpoint_tensors() if self.vision else {}
         return vision | self.decoder.checkpoint_tensors()
 
@@ -350,7 +354,8 @@ class Step3VL(nn.Module):
         values = sum(parameter.numel() for parameter in self.parameters())
         if self.config.vision:  # the folded projector of VisionTower.prepare
             values += self.config.decoder.hidden * (9 * 2 * self.config.vision.width + 1)
-        if self.config.decoder.tied_embeddings and torch.device(device).type == "cpu":
+        portable = self.impl["linear"] in (None, "portable") and torch.device(device).type == "cpu"
+        if self.config.decoder.tied_embeddings and portable and onednn.is_faster(self.dtype):
             values += self.decoder.embed_tokens.numel()  # the LM head, packed
         check_weights_fit(self.config.name, values, self.dtype, torch.device(device))
 

@@ -1,4 +1,4 @@
-"""Advances a decode step's plan by one token on the device, without host work.
+"""Advances a decode step's plan by one token on the device; for the Triton form without host work.
 
 Every leaf grows by one token: its length and causal offset, its row's positions, and the slot for
 the next K and V, looked up in the page table. A captured CUDA graph that ends with `advance` can be

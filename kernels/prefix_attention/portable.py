@@ -1,8 +1,9 @@
 """The portable form of prefix attention: PyTorch reads each node once for all its rows.
 
-Nodes are cut into pieces of at most PIECE_TOKENS tokens, few enough for their K, V and scores to
-stay in a CPU's cache. A piece that several rows read is one call of the flash-attention kernel
-behind SDPA, which also returns the log-sum-exp. Pieces that one row reads, such as the rollouts'
+Nodes are cut into pieces of at most PIECE_TOKENS tokens, few enough for their K and V to stay in a
+CPU's cache; only tokens that attend to each other are one piece, however many. A piece that several
+rows read is one call of the flash kernel that SDPA uses, which also returns the log-sum-exp, or if
+it is large two products by oneDNN for each KV head. Pieces that one row reads, such as rollouts'
 own tokens in a decode step, are batched into padded matrix products. The pieces on a row's path are
 on different levels; its results are merged level by level.
 
@@ -109,7 +110,7 @@ def _pieces_by_level(plan: PrefixPlan) -> Levels:
 
 
 class _Shared:
-    """A piece that several rows read: one call of the flash kernel, or products by KV head."""
+    """A piece that several rows read, or one that starts within a page or that a window cuts."""
 
     def __init__(self, piece: _Piece, seen: np.ndarray | None, layout: "Layout") -> None:
         self.rows, self.causal = slice(piece.row_start, piece.row_end), piece.causal
@@ -119,7 +120,8 @@ class _Shared:
         self.bias: Tensor | None = None  # added to the scores: 0 for tokens that a row sees
         if seen is not None:
             self.causal = False
-            self.bias = on_device(np.where(seen, 0.0, -np.inf), layout.device)
+            bias = np.where(seen, np.float32(0), np.float32(-np.inf))
+            self.bias = on_device(bias, layout.device)
             self.blind = ~torch.from_numpy(seen).any(1).to(layout.device)[:, None, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
@@ -175,14 +177,17 @@ def _without_flash(
     attn_mask: Tensor | None = None,
 ) -> Partial:
     """The same on devices whose flash kernels PyTorch does not offer with a log-sum-exp."""
-    scores = q.float() @ k.float().transpose(-1, -2) * scale
-    if is_causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores.masked_fill_(later, UNSEEN)
-    if attn_mask is not None:
-        scores = (scores + attn_mask).clamp_min_(UNSEEN)
-    weights, lse = _softmax(scores)
-    return weights @ v.float(), lse
+    rows, partials = torch.arange(q.shape[2], device=q.device)[:, None], []
+    for some in rows.split(PRODUCT_QUERIES):  # not all scores at a time
+        scores = q[:, :, some[:, 0]].float() @ k.float().transpose(-1, -2) * scale
+        if is_causal:
+            scores.masked_fill_(torch.arange(k.shape[2], device=q.device) > some, UNSEEN)
+        if attn_mask is not None:
+            scores = (scores + attn_mask[some[:, 0]]).clamp_min_(UNSEEN)
+        weights, lse = _softmax(scores)
+        partials.append((weights @ v.float(), lse))
+    outs, lses = zip(*partials, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
 def _products_pay(queries: int, k: Tensor) -> bool:
@@ -300,6 +305,8 @@ class Layout:
 
     def update(self) -> None:
         plan = self.plan
+        if plan.advanced > plan.steps_left:
+            return  # a new token has no page: this plan cannot be used again
         written = (plan.length(node) - 1 for node in plan.nodes if node.num_new)
         new_page = any(token % self.page_size == 0 for token in written)
         if new_page or self.window:

@@ -63,6 +63,7 @@ class _CachedDecode:
     node: int  # of one rollout; its length grows by one in every step
     length: int
     steps_left: int  # steps for which its pages have room
+    advances: bool  # whether the model's attention follows the advanced plan
 
 
 class ModelExecutor:
@@ -212,6 +213,7 @@ class ModelExecutor:
             cached is None
             or cached.batch is not batch
             or not cached.steps_left
+            or cached.advances != advances(self.model)  # `set_impl` was called
             or tree.length(cached.node) != cached.length + 1
         ):
             cached = self._cached_decode = self._build_decode(tree, batch)
@@ -235,8 +237,9 @@ class ModelExecutor:
         graph = self.graphs.find(rows.step, keys)
         if graph:
             steps_left = graph.fill(rows.step, batch_indices, seeds)
+            rows_of_graph = graph.capacity.rows
             return _CachedDecode(
-                batch, graph.replay, order, graph.capacity.rows, node, length, steps_left
+                batch, graph.replay, order, rows_of_graph, node, length, steps_left, True
             )
         model, device = self.model, self.model.device
         packed = _packed(rows.step, device, batch_indices=batch_indices, seeds=seeds)
@@ -251,7 +254,9 @@ class ModelExecutor:
         def run() -> Tensor:
             return decode.run(model, self.cache, self._last_tokens)
 
-        return _CachedDecode(batch, run, order, len(order), node, length, steps_left)
+        return _CachedDecode(
+            batch, run, order, len(order), node, length, steps_left, decode.advances
+        )
 
     def _prepare_mixed(
         self, tree: PrefixTree, batch: Batch

@@ -54,6 +54,7 @@ def test_impls_take_turns(linear: Linear):
     linear.pack()
     check(linear, weight)
     plain, packed = linear.weight, linear._packed
+    assert plain.is_mkldnn is False and packed is not None
     check(linear, weight)
     assert linear.weight is plain and linear._packed is packed
 
@@ -65,6 +66,46 @@ def test_changes_in_place(linear: Linear):
     check(linear, linear.weight.clone())
     linear.weight[3:5].view(-1)[7] = 100
     check(linear, linear.weight.clone())
+
+
+def test_replaced_weights(linear: Linear):
+    """Guards products with an old weight after another took its place: all have low versions."""
+    check(linear, linear.weight.clone())
+    for weight in (torch.ones(70, 33), torch.eye(70, 33)):
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        check(linear, weight)
+    linear.weight.data = torch.full((70, 33), 0.5)
+    check(linear, torch.full((70, 33), 0.5))
+    linear.pack()
+    linear.weight = nn.Parameter(torch.ones(70, 33), requires_grad=False)
+    check(linear, torch.ones(70, 33))
+    given = {"weight": torch.eye(70, 33)}
+    x = torch.randn(5, 33, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.func.functional_call(linear, given, (x,)), x @ torch.eye(70, 33).T)
+    check(linear, torch.ones(70, 33))
+
+
+def test_only_one_form_is_held(linear: Linear):
+    """Guards memory: a weight that was packed is not held plain, too, after it was saved, copied,
+    converted or loaded; and is still packed if it was packed in inference mode before."""
+    weight = linear.weight.clone()
+    for disturb in (
+        linear.state_dict,
+        lambda: copy.deepcopy(linear),
+        lambda: linear.to(torch.float32),
+        lambda: linear.load_state_dict({"weight": weight}),
+    ):
+        linear.pack()
+        disturb()
+        with torch.inference_mode():
+            linear(weight[:2])
+        assert linear.weight.is_mkldnn and linear._packed is None
+    with torch.inference_mode():
+        linear.unpack()
+        linear(weight[:2])
+    linear.pack()
+    assert linear.packs(None)
+    check(linear, weight)
 
 
 def test_state_dict(linear: Linear):

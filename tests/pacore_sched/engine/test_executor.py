@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kernels.prefix_attention import portable
 from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from model.decoder import Step
 from model.errors import InputError
@@ -143,6 +144,29 @@ def test_one_batch_repeatedly(tiny: Step3VL, ahead: bool, impl: str | None):
     assert plans == steps if impl == "eager" else plans <= 2
     check(tiny, PROMPT, *rollouts)
     assert len({tuple(rollout.tokens) for rollout in rollouts}) == 3
+
+
+def test_rollouts_of_exactly_full_pages(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """Guards the last step before a rollout needs a page that it does not have yet, where a piece
+    of attention is full, too: the plan advances past it, but is not used again."""
+    monkeypatch.setattr(portable, "PIECE_TOKENS", PAGE_SIZE)
+    engine = ManualEngine(tiny)
+    rollouts = engine.group(engine.prompt(PROMPT), 7, [11])
+    engine.decode(rollouts, 2 * PAGE_SIZE + 2)
+    check(tiny, PROMPT, *rollouts)
+
+
+def test_another_impl_while_a_batch_repeats(tiny: Step3VL):
+    """Guards attention by its definition over a plan that has advanced only on the device."""
+    model = Step3VL.from_preset("tiny", seed=1)
+    engine = ManualEngine(model)
+    rollouts = engine.group(engine.prompt(PROMPT), 7, [11, 12])
+    batch = Batch(tuple(rollouts))
+    for step in range(30):
+        if step == 10:
+            model.set_impl("eager")
+        engine.collect(engine.launch(batch))
+    check(tiny, PROMPT, *rollouts)
 
 
 def test_rows_are_not_in_the_order_of_the_batch(tiny: Step3VL):
