@@ -140,8 +140,7 @@ class Decoder(nn.Module):
             if linear.packs(self.impl["linear"]) and linear.weight is not self.embed_tokens:
                 linear.pack()
 
-    @property
-    def packed(self) -> bool:
+    def is_packed(self) -> bool:
         """Whether any weight is held packed only."""
         return any(linear.weight.is_mkldnn for linear in self._linears())
 

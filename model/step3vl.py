@@ -176,7 +176,7 @@ class Step3VL(nn.Module):
         from model.weights.checkpoint import save_checkpoint
 
         tokenizer = self.tokenizer if self._load_tokenizer else None
-        packed = self.decoder.packed
+        packed = self.decoder.is_packed()
         try:
             save_checkpoint(Path(path), self.checkpoint_tensors(), self.config)
         finally:
