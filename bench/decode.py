@@ -303,8 +303,7 @@ def _quantised(cache: KVCache, model: Step3VL) -> KVCache:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A step's tokens: prompt, int [P], and suffixes, int [B, S], of which it reads the last
-    column."""
+    """A step's tokens: prompt, int [P], and suffixes, int [B, S]. It reads the last column."""
 
     prompt: Tensor
     suffixes: Tensor

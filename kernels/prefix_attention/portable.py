@@ -1,13 +1,13 @@
 """The portable form of prefix attention: PyTorch reads each node once for all its rows.
 
-Nodes are cut into pieces of at most PIECE_TOKENS tokens, few enough for their K and V to stay in a
-CPU's cache; only tokens that attend to each other are one piece, however many. A piece that several
-rows read is one call of the flash kernel that SDPA uses, which also returns the log-sum-exp, or if
-it is large two products by oneDNN for each KV head. Pieces that one row reads, such as rollouts'
-own tokens in a decode step, are batched into padded matrix products. The pieces on a row's path are
-on different levels; its results are merged level by level.
+Nodes are cut into sections of at most SECTION_TOKENS tokens, few enough for their K and V to stay in
+a CPU's cache; new tokens, which attend to each other, are one section, however many. A section that
+several rows read is one call of the flash kernel that SDPA uses, which also returns the
+log-sum-exp, or if it is large two products by oneDNN for each KV head. Sections that one row reads,
+such as rollouts' own tokens in a decode step, are batched into padded matrix products. The sections
+on a row's path are on different levels; its results are merged level by level.
 
-The pieces depend on the plan, not on the layer: the plan keeps them (`Layout`), and when a decode
+The sections depend on the plan, not on the layer: the plan keeps them (`Layout`), and when a decode
 step advances (advance.py) only what its new tokens change is computed again.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.staging import on_device
 
-PIECE_TOKENS = 2048
+SECTION_TOKENS = 2048
 KEPT_BYTES = 64 << 20  # of a thread's buffer for K and V
 PRODUCT_WORK = 1 << 22  # multiply-adds of one head's scores from which products by head pay
 PRODUCT_QUERIES = 512  # at a time
@@ -65,7 +66,7 @@ def _merge(one: Partial, other: Partial) -> Partial:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Section:
     """Tokens [start, stop) of a node, and the rows that read them.
 
     Every row sees all of these tokens, or if `causal` row i the first i + 1. With a window, rows
@@ -84,13 +85,13 @@ class _Piece:
         return [*self.node.pages[self.start // page_size : cdiv(self.stop, page_size)]]
 
 
-Levels = dict[tuple[int, int, int], list[_Piece]]  # by depth, 0 or 1 for new tokens, and order
+Levels = dict[tuple[int, int, int], list[_Section]]  # by depth, 0 or 1 for new tokens, and order
 
 
-def _pieces_by_level(plan: PrefixPlan) -> Levels:
-    """The pieces of all nodes; rows of the pieces on a level are disjoint."""
+def _sections_by_level(plan: PrefixPlan) -> Levels:
+    """The sections of all nodes; rows of the sections on a level are disjoint."""
     levels: Levels = {}
-    most = max(1, PIECE_TOKENS // plan.page_size) * plan.page_size
+    most = max(1, SECTION_TOKENS // plan.page_size) * plan.page_size
     for node, depth, first in zip(plan.nodes, plan.depths, plan.node_starts, strict=True):
         length = plan.length(node)
         old = length - node.num_new
@@ -101,22 +102,22 @@ def _pieces_by_level(plan: PrefixPlan) -> Levels:
             for number, at in enumerate(range(start, stop, most)):
                 if row < node.row_end:
                     tokens = (at, min(at + most, stop), first + at)
-                    piece = _Piece(node, *tokens, row, node.row_end)
-                    levels.setdefault((depth, new, number), []).append(piece)
+                    section = _Section(node, *tokens, row, node.row_end)
+                    levels.setdefault((depth, new, number), []).append(section)
         if old < length:
-            piece = _Piece(node, old, length, first + old, node.row_start, new_end, causal=True)
-            levels.setdefault((depth, 1, 0), []).append(piece)
+            section = _Section(node, old, length, first + old, node.row_start, new_end, causal=True)
+            levels.setdefault((depth, 1, 0), []).append(section)
     return levels
 
 
 class _Shared:
-    """A piece that several rows read, or one that starts within a page or that a window cuts."""
+    """A section that several rows read, or one that starts within a page or that a window cuts."""
 
-    def __init__(self, piece: _Piece, seen: np.ndarray | None, layout: "Layout") -> None:
-        self.rows, self.causal = slice(piece.row_start, piece.row_end), piece.causal
-        self.tiles = layout.tiles([piece.pages(layout.page_size)])
-        first = piece.start % layout.page_size
-        self.tokens = slice(first, first + piece.stop - piece.start)
+    def __init__(self, section: _Section, seen: np.ndarray | None, layout: "Layout") -> None:
+        self.rows, self.causal = slice(section.row_start, section.row_end), section.causal
+        self.tiles = layout.tiles([section.pages(layout.page_size)])
+        first = section.start % layout.page_size
+        self.tokens = slice(first, first + section.stop - section.start)
         self.bias: Tensor | None = None  # added to the scores: 0 for tokens that a row sees
         if seen is not None:
             self.causal = False
@@ -151,20 +152,14 @@ class _Shared:
         return out, lse
 
 
-def _flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    attn_mask: Tensor | None = None,
-) -> Partial:
-    """Attention of q [B, H, n, D] to k, v [B, H, tokens, D]: out [B, H, n, D], lse [B, H, n]."""
+def _flash(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Partial:
+    """Attention of q [B, H, n, D] to k, v [B, H, tokens, D]: out [B, H, n, D], lse [B, H, n].
+
+    options: those of `_without_flash`
+    """
     if q.device.type != "cpu":
-        return _without_flash(q, k, v, scale=scale, is_causal=is_causal, attn_mask=attn_mask)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(q, k, v, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
+        return _without_flash(q, k, v, **options)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **options)
 
 
 def _without_flash(
@@ -233,22 +228,22 @@ def _softmax(scores: Tensor) -> Partial:
 
 
 class _Single:
-    """Pieces that one row each reads, padded to the longest: one batched product for all."""
+    """Sections that one row each reads, padded to the longest: one batched product for all."""
 
-    def __init__(self, pieces: Sequence[_Piece], layout: "Layout") -> None:
-        rows, device = [piece.row_start for piece in pieces], layout.device
+    def __init__(self, sections: Sequence[_Section], layout: "Layout") -> None:
+        rows, device = [section.row_start for section in sections], layout.device
         self.rows: slice | Tensor = slice(rows[0], rows[0] + len(rows))
         if rows != [*range(rows[0], rows[0] + len(rows))]:
             self.rows = on_device(np.array(rows), device)
-        pages = [piece.pages(layout.page_size) for piece in pieces]
+        pages = [section.pages(layout.page_size) for section in sections]
         longest = max(map(len, pages))
         self.tiles = layout.tiles([ids + ids[:1] * (longest - len(ids)) for ids in pages])
         self._kv_heads = layout.kv_heads
         self._token = torch.arange(longest * layout.page_size, device=device)
         # Rows of a decode step's plan see the new tokens at the ends of their nodes.
-        ends = [p.node.num_new and p.stop == layout.plan.length(p.node) for p in pieces]
+        ends = [p.node.num_new and p.stop == layout.plan.length(p.node) for p in sections]
         self._growth = on_device(np.array(ends).astype(bool), device)
-        self._lengths = on_device(np.array([p.stop - p.start for p in pieces]), device)
+        self._lengths = on_device(np.array([p.stop - p.start for p in sections]), device)
         self._hide()
 
     def grow(self) -> None:
@@ -287,7 +282,7 @@ _Part = _Shared | _Single
 
 
 class Layout:
-    """A plan's pieces by level, for one number of KV heads and one window.
+    """A plan's sections by level, for one number of KV heads and one window.
 
     One of the plan's schedules: `refill` follows new nodes, `update` the new tokens of a step.
     """
@@ -300,7 +295,7 @@ class Layout:
     def refill(self) -> None:
         positions = self.plan.row_position.cpu().numpy()
         self.some_row_sees_nothing = bool((positions < 0).any())
-        levels = _pieces_by_level(self.plan)
+        levels = _sections_by_level(self.plan)
         self.levels = [[*self._parts(levels[key], positions)] for key in sorted(levels)]
 
     def update(self) -> None:
@@ -333,32 +328,32 @@ class Layout:
         tiles = np.array(pages, int)[:, None] * self.kv_heads + head
         return on_device(tiles.reshape(-1), self.device)
 
-    def _parts(self, pieces: Sequence[_Piece], positions: np.ndarray) -> Iterator[_Part]:
-        single: dict[int, list[_Piece]] = {}
-        for piece in pieces:
-            alone = piece.row_end - piece.row_start == 1 and piece.start % self.page_size == 0
-            seen = self._in_window(piece, positions) if self.window else None
+    def _parts(self, sections: Sequence[_Section], positions: np.ndarray) -> Iterator[_Part]:
+        single: dict[int, list[_Section]] = {}
+        for section in sections:
+            alone = section.row_end - section.row_start == 1 and section.start % self.page_size == 0
+            seen = self._in_window(section, positions) if self.window else None
             if seen is not None and not seen.any():
                 continue
             if alone and (seen is None or seen.all()):
                 # Padding at most doubles the work.
-                size = len(piece.pages(self.page_size)).bit_length()
-                single.setdefault(size, []).append(piece)
+                size = len(section.pages(self.page_size)).bit_length()
+                single.setdefault(size, []).append(section)
             else:
-                yield _Shared(piece, seen, self)
+                yield _Shared(section, seen, self)
         for size, similar in single.items():
-            at_once = max(1, PIECE_TOKENS // (self.page_size << (size - 1)))
+            at_once = max(1, SECTION_TOKENS // (self.page_size << (size - 1)))
             for at in range(0, len(similar), at_once):
                 yield _Single(similar[at : at + at_once], self)
 
-    def _in_window(self, piece: _Piece, positions: np.ndarray) -> np.ndarray:
+    def _in_window(self, section: _Section, positions: np.ndarray) -> np.ndarray:
         """Which tokens each row sees: bool [rows, tokens]."""
-        token = np.arange(piece.start, piece.stop)
-        rows = slice(piece.row_start, piece.row_end)
-        age = positions[rows, None] - (piece.position + token - piece.start)
+        token = np.arange(section.start, section.stop)
+        rows = slice(section.row_start, section.row_end)
+        age = positions[rows, None] - (section.position + token - section.start)
         seen = age < self.window
-        if piece.causal:
-            seen &= token - piece.start <= np.arange(piece.row_end - piece.row_start)[:, None]
+        if section.causal:
+            seen &= token - section.start <= np.arange(section.row_end - section.row_start)[:, None]
         return seen
 
     def _gather(self, pages: KVPages, tiles: Tensor) -> tuple[Tensor, Tensor]:

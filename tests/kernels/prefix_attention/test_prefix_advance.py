@@ -100,7 +100,7 @@ def test_schedules_advance_too(triton_device):
 @pytest.mark.parametrize("window", [0, 21])
 def test_layouts_advance_too(window):
     """Guards the portable form over an advanced plan, across page boundaries, with prefixes and
-    leaves in several pieces; it equals the definition over a new plan."""
+    leaves of several pages; it equals the definition over a new plan."""
     plan = leaves_with_room("cpu", 0, reserve=3)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(len(LENGTHS), 4, 16, generator=generator)

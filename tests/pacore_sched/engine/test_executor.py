@@ -147,9 +147,9 @@ def test_one_batch_repeatedly(tiny: Step3VL, ahead: bool, impl: str | None):
 
 
 def test_rollouts_of_exactly_full_pages(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
-    """Guards the last step before a rollout needs a page that it does not have yet, where a piece
+    """Guards the last step before a rollout needs a page that it does not have yet, where a section
     of attention is full, too: the plan advances past it, but is not used again."""
-    monkeypatch.setattr(portable, "PIECE_TOKENS", PAGE_SIZE)
+    monkeypatch.setattr(portable, "SECTION_TOKENS", PAGE_SIZE)
     engine = ManualEngine(tiny)
     rollouts = engine.group(engine.prompt(PROMPT), 7, [11])
     engine.decode(rollouts, 2 * PAGE_SIZE + 2)
