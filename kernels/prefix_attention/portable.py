@@ -1,7 +1,7 @@
 """The portable form of prefix attention: PyTorch reads each node once for all its rows.
 
-Nodes are cut into sections of at most SECTION_TOKENS tokens, few enough for their K and V to stay in
-a CPU's cache; new tokens, which attend to each other, are one section, however many. A section that
+Nodes are cut into sections of at most SECTION_TOKENS tokens, so few that their K and V stay in a
+CPU's cache; new tokens, which attend to each other, are one section, however many. A section that
 several rows read is one call of the flash kernel that SDPA uses, which also returns the
 log-sum-exp, or if it is large two products by oneDNN for each KV head. Sections that one row reads,
 such as rollouts' own tokens in a decode step, are batched into padded matrix products. The sections
