@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from bench import rows
-from bench.cases import cases
-from bench.ops import MAIN_DTYPE, time_case
-from bench.show import titled
+from bench.measure.devices import MAIN_DTYPE
+from bench.measure.ops import time_case
+from bench.measure.origin import origin
+from bench.rows.show import titled
+from bench.suite import cases
 from model.terminal import track
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ def _judged(minimum: MinSpeedup, ours: dict, other: dict) -> dict:
             failure = f"speed-up {ratio:.2f} is below the minimum of {minimum.minimum:g}"
     fields = asdict(minimum)
     fields["floor"] = fields.pop("minimum")
-    return fields | {"ratio": ratio, "failure": failure} | rows.origin(CPU)
+    return fields | {"ratio": ratio, "failure": failure} | origin(CPU)
 
 
 def _show(rows: Sequence[dict]) -> None:

@@ -6,11 +6,14 @@ from itertools import product
 
 import torch
 
-from bench.cases import BIG, Case, cases, numerics_cases
-from bench.decode import SIZES, DecodeCase, prepare
-from bench.numerics import copied, form
-from bench.ops import DTYPES, MAIN_DTYPE, forms_of
-from bench.pairs import CHECKED_DTYPE, checks, pairs
+from bench.inputs.presets import BIG
+from bench.measure.devices import DTYPES, MAIN_DTYPE
+from bench.measure.pairs import CHECKED_DTYPE, checks, pairs
+from bench.measure.verdicts import copied
+from bench.studies.decode import SIZES, DecodeCase, prepare
+from bench.suite import cases, numerics_cases
+from bench.suite.forms import form, forms_of
+from bench.suite.op import Case
 from kernels.compile.worker import Site
 from kernels.prefix_attention.check import check_schedule
 from kernels.sampling import sample

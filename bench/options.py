@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from bench.cases import OPS
-from bench.ops import FORMS
+from bench.suite import OPS
+from bench.suite.forms import FORMS
 from model.terminal import add_threads, real
 
 SECONDS = real(0, 86_400, exclusive=True)  # type of options: up to a day

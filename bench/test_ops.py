@@ -12,10 +12,13 @@ from functools import lru_cache, partial
 import pytest
 import torch
 
-from bench.cases import Case, cases
-from bench.numerics import reference
-from bench.ops import MAIN_DTYPE, forms_here, parse_device, prepared, verdicts_of
-from bench.timing import MAX_REPEATS, MIN_REPEATS, prepare
+from bench.measure.devices import MAIN_DTYPE, parse_device
+from bench.measure.ops import prepared, verdicts_of
+from bench.measure.timing import MAX_REPEATS, MIN_REPEATS, prepare
+from bench.measure.verdicts import reference
+from bench.suite import cases
+from bench.suite.forms import forms_here
+from bench.suite.op import Case
 
 pytest.importorskip("pytest_benchmark")
 

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import show
-from bench.cases import cases
-from bench.ops import MAIN_DTYPE, add_form, parse_device, select, time_case
+from bench.measure.devices import MAIN_DTYPE, parse_device
+from bench.measure.ops import time_case
+from bench.rows import show
+from bench.suite import cases
+from bench.suite.forms import add_form, select
 
 
 def my_rms_norm(x: Tensor, weight: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:

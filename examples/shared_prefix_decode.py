@@ -5,8 +5,8 @@ Run it with `.venv/bin/python examples/shared_prefix_decode.py`.
 
 import torch
 
-from bench.numerics import compare
-from bench.timing import measure
+from bench.errors import compare
+from bench.measure.timing import measure
 from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention

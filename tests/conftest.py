@@ -64,7 +64,7 @@ def seeds():
 @pytest.fixture(scope="session", autouse=True)
 def small_roofline() -> Generator[None]:
     """Measure the CPU's roofline with little work, since no test depends on its values."""
-    from bench import roofline
+    from bench.measure import roofline
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(roofline.GEMM_SIZE, "cpu", 64)

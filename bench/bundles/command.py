@@ -16,10 +16,10 @@ from bench.bundles.bundle import BUILT, ITEMS
 from bench.bundles.flashinfer_modules import DEFAULT, MODULES
 from bench.bundles.install import install
 from bench.bundles.prepare import Target, prepare
+from bench.measure.devices import parse_device
 from bench.model_peers.peer import ModelPeer
-from bench.ops import parse_device
-from bench.peers import PEERS
 from bench.peers.peer import Peer
+from bench.suite import PEERS
 from model.errors import InputError
 from model.terminal import table
 

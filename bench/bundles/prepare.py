@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from bench.bundles.bundle import BUILT, ITEMS, Bundle, Item, pack
-from bench.rows import ROOT
+from bench.measure.origin import ROOT
 from model.errors import InputError
 from model.terminal import track
 

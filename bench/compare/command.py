@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from bench import jsonl
-from bench.cases import OPS
 from bench.compare import turns
 from bench.compare.slowdown import Pair, judge_pairs, judge_rows
-from bench.ops import DTYPES, parse_device
+from bench.measure.devices import DTYPES, parse_device
 from bench.options import SECONDS
+from bench.rows import jsonl
+from bench.suite import OPS
 from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError
 from model.terminal import integer, progress, real, table

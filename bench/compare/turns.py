@@ -12,15 +12,15 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
-from bench import rows
 from bench.compare.slowdown import Pair
+from bench.measure.origin import ROOT
 from model.errors import InputError
 
 WORKER = Path(__file__).with_name("worker.py")
 WORKING_TREE = "."
 # Whether glibc returns freed memory to the system depends on the heap's layout, and allocating
 # pages again made a step seven times as long. So both sides keep freed memory, also commits that
-# are older than `keep_freed_memory` in bench/timing.py, which does the same.
+# are older than `keep_freed_memory` in bench/measure/timing.py, which does the same.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 Shape = tuple[str, str]  # op, case
 Key = tuple[str, str, str]  # op, case, form
@@ -110,10 +110,10 @@ def checkout(name: str) -> Iterator[Path]:
     Neither the user's checkout nor git's list of worktrees is changed.
     """
     if name == WORKING_TREE:
-        yield rows.ROOT
+        yield ROOT
         return
-    if not (rows.ROOT / ".git").exists():  # git would find the repository around a wheel
-        reason = f"{rows.ROOT} is not a git checkout"
+    if not (ROOT / ".git").exists():  # git would find the repository around a wheel
+        reason = f"{ROOT} is not a git checkout"
         raise InputError(f'{name!r} is neither a commit ({reason}), "." nor a .jsonl file')
     commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if commit.returncode:
@@ -166,4 +166,4 @@ def take_turns(
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", "-C", str(rows.ROOT), *arguments], capture_output=True)
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True)

@@ -1,9 +1,9 @@
 """Worker script of `bench compare`: prepares a case once and times it on request.
 
 Its argument is the folder of the checkout to time. The script is from the current checkout but the
-timed code may be much older, so it uses only names that have long been public there: `cases`,
-`check_case`, `form`, `measure`, `sets_for`, `device_name`. It reads requests as lines of JSON from
-stdin, writes an answer to each to stdout, and exits when stdin ends.
+timed code may be much older, so it uses only names that have long been public there: see PLACES.
+It reads requests as lines of JSON from stdin, writes an answer to each to stdout, and exits when
+stdin ends.
 """
 
 import json
@@ -11,7 +11,32 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+# The module of each name, and where it was before bench/ was divided into packages.
+PLACES = {
+    "cases": ("bench.suite", "bench.cases"),
+    "form": ("bench.suite.forms", "bench.numerics"),
+    "check_case": ("bench.measure.ops", "bench.ops"),
+    "MAIN_DTYPE": ("bench.measure.devices", "bench.ops"),
+    "device_name": ("bench.measure.origin", "bench.rows"),
+    "measure": ("bench.measure.timing", "bench.timing"),
+    "sets_for": ("bench.measure.timing", "bench.timing"),
+}
+
+
+def timed(name: str) -> Any:  # noqa: ANN401
+    """The checkout's function or value of this name."""
+    today, before = PLACES[name]
+    try:
+        module = import_module(today)
+    except ModuleNotFoundError as error:
+        if not f"{today}.".startswith(f"{error.name}."):  # something that it imports is missing
+            raise
+        module = import_module(before)
+    return getattr(module, name)
 
 
 class Worker:
@@ -20,22 +45,19 @@ class Worker:
     def __init__(self, device: str, dtype: str | None, threads: int) -> None:
         import torch
 
-        from bench.cases import cases
-        from bench.ops import MAIN_DTYPE
-
         torch.set_num_threads(threads)
         self.device = torch.device(device)
-        self.dtype = getattr(torch, dtype) if dtype else MAIN_DTYPE[device]
-        self.cases = {(case.op, case.name): case for case in cases(device)}
+        self.dtype = getattr(torch, dtype) if dtype else timed("MAIN_DTYPE")[device]
+        self.cases = {(case.op, case.name): case for case in timed("cases")(device)}
         self.calls: dict[str, list[Callable]] = {}
 
     def describe(self) -> dict:
         """The timed checkout, the device, the dtype and the cases."""
-        from bench import rows
+        import bench
 
         return {
-            "root": str(Path(rows.__file__).resolve().parents[1]),
-            "device": rows.device_name(self.device),
+            "root": str(Path(bench.__file__).resolve().parents[1]),
+            "device": timed("device_name")(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),  # older code has no dtype_name
             "cases": list(self.cases),
         }
@@ -45,28 +67,22 @@ class Worker:
 
         Returns the forms that can be timed, and why the others cannot.
         """
-        from bench.numerics import form
-        from bench.ops import check_case
-        from bench.timing import sets_for
-
         self.calls = {}
         case = self.cases[op, case_name]
-        rows = check_case(case, self.device, self.dtype, impls)
+        rows = timed("check_case")(case, self.device, self.dtype, impls)
         unfit = {row["impl"]: row["failure"] or row.get("skipped") for row in rows}
         unfit = {impl: reason for impl, reason in unfit.items() if reason}
-        sets = sets_for(case.bytes(self.dtype), self.device)
+        sets = timed("sets_for")(case.bytes(self.dtype), self.device)
         inputs = [case.inputs(seed, self.device, self.dtype) for seed in range(sets)]
         for impl in [row["impl"] for row in rows if row["impl"] not in unfit]:
-            self.calls[impl] = [form(op, impl)(input_set) for input_set in inputs]
+            self.calls[impl] = [timed("form")(op, impl)(input_set) for input_set in inputs]
         return {"forms": list(self.calls), "unfit": unfit}
 
     def time(self, forms: Sequence[str], budget_s: float) -> dict:
         """Median time of a call of each form, in microseconds."""
-        from bench.timing import measure
-
         candidates = {name: partial(_call, self.calls[name]) for name in forms}
         sets = len(self.calls[forms[0]])
-        timings = measure(candidates, device=self.device, sets=sets, budget_s=budget_s)
+        timings = timed("measure")(candidates, device=self.device, sets=sets, budget_s=budget_s)
         return {name: timing.median_us for name, timing in timings.items()}
 
 

@@ -5,13 +5,13 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from bench.errors import Error, compare
+from bench.measure.rows import measured, with_speedups
+from bench.measure.timing import Timing, measure
+from bench.measure.verdicts import NOT_RUN, Verdict
 from bench.model_peers import fields
 from bench.model_peers.peer import LoadedPeer, Work
-from bench.numerics import Error, Verdict, compare
-from bench.ops import NOT_RUN
 from bench.peers.peer import Unavailable
-from bench.rows import measured, with_speedups
-from bench.timing import Timing, measure
 from model.config import DecoderConfig
 from model.step3vl import Step3VL
 

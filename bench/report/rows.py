@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench import jsonl, rows
+from bench.rows import jsonl
 from kernels.runtime.dispatch import IMPLS
 from model.errors import InputError
 
@@ -167,7 +167,7 @@ def time_of(row: dict) -> float:
 def _commit_time(commit: str) -> float:
     if not re.fullmatch("[0-9a-f]{7,40}", commit):
         return -math.inf
-    seconds = rows.git("show", "--no-patch", "--format=%ct", commit)
+    seconds = _git(Path(__file__).parent, "show", "--no-patch", "--format=%ct", commit)
     return float(seconds) if seconds else -math.inf
 
 

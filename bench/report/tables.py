@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from bench.jsonl import is_number
 from bench.report.rows import Measurements, group_by, kind_of
-from bench.show import TIMES, error, skipped, time_line, worst
+from bench.rows.jsonl import is_number
+from bench.rows.show import TIMES, error, skipped, time_line, worst
 
 Column = tuple[str, str, Callable[[float], str]]  # heading, field, how a value is written
 

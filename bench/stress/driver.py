@@ -13,14 +13,7 @@ from random import Random
 
 from bench.stress.config import Config, RandomPolicy
 from bench.stress.hash_executor import HashExecutor, expect
-from bench.stress.hash_model import (
-    PLACEHOLDER,
-    STOP_STRINGS,
-    STOPPING,
-    TEXTS,
-    Expected,
-    expected,
-)
+from bench.stress.hash_model import PLACEHOLDER, STOP_STRINGS, STOPPING, TEXTS, Expected, expected
 from kernels.runtime.arithmetic import cdiv
 from model.errors import InputError
 from pacore_sched.engine.engine import Engine

@@ -16,11 +16,14 @@ from pathlib import Path
 
 import torch
 
-from bench import jsonl, rows, show
-from bench.cases import OPS, STORING, Case, numerics_cases
-from bench.numerics import Error, form, results, roundoff, tolerance
-from bench.ops import DTYPES, parse_device, parse_dtypes
+from bench.measure.devices import DTYPES, parse_device, parse_dtypes
+from bench.measure.origin import origin
+from bench.measure.verdicts import results
 from bench.options import filter_arguments, output_arguments
+from bench.rows import jsonl, show
+from bench.suite import OPS, numerics_cases
+from bench.suite.forms import form
+from bench.suite.op import Case
 from bench.validate import fp64, histogram
 from bench.validate import model as validate_model
 from bench.validate.comparison import compare_result, empty_fields, fields
@@ -32,17 +35,6 @@ from model.errors import InputError
 from model.terminal import track
 from pacore_sched.sim.plots import check_folder
 
-RESULT_NAMES = {
-    "prefix_attention": ("out", "lse"),
-    "qk_norm_rope": ("q",),
-    "rms_norm": ("y", "total"),
-    "layer_norm": ("y", "total"),
-    "sample": ("tokens", "logprobs"),
-}  # names of an op's results; ("out",) for ops not listed
-# TOLERANCES are measured against the eager form in fp32, so they exclude errors that all forms
-# share with it. For one op these dominate: torch's fp32 sum of 151,936 exponentials on a CPU puts
-# the log-probability off by 50 roundoffs (RMS 43). 1.5 times that is allowed.
-FP64_TOLERANCES = {("sample", torch.float32): Error(75, 65)}
 ROWS = "validate.jsonl"
 CPU = torch.device("cpu")
 WRONG_BF16 = "Triton's interpreter multiplies bfloat16 wrongly; bfloat16 needs a GPU"
@@ -118,7 +110,7 @@ def validate(
         elif names:
             verdicts += _verdicts(case, device, dtype, names, required=bool(forms))
         for name, reference, verdict in verdicts:
-            yield _row(case, name, dtype, reference) | verdict | rows.origin(device)
+            yield _row(case, name, dtype, reference) | verdict | origin(device)
 
 
 def select_cases(ops: Sequence[str], shape: str, forms: Sequence[str]) -> list[Case | ModelCase]:
@@ -183,7 +175,8 @@ def _verdicts(
             got = results(case, form(case.op, name), inputs)
             each = zip(_result_names(case.op)[: len(expected)], got, expected, strict=True)
             comparisons = [
-                compare_result(*result, _allowed(case.op, result[1].dtype)) for result in each
+                compare_result(*result, OPS[case.op].fp64_tolerance(result[1].dtype))
+                for result in each
             ]
             yield name, "fp64", fields(comparisons)
         except ImplError:
@@ -194,14 +187,8 @@ def _verdicts(
 
 
 def _result_names(op: str) -> tuple[str, ...]:
-    """The names of an op's results, in the order of `numerics.results`."""
-    return (*RESULT_NAMES.get(op, ("out",)), *(("k_pages", "v_pages") if op in STORING else ()))
-
-
-def _allowed(op: str, dtype: torch.dtype) -> Error:
-    limits = FP64_TOLERANCES.get((op, dtype))
-    unit = roundoff(dtype) if limits else 0.0
-    return Error(limits.max * unit, limits.rms * unit) if limits else tolerance(op, dtype)
+    """The names of an op's results, in the order of `verdicts.results`."""
+    return (*OPS[op].results, *(("k_pages", "v_pages") if OPS[op].stores else ()))
 
 
 def _default_forms(device: torch.device) -> tuple[str, ...]:

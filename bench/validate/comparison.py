@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.numerics import Error, errors, excess, roundoff, summary
+from bench.errors import Error, errors, excess, roundoff, summary
 
 # Edges of a histogram's bins, in roundoffs of the result's dtype, half an octave apart. Two more
 # bins hold errors below the first edge, mostly zeros, and beyond the last one, mostly wrong tokens

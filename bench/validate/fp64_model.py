@@ -11,15 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.validate.fp64 import (
-    attention,
-    convolve,
-    layer,
-    logistic,
-    rms,
-    rope_axial,
-    rope_half,
-)
+from bench.fp64 import attention, convolve, layer, logistic, rms, rope_axial, rope_half
 from model.config import Config
 from model.step3vl import Step3VL
 

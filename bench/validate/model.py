@@ -14,7 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bench.numerics import MODEL_TOLERANCE, Error, compare, exact_fp32
+from bench.errors import Error, compare
+from bench.measure.verdicts import MODEL_TOLERANCE, exact_fp32
 from bench.validate import timm_judge, transformers_judge
 from bench.validate.comparison import compare_result, empty_fields, fields
 from bench.validate.fp64_model import Fp64Model, rounding_to

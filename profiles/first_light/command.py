@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench import jsonl
+from bench.rows import jsonl
 from model.terminal import integer, progress, real
 from model.text.files import check_regular, check_target
 from profiles.first_light.summary import summary

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import jsonl
+from bench.rows import jsonl
 from model.errors import InputError
 from model.terminal import table
 from profiles.first_light.decision_table import attention_lines, copy_rate, decisions, good, latest

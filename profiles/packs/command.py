@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.launch_sites import all_sites
-from bench.tune import check_compiles
+from bench.measure.tune import check_compiles
 from kernels.runtime.configs import A100, H200
 from model.errors import InputError
 from model.terminal import integer

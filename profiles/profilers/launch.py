@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
-from bench.cases import OPS, cases
-from bench.numerics import form
-from bench.ops import FORMS, MAIN_DTYPE, parse_device, parse_dtypes, select
+from bench.measure.devices import MAIN_DTYPE, parse_device, parse_dtypes
+from bench.suite import OPS, cases
+from bench.suite.forms import FORMS, form, select
 from kernels.runtime.dtypes import dtype_name
 from model.terminal import integer
 
@@ -58,7 +58,9 @@ def prepared(options: argparse.Namespace, device: torch.device) -> tuple[str, Ca
     dtypes = parse_dtypes([options.dtype] if options.dtype else [])
     dtype = dtypes[0] if dtypes else MAIN_DTYPE[device.type]
     inputs = case.inputs(0, device, dtype)
-    call = form(case.op, options.impl)(inputs) if options.impl else partial(OPS[case.op], **inputs)
+    call = (
+        form(case.op, options.impl)(inputs) if options.impl else partial(OPS[case.op].run, **inputs)
+    )
     text = dtype_name(dtype)
     return f"{case.op}, {case.name}, {options.impl or 'best form'}, {text}", call
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench.ops import parse_device
+from bench.measure.devices import parse_device
 from model.errors import InputError
 from model.terminal import table
 from model.text.files import check_target

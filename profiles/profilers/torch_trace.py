@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.decode import DecodeCase
-from bench.ops import MAIN_DTYPE, parse_device
+from bench.measure.devices import MAIN_DTYPE, parse_device
+from bench.studies.decode import DecodeCase
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.spans import span, use
 from model.errors import InputError

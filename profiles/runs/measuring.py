@@ -15,16 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import images, rows
-from bench.cases import Case, cases, numerics_cases
-from bench.decode import DecodeCase, time_decode
-from bench.engine import time_engine
-from bench.launch_cost import time_launches
 from bench.launch_sites import timed_sites
-from bench.linears import time_linear
-from bench.ops import MAIN_DTYPE, check_case, parse_device, time_case
-from bench.pairs import check_forms, time_pairs
-from bench.timing import keep_freed_memory
+from bench.measure.devices import MAIN_DTYPE, parse_device
+from bench.measure.ops import check_case, time_case
+from bench.measure.origin import machine, nvidia_smi, origin
+from bench.measure.pairs import check_forms, time_pairs
+from bench.measure.rows import ceiling
+from bench.measure.timing import keep_freed_memory
+from bench.studies import images
+from bench.studies.decode import DecodeCase, time_decode
+from bench.studies.engine import time_engine
+from bench.studies.launch_cost import time_launches
+from bench.studies.linears import time_linear
+from bench.suite import cases, numerics_cases
+from bench.suite.op import Case
 from kernels.runtime.configs import gpu_of
 from model.config import PRESETS
 from model.cuda_graph import failed_capture
@@ -51,7 +55,7 @@ class TaskRunner:
     def device(self) -> torch.device:
         """The device. Raises InputError, in answer to the first task, if it does not exist."""
         device = parse_device(self._name)
-        rows.machine(device)  # cached now: tests may change the number of threads
+        machine(device)  # cached now: tests may change the number of threads
         return device
 
     def carry_out(self, task: Task) -> list[Row]:
@@ -71,7 +75,7 @@ class TaskRunner:
     def probe(self, task: Task) -> list[Row]:
         """Whether a kernel runs here; if so, the last row lists the tasks of `first-light`."""
         path = task.arguments.get("kernels")
-        packed = [_unpack_row(path) | rows.origin(self.device)] if path else []
+        packed = [_unpack_row(path) | origin(self.device)] if path else []
         case = next(case for case in numerics_cases() if case.op == task.op)
         checked = check_case(case, self.device, MAIN_DTYPE[self.device.type], task.forms)
         if any(row["failure"] for row in checked):
@@ -86,10 +90,10 @@ class TaskRunner:
         row: Row = {"op": task.op, "case": task.case, "impl": None, "dtype": None, "failure": None}
         row |= {"kernels": len(done.keys), "compiled": done.compiled}
         row["failure"] = next(iter(done.failures), None)
-        return [row | rows.origin(self.device)]
+        return [row | origin(self.device)]
 
     def roofline(self, task: Task) -> list[Row]:
-        return [rows.ceiling(self.device, _dtype(task))]
+        return [ceiling(self.device, _dtype(task))]
 
     def numerics(self, task: Task) -> list[Row]:
         return check_forms(self._case(task), self.device, _dtype(task), task.forms)
@@ -134,7 +138,7 @@ class TaskRunner:
         return images.encode(tower, config, options["size"], options["budget_s"], task.forms)
 
     def tests(self, task: Task) -> list[Row]:
-        return [run_test(task.case) | rows.origin(self.device)]
+        return [run_test(task.case) | origin(self.device)]
 
     @cached_property
     def _cases(self) -> dict[tuple[str, str], Case]:
@@ -166,7 +170,7 @@ def _unpack_row(path: str) -> Row:
 
 def environment(device: torch.device) -> Row:
     """The machine and its software, as this process sees them."""
-    row = rows.origin(device) | {
+    row = origin(device) | {
         "python": platform.python_version(),
         "numpy": np.__version__,
         "gcc": _first_line(["gcc", "--version"]),
@@ -181,7 +185,7 @@ def environment(device: torch.device) -> Row:
 def _gpu(device: torch.device) -> Row:
     properties = torch.cuda.get_device_properties(device)
     fields = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperature.gpu"
-    state = rows.nvidia_smi(fields)
+    state = nvidia_smi(fields)
     return {
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),

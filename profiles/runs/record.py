@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from bench import jsonl
+from bench.rows import jsonl
 from model.errors import InputError
 from model.terminal import progress, real
 from model.text.files import check_target
@@ -166,7 +166,7 @@ def record(
 def _show(result: RecordResult, out: Path) -> None:
     timed = [row for row in result.rows if row.get("p20_us")]
     if timed:
-        from bench import show  # imports torch
+        from bench.rows import show  # imports torch
 
         show.times(timed)
     failed = [row for row in result.rows if row["failure"]]

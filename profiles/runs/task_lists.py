@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
-from bench import decode, images, launch_cost, linears
-from bench.cases import Case, cases, numerics_cases
-from bench.ops import DTYPES, FORMS, MAIN_DTYPE, TIMED_DTYPES, forms_of
-from bench.pairs import CHECKED_DTYPE, checks, pairs
+from bench.measure.devices import DTYPES, MAIN_DTYPE, TIMED_DTYPES
+from bench.measure.pairs import CHECKED_DTYPE, checks, pairs
+from bench.studies import decode, images, launch_cost, linears
+from bench.suite import cases, numerics_cases
+from bench.suite.forms import FORMS, forms_of
+from bench.suite.op import Case
 from kernels.runtime.dispatch import IMPLS
 from kernels.runtime.dtypes import dtype_name
 from model.config import PRESETS

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import TextIO
 
-from bench.poison import PoisonedError, poisons
+from bench.measure.poison import PoisonedError, poisons
 from kernels.errors import one_line
 from profiles.runs.task import Row, Task
 

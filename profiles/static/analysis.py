@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from threading import Lock
 
 import torch
@@ -23,10 +22,10 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from bench import inputs, tune
-from bench.cases import SMOLLM2, Case, cases, in_modes
-from bench.inputs import Node, fork
-from bench.numerics import form
+from bench.measure import tune
+from bench.suite import compiled_cases, in_modes
+from bench.suite.forms import form
+from bench.suite.op import Case
 from kernels.compile.launches import Launch, compiler, launches_recorded
 from kernels.compile.unfilled import unfilled
 from kernels.errors import ImplError, one_line
@@ -63,53 +62,7 @@ KEY = ("kernel", "arch", "dtype", "config")
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _extra(op: str, name: str, **shape: object) -> Case:
-    build = partial(getattr(inputs, f"{op}_inputs"), **shape)
-    return Case(op, name, build, values=0, flops=0)
-
-
-# Cases that a GPU's op table lacks: other heads, no residual, a second result.
-SMOLLM2_HEADS = {"heads": 9, "kv_heads": 3, "head_dim": 64}
-WIDE_HEADS = {"heads": 64, "kv_heads": 1, "head_dim": 256}
-DECODE, PREFILL = (fork(2048, [512] * 16),), (Node(1024, new=512),)
-CASES = [
-    *cases("cuda"),
-    *(
-        _extra("prefix_attention", f"{name} D{heads['head_dim']}", forest=forest, **heads)
-        for heads in (SMOLLM2_HEADS, WIDE_HEADS)
-        for name, forest in (("decode", DECODE), ("prefill", PREFILL))
-    ),
-    _extra("prefix_attention", "decode with lse", forest=DECODE, return_lse=True),
-    replace(
-        _extra("prefix_attention", "invariant fp8", forest=DECODE, fp8=True),
-        form="triton-invariant",
-    ),
-    *(
-        _extra("rotary_attention", f"decode D{heads['head_dim']}", forest=DECODE, **heads)
-        for heads in (SMOLLM2_HEADS, WIDE_HEADS)
-    ),
-    _extra("rotary_attention", "decode fp8", forest=DECODE, fp8=True),
-    *(
-        _extra("qk_norm_rope", f"T{rows} D{heads['head_dim']}", rows=rows, **heads)
-        for heads in (SMOLLM2_HEADS, WIDE_HEADS)
-        for rows in (16, 4096)
-    ),
-    _extra("rms_norm", "T16 C4096 alone", rows=16, width=4096, residual=False),
-    _extra("rms_norm", "T16 smollm2", rows=16, width=SMOLLM2.decoder.hidden),
-    _extra("layer_norm", "T1296 C1536 alone", rows=1296, width=1536, residual=False),
-    *(
-        _extra("vision_attention", f"36x36 D{dim}", grids=[(36, 36)], heads=2, head_dim=dim)
-        for dim in (64, 72, 80, 128)
-    ),
-    _extra("sample", "B1 V151936 k20 p0.95", rows=1, vocab=151_936, top_k=20, top_p=0.95),
-    *(
-        _extra("sample", name, rows=64, vocab=151_936, logprobs="processed", **settings)
-        for name, settings in {
-            "B64 V151936 t0.6 processed": {"temperature": 0.6},
-            "B64 V151936 k20 p0.95 processed": {"top_k": 20, "top_p": 0.95},
-        }.items()
-    ),
-]
+CASES = compiled_cases()
 
 
 @dataclass(frozen=True)

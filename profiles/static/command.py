@@ -13,9 +13,9 @@ from pathlib import Path
 
 import triton
 
-from bench import jsonl, show
-from bench.cases import OPS
-from bench.tune import check_compiles
+from bench.measure.tune import check_compiles
+from bench.rows import jsonl, show
+from bench.suite import OPS
 from model.errors import InputError
 from model.terminal import integer
 from profiles.static import analysis as static

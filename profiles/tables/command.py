@@ -11,16 +11,14 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench import rows
+from bench.measure.origin import ROOT
 from model.errors import InputError
 from model.terminal import table
 from model.text.files import read_text
 from profiles.tables import decode_plot, results, switches
 
-PAGES = tuple(
-    rows.ROOT / name for name in ("README.md", "docs/results.md", "docs/kernel_switches.md")
-)
-PLOT = rows.ROOT / "docs" / "decode.svg"
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/kernel_switches.md"))
+PLOT = ROOT / "docs" / "decode.svg"
 GENERATORS: dict[str, Callable[[], str]] = results.TABLES | switches.TABLES
 MARKED = re.compile(r"^<!-- table: (.+?) -->\n(.*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)
 BEGIN, END = re.compile(r"^<!-- table: ", re.MULTILINE), re.compile(r"^<!-- end -->$", re.MULTILINE)

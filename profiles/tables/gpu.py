@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.decode import FP8
+from bench.studies.decode import FP8
 from kernels.runtime.dispatch import IMPLS
 from profiles.tables.markdown import Row, folder, markdown, spread
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench import jsonl
+from bench.rows import jsonl
 from model.errors import InputError
 
 Row = dict

@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import jsonl
+from bench.rows import jsonl
 from profiles.tables.gpu import gpus
 from profiles.tables.kernels import DECODE_KERNELS, VISION_KERNELS, Kernel, kernel_table
 from profiles.tables.markdown import Row, folder, latest_row, markdown, milliseconds, small, spread

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from bench import show, timing
-from bench.cases import cases
-from bench.ops import add_form, select, time_case
-from bench.peers import PEERS
+from bench.measure import timing
+from bench.measure.ops import time_case
+from bench.rows import show
+from bench.suite import PEERS, cases
+from bench.suite.forms import add_form, select
 from kernels.norm import rms_norm
 from model.errors import InputError
 

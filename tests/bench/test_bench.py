@@ -13,15 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from bench import __main__ as command
-from bench import cases as cases_module
-from bench import commands, decode, jsonl, ops, roofline, rows, show, timing
-from bench.cases import OPS, cases, numerics_cases
-from bench.decode import DecodeCase, forms_on, time_decode
-from bench.inputs import fork
-from bench.measurement import Measurement
-from bench.peers import PEERS, Unavailable
+from bench.cli import commands
+from bench.cli.measurement import Measurement
+from bench.inputs.trees import fork
+from bench.measure import ops, roofline, timing
+from bench.measure import origin as rows
+from bench.measure.poison import PoisonedError
+from bench.peers.peer import Unavailable
 from bench.peers.sdpa_peer import sdpa
-from bench.poison import PoisonedError
+from bench.rows import jsonl, show
+from bench.studies import decode
+from bench.studies.decode import DecodeCase, forms_on, time_decode
+from bench.suite import OPS, PEERS, cases, numerics_cases, prefix_attention
 from kernels.errors import ImplError
 from model.config import PRESETS
 from model.errors import InputError
@@ -53,12 +56,12 @@ def quick(monkeypatch):
 class TestOps:
     def test_wrong_numbers_are_not_timed(self, quick, monkeypatch, capsys):
         """Guards against a fast form that is fast because it is wrong."""
-        right = OPS["quick_gelu"]
+        op = OPS["quick_gelu"]
 
         def wrong(x, *, impl):
-            return right(x, impl=impl) * (1.01 if impl == "portable" else 1)
+            return op.run(x, impl=impl) * (1.01 if impl == "portable" else 1)
 
-        monkeypatch.setitem(OPS, "quick_gelu", wrong)
+        monkeypatch.setitem(OPS, "quick_gelu", replace(op, run=wrong))
         monkeypatch.setattr(commands, "cases", lambda kind, grid: numerics_cases())
         code = command.main(["ops", "--op", "quick_gelu", "--device", "cpu", "--json"])
         eager, portable = json.loads(capsys.readouterr().out)["rows"]
@@ -71,16 +74,16 @@ class TestOps:
 
     def test_a_broken_form_does_not_hide_the_others(self, quick, monkeypatch):
         """Guards the table against one form that raises, when checked or when timed."""
-        right = OPS["quick_gelu"]
+        op = OPS["quick_gelu"]
         calls = {"portable": 0}
 
         def breaking(x, *, impl):
             calls[impl] = calls.get(impl, 0) + 1
             if impl == "portable" and calls["portable"] > allowed:
                 raise RuntimeError("out of luck\nsecond line")
-            return right(x, impl=impl)
+            return op.run(x, impl=impl)
 
-        monkeypatch.setitem(OPS, "quick_gelu", breaking)
+        monkeypatch.setitem(OPS, "quick_gelu", replace(op, run=breaking))
         case = next(case for case in numerics_cases() if case.op == "quick_gelu")
         for allowed in (0, 1):  # noqa: B007 (read by `breaking`)
             calls.clear()
@@ -115,7 +118,7 @@ class TestOps:
         for name, prepare in (("sdpa", breaking), ("fa3", absent)):
             monkeypatch.setitem(peers, name, replace(peers[name], prepare=prepare))
         monkeypatch.setattr(ops, "sets_for", lambda *_: 1)
-        case = cases_module._prefix("small", [fork(5, [2, 3])], peers=("sdpa", "fa3"))
+        case = prefix_attention.case("small", [fork(5, [2, 3])], peers=("sdpa", "fa3"))
         rows = ops.time_case(case, CPU, torch.float32)
         by_impl = {row["impl"]: row for row in rows}
         assert by_impl["sdpa"]["failure"] == "RuntimeError: not under capture"

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,18 +13,13 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import (
-    breakdown,
-    decode,
-    jsonl,
-    ops,
-    repro,
-    rows,
-    show,
-    timing,
-)
-from bench.cases import OPS, cases, numerics_cases
-from bench.decode import DecodeCase
+from bench.measure import ops, timing
+from bench.measure import origin as rows
+from bench.rows import jsonl, repro, show
+from bench.studies import breakdown, decode
+from bench.studies.decode import DecodeCase
+from bench.suite import OPS, cases, numerics_cases
+from bench.suite.forms import forms_of, select
 from kernels.runtime.spans import span
 from model.config import PRESETS
 from model.errors import InputError
@@ -46,14 +42,14 @@ class TestFilters:
     def test_an_exact_name_selects_one_case(self):
         """Guards a command for one row against running every case whose name contains it."""
         all_cases = cases("cuda")
-        assert [c.name for c in ops.select(all_cases, shape="prefill 2048")] == ["prefill 2048"]
-        assert len(ops.select(all_cases, shape="prefill 204")) == 3
+        assert [c.name for c in select(all_cases, shape="prefill 2048")] == ["prefill 2048"]
+        assert len(select(all_cases, shape="prefill 204")) == 3
 
     def test_forms(self):
         """Guards `--impl`: cases without the form are left out, and peers can be selected."""
-        selected = ops.select(cases("cpu"), impls=["sdpa"])
+        selected = select(cases("cpu"), impls=["sdpa"])
         assert {case.op for case in selected} == {"prefix_attention"}
-        assert ops.forms_of(selected[0], ["cudnn", "sdpa", "eager"]) == ("sdpa", "eager")
+        assert forms_of(selected[0], ["cudnn", "sdpa", "eager"]) == ("sdpa", "eager")
 
     def test_dtypes(self, capsys):
         """Guards `--dtype`, by long and short names, against being ignored."""
@@ -214,12 +210,16 @@ class TestPytestFrontEnd:
         """Guards against a table of a form that is fast because it is wrong."""
         from bench import test_ops
 
-        right = OPS["quick_gelu"]
-        monkeypatch.setitem(OPS, "quick_gelu", lambda x, *, impl: right(x, impl=impl) * 1.01)
+        op = OPS["quick_gelu"]
+
+        def wrong(x, *, impl):
+            return op.run(x, impl=impl) * 1.01
+
+        monkeypatch.setitem(OPS, "quick_gelu", replace(op, run=wrong))
         case = next(case for case in cases("cpu") if case.op == "quick_gelu")
         monkeypatch.setattr(test_ops, "_expected", lambda case: expected)
         inputs = case.inputs(0, CPU, torch.float32)
-        expected = inputs, [right(**inputs, impl="eager")]
+        expected = inputs, [op.run(**inputs, impl="eager")]
         with pytest.raises(AssertionError, match="exceeds"):
             test_ops.test_op(SimpleNamespace(), case, "portable")
 

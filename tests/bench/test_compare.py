@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import rows
 from bench.compare import command as compare
 from bench.compare import turns
 from bench.compare.slowdown import judge_pairs, judge_rows
+from bench.measure import origin as rows
 from model.errors import InputError
 from model.terminal import Parser
 
@@ -159,7 +159,7 @@ def repository(tmp_path, monkeypatch):
     """A git repository with a fake bench package; returns its commit(path=text) -> commit id."""
     root, temporary = tmp_path / "repository", tmp_path / "temporary"
     temporary.mkdir()
-    monkeypatch.setattr(rows, "ROOT", root)
+    monkeypatch.setattr(turns, "ROOT", root)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
 
     def git(*arguments: str) -> str:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench import gate
-from bench.cases import cases
 from bench.gate import MIN_SPEEDUPS, MinSpeedup
+from bench.suite import cases
 from model.terminal import Parser
 from profiles.tables.results import OPS_CPU, measured
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.numerics import errors
+from bench.errors import errors
 from kernels.activation import quick_gelu, silu_mul
 from kernels.runtime.configs import use_config
 from tests.kernels.runtime.ptx_errors import DIV_ULP, sigmoid_error

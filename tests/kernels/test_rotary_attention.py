@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from bench.inputs import Node, fork, prefix_plan, rotary_attention_inputs
+from bench.inputs.plans import prefix_plan
+from bench.inputs.trees import Node, fork
+from bench.suite.rotary_attention import inputs as rotary_attention_inputs
 from kernels.errors import ImplError
 from kernels.kv_pages import KVPages
 from kernels.rotary_attention import rotary_attention

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from bench.poison import poisons
+from bench.measure.poison import poisons
 from model import cuda_graph
 from model.cuda_graph import CudaGraph
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import fp8_kv
+from bench.studies import fp8_kv
 from model.step3vl import Step3VL
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import rows
+from bench.cli import commands
 from model import terminal
 from model.errors import InputError
 from pacore_sched import __main__ as pacore_sched
@@ -40,7 +40,7 @@ def test_commands_compute_with_them(count, two_cpus, monkeypatch):
         seen.append(torch.get_num_threads())
         return {"op": "roofline", "failure": "stop"}
 
-    monkeypatch.setattr(rows, "ceiling", ceiling)
+    monkeypatch.setattr(commands, "ceiling", ceiling)
     bench.main([*ROOFLINE, "--threads", str(count)])
     assert set(seen) == {count}
     torch.set_num_threads(3 - count)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import jsonl, linears, pairs
+from bench.measure import pairs
+from bench.rows import jsonl
+from bench.studies import linears
 from model.errors import InputError
 from profiles import __main__ as command
 from profiles.first_light import decision_table

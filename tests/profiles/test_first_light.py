@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import jsonl
+from bench.rows import jsonl
 from model.errors import InputError
 from profiles import __main__ as command
 from profiles.first_light import command as first_light

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 
-from bench import ops, timing
-from bench.poison import poisons
+from bench.measure import ops, timing
+from bench.measure.poison import poisons
 from model import cuda_graph
 from profiles.runs import measuring as measuring_module
 from profiles.runs.measuring import TaskRunner
@@ -168,7 +168,9 @@ def test_a_failed_capture_spoils_the_process(measuring, monkeypatch):
 def test_wrong_forms_are_timed_on_demand(measuring, monkeypatch):
     """Guards --time-anyway: a form that exceeds its tolerance has a time and a failure, without the
     option only the failure; a form that cannot run never has a time."""
-    monkeypatch.setattr("bench.numerics.excess", lambda error, allowed: "max error 1 exceeds 0")
+    monkeypatch.setattr(
+        "bench.measure.verdicts.excess", lambda error, allowed: "max error 1 exceeds 0"
+    )
     for anyway in (False, True):
         made = measuring.carry_out(task(record(CPU, anyway=anyway), "ops", "rms_norm, T1 "))
         assert [row["failure"] for row in made] == ["max error 1 exceeds 0"] * 2

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import jsonl
-from bench.cases import OPS
+from bench.rows import jsonl
+from bench.suite import OPS
 from model.errors import InputError
 from profiles import __main__ as command
 from profiles.runs import supervisor as supervisor_module

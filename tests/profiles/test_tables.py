@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import jsonl
+from bench.rows import jsonl
 from model.errors import InputError
 from model.terminal import Parser
 from profiles.tables import command as tables

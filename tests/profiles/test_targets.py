@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import jsonl
 from bench.bundles.bundle import Bundle, pack
 from bench.bundles.install import install
 from bench.report import charts
 from bench.report import command as report
+from bench.rows import jsonl
 from bench.validate import command as validate
 from bench.validate import histogram
 from model.config import TINY

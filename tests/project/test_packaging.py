@@ -66,7 +66,7 @@ print(tuple(Qwen3ForCausalLM(config)(torch.arange(5)[None]).logits.shape))
 COMMANDS = """
 import contextlib, io, sys
 import bench.__main__, model.__main__, pacore_sched.__main__, profiles.__main__
-from bench import e2e, fp8_kv
+from bench.studies import e2e, fp8_kv
 from model.step3vl import Step3VL
 from profiles.console import main
 

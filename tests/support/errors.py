@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from bench.numerics import compare
+from bench.errors import compare
 
 
 def max_error(actual: Tensor, reference: Tensor) -> float:

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 
-from bench.poison import PoisonedError
+from bench.measure.poison import PoisonedError
 from profiles.runs.task import Row, Task
 from profiles.runs.worker import serve
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from bench.poison import poisons
+from bench.measure.poison import poisons
 
 
 def has_gpu() -> bool:

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import bench.cases
-from bench.cases import Case
+from bench.suite import OPS
+from bench.suite.op import Case
 from kernels.runtime.configs import Gpu, KernelConfig, Tunable
 from kernels.runtime.dispatch import pick
+from tests.bench.toy_op import toy_op
 
 
 @triton.jit
@@ -105,8 +106,9 @@ def _case(op: str, name: str, values: int, offset: int = 0) -> Case:
 
 
 if __name__ == "__main__":
-    bench.cases.OPS.clear()
-    bench.cases.OPS.update(copy=copy, product=product, paged=paged, plain=plain)
+    OPS.clear()
+    runs = {"copy": copy, "product": product, "paged": paged, "plain": plain}
+    OPS.update((name, toy_op(name, run)) for name, run in runs.items())
     from profiles import __main__
     from profiles.static import analysis as static
 

@@ -8,12 +8,14 @@ import sys
 import pytest
 import torch
 
-from bench import launch_cost, linears, pairs, timing
-from bench.cases import BIG, TINY, _prefix, numerics_cases
-from bench.inputs import fork
+from bench.inputs.presets import BIG, TINY
+from bench.inputs.trees import fork
 from bench.launch_sites import all_sites, launch_checked, pair_sites, timed_sites
-from bench.numerics import form
-from bench.rows import ROOT
+from bench.measure import pairs, timing
+from bench.measure.origin import ROOT
+from bench.studies import launch_cost, linears
+from bench.suite import numerics_cases, prefix_attention
+from bench.suite.forms import form
 from kernels.runtime.configs import A100, H200, record_configs, use_config
 from profiles.runs.task_lists import first_light
 
@@ -22,7 +24,7 @@ LAUNCHED = """
 import json
 import torch
 from bench.launch_sites import launch_case
-from bench.pairs import checks, pairs, refusals
+from bench.measure.pairs import checks, pairs, refusals
 from kernels.compile.worker import launches_of
 from kernels.runtime.configs import H200
 
@@ -141,7 +143,7 @@ def test_why_a_form_is_unavailable(interpreter):
     """Guards the reasons in skipped rows: the op's own message for what it refuses on this GPU or
     together with its other config values; none for a form that exists."""
     norm = case_of("rms_norm", "T7 C4096")
-    forest = _prefix("tiles of both sizes", [fork(9, [3] * 5)], heads=(4, 1, 16))
+    forest = prefix_attention.case("tiles of both sizes", [fork(9, [3] * 5)], heads=(4, 1, 16))
     names = ("triton pdl=0", "triton pdl=1", "triton nosuch=1")
     unknown = {"triton nosuch=1": "the case's kernel config has no nosuch"}
     assert pairs.refusals(norm, FP32, names, H200) == unknown

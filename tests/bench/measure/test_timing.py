@@ -7,8 +7,8 @@ import resource
 import pytest
 import torch
 
-from bench import roofline, timing
-from bench.roofline import Roofline
+from bench.measure import roofline, timing
+from bench.measure.roofline import Roofline
 
 CPU = torch.device("cpu")
 

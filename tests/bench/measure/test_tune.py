@@ -7,16 +7,19 @@ import pytest
 import torch
 import triton
 
-from bench import jsonl, numerics, rows, tune
 from bench.__main__ import main
-from bench.cases import OPS, Case
-from bench.poison import PoisonedError
-from bench.timing import Timing
+from bench.measure import tune
+from bench.measure.poison import PoisonedError
+from bench.measure.timing import Timing
+from bench.rows import jsonl
+from bench.suite import OPS
+from bench.suite.op import Case
 from kernels.compile.unfilled import unfilled
 from kernels.runtime import configs, dispatch
 from kernels.runtime.configs import H200, Tunable
 from kernels.runtime.dispatch import pick
 from model.errors import InputError
+from tests.bench.toy_op import toy_op
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 RULE = {"block": 64, "num_warps": 4}
@@ -64,15 +67,14 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(dispatch, "_interpreting", lambda: True)  # there are no kernels to compile
     monkeypatch.setattr(configs, "TABLES", tmp_path / "tuned")
-    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    monkeypatch.setattr(tune, "ROOT", tmp_path)
     ops = dict(OPS)
     OPS.clear()
-    OPS.update(double=double, plain=plain)
-    monkeypatch.setitem(numerics.TOLERANCES, "double", (numerics.Error(2, 1),) * 2)
-    monkeypatch.setattr("bench.commands.cases", lambda device_type: CASES)
+    OPS.update(double=toy_op("double", double), plain=toy_op("plain", plain))
+    monkeypatch.setattr("bench.cli.commands.cases", lambda device_type: CASES)
     monkeypatch.setattr(tune, "sets_for", lambda set_bytes, device: 2)
     monkeypatch.setattr(tune, "measure", fixed_times)
-    monkeypatch.setattr("bench.rows.roofline", lambda device, dtype: None)
+    monkeypatch.setattr("bench.measure.rows.roofline", lambda device, dtype: None)
     configs.table_of.cache_clear()
     used.clear()
     yield tmp_path
@@ -184,9 +186,9 @@ def test_table_keeps_its_other_entries(toy):
 
 def test_command_writes_table_and_rows(toy, monkeypatch, capsys):
     """Guards the command as a GPU would run it: it writes the best of every key, and the rows."""
-    monkeypatch.setattr("bench.measurement.parse_device", lambda name: FakeCuda())
-    monkeypatch.setattr("bench.commands.gpu_of", lambda device: H200)
-    monkeypatch.setattr("bench.commands.tune.tune", on_cpu(tune.tune))
+    monkeypatch.setattr("bench.cli.measurement.parse_device", lambda name: FakeCuda())
+    monkeypatch.setattr("bench.cli.commands.gpu_of", lambda device: H200)
+    monkeypatch.setattr("bench.cli.commands.tune.tune", on_cpu(tune.tune))
     assert main(["tune", "--op", "double"]) == 1  # some candidates failed, and their rows say so
     table = json.loads((toy / "tuned" / "nvidia-h200.json").read_text())
     assert {key: config["block"] for key, config in table["double"].items()} == {

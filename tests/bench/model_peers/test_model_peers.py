@@ -10,13 +10,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command
-from bench import decode, e2e, model_peers, prefill, show, timing
-from bench.decode import DecodeCase, Tokens, time_decode
+from bench import model_peers
+from bench.measure import timing
 from bench.model_peers import step_rows
 from bench.model_peers.peer import Work
 from bench.peers import peer as peer_module
 from bench.peers.peer import Unavailable
-from bench.prefill import CHUNK, PrefillCase, time_prefill
+from bench.rows import show
+from bench.studies import decode, e2e, prefill
+from bench.studies.decode import DecodeCase, Tokens, time_decode
+from bench.studies.prefill import CHUNK, PrefillCase, time_prefill
 from model.config import PRESETS
 from model.errors import InputError
 from model.step3vl import Step3VL

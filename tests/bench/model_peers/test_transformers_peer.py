@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import decode
-from bench.decode import DecodeCase, Tokens
 from bench.model_peers import transformers_peer
 from bench.model_peers.transformers_peer import Transformers
 from bench.peers.peer import Unavailable
+from bench.studies import decode
+from bench.studies.decode import DecodeCase, Tokens
 from model.config import PRESETS
 from model.step3vl import Step3VL
 from model.weights.random_init import random_init

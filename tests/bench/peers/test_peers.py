@@ -6,13 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cases as cases_module
-from bench import inputs
-from bench.inputs import Node, fork
-from bench.numerics import judge, reference
+from bench.inputs import plans as inputs
+from bench.inputs.trees import Node, fork
+from bench.measure.verdicts import judge, reference
 from bench.peers import (
-    PEERS,
-    Unavailable,
     fa2_peer,
     fa3_peer,
     fasttree_peer,
@@ -23,6 +20,9 @@ from bench.peers import (
 )
 from bench.peers.flex_peer import flex
 from bench.peers.layout import levels, paged
+from bench.peers.peer import Unavailable
+from bench.suite import PEERS, prefix_attention
+from bench.suite.op import Case
 from tests.support.errors import max_error
 
 PREFIX = PEERS["prefix_attention"]
@@ -46,9 +46,9 @@ forests = pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
 
 def small_case(forest, head_dim=8, **options):
     """A prefix_attention case of 4/2 heads on pages of 4 tokens."""
-    case = cases_module._prefix("test", forest, heads=(4, 2, head_dim), **options)
+    case = prefix_attention.case("test", forest, heads=(4, 2, head_dim), **options)
     build = partial(case.inputs.func, **case.inputs.keywords | {"page_size": PAGE})
-    return cases_module.Case(case.op, case.name, build, case.values, case.flops)
+    return Case(case.op, case.name, build, case.values, case.flops)
 
 
 def attend(q, k, v, scale, causal, window=0):

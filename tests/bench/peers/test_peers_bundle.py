@@ -18,7 +18,7 @@ from bench import model_peers
 from bench.bundles import bundle, command, install, prepare
 from bench.bundles.bundle import BUILT, Bundle, Item, pack
 from bench.bundles.prepare import ItemError
-from bench.peers import PEERS
+from bench.suite import PEERS
 from model.errors import InputError
 from model.terminal import Parser
 

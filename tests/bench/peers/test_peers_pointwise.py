@@ -7,19 +7,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import cases, ops
-from bench.numerics import judge, reference
-from bench.peers import PEERS, Unavailable, compile_peer, flashinfer_peer, liger_peer
+from bench.inputs.presets import TINY, heads_of
+from bench.measure.devices import DTYPES
+from bench.measure.verdicts import judge, reference
+from bench.peers import compile_peer, flashinfer_peer, liger_peer
+from bench.peers.peer import Unavailable
+from bench.suite import (
+    PEERS,
+    layer_norm,
+    linear_quick_gelu,
+    projector,
+    qk_norm_rope,
+    quick_gelu,
+    rms_norm,
+    silu_mul,
+)
 
 CPU = torch.device("cpu")
 CASES = {
-    "rms_norm": [cases._rms_norm(3, 64), cases._rms_norm(3, 64, residual=False)],
-    "layer_norm": [cases._layer_norm(3, 64), cases._layer_norm(3, 64, residual=False)],
-    "silu_mul": [cases._silu_mul(3, 64)],
-    "quick_gelu": [cases._quick_gelu(3, 64)],
-    "linear_quick_gelu": [cases._linear_quick_gelu(3, 64, 32)],
-    "qk_norm_rope": [cases._qk_norm_rope(7, "tiny", skip=2)],
-    "projector": [cases._projector([(5, 7), (4, 4)], 8, 12, scattered=flag) for flag in (0, 1)],
+    "rms_norm": [rms_norm.case(3, 64), rms_norm.case(3, 64, residual=False)],
+    "layer_norm": [layer_norm.case(3, 64), layer_norm.case(3, 64, residual=False)],
+    "silu_mul": [silu_mul.case(3, 64)],
+    "quick_gelu": [quick_gelu.case(3, 64)],
+    "linear_quick_gelu": [linear_quick_gelu.case(3, 64, 32)],
+    "qk_norm_rope": [qk_norm_rope.case(7, heads_of(TINY), skip=2)],
+    "projector": [projector.case([(5, 7), (4, 4)], 8, 12, scattered=flag) for flag in (0, 1)],
 }
 each_case = pytest.mark.parametrize(
     "case",
@@ -59,7 +71,7 @@ class TestCompile:
         """Guards the peer's times at later shapes: dynamo stops compiling after eight shapes, or
         compiles for dynamic sizes."""
         for rows in range(2, 14):
-            verdict_of(cases._silu_mul(rows, 8), "compile")
+            verdict_of(silu_mul.case(rows, 8), "compile")
         shapes = [
             node.meta["example_value"].shape
             for graph in without_compiler
@@ -100,7 +112,7 @@ class TestLiger:
         monkeypatch.setattr(liger_peer, "imported", lambda name: fake)
         return fake
 
-    @pytest.mark.parametrize("dtype", ops.DTYPES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "silu_mul"])
     def test_numbers(self, op, dtype):
         """Guards the calls: order of arguments, with and without residual and LayerScale."""
@@ -110,7 +122,7 @@ class TestLiger:
     def test_interleaved_pairs(self):
         """Guards the row's reason: Liger would mistake gates for ups."""
         with pytest.raises(Unavailable, match="only as halves"):
-            verdict_of(cases._silu_mul(3, 64, interleaved=True), "liger")
+            verdict_of(silu_mul.case(3, 64, interleaved=True), "liger")
 
     def test_older_versions(self, library):
         """Guards the row's reason if the installed version lacks a function."""

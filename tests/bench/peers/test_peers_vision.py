@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import cases, ops
-from bench.numerics import judge, reference
-from bench.peers import PEERS, Unavailable, fa2_peer, fa3_peer, projector_peer, vision_peer
+from bench.measure.devices import DTYPES
+from bench.measure.verdicts import judge, reference
+from bench.peers import fa2_peer, fa3_peer, projector_peer, vision_peer
+from bench.peers.peer import Unavailable
+from bench.suite import PEERS, vision_attention
+from bench.suite import projector as suite_projector
 
 VISION, PROJECTOR = PEERS["vision_attention"], PEERS["projector"]
 CUDNN = ("cudnn", "cudnn-folded")
@@ -49,11 +52,11 @@ def verdict_of(peer, case, dtype=torch.float32):
 
 class TestVisionAttention:
     @pytest.mark.parametrize("name", ["sdpa-flash", "sdpa-flash-alone"])
-    @pytest.mark.parametrize("dtype", ops.DTYPES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("grids", [GRIDS, [(6, 6)] * 3])
     def test_sdpa(self, plain_rotation, name, dtype, grids):
         """Guards the baseline: rotation, batches of views with one grid, and the result's order."""
-        case = cases._vision(grids, heads=2)
+        case = vision_attention.case(grids, heads=2)
         assert verdict_of(VISION[name], case, dtype).failure is None
 
     @pytest.mark.parametrize("suffix", ["", "-alone"])
@@ -64,7 +67,7 @@ class TestVisionAttention:
         monkeypatch.setattr(vision_peer, "on_gpu", lambda device: None)
         package = SimpleNamespace(flash_attn_varlen_func=attend)
         monkeypatch.setattr(fa2_peer, "check", lambda device: package)
-        case = cases._vision(GRIDS, heads=2)
+        case = vision_attention.case(GRIDS, heads=2)
         for name in ("torch-varlen", "fa2-varlen"):
             assert verdict_of(VISION[name + suffix], case).failure is None, name
 
@@ -84,7 +87,7 @@ class TestVisionAttention:
         named = [SimpleNamespace(name=name) for name in FA3_NAMES]
         fwd.default = SimpleNamespace(_schema=SimpleNamespace(arguments=named))
         monkeypatch.setattr(fa3_peer, "check", lambda device: SimpleNamespace(fwd=fwd))
-        case = cases._vision(GRIDS, heads=2)
+        case = vision_attention.case(GRIDS, heads=2)
         for name in ("fa3-varlen", "fa3-varlen-alone"):
             assert verdict_of(VISION[name], case).failure is None, name
 
@@ -103,7 +106,7 @@ class TestVisionAttention:
         monkeypatch.setattr(
             vision_peer, "rotated", lambda *args: rotations.append(1) or original(*args)
         )
-        inputs = cases._vision([(3, 4)], heads=1).inputs(0, CPU, torch.float32)
+        inputs = vision_attention.case([(3, 4)], heads=1).inputs(0, CPU, torch.float32)
         for name, before, after in (("sdpa-flash", 0, 2), ("sdpa-flash-alone", 1, 1)):
             rotations.clear()
             call = VISION[name](inputs)
@@ -127,7 +130,7 @@ class TestProjector:
             return original(**named_args)
 
         monkeypatch.setattr(projector_peer, "projector", projector)
-        case = cases._projector([(5, 7), (4, 4)], width=8, out=12, scattered=scattered)
+        case = suite_projector.case([(5, 7), (4, 4)], width=8, out=12, scattered=scattered)
         assert verdict_of(PROJECTOR[name], case).failure is None
         assert calls == [(True, True, name == "cudnn-folded")]
         assert torch.backends.cudnn.benchmark is torch.backends.cudnn.deterministic is False
@@ -139,9 +142,9 @@ class TestAbsence:
     )
     def test_what_cannot_run_says_why(self, plain_rotation, name):
         """Guards the table's footer: a missing peer has a reason, in one line."""
-        case = cases._vision([(3, 4)], heads=1)
+        case = vision_attention.case([(3, 4)], heads=1)
         if name in CUDNN:
-            case = cases._projector([(3, 4)], width=8, out=12)
+            case = suite_projector.case([(3, 4)], width=8, out=12)
         with pytest.raises(Unavailable) as reason:
             (VISION | PROJECTOR)[name](case.inputs(0, CPU, torch.float32))()
         assert len(str(reason.value).splitlines()) == 1
@@ -151,9 +154,9 @@ class TestAbsence:
 @pytest.mark.parametrize("name", VISION | PROJECTOR)
 def test_numbers(name):
     """Guards the installed peers on the device on which they are measured."""
-    case = cases._vision(GRIDS, heads=2)
+    case = vision_attention.case(GRIDS, heads=2)
     if name in PROJECTOR:
-        case = cases._projector([(5, 7), (4, 4)], width=64, out=128)
+        case = suite_projector.case([(5, 7), (4, 4)], width=64, out=128)
     inputs = case.inputs(0, torch.device("cuda"), torch.bfloat16)
     try:
         verdict = judge(case, (VISION | PROJECTOR)[name], inputs, reference(case, inputs))

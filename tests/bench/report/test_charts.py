@@ -6,9 +6,9 @@ from math import log2
 import numpy as np
 import pytest
 
-from bench.peers import PEERS
 from bench.report import charts, charts_grid, charts_ops, charts_runs
 from bench.report import rows as report_rows
+from bench.suite import PEERS
 from tests.support.report_rows import every_kind, heat, part, row
 
 pytest.importorskip("matplotlib")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import jsonl
 from bench.report import rows as report_rows
 from bench.report.command import write
+from bench.rows import jsonl
 from model.errors import InputError
 from tests.support.report_rows import BASE, row
 

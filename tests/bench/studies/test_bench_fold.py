@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import cases, fold
+from bench.inputs import views
+from bench.studies import fold
 
 CPU = torch.device("cpu")
 
@@ -56,4 +57,4 @@ def test_work():
     assert counts["unfolded_bytes"] == 2 * weights
     assert counts["unfolded_products"] == 169 * weights
     first = 26 * 26 * 16 * 8 * 9
-    assert 2 * (first + counts["folded_products"]) == cases.projector_flops([grid], width, out)
+    assert 2 * (first + counts["folded_products"]) == views.projector_flops([grid], width, out)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import vision_cost
+from bench.cost import vision as vision_cost
 from kernels.gemm.stream_k import stream_k
 from kernels.runtime.configs import H200
 from model.errors import InputError

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import cost, forests
-from bench.cost import Shape, model_work_line, spec_of
-from bench.inputs import Node, fork, prefix_attention_inputs, prefix_plan
-from bench.roofline import Roofline
+from bench.cost import attention as cost
+from bench.cost.attention import Shape, model_work_line, spec_of
+from bench.inputs import forests
+from bench.inputs.plans import prefix_plan
+from bench.inputs.trees import Node, fork
+from bench.measure.roofline import Roofline
+from bench.suite.prefix_attention import inputs as prefix_attention_inputs
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention.schedule import Schedule, ScheduleSpec
 from kernels.runtime.configs import H200, Gpu, assume_gpu

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import e2e, images, show, vision
+from bench.inputs import views as vision
+from bench.rows import show
+from bench.studies import e2e, images
 from kernels.prefix_attention import op as prefix_attention
 from kernels.vision_attention import op as vision_attention
 from model.kv_cache import PAGE_SIZE

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench import engine, packing, replay
-from bench.decode import DecodeCase, forms_on
+from bench.studies import engine, packing, replay
+from bench.studies.decode import DecodeCase, forms_on
 from model import cuda_graph
 from model.step3vl import Step3VL
 from pacore_sched.sched.request import Sampling

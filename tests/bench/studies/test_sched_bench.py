@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import sched
+from bench.studies import sched
 
 
 @pytest.mark.parametrize("policy", ["later-round-first", "one-at-a-time"])

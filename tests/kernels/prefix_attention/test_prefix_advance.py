@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bench.inputs import Node, fork, prefix_plan
+from bench.inputs.plans import prefix_plan
+from bench.inputs.trees import Node, fork
 from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.inputs import quantised
+from bench.inputs.plans import quantised
 from kernels.errors import ImplError
 from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode

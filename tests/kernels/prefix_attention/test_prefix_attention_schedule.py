@@ -10,7 +10,8 @@ from itertools import accumulate
 import pytest
 import torch
 
-from bench.inputs import Node, fork, prefix_plan
+from bench.inputs.plans import prefix_plan
+from bench.inputs.trees import Node, fork
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention.configs import InputClass
 from kernels.prefix_attention.records import (

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench.inputs import Node as InputNode
-from bench.inputs import fork, prefix_attention_inputs, quantised
+from bench.inputs.plans import quantised
+from bench.inputs.trees import Node as InputNode
+from bench.inputs.trees import fork
+from bench.suite.prefix_attention import inputs as prefix_attention_inputs
 from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention import prefix_attention

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from bench.inputs import Node, fork, prefix_attention_inputs
+from bench.inputs.trees import Node, fork
+from bench.suite.prefix_attention import inputs as prefix_attention_inputs
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention.check import check_schedule
 from kernels.prefix_attention.launch import plan_launch

@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from bench.inputs import fork, prefix_attention_inputs
+from bench.inputs.trees import fork
+from bench.suite.prefix_attention import inputs as prefix_attention_inputs
 from kernels.compile.cache import compilations
 from kernels.compile.launches import Launch, compiler, launches_recorded
 from kernels.errors import ImplError

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import numerics
-from bench.cases import Case, numerics_cases
-from bench.numerics import Error, excess, form, judge, reference, summary
+from bench.errors import Error, excess, summary
+from bench.measure.verdicts import judge, reference
+from bench.suite import OPS, numerics_cases
+from bench.suite.forms import form
+from bench.suite.op import Case
 from kernels.activation import gate_and_up
 from tests.kernels.runtime.ptx_errors import norm_error, sigmoid_error
 from tests.support.approximate import SIDES, approximate
@@ -59,7 +61,7 @@ def test_limits_allow_documented_errors(monkeypatch, case, sides):
         assert judge(case, form(case.op, name), inputs, expected).failure is None, name
 
 
-@pytest.mark.parametrize("op", numerics.APPROXIMATE)
+@pytest.mark.parametrize("op", [op.name for op in OPS.values() if op.approximate.max])
 def test_limits_allow_no_more(op):
     """Guards tight tolerances: what is allowed for instructions is within a tenth of what is
     derived for the inputs of the cases; results below the rms count less, as in
@@ -71,7 +73,7 @@ def test_limits_allow_no_more(op):
         rms = first.square().mean().sqrt()
         errors = instruction_error(case, inputs) * first.abs() / first.abs().clamp_min(rms)
         worst = map(max, worst, astuple(summary(errors)))
-    for derived, allowed in zip(worst, astuple(numerics.APPROXIMATE[op]), strict=True):
+    for derived, allowed in zip(worst, astuple(OPS[op].approximate), strict=True):
         assert derived <= allowed <= 1.1 * derived
 
 
@@ -84,7 +86,7 @@ def test_errors_are_injected(monkeypatch, op):
     expected = reference(case, inputs)
     approximate(monkeypatch, SIDES["apart"])
     verdict = judge(case, form(op, "triton"), inputs, expected)
-    limits, unit = numerics.TOLERANCES[op][1], 2.0**-24
+    limits, unit = OPS[op].tolerance_32, 2.0**-24
     assert excess(
         Error(verdict.max_err, verdict.rms_err), Error(limits.max * unit, limits.rms * unit)
     )

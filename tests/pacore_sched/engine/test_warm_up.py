@@ -19,10 +19,10 @@ import pytest
 import torch
 import triton
 
-from bench import commands
 from bench.__main__ import main
-from bench.cases import numerics_cases
+from bench.cli import commands
 from bench.launch_sites import case_sites
+from bench.suite import numerics_cases
 from kernels.runtime.configs import H200
 from model.config import PRESETS
 from model.step3vl import Step3VL

@@ -20,8 +20,9 @@ import triton
 from triton.backends import nvidia
 from triton.runtime import cache
 
-from bench.cases import TINY, cases, numerics_cases
+from bench.inputs.presets import TINY
 from bench.launch_sites import check_sites, launch_case
+from bench.suite import cases, numerics_cases
 from kernels.runtime.configs import H200
 from model.errors import InputError
 from model.terminal import Parser

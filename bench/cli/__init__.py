@@ -1,0 +1,1 @@
+"""The commands of `python -m bench`: their options, and what they share."""

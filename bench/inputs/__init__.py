@@ -1,0 +1,1 @@
+"""What inputs of several ops are made of: random numbers, prefix trees, views of images."""

@@ -1,0 +1,1 @@
+"""Measuring: the timer, the roofline, verdicts on results, the table of ops."""

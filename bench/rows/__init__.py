@@ -1,0 +1,1 @@
+"""Rows of results: their fields, files and tables. Imports neither torch nor `kernels`."""

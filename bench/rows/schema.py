@@ -1,0 +1,3 @@
+"""Rows: their fields and the version of their meaning."""
+
+SCHEMA = 1

@@ -1,0 +1,1 @@
+"""Longer experiments: decode steps, whole answers, the engine, single questions of precision."""
