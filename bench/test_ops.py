@@ -50,12 +50,13 @@ CLOCK = Clock()
 def test_op(benchmark: Callable, case: Case, name: str) -> None:
     """Times one form of an op, or a peer, on one case."""
     verdicts = verdicts_of(case, DEVICE, DTYPE, [name], required=False, expected=_expected(case))
-    calls = prepared(case, verdicts, DEVICE, DTYPE)
+    _, expected = _expected(case)
+    ready = prepared(case, verdicts, DEVICE, DTYPE, expected)
     verdict = verdicts.get(name)
     if verdict is None or verdict.skipped:
         pytest.skip(verdict.skipped if verdict else "no such form on this device")
     assert verdict.failure is None, verdict.failure
-    set_calls = calls[name]
+    set_calls = ready.calls[name]
     with torch.inference_mode():
         repeat = prepare(
             {name: lambda index: set_calls[index]()}, device=DEVICE, sets=len(set_calls)
@@ -65,6 +66,7 @@ def test_op(benchmark: Callable, case: Case, name: str) -> None:
         benchmark.extra_info |= {"bytes": case.bytes(DTYPE), "flops": case.flops}
         benchmark.extra_info |= {"max_err": verdict.max_err, "timer": repeat.timer}
         benchmark.pedantic(partial(_sample, repeat.run), rounds=rounds)
+        ready.check(name, repeat.result)
 
 
 def _sample(run: Callable[[], float]) -> None:

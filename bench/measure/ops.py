@@ -8,21 +8,38 @@ says so in `skipped`. A form whose error poisons the process ends the work (pois
 import math
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from bench.measure.audit import Audit, Cheat
 from bench.measure.poison import check_poison
 from bench.measure.rows import measured, with_speedups
 from bench.measure.timing import CandidateError, Timing, measure, sets_for
 from bench.measure.verdicts import NOT_RUN, Verdict, judge, reference
 from bench.peers.peer import Unavailable
+from bench.suite import PEERS
 from bench.suite.forms import form, forms_here, forms_of, own_forms, version
 from bench.suite.op import Case
 from kernels.errors import ImplError, one_line
 
 TRACE_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The calls of every form of a case, one per set of inputs, and the audit of set 0's."""
+
+    case: Case
+    calls: dict[str, list[Callable]]
+    audit: Audit | None = None
+
+    def check(self, name: str, call: Callable[[], object]) -> None:
+        """Raise Cheat unless a form's `call` of set 0, by the timed path, does the work."""
+        peer = PEERS.get(self.case.op, {}).get(name)
+        if self.audit:
+            self.audit.check(call, prepares=bool(peer and peer.prepares))
 
 
 def check_case(
@@ -57,8 +74,13 @@ def time_case(
     if reason := _too_large(case, device, dtype):
         return [row_of(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
     names = forms_of(case, impls) or forms_here(case, device)
-    verdicts = verdicts_of(case, device, dtype, names, required=bool(impls))
-    timings = _timings(case, verdicts, device, dtype, budget_s, anyway)
+    inputs = case.inputs(0, device, dtype)
+    expected = reference(case, inputs)
+    verdicts = verdicts_of(
+        case, device, dtype, names, required=bool(impls), expected=(inputs, expected)
+    )
+    ready = prepared(case, verdicts, device, dtype, expected, anyway)
+    timings = _timings(ready, verdicts, device, budget_s)
     rows = [
         row_of(case, name, device, dtype, verdict, timings.get(name))
         for name, verdict in verdicts.items()
@@ -114,21 +136,20 @@ def verdicts_of(
 
 
 def _timings(
-    case: Case,
-    verdicts: dict[str, Verdict],
-    device: torch.device,
-    dtype: torch.dtype,
-    budget_s: float,
-    anyway: bool,
+    ready: Prepared, verdicts: dict[str, Verdict], device: torch.device, budget_s: float
 ) -> dict[str, Timing]:
-    """Times of the forms and peers with right numbers; with `anyway`, of all that ran. Puts the
-    reason into `verdicts` if one cannot be timed."""
-    calls = prepared(case, verdicts, device, dtype, anyway)
+    """Times of the prepared forms. Puts the reason into `verdicts` if one cannot be timed."""
+    calls = ready.calls
+
+    def audit(name: str, call: Callable[[], object]) -> None:
+        if not verdicts[name].failure:
+            ready.check(name, call)
+
     while calls:
         candidates = {name: partial(_call, set_calls) for name, set_calls in calls.items()}
         sets = len(next(iter(calls.values())))
         try:
-            return measure(candidates, device=device, sets=sets, budget_s=budget_s)
+            return measure(candidates, device=device, sets=sets, budget_s=budget_s, audit=audit)
         except CandidateError as failed:  # the others must still get their times
             name = failed.candidate
             verdicts[name] = _verdict_of_error(failed.error, verdicts[name])
@@ -141,18 +162,21 @@ def prepared(
     verdicts: dict[str, Verdict],
     device: torch.device,
     dtype: torch.dtype,
+    expected: list[torch.Tensor],
     anyway: bool = False,
-) -> dict[str, list[Callable]]:
+) -> Prepared:
     """The calls of every form, one per set of inputs, each called once: what a form prepares at its
     first call for an input (a schedule, a compiled kernel) is neither timed nor captured.
 
     The forms are those with right numbers; with `anyway`, also those that ran with wrong ones.
+    expected: the results by which `verdicts` were given
     """
     names = [name for name, verdict in verdicts.items() if _can_be_timed(verdict, anyway)]
     if not names:
-        return {}
+        return Prepared(case, {})
     sets = sets_for(case.bytes(dtype), device)
     inputs = [case.inputs(seed, device, dtype) for seed in range(sets)]
+    audit = Audit(case, inputs[0], expected)
     calls = {}
     for name in names:
         try:
@@ -164,7 +188,7 @@ def prepared(
         except Exception as error:
             check_poison(name, error)
             verdicts[name] = _verdict_of_error(error, verdicts[name])
-    return calls
+    return Prepared(case, calls, audit)
 
 
 def _can_be_timed(verdict: Verdict, anyway: bool) -> bool:
@@ -182,6 +206,8 @@ def _verdict_of_error(error: Exception, verdict: Verdict = NOT_RUN) -> Verdict:
         return replace(verdict, skipped=str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return replace(verdict, skipped="out of memory")
+    if isinstance(error, Cheat):
+        return replace(verdict, failure=str(error))
     trace = "".join(traceback.format_exception(error))[-TRACE_CHARACTERS:]
     return replace(verdict, failure=one_line(error), trace=trace)
 
@@ -205,6 +231,7 @@ def row_of(
         flops=case.flops,
         verdict=verdict,
         timing=timing,
+        shape=case.shape or None,
     )
     row |= {"skipped": verdict.skipped, "version": version(case.op, name)}
     return row | {"trace": verdict.trace} if verdict.trace else row

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import time
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 import kernels
-from bench.rows.schema import SCHEMA
+from bench.rows.schema import Origin
 from kernels.compile.cache import source_hash
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,13 +21,14 @@ LICENCE = next(ROOT.glob("step3vl_pacore-*.dist-info/licenses/LICENSE"), ROOT / 
 
 
 def origin(device: torch.device) -> dict:
-    """The fields of a row that say where it was measured, and when (UTC)."""
+    """The fields of Origin: where a row is measured, and when."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {**machine(device), "time": now, "schema": SCHEMA}
+    return asdict(Origin(time=now, **machine(device)))
 
 
 @cache
 def machine(device: torch.device) -> dict:
+    """The fields of Origin without the time."""
     return {
         "device": device_name(device),
         "commit": commit(),

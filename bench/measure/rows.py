@@ -1,13 +1,17 @@
 """Rows of what was timed and judged."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 
 import torch
 
 from bench.measure.origin import origin
+from bench.measure.peaks import peak_of
 from bench.measure.roofline import roofline
 from bench.measure.timing import Timing
 from bench.measure.verdicts import Verdict
+from bench.rows.schema import Measured
 from kernels.runtime.dtypes import dtype_name
 
 
@@ -22,34 +26,46 @@ def measured(
     flops: int,
     verdict: Verdict,
     timing: Timing | None = None,
+    shape: Mapping[str, object] | None = None,
 ) -> dict:
     """One row. Without a `timing`, its times, rates and ceilings are None.
 
-    `with_speedups` fills in `speedup`; `failure` says what is wrong with the results, or why
-    there are no times; else it is None.
+    `with_speedups` fills in `speedup`.
     """
-    best = roofline(device, dtype) if timing else None
-    return {
-        "op": op,
-        "case": case,
-        "impl": impl,
-        "dtype": dtype_name(dtype),
-        "p20_us": timing and timing.p20_us,
-        "median_us": timing and timing.median_us,
-        "p80_us": timing and timing.p80_us,
-        "bytes": num_bytes,
-        "flops": flops,
-        "roofline_pct": best and best.percent(timing.median_us, num_bytes, flops),
-        "max_err": _finite(verdict.max_err),
-        "rms_err": _finite(verdict.rms_err),
-        "speedup": None,
-        "failure": verdict.failure,
-        "timer": timing and timing.timer,
-        "repeats": timing and timing.repeats,
-        "copy_gb_s": best and best.copy_gb_s,
-        "gemm_tflop_s": best and best.gemm_tflop_s,
-        **origin(device),
+    if timing and timing.slowed:
+        verdict, timing = replace(verdict, failure=verdict.failure or timing.slowed), None
+    row = Measured(
+        op=op,
+        case=case,
+        impl=impl,
+        dtype=dtype_name(dtype),
+        shape=shape,
+        bytes=num_bytes,
+        flops=flops,
+        max_err=_finite(verdict.max_err),
+        rms_err=_finite(verdict.rms_err),
+        failure=verdict.failure,
+        **(_times(timing, device, dtype, num_bytes, flops) if timing else {}),
+    )
+    return row.row(origin(device))
+
+
+def _times(
+    timing: Timing, device: torch.device, dtype: torch.dtype, num_bytes: int, flops: int
+) -> dict:
+    """The fields of Measured that come from a time."""
+    best, peak = roofline(device, dtype), peak_of(device)
+    fields = asdict(timing)
+    del fields["slowed"]
+    fields |= {
+        "roofline_pct": best.percent(timing.median_us, num_bytes, flops),
+        "copy_gb_s": best.copy_gb_s,
+        "gemm_tflop_s": best.gemm_tflop_s,
     }
+    if peak:
+        mfu, mbu = peak.utilisation(timing.median_us, num_bytes, flops, dtype)
+        fields |= {"mfu": mfu, "mbu": mbu, "peak_fraction": max(mfu, mbu)}
+    return fields
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> dict:

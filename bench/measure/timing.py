@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.measure.clocks import Clocks
 from bench.measure.poison import check_poison
 from kernels.errors import one_line
 from kernels.runtime.arithmetic import cdiv
@@ -53,6 +54,8 @@ class Timing:
     p80_us: float
     repeats: int
     timer: str  # "graph", "events" or "clock"
+    sm_mhz: tuple[int, int] | None = None  # lowest and highest clock of a GPU during the repeats
+    slowed: str | None = None  # why the GPU slowed down: the times do not count
 
 
 def measure(
@@ -62,18 +65,21 @@ def measure(
     sets: int = 1,
     budget_s: float = 1.0,
     min_repeats: int | None = None,
+    audit: Callable[[str, Callable[[], object]], None] | None = None,
 ) -> dict[str, Timing]:
     """Time `candidates`, each called with an index below `sets`, for about `budget_s` seconds.
 
     Warm-up is not counted. Every candidate gets at least `min_repeats` repeats (by default
-    MIN_REPEATS), however long they take. Raises CandidateError if a candidate fails, PoisonedError
-    if that poisons the process.
+    MIN_REPEATS), however long they take. `audit` gets each candidate's name and a call of input set
+    0 through the timed path, which returns its results, and raises if they are wrong. Raises
+    CandidateError if a candidate fails, PoisonedError if that poisons the process.
     """
     with torch.inference_mode(), _garbage_collection_off():
         repeats = prepare(candidates, device=device, sets=sets)
         samples: dict[str, list[float]] = {name: [] for name in candidates}
         order = list(candidates)
         least = MIN_REPEATS if min_repeats is None else min_repeats
+        clocks = Clocks(device)
         end = time.perf_counter() + budget_s
         for count in range(MAX_REPEATS):
             if count >= least and time.perf_counter() > end:
@@ -82,15 +88,21 @@ def measure(
                 with _attributed_to(name):
                     samples[name].append(repeats[name].run())
             order.reverse()
-    return {name: _summary(samples[name], repeats[name].timer) for name in candidates}
+            clocks.sample()
+        for name in candidates if audit else ():
+            with _attributed_to(name):
+                audit(name, repeats[name].result)
+    return {name: _summary(samples[name], repeats[name].timer, clocks) for name in candidates}
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """`run` takes one sample and returns the microseconds of one call."""
+    """`run` takes one sample and returns the microseconds of one call; `result` runs the same work
+    and returns what the call of input set 0 returned."""
 
     run: Callable[[], float]
     timer: str
+    result: Callable[[], object]
 
 
 def prepare(
@@ -148,7 +160,10 @@ def _cpu_repeats(
         with _attributed_to(name):
             for index in range(sets):  # what a call keeps for its inputs, such as a plan's layout
                 call(index)
-    return {name: Repeat(partial(repeat, call), "clock") for name, call in candidates.items()}
+    return {
+        name: Repeat(partial(repeat, call), "clock", partial(call, 0))
+        for name, call in candidates.items()
+    }
 
 
 def _cuda_repeats(
@@ -168,9 +183,9 @@ def _cuda_repeats(
     def prepared(call: Candidate) -> Repeat:
         graph = _capture(call, sets, device)
         if graph is not None:
-            return Repeat(partial(repeat, graph.replay, sets), "graph")
+            return Repeat(partial(repeat, graph.replay, sets), "graph", graph.replay)
         indices = cycle(range(sets))
-        return Repeat(partial(repeat, lambda: call(next(indices)), 1), "events")
+        return Repeat(partial(repeat, lambda: call(next(indices)), 1), "events", partial(call, 0))
 
     repeats = {}
     for name, call in candidates.items():
@@ -192,9 +207,11 @@ def _capture(call: Candidate, sets: int, device: torch.device) -> CudaGraph | No
     if _waits(call):
         return None
 
-    def all_sets() -> None:
-        for index in range(sets):
+    def all_sets() -> object:
+        first = call(0)
+        for index in range(1, sets):
             call(index)
+        return first  # its memory is not reused, so that an audit can read it
 
     return CudaGraph(all_sets, device)
 
@@ -215,9 +232,9 @@ def _waits(call: Candidate) -> bool:
     return False
 
 
-def _summary(samples: list[float], timer: str) -> Timing:
+def _summary(samples: list[float], timer: str, clocks: Clocks) -> Timing:
     p20, median, p80 = (float(value) for value in np.percentile(samples, [20, 50, 80]))
-    return Timing(p20, median, p80, len(samples), timer)
+    return Timing(p20, median, p80, len(samples), timer, clocks.sm_mhz, clocks.slowed)
 
 
 @contextmanager

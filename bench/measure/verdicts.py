@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from kernels.kv_pages import KVPages
 # Maximum error of a whole model's results in fp32: far above rounding, far below a fault. Whole
 # models are not judged in 16 bits, where rounding accumulates over layers; each of their ops is.
 MODEL_TOLERANCE = 1e-3
+NOT_WRITTEN = "are NaN: not written, or computed so"
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,53 @@ def reference(case: Case, inputs: dict) -> list[Tensor]:
 
 
 def judge(case: Case, run: Prepare, inputs: dict, expected: list[Tensor]) -> Verdict:
-    """Compare all results of `run` with the `reference`; leaves `inputs` unchanged."""
-    pairs = list(zip(results(case, run, inputs), expected, strict=True))
-    measured = [compare(*pair) for pair in pairs]
+    """Compare all results of `run` with the `reference`; leaves `inputs` unchanged.
+
+    Results that share memory with inputs, and changed inputs, are failures, too.
+    """
+    copies = copied(inputs)
+    outputs = results_of(case, run, copies)
+    verdict = verdict_on(case, outputs, expected)
+    misuse = _misused(case, inputs, copies, outputs)
+    return replace(verdict, failure=misuse) if misuse and not verdict.failure else verdict
+
+
+def verdict_on(case: Case, outputs: list[Tensor], expected: list[Tensor]) -> Verdict:
+    """The verdict on all results of a call, in the order of `results`."""
+    pairs = list(zip(outputs, expected, strict=True))
+    errors = [compare(*pair) for pair in pairs]
     failures = [
-        excess(error, OPS[case.op].tolerance(result.dtype))
-        for error, (result, _) in zip(measured, pairs, strict=True)
+        (_not_written(*pair) or text)
+        for error, pair in zip(errors, pairs, strict=True)
+        if (text := excess(error, OPS[case.op].tolerance(pair[0].dtype)))
     ]
     return Verdict(
-        max(error.max for error in measured),
-        max(error.rms for error in measured),
-        next((text for text in failures if text), None),
+        max(error.max for error in errors),
+        max(error.rms for error in errors),
+        next(iter(failures), None),
     )
+
+
+def _not_written(result: Tensor, expected: Tensor) -> str | None:
+    """How many elements are NaN that should not be; None if none is."""
+    missing = int((result.isnan() & ~expected.isnan()).sum())
+    return f"{missing:,} of {result.numel():,} elements {NOT_WRITTEN}" if missing else None
+
+
+def _misused(case: Case, inputs: dict, copies: dict, outputs: list[Tensor]) -> str | None:
+    """What a call did to inputs that its op must not write to; `copies` are those it got."""
+    op = OPS[case.op]
+    stored = ("pages",) * op.stores
+    addresses = {x.untyped_storage().data_ptr() for x in outputs[: len(outputs) - 2 * op.stores]}
+    for name, value in copies.items():
+        if name in (*op.writes, *stored):
+            continue
+        now = tensors(value)
+        if addresses & {x.untyped_storage().data_ptr() for x in now if x.numel()}:
+            return f"a result shares memory with the input {name!r}"
+        if not all(map(same, now, tensors(inputs[name]))):
+            return f"it changes its input {name!r}"
+    return None
 
 
 def judged(error: Error, dtype: torch.dtype) -> Verdict:
@@ -71,8 +107,12 @@ def results(
 ) -> list[Tensor]:
     """The return values of a call and what it wrote into copies of its inputs, with floats as
     `dtype`."""
-    copies = copied(inputs, dtype)
-    with torch.inference_mode(), exact_fp32(), _nan_filled_allocations():
+    return results_of(case, run, copied(inputs, dtype))
+
+
+def results_of(case: Case, run: Prepare, copies: dict) -> list[Tensor]:
+    """The return values of a call on `copies`, and the pages that it wrote to."""
+    with torch.inference_mode(), exact_fp32(), nan_filled_allocations():
         returned = run(copies)()
     outputs = list(returned) if isinstance(returned, tuple) else [returned]
     return outputs + list(copies["pages"][:2] if OPS[case.op].stores else ())
@@ -113,7 +153,7 @@ def exact_fp32() -> Iterator[None]:
 
 
 @contextmanager
-def _nan_filled_allocations() -> Iterator[None]:
+def nan_filled_allocations() -> Iterator[None]:
     """Fill torch.empty with NaN, so that an output left unwritten shows."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -124,3 +164,19 @@ def _nan_filled_allocations() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn)
+
+
+def tensors(value: object) -> list[Tensor]:
+    """The tensors of an argument or of a result, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple):  # such as KVPages and folded weights
+        return [x for part in value for x in tensors(part)]
+    return []
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, with NaN at the same places."""
+    if a.dtype.itemsize == 1:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return bool(((a == b) | ((a != a) & (b != b))).all())

@@ -49,6 +49,7 @@ class Peer:
     prepare: Prepare
     library: Library
     on_cpu: bool = False
+    prepares: bool = False  # part of its work on the inputs is done before the timed call
 
     def __call__(self, inputs: dict) -> Call:
         return self.prepare(inputs)

@@ -16,11 +16,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.rows import jsonl
+from bench.rows.schema import NUMBERS, TEXTS, TIMES, invalid_field
 from kernels.runtime.dispatch import IMPLS
 from model.errors import InputError
 
 WHOLE_RUNS = ("pacore", "photo", "vision", "engine_step", "packing", "replay", "scheduler_step")
-FIELDS = (*jsonl.TEXTS, *jsonl.TIMES, *jsonl.NUMBERS)
+FIELDS = (*TEXTS, *TIMES, *NUMBERS)
 KEY = ("op", "case", "dtype", "policy", "part")  # with the form, identifies what a row measures
 WHOLE_CASE = (None, "all")  # values of `impl` in a row about all forms of a case
 
@@ -180,7 +181,7 @@ def _with_all_fields(row: dict) -> dict:
 
 def _is_valid(row: dict) -> bool:
     """Whether the fields that the row has are of the right types."""
-    return bool(row.get("op")) and not jsonl.invalid_field(row)
+    return bool(row.get("op")) and not invalid_field(row)
 
 
 def _key(row: dict, form: str | None, has_result: bool) -> str:

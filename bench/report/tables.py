@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bench.report.rows import Measurements, group_by, kind_of
-from bench.rows.jsonl import is_number
+from bench.rows.schema import is_number
 from bench.rows.show import TIMES, error, skipped, time_line, worst
 
 Column = tuple[str, str, Callable[[float], str]]  # heading, field, how a value is written

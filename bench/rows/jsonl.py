@@ -11,19 +11,10 @@ from contextlib import contextmanager
 from io import BufferedRandom
 from pathlib import Path
 
+from bench.rows.schema import SCHEMA, invalid_field
 from model.errors import InputError, shown
 from model.text.files import MAX_BYTES, check_target
 from model.text.rows import FileRow, parse_row, read_rows
-
-# Fields that rows of several kinds have.
-TEXTS = (
-    *("op", "case", "impl", "dtype", "policy", "part", "failure", "skipped", "timer", "version"),
-    *("device", "driver", "torch", "triton", "commit", "time", "section", "pair", "settings"),
-)
-TIMES = ("p20_us", "median_us", "p80_us")
-NUMBERS = ("bytes", "flops", "roofline_pct", "speedup", "max_err", "copy_gb_s", "gemm_tflop_s")
-RATES = ("tokens_per_second",)  # in some rows only
-SCHEMA = 1  # version of the rows; incremented whenever a field changes its meaning
 
 
 def append(path: Path, rows: Iterable[dict]) -> None:
@@ -95,28 +86,6 @@ def read_measured(path: Path) -> list[FileRow]:
         if problem := invalid_field(row):
             raise InputError(f"{row.where}: {problem}")
     return rows
-
-
-def invalid_field(row: dict) -> str | None:
-    """What is wrong with the first field of an invalid value; None if all are valid. Any field may
-    be missing or None."""
-    for names, valid, kind in (
-        (TEXTS, lambda value: isinstance(value, str), "a text"),
-        (TIMES, lambda value: is_number(value) and 1e-6 <= value <= 1e15, "from 1e-6 to 1e15"),
-        ((*NUMBERS, *RATES), is_number, "a number, at least 0"),
-    ):
-        for name in names:
-            value = row.get(name)
-            if value is not None and not valid(value):
-                return f"{name} is {shown(value)}; it must be {kind}"
-    return None
-
-
-def is_number(value: object) -> bool:
-    """Whether the value is a number from 0 to 1e30, beyond which floats overflow; not NaN."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return 0 <= value < 1e30
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from bench import __main__ as command
 from bench.measure import ops, timing
 from bench.measure import origin as rows
 from bench.rows import jsonl, repro, show
+from bench.rows.schema import SCHEMA
 from bench.studies import breakdown, decode
 from bench.studies.decode import DecodeCase
 from bench.suite import OPS, cases, numerics_cases
@@ -172,7 +173,7 @@ class TestSchema:
     def test_rows_have_their_schema(self):
         """Guards rows against being read with another meaning of their fields."""
         fields = rows.origin(CPU)
-        assert fields["schema"] == jsonl.SCHEMA
+        assert fields["schema"] == SCHEMA
         assert fields["time"].endswith("Z")
 
     def test_another_schema_is_refused(self, tmp_path):

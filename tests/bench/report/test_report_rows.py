@@ -8,6 +8,7 @@ import pytest
 from bench.report import rows as report_rows
 from bench.report.command import write
 from bench.rows import jsonl
+from bench.rows.schema import NUMBERS, TIMES
 from model.errors import InputError
 from tests.support.report_rows import BASE, row
 
@@ -48,7 +49,7 @@ def test_a_later_success_replaces_a_failure(whole, us):
     assert "died" in [r["failure"] for r in measurements.latest]
 
 
-@pytest.mark.parametrize("name", (*jsonl.TIMES, *jsonl.NUMBERS))
+@pytest.mark.parametrize("name", (*TIMES, *NUMBERS))
 def test_invalid_numbers(name):
     """Guards pictures against values that cannot be drawn: such a row is of kind "other"."""
     for value in ("text", -1, [1], True, float("nan"), 1e400, 10**400):
