@@ -42,6 +42,10 @@ COMMANDS = {
         "what is slower between two commits, or two files of rows",
     ),
     "gate": ("bench.gate", "check that speed-ups on this CPU reach their minimums"),
+    "convert": (
+        "bench.formats.command",
+        "rows to and from the formats of flashinfer-bench and pytest-benchmark",
+    ),
     "report": ("bench.report.command", "rows as one HTML page and charts"),
     "peers": (
         "bench.bundles.command",

@@ -3,22 +3,25 @@
 Cases, inputs, checks and timer are those of the command: on a GPU a round is one replay of a
 captured CUDA graph after the L2 has been emptied, divided by its number of calls. A form with wrong
 numbers fails, a missing peer is skipped. The forms of a case share a group, but are timed one after
-the other; for close comparisons use `python -m bench ops`, which alternates them.
+the other; for close comparisons use `python -m bench ops`, which alternates them. In the JSON,
+`extra_info` of a benchmark is its row, which `python -m bench convert` extracts.
 """
 
 from collections.abc import Callable
 from functools import lru_cache, partial
 
+import numpy as np
 import pytest
 import torch
 
 from bench.measure.devices import MAIN_DTYPE, parse_device
-from bench.measure.ops import prepared, verdicts_of
-from bench.measure.timing import MAX_REPEATS, MIN_REPEATS, prepare
+from bench.measure.ops import prepared, row_of, verdicts_of
+from bench.measure.timing import MAX_REPEATS, MIN_REPEATS, Timing, prepare
 from bench.measure.verdicts import reference
 from bench.suite import cases
 from bench.suite.forms import forms_here
 from bench.suite.op import Case
+from kernels.runtime.dtypes import dtype_name
 
 pytest.importorskip("pytest_benchmark")
 
@@ -26,7 +29,7 @@ DEVICE = parse_device(None)
 DTYPE = MAIN_DTYPE[DEVICE.type]
 BUDGET_S = 0.3  # of timing per form and case
 PAIRS = [
-    pytest.param(case, name, id=f"{case.op}: {case.name}: {name}")
+    pytest.param(case, name, id=f"{case.op}: {case.name}: {name}: {dtype_name(DTYPE)}")
     for case in cases(DEVICE.type)
     for name in forms_here(case, DEVICE)
 ]
@@ -63,10 +66,13 @@ def test_op(benchmark: Callable, case: Case, name: str) -> None:
         )[name]
         rounds = min(MAX_REPEATS, max(MIN_REPEATS, int(BUDGET_S * 1e6 / repeat.run())))
         benchmark.group = f"{case.op}: {case.name}"
-        benchmark.extra_info |= {"bytes": case.bytes(DTYPE), "flops": case.flops}
-        benchmark.extra_info |= {"max_err": verdict.max_err, "timer": repeat.timer}
         benchmark.pedantic(partial(_sample, repeat.run), rounds=rounds)
         ready.check(name, repeat.result)
+    if benchmark.stats:  # None with --benchmark-disable
+        samples = benchmark.stats.stats.data
+        p20, median, p80 = (float(s) * 1e6 for s in np.percentile(samples, [20, 50, 80]))
+        timing = Timing(p20, median, p80, len(samples), repeat.timer)
+        benchmark.extra_info |= row_of(case, name, DEVICE, DTYPE, verdict, timing)
 
 
 def _sample(run: Callable[[], float]) -> None:

@@ -202,7 +202,7 @@ class TestPytestFrontEnd:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         benchmarks = json.loads(out.read_text())["benchmarks"]
-        names = [f"test_op[rms_norm: T{rows} C4096: portable]" for rows in (1, 16)]
+        names = [f"test_op[rms_norm: T{rows} C4096: portable: float32]" for rows in (1, 16)]
         assert [row["name"] for row in benchmarks] == names
         assert all(0 < row["stats"]["median"] < 60 for row in benchmarks)
         assert benchmarks[0]["extra_info"]["timer"] == "clock"

@@ -34,6 +34,7 @@ FORBIDDEN = {
     "pacore_sched.answers.questions": {"torch"},
     "pacore_sched.answers.rounds": {"torch"},
     "pacore_sched.cli.simulate": {"torch"},
+    "bench.formats": {"torch", "triton", "kernels"},
     "profiles.first_light": {"torch"},
     "profiles.runs.record": {"torch"},
 }
