@@ -19,7 +19,7 @@ setup(
     package_data={
         "kernels": ["tuned/*.json"],
         "pacore_sched": ["answers/*.jinja"],
-        "bench": ["report/*.jinja", "peers/*.md"],
+        "bench": ["report/*.jinja"],
         # `simulate` reads its GPU's rates from results/.
         "profiles": ["static/*.jsonl", "results/*/*.jsonl"],
     },
@@ -57,7 +57,7 @@ setup(
             "pytest-benchmark",
             "scikit-image",
         ],
-        "peers": ["flash-attn", "xformers", "flashinfer-python", "liger-kernel"],
+        "peers": ["flashinfer-python==0.6.13", "liger-kernel==0.8.5", "xformers==0.0.35"],
         # Apart from the others: pip compiles it for up to a quarter of an hour.
         "llama": ["llama-cpp-python>=0.3.36"],
     },

@@ -48,7 +48,7 @@ COMMANDS = {
     ),
     "report": ("bench.report.command", "rows as one HTML page and charts"),
     "peers": (
-        "bench.bundles.command",
+        "bench.cli.peers",
         "which peer libraries are installed, and how to get the others",
     ),
 }

@@ -16,7 +16,6 @@ from torch import Tensor
 from bench.measure.verdicts import (
     NOT_WRITTEN,
     nan_filled_allocations,
-    same,
     tensors,
     verdict_on,
 )
@@ -78,7 +77,7 @@ class Audit:
             return None
         if self._arrives(results, expected):
             return LATE
-        if all(map(same, at_return, kept)):
+        if all(map(torch.equal, at_return, kept)):
             return KEPT
         if NOT_WRITTEN in failure:
             return f"it does not do its work while it is timed: {failure}"

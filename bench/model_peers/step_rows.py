@@ -62,7 +62,7 @@ def time_step(
     errors = {**errors, **{n: compare(work.call(), expected) for n, work in working.items()}}
     calls = {**calls, **{name: work.call for name, work in working.items()}}
     timings = measure(
-        {name: lambda _, call=call: call() for name, call in calls.items()},
+        {name: _candidate(call) for name, call in calls.items()},
         device=model.device,
         budget_s=budget_s,
         min_repeats=min_repeats,
@@ -87,6 +87,11 @@ def time_step(
     ]
     missing = [row(name, NOT_RUN, None) for name in works if name not in working]
     return with_speedups(rows) + missing
+
+
+def _candidate(call: Callable[[], object]) -> Callable[[int], object]:
+    """`call` for `measure`, which passes the index of a set of inputs: here there is one set."""
+    return lambda _: call()
 
 
 def _peer_fields(name: str, work: Work | Unavailable | None) -> dict:

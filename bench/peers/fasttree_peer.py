@@ -1,7 +1,7 @@
 """FastTree (MLSys'25): attention over the nodes of a prefix tree, with two query tile sizes.
 
 Its code is not a package: FASTTREE_HOME names the folder of its artifact with `fasttree.py`
-(bench/peers/README.md). It plans outside the timed call, as in its own benchmark and with that
+(docs/peers.md). It plans outside the timed call, as in its own benchmark and with that
 benchmark's constants; K and V are stored node after node, as it requires.
 """
 
@@ -99,6 +99,7 @@ def _loaded(path: Path) -> ModuleType:
     if not path.exists():
         raise Unavailable(f"not installed ({path} does not exist)")
     spec = spec_from_file_location("fasttree", path)
+    assert spec is not None and spec.loader is not None  # as for every path that ends in .py
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -106,7 +107,7 @@ def _loaded(path: Path) -> ModuleType:
 
 FASTTREE = Library(
     "FastTree",
-    "set FASTTREE_HOME to its artifact's folder (bench/peers/README.md)",
+    "set FASTTREE_HOME to its artifact's folder (docs/peers.md)",
     lambda: os.environ.get("FASTTREE_HOME"),
     check,
 )

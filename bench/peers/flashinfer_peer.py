@@ -21,17 +21,17 @@ def plain(inputs: dict, *, copied: bool = False) -> Callable[[], Tensor]:
     """Attention of each sequence by itself, over shared physical pages or `copied` ones."""
     q = inputs["q"]
     flashinfer, layout = check(q.device), paged(inputs, copied=copied)
-    arguments = (*_tables(layout.kv_ranges, layout.k.shape[2]), *_shape(q, layout.k))
+    tables = _tables(layout.kv_ranges, layout.k.shape[2])
     options = _options(inputs) | {"window_left": inputs["window"] - 1}
     if layout.decodes:
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             _workspace(q.device), "HND", use_tensor_cores=True
         )
+        wrapper.plan(*tables, *_shape(q, layout.k), **options)
     else:
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(q.device), "HND")
-        arguments = (_rows(layout.kv_ranges), *arguments)
-        options["causal"] = True
-    wrapper.plan(*arguments, **options)
+        rows = _rows(layout.kv_ranges)
+        wrapper.plan(rows, *tables, *_shape(q, layout.k), causal=True, **options)
     return lambda: wrapper.run(q, (layout.k, layout.v))
 
 
@@ -108,7 +108,7 @@ def _options(inputs: dict) -> dict:
 
 FLASHINFER = Library(
     "FlashInfer",
-    "python -m bench peers prepare --only flashinfer",
+    "pip install flashinfer-python==0.6.13",
     distribution("flashinfer-python"),
     check,
 )

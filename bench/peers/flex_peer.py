@@ -47,14 +47,14 @@ def packed(inputs: dict) -> tuple[Tensor, Tensor]:
 def _mask(plan: PrefixPlan, window: int, device: torch.device) -> Callable:
     """The mask function: token t is seen by rows first[t] to last[t] - 1 of its node, which are all
     rows of the node or, for a new token, those from its own row on."""
-    first, last, position = [], [], []
+    firsts, lasts, positions = [], [], []
     for node, start in zip(plan.nodes, plan.node_starts, strict=True):
         token = torch.arange(node.kv_len)
         new_index = (token - (node.kv_len - node.num_new)).clamp(min=0)
-        first.append(node.row_start + new_index)
-        last.append(torch.full_like(token, node.row_end))
-        position.append(start + token)
-    first, last, position = (torch.cat(x).to(device) for x in (first, last, position))
+        firsts.append(node.row_start + new_index)
+        lasts.append(torch.full_like(token, node.row_end))
+        positions.append(start + token)
+    first, last, position = (torch.cat(x).to(device) for x in (firsts, lasts, positions))
     oldest = plan.row_position.to(device) - (window - 1 if window else 2**30)
 
     def seen(batch: Tensor, head: Tensor, row: Tensor, token: Tensor) -> Tensor:

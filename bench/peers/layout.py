@@ -55,9 +55,10 @@ def paged(inputs: dict, *, copied: bool = False, page_size: int | None = None) -
     rebuilt, and full pages of the same tokens are shared again.
     """
     sequences, plan_size = _sequences(inputs), inputs["plan"].page_size
-    pools, size = list(inputs["pages"][:2]), page_size or plan_size
+    k, v = inputs["pages"][:2]
+    size = page_size or plan_size
     rebuild_all = copied or size != plan_size
-    num_kept = 0 if rebuild_all else len(pools[0])
+    num_kept = 0 if rebuild_all else len(k)
     kv_ranges: list[KVRange] = []
     rebuilt: dict[tuple[int, bytes], int] = {}  # the page's index by its tokens' slots
     for index, (start, end, path) in enumerate(sequences):
@@ -71,10 +72,10 @@ def paged(inputs: dict, *, copied: bool = False, page_size: int | None = None) -
             table[page] = num_kept + rebuilt.setdefault(key, len(rebuilt))
         kv_ranges.append(KVRange(start, end, table.int(), len(slots)))
     if rebuilt:
-        slots = b"".join(page_slots for _, page_slots in rebuilt)
-        new_pages = torch.frombuffer(bytearray(slots), dtype=torch.int64).view(-1, size)
-        pools = [_rebuild(pool, new_pages, num_kept) for pool in pools]
-    return Paged(*pools, kv_ranges)
+        all_slots = bytearray().join(page_slots for _, page_slots in rebuilt)
+        new_pages = torch.frombuffer(all_slots, dtype=torch.int64).view(-1, size)
+        k, v = (_rebuild(pool, new_pages, num_kept) for pool in (k, v))
+    return Paged(k, v, kv_ranges)
 
 
 def levels(inputs: dict) -> list[list[KVRange]]:
@@ -93,8 +94,8 @@ def levels(inputs: dict) -> list[list[KVRange]]:
             if node is previous:
                 start = kv_ranges.pop().start
             previous = node
-            pages = node.pages[: cdiv(node.kv_len, inputs["plan"].page_size)]
-            pages = torch.tensor(pages, dtype=torch.int32)
+            used = node.pages[: cdiv(node.kv_len, inputs["plan"].page_size)]
+            pages = torch.tensor(used, dtype=torch.int32)
             kv_ranges.append(KVRange(start, end, pages, node.kv_len))
         tree.append(kv_ranges)
     return tree

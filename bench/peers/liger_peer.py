@@ -26,14 +26,14 @@ def layer_norm(inputs: dict) -> Callable[[], object]:
     if residual is None:
         return partial(norm, x, weight, bias, eps)
 
-    def call() -> tuple[Tensor, Tensor]:
+    def call() -> tuple[object, Tensor]:
         total = residual + x if gamma is None else torch.addcmul(residual, gamma, x)
         return norm(total, weight, bias, eps), total
 
     return call
 
 
-def silu_mul(inputs: dict) -> Callable[[], Tensor]:
+def silu_mul(inputs: dict) -> Callable[[], object]:
     """SiLU of gate times up, given as halves of one tensor, as in the op."""
     gate_up = halves(inputs)
     return partial(_function("LigerFusedGateUpSiLUMulFunction", gate_up), gate_up)
@@ -54,7 +54,7 @@ def _function(name: str, x: Tensor) -> Callable[..., object]:
 
 LIGER = Library(
     "Liger",
-    "pip install liger-kernel, or python -m bench peers prepare --only liger",
+    "pip install liger-kernel==0.8.5",
     distribution("liger-kernel"),
     check,
 )

@@ -80,7 +80,7 @@ def _padded(
     sequences = plan.sequences
     width = max(end - start for start, end, _ in sequences)
     length = max(sum(node.kv_len for node in path) for _, _, path in sequences)
-    rows, tokens, masks = [], [], []
+    rows, slots, masks = [], [], []
     for start, end, path in sequences:
         row = torch.arange(start, start + width).clamp_max(end - 1)
         slot = torch.cat([_slots(node, plan.page_size, kv_heads) for node in path], dim=1)
@@ -89,9 +89,13 @@ def _padded(
             sees &= sees.flip(1).cumsum(1).flip(1) <= window
         rows.append(row)
         padding = (0, length - slot.shape[1])
-        tokens.append(F.pad(slot[None], padding, mode="replicate")[0] if padding[1] else slot)
+        slots.append(F.pad(slot[None], padding, mode="replicate")[0] if padding[1] else slot)
         masks.append(F.pad(sees, padding))
-    return tuple(torch.stack(parts).to(device) for parts in (rows, tokens, masks))
+    return (
+        torch.stack(rows).to(device),
+        torch.stack(slots).to(device),
+        torch.stack(masks).to(device),
+    )
 
 
 def _slots(node: PlanNode, page_size: int, kv_heads: int) -> Tensor:

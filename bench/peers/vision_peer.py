@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers import fa2_peer, fa3_peer
+from bench.peers.flash_attention import fa2_peer, fa3_peer
 from bench.peers.layout import indptr
 from bench.peers.peer import TORCH, TORCH_GPU, Library, imported, on_gpu
 from bench.peers.projector_peer import CUDNN

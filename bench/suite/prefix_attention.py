@@ -16,11 +16,12 @@ from bench.inputs.draws import Device, NormalDraws
 from bench.inputs.plans import prefix_plan, quantised, unused_slots, visible_tokens
 from bench.inputs.presets import BIG, SMOLLM2, WIDE, Heads, heads_of
 from bench.inputs.trees import Node, fork
-from bench.peers import fa2_peer, fa3_peer, flashinfer_peer
+from bench.peers import flashinfer_peer
 from bench.peers.compile_peer import COMPILE
-from bench.peers.fa2_peer import FA2
-from bench.peers.fa3_peer import FA3
 from bench.peers.fasttree_peer import FASTTREE, tree
+from bench.peers.flash_attention import fa2_peer, fa3_peer
+from bench.peers.flash_attention.fa2_peer import FA2
+from bench.peers.flash_attention.fa3_peer import FA3
 from bench.peers.flashinfer_peer import FLASHINFER
 from bench.peers.flex_peer import flex
 from bench.peers.peer import TORCH, Peer

@@ -11,8 +11,6 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench.bundles.bundle import Bundle, pack
-from bench.bundles.install import install
 from bench.report import charts
 from bench.report import command as report
 from bench.rows import jsonl
@@ -39,22 +37,6 @@ def first_light(folder: Path) -> None:
     FirstLightRun(folder, None, 0.0, 0.0, 1)
 
 
-def bundle(folder: Path) -> Bundle:
-    made = Bundle(folder)
-    made.made_for = {"python": "3.11", "platform": "x"}
-    return made
-
-
-def add_item(folder: Path) -> None:
-    bundle(folder).add("nvtx", [], [])
-
-
-def pack_item(folder: Path) -> None:
-    (folder / "item").mkdir()
-    (folder / "item" / "file").write_text("x")
-    pack(folder / "item", folder / "nvtx")
-
-
 def save_histogram(folder: Path) -> None:
     counts = [1] * (len(histogram.ALL_EDGES) - 1)
     row = {"op": "a", "impl": "eager", "dtype": "float32", "device": "x", "reference": "fp64"}
@@ -76,9 +58,6 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "x.ncu-rep": lambda folder: tools.run_profiler(["true"], folder / "x.ncu-rep"),
     "pack": lambda folder: kernel_pack.pack(folder / "pack", [], []),
     "pack.partial": lambda folder: kernel_pack.pack(folder / "pack", [], []),
-    "manifest.json.part": add_item,
-    "nvtx.tar.xz.part": pack_item,
-    "env.sh": lambda folder: install(folder, []),
     "config.tmp": lambda folder: save_checkpoint(folder, {"a": torch.zeros(1)}, TINY),
     "tokenizer.json": Tokenizer.byte_level(TINY).save,
     "tokenizer_config.json": Tokenizer.byte_level(TINY).save,

@@ -10,14 +10,12 @@ from bench.inputs import plans as inputs
 from bench.inputs.trees import Node, fork
 from bench.measure.verdicts import judge, reference
 from bench.peers import (
-    fa2_peer,
-    fa3_peer,
     fasttree_peer,
     flashinfer_peer,
     layout,
     sdpa_peer,
-    vllm_object,
 )
+from bench.peers.flash_attention import fa2_peer, fa3_peer, vllm_object
 from bench.peers.flex_peer import flex
 from bench.peers.layout import levels, paged
 from bench.peers.peer import Unavailable

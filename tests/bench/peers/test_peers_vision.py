@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from bench.measure.devices import DTYPES
 from bench.measure.verdicts import judge, reference
-from bench.peers import fa2_peer, fa3_peer, projector_peer, vision_peer
+from bench.peers import projector_peer, vision_peer
+from bench.peers.flash_attention import fa2_peer, fa3_peer
 from bench.peers.peer import Unavailable
 from bench.suite import PEERS, vision_attention
 from bench.suite import projector as suite_projector

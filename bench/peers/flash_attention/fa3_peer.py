@@ -5,13 +5,14 @@ against vllm 0.25.1.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from bench.peers.flash_attention.vllm_object import arguments, loaded, unmasked, version
 from bench.peers.layout import KVRange, block_table, indptr, levels, paged
 from bench.peers.peer import Library, Unavailable, imported, on_gpu
-from bench.peers.vllm_object import arguments, loaded, unmasked, version
 
 # Values of arguments that the op requires and these calls do not use; all others are None.
 DEFAULTS = {
@@ -73,7 +74,7 @@ def merge(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> Tensor:
 
 
 def _paged_call(
-    library: object,
+    library: ModuleType,
     inputs: dict,
     k: Tensor,
     v: Tensor,
@@ -111,7 +112,7 @@ def _paged_call(
     return lambda: tuple(library.fwd(*values)[:2])
 
 
-def check(device: torch.device) -> object:
+def check(device: torch.device) -> ModuleType:
     """The torch.ops namespace with `fwd` and `get_scheduler_metadata`, of vLLM or the package.
 
     Raises Unavailable without either, or without a Hopper GPU.
@@ -128,7 +129,7 @@ def check(device: torch.device) -> object:
 
 FA3 = Library(
     "FlashAttention-3",
-    "python -m bench peers prepare --only fa3",
+    "pip download --no-deps vllm==0.25.1, unzip FA3's object, set FA3_LIBRARY (docs/peers.md)",
     lambda: version(3, "flash_attn_3"),
     check,
 )

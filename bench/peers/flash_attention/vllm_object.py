@@ -8,6 +8,7 @@ import os
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from bench.peers.peer import Unavailable, distribution
 
 
 @cache
-def loaded(number: int) -> object | None:
+def loaded(number: int) -> ModuleType | None:
     """The torch.ops namespace of FlashAttention 2 or 3; None if there is no object."""
     path = _path(number)
     if path is None:
@@ -60,7 +61,7 @@ def unmasked(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_length: int) -
 def _path(number: int) -> str | None:
     path = os.environ.get(f"FA{number}_LIBRARY")
     vllm = find_spec("vllm")
-    folders = vllm.submodule_search_locations if vllm else ()
+    folders = (vllm and vllm.submodule_search_locations) or ()
     pattern = f"*/_vllm_fa{number}_C*.so"
     objects = [file for folder in folders for file in Path(folder).glob(pattern)]
     return path or (str(objects[0]) if objects else None)

@@ -5,13 +5,14 @@ package, pages are rebuilt outside the timed call. Written against vllm 0.25.1 a
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from bench.peers.flash_attention.vllm_object import arguments, loaded, unmasked, version
 from bench.peers.layout import Paged, block_table, indptr, paged
 from bench.peers.peer import Library, Unavailable, imported, on_gpu
-from bench.peers.vllm_object import arguments, loaded, unmasked, version
 
 PACKAGE_PAGE = 256  # tokens per page that the package's kernels support
 
@@ -49,13 +50,13 @@ def varlen(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, in
     return attend
 
 
-def check(device: torch.device) -> object:
+def check(device: torch.device) -> ModuleType:
     """vLLM's ops, else the package; raises Unavailable without either, or without a GPU."""
     on_gpu(device)
     return loaded(2) or imported("flash_attn")
 
 
-def _vllm_call(library: object, inputs: dict, layout: Paged) -> Callable[[], Tensor]:
+def _vllm_call(library: ModuleType, inputs: dict, layout: Paged) -> Callable[[], Tensor]:
     if layout.k.shape[2] % 16:
         raise Unavailable("supports only pages of a multiple of 16 tokens")
     q, window = inputs["q"], inputs["window"]
@@ -79,7 +80,7 @@ def _vllm_call(library: object, inputs: dict, layout: Paged) -> Callable[[], Ten
     return lambda: library.varlen_fwd(*values)[0]
 
 
-def _package_call(library: object, inputs: dict, layout: Paged) -> Callable[[], Tensor]:
+def _package_call(library: ModuleType, inputs: dict, layout: Paged) -> Callable[[], Tensor]:
     q, window = inputs["q"], inputs["window"]
     k, v = (x.transpose(1, 2) for x in (layout.k, layout.v))  # [num_pages, page_size, Hkv, D]
     starts, lengths, max_rows, max_length = _sizes(layout, q.device)
@@ -107,7 +108,7 @@ def _sizes(layout: Paged, device: torch.device) -> tuple[Tensor, Tensor, int, in
 
 FA2 = Library(
     "FlashAttention-2",
-    "python -m bench peers prepare --only fa2, or flash-attn",
+    "pip download --no-deps vllm==0.25.1, unzip FA2's object, set FA2_LIBRARY (docs/peers.md)",
     lambda: version(2, "flash_attn"),
     check,
 )

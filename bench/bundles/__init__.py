@@ -1,1 +1,0 @@
-"""Bundles of peer libraries for machines without the internet: fetching, building, installing."""
