@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.measure.verdicts import (
     NOT_WRITTEN,
     nan_filled_allocations,
+    shared_input,
     tensors,
     verdict_on,
 )
@@ -43,39 +44,32 @@ class Audit:
         self.varying.mul_(OTHER)
         self.timed = self.varying.clone()
 
-    def check(self, call: Callable[[], object], prepares: bool = False) -> None:
-        """Raise Cheat unless `call`, one timed call of set 0, does the work.
-
-        prepares: it does not follow its inputs, because a part of its work on them is done ahead;
-            then its results must be those of its own earlier call
-        """
+    def check(self, call: Callable[[], object]) -> None:
+        """Raise Cheat unless `call`, one timed call of set 0, does the work."""
         before = tensors(call())
+        if name := shared_input(OPS[self.case.op], self.inputs, before):
+            raise Cheat(f"a result shares memory with the input {name!r} while it is timed")
         kept = [x.clone() for x in before]
         for x in before:
             x.fill_(torch.nan if x.is_floating_point() else -1)
-        if not prepares:
-            self.varying.copy_(self.judged)
+        self.varying.copy_(self.judged)
         try:
             with nan_filled_allocations():
                 results = tensors(call())
             at_return = [x.clone() for x in results]  # on the stream that is timed
-            reason = self._reason(at_return, results, kept, kept if prepares else self.expected)
+            reason = self._reason(at_return, results, kept)
         finally:
             self.varying.copy_(self.timed)
         if reason:
             raise Cheat(reason)
 
     def _reason(
-        self,
-        at_return: list[Tensor],
-        results: list[Tensor],
-        kept: list[Tensor],
-        expected: list[Tensor],
+        self, at_return: list[Tensor], results: list[Tensor], kept: list[Tensor]
     ) -> str | None:
-        failure = self._failure(at_return, expected)
+        failure = self._failure(at_return)
         if not failure:
             return None
-        if self._arrives(results, expected):
+        if self._arrives(results):
             return LATE
         if all(map(torch.equal, at_return, kept)):
             return KEPT
@@ -83,17 +77,17 @@ class Audit:
             return f"it does not do its work while it is timed: {failure}"
         return f"its results differ while it is timed: {failure}"
 
-    def _arrives(self, results: list[Tensor], expected: list[Tensor]) -> bool:
+    def _arrives(self, results: list[Tensor]) -> bool:
         """Whether right results arrive within LATE_S."""
         end = time.monotonic() + LATE_S
         while time.monotonic() < end:
             if results and results[0].is_cuda:
                 torch.cuda.synchronize()
-            if not self._failure(results, expected):
+            if not self._failure(results):
                 return True
             time.sleep(LATE_S / 50)
         return False
 
-    def _failure(self, results: list[Tensor], expected: list[Tensor]) -> str | None:
+    def _failure(self, results: list[Tensor]) -> str | None:
         stored = list(self.inputs["pages"][:2]) if OPS[self.case.op].stores else []
-        return verdict_on(self.case, [*results, *stored], expected).failure
+        return verdict_on(self.case, [*results, *stored], self.expected).failure

@@ -13,7 +13,7 @@ from bench.errors import Error, compare, excess
 from bench.peers.peer import Prepare
 from bench.suite import OPS
 from bench.suite.forms import form
-from bench.suite.op import Case
+from bench.suite.op import Case, Op
 from kernels.kv_pages import KVPages
 
 # Maximum error of a whole model's results in fp32: far above rounding, far below a fault. Whole
@@ -81,17 +81,26 @@ def _not_written(result: Tensor, expected: Tensor) -> str | None:
 def _misused(case: Case, inputs: dict, copies: dict, outputs: list[Tensor]) -> str | None:
     """What a call did to inputs that its op must not write to; `copies` are those it got."""
     op = OPS[case.op]
-    stored = ("pages",) * op.stores
-    addresses = {x.untyped_storage().data_ptr() for x in outputs[: len(outputs) - 2 * op.stores]}
-    for name, value in copies.items():
-        if name in (*op.writes, *stored):
-            continue
-        now = tensors(value)
-        if addresses & {x.untyped_storage().data_ptr() for x in now if x.numel()}:
-            return f"a result shares memory with the input {name!r}"
-        if not all(map(_unchanged, tensors(inputs[name]), now)):
+    returned = outputs[: len(outputs) - 2 * op.stores]
+    if name := shared_input(op, copies, returned):
+        return f"a result shares memory with the input {name!r}"
+    for name in _read_only(op, copies):
+        if not all(map(_unchanged, tensors(inputs[name]), tensors(copies[name]))):
             return f"it changes its input {name!r}"
     return None
+
+
+def shared_input(op: Op, inputs: dict, outputs: list[Tensor]) -> str | None:
+    """The name of an input that the op only reads and whose memory an output uses; None if none."""
+    addresses = {x.untyped_storage().data_ptr() for x in outputs}
+    for name in _read_only(op, inputs):
+        if addresses & {x.untyped_storage().data_ptr() for x in tensors(inputs[name]) if x.numel()}:
+            return name
+    return None
+
+
+def _read_only(op: Op, inputs: dict) -> list[str]:
+    return [name for name in inputs if name not in (*op.writes, *("pages",) * op.stores)]
 
 
 def judged(error: Error, dtype: torch.dtype) -> Verdict:

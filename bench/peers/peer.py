@@ -49,7 +49,9 @@ class Peer:
     prepare: Prepare
     library: Library
     on_cpu: bool = False
-    prepares: bool = False  # part of its work on the inputs is done before the timed call
+    # False if a part of its work on the inputs is done before the timed call, or if it works in
+    # place on copies: its results do not follow its inputs from call to call.
+    audited: bool = True
 
     def __call__(self, inputs: dict) -> Call:
         return self.prepare(inputs)

@@ -93,6 +93,7 @@ OP = Op(
             "vision_attention",
             partial(vision, prepare=prepare, alone=bool(suffix)),
             library,
+            audited=not suffix,
         )
         for name, (library, prepare) in PREPARED.items()
         for suffix in ("", "-alone")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench.measure import roofline, timing
+from bench.measure.clocks import Clocks
 from bench.measure.roofline import Roofline
 
 CPU = torch.device("cpu")
@@ -52,9 +53,9 @@ class TestTiming:
 
     def test_summary(self):
         """Guards the meaning of the three times: neither mean nor best."""
-        assert timing._summary([10.0, 1.0, 2.0, 3.0, 1000.0, 4.0], "clock") == timing.Timing(
-            2.0, 3.5, 10.0, 6, "clock"
-        )
+        assert timing._summary(
+            [10.0, 1.0, 2.0, 3.0, 1000.0, 4.0], "clock", Clocks("cpu")
+        ) == timing.Timing(2.0, 3.5, 10.0, 6, "clock")
 
     def test_sets_exceed_the_cache(self, monkeypatch):
         """Guards cold inputs: five caches together, within the limit on the number of sets."""

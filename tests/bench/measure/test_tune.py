@@ -10,6 +10,7 @@ import triton
 from bench.__main__ import main
 from bench.measure import tune
 from bench.measure.poison import PoisonedError
+from bench.measure.roofline import Roofline
 from bench.measure.timing import Timing
 from bench.rows import jsonl
 from bench.suite import OPS
@@ -74,7 +75,8 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.cli.commands.cases", lambda device_type: CASES)
     monkeypatch.setattr(tune, "sets_for", lambda set_bytes, device: 2)
     monkeypatch.setattr(tune, "measure", fixed_times)
-    monkeypatch.setattr("bench.measure.rows.roofline", lambda device, dtype: None)
+    best = Roofline("cpu", "float32", copy_gb_s=1, gemm_tflop_s=1)
+    monkeypatch.setattr("bench.measure.rows.roofline", lambda device, dtype: best)
     configs.table_of.cache_clear()
     used.clear()
     yield tmp_path
