@@ -13,6 +13,7 @@ from model.errors import InputError
 from model.terminal import integer
 from model.text.files import check_regular
 from profiles.profilers import ncu_summary
+from profiles.profilers.exports import read_text
 from profiles.profilers.launch import add_case_arguments
 from profiles.profilers.tools import check_gpu, run_and_capture, run_profiler, show, tool
 
@@ -107,7 +108,7 @@ def export(report: Path) -> str:
         raise InputError(f"there is no report {report}")
     check_regular(report)
     if report.suffix != ".ncu-rep":
-        return report.read_text(encoding="utf-8", errors="replace")
+        return read_text(report)
     return run_and_capture([tool("ncu"), "--import", str(report), "--page", "raw", "--csv"])
 
 

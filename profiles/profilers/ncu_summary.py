@@ -1,9 +1,10 @@
 """Summary of an ncu report: time, DRAM, tensor cores, occupancy and warp stalls of each kernel.
 
 It is read from `ncu --import REPORT --page raw --csv`: a header with one column per metric, a row
-of units, then a row per launch. The format follows a real export of 2022.3, which spells units
-"usecond" and "Gbyte/second"; later versions' "us" and "Gbyte/s" are from published excerpts.
-Metrics of tensor cores have different names on different architectures: the largest one counts.
+of units, then a row per launch. The format follows a real export of 2022.3; from others' reports
+are known: columns "Block Size" to "CC" in place of "Kernel Time" (2023 and later), units "us" and
+"Gbyte/s", `dram__bytes_op_*` of consumer Blackwell, `subpipe` of its tensor cores (names as `ncu
+--query-metrics` lists them). Metrics of tensor cores differ by architecture: the largest counts.
 """
 
 import re
@@ -11,26 +12,34 @@ from collections.abc import Sequence
 
 from model.errors import InputError
 from model.terminal import table
-from profiles.profilers.exports import Table, number, tables
+from profiles.profilers.exports import Export, Row, Table
+from profiles.profilers.numbers import DURATION, PERCENT, PLAIN, RATE, Kind
 
-DURATION = "gpu__time_duration.sum"
+DURATIONS = ("gpu__time_duration.sum",)
 DRAM_RATE = ("dram__bytes.sum.per_second",)
-DRAM_PARTS = ("dram__bytes_read.sum.per_second", "dram__bytes_write.sum.per_second")
+DRAM_READ, DRAM_WRITE = (
+    [f"dram__bytes_{infix}{way}.sum.per_second" for infix in ("", "op_")]
+    for way in ("read", "write")
+)
 DRAM_PEAK = (
     "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed",
 )
 TENSOR = re.compile(
-    r"sm__(pipe_tensor(_op_[a-z]+)?_cycles_active|inst_executed_pipe_tensor(_op_[a-z]+)?)"
+    r"sm__(pipe_tensor(_(op|subpipe)_[a-z]+)?_cycles_active|inst_executed_pipe_tensor(_op_[a-z]+)?)"
     r"\.avg\.pct_of_peak_sustained_(active|elapsed)"
 )
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 OCCUPANCY = ("sm__warps_active.avg.pct_of_peak_sustained_active",)
 POSSIBLE = ("sm__maximum_warps_per_active_cycle_pct",)
 REGISTERS = ("launch__registers_per_thread",)
-SCALE = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-UNIT = re.compile(r"([numKMGT]?)(seconds?|s|bytes?|B)(/(second|s))?")
 TOP_STALLS = 3
+# ncu does not clamp shares whose counters come from different passes, or that other engines of the
+# GPU raise (Profiling Guide, "Range and Precision"). Twice the peak is out of reach of both; a
+# number with a misread mark is 1,000 times too large. Warps are counted in one pass, and rounded.
+SHARE = PERCENT._replace(most=200.0)
+OCCUPIED = PERCENT._replace(most=101.0)
+AGAIN = "export again with `LC_ALL=C ncu --import REPORT --page raw --csv`"
 
 
 def summarise(text: str, source: str) -> list[dict]:
@@ -40,21 +49,26 @@ def summarise(text: str, source: str) -> list[dict]:
     stalls: reason -> share of the time that a warp spends between two of its instructions, the
         largest first. Figures that were not collected are None.
 
-    Raises InputError for a text that is no raw page or lacks the kernel's name or duration.
+    Raises InputError for a text that is no raw page, lacks the kernel's name or duration, or has
+    impossible numbers.
     """
-    raw = [t for t in tables(text, source) if t.has("Kernel Name")]
+    kinds = {"raw": ("Kernel Name",)}
+    export = Export(text, source, kinds, AGAIN, units_below=True, identity="ID")
+    raw = export.tables["raw"]
     if not raw:
         raise InputError(
             f"{source}: this is not the output of `ncu --import REPORT --page raw --csv`"
         )
-    if raw[0].has("Metric Name"):
+    if any(table.has("Metric Name") for table in raw):
         raise InputError(f"{source}: the CSV has one metric per line; export with --page raw --csv")
-    header = raw[0].header
-    units, *launches = raw[0].rows or [()]
-    raw[0].texts(DURATION)  # raises if it is missing
-    if not launches or units[header.index("Kernel Name")]:
-        raise InputError(f"{source}: no row of units, or no launch after it")
-    return [_launch(_Row(raw[0], units, cells)) for cells in launches]
+    for page in raw:
+        page.column(DURATIONS[0])  # raises if it is missing
+    launches = [_launch(page, row) for page in raw for row in page.rows]
+    if not launches:
+        reason = f"; {export.first_left_out}" if export.left_out else ""
+        raise InputError(f"{source}: no row of units, or no launch after it{reason}")
+    export.warn()
+    return launches
 
 
 def display(launches: Sequence[dict], source: str) -> None:
@@ -64,7 +78,7 @@ def display(launches: Sequence[dict], source: str) -> None:
     lines = [
         [
             launch["kernel"][:60],
-            f"{launch['duration_us']:,.2f}",
+            _text(launch["duration_us"], "{:,.2f}"),
             _text(launch["dram_gb_s"], "{:,.0f}"),
             *(
                 _text(launch[name], "{:.1f} %")
@@ -78,54 +92,40 @@ def display(launches: Sequence[dict], source: str) -> None:
     table(f"launches in {source}", header, lines)
 
 
-class _Row:
-    """The figures of one launch, by metric."""
-
-    def __init__(self, table_: Table, units: Sequence[str], cells: Sequence[str]) -> None:
-        names = list(table_.header)
-        self.texts = dict(zip(names, cells, strict=True))
-        self.units = dict(zip(names, units, strict=True))
-
-    def first(self, names: Sequence[str]) -> float | None:
-        """The first of these metrics that has a number, converted to seconds or bytes if its unit
-        is one of time or size."""
-        for name in names:
-            value = number(self.texts.get(name, ""))
-            if value is not None:
-                unit = UNIT.fullmatch(self.units[name])
-                return value * SCALE[unit[1]] if unit else value
-        return None
-
-    def all(self, pattern: re.Pattern) -> dict[str, float]:
-        """The metrics whose whole name matches, by name."""
-        values = {
-            name: number(text) for name, text in self.texts.items() if pattern.fullmatch(name)
-        }
-        return {name: value for name, value in values.items() if value is not None}
+def _first(page: Table, row: Row, names: Sequence[str], kind: Kind) -> float | None:
+    """The first of these metrics that has a number."""
+    values = (page.number(row, name, kind) for name in names if page.has(name))
+    return next((value for value in values if value is not None), None)
 
 
-def _launch(row: _Row) -> dict:
-    duration, rate = row.first([DURATION]), row.first(DRAM_RATE)
+def _all(page: Table, row: Row, pattern: re.Pattern, kind: Kind) -> dict[str, float]:
+    """The metrics with a number whose whole name matches, by name."""
+    names = filter(pattern.fullmatch, page.names)
+    values = {name: page.number(row, name, kind) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _launch(page: Table, row: Row) -> dict:
+    rate = _first(page, row, DRAM_RATE, RATE)
     if rate is None:
-        parts = [part for name in DRAM_PARTS if (part := row.first([name])) is not None]
-        rate = sum(parts) if len(parts) == len(DRAM_PARTS) else None
+        read, write = (_first(page, row, names, RATE) for names in (DRAM_READ, DRAM_WRITE))
+        rate = None if read is None or write is None else read + write
     return {
-        "kernel": row.texts["Kernel Name"],
-        "duration_us": None if duration is None else duration * 1e6,
-        "dram_gb_s": None if rate is None else rate / 1e9,
-        "dram_pct": row.first(DRAM_PEAK),
-        "tensor_pct": max(row.all(TENSOR).values(), default=None),
-        "occupancy_pct": row.first(OCCUPANCY),
-        "possible_occupancy_pct": row.first(POSSIBLE),
-        "registers": row.first(REGISTERS),
-        "stalls": _stalls(row),
+        "kernel": row.cells[page.column("Kernel Name")],
+        "duration_us": _first(page, row, DURATIONS, DURATION),
+        "dram_gb_s": rate,
+        "dram_pct": _first(page, row, DRAM_PEAK, SHARE),
+        "tensor_pct": max(_all(page, row, TENSOR, SHARE).values(), default=None),
+        "occupancy_pct": _first(page, row, OCCUPANCY, OCCUPIED),
+        "possible_occupancy_pct": _first(page, row, POSSIBLE, OCCUPIED),
+        "registers": _first(page, row, REGISTERS, PLAIN),
+        "stalls": _stalls(_all(page, row, STALL, PLAIN)),
     }
 
 
-def _stalls(row: _Row) -> dict[str, float]:
+def _stalls(metrics: dict[str, float]) -> dict[str, float]:
     """Shares of the time between two instructions of a warp; "selected" is the issue itself."""
-    metrics = row.all(STALL).items()
-    stalls = {match[1]: value for name, value in metrics if (match := STALL.fullmatch(name))}
+    stalls = {STALL.sub(r"\1", name): value for name, value in metrics.items()}
     total = sum(stalls.values())
     ordered = sorted(stalls.items(), key=lambda stall: -stall[1])
     reasons = [(name, value) for name, value in ordered if name != "selected" and value > 0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from model.errors import InputError
 from model.text.files import check_regular
 from profiles.profilers import nsys_summary
+from profiles.profilers.exports import read_text
 from profiles.profilers.tools import run_and_capture, run_profiler, show, spans_in_nvtx, tool
 
 EPILOG = """\
@@ -65,13 +66,13 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if not options.command:
         raise InputError("say what to profile after --, as in `nsys -- python -m bench e2e`")
-    environment = None if options.no_spans else spans_in_nvtx()
+    variables = {} if options.no_spans else spans_in_nvtx()
     report = options.out / f"{options.name}.nsys-rep"
     if options.dry_run:
-        print(show(command_line("nsys", options), environment))
+        print(show(command_line("nsys", options), variables))
         return 0
     command = command_line(tool("nsys"), options)
-    code = run_profiler(command, report, environment)
+    code = run_profiler(command, report, variables)
     _summarise(report, options.json)
     return int(code != 0)
 
@@ -101,7 +102,7 @@ def export(report: Path) -> str:
         raise InputError(f"there is no report {report}")
     check_regular(report)
     if report.suffix not in (".nsys-rep", ".sqlite"):
-        return report.read_text(encoding="utf-8", errors="replace")
+        return read_text(report)
     nsys = tool("nsys")
     names = report_names(run_and_capture([nsys, "stats", "--help-reports"], may_fail=True))
     reports = ["--report", ",".join(names), "--format", "csv"]

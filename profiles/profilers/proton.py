@@ -9,6 +9,7 @@ GPU.
 import argparse
 import json
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 
 import torch
@@ -69,6 +70,8 @@ def kernels(path: Path) -> list[dict]:
         roots = json.loads(path.read_text(encoding="utf-8"))
         by_name: dict[str, list[float]] = {}
         for name, metrics in _leaves(roots[0]):
+            if not (0 <= metrics[TIME] < inf and metrics.get(COUNT, 1) > 0):
+                raise ValueError("an impossible time or count")
             launches, time = by_name.setdefault(name, [0, 0.0])
             by_name[name] = [launches + metrics.get(COUNT, 1), time + metrics[TIME] / 1e3]
     except (

@@ -25,6 +25,7 @@ from model.text.files import check_regular, check_target
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.sched.request import Sampling
 from profiles.profilers import trace_summary
+from profiles.profilers.exports import read_text
 from profiles.profilers.launch import CALLS, WARM_UP, add_case_arguments, prepared
 
 DECODE = {
@@ -149,9 +150,8 @@ def decoding(
 
 def _read(path: Path) -> dict:
     check_regular(path)
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error

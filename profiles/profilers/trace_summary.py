@@ -5,11 +5,13 @@ but in no nested one (a launch and its kernels share a correlation id). On a CPU
 time, and PyTorch's operators take the place of kernels.
 """
 
+import warnings
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from math import inf, isfinite
 
 from kernels.runtime.spans import family
 from model.errors import InputError
@@ -46,6 +48,11 @@ def summarise(trace: dict, source: str) -> dict:
     if not events:
         raise InputError(f"{source}: no events: this is not a Chrome trace, or it is empty")
     events = [event for event in events if event.get("ph") == "X" and "dur" in event]
+    possible = [event for event in events if isfinite(event["ts"]) and 0 <= event["dur"] < inf]
+    if len(possible) < len(events):
+        text = f"{source}: {len(events) - len(possible)} events without possible times are left out"
+        warnings.warn(text, stacklevel=2)
+    events = possible
     threads = _threads(event for event in events if event.get("cat") == "user_annotation")
     kernels = [event for event in events if event.get("cat") in ON_GPU]
     if kernels:

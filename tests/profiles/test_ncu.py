@@ -75,6 +75,92 @@ def test_later_versions():
     assert [merge[name] for name in missing] == [None] * 5 and merge["stalls"] == {}
 
 
+def german(text: str) -> str:
+    """A raw page as ncu writes it in de_DE: figures with "," and "." exchanged, the rest as is."""
+    header, units, *rows = csv.reader(text.splitlines())
+    figures = ["__" in name for name in header]
+    mark = str.maketrans(",.", ".,")
+    rows = [
+        [
+            cell.translate(mark) if is_figure else cell
+            for cell, is_figure in zip(row, figures, strict=True)
+        ]
+        for row in rows
+    ]
+    return "\n".join(",".join(f'"{cell}"' for cell in row) for row in (header, units, *rows))
+
+
+def test_european_numbers():
+    """Guards against a factor of 1,000: a German page gives the same figures, because its shares
+    tell what its marks are; one that does not tell is refused."""
+    assert summarise(german(RAW), "report") == summarise(RAW, "report")
+    page = NEW.split("\n", 1)[1]
+    assert summarise(german(page), "report") == summarise(page, "report")
+    short = '"ID","Kernel Name","gpu__time_duration.sum"\n"","","us"\n"0","f","117.344"\n'
+    message = r"line 3, column 'gpu__time_duration.sum': '117.344' may be 117.344 or 117,344.0, and"
+    with pytest.raises(InputError, match=f"{message}.* `LC_ALL=C ncu --import REPORT --page raw"):
+        summarise(short, "report")
+    (found,) = summarise(short.replace("117.344", "117.344000"), "report")
+    assert found["duration_us"] == pytest.approx(117.344)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", "6577.000000", "is impossible"),
+        ("sm__warps_active.avg.pct_of_peak_sustained_active", "101.100000", "is impossible"),
+        ("gpu__time_duration.sum", "-1.000000", "is impossible"),
+        ("sm__throughput.avg.pct_of_peak_sustained_elapsed", "46,5", "of different locales"),
+    ],
+)
+def test_impossible_figures_are_refused(column, value, message):
+    """Guards the figures against marks that were lost or changed on the way."""
+    with pytest.raises(InputError, match=f"report, line 3, column '{column}'.*{message}.*LC_ALL=C"):
+        summarise(changed(column, value), "report")
+
+
+def test_more_than_the_peak():
+    """Guards real reports: shares from two passes can exceed 100 %, and ncu does not clamp them."""
+    column = "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"
+    (found,) = summarise(changed(column, "104.200000"), "report")
+    assert found["dram_pct"] == 104.2
+
+
+def test_odd_figures_and_rows(capsys):
+    """Guards the other figures and launches: an odd one is left out and counted, an absent one is
+    not; nor is one that is cut in its last cell read. Two pages in one file; Blackwell's names."""
+    page = NEW.replace('"n/a","500"', '"x","500"').replace("dram__bytes_", "dram__bytes_op_")
+    with pytest.warns(UserWarning, match="report: rows left out, .*: 2; line 5: .* has 'x', no n"):
+        attention, merge = summarise(page + '"2","cut_kernel","1","3', "report")
+    assert attention["dram_gb_s"] == pytest.approx(3500) and merge["dram_gb_s"] is None
+    (found,) = summarise(changed("gpu__time_duration.sum", "(!) nan"), "report")
+    assert found["duration_us"] is None
+    display([found], "report")
+    assert "addConstDouble" in capsys.readouterr().out
+    assert summarise(NEW + RAW, "report") == summarise(NEW, "report") + summarise(RAW, "report")
+    with pytest.warns(UserWarning, match="report: repeated rows, .*: 1"):
+        assert summarise(RAW + RAW, "report") == summarise(RAW, "report")
+    with pytest.warns(UserWarning, match="report: rows left out, .*: 1; line 5"):
+        assert summarise(NEW.removesuffix('"\n'), "report") == [attention | {"dram_gb_s": 3500}]
+    with pytest.raises(InputError, match="or no launch after it; line 3: 2 cells, where the head"):
+        summarise("\n".join([*RAW.splitlines()[:2], '"0","2489']), "report")
+
+
+def test_messages_between_launches(recwarn):
+    """Guards the launches after a message, which is no row that was left out."""
+    lines = NEW.splitlines(keepends=True)
+    lines.insert(4, "==WARNING== 1, 2, 3 counters are missing\n")
+    assert summarise("".join([*lines, "==PROF== Disconnected, 0"]), "x") == summarise(NEW, "x")
+    assert not recwarn.list
+
+
+def test_tensor_cores_of_blackwell():
+    """Guards the name of the counter that `ncu --query-metrics --chips gb100` lists."""
+    old = "sm__inst_executed_pipe_tensor_op_gmma."
+    new = "sm__pipe_tensor_subpipe_hmma_cycles_active."
+    assert summarise(NEW.replace(old, new), "x")[0]["tensor_pct"] == 61.5
+
+
 def test_selected_is_no_reason_to_wait():
     """Guards the stall list against "selected", the one "reason" that is work."""
     text = changed("smsp__average_warps_issue_stalled_selected_per_issue_active.ratio", "500")
@@ -94,6 +180,7 @@ def test_selected_is_no_reason_to_wait():
         ("\n".join(RAW.splitlines()[:2]), "no row of units, or no launch"),
         ("\n".join(RAW.splitlines()[:1]), "no row of units, or no launch"),
         ("\n".join([RAW.splitlines()[0], RAW.splitlines()[2]]), "no row of units, or no launch"),
+        (RAW.replace('"usecond"', '"days"'), "line 3, .*: the unit is 'days'; it must be ns, us"),
         ('"ID","Kernel Name","Metric Name"\n"0","f","x"\n', "one metric per line; export with"),
     ],
 )

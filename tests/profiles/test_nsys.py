@@ -19,7 +19,6 @@ import pytest
 from model.errors import InputError
 from model.terminal import Parser
 from profiles.profilers import nsys, tools
-from profiles.profilers.exports import number, tables
 from profiles.profilers.nsys_summary import display, summarise
 
 DATA = Path(__file__).parent / "data"
@@ -96,10 +95,18 @@ def test_later_versions():
             NEW_TRACE.replace("Duration (us)", "Length (us)"),
             "report: no column 'Duration'; there are",
         ),
-        (NEW_TRACE.replace("Start (us)", "Start (days)"), r"'Start \(days\)' has no unit of time"),
-        (NEW_TRACE.replace("12,1,", "12,N/A,"), r"no number in column 'Duration \(us\)'"),
+        (
+            NEW_TRACE.replace("Start (us)", "Start (days)"),
+            "'Start': the unit is 'days'; it must be ns",
+        ),
+        (NEW_TRACE.replace("12,1,", "12,-1,"), "line 11, column 'Duration': '-1' is impossible"),
         (CPU.replace("Instances", "Count"), "report: no column 'Instances'; there are"),
-        (CPU.replace("275282218,2,", "275282218,N/A,"), "no number in column 'Instances'"),
+        (CPU.replace("275282218,2,", "275282218,2.5,"), "line 4, column 'Instances': '2.5' is imp"),
+        (
+            CPU.replace("Style,Range", "Style,Style,Range"),
+            "cells, where the header has 11: is it cut",
+        ),
+        (NEW_TRACE + NEW_TRACE.replace("10,5", "10,6"), "2 different tables of cuda_gpu_trace"),
         ("SKIPPED: x.sqlite does not contain GPU trace data.\n", "neither GPU activity nor NVTX"),
         ("", "neither GPU activity nor NVTX"),
     ],
@@ -110,14 +117,73 @@ def test_what_is_missing_is_named(text, message):
         summarise(text, "report")
 
 
-def test_tables_and_numbers():
-    """Guards the splitting of a text into tables, and cells without a number."""
-    first, second = tables("a,b,c\n1,2,3\nwords\nd,e,f,g\n1,2,3,4\n5,6,7,8\n", "x")
-    assert (first.header, first.rows) == (["a", "b", "c"], [["1", "2", "3"]])
-    assert second.texts("g") == ["4", "8"]
-    assert [number(text) for text in ("1,234.5", "None", "", "N/A", "7.0e-2", "x")] == [
-        1234.5, None, None, None, 0.07, None,
-    ]  # fmt: skip
+PROJECTION = """\
+Name,Projected Start (ns),Projected Duration (ns),Orig Start (ns),Orig Duration (ns),Style,PID,\
+TID,NumGPUOps,Lvl,NumChild,RangeId,ParentId,RangeStack
+,10758298,33981358,,,,295239,295820,164,,0,,,
+None,10758298,33981358,None,None,None,295239,295820,164,None,0,None,None,None
+pacore:decoder layer 3,14739612,1031280,14108904,3554743,PushPop,295239,295239,2,0,0,2,,:2
+pacore:schedule,,,8450530,5597874,PushPop,295239,295239,0,0,0,1,,:1
+,14739612,1000,14108904,2000,PushPop,295239,295239,1,0,0,3,,:3
+"""
+
+
+def test_activities_outside_of_ranges_are_no_span(recwarn):
+    """Guards the top of the table against the nameless row of nsys 2023 (one export's, and None as
+    2023.2 prints it), and the summary against ranges that launch nothing: they have host time. A
+    range that its program gave no name is a span."""
+    spans = by_name(summarise(PROJECTION, "report")["spans"])
+    assert spans == {
+        "decoder layer": {"name": "decoder layer", "instances": 1, "host_us": 3554.743}
+        | {"gpu_us": 1031.28, "gpu_ops": 2},
+        "schedule": {"name": "schedule", "instances": 1, "host_us": 5597.874}
+        | {"gpu_us": None, "gpu_ops": None},
+        "(no name)": {"name": "(no name)", "instances": 1, "host_us": 2.0}
+        | {"gpu_us": 1.0, "gpu_ops": 1},
+    }
+    assert not recwarn.list
+    both = by_name(summarise(CPU + PROJECTION, "report")["spans"])
+    assert (both["decoder layer"]["instances"], both["decoder layer"]["gpu_ops"]) == (4, 2)
+    assert "schedule" not in both, "nvtx_sum lists every range, with the host's times"
+
+
+def test_odd_rows_are_left_out_and_counted():
+    """Guards the rest of a report against one row without a number, a cut one, and a message."""
+    odd = NEW_TRACE.replace("12,1,3", "12,N/A,3").replace(
+        "10,5,1,", "WARNING, it, is late\n10,5,1,"
+    )
+    with pytest.warns(UserWarning, match="report: rows left out, .*: 3; line 10: 3 cells, where"):
+        found = summarise(odd + '13,1,4,1,1,1,"NVIDIA', "report")
+    assert sum(row["instances"] for row in found["kernels"]) == 2
+    with pytest.raises(InputError, match="no row can be read; line 4: column 'Instances' has no n"):
+        summarise("\n".join(CPU.replace("282218,2,", "282218,,").splitlines()[:4]) + "\n", "report")
+
+
+def test_a_cut_name_is_suspected():
+    """Guards against a kernel that is listed twice because its last name is cut."""
+    with pytest.warns(UserWarning, match="report ends without a line break: its last row may be"):
+        summarise(NEW_TRACE.removesuffix("g\n") + "prefix_atten", "report")
+    with pytest.warns(UserWarning, match="report: rows left out, .*: 1; line 7: 1 cells"):
+        summarise(PROJECTION + "pacore:emb", "report")
+
+
+def test_repeated_exports_count_once():
+    """Guards sums against a file to which the same export was appended."""
+    with pytest.warns(UserWarning, match="report: repeated rows, .*: 3"):
+        assert summarise(NEW_TRACE + NEW_TRACE, "report") == summarise(NEW_TRACE, "report")
+
+
+def test_other_tables_are_ignored():
+    """Guards our sums against the rows of other reports in one file: `nsys stats` alone prints
+    eight, and nvtx_gpu_proj_sum has columns Range and Style, too."""
+    other = """
+Time (%),Total Time (ns),Num Calls,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (ns),A,Name
+98.4,59962131,27,2220819.7,1412.0,962,59539863,11455347.6,1,cudaMalloc
+Range,Style,Total Proj Time (ns),Total Range Time (ns)
+a,PushPop,1,2
+"""
+    assert summarise(CPU + other, "report") == summarise(other + CPU, "report")
+    assert summarise(CPU + other, "report") == summarise(CPU, "report")
 
 
 def test_command_line():
@@ -140,7 +206,9 @@ def test_dry_run_needs_no_tool(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert nsys.run(options("--dry-run", "--", "python", "a file.py")) == 0
     line = capsys.readouterr().out
-    assert line.startswith("PACORE_SPANS=nvtx nsys profile ") and line.endswith("'a file.py'\n")
+    assert line.startswith("LC_ALL=C PACORE_SPANS=nvtx nsys profile ") and line.endswith(
+        "'a file.py'\n"
+    )
 
 
 def test_mistakes(monkeypatch, tmp_path):
@@ -161,9 +229,10 @@ import os, sys, pathlib
 if sys.argv[1] == "profile":
     at = next(i for i, word in enumerate(sys.argv) if i > 1 and not word.startswith("--"))
     out = next(word for word in sys.argv if word.startswith("--output="))
-    print("spans:", os.environ.get("PACORE_SPANS"))
+    print("spans:", os.environ.get("PACORE_SPANS"), "locale:", os.environ["LC_ALL"])
     pathlib.Path(out.removeprefix("--output=") + ".nsys-rep").write_text("report")
     sys.exit(os.spawnv(os.P_WAIT, sys.argv[at], sys.argv[at:]))
+assert os.environ["LC_ALL"] == "C", "numbers of the user's locale"
 if "--help-reports" in sys.argv:
     print("  nvtxsum -- NVTX Range Summary\\n  gputrace -- CUDA GPU Trace")
     sys.exit(1)
@@ -184,16 +253,17 @@ def fake_nsys(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_from_end_to_end(fake_nsys, capfd, code):
-    """Guards the whole command: spans on in the child, its output on stderr, the report kept, one
-    JSON document on stdout, and the exit code of a failed CMD."""
+def test_from_end_to_end(fake_nsys, capfd, monkeypatch, code):
+    """Guards the whole command: spans and C's locale in the child, its output on stderr, the report
+    kept, one JSON document on stdout, and the exit code of a failed CMD."""
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     child = [sys.executable, "-c", f"print('child speaks'); raise SystemExit({code})"]
     parsed = options("--out", str(fake_nsys / "out"), "--json", "--", *child)
     assert nsys.run(parsed) == int(code != 0)
     out, err = capfd.readouterr()
     made = json.loads(out)
     assert by_name(made["spans"])["decoder layer"]["instances"] == 4
-    assert "child speaks" in err and "spans: nvtx" in err
+    assert "child speaks" in err and "spans: nvtx locale: C" in err
     assert Path(made["report"]).read_text() == "report"
 
 

@@ -85,6 +85,15 @@ def test_other_files_are_refused(trace):
         summarise(trace, "x.json")
 
 
+def test_impossible_times_are_left_out():
+    """Guards sums against NaN, which json reads, and negative durations: one event is not worth
+    the others, and is counted."""
+    odd = [event("kernel", "gemm", 200.0, time, 1) for time in (float("nan"), float("inf"), -1.0)]
+    odd.append(event("kernel", "gemm", float("nan"), 1.0, 1))
+    with pytest.warns(UserWarning, match="trace: 4 events without possible times are left out"):
+        assert summarise({"traceEvents": GPU + odd}, "trace") == summarise({"traceEvents": GPU}, "")
+
+
 def test_trace_of_an_op(tmp_path, capsys):
     """Guards the command on a real op: the file is a trace, and its call is the op."""
     path = tmp_path / "new" / "norm.json"
@@ -188,7 +197,8 @@ def test_protons_tree(tmp_path, capsys):
     ]
     proton.display(rows, "20 x op")
     assert "attention_kernel" in capsys.readouterr().out
-    for text in ("", "[]", '[{"metrics": {"time (ns)": 1}}]'):
+    wrong = [json.dumps(TREE).replace("40000", time) for time in ("NaN", "-1", "Infinity")]
+    for text in ("", "[]", '[{"metrics": {"time (ns)": 1}}]', *wrong):
         path.write_text(text)
         with pytest.raises(InputError, match="is not a tree of kernels") as raised:
             proton.kernels(path)
