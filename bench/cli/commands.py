@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bench.cli import listing
+from bench.cli import listing, own_forms
 from bench.cli.listing import SelectedCases
 from bench.cli.measurement import Measurement, Several
 from bench.cost import attention as cost
@@ -32,11 +32,13 @@ TIME_BUDGET_S = 1.0  # per case
 
 def checked_cases(options: argparse.Namespace, device: torch.device) -> SelectedCases:
     """The cases and dtypes that `numerics` checks, filtered and in order."""
+    own_forms.add(options)
     return _filtered(options, numerics_cases(), DTYPES)
 
 
 def timed_cases(options: argparse.Namespace, device: torch.device) -> SelectedCases:
     """The cases and dtypes that `ops` times, filtered and in order."""
+    own_forms.add(options)
     return _filtered(options, cases(device.type, options.grid), (MAIN_DTYPE[device.type],))
 
 
@@ -143,6 +145,7 @@ def display_costs(rows: Sequence[dict]) -> None:
 def check_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `numerics`: the filters, and listing instead of measuring."""
     filter_arguments(parser)
+    own_forms.add_argument(parser)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="list the cases without measuring")
     instead.add_argument(
@@ -206,7 +209,8 @@ FOLD = Measurement(lambda options, device: fold.run(device), fold.display)
 ALL = Several(
     (NUMERICS, OPS_TIMED, DECODE, E2E),
     {
-        **{"op": (), "shape": "", "impl": (), "dtype": (), "model": None, "vision": False},
+        **{"op": (), "shape": "", "impl": (), "dtype": (), "own_forms": ()},
+        **{"model": None, "vision": False},
         **{"grid": True, "budget": TIME_BUDGET_S, "batch": (16,), "prefix": (), "suffix": ()},
         "prefill": (512,),
     },

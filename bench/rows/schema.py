@@ -17,6 +17,9 @@ Microseconds = Annotated[float, "microseconds"]
 Number = Annotated[float, "at least 0"]
 
 
+OPTIONAL = ("shape", "mfu", "mbu", "peak_fraction", "sm_mhz")  # only in rows that have a value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Origin:
     """Where and when a row was measured."""
@@ -72,9 +75,9 @@ class Measured:
     sm_mhz: tuple[int, int] | None = None
 
     def row(self, origin: dict) -> dict:
-        """The row, its origin included; without `shape` and `sm_mhz` where they are None."""
+        """The row, its origin included; without the fields in OPTIONAL that are None."""
         row = asdict(self) | origin
-        for name in ("shape", "sm_mhz"):
+        for name in OPTIONAL:
             if row[name] is None:
                 del row[name]
         return row

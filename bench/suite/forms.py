@@ -15,7 +15,6 @@ from model.errors import InputError
 
 NAMES = tuple(dict.fromkeys(name for peers in PEERS.values() for name in peers))
 FORMS = (*IMPLS, "triton-invariant", "triton-separate", "triton-fused", *NAMES)
-ADDED = Library("added", "bench.suite.forms.add_form", lambda: None)
 
 
 def form(op: str, name: str) -> Prepare:
@@ -86,17 +85,19 @@ def select(
     return with_form
 
 
-def add_form(op: str, name: str, prepare: Prepare) -> None:
+def add_form(op: str, name: str, prepare: Prepare, source: str = "added") -> None:
     """Add an implementation of `op` to the op table of this process: checked and timed like a peer.
 
     `prepare` takes the op's arguments as a dict and returns the call to time. Cases built after
-    this include the form, on CPUs too. Adding a name again replaces its form. Raises InputError for
-    an unknown op and for the name of a built-in form.
+    this include the form, on CPUs too. Adding a name again replaces its form. `source` says where
+    it comes from, in the rows' `version`. Raises InputError for an unknown op and for the name of a
+    built-in form.
     """
     _check_known("op", (op,), OPS)
     if name in FORMS:
         raise InputError(f"form {name!r} is built in: choose a name other than {', '.join(FORMS)}")
-    PEERS[op][name] = Peer(name, op, prepare, ADDED, on_cpu=True)
+    library = Library("your own", source, lambda: source)
+    PEERS[op][name] = Peer(name, op, prepare, library, on_cpu=True)
 
 
 def forms_of(case: Case, names: Sequence[str]) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ MAX_LINES = 40
 # A line that the example prints, as a regular expression; packages that a GPU node may lack.
 TEXT = ("tokenizers", "jinja2")
 PRINTS = {
-    "bench_my_kernel": (r"^rms_norm +T16 C4096 +mine +\w+ +[\d,.]+ ", ()),
     "look_at_a_photo": (r"^1280 x 720 pixels: \d+ crops and a global view$", ("PIL", *TEXT)),
+    "my_attention": (r"^prefix_attention +B16 P2048 S128 +attend +\w+ +[\d,.]+ ", ()),
     "pack_two_problems": (r"^  \d+ steps for \d+ tokens: [\d.]+ tokens per step$", TEXT),
     "shared_prefix_decode": (r"^eager [\d.]+ ms, ours [\d.]+ ms, speed-up [\d.]+x$", ()),
 }
