@@ -9,7 +9,8 @@ roofline and from the exact result. A form with wrong results is not timed.
 import sys
 from collections.abc import Sequence
 
-from model.terminal import Parser, dispatch, run_command
+from model.process.run import run_command
+from model.terminal import Parser, dispatch
 
 COMMANDS = {
     "all": ("bench.cli.commands:ALL", "numerics, ops, decode and e2e: the default command"),

@@ -18,7 +18,7 @@ import torch
 from bench.measure.devices import MAIN_DTYPE
 from bench.measure.ops import time_case
 from bench.measure.origin import origin
-from bench.rows.show import titled
+from bench.rows import show
 from bench.suite import cases
 from model.terminal import track
 
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"rows": rows}))
     else:
-        _show(rows)
+        show.gate(rows)
     return int(any(row["failure"] for row in rows))
 
 
@@ -117,18 +117,3 @@ def _judged(minimum: MinSpeedup, ours: dict, other: dict) -> dict:
     fields = asdict(minimum)
     fields["floor"] = fields.pop("minimum")
     return fields | {"ratio": ratio, "failure": failure} | origin(CPU)
-
-
-def _show(rows: Sequence[dict]) -> None:
-    header = ("op", "case", "compared with", " speed-up", " minimum", " recorded", " seen", "")
-    lines = [
-        [
-            *(row[name] for name in ("op", "case", "over")),
-            f"{row['ratio']:.2f}" if row["ratio"] else "",
-            *(f"{row[name]:g}" for name in ("floor", "recorded")),
-            "{:g}..{:g}".format(*row["seen"]),
-            f"FAILED: {row['failure']}" if row["failure"] else "holds",
-        ]
-        for row in rows
-    ]
-    titled("speed-ups of the portable forms", rows, header, lines)

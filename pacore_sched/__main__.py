@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from model.terminal import Parser, dispatch, run_command
+from model.process.run import run_command
+from model.terminal import Parser, dispatch
 
 COMMANDS = {
     "ask": ("pacore_sched.cli.ask", "answer one question"),

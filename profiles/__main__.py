@@ -7,7 +7,8 @@ any machine. `nsys`, `ncu`, `proton`: a GPU's timeline and counters.
 
 from collections.abc import Sequence
 
-from model.terminal import Parser, dispatch, run_command
+from model.process.run import run_command
+from model.terminal import Parser, dispatch
 
 COMMANDS = {
     "first-light": (

@@ -3,7 +3,8 @@
 import sys
 from importlib import import_module
 
-from model.terminal import Parser, dispatch, run_command
+from model.process.run import run_command
+from model.terminal import Parser, dispatch
 from pacore_sched.__main__ import COMMANDS
 
 NAME = "step3vl-pacore"

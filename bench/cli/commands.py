@@ -137,11 +137,6 @@ def costs(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     yield from cost.table(options.gpu, options.copy_gb_s, options.shape)
 
 
-def display_costs(rows: Sequence[dict]) -> None:
-    """The rows of `costs` as tables."""
-    (vision_cost if "padding" in rows[0] else cost).display(rows)
-
-
 def check_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `numerics`: the filters, and listing instead of measuring."""
     filter_arguments(parser)
@@ -195,17 +190,17 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
 
 OPS_TIMED = Measurement(ops, show.times, time_arguments, list_timed)
 NUMERICS = Measurement(numerics, show.errors, check_arguments, list_checked)
-DECODE = Measurement(decode_steps, decode.display, decode.add_arguments)
-E2E = Measurement(end_to_end, show.jobs, end_to_end_arguments)
+DECODE = Measurement(decode_steps, show.decode, decode.add_arguments)
+E2E = Measurement(end_to_end, show.whole_runs, end_to_end_arguments)
 ROOFLINE = Measurement(ceilings, show.ceilings)
-SCHED = Measurement(lambda options, device: sched.run(), sched.display)
-ENGINE = Measurement(lambda options, device: engine.run(device), engine.display)
-PACKING = Measurement(lambda options, device: packing.run(device), packing.display)
-REPLAY = Measurement(lambda options, device: replay.run(device), replay.display)
-TUNE = Measurement(tuning, tune.display, tune_arguments)
-COST = Measurement(costs, display_costs, cost_arguments)
-FP8 = Measurement(lambda options, device: iter(fp8_kv.run(device)), fp8_kv.display)
-FOLD = Measurement(lambda options, device: fold.run(device), fold.display)
+SCHED = Measurement(lambda options, device: sched.run(), show.scheduler)
+ENGINE = Measurement(lambda options, device: engine.run(device), show.engine_steps)
+PACKING = Measurement(lambda options, device: packing.run(device), show.packing)
+REPLAY = Measurement(lambda options, device: replay.run(device), show.replay)
+TUNE = Measurement(tuning, show.tuning, tune_arguments)
+COST = Measurement(costs, show.costs, cost_arguments)
+FP8 = Measurement(lambda options, device: iter(fp8_kv.run(device)), show.fp8_kv)
+FOLD = Measurement(lambda options, device: fold.run(device), show.fold)
 ALL = Several(
     (NUMERICS, OPS_TIMED, DECODE, E2E),
     {

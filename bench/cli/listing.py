@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.rows import repro
+from bench.rows import op_tables, repro, show
+from bench.rows.columns import make_table
 from bench.suite.forms import forms_here, forms_of
 from bench.suite.op import Case
 from kernels.runtime.dtypes import dtype_name
-from model.terminal import table
 
 SelectedCases = Sequence[tuple[Case, torch.dtype]]
 
@@ -40,17 +40,5 @@ def run(
     elif options.repro:
         print("\n".join(command for row in listed for command in row["commands"]))
     else:
-        header = ("op", "case", "dtype", " MB", " MFLOP", "forms and peers")
-        lines = [
-            [
-                row["op"],
-                row["case"],
-                row["dtype"],
-                f"{row['bytes'] / 1e6:,.2f}",
-                f"{row['flops'] / 1e6:,.2f}",
-                " ".join(row["impls"]),
-            ]
-            for row in listed
-        ]
-        table(f"{len(listed)} cases", header, lines)
+        show.print_table(make_table(f"{len(listed)} cases", op_tables.CASES, listed))
     return 0

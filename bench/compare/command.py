@@ -9,22 +9,21 @@ code is 1 if B is slower in a case, or wrong where A is right.
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 from bench.compare import turns
 from bench.compare.slowdown import Pair, judge_pairs, judge_rows
 from bench.measure.devices import DTYPES, parse_device
 from bench.options import SECONDS
-from bench.rows import jsonl
+from bench.rows import jsonl, op_tables, show
 from bench.suite import OPS
 from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError
-from model.terminal import integer, progress, real, table
+from model.terminal import integer, progress, real
 
 # Per stage: the number of worker processes per side, one after the other, each for `--rounds` pairs
 # of runs; and the verdicts for which the next stage measures again.
@@ -257,9 +256,9 @@ def _show(result: CompareResult) -> None:
         sorted(result.with_verdict(verdict), key=_ratio) for verdict in ("slower", "faster")
     )
     if slower:
-        _table("slower in B", reversed(slower))
+        show.show(op_tables.SLOWER, slower[::-1])
     if faster:
-        _table("faster in B", faster)
+        show.show(op_tables.FASTER, faster)
     for note in result.notes:
         print(f"not compared: {note}")
     for text in result.wrong:
@@ -278,18 +277,3 @@ def _show(result: CompareResult) -> None:
 
 def _ratio(row: dict) -> float:
     return row["ratio"]
-
-
-def _table(title: str, changed: Iterable[dict]) -> None:
-    header = ("op", "case", "impl", "dtype", " A us", " B us", " B / A", " margin", " pairs")
-    lines = [
-        [
-            *(row[name] for name in ("op", "case", "impl", "dtype")),
-            *(f"{median(row[name]):,.1f}" for name in ("a_us", "b_us")),
-            f"{row['ratio']:.2f}",
-            f"{row['margin']:.2f}",
-            f"{row['agreeing']} of {row['pairs']}" if row["agreeing"] is not None else "",
-        ]
-        for row in changed
-    ]
-    table(title, header, lines)

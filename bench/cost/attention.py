@@ -9,7 +9,7 @@ bandwidth and the useful operations to the matrix rate. Both rates are the data 
 measured bandwidth is given; no kernel reaches a data sheet's bandwidth.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,6 @@ import torch
 from bench.inputs.forests import Forest, grid, main_forests
 from bench.inputs.plans import VisibleRange, prefix_plan, tokens, visible_ranges
 from bench.measure.roofline import Roofline
-from bench.rows import show
 from kernels.kv_pages import KVPages
 from kernels.prefix_attention.launch import plan_launch
 from kernels.prefix_attention.schedule import ScheduleSpec
@@ -192,6 +191,8 @@ def rotary(name: str, forest: Forest, gpu: Gpu, best: Roofline, fp32_tflop_s: fl
         seconds = moved[form] / (best.copy_gb_s * 1e9) + instructions / (fp32_tflop_s / 2 * 1e12)
         result[f"{form}_vectors"], result[f"{form}_bytes"] = vectors[form], moved[form]
         result[f"{form}_us"] = 1e6 * seconds + (LAUNCH_US if form == "separate" else 0)
+    assumed = f"{PAIR_INSTRUCTIONS} instructions per pair, {LAUNCH_US} us per launch"
+    result["assumed"] = assumed
     return result | {"copy_gb_s": best.copy_gb_s, "gemm_tflop_s": best.gemm_tflop_s}
 
 
@@ -215,56 +216,6 @@ def table(gpu_name: str, copy_gb_s: float | None = None, name: str = "") -> Iter
             not node.new or node.new == node.rows == 1 for root in tree[1] for node in root.walk()
         ):
             yield rotary(*tree, gpu, best, fp32_tflop_s) | source
-
-
-def display(rows: Sequence[dict]) -> None:
-    """The rows of `table` as two tables."""
-    header = ("case", "mode", " KV MB", " unshared MB", " loaded MB", " partials MB", " q, out MB")
-    header += (" GFLOP", " items", " programs", " balance", " balance in bytes", " floor us")
-    header += (" unshared us", " saves")
-    for which in ("fastest", "modes"):
-        lines = [_cells(row) for row in rows if row["table"] == which]
-        if lines:
-            title = f"cost of prefix attention by arithmetic: {which} ({rows[0]['gpu']})"
-            show.table(title, header, lines)
-    lines = [_rotary_cells(row) for row in rows if row["table"] == "rotary"]
-    if lines:
-        header = ("case", " rotations, two ops", " fused", " Q MB, two ops", " fused")
-        header += (" us, two ops", " fused")
-        title = "cost that rotary adds to attention, by arithmetic: two ops or fused"
-        show.table(f"{title} ({rows[0]['gpu']})", header, lines)
-        print(f"assumed: {PAIR_INSTRUCTIONS} instructions per pair, {LAUNCH_US} us per launch")
-    source = rows[0]["copy_source"].replace("datasheet", "data sheet")
-    copy = f"{rows[0]['copy_gb_s']:,.0f} GB/s ({source})"
-    product = f"{rows[0]['gemm_tflop_s']:,.0f} TFLOP/s (data sheet)"
-    print(f"floors: copy {copy}, matrix product {product}")
-
-
-def _rotary_cells(row: dict) -> list[str]:
-    forms = ("separate", "fused")
-    return [
-        row["case"],
-        *(f"{row[f'{form}_vectors']:,}" for form in forms),
-        *(f"{row[f'{form}_bytes'] / 1e6:,.2f}" for form in forms),
-        *(f"{row[f'{form}_us']:,.2f}" for form in forms),
-    ]
-
-
-def _cells(row: dict) -> list[str]:
-    sizes = ("kv", "kv_unshared", "kv_loaded", "partial", "io")
-    return [
-        row["case"],
-        row["mode"],
-        *(f"{row[f'{name}_bytes'] / 1e6:,.2f}" for name in sizes),
-        f"{row['flops'] / 1e9:,.2f}",
-        str(row["items"]),
-        str(row["programs"]),
-        f"{row['balance_places']:.3f}",
-        f"{row['balance_bytes']:.3f}",
-        f"{row['floor_us']:,.1f}",
-        f"{row['floor_unshared_us']:,.1f}",
-        f"{row['saves']:.2f}",
-    ]
 
 
 def _balance(work: np.ndarray, gpu: Gpu) -> float:

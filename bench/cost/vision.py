@@ -16,7 +16,6 @@ import torch
 from bench.cost.attention import GPUS
 from bench.measure.roofline import Roofline
 from bench.measure.tune import check_compiles
-from bench.rows import show
 from bench.suite import cases, in_modes
 from bench.suite.forms import form, select
 from bench.suite.op import Case
@@ -90,22 +89,6 @@ def assigned(work: np.ndarray, sms: int) -> np.ndarray:
         total[sm] = busy + program_work
         heapq.heappush(free, (busy + program_work, sm))
     return total
-
-
-def display(rows: Sequence[dict]) -> None:
-    """The rows as a table."""
-    header = ("op", "case", "impl", " programs", " balance", " padding")
-    header += (" scheduled us", " floor us")
-    lines = [
-        [
-            *(row[name] for name in ("op", "case", "impl")),
-            " + ".join(f"{count:,}" for count in row["programs"]),
-            *(f"{row[name]:.3f}" for name in ("balance", "padding")),
-            *(f"{row[name]:,.1f}" for name in ("scheduled_us", "floor_us")),
-        ]
-        for row in rows
-    ]
-    show.table(f"vision ops by arithmetic ({rows[0]['gpu']}, data sheet)", header, lines)
 
 
 def _attention(args: dict, config: KernelConfig, gpu: Gpu) -> np.ndarray:

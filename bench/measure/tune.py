@@ -21,7 +21,8 @@ from bench.measure.poison import check_poison
 from bench.measure.rows import measured
 from bench.measure.timing import Timing, measure, sets_for
 from bench.measure.verdicts import Verdict, judge, reference
-from bench.rows import jsonl, show
+from bench.rows import jsonl
+from bench.rows.formats import config_text
 from bench.suite import in_modes
 from bench.suite.forms import form
 from bench.suite.op import Case
@@ -113,37 +114,6 @@ def listed(tuning_set: TuningSet) -> dict:
     return {"part": part, "key": key, "cases": names, "candidates": tuning_set.candidates}
 
 
-def display(rows: Sequence[dict]) -> None:
-    """The rows of `tune` as a table, or those of `listed`."""
-    if rows and "candidates" in rows[0]:
-        lines = [
-            [row["part"], row["key"], text(config), "; ".join(row["cases"])]
-            for row in rows
-            for config in row["candidates"]
-        ]
-        show.table("candidates", ("op", "key", "config", "cases"), lines)
-        return
-    lines = [
-        [
-            row["part"],
-            row["key"],
-            row["case"],
-            text(row["tiles"]),
-            f"{row['median_us']:.1f}" if row["median_us"] else "",
-            f"{row['p20_us']:.1f}..{row['p80_us']:.1f}" if row["median_us"] else "",
-            f"FAILED: {row['failure']}" if row["failure"] else "chosen" * row["chosen"],
-        ]
-        for row in rows
-    ]
-    header = ("op", "key", "case", "config", " median us", " p20..p80", "")
-    show.table("kernel configs", header, lines)
-
-
-def text(config: KernelConfig) -> str:
-    """A config as text, such as "block=1024 num_warps=4"."""
-    return " ".join(f"{name}={value}" for name, value in config.items())
-
-
 def requested_configs(case: Case, dtype: torch.dtype, gpu: Gpu) -> dict[Key, KernelConfig]:
     """The keys that a case uses on `gpu`, and their current configs."""
     with unfilled():
@@ -195,7 +165,7 @@ def _verdicts(
             with use_config(tuning_set.key[0], **config):
                 verdicts.append(judge(case, form(case.op, case.form), inputs, expected))
         except Exception as error:  # one candidate must not hide the others
-            check_poison(text(config), error)
+            check_poison(config_text(config), error)
             verdicts.append(Verdict(math.nan, math.nan, one_line(error)))
     return verdicts
 

@@ -5,11 +5,11 @@ hatch, for print. Ours is always vermillion and filled, eager always a hollow gr
 """
 
 from collections.abc import Iterable, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from bench.report.rows import role
-from kernels.runtime.arithmetic import cdiv
 from model.text.files import check_target
 from pacore_sched.sim.plots import DPI, pyplot
 
@@ -139,4 +139,4 @@ def round_ticks(low: float, high: float, max_ticks: int = 5) -> list[float]:
         ticks = coarser
         if len(ticks) <= max_ticks:
             return ticks
-    return ticks[:: cdiv(len(ticks), max_ticks) or 1]
+    return ticks[:: ceil(len(ticks) / max_ticks) or 1]

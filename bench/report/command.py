@@ -17,7 +17,8 @@ from typing import NamedTuple
 from bench.report import rows as report_rows
 from bench.report.rows import Measurements, slug
 from bench.report.sections import SECTIONS, Block, Section
-from bench.report.tables import Table, skipped_lines
+from bench.report.tables import skipped_lines
+from bench.rows.columns import Table
 from model.errors import InputError
 from model.terminal import track
 from model.text.files import check_target

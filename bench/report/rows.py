@@ -16,11 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.rows import jsonl
+from bench.rows.run_tables import RUNS
 from bench.rows.schema import NUMBERS, TEXTS, TIMES, invalid_field
-from kernels.runtime.dispatch import IMPLS
 from model.errors import InputError
 
-WHOLE_RUNS = ("pacore", "photo", "vision", "engine_step", "packing", "replay", "scheduler_step")
+OURS = ("default", "portable", "triton")  # what the names of our forms begin with
 FIELDS = (*TEXTS, *TIMES, *NUMBERS)
 KEY = ("op", "case", "dtype", "policy", "part")  # with the form, identifies what a row measures
 WHOLE_CASE = (None, "all")  # values of `impl` in a row about all forms of a case
@@ -113,7 +113,7 @@ def kind_of(row: dict) -> str:
     """ "op", "roofline", "decode_part", a whole run, "no numbers" or "other"."""
     if not _is_valid(row):
         return "other"
-    if row["op"] in (*WHOLE_RUNS, "roofline"):
+    if row["op"] == "roofline" or row["op"] in RUNS:
         return row["op"]
     if row["op"] == "decode_part":
         return "decode_part" if row["part"] and row["median_us"] else "other"
@@ -128,7 +128,7 @@ def role(row: dict) -> str:
     form = row["impl"] or "default"
     if form == "eager":
         return "eager"
-    return "ours" if form.startswith((*IMPLS, "default")) else "peer"
+    return "ours" if form.startswith(OURS) else "peer"
 
 
 def best(candidates: Iterable[dict], form_role: str) -> dict | None:

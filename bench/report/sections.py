@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from bench.report import charts_grid, charts_ops, charts_runs
 from bench.report import tables as report_tables
-from bench.report.rows import WHOLE_RUNS, Measurements, group_by, kind_of, slug
-from bench.report.tables import Table
+from bench.report.rows import Measurements, group_by, kind_of, slug
+from bench.rows.columns import Table
+from bench.rows.run_tables import RUNS
 
 
 class Block(NamedTuple):
@@ -84,7 +85,7 @@ def decode_steps(measurements: Measurements, stem: str) -> Section | None:
 
 
 def occupancy(measurements: Measurements, stem: str) -> Section | None:
-    rows = [row for row in measurements.of(*WHOLE_RUNS) if charts_runs.has_timeline(row)]
+    rows = [row for row in measurements.of(*RUNS) if charts_runs.has_timeline(row)]
     if not rows:
         return None
     picture = charts_runs.timelines(Path(f"{stem}.png"), rows)
@@ -93,8 +94,11 @@ def occupancy(measurements: Measurements, stem: str) -> Section | None:
 
 
 def jobs(measurements: Measurements, stem: str) -> Section | None:
-    blocks = [Block(table.title, (), table) for table in report_tables.job_tables(measurements)]
-    text = "End-to-end answers, photos and images; engine steps; packing, replay, the scheduler."
+    blocks = [Block(table.title, (), table) for table in report_tables.run_tables(measurements)]
+    text = (
+        "End-to-end answers, photos and images; engine steps; packing, replay, the scheduler; what"
+        " folded weights and FP8 KV change."
+    )
     return Section(text, blocks) if blocks else None
 
 
@@ -109,9 +113,7 @@ def errors(measurements: Measurements, stem: str) -> Section | None:
 
 def history(measurements: Measurements, stem: str) -> Section | None:
     rows = [
-        row
-        for row in (*measurements.older, *measurements.latest)
-        if kind_of(row) in ("op", *WHOLE_RUNS)
+        row for row in (*measurements.older, *measurements.latest) if kind_of(row) in ("op", *RUNS)
     ]
     cases = charts_runs.history(rows)
     if not cases:

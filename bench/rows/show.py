@@ -1,19 +1,25 @@
-"""Rows as tables in the terminal."""
+"""Rows as tables in the terminal, with the lines that follow them."""
 
 from collections.abc import Sequence
+from functools import partial
 
-from bench.rows import repro
-from model.terminal import table
+from bench.rows import cost_tables, op_tables, repro, run_tables
+from bench.rows.columns import Kind, Row, Table
+from model import terminal
 
-Row = dict
 
-TIMES = ("op", "case", "impl", "dtype", " median us", " p20..p80", " GB/s", " TFLOP/s")
-TIMES += (" % roofline", " x eager", " max error", "note")
+def show(kind: Kind, rows: Sequence[Row]) -> None:
+    """Print rows of one kind as a table."""
+    print_table(kind.table(rows))
+
+
+def print_table(table: Table) -> None:
+    terminal.table(*table)
 
 
 def times(rows: Sequence[Row]) -> None:
-    """The op table: one line per form with its time, rates, roofline share and error."""
-    titled("times", rows, TIMES, [time_line(row) for row in rows if not row.get("skipped")])
+    """The op table, the rooflines and peers that it refers to, and what was skipped."""
+    show(op_tables.OPS, rows)
     for row in {row["dtype"]: row for row in rows if row["copy_gb_s"]}.values():
         print(
             f"roofline of {row['dtype']}: copy {row['copy_gb_s']:,.1f} GB/s,"
@@ -26,23 +32,81 @@ def times(rows: Sequence[Row]) -> None:
     _print_skipped(rows)
 
 
-def time_line(row: Row) -> list[str]:
-    """The cells of TIMES."""
-    line = [row["op"], row["case"], row["impl"], row["dtype"]]
-    us = row["median_us"]
-    if us is None:
-        return [*line, *[""] * 6, error(row["max_err"]), f"FAILED: {row['failure']}"]
-    return [
-        *line,
-        _microseconds(us),
-        f"{_microseconds(row['p20_us'])}..{_microseconds(row['p80_us'])}",
-        f"{row['bytes'] / us / 1e3:,.1f}",
-        f"{row['flops'] / us / 1e6:,.3f}",
-        f"{row['roofline_pct']:.1f}",
-        f"{row['speedup']:.2f}" if row["speedup"] else "",
-        error(row["max_err"]),
-        _note(row),
-    ]
+def errors(rows: Sequence[Row]) -> None:
+    """The largest errors of every op's forms, and every row that failed."""
+    show(op_tables.errors(rows), rows)
+    _print_failures(rows, ("op", "case", "impl", "dtype"))
+    _print_reproductions(rows, "numerics")
+    _print_skipped(rows)
+
+
+def validation(rows: Sequence[Row]) -> None:
+    """The worst case of each op, form, dtype and reference; what failed, and what was skipped."""
+    show(op_tables.VALIDATION, rows)
+    _print_failures(rows, ("op", "case", "impl", "dtype", "reference"))
+    cases: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        if row["skipped"]:
+            cases.setdefault((row["impl"], row["skipped"]), set()).add(row["case"])
+    for (impl, reason), names in cases.items():
+        print(f"skipped: {reason} ({impl}: {len(names)} {'case' if len(names) == 1 else 'cases'})")
+
+
+def decode(rows: Sequence[Row]) -> None:
+    """The steps and prompts as a table, and each form's time by part."""
+    times([row for row in rows if row["op"] != "decode_part"])
+    if parts := [row for row in rows if row["op"] == "decode_part"]:
+        show(op_tables.DECODE_PARTS, parts)
+
+
+def whole_runs(rows: Sequence[Row]) -> None:
+    """Seconds and tokens per second of answers and photos; or the table of images."""
+    if "views" not in rows[0]:
+        show(run_tables.WHOLE_RUNS, rows)
+        return
+    show(run_tables.IMAGES, rows)
+    print(f"GEMM: {rows[0]['gemm_tflop_s']:,.3f} TFLOP/s in the same run")
+
+
+def replay(rows: Sequence[Row]) -> None:
+    """The simulator's errors, and how well its cost model fits."""
+    show(run_tables.REPLAY, rows)
+    print(
+        f"cost model fitted to {rows[0]['fitted_steps']} steps of other runs;"
+        f" median error {100 * rows[0]['fit_residual']:.1f} %"
+    )
+
+
+def tuning(rows: Sequence[Row]) -> None:
+    """What was measured; or, of a dry run, what would be."""
+    show(op_tables.CANDIDATES if "candidates" in rows[0] else op_tables.TUNED, rows)
+
+
+def costs(rows: Sequence[Row]) -> None:
+    """Floors and balance of prefix attention, or of vision ops."""
+    if "padding" in rows[0]:
+        show(cost_tables.VISION, rows)
+        return
+    tables: dict[str, list[Row]] = {}
+    for row in rows:
+        tables.setdefault(row["table"], []).append(row)
+    for name, table_rows in tables.items():
+        show(cost_tables.ROTARY if name == "rotary" else cost_tables.ATTENTION, table_rows)
+        if name == "rotary":
+            print(f"assumed: {table_rows[0]['assumed']}")
+    source = rows[0]["copy_source"].replace("datasheet", "data sheet")
+    copy = f"{rows[0]['copy_gb_s']:,.0f} GB/s ({source})"
+    product = f"{rows[0]['gemm_tflop_s']:,.0f} TFLOP/s (data sheet)"
+    print(f"floors: copy {copy}, matrix product {product}")
+
+
+ceilings = partial(show, op_tables.CEILINGS)
+engine_steps = partial(show, run_tables.ENGINE_STEPS)
+packing = partial(show, run_tables.PACKING)
+scheduler = partial(show, run_tables.SCHEDULER)
+fold = partial(show, run_tables.FOLD)
+fp8_kv = partial(show, run_tables.FP8_KV)
+gate = partial(show, op_tables.GATE)
 
 
 def skipped(rows: Sequence[Row]) -> list[str]:
@@ -62,6 +126,13 @@ def skipped(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _print_failures(rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Print a line for each row that failed, which `names` identify."""
+    for row in rows:
+        if row["failure"]:
+            print(f"FAILED: {', '.join(row[name] for name in names)}: {row['failure']}")
+
+
 def _print_reproductions(rows: Sequence[Row], kind: str) -> None:
     """Print the commands that reproduce the failed rows of ops."""
     for row in rows:
@@ -73,122 +144,3 @@ def _print_reproductions(rows: Sequence[Row], kind: str) -> None:
 def _print_skipped(rows: Sequence[Row]) -> None:
     for line in skipped(rows):
         print(f"skipped: {line}")
-
-
-RATES = ("tokens_per_second", "decode_tokens_per_second")
-
-
-def jobs(rows: Sequence[Row]) -> None:
-    """The end-to-end table: seconds and tokens per second of whole runs; or the table of images."""
-    if "views" in rows[0]:
-        _images(rows)
-        return
-    header = ("job", "case", "impl", "dtype", " seconds", " tokens/s", " decoding")
-    header += (" x eager", " max error", "")
-    lines = [
-        [
-            row["op"],
-            row["case"],
-            row["impl"],
-            row["dtype"],
-            f"{row['median_us'] / 1e6:.2f}",
-            *(f"{row[rate]:.1f}" if row.get(rate) else "" for rate in RATES),
-            f"{row['speedup']:.2f}" if row["speedup"] else "",
-            error(row["max_err"]),
-            f"FAILED: {row['failure']}" if row["failure"] else row.get("settings") or "",
-        ]
-        for row in rows
-    ]
-    titled("end to end", rows, header, lines)
-
-
-def _images(rows: Sequence[Row]) -> None:
-    header = ("image", "impl", "dtype", " views", " tokens", " ms", " p20..p80", " TFLOP/s")
-    header += (" % of GEMM", " x eager", " max error", "")
-    lines = [
-        [
-            row["case"],
-            row["impl"],
-            row["dtype"],
-            str(row["views"]),
-            str(row["tokens"]),
-            f"{row['median_us'] / 1e3:,.2f}",
-            f"{row['p20_us'] / 1e3:,.2f}..{row['p80_us'] / 1e3:,.2f}",
-            f"{row['tflop_s']:,.3f}",
-            f"{row['gemm_pct']:.1f}",
-            f"{row['speedup']:.2f}",
-            error(row["max_err"]),
-            f"FAILED: {row['failure']}" if row["failure"] else "",
-        ]
-        for row in rows
-    ]
-    titled("images to embeddings", rows, header, lines)
-    print(f"GEMM: {rows[0]['gemm_tflop_s']:,.3f} TFLOP/s in the same run")
-
-
-def errors(rows: Sequence[Row]) -> None:
-    """The worst error of every op's forms in each dtype, and every row that failed."""
-    titled("largest errors, relative to max(rms(reference), |reference|)", rows, *worst(rows))
-    for row in rows:
-        if row["failure"]:
-            name = f"{row['op']}, {row['case']}, {row['impl']}, {row['dtype']}"
-            print(f"FAILED: {name}: {row['failure']}")
-    _print_reproductions(rows, "numerics")
-    _print_skipped(rows)
-
-
-def worst(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Header and lines: the largest error of every op's forms, one column per dtype."""
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    by_form: dict[tuple[str, str], dict[str, list[Row]]] = {}
-    for row in rows:
-        if not row.get("skipped"):
-            form_rows = by_form.setdefault((row["op"], row["impl"]), {})
-            form_rows.setdefault(row["dtype"], []).append(row)
-    lines = [
-        [*form, *(_worst(by_dtype.get(dtype, ())) for dtype in dtypes)]
-        for form, by_dtype in by_form.items()
-    ]
-    return ("op", "impl", *(f" {dtype}" for dtype in dtypes)), lines
-
-
-def ceilings(rows: Sequence[Row]) -> None:
-    """The measured roofline of each dtype."""
-    lines = [
-        [row["dtype"], f"{row['copy_gb_s']:,.1f}", f"{row['gemm_tflop_s']:,.3f}"] for row in rows
-    ]
-    titled("roofline", rows, ("dtype", " copy GB/s", " GEMM TFLOP/s"), lines)
-
-
-def _microseconds(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
-
-
-def _note(row: Row) -> str:
-    """What is unusual about a time."""
-    notes = [f"WRONG: {row['failure']}"] if row["failure"] else []
-    notes += [row["settings"]] if row.get("settings") else []
-    notes += ["launches included"] if row["timer"] == "events" else []
-    if row.get("tokens_per_second"):
-        notes.append(f"{row['tokens_per_second']:,.1f} tokens/s")
-    return ", ".join(notes)
-
-
-def titled(
-    what: str, rows: Sequence[Row], header: Sequence[str], lines: Sequence[Sequence[str]]
-) -> None:
-    """Print a table whose title says where its rows were measured."""
-    origin = f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
-    table(f"{what} ({origin})", header, lines)
-
-
-def _worst(rows: Sequence[Row]) -> str:
-    if any(row["failure"] for row in rows):
-        return "FAILED"
-    errors = [row["max_err"] for row in rows if row["max_err"] is not None]
-    return error(max(errors, default=None))
-
-
-def error(value: float | None) -> str:
-    """An error as text; empty for None."""
-    return "" if value is None else f"{value:.1e}"

@@ -26,7 +26,6 @@ from bench.measure.rows import measured
 from bench.measure.verdicts import NOT_RUN
 from bench.model_peers.peer import LoadedPeer
 from bench.model_peers.step_rows import begin, time_step
-from bench.rows.show import times, titled
 from bench.studies.breakdown import parts
 from bench.studies.prefill import PrefillCase, decoder_weights, random_ids, time_prefill
 from kernels.prefix_plan import PrefixPlan
@@ -364,20 +363,3 @@ def _read(ids: Tensor, step: Step, model: Step3VL, cache: KVCache) -> None:
     """Write the KV of tokens, with the best form of every op."""
     model.set_impl(None)
     model.decoder(model.decoder.embed(ids), step, cache)
-
-
-def display(rows: Sequence[dict]) -> None:
-    """The steps and prompts as a table, and each form's time by part."""
-    times([row for row in rows if row["op"] != "decode_part"])
-    steps: dict[tuple[str, str, str], list[dict]] = {}
-    for row in rows:
-        if row["op"] == "decode_part":
-            steps.setdefault((row["case"], row["impl"], row["dtype"]), []).append(row)
-    lines = []
-    for step, step_rows in steps.items():
-        total = sum(row["median_us"] for row in step_rows)
-        shares = (f"{row['part']} {row['median_us'] / total:.0%}" for row in step_rows)
-        lines.append([*step, f"{total:,.0f}", ", ".join(shares)])
-    if lines:
-        header = ("case", "form", "dtype", " us, profiled", "time by part")
-        titled("decode steps by part", rows, header, lines)

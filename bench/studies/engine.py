@@ -20,7 +20,6 @@ from bench.measure.poison import PoisonedError
 from bench.measure.rows import measured, with_speedups
 from bench.measure.timing import Timing
 from bench.measure.verdicts import MODEL_TOLERANCE, NOT_RUN, Verdict
-from bench.rows.show import titled
 from bench.studies.decode import FORMS, FP8, DecodeCase, forms_on
 from kernels.runtime.arithmetic import cdiv
 from model.cuda_graph import failed_capture
@@ -187,27 +186,3 @@ class _Load:
             total += len(pairs)
             agree += next((index for index, (a, b) in enumerate(pairs) if a != b), len(pairs))
         return agree / total
-
-
-def display(rows: Sequence[dict]) -> None:
-    """The rows as a table."""
-    header = ("case", "form", " step us", " p20..p80", " % roofline", " x eager", " tokens/s")
-    header += (" host us", " idle", "graphs", " padding", " same tokens")
-    lines = [
-        [
-            row["case"],
-            row["impl"],
-            f"{row['median_us']:,.0f}",
-            f"{row['p20_us']:,.0f}..{row['p80_us']:,.0f}",
-            f"{row['roofline_pct']:.1f}",
-            f"{row['speedup']:.2f}" if row["speedup"] else "",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['host_us']:,.0f}",
-            f"{row['idle_pct']:.1f} %",
-            "yes" if row["graphs"] else "no",
-            f"{row['padding_pct']:.1f} %",
-            "" if row["same_tokens"] is None else f"{100 * row['same_tokens']:.0f} %",
-        ]
-        for row in rows
-    ]
-    titled("engine steps", rows, header, lines)

@@ -6,14 +6,13 @@ represent all. Folding and running in fp64 checks the algebra: the rest is round
 bytes are those of all channels, for one global view.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from bench.errors import compare
 from bench.measure.origin import origin
-from bench.rows import show
 from bench.suite.projector import inputs as projector_inputs
 from kernels.projector import fold, output_tokens, projector
 from kernels.runtime.dtypes import dtype_name
@@ -72,23 +71,3 @@ def work(grid: Grid, width: int, out: int, itemsize: int) -> dict:
     weights = {"unfolded": 72 * width**2 + 4 * width * out, "folded": 18 * width * out}
     products = {f"{path}_products": weights[path] * output_tokens(grid) for path in PATHS}
     return products | {f"{path}_bytes": weights[path] * itemsize for path in PATHS}
-
-
-def display(rows: Sequence[dict]) -> None:
-    """The rows as a table."""
-    pairs = (" max error", " RMS error", " G products", " MB of weights")
-    header = ("case", "dtype", *(name for pair in pairs for name in (pair, " folded")))
-    lines = [
-        [
-            row["case"],
-            row["dtype"],
-            *(f"{row[f'{path}_{which}_err']:.2e}" for which in ("max", "rms") for path in PATHS),
-            *(f"{row[f'{path}_products'] / 1e9:.1f}" for path in PATHS),
-            *(f"{row[f'{path}_bytes'] / 1e6:.0f}" for path in PATHS),
-            f"{row['fp64_max_err']:.0e}",
-            f"FAILED: {row['failure']}" if row["failure"] else "",
-        ]
-        for row in rows
-    ]
-    title = "the projector's last two layers, unfolded and folded"
-    show.titled(title, rows, (*header, " folded, all in fp64", ""), lines)

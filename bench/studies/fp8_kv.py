@@ -1,12 +1,9 @@
 """Effect of FP8 KV pages on a real model's next-token distributions: `python -m bench fp8`."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from bench.measure.origin import LICENCE, origin
-from bench.rows import show
 from kernels.runtime.arithmetic import cdiv
 from model.decoder import Step
 from model.step3vl import Step3VL
@@ -50,10 +47,3 @@ def compare(expected: Tensor, result: Tensor, ids: Tensor) -> dict:
         "kl_p99": divergence.quantile(0.99).item(),
         **dict(zip(("loss", "loss_fp8"), losses, strict=True)),
     }
-
-
-def display(rows: Sequence[dict]) -> None:
-    """The row as a table."""
-    names = ("tokens", "rms_err", "same_top1", "kl_mean", "kl_p99", "loss", "loss_fp8")
-    lines = [[row["case"], *(f"{row[name]:.4g}" for name in names)] for row in rows]
-    show.table("FP8 KV pages", ("model", *(f" {name}" for name in names)), lines)

@@ -16,7 +16,6 @@ import torch
 
 from bench.measure.devices import MAIN_DTYPE
 from bench.measure.origin import origin
-from bench.rows.show import titled
 from kernels.runtime.dtypes import dtype_name
 from model.step3vl import Step3VL
 from model.terminal import progress
@@ -168,25 +167,3 @@ class _Run:
             "accepted": stats.accepted,
             "failure": next(errors, None),
         }
-
-
-def display(rows: Sequence[dict]) -> None:
-    """The rows as a table, each compared with the first."""
-    header = ("policy", " makespan s", " time to answer s", " tokens/s", " steps")
-    header += (" x makespan", " x time to answer", " same texts", " drafts accepted")
-    base = rows[0]
-    lines = [
-        [
-            row["impl"],
-            f"{row['makespan_s']:.1f}",
-            f"{row['tta_mean_s']:.1f}",
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['steps']:.0f}",
-            f"{base['makespan_s'] / row['makespan_s']:.2f}",
-            f"{base['tta_mean_s'] / row['tta_mean_s']:.2f}",
-            f"{100 * row['same_texts']:.0f} %",
-            f"{row['accepted']:.0f} of {row['drafted']:.0f}" if row["drafted"] else "",
-        ]
-        for row in rows
-    ]
-    titled(f"packing: {base['case']}", rows, header, lines)

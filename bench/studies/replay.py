@@ -17,7 +17,6 @@ import torch
 
 from bench.measure.devices import MAIN_DTYPE
 from bench.measure.origin import origin
-from bench.rows.show import titled
 from bench.studies.packing import ALL, MODELS, SETUPS, Setup
 from kernels.runtime.dtypes import dtype_name
 from model.step3vl import Step3VL
@@ -220,29 +219,4 @@ def _submit(engine: Engine, number: int, problem: SimProblem, round_: int) -> Gr
         problem=number,
         round=round_,
         lengths=dict(enumerate(lengths)),
-    )
-
-
-def display(rows: Sequence[dict]) -> None:
-    """The rows as a table."""
-    header = ("policy", " makespan s", " simulated", " error", " time to answer s", " simulated")
-    header += (" error", " steps", " simulated")
-    lines = [
-        [
-            row["impl"],
-            f"{row['makespan_s']:.1f}",
-            f"{row['makespan_simulated_s']:.1f}",
-            f"{100 * row['makespan_error']:+.1f} %",
-            f"{row['tta_mean_s']:.1f}",
-            f"{row['tta_mean_simulated_s']:.1f}",
-            f"{100 * row['tta_error']:+.1f} %",
-            str(row["steps"]),
-            str(row["steps_simulated"]),
-        ]
-        for row in rows
-    ]
-    titled(f"replay: {rows[0]['case']}", rows, header, lines)
-    print(
-        f"cost model fitted to {rows[0]['fitted_steps']} steps of other runs;"
-        f" median error {100 * rows[0]['fit_residual']:.1f} %"
     )

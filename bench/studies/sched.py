@@ -10,14 +10,13 @@ preempted.
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
 from statistics import fmean, quantiles
 
 import torch
 
 from bench.measure.origin import origin
-from bench.rows.show import titled
 from model.kv_cache import PAGE_SIZE
 from model.terminal import track
 from pacore_sched.sched.policy import ORACLES, POLICIES
@@ -103,23 +102,3 @@ class _Load:
             length = self._draw.lognormvariate(0, 0.8) * LENGTH / 1.38  # exp(0.8 ** 2 / 2)
             self._lengths[rollout] = min(max(1, int(length)), rollout.max_tokens)
         self.scheduler.submit(group)
-
-
-def display(rows: Sequence[dict]) -> None:
-    """The rows as a table."""
-    header = ("policy", "case", " median us", " p20..p80", " p99", " mean", " mean per rollout")
-    header += (" preemptions per step",)
-    lines = [
-        [
-            row["policy"],
-            row["case"],
-            f"{row['median_us']:.0f}",
-            f"{row['p20_us']:.0f}..{row['p80_us']:.0f}",
-            f"{row['p99_us']:.0f}",
-            f"{row['mean_us']:.0f}",
-            f"{row['per_rollout_us']:.3f}",
-            f"{row['preemptions_per_step']:.2f}",
-        ]
-        for row in rows
-    ]
-    titled("scheduler, microseconds per step", rows, header, lines)

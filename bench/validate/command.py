@@ -9,7 +9,6 @@ measured, and draws error histograms.
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -73,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"rows": all_rows, "pictures": [str(path) for path in pictures]}))
     else:
-        display(all_rows)
+        show.validation(all_rows)
         for path in pictures:
             print(f"picture: {path}")
     return int(any(row["failure"] for row in all_rows))
@@ -137,33 +136,6 @@ def select_cases(ops: Sequence[str], shape: str, forms: Sequence[str]) -> list[C
     return selected
 
 
-def display(all_rows: Sequence[dict]) -> None:
-    """Print the case with the largest error of each op, form, dtype and reference; all failures."""
-    header = ("op", "impl", "dtype", "reference", " max error", " allowed", " RMS error")
-    header += (" allowed", " > 1 roundoff", "worst element", " got", " expected")
-    groups: dict[tuple, list[dict]] = {}
-    for row in all_rows:
-        if row["result"]:
-            key = tuple(row[name] for name in ("op", "impl", "dtype", "reference"))
-            groups.setdefault(key, []).append(row)
-    lines = []
-    for key, group in groups.items():
-        worst = max(group, key=lambda row: math.inf if row["max_err"] is None else row["max_err"])
-        numbers = (worst[name] for name in ("max_err", "max_allowed", "rms_err", "rms_allowed"))
-        element = f"{worst['case']}: {worst['result']}{worst['worst_index']}"
-        values = (repr(worst[name]) for name in ("worst_got", "worst_expected"))
-        share = f"{100 * worst['beyond_roundoff']:.2g} %"
-        lines.append([*key, *map(_error, numbers), share, element, *values])
-    show.titled("errors relative to max(rms(reference), |reference|)", all_rows, header, lines)
-    for row in all_rows:
-        if row["failure"]:
-            name = ", ".join(row[field] for field in ("op", "case", "impl", "dtype", "reference"))
-            print(f"FAILED: {name}: {row['failure']}")
-    for impl, reason in {(row["impl"], row["skipped"]): None for row in all_rows if row["skipped"]}:
-        cases = {row["case"] for row in all_rows if (row["impl"], row["skipped"]) == (impl, reason)}
-        print(f"skipped: {reason} ({impl}: {len(cases)} {'case' if len(cases) == 1 else 'cases'})")
-
-
 def _verdicts(
     case: Case, device: torch.device, dtype: torch.dtype, names: Sequence[str], required: bool
 ) -> Iterator[tuple[str, str, dict]]:
@@ -213,7 +185,3 @@ def _row(case: Case | ModelCase, name: str, dtype: torch.dtype, reference: str) 
         "dtype": dtype_name(dtype),
         "reference": reference,
     }
-
-
-def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"

@@ -10,9 +10,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.rows import jsonl
+from bench.rows import jsonl, show
+from bench.rows.columns import columns_of, make_table
 from model.errors import InputError
-from model.terminal import table
 from profiles.first_light.decision_table import attention_lines, copy_rate, decisions, good, latest
 from profiles.runs.task import Row, rows_from
 
@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"decisions": decisions(rows), "lines": lines, "pairs": pairs}))
         return 0
     print("\n".join(decisions(rows)))
-    show("decode attention, t = a + bytes / w", lines)
-    show("what a switch gains", pairs)
+    show_values("decode attention, t = a + bytes / w", lines)
+    show_values("what a switch gains", pairs)
     return 0
 
 
@@ -75,9 +75,7 @@ def gained(rows: Sequence[Row]) -> list[Row]:
     return lines
 
 
-def show(title: str, rows: Sequence[Row]) -> None:
+def show_values(title: str, rows: Sequence[Row]) -> None:
     """Print rows with the same fields as a table; nothing if there are none."""
-    if not rows:
-        return
-    header = [f" {name}" if isinstance(value, float) else name for name, value in rows[0].items()]
-    table(title, header, [[str(value) for value in row.values()] for row in rows])
+    if rows:
+        show.print_table(make_table(title, columns_of(rows), rows))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from bench.rows import jsonl
+from bench.rows import jsonl, show
 from model.errors import InputError
 from model.terminal import progress, real
 from model.text.files import check_target
@@ -166,8 +166,6 @@ def record(
 def _show(result: RecordResult, out: Path) -> None:
     timed = [row for row in result.rows if row.get("p20_us")]
     if timed:
-        from bench.rows import show  # imports torch
-
         show.times(timed)
     failed = [row for row in result.rows if row["failure"]]
     for row in failed:

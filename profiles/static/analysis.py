@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from bench.measure import tune
+from bench.rows.formats import config_text
 from bench.suite import compiled_cases, in_modes
 from bench.suite.forms import form
 from bench.suite.op import Case
@@ -226,7 +226,7 @@ def _compile(
     except ImplError:  # no Triton form
         return []
     except Exception as error:  # one config must not hide the others
-        text = f"{case.name} {tune.text(config or {})}".strip()
+        text = f"{case.name} {config_text(config or {})}".strip()
         return [CompiledLaunch(case.op, gpu.arch, case.op, "", text, failure=one_line(error))]
     with compiler(gpu):
         return [

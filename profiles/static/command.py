@@ -9,12 +9,15 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import triton
 
 from bench.measure.tune import check_compiles
 from bench.rows import jsonl, show
+from bench.rows.columns import Column, Kind
+from bench.rows.formats import whole
 from bench.suite import OPS
 from model.errors import InputError
 from model.terminal import integer
@@ -85,30 +88,39 @@ def run(options: argparse.Namespace) -> int:
     return int(bool(wrong))
 
 
+def _values(figures: list, text: Callable[[int], str] = str) -> str:
+    """The figures of all hot loops, in the order of the code; "-" where one is unknown."""
+    return " ".join("-" if value is None else text(value) for value in figures)
+
+
+KERNELS = Kind(
+    f"kernels, compiled by Triton {triton.__version__}",
+    (
+        *(Column("op", "op"), Column("kernel", "kernel"), Column("sm", "arch")),
+        *(Column("dtype", "dtype"), Column("config", "config")),
+        Column(" registers", "registers", whole),
+        Column(" spill B", "spill_bytes", whole),
+        Column(" shared B", "shared_bytes", whole),
+        Column(" programs/SM", "programs_per_sm", whole),
+        Column("wgmma", lambda row: "yes" * bool(row["wgmma"])),
+        Column("tma", lambda row: "yes" * bool(row["tma"])),
+        Column(" load B", lambda row: row["min_load_bytes"] or None),
+        Column(" 16 B loads", "wide_loads", lambda share: f"{share:.0%}"),
+        Column("buffers", "buffers", _values),
+        Column("wait", "async_wait", _values),
+        Column(
+            "KB in flight",
+            "bytes_in_flight",
+            partial(_values, text=lambda size: f"{size / 1e3:.0f}"),
+        ),
+        Column("barriers", "barriers", _values),
+        Column("instructions/block", "instructions_per_block", _values),
+    ),
+)
+
+
 def _show(rows: list[dict]) -> None:
-    header = ["op", "kernel", "sm", "dtype", "config", " registers", " spill B", " shared B"]
-    header += [" programs/SM", "wgmma", "tma", " load B", " 16 B loads"]
-    header += ["buffers", "wait", "KB in flight", "barriers", "instructions/block"]
-    figures = ("registers", "spill_bytes", "shared_bytes", "programs_per_sm")
-    lines = [
-        [
-            row["op"],
-            row["kernel"],
-            str(row["arch"]),
-            row["dtype"],
-            row["config"],
-            *("" if row[name] is None else f"{row[name]:,}" for name in figures),
-            "yes" * bool(row["wgmma"]),
-            "yes" * bool(row["tma"]),
-            str(row["min_load_bytes"] or ""),
-            "" if row["wide_loads"] is None else f"{row['wide_loads']:.0%}",
-            *(_values(row[name]) for name in ("buffers", "async_wait")),
-            _values(row["bytes_in_flight"], lambda size: f"{size / 1e3:.0f}"),
-            *(_values(row[name]) for name in ("barriers", "instructions_per_block")),
-        ]
-        for row in rows
-    ]
-    show.table(f"kernels, compiled by Triton {triton.__version__}", header, lines)
+    show.show(KERNELS, rows)
     for arch in {row["arch"]: None for row in rows}:
         for gpu, (low, high) in loop_stats.bytes_to_cover(arch).items():
             print(f"an SM of an {gpu} needs {low / 1e3:.0f} to {high / 1e3:.0f} KB in flight")
@@ -125,10 +137,6 @@ def _show_sass(rows: list[dict]) -> None:
             for pipeline in row["pipelines"]:
                 print(f"  copies   {_pipeline_text(pipeline, row['programs_per_sm'])}")
             print(f"  look at  {row['look_at']}")
-
-
-def _values(figure: list | None, text: Callable[[int], str] = str) -> str:
-    return " ".join("-" if value is None else text(value) for value in figure or ())
 
 
 def _pipeline_text(pipeline: dict, programs: int) -> str:

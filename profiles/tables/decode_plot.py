@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 
 from bench.report.charts import INK, marker_style
 from pacore_sched.sim.plots import pyplot
+from profiles.tables.figures import Row
 from profiles.tables.gpu import gpu_folders
-from profiles.tables.markdown import Row
 from profiles.tables.results import DECODE_CASES, RESULTS, DecodeCase, cpu_decode_rows
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}

@@ -1,12 +1,15 @@
 """The tables of measured GPUs: one set for each folder of results that has a GPU's rows."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from bench.rows.columns import Column, Table, make_table, markdown
+from bench.rows.formats import number
 from bench.studies.decode import FP8
 from kernels.runtime.dispatch import IMPLS
-from profiles.tables.markdown import Row, folder, markdown, spread
+from profiles.tables.figures import Row, folder, spread
 
 UNLISTED = ("pairs", "launches", "linears")  # sections that serve decisions, not results
 NONE_YET = "No GPU has been measured yet: no Triton kernel of this repository has run on one."
@@ -79,16 +82,36 @@ def _decode_steps(rows: Sequence[Row]) -> str:
         )
     header = ["decode step, ms (p20..p80)", " rollouts", " prefix", " suffix", " eager", " ours"]
     header += [" tokens/s", " MBU", " ours, FP8 KV", " MBU"]
-    return markdown(header, lines) if lines else ""
+    return markdown(Table("", header, lines)) if lines else ""
 
 
 def _mbu(row: Row) -> str:
     return f"{row['bytes'] / row['median_us'] / 1e3 / row['copy_gb_s']:.0%}".replace("%", " %")
 
 
+def _times(row: Mapping[str, Any]) -> str:
+    return "{median_us:,.1f} ({p20_us:,.1f}..{p80_us:,.1f})".format_map(row)
+
+
+def _peer_gain(row: Mapping[str, Any]) -> str | None:
+    peer = row["peer"]
+    return f"{peer['median_us'] / row['median_us']:.2f}x ({peer['impl']})" if peer else None
+
+
+OP_COLUMNS = (
+    Column("op", "op", "`{}`".format),
+    Column("case", "case"),
+    Column("impl", "impl"),
+    Column(" us (p20..p80)", _times),
+    Column(" roofline %", "roofline_pct", number(".0f", unit=" %")),
+    Column(" times faster than eager", "eager_gain", number(".1f", unit="x")),
+    Column(" times faster than the fastest peer", _peer_gain),
+)
+
+
 def _ops(rows: Sequence[Row]) -> str:
     """A line per case and Triton form, compared with eager and the fastest peer."""
-    lines = []
+    compared = []
     for row in rows:
         if not str(row.get("impl")).startswith("triton"):
             continue
@@ -96,18 +119,6 @@ def _ops(rows: Sequence[Row]) -> str:
         eager = next((r["median_us"] for r in same if r["impl"] == "eager"), None)
         peers = [r for r in same if r["impl"].partition("-")[0] not in IMPLS]
         fastest = min(peers, key=lambda r: r["median_us"], default=None)
-        us = row["median_us"]
-        lines.append(
-            [
-                f"`{row['op']}`",
-                row["case"],
-                row["impl"],
-                f"{us:,.1f} ({row['p20_us']:,.1f}..{row['p80_us']:,.1f})",
-                f"{row['roofline_pct']:.0f} %",
-                f"{eager / us:.1f}x" if eager else "",
-                f"{fastest['median_us'] / us:.2f}x ({fastest['impl']})" if fastest else "",
-            ]
-        )
-    header = ["op", "case", "impl", " us (p20..p80)", " roofline %"]
-    header += [" times faster than eager", " times faster than the fastest peer"]
-    return markdown(header, lines) if lines else ""
+        gain = eager / row["median_us"] if eager else None
+        compared.append({**row, "eager_gain": gain, "peer": fastest})
+    return markdown(make_table("", OP_COLUMNS, compared)) if compared else ""

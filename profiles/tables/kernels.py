@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from bench.rows.columns import Table, markdown
 from model.errors import InputError
-from profiles.tables.markdown import Row, markdown
+from profiles.tables.figures import Row
 
 ARCHS = (90, 80)
 
@@ -102,7 +103,7 @@ def kernel_table(kernels: Sequence[Kernel], baseline: Sequence[Row]) -> str:
         wgmma = "yes" if rows[0]["wgmma"] else "no"
         lines.append([kernel.label, *figures, wgmma, _loads(rows)])
     header = ("kernel in bf16, sm_90 / sm_80", *FIGURES, "wgmma", " 16-byte loads")
-    return markdown(header, lines)
+    return markdown(Table("", header, lines))
 
 
 def find_row(kernel: Kernel, arch: int, baseline: Sequence[Row]) -> Row:

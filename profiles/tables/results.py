@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.rows import jsonl
+from bench.rows.columns import Column, Table, make_table, markdown
+from bench.rows.formats import number, whole
+from profiles.tables.figures import Row, folder, latest_row, milliseconds, small, spread
 from profiles.tables.gpu import gpus
 from profiles.tables.kernels import DECODE_KERNELS, VISION_KERNELS, Kernel, kernel_table
-from profiles.tables.markdown import Row, folder, latest_row, markdown, milliseconds, small, spread
 
 PROFILES = Path(__file__).parents[1]
 RESULTS = PROFILES / "results"
@@ -75,7 +77,7 @@ def decode() -> str:
         for case, rows in cpu_decode_rows()
     ]
     label = "decode attention, median ms (p20..p80)"
-    return markdown((label, *DECODE_FORMS, " ours, roofline %"), lines)
+    return markdown(Table("", (label, *DECODE_FORMS, " ours, roofline %"), lines))
 
 
 class EndToEndRow(NamedTuple):
@@ -126,7 +128,7 @@ def end_to_end() -> str:
             cells = [f"{milliseconds(row['median_us'])} ms" for row in (eager, ours)]
             gain = eager["median_us"] / ours["median_us"]
         lines.append([line.label, *cells, f"{gain:.1f}x"])
-    return markdown(("whole run", " eager", " ours", " speed-up"), lines)
+    return markdown(Table("", ("whole run", " eager", " ours", " speed-up"), lines))
 
 
 class ModelRow(NamedTuple):
@@ -186,30 +188,32 @@ def models_on_cpu() -> str:
     lines = [
         [line.label, *(cell(line, *form) for form in MODEL_FORMS.values())] for line in MODEL_ROWS
     ]
-    return markdown(("SmolLM2-135M", *MODEL_FORMS), lines)
+    return markdown(Table("", ("SmolLM2-135M", *MODEL_FORMS), lines))
 
 
-FOLDED = {  # column, field, how it is written
-    " max error": ("{}_max_err", small),
-    " RMS error": ("{}_rms_err", small),
-    " multiply-adds, one global view": ("{}_products", lambda n: f"{n / 1e9:.1f} G"),
-    " weights": ("{}_bytes", lambda n: f"{n / 1e6:.0f} MB"),
-}
+FOLDED = (  # heading, field, format
+    (" max error", "max_err", small),
+    (" RMS error", "rms_err", small),
+    (" multiply-adds, one global view", "products", number(".1f", per=1e9, unit=" G")),
+    (" weights", "bytes", number(".0f", per=1e6, unit=" MB")),
+)
+FOLD_COLUMNS = (
+    Column("dtype", "label"),
+    *(
+        Column(name, f"{path}_{field}", write)
+        for heading, field, write in FOLDED
+        for name, path in ((heading, "unfolded"), (" folded", "folded"))
+    ),
+)
 
 
 def fold() -> str:
     """The projector's last two layers, as published and folded."""
-    header = ["dtype", *(name for column in FOLDED for name in (column, " folded"))]
-    lines = []
-    for label, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        row = latest_row(measured(FOLD_CPU), op="fold", dtype=dtype)
-        cells = [
-            written(row[field.format(path)])
-            for field, written in FOLDED.values()
-            for path in ("unfolded", "folded")
-        ]
-        lines.append([label, *cells])
-    return markdown(header, lines)
+    rows = [
+        {"label": label, **latest_row(measured(FOLD_CPU), op="fold", dtype=dtype)}
+        for label, dtype in (("bf16", "bfloat16"), ("fp16", "float16"))
+    ]
+    return markdown(make_table("", FOLD_COLUMNS, rows))
 
 
 PACKING = {  # label, form
@@ -224,23 +228,23 @@ PACKING = {  # label, form
 }
 
 
+PACKING_COLUMNS = (
+    Column("8 problems of width 8", "label"),
+    Column(" makespan, s", "makespan_s", number(".1f")),
+    Column(" mean time to answer, s", "tta_mean_s", number(".1f")),
+    Column(" tokens/s", "tokens_per_second", number(".1f")),
+    Column(" steps", "steps", whole),
+)
+
+
 def packing() -> str:
     """Eight problems on one engine, under several policies."""
-    lines = []
-    for label, impl in PACKING.items():
-        row = latest_row(
-            measured(ENGINE_CPU), op="packing", case="smollm2-135m 8 x [8] T128", impl=impl
-        )
-        seconds = [f"{row[name]:.1f}" for name in ("makespan_s", "tta_mean_s", "tokens_per_second")]
-        lines.append([label, *seconds, f"{row['steps']:,}"])
-    header = (
-        "8 problems of width 8",
-        " makespan, s",
-        " mean time to answer, s",
-        " tokens/s",
-        " steps",
-    )
-    return markdown(header, lines)
+    case = "smollm2-135m 8 x [8] T128"
+    rows = [
+        {"label": label, **latest_row(measured(ENGINE_CPU), op="packing", case=case, impl=impl)}
+        for label, impl in PACKING.items()
+    ]
+    return markdown(make_table("", PACKING_COLUMNS, rows))
 
 
 WORKLOADS = ("vqa", "vl", "math", "high")
@@ -295,9 +299,8 @@ SIMULATED_LINES: dict[str, Callable[[str], str]] = {
 def simulated() -> str:
     """Policies in the simulator, a column per workload."""
     lines = [[label, *map(cell, WORKLOADS)] for label, cell in SIMULATED_LINES.items()]
-    return markdown(
-        ("mean time to answer / makespan, minutes", *(f" {w}" for w in WORKLOADS)), lines
-    )
+    header = ("mean time to answer / makespan, minutes", *(f" {w}" for w in WORKLOADS))
+    return markdown(Table("", header, lines))
 
 
 def compiled(kernels: Sequence[Kernel]) -> str:
@@ -305,17 +308,22 @@ def compiled(kernels: Sequence[Kernel]) -> str:
     return kernel_table(kernels, recorded(STATIC))
 
 
+VERSION_COLUMNS = (
+    Column("Python", "python"),
+    Column("PyTorch", "torch"),
+    Column("Triton", "triton"),
+    Column("NumPy", "numpy"),
+    Column(" passed", "passed", whole),
+    Column(" failed", lambda row: row["failed"] + row["error"], whole),
+    Column(" skipped", "skipped", whole),
+    Column("kernels for sm_80 and sm_90", "static"),
+    Column("commit and date", lambda row: f"{row['commit']}, {row['date']}"),
+)
+
+
 def versions(file: Path = VERSIONS) -> str:
     """The Pythons and PyTorches that the tests have run with, from `.ci/versions.py`."""
-    header = ["Python", "PyTorch", "Triton", "NumPy", " passed", " failed", " skipped"]
-    header += ["kernels for sm_80 and sm_90", "commit and date"]
-    lines = []
-    for row in recorded(file):
-        names = [row[name] for name in ("python", "torch", "triton", "numpy")]
-        counts = (row["passed"], row["failed"] + row["error"], row["skipped"])
-        when = f"{row['commit']}, {row['date']}"
-        lines.append([*names, *(f"{count:,}" for count in counts), row["static"], when])
-    return markdown(header, lines)
+    return markdown(make_table("", VERSION_COLUMNS, recorded(file)))
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from bench.rows.columns import Table, markdown
 from model.errors import InputError
+from profiles.tables.figures import Row
 from profiles.tables.kernels import (
     ARCHS,
     ATTENTION,
@@ -18,7 +20,6 @@ from profiles.tables.kernels import (
     Kernel,
     find_row,
 )
-from profiles.tables.markdown import Row, markdown
 from profiles.tables.results import STATIC, recorded
 
 
@@ -68,7 +69,7 @@ def switch_table(
             old, new = both_forms(switch, arch, baseline)
             changes = [_change(figure(old), figure(new)) for figure in figures.values()]
             lines.append([switch.label, f"sm_{arch}", *changes])
-    return markdown(("kernel in bf16", "arch", *figures), lines)
+    return markdown(Table("", ("kernel in bf16", "arch", *figures), lines))
 
 
 def both_forms(switch: Switch, arch: int, baseline: Sequence[Row]) -> tuple[Row, Row]:

@@ -126,7 +126,7 @@ class TestDecode:
         assert {"linear", "rms_norm", "silu_mul", "sample", "prefix_attention"} <= kinds
         assert kinds <= {*OPS, "linear", "embed", "other"}
         assert all(row["median_us"] > 0 for row in parts)
-        decode.display(all_rows)
+        show.decode(all_rows)
         assert "time by part" in capsys.readouterr().out
 
     def test_too_large(self, monkeypatch, capsys):

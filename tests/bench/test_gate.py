@@ -7,6 +7,7 @@ import torch
 
 from bench import gate
 from bench.gate import MIN_SPEEDUPS, MinSpeedup
+from bench.rows import show
 from bench.suite import cases
 from model.terminal import Parser
 from profiles.tables.results import OPS_CPU, measured
@@ -63,14 +64,11 @@ def test_wrong_numbers_fail(monkeypatch, capsys):
     assert code == 1 and row["ratio"] is None and "max error" in row["failure"]
 
 
-def test_the_table_lists_every_minimum(monkeypatch, capsys):
+def test_the_table_lists_every_minimum(capsys):
     """Guards the printed table: a line per minimum with its verdict."""
-    monkeypatch.setattr(gate, "MIN_SPEEDUPS", MIN_SPEEDUPS)
     fields = {"floor": 1.5, "ratio": 2.0, "failure": None}
     fields |= {"device": "cpu", "torch": "0", "commit": "c"}
-    gate._show(
-        [vars(MINIMUM) | fields, vars(MINIMUM) | fields | {"ratio": None, "failure": "slow"}]
-    )
+    show.gate([vars(MINIMUM) | fields, vars(MINIMUM) | fields | {"ratio": None, "failure": "slow"}])
     out = capsys.readouterr().out
     assert "holds" in out and "FAILED: slow" in out and "1.8..2.2" in out
 

@@ -10,7 +10,7 @@ import torch
 from model.__main__ import main
 from model.config import SMOLLM2_135M, STEP3_VL_10B, TINY
 from model.describe import describe
-from model.terminal import run_command
+from model.process.run import run_command
 from model.weights.hf_config import write_config
 
 BLOCK = {

@@ -14,7 +14,7 @@ from model import terminal
 from model.terminal import Parser, dispatch, stop_signals
 
 ROOT = Path(__file__).parents[2]
-PRINTS = "import sys; from model.terminal import run_command; run_command(lambda: {})"
+PRINTS = "import sys; from model.process.run import run_command; run_command(lambda: {})"
 OUT, ERR, FAIL = "print('text')", "print('text', file=sys.stderr)", "int(bool(print('text'))) + 1"
 FULL = f"error: cannot write the output: {os.strerror(errno.ENOSPC)}\n"
 CLOSED = f"error: cannot write the output: {os.strerror(errno.EBADF)}\n"
@@ -117,7 +117,7 @@ def test_errors_of_the_system(error: str, line: str):
     ("before", "during"),
     [
         (signal.default_int_handler, signal.SIG_DFL),
-        (terminal._interrupt, signal.SIG_DFL),
+        (terminal.interrupt, signal.SIG_DFL),
         (signal.SIG_IGN, signal.SIG_IGN),
     ],
 )
@@ -153,7 +153,7 @@ def test_a_second_ctrl_c():
     """A traceback of the second one: from a library's lock, a thread, or the end of Python."""
     code = """if True:
         import signal
-        from model.terminal import run_command
+        from model.process.run import run_command
 
         def main():
             try:

@@ -10,9 +10,9 @@ from model.errors import InputError
 from model.terminal import Parser
 from profiles.tables import command as tables
 from profiles.tables import decode_plot
+from profiles.tables.figures import folder, latest_row, milliseconds, small, spread
 from profiles.tables.gpu import NONE_YET, gpus
 from profiles.tables.kernels import Kernel, find_row, kernel_table
-from profiles.tables.markdown import folder, latest_row, markdown, milliseconds, small, spread
 from profiles.tables.switches import LOOPS, Switch, both_forms, switch_table
 
 
@@ -143,13 +143,6 @@ def test_figures():
     times = {"p20_us": 9_600, "median_us": 9_699, "p80_us": 111_200}
     assert spread(times) == "9.7 (9.6..111)"
     assert [small(value) for value in (0.00246, 1.41e-12, 25)] == ["2.46e-3", "1.41e-12", "2.50e+1"]
-    table = markdown(("", "left", " right"), [["a", "b", "1"], ["", "b", "2"]])
-    assert table.splitlines() == [
-        "| | left | right |",
-        "|---|---|---:|",
-        "| a | b | 1 |",
-        "| | b | 2 |",
-    ]
 
 
 def test_the_latest_good_row_counts(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.terminal import run_command
+from model.process.run import run_command
 from pacore_sched.__main__ import main
 
 TINY = ["--model", "tiny", "--max-tokens", "8", "--kv-tokens", "4096"]

@@ -249,4 +249,4 @@ def test_an_answer(tiny, monkeypatch):
     assert (first * 9)[: len(second)] == second
     tokens = ours["tokens_per_second"] * ours["median_us"] / 1e6
     assert sum(widths) + last == round(tokens)
-    show.jobs(rows)
+    show.whole_runs(rows)

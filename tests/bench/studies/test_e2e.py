@@ -116,7 +116,7 @@ def test_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         assert row["tflop_s"] == pytest.approx(row["flops"] / 1e6)  # of one microsecond
         assert row["gemm_pct"] == pytest.approx(100 * row["tflop_s"] / row["gemm_tflop_s"])
     assert 0 < rows[3]["max_err"] < 1e-4
-    show.jobs(rows)
+    show.whole_runs(rows)
     assert "1280 x 720" in capsys.readouterr().out
 
 

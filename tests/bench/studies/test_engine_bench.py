@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.rows import show
 from bench.studies import engine, packing, replay
 from bench.studies.decode import DecodeCase, forms_on
 from model import cuda_graph
@@ -35,7 +36,7 @@ def test_packing(tiny: Step3VL):
     assert alone["prefilled"] == together["prefilled"] > 0
     for row in (alone, together):
         assert 0 < row["tta_mean_s"] <= row["makespan_s"]
-    packing.display([alone, together, drafted])
+    show.packing([alone, together, drafted])
 
 
 def test_replay(tiny: Step3VL):
@@ -51,7 +52,7 @@ def test_replay(tiny: Step3VL):
             row["makespan_simulated_s"] / row["makespan_s"] - 1
         )
     assert rows[0]["steps"] > rows[1]["steps"]
-    replay.display(rows)
+    show.replay(rows)
 
 
 def test_an_engine_without_its_graphs_says_so(tiny: Step3VL, monkeypatch):
@@ -86,4 +87,4 @@ def test_engine_steps(tiny: Step3VL):
     assert rows[1]["max_err"] > 0  # two forms are compared, not one with itself
     assert rows[2]["max_err"] > rows[1]["max_err"]
     assert rows[2]["bytes"] < rows[1]["bytes"]
-    engine.display(rows)
+    show.engine_steps(rows)

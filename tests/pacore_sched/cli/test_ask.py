@@ -13,8 +13,9 @@ from PIL import Image
 
 from kernels.runtime import dispatch
 from model.config import SamplingConfig
+from model.process.run import run_command
 from model.step3vl import Step3VL
-from model.terminal import Parser, run_command
+from model.terminal import Parser
 from pacore_sched.__main__ import main
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.cli import options

@@ -1,20 +1,13 @@
-"""Reading rows and formatting Markdown tables, for all generated tables."""
+"""What all generated tables share: reading rows, and the formats of figures."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from bench.rows import jsonl
 from model.errors import InputError
 
 Row = dict
-
-
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table. Columns whose header begins with a space align right, as in model.terminal."""
-    ruler = ["---:" if name.startswith(" ") else "---" for name in header]
-    text = [_line(map(str.strip, header)), f"|{'|'.join(ruler)}|", *map(_line, lines)]
-    return "\n".join(text)
 
 
 def folder(path: Path) -> list[Row]:
@@ -51,7 +44,3 @@ def spread(row: Row) -> str:
 def small(value: float) -> str:
     """An error: "2.46e-3"."""
     return re.sub(r"e([+-])0", r"e\1", f"{value:.2e}")
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |")

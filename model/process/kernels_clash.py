@@ -9,7 +9,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-OURS = Path(__file__).resolve().parents[1] / "kernels" / "__init__.py"
+OURS = Path(__file__).resolve().parents[2] / "kernels" / "__init__.py"
 MARK = "STEP3-VL-10B"  # only our `__init__.py` contains it
 ADVICE = "install step3vl-pacore in a separate virtual environment"
 
