@@ -24,6 +24,9 @@ class StepCase(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def shape(self) -> dict[str, int]: ...
+
     def flops(self, config: DecoderConfig) -> int: ...
 
 
@@ -79,6 +82,7 @@ def time_step(
             flops=case.flops(model.config.decoder),
             verdict=verdict,
             timing=timing,
+            shape={"model": model.config.name, **case.shape},
         ) | _peer_fields(name, works.get(name))
 
     rows = [

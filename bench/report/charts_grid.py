@@ -1,6 +1,5 @@
 """Heat maps of prefix attention: our speed-up by prefix and suffix length."""
 
-import re
 from collections.abc import Sequence
 from math import ceil, floor, log2
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any, NamedTuple
 
 from bench.report.charts import INK, format_number, panels, save
 from bench.report.rows import best, group_by
+from bench.rows.shapes import shape_of
 
-POINT = re.compile(r"(?:(?P<model>.*) )?B(?P<B>\d+) P(?P<P>\d+) S(?P<S>\d+)(?: (?P<variant>.+))?")
 COLUMNS = 2  # of panels
 BASES = {"eager": "eager", "peer": "the best peer"}
 
@@ -26,21 +25,28 @@ class Panel(NamedTuple):
 def grids(rows: Sequence[dict], base: str) -> list[Panel]:
     """Speed-ups of our best form over the best form of role `base`, "eager" or "peer".
 
-    A panel per batch, model and variant with two points or more.
+    A panel per batch, heads, window and dtype of KV with two points or more.
     """
     titles: dict[str, dict[tuple[int, int], float]] = {}
-    for (_, case, dtype), forms in group_by(rows, "op", "case", "dtype").items():
-        point = POINT.fullmatch(case)
+    for (op, _, dtype), forms in group_by(rows, "op", "case", "dtype").items():
+        shape = shape_of(forms[0])
         ours, other = best(forms, "ours"), best(forms, base)
-        if forms[0]["op"] == "prefix_attention" and point and ours and other:
-            words = (point["model"], f"B{point['B']}", point["variant"], dtype)
-            cells = titles.setdefault(", ".join(filter(None, words)), {})
-            cells[int(point["P"]), int(point["S"])] = other["median_us"] / ours["median_us"]
+        if op == "prefix_attention" and "batch" in shape and ours and other:
+            cells = titles.setdefault(", ".join([*_title(shape), dtype]), {})
+            cells[shape["prefix"], shape["suffix"]] = other["median_us"] / ours["median_us"]
     return [
         Panel(title, sorted({p for p, _ in cells}), sorted({s for _, s in cells}), cells)
         for title, cells in titles.items()
         if len(cells) > 1
     ]
+
+
+def _title(shape: dict) -> list[str]:
+    """What the points of a panel have in common."""
+    heads = f"{shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}"
+    title = [f"B{shape['batch']}", heads]
+    title += ["FP8 KV"] if shape.get("fp8") else []
+    return title + ([f"window {shape['window']}"] if shape.get("window") else [])
 
 
 def heat(path: Path, maps: Sequence[Panel], base: str) -> Path:

@@ -71,6 +71,10 @@ class DecodeCase:
         return f"B{self.batch} P{self.prefix} S{self.suffix}"
 
     @property
+    def shape(self) -> dict[str, int]:
+        return {"batch": self.batch, "prefix": self.prefix, "suffix": self.suffix}
+
+    @property
     def tokens(self) -> int:
         """Tokens whose KV the step must read."""
         return self.prefix + self.batch * self.suffix

@@ -37,6 +37,10 @@ class PrefillCase:
     def name(self) -> str:
         return f"N{self.tokens}"
 
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"tokens": self.tokens}
+
     def bytes(self, config: DecoderConfig, dtype: torch.dtype) -> int:
         """Bytes to move: every weight once (only the tokens' rows of the embedding), and the KV."""
         weights = decoder_weights(config) + self.tokens * config.hidden

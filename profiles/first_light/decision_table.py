@@ -24,11 +24,11 @@ One entry per question, the most important first. The reasons for the limits:
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from bench.rows.shapes import shape_of
 from profiles.first_light.line_fit import Line, fit
 from profiles.runs.task import NOT_STARTED, Row
 
@@ -212,9 +212,10 @@ def good(rows: Sequence[Row], section: str) -> list[Row]:
 
 
 def _decodes(row: Row, batch: int) -> bool:
-    return row["op"] == "prefix_attention" and bool(
-        re.fullmatch(rf"B{batch} P\d+ S\d+", row["case"])
-    )
+    """Whether it is attention of `batch` rollouts, with the model's heads and KV in 16 bits."""
+    shape = shape_of(row)
+    plain = not (shape.get("fp8") or shape.get("window")) and shape.get("heads") == 32
+    return row["op"] == "prefix_attention" and plain and shape.get("batch") == batch
 
 
 def _failed(row: Row) -> bool:

@@ -1,19 +1,18 @@
 """The tables of measured GPUs: one set for each folder of results that has a GPU's rows."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.rows.columns import Column, Table, make_table, markdown
 from bench.rows.formats import number
+from bench.rows.shapes import shape_of
 from bench.studies.decode import FP8
 from kernels.runtime.dispatch import IMPLS
 from profiles.tables.figures import Row, folder, spread
 
 UNLISTED = ("pairs", "launches", "linears")  # sections that serve decisions, not results
 NONE_YET = "No GPU has been measured yet: no Triton kernel of this repository has run on one."
-STEP = re.compile(r"(?P<model>.+) B(?P<batch>\d+) P(?P<prefix>\d+) S(?P<suffix>\d+)")
 
 
 def gpus(results: Path) -> str:
@@ -64,18 +63,17 @@ def _decode_steps(rows: Sequence[Row]) -> str:
         if row["op"] == "decode_step":
             steps.setdefault(row["case"], {})[row["impl"]] = row
     lines = []
-    for case, forms in steps.items():
-        shape = STEP.fullmatch(case)
+    for forms in steps.values():
         ours, eager, fp8 = (forms.get(name) for name in ("default", "eager", FP8))
-        if not (shape and ours):
+        if not ours or not (shape := shape_of(ours)):
             continue
         lines.append(
             [
                 shape["model"],
-                *(f"{int(shape[name]):,}" for name in ("batch", "prefix", "suffix")),
+                *(f"{shape[name]:,}" for name in ("batch", "prefix", "suffix")),
                 spread(eager) if eager else "",
                 spread(ours),
-                f"{int(shape['batch']) / ours['median_us'] * 1e6:,.0f}",
+                f"{shape['batch'] / ours['median_us'] * 1e6:,.0f}",
                 _mbu(ours),
                 *((spread(fp8), _mbu(fp8)) if fp8 else ("", "")),
             ]

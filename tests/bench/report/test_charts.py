@@ -170,11 +170,15 @@ def test_roofline_has_a_panel_per_dtype(drawn, tmp_path):
 @pytest.mark.parametrize(
     ("case", "title", "cell"),
     [
-        ("B16 P2048 S128", "B16, bfloat16", (2048, 128)),
-        ("smollm2 B16 P512 S64", "smollm2, B16, bfloat16", (512, 64)),
-        ("B16 P2048 S512 fp8", "B16, fp8, bfloat16", (2048, 512)),
-        ("pacore low B4 P1024 S6000", "pacore low, B4, bfloat16", (1024, 6000)),
-        ("B32 P4096 S512 fp8 window 512", "B32, fp8 window 512, bfloat16", (4096, 512)),
+        ("B16 P2048 S128", "B16, 32/8 heads of 128, bfloat16", (2048, 128)),
+        ("smollm2 B16 P512 S64", "B16, 9/3 heads of 64, bfloat16", (512, 64)),
+        ("B16 P2048 S512 fp8", "B16, 32/8 heads of 128, FP8 KV, bfloat16", (2048, 512)),
+        ("pacore low B4 P1024 S6000", "B4, 32/8 heads of 128, bfloat16", (1024, 6000)),
+        (
+            "B32 P4096 S512 fp8 window 512",
+            "B32, 32/8 heads of 128, FP8 KV, window 512, bfloat16",
+            (4096, 512),
+        ),
         ("4 x (B4 P512 S64)", None, None),
         ("ragged B32 P2048 S64..1056", None, None),
         ("prefill 2048 behind 8192", None, None),
