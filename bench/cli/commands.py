@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from bench.cli.listing import SelectedCases
 from bench.cli.measurement import Measurement, Several
 from bench.cost import attention as cost
 from bench.cost import vision as vision_cost
+from bench.formats.traffic import PERCENTILES, read_traffic
 from bench.launch_sites import case_sites, decode_sites
 from bench.measure import tune
 from bench.measure.devices import DTYPES, MAIN_DTYPE, TIMED_DTYPES, parse_dtypes
@@ -18,13 +20,14 @@ from bench.measure.rows import ceiling
 from bench.options import SECONDS, case_arguments, filter_arguments
 from bench.rows import jsonl, show
 from bench.studies import decode, engine, fold, fp8_kv, images, packing, replay, sched
-from bench.suite import cases, numerics_cases
+from bench.suite import cases, numerics_cases, traffic_cases
 from bench.suite.forms import select
 from bench.suite.op import Case
 from kernels.runtime.configs import gpu_of
 from model.config import PRESETS
 from model.errors import InputError
-from model.terminal import real, track
+from model.terminal import integer, real, track
+from pacore_sched.answers.rounds import MAX_WIDTH
 from pacore_sched.engine.compile_ahead import warm_up
 
 TIME_BUDGET_S = 1.0  # per case
@@ -39,7 +42,12 @@ def checked_cases(options: argparse.Namespace, device: torch.device) -> Selected
 def timed_cases(options: argparse.Namespace, device: torch.device) -> SelectedCases:
     """The cases and dtypes that `ops` times, filtered and in order."""
     own_forms.add(options)
-    return _filtered(options, cases(device.type, options.grid), (MAIN_DTYPE[device.type],))
+    if options.shapes:
+        traffic = read_traffic(options.shapes, options.percentiles, options.width)
+        listed = traffic_cases(device.type, traffic.points)
+    else:
+        listed = cases(device.type, options.grid)
+    return _filtered(options, listed, (MAIN_DTYPE[device.type],))
 
 
 def list_checked(options: argparse.Namespace, device: torch.device) -> int:
@@ -64,7 +72,7 @@ def numerics(options: argparse.Namespace, device: torch.device) -> Iterator[dict
     selected = checked_cases(options, device)
     warm_up(case_sites(selected, options.impl), device)
     for case, dtype in track(selected, "numerics"):
-        yield from check_case(case, device, dtype, options.impl)
+        yield from _reproducible(check_case(case, device, dtype, options.impl), options)
 
 
 def ops(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
@@ -72,7 +80,15 @@ def ops(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     selected = timed_cases(options, device)
     warm_up(case_sites(selected, options.impl), device)
     for case, dtype in track(selected, "ops"):
-        yield from time_case(case, device, dtype, options.impl, options.budget)
+        rows = time_case(case, device, dtype, options.impl, options.budget)
+        yield from _reproducible(rows, options)
+
+
+def _reproducible(rows: Sequence[dict], options: argparse.Namespace) -> Iterator[dict]:
+    """The rows with the options that select their cases and forms, if they need any."""
+    needed = listing.needed(options)
+    for row in rows:
+        yield row | {"options": needed} if needed else row
 
 
 def decode_steps(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
@@ -151,8 +167,30 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
 def time_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `ops`."""
     check_arguments(parser)
-    parser.add_argument(
+    shapes = parser.add_mutually_exclusive_group()
+    shapes.add_argument(
         "--grid", action="store_true", help="also prefix attention over prefixes x suffixes"
+    )
+    shapes.add_argument(
+        "--shapes",
+        type=Path,
+        metavar="TRACE",
+        help="instead the shapes of your traffic: percentiles of the requests in a JSONL or CSV"
+        " trace (Mooncake, Azure, BurstGPT, OpenAI usage)",
+    )
+    parser.add_argument(
+        "--percentiles",
+        nargs="+",
+        type=real(0, 100, exclusive=True),
+        default=PERCENTILES,
+        metavar="P",
+        help=f"of --shapes (default: {' '.join(map(str, PERCENTILES))})",
+    )
+    parser.add_argument(
+        "--width",
+        type=integer(1, MAX_WIDTH),
+        metavar="N",
+        help="rollouts of every prompt of --shapes (default: those in the trace)",
     )
     parser.add_argument(
         "--budget",
@@ -204,7 +242,7 @@ FOLD = Measurement(lambda options, device: fold.run(device), show.fold)
 ALL = Several(
     (NUMERICS, OPS_TIMED, DECODE, E2E),
     {
-        **{"op": (), "shape": "", "impl": (), "dtype": (), "own_forms": ()},
+        **{"op": (), "shape": "", "impl": (), "dtype": (), "own_forms": (), "shapes": None},
         **{"model": None, "vision": False},
         **{"grid": True, "budget": TIME_BUDGET_S, "batch": (16,), "prefix": (), "suffix": ()},
         "prefill": (512,),

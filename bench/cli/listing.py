@@ -15,6 +15,16 @@ from kernels.runtime.dtypes import dtype_name
 SelectedCases = Sequence[tuple[Case, torch.dtype]]
 
 
+def needed(options: argparse.Namespace) -> list[str]:
+    """The options without which other runs do not have these cases and forms."""
+    words = ["--with", *options.own_forms] if options.own_forms else []
+    if getattr(options, "shapes", None):
+        words += ["--shapes", str(options.shapes)]
+        words += ["--percentiles", *(f"{value:g}" for value in options.percentiles)]
+        words += ["--width", str(options.width)] if options.width else []
+    return words
+
+
 def run(
     options: argparse.Namespace, device: torch.device, command: str, selected: SelectedCases
 ) -> int:
@@ -32,7 +42,7 @@ def run(
     ]
     for row in listed:
         row["commands"] = [
-            repro.command(row["op"], row["case"], impl, row["dtype"], command)
+            repro.command(row["op"], row["case"], impl, row["dtype"], command, needed(options))
             for impl in row["impls"]
         ]
     if options.json:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from functools import cache
 
 NAME = re.compile(
-    r"(?:pacore \w+ |(?P<model>\S+) )?B(?P<batch>\d+) P(?P<prefix>\d+) S(?P<suffix>\d+)(?P<fp8> fp8)?"
-    r"(?: window (?P<window>\d+))?(?: (?P<heads>\d+)/(?P<kv_heads>\d+) heads of (?P<head_dim>\d+))?"
+    r"(?:pacore \w+ |(?P<model>\S+) )?B(?P<batch>\d+) P(?P<prefix>\d+) S(?P<suffix>\d+)"
+    r"(?P<fp8> fp8)?(?: window (?P<window>\d+))?"
+    r"(?: (?P<heads>\d+)/(?P<kv_heads>\d+) heads of (?P<head_dim>\d+))?"
 )
 HEADS = ("heads", "kv_heads", "head_dim")
 OF_MODEL = {None: (32, 8, 128), "smollm2": (9, 3, 64)}  # of attention's cases

@@ -138,7 +138,7 @@ def _print_reproductions(rows: Sequence[Row], kind: str) -> None:
     for row in rows:
         if row["failure"]:
             arguments = (row["op"], row["case"], row["impl"], row["dtype"])
-            print(f"to reproduce: {repro.command(*arguments, kind)}")
+            print(f"to reproduce: {repro.command(*arguments, kind, row.get('options', ()))}")
 
 
 def _print_skipped(rows: Sequence[Row]) -> None:

@@ -6,9 +6,12 @@ A file that defines `OP` is an op of the benchmarks; nothing else lists it.
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from pkgutil import iter_modules
 
+from bench.formats.traffic import Point
+from bench.inputs.presets import BIG, SMOLLM2
 from bench.peers.peer import Peer
 from bench.suite.op import Case, Op
 
@@ -33,7 +36,7 @@ def cases(device_type: str, grid: bool = False) -> list[Case]:
     listed = [case for op in OPS.values() for case in op.cases(device_type)]
     if grid:
         listed += [case for op in OPS.values() for case in op.grid(device_type)]
-    return [replace(case, peers=peers_on(device_type, case.op)) for case in listed]
+    return _with_peers(device_type, listed)
 
 
 def numerics_cases() -> list[Case]:
@@ -46,9 +49,22 @@ def compiled_cases() -> list[Case]:
     return [*cases("cuda"), *(case for op in OPS.values() for case in op.compiled())]
 
 
+def traffic_cases(device_type: str, points: Iterable[Point]) -> list[Case]:
+    """The cases of a user's traffic: each point's decode step and prefill, in the published model
+    on a GPU, in SmolLM2 on a CPU."""
+    model = SMOLLM2 if device_type == "cpu" else BIG
+    listed = [case for op, at in product(OPS.values(), points) for case in op.of_traffic(at, model)]
+    by_name = {(case.op, case.name): case for case in listed}  # points may have the same batch
+    return _with_peers(device_type, by_name.values())
+
+
 def in_modes(cases: Iterable[Case]) -> list[Case]:
     """Each case in every mode of the op's Triton form, to compile or tune all its kernels."""
     return [replace(case, form=form) for case in cases for form in ("triton", *case.modes)]
+
+
+def _with_peers(device_type: str, cases: Iterable[Case]) -> list[Case]:
+    return [replace(case, peers=peers_on(device_type, case.op)) for case in cases]
 
 
 def peers_on(device_type: str, op: str) -> tuple[str, ...]:

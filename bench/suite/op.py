@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from bench.errors import Error, roundoff
+from bench.formats.traffic import Point
 from bench.peers.peer import Peer
+from model.config import Config
 
 NONE = Error(0, 0)
 
@@ -64,6 +66,7 @@ class Op:
     peers: Sequence[Peer] = ()
     grid: Callable[[str], Iterable[Case]] = lambda device_type: ()  # more cases, on request
     compiled: Callable[[], Iterable[Case]] = lambda: ()  # more cases, only compiled ahead
+    of_traffic: Callable[[Point, Config], Iterable[Case]] = lambda point, model: ()
     tuned_part: str = ""  # the op that most of its config values belong to, if not itself
 
     def tolerance(self, dtype: torch.dtype) -> Error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import Error
+from bench.formats.traffic import Point
 from bench.fp64 import attention
 from bench.inputs import forests
 from bench.inputs.draws import Device, NormalDraws
@@ -32,6 +33,7 @@ from bench.suite.op import Case, Op
 from kernels.kv_pages import KVPages
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_plan import PrefixPlan
+from model.config import Config
 
 
 def inputs(
@@ -147,6 +149,13 @@ def grid(device_type: str) -> Iterator[Case]:
     yield case(f"{name} fp8", forest, fp8=True)
 
 
+def of_traffic(point: Point, model: Config) -> Iterator[Case]:
+    _, forest = forests.rollouts(point.batch, point.prefix, point.suffix)
+    yield case(point.name, forest, heads=heads_of(model))
+    prefill = [Node(point.prefix, new=point.prefix)]
+    yield case(f"prefill {point.prefix}", prefill, heads=heads_of(model))
+
+
 def checks() -> Iterator[Case]:
     middle = Node(0, children=(Node(1, new=1), Node(129, new=2)))
     tree = Node(70, children=(middle, Node(64)))
@@ -212,6 +221,7 @@ OP = Op(
     varies="q",
     cases=cases,
     grid=grid,
+    of_traffic=of_traffic,
     checks=checks,
     compiled=compiled_cases,
     formula=formula,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import Error
+from bench.formats.traffic import Point
 from bench.fp64 import rms, rope_half
 from bench.inputs.draws import Device, NormalDraws
 from bench.inputs.presets import BIG, DECODE_ROWS, SMOLLM2, WIDE, Heads, heads_of
@@ -16,6 +17,7 @@ from bench.peers.peer import Peer
 from bench.suite.op import Case, Op
 from kernels.kv_pages import KVPages
 from kernels.qk_norm_rope import qk_norm_rope
+from model.config import Config
 
 
 def inputs(
@@ -70,6 +72,11 @@ def cases(device_type: str) -> Iterator[Case]:
         yield case(rows)
 
 
+def of_traffic(point: Point, model: Config) -> Iterator[Case]:
+    for rows in (point.batch, point.prefix):
+        yield case(rows, heads_of(model))
+
+
 def checks() -> Iterator[Case]:
     yield case(67, skip=3)
     yield case(5, heads_of(SMOLLM2))
@@ -109,6 +116,7 @@ OP = Op(
     run=qk_norm_rope,
     varies="qkv",
     cases=cases,
+    of_traffic=of_traffic,
     checks=checks,
     compiled=compiled_cases,
     formula=formula,

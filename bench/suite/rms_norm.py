@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import Error
+from bench.formats.traffic import Point
 from bench.fp64 import rms
 from bench.inputs.draws import Device, NormalDraws
 from bench.inputs.presets import BIG, DECODE_ROWS, SMOLLM2
@@ -17,6 +18,7 @@ from bench.peers.liger_peer import LIGER
 from bench.peers.peer import Peer
 from bench.suite.op import Case, Op
 from kernels.norm import rms_norm
+from model.config import Config
 
 
 def inputs(
@@ -48,6 +50,11 @@ def cases(device_type: str) -> Iterator[Case]:
         yield case(rows, BIG.decoder.hidden)
 
 
+def of_traffic(point: Point, model: Config) -> Iterator[Case]:
+    for rows in (point.batch, point.prefix):
+        yield case(rows, model.decoder.hidden)
+
+
 def checks() -> Iterator[Case]:
     yield case(7, 4096)
     yield case(1, 97, residual=False)
@@ -70,6 +77,7 @@ OP = Op(
     run=rms_norm,
     varies="x",
     cases=cases,
+    of_traffic=of_traffic,
     checks=checks,
     compiled=compiled_cases,
     formula=formula,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import Error
+from bench.formats.traffic import Point
 from bench.inputs.draws import Device, NormalDraws
 from bench.inputs.plans import quantised
 from bench.inputs.presets import BIG, SMOLLM2, WIDE, Heads, heads_of
@@ -19,6 +20,7 @@ from bench.suite.op import Case, Op
 from kernels.kv_pages import KVPages
 from kernels.prefix_plan import PrefixPlan
 from kernels.rotary_attention import rotary_attention
+from model.config import Config
 
 
 def inputs(
@@ -88,6 +90,11 @@ def cases(device_type: str) -> Iterator[Case]:
         yield case(f"B{batch} P{prefix} S{suffix}", [fork(prefix, [suffix] * batch)])
 
 
+def of_traffic(point: Point, model: Config) -> Iterator[Case]:
+    forest = [fork(point.prefix, [point.suffix] * point.batch)]
+    yield case(point.name, forest, heads=heads_of(model))
+
+
 def checks() -> Iterator[Case]:
     yield case("ragged decode", [fork(130, [1, 63, 64, 65]), Node(100, new=1)])
     forest = [fork(70, [1, 9, 2, 33, 64, 5])]
@@ -114,6 +121,7 @@ OP = Op(
     run=rotary_attention,
     varies="qkv",
     cases=cases,
+    of_traffic=of_traffic,
     checks=checks,
     compiled=compiled_cases,
     formula=formula,

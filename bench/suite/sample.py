@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from bench.errors import Error
+from bench.formats.traffic import Point
 from bench.inputs.draws import Device, NormalDraws
 from bench.inputs.presets import BIG, SMOLLM2
 from bench.suite.op import Case, Op
 from kernels.runtime.arithmetic import cdiv
 from kernels.sampling import sample
+from model.config import Config
 
 WORD = 2**32
 
@@ -60,6 +62,10 @@ def cases(device_type: str) -> Iterator[Case]:
     rows, model = (16, SMOLLM2) if device_type == "cpu" else (64, BIG)
     yield case(rows, model.decoder.vocab_size)
     yield case(rows, model.decoder.vocab_size, top_k=20, top_p=0.95)
+
+
+def of_traffic(point: Point, model: Config) -> Iterator[Case]:
+    yield case(point.batch, model.decoder.vocab_size, top_k=20, top_p=0.95)
 
 
 def checks() -> Iterator[Case]:
@@ -124,6 +130,7 @@ OP = Op(
     run=sample,
     varies="logits",
     cases=cases,
+    of_traffic=of_traffic,
     checks=checks,
     compiled=compiled_cases,
     formula=formula,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import Error
+from bench.formats.traffic import Point
 from bench.fp64 import logistic
 from bench.inputs.draws import Device, NormalDraws
 from bench.inputs.presets import BIG, DECODE_ROWS
@@ -17,6 +18,7 @@ from bench.peers.liger_peer import LIGER
 from bench.peers.peer import Peer
 from bench.suite.op import Case, Op
 from kernels.activation import silu_mul
+from model.config import Config
 
 
 def inputs(
@@ -55,6 +57,11 @@ def cases(device_type: str) -> Iterator[Case]:
         yield case(4096, width, interleaved=True)
 
 
+def of_traffic(point: Point, model: Config) -> Iterator[Case]:
+    for rows in (point.batch, point.prefix):
+        yield case(rows, model.decoder.mlp_width)
+
+
 def checks() -> Iterator[Case]:
     yield case(7, 12288)
     yield case(1, 97)
@@ -72,6 +79,7 @@ OP = Op(
     run=silu_mul,
     varies="gate_up",
     cases=cases,
+    of_traffic=of_traffic,
     checks=checks,
     formula=formula,
     tolerance_16=Error(3, 0.5),

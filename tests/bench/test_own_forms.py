@@ -1,6 +1,8 @@
 """A user's own kernel in the op table: `--with FILE:FUNCTION`."""
 
 import json
+import re
+import shlex
 import sys
 
 import pytest
@@ -121,3 +123,13 @@ def test_one_op_must_be_named(kernel, ops):
     """Guards against a function that gets the arguments of another op."""
     with pytest.raises(InputError, match="--with needs --op and one op"):
         command.main(["ops", *ops, "--device", "cpu", "--with", f"{kernel}:right"])
+
+
+def test_the_command_of_a_failed_row_works(kernel, capsys):
+    """Guards the printed command: it names the function's file, without which it fails."""
+    words = ["ops", "--op", "rms_norm", "--shape", "T1 C4096", "--device", "cpu"]
+    assert command.main([*words, "--with", f"{kernel}:wrong", "--budget", "0.001"]) == 1
+    (line,) = re.findall(r"to reproduce: python -m bench (.*)", capsys.readouterr().out)
+    assert command.main([*shlex.split(line), "--device", "cpu", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["impl"] for row in rows] == ["eager", "wrong"]
