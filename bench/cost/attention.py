@@ -17,6 +17,7 @@ import torch
 
 from bench.inputs.forests import Forest, grid, main_forests
 from bench.inputs.plans import VisibleRange, prefix_plan, tokens, visible_ranges
+from bench.measure.peaks import PEAKS, Peak
 from bench.measure.roofline import Roofline
 from kernels.kv_pages import KVPages
 from kernels.prefix_attention.launch import plan_launch
@@ -27,10 +28,9 @@ from kernels.runtime.configs import A100, H200, Gpu, assume_gpu
 from model.config import PRESETS
 from model.errors import InputError
 
-# Data sheet: memory GB/s, TFLOP/s of dense bf16 products and of fp32: H200 SXM; A100 SXM 80 GB.
-GPUS: dict[str, tuple[Gpu, float, float, float]] = {
-    "h200": (H200, 4800.0, 989.0, 67.0),
-    "a100": (A100, 2039.0, 312.0, 19.5),
+GPUS: dict[str, tuple[Gpu, Peak]] = {
+    "h200": (H200, PEAKS["NVIDIA H200"]),
+    "a100": (A100, PEAKS["NVIDIA A100-SXM4-80GB"]),
 }
 # Assumptions of `rotary`: instructions to normalise and rotate a pair, counted in the source, and
 # the time of a small launch in a CUDA graph.
@@ -199,8 +199,8 @@ def rotary(name: str, forest: Forest, gpu: Gpu, best: Roofline, fp32_tflop_s: fl
 def table(gpu_name: str, copy_gb_s: float | None = None, name: str = "") -> Iterator[dict]:
     """Rows of all trees with `name` in their names: all in the fastest mode, then the main trees in
     every mode. Raises InputError if there is no such tree."""
-    gpu, memory_gb_s, tflop_s, fp32_tflop_s = GPUS[gpu_name]
-    best = Roofline(gpu.name, "bfloat16", copy_gb_s or memory_gb_s, tflop_s)
+    gpu, peak = GPUS[gpu_name]
+    best = Roofline(gpu.name, "bfloat16", copy_gb_s or peak.memory_gb_s, peak.tflop_s)
     source = {"copy_source": "given" if copy_gb_s else "datasheet", "failure": None}
     main_trees = [tree for tree in main_forests() if name in tree[0]]
     trees = [*main_trees, *(tree for tree in grid() if name in tree[0])]
@@ -215,7 +215,7 @@ def table(gpu_name: str, copy_gb_s: float | None = None, name: str = "") -> Iter
         if all(
             not node.new or node.new == node.rows == 1 for root in tree[1] for node in root.walk()
         ):
-            yield rotary(*tree, gpu, best, fp32_tflop_s) | source
+            yield rotary(*tree, gpu, best, peak.fp32_tflop_s) | source
 
 
 def _balance(work: np.ndarray, gpu: Gpu) -> float:

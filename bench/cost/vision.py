@@ -36,8 +36,8 @@ def table(ops: Sequence[str], gpu_name: str, copy_gb_s: float | None, name: str)
     Raises InputError if there is no such case, or if Triton interprets.
     """
     check_compiles()
-    gpu, memory_gb_s, tflop_s, _ = GPUS[gpu_name]
-    best = Roofline(gpu.name, "bfloat16", copy_gb_s or memory_gb_s, tflop_s)
+    gpu, peak = GPUS[gpu_name]
+    best = Roofline(gpu.name, "bfloat16", copy_gb_s or peak.memory_gb_s, peak.tflop_s)
     for case in in_modes(select(cases("cuda"), ops, name)):
         works = work_of(case, gpu)
         if works:
