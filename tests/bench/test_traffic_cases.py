@@ -30,8 +30,8 @@ def trace(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("device_type", "model"), [("cpu", SMOLLM2), ("cuda", BIG)])
 def test_cases_have_the_points_sizes(device_type, model):
-    """Guards what is measured: decode step and prefill of each point, in the device's model; ops over
-    rows at the numbers of rollouts and of prompt tokens, each once."""
+    """Guards what is measured: decode step and prefill of each point, in the device's model; ops
+    over rows at the numbers of rollouts and of prompt tokens, each once."""
     listed = traffic_cases(device_type, POINTS)
     shapes = {(case.op, case.name): case.shape for case in listed}
     assert len(shapes) == len(listed)
