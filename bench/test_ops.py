@@ -9,6 +9,7 @@ the other; for close comparisons use `python -m bench ops`, which alternates the
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -22,6 +23,9 @@ from bench.suite import cases
 from bench.suite.forms import forms_here
 from bench.suite.op import Case
 from kernels.runtime.dtypes import dtype_name
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 pytest.importorskip("pytest_benchmark")
 
@@ -50,14 +54,16 @@ CLOCK = Clock()
 
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize(("case", "name"), PAIRS)
-def test_op(benchmark: Callable, case: Case, name: str) -> None:
+def test_op(benchmark: "BenchmarkFixture", case: Case, name: str) -> None:
     """Times one form of an op, or a peer, on one case."""
     verdicts = verdicts_of(case, DEVICE, DTYPE, [name], required=False, expected=_expected(case))
     _, expected = _expected(case)
     ready = prepared(case, verdicts, DEVICE, DTYPE, expected)
     verdict = verdicts.get(name)
-    if verdict is None or verdict.skipped:
-        pytest.skip(verdict.skipped if verdict else "no such form on this device")
+    if verdict is None:
+        pytest.skip("no such form on this device")
+    if verdict.skipped:
+        pytest.skip(verdict.skipped)
     assert verdict.failure is None, verdict.failure
     set_calls = ready.calls[name]
     with torch.inference_mode():

@@ -29,7 +29,7 @@ def run(
     options: argparse.Namespace, device: torch.device, command: str, selected: SelectedCases
 ) -> int:
     """Print the cases that `command` would measure, or the commands of their rows."""
-    listed = [
+    listed: list[dict] = [
         {
             "op": case.op,
             "case": case.name,

@@ -9,7 +9,7 @@ code is 1 if B is slower in a case, or wrong where A is right.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,7 +111,9 @@ def _compare_commits(options: argparse.Namespace) -> CompareResult:
             raise InputError(f"unknown op {op!r}; choose one of {', '.join(OPS)}")
     device = parse_device(options.device)
     worker_options = turns.WorkerOptions(device.type, options.dtype, options.threads)
-    result, rows, shapes = CompareResult(options.a, options.b), {}, None
+    result = CompareResult(options.a, options.b)
+    rows: dict[turns.Key, dict] = {}
+    shapes: dict[turns.Shape, list[str]] | None = None
     with ExitStack() as stack:
         roots = [stack.enter_context(turns.checkout(name)) for name in (options.a, options.b)]
         caches = Path(stack.enter_context(TemporaryDirectory(prefix="bench-caches-")))
@@ -160,7 +162,7 @@ def _shared_shapes(
 def _measure(
     pairs: dict[turns.Key, list[Pair]],
     sides: Sequence[turns.Side],
-    shapes: dict[turns.Shape, Sequence[str]],
+    shapes: Mapping[turns.Shape, Sequence[str]],
     options: argparse.Namespace,
     result: CompareResult,
 ) -> None:
@@ -214,16 +216,16 @@ def _compare_files(options: argparse.Namespace) -> CompareResult:
         if key not in a or key not in b:
             result.notes.append(f"only in {result.a if key in a else result.b}: {name}")
             continue
-        timed = [[row for row in side[key] if row.get("median_us")] for side in (a, b)]
-        if all(timed):
+        timed_a, timed_b = ([r for r in side[key] if r.get("median_us")] for side in (a, b))
+        if timed_a and timed_b:
             fields = zip(("op", "case", "impl", "dtype", "device"), key, strict=True)
             medians = {
                 f"{side}_us": [row["median_us"] for row in rows]
-                for side, rows in zip("ab", timed, strict=True)
+                for side, rows in (("a", timed_a), ("b", timed_b))
             }
-            change = asdict(judge_rows(*timed, options.threshold / 100))
+            change = asdict(judge_rows(timed_a, timed_b, options.threshold / 100))
             result.rows.append(dict(fields) | medians | change)
-        elif timed[0] and (failure := b[key][-1].get("failure")):
+        elif timed_a and (failure := b[key][-1].get("failure")):
             result.wrong.append(f"{name}: B: {failure}")
         else:
             result.notes.append(f"not timed in both A and B: {name}")
@@ -236,7 +238,7 @@ def _by_key(path: Path, options: argparse.Namespace) -> dict[tuple[str, ...], li
         raise InputError(f"there is no file {path}")
     by_key: dict[tuple[str, ...], list[dict]] = {}
     for row in jsonl.read_measured(path):
-        key = tuple(row.get(name) for name in ("op", "case", "impl", "dtype", "device"))
+        key = tuple(row.get(name, "") for name in ("op", "case", "impl", "dtype", "device"))
         selected = (
             all(key)
             and (not options.op or row["op"] in options.op)

@@ -79,10 +79,12 @@ class Side:
 
     def request(self, name: str, *arguments: object) -> dict:
         """Send a request and return the worker's answer."""
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests and answers  # pipes
         try:
-            self._process.stdin.write(json.dumps([name, arguments]) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            requests.write(json.dumps([name, arguments]) + "\n")
+            requests.flush()
+            line = answers.readline()
         except BrokenPipeError:
             line = ""
         if not line:

@@ -23,7 +23,6 @@ from kernels.kv_pages import KVPages
 from kernels.prefix_attention.launch import plan_launch
 from kernels.prefix_attention.schedule import ScheduleSpec
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.configs import A100, H200, Gpu, assume_gpu
 from model.config import PRESETS
 from model.errors import InputError
@@ -86,9 +85,16 @@ def spec_of(plan: PrefixPlan, shape: Shape, gpu: Gpu) -> ScheduleSpec:
     q = torch.empty(0, shape.heads, shape.head_dim, dtype=shape.dtype, device="meta")
     k = torch.empty(0, shape.kv_heads, plan.page_size, shape.head_dim, device="meta")
     k = k.to(torch.float8_e4m3fn if shape.fp8 else shape.dtype)
-    options = {"window": shape.window, "batch_invariant": shape.invariant, "fused": shape.fused}
     with assume_gpu(gpu):
-        spec, _ = plan_launch(plan, q, shape.heads, KVPages(k, k), **options)
+        spec, _ = plan_launch(
+            plan,
+            q,
+            shape.heads,
+            KVPages(k, k),
+            window=shape.window,
+            batch_invariant=shape.invariant,
+            fused=shape.fused,
+        )
     return replace(spec, small_programs=0)  # the model has one line for both sizes
 
 
@@ -98,7 +104,7 @@ def model_work_line(plan: PrefixPlan, spec: ScheduleSpec) -> WorkLine:
     visible = [(begin.min(), end.max()) for begin, end in _visible_by_tile(plan, spec, tiles)]
     first, end = np.array(visible, dtype=np.int64).reshape(-1, 2).T
     first = first // spec.grain
-    grains = np.maximum(cdiv(end, spec.grain) - first, 0)
+    grains = np.maximum(-(-end // spec.grain) - first, 0)
     places = np.where(grains > 0, grains + spec.overhead, 0)
     starts = np.concatenate([[0], np.cumsum(places)])
     range_length = max(-(-spec.kv_heads * int(starts[-1]) // spec.programs), 1)

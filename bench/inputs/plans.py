@@ -63,7 +63,8 @@ VisibleRange = tuple[np.ndarray, np.ndarray]  # the tokens [begin, end) that eac
 
 def visible_ranges(plan: PrefixPlan, window: int) -> list[VisibleRange]:
     """For each node, the tokens [begin, end) that each row sees; none where begin >= end."""
-    ends, position, start, path = [], np.full(plan.num_rows, -1), [], []
+    ends, start, position = [], [], np.full(plan.num_rows, -1)
+    path: list[int] = []  # KV lengths of the node's ancestors
     for node, depth in zip(plan.nodes, plan.depths, strict=True):
         row = np.arange(node.row_end - node.row_start)
         ends.append(np.minimum(node.kv_len - node.num_new + row + 1, node.kv_len))

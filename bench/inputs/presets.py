@@ -1,6 +1,6 @@
 """The presets whose shapes are measured."""
 
-from model.config import PRESETS, Config
+from model.config import PRESETS, Config, VisionConfig
 
 BIG, TINY = PRESETS["step3-vl-10b"], PRESETS["tiny"]
 SMOLLM2 = PRESETS["smollm2-135m"]
@@ -12,3 +12,9 @@ WIDE: Heads = (64, 1, 256)
 def heads_of(model: Config) -> Heads:
     """The decoder's heads."""
     return model.decoder.heads, model.decoder.kv_heads, model.decoder.head_dim
+
+
+def vision_of(model: Config) -> VisionConfig:
+    """The vision tower's config, of a model that has one."""
+    assert model.vision is not None, f"{model.name} has no vision tower"
+    return model.vision

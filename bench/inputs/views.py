@@ -6,7 +6,7 @@ folded into one, which is the minimum work.
 
 from collections.abc import Sequence
 
-from bench.inputs.presets import BIG
+from bench.inputs.presets import BIG, vision_of
 from kernels.projector import output_tokens
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.grids import Grid, tokens_of
@@ -35,7 +35,8 @@ def projector_flops(grids: Sequence[Grid], width: int, out: int) -> int:
 
 def tower_flops(grids: Sequence[Grid], config: Config) -> int:
     """Operations from patches to decoder embeddings."""
-    vision, c = config.vision, config.vision.width
+    vision = vision_of(config)
+    c = vision.width
     weights = 3 * vision.patch_size**2 * c + vision.layers * (4 * c * c + 2 * c * vision.mlp_width)
     attention = vision.layers * attention_flops(grids, c)
     projector = projector_flops(grids, c, config.decoder.hidden)
@@ -50,14 +51,15 @@ def named(grids: Sequence[Grid]) -> str:
 
 def global_view() -> list[Grid]:
     """The published model's view of a whole image."""
-    return [(BIG.vision.grid,) * 2]
+    return [(vision_of(BIG).grid,) * 2]
 
 
 def crop() -> list[Grid]:
     """The published model's crop."""
-    return [(BIG.vision.crop_size // BIG.vision.patch_size,) * 2]
+    vision = vision_of(BIG)
+    return [(vision.crop_size // vision.patch_size,) * 2]
 
 
 def photo() -> list[Grid]:
     """The published model's views of a photo of 1920 x 1080."""
-    return views_of(1920, 1080, BIG.vision)
+    return views_of(1920, 1080, vision_of(BIG))

@@ -89,9 +89,10 @@ def measure(
                     samples[name].append(repeats[name].run())
             order.reverse()
             clocks.sample()
-        for name in candidates if audit else ():
-            with _attributed_to(name):
-                audit(name, repeats[name].result)
+        if audit:
+            for name in candidates:
+                with _attributed_to(name):
+                    audit(name, repeats[name].result)
     return {name: _summary(samples[name], repeats[name].timer, clocks) for name in candidates}
 
 

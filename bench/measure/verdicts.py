@@ -150,7 +150,9 @@ def _copy(value: object, dtype: torch.dtype | None) -> object:
 @contextmanager
 def exact_fp32() -> Iterator[None]:
     """Compute fp32 products in fp32: cuDNN would round the operands of convolutions to TF32."""
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    # At run time cudnn is an object with more members than the module that mypy reads.
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    settings = (torch.backends.cuda.matmul, conv)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"

@@ -171,7 +171,7 @@ def _roofline(figure: Any, axes: Any, dtype: str, rows: list[dict]) -> None:  # 
         " (filled: our best form, hollow: eager)"
     )
     axes.grid()
-    named = [ours or eager for eager, ours in pairs if eager or ours]
+    named = [either for eager, ours in pairs if (either := ours or eager)]
     marks = [(_intensity(row), _tflop_s(row)) for pair in pairs for row in filter(None, pair)]
     _label(figure, axes, named, [*marks, *zip(span, roof_line, strict=True)])
 

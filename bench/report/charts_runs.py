@@ -22,8 +22,16 @@ from bench.report.charts import (
 from bench.report.rows import best, group_by, time_of
 from pacore_sched.sim.plots import area_and_line
 
-PARTS = ((BLUE, ""), (ORANGE, "//"), (GREEN, "\\\\"), (SKY, "xx"), (PINK, ".."), ("#F0E442", "--"))
-PARTS += (("#999999", "++"), (BROWN, ""))  # the ninth part starts again with the first style
+PARTS = (  # the ninth part starts again with the first style
+    (BLUE, ""),
+    (ORANGE, "//"),
+    (GREEN, "\\\\"),
+    (SKY, "xx"),
+    (PINK, ".."),
+    ("#F0E442", "--"),
+    ("#999999", "++"),
+    (BROWN, ""),
+)
 COLUMNS, PANELS = 3, 15  # small multiples: per row, per picture
 MAX_CASES = 12  # cases of an op whose history is drawn
 
@@ -115,7 +123,7 @@ def has_timeline(row: dict) -> bool:
     timeline = row.get("timeline")
     if not isinstance(timeline, dict):
         return False
-    lists = [timeline.get(name) for name in ("seconds", "running", "kv_tokens")]
+    lists: list[Any] = [timeline.get(name) for name in ("seconds", "running", "kv_tokens")]
     return (
         all(isinstance(values, list) and len(values) > 1 for values in lists)
         and len(set(map(len, lists))) == 1
@@ -154,8 +162,8 @@ def history(rows: Iterable[dict]) -> list[list[dict]]:
         points = []
         for commit_rows in group_by(case_rows, "commit").values():
             latest = {row["impl"]: row for row in commit_rows}
-            points.append(best(latest.values(), "ours"))
-        points = [point for point in points if point]
+            if ours := best(latest.values(), "ours"):
+                points.append(ours)
         if len(points) > 1:
             by_op.setdefault(op, []).append(points)
     return [case for cases in by_op.values() for case in sorted(cases, key=_change)[-MAX_CASES:]]

@@ -192,7 +192,7 @@ class Run:
             features.state = "failed"
             self.problems = [p for p in self.problems if p.features is not features]
             for live in [*self.live.values()]:
-                if any(s.inputs.features is features for s in live.group.path):
+                if any(_prompt(s).features is features for s in live.group.path):
                     self._cancel_group(live)
 
     def _keep(self) -> None:
@@ -319,13 +319,20 @@ class Run:
             return known.expected[rollout]
         prompt: list[int] = []
         for segment in group.path:
-            inputs = segment.inputs
-            ids = [*inputs.ids]
-            for i, position in enumerate(inputs.placeholders):
-                ids[position] = inputs.features.values[inputs.first + i]
+            part = _prompt(segment)
+            ids = [*part.ids]
+            for i, position in enumerate(part.placeholders):
+                assert isinstance(part.features, Features)
+                ids[position] = part.features.values[part.first + i]
             prompt += ids
         prompt.append(group.last_token)
         return expected(self.config.model, prompt, rollout.seed, rollout.max_tokens, group.sampling)
+
+
+def _prompt(segment: Segment) -> Prompt:
+    """The ids and images of a segment that a group uses."""
+    assert isinstance(segment.inputs, Prompt)
+    return segment.inputs
 
 
 def _progress(group: Group) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def _part(name: str) -> str:
 
 
 def _on_host(event: FunctionEvent) -> bool:
-    return event.is_user_annotation and event.device_type == torch.autograd.DeviceType.CPU
+    return bool(event.is_user_annotation) and event.device_type == torch.autograd.DeviceType.CPU
 
 
 def _self_us(event: FunctionEvent) -> float:

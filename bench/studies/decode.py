@@ -300,6 +300,7 @@ def _parts(model: Step3VL, case: DecodeCase, calls: dict[str, Callable]) -> list
 def _quantised(cache: KVCache, model: Step3VL) -> KVCache:
     """The cache's values in pages of e4m3."""
     fp8 = model.new_cache(cache.num_pages, torch.float8_e4m3fn)
+    assert fp8.k_scale is not None and fp8.v_scale is not None
     for layer in range(len(cache.k)):
         fp8.k[layer], fp8.k_scale[layer] = quantise_e4m3(cache.k[layer])
         fp8.v[layer], fp8.v_scale[layer] = quantise_e4m3(cache.v[layer])

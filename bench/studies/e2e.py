@@ -152,8 +152,9 @@ def look(model: Step3VL, forms: Sequence[str] = tuple(FORMS)) -> list[dict]:
 
     The model's image cache is off: every call encodes the photo.
     """
+    assert model.vision is not None
     model.vision.cache.budget = 0
-    views = preprocess(_photo(), model.config.vision)
+    views = preprocess(_photo(), model.vision.config)
     content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
     messages = [{"role": "user", "content": content}]
     ids = build_prompt(messages, model.tokenizer, model.config, [views])
@@ -165,11 +166,8 @@ def look(model: Step3VL, forms: Sequence[str] = tuple(FORMS)) -> list[dict]:
     impls = {name: FORMS[name] for name in forms}
     expected = logits("eager")
     errors = {name: compare(logits(impl), expected) for name, impl in impls.items()}
-    timings = measure(
-        {name: lambda _, impl=impl: logits(impl) for name, impl in impls.items()},
-        device=model.device,
-        budget_s=4.0,
-    )
+    calls = {name: lambda _, impl=impl: logits(impl) for name, impl in impls.items()}
+    timings = measure(calls, device=model.device, budget_s=4.0)
     grids = model.vision.grids(views.all)
     rows = []
     for name, error in errors.items():
@@ -259,7 +257,8 @@ def _same_rollouts(
 ) -> Verdict:
     """Compare log-probabilities up to the first differing token; in fp32, 90 % of rollouts must
     agree to the end."""
-    pairs, identical = [], 0
+    pairs: list[tuple[float, float]] = []
+    identical = 0
     for a, b in zip(rollouts, eager, strict=True):
         agree = 0
         for x, y in zip(a.tokens, b.tokens, strict=False):

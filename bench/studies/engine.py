@@ -133,7 +133,11 @@ class _Load:
     def row(self, name: str, case: DecodeCase, eager: "_Load | None") -> dict:
         model, config = self.model, self.model.config.decoder
         mean_kv = self.kv_tokens / self.steps
-        agreement = self._agreement(eager) if eager else None
+        agreement: float | None = None
+        verdict = NOT_RUN
+        if eager:
+            agreement = self._agreement(eager)
+            verdict = self._verdict(eager, agreement)
         mean_case = replace(case, suffix=round((mean_kv - case.prefix) / case.batch))
         deciles = quantiles(self.seconds, n=10, method="inclusive")
         row = measured(
@@ -144,7 +148,7 @@ class _Load:
             dtype=model.dtype,
             num_bytes=mean_case.bytes(config, model.dtype, self.fp8),
             flops=mean_case.flops(config),
-            verdict=self._verdict(eager, agreement) if eager else NOT_RUN,
+            verdict=verdict,
             timing=Timing(
                 deciles[1] * 1e6, deciles[4] * 1e6, deciles[7] * 1e6, len(self.seconds), "clock"
             ),

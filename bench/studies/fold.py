@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import compare
+from bench.inputs.presets import vision_of
 from bench.measure.origin import origin
 from bench.suite.projector import inputs as projector_inputs
 from kernels.projector import fold, output_tokens, projector
@@ -28,7 +29,8 @@ EXACT = 1e-12  # far above rounding errors in fp64, far below those in fp32
 def run(device: torch.device, width: int | None = None, channels: int = CHANNELS) -> Iterator[dict]:
     """One row per dtype; `width` defaults to the 10B's."""
     model = PRESETS["step3-vl-10b"]
-    width, out = width or model.vision.width, model.decoder.hidden
+    vision, out = vision_of(model), model.decoder.hidden
+    width = width or vision.width
     for dtype in DTYPES:
         inputs = projector_inputs(0, device, dtype, grids=[GRID], width=width, out=channels)
         path_errors = errors(inputs)
@@ -38,7 +40,7 @@ def run(device: torch.device, width: int | None = None, channels: int = CHANNELS
             "case": f"C{width}, {channels} of {out} channels, {output_tokens(GRID)} tokens",
             "dtype": dtype_name(dtype),
             **path_errors,
-            **work((model.vision.grid,) * 2, width, out, dtype.itemsize),
+            **work((vision.grid,) * 2, width, out, dtype.itemsize),
             "failure": f"off by {path_errors['fp64_max_err']:.1e} in fp64" if wrong else None,
             **origin(device),
         }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import compare
+from bench.inputs.presets import vision_of
 from bench.inputs.views import tower_flops, views_of
 from bench.measure.devices import MAIN_DTYPE
 from bench.measure.rows import measured, with_speedups
@@ -41,8 +42,8 @@ def run(device: torch.device) -> Iterator[dict]:
 def random_tower(config: Config, device: torch.device) -> VisionTower:
     """A vision tower with random weights, in the device's main dtype."""
     impl, dtype = impl_per_op(None), MAIN_DTYPE[device.type]
-    options = {"impl": impl, "device": device, "dtype": dtype}
-    tower = VisionTower(config.vision, config.decoder.hidden, **options)
+    vision, hidden = vision_of(config), config.decoder.hidden
+    tower = VisionTower(vision, hidden, impl=impl, device=device, dtype=dtype)
     random_init(tower.checkpoint_tensors(), 0)
     return tower
 
@@ -66,7 +67,7 @@ def encode(
 ) -> list[dict]:
     """Rows of one image of (width, height) pixels in the forms `names`, or all if empty."""
     device, dtype = tower.projector.device, tower.projector.dtype
-    grids = views_of(*size, config.vision)
+    grids = views_of(*size, tower.config)
     views, tokens = _views(tower, grids), sum(map(output_tokens, grids))
     tower.graphs.enabled = False
     forms = {

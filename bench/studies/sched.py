@@ -80,6 +80,7 @@ class _Load:
         start = time.perf_counter()
         batch = self.scheduler.schedule()
         scheduled = time.perf_counter()
+        assert batch is not None  # `_refill` leaves something to do
         ended = [r for r in batch.sampled if r.scheduled >= self._lengths[r]]
         finish_start = time.perf_counter()
         for rollout in ended:

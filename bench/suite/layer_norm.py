@@ -9,13 +9,13 @@ from torch import Tensor
 from bench.errors import Error
 from bench.fp64 import layer
 from bench.inputs.draws import Device, NormalDraws
-from bench.inputs.presets import BIG
+from bench.inputs.presets import BIG, vision_of
 from bench.inputs.views import global_view, photo
 from bench.peers import liger_peer
 from bench.peers.compile_peer import COMPILE, compiled
 from bench.peers.liger_peer import LIGER
 from bench.peers.peer import Peer
-from bench.suite.op import Case, Op
+from bench.suite.op import Case, Op, Shape
 from kernels.norm import layer_norm
 from kernels.runtime.grids import tokens_of
 
@@ -35,7 +35,7 @@ def inputs(
 
 
 def case(rows: int, width: int, residual: bool = True) -> Case:
-    shape = {"rows": rows, "width": width, "residual": residual}
+    shape: Shape = {"rows": rows, "width": width, "residual": residual}
     return Case(
         op="layer_norm",
         name=f"T{rows} C{width}" + ("" if residual else " alone"),
@@ -49,7 +49,7 @@ def case(rows: int, width: int, residual: bool = True) -> Case:
 def cases(device_type: str) -> Iterator[Case]:
     rows = (1296,) if device_type == "cpu" else map(tokens_of, (global_view(), photo()))
     for count in rows:
-        yield case(count, BIG.vision.width)
+        yield case(count, vision_of(BIG).width)
 
 
 def checks() -> Iterator[Case]:

@@ -9,11 +9,11 @@ from torch import Tensor
 from bench.errors import Error
 from bench.fp64 import logistic
 from bench.inputs.draws import Device, NormalDraws
-from bench.inputs.presets import BIG
+from bench.inputs.presets import BIG, vision_of
 from bench.inputs.views import global_view, photo
 from bench.peers.compile_peer import COMPILE, compiled
 from bench.peers.peer import Peer
-from bench.suite.op import Case, Op
+from bench.suite.op import Case, Op, Shape
 from kernels.linear_quick_gelu import linear_quick_gelu
 from kernels.runtime.grids import tokens_of
 
@@ -31,7 +31,7 @@ def inputs(
 
 def case(rows: int, width: int, out: int) -> Case:
     """Counts only the operations of the matrix product."""
-    shape = {"rows": rows, "width": width, "out": out}
+    shape: Shape = {"rows": rows, "width": width, "out": out}
     return Case(
         op="linear_quick_gelu",
         name=f"T{rows} C{width} F{out}",
@@ -44,9 +44,10 @@ def case(rows: int, width: int, out: int) -> Case:
 
 
 def cases(device_type: str) -> Iterator[Case]:
+    vision = vision_of(BIG)
     rows = (324,) if device_type == "cpu" else map(tokens_of, (global_view(), photo()))
     for count in rows:
-        yield case(count, BIG.vision.width, BIG.vision.mlp_width)
+        yield case(count, vision.width, vision.mlp_width)
 
 
 def checks() -> Iterator[Case]:

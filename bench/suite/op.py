@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from bench.peers.peer import Peer
 from model.config import Config
 
 NONE = Error(0, 0)
+
+# Sizes and settings by name, of various types: keyword arguments of an op's `inputs`.
+Shape = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from bench.peers.peer import TORCH, Peer
 from bench.peers.projector_peer import CUDNN
 from bench.peers.sdpa_peer import sdpa
 from bench.peers.xformers_peer import XFORMERS, split_k
-from bench.suite.op import Case, Op
+from bench.suite.op import Case, Op, Shape
 from kernels.kv_pages import KVPages
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_plan import PrefixPlan
@@ -73,11 +73,11 @@ def case(
     *,
     heads: Heads | None = None,
     peers: tuple[str, ...] = (),
-    **options: object,
+    **options: int,
 ) -> Case:
-    """`options` go to the inputs: window, fp8, return_lse."""
+    """`options` go to the inputs: window, and the flags fp8 and return_lse."""
     q_heads, kv_heads, dim = heads or heads_of(BIG)
-    shape = {"heads": q_heads, "kv_heads": kv_heads, "head_dim": dim}
+    shape: Shape = {"heads": q_heads, "kv_heads": kv_heads, "head_dim": dim, **options}
     fp8 = options.get("fp8", False)
     tokens, pairs = visible_tokens(forest, options.get("window", 0))
     q = sum(root.rows for root in forest) * q_heads * dim
@@ -85,20 +85,20 @@ def case(
     return Case(
         op="prefix_attention",
         name=name,
-        inputs=partial(inputs, forest=tuple(forest), **shape, **options),
+        inputs=partial(inputs, forest=tuple(forest), **shape),
         values=2 * q + (0 if fp8 else kv * dim),
         fixed_bytes=kv * (dim + 4) if fp8 else 0,
         flops=4 * pairs * q_heads * dim,
-        shape=forest_shape(forest) | shape | options,
+        shape=forest_shape(forest) | shape,
         peers=peers,
         modes=("triton-invariant",),
     )
 
 
-def forest_shape(forest: Sequence[Node]) -> dict[str, object]:
+def forest_shape(forest: Sequence[Node]) -> Shape:
     """Trees, rows and tokens; `batch`, `prefix` and `suffix` of a single fork of equal leaves."""
     nodes = [*chain.from_iterable(root.walk() for root in forest)]
-    shape: dict[str, object] = {
+    shape: Shape = {
         "trees": len(forest),
         "rows": sum(root.rows for root in forest),
         "tokens": sum(node.tokens for node in nodes),
@@ -160,13 +160,14 @@ def checks() -> Iterator[Case]:
     middle = Node(0, children=(Node(1, new=1), Node(129, new=2)))
     tree = Node(70, children=(middle, Node(64)))
     forest = [fork(130, [1, 63, 64, 65]), tree, Node(5, new=5), Node(100, new=37)]
-    for name, options in {
+    options_by_name: dict[str, Shape] = {
         "ragged forest": {},
         "smollm2 ragged forest": {"heads": heads_of(SMOLLM2)},
         "ragged forest fp8": {"fp8": True},
         "ragged forest window 70": {"window": 70},
         "64/1 heads of 256, fp8, window 70": {"heads": WIDE, "fp8": True, "window": 70},
-    }.items():
+    }
+    for name, options in options_by_name.items():
         yield case(name, forest, return_lse=True, **options)
 
 
@@ -190,7 +191,7 @@ def formula(
 ) -> tuple[Tensor, ...]:
     """Row by row, over the tokens that the row sees, in sequence order."""
     keys, values = pages.k, pages.v
-    if pages.k_scale is not None:
+    if pages.k_scale is not None and pages.v_scale is not None:
         keys, values = keys * pages.k_scale[..., None], values * pages.v_scale[..., None]
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:2], -torch.inf)

@@ -10,12 +10,12 @@ from torch import Tensor
 from bench.errors import Error
 from bench.fp64 import downsample, split_views
 from bench.inputs.draws import Device, NormalDraws
-from bench.inputs.presets import BIG, TINY
+from bench.inputs.presets import BIG, TINY, vision_of
 from bench.inputs.views import crop, global_view, named, photo, projector_flops, views_of
 from bench.peers.compile_peer import COMPILE, compiled
 from bench.peers.peer import Peer
 from bench.peers.projector_peer import CUDNN, cudnn
-from bench.suite.op import Case, Op
+from bench.suite.op import Case, Op, Shape
 from kernels.projector import fold, output_tokens, projector
 from kernels.runtime.grids import Grid, tokens_of
 
@@ -39,7 +39,7 @@ def inputs(
         weight = draw(*shape, scale=(9 * shape[1]) ** -0.5)
         return weight.contiguous(memory_format=torch.channels_last)
 
-    arguments = {
+    arguments: dict = {
         "x": draw(tokens_of(grids), width),
         "grids": tuple(grids),
         "w1": kernel(2 * width, width, 3, 3),
@@ -59,7 +59,7 @@ def inputs(
 
 def case(grids: Sequence[Grid], width: int, out: int, scattered: bool = False) -> Case:
     """The minimum work is that of the folded weights: w2 and w3 need not be read."""
-    shape = {"width": width, "out": out, "scattered": scattered}
+    shape: Shape = {"width": width, "out": out, "scattered": scattered}
     weights = 18 * width**2 + 18 * width * out
     end = sum(map(output_tokens, grids))
     return Case(
@@ -75,12 +75,13 @@ def case(grids: Sequence[Grid], width: int, out: int, scattered: bool = False) -
 def cases(device_type: str) -> Iterator[Case]:
     if device_type == "cpu":
         for grids in ([(36, 36)], [(8, 8)] * 4 + [(12, 12)]):
-            yield case(grids, TINY.vision.width, TINY.decoder.hidden)
+            yield case(grids, vision_of(TINY).width, TINY.decoder.hidden)
         return
-    square, largest = (views_of(side, side, BIG.vision) for side in (2016, 3024))
+    vision = vision_of(BIG)
+    square, largest = (views_of(side, side, vision) for side in (2016, 3024))
     for grids in (photo(), global_view(), crop(), square, largest):
-        yield case(grids, BIG.vision.width, BIG.decoder.hidden)
-    yield case(photo(), BIG.vision.width, BIG.decoder.hidden, scattered=True)
+        yield case(grids, vision.width, BIG.decoder.hidden)
+    yield case(photo(), vision.width, BIG.decoder.hidden, scattered=True)
 
 
 def checks() -> Iterator[Case]:

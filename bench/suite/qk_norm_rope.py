@@ -14,7 +14,7 @@ from bench.inputs.draws import Device, NormalDraws
 from bench.inputs.presets import BIG, DECODE_ROWS, SMOLLM2, WIDE, Heads, heads_of
 from bench.peers.compile_peer import COMPILE, compiled
 from bench.peers.peer import Peer
-from bench.suite.op import Case, Op
+from bench.suite.op import Case, Op, Shape
 from kernels.kv_pages import KVPages
 from kernels.qk_norm_rope import qk_norm_rope
 from model.config import Config
@@ -55,7 +55,13 @@ def inputs(
 
 def case(rows: int, heads: Heads | None = None, skip: int = 0) -> Case:
     q_heads, kv_heads, dim = heads or heads_of(BIG)
-    shape = {"rows": rows, "heads": q_heads, "kv_heads": kv_heads, "head_dim": dim, "skip": skip}
+    shape: Shape = {
+        "rows": rows,
+        "heads": q_heads,
+        "kv_heads": kv_heads,
+        "head_dim": dim,
+        "skip": skip,
+    }
     rotated = rows * (q_heads + kv_heads) * dim
     return Case(
         op="qk_norm_rope",

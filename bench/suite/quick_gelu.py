@@ -9,11 +9,11 @@ from torch import Tensor
 from bench.errors import Error
 from bench.fp64 import logistic
 from bench.inputs.draws import Device, NormalDraws
-from bench.inputs.presets import BIG
+from bench.inputs.presets import BIG, vision_of
 from bench.inputs.views import global_view, photo
 from bench.peers.compile_peer import COMPILE, compiled
 from bench.peers.peer import Peer
-from bench.suite.op import Case, Op
+from bench.suite.op import Case, Op, Shape
 from kernels.activation import quick_gelu
 from kernels.runtime.grids import tokens_of
 
@@ -23,7 +23,7 @@ def inputs(seed: int, device: Device, dtype: torch.dtype, *, rows: int, width: i
 
 
 def case(rows: int, width: int) -> Case:
-    shape = {"rows": rows, "width": width}
+    shape: Shape = {"rows": rows, "width": width}
     return Case(
         op="quick_gelu",
         name=f"T{rows} F{width}",
@@ -37,7 +37,7 @@ def case(rows: int, width: int) -> Case:
 def cases(device_type: str) -> Iterator[Case]:
     rows = (324,) if device_type == "cpu" else map(tokens_of, (global_view(), photo()))
     for count in rows:
-        yield case(count, BIG.vision.mlp_width)
+        yield case(count, vision_of(BIG).mlp_width)
 
 
 def checks() -> Iterator[Case]:

@@ -16,7 +16,7 @@ from bench.peers.compile_peer import COMPILE, compiled
 from bench.peers.flashinfer_peer import FLASHINFER
 from bench.peers.liger_peer import LIGER
 from bench.peers.peer import Peer
-from bench.suite.op import Case, Op
+from bench.suite.op import Case, Op, Shape
 from kernels.norm import rms_norm
 from model.config import Config
 
@@ -34,7 +34,7 @@ def inputs(
 
 
 def case(rows: int, width: int, residual: bool = True, name: str = "") -> Case:
-    shape = {"rows": rows, "width": width, "residual": residual}
+    shape: Shape = {"rows": rows, "width": width, "residual": residual}
     return Case(
         op="rms_norm",
         name=name or f"T{rows} C{width}" + ("" if residual else " alone"),

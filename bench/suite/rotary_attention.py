@@ -16,7 +16,7 @@ from bench.inputs.presets import BIG, SMOLLM2, WIDE, Heads, heads_of
 from bench.inputs.trees import Node, fork
 from bench.suite import prefix_attention as attention
 from bench.suite import qk_norm_rope
-from bench.suite.op import Case, Op
+from bench.suite.op import Case, Op, Shape
 from kernels.kv_pages import KVPages
 from kernels.prefix_plan import PrefixPlan
 from kernels.rotary_attention import rotary_attention
@@ -38,8 +38,17 @@ def inputs(
     theta: float = 1e6,
 ) -> dict:
     """Inputs of a decode step: the new K and V are not in the pages yet; their slots are NaN."""
-    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
-    arguments = attention.inputs(seed, device, dtype, forest=forest, window=window, **shape)
+    arguments = attention.inputs(
+        seed,
+        device,
+        dtype,
+        forest=forest,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        window=window,
+    )
     del arguments["q"], arguments["return_lse"]
     plan = arguments["plan"]
     leaves = [node for node in plan.nodes if node.num_new]
@@ -69,7 +78,7 @@ def case(name: str, forest: Sequence[Node], heads: Heads | None = None, fp8: boo
     """Attention's traffic, with the projection instead of Q."""
     base = attention.case(name, forest, heads=heads, fp8=fp8)
     q_heads, kv_heads, dim = heads or heads_of(BIG)
-    shape = {"heads": q_heads, "kv_heads": kv_heads, "head_dim": dim, "fp8": fp8}
+    shape: Shape = {"heads": q_heads, "kv_heads": kv_heads, "head_dim": dim, "fp8": fp8}
     rows = sum(root.rows for root in forest)
     return replace(
         base,

@@ -11,7 +11,7 @@ from bench.errors import Error
 from bench.formats.traffic import Point
 from bench.inputs.draws import Device, NormalDraws
 from bench.inputs.presets import BIG, SMOLLM2
-from bench.suite.op import Case, Op
+from bench.suite.op import Case, Op, Shape
 from kernels.runtime.arithmetic import cdiv
 from kernels.sampling import sample
 from model.config import Config
@@ -47,7 +47,7 @@ def case(rows: int, vocab: int, **settings: float | str) -> Case:
     """`settings` are those of `sample`; they are part of the name in this order."""
     prefixes = {"temperature": "t", "top_k": "k", "top_p": "p", "logprobs": ""}
     parts = [f"{prefix}{settings[key]}" for key, prefix in prefixes.items() if key in settings]
-    shape = {"rows": rows, "vocab": vocab, **settings}
+    shape: Shape = {"rows": rows, "vocab": vocab, **settings}
     return Case(
         op="sample",
         name=" ".join([f"B{rows} V{vocab}", *parts]),

@@ -16,7 +16,7 @@ from bench.peers.compile_peer import COMPILE, compiled
 from bench.peers.flashinfer_peer import FLASHINFER
 from bench.peers.liger_peer import LIGER
 from bench.peers.peer import Peer
-from bench.suite.op import Case, Op
+from bench.suite.op import Case, Op, Shape
 from kernels.activation import silu_mul
 from model.config import Config
 
@@ -36,7 +36,7 @@ def inputs(
 
 
 def case(rows: int, width: int, interleaved: bool = False) -> Case:
-    shape = {"rows": rows, "width": width, "interleaved": interleaved}
+    shape: Shape = {"rows": rows, "width": width, "interleaved": interleaved}
     return Case(
         op="silu_mul",
         name=f"T{rows} F{width}" + (" interleaved" if interleaved else ""),

@@ -9,11 +9,11 @@ from torch import Tensor
 from bench.errors import Error
 from bench.fp64 import attention, rope_axial, split_views
 from bench.inputs.draws import Device, NormalDraws
-from bench.inputs.presets import BIG, TINY
+from bench.inputs.presets import BIG, TINY, vision_of
 from bench.inputs.views import attention_flops, crop, global_view, named, photo, views_of
 from bench.peers.peer import Peer
 from bench.peers.vision_peer import PREPARED, vision
-from bench.suite.op import Case, Op
+from bench.suite.op import Case, Op, Shape
 from kernels.runtime.grids import Grid, tokens_of
 from kernels.vision_attention import vision_attention
 
@@ -32,7 +32,8 @@ def inputs(
 
 
 def case(grids: Sequence[Grid], heads: int, head_dim: int = 96) -> Case:
-    width, shape = heads * head_dim, {"heads": heads, "head_dim": head_dim}
+    shape: Shape = {"heads": heads, "head_dim": head_dim}
+    width = heads * head_dim
     return Case(
         op="vision_attention",
         name=f"{named(grids)} H{heads} D{head_dim}",
@@ -46,11 +47,11 @@ def case(grids: Sequence[Grid], heads: int, head_dim: int = 96) -> Case:
 def cases(device_type: str) -> Iterator[Case]:
     if device_type == "cpu":
         for grids in ([(36, 36)], [(8, 8)] * 4 + [(12, 12)]):
-            yield case(grids, TINY.vision.heads)
+            yield case(grids, vision_of(TINY).heads)
         return
-    largest = views_of(3024, 3024, BIG.vision)
+    largest = views_of(3024, 3024, vision_of(BIG))
     for grids in (photo(), global_view(), crop(), largest, 4 * global_view()):
-        yield case(grids, BIG.vision.heads)
+        yield case(grids, vision_of(BIG).heads)
 
 
 def checks() -> Iterator[Case]:

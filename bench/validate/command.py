@@ -104,10 +104,11 @@ def validate(
         wrong = [name for name in names if dtype == torch.bfloat16 and name in interpreted]
         names = [name for name in names if name not in wrong]
         verdicts = [(name, "fp64", empty_fields(skipped=WRONG_BF16)) for name in wrong]
-        if names and isinstance(case, ModelCase):
-            verdicts += validate_model.verdicts(case, setup(dtype), names, libraries=not forms)
-        elif names:
-            verdicts += _verdicts(case, device, dtype, names, required=bool(forms))
+        if names:
+            if isinstance(case, ModelCase):
+                verdicts += validate_model.verdicts(case, setup(dtype), names, libraries=not forms)
+            else:
+                verdicts += _verdicts(case, device, dtype, names, required=bool(forms))
         for name, reference, verdict in verdicts:
             yield _row(case, name, dtype, reference) | verdict | origin(device)
 
@@ -117,7 +118,7 @@ def select_cases(ops: Sequence[str], shape: str, forms: Sequence[str]) -> list[C
 
     Raises InputError for unknown names, listing the known ones, and if no case is selected.
     """
-    cases = [*numerics_cases(), *validate_model.CASES]
+    cases: list[Case | ModelCase] = [*numerics_cases(), *validate_model.CASES]
     for kind, names, known in (
         ("op", ops, (*OPS, "model")),
         ("form", forms, (*IMPLS, *_modes())),

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.fp64 import attention, convolve, layer, logistic, rms, rope_axial, rope_half
+from bench.inputs.presets import vision_of
+from kernels.runtime.grids import Grid
 from model.config import Config
 from model.step3vl import Step3VL
 
@@ -71,11 +73,11 @@ class Fp64Model:
         h = self.store(self.store(gate * logistic(gate)) * up)
         return self.store(x + self._linear(h, f"{name}.mlp.down_proj"))
 
-    def _tower(self, view: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        vision, weights = self.config.vision, self.weights
+    def _tower(self, view: Tensor) -> tuple[Tensor, Grid]:
+        vision, weights = vision_of(self.config), self.weights
         pixels, kernel = view.cpu().double(), weights["vision_model.conv1.weight"]
         patches = F.conv2d(pixels[None], kernel, stride=vision.patch_size)[0]
-        grid = tuple(patches.shape[1:])
+        grid = (patches.shape[1], patches.shape[2])
         table = weights["vision_model.positional_embedding"].T.unflatten(1, (vision.grid,) * 2)
         table = F.interpolate(table[None], size=grid, mode="bilinear", align_corners=False)[0]
         x = self.store((self.store(patches) + self.store(table)).flatten(1).T)
@@ -84,8 +86,8 @@ class Fp64Model:
             x = self._vision_block(x, grid, f"vision_model.transformer.resblocks.{index}")
         return x, grid
 
-    def _vision_block(self, x: Tensor, grid: tuple[int, int], name: str) -> Tensor:
-        vision, weights = self.config.vision, self.weights
+    def _vision_block(self, x: Tensor, grid: Grid, name: str) -> Tensor:
+        vision, weights = vision_of(self.config), self.weights
         weight, bias = (weights[f"{name}.attn.in_proj_{kind}"] for kind in ("weight", "bias"))
         qkv = self.store(self._layer(x, f"{name}.ln_1") @ weight.T + bias)
         q, k, v = qkv.view(len(x), 3, vision.heads, -1).unbind(1)
@@ -98,7 +100,7 @@ class Fp64Model:
         h = self._linear(self.store(h * logistic(1.702 * h)), f"{name}.mlp.c_proj")
         return self.store(x + h * weights[f"{name}.ls_2.gamma"])
 
-    def _projected(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _projected(self, x: Tensor, grid: Grid) -> Tensor:
         image = x.T.unflatten(1, grid)
         for number in (1, 2):
             name = f"vision_model.vit_downsampler{number}"
@@ -116,4 +118,4 @@ class Fp64Model:
 
     def _layer(self, x: Tensor, name: str) -> Tensor:
         weight, bias = (self.weights[f"{name}.{kind}"] for kind in ("weight", "bias"))
-        return self.store(layer(x, weight, bias, self.config.vision.norm_eps))
+        return self.store(layer(x, weight, bias, vision_of(self.config).norm_eps))

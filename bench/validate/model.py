@@ -32,14 +32,16 @@ class ModelSetup:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.model = Step3VL.from_preset("tiny", seed=SEED, device=device, dtype=dtype)
-        vision, tokens = self.model.config.vision, self.model.config.tokens
+        assert self.model.vision is not None
+        self.tower = self.model.vision
+        vision, tokens = self.tower.config, self.model.config.tokens
         draw = torch.Generator().manual_seed(SEED)
         sides = (vision.crop_size, vision.image_size, 5 * vision.patch_size)
         self.views = [
             torch.randn(3, side, side, generator=draw).to(device, dtype) for side in sides
         ]
         self.ids = torch.randint(0, 256, (PROMPT,), generator=draw).to(device)
-        counts = [self.model.vision.count([view]) for view in self.views]
+        counts = [self.tower.count([view]) for view in self.views]
         image = [tokens.im_start, *[tokens.im_patch] * sum(counts), tokens.im_end]
         self.mixed = torch.tensor([7, *image, 9, 10, 11], device=device)
 
@@ -53,8 +55,9 @@ class ModelSetup:
 
     def tokens(self) -> Tensor:
         """Our tower's output for the first view."""
-        vision, views = self.model.vision, self.views[:1]
-        return vision.tower(vision.patches(views, vision.grids(views)), vision.grids(views))
+        views = self.views[:1]
+        grids = self.tower.grids(views)
+        return self.tower.tower(self.tower.patches(views, grids), grids)
 
     def mixed_logits(self) -> Tensor:
         """Our model's logits for text with the views in it, each as an image without crops."""
@@ -89,7 +92,7 @@ CASES = (
     ),
     ModelCase(
         "vision embeddings, 3 views",
-        lambda setup: setup.model.vision(setup.views),
+        lambda setup: setup.tower(setup.views),
         lambda setup, exact: exact.features(setup.views),
         {"transformers": lambda setup: transformers_judge.features(setup.model, setup.views)},
     ),

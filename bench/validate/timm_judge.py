@@ -10,6 +10,7 @@ that `pe_lang` and `load` correct:
 from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,11 @@ def pe_lang(
     return model.eval()
 
 
-def load(model: nn.Module, tensors: Mapping[str, Tensor], base_grid: tuple[int, int]) -> None:
+def load(
+    model: Any,  # noqa: ANN401 -- timm declares no types
+    tensors: Mapping[str, Tensor],
+    base_grid: tuple[int, int],
+) -> None:
     """Copy a checkpoint's vision tower, by its published names, into a model from `pe_lang`.
 
     Takes the names below `vision_model.` except the downsamplers. The position embedding of
@@ -82,7 +87,8 @@ def tokens(model: Step3VL, view: Tensor) -> Tensor:
 
     Raises ImportError without timm.
     """
-    vision = model.config.vision
+    assert model.vision is not None
+    vision = model.vision.config
     grid = (view.shape[1] // vision.patch_size, view.shape[2] // vision.patch_size)
     judge = pe_lang(
         vision.width, vision.layers, vision.heads, vision.mlp_width, grid, patch=vision.patch_size

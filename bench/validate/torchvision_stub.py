@@ -16,7 +16,9 @@ from types import ModuleType
 from torch import nn
 
 _DATASETS = ("CIFAR10", "CIFAR100", "MNIST", "KMNIST", "FashionMNIST", "ImageFolder")
-_INTERPOLATIONS = ("NEAREST", "BILINEAR", "BICUBIC", "BOX", "HAMMING", "LANCZOS")
+InterpolationMode = enum.Enum(
+    "InterpolationMode", ("NEAREST", "BILINEAR", "BICUBIC", "BOX", "HAMMING", "LANCZOS")
+)
 
 
 @contextmanager
@@ -35,8 +37,7 @@ def torchvision_or_stub() -> Iterator[None]:
 
 
 def _stub() -> dict[str, ModuleType]:
-    interpolation = enum.Enum("InterpolationMode", _INTERPOLATIONS)
-    functional = _module("transforms.functional", InterpolationMode=interpolation)
+    functional = _module("transforms.functional", InterpolationMode=InterpolationMode)
     transforms = _module("transforms", functional=functional, ToTensor=object)
     misc = _module("ops.misc", FrozenBatchNorm2d=type("FrozenBatchNorm2d", (nn.Module,), {}))
     ops = _module("ops", misc=misc)

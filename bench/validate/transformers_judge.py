@@ -58,7 +58,8 @@ def tower(model: Step3VL) -> Any:  # noqa: ANN401
     from transformers.models.step3p7.configuration_step3p7 import Step3p7VisionConfig
     from transformers.models.step3p7.modeling_step3p7 import Step3p7VisionModel
 
-    vision = model.config.vision
+    assert model.vision is not None
+    vision = model.vision.config
     judge = Step3p7VisionModel(
         Step3p7VisionConfig(
             hidden_size=vision.width,
@@ -112,6 +113,7 @@ def logits(model: Step3VL, ids: Tensor, views: list[Tensor]) -> Tensor:
 @torch.inference_mode()
 def features(model: Step3VL, views: list[Tensor]) -> Tensor:
     """Decoder embeddings [T', hidden] of views [3, height, width]."""
+    assert model.vision is not None
     judge = tower(model)
     tokens = [judge(view[None]).last_hidden_state.flatten(0, -2) for view in views]
     return torch.cat(tokens) @ model.vision.projector.T

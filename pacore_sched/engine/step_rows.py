@@ -18,7 +18,8 @@ from pacore_sched.sched.step_batch import StepBatch, build_step_batch
 class ImageFeatures(Protocol):
     """Embeddings of images, perhaps still being computed (image_encoder.py)."""
 
-    count: int
+    @property
+    def count(self) -> int: ...
 
     def result(self) -> Any:
         """A tensor [count, hidden]; opaque here."""

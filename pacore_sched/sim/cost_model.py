@@ -91,8 +91,11 @@ class StepWork:
 class CostModel(Protocol):
     """The time of steps; `work` has their bytes and FLOPs."""
 
-    work: StepWork
-    shared_reads: bool
+    @property
+    def work(self) -> StepWork: ...
+
+    @property
+    def shared_reads(self) -> bool: ...
 
     def seconds(self, shape: StepShape, steps: int = 1) -> float:
         """Seconds of `steps` consecutive steps, the first with this shape.
