@@ -29,6 +29,7 @@ def percent(spec: str, unit: str = " %") -> Format:
 
 
 microseconds = numbers(lambda value: f"{value:,.0f}" if value >= 1000 else f"{value:.1f}")
+seconds = numbers(lambda us: f"{us / 1e6:.2f}" if us >= 1e6 else f"{us / 1e6:.3g}")
 error = number(".1e")
 whole = number(",.0f")
 megabytes = number(",.2f", per=1e6)

@@ -36,6 +36,8 @@ def _note(row: Row) -> str | None:
     notes = [f"WRONG: {row['failure']}"] if row.get("failure") else []
     notes += [row["settings"]] if row.get("settings") else []
     notes += ["launches included"] if row.get("timer") == "events" else []
+    if (clock := row.get("sm_mhz")) and clock[0] < 0.9 * clock[1]:
+        notes.append(f"SM clock {clock[0]:,}..{clock[1]:,} MHz")
     if row.get("tokens_per_second"):
         notes.append(f"{number(',.1f')(row['tokens_per_second'])} tokens/s")
     return ", ".join(notes)

@@ -16,6 +16,7 @@ from bench.rows.formats import (
     SPEEDUP,
     number,
     percent,
+    seconds,
     spread,
     verdict,
     whole,
@@ -27,7 +28,7 @@ WHOLE_RUNS = Kind(
     f"end to end{MEASURED}",
     (
         *(Column("job", "op"), CASE, IMPL, DTYPE),
-        Column(" seconds", "median_us", number(".2f", per=1e6)),
+        Column(" seconds", "median_us", seconds),
         Column(" tokens/s", "tokens_per_second", number(".1f")),
         Column(" decoding", "decode_tokens_per_second", number(".1f")),
         *(SPEEDUP, ERROR),

@@ -79,7 +79,7 @@ def _decode_steps(rows: Sequence[Row]) -> str:
             ]
         )
     header = ["decode step, ms (p20..p80)", " rollouts", " prefix", " suffix", " eager", " ours"]
-    header += [" tokens/s", " MBU", " ours, FP8 KV", " MBU"]
+    header += [" tokens/s", " MBU (measured)", " ours, FP8 KV", " MBU (measured)"]
     return markdown(Table("", header, lines)) if lines else ""
 
 
