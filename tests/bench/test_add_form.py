@@ -1,4 +1,4 @@
-"""A user's own kernel in the op table: bench.ops.add_form."""
+"""A user's own kernel in the op table: bench.suite.forms.add_form."""
 
 import pytest
 import torch

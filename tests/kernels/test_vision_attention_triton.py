@@ -224,7 +224,7 @@ def test_real_shapes(config: dict):
         result = vision_attention(qkv, grids, heads=16, impl="triton")
         again = vision_attention(qkv, grids, heads=16, impl="triton")
     assert torch.equal(result, again)
-    assert max_error(result, expected) < 9 * 2**-9  # as bench/numerics.py allows
+    assert max_error(result, expected) < 9 * 2**-9  # as bench/suite/vision_attention.py allows
 
 
 def test_theta(triton_device: str):

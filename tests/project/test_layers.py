@@ -199,7 +199,7 @@ def test_no_private_module_is_shared():
         "from model.config import preset",
         "def f():\n    import model",
         "def f():\n    from model.config import preset",
-        "if TYPE_CHECKING:\n    import bench.timing",
+        "if TYPE_CHECKING:\n    import bench.measure.timing",
         "try:\n    import tests.conftest\nexcept ImportError:\n    pass",
     ],
 )

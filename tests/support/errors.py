@@ -6,5 +6,5 @@ from bench.errors import compare
 
 
 def max_error(actual: Tensor, reference: Tensor) -> float:
-    """Largest error relative to max(rms(reference), |reference|), as in `bench.numerics`."""
+    """Largest error relative to max(rms(reference), |reference|), as in `bench.errors`."""
     return compare(actual, reference).max
