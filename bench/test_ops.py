@@ -57,8 +57,7 @@ CLOCK = Clock()
 def test_op(benchmark: "BenchmarkFixture", case: Case, name: str) -> None:
     """Times one form of an op, or a peer, on one case."""
     verdicts = verdicts_of(case, DEVICE, DTYPE, [name], required=False, expected=_expected(case))
-    _, expected = _expected(case)
-    ready = prepared(case, verdicts, DEVICE, DTYPE, expected)
+    ready = prepared(case, verdicts, DEVICE, DTYPE)
     verdict = verdicts.get(name)
     if verdict is None:
         pytest.skip("no such form on this device")
@@ -67,13 +66,13 @@ def test_op(benchmark: "BenchmarkFixture", case: Case, name: str) -> None:
     assert verdict.failure is None, verdict.failure
     set_calls = ready.calls[name]
     with torch.inference_mode():
-        repeat = prepare(
-            {name: lambda index: set_calls[index]()}, device=DEVICE, sets=len(set_calls)
-        )[name]
+        call = {name: lambda index: set_calls[index]()}
+        repeats = prepare(call, device=DEVICE, sets=len(set_calls), refresh=ready.refresh)
+        repeat = repeats[name]
         rounds = min(MAX_REPEATS, max(MIN_REPEATS, int(BUDGET_S * 1e6 / repeat.run())))
         benchmark.group = f"{case.op}: {case.name}"
         benchmark.pedantic(partial(_sample, repeat.run), rounds=rounds)
-        ready.check(name, repeat.result)
+        ready.check(name, repeat)
     if benchmark.stats:  # None with --benchmark-disable
         samples = benchmark.stats.stats.data
         p20, median, p80 = (float(s) * 1e6 for s in np.percentile(samples, [20, 50, 80]))

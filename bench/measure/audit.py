@@ -1,21 +1,31 @@
 """Audits: whether a form does, while it is timed, what it did when its results were judged.
 
-A form can be fast because it does not do the work: it keeps results by call or by pointer, leaves
-work on another stream or thread, was captured as an empty graph, writes only a part. So the timed
-calls of input set 0 run on other values of the input that varies from call to call. After the
-timing, the judged values are put back at the same addresses, the results are overwritten with NaN,
-and one more call through the timed path must give the results that were judged.
+A form can be fast because it does not do the work: it keeps results by call, pointer or value,
+leaves work on another stream or thread, was captured as an empty graph, writes only a part, changes
+inputs. So the input that varies from call to call gets new values after every timed call. After the
+timing, one input set, chosen at random, gets its original values back at the same addresses, its
+results are overwritten with NaN, and calls through the timed path must give the right results and
+leave the other inputs as they were.
 """
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from bench.measure.timing import Repeat
 from bench.measure.verdicts import (
     NOT_WRITTEN,
+    addresses,
+    changed_input,
+    copied,
     nan_filled_allocations,
+    reference,
     shared_input,
     tensors,
     verdict_on,
@@ -23,7 +33,6 @@ from bench.measure.verdicts import (
 from bench.suite import OPS
 from bench.suite.op import Case
 
-OTHER = -0.5  # the varying input of set 0 times this while it is timed: exact in every float dtype
 LATE_S = 0.2  # how long a late result is waited for, to name the reason
 LATE = "its results arrive after the call has returned: work on another stream or thread"
 KEPT = "it returns the results of an earlier call: they do not follow its inputs"
@@ -33,43 +42,86 @@ class Cheat(Exception):
     """What a form does differently while it is timed."""
 
 
+@dataclass(frozen=True)
+class AuditedSet:
+    """An input set, copies of its first values, and the right results."""
+
+    inputs: dict
+    original: dict
+    expected: list[Tensor]
+
+
 class Audit:
-    """The audit of a case's forms: created before the calls are prepared, over `inputs`, which are
-    set 0 of their inputs, `expected` being the judged results."""
+    """The audit of a case's forms over their input sets; created before the calls are prepared."""
 
-    def __init__(self, case: Case, inputs: dict, expected: list[Tensor]) -> None:
-        self.case, self.inputs, self.expected = case, inputs, expected
-        self.varying: Tensor = inputs[OPS[case.op].varies]
-        self.judged = self.varying.clone()
-        self.varying.mul_(OTHER)
-        self.timed = self.varying.clone()
+    def __init__(self, case: Case, sets: Sequence[dict]) -> None:
+        self.case, self.op = case, OPS[case.op]
+        self.last = len(sets) - 1
+        self.chosen = random.randrange(len(sets))
+        self.audited = {self.chosen: self._audited(sets[self.chosen])}
+        # Written through `data`, which leaves the version by which a form could notice the change.
+        self.varying = [inputs[self.op.varies].data for inputs in sets]
+        if self.varying[0].is_cuda:  # for forms whose results all use the same memory
+            self.audited[self.last] = self._audited(sets[self.last])
+        self.drawn = [x.clone() for x in self.varying]
+        for index in range(len(sets)):
+            self.refresh(index)
 
-    def check(self, call: Callable[[], object]) -> None:
-        """Raise Cheat unless `call`, one timed call of set 0, does the work."""
+    def _audited(self, inputs: dict) -> AuditedSet:
+        return AuditedSet(inputs, copied(inputs), reference(self.case, inputs))
+
+    def refresh(self, index: int) -> None:
+        """Give the varying input of a set new values: its first ones times a random factor."""
+        torch.mul(self.drawn[index], random.uniform(0.5, 1), out=self.varying[index])
+
+    def check(self, repeat: Repeat) -> None:
+        """Raise Cheat unless a form does its work on the chosen set by the path that is timed."""
+        index = self.chosen
+        before = tensors(repeat.result(index))
+        if repeat.timer == "graph" and addresses(before) & addresses(
+            tensors(repeat.result(self.last))
+        ):
+            index = self.last  # of results in the same memory, a replay leaves the last
+        self._check(index, partial(repeat.result, index))
+
+    def _check(self, index: int, call: Callable[[], object]) -> None:
+        state = self.audited[index]
         before = tensors(call())
-        if name := shared_input(OPS[self.case.op], self.inputs, before):
+        if name := shared_input(self.op, state.inputs, before):
             raise Cheat(f"a result shares memory with the input {name!r} while it is timed")
         kept = [x.clone() for x in before]
         for x in before:
             x.fill_(torch.nan if x.is_floating_point() else -1)
-        self.varying.copy_(self.judged)
+        _restore(state, (self.op.varies, *("pages",) * self.op.stores))
         try:
-            with nan_filled_allocations():
-                results = tensors(call())
-            at_return = [x.clone() for x in results]  # on the stream that is timed
-            reason = self._reason(at_return, results, kept)
+            # Twice: memory left unwritten shows only among NaN, which a form could notice.
+            for context in (nullcontext(), nan_filled_allocations()):
+                with context:
+                    results = tensors(call())
+                at_return = [x.clone() for x in results]  # on the stream that is timed
+                if reason := self._reason(state, at_return, results, kept):
+                    raise Cheat(reason)
+            if name := changed_input(self.op, state.original, state.inputs):
+                raise Cheat(f"it changes its input {name!r} while it is timed")
+        except Cheat:
+            _restore(state, tuple(state.inputs))  # for the forms that follow
+            raise
         finally:
-            self.varying.copy_(self.timed)
-        if reason:
-            raise Cheat(reason)
+            self.refresh(index)
 
     def _reason(
-        self, at_return: list[Tensor], results: list[Tensor], kept: list[Tensor]
+        self,
+        state: AuditedSet,
+        at_return: list[Tensor],
+        results: list[Tensor],
+        kept: list[Tensor],
     ) -> str | None:
-        failure = self._failure(at_return)
+        failure = self._failure(state, at_return)
         if not failure:
             return None
-        if self._arrives(results):
+        if name := changed_input(self.op, state.original, state.inputs):
+            return f"it changes its input {name!r} while it is timed"
+        if self._arrives(state, results):
             return LATE
         if all(map(torch.equal, at_return, kept)):
             return KEPT
@@ -77,17 +129,25 @@ class Audit:
             return f"it does not do its work while it is timed: {failure}"
         return f"its results differ while it is timed: {failure}"
 
-    def _arrives(self, results: list[Tensor]) -> bool:
+    def _arrives(self, state: AuditedSet, results: list[Tensor]) -> bool:
         """Whether right results arrive within LATE_S."""
         end = time.monotonic() + LATE_S
         while time.monotonic() < end:
             if results and results[0].is_cuda:
                 torch.cuda.synchronize()
-            if not self._failure(results):
+            if not self._failure(state, results):
                 return True
             time.sleep(LATE_S / 50)
         return False
 
-    def _failure(self, results: list[Tensor]) -> str | None:
-        stored = list(self.inputs["pages"][:2]) if OPS[self.case.op].stores else []
-        return verdict_on(self.case, [*results, *stored], self.expected).failure
+    def _failure(self, state: AuditedSet, results: list[Tensor]) -> str | None:
+        stored = list(state.inputs["pages"][:2]) if self.op.stores else []
+        dtype = state.inputs[self.op.varies].dtype
+        return verdict_on(self.case, [*results, *stored], state.expected, dtype).failure
+
+
+def _restore(state: AuditedSet, names: Sequence[str]) -> None:
+    for name in names:
+        pairs = zip(tensors(state.inputs[name]), tensors(state.original[name]), strict=True)
+        for now, first in pairs:
+            now.data.copy_(first)

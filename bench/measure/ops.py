@@ -16,7 +16,7 @@ import torch
 from bench.measure.audit import Audit, Cheat
 from bench.measure.poison import check_poison
 from bench.measure.rows import measured, with_speedups
-from bench.measure.timing import CandidateError, Timing, measure, sets_for
+from bench.measure.timing import CandidateError, Repeat, Timing, measure, sets_for
 from bench.measure.verdicts import NOT_RUN, Verdict, judge, reference
 from bench.peers.peer import Unavailable
 from bench.suite import PEERS
@@ -27,19 +27,25 @@ from kernels.errors import ImplError, one_line
 TRACE_CHARACTERS = 4000
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
-    """The calls of every form of a case, one per set of inputs, and the audit of set 0's."""
+    """The calls of every form of a case, one per set of inputs, and their audit."""
 
     case: Case
+    verdicts: dict[str, Verdict]
     calls: dict[str, list[Callable]]
     audit: Audit | None = None
 
-    def check(self, name: str, call: Callable[[], object]) -> None:
-        """Raise Cheat unless a form's `call` of set 0, by the timed path, does the work."""
+    def refresh(self, index: int) -> None:
+        if self.audit:
+            self.audit.refresh(index)
+
+    def check(self, name: str, repeat: Repeat) -> None:
+        """Audit a form, unless its results were wrong before; raises Cheat."""
         peer = PEERS.get(self.case.op, {}).get(name)
-        if self.audit and name != "eager" and (peer is None or peer.audited):
-            self.audit.check(call)
+        audited = name != "eager" and (peer is None or peer.audited)
+        if self.audit and audited and not self.verdicts[name].failure:
+            self.audit.check(repeat)
 
 
 def check_case(
@@ -74,12 +80,8 @@ def time_case(
     if reason := _too_large(case, device, dtype):
         return [row_of(case, "all", device, dtype, replace(NOT_RUN, skipped=reason))]
     names = forms_of(case, impls) or forms_here(case, device)
-    inputs = case.inputs(0, device, dtype)
-    expected = reference(case, inputs)
-    verdicts = verdicts_of(
-        case, device, dtype, names, required=bool(impls), expected=(inputs, expected)
-    )
-    ready = prepared(case, verdicts, device, dtype, expected, anyway)
+    verdicts = verdicts_of(case, device, dtype, names, required=bool(impls))
+    ready = prepared(case, verdicts, device, dtype, anyway)
     timings = _timings(ready, verdicts, device, budget_s)
     rows = [
         row_of(case, name, device, dtype, verdict, timings.get(name))
@@ -141,15 +143,11 @@ def _timings(
     """Times of the prepared forms. Puts the reason into `verdicts` if one cannot be timed."""
     calls = ready.calls
 
-    def audit(name: str, call: Callable[[], object]) -> None:
-        if not verdicts[name].failure:
-            ready.check(name, call)
-
     while calls:
         candidates = {name: partial(_call, set_calls) for name, set_calls in calls.items()}
         sets = len(next(iter(calls.values())))
         try:
-            return measure(candidates, device=device, sets=sets, budget_s=budget_s, audit=audit)
+            return measure(candidates, device=device, sets=sets, budget_s=budget_s, audit=ready)
         except CandidateError as failed:  # the others must still get their times
             name = failed.candidate
             verdicts[name] = _verdict_of_error(failed.error, verdicts[name])
@@ -162,21 +160,19 @@ def prepared(
     verdicts: dict[str, Verdict],
     device: torch.device,
     dtype: torch.dtype,
-    expected: list[torch.Tensor],
     anyway: bool = False,
 ) -> Prepared:
     """The calls of every form, one per set of inputs. On a GPU each is called once: what a form
     prepares at its first call for an input (a schedule, a compiled kernel) must not be captured.
 
     The forms are those with right numbers; with `anyway`, also those that ran with wrong ones.
-    expected: the results by which `verdicts` were given
     """
     names = [name for name, verdict in verdicts.items() if _can_be_timed(verdict, anyway)]
     if not names:
-        return Prepared(case, {})
+        return Prepared(case, verdicts, {})
     sets = sets_for(case.bytes(dtype), device)
     inputs = [case.inputs(seed, device, dtype) for seed in range(sets)]
-    audit = Audit(case, inputs[0], expected)
+    audit = Audit(case, inputs)
     calls = {}
     for name in names:
         try:
@@ -188,7 +184,7 @@ def prepared(
         except Exception as error:
             check_poison(name, error)
             verdicts[name] = _verdict_of_error(error, verdicts[name])
-    return Prepared(case, calls, audit)
+    return Prepared(case, verdicts, calls, audit)
 
 
 def _can_be_timed(verdict: Verdict, anyway: bool) -> bool:

@@ -12,12 +12,13 @@ time between two events, its launches included, and its timing says "events".
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -58,6 +59,26 @@ class Timing:
     slowed: str | None = None  # why the GPU slowed down: the times do not count
 
 
+class Audited(Protocol):
+    """What a measurement does besides timing."""
+
+    def refresh(self, index: int) -> None:
+        """Give an input set new values, after it was used."""
+
+    def check(self, name: str, repeat: "Repeat") -> None:
+        """Raise an error if a candidate did not do its work while it was timed."""
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """`run` takes one sample and returns the microseconds of one call; `result` runs the same work
+    and returns what the call of an input set returned."""
+
+    run: Callable[[], float]
+    timer: str
+    result: Callable[[int], object]
+
+
 def measure(
     candidates: Mapping[str, Candidate],
     *,
@@ -65,17 +86,18 @@ def measure(
     sets: int = 1,
     budget_s: float = 1.0,
     min_repeats: int | None = None,
-    audit: Callable[[str, Callable[[], object]], None] | None = None,
+    audit: Audited | None = None,
 ) -> dict[str, Timing]:
     """Time `candidates`, each called with an index below `sets`, for about `budget_s` seconds.
 
     Warm-up is not counted. Every candidate gets at least `min_repeats` repeats (by default
-    MIN_REPEATS), however long they take. `audit` gets each candidate's name and a call of input set
-    0 through the timed path, which returns its results, and raises if they are wrong. Raises
-    CandidateError if a candidate fails, PoisonedError if that poisons the process.
+    MIN_REPEATS), however long they take. With `audit`, input sets get new values between repeats,
+    and each candidate is checked at the end. Raises CandidateError if a candidate fails,
+    PoisonedError if that poisons the process.
     """
     with torch.inference_mode(), _garbage_collection_off():
-        repeats = prepare(candidates, device=device, sets=sets)
+        refresh = audit.refresh if audit else lambda index: None
+        repeats = prepare(candidates, device=device, sets=sets, refresh=refresh)
         samples: dict[str, list[float]] = {name: [] for name in candidates}
         order = list(candidates)
         least = MIN_REPEATS if min_repeats is None else min_repeats
@@ -92,27 +114,22 @@ def measure(
         if audit:
             for name in candidates:
                 with _attributed_to(name):
-                    audit(name, repeats[name].result)
+                    audit.check(name, repeats[name])
     return {name: _summary(samples[name], repeats[name].timer, clocks) for name in candidates}
 
 
-@dataclass(frozen=True)
-class Repeat:
-    """`run` takes one sample and returns the microseconds of one call; `result` runs the same work
-    and returns what the call of input set 0 returned."""
-
-    run: Callable[[], float]
-    timer: str
-    result: Callable[[], object]
-
-
 def prepare(
-    candidates: Mapping[str, Candidate], *, device: torch.device | str, sets: int = 1
+    candidates: Mapping[str, Candidate],
+    *,
+    device: torch.device | str,
+    sets: int = 1,
+    refresh: Callable[[int], None] = lambda index: None,
 ) -> dict[str, Repeat]:
-    """Warm up `candidates`, capture them on a GPU, and return how to sample each."""
+    """Warm up `candidates`, capture them on a GPU, and return how to sample each. `refresh` is
+    called with the index of an input set after each sample of it, outside the time."""
     device = torch.device(device)
     repeats_on_device = _cuda_repeats if device.type == "cuda" else _cpu_repeats
-    return repeats_on_device(candidates, sets, device)
+    return repeats_on_device(candidates, sets, device, refresh)
 
 
 @cache
@@ -146,7 +163,10 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def _cpu_repeats(
-    candidates: Mapping[str, Candidate], sets: int, device: torch.device
+    candidates: Mapping[str, Candidate],
+    sets: int,
+    device: torch.device,
+    refresh: Callable[[int], None],
 ) -> dict[str, Repeat]:
     keep_freed_memory()
     indices = cycle(range(sets))  # shared, or a candidate would warm up the next one's inputs
@@ -155,38 +175,50 @@ def _cpu_repeats(
         index = next(indices)
         start = time.perf_counter_ns()
         call(index)
-        return (time.perf_counter_ns() - start) / 1e3
+        microseconds = (time.perf_counter_ns() - start) / 1e3
+        refresh(index)
+        return microseconds
 
     for name, call in candidates.items():
         with _attributed_to(name):
             for index in range(sets):  # what a call keeps for its inputs, such as a plan's layout
                 call(index)
-    return {
-        name: Repeat(partial(repeat, call), "clock", partial(call, 0))
-        for name, call in candidates.items()
-    }
+    return {name: Repeat(partial(repeat, call), "clock", call) for name, call in candidates.items()}
 
 
 def _cuda_repeats(
-    candidates: Mapping[str, Candidate], sets: int, device: torch.device
+    candidates: Mapping[str, Candidate],
+    sets: int,
+    device: torch.device,
+    refresh: Callable[[int], None],
 ) -> dict[str, Repeat]:
     evict = torch.ones(COLD * cache_bytes(device) // 4, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def repeat(work: Callable[[], object], calls: int) -> float:
+    def repeat(work: Callable[[], object], indices: Sequence[int]) -> float:
+        for index in indices:
+            refresh(index)
         evict.sum()  # reads only: a write would leave dirty lines for the candidate to write back
         start.record()
         work()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e3 / calls
+        return start.elapsed_time(end) * 1e3 / len(indices)
 
     def prepared(call: Candidate) -> Repeat:
         graph = _capture(call, sets, device)
         if graph is not None:
-            return Repeat(partial(repeat, graph.replay, sets), "graph", graph.replay)
+            every = range(sets)
+            return Repeat(
+                partial(repeat, graph.replay, every), "graph", lambda index: graph.replay()[index]
+            )
         indices = cycle(range(sets))
-        return Repeat(partial(repeat, lambda: call(next(indices)), 1), "events", partial(call, 0))
+
+        def one() -> float:
+            index = next(indices)
+            return repeat(partial(call, index), (index,))
+
+        return Repeat(one, "events", call)
 
     repeats = {}
     for name, call in candidates.items():
@@ -196,7 +228,7 @@ def _cuda_repeats(
     return repeats
 
 
-def _capture(call: Candidate, sets: int, device: torch.device) -> CudaGraph | None:
+def _capture(call: Candidate, sets: int, device: torch.device) -> CudaGraph[list[object]] | None:
     """A graph of one call per input set, or None if the candidate waits for the GPU.
 
     A failed capture poisons the process, so waiting is detected before. Anything else that cannot
@@ -208,13 +240,8 @@ def _capture(call: Candidate, sets: int, device: torch.device) -> CudaGraph | No
     if _waits(call):
         return None
 
-    def all_sets() -> object:
-        first = call(0)
-        for index in range(1, sets):
-            call(index)
-        return first  # its memory is not reused, so that an audit can read it
-
-    return CudaGraph(all_sets, device)
+    # Results are kept, so that their memory is not reused and an audit can read them.
+    return CudaGraph(lambda: [call(index) for index in range(sets)], device)
 
 
 def _waits(call: Candidate) -> bool:

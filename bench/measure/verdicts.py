@@ -52,14 +52,18 @@ def judge(case: Case, run: Prepare, inputs: dict, expected: list[Tensor]) -> Ver
     """
     copies = copied(inputs)
     outputs = results_of(case, run, copies)
-    verdict = verdict_on(case, outputs, expected)
+    verdict = verdict_on(case, outputs, expected, inputs[OPS[case.op].varies].dtype)
     misuse = _misused(case, inputs, copies, outputs)
     return replace(verdict, failure=misuse) if misuse and not verdict.failure else verdict
 
 
-def verdict_on(case: Case, outputs: list[Tensor], expected: list[Tensor]) -> Verdict:
-    """The verdict on all results of a call, in the order of `results`."""
+def verdict_on(
+    case: Case, outputs: list[Tensor], expected: list[Tensor], dtype: torch.dtype
+) -> Verdict:
+    """The verdict on all results of a call, in the order of `results`; `dtype` is the case's."""
     pairs = list(zip(outputs, expected, strict=True))
+    for name, (result, right) in zip(OPS[case.op].results, pairs, strict=False):
+        _check_kind(name, result, right, OPS[case.op].dtype_of(name, dtype))
     errors = [compare(*pair) for pair in pairs]
     failures = [
         (_not_written(*pair) or text)
@@ -71,6 +75,17 @@ def verdict_on(case: Case, outputs: list[Tensor], expected: list[Tensor]) -> Ver
         max(error.rms for error in errors),
         next(iter(failures), None),
     )
+
+
+def _check_kind(name: str, result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError for a result that may compute its values later, elsewhere, or in a dtype of
+    fewer bytes."""
+    if type(result) not in (Tensor, torch.nn.Parameter):
+        raise ValueError(f"{name} is a {type(result).__name__}, not a plain tensor")
+    if result.device != expected.device:
+        raise ValueError(f"{name} is on {result.device}, expected {expected.device}")
+    if expected.is_floating_point() and result.dtype != dtype:
+        raise ValueError(f"{name} is {result.dtype}, expected {dtype}")
 
 
 def _not_written(result: Tensor, expected: Tensor) -> str | None:
@@ -85,19 +100,30 @@ def _misused(case: Case, inputs: dict, copies: dict, outputs: list[Tensor]) -> s
     returned = outputs[: len(outputs) - 2 * op.stores]
     if name := shared_input(op, copies, returned):
         return f"a result shares memory with the input {name!r}"
-    for name in _read_only(op, copies):
-        if not all(map(_unchanged, tensors(inputs[name]), tensors(copies[name]))):
-            return f"it changes its input {name!r}"
+    if name := changed_input(op, inputs, copies):
+        return f"it changes its input {name!r}"
+    return None
+
+
+def changed_input(op: Op, before: dict, now: dict) -> str | None:
+    """The name of an input that the op only reads and that has changed; None if none has."""
+    for name in _read_only(op, now):
+        if not all(map(_unchanged, tensors(before[name]), tensors(now[name]))):
+            return name
     return None
 
 
 def shared_input(op: Op, inputs: dict, outputs: list[Tensor]) -> str | None:
     """The name of an input that the op only reads and whose memory an output uses; None if none."""
-    addresses = {x.untyped_storage().data_ptr() for x in outputs}
     for name in _read_only(op, inputs):
-        if addresses & {x.untyped_storage().data_ptr() for x in tensors(inputs[name]) if x.numel()}:
+        if addresses(outputs) & addresses(tensors(inputs[name])):
             return name
     return None
+
+
+def addresses(tensors: list[Tensor]) -> set[int]:
+    """Where the memory of tensors starts, without empty ones."""
+    return {x.untyped_storage().data_ptr() for x in tensors if x.numel()}
 
 
 def _read_only(op: Op, inputs: dict) -> list[str]:

@@ -65,6 +65,7 @@ class Op:
     approximate: Error = NONE
     fp64_tolerance_32: Error | None = None  # against the formula, if that needs another
     results: tuple[str, ...] = ("out",)
+    fp32_results: tuple[str, ...] = ()  # those that are fp32 in every dtype
     stores: bool = False  # writes K and V into `pages`
     writes: tuple[str, ...] = ()  # inputs that it may change
     peers: Sequence[Peer] = ()
@@ -72,6 +73,10 @@ class Op:
     compiled: Callable[[], Iterable[Case]] = lambda: ()  # more cases, only compiled ahead
     of_traffic: Callable[[Point, Config], Iterable[Case]] = lambda point, model: ()
     tuned_part: str = ""  # the op that most of its config values belong to, if not itself
+
+    def dtype_of(self, result: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a result, if it is a float, in a case of this dtype."""
+        return torch.float32 if result in self.fp32_results else dtype
 
     def tolerance(self, dtype: torch.dtype) -> Error:
         """The errors that a result in `dtype` may have; none for integers."""

@@ -229,6 +229,7 @@ OP = Op(
     tolerance_16=Error(6, 0.75),
     tolerance_32=Error(320, 32),
     results=("out", "lse"),
+    fp32_results=("lse",),
     peers=tuple(
         Peer(name, "prefix_attention", prepare, library, on_cpu=name == "sdpa")
         for name, library, prepare in (

@@ -141,4 +141,5 @@ OP = Op(
     # log-probability off by 50 roundoffs (RMS 43). 1.5 times that is allowed.
     fp64_tolerance_32=Error(75, 65),
     results=("tokens", "logprobs"),
+    fp32_results=("logprobs",),
 )

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from bench.measure import audit, clocks, ops, timing
-from bench.measure.audit import Audit, Cheat
+from bench.measure.audit import KEPT, Audit, Cheat
 from bench.measure.clocks import Clocks
-from bench.measure.verdicts import reference
-from bench.suite import OPS, PEERS, numerics_cases, rms_norm
+from bench.suite import OPS, PEERS, rms_norm
 from bench.suite.forms import add_form
 from kernels.norm import rms_norm as right_rms_norm
 from model.cuda_graph import CudaGraph
@@ -136,15 +135,91 @@ def changing(inputs):
     return call
 
 
+def by_version(inputs):
+    """Results kept until torch counts a write to the input."""
+    kept = {}
+
+    def call():
+        key = inputs["x"]._version
+        if key not in kept:
+            kept[key] = right(inputs)
+        return tuple(x.clone() for x in kept[key])
+
+    return call
+
+
+PREPARED = {"count": 0}
+
+
+def one_set(inputs):
+    """Only the judge's inputs and those of one set are worked on."""
+    PREPARED["count"] += 1
+    honest = PREPARED["count"] <= 2
+    kept = []
+
+    def call():
+        if honest or not kept:
+            kept[:] = right(inputs)
+        return tuple(kept)
+
+    return call
+
+
+class Lazy(torch.Tensor):
+    """Computes its values when somebody looks at them."""
+
+
+def lazy(inputs):
+    """A result that is no plain tensor."""
+    return lambda: tuple(x.as_subclass(Lazy) for x in right(inputs))
+
+
+def flagged(inputs):
+    """The work is done while unwritten memory is filled with NaN, that is, while it is checked."""
+    kept = []
+
+    def call():
+        if torch.are_deterministic_algorithms_enabled() or not kept:
+            kept[:] = right(inputs)
+        return tuple(x.clone() for x in kept)
+
+    return call
+
+
+def halved(inputs):
+    """Half of the bytes are written, and the tolerance is a wider one."""
+    return lambda: tuple(x.bfloat16() for x in right(inputs))
+
+
+def weights(inputs):
+    """The weights are changed, but not while results are checked."""
+    calls = {"count": 0}
+
+    def call():
+        calls["count"] += 1
+        results = right(inputs)
+        if calls["count"] > 1:
+            inputs["weight"] += 1
+        return results
+
+    return call
+
+
 CHEATS = {
-    by_pointer: "returns the results of an earlier call",
+    by_pointer: KEPT,
     by_call: "does not do its work while it is timed: 320 of 320 elements are NaN",
+    by_version: KEPT,
+    one_set: "does not do its work while it is timed: 320 of 320",
+    flagged: KEPT,
     thread: "arrive after the call has returned: work on another stream or thread",
-    half: "does not do its work while it is timed: 192 of 320 elements are NaN",
+    half: "(results differ|not do its work) while it is timed",  # memory may be old or NaN
     unwritten: "^64 of 320 elements are NaN: not written",
+    lazy: "y is a Lazy, not a plain tensor",
+    halved: "y is torch.bfloat16, expected torch.float32",
     in_place: "^a result shares memory with the input 'x'$",
     later_in_place: "shares memory with the input 'weight' while it is timed",
     changing: "^it changes its input 'residual'$",
+    weights: "changes its input 'weight' while it is timed",
 }
 
 
@@ -153,6 +228,8 @@ def few_repeats(monkeypatch):
     monkeypatch.setattr(timing, "MAX_REPEATS", timing.MIN_REPEATS)
     monkeypatch.setattr(ops, "sets_for", lambda *_: SETS)
     WAITING.clear()
+    PREPARED["count"] = 0
+    monkeypatch.setattr(audit.random, "randrange", lambda sets: sets - 1)
     monkeypatch.setattr(audit.time, "sleep", lambda seconds: WAITING.wait(0.001) or WAITING.set())
     before = dict(PEERS["rms_norm"])
     yield
@@ -174,37 +251,115 @@ def test_a_cheat_gets_no_time(cheat):
     assert eager["median_us"] and honest["median_us"]
 
 
-def test_every_op_is_audited():
+def repeat(result, timer="clock"):
+    """A timed form whose calls return `result(index)`."""
+    return timing.Repeat(run=lambda: 0.0, timer=timer, result=result)
+
+
+def test_an_honest_form_after_a_cheat_is_not_blamed():
+    """Guards the forms that follow one that changes inputs: they get them as they were."""
+    add_form("rms_norm", "cheat", weights)
+    add_form("rms_norm", "honest", lambda inputs: lambda: right(inputs))
+    rows = ops.time_case(CASE, CPU, torch.float32, ("cheat", "honest"), 0)
+    assert "changes its input" in rows[0]["failure"]
+    assert rows[1]["failure"] is None
+
+
+def test_storing_nothing_is_found():
+    """Guards ops that write K and V into pages, which an earlier form has written already."""
+    op = OPS["qk_norm_rope"]
+    case = next(iter(op.checks()))
+
+    def elsewhere(inputs):
+        own = inputs | {"pages": inputs["pages"].map(torch.clone)}
+        calls = {"count": 0}
+
+        def call():
+            calls["count"] += 1
+            return op.run(**(inputs if calls["count"] == 1 else own), impl="eager")
+
+        return call
+
+    before = dict(PEERS["qk_norm_rope"])
+    try:
+        add_form("qk_norm_rope", "cheat", elsewhere)
+        rows = ops.time_case(case, CPU, torch.float32, ("eager", "portable", "cheat"), 0)
+    finally:
+        PEERS["qk_norm_rope"].clear()
+        PEERS["qk_norm_rope"].update(before)
+    assert "NaN" in rows[2]["failure"]
+    assert rows[0]["failure"] is rows[1]["failure"] is None
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_every_op_is_audited(op):
     """Guards the audit against an op whose varying input does not change its results: then it
-    would not see kept results."""
-    for op in OPS.values():
-        case = next(case for case in numerics_cases() if case.op == op.name)
-        inputs = case.inputs(0, CPU, torch.float32)
-        expected = reference(case, inputs)
-        checked = Audit(case, inputs, expected)
-        honest = op.run
-        checked.check(lambda honest=honest, inputs=inputs: honest(**inputs, impl="eager"))
-        kept = honest(**inputs, impl="eager")
-        clones = [x.clone() for x in (kept if isinstance(kept, tuple) else (kept,))]
-        with pytest.raises(Cheat, match="earlier call"):
-            checked.check(lambda clones=clones: tuple(x.clone() for x in clones))
+    would not see kept results. Honest calls pass, again and again."""
+    case = next(iter(op.checks()))
+    sets = [case.inputs(seed, CPU, torch.float32) for seed in range(SETS)]
+    checked = Audit(case, sets)
+    for _ in range(2):
+        checked.check(repeat(lambda index: op.run(**sets[index], impl="eager")))
+    results = [op.run(**inputs, impl="eager") for inputs in sets]
+    kept = [result if isinstance(result, tuple) else (result,) for result in results]
+    copies = [tuple(x.clone() for x in result) for result in kept]
+    with pytest.raises(Cheat, match="earlier call"):
+        checked.check(repeat(lambda index: tuple(x.clone() for x in copies[index])))
+
+
+def audited(calls=3):
+    sets = [CASE.inputs(seed, CPU, torch.float32) for seed in range(calls)]
+    return sets, Audit(CASE, sets)
 
 
 def test_an_empty_graph_is_found():
     """Guards against a captured graph that does nothing: its outputs hold what the call before the
     capture wrote."""
-    inputs = CASE.inputs(0, CPU, torch.float32)
-    checked = Audit(CASE, inputs, reference(CASE, inputs))
-    outputs = right(inputs)
+    sets, checked = audited()
+    outputs = [right(inputs) for inputs in sets]
     with pytest.raises(Cheat, match="does not do its work while it is timed: 320 of 320"):
-        checked.check(lambda: outputs)
+        checked.check(repeat(lambda index: outputs[index], "graph"))
+
+
+def test_results_of_a_graph_in_the_same_memory(monkeypatch):
+    """Guards honest forms with one output for all calls: after a replay it holds those of the last
+    set, whichever was chosen."""
+    monkeypatch.setattr(audit.random, "randrange", lambda sets: 0)
+    sets, checked = audited()
+    checked.audited[checked.last] = checked._audited(sets[checked.last])  # as on a GPU
+    outputs = right(sets[0])
+
+    def replay(index):
+        for inputs in sets:
+            for out, value in zip(outputs, right(inputs), strict=True):
+                out.copy_(value)
+        return outputs
+
+    checked.check(repeat(replay, "graph"))
 
 
 def test_results_that_round_otherwise_pass():
     """Guards honest forms: within the op's tolerance, timed results may differ from judged ones."""
-    inputs = CASE.inputs(0, CPU, torch.float32)
-    checked = Audit(CASE, inputs, reference(CASE, inputs))
-    checked.check(lambda: tuple(x * (1 + 2**-23) for x in right(inputs)))
+    sets, checked = audited()
+    checked.check(repeat(lambda index: tuple(x * (1 + 2**-23) for x in right(sets[index]))))
+
+
+def test_every_timed_call_gets_new_values():
+    """Guards against results kept by value: an input has other values at each of its calls."""
+    seen = []
+
+    def record(inputs):
+        def call():
+            seen.append(float(inputs["x"][0, 0]))
+            return right(inputs)
+
+        return call
+
+    add_form("rms_norm", "honest", record)
+    (row,) = ops.time_case(CASE, CPU, torch.float32, ("honest",), 0)
+    assert row["failure"] is None
+    repeats = seen[1 + SETS : 1 + SETS + timing.MIN_REPEATS]  # after the check and the warm-up
+    assert len(set(repeats)) == timing.MIN_REPEATS
 
 
 class FakeNvml:
@@ -279,12 +434,20 @@ class TestGpu:
     def test_an_empty_graph(self):
         """Guards the audit of a real graph."""
         device = torch.device("cuda")
-        inputs = CASE.inputs(0, device, torch.float32)
-        checked = Audit(CASE, inputs, reference(CASE, inputs))
-        outputs = right(inputs)
+        sets = [CASE.inputs(0, device, torch.float32)]
+        checked = Audit(CASE, sets)
+        outputs = [right(sets[0])]
         graph = CudaGraph(lambda: outputs, device)
         with pytest.raises(Cheat, match="does not do its work"):
-            checked.check(graph.replay)
+            checked.check(repeat(lambda index: graph.replay()[index], "graph"))
+
+    def test_honest_forms_of_every_op(self):
+        """Guards all forms against false alarms, captured."""
+        device = torch.device("cuda")
+        for op in OPS.values():
+            case = next(iter(op.checks()))
+            for row in ops.time_case(case, device, torch.bfloat16, budget_s=0):
+                assert row["failure"] is None, row
 
     def test_nvml_knows_this_gpu(self):
         """Guards the binding: a plausible clock in MHz."""
