@@ -63,7 +63,7 @@ class Audited(Protocol):
     """What a measurement does besides timing."""
 
     def refresh(self, index: int) -> None:
-        """Give an input set new values, after it was used."""
+        """Give an input set new values."""
 
     def check(self, name: str, repeat: "Repeat") -> None:
         """Raise an error if a candidate did not do its work while it was timed."""
@@ -91,8 +91,8 @@ def measure(
     """Time `candidates`, each called with an index below `sets`, for about `budget_s` seconds.
 
     Warm-up is not counted. Every candidate gets at least `min_repeats` repeats (by default
-    MIN_REPEATS), however long they take. With `audit`, input sets get new values between repeats,
-    and each candidate is checked at the end. Raises CandidateError if a candidate fails,
+    MIN_REPEATS), however long they take. With `audit`, each candidate is checked at the end,
+    and on a GPU input sets get new values between repeats. Raises CandidateError if a candidate fails,
     PoisonedError if that poisons the process.
     """
     with torch.inference_mode(), _garbage_collection_off():
@@ -125,8 +125,8 @@ def prepare(
     sets: int = 1,
     refresh: Callable[[int], None] = lambda index: None,
 ) -> dict[str, Repeat]:
-    """Warm up `candidates`, capture them on a GPU, and return how to sample each. `refresh` is
-    called with the index of an input set after each sample of it, outside the time."""
+    """Warm up `candidates`, capture them on a GPU, and return how to sample each. On a GPU, `refresh`
+    is called with the index of each input set before a sample of it, outside the time."""
     device = torch.device(device)
     repeats_on_device = _cuda_repeats if device.type == "cuda" else _cpu_repeats
     return repeats_on_device(candidates, sets, device, refresh)
@@ -166,7 +166,7 @@ def _cpu_repeats(
     candidates: Mapping[str, Candidate],
     sets: int,
     device: torch.device,
-    refresh: Callable[[int], None],
+    refresh: Callable[[int], None],  # not called: its writes would disturb the cache
 ) -> dict[str, Repeat]:
     keep_freed_memory()
     indices = cycle(range(sets))  # shared, or a candidate would warm up the next one's inputs
@@ -175,9 +175,7 @@ def _cpu_repeats(
         index = next(indices)
         start = time.perf_counter_ns()
         call(index)
-        microseconds = (time.perf_counter_ns() - start) / 1e3
-        refresh(index)
-        return microseconds
+        return (time.perf_counter_ns() - start) / 1e3
 
     for name, call in candidates.items():
         with _attributed_to(name):

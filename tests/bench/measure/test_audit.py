@@ -344,24 +344,6 @@ def test_results_that_round_otherwise_pass():
     checked.check(repeat(lambda index: tuple(x * (1 + 2**-23) for x in right(sets[index]))))
 
 
-def test_every_timed_call_gets_new_values():
-    """Guards against results kept by value: an input has other values at each of its calls."""
-    seen = []
-
-    def record(inputs):
-        def call():
-            seen.append(float(inputs["x"][0, 0]))
-            return right(inputs)
-
-        return call
-
-    add_form("rms_norm", "honest", record)
-    (row,) = ops.time_case(CASE, CPU, torch.float32, ("honest",), 0)
-    assert row["failure"] is None
-    repeats = seen[1 + SETS : 1 + SETS + timing.MIN_REPEATS]  # after the check and the warm-up
-    assert len(set(repeats)) == timing.MIN_REPEATS
-
-
 class FakeNvml:
     """NVML of one GPU, whose clock and slowdown reasons are scripted."""
 
@@ -448,6 +430,18 @@ class TestGpu:
             case = next(iter(op.checks()))
             for row in ops.time_case(case, device, torch.bfloat16, budget_s=0):
                 assert row["failure"] is None, row
+
+    def test_every_repeat_gets_new_values(self):
+        """Guards against results kept by value: inputs change between replays."""
+        sets = [CASE.inputs(seed, "cuda", torch.float32) for seed in range(SETS)]
+        checked, seen = Audit(CASE, sets), []
+        ready = ops.Prepared(CASE, {}, {}, checked)
+        call = {"x": lambda index: right(sets[index])}
+        repeats = timing.prepare(call, device="cuda", sets=SETS, refresh=ready.refresh)
+        for _ in range(5):
+            repeats["x"].run()
+            seen.append(float(sets[0]["x"][0, 0]))
+        assert len(set(seen)) == 5
 
     def test_nvml_knows_this_gpu(self):
         """Guards the binding: a plausible clock in MHz."""
