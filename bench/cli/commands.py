@@ -42,11 +42,15 @@ def checked_cases(options: argparse.Namespace, device: torch.device) -> Selected
 def timed_cases(options: argparse.Namespace, device: torch.device) -> SelectedCases:
     """The cases and dtypes that `ops` times, filtered and in order."""
     own_forms.add(options)
+    if not options.shapes and (options.percentiles != PERCENTILES or options.width):
+        raise InputError("--percentiles and --width are of --shapes TRACE")
     if options.shapes:
         traffic = read_traffic(options.shapes, options.percentiles, options.width)
         listed = traffic_cases(device.type, traffic.points)
     else:
         listed = cases(device.type, options.grid)
+        if not any(options.shape in case.name for case in listed):  # a case of the grid by its name
+            listed = cases(device.type, grid=True)
     return _filtered(options, listed, (MAIN_DTYPE[device.type],))
 
 
@@ -86,8 +90,8 @@ def ops(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
 
 def _reproducible(rows: Sequence[dict], options: argparse.Namespace) -> Iterator[dict]:
     """The rows with the options that select their cases and forms, if they need any."""
-    needed = listing.needed(options)
     for row in rows:
+        needed = listing.needed(options, row["impl"])
         yield row | {"options": needed} if needed else row
 
 
@@ -242,7 +246,8 @@ FOLD = Measurement(lambda options, device: fold.run(device), show.fold)
 ALL = Several(
     (NUMERICS, OPS_TIMED, DECODE, E2E),
     {
-        **{"op": (), "shape": "", "impl": (), "dtype": (), "own_forms": (), "shapes": None},
+        **{"op": (), "shape": "", "impl": (), "dtype": (), "own_forms": ()},
+        **{"shapes": None, "percentiles": PERCENTILES, "width": None},
         **{"model": None, "vision": False},
         **{"grid": True, "budget": TIME_BUDGET_S, "batch": (16,), "prefix": (), "suffix": ()},
         "prefill": (512,),

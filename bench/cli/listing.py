@@ -15,12 +15,13 @@ from kernels.runtime.dtypes import dtype_name
 SelectedCases = Sequence[tuple[Case, torch.dtype]]
 
 
-def needed(options: argparse.Namespace) -> list[str]:
-    """The options without which other runs do not have these cases and forms."""
-    words = ["--with", *options.own_forms] if options.own_forms else []
+def needed(options: argparse.Namespace, impl: str) -> list[str]:
+    """The options without which another run does not have the case and the form `impl`."""
+    own = [text for text in options.own_forms if text.endswith(f":{impl}")]
+    words = ["--with", *own] if own else []
     if getattr(options, "shapes", None):
         words += ["--shapes", str(options.shapes)]
-        words += ["--percentiles", *(f"{value:g}" for value in options.percentiles)]
+        words += ["--percentiles", *(str(value) for value in options.percentiles)]
         words += ["--width", str(options.width)] if options.width else []
     return words
 
@@ -42,7 +43,9 @@ def run(
     ]
     for row in listed:
         row["commands"] = [
-            repro.command(row["op"], row["case"], impl, row["dtype"], command, needed(options))
+            repro.command(
+                row["op"], row["case"], impl, row["dtype"], command, needed(options, impl)
+            )
             for impl in row["impls"]
         ]
     if options.json:

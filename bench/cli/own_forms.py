@@ -32,18 +32,21 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add(options: argparse.Namespace) -> None:
-    """Add the functions that `--with` names to the op table, and to `--impl` if that is given.
+    """Add the functions that `--with` names to the op table, and to `--impl` if that names none of
+    them.
 
     Raises InputError for a file that cannot be imported, a function that it lacks, the name of a
     built-in form, or unless `--op` names one op.
     """
     if options.own_forms and len(options.op) != 1:
         raise InputError("--with needs --op and one op: whose arguments does the function take?")
+    names = []
     for text in options.own_forms:
         name, function = load(text)
         add_form(options.op[0], name, _prepare(function), text)
-        if options.impl and name not in options.impl:
-            options.impl = (*options.impl, name)
+        names.append(name)
+    if options.impl and not set(names) & set(options.impl):
+        options.impl = (*options.impl, *names)
 
 
 def load(text: str) -> tuple[str, Callable]:
@@ -54,12 +57,13 @@ def load(text: str) -> tuple[str, Callable]:
         raise InputError(f"--with {text}: say FILE:FUNCTION, such as mykernel.py:attend")
     if not file.is_file():
         raise InputError(f"--with {text}: there is no file {path}")
-    spec = spec_from_file_location(file.stem, file)
+    unique = f"own_form_{abs(hash(file.resolve()))}_{file.stem}"  # not a package's name
+    spec = spec_from_file_location(unique, file)
     if spec is None or spec.loader is None:
         raise InputError(f"--with {text}: {path} is no Python file (.py)")
     module = module_from_spec(spec)
-    sys.path.insert(0, str(file.resolve().parent))  # it may import its neighbours
-    sys.modules[file.stem] = module  # Triton and pickle look functions up in their module
+    sys.path.append(str(file.resolve().parent))  # it may import its neighbours
+    sys.modules[unique] = module  # Triton and pickle look functions up in their module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -67,11 +71,16 @@ def load(text: str) -> tuple[str, Callable]:
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        raise InputError(f"--with {text}: {path} has no function {name}; it has {', '.join(known)}")
+        has = ", ".join(known) or "none"
+        raise InputError(f"--with {text}: {path} has no function {name}; it has {has}")
     return name, function
 
 
 def _prepare(function: Callable) -> Prepare:
-    if list(inspect.signature(function).parameters) == ["inputs"]:
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of a builtin or an extension
+        parameters = []
+    if parameters == ["inputs"]:
         return function
     return lambda inputs: partial(function, **inputs)

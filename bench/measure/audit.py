@@ -3,9 +3,9 @@
 A form can be fast because it does not do the work: it keeps results by call, pointer or value,
 leaves work on another stream or thread, was captured as an empty graph, writes only a part, changes
 inputs. So timed calls run on other values of the input that varies from call to call, on a GPU on
-new ones in every repeat. After the timing, one input set, chosen at random, gets its original values back at the same addresses, its
-results are overwritten with NaN, and calls through the timed path must give the right results and
-leave the other inputs as they were.
+new ones in every repeat. After the timing, one input set, chosen at random, gets its first values
+back at the same addresses, its results are overwritten with NaN, and calls through the timed path
+must give the right results and leave the other inputs as they were.
 """
 
 import random

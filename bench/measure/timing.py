@@ -92,8 +92,8 @@ def measure(
 
     Warm-up is not counted. Every candidate gets at least `min_repeats` repeats (by default
     MIN_REPEATS), however long they take. With `audit`, each candidate is checked at the end,
-    and on a GPU input sets get new values between repeats. Raises CandidateError if a candidate fails,
-    PoisonedError if that poisons the process.
+    and on a GPU input sets get new values between repeats. Raises CandidateError if a candidate
+    fails, PoisonedError if that poisons the process.
     """
     with torch.inference_mode(), _garbage_collection_off():
         refresh = audit.refresh if audit else lambda index: None
@@ -125,8 +125,8 @@ def prepare(
     sets: int = 1,
     refresh: Callable[[int], None] = lambda index: None,
 ) -> dict[str, Repeat]:
-    """Warm up `candidates`, capture them on a GPU, and return how to sample each. On a GPU, `refresh`
-    is called with the index of each input set before a sample of it, outside the time."""
+    """Warm up `candidates`, capture them on a GPU, and return how to sample each. On a GPU,
+    `refresh` is called with the index of each input set before a sample of it, outside the time."""
     device = torch.device(device)
     repeats_on_device = _cuda_repeats if device.type == "cuda" else _cpu_repeats
     return repeats_on_device(candidates, sets, device, refresh)

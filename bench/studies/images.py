@@ -97,8 +97,9 @@ def encode(
             timing=timings[name],
         )
         row |= {"views": len(views), "tokens": tokens}
-        row["tflop_s"] = row["flops"] / row["median_us"] / 1e6
-        row["gemm_pct"] = 100 * row["tflop_s"] / row["gemm_tflop_s"]
+        if row["median_us"]:
+            row["tflop_s"] = row["flops"] / row["median_us"] / 1e6
+            row["gemm_pct"] = 100 * row["tflop_s"] / row["gemm_tflop_s"]
         rows.append(row)
     return with_speedups(rows)
 

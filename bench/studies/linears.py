@@ -60,9 +60,10 @@ def time_linear(
         verdict=NOT_RUN,  # it is the reference
         timing=timing,
     )
-    rate = num_bytes / timing.median_us / 1e3
     row |= {"rows": rows, "per_step": 1 if name == "lm_head" else config.layers}
-    return row | {"copy_pct": 100 * rate / row["copy_gb_s"]}
+    if row["median_us"]:
+        row["copy_pct"] = 100 * num_bytes / row["median_us"] / 1e3 / row["copy_gb_s"]
+    return row
 
 
 def shape_of(config: DecoderConfig, name: str, dtype: torch.dtype) -> tuple[int, int]:

@@ -116,6 +116,7 @@ class Export:
     again: what to do if numbers cannot be read
     units_below: the units are in the row below the header (ncu), not in it (nsys)
     identity: the column without which equal rows are different things
+    c_locale: the tool ran with LC_ALL=C, so that the notation of its numbers is known
     """
 
     text: str
@@ -124,14 +125,16 @@ class Export:
     again: str
     units_below: bool = False
     identity: str = ""
+    c_locale: bool = False
     tables: dict[str, list[Table]] = field(init=False)
     left_out: dict[int, str] = field(init=False, default_factory=dict)  # by line, the reason
     repeated: int = field(init=False, default=0)
     open: bool = field(init=False, default=False)  # the last row may be cut in its last cell
-    _notations: list[Notation] = field(init=False, default_factory=lambda: NOTATIONS)
+    _notations: list[Notation] = field(init=False)
 
     def __post_init__(self) -> None:
         self.tables = {kind: [] for kind in self.kinds}
+        self._notations = NOTATIONS[:1] if self.c_locale else NOTATIONS
         self._parse()
         self._drop_repeated()
         self._learn()

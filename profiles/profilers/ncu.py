@@ -15,7 +15,14 @@ from model.text.files import check_regular
 from profiles.profilers import ncu_summary
 from profiles.profilers.exports import read_text
 from profiles.profilers.launch import add_case_arguments
-from profiles.profilers.tools import check_gpu, run_and_capture, run_profiler, show, tool
+from profiles.profilers.tools import (
+    c_locale_argument,
+    check_gpu,
+    run_and_capture,
+    run_profiler,
+    show,
+    tool,
+)
 
 EPILOG = """\
 Only the kernels between cudaProfilerStart and cudaProfilerStop are profiled: those of one call
@@ -58,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--summarise", type=Path, metavar="REPORT", help="only summarise a report, or its raw CSV"
     )
+    c_locale_argument(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print the command line")
     parser.add_argument("--json", action="store_true", help="print one JSON document, no table")
 
@@ -65,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Profile and summarise. Raises InputError without op or report, ncu or a GPU."""
     if options.summarise:
-        _summarise(options.summarise, options.json)
+        _summarise(options.summarise, options)
         return 0
     if not options.op:
         raise InputError("say what to profile: --op OP, or --summarise REPORT")
@@ -76,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     check_gpu("ncu")
     report = options.out / f"{options.op}.ncu-rep"
     code = run_profiler(command, report)
-    _summarise(report, options.json)
+    _summarise(report, options)
     return int(code != 0)
 
 
@@ -112,9 +120,10 @@ def export(report: Path) -> str:
     return run_and_capture([tool("ncu"), "--import", str(report), "--page", "raw", "--csv"])
 
 
-def _summarise(report: Path, as_json: bool) -> None:
-    launches = ncu_summary.summarise(export(report), report.name)
-    if as_json:
+def _summarise(report: Path, options: argparse.Namespace) -> None:
+    c_locale = options.c_locale or report.suffix == ".ncu-rep"
+    launches = ncu_summary.summarise(export(report), report.name, c_locale)
+    if options.json:
         print(json.dumps({"report": str(report), "launches": launches}))
     else:
         ncu_summary.display(launches, report.name)

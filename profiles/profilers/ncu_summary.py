@@ -39,10 +39,10 @@ TOP_STALLS = 3
 # number with a misread mark is 1,000 times too large. Warps are counted in one pass, and rounded.
 SHARE = PERCENT._replace(most=200.0)
 OCCUPIED = PERCENT._replace(most=101.0)
-AGAIN = "export again with `LC_ALL=C ncu --import REPORT --page raw --csv`"
+AGAIN = "export again with `LC_ALL=C ncu --import REPORT --page raw --csv`, with --c-locale"
 
 
-def summarise(text: str, source: str) -> list[dict]:
+def summarise(text: str, source: str, c_locale: bool = False) -> list[dict]:
     """One dict per launch, in order: kernel, duration_us, dram_gb_s, dram_pct and tensor_pct (of
     their peaks), occupancy_pct, possible_occupancy_pct, registers (per thread) and stalls.
 
@@ -53,7 +53,7 @@ def summarise(text: str, source: str) -> list[dict]:
     impossible numbers.
     """
     kinds = {"raw": ("Kernel Name",)}
-    export = Export(text, source, kinds, AGAIN, units_below=True, identity="ID")
+    export = Export(text, source, kinds, AGAIN, units_below=True, identity="ID", c_locale=c_locale)
     raw = export.tables["raw"]
     if not raw:
         raise InputError(

@@ -14,7 +14,14 @@ from model.errors import InputError
 from model.text.files import check_regular
 from profiles.profilers import nsys_summary
 from profiles.profilers.exports import read_text
-from profiles.profilers.tools import run_and_capture, run_profiler, show, spans_in_nvtx, tool
+from profiles.profilers.tools import (
+    c_locale_argument,
+    run_and_capture,
+    run_profiler,
+    show,
+    spans_in_nvtx,
+    tool,
+)
 
 EPILOG = """\
 CPUs are not sampled (--sample=none --cpuctxsw=none), which would need permissions and time. Kernels
@@ -53,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--summarise", type=Path, metavar="REPORT", help="only summarise a report, or its CSV"
     )
+    c_locale_argument(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print the command line")
     parser.add_argument("--json", action="store_true", help="print one JSON document, no tables")
 
@@ -62,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     if options.summarise:
         if options.command:
             raise InputError("--summarise reads a report: leave CMD out")
-        _summarise(options.summarise, options.json)
+        _summarise(options.summarise, options)
         return 0
     if not options.command:
         raise InputError("say what to profile after --, as in `nsys -- python -m bench e2e`")
@@ -73,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     command = command_line(tool("nsys"), options)
     code = run_profiler(command, report, variables)
-    _summarise(report, options.json)
+    _summarise(report, options)
     return int(code != 0)
 
 
@@ -116,9 +124,10 @@ def report_names(help_text: str) -> Sequence[str]:
     return [new if new in offered else old for new, old in nsys_summary.REPORTS.items()]
 
 
-def _summarise(report: Path, as_json: bool) -> None:
-    summary = nsys_summary.summarise(export(report), report.name)
-    if as_json:
+def _summarise(report: Path, options: argparse.Namespace) -> None:
+    c_locale = options.c_locale or report.suffix in (".nsys-rep", ".sqlite")
+    summary = nsys_summary.summarise(export(report), report.name, c_locale)
+    if options.json:
         print(json.dumps({"report": str(report)} | summary))
     else:
         nsys_summary.display(summary, report.name)

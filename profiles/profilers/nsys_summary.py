@@ -28,12 +28,12 @@ KINDS = {  # columns that only the header of a report has
     "ranges": ("Range", "Style", "Total Time"),
     "projection": ("Projected Start",),
 }
-AGAIN = "export again with `LC_ALL=C nsys stats --format csv`"
+AGAIN = "export again with `LC_ALL=C nsys stats --format csv`, with --c-locale"
 NAMELESS = "(no name)"
 NOT_SEEN = "nsys 2022 does not see ranges of the library nvtx 0.2.13 and later"
 
 
-def summarise(text: str, source: str) -> dict:
+def summarise(text: str, source: str, c_locale: bool = False) -> dict:
     """The summary of an export; times are in microseconds.
 
     kernels: by name, longest first: instances, total_us, mean_us, share of all kernels' time
@@ -49,7 +49,7 @@ def summarise(text: str, source: str) -> dict:
     Raises InputError for a text without any of the reports, with two different ones of a kind, or
     if a column is missing or has no possible numbers.
     """
-    export = Export(text, source, KINDS, AGAIN)
+    export = Export(text, source, KINDS, AGAIN, c_locale=c_locale)
     trace, ranges, projection = (_only(export, kind) for kind in KINDS)
     if not trace and not ranges and not projection:
         raise InputError(

@@ -1,5 +1,6 @@
 """Running external profilers (nsys, ncu): finding them, their reports and their exports."""
 
+import argparse
 import os
 import shlex
 import shutil
@@ -44,6 +45,15 @@ def spans_in_nvtx() -> dict[str, str]:
     if find_spec("nvtx") is None:
         raise InputError("spans need the package `nvtx`: install it, or use --no-spans")
     return {VARIABLE: "nvtx"}
+
+
+def c_locale_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of a CSV whose numbers are in C's notation."""
+    parser.add_argument(
+        "--c-locale",
+        action="store_true",
+        help="the CSV to summarise was exported with LC_ALL=C: in it, 1,234 is a thousand and more",
+    )
 
 
 def show(command: Sequence[str], variables: Mapping[str, str] | None = None) -> str:

@@ -105,12 +105,14 @@ def test_wrong_arguments_are_named(kernel, capsys):
         ("{folder}/exits.py:f", "importing .*exits.py failed: SystemExit: 3"),
         ("{file}:fast", "has no function fast; it has rms_norm, right, wrong, ahead"),
         ("{file}:eager", "form 'eager' is built in"),
+        ("{folder}/notes.py:f", "has no function f; it has none"),
     ],
 )
 def test_mistakes_are_one_line(kernel, text, message):
     """Guards a user's mistakes against a traceback."""
     folder = kernel.parent
     (folder / "notes.txt").write_text("")
+    (folder / "notes.py").write_text("")
     (folder / "broken.py").write_text("1 / 0\n")
     (folder / "exits.py").write_text("raise SystemExit(3)\n")
     words = ["ops", "--op", "rms_norm", "--device", "cpu", "--with"]
@@ -133,3 +135,23 @@ def test_the_command_of_a_failed_row_works(kernel, capsys):
     assert command.main([*shlex.split(line), "--device", "cpu", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["impl"] for row in rows] == ["eager", "wrong"]
+
+
+def test_a_file_may_have_a_packages_name(kernel, capsys):
+    """Guards our own packages and others' against a user's kernels.py, which would hide them."""
+    import kernels
+
+    file = kernel.rename(kernel.with_name("kernels.py"))
+    assert run("ops", file, "right", more=("--impl", "eager")) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][1]["version"] == f"{file}:right"
+    assert sys.modules["kernels"] is kernels
+    assert sys.path[-1] == str(file.parent)
+
+
+def test_each_command_has_only_its_own_function(kernel, capsys):
+    """Guards `--repro`: a row's command runs the row's form, not all that were given."""
+    words = ["ops", "--op", "rms_norm", "--shape", "T1 C4096", "--device", "cpu", "--repro"]
+    assert command.main([*words, "--with", f"{kernel}:right", f"{kernel}:wrong"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("--with") for line in lines] == [0, 0, 1, 1]
+    assert f"{kernel}:wrong" not in lines[2]

@@ -66,7 +66,7 @@ def test_they_are_measured(trace, capsys):
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["case"] for row in rows} == {"p50 B2 P96 S9", "prefill 96"}
     assert all(row["median_us"] for row in rows)
-    assert rows[0]["options"] == words[1:3] + ["--percentiles", "50", "--width", "2"]
+    assert rows[0]["options"] == words[1:3] + ["--percentiles", "50.0", "--width", "2"]
 
 
 @pytest.mark.parametrize("words", [("--shapes", "missing.jsonl"), ("--shapes", "x", "--grid")])
@@ -74,3 +74,18 @@ def test_mistakes(words):
     """Guards against a traceback, and a grid that --shapes would silently drop."""
     with pytest.raises(InputError, match="no such file|not allowed with"):
         command.main(["ops", "--device", "cpu", *words])
+
+
+@pytest.mark.parametrize("words", [("--percentiles", "50"), ("--width", "4")])
+def test_options_without_a_trace(words):
+    """Guards against options that are silently ignored."""
+    with pytest.raises(InputError, match="are of --shapes TRACE"):
+        command.main(["ops", "--list", "--device", "cpu", *words])
+
+
+def test_a_case_of_the_grid_is_found_by_its_name(capsys):
+    """Guards the printed command of a row of the grid, which does not say --grid."""
+    words = ["ops", "--op", "prefix_attention", "--list", "--json", "--device", "cpu"]
+    assert command.main([*words, "--shape", "smollm2 B16 P2048 S256"]) == 0
+    (case,) = json.loads(capsys.readouterr().out)["cases"]
+    assert case["case"] == "smollm2 B16 P2048 S256"

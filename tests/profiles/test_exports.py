@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import InputError
+from profiles.__main__ import main
 from profiles.profilers import ncu_summary, nsys_summary
 from profiles.profilers.exports import Export, read_text
 from profiles.profilers.numbers import DURATION, PERCENT, PLAIN, RATE, absent
@@ -210,3 +212,20 @@ def test_a_mangled_export_is_summarised_or_refused(name, data):
             module.display(summarise(text, "x"), "x")
         except InputError as error:
             assert "\n" not in str(error)
+
+
+def test_what_the_c_locale_decides(tmp_path, capsys):
+    """Guards a genuine export whose few numbers would fit two notations: the one that we made, or
+    that the user says was made with LC_ALL=C, is read."""
+    lines = [
+        '"ID","Kernel Name","gpu__time_duration.sum"',
+        '"","","usecond"',
+        '"0","kernel_a","1.234"',
+    ]
+    file = tmp_path / "raw.csv"
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match="may be 1.234 or 1,234.* with --c-locale"):
+        main(["ncu", "--summarise", str(file), "--json"])
+    assert main(["ncu", "--summarise", str(file), "--c-locale", "--json"]) == 0
+    (launch,) = json.loads(capsys.readouterr().out)["launches"]
+    assert launch["duration_us"] == 1.234

@@ -65,7 +65,7 @@ def test_limits_allow_documented_errors(monkeypatch, case, sides):
 def test_limits_allow_no_more(op):
     """Guards tight tolerances: what is allowed for instructions is within a tenth of what is
     derived for the inputs of the cases; results below the rms count less, as in
-    `numerics.errors`."""
+    `bench.errors`."""
     worst = [0.0, 0.0]
     for case in (case for case in numerics_cases() if case.op == op):
         inputs = case.inputs(0, CPU, torch.float32)
