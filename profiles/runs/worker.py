@@ -3,8 +3,7 @@
 An empty DEVICE means a GPU if there is one. The worker reads tasks as lines of JSON from stdin,
 writes an answer to each to stdout, and ends when stdin does. What tasks print goes to stderr; so do
 the stacks of a task that exceeds its limit. After a task that spoiled the process
-(bench/measure/poison.py)
-the worker answers and ends.
+(bench/measure/poison.py) the worker answers and ends.
 """
 
 import faulthandler
