@@ -3,7 +3,7 @@
 A trace is JSON Lines, or CSV with a header. Each request has two numbers of tokens, under one pair
 of the names in NAMES; other fields are ignored, but for these:
 
-- `n`, in JSON Lines: so many completions of the prompt, whose tokens the second number counts
+- `n`, in JSON Lines: the number of completions of the prompt, whose tokens the second number counts
   together, as OpenAI's `usage` does. `usage` may also hold the two numbers.
 - `hash_ids` (Mooncake): requests whose lists are equal and not empty have the same prompt, and
   count as rollouts of one problem, whenever they arrive.
@@ -70,7 +70,7 @@ def read_traffic(
 ) -> Traffic:
     """The shapes of a trace at `percentiles`, which are above 0 and at most 100.
 
-    Each of the three lengths has its own percentile, the smallest value that at least so many
+    Each of the three lengths has its own percentile, the smallest value that at least that many
     percent do not exceed: a prompt's tokens and its number of rollouts over the problems, and the
     tokens of a rollout halfway through its generation over the requests. `width` replaces the
     numbers of rollouts: public traces have one completion per prompt, PaCoRe many. Percentiles with

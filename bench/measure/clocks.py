@@ -2,7 +2,7 @@
 
 Times of a GPU that slows down because it is hot, or because its power supply asks for it, are not
 those of the kernel: they are refused. A GPU at its power limit lowers its clocks, too, and large
-products always reach it; such times count, with the lowest and the highest clock beside them.
+products always reach it; such times count, and their row has the lowest and the highest clock.
 """
 
 import ctypes

@@ -391,7 +391,7 @@ class TestClocks:
 
 
 def side_stream(inputs):
-    """The work is on a stream that nobody waits for."""
+    """The work is on a stream that the timed one does not wait for."""
     stream = torch.cuda.Stream()
 
     def call():
@@ -406,7 +406,7 @@ def side_stream(inputs):
 @pytest.mark.gpu
 class TestGpu:
     def test_work_on_another_stream(self):
-        """Guards graphs against work that is captured on no stream, or on one nobody joins."""
+        """Guards graphs against work that is captured on no stream, or never joined."""
         add_form("rms_norm", "cheat", side_stream)
         device = torch.device("cuda")
         rows = ops.time_case(CASE, device, torch.float32, ("eager", "cheat"), 0)

@@ -34,7 +34,7 @@ def test_units():
 
 
 def test_rows_of_a_known_gpu(monkeypatch):
-    """Guards the fields: the larger share counts, at the median; measured ceilings stay beside."""
+    """Guards the fields: the larger share counts, at the median; the measured ceilings stay."""
     monkeypatch.setattr("bench.measure.rows.peak_of", lambda device: H200)
     memory = row(num_bytes=240_000_000, flops=1)
     assert memory["peak_fraction"] == memory["mbu"] == pytest.approx(0.5)
