@@ -23,7 +23,6 @@ from bench.measure.verdicts import (
     NOT_WRITTEN,
     addresses,
     changed_input,
-    copied,
     nan_filled_allocations,
     reference,
     shared_input,
@@ -44,7 +43,7 @@ class Cheat(Exception):
 
 @dataclass(frozen=True)
 class AuditedSet:
-    """An input set, copies of its first values, and the right results."""
+    """An input set, its first values, and the right results for them."""
 
     inputs: dict
     original: dict
@@ -52,23 +51,17 @@ class AuditedSet:
 
 
 class Audit:
-    """The audit of a case's forms over their input sets; created before the calls are prepared."""
+    """The audit of a case's forms; `sets` are their input sets, `sets[i]` with seed i."""
 
     def __init__(self, case: Case, sets: Sequence[dict]) -> None:
-        self.case, self.op = case, OPS[case.op]
-        self.last = len(sets) - 1
+        self.case, self.op, self.sets = case, OPS[case.op], sets
         self.chosen = random.randrange(len(sets))
-        self.audited = {self.chosen: self._audited(sets[self.chosen])}
+        self.audited: dict[int, AuditedSet] = {}
         # Written through `data`, which leaves the version by which a form could notice the change.
         self.varying = [inputs[self.op.varies].data for inputs in sets]
-        if self.varying[0].is_cuda:  # for forms whose results all use the same memory
-            self.audited[self.last] = self._audited(sets[self.last])
         self.drawn = [x.clone() for x in self.varying]
         for index in range(len(sets)):
             self.refresh(index)
-
-    def _audited(self, inputs: dict) -> AuditedSet:
-        return AuditedSet(inputs, copied(inputs), reference(self.case, inputs))
 
     def refresh(self, index: int) -> None:
         """Give the varying input of a set new values: its first ones times a random factor."""
@@ -76,38 +69,46 @@ class Audit:
 
     def check(self, repeat: Repeat) -> None:
         """Raise Cheat unless a form does its work on the chosen set by the path that is timed."""
-        index = self.chosen
-        before = tensors(repeat.result(index))
-        if repeat.timer == "graph" and addresses(before) & addresses(
-            tensors(repeat.result(self.last))
-        ):
-            index = self.last  # of results in the same memory, a replay leaves the last
-        self._check(index, partial(repeat.result, index))
+        index, last = self.chosen, len(self.sets) - 1
+        if repeat.timer == "graph":
+            results = (addresses(tensors(repeat.result(at))) for at in (index, last))
+            if set.intersection(*results):
+                index = last  # of results in the same memory, a replay leaves the last
+        try:
+            self._check(self._audited(index), partial(repeat.result, index))
+        finally:
+            self.refresh(index)
 
-    def _check(self, index: int, call: Callable[[], object]) -> None:
-        state = self.audited[index]
+    def _audited(self, index: int) -> AuditedSet:
+        """The set, its first values drawn again, and the right results; kept for other forms."""
+        if index not in self.audited:
+            varying = self.varying[index]
+            original = self.case.inputs(index, varying.device, varying.dtype)
+            expected = reference(self.case, original)
+            self.audited[index] = AuditedSet(self.sets[index], original, expected)
+        return self.audited[index]
+
+    def _check(self, state: AuditedSet, call: Callable[[], object]) -> None:
         before = tensors(call())
         if name := shared_input(self.op, state.inputs, before):
             raise Cheat(f"a result shares memory with the input {name!r} while it is timed")
         kept = [x.clone() for x in before]
         for x in before:
             x.fill_(torch.nan if x.is_floating_point() else -1)
-        _restore(state, (self.op.varies, *("pages",) * self.op.stores))
-        try:
-            # Twice: memory left unwritten shows only among NaN, which a form could notice.
-            for context in (nullcontext(), nan_filled_allocations()):
-                with context:
-                    results = tensors(call())
-                at_return = [x.clone() for x in results]  # on the stream that is timed
-                if reason := self._reason(state, at_return, results, kept):
-                    raise Cheat(reason)
-            if name := changed_input(self.op, state.original, state.inputs):
-                raise Cheat(f"it changes its input {name!r} while it is timed")
-        except Cheat:
-            _restore(state, tuple(state.inputs))  # for the forms that follow
-            raise
-        finally:
-            self.refresh(index)
+        for name in (self.op.varies, *("pages",) * self.op.stores):
+            _restore(state, name)
+        reason = None
+        # Twice: memory left unwritten shows only among NaN, which a form could notice.
+        for context in (nullcontext(), nan_filled_allocations()):
+            with context:
+                results = tensors(call())
+            at_return = [x.clone() for x in results]  # on the stream that is timed
+            reason = reason or self._reason(state, at_return, results, kept)
+        while name := changed_input(self.op, state.original, state.inputs):
+            _restore(state, name)  # for the forms that follow
+            reason = f"it changes its input {name!r} while it is timed"
+        if reason:
+            raise Cheat(reason)
 
     def _reason(
         self,
@@ -119,8 +120,6 @@ class Audit:
         failure = self._failure(state, at_return)
         if not failure:
             return None
-        if name := changed_input(self.op, state.original, state.inputs):
-            return f"it changes its input {name!r} while it is timed"
         if self._arrives(state, results):
             return LATE
         if all(map(torch.equal, at_return, kept)):
@@ -146,8 +145,7 @@ class Audit:
         return verdict_on(self.case, [*results, *stored], state.expected, dtype).failure
 
 
-def _restore(state: AuditedSet, names: Sequence[str]) -> None:
-    for name in names:
-        pairs = zip(tensors(state.inputs[name]), tensors(state.original[name]), strict=True)
-        for now, first in pairs:
-            now.data.copy_(first)
+def _restore(state: AuditedSet, name: str) -> None:
+    pairs = zip(tensors(state.inputs[name]), tensors(state.original[name]), strict=True)
+    for now, first in pairs:
+        now.data.copy_(first)

@@ -82,7 +82,7 @@ def time_case(
     names = forms_of(case, impls) or forms_here(case, device)
     verdicts = verdicts_of(case, device, dtype, names, required=bool(impls))
     ready = prepared(case, verdicts, device, dtype, anyway)
-    timings = _timings(ready, verdicts, device, budget_s)
+    timings = _timings(ready, device, budget_s)
     rows = [
         row_of(case, name, device, dtype, verdict, timings.get(name))
         for name, verdict in verdicts.items()
@@ -91,11 +91,10 @@ def time_case(
 
 
 def needed_bytes(case: Case, device: torch.device, dtype: torch.dtype) -> int:
-    """Memory that a case needs, without peers: the larger of its inputs with an fp32 copy, as for
-    checks, and all sets of its inputs, as for timing. Adds a tenth for what is not counted."""
+    """Memory that a case needs, without peers: all sets of its inputs for the timing, one more and
+    its copy in fp32 for the audit. Adds a tenth for what is not counted."""
     once = case.bytes(dtype)
-    checked = once * (1 + 4 / dtype.itemsize)
-    return int(1.1 * max(checked, sets_for(once, device) * once))
+    return int(1.1 * once * (sets_for(once, device) + 1 + 4 / dtype.itemsize))
 
 
 def _too_large(case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -137,12 +136,9 @@ def verdicts_of(
     return verdicts
 
 
-def _timings(
-    ready: Prepared, verdicts: dict[str, Verdict], device: torch.device, budget_s: float
-) -> dict[str, Timing]:
-    """Times of the prepared forms. Puts the reason into `verdicts` if one cannot be timed."""
-    calls = ready.calls
-
+def _timings(ready: Prepared, device: torch.device, budget_s: float) -> dict[str, Timing]:
+    """Times of the prepared forms. Puts the reason into their verdicts if one cannot be timed."""
+    calls, verdicts = ready.calls, ready.verdicts
     while calls:
         candidates = {name: partial(_call, set_calls) for name, set_calls in calls.items()}
         sets = len(next(iter(calls.values())))

@@ -15,8 +15,6 @@ SCHEMA = 1  # incremented whenever a field changes its meaning; new fields leave
 
 Microseconds = Annotated[float, "microseconds"]
 Number = Annotated[float, "at least 0"]
-
-
 OPTIONAL = ("shape", "mfu", "mbu", "peak_fraction", "sm_mhz")  # only in rows that have a value
 
 

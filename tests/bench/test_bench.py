@@ -137,7 +137,7 @@ class TestOps:
         case = next(case for case in cases("cuda", grid=True) if case.name == "B64 P32768 S32768")
         monkeypatch.setattr(ops, "sets_for", lambda *_: 1)
         needed = ops.needed_bytes(case, CPU, torch.bfloat16)
-        assert 3 * case.bytes(torch.bfloat16) < needed < 4 * case.bytes(torch.bfloat16)
+        assert 4 * case.bytes(torch.bfloat16) < needed < 5 * case.bytes(torch.bfloat16)
         monkeypatch.setattr(ops, "_too_large", lambda *_: "needs 29 GB, the GPU has 24")
         (row,) = ops.time_case(case, CPU, torch.bfloat16)
         assert (row["skipped"], row["failure"]) == ("needs 29 GB, the GPU has 24", None)
