@@ -36,12 +36,15 @@ setup(
     ],
     extras_require={
         "gguf": ["gguf"],
+        "serve": ["fastapi", "uvicorn", "prometheus-client", "pydantic>=2"],
         "test": [
             "pytest",
             "pytest-benchmark",
             "pytest-timeout",
             "pytest-xdist",
             "hypothesis",
+            "openai",
+            "schemathesis",
             "transformers>=5.17",  # the first with Step3p7VisionModel
             "gguf",
             "scikit-image",
