@@ -33,7 +33,8 @@ from model.terminal import progress
 from model.text.prompt import build_prompt
 from model.vision.image import load_image, preprocess
 from pacore_sched.answers.journal_lines import RolloutResult
-from pacore_sched.answers.pacore import Answer, Pacore, engine_for
+from pacore_sched.answers.live import Answer
+from pacore_sched.answers.pacore import Pacore, engine_for
 from pacore_sched.engine.engine import Engine
 from pacore_sched.sched.request import Sampling
 

@@ -19,7 +19,8 @@ from bench.measure.origin import origin
 from kernels.runtime.dtypes import dtype_name
 from model.step3vl import Step3VL
 from model.terminal import progress
-from pacore_sched.answers.pacore import Answer, Pacore, engine_for
+from pacore_sched.answers.live import Answer
+from pacore_sched.answers.pacore import Pacore, engine_for
 from pacore_sched.answers.problem_run import Problem
 from pacore_sched.sched.request import Sampling
 

@@ -1,7 +1,7 @@
 """The state of one problem between rounds: finished rounds, and the next round's prompt.
 
-A round is an entry of `Settings.widths`. It ends when as many of its rollouts have ended as `needs`
-says; the others are cancelled and have no message.
+A round is an entry of `Settings.widths`. It ends when as many of its rollouts have ended as
+`Settings.need` says; the others are cancelled and have no message.
 """
 
 import random
@@ -45,13 +45,23 @@ class Problem:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that all problems share; `widths` and `needs` have an entry per round."""
+    """How problems are answered; `widths` has the rollouts of every round.
+
+    min_messages: a round ends when this many of its rollouts have ended; None: all
+    synthesis: whether the last round is the synthesis, whose message is the answer
+    """
 
     widths: Sequence[int]
-    needs: Sequence[int]
     sampling: Sampling
     seed: int = 0
     template: SynthesisTemplate | None = None
+    min_messages: int | None = None
+    synthesis: bool = True
+
+    def need(self, number: int) -> int:
+        """The rollouts of a round that must end."""
+        width = self.widths[number]
+        return min(self.min_messages or width, width)
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,9 @@ class ProblemRun:
         """`number` counts problems in order of arrival; `known` are results of an earlier run."""
         self.id, self.number = problem.id, number
         self.rounds: list[list[RolloutResult]] = []
+        self.group: Group | None = None  # of the current round, or of the last one
         self.pending = 0  # rollouts of the current round that have not ended
-        self._model, self._engine, self._settings = model, engine, settings
+        self._model, self._engine, self.settings = model, engine, settings
         self._messages, self._load = problem.messages, problem.load
         self.image_bytes = 0  # of the images' embeddings, from `prepare` to `release`
         self._preparing: Future | None = None
@@ -96,7 +107,7 @@ class ProblemRun:
     @property
     def finished(self) -> bool:
         """Whether all rounds have ended."""
-        return len(self.rounds) == len(self._settings.widths)
+        return len(self.rounds) == len(self.settings.widths)
 
     @property
     def quick(self) -> bool:
@@ -148,22 +159,22 @@ class ProblemRun:
         else:
             self._prompt = self._build_prompt()
         self._encode()
-        number, settings = len(self.rounds), self._settings
+        number, settings = len(self.rounds), self.settings
         width = settings.widths[number]
         missing = [index for index in range(width) if index not in self._current]
         self._on_end.callback(begin("round", f"{number} of problem {self.id or self.number}"))
         path = self._path(self._prompt.ids)
-        group = self._engine.submit(
+        self.group = self._engine.submit(
             path,
             self._prompt.ids[-1],
             {i: rollout_seed(settings.seed, number, i, self.id) for i in missing},
             self._sampling(path),
             problem=self.number,
             round=number,
-            need=settings.needs[number] - self._ended(),
+            need=settings.need(number) - self._ended(),
         )
         self.pending = len(missing)
-        return group
+        return self.group
 
     def take(self, rollout: Rollout) -> RolloutResult:
         """Record that a rollout of the current round has ended. Raises whatever turning its tokens
@@ -201,7 +212,7 @@ class ProblemRun:
             self._features.cancel()
         if self._head is not None:
             self._engine.scheduler.drop(self._head)
-        self._head = self._features = None
+        self._head = self._features = self.group = None
         self._preparing = None  # if it failed, its traceback refers to this object
         self._views, self.image_bytes = (), 0
         self._on_end.close()
@@ -209,15 +220,15 @@ class ProblemRun:
     def _begin_round(self) -> None:
         """Start the current round from known results; end it at once if they are enough."""
         number = len(self.rounds)
-        if number < len(self._settings.widths):
-            known = (self._known.get((number, i)) for i in range(self._settings.widths[number]))
+        if number < len(self.settings.widths):
+            known = (self._known.get((number, i)) for i in range(self.settings.widths[number]))
             self._current = {result.index: result for result in known if result}
-            if self._ended() >= self._settings.needs[number]:
+            if self._ended() >= self.settings.need(number):
                 self._end_round()
 
     def _end_round(self) -> None:
         """Close the current round; rollouts without a result count as cancelled."""
-        number, settings = len(self.rounds), self._settings
+        number, settings = len(self.rounds), self.settings
         sibling = next(iter(self._current.values()))
         cancelled = replace(
             sibling, finish_reason="cancelled", text="", num_tokens=0, logprob=0.0,
@@ -255,8 +266,8 @@ class ProblemRun:
             if len(ids) >= context:
                 raise InputError(f"the prompt has {len(ids)} tokens, the context is {context}")
             return FittedPrompt(ids, (), ())
-        template, first = self._settings.template, self.rounds[0][0].prompt_tokens
-        max_tokens = self._settings.sampling.max_tokens
+        template, first = self.settings.template, self.rounds[0][0].prompt_tokens
+        max_tokens = self.settings.sampling.max_tokens
         prompt = fit_messages(
             self.rounds[-1],
             lambda texts: self._ids_of(round_messages(self._messages, texts, template=template)),
@@ -299,7 +310,7 @@ class ProblemRun:
 
         After the first round, also to the rest of the KV: the rollouts so far are not lost.
         """
-        sampling, context = self._settings.sampling, self._model.config.decoder.max_positions
+        sampling, context = self.settings.sampling, self._model.config.decoder.max_positions
         prompt_tokens = sum(segment.tokens for segment in path) + 1
         limit = min(sampling.max_tokens, context - prompt_tokens)
         if self.rounds:

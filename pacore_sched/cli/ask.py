@@ -9,7 +9,8 @@ from model.errors import InputError
 from model.terminal import progress
 from model.vision.image import load_image
 from pacore_sched.answers.journal_lines import RolloutResult
-from pacore_sched.answers.pacore import Answer, Pacore
+from pacore_sched.answers.live import Answer
+from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.rounds import compact, load_template, parse_widths, round_widths
 from pacore_sched.cli import options as shared
 from pacore_sched.engine.stopping import checked_stops

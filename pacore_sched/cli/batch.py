@@ -11,7 +11,8 @@ from functools import partial
 from itertools import groupby
 
 from pacore_sched.answers.journal_lines import RolloutResult
-from pacore_sched.answers.pacore import Pacore, Round
+from pacore_sched.answers.live import Round
+from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.questions import Question
 from pacore_sched.answers.rounds import load_template, parse_widths, round_widths
 from pacore_sched.cli import options as shared

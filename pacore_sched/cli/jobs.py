@@ -30,7 +30,8 @@ from model.text.files import check_target, open_file, parse_json
 from model.vision.image import Views
 from pacore_sched.answers.journal import Journal, draft_of, replace_file
 from pacore_sched.answers.journal_lines import Expected, RolloutResult
-from pacore_sched.answers.pacore import Answer, Pacore
+from pacore_sched.answers.live import Answer
+from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.problem_run import Problem, rollout_seed
 from pacore_sched.answers.questions import Question, read_questions
 from pacore_sched.cli import options as shared

@@ -84,6 +84,10 @@ class LastTokens:
         for rollout, _ in new:
             self._owner[rollout.batch_index] = rollout.node
 
+    def clear(self) -> None:
+        """Make the next `claim` write the last tokens of all rollouts."""
+        self._owner = [None] * self.padding_index
+
     def forget(self, rollout: Rollout) -> None:
         """Make the next `claim` write this rollout's last token again."""
         self._owner[rollout.batch_index] = None

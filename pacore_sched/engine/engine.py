@@ -9,6 +9,7 @@ many, into pages that are still its own.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from kernels.runtime.spans import span, spanned
@@ -87,18 +88,19 @@ class Engine(Generic[ExecutorT]):
         self.ahead = executor.asynchronous if ahead is None else ahead
         self.speculate = speculate
         running = min(max_running or executor.max_running, executor.max_running)
-        self.scheduler = Scheduler(
+        self._new_scheduler = partial(
+            Scheduler,
             executor.num_pages,
             executor.page_size,
-            find_policy(policy) if isinstance(policy, str) else policy,
             max_running=running,
             token_budget=max(token_budget, running),
             host_pages=host_pages,
         )
+        self.scheduler = self._new_scheduler(
+            find_policy(policy) if isinstance(policy, str) else policy
+        )
         self.stats = EngineStats()
-        self._drafts = SiblingDrafts()
-        self._in_flight: tuple[Batch, object] | None = None
-        self._last_reads: tuple[Batch | None, int, int, int] = (None, 0, 0, 0)
+        self._begin()
 
     @property
     def busy(self) -> bool:
@@ -162,9 +164,24 @@ class Engine(Generic[ExecutorT]):
         self._drafts.forget(group)
         return self.scheduler.cancel(group)
 
+    def reset(self) -> None:
+        """Forget all groups, after a step has failed; the executor must have been reset before.
+
+        The totals and the policy are kept.
+        """
+        before = self.scheduler
+        self.scheduler = self._new_scheduler(before.policy)
+        self.scheduler.counts, self.scheduler.steps = before.counts, before.steps
+        self._begin()
+
     def text(self, rollout: Rollout) -> str:
         """The text of an ended rollout; "" after an error."""
         return self.stopping.text(rollout)
+
+    def _begin(self) -> None:
+        self._drafts = SiblingDrafts()
+        self._in_flight: tuple[Batch, object] | None = None
+        self._last_reads: tuple[Batch | None, int, int, int] = (None, 0, 0, 0)
 
     def _step(self) -> list[Rollout]:
         speculating = 0 < len(self.scheduler.running) <= self.speculate

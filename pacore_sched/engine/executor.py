@@ -151,6 +151,15 @@ class ModelExecutor:
         width = self.model.config.decoder.hidden * self.model.dtype.itemsize
         return self.model.count_features(views) * width
 
+    def reset(self) -> None:
+        """Forget all rollouts, after a step has failed; the next batches are of another tree.
+
+        The KV pages, the CUDA graphs and the vision tower's thread are used again.
+        """
+        self._last_tokens.clear()  # another tree counts its nodes from 0 again
+        self._cached_decode = None
+        self._on_host.clear()
+
     @torch.inference_mode()
     def launch(self, tree: PrefixTree, batch: Batch) -> PendingStep:
         """Start a step; on a GPU without waiting for it.

@@ -66,6 +66,11 @@ class FakeExecutor:
         self.host: dict[Rollout, list[int | None]] = {}
         self.launched: list[Batch] = []
 
+    def reset(self) -> None:
+        self.kv.clear()
+        self.last.clear()
+        self.host.clear()
+
     def launch(self, tree: PrefixTree, batch: Batch) -> tuple[list[int], list[float]]:
         self.launched.append(batch)
         self._move(batch)

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from model.config import TINY
 from model.text.tokenizer import Tokenizer
 from model.vision.image import Views
-from pacore_sched.answers.pacore import Answer, Pacore
+from pacore_sched.answers.live import Answer
+from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.problem_run import Problem
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.stopping import Stopping

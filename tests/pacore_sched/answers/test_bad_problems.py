@@ -13,7 +13,8 @@ import torch
 from model.errors import InputError
 from model.vision.image import Views
 from pacore_sched.answers import problem_run
-from pacore_sched.answers.pacore import Answer, Pacore
+from pacore_sched.answers.live import Answer
+from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.problem_run import Problem
 from pacore_sched.answers.rounds import SynthesisTemplate
 from pacore_sched.engine.image_encoder import ImageEncoder

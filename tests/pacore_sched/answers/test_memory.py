@@ -17,7 +17,8 @@ from model.step3vl import Step3VL
 from model.vision.image import Views
 from pacore_sched.answers.arrivals import PREPARED_AHEAD
 from pacore_sched.answers.journal_lines import RolloutResult
-from pacore_sched.answers.pacore import ENCODED_AHEAD, Pacore, engine_for
+from pacore_sched.answers.live import ENCODED_AHEAD
+from pacore_sched.answers.pacore import Pacore, engine_for
 from pacore_sched.answers.problem_run import Problem
 from pacore_sched.sched.request import Group, Rollout, Sampling
 

@@ -12,6 +12,7 @@ from model.step3vl import Step3VL
 from model.text.tokenizer import Tokenizer
 from pacore_sched.answers import message_budget
 from pacore_sched.answers.journal_lines import RolloutResult
+from pacore_sched.answers.live import Answer
 from pacore_sched.answers.message_budget import (
     MIN_TOKENS,
     fit_messages,
@@ -19,7 +20,7 @@ from pacore_sched.answers.message_budget import (
     tail,
     tokens_kept,
 )
-from pacore_sched.answers.pacore import Answer, Pacore, engine_for
+from pacore_sched.answers.pacore import Pacore, engine_for
 from pacore_sched.answers.problem_run import Problem
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Sampling

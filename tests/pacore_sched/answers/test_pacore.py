@@ -21,7 +21,8 @@ from model.text.prompt import build_prompt
 from model.vision.image import Views
 from pacore_sched.answers import problem_run
 from pacore_sched.answers.journal_lines import RolloutResult
-from pacore_sched.answers.pacore import Answer, Pacore, engine_for
+from pacore_sched.answers.live import Answer
+from pacore_sched.answers.pacore import Pacore, engine_for
 from pacore_sched.answers.problem_run import Problem, rollout_seed
 from pacore_sched.answers.rounds import compact, round_messages
 from pacore_sched.sched.policy import ORACLES, POLICIES
@@ -252,7 +253,7 @@ def test_answers_arrive_as_problems_end():
 
 def test_problems_are_read_when_there_is_room(monkeypatch: pytest.MonkeyPatch):
     """Reading all problems and their images before the first answer."""
-    monkeypatch.setattr("pacore_sched.answers.pacore.AHEAD", 12)
+    monkeypatch.setattr("pacore_sched.answers.live.AHEAD", 12)
     taken, unanswered = [], []
 
     def arriving():

@@ -239,3 +239,33 @@ def test_what_a_cancelled_rollout_sampled_is_wasted():
     assert len(last.drafts) == 2 and all(last.drafts)
     sampled = sum(len(batch.sampled) + sum(map(len, batch.drafts)) for batch in executor.launched)
     assert engine.stats.generated + engine.stats.wasted == sampled
+
+
+def test_reset_after_a_failed_step(monkeypatch: pytest.MonkeyPatch):
+    """A step fails with rollouts running, waiting and in flight: nothing of them is left, and the
+    next groups get the tokens of a new engine."""
+    engine = engine_of(FakeExecutor(20, 4, 4), ahead=True)
+
+    def submit() -> Group:
+        seeds = {index: index for index in range(8)}
+        return engine.submit([segment([5, 6, 7, 8, 9])], 3, seeds, Sampling(max_tokens=20))
+
+    submit()
+    for _ in range(4):
+        engine.step()
+    steps, generated = engine.scheduler.steps, engine.stats.generated
+    assert engine.scheduler.running and engine.busy
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.executor, "launch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.executor.reset()
+    engine.reset()
+    assert not engine.busy and engine.scheduler.tree.free_pages == 20
+    assert (engine.scheduler.steps, engine.stats.generated) >= (steps, generated)
+    again = submit()
+    while engine.busy:
+        engine.step()
+        engine.scheduler.check_integrity()
+    for rollout in again.rollouts:
+        assert rollout.tokens == expected(again, rollout)

@@ -570,3 +570,22 @@ def test_under_the_engine(tiny: Step3VL, ahead: bool, speculate: int):
     assert engine.scheduler.counts.preemptions
     assert engine.stats.accepted or not speculate
     assert engine.scheduler.tree.free_pages == executor.num_pages
+
+
+def test_reset(tiny: Step3VL):
+    """After a reset, node numbers begin again: a stale owner in LastTokens, or a cached batch,
+    would feed the next rollouts the tokens of the ones before."""
+    prompt = [9, 8, 7, 6, 5]
+
+    def tokens(executor: ModelExecutor, ids: list[int]) -> list[list[int]]:
+        engine = Engine(executor, Stopping(tiny.tokenizer, ()), ahead=False)
+        seeds = {0: 1, 1: 2}
+        group = engine.submit([executor.segment(ids[:-1])], ids[-1], seeds, Sampling(max_tokens=6))
+        for _ in range(4):
+            engine.step()
+        return [list(rollout.tokens) for rollout in group.rollouts]
+
+    used = ModelExecutor(tiny, num_pages=40, max_running=8)
+    tokens(used, [5, 6, 7])
+    used.reset()
+    assert tokens(used, prompt) == tokens(ModelExecutor(tiny, num_pages=40, max_running=8), prompt)
