@@ -1,4 +1,4 @@
-"""`python -m pacore_sched COMMAND`: answer questions with PaCoRe, or simulate its scheduling."""
+"""`python -m pacore_sched COMMAND`: answer questions with PaCoRe, serve it, or simulate its scheduling."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,7 @@ COMMANDS = {
     "ask": ("pacore_sched.cli.ask", "answer one question"),
     "batch": ("pacore_sched.cli.batch", "answer the questions of a file"),
     "sample": ("pacore_sched.cli.sample", "draw several samples for every prompt of a file"),
+    "serve": ("pacore_sched.cli.serve", "answer requests over HTTP, with OpenAI's interface"),
     "simulate": ("pacore_sched.cli.simulate", "compare scheduling policies on simulated GPUs"),
 }
 

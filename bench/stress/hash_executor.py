@@ -17,9 +17,8 @@ from kernels.plan_node import PlanNode
 from pacore_sched.engine.decode_step import LastTokens
 from pacore_sched.engine.step_rows import StepRows, build_step_rows
 from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, Rollout, Segment
+from pacore_sched.sched.request import Batch, Rollout, SampledTokens, Segment
 
-Results = tuple[list[int], list[float]]
 Entry = tuple[int, int]  # a token's KV: the context's hash before and after it
 
 
@@ -87,11 +86,11 @@ class HashExecutor:
         self._owner: dict[int, int] = {}  # page -> node
         self._last_tokens = LastTokens(max_running, torch.device("cpu"))
         self._cached: _Layout | None = None
-        self._pending: deque[Results] = deque()
+        self._pending: deque[SampledTokens] = deque()
         self._newest_node = -1  # of a rollout
         self.last_batch = Batch(())
 
-    def launch(self, tree: PrefixTree, batch: Batch) -> Results:
+    def launch(self, tree: PrefixTree, batch: Batch) -> SampledTokens:
         """Run a step on the device."""
         self._check(tree, batch)
         self.last_batch = batch
@@ -114,7 +113,7 @@ class HashExecutor:
         self._pending.append(results)
         return results
 
-    def collect(self, pending: Results) -> Results:
+    def collect(self, pending: SampledTokens) -> SampledTokens:
         """Hand the results of a step to the host."""
         expect(self._pending and self._pending.popleft() is pending, "steps collected out of order")
         self.counts["sampled"] += len(pending[0])
@@ -178,7 +177,7 @@ class HashExecutor:
             list(step.slots), rows.sampled, rows.drafted, min(room),
         )  # fmt: skip
 
-    def _run(self, layout: _Layout) -> Results:
+    def _run(self, layout: _Layout) -> SampledTokens:
         ids, last_tokens = layout.ids, self._last_tokens.tokens.tolist()
         for row, index in layout.last:
             ids[row] = last_tokens[index]
@@ -192,7 +191,7 @@ class HashExecutor:
             logprobs.append(logprob)
             last_tokens[rollout.batch_index] = max(token, 0)  # as `sample` does
         self._last_tokens.tokens = torch.tensor(last_tokens)
-        return tokens, logprobs
+        return SampledTokens(tokens, logprobs)
 
     def _attend(self, layout: _Layout) -> list[int]:
         """Write each row's KV and return the context that it reads, itself included."""

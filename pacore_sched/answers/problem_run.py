@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from model.vision.image import Views
     from pacore_sched.engine.executor import ModelExecutor
     from pacore_sched.engine.image_encoder import Features
+    from pacore_sched.engine.logprobs import PromptScores
 
 QUICK = 100_000  # characters: about 0.1 s of tokenising
 
@@ -41,6 +42,8 @@ class Problem:
     messages: Sequence[dict]
     load: "Callable[[], Sequence[Views]] | None" = None
     id: str = ""
+    ids: Sequence[int] = ()
+    scores: "PromptScores | None" = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class ProblemRun:
         self.pending = 0  # rollouts of the current round that have not ended
         self._model, self._engine, self.settings = model, engine, settings
         self._messages, self._load = problem.messages, problem.load
+        self._ids, self._scores = problem.ids, problem.scores
         self.image_bytes = 0  # of the images' embeddings, from `prepare` to `release`
         self._preparing: Future | None = None
         self._views: Sequence[Views] = ()  # until they are encoded
@@ -98,7 +102,7 @@ class ProblemRun:
         self._failure: str | None = None
         self._head: Segment | None = None
         self._head_ids: list[int] = []
-        self._prompt = FittedPrompt([], (), ())  # of the current round
+        self.prompt = FittedPrompt([], (), ())  # of the current round
         self._known = {(result.round, result.index): result for result in known}
         self._current: dict[int, RolloutResult] = {}
         self._on_end = ExitStack()  # closes the current round's span
@@ -127,6 +131,12 @@ class ProblemRun:
         error = self._features.error
         return f"the images cannot be encoded: {reason(error)}" if error else None
 
+    @property
+    def results(self) -> list[RolloutResult]:
+        """The rollouts that have ended so far, in the order of their rounds and indices."""
+        current = [self._current[index] for index in sorted(self._current)]
+        return [*(result for round_ in self.rounds for result in round_), *current]
+
     def fail(self, error: BaseException) -> None:
         """Make `error` the problem's error."""
         self._failure = reason(error)
@@ -140,7 +150,7 @@ class ProblemRun:
         if self._views:
             self.image_bytes = self._engine.executor.feature_bytes(self._views)
         self._layouts = [_Layout(view.newlines) for view in self._views]
-        self._prompt = self._build_prompt()
+        self.prompt = self._build_prompt()
 
     def set_preparing(self, preparing: Future) -> None:
         """Set the future of `prepare`: `next_round` waits for it and raises its error."""
@@ -157,16 +167,16 @@ class ProblemRun:
             self._preparing.result()
             self._preparing = None
         else:
-            self._prompt = self._build_prompt()
+            self.prompt = self._build_prompt()
         self._encode()
         number, settings = len(self.rounds), self.settings
         width = settings.widths[number]
         missing = [index for index in range(width) if index not in self._current]
         self._on_end.callback(begin("round", f"{number} of problem {self.id or self.number}"))
-        path = self._path(self._prompt.ids)
+        path = self._path(self.prompt.ids)
         self.group = self._engine.submit(
             path,
-            self._prompt.ids[-1],
+            self.prompt.ids[-1],
             {i: rollout_seed(settings.seed, number, i, self.id) for i in missing},
             self._sampling(path),
             problem=self.number,
@@ -192,8 +202,8 @@ class ProblemRun:
             text=self._engine.text(rollout) if has_message else "",
             num_tokens=len(rollout.tokens),
             logprob=sum(rollout.logprobs),
-            cut=self._prompt.cut,
-            dropped=self._prompt.dropped,
+            cut=self.prompt.cut,
+            dropped=self.prompt.dropped,
             tokens=tuple(rollout.tokens),
             logprobs=tuple(rollout.logprobs),
         )
@@ -262,7 +272,7 @@ class ProblemRun:
         if known rollouts had another prompt."""
         context = self._model.config.decoder.max_positions
         if not self.rounds:
-            ids = self._ids_of(self._messages, max_tokens=context)
+            ids = list(self._ids) or self._ids_of(self._messages, max_tokens=context)
             if len(ids) >= context:
                 raise InputError(f"the prompt has {len(ids)} tokens, the context is {context}")
             return FittedPrompt(ids, (), ())
@@ -293,7 +303,7 @@ class ProblemRun:
         """The prompt's segments without its last token: the leading images, then the rest."""
         tokens, executor = self._model.config.tokens, self._engine.executor
         if self._features is None:
-            return [executor.segment(ids[:-1])]
+            return [executor.segment(ids[:-1], scores=None if self.rounds else self._scores)]
         if self._head is None:
             head = image_head_length(ids, self._model.tokenizer, tokens)
             self._head_ids = ids[:head]

@@ -195,12 +195,15 @@ def _settings(options: argparse.Namespace, job: Job, digest: str) -> dict:
 
 
 def _model_settings(model: Step3VL, sampling: Sampling) -> dict:
-    """The other part; omitted options have the model's values."""
+    """The other part; omitted options have the model's values. No result depends on
+    `top_logprobs`, and older journals lack it."""
+    settings = asdict(sampling)
+    del settings["top_logprobs"]
     return {
         "device": model.device.type,
         "dtype": dtype_name(model.dtype),
         "chat_template_sha256": text_digest(model.tokenizer.chat_template),
-        **asdict(sampling),
+        **settings,
     }
 
 

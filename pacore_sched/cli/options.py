@@ -163,20 +163,24 @@ def views_of(images: Iterable["Image.Image"], model: Step3VL) -> list[Views]:
 
 
 def make_engine(
-    options: argparse.Namespace, model: Step3VL, *, problems: int, width: int
+    options: argparse.Namespace, model: Step3VL, *, problems: int | None = None, width: int = 1
 ) -> Engine[ModelExecutor]:
     """The engine described by the options, no larger than `problems` problems of at most `width`
-    rollouts per round need. Raises InputError if there is not enough memory."""
+    rollouts per round need; None: any number. Raises InputError if there is not enough memory."""
     context = model.config.decoder.max_positions
-    running = min(options.max_running, problems * width)
-    rollout_tokens = min(options.max_tokens, context) + PAGE_SIZE
+    running, max_kv_tokens = options.max_running, None
+    if problems is not None:
+        running = min(running, problems * width)
+        rollout_tokens = min(options.max_tokens, context) + PAGE_SIZE
+        prompts = min(problems, running) * (context + 2 * PAGE_SIZE)
+        max_kv_tokens = running * rollout_tokens + prompts
     return engine_for(
         model,
         policy=options.policy,
         max_running=running,
         kv_dtype=KV_DTYPES.get(options.kv_dtype),
         kv_tokens=options.kv_tokens,
-        max_kv_tokens=running * rollout_tokens + min(problems, running) * (context + 2 * PAGE_SIZE),
+        max_kv_tokens=max_kv_tokens,
         speculate=options.speculate,
         host_pages=options.host_kv_tokens // PAGE_SIZE,
     )

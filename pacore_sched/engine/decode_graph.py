@@ -27,7 +27,9 @@ from pacore_sched.engine.decode_step import (
     RowSampler,
     SamplingKey,
     capturable,
+    sampling_key,
 )
+from pacore_sched.sched.request import Sampling
 from pacore_sched.sched.step_batch import StepBatch
 
 if TYPE_CHECKING:
@@ -161,17 +163,21 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def find(self, step: StepBatch, sampling_keys: Sequence[SamplingKey]) -> DecodeGraph | None:
-        """The graph for a decode step, or None; `sampling_keys` has one key for each row."""
+    def find(self, step: StepBatch, samplings: Sequence[Sampling]) -> DecodeGraph | None:
+        """The graph for a decode step, or None; `samplings` has one entry for each row."""
         model = self._graph_args[0]
         enabled = capturable(model) if self.enabled is None else self.enabled
-        rows = len(step.positions)
-        if not enabled or len(set(sampling_keys)) > 1 or rows > self.buckets[-1]:
+        mixed = len(set(map(sampling_key, samplings))) > 1
+        if not enabled or mixed or len(step.positions) > self.buckets[-1]:
             return None
-        capacity = self._capacity(step)
-        key = (capacity, sampling_keys[0], *sorted(model.impl.items()))
+        # Few requests ask for alternatives, and each mix of their numbers would be another graph,
+        # with workspaces of several bytes per logit.
+        if any(sampling.top_logprobs for sampling in samplings):
+            return None
+        capacity, sampling = self._capacity(step), sampling_key(samplings[0])
+        key = (capacity, sampling, *sorted(model.impl.items()))
         graph = self._graphs.get(key)
-        return graph or self._add_graph(key, capacity, sampling_keys[0])
+        return graph or self._add_graph(key, capacity, sampling)
 
     def clear(self) -> None:
         """Drop all graphs, as needed after loading new weights."""

@@ -19,6 +19,7 @@ from kernels.sampling import SampleOutput, sample
 from model.decoder import Step
 from model.kv_cache import KVCache
 from model.step3vl import Step3VL
+from pacore_sched.engine.logprobs import TopRows
 from pacore_sched.sched.request import Rollout, Sampling
 
 
@@ -98,44 +99,58 @@ class RowSampler:
     """How to sample from rows of logits: with the same parameters for all rows, or in parts."""
 
     parts: tuple[tuple[SamplingKey, Tensor | None], ...]  # with their rows; None for all
+    top: TopRows | None = None  # those that come with alternatives
 
     @staticmethod
-    def of(keys: Sequence[SamplingKey], device: torch.device) -> "RowSampler":
-        """A sampler for rows with these keys."""
+    def of(samplings: Sequence[Sampling], device: torch.device) -> "RowSampler":
+        """A sampler for rows with these parameters."""
+        top = TopRows.of(samplings, device)
         rows: dict[SamplingKey, list[int]] = {}
-        for row, key in enumerate(keys):
-            rows.setdefault(key, []).append(row)
+        for row, sampling in enumerate(samplings):
+            rows.setdefault(sampling_key(sampling), []).append(row)
         if len(rows) == 1:
-            return RowSampler(((keys[0], None),))
+            return RowSampler(((sampling_key(samplings[0]), None),), top)
         packed = Packed(
             {str(key): (len(indices),) for key, indices in rows.items()},
             dtype=torch.int64,
             device=device,
         )
         packed.fill({str(key): np.array(indices) for key, indices in rows.items()})
-        return RowSampler(tuple((key, packed.tensors[str(key)]) for key in rows))
+        return RowSampler(tuple((key, packed.tensors[str(key)]) for key in rows), top)
 
     def sample(
         self, model: Step3VL, hidden: Tensor, seeds: Tensor, positions: Tensor, **feeds: Tensor
     ) -> Tensor:
-        """Sample the tokens that follow final hidden states [B, hidden]; `SampleOutput.results`.
+        """Sample the tokens that follow final hidden states [B, hidden]; results as in logprobs.py.
 
         positions: [B] of the tokens to be sampled
         feeds: other tensors to write them to, as fields of `SampleOutput`
         """
-        logits, impl = model.decoder.logits(hidden), model.impl["sample"]
-        out = SampleOutput.of(len(seeds), seeds.device, **feeds)
+        logits, out = (
+            model.decoder.logits(hidden),
+            SampleOutput.of(len(seeds), seeds.device, **feeds),
+        )
+        self._sample(logits, seeds, positions, model.impl["sample"], out)
+        return self.top.append(out.results, logits) if self.top else out.results
+
+    def _sample(
+        self,
+        logits: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        impl: str | None,
+        out: SampleOutput,
+    ) -> None:
         tokens = torch.empty_like(seeds)
         logprobs = torch.empty_like(seeds, dtype=torch.float32)
         for key, rows in self.parts:
             parameters = key._asdict()
             if rows is None:
                 sample(logits, seeds, positions, **parameters, impl=impl, out=out)
-                return out.results
+                return
             results = sample(logits[rows], seeds[rows], positions[rows], **parameters, impl=impl)
             tokens[rows], logprobs[rows] = results[0].long(), results[1]
         out.write(tokens, logprobs)
-        return out.results
 
 
 @dataclass(frozen=True)
@@ -150,7 +165,7 @@ class DecodeStep:
     advances: bool  # whether the plan can advance on the device
 
     def run(self, model: Step3VL, cache: KVCache, last_tokens: LastTokens) -> Tensor:
-        """Run one step; its results are int32 [2, T], as `unpacked_results` reads them."""
+        """Run one step; its results are those of T rows, as in logprobs.py."""
         hidden = model.decoder(model.decoder.embed(self.ids), self.step, cache)
         # An advanced plan has the positions of the tokens to be sampled.
         if self.advances:
@@ -158,8 +173,3 @@ class DecodeStep:
         positions = self.step.positions if self.advances else self.step.positions + 1
         feeds = {"ids": self.ids, "last": last_tokens.tokens, "batch_indices": self.batch_indices}
         return self.sampler.sample(model, hidden, self.seeds, positions, **feeds)
-
-
-def unpacked_results(results: Tensor) -> tuple[list[int], list[float]]:
-    """Tokens and log-probabilities as lists, from `SampleOutput.results` on the host."""
-    return results[0].tolist(), results[1].view(torch.float32).tolist()

@@ -18,7 +18,15 @@ from pacore_sched.engine.speculation import SiblingDrafts
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import ORACLES, POLICIES, LaterRoundFirst
 from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, Group, Rollout, Sampling, Segment
+from pacore_sched.sched.request import (
+    Batch,
+    Group,
+    Rollout,
+    SampledTokens,
+    Sampling,
+    Segment,
+    check_top_logprobs,
+)
 from pacore_sched.sched.scheduler import Scheduler
 
 IDLE_S = 1e-3  # sleep in a step that could only wait for images
@@ -35,12 +43,8 @@ class Executor(Protocol):
     def launch(self, tree: PrefixTree, batch: Batch) -> Any:
         """Start a step, on a GPU without waiting for it; returns a handle for `collect`."""
 
-    def collect(self, pending: Any) -> tuple[list[int], list[float]]:
-        """A step's tokens and log-probabilities in the order of `batch.sampled`.
-
-        A rollout with a draft has 1 + len(draft) of them: after its last token, and after each
-        drafted one.
-        """
+    def collect(self, pending: Any) -> SampledTokens:
+        """What a step has sampled."""
 
 
 ExecutorT = TypeVar("ExecutorT", bound=Executor)
@@ -126,8 +130,10 @@ class Engine(Generic[ExecutorT]):
         need: the group is done when this many rollouts have ended; the default is all
         lengths: index -> max_tokens where it differs from the sampling's
 
-        Raises InputError for a group without rollouts, or one that can never fit in memory.
+        Raises InputError for a group without rollouts, one that can never fit in memory, and
+        limits that are out of range.
         """
+        check_top_logprobs(sampling.top_logprobs)
         path = [segment for segment in path if segment.tokens]
         need = len(seeds) if need is None else need
         if not 1 <= need <= len(seeds):
@@ -213,23 +219,26 @@ class Engine(Generic[ExecutorT]):
     def _update(self, batch: Batch, pending: object) -> list[Rollout]:
         """Append a step's tokens to their rollouts; returns those that end, cancelled ones
         included."""
-        tokens, logprobs = self.executor.collect(pending)
+        sampled = self.executor.collect(pending)
         if batch.drafts:
-            return self._verify(batch, tokens, logprobs)
+            return self._verify(batch, sampled)
         ended = []
-        for rollout, token, logprob in zip(batch.sampled, tokens, logprobs, strict=True):
+        for index, rollout in zip(range(len(sampled.tokens)), batch.sampled, strict=True):
             if rollout.finish_reason:
                 self.stats.wasted += 1
-            elif reason := self._take(rollout, token, logprob):
+            elif reason := self._take(rollout, sampled, index):
                 ended += self._finish(rollout, reason)
         return ended
 
-    def _take(self, rollout: Rollout, token: int, logprob: float) -> str | None:
-        """Append a rollout's next token; returns why the rollout ends, or None."""
-        if token < 0:
+    def _take(self, rollout: Rollout, sampled: SampledTokens, index: int) -> str | None:
+        """Append a rollout's next token, entry `index` of `sampled`; returns why the rollout ends,
+        or None."""
+        if sampled.tokens[index] < 0:
             return "error"
-        rollout.tokens.append(token)
-        rollout.logprobs.append(logprob)
+        rollout.tokens.append(sampled.tokens[index])
+        rollout.logprobs.append(sampled.logprobs[index])
+        if sampled.top_logprobs and rollout.group.sampling.top_logprobs:
+            rollout.top_logprobs.append(sampled.top_logprobs[index])
         self.stats.generated += 1
         return self.stopping.reason(rollout)
 
@@ -253,22 +262,19 @@ class Engine(Generic[ExecutorT]):
             return batch
         return replace(batch, drafts=tuple(drafts), steps=1)
 
-    def _verify(self, batch: Batch, tokens: list[int], logprobs: list[float]) -> list[Rollout]:
+    def _verify(self, batch: Batch, sampled: SampledTokens) -> list[Rollout]:
         """Append the tokens sampled after drafts, up to the first that the draft did not
         predict."""
         ended, start = [], 0
         for rollout, draft in zip(batch.decode, batch.drafts, strict=True):
-            sampled = (
-                tokens[start : start + len(draft) + 1],
-                logprobs[start : start + len(draft) + 1],
-            )
+            first = start
             start += len(draft) + 1
             if rollout.finish_reason:  # cancelled when a sibling ended in this step
                 self.stats.wasted += 1 + len(draft)
                 continue
             accepted, reason = 0, None
-            for i, (token, logprob) in enumerate(zip(*sampled, strict=True)):
-                reason = self._take(rollout, token, logprob)
+            for i, token in enumerate(sampled.tokens[first:start]):
+                reason = self._take(rollout, sampled, first + i)
                 if reason or i == len(draft) or token != draft[i]:
                     break
                 accepted += 1

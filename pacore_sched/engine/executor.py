@@ -6,9 +6,9 @@ runs op by op. Tokens stay on the device from step to step; each step's tokens a
 host while the next step runs. On a CPU, `launch` computes the step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,16 +27,15 @@ from pacore_sched.engine.decode_step import (
     LastTokens,
     RowSampler,
     advances,
-    sampling_key,
-    unpacked_results,
 )
 from pacore_sched.engine.image_encoder import Features, ImageEncoder
 from pacore_sched.engine.kv_memory import image_budget, pages_that_fit
 from pacore_sched.engine.launch_sites import engine_sites
-from pacore_sched.engine.step_rows import Prompt, StepRows, build_step_rows
+from pacore_sched.engine.logprobs import PromptScores, joined, score, unpacked_results
+from pacore_sched.engine.step_rows import Prompt, ScoredRows, StepRows, build_step_rows
 from pacore_sched.engine.step_timer import StepEvents, StepStats, StepTimer
 from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, Rollout, Segment
+from pacore_sched.sched.request import Batch, Rollout, SampledTokens, Segment
 from pacore_sched.sched.step_batch import StepBatch
 
 if TYPE_CHECKING:
@@ -47,9 +46,19 @@ if TYPE_CHECKING:
 class PendingStep:
     """A launched step."""
 
-    results: Tensor  # int32 [2, rows], on the host
+    results: Tensor  # int32 (logprobs.py), on the host
     order: Sequence[int]  # the results' columns, in the order of `batch.sampled`
+    scored: Sequence[ScoredRows]  # whose columns follow
     events: StepEvents | None
+
+
+class _PreparedStep(NamedTuple):
+    """A step to be launched."""
+
+    run: Callable[[], Tensor]  # returns the results
+    order: Sequence[int]
+    rows: int
+    scored: Sequence[ScoredRows] = ()
 
 
 @dataclass
@@ -129,15 +138,23 @@ class ModelExecutor:
         self._on_host: dict[Rollout, list[Tensor]] = {}
 
     def segment(
-        self, ids: Sequence[int], features: Features | None = None, first_feature: int = 0
+        self,
+        ids: Sequence[int],
+        features: Features | None = None,
+        first_feature: int = 0,
+        scores: PromptScores | None = None,
     ) -> Segment:
         """A run of prompt ids; its `<im_patch>` ids take rows `first_feature`, ... of `features`.
+
+        scores: filled in when the segment, which must begin its prompt, is prefilled
 
         Raises InputError for ids outside the vocabulary, or more `<im_patch>` ids than features.
         """
         config = self.model.config
         placeholder_id = config.tokens.im_patch if self.model.vision else None
-        prompt = Prompt.of(ids, config.decoder.vocab_size, placeholder_id, features, first_feature)
+        prompt = Prompt.of(
+            ids, config.decoder.vocab_size, placeholder_id, features, first_feature, scores
+        )
         ready = features.ready if features and prompt.placeholders else lambda: True
         return Segment(len(ids), inputs=prompt, ready=ready)
 
@@ -171,24 +188,27 @@ class ModelExecutor:
         with self._timer.host():
             self._move_pages(batch)
             decodes = not batch.chunks and not any(batch.drafts)
-            run, order, rows = (self._prepare_decode if decodes else self._prepare_mixed)(
-                tree, batch
-            )
-            results, events = self._timer.step(run)
+            step = (self._prepare_decode if decodes else self._prepare_mixed)(tree, batch)
+            results, events = self._timer.step(step.run)
             self.stats.steps += 1
-            self.stats.rows += rows
+            self.stats.rows += step.rows
             host = torch.empty(results.shape, dtype=results.dtype, pin_memory=results.is_cuda)
             host.copy_(results, non_blocking=True)
-            return PendingStep(host, order, self._timer.copied(events))
+            return PendingStep(host, step.order, step.scored, self._timer.copied(events))
 
-    def collect(self, pending: PendingStep) -> tuple[list[int], list[float]]:
-        """Wait for a step; its tokens and log-probabilities in the order of `batch.sampled`.
-
-        A rollout with a draft has 1 + len(draft) of them.
-        """
+    def collect(self, pending: PendingStep) -> SampledTokens:
+        """Wait for a step; returns what it has sampled, and fills in its prompts' scores."""
         self._timer.wait(pending.events)
-        tokens, logprobs = unpacked_results(pending.results)
-        return [tokens[row] for row in pending.order], [logprobs[row] for row in pending.order]
+        results, stop = pending.results, len(pending.order)
+        tokens, logprobs, top = unpacked_results(results[:, :stop])
+        for rows in pending.scored:
+            start, stop = stop, stop + len(rows.targets)
+            rows.scores.fill(rows.start, unpacked_results(results[:, start:stop]))
+        return SampledTokens(
+            [tokens[row] for row in pending.order],
+            [logprobs[row] for row in pending.order],
+            top and [top[row] for row in pending.order],
+        )
 
     def close(self) -> None:
         """End the thread that encodes images."""
@@ -212,11 +232,8 @@ class ModelExecutor:
         for rollout, pages in batch.restored:
             self.cache.from_host(self._on_host.pop(rollout), pages)
 
-    def _prepare_decode(
-        self, tree: PrefixTree, batch: Batch
-    ) -> tuple[Callable[[], Tensor], list[int], int]:
-        """A decode-only batch: the function to run, the order of its results, its number
-        of rows."""
+    def _prepare_decode(self, tree: PrefixTree, batch: Batch) -> _PreparedStep:
+        """A decode-only batch."""
         cached = self._cached_decode
         if (
             cached is None
@@ -229,7 +246,7 @@ class ModelExecutor:
         cached.steps_left -= 1
         cached.length = tree.length(cached.node)
         self.stats.padding_rows += cached.rows - len(batch.decode)
-        return cached.run, cached.order, len(batch.decode)
+        return _PreparedStep(cached.run, cached.order, len(batch.decode))
 
     def _build_decode(self, tree: PrefixTree, batch: Batch) -> _CachedDecode:
         rows = build_step_rows(tree, batch)
@@ -240,10 +257,10 @@ class ModelExecutor:
         rollouts = [rollout_of_row[row] for row in range(len(order))]
         batch_indices = [rollout.batch_index for rollout in rollouts]
         seeds = [rollout.seed for rollout in rollouts]
-        keys = [sampling_key(rollout.group.sampling) for rollout in rollouts]
+        samplings = [rollout.group.sampling for rollout in rollouts]
         node = batch.decode[0].node
         length = tree.length(node) - 1
-        graph = self.graphs.find(rows.step, keys)
+        graph = self.graphs.find(rows.step, samplings)
         if graph:
             steps_left = graph.fill(rows.step, batch_indices, seeds)
             rows_of_graph = graph.capacity.rows
@@ -254,7 +271,7 @@ class ModelExecutor:
         packed = _packed(rows.step, device, batch_indices=batch_indices, seeds=seeds)
         step, tensors = self._step(rows.step, packed), packed.tensors
         ids = self._last_tokens.tokens.index_select(0, tensors["batch_indices"])
-        sampler = RowSampler.of(keys, device)
+        sampler = RowSampler.of(samplings, device)
         decode = DecodeStep(
             step, tensors["batch_indices"], tensors["seeds"], ids, sampler, advances(model)
         )
@@ -267,10 +284,8 @@ class ModelExecutor:
             batch, run, order, len(order), node, length, steps_left, decode.advances
         )
 
-    def _prepare_mixed(
-        self, tree: PrefixTree, batch: Batch
-    ) -> tuple[Callable[[], Tensor], range, int]:
-        """The same for any other batch. Its results are in order, one for each sampled row."""
+    def _prepare_mixed(self, tree: PrefixTree, batch: Batch) -> _PreparedStep:
+        """Any other batch. Its results are in order, one for each sampled row."""
         self._cached_decode = None
         rows = build_step_rows(tree, batch)
         self._last_tokens.claim(rows.claims)
@@ -287,17 +302,18 @@ class ModelExecutor:
             sampled_seeds=[rollout.seed for _, rollout in rows.sampled],
             sampled_positions=[rows.step.positions[row] + 1 for row, _ in rows.sampled],
             placeholders=[row for image in rows.images for row in image.rows],
+            targets=[id for scored in rows.scored for id in scored.targets],
         )
         for rollout in rows.drafted:  # the host will provide the last accepted token
             self._last_tokens.forget(rollout)
         step = self._step(rows.step, packed)
-        keys = [sampling_key(rollout.group.sampling) for _, rollout in rows.sampled]
-        sampler = RowSampler.of(keys, device) if keys else None
+        samplings = [rollout.group.sampling for _, rollout in rows.sampled]
+        sampler = RowSampler.of(samplings, device) if samplings else None
 
         def run() -> Tensor:
             return self._run_mixed(rows, step, packed.tensors, sampler)
 
-        return run, range(len(rows.sampled)), len(rows.ids)
+        return _PreparedStep(run, range(len(rows.sampled)), len(rows.ids), rows.scored)
 
     def _run_mixed(
         self, rows: StepRows, step: Step, tensors: dict[str, Tensor], sampler: RowSampler | None
@@ -312,11 +328,23 @@ class ModelExecutor:
             for image, rows_of_image in zip(rows.images, placeholders, strict=True)
         ]
         hidden = model.decoder(model.decoder.embed(ids, images), step, self.cache)
-        if sampler is None:
-            return tensors["ids"].new_empty(2, 0, dtype=torch.int32)
-        feeds = {"last": last_tokens.tokens, "batch_indices": tensors["sampled_indices"]}
-        hidden, seeds = hidden[tensors["sampled_rows"]], tensors["sampled_seeds"]
-        return sampler.sample(model, hidden, seeds, tensors["sampled_positions"], **feeds)
+        results = tensors["ids"].new_empty(2, 0, dtype=torch.int32)
+        if sampler:
+            feeds = {"last": last_tokens.tokens, "batch_indices": tensors["sampled_indices"]}
+            sampled, seeds = hidden[tensors["sampled_rows"]], tensors["sampled_seeds"]
+            positions = tensors["sampled_positions"]
+            results = sampler.sample(model, sampled, seeds, positions, **feeds)
+        return joined([results, *self._scores(rows, tensors, hidden)]) if rows.scored else results
+
+    def _scores(
+        self, rows: StepRows, tensors: dict[str, Tensor], hidden: Tensor
+    ) -> Iterator[Tensor]:
+        """Results for the prompt tokens to be scored, from final hidden states [T, hidden]."""
+        decoder = self.model.decoder
+        targets = tensors["targets"].split([len(scored.targets) for scored in rows.scored])
+        for scored, ids in zip(rows.scored, targets, strict=True):
+            before = hidden[scored.first : scored.first + len(ids)]
+            yield score(decoder.logits, before, ids, decoder.config.vocab_size, scored.scores.top)
 
     def _step(self, step: StepBatch, packed: Packed) -> Step:
         plan = PrefixPlan.build(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from model.errors import InputError
+from pacore_sched.engine.logprobs import PromptScores
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Chunk, Rollout, Segment
 from pacore_sched.sched.step_batch import StepBatch, build_step_batch
@@ -33,6 +34,7 @@ class Prompt:
     placeholders: Sequence[int] = ()  # positions of the replaced ids, ascending
     features: ImageFeatures | None = None
     first: int = 0  # the row of `features` for the first placeholder
+    scores: PromptScores | None = None  # to be filled in
 
     @staticmethod
     def of(
@@ -41,12 +43,14 @@ class Prompt:
         placeholder_id: int | None,
         features: ImageFeatures | None,
         first: int,
+        scores: PromptScores | None = None,
     ) -> "Prompt":
         """Check ids; those equal to `placeholder_id` (None: none) take `features` in order.
 
         Raises InputError for ids outside the vocabulary, and for more placeholders than features.
         """
-        invalid = next((id for id in ids if not 0 <= id < vocabulary), None)
+        checked = [*ids, scores.last_token] if scores else ids
+        invalid = next((id for id in checked if not 0 <= id < vocabulary), None)
         if invalid is not None:
             raise InputError(f"prompt id {invalid} is not in [0, {vocabulary})")
         placeholders = [position for position, id in enumerate(ids) if id == placeholder_id]
@@ -56,7 +60,7 @@ class Prompt:
                 f"the prompt has {first + len(placeholders)} <im_patch> tokens,"
                 f" but the images need {count}"
             )
-        return Prompt(ids, placeholders, features, first)
+        return Prompt(ids, placeholders, features, first, scores)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,16 @@ class ImageRows:
     first: int
 
 
+@dataclass(frozen=True)
+class ScoredRows:
+    """Rows of a prompt, from `first` on, whose next tokens are to be scored."""
+
+    first: int
+    targets: Sequence[int]  # the next tokens
+    scores: PromptScores
+    start: int  # position of the first row's token in the prompt
+
+
 @dataclass
 class StepRows:
     """A step on the host. Each list is aligned with what its comment names."""
@@ -76,6 +90,7 @@ class StepRows:
     ids: list[int]  # [T] 0 where the token is in LastTokens
     last: list[tuple[int, int]] = field(default_factory=list)  # (row, batch index) of those
     images: list[ImageRows] = field(default_factory=list)
+    scored: list[ScoredRows] = field(default_factory=list)
     sampled: list[tuple[int, Rollout]] = field(default_factory=list)  # in the order of results
     claims: list[tuple[Rollout, int | None]] = field(default_factory=list)  # last known token
     drafted: set[Rollout] = field(default_factory=set)
@@ -131,6 +146,10 @@ def _add_chunk(rows: StepRows, chunk: Chunk, end: int) -> None:
                 first + position - chunk.start for position in prompt.placeholders[low:high]
             ]
             rows.images.append(ImageRows(placeholders, prompt.features, prompt.first + low))
+        if prompt.scores:
+            targets = prompt.scores.targets(prompt.ids, chunk.start, chunk.stop)
+            if targets:
+                rows.scored.append(ScoredRows(first, targets, prompt.scores, chunk.start))
         return
     known = [owner.group.last_token, *owner.tokens][chunk.start : chunk.stop]
     if len(known) != chunk.stop - chunk.start:

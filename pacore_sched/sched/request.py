@@ -9,6 +9,13 @@ and sample the next token after the last of them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from model.errors import InputError
+
+MAX_TOP_LOGPROBS = 20
+
+TopLogprobs = tuple[tuple[int, float], ...]  # the most likely tokens, and their log-probabilities
 
 
 @dataclass(frozen=True)
@@ -17,6 +24,9 @@ class Sampling:
 
     logprobs: whether tokens come with "raw" log-probabilities, under the model's own distribution,
     or with "processed" ones, under the distribution that they are drawn from
+    top_logprobs: how many of the most likely tokens come with each sampled one, with their
+    log-probabilities of the same kind, at most MAX_TOP_LOGPROBS. Tokens of probability 0, such as
+    truncated ones, are left out
     """
 
     max_tokens: int = 512
@@ -24,8 +34,15 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     logprobs: str = "raw"
+    top_logprobs: int = 0
     stop: tuple[str, ...] = ()  # a rollout ends where its text contains one of these
     ignore_eos: bool = False  # for rollouts of a fixed length
+
+
+def check_top_logprobs(count: int) -> None:
+    """Raise InputError if so many of the most likely tokens cannot be asked for."""
+    if not 0 <= count <= MAX_TOP_LOGPROBS:
+        raise InputError(f"top_logprobs must be from 0 to {MAX_TOP_LOGPROBS}, not {count}")
 
 
 def _ready() -> bool:
@@ -64,6 +81,7 @@ class Rollout:
     max_tokens: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)  # aligned with tokens, if asked
     finish_reason: str | None = None
     # Set by the scheduler:
     scheduled: int = field(default=0, init=False)  # generated tokens, and those in flight
@@ -141,3 +159,15 @@ class Batch:
         """The rollouts whose chunks sample: the chunk completes their written tokens."""
         owners = (chunk.owner for chunk in self.chunks if chunk.samples)
         return tuple(owner for owner in owners if isinstance(owner, Rollout))
+
+
+class SampledTokens(NamedTuple):
+    """What a step has sampled; each list is in the order of `Batch.sampled`.
+
+    A rollout with a draft has 1 + len(draft) entries: after its last token, and after each drafted
+    one.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs] | None = None  # None if no rollout asks for them

@@ -16,7 +16,7 @@ from math import ceil, inf
 from pacore_sched.answers.message_budget import prompt_limit
 from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, Group, Rollout, Sampling, Segment
+from pacore_sched.sched.request import Batch, Group, Rollout, SampledTokens, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
 from pacore_sched.sim.cost_model import CostModel, StepShape, steps_until
 from pacore_sched.sim.workload import MAX_TOKENS, SimProblem
@@ -77,9 +77,9 @@ class SimExecutor:
         self.run(tree, batch, step_shape(tree, batch), 1)
         return len(batch.sampled)
 
-    def collect(self, pending: int) -> tuple[list[int], list[float]]:
+    def collect(self, pending: int) -> SampledTokens:
         """The step's tokens and log-probabilities."""
-        return [0] * pending, [0.0] * pending
+        return SampledTokens([0] * pending, [0.0] * pending)
 
     def run(self, tree: PrefixTree, batch: Batch, shape: StepShape, steps: int) -> None:
         """Advance the clock by `steps` steps of a batch, the first with this shape."""

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 
 from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, Group, Rollout, Segment
+from pacore_sched.sched.request import Batch, Group, Rollout, SampledTokens, Segment, TopLogprobs
 from pacore_sched.sched.step_batch import build_step_batch
 
 VOCABULARY = 40
@@ -22,6 +22,11 @@ def next_token(context: Sequence[int], seed: int, vocabulary: int = VOCABULARY) 
         zlib.crc32(repr((list(read), seed if vocabulary == VOCABULARY else 0)).encode())
         % vocabulary
     )
+
+
+def top_logprobs(token: int, context_length: int, count: int) -> TopLogprobs:
+    """The `count` most "likely" tokens where `token` is sampled after so many."""
+    return tuple((token + i, -1.0 * context_length - i) for i in range(count))
 
 
 def expected(
@@ -71,10 +76,10 @@ class FakeExecutor:
         self.last.clear()
         self.host.clear()
 
-    def launch(self, tree: PrefixTree, batch: Batch) -> tuple[list[int], list[float]]:
+    def launch(self, tree: PrefixTree, batch: Batch) -> SampledTokens:
         self.launched.append(batch)
         self._move(batch)
-        work, drawn = {}, []
+        work, drawn, top = {}, [], []
         drafts = batch.drafts or [()] * len(batch.decode)
         for rollout, draft in zip(batch.decode, drafts, strict=True):
             work[rollout.node] = [self._last(rollout), *draft]
@@ -100,12 +105,13 @@ class FakeExecutor:
             context = self._context(tree, rollout)
             for end in range(len(context) - len(draft), len(context) + 1):
                 drawn.append(next_token(context[:end], rollout.seed, self.vocabulary))
+                top.append(top_logprobs(drawn[-1], end, rollout.group.sampling.top_logprobs))
             self.last[rollout.batch_index] = rollout, drawn[-1]
             if draft:  # the last token depends on how much of the draft the host accepts
                 del self.last[rollout.batch_index]
-        return drawn, [-1.0] * len(drawn)
+        return SampledTokens(drawn, [-1.0] * len(drawn), top if any(top) else None)
 
-    def collect(self, pending: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
+    def collect(self, pending: SampledTokens) -> SampledTokens:
         return pending
 
     def _last(self, rollout: Rollout) -> int:

@@ -26,7 +26,9 @@ class HashExecutor(FakeExecutor):
     def feature_bytes(self, views: list[Views]) -> int:
         return len(views)
 
-    def segment(self, ids: list[int], features: object = None, first: int = 0) -> Segment:
+    def segment(
+        self, ids: list[int], features: object = None, first: int = 0, scores: None = None
+    ) -> Segment:
         prompt = segment(ids)
         prompt.ready = features.ready if features else prompt.ready
         return prompt

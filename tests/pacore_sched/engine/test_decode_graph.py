@@ -133,6 +133,22 @@ def test_one_graph_for_each_sampling_key(engine: ManualEngine, plain: Step3VL):
     check(plain, OTHER, warm, cold)
 
 
+def test_alternatives_need_no_graph(engine: ManualEngine, plain: Step3VL):
+    """A captured step has no room for alternatives: they would be missing from its results."""
+    segment = prompt(engine, OTHER)
+    (warm,) = engine.group(segment, 9, [1])
+    (asking,) = engine.group(segment, 9, [2], Sampling(top_logprobs=2))
+    engine.decode([warm, asking], 1)
+    batch, pending = engine.launch(Batch((asking,)))
+    tokens, _, top = engine.executor.collect(pending)
+    asking.tokens += tokens
+    asking.logprobs.append(0.0)
+    assert counts() == (0, 0) and [len(row) for row in top] == [2]
+    engine.decode([warm], 1)
+    assert counts() == (1, 1)
+    check(plain, OTHER, warm, asking)
+
+
 def test_new_impls_and_weights(engine: ManualEngine):
     """A graph replays the kernels that it was captured with, over the weights of that time."""
     rollouts = engine.group(prompt(engine, OTHER), 9, [1])

@@ -12,7 +12,14 @@ from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sched.request import Group, Rollout, Sampling
-from tests.support.fake_executor import EOS, VOCABULARY, FakeExecutor, expected, segment
+from tests.support.fake_executor import (
+    EOS,
+    VOCABULARY,
+    FakeExecutor,
+    expected,
+    segment,
+    top_logprobs,
+)
 
 NAMES = [name for name in POLICIES if name not in ORACLES]
 
@@ -74,7 +81,10 @@ def cases(draw):
                     [head, segment(draw(ids))],
                     draw(st.integers(1, 99)),
                     {index: draw(st.integers(0, 9)) for index in range(width)},
-                    Sampling(max_tokens=draw(st.sampled_from([1, 7, 20, 24]))),
+                    Sampling(
+                        max_tokens=draw(st.sampled_from([1, 7, 20, 24])),
+                        top_logprobs=draw(st.sampled_from([0, 0, 2, 5])),
+                    ),
                     problem=problem,
                     round=round_,
                     need=draw(st.sampled_from([None, width, 1])),
@@ -87,12 +97,20 @@ def cases(draw):
 @given(cases())
 def test_tokens_are_those_of_a_rollout_alone(case):
     """Preempted, moved to the host, drafted, pipelined, under any policy: every rollout has the
-    tokens that it would have alone, and cancelled ones a prefix of those."""
+    tokens that it would have alone, with their alternatives, and cancelled ones a prefix of
+    those."""
     engine, groups = case
     run(engine, groups)
     for group in groups:
         for rollout in group.rollouts:
             undisturbed = expected(group, rollout, vocabulary=engine.executor.vocabulary)
+            count, start = group.sampling.top_logprobs, group.prompt_tokens
+            assert (
+                rollout.top_logprobs
+                == [
+                    top_logprobs(token, start + i, count) for i, token in enumerate(rollout.tokens)
+                ][: None if count else 0]
+            )
             if rollout.finish_reason == "cancelled":
                 assert rollout.tokens == undisturbed[: len(rollout.tokens)]
             else:
@@ -179,10 +197,9 @@ def test_errors_end_a_rollout_alone():
 
     class Broken(FakeExecutor):
         def launch(self, tree, batch):
-            tokens, logprobs = super().launch(tree, batch)
-            return [
-                -1 if r.seed == 5 else t for r, t in zip(batch.sampled, tokens, strict=True)
-            ], logprobs
+            sampled = super().launch(tree, batch)
+            pairs = zip(batch.sampled, sampled.tokens, strict=True)
+            return sampled._replace(tokens=[-1 if r.seed == 5 else t for r, t in pairs])
 
     engine = engine_of(Broken(200))
     group = engine.submit([segment([1])], 7, {0: 4, 1: 5}, Sampling(max_tokens=6))
@@ -201,6 +218,8 @@ def test_groups_that_can_never_fit_are_refused():
         engine.submit([], 7, {}, Sampling())
     with pytest.raises(InputError, match="max_tokens must be at least 1, not 0"):
         engine.submit([], 7, {0: 0}, Sampling(max_tokens=0))
+    with pytest.raises(InputError, match="top_logprobs must be from 0 to 20, not 21"):
+        engine.submit([], 7, {0: 0}, Sampling(top_logprobs=21))
     assert not engine.busy
     group = engine.submit([segment([1] * 8)], 7, {0: 0, 1: 1}, Sampling(max_tokens=32))
     run(engine, [group])

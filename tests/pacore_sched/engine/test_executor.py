@@ -93,7 +93,7 @@ class ManualEngine:
     def collect(self, launched: tuple[Batch, object]) -> None:
         """Append a step's tokens to their rollouts."""
         batch, pending = launched
-        tokens, logprobs = self.executor.collect(pending)
+        tokens, logprobs, _ = self.executor.collect(pending)
         for rollout, token, logprob in zip(batch.sampled, tokens, logprobs, strict=True):
             rollout.tokens.append(token)
             rollout.logprobs.append(logprob)
@@ -292,7 +292,7 @@ def test_drafts(tiny: Step3VL):
         ((), 0),
     ):
         batch, pending = engine.launch(Batch((other, drafted), drafts=((), draft)))
-        tokens, logprobs = engine.executor.collect(pending)
+        tokens, logprobs, _ = engine.executor.collect(pending)
         assert len(tokens) == len(logprobs) == 2 + len(draft)
         other.tokens.append(tokens[0])
         other.logprobs.append(logprobs[0])

@@ -1,0 +1,1 @@
+"""The HTTP server: PaCoRe and chat completions behind OpenAI's interface."""

@@ -1,0 +1,1 @@
+"""The bodies of requests and responses, in OpenAI's form."""

@@ -1,0 +1,1 @@
+"""The web application: routes, checks of every request, errors and logs."""

@@ -1,0 +1,139 @@
+"""The web application: its routes."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from kernels import __version__
+from pacore_sched.serve.api.chat import ChatAnswer
+from pacore_sched.serve.api.completions import CompletionAnswer
+from pacore_sched.serve.api.context import Context
+from pacore_sched.serve.api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from pacore_sched.serve.api.tokens import detokenize, tokenize
+from pacore_sched.serve.errors import ApiError
+from pacore_sched.serve.http import validation
+from pacore_sched.serve.http.guard import Guard
+from pacore_sched.serve.http.responses import respond
+
+METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
+log = logging.getLogger(__name__)
+
+
+def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool = False) -> ASGIApp:
+    """The application of a server; `keys` are its API keys. It runs the context's service."""
+    service, created = context.service, int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(
+        title="PaCoRe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    _handle_errors(app)
+
+    async def answer(
+        request: Request, answer: ChatAnswer | CompletionAnswer, *, stream: bool
+    ) -> Response:
+        if log_prompts:
+            log.info("prompt", extra={"body": answer.body.model_dump(exclude_unset=True)})
+        try:
+            return await respond(request, answer, stream=stream)
+        finally:
+            request.scope["log"]["usage"] = answer.usage
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await answer(request, ChatAnswer(context, body), stream=body.stream)
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await answer(request, CompletionAnswer(context, body), stream=body.stream)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(name) for name in context.names.listed]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        context.names.widths(model)
+        return _model(model)
+
+    def _model(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "pacore",
+            "root": context.names.names[0],
+            "max_model_len": service.model.config.decoder.max_positions,
+        }
+
+    @app.post("/tokenize")
+    async def tokenize_route(body: TokenizeRequest) -> dict[str, Any]:
+        return await asyncio.to_thread(tokenize, context, body)
+
+    @app.post("/detokenize")
+    async def detokenize_route(body: DetokenizeRequest) -> dict[str, Any]:
+        return await asyncio.to_thread(detokenize, context, body)
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        """Status 200 while the server takes requests, else 503; and why."""
+        thread = service.thread
+        failed = thread.failed or not thread.is_alive()
+        status = "failed" if failed else "draining" if service.draining else "ok"
+        record = {"status": status, "engine_failures": thread.failures}
+        if thread.last_error:
+            record["last_error"] = thread.last_error
+        return JSONResponse(record, 200 if status == "ok" else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=METRICS_TYPE)
+
+    return Guard(app, service.limits, keys)
+
+
+def _handle_errors(app: FastAPI) -> None:
+    """Answer every error in OpenAI's form, without a traceback."""
+
+    def answer(error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        request.scope["log"]["error"] = error.message
+        return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(validation.of_body(error.errors(), error.body))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return answer(validation.of_http(error))
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return answer(ApiError(500, "the server failed; its log says why"))

@@ -1,0 +1,49 @@
+"""Errors of pydantic and of the framework, in OpenAI's form and with the name of the field."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from pacore_sched.serve.errors import ApiError
+
+
+def of_body(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
+    """The first error of a body that is not valid."""
+    error = errors[0]
+    kind, message = error["type"], str(error["msg"])
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {error.get('ctx', {}).get('error', message)}")
+    path, found = _path(error["loc"][1:], body)
+    if kind == "not_implemented":
+        path = f"{path}.{error['ctx']['key']}".removeprefix(".")
+        return ApiError(400, message, param=path, code="unsupported_parameter")
+    if kind == "extra_forbidden":
+        return ApiError(400, f"there is no parameter {path}", param=path, code="unknown_parameter")
+    if kind == "missing":
+        return ApiError(400, f"{path or 'the body'} is missing", param=path or None)
+    message = message.removeprefix("Value error, ").removeprefix("Input ")
+    name = path or "the body"
+    return ApiError(400, f"{name}: {message[:1].lower()}{message[1:]}", param=path or None)
+
+
+def of_http(error: HTTPException) -> ApiError:
+    """An error of the framework, such as an unknown path."""
+    texts = {404: "there is no such path", 405: "the path does not take this method"}
+    return ApiError(error.status_code, texts.get(error.status_code, str(error.detail)))
+
+
+def _path(location: Sequence[str | int], body: object) -> tuple[str, object]:
+    """The name of a place in a body, such as messages[0].content, and what is there.
+
+    pydantic's location also has the names of the unions' members that were tried, which the body
+    does not have; the last part may be missing from the body as well.
+    """
+    path, value = "", body
+    for position, part in enumerate(location):
+        if isinstance(part, int):
+            if isinstance(value, list) and part < len(value):
+                path, value = f"{path}[{part}]", value[part]
+        elif isinstance(value, dict) and (part in value or position == len(location) - 1):
+            path, value = f"{path}.{part}".removeprefix("."), value.get(part)
+    return path, value

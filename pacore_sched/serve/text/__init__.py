@@ -1,0 +1,1 @@
+"""The text of a rollout while it is generated."""
