@@ -1,4 +1,4 @@
-"""`python -m pacore_sched COMMAND`: answer questions with PaCoRe, serve it, or simulate its scheduling."""
+"""`python -m pacore_sched COMMAND`: answer questions with PaCoRe, or simulate its scheduling."""
 
 from collections.abc import Sequence
 

@@ -91,7 +91,7 @@ class SavedProblems:
     def _keep(
         self, path: Path, header: dict, saving: Saving, results: Sequence[RolloutResult]
     ) -> None:
-        """Remove the file of a request that has been answered, or add results to that of another."""
+        """Remove the file of an answered request; add results to that of another."""
         self._running.discard(path)
         try:
             if saving.ended:

@@ -17,7 +17,7 @@ COUNT = Field(default=None, ge=1, le=10**9)
 
 
 class Body(BaseModel):
-    """Refuses unknown keys. `neutral` has the only values of parameters that are not implemented."""
+    """Refuses unknown keys. `neutral` has the values that change nothing, by parameter."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     neutral: ClassVar[dict[str, tuple]] = {}

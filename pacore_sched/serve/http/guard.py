@@ -33,11 +33,12 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {name: value for name, value in scope["headers"]}
+        headers = dict(scope["headers"])
         id = _id(headers.get(b"x-request-id", b""))
         token = request_id.set(id)
         begun, status = time.monotonic(), 0
-        scope["log"] = fields = {}  # which the routes fill
+        fields: dict[str, object] = {}
+        scope["log"] = fields  # which the routes fill
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
