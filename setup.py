@@ -18,6 +18,7 @@ setup(
     packages=find_packages(include=[f"{room}{inner}" for room in ROOMS for inner in ("", ".*")]),
     package_data={
         "kernels": ["tuned/*.json"],
+        "model": ["text/*.jinja"],
         "pacore_sched": ["answers/*.jinja"],
         "bench": ["report/*.jinja"],
         # `simulate` reads its GPU's rates from results/.

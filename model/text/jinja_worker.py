@@ -12,6 +12,7 @@ Imports nothing of this repository.
 
 import json
 import os
+import re
 import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,8 @@ def _reply(request: dict) -> dict:
         if variables is None:
             environment = _environment(request["chat"])
             return {"names": sorted(meta.find_undeclared_variables(environment.parse(source)))}
+        if tools := variables.get("tools"):
+            variables["tools"] = json.loads(json.dumps(tools), object_hook=_Dict)
         text = _compiled(request["chat"], source).render(variables)
     except MemoryError:
         raise
@@ -77,6 +80,21 @@ def _reply(request: dict) -> dict:
     if len(text) > CHARACTERS:
         return {"limit": f"writes more than {CHARACTERS} characters"}
     return {"text": text}
+
+
+def _with_marks(text: str) -> str:
+    """A JSON text or a repr without escapes for the noncharacters that mark texts
+    (model/text/chat_template.py): an escape begins with an odd number of backslashes."""
+    escape = r"(?<!\\)((?:\\\\)*)\\ufdd([0-4])"
+    return re.sub(escape, lambda found: found[1] + chr(0xFDD0 + int(found[2])), text)
+
+
+# Some templates write a tool as Python does. Errors call it by its type's name.
+_Dict = type(
+    "dict",
+    (dict,),
+    {"__module__": "builtins", "__repr__": lambda self: _with_marks(dict.__repr__(self))},
+)
 
 
 @lru_cache(maxsize=8)
@@ -121,13 +139,14 @@ def _chat_environment() -> "SandboxedEnvironment":
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        return json.dumps(
+        text = json.dumps(
             value,
             ensure_ascii=ensure_ascii,
             indent=indent,
             separators=separators,
             sort_keys=sort_keys,
         )
+        return _with_marks(text)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]

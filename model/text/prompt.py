@@ -1,22 +1,20 @@
 """Messages to token ids: chat template, image layout, and protection from injected control tokens.
 
 Only the chat template can write control tokens, and only an image part can place image tokens: the
-same texts inside a message are encoded as ordinary text.
+same texts inside a message or a tool are encoded as ordinary text.
 """
 
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Protocol
 
 from model.config import Config, TokenIds
-from model.errors import InputError, shown
-from model.text.chat_template import BEGIN, CHATML, CLOSE, END, IMAGE, OPEN, Turn, render_turns
+from model.errors import InputError
+from model.text.chat_template import CHATML, CLOSE, IMAGE, OPEN, Turn, render_turns
 from model.text.jinja_worker import CHARACTERS
+from model.text.messages import OTHER_KEYS, read_tools, read_turn, strings, without_surrogates
 from model.text.tokenizer import THINK_MARKERS, Tokenizer
-
-ROLES = ("system", "user", "assistant")
 
 
 class HasNewlines(Protocol):
@@ -32,20 +30,23 @@ def build_prompt(
     config: Config,
     views: Sequence[HasNewlines] = (),
     *,
+    tools: Sequence[Mapping] | None = None,
     max_tokens: int | None = None,
 ) -> list[int]:
     """The ids of a conversation up to where the assistant's next turn begins.
 
     `messages` are OpenAI-style: `{"role": ..., "content": ...}` with content a string or a list of
-    `{"type": "text", "text": ...}` and `{"type": "image"}` parts; `views` are the images of these
-    image parts, in order. Warns if the model has no chat template. Raises InputError if there are
-    no messages, one is malformed or has other keys, image parts and views differ in number, the
-    model takes no images, or the template refuses the messages; and before tokenising, for more
-    text than templates may write, or than `max_tokens` tokens can hold.
+    `{"type": "text", "text": ...}` and `{"type": "image"}` parts, for assistants `tool_calls` and
+    `reasoning_content`, for tools' results `tool_call_id` and `name`; so are the `tools`. `views`
+    are the images of the image parts, in order. Warns if the model has no chat template. Raises
+    InputError if there are no messages, one or a tool is malformed or has other keys, image parts
+    and views differ in number, the model takes no images, or the template takes no tools or refuses
+    the messages; and before tokenising, for more text than templates may write, or than
+    `max_tokens` tokens can hold.
     """
     if not messages:
         raise InputError("there are no messages; give at least one, with a role and a content")
-    if (characters := num_characters(messages)) > CHARACTERS:
+    if (characters := num_characters(messages, tools)) > CHARACTERS:
         raise InputError(
             f"the messages have {characters:,} characters; a prompt may have {CHARACTERS:,}"
         )
@@ -56,15 +57,16 @@ def build_prompt(
         )
         template = CHATML
     reserved = _reserved_texts(tokenizer, template, config.tokens)
-    turns = [_turn(message, reserved) for message in messages]
-    _check_characters(turns, tokenizer)
+    turns = [read_turn(message, reserved) for message in messages]
+    definitions = read_tools(tools or (), reserved)
+    _check_characters(turns, definitions, tokenizer)
     image_parts = sum(turn.texts.count(IMAGE) for turn in turns)
     if config.vision is None and (image_parts or views):
         raise InputError(f"{config.name} takes no images: it is a text-only model")
     if image_parts != len(views):
         raise InputError(f"image parts in the messages: {image_parts}, images given: {len(views)}")
-    rendered = render_turns(template, turns, tokenizer.special_tokens, reserved)
-    rendered = _without_surrogates(rendered)
+    rendered = render_turns(template, turns, tokenizer.special_tokens, reserved, definitions)
+    rendered = without_surrogates(rendered)
     if rendered.count(IMAGE) != len(views):
         raise InputError("the chat template leaves out or repeats an image in this conversation")
     if max_tokens is not None and len(rendered) > max_tokens:  # less text may fit
@@ -74,15 +76,29 @@ def build_prompt(
     return ids
 
 
-def num_characters(messages: Sequence[Mapping]) -> int:
-    """Characters of all texts of a conversation, whose messages may be malformed."""
-    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+def opens_thinking(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether a prompt ends with `<think>`, perhaps before white space: the answer begins inside
+    the reasoning. One that a user wrote in an earlier turn does not count."""
+    end = b""
+    for id in reversed(ids[-16:]):  # `<think>` has 7 bytes
+        if id in tokenizer.special:  # it ends the turn before, and has no bytes of its own
+            break
+        end = tokenizer.token_bytes(id) + end
+    return end.rstrip().endswith(THINK_MARKERS[0].encode())
+
+
+def num_characters(messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None) -> int:
+    """Characters of all texts of a conversation and its tools, which may be malformed."""
+    messages = [message for message in messages if isinstance(message, Mapping)]
+    contents = [message.get("content") for message in messages]
     parts = [
         part
         for content in contents
         for part in (content if isinstance(content, list | tuple) else [{"text": content}])
     ]
     texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
+    texts += strings([[message.get(key) for key in OTHER_KEYS] for message in messages])
+    texts += strings(tools)
     return sum(len(text) for text in texts if isinstance(text, str))
 
 
@@ -133,60 +149,21 @@ def _reserved_texts(tokenizer: Tokenizer, template: str, tokens: TokenIds) -> re
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _turn(message: Mapping, reserved: re.Pattern) -> Turn:
-    """The message with its images and reserved texts marked.
-
-    Adjacent text parts become one text, so that none can hold half of a reserved text.
-    """
-    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-        raise InputError(f"a message needs a role, one of {', '.join(ROLES)}: {shown(message)}")
-    keys = {str(key) for key, value in message.items() if value is not None}
-    if others := keys - {"role", "content"}:
-        raise InputError(
-            "a message may have a role and a content; "
-            f"{', '.join(sorted(others)):.80} is not implemented"
-        )
-    content = message.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list | tuple):
-        raise InputError(
-            f"a message's content must be a string or a list of parts: {shown(message)}"
-        )
-    texts: list[str] = []
-    for is_image, group in groupby(map(_part, parts), IMAGE.__eq__):
-        run = list(group)
-        texts += run if is_image else [reserved.sub(rf"{OPEN}\g<0>{CLOSE}", "".join(run))]
-    return Turn(message["role"], tuple(texts))
-
-
-def _check_characters(turns: Sequence[Turn], tokenizer: Tokenizer) -> None:
+def _check_characters(turns: Sequence[Turn], tools: list[dict], tokenizer: Tokenizer) -> None:
     """Raise InputError for a character that the vocabulary cannot write."""
     if not tokenizer.missing_bytes:
         return
-    for number, turn in enumerate(turns, start=1):
-        for char in sorted(set("".join(turn.texts)) - {IMAGE, OPEN, CLOSE}):
+    texts: list[tuple[str, object]] = [
+        (f"message {number} (role {turn.role}) has", [turn.texts, turn.tool_calls, turn.fields])
+        for number, turn in enumerate(turns, start=1)
+    ]
+    for subject, value in [*texts, ("the tools have", tools)]:
+        for char in sorted(set("".join(strings(value))) - {IMAGE, OPEN, CLOSE}):
             if tokenizer.missing_bytes & set(char.encode()):
                 raise InputError(
-                    f"message {number} (role {turn.role}) has the character U+{ord(char):04X},"
+                    f"{subject} the character U+{ord(char):04X},"
                     " which the model's vocabulary cannot write"
                 )
-
-
-def _part(part: Mapping) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "image":
-        return IMAGE
-    if kind == "text" and isinstance(part.get("text"), str):
-        return re.sub(f"[{IMAGE}{OPEN}{CLOSE}{BEGIN}{END}]", "", _without_surrogates(part["text"]))
-    raise InputError(
-        'a content part must be {"type": "text", "text": "..."} or {"type": "image"}, not '
-        f"{shown(part)}"
-    )
-
-
-def _without_surrogates(text: str) -> str:
-    """The text with U+FFFD for surrogates, which UTF-8 cannot encode."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _check_fits(rendered: str, tokenizer: Tokenizer, max_tokens: int) -> None:
@@ -212,8 +189,10 @@ def _encode(
     rendered: str, reserved: re.Pattern, tokenizer: Tokenizer, images: list[list[int]]
 ) -> list[int]:
     # If a template cut a marked text in two, its unpaired marks are dropped, and the text is
-    # still split there, so that its two sides are not encoded together.
-    marks = f"({OPEN}(?:{reserved.pattern}){CLOSE}|[{IMAGE}{OPEN}{CLOSE}])"
+    # still split there, so that its two sides are not encoded together. A control token's text
+    # needs only one of its marks.
+    control = f"(?:{reserved.pattern})"
+    marks = f"({OPEN}{control}{CLOSE}?|{control}{CLOSE}|[{IMAGE}{OPEN}{CLOSE}])"
     remaining = iter(images)
     ids = []
     for index, piece in enumerate(re.split(marks, rendered)):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from model.config import VisionConfig
 from model.errors import InputError
-from model.vision.reading.limits import padded
+from model.vision.reading.limits import MAX_PIXELS, padded
 from model.vision.reading.rgb import to_rgb
 from model.vision.reading.source import open_image
 from model.vision.reading.strict import strict_pil
@@ -71,7 +71,7 @@ class Views:
         return [*self.crops, self.image]
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image as a person sees it on white paper: upright, opaque, 8-bit RGB.
 
     `source` is one of
@@ -85,10 +85,10 @@ def load_image(source: ImageSource) -> Image.Image:
     white, as vLLM does. An animation gives its first frame (a PIL image its current one), 16-bit
     values their upper byte. Colour profiles and gamma are ignored. Files are PNG, JPEG, WEBP, GIF,
     BMP or PPM. Raises InputError for a source that is no image, truncated, or too large; sizes are
-    checked before decoding (`model.vision.reading.limits`).
+    checked before decoding (`model.vision.reading.limits`; `max_pixels` may only lower its limit).
     """
     with strict_pil():
-        image, name = open_image(source)
+        image, name = open_image(source, max_pixels)
         try:
             return to_rgb(image, name)
         finally:

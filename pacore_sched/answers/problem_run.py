@@ -5,7 +5,7 @@ A round is an entry of `Settings.widths`. It ends when as many of its rollouts h
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ class Problem:
 
     A non-empty `id` is part of the rollouts' seeds. `load` returns the images of the conversation's
     image parts, in order; it is called once, in another thread. What it raises is the problem's
-    error.
+    error. `tools` are OpenAI-style definitions, which every round's prompt has.
     """
 
     messages: Sequence[dict]
@@ -44,6 +44,7 @@ class Problem:
     id: str = ""
     ids: Sequence[int] = ()
     scores: "PromptScores | None" = None
+    tools: Sequence[Mapping] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class ProblemRun:
         self._model, self._engine, self.settings = model, engine, settings
         self._messages, self._load = problem.messages, problem.load
         self._ids, self._scores = problem.ids, problem.scores
+        self._tools = problem.tools
         self.image_bytes = 0  # of the images' embeddings, from `prepare` to `release`
         self._preparing: Future | None = None
         self._views: Sequence[Views] = ()  # until they are encoded
@@ -116,7 +118,7 @@ class ProblemRun:
     @property
     def quick(self) -> bool:
         """Whether `prepare` takes no longer than a step: without images, and for short messages."""
-        return not self._load and num_characters(self._messages) <= QUICK
+        return not self._load and num_characters(self._messages, self._tools) <= QUICK
 
     @property
     def encoding(self) -> bool:
@@ -296,7 +298,12 @@ class ProblemRun:
     def _ids_of(self, messages: Sequence[dict], max_tokens: int | None = None) -> list[int]:
         model = self._model
         return build_prompt(
-            messages, model.tokenizer, model.config, self._layouts, max_tokens=max_tokens
+            messages,
+            model.tokenizer,
+            model.config,
+            self._layouts,
+            tools=self._tools,
+            max_tokens=max_tokens,
         )
 
     def _path(self, ids: list[int]) -> list[Segment]:

@@ -16,6 +16,7 @@ from model.impls import DTYPES
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
 from model.terminal import add_threads, integer, real
+from model.text.chat_template import CHATML
 from model.text.files import read_text
 from model.vision.image import Views, preprocess
 from pacore_sched.answers.pacore import engine_for
@@ -42,7 +43,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--chat-template",
-        help="jinja2 file, or the name of one of the model's chat templates; default: default",
+        help="jinja2 file, or the name of one of the model's chat templates, or chatml, which takes"
+        " tools; default: default",
     )
     parser.add_argument(
         "--impl", help=f"one of {', '.join(IMPLS)}; default: the best on the device"
@@ -143,11 +145,11 @@ def load_model(options: argparse.Namespace) -> Step3VL:
     file_text = _chat_template_text(options.chat_template)  # before weights, which take minutes
     model = load(options.model, device=device, dtype=dtype, impl=options.impl)
     if options.chat_template:
-        templates = model.tokenizer.chat_templates
+        templates = {"chatml": CHATML} | model.tokenizer.chat_templates
         if file_text is None and options.chat_template not in templates:
             raise InputError(
                 f"--chat-template {options.chat_template}: there is no such file, and the chat"
-                f" templates of {options.model} are: {', '.join(sorted(templates)) or '(none)'}"
+                f" templates for {options.model} are: {', '.join(sorted(templates))}"
             )
         text = templates[options.chat_template] if file_text is None else file_text
         model.tokenizer.chat_templates = {"default": text}

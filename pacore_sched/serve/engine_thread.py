@@ -188,8 +188,8 @@ class EngineThread(threading.Thread):
         sent = job.sent.get(rollout.index, 0)
         if job.stream and last_round and len(rollout.tokens) > sent:
             job.sent[rollout.index] = len(rollout.tokens)
-            tokens, logprobs = rollout.tokens[sent:], rollout.logprobs[sent:]
-            self._put(job, NewTokens(rollout.index, tokens, logprobs))
+            parts = rollout.tokens[sent:], rollout.logprobs[sent:], rollout.top_logprobs[sent:]
+            self._put(job, NewTokens(rollout.index, *parts))
 
     def _note_start(self, job: Job, now: float) -> None:
         job.started = now

@@ -22,18 +22,18 @@ def padded(width: int, height: int) -> tuple[int, int]:
     return width, height
 
 
-def check_size(width: int, height: int, name: str) -> None:
+def check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
     """Raises InputError, which begins with `name`, for an image that is empty or too large."""
     if width < 1 or height < 1:
         raise InputError(f"{name} is empty: {width} x {height} pixels")
     width, height = padded(width, height)
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise too_large(name)
+    if max(width, height) > MAX_SIDE or width * height > max_pixels:
+        raise too_large(name, max_pixels)
 
 
-def too_large(name: str) -> InputError:
+def too_large(name: str, max_pixels: int = MAX_PIXELS) -> InputError:
     return InputError(
-        f"{name} is too large: it may have at most {MAX_SIDE:,} pixels a side and {MAX_PIXELS:,} in"
+        f"{name} is too large: it may have at most {MAX_SIDE:,} pixels a side and {max_pixels:,} in"
         " all (a thin image counts as the square to which it is padded); shrink it to 3,024 on its"
         " long side, which is all that the model sees"
     )

@@ -17,6 +17,7 @@ from model.text.files import open_file
 from model.vision.reading.arrays import array_image
 from model.vision.reading.limits import (
     MAX_BYTES,
+    MAX_PIXELS,
     MAX_SLOW_PIXELS,
     check_bytes,
     check_image_file,
@@ -46,7 +47,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM")
 BLOCK = 2**20  # bytes read at a time
 
 
-def open_image(source: "ImageSource") -> tuple["Image.Image", str]:
+def open_image(source: "ImageSource", max_pixels: int = MAX_PIXELS) -> tuple["Image.Image", str]:
     """A PIL image, not decoded unless the caller did that, and what messages call it.
 
     Raises InputError for a source that is no image, is too large, or whose PNG data end early.
@@ -54,15 +55,17 @@ def open_image(source: "ImageSource") -> tuple["Image.Image", str]:
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        _check_opened(source)
+        _check_opened(source, max_pixels)
         return source, "the image"
     if isinstance(source, np.ndarray | torch.Tensor):
-        return array_image(source), "the array"
+        image = array_image(source)
+        check_size(*image.size, "the array", max_pixels)
+        return image, "the array"
     name, data = _contents(source)
     check_bytes(len(data), name)
     _check(structure_error(data), name)
-    image = _identified(data, name)
-    check_size(*image.size, name)
+    image = _identified(data, name, max_pixels)
+    check_size(*image.size, name, max_pixels)
     if image.format == "PPM":
         _check_ppm(image, name)
     _check(stream_error(data), name)
@@ -122,7 +125,7 @@ def _decoded(url: str) -> bytes:
         raise InputError("a data URL must be data:image/...;base64, followed by base64") from None
 
 
-def _identified(data: bytes, name: str) -> "Image.Image":
+def _identified(data: bytes, name: str, max_pixels: int) -> "Image.Image":
     """The opened image; its metadata are left out if PIL fails with them."""
     from PIL import Image
 
@@ -131,7 +134,7 @@ def _identified(data: bytes, name: str) -> "Image.Image":
         try:
             return Image.open(io.BytesIO(prepare(data)), formats=FORMATS)
         except Image.DecompressionBombError:
-            raise too_large(name) from None
+            raise too_large(name, max_pixels) from None
         except Exception as failure:  # PIL's parsers raise errors of many types
             error = failure
     if not isinstance(error, OSError | SyntaxError):
@@ -141,9 +144,9 @@ def _identified(data: bytes, name: str) -> "Image.Image":
     )
 
 
-def _check_opened(image: "Image.Image") -> None:
+def _check_opened(image: "Image.Image", max_pixels: int) -> None:
     """Check a PIL image; one that is not decoded yet has its file, whose data are checked too."""
-    check_size(*image.size, "the image")
+    check_size(*image.size, "the image", max_pixels)
     if not getattr(image, "tile", None):
         return
     file = getattr(image, "fp", None)

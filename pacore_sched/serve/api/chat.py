@@ -22,6 +22,7 @@ from pacore_sched.serve.api.requests import ChatRequest, ImagePart, Message
 from pacore_sched.serve.api.sampling import check_rollouts, sampling_of, seed_of
 from pacore_sched.serve.api.usage import Usage
 from pacore_sched.serve.errors import ApiError, refused
+from pacore_sched.serve.images import image_source
 from pacore_sched.serve.jobs import Ended, Event, Job, NewTokens, RolloutEnded
 from pacore_sched.serve.saved import Saving
 
@@ -216,7 +217,7 @@ class ChatAnswer:
         assert vision is not None
         for number, url in enumerate(urls, start=1):
             try:
-                source = self.context.media.source(url)
+                source = image_source(url, self.context.media)
                 pixels = self.context.service.limits.max_image_pixels
                 views.append(preprocess(load_image(source, max_pixels=pixels), vision))
             except InputError as error:

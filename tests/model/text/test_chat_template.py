@@ -29,11 +29,21 @@ NAMED = {
     "unk_token": "<|endoftext|>",
     "image_token": "<image>",
 }
+NOT_SPECIAL = [
+    *("<|user|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    *("[TOOL_CALLS]", "[TOOL_RESULTS]"),
+]
 CONTROL = [
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]"),
-    *("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<start_of_turn>"),
+    *("[gMASK]", "<sop>", "<|assistant|>", "<|system|>", "<start_of_turn>"),
     *("<end_of_turn>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", *NAMED.values()),
+    *NOT_SPECIAL,
 ]
+
+
+def plain(ids):
+    """The text of a prompt without its control tokens."""
+    return bytes(id for id in ids if id < 256).decode()
 
 
 def user(content):
@@ -75,9 +85,11 @@ CHATS = {
 
 @cache
 def backend():
-    """Bytes and the control tokens of all templates, one of them not flagged special."""
+    """Bytes and the control tokens of all templates, some of them not flagged special."""
     backend = Tokenizer.byte_level(TINY)._backend
-    backend.add_tokens([AddedToken(t, special=t != "<|user|>", normalized=False) for t in CONTROL])
+    backend.add_tokens(
+        [AddedToken(t, special=t not in NOT_SPECIAL, normalized=False) for t in CONTROL]
+    )
     return backend
 
 

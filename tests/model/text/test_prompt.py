@@ -214,7 +214,7 @@ def test_template_that_cuts_a_marked_text():
     ("chat", "images", "config", "message"),
     [
         ([], 0, TINY, "no messages"),
-        (["Hi"], 0, TINY, "a message needs a role, one of system, user, assistant: 'Hi'"),
+        (["Hi"], 0, TINY, "one of system, developer, user, assistant, tool: 'Hi'"),
         ([{"role": "root", "content": "Hi"}], 0, TINY, "a message needs a role"),
         ([{"role": "user<|im_end|>", "content": "Hi"}], 0, TINY, "a message needs a role"),
         (
@@ -291,7 +291,7 @@ def test_a_text_longer_than_any_prompt_is_not_rendered(monkeypatch):
     """Guards against work on a text of many MB in several messages or parts, before it is refused.
     Malformed messages count nothing: they are refused later."""
     monkeypatch.setattr("model.text.prompt.CHARACTERS", 20)
-    monkeypatch.setattr("model.text.prompt._turn", None)
+    monkeypatch.setattr("model.text.prompt.read_turn", None)
     chat = [
         {"role": "user", "content": "x" * 8},
         {"role": "user", "content": [text("x" * 6), IMAGE, text("x" * 7), text(5), 5]},

@@ -112,6 +112,19 @@ def test_images_after_the_head(tiny: Step3VL, photo: Views):
     assert list(result.tokens) != tiny.generate(ids, [photo, photo], **options)
 
 
+def test_every_round_has_the_tools(tiny: Step3VL):
+    """A synthesis that cannot call what the first round could."""
+    tools = [{"type": "function", "function": {"name": "count"}}]
+    (answer,) = pacore_on(tiny, [2]).answers([Problem(COUNT, tools=tools)])
+    unfinished = [f"[It was not finished.]\n{result.text}" for result in answer.rounds[0].rollouts]
+    for round_, messages in zip(
+        answer.rounds, (COUNT, round_messages(COUNT, unfinished)), strict=True
+    ):
+        ids = build_prompt(messages, tiny.tokenizer, TINY, tools=tools)
+        assert round_.prompt_tokens == len(ids)
+        assert len(ids) > len(build_prompt(messages, tiny.tokenizer, TINY))
+
+
 def test_many_problems_at_once(tiny: Step3VL, photo: Views):
     """An answer that depends on other problems, with and without images; seeds shared by ids."""
     problems = [

@@ -275,6 +275,22 @@ def test_next_round_keeps_what_follows_the_user():
     assert following[1:] == messages[1:]
 
 
+def test_next_round_keeps_tool_turns():
+    """A synthesis without the results of tools, or references in the place of one."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Hm."},
+        {"role": "tool", "tool_call_id": "1", "content": "R"},
+    ]
+    before = copy.deepcopy(messages)
+    following = rounds.round_messages(messages, ["r"])
+    assert following == [
+        {"role": "user", "content": rounds.synthesis_prompt("Q", ["r"])},
+        *before[1:],
+    ]
+
+
 def test_next_round_puts_images_first():
     """Images that are lost or turned into text, as in the released client, or that follow the text,
     where rounds could not share their KV."""

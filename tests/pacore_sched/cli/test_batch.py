@@ -160,12 +160,15 @@ def test_the_chat_template_is_chosen_by_name_or_file(call: Call, monkeypatch: py
     code, _, err = call("--resume", *model, "long")
     assert (code, "chat_template_sha256" in err) == (2, True)
     for choice, message in (
-        ("best", "there is no such file, and the chat templates of .*checkpoint are: long, short"),
-        (str(call.folder), "there is no such file, and the chat templates of"),
+        ("best", "and the chat templates for .*checkpoint are: chatml, long, short"),
+        (str(call.folder), "there is no such file, and the chat templates for"),
         ("best.jinja", "best.jinja: there is no such file"),
     ):
         code, _, err = call(*model, choice, out=call.folder / "other.jsonl")
         assert (code, err.count("\n"), bool(re.search(message, err))) == (2, 1, True)
+    assert call(*model, "chatml", out=call.folder / "chatml.jsonl")[0] == 0
+    (result,) = call.results(call.folder / "chatml.jsonl")
+    assert result["rounds"][0]["prompt_tokens"] == len("<user\nWho?>\n<assistant\n")
     code, _, err = call(*model[:2], out=call.folder / "other.jsonl")
     assert (code, "choose one with --chat-template: long, short" in err) == (2, True)
 
