@@ -30,7 +30,7 @@ from pacore_sched.serve.service import Service
 from tests.pacore_sched.answers.hashed_pacore import HashExecutor
 
 TOKENIZER = Tokenizer.byte_level(TINY)
-EOS = TINY.tokens.eos[-1]
+EOS = TINY.tokens.eos[1]  # <|im_end|>
 MODEL = SimpleNamespace(config=TINY, tokenizer=TOKENIZER, dtype=torch.float32)
 Script = Callable[[Rollout], str]
 

@@ -14,7 +14,7 @@ def of_body(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
     kind, message = error["type"], str(error["msg"])
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {error.get('ctx', {}).get('error', message)}")
-    path, found = _path(error["loc"][1:], body)
+    path = _path(error["loc"][1:], body, missing=kind == "missing")
     if kind == "not_implemented":
         path = f"{path}.{error['ctx']['key']}".removeprefix(".")
         return ApiError(400, message, param=path, code="unsupported_parameter")
@@ -33,17 +33,18 @@ def of_http(error: HTTPException) -> ApiError:
     return ApiError(error.status_code, texts.get(error.status_code, str(error.detail)))
 
 
-def _path(location: Sequence[str | int], body: object) -> tuple[str, object]:
-    """The name of a place in a body, such as messages[0].content, and what is there.
+def _path(location: Sequence[str | int], body: object, *, missing: bool) -> str:
+    """The name of a place in a body, such as messages[0].content, whose last part may be `missing`.
 
     pydantic's location also has the names of the unions' members that were tried, which the body
-    does not have; the last part may be missing from the body as well.
+    does not have.
     """
     path, value = "", body
     for position, part in enumerate(location):
+        last = position == len(location) - 1
         if isinstance(part, int):
             if isinstance(value, list) and part < len(value):
                 path, value = f"{path}[{part}]", value[part]
-        elif isinstance(value, dict) and (part in value or position == len(location) - 1):
+        elif isinstance(value, dict) and (part in value or (last and missing)):
             path, value = f"{path}.{part}".removeprefix("."), value.get(part)
-    return path, value
+    return path

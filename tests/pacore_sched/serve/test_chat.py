@@ -1,0 +1,346 @@
+"""Chat completions through the official client, on scripted rollouts."""
+
+import json
+from collections.abc import Iterator
+
+import openai
+import pytest
+from openai import OpenAI
+
+from pacore_sched.sched.request import Rollout
+from tests.support.serving import Running, prompt_text, running, scripted
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALLS = (
+    "I need the weather.</think>\n\nLet me look.\n<tool_calls>\n<tool_call>\n"
+    '{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>\n<tool_call>\n'
+    '{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>\n</tool_calls>'
+)
+
+
+def script(rollout: Rollout) -> str:
+    """What the "model" says: by words in the prompt. The prompt opens `<think>`."""
+    text = prompt_text(rollout)
+    if "Reference Responses" in text:
+        return f"comparing</think>best of {text.count('Reference ') - 1}"
+    if "weather" in text:
+        return CALLS
+    if "stop" in text:
+        return "hm</think>one ENDING two"
+    if "long" in text:
+        return "x" * 500
+    return f"I am {rollout.index}</think>answer {rollout.index} é"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(scripted(script)) as found:
+        yield found
+        found.wait_idle()
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def ask(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def test_chat(client: OpenAI):
+    """Reasoning apart from content, no end-of-turn token in either, and the tokens of both."""
+    answer = client.chat.completions.create(model="scripted", messages=ask("Hi"))
+    message = answer.choices[0].message
+    assert message.content == "answer 0 é"
+    assert message.reasoning_content == "I am 0"
+    assert answer.choices[0].finish_reason == "stop"
+    said = len("I am 0</think>answer 0 é".encode()) + 1  # a byte per token, and the end of turn
+    assert answer.usage.completion_tokens == said
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + said
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_n(client: OpenAI):
+    """Choices swapped, or the prompt counted once per choice."""
+    one = client.chat.completions.create(model="scripted", messages=ask("Hi"))
+    four = client.chat.completions.create(model="scripted", messages=ask("Hi"), n=4)
+    contents = [choice.message.content for choice in four.choices]
+    assert contents == [f"answer {index} é" for index in range(4)]
+    assert [choice.index for choice in four.choices] == [0, 1, 2, 3]
+    assert four.usage.prompt_tokens == one.usage.prompt_tokens
+    assert four.usage.completion_tokens == 4 * one.usage.completion_tokens
+
+
+def test_stream(client: OpenAI):
+    """A stream that differs from the whole answer: tags in a delta, half a character, a lost or
+    doubled piece, more than one finish reason per choice."""
+    stream = client.chat.completions.create(
+        model="scripted", messages=ask("Hi"), n=2, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    texts = [{"content": "", "reasoning_content": ""} for _ in range(2)]
+    reasons, usages = [[], []], []
+    for chunk in stream:
+        assert chunk.object == "chat.completion.chunk"
+        if chunk.usage:
+            usages.append(chunk.usage)
+        for choice in chunk.choices:
+            assert not reasons[choice.index], "a chunk after the finish reason"
+            texts[choice.index]["content"] += choice.delta.content or ""
+            reasoning = getattr(choice.delta, "reasoning_content", None)
+            texts[choice.index]["reasoning_content"] += reasoning or ""
+            if choice.finish_reason:
+                reasons[choice.index].append(choice.finish_reason)
+    for index in range(2):
+        expected = {"content": f"answer {index} é", "reasoning_content": f"I am {index}"}
+        assert texts[index] == expected
+    assert reasons == [["stop"], ["stop"]]
+    whole = client.chat.completions.create(model="scripted", messages=ask("Hi"), n=2)
+    assert [usage.model_dump() for usage in usages] == [whole.usage.model_dump()]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string(client: OpenAI, stream: bool):
+    """The stop string, or its beginning, in what the client gets."""
+    answer = client.chat.completions.create(
+        model="scripted", messages=ask("stop"), stop=["ENDING"], stream=stream
+    )
+    if stream:
+        choices = [choice for chunk in answer for choice in chunk.choices]
+        content = "".join(choice.delta.content or "" for choice in choices)
+        reason = choices[-1].finish_reason
+    else:
+        content, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert (content, reason) == ("one ", "stop")
+
+
+def test_length(client: OpenAI):
+    """Reasoning that was cut off is not content."""
+    answer = client.chat.completions.create(model="scripted", messages=ask("long"), max_tokens=9)
+    choice = answer.choices[0]
+    assert choice.finish_reason == "length"
+    assert choice.message.content is None
+    assert choice.message.reasoning_content == "x" * 9
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools(client: OpenAI, stream: bool):
+    """Calls in the content or the reasoning, with their tags; arguments that are no JSON; calls
+    that lose their place in a stream."""
+    answer = client.chat.completions.create(
+        model="scripted", messages=ask("weather?"), tools=[WEATHER], stream=stream
+    )
+    content = reasoning = ""
+    calls: dict[int, dict] = {}
+    if stream:
+        for chunk in answer:
+            for choice in chunk.choices:
+                content += choice.delta.content or ""
+                reasoning += getattr(choice.delta, "reasoning_content", None) or ""
+                for call in choice.delta.tool_calls or ():
+                    assert call.id and call.index not in calls
+                    calls[call.index] = call.function.model_dump()
+                reason = choice.finish_reason or ""
+    else:
+        message, reason = answer.choices[0].message, answer.choices[0].finish_reason
+        content, reasoning = message.content, message.reasoning_content
+        calls = dict(enumerate(call.function.model_dump() for call in message.tool_calls))
+    assert reason == "tool_calls"
+    assert content.strip() == "Let me look." and reasoning == "I need the weather."
+    assert {index: call["name"] for index, call in calls.items()} == dict.fromkeys(
+        (0, 1), "get_weather"
+    )
+    cities = [json.loads(call["arguments"])["city"] for call in calls.values()]
+    assert cities == ["Paris", "Köln"]
+
+
+def test_tool_round_trip(client: OpenAI):
+    """A client that cannot send back what it received: the message with calls, and the results."""
+    first = client.chat.completions.create(
+        model="scripted", messages=ask("weather?"), tools=[WEATHER]
+    )
+    message = first.choices[0].message
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": "rain in wether"}
+        for call in message.tool_calls
+    ]
+    messages = [*ask("weather?"), message.model_dump(), *results]
+    second = client.chat.completions.create(model="scripted", messages=messages, tools=[WEATHER])
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+def test_no_tools_no_calls(client: OpenAI):
+    """A call in the text of a request without tools, or with tool_choice none, is text."""
+    for options in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
+        answer = client.chat.completions.create(
+            model="scripted", messages=ask("weather?"), **options
+        )
+        assert "<tool_call>" in answer.choices[0].message.content
+        assert answer.choices[0].message.tool_calls is None
+
+
+def test_logprobs(client: OpenAI):
+    """An entry per token, whose bytes are the text."""
+    answer = client.chat.completions.create(model="scripted", messages=ask("Hi"), logprobs=True)
+    entries = answer.choices[0].logprobs.content
+    assert len(entries) == answer.usage.completion_tokens
+    data = b"".join(bytes(entry.bytes) for entry in entries[:-1])
+    assert data.decode() == "I am 0</think>answer 0 é"
+    assert entries[-1].token == "<|im_end|>" and entries[0].logprob == -0.5
+
+
+def test_pacore(client: OpenAI):
+    """The answer is the last round's, and usage counts all rollouts and what they shared."""
+    answer = client.chat.completions.create(model="scripted:pacore-3", messages=ask("Hi"))
+    assert answer.choices[0].message.content == "best of 3"
+    assert answer.choices[0].message.reasoning_content == "comparing"
+    rounds = answer.pacore["rounds"]
+    assert [round_["rollouts"] for round_ in rounds] == [3, 1]
+    assert all(round_["cut"] == round_["dropped"] == [] for round_ in rounds)
+    first, last = (round_["prompt_tokens"] for round_ in rounds)
+    assert answer.usage.prompt_tokens == 3 * first + last
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2 * (first - 1)
+
+
+def test_pacore_events(client: OpenAI, server: Running):
+    """Events out of order, missing, or with choices, which ordinary clients would read."""
+    body = {
+        "model": "scripted",
+        "messages": ask("Hi"),
+        "pacore": {"widths": [2, 3], "events": True},
+        "stream": True,
+    }
+    frames = server.post("/v1/chat/completions", body).body.decode().split("\n\n")
+    named = [frame.split("\n") for frame in frames if frame.startswith("event: ")]
+    names = [name.removeprefix("event: ") for name, _ in named]
+    finished = "pacore.rollout_finished"
+    assert names == [
+        "pacore.round_started", finished, finished,
+        "pacore.round_started", finished, finished, finished,
+        "pacore.synthesis_started",
+    ]  # fmt: skip
+    data = [json.loads(line.removeprefix("data: ")) for _, line in named]
+    assert all(chunk["choices"] == [] for chunk in data)
+    assert sorted(chunk["pacore"]["message"] for chunk in data[1:3]) == ["answer 0 é", "answer 1 é"]
+    assert data[0]["pacore"]["width"] == 2 and data[3]["pacore"]["width"] == 3
+    assert frames[-2:] == ["data: [DONE]", ""]
+    content = ""
+    extra = {"pacore": body["pacore"]}
+    for chunk in client.chat.completions.create(
+        model="scripted", messages=ask("Hi"), stream=True, extra_body=extra
+    ):
+        content += "".join(choice.delta.content or "" for choice in chunk.choices)
+    assert content == "best of 3"
+
+
+def test_min_messages(client: OpenAI):
+    """The round goes on with 2 of 4; the cancelled ones are counted."""
+    answer = client.chat.completions.create(
+        model="scripted", messages=ask("Hi"),
+        extra_body={"pacore": {"widths": [4], "min_messages": 2, "events": True}},
+    )  # fmt: skip
+    reasons = [r["finish_reason"] for r in answer.pacore["rounds"][0]["rollouts"]]
+    assert reasons.count("stop") >= 2 and len(reasons) == 4
+
+
+BAD = {
+    "unknown model": ({"model": "gpt-4o"}, 404, "model"),
+    "bad widths in a name": ({"model": "scripted:pacore-0"}, 404, "model"),
+    "widths twice": (
+        {"model": "scripted:pacore-2", "pacore": {"widths": [3]}}, 400, "pacore.widths",
+    ),
+    "too wide": ({"pacore": {"widths": [129]}}, 400, "pacore.widths"),
+    "many rounds": ({"pacore": {"widths": [1] * 9}}, 400, "pacore.widths"),
+    "n with pacore": ({"n": 2, "pacore": {}}, 400, "n"),
+    "tools with pacore": ({"tools": [WEATHER], "pacore": {}}, 400, "tools"),
+    "not implemented": ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+    "logit_bias": ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
+    "unknown parameter": ({"guided_regex": "a"}, 400, "guided_regex"),
+    "nested unknown": ({"pacore": {"width": 3}}, 400, "pacore.width"),
+    "a string for a number": ({"n": "4"}, 400, "n"),
+    "a bool for a number": ({"n": True}, 400, "n"),
+    "n too large": ({"n": 129}, 400, "n"),
+    "temperature": ({"temperature": 1e-9}, 400, "temperature"),
+    "top_p": ({"top_p": 0}, 400, "top_p"),
+    "many stops": ({"stop": ["a"] * 17}, 400, "stop"),
+    "empty stop": ({"stop": ""}, 400, "stop"),
+    "max_tokens": ({"max_tokens": 10**6}, 400, "max_tokens"),
+    "two limits": ({"max_tokens": 5, "max_completion_tokens": 6}, 400, "max_tokens"),
+    "top_logprobs alone": ({"top_logprobs": 3}, 400, "top_logprobs"),
+    "no messages": ({"messages": []}, 400, "messages"),
+    "a role": ({"messages": [{"role": "bot", "content": "x"}]}, 400, "messages[0]"),
+    "a content": ({"messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content"),
+    "a part": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+        400,
+        "messages[0].content[0].text",
+    ),
+    "tool_choice required": ({"tools": [WEATHER], "tool_choice": "required"}, 400, "tool_choice"),
+    "tool_choice alone": ({"tool_choice": "auto"}, 400, "tool_choice"),
+    "a long prompt": ({"messages": ask("x" * 9000)}, 400, "messages"),
+    "a remote image": (
+        {"messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}]}]},
+        400,
+        "messages",
+    ),
+    "a broken image": (
+        {"messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]},
+        400,
+        "messages",
+    ),
+    "low detail": (
+        {"messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}]}]},
+        400,
+        "messages[0].content[0].image_url.detail",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests(server: Running, case: str):
+    """A parameter that is ignored, a status 500, an error that does not name the field."""
+    fields, status, param = BAD[case]
+    reply = server.chat(**fields)
+    error = reply.json["error"]
+    assert (reply.status, error["param"]) == (status, param), error
+    assert "\n" not in error["message"] and "Traceback" not in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_neutral_values(server: Running):
+    """Clients send parameters that change nothing, and nulls."""
+    fields = {
+        "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1,
+        "response_format": {"type": "text"}, "parallel_tool_calls": True, "user": "me",
+        "guided_json": None, "store": False, "metadata": {"a": "b"},
+    }  # fmt: skip
+    assert server.chat(**fields).status == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"nonsense", b'{"a": NaN}', b"[" * 100_000, b"\xff"]
+)
+def test_malformed_bodies(server: Running, body: bytes):
+    """A traceback or a status 500 for what is no JSON object."""
+    reply = server.post("/v1/chat/completions", body)
+    assert reply.status == 400 and reply.json["error"]["message"]
+
+
+def test_the_client_reads_errors(client: OpenAI):
+    """The official client finds the message and the field."""
+    with pytest.raises(openai.BadRequestError, match="frequency_penalty is not implemented") as e:
+        client.chat.completions.create(model="scripted", messages=ask("Hi"), frequency_penalty=1)
+    assert e.value.param == "frequency_penalty"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4o'"):
+        client.chat.completions.create(model="gpt-4o", messages=ask("Hi"))
