@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -57,7 +57,7 @@ def slowly(server: Running, seconds: float = 0.005) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves(stream: bool):
-    """Rollouts that go on, and pages that stay, for an answer that nobody reads."""
+    """Rollouts that go on, and pages that stay, for an answer that no client reads."""
     with running(scripted(endless)) as server:
         slowly(server)
         engine = server.service.engine
@@ -94,25 +94,19 @@ def test_pages_are_free_before_the_next_step():
 def test_too_many_wait():
     """A queue without a bound; a refusal that does not say when to come back."""
     limits = Limits(max_waiting=3)
-    with running(scripted(endless, max_running=1, limits=limits, num_pages=1100)) as server:
+    with running(scripted(endless, max_running=1, limits=limits)) as server, ExitStack() as clients:
         slowly(server)
-        clients = []
-        # One problem takes all pages, and three wait.
         for count in range(4):
-            clients.append(client(server))
-            clients[-1].__enter__()
+            clients.enter_context(client(server))
             wait_for(lambda: len(server.service.jobs) == count + 1, "a job")  # noqa: B023
-            if not count:
-                wait_for(lambda: server.service.waiting == 0, "a start")
-        server.service.waiting += 3 - server.service.waiting  # those that share the pages
+            wait_for(lambda: server.service.waiting == count, "one that runs")  # noqa: B023
         refused = server.chat()
         assert refused.status == 429 and refused.json["error"]["code"] == "queue_full"
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert "pacore:requests_refused_total" in server.get("/metrics").body.decode()
-        server.service.waiting = sum(job.waits for job in server.service.jobs)
-        for held in clients:
-            held.__exit__(None, None, None)
+        clients.close()
         server.wait_idle()
+        assert server.service.waiting == 0
 
 
 def test_a_failing_step():
