@@ -31,8 +31,14 @@ from pacore_sched.engine.decode_step import (
 from pacore_sched.engine.image_encoder import Features, ImageEncoder
 from pacore_sched.engine.kv_memory import image_budget, pages_that_fit
 from pacore_sched.engine.launch_sites import engine_sites
-from pacore_sched.engine.logprobs import PromptScores, joined, score, unpacked_results
-from pacore_sched.engine.step_rows import Prompt, ScoredRows, StepRows, build_step_rows
+from pacore_sched.engine.logprobs import joined, score, unpacked_results
+from pacore_sched.engine.step_rows import (
+    Prompt,
+    PromptScores,
+    ScoredRows,
+    StepRows,
+    build_step_rows,
+)
 from pacore_sched.engine.step_timer import StepEvents, StepStats, StepTimer
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Rollout, SampledTokens, Segment

@@ -10,9 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from model.errors import InputError
-from pacore_sched.engine.logprobs import PromptScores
 from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, Chunk, Rollout, Segment
+from pacore_sched.sched.request import (
+    Batch,
+    Chunk,
+    Rollout,
+    SampledTokens,
+    Segment,
+    TopLogprobs,
+    check_top_logprobs,
+)
 from pacore_sched.sched.step_batch import StepBatch, build_step_batch
 
 
@@ -24,6 +31,45 @@ class ImageFeatures(Protocol):
 
     def result(self) -> Any:
         """A tensor [count, hidden]; opaque here."""
+
+
+@dataclass(eq=False)
+class PromptScores:
+    """The raw log-probability of each token of a text prompt, given those before it.
+
+    The executor fills them in while the prompt's only segment is prefilled; entry i is token i's.
+    The first token has None, and a prompt of one token, which has no segment, nothing else. All
+    entries are there when the first token of a rollout is.
+
+    last_token: of the prompt, which follows its segment
+    top: how many of the most likely tokens come with each entry, at most MAX_TOP_LOGPROBS
+
+    Raises InputError for another `top`.
+    """
+
+    last_token: int
+    top: int = 0
+    logprobs: list[float | None] = field(default_factory=lambda: [None], init=False)
+    top_logprobs: list[TopLogprobs | None] = field(init=False)  # empty without `top`
+
+    def __post_init__(self) -> None:
+        check_top_logprobs(self.top)
+        self.top_logprobs = [None] if self.top else []
+
+    def targets(self, ids: Sequence[int], start: int, stop: int) -> list[int]:
+        """The tokens that follow tokens [start, stop) of the segment's `ids`, if they need to be
+        scored: not again when KV that was dropped is recomputed."""
+        if stop < len(self.logprobs):
+            return []
+        following = [*ids[start + 1 : stop + 1]]
+        return following if stop < len(ids) else [*following, self.last_token]
+
+    def fill(self, start: int, columns: SampledTokens) -> None:
+        """Enter the scores of the tokens that follow those from `start` on."""
+        stop = start + len(columns.tokens)
+        self.logprobs[start + 1 : stop + 1] = columns.logprobs
+        if self.top:
+            self.top_logprobs[start + 1 : stop + 1] = columns.top_logprobs or []
 
 
 @dataclass(frozen=True)

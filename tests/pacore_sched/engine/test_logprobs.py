@@ -19,7 +19,8 @@ from model.step3vl import Step3VL
 from pacore_sched.engine import logprobs
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
-from pacore_sched.engine.logprobs import PromptScores, TopRows, unpacked_results
+from pacore_sched.engine.logprobs import TopRows, unpacked_results
+from pacore_sched.engine.step_rows import PromptScores
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.request import (
     Batch,
