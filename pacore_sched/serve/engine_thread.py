@@ -61,6 +61,7 @@ class EngineThread(threading.Thread):
         self._waiting: deque[Job] = deque()
         self._jobs: dict[ProblemRun, Job] = {}  # on the engine
         self._outboxes: dict[Job, None] = {}  # of the jobs with events in this step
+        self._steps = 0
         self._stopped = False
 
     @property
@@ -131,11 +132,11 @@ class EngineThread(threading.Thread):
             self._start(self._waiting.popleft())
         if not self._live and not self.engine.busy:
             return
+        self._steps += 1
         for run, answer in self._live.step(self._take):
             self._end(self._jobs.pop(run), answer)
-        now = time.monotonic()
         for job in self._jobs.values():
-            self._report(job, now)
+            self._report(job)
 
     def _start(self, job: Job) -> None:
         self._jobs[job.run] = job
@@ -148,12 +149,13 @@ class EngineThread(threading.Thread):
     def _take(self, run: ProblemRun, rollout: Rollout, result: RolloutResult) -> None:
         """A rollout has ended: send its last tokens and its result."""
         job = self._jobs[run]
-        self._note_tokens(job, time.monotonic())
+        if rollout.tokens and result.finish_reason != "cancelled":
+            self._note_tokens(job)
         self._send_tokens(job, rollout, last_round=result.round == len(run.settings.widths) - 1)
         self._put(job, RolloutEnded(result))
         self._metrics.rollout_ended(result)
 
-    def _report(self, job: Job, now: float) -> None:
+    def _report(self, job: Job) -> None:
         """Send what the last step did to a job that goes on."""
         if job.group is not job.run.group:
             self._report_round(job)
@@ -162,8 +164,11 @@ class EngineThread(threading.Thread):
         if job.started is None:
             nodes = [segment.node for segment in group.path] + [r.node for r in group.rollouts]
             if max(nodes, default=-1) >= 0:
-                self._note_start(job, now)
-        self._note_tokens(job, now)
+                self._note_start(job, time.monotonic())
+        seen = sum(len(rollout.tokens) for rollout in group.rollouts)
+        if seen > job.seen:
+            job.seen = seen
+            self._note_tokens(job)
         if job.stream and len(job.run.rounds) == len(job.run.settings.widths) - 1:
             for rollout in group.rollouts:
                 self._send_tokens(job, rollout, last_round=True)
@@ -196,12 +201,11 @@ class EngineThread(threading.Thread):
         self._metrics.started(job)
         self._put(job, Started())
 
-    def _note_tokens(self, job: Job, now: float) -> None:
-        """Note when a job received tokens, if it did since the last call."""
-        group = job.group
-        seen = sum(len(rollout.tokens) for rollout in group.rollouts) if group else 0
-        if seen <= job.seen:
+    def _note_tokens(self, job: Job) -> None:
+        """Note that a job has received tokens in this step."""
+        if job.step == self._steps:
             return
+        job.step, now = self._steps, time.monotonic()
         if job.started is None:
             self._note_start(job, now)
         if job.last_token is not None:
@@ -209,7 +213,7 @@ class EngineThread(threading.Thread):
         else:
             job.first_token = now
             self._metrics.first_token(job)
-        job.seen, job.last_token, job.steps = seen, now, job.steps + 1
+        job.last_token, job.steps = now, job.steps + 1
 
     def _end(self, job: Job, answer: Answer) -> None:
         self._metrics.ended(job, answer)

@@ -89,7 +89,8 @@ class Job:
     group: Group | None = None  # whose round has been reported
     sent: dict[int, int] = field(default_factory=dict)  # tokens reported, by index
     seen: int = 0  # tokens of the current round
-    steps: int = 0  # in which it received tokens
+    step: int = 0  # the last one in which it received tokens
+    steps: int = 0  # how many these were
     outbox: list[Event] = field(default_factory=list)  # of the current step
     # Of the event loop:
     results: list[RolloutResult] = field(default_factory=list)  # in the order in which they ended

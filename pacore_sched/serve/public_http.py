@@ -91,7 +91,7 @@ def fetch(url: str, *, max_bytes: int, timeout_s: float) -> bytes:
             try:
                 data = _answer(sock, parts, host, port, name, max_bytes)
             finally:
-                if False:  # the error, or what looks like the end, came of that
+                if cut.is_set():  # the error, or what looks like the end, came of that
                     raise late
             return data
     except TimeoutError:

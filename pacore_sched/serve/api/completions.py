@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from model.errors import InputError
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.problem_run import Problem, Settings
-from pacore_sched.engine.logprobs import PromptScores
+from pacore_sched.engine.step_rows import PromptScores
 from pacore_sched.serve.api.choices import rollout_text
 from pacore_sched.serve.api.context import Context
 from pacore_sched.serve.api.frames import Frames

@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 
 from pacore_sched.sched.request import Rollout
-from tests.support.serving import Running, prompt_text, running, scripted
+from tests.pacore_sched.serve.serving import Running, prompt_text, running, scripted
 
 WEATHER = {
     "type": "function",

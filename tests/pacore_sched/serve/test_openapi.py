@@ -8,7 +8,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 
-from tests.support.serving import Running, running, scripted
+from tests.pacore_sched.serve.serving import Running, running, scripted
 
 EXAMPLES = 25  # per path and mode
 

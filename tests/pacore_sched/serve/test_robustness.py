@@ -14,7 +14,7 @@ import pytest
 from pacore_sched.sched.request import Rollout
 from pacore_sched.serve.limits import Limits
 from pacore_sched.serve.saved import SavedProblems
-from tests.support.serving import Running, prompt_text, request, running, scripted
+from tests.pacore_sched.serve.serving import Running, prompt_text, request, running, scripted
 
 HI = [{"role": "user", "content": "Hi"}]
 

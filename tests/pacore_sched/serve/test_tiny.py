@@ -17,7 +17,7 @@ from pacore_sched.serve.images import MediaRules
 from pacore_sched.serve.limits import Limits
 from pacore_sched.serve.metrics import Metrics
 from pacore_sched.serve.service import Service
-from tests.support.serving import Running, running
+from tests.pacore_sched.serve.serving import Running, running
 
 SAMPLING = Sampling(max_tokens=12, temperature=0.8, top_k=50, top_p=0.95)
 OPTIONS = {"max_tokens": 12, "temperature": 0.8, "top_p": 0.95}

@@ -203,6 +203,20 @@ def test_large_images_are_refused_by_their_header(given, message, monkeypatch):
         load_image(given)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [png(11, 10, b""), np.zeros((10, 11), np.uint8), Image.new("L", (11, 10)), png(30, 2, b"")],
+    ids=["header", "array", "opened", "padded"],
+)
+def test_a_lower_limit(given, monkeypatch):
+    """Guards a server's memory: its limit holds for every source, before decoding."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    with pytest.raises(InputError, match="too large: .* 109 in all"):
+        load_image(given, max_pixels=109)
+    monkeypatch.undo()
+    assert load_image(photo(11, 10), max_pixels=110).size == (11, 10)
+
+
 def test_lazy_images_are_checked_before_they_are_decoded():
     """Guards the limits for a PIL image whose file has been opened and not decoded."""
     with warnings.catch_warnings():
