@@ -162,6 +162,7 @@ def test_images_among_parts(template):
         ("{{ messages[-1].content }}", [system("a"), user("b")], "message 1 (role system)"),
         ("{{ messages[0].content }}", [user("a"), assistant("b")], "message 2 (role assistant)"),
         ("{{ messages[0].content[:20] }}", [user("a" * 30)], "message 1 (role user)"),
+        ("{{ messages[0].content[10:] }}", [user("a" * 30)], "message 1 (role user)"),
         (
             "{% for p in messages[0].content if p.type == 'words' %}{{ p.text }}{% endfor %}",
             [user("a")],

@@ -215,10 +215,10 @@ FUNCTION = {"name": "add", "arguments": "{}"}
 CALL = {"id": "1", "type": "function", "function": FUNCTION}
 
 
-def deep(levels):
-    value = {}
+def deep(levels, kind=dict):
+    value = kind()
     for _ in range(levels):
-        value = {"a": value}
+        value = {"a": value} if kind is dict else [value]
     return value
 
 
@@ -275,6 +275,7 @@ def test_bad_turns(turn, message):
         ([ADD | {"more": b"b"}], "tools must have JSON values, not b'b'"),
         ([ADD | {"more": {5: "b"}}], "key must be a string, not 5"),
         ([tool("add", a=deep(5000))], "may be nested 100 levels deep"),
+        ([tool("add", a=deep(5000, list))], "may be nested 100 levels deep"),
     ],
 )
 def test_bad_tools(tools, message):
@@ -282,6 +283,13 @@ def test_bad_tools(tools, message):
     with pytest.raises(InputError, match=message) as error:
         build_prompt([user("a")], BYTES, TINY, tools=tools)
     assert "\n" not in str(error.value)
+
+
+def test_error_of_a_template_about_a_tool():
+    """Guards against naming a type of ours."""
+    template = "{{ messages[0].content }}{{ tools[0].function.strict.x }}"
+    with pytest.raises(InputError, match="failed: 'dict object' has no attribute 'strict'"):
+        build_prompt([user("a")], ours(template), CONFIG, tools=[ADD])
 
 
 def test_a_tool_needs_only_a_name():
