@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from model.vision.image import Views
     from pacore_sched.engine.executor import ModelExecutor
     from pacore_sched.engine.image_encoder import Features
-    from pacore_sched.engine.logprobs import PromptScores
+    from pacore_sched.engine.step_rows import PromptScores
 
 QUICK = 100_000  # characters: about 0.1 s of tokenising
 

@@ -87,15 +87,14 @@ class EngineThread(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped:
-            idle = not (self._waiting or self._live or self.engine.busy)
-            for action in self._actions(wait=idle):
-                action()
             try:
+                idle = not (self._waiting or self._live or self.engine.busy)
+                for action in self._actions(wait=idle):
+                    action()
                 self._step()
             except BaseException as error:
                 self._recover(error)
             self._send()
-        self._live.cancel_all()
 
     def _actions(self, *, wait: bool) -> Iterator[Callable[[], None]]:
         """What has been posted; with `wait`, at least one."""

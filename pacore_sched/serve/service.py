@@ -29,19 +29,21 @@ if TYPE_CHECKING:
 IMAGE_SLOTS = 4  # requests whose images are read, or wait to be encoded, at a time
 TEXT_THREADS = 2
 MAX_RETRY_AFTER = 60  # seconds
+ENDING = "the server is shutting down"
 
 
 class Service:
     """Runs jobs on an engine. Call `start` in the event loop, and `close` at the end.
 
     draining: whether new requests are refused, because the server is about to end
+    ending: whether those that run are ended, too
     """
 
     def __init__(
         self, model: "Step3VL", engine: Engine[ModelExecutor], limits: Limits, metrics: Metrics
     ) -> None:
         self.model, self.engine, self.limits, self.metrics = model, engine, limits, metrics
-        self.draining = False
+        self.draining = self.ending = False
         self.jobs: set[Job] = set()  # accepted and not ended
         self.waiting = 0  # accepted and not started
         self._number = 0
@@ -69,14 +71,15 @@ class Service:
         deadline = time.monotonic() + seconds
         while self.jobs and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        self.thread.fail_all(503, "the server is shutting down")
+        self.ending = True
+        self.thread.fail_all(503, ENDING)
         while self.jobs and time.monotonic() < deadline + 5:  # until the responses are written
             await asyncio.sleep(0.05)
 
     def check_open(self, requests: int = 1) -> None:
         """Raise ApiError if the server does not take that many more requests now."""
         if self.draining:
-            raise ApiError(503, "the server is shutting down", retry_after=5)
+            raise ApiError(503, ENDING, retry_after=5)
         if self.thread.failed:
             raise ApiError(503, f"the engine has failed: {self.thread.last_error}")
         if self.waiting + requests > self.limits.max_waiting:
@@ -122,6 +125,8 @@ class Service:
                 await asyncio.wrap_future(preparing)
                 run.set_preparing(preparing)
                 run.settings = self._fitted(run)
+            if self.ending:
+                raise ApiError(503, ENDING)
         except BaseException:
             self._forget(job)
             raise

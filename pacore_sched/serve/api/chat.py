@@ -213,13 +213,16 @@ class ChatAnswer:
 
     def _load(self, urls: list[str]) -> "list[Views]":
         """The images at some URLs; in a thread. Raises InputError."""
-        vision, views = self._model.config.vision, []
+        vision, limits, views = self._model.config.vision, self.context.service.limits, []
         assert vision is not None
         for number, url in enumerate(urls, start=1):
             try:
                 source = image_source(url, self.context.media)
-                pixels = self.context.service.limits.max_image_pixels
-                views.append(preprocess(load_image(source, max_pixels=pixels), vision))
+                # Three bytes in four characters of a data URL.
+                if isinstance(source, str) and 3 * len(source) // 4 > limits.max_image_bytes:
+                    raise InputError(f"it has more than {limits.max_image_bytes:,} bytes")
+                image = load_image(source, max_pixels=limits.max_image_pixels)
+                views.append(preprocess(image, vision))
             except InputError as error:
                 raise InputError(f"image {number}: {error}") from None
         return views

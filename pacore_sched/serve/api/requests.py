@@ -100,6 +100,7 @@ class User(Body):
 
 
 class Assistant(Body):
+    neutral = {"annotations": ([],)}
     role: Literal["assistant"]
     content: Text | None = None
     reasoning_content: str | None = None
