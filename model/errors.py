@@ -19,6 +19,10 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else _escaped(c) for c in text))
 
 
+class ContextError(InputError):
+    """A prompt that does not fit into the model's context."""
+
+
 def reason(error: BaseException) -> str:
     """What an error says, on one line. One that is no InputError is called unexpected, with its
     type and the line of code that raised it."""

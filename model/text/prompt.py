@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from model.config import Config, TokenIds
-from model.errors import InputError
+from model.errors import ContextError, InputError
 from model.text.chat_template import CHATML, CLOSE, IMAGE, OPEN, Turn, render_turns
 from model.text.jinja_worker import CHARACTERS
 from model.text.messages import OTHER_KEYS, read_tools, read_turn, strings, without_surrogates
@@ -167,10 +167,10 @@ def _check_characters(turns: Sequence[Turn], tools: list[dict], tokenizer: Token
 
 
 def _check_fits(rendered: str, tokenizer: Tokenizer, max_tokens: int) -> None:
-    """Raise InputError for a text that has more than `max_tokens` tokens, however it is divided."""
+    """Raise ContextError for a text of more than `max_tokens` tokens, however it is divided."""
     text = re.sub(f"[{IMAGE}{OPEN}{CLOSE}]", "", rendered)
     if (fewest := tokenizer.fewest_tokens(text)) > max_tokens:
-        raise InputError(
+        raise ContextError(
             f"the prompt has at least {fewest:,} tokens ({len(text):,} characters),"
             f" the context is {max_tokens:,}"
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kernels.runtime.spans import begin
-from model.errors import InputError, reason
+from model.errors import ContextError, InputError, reason
 from model.text.prompt import build_prompt, image_head_length, num_characters
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.message_budget import FittedPrompt, fit_messages, prompt_limit
@@ -276,7 +276,7 @@ class ProblemRun:
         if not self.rounds:
             ids = list(self._ids) or self._ids_of(self._messages, max_tokens=context)
             if len(ids) >= context:
-                raise InputError(f"the prompt has {len(ids)} tokens, the context is {context}")
+                raise ContextError(f"the prompt has {len(ids)} tokens, the context is {context}")
             return FittedPrompt(ids, (), ())
         template, first = self.settings.template, self.rounds[0][0].prompt_tokens
         max_tokens = self.settings.sampling.max_tokens

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from model.errors import InputError
 from model.terminal import integer, real
 from pacore_sched.cli import options as shared
+from pacore_sched.serve.limits import Limits
 from pacore_sched.sim.machine import MACHINES, find_machine
 
 if TYPE_CHECKING:
     import torch
 
     from pacore_sched.serve.images import MediaRules
-    from pacore_sched.serve.limits import Limits
 
 KEY_VARIABLE = "PACORE_API_KEY"
 MIB = 1 << 20
@@ -77,35 +77,44 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-waiting",
         type=integer(1, 10**6),
-        default=512,
-        help="requests that may wait; those after them get status 429 (default: 512)",
+        default=Limits.max_waiting,
+        help="requests that may wait; those after them get status 429 (default: %(default)s)",
     )
     group.add_argument(
         "--max-rollouts",
         type=shared.WIDTH,
-        default=128,
-        help="rollouts of a request at a time: n, or a round's width (default: 128)",
+        default=Limits.max_rollouts,
+        help="rollouts of a request at a time: n, or a round's width (default: %(default)s)",
     )
     group.add_argument(
-        "--max-images", type=integer(0, 10**4), default=64, help="per request (default: 64)"
+        "--max-images",
+        type=integer(0, 10**4),
+        default=Limits.max_images,
+        help="per request (default: %(default)s)",
     )
     group.add_argument(
-        "--max-body-mib", type=integer(1, 4096), default=64, help="of a body (default: 64)"
+        "--max-body-mib",
+        type=integer(1, 4096),
+        default=Limits.max_body_bytes // MIB,
+        help="of a body (default: %(default)s)",
     )
     group.add_argument(
-        "--max-image-mib", type=integer(1, 256), default=20, help="of an image file (default: 20)"
+        "--max-image-mib",
+        type=integer(1, 256),
+        default=Limits.max_image_bytes // MIB,
+        help="of an image file (default: %(default)s)",
     )
     group.add_argument(
         "--max-image-pixels",
         type=integer(1, 89_478_485),
-        default=36_000_000,
-        help="of an image (default: 36 million)",
+        default=Limits.max_image_pixels,
+        help="of an image (default: %(default)s)",
     )
     group.add_argument(
         "--timeout",
         type=real(0, 1e7, exclusive=True),
-        default=3600.0,
-        help="seconds from a request's arrival to the end of its answer (default: 3600)",
+        default=Limits.timeout_s,
+        help="seconds from a request's arrival to the end of its answer (default: %(default)g)",
     )
 
 
@@ -174,9 +183,7 @@ def _keys(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _limits(options: argparse.Namespace) -> "Limits":
-    from pacore_sched.serve.limits import Limits
-
+def _limits(options: argparse.Namespace) -> Limits:
     return Limits(
         max_waiting=options.max_waiting,
         max_rollouts=options.max_rollouts,

@@ -62,7 +62,7 @@ class EngineThread(threading.Thread):
         self._jobs: dict[ProblemRun, Job] = {}  # on the engine
         self._outboxes: dict[Job, None] = {}  # of the jobs with events in this step
         self._steps = 0
-        self._stopped = False
+        self._ended = False
 
     @property
     def failed(self) -> bool:
@@ -83,10 +83,10 @@ class EngineThread(threading.Thread):
 
     def stop(self) -> None:
         """End the thread after the current step."""
-        self._inbox.put(self._stop)
+        self._inbox.put(self._end_loop)
 
     def run(self) -> None:
-        while not self._stopped:
+        while not self._ended:
             try:
                 idle = not (self._waiting or self._live or self.engine.busy)
                 for action in self._actions(wait=idle):
@@ -113,8 +113,7 @@ class EngineThread(threading.Thread):
     def _cancel(self, job: Job) -> None:
         with suppress(ValueError):
             self._waiting.remove(job)
-        if self._jobs.pop(job.run, None):
-            self._metrics.cancelled()
+        self._jobs.pop(job.run, None)
         self._live.cancel(job.run)
 
     def _fail_all(self, status: int, why: str) -> None:
@@ -122,8 +121,8 @@ class EngineThread(threading.Thread):
             self._fail(job, status, why)
             self._cancel(job)
 
-    def _stop(self) -> None:
-        self._stopped = True
+    def _end_loop(self) -> None:
+        self._ended = True
 
     def _step(self) -> None:
         """Start the jobs that have room, and run one step."""
@@ -180,7 +179,8 @@ class EngineThread(threading.Thread):
         job.sent.clear()
         event = RoundStarted(
             number=len(run.rounds),
-            width=len(group.rollouts),
+            width=run.settings.widths[len(run.rounds)],
+            started=len(group.rollouts),
             prompt_tokens=group.prompt_tokens,
             cached_tokens=sum(segment.written for segment in group.path),
             cut=run.prompt.cut,
@@ -229,12 +229,17 @@ class EngineThread(threading.Thread):
         status = 503 if self.failed else 500
         for job in list(self._jobs.values()):
             self._fail(job, status, f"the engine failed: {self.last_error}")
-            with suppress(Exception):  # the engine's state may be wrong
-                self._live.cancel(job.run)
+            for end in (partial(self._live.cancel, job.run), job.run.release):
+                with suppress(Exception):  # the engine's state may be wrong
+                    end()
         self._jobs.clear()
-        self.engine.executor.reset()
-        self.engine.reset()
         self._live = LiveProblems(self.engine)
+        try:
+            self.engine.executor.reset()
+            self.engine.reset()
+        except Exception as second:
+            self.failures, self.last_error = MAX_RESTARTS + 1, reason(second)
+            log.error("the engine cannot be reset", exc_info=second)
         self._metrics.restarted()
         if self.failed:
             self._fail_all(503, f"the engine failed again: {self.last_error}")

@@ -1,6 +1,6 @@
 """What a client is told when a request fails, in OpenAI's form."""
 
-from model.errors import InputError
+from model.errors import ContextError, InputError
 
 TYPES = {
     400: "invalid_request_error",
@@ -12,6 +12,9 @@ TYPES = {
     503: "unavailable_error",
     504: "timeout_error",
 }
+
+
+TOO_LONG = "context_length_exceeded"  # clients that shorten a conversation look for it
 
 
 class ApiError(Exception):
@@ -51,3 +54,8 @@ class ApiError(Exception):
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """An error of the client's: what is wrong, and what would be right."""
     return ApiError(400, message, param=param, code=code)
+
+
+def of_input(error: InputError, param: str) -> ApiError:
+    """A mistake in what the client sent in a field."""
+    return refused(str(error), param, TOO_LONG if isinstance(error, ContextError) else None)

@@ -12,18 +12,21 @@ from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer
 from pacore_sched.answers.problem_run import ProblemRun
 from pacore_sched.sched.request import Group
+from pacore_sched.serve.errors import ApiError
 
 
 @dataclass(frozen=True)
 class RoundStarted:
     """A round's rollouts have been submitted.
 
+    started: how many of its `width` they are; the others had ended in an earlier request
     cached_tokens: of its prompt, whose KV was there before: images
     cut, dropped: rollouts of the round before whose messages were shortened or left out
     """
 
     number: int
     width: int
+    started: int
     prompt_tokens: int
     cached_tokens: int
     cut: tuple[int, ...]
@@ -60,6 +63,15 @@ class Failed:
 
     status: int
     reason: str
+
+
+def check_answer(answer: Answer) -> None:
+    """Raise ApiError if a problem, or a rollout of its last round, has failed."""
+    error, last = answer.error, answer.rounds[-1].rollouts if answer.rounds else ()
+    if error is None and any(result.finish_reason == "error" for result in last):
+        error = "a rollout failed: its logits were not finite"
+    if error:
+        raise ApiError(500, error)
 
 
 class Started:

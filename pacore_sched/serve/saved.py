@@ -42,6 +42,11 @@ class Saving:
         keep, self.keep = self.keep, lambda saving, results: None
         keep(self, results)
 
+    def drop(self) -> None:
+        """Remove what is known: it does not fit any more."""
+        self.known, self.ended = (), True
+        self.close(())
+
 
 class SavedProblems:
     """The journals in a folder; `model` identifies the weights that rollouts came from."""
@@ -71,7 +76,11 @@ class SavedProblems:
         if path in self._running:  # the same request runs already
             return Saving(settings)
         self._running.add(path)
-        return await asyncio.to_thread(self._read, path, header, settings)
+        try:
+            return await asyncio.to_thread(self._read, path, header, settings)
+        except BaseException:  # the client has left
+            self._running.discard(path)
+            raise
 
     def _read(self, path: Path, header: dict, settings: Settings) -> Saving:
         known: Sequence[RolloutResult] = ()
@@ -83,16 +92,24 @@ class SavedProblems:
                 with _journal(path, header | {"seed": seed}, settings) as journal:
                     known = journal.results("")
         except (OSError, ValueError, KeyError, TypeError) as error:
+            # It may be damaged, another server's, or of another version: it is left as it is.
             log.warning("a file is not resumed", extra={"file": str(path), "error": str(error)})
-            path.unlink(missing_ok=True)
+            self._running.discard(path)
+            return Saving(settings)
         header = header | {"seed": settings.seed}
         return Saving(settings, known, partial(self._keep, path, header))
 
     def _keep(
         self, path: Path, header: dict, saving: Saving, results: Sequence[RolloutResult]
     ) -> None:
-        """Remove the file of an answered request; add results to that of another."""
+        """Remove the file of an answered request; add results to that of another.
+
+        Not those of the last round, whose text has been sent in part, and not failed ones, which
+        would fail again.
+        """
         self._running.discard(path)
+        last = len(saving.settings.widths) - 1
+        results = [r for r in results if r.round < last and r.finish_reason != "error"]
         try:
             if saving.ended:
                 path.unlink(missing_ok=True)

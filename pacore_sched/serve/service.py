@@ -7,10 +7,11 @@ with images wait for a slot until those before them have been started.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kernels.runtime.arithmetic import cdiv
 from pacore_sched.answers.journal_lines import RolloutResult
@@ -18,7 +19,7 @@ from pacore_sched.answers.problem_run import Problem, ProblemRun, Settings
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.serve.engine_thread import EngineThread
-from pacore_sched.serve.errors import ApiError, refused
+from pacore_sched.serve.errors import TOO_LONG, ApiError, refused
 from pacore_sched.serve.jobs import Ended, Event, Failed, Job, RolloutEnded, Started
 from pacore_sched.serve.limits import Limits
 from pacore_sched.serve.metrics import Metrics
@@ -26,6 +27,7 @@ from pacore_sched.serve.metrics import Metrics
 if TYPE_CHECKING:
     from model.step3vl import Step3VL
 
+T = TypeVar("T")
 IMAGE_SLOTS = 4  # requests whose images are read, or wait to be encoded, at a time
 TEXT_THREADS = 2
 MAX_RETRY_AFTER = 60  # seconds
@@ -57,6 +59,11 @@ class Service:
         self.thread = EngineThread(self.engine, asyncio.get_running_loop(), self.metrics)
         self.thread.start()
 
+    @property
+    def failed(self) -> bool:
+        """Whether no request can be answered any more."""
+        return self.thread.failed or not self.thread.is_alive()
+
     def close(self) -> None:
         """End the threads; jobs that are left get no further events."""
         self.thread.stop()
@@ -80,7 +87,7 @@ class Service:
         """Raise ApiError if the server does not take that many more requests now."""
         if self.draining:
             raise ApiError(503, ENDING, retry_after=5)
-        if self.thread.failed:
+        if self.failed:
             raise ApiError(503, f"the engine has failed: {self.thread.last_error}")
         if self.waiting + requests > self.limits.max_waiting:
             self.metrics.refused.inc()
@@ -106,25 +113,17 @@ class Service:
         known: rollouts that have ended before; they are not run again
 
         With a `max_tokens` of 0, rollouts may use all that the context and the KV leave.
-        Raises ApiError if no requests are taken, or the prompt and `max_tokens` are too long; and
-        InputError for a prompt that is wrong otherwise.
+        Call `check_open` first. Raises ApiError if the prompt and `max_tokens` are too long, it
+        takes too long or the server ends; and InputError for a prompt that is wrong otherwise.
         """
-        self.check_open()
         self._number += 1
         run = ProblemRun(self.model, self.engine, settings, problem, self._number, known)
         job = Job(run, stream, time.monotonic())
         self.jobs.add(job)
         self.waiting += 1
         try:
-            if problem.load:
-                await self._image_slots.acquire()
-                job.holds_slot = True
-            if not run.finished:
-                threads = self._image_threads if problem.load else self._text_threads
-                preparing = threads.submit(run.prepare)
-                await asyncio.wrap_future(preparing)
-                run.set_preparing(preparing)
-                run.settings = self._fitted(run)
+            async with self._deadline(job):
+                await self._prepare(job, has_images=problem.load is not None)
             if self.ending:
                 raise ApiError(503, ENDING)
         except BaseException:
@@ -135,23 +134,20 @@ class Service:
 
     async def events(self, job: Job) -> AsyncIterator[Event]:
         """A job's events up to Ended. Raises ApiError if the job fails or takes too long."""
-        deadline = job.arrived + self.limits.timeout_s
         while job in self.jobs:
-            try:
-                async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
-                    events = await job.events.get()
-            except TimeoutError:
-                limit = f"{self.limits.timeout_s:g} s"
-                raise ApiError(504, f"the answer took longer than {limit}") from None
+            async with self._deadline(job):
+                events = await job.events.get()
             for event in events:
                 match event:
                     case Started():
+                        self._note_start(job)
                         self._end_wait(job)
                     case RolloutEnded(result):
                         job.results.append(result)
                     case Ended():
                         self._forget(job)
                     case Failed(status, why):
+                        self.metrics.cancelled()
                         self._forget(job)
                         raise ApiError(status, why)
                 yield event
@@ -159,8 +155,36 @@ class Service:
     def cancel(self, job: Job) -> None:
         """End a job; does nothing if it has ended."""
         if job in self.jobs:
+            self.metrics.cancelled()
             self._forget(job)
             self.thread.cancel(job)
+
+    async def text_thread(self, function: Callable[[], T]) -> T:
+        """Run a function in a thread for texts."""
+        return await asyncio.get_running_loop().run_in_executor(self._text_threads, function)
+
+    @asynccontextmanager
+    async def _deadline(self, job: Job) -> AsyncIterator[None]:
+        """Raises ApiError in the middle of what takes too long."""
+        left = job.arrived + self.limits.timeout_s - time.monotonic()
+        try:
+            async with asyncio.timeout(max(left, 0)):
+                yield
+        except TimeoutError:
+            limit = f"{self.limits.timeout_s:g} s"
+            raise ApiError(504, f"the answer took longer than {limit}") from None
+
+    async def _prepare(self, job: Job, *, has_images: bool) -> None:
+        run = job.run
+        if has_images:
+            await self._image_slots.acquire()
+            job.holds_slot = True
+        if not run.finished:
+            threads = self._image_threads if has_images else self._text_threads
+            preparing = threads.submit(run.prepare)
+            await asyncio.wrap_future(preparing)
+            run.set_preparing(preparing)
+            run.settings = self._fitted(run)
 
     def _forget(self, job: Job) -> None:
         self.jobs.discard(job)
@@ -174,8 +198,12 @@ class Service:
         self.waiting -= 1
         if job.holds_slot:
             self._image_slots.release()
+
+    def _note_start(self, job: Job) -> None:
+        """Update the mean time from one start to the next, without that in which no job waited."""
         now = time.monotonic()
-        self._start_s += 0.1 * (min(now - self._last_start, MAX_RETRY_AFTER) - self._start_s)
+        seconds = now - max(self._last_start, job.arrived)
+        self._start_s += 0.1 * (min(seconds, MAX_RETRY_AFTER) - self._start_s)
         self._last_start = now
 
     def _fitted(self, run: ProblemRun) -> Settings:
@@ -193,6 +221,6 @@ class Service:
         raise refused(
             f"a prompt of {first} tokens leaves room for {max(room, 0)} more: the context has"
             f" {context} and the KV cache {self.engine.executor.num_pages * size}",
-            "max_tokens",
-            "context_length_exceeded",
+            "max_tokens" if sampling.max_tokens else None,
+            TOO_LONG,
         )

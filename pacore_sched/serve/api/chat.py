@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from model.errors import InputError
 from model.text.prompt import opens_thinking
 from model.vision.image import load_image, preprocess
-from pacore_sched.answers.live import Answer
 from pacore_sched.answers.problem_run import Problem, Settings
 from pacore_sched.serve.api import pacore
 from pacore_sched.serve.api.choices import ChatChoice, rollout_text
@@ -21,9 +20,9 @@ from pacore_sched.serve.api.logprobs import TokenTexts
 from pacore_sched.serve.api.requests import ChatRequest, ImagePart, Message
 from pacore_sched.serve.api.sampling import check_rollouts, sampling_of, seed_of
 from pacore_sched.serve.api.usage import Usage
-from pacore_sched.serve.errors import ApiError, refused
+from pacore_sched.serve.errors import of_input, refused
 from pacore_sched.serve.images import image_source
-from pacore_sched.serve.jobs import Ended, Event, Job, NewTokens, RolloutEnded
+from pacore_sched.serve.jobs import Ended, Event, Job, NewTokens, RolloutEnded, check_answer
 from pacore_sched.serve.saved import Saving
 
 if TYPE_CHECKING:
@@ -62,18 +61,24 @@ class ChatAnswer:
 
     async def submit(self) -> None:
         """Hand the request to the engine. Raises ApiError if it is refused."""
+        self.context.service.check_open()
         saved = self.context.saved
-        if self.options and saved and all(url.startswith("data:") for url in self.image_urls):
+        if self.options and saved and not self._has_remote_images:
             messages = [message.model_dump() for message in self.body.messages]
             self._saving = await saved.open(messages, self.body.seed, self.settings)
         self.settings = self._saving.settings
         stream, known = self.body.stream or self.body.logprobs, self._saving.known
+        submit = partial(self.context.service.submit, self.problem, self.settings, stream=stream)
         try:
-            self._job = await self.context.service.submit(
-                self.problem, self.settings, stream=stream, known=known
-            )
+            try:
+                self._job = await submit(known=known)
+            except InputError:
+                if not known:
+                    raise
+                self._saving.drop()  # the KV has another size now, and the prompt another length
+                self._job = await submit()
         except InputError as error:
-            raise refused(str(error), "messages") from None
+            raise of_input(error, "messages") from None
         ids = self._job.run.prompt.ids
         thinking = opens_thinking(ids, self._model.tokenizer)
         self._choices = [
@@ -127,16 +132,10 @@ class ChatAnswer:
         async for event in self.context.service.events(self._job):
             self.usage.add(event)
             if isinstance(event, Ended):
-                self._check(event.answer)
-                self._saving.ended = True
+                # A resumed problem that failed begins at the beginning the next time.
+                self._saving.ended = not event.answer.error or bool(self._saving.known)
+                check_answer(event.answer)
             yield event
-
-    def _check(self, answer: Answer) -> None:
-        error = answer.error
-        if error is None and any(r.finish_reason == "error" for r in answer.rounds[-1].rollouts):
-            error = "a rollout failed: its logits were not finite"
-        if error:
-            raise ApiError(500, error)
 
     def _deltas(self, event: Event) -> list[tuple[int, dict, str | None, list[dict]]]:
         """What an event adds to the choices: index, delta, finish reason, log-probabilities."""
@@ -147,7 +146,7 @@ class ChatAnswer:
                 self._logprobs[index] += entries
                 deltas = self._choices[index].take(event)
                 return _spread(index, deltas, None, entries)
-            case RolloutEnded(result) if result.round == last:
+            case RolloutEnded(result) if result.round == last and result.finish_reason != "error":
                 deltas = self._choices[result.index].end(result)
                 return _spread(result.index, deltas, self._choices[result.index].finish_reason, [])
         return []
@@ -193,10 +192,11 @@ class ChatAnswer:
         )
 
     def _problem(self) -> Problem:
-        messages, urls = [], []
+        messages: list[dict] = []
+        urls: list[tuple[str, str]] = []
         for message in self.body.messages:
+            urls += _image_urls(message, f"messages[{len(messages)}].content")
             messages.append(_plain(message))
-            urls += _image_urls(message)
         if len(urls) > self.context.service.limits.max_images:
             raise refused(
                 f"there are {len(urls)} images; at most {self.context.service.limits.max_images}"
@@ -207,15 +207,15 @@ class ChatAnswer:
             raise refused(
                 f"{self._model.config.name} takes no images: it is a text-only model", "messages"
             )
-        self.image_urls = urls
+        self._has_remote_images = not all(url.startswith("data:") for _, url in urls)
         load = partial(self._load, urls) if urls else None
         return Problem(messages, load, tools=self._tools or None)
 
-    def _load(self, urls: list[str]) -> "list[Views]":
-        """The images at some URLs; in a thread. Raises InputError."""
+    def _load(self, urls: list[tuple[str, str]]) -> "list[Views]":
+        """The images at some URLs, each with its place; in a thread. Raises ApiError."""
         vision, limits, views = self._model.config.vision, self.context.service.limits, []
         assert vision is not None
-        for number, url in enumerate(urls, start=1):
+        for place, url in urls:
             try:
                 source = image_source(url, self.context.media)
                 # Three bytes in four characters of a data URL.
@@ -224,7 +224,7 @@ class ChatAnswer:
                 image = load_image(source, max_pixels=limits.max_image_pixels)
                 views.append(preprocess(image, vision))
             except InputError as error:
-                raise InputError(f"image {number}: {error}") from None
+                raise refused(f"the image cannot be used: {error}", place) from None
         return views
 
 
@@ -245,6 +245,8 @@ def _spread(
 def _plain(message: Message) -> dict:
     """A message as `build_prompt` takes it: images are marks, which come with their views."""
     record = message.model_dump(exclude_none=True)
+    if not record.get("tool_calls"):
+        record.setdefault("content", "")  # of an answer that ended in its reasoning
     if isinstance(record.get("content"), list):
         record["content"] = [
             {"type": "image"} if part["type"] == "image_url" else part for part in record["content"]
@@ -252,6 +254,11 @@ def _plain(message: Message) -> dict:
     return record
 
 
-def _image_urls(message: Message) -> list[str]:
+def _image_urls(message: Message, place: str) -> list[tuple[str, str]]:
+    """The URLs of a message's images, each with its place in the body."""
     parts = message.content if isinstance(message.content, list) else []
-    return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+    return [
+        (f"{place}[{index}].image_url.url", part.image_url.url)
+        for index, part in enumerate(parts)
+        if isinstance(part, ImagePart)
+    ]

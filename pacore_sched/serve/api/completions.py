@@ -6,8 +6,9 @@ these tokens, as templates written by the client need.
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
-from model.errors import InputError
+from model.errors import ContextError, InputError
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.problem_run import Problem, Settings
 from pacore_sched.engine.step_rows import PromptScores
@@ -18,8 +19,8 @@ from pacore_sched.serve.api.logprobs import TokenTexts
 from pacore_sched.serve.api.requests import CompletionRequest
 from pacore_sched.serve.api.sampling import check_rollouts, sampling_of, seed_of
 from pacore_sched.serve.api.usage import Usage
-from pacore_sched.serve.errors import ApiError, refused
-from pacore_sched.serve.jobs import Ended, Event, Job, NewTokens, RolloutEnded
+from pacore_sched.serve.errors import of_input, refused
+from pacore_sched.serve.jobs import Ended, Event, Job, NewTokens, RolloutEnded, check_answer
 from pacore_sched.serve.text.rollout_text import RolloutText
 
 MAX_TOKENS = 16  # OpenAI's default
@@ -41,7 +42,9 @@ class CompletionAnswer:
                 f"there are {len(self.prompts)} prompts; at most {limits.max_prompts} may be",
                 "prompt",
             )
-        check_rollouts(body.n * len(self.prompts), limits, "n")
+        if len(self.prompts) > limits.max_waiting:
+            raise refused(f"at most {limits.max_waiting} prompts may wait", "prompt")
+        check_rollouts(body.n, limits, "n")
         max_tokens = MAX_TOKENS if body.max_tokens is None else body.max_tokens
         if not max_tokens and not body.echo:
             raise refused("max_tokens may be 0 only with echo", "max_tokens")
@@ -53,7 +56,7 @@ class CompletionAnswer:
             top_logprobs=body.logprobs or 0,
         )
         self.settings = Settings((body.n,), sampling, seed_of(body), synthesis=False)
-        self.usage = Usage()
+        self.usage = Usage(silent=not max_tokens)
         self._frames = Frames("cmpl", "text_completion", body.model)
         self._jobs: list[Job] = []
         self._choices: list[_Choice] = []
@@ -65,12 +68,12 @@ class CompletionAnswer:
         stream = self.body.stream or self.body.logprobs is not None
         for prompt in self.prompts:
             try:
-                ids = await asyncio.to_thread(self._ids, prompt)
+                ids = await self.context.service.text_thread(partial(self._ids, prompt))
                 scores = None if top is None else PromptScores(ids[-1], top)
                 problem = Problem((), ids=ids, scores=scores)
                 job = await self.context.service.submit(problem, self.settings, stream=stream)
             except InputError as error:
-                raise refused(str(error), "prompt") from None
+                raise of_input(error, "prompt") from None
             self._jobs.append(job)
             text = prompt if isinstance(prompt, str) else self._model.tokenizer.decode(ids)
             self._choices += [_Choice(self, ids, text, scores) for _ in range(self.body.n)]
@@ -101,7 +104,7 @@ class CompletionAnswer:
             case NewTokens(index):
                 index += number * self.body.n
                 return [self._choices[index].take(index, event)]
-            case RolloutEnded(result):
+            case RolloutEnded(result) if result.finish_reason != "error":
                 index = number * self.body.n + result.index
                 return [self._choices[index].end(index, result)]
         return []
@@ -126,11 +129,7 @@ class CompletionAnswer:
                     raise event
                 if isinstance(event, Ended):
                     left -= 1
-                    results = [r for round_ in event.answer.rounds for r in round_.rollouts]
-                    failed = any(result.finish_reason == "error" for result in results)
-                    if event.answer.error or failed:
-                        why = "a rollout failed: its logits were not finite"
-                        raise ApiError(500, event.answer.error or why)
+                    check_answer(event.answer)
                 self.usage.add(event)
                 yield number, event
         finally:
@@ -149,7 +148,7 @@ class CompletionAnswer:
         if not ids:
             raise InputError("a prompt is empty: it needs at least one token")
         if len(ids) >= context:
-            raise InputError(f"a prompt has {len(ids)} tokens or more, the context is {context}")
+            raise ContextError(f"a prompt has {len(ids)} tokens or more, the context is {context}")
         if max(ids) >= config.decoder.vocab_size:
             raise InputError(f"token {max(ids)} is not in [0, {config.decoder.vocab_size})")
         if config.vision and config.tokens.im_patch in ids:
@@ -167,9 +166,8 @@ class _Choice:
         model, sampling = answer._model, answer.settings.sampling
         self._texts = TokenTexts(model.tokenizer)
         self._stream = rollout_text(model, sampling)
-        self._echo = text if body.echo else ""  # until it has been written
+        self._echo, self._echoed = text if body.echo else "", False
         self._start = len(self._echo)  # of the generated text
-        self._token_bytes = model.tokenizer.token_bytes
         self._prompt, self._scores = ids, scores
         self._silent = body.max_tokens == 0
         self._parts: list[dict] = []
@@ -204,11 +202,11 @@ class _Choice:
     def _part(
         self, index: int, text: str, new: NewTokens | None, finish_reason: str | None = None
     ) -> dict:
-        echo, self._echo = self._echo, ""
-        text = echo + ("" if self._silent else text)
+        first, self._echoed = not self._echoed, True
+        text = self._echo * first + ("" if self._silent else text)
         part = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
         if new is not None and self._body.logprobs is not None:
-            part["logprobs"] = self._logprobs(new, echoed=bool(echo))
+            part["logprobs"] = self._logprobs(new, echoed=first)
         self._parts.append(part)
         return part
 
@@ -221,14 +219,13 @@ class _Choice:
         if echoed and self._scores:
             ids, logprobs = list(self._prompt), list(self._scores.logprobs)
             tops = list(self._scores.top_logprobs)
-            prompt = RolloutText(self._token_bytes)
+            prompt = RolloutText(self._texts.bytes)  # a text has the names of control tokens
             prompt.push(ids)
-            offsets = [token.offset for token in prompt.tokens]
+            offsets = list(prompt.offsets)
         if not self._silent:
             ids, logprobs = [*ids, *new.tokens], [*logprobs, *new.logprobs]
             tops += new.top_logprobs
-            tokens = self._stream.tokens[self._taken :]
-            offsets += [self._start + token.offset for token in tokens]
+            offsets += [self._start + offset for offset in self._stream.offsets[self._taken :]]
         self._taken += len(new.tokens)
         # OpenAI's lists have the token itself even where it is not among the most likely ones.
         pairs = zip(ids, logprobs, tops, strict=False)

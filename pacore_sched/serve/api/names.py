@@ -7,7 +7,7 @@ from pacore_sched.serve.errors import ApiError
 
 
 class Names:
-    """`names` are those of one model, the first of which responses show."""
+    """`names` are those of one model."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)

@@ -29,10 +29,10 @@ class Body(BaseModel):
             return value
         kept = {}
         for key, item in value.items():
-            unknown = key not in cls.model_fields
-            if unknown and item is None:
-                continue
-            if unknown and key in cls.neutral:
+            field = cls.model_fields.get(key)
+            if item is None and not (field and field.is_required()):
+                continue  # the default
+            if field is None and key in cls.neutral:
                 accepted = cls.neutral[key]
                 is_bool = isinstance(item, bool)
                 if not any(isinstance(one, bool) == is_bool and item == one for one in accepted):
@@ -89,18 +89,23 @@ class ToolCall(Body):
     function: Function
 
 
+TYPED = {"type": ("text",)}  # lm-evaluation-harness writes it into every message
+
+
 class System(Body):
+    neutral = TYPED
     role: Literal["system", "developer"]
     content: Text
 
 
 class User(Body):
+    neutral = TYPED
     role: Literal["user"]
     content: Content
 
 
 class Assistant(Body):
-    neutral = {"annotations": ([],)}
+    neutral = TYPED | {"annotations": ([],)}
     role: Literal["assistant"]
     content: Text | None = None
     reasoning_content: str | None = None
@@ -108,6 +113,7 @@ class Assistant(Body):
 
 
 class Tool(Body):
+    neutral = TYPED
     role: Literal["tool"]
     content: Text
     tool_call_id: str

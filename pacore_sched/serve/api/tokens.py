@@ -4,7 +4,9 @@ from model.errors import InputError
 from model.text.prompt import build_prompt
 from pacore_sched.serve.api.context import Context
 from pacore_sched.serve.api.requests import DetokenizeRequest, ImagePart, TokenizeRequest
-from pacore_sched.serve.errors import refused
+from pacore_sched.serve.errors import of_input, refused
+
+MAX_CHARACTERS = 1 << 20  # about a second of work
 
 
 def tokenize(context: Context, body: TokenizeRequest) -> dict:
@@ -14,7 +16,14 @@ def tokenize(context: Context, body: TokenizeRequest) -> dict:
         context.names.widths(body.model)
     try:
         if body.messages is None:
-            tokens = model.tokenizer.encode(body.prompt or "")
+            text = body.prompt or ""
+            if len(text) > MAX_CHARACTERS:
+                raise refused(
+                    f"prompt has {len(text):,} characters; at most {MAX_CHARACTERS:,} are"
+                    " tokenized here",
+                    "prompt",
+                )
+            tokens = model.tokenizer.encode(text)
         else:
             parts = [m.content for m in body.messages if isinstance(m.content, list)]
             if any(isinstance(part, ImagePart) for content in parts for part in content):
@@ -23,7 +32,7 @@ def tokenize(context: Context, body: TokenizeRequest) -> dict:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
             tokens = build_prompt(messages, model.tokenizer, model.config, tools=tools or None)
     except InputError as error:
-        raise refused(str(error), "messages" if body.messages else "prompt") from None
+        raise of_input(error, "prompt" if body.messages is None else "messages") from None
     context_tokens = model.config.decoder.max_positions
     return {"count": len(tokens), "max_model_len": context_tokens, "tokens": tokens}
 

@@ -8,21 +8,21 @@ class Usage:
 
     A prompt counts once, whatever `n` is, as OpenAI counts it. In a PaCoRe request (`rounds`), each
     rollout's prompt counts, in every round; what siblings and earlier rounds had written is in
-    `cached_tokens`.
+    `cached_tokens`. With `silent`, what is generated is not shown and not counted.
     """
 
-    def __init__(self, *, rounds: bool = False) -> None:
-        self.rounds = rounds
+    def __init__(self, *, rounds: bool = False, silent: bool = False) -> None:
+        self.rounds, self.silent = rounds, silent
         self.prompt = self.cached = self.completion = 0
 
     def add(self, event: Event) -> None:
         match event:
-            case RoundStarted(width=width, prompt_tokens=tokens, cached_tokens=cached):
-                self.prompt += tokens * (width if self.rounds else 1)
+            case RoundStarted(started=count, prompt_tokens=tokens, cached_tokens=cached):
+                self.prompt += tokens * (count if self.rounds else 1)
                 self.cached += cached
                 if self.rounds:  # every rollout writes only the prompt's last token itself
-                    self.cached += (width - 1) * (tokens - 1)
-            case RolloutEnded(result):
+                    self.cached += (count - 1) * (tokens - 1)
+            case RolloutEnded(result) if not self.silent:
                 self.completion += result.num_tokens
 
     def record(self) -> dict:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -87,18 +88,17 @@ def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool 
 
     @app.post("/tokenize")
     async def tokenize_route(body: TokenizeRequest) -> dict[str, Any]:
-        return await asyncio.to_thread(tokenize, context, body)
+        return await service.text_thread(partial(tokenize, context, body))
 
     @app.post("/detokenize")
     async def detokenize_route(body: DetokenizeRequest) -> dict[str, Any]:
-        return await asyncio.to_thread(detokenize, context, body)
+        return await service.text_thread(partial(detokenize, context, body))
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
         """Status 200 while the server takes requests, else 503; and why."""
         thread = service.thread
-        failed = thread.failed or not thread.is_alive()
-        status = "failed" if failed else "draining" if service.draining else "ok"
+        status = "failed" if service.failed else "draining" if service.draining else "ok"
         record = {"status": status, "engine_failures": thread.failures}
         if thread.last_error:
             record["last_error"] = thread.last_error
@@ -128,11 +128,11 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(validation.of_body(error.errors(), error.body))
+        return await api_error(request, validation.of_body(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(validation.of_http(error))
+        return await api_error(request, validation.of_http(error))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -64,11 +64,11 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with suppress(ClientLeft):
-                await _until_left(receive, self._write(send))
+                await _until_left(receive, self._write(send, scope["log"]))
         finally:
             self._answer.close()
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, log_fields: dict) -> None:
         async def put(text: str, *, more: bool = True) -> None:
             body = {"type": "http.response.body", "body": text.encode(), "more_body": more}
             try:
@@ -83,6 +83,7 @@ class EventStream(Response):
             async for frame in _with_pings(self._answer.chunks()):
                 await put(frame)
         except ApiError as error:
+            log_fields["error"] = error.message
             await put(error_frame(error.body))
         except ClientLeft:
             raise

@@ -1,22 +1,7 @@
-"""The text of one rollout while it is generated, and which part of it each token wrote."""
+"""The text of one rollout while it is generated, and where in it each token begins."""
 
 import codecs
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class TokenText:
-    """What one token wrote: its `bytes`, perhaps parts of characters (none if it ends the turn),
-    and `offset`, the number of characters of the rollout's text that were complete before it."""
-
-    bytes: bytes
-    offset: int
-
-    @property
-    def text(self) -> str:
-        """Parts of characters become U+FFFD."""
-        return self.bytes.decode("utf-8", errors="replace")
 
 
 class RolloutText:
@@ -24,8 +9,9 @@ class RolloutText:
     string that later tokens may complete.
 
     `token_bytes` gives the bytes of an id (`Tokenizer.token_bytes`), `eos` are the ids that end the
-    turn (none if they are ignored), and `stops` the stop strings. `tokens` has a TokenText for
-    every id pushed. All texts that `push` and `finish` return make up the final text.
+    turn (none if they are ignored), and `stops` the stop strings. `offsets` has, for every id
+    pushed, the number of characters that were complete before it. All texts that `push` and
+    `finish` return make up the final text.
     """
 
     def __init__(
@@ -34,7 +20,7 @@ class RolloutText:
         eos: Collection[int] = (),
         stops: Collection[str] = (),
     ) -> None:
-        self.tokens: list[TokenText] = []
+        self.offsets: list[int] = []
         self._token_bytes, self._eos = token_bytes, eos
         self._stops = [stop.encode() for stop in stops]
         self._reach = (
@@ -50,7 +36,7 @@ class RolloutText:
         data = self._last
         for id in ids:
             new = b"" if id in self._eos else self._token_bytes(id)
-            self.tokens.append(TokenText(new, self._sent + len(self._text)))
+            self.offsets.append(self._sent + len(self._text))
             self._text += self._utf8.decode(new)
             data += new
         self._last = data[max(len(data) - self._reach, 0) :]

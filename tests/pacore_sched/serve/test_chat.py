@@ -177,6 +177,15 @@ def test_tool_round_trip(client: OpenAI):
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
 
+def test_an_answer_goes_back(client: OpenAI):
+    """A client that cannot send back an answer that was cut in its reasoning, without content."""
+    cut = client.chat.completions.create(model="scripted", messages=ask("long"), max_tokens=5)
+    message = cut.choices[0].message.model_dump()
+    assert message["content"] is None
+    following = [*ask("long"), message, *ask("Hi")]
+    assert client.chat.completions.create(model="scripted", messages=following).choices
+
+
 def test_no_tools_no_calls(client: OpenAI):
     """A call in the text of a request without tools, or with tool_choice none, is text."""
     for options in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
@@ -253,6 +262,7 @@ def test_min_messages(client: OpenAI):
 
 BAD = {
     "unknown model": ({"model": "gpt-4o"}, 404, "model"),
+    "another name with widths": ({"model": "other:pacore-2"}, 404, "model"),
     "bad widths in a name": ({"model": "scripted:pacore-0"}, 404, "model"),
     "widths twice": (
         {"model": "scripted:pacore-2", "pacore": {"widths": [3]}}, 400, "pacore.widths",
@@ -290,13 +300,13 @@ BAD = {
         {"messages": [{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}]}]},
         400,
-        "messages",
+        "messages[0].content[0].image_url.url",
     ),
     "a broken image": (
         {"messages": [{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]},
         400,
-        "messages",
+        "messages[0].content[0].image_url.url",
     ),
     "low detail": (
         {"messages": [{"role": "user", "content": [
@@ -323,7 +333,10 @@ def test_neutral_values(server: Running):
     fields = {
         "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1,
         "response_format": {"type": "text"}, "parallel_tool_calls": True, "user": "me",
-        "guided_json": None, "store": False, "metadata": {"a": "b"},
+        "guided_json": None, "store": False, "metadata": {"a": "b"}, "n": None, "stream": None,
+        "logprobs": None, "ignore_eos": None, "temperature": None,
+        # As lm-evaluation-harness writes messages.
+        "messages": [{"role": "user", "content": "Hi", "type": "text", "name": None}],
     }  # fmt: skip
     assert server.chat(**fields).status == 200
 

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pacore_sched.sched.request import Rollout
+from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.request import Batch, Rollout, SampledTokens
 from pacore_sched.serve.limits import Limits
 from pacore_sched.serve.saved import SavedProblems
 from tests.pacore_sched.serve.serving import Running, prompt_text, request, running, scripted
@@ -113,7 +114,8 @@ def test_a_failing_step():
     """A failed step that takes the server with it, or requests that were only waiting; a second
     failure that is hidden."""
     with running(scripted(script)) as server:
-        executor = server.service.engine.executor
+        engine = server.service.engine
+        executor, scheduler = engine.executor, engine.scheduler
 
         def fail() -> None:
             executor.step = lambda: None
@@ -121,6 +123,7 @@ def test_a_failing_step():
 
         executor.step = fail
         failed = server.chat()
+        assert engine.scheduler is not scheduler
         assert failed.status == 500
         assert "the device is on fire" in failed.json["error"]["message"]
         health = server.get("/health")
@@ -135,6 +138,24 @@ def test_a_failing_step():
         refused = server.chat()
         assert refused.status == 503 and "on fire" in refused.json["error"]["message"]
         server.wait_idle()
+
+
+def test_a_dead_engine(monkeypatch: pytest.MonkeyPatch):
+    """A server that says that it is well, and lets requests wait for ever, when its engine cannot
+    be reset, or when its thread has ended."""
+    with running(scripted(script)) as server:
+        executor = server.service.engine.executor
+        executor.step = lambda: 1 / 0
+        monkeypatch.setattr(executor, "reset", lambda: [][0])
+        assert server.chat().status == 500
+        assert server.get("/health").json["status"] == "failed"
+        assert server.chat().status == 503
+    with running(scripted(script)) as server:
+        thread = server.service.thread
+        thread.stop()
+        thread.join()
+        assert not thread.is_alive()
+        assert server.get("/health").status == server.chat().status == 503
 
 
 def test_a_failing_step_in_a_stream():
@@ -326,6 +347,45 @@ def test_a_problem_that_was_cut_short(tmp_path: Path, seed: int | None, end: str
         assert reply["choices"][0]["message"]["content"] == "all of them"
         server.wait_idle()
         assert not list(tmp_path.iterdir()), "the file of an answered problem"
+
+
+def test_a_failed_answer_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A failure that is saved, and comes back with every further try."""
+    saved = SavedProblems(tmp_path, "scripted")
+    with running(scripted(script), saved=saved) as server:
+        body = pacore_body(seed=1)
+        executor = server.service.engine.executor
+        launch = executor.launch
+
+        def nan(tree: PrefixTree, batch: Batch) -> SampledTokens:
+            tokens = launch(tree, batch)
+            return tokens._replace(tokens=[-1] * len(tokens.tokens))
+
+        executor.launch = nan
+        assert server.post("/v1/chat/completions", body).status == 500
+        assert not list(tmp_path.iterdir())
+        executor.launch = launch
+        assert server.post("/v1/chat/completions", body).status == 200
+
+
+def test_a_client_that_leaves_while_its_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A request that can never be resumed, because it is thought to run still."""
+    saved = SavedProblems(tmp_path, "scripted")
+    reading = threading.Event()
+
+    def slow(*_: object) -> object:
+        reading.set()
+        time.sleep(0.2)
+        return 1 / 0
+
+    with running(scripted(script), saved=saved) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(saved, "_read", slow)
+            with client(server, **pacore_body(seed=1)):
+                assert reading.wait(20)
+        wait_for(lambda: not saved._running, "the end of the request")
 
 
 def test_a_damaged_journal(tmp_path: Path):

@@ -116,7 +116,7 @@ def test_bad_images(server: Running):
     """A path outside the folder, an image beyond the limit: a line that says so, status 400."""
     large = data_url(Image.new("RGB", (1000, 1000)))
     for url, words in (
-        ("/etc/passwd", "image 1"),
+        ("/etc/passwd", "the image cannot be used"),
         ("http://127.0.0.1/a.png", "--allowed-media-domains"),
         (large, "200,000"),
         ("data:image/png;base64,@", "data URL"),
@@ -158,6 +158,17 @@ def test_echo(client: OpenAI, tiny: Step3VL):
     )
     assert alone.choices[0].text == text
     assert len(alone.choices[0].logprobs.tokens) == len(ids)
+    assert alone.usage.completion_tokens == 0
+    control = client.completions.create(
+        model="tiny", prompt="<|im_end|>ab", max_tokens=1, echo=True, logprobs=0
+    ).choices[0]
+    assert control.text.startswith("<|im_end|>ab")
+    assert control.logprobs.text_offset[:3] == [0, 10, 11]
+    assert control.logprobs.tokens[:3] == ["<|im_end|>", "a", "b"]
+    eos = client.completions.create(
+        model="tiny", prompt=[tiny.config.tokens.eos[1]], max_tokens=1, echo=True, logprobs=1
+    )
+    assert len(eos.choices[0].logprobs.tokens) == 2
 
 
 def test_completions(client: OpenAI, tiny: Step3VL):
@@ -222,7 +233,7 @@ BAD = {
     "pacore": {"prompt": "a", "model": "tiny:pacore-2"},
     "suffix": {"prompt": "a", "suffix": "b"},
     "many": {"prompt": ["a"] * 257},
-    "wide": {"prompt": ["a"] * 100, "n": 2},
+    "wide": {"prompt": ["a"], "n": 129},
 }
 
 
@@ -230,4 +241,6 @@ BAD = {
 def test_bad_completions(server: Running, case: str):
     reply = server.post("/v1/completions", {"model": "tiny", **BAD[case]})
     assert reply.status == 400, reply.body
-    assert json.loads(reply.body)["error"]["message"]
+    error = json.loads(reply.body)["error"]
+    too_long = "context_length_exceeded" if case == "a long prompt" else None
+    assert error["message"] and error["code"] in (too_long, "unsupported_parameter")
