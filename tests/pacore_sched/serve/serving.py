@@ -33,6 +33,7 @@ TOKENIZER = Tokenizer.byte_level(TINY)
 EOS = TINY.tokens.eos[1]  # <|im_end|>
 MODEL = SimpleNamespace(config=TINY, tokenizer=TOKENIZER, dtype=torch.float32)
 Script = Callable[[Rollout], str]
+HI = [{"role": "user", "content": "Hi"}]
 
 
 class ScriptedExecutor(HashExecutor):
@@ -77,6 +78,16 @@ def prompt_text(rollout: Rollout) -> str:
     """The prompt of a rollout, as text."""
     ids = [id for segment in rollout.group.path for id in segment.ids]
     return TOKENIZER.decode([*ids, rollout.group.last_token])
+
+
+def answering(rollout: Rollout) -> str:
+    if "Reference Responses" in prompt_text(rollout):
+        return "</think>all of them"
+    return f"</think>answer {rollout.index} {rollout.seed}"
+
+
+def endless(rollout: Rollout) -> str:
+    return "</think>" + "word " * 1000
 
 
 @dataclass(frozen=True)
@@ -155,3 +166,29 @@ def running(service: Service, name: str = "scripted", **options: Any) -> Iterato
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive()
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.005)
+
+
+@contextmanager
+def client(server: Running, **fields: object) -> Iterator[http.client.HTTPConnection]:
+    """A connection whose chat request has been sent, and whose response has not been read."""
+    parts = urlsplit(server.url)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
+    body = {"model": "scripted", "messages": HI, **fields}
+    connection.request(
+        "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
+    )
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def slowly(server: Running, seconds: float = 0.005) -> None:
+    server.service.engine.executor.step = lambda: time.sleep(seconds)

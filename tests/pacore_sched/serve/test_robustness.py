@@ -4,56 +4,22 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import pytest
 
-from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, Rollout, SampledTokens
 from pacore_sched.serve.limits import Limits
-from pacore_sched.serve.saved import SavedProblems
-from tests.pacore_sched.serve.serving import Running, prompt_text, request, running, scripted
-
-HI = [{"role": "user", "content": "Hi"}]
-
-
-def script(rollout: Rollout) -> str:
-    if "Reference Responses" in prompt_text(rollout):
-        return "</think>all of them"
-    return f"</think>answer {rollout.index} {rollout.seed}"
-
-
-def endless(rollout: Rollout) -> str:
-    return "</think>" + "word " * 1000
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.005)
-
-
-@contextmanager
-def client(server: Running, **fields: object) -> Iterator[http.client.HTTPConnection]:
-    """A connection whose chat request has been sent, and whose response has not been read."""
-    parts = urlsplit(server.url)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
-    body = {"model": "scripted", "messages": HI, **fields}
-    connection.request(
-        "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
-    )
-    try:
-        yield connection
-    finally:
-        connection.close()
-
-
-def slowly(server: Running, seconds: float = 0.005) -> None:
-    server.service.engine.executor.step = lambda: time.sleep(seconds)
+from tests.pacore_sched.serve.serving import (
+    answering,
+    client,
+    endless,
+    request,
+    running,
+    scripted,
+    slowly,
+    wait_for,
+)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -113,7 +79,7 @@ def test_too_many_wait():
 def test_a_failing_step():
     """A failed step that takes the server with it, or requests that were only waiting; a second
     failure that is hidden."""
-    with running(scripted(script)) as server:
+    with running(scripted(answering)) as server:
         engine = server.service.engine
         executor, scheduler = engine.executor, engine.scheduler
 
@@ -143,14 +109,14 @@ def test_a_failing_step():
 def test_a_dead_engine(monkeypatch: pytest.MonkeyPatch):
     """A server that says that it is well, and lets requests wait for ever, when its engine cannot
     be reset, or when its thread has ended."""
-    with running(scripted(script)) as server:
+    with running(scripted(answering)) as server:
         executor = server.service.engine.executor
         executor.step = lambda: 1 / 0
         monkeypatch.setattr(executor, "reset", lambda: [][0])
         assert server.chat().status == 500
         assert server.get("/health").json["status"] == "failed"
         assert server.chat().status == 503
-    with running(scripted(script)) as server:
+    with running(scripted(answering)) as server:
         thread = server.service.thread
         thread.stop()
         thread.join()
@@ -174,7 +140,7 @@ def test_a_failing_step_in_a_stream():
 
 def test_waiting_requests_survive_a_failure():
     """Those that have not started go on, on the engine that was reset."""
-    with running(scripted(script)) as server:
+    with running(scripted(answering)) as server:
         service, gate = server.service, threading.Semaphore(0)
         executor = service.engine.executor
 
@@ -214,7 +180,7 @@ def test_timeout():
 def test_body_limits():
     """A body that fills the memory, announced or not, and one that never ends."""
     limits = Limits(max_body_bytes=10_000, body_timeout_s=0.3)
-    with running(scripted(script, limits=limits)) as server:
+    with running(scripted(answering, limits=limits)) as server:
         assert server.post("/v1/chat/completions", b"x" * 20_000).status == 413
         parts = urlsplit(server.url)
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=20)
@@ -232,7 +198,7 @@ def test_body_limits():
 
 def test_api_keys():
     """A path that is open; a key that is compared by its beginning; a key in an error."""
-    with running(scripted(script), keys=("secret-1", "secret-2")) as server:
+    with running(scripted(answering), keys=("secret-1", "secret-2")) as server:
         for key in (None, "secret-", "secret-11", "", "SECRET-1"):
             headers = {} if key is None else {"Authorization": f"Bearer {key}"}
             for path in ("/v1/models", "/nothing"):
@@ -249,7 +215,7 @@ def test_api_keys():
 
 def test_request_ids():
     """An id that is lost, or one that puts a second line into a log."""
-    with running(scripted(script)) as server:
+    with running(scripted(answering)) as server:
         assert server.get("/health", X_Request_ID="abc-1").headers["x-request-id"] == "abc-1"
         made = [server.get("/health", X_Request_ID="a b").headers["x-request-id"] for _ in "ab"]
         assert made[0].startswith("req-") and made[0] != made[1]
@@ -275,7 +241,7 @@ def test_drain():
 
 def test_drain_waits():
     """A request that ends in time gets its answer."""
-    with running(scripted(script), drain_s=20) as server:
+    with running(scripted(answering), drain_s=20) as server:
         gate = threading.Semaphore(0)
         server.service.engine.executor.step = lambda: gate.acquire(timeout=20)
         replies = []
@@ -289,123 +255,9 @@ def test_drain_waits():
         assert replies[0].status == 200
 
 
-def pacore_body(**fields: object) -> dict:
-    return {
-        "model": "scripted",
-        "messages": HI,
-        "pacore": {"widths": [3], "events": True},
-        **fields,
-    }
-
-
-@pytest.mark.parametrize("seed", [5, None])
-@pytest.mark.parametrize("end", ["drain", "leave"])
-def test_a_problem_that_was_cut_short(tmp_path: Path, seed: int | None, end: str):
-    """Finished rollouts that are lost, run again, or given to another request."""
-
-    def uneven(rollout: Rollout) -> str:
-        if rollout.group.round == 0 and rollout.index == 2 and slow:
-            return endless(rollout)
-        return script(rollout)
-
-    slow, body = [True], pacore_body() | ({} if seed is None else {"seed": seed})
-    saved = SavedProblems(tmp_path, "scripted")
-    with running(scripted(uneven), saved=saved, drain_s=0.1) as server:
-        slowly(server)
-        if end == "drain":
-            thread = threading.Thread(target=server.post, args=("/v1/chat/completions", body))
-            thread.start()
-        else:
-            held = client(server, **body)
-            held.__enter__()
-        counted = "pacore:rollouts_total{"
-        wait_for(
-            lambda: server.get("/metrics").body.decode().count('finish_reason="stop"'), counted
-        )
-        wait_for(lambda: any(len(job.results) == 2 for job in server.service.jobs), "two results")
-        if end == "drain":
-            server.server.handle_exit(15, None)
-            thread.join()
-        else:
-            held.__exit__(None, None, None)
-            server.wait_idle()
-    (file,) = tmp_path.glob("*.journal.jsonl")
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["header", "rollout", "rollout"]
-    slow.clear()
-    with running(scripted(uneven), saved=SavedProblems(tmp_path, "scripted")) as server:
-        other = server.post("/v1/chat/completions", pacore_body(seed=6)).json
-        assert other["pacore"]["rounds"][0]["rollouts"][0]["seed"] != lines[1]["seed"]
-        before = server.service.engine.stats.generated
-        reply = server.post("/v1/chat/completions", body).json
-        rollouts = reply["pacore"]["rounds"][0]["rollouts"]
-        assert [rollouts[line["index"]]["seed"] for line in lines[1:]] == [
-            line["seed"] for line in lines[1:]
-        ]
-        generated = server.service.engine.stats.generated - before
-        assert generated < sum(rollout["tokens"] for rollout in rollouts)
-        assert reply["choices"][0]["message"]["content"] == "all of them"
-        server.wait_idle()
-        assert not list(tmp_path.iterdir()), "the file of an answered problem"
-
-
-def test_a_failed_answer_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A failure that is saved, and comes back with every further try."""
-    saved = SavedProblems(tmp_path, "scripted")
-    with running(scripted(script), saved=saved) as server:
-        body = pacore_body(seed=1)
-        executor = server.service.engine.executor
-        launch = executor.launch
-
-        def nan(tree: PrefixTree, batch: Batch) -> SampledTokens:
-            tokens = launch(tree, batch)
-            return tokens._replace(tokens=[-1] * len(tokens.tokens))
-
-        executor.launch = nan
-        assert server.post("/v1/chat/completions", body).status == 500
-        assert not list(tmp_path.iterdir())
-        executor.launch = launch
-        assert server.post("/v1/chat/completions", body).status == 200
-
-
-def test_a_client_that_leaves_while_its_file_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A request that can never be resumed, because it is thought to run still."""
-    saved = SavedProblems(tmp_path, "scripted")
-    reading = threading.Event()
-
-    def slow(*_: object) -> object:
-        reading.set()
-        time.sleep(0.2)
-        return 1 / 0
-
-    with running(scripted(script), saved=saved) as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(saved, "_read", slow)
-            with client(server, **pacore_body(seed=1)):
-                assert reading.wait(20)
-        wait_for(lambda: not saved._running, "the end of the request")
-
-
-def test_a_damaged_journal(tmp_path: Path):
-    """A file that cannot be read: the problem begins again."""
-    saved = SavedProblems(tmp_path, "scripted")
-    with running(scripted(script), saved=saved) as server:
-        body = pacore_body(seed=1)
-        with client(server, **body) as connection:
-            server.service.engine.executor.step = lambda: time.sleep(0.01)
-            wait_for(lambda: any(job.results for job in server.service.jobs), "a result")
-            assert connection.sock
-        server.wait_idle()
-        (file,) = tmp_path.iterdir()
-        file.write_bytes(b'{"kind": "header", "seed": 1}\nrubbish\n{}\n')
-        assert server.post("/v1/chat/completions", body).status == 200
-
-
 def test_unknown_paths_and_methods():
     """The framework's own errors, in another form than OpenAI's."""
-    with running(scripted(script)) as server:
+    with running(scripted(answering)) as server:
         assert server.get("/v1/nothing").json["error"]["type"] == "not_found_error"
         assert request(f"{server.url}/v1/models", "POST", {}).status == 405
         assert server.get("/v1/models/scripted:pacore-4").json["id"] == "scripted:pacore-4"
