@@ -3,7 +3,6 @@
 import http.client
 import json
 import threading
-import time
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
