@@ -74,7 +74,9 @@ class Stages:
                 self.problem, messages=[{"role": "user", "content": image}], load=self._load
             )
         self._stage = stage
-        self._wrap(engine.executor, "segment", lambda *args: stage == "segment" and args[1:])
+        self._wrap(
+            engine.executor, "segment", lambda *args, **named: stage == "segment" and args[1:]
+        )
         self._wrap(engine, "text", lambda rollout: stage == "text" and self._is_bad(rollout))
         self._wrap(engine, "submit", lambda *_, problem, **__: stage == "submit" and problem == 1)
         self._wrap(problem_run, "build_prompt", self._prompt_fails)
