@@ -19,7 +19,7 @@ from pacore_sched.answers.problem_run import Problem
 from pacore_sched.answers.rounds import SynthesisTemplate
 from pacore_sched.engine.image_encoder import ImageEncoder
 from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, Rollout
+from pacore_sched.sched.request import Batch, SampledTokens, Rollout
 from tests.pacore_sched.answers.hashed_pacore import (
     by_problem,
     hashed,
@@ -177,10 +177,11 @@ def test_samples_that_fail_fail_alone(monkeypatch: pytest.MonkeyPatch):
     pacore = hashed((3,), synthesis=False)
     launch = pacore.engine.executor.launch
 
-    def broken(tree: PrefixTree, batch: Batch) -> tuple[list[int], list[float]]:
-        tokens, logprobs = launch(tree, batch)
+    def broken(tree: PrefixTree, batch: Batch) -> SampledTokens:
+        sampled = launch(tree, batch)
         failed = [rollout.index in bad for rollout in batch.sampled]
-        return [-1 if f else t for f, t in zip(failed, tokens, strict=True)], logprobs
+        tokens = [-1 if f else t for f, t in zip(failed, sampled.tokens, strict=True)]
+        return sampled._replace(tokens=tokens)
 
     monkeypatch.setattr(pacore.engine.executor, "launch", broken)
     for bad, error in (({0}, False), ({0, 1, 2}, True)):
