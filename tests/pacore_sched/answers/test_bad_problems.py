@@ -19,7 +19,7 @@ from pacore_sched.answers.problem_run import Problem
 from pacore_sched.answers.rounds import SynthesisTemplate
 from pacore_sched.engine.image_encoder import ImageEncoder
 from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, SampledTokens, Rollout
+from pacore_sched.sched.request import Batch, Rollout, SampledTokens
 from tests.pacore_sched.answers.hashed_pacore import (
     by_problem,
     hashed,
