@@ -1,4 +1,4 @@
-"""What a server accepts. Requests beyond a limit are refused with a line that names it."""
+"""What a server accepts, where its user may choose; other limits are in api/requests.py."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,7 @@ class Limits:
 
     max_waiting: requests that wait to be started; those after them get status 429
     max_rollouts: rollouts that one request may ask for at a time: `n`, or a PaCoRe round's width
-    max_rounds: exploring rounds of a PaCoRe request
-    max_prompts: prompts of one completions request
-    max_messages, max_images: of one chat request
-    max_stops: stop strings
+    max_images: of one chat request
     max_body_bytes, max_image_bytes, max_image_pixels: of a body, of an encoded and a decoded image
     body_timeout_s: for a body to arrive
     timeout_s: from the arrival of a request to the end of its answer
@@ -20,11 +17,7 @@ class Limits:
 
     max_waiting: int = 512
     max_rollouts: int = 128
-    max_rounds: int = 8
-    max_prompts: int = 256
-    max_messages: int = 4096
     max_images: int = 64
-    max_stops: int = 16
     max_body_bytes: int = 64 << 20
     max_image_bytes: int = 20 << 20
     max_image_pixels: int = 36_000_000

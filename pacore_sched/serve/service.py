@@ -31,6 +31,7 @@ T = TypeVar("T")
 IMAGE_SLOTS = 4  # requests whose images are read, or wait to be encoded, at a time
 TEXT_THREADS = 2
 MAX_RETRY_AFTER = 60  # seconds
+END_S = 5.0  # for the last responses to be written
 ENDING = "the server is shutting down"
 
 
@@ -38,7 +39,7 @@ class Service:
     """Runs jobs on an engine. Call `start` in the event loop, and `close` at the end.
 
     draining: whether new requests are refused, because the server is about to end
-    ending: whether those that run are ended, too
+    ending: whether those that run are ended, too; setting it ends a drain
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class Service:
         """Refuse new requests, wait for those that run, then fail the rest."""
         self.draining = True
         deadline = time.monotonic() + seconds
-        while self.jobs and time.monotonic() < deadline:
+        while self.jobs and time.monotonic() < deadline and not self.ending:
             await asyncio.sleep(0.05)
         self.ending = True
         self.thread.fail_all(503, ENDING)
-        while self.jobs and time.monotonic() < deadline + 5:  # until the responses are written
+        deadline = time.monotonic() + END_S
+        while self.jobs and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
 
     def check_open(self, requests: int = 1) -> None:

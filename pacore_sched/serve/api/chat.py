@@ -39,11 +39,6 @@ class ChatAnswer:
         self._model, limits = service.model, service.limits
         self.options = pacore.options_of(body, context.names.widths(body.model), limits)
         check_rollouts(body.n, limits, "n")
-        if len(body.messages) > limits.max_messages:
-            raise refused(
-                f"there are {len(body.messages)} messages; at most {limits.max_messages} may be",
-                "messages",
-            )
         self._tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
         if body.tool_choice == "none":
             self._tools = []
@@ -245,6 +240,9 @@ def _spread(
 def _plain(message: Message) -> dict:
     """A message as `build_prompt` takes it: images are marks, which come with their views."""
     record = message.model_dump(exclude_none=True)
+    for call in record.get("tool_calls") or ():
+        function = call["function"]  # models write "" for a function without parameters
+        function["arguments"] = function["arguments"].strip() or "{}"
     if not record.get("tool_calls"):
         record.setdefault("content", "")  # of an answer that ended in its reasoning
     if isinstance(record.get("content"), list):

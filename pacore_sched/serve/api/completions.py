@@ -37,11 +37,6 @@ class CompletionAnswer:
         if context.names.widths(body.model) is not None:
             raise refused("PaCoRe needs messages: use /v1/chat/completions", "model")
         self.prompts = _prompts(body)
-        if len(self.prompts) > limits.max_prompts:
-            raise refused(
-                f"there are {len(self.prompts)} prompts; at most {limits.max_prompts} may be",
-                "prompt",
-            )
         if len(self.prompts) > limits.max_waiting:
             raise refused(f"at most {limits.max_waiting} prompts may wait", "prompt")
         check_rollouts(body.n, limits, "n")

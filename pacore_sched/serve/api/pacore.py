@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from pacore_sched.answers.live import Answer
 from pacore_sched.answers.rounds import compact, round_widths
-from pacore_sched.serve.api.requests import ChatRequest, PacoreOptions
+from pacore_sched.serve.api.requests import MAX_ROUNDS, ChatRequest, PacoreOptions
 from pacore_sched.serve.api.sampling import check_rollouts
 from pacore_sched.serve.errors import refused
 from pacore_sched.serve.jobs import Event, RolloutEnded, RoundStarted
@@ -28,11 +28,8 @@ def options_of(
         options = (options or PacoreOptions()).model_copy(update={"widths": widths_of_name})
     if options is None:
         return None
-    if len(options.widths) > limits.max_rounds:
-        raise refused(
-            f"pacore.widths has {len(options.widths)} rounds; at most {limits.max_rounds} may be",
-            "pacore.widths",
-        )
+    if len(options.widths) > MAX_ROUNDS:  # in the model's name
+        raise refused(f"{body.model} has more than {MAX_ROUNDS} rounds", "model")
     for width in options.widths:
         check_rollouts(width, limits, "pacore.widths")
     if body.n > 1:

@@ -8,10 +8,25 @@ null for any of them.
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from annotated_types import MaxLen
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 MAX_TOP_LOGPROBS = 20
+# Lengths of lists: what a request may need, and little enough to check in a moment.
+MAX_MESSAGES, MAX_PARTS, MAX_TOOLS = 4096, 4096, 1024
+MAX_ROUNDS, MAX_STOPS, MAX_PROMPTS = 8, 16, 256
+MAX_IDS = 2**18  # more than any context
+MAX_CHARACTERS = 2**20  # of a text for /tokenize: about a second of work
 SEED = Field(default=None, ge=-(2**63), le=2**63 - 1)
 COUNT = Field(default=None, ge=1, le=10**9)
 
@@ -30,6 +45,9 @@ class Body(BaseModel):
         kept = {}
         for key, item in value.items():
             field = cls.model_fields.get(key)
+            if field is None and item is not None and key not in cls.neutral:
+                # At the first: a body may have a million of them.
+                raise PydanticCustomError("unknown", "there is no parameter {key}", {"key": key})
             if item is None and not (field and field.is_required()):
                 continue  # the default
             if field is None and key in cls.neutral:
@@ -46,16 +64,47 @@ class Body(BaseModel):
         return kept
 
 
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "has half of a surrogate pair") from None
+    return text
+
+
+def _json(value: dict) -> dict:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise PydanticCustomError("json", "has NaN, or half of a surrogate pair") from None
+    return value
+
+
+Str = Annotated[str, AfterValidator(_encodable)]
+
+
+class FirstError(FailFast):
+    """Ends the check of a list at the first error, which takes 10 microseconds: a body has room for
+    millions. Unlike pydantic's own it can be hashed, as unions need."""
+
+    __hash__ = object.__hash__
+
+
+def bounded(most: int) -> tuple[FirstError, MaxLen]:
+    """The check of a list that comes from a client."""
+    return FirstError(), MaxLen(most)
+
+
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Str
 
 
 class ImageUrl(Body):
     """`url` is a data URL, or what the server's flags allow. Images always have full detail."""
 
     neutral = {"detail": ("auto", "high")}
-    url: str
+    url: Str = Field(min_length=1)
 
 
 class ImagePart(Body):
@@ -71,22 +120,27 @@ def _kind(content: object) -> str:
 
 
 Text = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_kind)
+    Annotated[Str, Tag("text")] | Annotated[list[TextPart], *bounded(MAX_PARTS), Tag("parts")],
+    Discriminator(_kind),
 ]
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")], Discriminator(_kind)
+    Annotated[Str, Tag("text")] | Annotated[list[Part], *bounded(MAX_PARTS), Tag("parts")],
+    Discriminator(_kind),
 ]
 
 
 class Function(Body):
-    name: str
-    arguments: str
+    name: Str
+    arguments: Str
 
 
 class ToolCall(Body):
-    id: str
+    """`index` is that of a stream; clients keep it."""
+
+    id: Str
     type: Literal["function"] = "function"
     function: Function
+    index: int | None = Field(default=None, exclude=True)
 
 
 TYPED = {"type": ("text",)}  # lm-evaluation-harness writes it into every message
@@ -108,26 +162,28 @@ class Assistant(Body):
     neutral = TYPED | {"annotations": ([],)}
     role: Literal["assistant"]
     content: Text | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    reasoning_content: Str | None = None
+    tool_calls: Annotated[list[ToolCall], *bounded(MAX_PARTS)] | None = None
 
 
 class Tool(Body):
     neutral = TYPED
     role: Literal["tool"]
     content: Text
-    tool_call_id: str
-    name: str | None = None
+    tool_call_id: Str
+    name: Str | None = None
 
 
 Message = Annotated[System | User | Assistant | Tool, Field(discriminator="role")]
 
 
 class FunctionDefinition(Body):
-    neutral = {"strict": (False,)}
-    name: str = Field(min_length=1, max_length=256)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
+    """`strict`, which OpenAI's client writes, does not force arguments into the schema here."""
+
+    name: Str = Field(min_length=1, max_length=256)
+    description: Str | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_json)] | None = None
+    strict: bool | None = Field(default=None, exclude=True)
 
 
 class ToolDefinition(Body):
@@ -148,7 +204,7 @@ class PacoreOptions(Body):
     events: whether the response has every rollout, and a stream the events of rounds
     """
 
-    widths: list[Annotated[int, Field(ge=1, le=65_536)]] = Field(default=[16])
+    widths: Annotated[list[Annotated[int, Field(ge=1, le=65_536)]], *bounded(MAX_ROUNDS)] = [16]
     min_messages: int | None = Field(default=None, ge=1)
     events: bool = False
 
@@ -178,13 +234,19 @@ class Generation(Body):
     n: int = Field(default=1, ge=1, le=65_536)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: Str | Annotated[list[Str], *bounded(MAX_STOPS)] | None = None
     seed: int | None = SEED
     temperature: float | None = Field(default=None, ge=0, le=1e6)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=10**9)
     ignore_eos: bool = False
-    user: str | None = None
+    user: Str | None = None
+
+    @model_validator(mode="after")
+    def _streams(self) -> "Generation":
+        if self.stream_options and not self.stream:
+            raise PydanticCustomError("alone", "stream_options needs stream: true")
+        return self
 
 
 class ChatRequest(Generation):
@@ -206,17 +268,17 @@ class ChatRequest(Generation):
         "include_reasoning": (True,),
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], *bounded(MAX_MESSAGES), Field(min_length=1)]
     max_completion_tokens: int | None = COUNT
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[ToolDefinition] | None = None
+    tools: Annotated[list[ToolDefinition], *bounded(MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
     pacore: PacoreOptions | None = None
 
 
-Ids = list[Annotated[int, Field(ge=0)]]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], *bounded(MAX_IDS)]
 
 
 def _prompt_kind(prompt: object) -> str:
@@ -231,10 +293,10 @@ class CompletionRequest(Generation):
     """The body of /v1/completions."""
 
     prompt: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[list[str], Tag("texts")]
+        Annotated[Str, Tag("text")]
+        | Annotated[list[Str], *bounded(MAX_PROMPTS), Tag("texts")]
         | Annotated[Ids, Tag("ids")]
-        | Annotated[list[Ids], Tag("id lists")],
+        | Annotated[list[Ids], *bounded(MAX_PROMPTS), Tag("id lists")],
         Discriminator(_prompt_kind),
     ]
     max_tokens: int | None = Field(default=None, ge=0, le=10**9)
@@ -247,15 +309,15 @@ class TokenizeRequest(Body):
 
     neutral = {"add_generation_prompt": (True,), "return_token_strs": (False,)}
     model: str | None = None
-    prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[ToolDefinition] | None = None
+    prompt: Annotated[Str, Field(max_length=MAX_CHARACTERS)] | None = None
+    messages: Annotated[list[Message], *bounded(MAX_MESSAGES)] | None = None
+    tools: Annotated[list[ToolDefinition], *bounded(MAX_TOOLS)] | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _has_one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise PydanticCustomError("one", "give either prompt or messages")
         return self
 
 

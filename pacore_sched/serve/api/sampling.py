@@ -30,8 +30,6 @@ def sampling_of(
             "temperature",
         )
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stops) > limits.max_stops:
-        raise refused(f"stop has {len(stops)} strings; at most {limits.max_stops} may be", "stop")
     try:
         stop = checked_stops(stops)
     except InputError as error:

@@ -6,8 +6,6 @@ from pacore_sched.serve.api.context import Context
 from pacore_sched.serve.api.requests import DetokenizeRequest, ImagePart, TokenizeRequest
 from pacore_sched.serve.errors import of_input, refused
 
-MAX_CHARACTERS = 1 << 20  # about a second of work
-
 
 def tokenize(context: Context, body: TokenizeRequest) -> dict:
     """The tokens of a text or of a conversation; may take long. Raises ApiError."""
@@ -16,14 +14,7 @@ def tokenize(context: Context, body: TokenizeRequest) -> dict:
         context.names.widths(body.model)
     try:
         if body.messages is None:
-            text = body.prompt or ""
-            if len(text) > MAX_CHARACTERS:
-                raise refused(
-                    f"prompt has {len(text):,} characters; at most {MAX_CHARACTERS:,} are"
-                    " tokenized here",
-                    "prompt",
-                )
-            tokens = model.tokenizer.encode(text)
+            tokens = model.tokenizer.encode(body.prompt or "")
         else:
             parts = [m.content for m in body.messages if isinstance(m.content, list)]
             if any(isinstance(part, ImagePart) for content in parts for part in content):

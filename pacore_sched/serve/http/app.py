@@ -45,7 +45,12 @@ def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool 
         await asyncio.to_thread(service.close)
 
     app = FastAPI(
-        title="PaCoRe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="PaCoRe",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     _handle_errors(app)
 
@@ -94,6 +99,7 @@ def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool 
     async def detokenize_route(body: DetokenizeRequest) -> dict[str, Any]:
         return await service.text_thread(partial(detokenize, context, body))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=None)
     async def health() -> Response:
         """Status 200 while the server takes requests, else 503; and why."""
@@ -112,7 +118,7 @@ def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool 
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=METRICS_TYPE)
 
-    return Guard(app, service.limits, keys)
+    return Guard(app, service, keys)
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -15,18 +15,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pacore_sched.serve.errors import ApiError
 from pacore_sched.serve.http.logs import request_id
 from pacore_sched.serve.limits import Limits
+from pacore_sched.serve.service import ENDING, Service
 
 # These need no key: health checks and scrapers have none, and they tell nothing of requests.
 OPEN_PATHS = ("/health", "/version", "/metrics", "/openapi.json")
+POLL_S = 0.2  # how often a body that does not arrive looks whether the server ends
 log = logging.getLogger(__name__)
 
 
 class Guard:
-    """Wraps the application. `keys` are the API keys, of which a request needs one if there are
-    any."""
+    """Wraps the application of a service. `keys` are the API keys, of which a request needs one if
+    there are any."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, keys: Sequence[str] = ()) -> None:
-        self._app, self._limits = app, limits
+    def __init__(self, app: ASGIApp, service: Service, keys: Sequence[str] = ()) -> None:
+        self._app, self._service, self._limits = app, service, service.limits
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,7 +54,7 @@ class Guard:
                 response = JSONResponse(error.body, error.status, error.headers)
                 await response(scope, receive, send_with_id)
             else:
-                body = _Body(receive, self._limits)
+                body = _Body(receive, self._service)
                 await self._app(scope, body.receive, send_with_id)
         except Exception:  # the client has been told, by the application's own handler
             log.exception("a request failed")
@@ -78,25 +80,34 @@ class Guard:
 class _Body:
     """A request's body on its way in: bounded in bytes and in time."""
 
-    def __init__(self, receive: Receive, limits: Limits) -> None:
-        self._receive, self._limits = receive, limits
-        self._deadline = time.monotonic() + limits.body_timeout_s
+    def __init__(self, receive: Receive, service: Service) -> None:
+        self._receive, self._service, self._limits = receive, service, service.limits
+        self._deadline = time.monotonic() + self._limits.body_timeout_s
         self._bytes, self._whole = 0, False
 
     async def receive(self) -> Message:
         if self._whole:  # what comes is the end of the connection
             return await self._receive()
-        try:
-            async with asyncio.timeout(max(self._deadline - time.monotonic(), 0)):
-                message = await self._receive()
-        except TimeoutError:
-            seconds = f"{self._limits.body_timeout_s:g} s"
-            raise HTTPException(408, f"the body did not arrive within {seconds}") from None
+        message = await self._next()
         self._bytes += len(message.get("body", b""))
         self._whole = not message.get("more_body", False)
         if self._bytes > self._limits.max_body_bytes:
             raise HTTPException(413, _too_large(self._limits))
         return message
+
+    async def _next(self) -> Message:
+        """The next part of the body. Raises HTTPException if it is too late, or the server ends."""
+        while True:
+            left = self._deadline - time.monotonic()
+            try:
+                async with asyncio.timeout(max(min(left, POLL_S), 0)):
+                    return await self._receive()
+            except TimeoutError:
+                if self._service.ending:
+                    raise HTTPException(503, ENDING) from None
+                if left <= POLL_S:
+                    seconds = f"{self._limits.body_timeout_s:g} s"
+                    raise HTTPException(408, f"the body did not arrive within {seconds}") from None
 
 
 def _too_large(limits: Limits) -> str:

@@ -27,7 +27,8 @@ def url_of(listener: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """Drains the service at the first SIGINT or SIGTERM, and ends at once at the second."""
+    """Drains the service at the first SIGINT or SIGTERM, fails what is left at the second, and ends
+    without an answer at the third."""
 
     def __init__(self, app: ASGIApp, service: Service, drain_s: float) -> None:
         super().__init__(
@@ -48,11 +49,13 @@ class Server(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._service.draining:
+        if self._service.ending:
             self.should_exit = self.force_exit = True
-            return
-        self._service.draining = True
-        self._loop.call_soon_threadsafe(self._begin_drain)
+        elif self._service.draining:
+            self._service.ending = True
+        else:
+            self._service.draining = True
+            self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
         self._drain = asyncio.ensure_future(self._drain_and_exit())

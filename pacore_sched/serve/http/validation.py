@@ -11,24 +11,30 @@ from pacore_sched.serve.errors import ApiError
 def of_body(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
     """The first error of a body that is not valid."""
     error = errors[0]
-    kind, message = error["type"], str(error["msg"])
+    kind, message, context = error["type"], str(error["msg"]), error.get("ctx", {})
     if kind == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {error.get('ctx', {}).get('error', message)}")
+        return ApiError(400, f"the body is not JSON: {context.get('error', message)}")
+    if isinstance(body, bytes):
+        return ApiError(400, "the body is not read: send Content-Type: application/json")
     path = _path(error["loc"][1:], body, missing=kind == "missing")
+    if key := context.get("key"):
+        path = f"{path}.{_short(key)}".removeprefix(".")
     if kind == "not_implemented":
-        path = f"{path}.{error['ctx']['key']}".removeprefix(".")
+        message = f"{path} is not implemented; it may only be {context['values']}"
         return ApiError(400, message, param=path, code="unsupported_parameter")
-    if kind == "extra_forbidden":
+    if kind == "unknown":
         return ApiError(400, f"there is no parameter {path}", param=path, code="unknown_parameter")
     if kind == "missing":
         return ApiError(400, f"{path or 'the body'} is missing", param=path or None)
-    message = message.removeprefix("Value error, ").removeprefix("Input ")
+    message = message.removeprefix("Input ")
     name = path or "the body"
     return ApiError(400, f"{name}: {message[:1].lower()}{message[1:]}", param=path or None)
 
 
 def of_http(error: HTTPException) -> ApiError:
     """An error of the framework, such as an unknown path."""
+    if error.detail == "There was an error parsing the body":
+        return ApiError(400, "the body is not JSON in UTF-8, or nested too deep")
     texts = {404: "there is no such path", 405: "the path does not take this method"}
     return ApiError(error.status_code, texts.get(error.status_code, str(error.detail)))
 
@@ -46,5 +52,10 @@ def _path(location: Sequence[str | int], body: object, *, missing: bool) -> str:
             if isinstance(value, list) and part < len(value):
                 path, value = f"{path}[{part}]", value[part]
         elif isinstance(value, dict) and (part in value or (last and missing)):
-            path, value = f"{path}.{part}".removeprefix("."), value.get(part)
+            path, value = f"{path}.{_short(part)}".removeprefix("."), value.get(part)
     return path
+
+
+def _short(key: str) -> str:
+    """A key of the client's, which may have any length."""
+    return key if len(key) <= 80 else f"{key[:80]}..."

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import openai
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel, ValidationError
 
 from pacore_sched.sched.request import Rollout
+from pacore_sched.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest
 from tests.pacore_sched.serve.serving import Running, prompt_text, running, scripted
 
 WEATHER = {
@@ -162,6 +164,19 @@ def test_tools(client: OpenAI, stream: bool):
     assert cities == ["Paris", "Köln"]
 
 
+def test_the_clients_own_tool_helper(client: OpenAI):
+    """OpenAI's client makes tools of pydantic models, with `strict`."""
+
+    class GetWeather(BaseModel):
+        city: str
+
+    tool = openai.pydantic_function_tool(GetWeather, name="get_weather")
+    answer = client.chat.completions.create(
+        model="scripted", messages=ask("weather?"), tools=[tool]
+    )
+    assert len(answer.choices[0].message.tool_calls) == 2
+
+
 def test_tool_round_trip(client: OpenAI):
     """A client that cannot send back what it received: the message with calls, and the results."""
     first = client.chat.completions.create(
@@ -172,7 +187,10 @@ def test_tool_round_trip(client: OpenAI):
         {"role": "tool", "tool_call_id": call.id, "content": "rain in wether"}
         for call in message.tool_calls
     ]
-    messages = [*ask("weather?"), message.model_dump(), *results]
+    sent = message.model_dump()
+    sent["tool_calls"][0]["index"] = 0  # as clients keep it that read a stream
+    sent["tool_calls"][1]["function"]["arguments"] = ""  # of a function without parameters
+    messages = [*ask("weather?"), sent, *results]
     second = client.chat.completions.create(model="scripted", messages=messages, tools=[WEATHER])
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
@@ -280,6 +298,14 @@ BAD = {
     "n too large": ({"n": 129}, 400, "n"),
     "temperature": ({"temperature": 1e-9}, 400, "temperature"),
     "top_p": ({"top_p": 0}, 400, "top_p"),
+    "stream_options alone": ({"stream_options": {"include_usage": True}}, 400, None),
+    "half a surrogate pair": ({"messages": ask("\ud800")}, 400, "messages[0].content"),
+    "half a pair in a tool": (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": "\ud800"}}}]},
+        400,
+        "tools[0].function.parameters",
+    ),
+    "a long unknown key": ({"x" * 1000: 1}, 400, "x" * 80 + "..."),
     "many stops": ({"stop": ["a"] * 17}, 400, "stop"),
     "empty stop": ({"stop": ""}, 400, "stop"),
     "max_tokens": ({"max_tokens": 10**6}, 400, "max_tokens"),
@@ -348,6 +374,38 @@ def test_malformed_bodies(server: Running, body: bytes):
     """A traceback or a status 500 for what is no JSON object."""
     reply = server.post("/v1/chat/completions", body)
     assert reply.status == 400 and reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_content_type(server: Running, kind: str):
+    """A right body that is called wrong, for a header that is missing."""
+    body = json.dumps({"model": "scripted", "messages": ask("Hi")}).encode()
+    reply = server.post("/v1/chat/completions", body, Content_Type=kind)
+    assert reply.status == 400
+    assert "Content-Type: application/json" in reply.json["error"]["message"]
+
+
+HOSTILE = {
+    "ids": (DetokenizeRequest, {"tokens": [-1] * 10_000}),
+    "prompt ids": (CompletionRequest, {"model": "m", "prompt": [-1] * 10_000}),
+    "prompts": (CompletionRequest, {"model": "m", "prompt": [5, *["a"] * 10_000]}),
+    "texts": (CompletionRequest, {"model": "m", "prompt": ["a", *[5] * 10_000]}),
+    "messages": (ChatRequest, {"model": "m", "messages": [{}] * 10_000}),
+    "parts": (ChatRequest, {"model": "m", "messages": [{"role": "user", "content": [5] * 10_000}]}),
+    "keys": (ChatRequest, {"model": "m"} | {f"key {i}": i for i in range(10_000)}),
+    "stops": (ChatRequest, {"model": "m", "messages": ask("a"), "stop": [5] * 10_000}),
+    "widths": (ChatRequest, {"model": "m", "messages": ask("a"), "pacore": {"widths": [0] * 9999}}),
+    "tools": (ChatRequest, {"model": "m", "messages": ask("a"), "tools": [5] * 10_000}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_the_first_error_ends_the_check(case: str):
+    """A body with an error in every element, which keeps the event loop for minutes."""
+    kind, body = HOSTILE[case]
+    with pytest.raises(ValidationError) as raised:
+        kind.model_validate(body)
+    assert raised.value.error_count() <= 2  # a union has one for each member
 
 
 def test_the_client_reads_errors(client: OpenAI):

@@ -238,6 +238,26 @@ def test_drain():
         assert replies[0].json["error"]["message"] == "the server is shutting down"
 
 
+def test_a_second_signal():
+    """What runs is ended at once, with an answer; a body that is still on its way as well."""
+    with running(scripted(endless), drain_s=1000) as server:
+        slowly(server)
+        parts = urlsplit(server.url)
+        half = http.client.HTTPConnection(parts.hostname, parts.port, timeout=20)
+        half.putrequest("POST", "/tokenize")
+        half.putheader("Content-Length", "100")
+        half.endheaders(b"{")
+        with client(server) as connection:
+            wait_for(lambda: server.service.engine.stats.generated, "a token")
+            server.server.handle_exit(15, None)
+            wait_for(lambda: server.get("/health").status == 503, "draining")
+            server.server.handle_exit(15, None)
+            for response in (connection.getresponse(), half.getresponse()):
+                assert response.status == 503
+                message = json.loads(response.read())["error"]["message"]
+                assert message == "the server is shutting down"
+
+
 def test_drain_waits():
     """A request that ends in time gets its answer."""
     with running(scripted(answering), drain_s=20) as server:

@@ -44,8 +44,8 @@ async def send(client: AsyncOpenAI, number: int, kind: str) -> list[str] | None:
                 async with asyncio.timeout(0.02 * (number % 7)):
                     await create(**fields)
             else:
-                async for _ in await create(**fields, stream=True):
-                    break
+                async with await create(**fields, stream=True) as stream:
+                    await anext(stream)
         except TimeoutError:
             pass
         return None

@@ -219,6 +219,8 @@ def test_tokenize(server: Running, client: OpenAI, tiny: Step3VL):
     usage = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1).usage
     assert count == usage.prompt_tokens
     assert server.post("/tokenize", {}).status == 400
+    for body in ({"prompt": "\ud800"}, {"prompt": "x" * 2**20 + "x"}, {"messages": []}):
+        assert server.post("/tokenize", body).status == 400
     assert server.post("/detokenize", {"tokens": [10**9]}).status == 400
 
 
@@ -228,6 +230,8 @@ BAD = {
     "an id outside": {"prompt": [10**7]},
     "an image's id": {"prompt": "<im_patch>"},
     "a long prompt": {"prompt": "x" * 10_000},
+    "half a pair": {"prompt": "\ud800"},
+    "half a pair in a list": {"prompt": ["a", "\ud800"]},
     "mixed": {"prompt": ["a", 1]},
     "nothing asked": {"prompt": "a", "max_tokens": 0},
     "pacore": {"prompt": "a", "model": "tiny:pacore-2"},
