@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels.sampling.philox import gumbel_, words_of
-from kernels.sampling.reference import aligned_rows, sample_ref
+from kernels.sampling.reference import aligned_rows, logprobs_of, sample_ref
 
 LOGIT_BLOCK = 1 << 20  # logits processed at a time: 4 MiB
 FIRST_GROUPS = 64  # scored at first, per row: rarely too few, as 16 are expected to be needed
@@ -232,8 +232,8 @@ def _logprobs(
 ) -> Tensor:
     """The log-probabilities of `tokens` [R, 1], as `sample_ref` computes them."""
     if logprobs == "raw":
-        return groups.scores.log_softmax(1).gather(1, tokens)
+        return logprobs_of(tokens, groups.scores)
     if temperature == 0:
         return groups.z_of(tokens) * 0  # NaN where the row is no distribution
     z = groups.all_z()
-    return z.masked_fill_(z < cut, -torch.inf).log_softmax(1).gather(1, tokens)
+    return logprobs_of(tokens, z.masked_fill_(z < cut, -torch.inf))
