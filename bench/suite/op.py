@@ -63,7 +63,6 @@ class Op:
     # From their documented errors (tests/kernels/runtime/ptx_errors.py) over inputs as the cases
     # draw them; results below the rms count for less.
     approximate: Error = NONE
-    fp64_tolerance_32: Error | None = None  # against the formula, if that needs another
     results: tuple[str, ...] = ("out",)
     fp32_results: tuple[str, ...] = ()  # those that are fp32 in every dtype
     stores: bool = False  # writes K and V into `pages`
@@ -86,10 +85,3 @@ class Op:
         limits = self.tolerance_32 if wide else self.tolerance_16
         more = self.approximate if wide else NONE
         return Error((limits.max + more.max) * unit, (limits.rms + more.rms) * unit)
-
-    def fp64_tolerance(self, dtype: torch.dtype) -> Error:
-        """The same for a comparison with the fp64 formula."""
-        limits, unit = self.fp64_tolerance_32, roundoff(torch.float32)
-        if dtype == torch.float32 and limits:
-            return Error(limits.max * unit, limits.rms * unit)
-        return self.tolerance(dtype)

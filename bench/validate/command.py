@@ -148,8 +148,7 @@ def _verdicts(
             got = results(case, form(case.op, name), inputs)
             each = zip(_result_names(case.op)[: len(expected)], got, expected, strict=True)
             comparisons = [
-                compare_result(*result, OPS[case.op].fp64_tolerance(result[1].dtype))
-                for result in each
+                compare_result(*result, OPS[case.op].tolerance(result[1].dtype)) for result in each
             ]
             yield name, "fp64", fields(comparisons)
         except ImplError:
