@@ -1,1 +1,1 @@
-"""The HTTP server: PaCoRe and chat completions behind OpenAI's interface."""
+"""The HTTP server: PaCoRe and chat completions in OpenAI's interface."""

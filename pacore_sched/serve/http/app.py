@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool = False) -> ASGIApp:
     """The application of a server; `keys` are its API keys. It runs the context's service."""
-    service, created = context.service, int(time.time())
+    service = context.service
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -54,6 +54,13 @@ def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool 
     )
     _handle_errors(app)
 
+    _add_completions(app, context, log_prompts=log_prompts)
+    _add_models(app, context)
+    _add_status(app, context)
+    return Guard(app, service, keys)
+
+
+def _add_completions(app: FastAPI, context: Context, *, log_prompts: bool) -> None:
     async def answer(
         request: Request, answer: ChatAnswer | CompletionAnswer, *, stream: bool
     ) -> Response:
@@ -71,6 +78,10 @@ def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await answer(request, CompletionAnswer(context, body), stream=body.stream)
+
+
+def _add_models(app: FastAPI, context: Context) -> None:
+    service, created = context.service, int(time.time())
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -99,6 +110,10 @@ def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool 
     async def detokenize_route(body: DetokenizeRequest) -> dict[str, Any]:
         return await service.text_thread(partial(detokenize, context, body))
 
+
+def _add_status(app: FastAPI, context: Context) -> None:
+    service = context.service
+
     @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=None)
     async def health() -> Response:
@@ -117,8 +132,6 @@ def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=METRICS_TYPE)
-
-    return Guard(app, service, keys)
 
 
 def _handle_errors(app: FastAPI) -> None:
