@@ -4,7 +4,6 @@ The `tokenizers` library does the BPE; it is imported where it is used, since a 
 it. This file reads its tables and decodes, which must also work token by token.
 """
 
-import codecs
 import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
@@ -254,10 +253,6 @@ class Tokenizer:
         longest_added = max((len(text.encode()) for text in self.added.values()), default=0)
         return max(longest_added, *map(len, self._backend.get_vocab(with_added_tokens=False)))
 
-    def stream(self) -> "TextStream":
-        """A decoder for ids that come one at a time."""
-        return TextStream(self)
-
     def token_bytes(self, id: int) -> bytes:
         """The bytes of token `id`: none for special tokens and for ids without a token."""
         if id in self.special:
@@ -267,25 +262,6 @@ class Tokenizer:
         text, chars = self._backend.id_to_token(id) or "", _bytes_of_chars()
         # If a character is outside the byte alphabet, the file holds this token's plain text.
         return bytes(chars[c] for c in text) if chars.keys() >= set(text) else text.encode()
-
-
-class TextStream:
-    """Incremental decoding that never returns half a character.
-
-    The results of all `push` calls plus `flush()` equal `Tokenizer.decode` of the ids pushed.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, id: int) -> str:
-        """The characters that `id` completes, which may be none."""
-        return self._utf8.decode(self._tokenizer.token_bytes(id))
-
-    def flush(self) -> str:
-        """The end of the text: U+FFFD if it ends inside a character, else nothing."""
-        return self._utf8.decode(b"", final=True)
 
 
 def _bpe(

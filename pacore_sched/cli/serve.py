@@ -1,4 +1,4 @@
-"""`python -m pacore_sched serve`: an HTTP server with OpenAI's interface, and PaCoRe behind it."""
+"""`python -m pacore_sched serve`: PaCoRe over HTTP, with OpenAI's interface."""
 
 import argparse
 import logging

@@ -40,7 +40,7 @@ class Sampling:
 
 
 def check_top_logprobs(count: int) -> None:
-    """Raise InputError if so many of the most likely tokens cannot be asked for."""
+    """Raise InputError for a number of alternatives that is out of range."""
     if not 0 <= count <= MAX_TOP_LOGPROBS:
         raise InputError(f"top_logprobs must be from 0 to {MAX_TOP_LOGPROBS}, not {count}")
 

@@ -21,7 +21,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-MAX_TOP_LOGPROBS = 20
+from pacore_sched.sched.request import MAX_TOP_LOGPROBS
+
 # Lengths of lists: what a request may need, and little enough to check in a moment.
 MAX_MESSAGES, MAX_PARTS, MAX_TOOLS = 4096, 4096, 1024
 MAX_ROUNDS, MAX_STOPS, MAX_PROMPTS = 8, 16, 256
