@@ -178,6 +178,25 @@ class Scheduler:
             self.drop(segment)
         return unfinished
 
+    def detach(self, rollout: Rollout) -> None:
+        """Remove an unfinished rollout, which goes on in another scheduler as "moved" from here.
+
+        Its group still waits for it: see `ended_elsewhere`. The other scheduler gets a group with
+        a Rollout that has the same tokens, and `scheduled` tokens to be written again.
+        """
+        if rollout.node >= 0:
+            self.counts.recomputed += self.tree.length(rollout.node)
+        self._end(rollout, "moved")
+        rollout.group.rollouts.remove(rollout)
+
+    def ended_elsewhere(self, group: Group) -> list[Rollout]:
+        """Count the end of a detached rollout; returns the siblings that are cancelled as a result.
+        Does nothing if the group is done."""
+        if group not in self.groups:
+            return []
+        group.ended += 1
+        return self.cancel(group) if group.ended >= group.need else []
+
     def append_draft(self, rollout: Rollout, tokens: int) -> bool:
         """Append a draft to a rollout of the last batch; False if there are no pages for it."""
         if self.tree.pages_needed(rollout.node, tokens) > self.tree.free_pages:
