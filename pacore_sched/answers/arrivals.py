@@ -1,11 +1,11 @@
 """The problems that have not started, in order of arrival."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pacore_sched.answers.journal_lines import RolloutResult
-from pacore_sched.answers.problem_run import Problem, ProblemRun
+from pacore_sched.answers.live import LiveProblems
+from pacore_sched.answers.problem_run import ProblemRun
 
 PREPARED_AHEAD = 4  # problems whose images are read and prompts built before they are submitted
 
@@ -14,16 +14,9 @@ class Arrivals:
     """A queue of problems of any number, empty until `fill`. A thread prepares the next few, while
     rollouts decode."""
 
-    def __init__(
-        self,
-        run_of: Callable[[Problem, int, Iterable[RolloutResult]], ProblemRun],
-        problems: Iterable[Problem],
-        known: Callable[[str], Iterable[RolloutResult]],
-    ) -> None:
-        """`run_of` takes a problem, its number and what `known` says of its id: rollouts that
-        ended in an earlier run."""
-        self._run_of, self._known = run_of, known
-        self._problems = enumerate(problems)
+    def __init__(self, runs: Iterator[ProblemRun]) -> None:
+        """`runs` is read a few problems at a time; it may have more after it has ended."""
+        self._runs = runs
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="arrivals")
         self._queue: deque[tuple[ProblemRun, Future | None]] = deque()
 
@@ -53,15 +46,20 @@ class Arrivals:
         return run
 
     def fill(self) -> None:
-        """Read the next few problems. Raises what the iterable of problems raises."""
+        """Read the next few problems. Raises what their iterator raises."""
         while len(self._queue) < PREPARED_AHEAD:
-            arrival = next(self._problems, None)
-            if arrival is None:
+            run = next(self._runs, None)
+            if run is None:
                 return
-            number, problem = arrival
-            run = self._run_of(problem, number, self._known(problem.id))
             preparing = None if run.finished else self._threads.submit(run.prepare)
             self._queue.append((run, preparing))
+
+    def starting(self, live: LiveProblems) -> Iterator[ProblemRun]:
+        """Yield the problems that start now, while there is room and the next one is ready."""
+        while not self.empty:
+            if live and not (self.ready() and live.has_room(self.next)):
+                return
+            yield self.take()
 
     def close(self) -> None:
         """Wait for the problem that is being prepared; forget the others."""

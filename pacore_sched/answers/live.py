@@ -138,12 +138,18 @@ class LiveProblems:
 
         on_rollout: called for every rollout that ended or was cancelled
         """
-        answers = []
-        for group in self._take(self.engine.step(), on_rollout):
-            run = self._runs.pop(group)
-            if answer := self.start(run):
-                answers.append((run, answer))
-        return answers + self._end_failed()
+        done = self._take(self.engine.step(), on_rollout)
+        return self._next_rounds(done) + self._end_failed()
+
+    def take_elsewhere(
+        self, run: ProblemRun, result: RolloutResult, on_rollout: OnRollout
+    ) -> list[tuple[ProblemRun, Answer]]:
+        """As `step`, for the end of a rollout that has been detached (ProblemRun.detach)."""
+        group = run.group
+        if group is None or group not in self._runs:
+            return []
+        self._take(run.take_elsewhere(result), on_rollout)
+        return self._next_rounds([] if run.pending else [group])
 
     def cancel(self, run: ProblemRun) -> None:
         """End a problem without an answer; does nothing if it has ended or not started."""
@@ -156,6 +162,15 @@ class LiveProblems:
     def cancel_all(self) -> None:
         for run in list(self.runs):
             self.cancel(run)
+
+    def _next_rounds(self, done: Iterable[Group]) -> list[tuple[ProblemRun, Answer]]:
+        """Start the rounds after those of the groups `done`; returns the problems that end."""
+        answers = []
+        for group in done:
+            run = self._runs.pop(group)
+            if answer := self.start(run):
+                answers.append((run, answer))
+        return answers
 
     def _take(self, ended: Iterable[Rollout], on_rollout: OnRollout) -> list[Group]:
         """Record the rollouts that ended in a step; returns the groups that they complete.

@@ -116,12 +116,12 @@ class Pacore:
     ) -> Generator[list[Answer], None, None]:
         """As `answers`, but yields once per engine step: the answers that the step completed."""
         run_of = partial(ProblemRun, self.model, self.engine, self.settings)
-        arrivals = Arrivals(run_of, problems, known)
+        arrivals = Arrivals(run_of(p, n, known(p.id)) for n, p in enumerate(problems))
         live, stats = LiveProblems(self.engine), self.engine.stats
         try:
             arrivals.fill()
             while True:
-                started = map(live.start, self._starting(arrivals, live))
+                started = map(live.start, arrivals.starting(live))
                 answers = [answer for answer in started if answer]
                 if not live:  # and no further problem has arrived
                     yield answers
@@ -133,13 +133,6 @@ class Pacore:
         finally:
             arrivals.close()
             live.cancel_all()
-
-    def _starting(self, arrivals: Arrivals, live: LiveProblems) -> Iterator[ProblemRun]:
-        """Yield the problems that start now, while there is room and the next one is ready."""
-        while not arrivals.empty:
-            if live and not (arrivals.ready() and live.has_room(arrivals.next)):
-                return
-            yield arrivals.take()
 
 
 class EngineOptions(TypedDict, total=False):

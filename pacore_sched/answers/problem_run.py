@@ -5,7 +5,7 @@ A round is an entry of `Settings.widths`. It ends when as many of its rollouts h
 """
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.message_budget import FittedPrompt, fit_messages, prompt_limit
 from pacore_sched.answers.rounds import SynthesisTemplate, round_messages
 from pacore_sched.engine.engine import Engine
-from pacore_sched.sched.request import Group, Rollout, Sampling, Segment
+from pacore_sched.sched.request import Group, Partial, Rollout, Sampling, Segment
 
 if TYPE_CHECKING:
     from model.step3vl import Step3VL
@@ -69,6 +69,15 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Rollouts of one round that have moved here from another engine: index -> what they have
+    generated. The problem's rounds go on over there."""
+
+    round: int
+    rollouts: Mapping[int, Partial]
+
+
+@dataclass(frozen=True)
 class _Layout:
     """The part of an image that its prompt tokens depend on; the pixels are not kept."""
 
@@ -86,12 +95,16 @@ class ProblemRun:
         problem: Problem,
         number: int,
         known: Iterable[RolloutResult] = (),
+        part: Part | None = None,
     ) -> None:
-        """`number` counts problems in order of arrival; `known` are results of an earlier run."""
+        """`number` counts problems in order of arrival; `known` are results of an earlier run.
+
+        With `part`, only these rollouts are run; `known` are then those of all earlier rounds.
+        """
         self.id, self.number = problem.id, number
         self.rounds: list[list[RolloutResult]] = []
         self.group: Group | None = None  # of the current round, or of the last one
-        self.pending = 0  # rollouts of the current round that have not ended
+        self.pending = 0  # rollouts of the current round that have not ended, here or elsewhere
         self._model, self._engine, self.settings = model, engine, settings
         self._messages, self._load = problem.messages, problem.load
         self._ids, self._scores = problem.ids, problem.scores
@@ -107,13 +120,16 @@ class ProblemRun:
         self.prompt = FittedPrompt([], (), ())  # of the current round
         self._known = {(result.round, result.index): result for result in known}
         self._current: dict[int, RolloutResult] = {}
+        self._part = part
+        self._away: set[int] = set()  # rollouts of the current round that are on other engines
         self._on_end = ExitStack()  # closes the current round's span
         self._begin_round()
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds have ended."""
-        return len(self.rounds) == len(self.settings.widths)
+        """Whether all rounds have ended, or with a part, its round."""
+        last = self._part.round + 1 if self._part else len(self.settings.widths)
+        return len(self.rounds) == last
 
     @property
     def quick(self) -> bool:
@@ -173,7 +189,8 @@ class ProblemRun:
         self._encode()
         number, settings = len(self.rounds), self.settings
         width = settings.widths[number]
-        missing = [index for index in range(width) if index not in self._current]
+        partial = self._part.rollouts if self._part else dict.fromkeys(range(width), Partial())
+        missing = [index for index in partial if index not in self._current]
         self._on_end.callback(begin("round", f"{number} of problem {self.id or self.number}"))
         path = self._path(self.prompt.ids)
         self.group = self._engine.submit(
@@ -183,7 +200,8 @@ class ProblemRun:
             self._sampling(path),
             problem=self.number,
             round=number,
-            need=settings.need(number) - self._ended(),
+            need=len(missing) if self._part else settings.need(number) - self._ended(),
+            partial=partial,
         )
         self.pending = len(missing)
         return self.group
@@ -209,13 +227,40 @@ class ProblemRun:
             tokens=tuple(rollout.tokens),
             logprobs=tuple(rollout.logprobs),
         )
-        self._current[rollout.index] = result
+        self._record(result)
+        return result
+
+    def detach(self, indices: Collection[int]) -> dict[int, Partial]:
+        """Remove those of the current round's rollouts that have not ended, to go on elsewhere as a
+        Part; returns what they have generated. The round waits for `take_elsewhere`."""
+        assert self.group is not None
+        leaving = [r for r in self.group.rollouts if r.index in indices and not r.finish_reason]
+        self._away.update(rollout.index for rollout in leaving)
+        return {rollout.index: self._engine.detach(rollout) for rollout in leaving}
+
+    def take_elsewhere(self, result: RolloutResult) -> list[Rollout]:
+        """Record that a detached rollout has ended; returns the rollouts that are cancelled as a
+        result, to be taken. Does nothing if the round no longer waits for it."""
+        if result.round != len(self.rounds) or result.index not in self._away:
+            return []
+        assert self.group is not None
+        self._away.remove(result.index)
+        cancelled = self._engine.ended_elsewhere(self.group)
+        self._record(result)
+        return cancelled
+
+    def _record(self, result: RolloutResult) -> None:
+        """Enter a result of the current round; end the round if it was the last."""
+        self._current[result.index] = result
         self.pending -= 1
+        if not self._part and self._ended() >= self.settings.need(len(self.rounds)):
+            self.pending -= len(self._away)  # they are cancelled
+            self._away.clear()
         if not self.pending:
-            rollout.group.rollouts.clear()  # which refer to the group: this ends the cycle
+            assert self.group is not None
+            self.group.rollouts.clear()  # which refer to the group: this ends the cycle
             self._on_end.close()
             self._end_round()
-        return result
 
     def release(self) -> None:
         """Release the KV and image features that are kept between rounds, and the images that wait
@@ -232,7 +277,7 @@ class ProblemRun:
     def _begin_round(self) -> None:
         """Start the current round from known results; end it at once if they are enough."""
         number = len(self.rounds)
-        if number < len(self.settings.widths):
+        if not self.finished:
             known = (self._known.get((number, i)) for i in range(self.settings.widths[number]))
             self._current = {result.index: result for result in known if result}
             if self._ended() >= self.settings.need(number):

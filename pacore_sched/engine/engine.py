@@ -21,6 +21,7 @@ from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import (
     Batch,
     Group,
+    Partial,
     Rollout,
     SampledTokens,
     Sampling,
@@ -122,6 +123,7 @@ class Engine(Generic[ExecutorT]):
         round: int = 0,
         need: int | None = None,
         lengths: Mapping[int, int] | None = None,
+        partial: Mapping[int, Partial] | None = None,
     ) -> Group:
         """Add a group with one rollout per entry of `seeds` (index -> seed) over one prompt.
 
@@ -129,6 +131,7 @@ class Engine(Generic[ExecutorT]):
         problem, round: used by policies
         need: the group is done when this many rollouts have ended; the default is all
         lengths: index -> max_tokens where it differs from the sampling's
+        partial: index -> what a rollout has generated elsewhere; its KV is written again
 
         Raises InputError for a group without rollouts, one that can never fit in memory, and
         limits that are out of range.
@@ -153,6 +156,10 @@ class Engine(Generic[ExecutorT]):
                 " lower max_tokens, or give the KV more memory (--kv-tokens)"
             )
         group.rollouts = [Rollout(group, i, seed, limits[i]) for i, seed in seeds.items()]
+        for rollout in group.rollouts:
+            before = (partial or {}).get(rollout.index, Partial())
+            rollout.tokens, rollout.logprobs = list(before.tokens), list(before.logprobs)
+            rollout.scheduled = len(before.tokens)
         self.scheduler.submit(group)
         return group
 
@@ -164,6 +171,19 @@ class Engine(Generic[ExecutorT]):
         """
         with span("engine step", self.stats.steps):
             return self._step()
+
+    def detach(self, rollout: Rollout) -> Partial:
+        """Remove an unfinished rollout, which goes on in another engine; its group waits for it."""
+        self.scheduler.detach(rollout)
+        self._drafts.forget_rollout(rollout)
+        return Partial(tuple(rollout.tokens), tuple(rollout.logprobs))
+
+    def ended_elsewhere(self, group: Group) -> list[Rollout]:
+        """Count a detached rollout that has ended; returns the siblings cancelled with it."""
+        cancelled = self.scheduler.ended_elsewhere(group)
+        if group not in self.scheduler.groups:
+            self._drafts.forget(group)
+        return cancelled
 
     def cancel(self, group: Group) -> list[Rollout]:
         """End a group now; returns its rollouts that had not ended."""

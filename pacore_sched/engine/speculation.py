@@ -88,4 +88,8 @@ class SiblingDrafts:
         """Drop a group's index and draft lengths."""
         self._indexes.pop(group, None)
         for rollout in group.rollouts:
-            self._lengths.pop(rollout, None)
+            self.forget_rollout(rollout)
+
+    def forget_rollout(self, rollout: Rollout) -> None:
+        """Drop the draft length of a rollout that leaves its group."""
+        self._lengths.pop(rollout, None)

@@ -66,13 +66,22 @@ class Segment:
         self.inputs, self.ready = None, _ready
 
 
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """What an unfinished rollout has generated. It goes on from there on any engine: its draws
+    depend on its seed and the position only."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+
 @dataclass(eq=False, slots=True)
 class Rollout:
     """One generated continuation of its group's prompt.
 
     `finish_reason` is None until the rollout ends, then "stop" (an eos id, the last of `tokens`, or
-    a stop string), "length", "cancelled", or "error" (the next logits held NaN, or nothing but
-    -inf).
+    a stop string), "length", "cancelled", "error" (the next logits held NaN, or nothing but -inf),
+    or "moved" (it goes on in another scheduler).
     """
 
     group: "Group" = field(repr=False)
