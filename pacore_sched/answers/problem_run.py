@@ -232,11 +232,18 @@ class ProblemRun:
 
     def detach(self, indices: Collection[int]) -> dict[int, Partial]:
         """Remove those of the current round's rollouts that have not ended, to go on elsewhere as a
-        Part; returns what they have generated. The round waits for `take_elsewhere`."""
+        Part; returns what they have generated. The round waits for `take_elsewhere`, unless this is
+        itself a part, which has only fewer `pending` rollouts then."""
         assert self.group is not None
         leaving = [r for r in self.group.rollouts if r.index in indices and not r.finish_reason]
-        self._away.update(rollout.index for rollout in leaving)
-        return {rollout.index: self._engine.detach(rollout) for rollout in leaving}
+        partials = {rollout.index: self._engine.detach(rollout) for rollout in leaving}
+        if not self._part:
+            self._away.update(partials)
+            return partials
+        for _ in partials:
+            self._engine.ended_elsewhere(self.group)
+        self.pending -= len(partials)
+        return partials
 
     def take_elsewhere(self, result: RolloutResult) -> list[Rollout]:
         """Record that a detached rollout has ended; returns the rollouts that are cancelled as a

@@ -8,6 +8,7 @@ import time
 from model.errors import InputError
 from model.terminal import progress
 from model.vision.image import load_image
+from pacore_sched.answers.images import views_of
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer
 from pacore_sched.answers.pacore import Pacore
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     images = [load_image(path) for path in options.image]
     model = shared.load_model(options)
     sampling = shared.sampling_for(options, model.config.sampling)
-    views = shared.views_of(images, model) if images else []
+    views = views_of(images, model) if images else []
     content = [{"type": "image"} for _ in views] + [{"type": "text", "text": options.question}]
     engine = shared.make_engine(options, model, problems=1, width=max(round_widths(widths)))
     pacore = Pacore(model, engine, widths, sampling, seed=options.seed, template=template)

@@ -28,6 +28,7 @@ from model.step3vl import Step3VL
 from model.terminal import stop_signals
 from model.text.files import check_target, open_file, parse_json
 from model.vision.image import Views
+from pacore_sched.answers.images import views_of
 from pacore_sched.answers.journal import Journal, draft_of, replace_file
 from pacore_sched.answers.journal_lines import Expected, RolloutResult
 from pacore_sched.answers.live import Answer
@@ -280,7 +281,7 @@ def _problem(
     question: Question, model: Step3VL, images: ImageFiles, check_stop: Callable[[], None]
 ) -> Problem:
     def load() -> list[Views]:
-        return shared.views_of(images.load(question, check_stop), model)
+        return views_of(images.load(question, check_stop), model)
 
     return Problem(question.messages, load if question.images else None, question.id)
 

@@ -2,10 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +16,6 @@ from model.step3vl import Step3VL
 from model.terminal import add_threads, integer, real
 from model.text.chat_template import CHATML
 from model.text.files import read_text
-from model.vision.image import Views, preprocess
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.answers.rounds import MAX_WIDTH
 from pacore_sched.engine.engine import Engine
@@ -26,9 +23,6 @@ from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.engine.stopping import checked_stops
 from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sched.request import Sampling
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 COUNT, WIDTH = integer(1, 10**9), integer(1, MAX_WIDTH)  # types of options
@@ -154,14 +148,6 @@ def load_model(options: argparse.Namespace) -> Step3VL:
         text = templates[options.chat_template] if file_text is None else file_text
         model.tokenizer.chat_templates = {"default": text}
     return model
-
-
-def views_of(images: Iterable["Image.Image"], model: Step3VL) -> list[Views]:
-    """Images preprocessed for the model. Raises InputError for a model without a vision tower."""
-    vision = model.config.vision
-    if vision is None:
-        raise InputError(f"model {model.config.name} has no vision tower: it takes no images")
-    return [preprocess(image, vision) for image in images]
 
 
 def make_engine(

@@ -7,17 +7,12 @@ all rollouts of both GPUs together win by the move.
 The simulator and the replicas of the model share this policy, so it sees plain numbers only.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from heapq import nlargest
-from itertools import accumulate
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from kernels.runtime.arithmetic import cdiv
 from pacore_sched.sched.lengths import EndedLengths
-from pacore_sched.sched.policy import peak
 from pacore_sched.sched.scheduler import Scheduler
 from pacore_sched.sim.cost_model import CostModel, StepShape
 

@@ -1,0 +1,320 @@
+"""Which replica runs what: the part of a run on several replicas that Ray cannot know.
+
+A problem stays on one replica, through all its rounds: the KV of its prompt and images is there. A
+replica pulls the next problem when none of its rollouts is waiting to start, so a slow one gets
+fewer. Once no problem waits, rollouts move to replicas where they are expected to end earlier. If
+a replica is lost, its problems go back to the front of the queue with the results known so far, and
+its parts to another replica as they had left home. No communication happens here, so a test or a
+measurement can play the replicas.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from pacore_sched.answers.journal_lines import RolloutResult
+from pacore_sched.answers.live import Answer
+from pacore_sched.answers.problem_run import Part
+from pacore_sched.replicas.messages import Key, Orders, Report, Task, Totals
+from pacore_sched.sched.request import Partial
+from pacore_sched.sim.tail_moves import GroupState, ReplicaState, RolloutState, TailMoves
+
+SECONDS = 0.25  # between a replica's reports
+
+
+@dataclass
+class _Replica:
+    """What the coordinator knows of a replica."""
+
+    tasks: dict[Key, Task] = field(default_factory=dict)
+    outbox: Orders = field(default_factory=Orders)
+    calling: bool = False  # a report is due
+    report: Report = field(default_factory=Report)
+    state: ReplicaState | None = None  # of the last report, with what has been ordered since
+
+
+class Coordinator:
+    """Assigns tasks to replicas, which are numbered by whoever communicates with them.
+
+    tasks: the problems in order of arrival; read as replicas have room
+    known: maps a problem's id to all its results so far
+    on_result: called for every rollout that ended, with its problem's id
+    on_answer: called for every problem that ended
+    moves: which rollouts move once no problem waits; None: they all stay
+    """
+
+    def __init__(
+        self,
+        tasks: Iterable[Task],
+        *,
+        known: Callable[[str], Sequence[RolloutResult]],
+        on_result: Callable[[RolloutResult], None],
+        on_answer: Callable[[Answer], None],
+        moves: TailMoves | None = None,
+    ) -> None:
+        self._new, self._known = iter(tasks), known
+        self._next: Task | None = None
+        self._returned: deque[Task] = deque()  # of lost replicas
+        self._on_result, self._on_answer = on_result, on_answer
+        self._moves = moves
+        self._replicas: dict[int, _Replica] = {}
+        self._homes: dict[int, int] = {}  # problem -> its replica
+        self._parts: dict[Key, int] = {}  # part -> its replica
+        self._targets: dict[tuple[int, int, int], int] = {}  # leaving: problem, round, index
+        self._num_parts = 0
+        self._due: dict[int, None] = {}  # idle replicas that may have something to do
+        self._lost = Totals()  # of replicas that are gone
+        self.moved = 0  # rollouts
+
+    @property
+    def done(self) -> bool:
+        """Whether all problems have ended."""
+        return not self._homes and self._exhausted
+
+    @property
+    def replicas(self) -> Collection[int]:
+        return self._replicas.keys()
+
+    @property
+    def kv_used(self) -> float:
+        """Mean share of the KV pages in use."""
+        shares = [replica.report.kv_used for replica in self._replicas.values()]
+        return sum(shares) / max(1, len(shares))
+
+    @property
+    def totals(self) -> Totals:
+        """What all replicas have done, lost ones included as far as they have reported."""
+        totals = Totals()
+        totals.add(self._lost)
+        for replica in self._replicas.values():
+            totals.add(replica.report.totals)
+        return totals
+
+    def add(self, replica: int) -> None:
+        """A replica is ready."""
+        self._replicas[replica] = _Replica()
+        self._due[replica] = None
+
+    def lose(self, replica: int) -> None:
+        """A replica is gone. Does nothing if it was not ready."""
+        lost = self._replicas.pop(replica, None)
+        if lost is None:
+            return
+        self._due.pop(replica, None)
+        self._lost.add(lost.report.totals)
+        for key in lost.tasks:
+            if key.part:
+                self._parts.pop(key, None)
+            else:
+                del self._homes[key.problem]
+                self._cancel_parts(key.problem)
+        for key, task in reversed(lost.tasks.items()):
+            if not key.part:
+                self._returned.appendleft(replace(task, known=self._known(task.id)))
+            elif key.problem in self._homes and task.part and task.part.rollouts:
+                self._returned.append(task)
+        self._wake_all()
+
+    def calls(self) -> Iterator[tuple[int, Orders]]:
+        """Yield the orders for replicas that have something to do; each must be followed by `take`
+        or `lose`."""
+        while self._due:
+            number = next(iter(self._due))
+            del self._due[number]
+            replica = self._replicas[number]
+            replica.calling = True
+            if not replica.report.waits and (task := self._take_task()):
+                self._assign(number, task)
+            orders, replica.outbox = replica.outbox, Orders()
+            orders.more, orders.seconds = not self._exhausted, SECONDS
+            needs_state = self._moves and self._exhausted and replica.state is None
+            if orders or replica.report.busy or needs_state:
+                yield number, orders
+            else:
+                replica.calling = False
+
+    def take(self, number: int, report: Report) -> None:
+        """A replica has reported."""
+        replica = self._replicas[number]
+        replica.calling, replica.report, replica.state = False, report, report.state
+        self._due[number] = None
+        for key, result in report.results:
+            self._take_result(key, result)
+        for problem, round_ in report.overtaken:
+            self._cancel_parts(problem, round_)
+        for key, round_, partials in report.detached:
+            place = self._parts.get(key) if key.part else self._homes.get(key.problem)
+            if place == number:  # the task has not been given to another replica since
+                self._forward(key.problem, round_, partials)
+                self._shrink(key, partials)
+        for key, answer in report.answers:
+            self._take_answer(number, key, answer)
+        if replica.state and replica.outbox.detach:
+            replica.state = _without(replica.state, replica.outbox.detach)
+        if self._moves and self._exhausted:
+            self._balance(self._moves)
+
+    @property
+    def _exhausted(self) -> bool:
+        """Whether no problem waits for a replica."""
+        if self._returned:
+            return False
+        if self._next is None:
+            self._next = next(self._new, None)
+        return self._next is None
+
+    def _take_task(self) -> Task | None:
+        if not self._exhausted:
+            if self._returned:
+                return self._returned.popleft()
+            new, self._next = self._next, None
+            return new
+        return None
+
+    def _assign(self, number: int, task: Task) -> None:
+        replica = self._replicas[number]
+        replica.tasks[task.key] = task
+        replica.outbox.tasks.append(task)
+        if task.key.part:
+            self._parts[task.key] = number
+        else:
+            self._homes[task.key.problem] = number
+        self._wake(number)
+
+    def _take_result(self, key: Key, result: RolloutResult) -> None:
+        home = self._homes.get(key.problem)
+        if home is None:
+            return  # the problem has ended
+        if key.part:
+            if key not in self._parts or result.finish_reason == "cancelled":
+                return  # it is run again elsewhere, or not needed
+            self._replicas[home].outbox.ended.append((key.problem, result))
+            self._wake(home)
+            self._shrink(key, [result.index])
+        if self._moves and result.finish_reason != "cancelled":
+            self._moves.ended(key.problem, result.round, result.num_tokens)
+        self._on_result(result)
+
+    def _take_answer(self, number: int, key: Key, answer: Answer) -> None:
+        self._replicas[number].tasks.pop(key, None)
+        if not key.part:
+            if self._homes.get(key.problem) == number:
+                self._end(key.problem, answer)
+        elif self._parts.pop(key, None) is not None and answer.error:
+            home = self._homes[key.problem]
+            self._replicas[home].tasks.pop(Key(key.problem))
+            self._replicas[home].outbox.cancel.append(Key(key.problem))
+            self._wake(home)
+            self._end(key.problem, answer)
+
+    def _end(self, problem: int, answer: Answer) -> None:
+        del self._homes[problem]
+        self._cancel_parts(problem)
+        if self._moves:
+            self._moves.forget(problem)
+        self._on_answer(answer)
+
+    def _cancel_parts(self, problem: int, round_: int | None = None) -> None:
+        """End the parts of a problem, or those of one of its rounds: nothing waits for them."""
+        for task in list(self._returned):
+            if task.key.problem == problem and task.part and round_ in (None, task.part.round):
+                self._returned.remove(task)
+        for key, number in list(self._parts.items()):
+            replica = self._replicas.get(number)
+            if key.problem != problem or replica is None:
+                continue
+            part = replica.tasks[key].part
+            if round_ is None or (part and part.round == round_):
+                del self._parts[key], replica.tasks[key]
+                replica.outbox.cancel.append(key)
+                self._wake(number)
+
+    def _balance(self, moves: TailMoves) -> None:
+        """Order the moves that pay now."""
+        ready = {n: r for n, r in self._replicas.items() if r.state is not None}
+        measured = [r.state.cost for r in ready.values() if r.state and r.report.measured]
+        if len(ready) < 2 or not measured:
+            return
+        for replica in ready.values():  # one that has just begun is taken to be like another
+            if replica.state and not replica.report.measured:
+                replica.state = replace(replica.state, cost=measured[0])
+        for move in moves.moves({n: r.state for n, r in ready.items() if r.state}):
+            source, target = self._replicas[move.source], self._replicas[move.target]
+            detach = (move.problem, move.round, move.indices)
+            source.outbox.detach.append(detach)
+            self._targets |= {(*detach[:2], index): move.target for index in move.indices}
+            assert source.state is not None and target.state is not None
+            target.state = _with(target.state, source.state, detach)
+            source.state = _without(source.state, [detach])
+            self._wake(move.source)
+
+    def _forward(self, problem: int, round_: int, partials: Mapping[int, Partial]) -> None:
+        """Send rollouts that have left a replica to the one that they are moving to."""
+        home = self._homes.get(problem)
+        targets: dict[int, dict[int, Partial]] = {}
+        for index, partial in partials.items():
+            target = self._targets.pop((problem, round_, index), -1)
+            targets.setdefault(target, {})[index] = partial
+        if home is None:
+            return
+        task = self._replicas[home].tasks[Key(problem)]
+        known = [result for result in self._known(task.id) if result.round < round_]
+        for target, rollouts in targets.items():
+            self._num_parts += 1
+            key = Key(problem, self._num_parts)
+            moved = replace(task, key=key, known=known, part=Part(round_, rollouts))
+            self.moved += len(rollouts)
+            if target in self._replicas:
+                self._assign(target, moved)
+            else:
+                self._returned.append(moved)
+                self._wake_all()
+
+    def _shrink(self, key: Key, indices: Collection[int]) -> None:
+        """Rollouts of a part have ended or moved on: they are not run again if it is lost."""
+        if key not in self._parts:
+            return
+        tasks = self._replicas[self._parts[key]].tasks
+        part = tasks[key].part
+        assert part is not None
+        left = {index: r for index, r in part.rollouts.items() if index not in indices}
+        tasks[key] = replace(tasks[key], part=replace(part, rollouts=left))
+
+    def _wake(self, number: int) -> None:
+        if not self._replicas[number].calling:
+            self._due[number] = None
+
+    def _wake_all(self) -> None:
+        for number in self._replicas:
+            self._wake(number)
+
+
+Detach = tuple[int, int, Collection[int]]
+
+
+def _without(state: ReplicaState, detached: Iterable[Detach]) -> ReplicaState:
+    """A replica's state after these rollouts have left."""
+    gone = {(problem, round_, index) for problem, round_, indices in detached for index in indices}
+    groups = []
+    for group in state.groups:
+        rest = tuple(
+            rollout
+            for rollout in group.rollouts
+            if (group.problem, group.round, rollout.index) not in gone
+        )
+        if rest:
+            groups.append(group._replace(rollouts=rest))
+    return replace(state, groups=tuple(groups))
+
+
+def _with(state: ReplicaState, source: ReplicaState, detached: Detach) -> ReplicaState:
+    """A replica's state after these rollouts of another one have come."""
+    problem, round_, indices = detached
+    key = problem, round_
+    group = next(g for g in source.groups if (g.problem, g.round) == key)
+    came = tuple(r._replace(waiting=False) for r in group.rollouts if r.index in indices)
+    here = [g for g in state.groups if (g.problem, g.round) == key]
+    others = tuple(g for g in state.groups if (g.problem, g.round) != key)
+    before: tuple[RolloutState, ...] = here[0].rollouts if here else ()
+    arrived: GroupState = group._replace(rollouts=before + came)
+    return replace(state, groups=(*others, arrived))
