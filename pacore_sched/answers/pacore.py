@@ -153,6 +153,7 @@ def engine_for(
     max_kv_tokens: int | None = None,
     image_bytes: int | None = None,
     max_running: int = 256,
+    share: float | None = None,
     **options: Unpack[EngineOptions],
 ) -> Engine[ModelExecutor]:
     """An engine for a model.
@@ -162,6 +163,7 @@ def engine_for(
     max_kv_tokens: upper limit of that default
     image_bytes: budget for the image embeddings of unfinished problems; default: 5 % of free memory
     max_running: rollouts that decode at the same time
+    share: of the free memory, for that default; see SHARE in engine/kv_memory.py
 
     Raises InputError if there is not enough memory for the KV.
     """
@@ -180,6 +182,7 @@ def engine_for(
         max_running=max_running,
         max_kv_tokens=max_kv_tokens,
         image_bytes=image_bytes,
+        share=share,
     )
     stopping = Stopping(_Vocabulary(model), model.config.tokens.eos)
     return Engine(executor, stopping, **options)

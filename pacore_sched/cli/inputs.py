@@ -8,19 +8,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
 
 from model.errors import InputError
 from model.terminal import track
 from model.text.files import open_file
-from model.vision.image import load_image
+from model.vision.reading.limits import MAX_BYTES
 from model.weights.gguf import smollm2_path
 from model.weights.source import source_files
+from pacore_sched.answers.images import ImageData
 from pacore_sched.answers.journal import Journal
 from pacore_sched.answers.questions import Question
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MAX_HASHED = 2**28  # bytes of a model's file: reading shards of gigabytes would take minutes
 
@@ -42,7 +39,7 @@ def model_identity(model: str) -> str | dict[str, str]:
 
 
 class ImageFiles:
-    """Loads the questions' images, and remembers the SHA-256 of each file's bytes.
+    """Reads the questions' images, and remembers the SHA-256 of each file's bytes.
 
     A data URL needs none: it is part of the questions file.
     """
@@ -72,50 +69,32 @@ class ImageFiles:
                     " another --out"
                 )
 
-    def load(self, question: Question, check_stop: Callable[[], None]) -> Iterator["Image.Image"]:
+    def read(self, question: Question, check_stop: Callable[[], None]) -> Iterator[ImageData]:
         """The images of a question; `check_stop` is called before each. Raises InputError for one
-        that cannot be loaded or is not the one that the problem's rollouts have seen."""
+        that cannot be read or is not the one that the problem's rollouts have seen."""
         recorded = iter(self._journal.images(question.id) or ())
         hashes: list[str] = []
         for source in question.images:
             check_stop()
             if isinstance(source, str):
-                yield load_image(source)
+                yield ImageData(source)
                 continue
-            image, sha256 = _load_hashed(source)
+            with open_file(source, f"image {source}") as file:
+                data = file.read(MAX_BYTES + 1)  # what is longer is refused when it is decoded
+            sha256 = hashlib.sha256(data).hexdigest()
             _compare(source, next(recorded, sha256), sha256)
             hashes.append(sha256)
-            yield image
+            yield ImageData(str(source), data)
         self._hashes[question.id] = hashes
 
     def hashes(self, problem: str) -> list[str]:
-        """The SHA-256 of a problem's image files, after they have been loaded."""
+        """The SHA-256 of a problem's image files, after they have been read."""
         return self._hashes.get(problem, [])
 
 
 def image_files(question: Question) -> list[Path]:
     """The images of a question that are files, not data URLs."""
     return [image for image in question.images if isinstance(image, Path)]
-
-
-class _HashedFile:
-    """A binary file that computes the SHA-256 of what is read."""
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self.name, self.sha256 = name, hashlib.sha256()
-        self._file = file
-
-    def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self.sha256.update(data)
-        return data
-
-
-def _load_hashed(path: Path) -> tuple["Image.Image", str]:
-    """An image file, and the SHA-256 of the very bytes that were decoded."""
-    with open_file(path, f"image {path}") as file:
-        hashed = _HashedFile(file, str(path))
-        return load_image(cast(BinaryIO, hashed)), hashed.sha256.hexdigest()
 
 
 def _compare(path: Path, before: str, now: str) -> None:

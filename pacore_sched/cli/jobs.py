@@ -17,29 +17,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 from kernels import __version__
 from kernels.runtime.dtypes import dtype_name
 from model.errors import InputError, reason
-from model.step3vl import Step3VL
 from model.terminal import stop_signals
 from model.text.files import check_target, open_file, parse_json
-from model.vision.image import Views
-from pacore_sched.answers.images import views_of
 from pacore_sched.answers.journal import Journal, draft_of, replace_file
 from pacore_sched.answers.journal_lines import Expected, RolloutResult
 from pacore_sched.answers.live import Answer
 from pacore_sched.answers.pacore import Pacore
-from pacore_sched.answers.problem_run import Problem, rollout_seed
+from pacore_sched.answers.problem_run import rollout_seed
 from pacore_sched.answers.questions import Question, read_questions
 from pacore_sched.cli import options as shared
 from pacore_sched.cli.inputs import ImageFiles, image_files, model_identity
 from pacore_sched.cli.progress import batch_progress
+from pacore_sched.cli.runners import Build, Runner, Source, runner_of
 from pacore_sched.engine.stopping import checked_stops
-from pacore_sched.sched.request import Sampling
+from pacore_sched.replicas.messages import Totals
 
 SHOWN_FAILURES = 10
 
@@ -110,6 +108,13 @@ def add_job_options(parser: argparse.ArgumentParser, what: str) -> None:
     shared.add_sampling_options(parser)
     shared.add_model_options(parser)
     shared.add_engine_options(parser)
+    shared.add_replica_options(parser)
+    parser.add_argument(
+        "--migrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --replicas: move rollouts to replicas that are idle at the end",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
 
 
@@ -130,19 +135,17 @@ def run_job(options: argparse.Namespace, path: str, job: Job) -> int:
     with Journal(journal_path, settings, expected, resume=options.resume) as journal:
         images = ImageFiles(journal)
         images.check(file.questions)
-        model = shared.load_model(options)
-        sampling = shared.sampling_for(options, model.config.sampling)
-        sampling = replace(sampling, logprobs=job.logprobs)
-        problems, width = len(file.questions), max(job.widths)
-        engine = shared.make_engine(options, model, problems=problems, width=width)
-        pacore = job.pacore(model, engine, sampling=sampling)
-        journal.begin(_model_settings(model, sampling))
-        resumed = journal.rollouts
-        progress = Progress(problems, rollouts=resumed)
-        results, stopped = _run(pacore, file.questions, journal, images, progress)
+        problems = len(file.questions)
+        build = Build(options, job.pacore, job.logprobs, problems, max(job.widths))
+        with runner_of(options, build, _model_settings) as runner:
+            journal.begin(runner.settings)
+            resumed = journal.rollouts
+            progress = Progress(problems, rollouts=resumed)
+            results, stopped = _run(runner, file.questions, journal, images, progress)
+            totals = runner.totals
         if not stopped:
             replace_file(out, _lines(job, file.questions, results, journal, progress))
-    report = _report(pacore, progress, resumed, out, journal_path, stopped)
+    report = _report(totals, progress, resumed, out, journal_path, stopped)
     if options.json:
         print(json.dumps(report))
     _print_summary(report, results, file.questions, quiet=options.json)
@@ -195,10 +198,10 @@ def _settings(options: argparse.Namespace, job: Job, digest: str) -> dict:
     }
 
 
-def _model_settings(model: Step3VL, sampling: Sampling) -> dict:
+def _model_settings(pacore: Pacore) -> dict:
     """The other part; omitted options have the model's values. No result depends on
     `top_logprobs`, and older journals lack it."""
-    settings = asdict(sampling)
+    model, settings = pacore.model, asdict(pacore.settings.sampling)
     del settings["top_logprobs"]
     return {
         "device": model.device.type,
@@ -223,7 +226,7 @@ def text_digest(text: str | None) -> str | None:
 
 
 def _run(
-    pacore: Pacore,
+    runner: Runner,
     questions: Sequence[Question],
     journal: Journal,
     images: ImageFiles,
@@ -235,27 +238,23 @@ def _run(
     valid = [question for question in questions if not question.error]
     lines = {question.id: question.line for question in valid}
 
-    with batch_progress(pacore.engine, progress) as refresh, _stop_signals() as check_stop:
+    def kv_used() -> float:
+        return runner.kv_used
+
+    with batch_progress(kv_used, progress) as refresh, _stop_signals() as check_stop:
 
         def on_rollout(result: RolloutResult) -> None:
             journal.add([result], images=images.hashes(result.problem))
             progress.rollouts += 1
 
-        def on_step(tokens: int) -> None:
-            progress.tokens += tokens
+        def on_turn() -> None:
+            progress.tokens = runner.totals.engine.generated
             refresh()
             check_stop()
 
-        def problems() -> Iterator[Problem]:
-            for question in valid:
-                check_stop()  # thousands may be known from an earlier run: no step between them
-                yield _problem(question, pacore.model, images, check_stop)
-
-        answers = pacore.answers(
-            problems(), known=journal.results, on_rollout=on_rollout, on_step=on_step
-        )
+        source = Source(valid, journal, images, check_stop)
         try:
-            for answer in answers:
+            for answer in runner.answers(source, on_rollout, on_turn):
                 line = lines[answer.problem]
                 error = answer.error and f"line {line}: {answer.error}"
                 results[line] = ProblemResult(answer.text, error)
@@ -275,15 +274,6 @@ def _complete(journal: Journal, answer: Answer) -> None:
     missing = [r for r in rollouts if (r.round, r.index) not in finished]
     if missing:
         journal.add(missing)
-
-
-def _problem(
-    question: Question, model: Step3VL, images: ImageFiles, check_stop: Callable[[], None]
-) -> Problem:
-    def load() -> list[Views]:
-        return views_of(images.load(question, check_stop), model)
-
-    return Problem(question.messages, load if question.images else None, question.id)
 
 
 def _lines(
@@ -334,10 +324,10 @@ def _stop_signals() -> Iterator[Callable[[], None]]:
 
 
 def _report(
-    pacore: Pacore, progress: Progress, resumed: int, out: Path, journal: Path, stopped: bool
+    totals: Totals, progress: Progress, resumed: int, out: Path, journal: Path, stopped: bool
 ) -> dict:
     """The JSON document that `--json` prints."""
-    stats, counts = pacore.engine.stats, pacore.engine.scheduler.counts
+    stats, counts = totals.engine, totals.scheduler
     seconds = progress.seconds
     return {
         "problems": progress.problems,
@@ -351,7 +341,7 @@ def _report(
         "preemptions": counts.preemptions,
         "recomputed_tokens": counts.recomputed,
         "cancelled_tokens": counts.cancelled,
-        "prefix_tokens_saved": pacore.prefix_tokens_saved,
+        "prefix_tokens_saved": counts.prefix_hits - counts.prefilled,
         "kv_tokens_read": stats.kv_read,
         "kv_tokens_read_unshared": stats.kv_read_unshared,
         "out": None if stopped else str(out),

@@ -20,6 +20,7 @@ from pacore_sched.answers.pacore import engine_for
 from pacore_sched.answers.rounds import MAX_WIDTH
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
+from pacore_sched.engine.kv_memory import SHARE
 from pacore_sched.engine.stopping import checked_stops
 from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sched.request import Sampling
@@ -118,6 +119,27 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_replica_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--replicas",
+        type=_replicas,
+        help="run this many replicas of the model on Ray: N, or MIN-MAX to begin with MIN and let"
+        " others join as the cluster has room",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="head node of the Ray cluster; default: one on this machine, for this run",
+    )
+
+
+def resources(options: argparse.Namespace) -> tuple[float, float]:
+    """(GPUs, CPUs) of a replica: a GPU if the cluster can be expected to have one."""
+    here = options.ray_address is None and not torch.cuda.is_available()
+    on_cpu = here if options.device is None else torch.device(options.device).type == "cpu"
+    return (0.0, float(options.threads or 1)) if on_cpu else (1.0, 1.0)
+
+
 def load_model(options: argparse.Namespace) -> Step3VL:
     """The model described by --model, --device, --dtype, --impl and --chat-template; it computes
     with --threads."""
@@ -151,10 +173,18 @@ def load_model(options: argparse.Namespace) -> Step3VL:
 
 
 def make_engine(
-    options: argparse.Namespace, model: Step3VL, *, problems: int | None = None, width: int = 1
+    options: argparse.Namespace,
+    model: Step3VL,
+    *,
+    problems: int | None = None,
+    width: int = 1,
+    replicas: int = 1,
 ) -> Engine[ModelExecutor]:
     """The engine described by the options, no larger than `problems` problems of at most `width`
-    rollouts per round need; None: any number. Raises InputError if there is not enough memory."""
+    rollouts per round need; None: any number. `replicas` have the device's memory in common.
+
+    Raises InputError if there is not enough memory.
+    """
     context = model.config.decoder.max_positions
     running, max_kv_tokens = options.max_running, None
     if problems is not None:
@@ -170,6 +200,7 @@ def make_engine(
         kv_tokens=options.kv_tokens,
         max_kv_tokens=max_kv_tokens,
         speculate=options.speculate,
+        share=SHARE[model.device.type] / replicas,
         host_pages=options.host_kv_tokens // PAGE_SIZE,
     )
 
@@ -194,6 +225,16 @@ def _chat_template_text(choice: str | None) -> str | None:
     if text is None and choice and choice.endswith((".jinja", ".jinja2", ".j2")):
         raise InputError(f"--chat-template {choice}: there is no such file")
     return text
+
+
+def _replicas(text: str) -> tuple[int, int]:
+    """The type of --replicas: (the fewest, the most)."""
+    count = integer(1, 4096)
+    least, dash, most = text.partition("-")
+    bounds = count(least), count(most if dash else least)
+    if bounds[0] > bounds[1]:
+        raise argparse.ArgumentTypeError(f"{text}: {least} is more than {most}")
+    return bounds
 
 
 def _temperature(text: str) -> float:

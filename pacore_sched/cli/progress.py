@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from pacore_sched.engine.engine import Engine
-
 COLUMN_FORMAT = (
     "{task.fields[rollouts]} rollouts  {task.fields[rate]} tok/s  KV {task.fields[kv]} %"
 )
@@ -25,8 +23,11 @@ class Counts(Protocol):
 
 
 @contextmanager
-def batch_progress(engine: Engine, counts: Counts) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr if that is a terminal; yields the function that refreshes it."""
+def batch_progress(kv_used: Callable[[], float], counts: Counts) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr if that is a terminal; yields the function that refreshes it.
+
+    kv_used: returns the share of the KV pages in use
+    """
     try:  # a GPU node may have only torch, Triton and NumPy
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -48,13 +49,12 @@ def batch_progress(engine: Engine, counts: Counts) -> Iterator[Callable[[], None
         task = bar.add_task("", total=counts.problems, rollouts=0, rate="-", kv="-")
 
         def refresh() -> None:
-            tree = engine.scheduler.tree
             bar.update(
                 task,
                 completed=counts.ended,
                 rollouts=counts.rollouts,
                 rate=f"{counts.tokens / counts.seconds:.0f}",
-                kv=f"{100 * (1 - tree.free_pages / tree.num_pages):.0f}",
+                kv=f"{100 * kv_used():.0f}",
             )
 
         yield refresh
