@@ -96,7 +96,7 @@ class Replicas:
         self._actors: dict[int, Any] = {}
         self._loading: dict[Any, int] = {}  # the result of `load` -> replica
         self._calls: dict[Any, int] = {}  # the result of `advance` -> replica
-        self._loaded: dict[int, Loaded] = {}
+        self.loaded: dict[int, Loaded] = {}
         self._failures: dict[int, int] = {}
         self._kv_tokens: int | None = None
         try:
@@ -108,7 +108,7 @@ class Replicas:
     @property
     def settings(self) -> dict[str, object]:
         """What results depend on."""
-        return next(iter(self._loaded.values())).settings
+        return next(iter(self.loaded.values())).settings
 
     def turns(self, coordinator: Coordinator) -> Generator[None, None, None]:
         """Run all tasks of a coordinator; yields several times a second.
@@ -116,7 +116,7 @@ class Replicas:
         Raises InputError if all replicas have ended too often. If the caller stops early, what has
         ended until then is still reported to the coordinator.
         """
-        for number in self._loaded:
+        for number in self.loaded:
             coordinator.add(number)
         try:
             while not coordinator.done:
@@ -148,19 +148,19 @@ class Replicas:
         for number in range(most):
             self._launch(number)
         with progress("replicas", least) as advance:
-            while len(self._loaded) < least:
+            while len(self.loaded) < least:
                 for result in ray.wait([*self._loading])[0]:
                     number = self._loading.pop(result)
-                    self._loaded[number] = self._load_result(number, result)
+                    self.loaded[number] = self._load_result(number, result)
                     advance(1)
-        self._kv_tokens = min(loaded.kv_tokens for loaded in self._loaded.values())
+        self._kv_tokens = min(loaded.kv_tokens for loaded in self.loaded.values())
         smaller = {
             number: self._actors[number].load.remote(self._kv_tokens)
-            for number, loaded in self._loaded.items()
+            for number, loaded in self.loaded.items()
             if loaded.kv_tokens > self._kv_tokens
         }
         for number, result in smaller.items():
-            self._loaded[number] = self._load_result(number, result)
+            self.loaded[number] = self._load_result(number, result)
 
     def _launch(self, number: int) -> None:
         actor: Any = self._new.remote(self._build, self._describe)
@@ -173,7 +173,7 @@ class Replicas:
             loaded = ray.get(result)
         except exceptions.RayError as error:
             raise InputError(f"replica {number} cannot be loaded: {_why(error)}") from None
-        for other in self._loaded.values():
+        for other in self.loaded.values():
             for name, value in other.settings.items():
                 if loaded.settings.get(name) != value:
                     raise InputError(
@@ -187,7 +187,7 @@ class Replicas:
         for result in done:
             if (number := self._loading.pop(result, None)) is not None:
                 try:
-                    self._loaded[number] = self._load_result(number, result)
+                    self.loaded[number] = self._load_result(number, result)
                     coordinator.add(number)
                 except InputError as error:
                     self._ended(number, str(error), coordinator)
@@ -205,7 +205,7 @@ class Replicas:
     def _ended(self, number: int, why: str, coordinator: Coordinator) -> None:
         """A replica has ended: start another in its place, unless it has ended too often."""
         coordinator.lose(number)
-        self._loaded.pop(number, None)
+        self.loaded.pop(number, None)
         ray.kill(self._actors.pop(number))
         self._failures[number] = failures = self._failures.get(number, 0) + 1
         again = failures < MAX_FAILURES

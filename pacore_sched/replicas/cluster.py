@@ -63,6 +63,8 @@ def connected(
             # Ray replaces the handler by one that ends the process, and the context with it.
             if in_main and callable(on_sigterm):
                 signal.signal(signal.SIGTERM, on_sigterm)
+        # Ray would also print to stdout, which is ours, that a replica was killed.
+        ray._private.worker._worker_logs_enabled = log_to_driver
         check_room(ray.nodes(), ray.available_resources(), replicas, gpus=gpus, cpus=cpus)
         yield
     finally:
