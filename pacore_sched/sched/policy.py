@@ -6,12 +6,11 @@ grow (`victim`). Policies see ints only. None knows the length of an unfinished 
 Oracle.
 """
 
-from bisect import bisect_right, insort
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 from kernels.runtime.arithmetic import cdiv
+from pacore_sched.sched.lengths import EndedLengths
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Group, Rollout
 
@@ -168,45 +167,27 @@ class OneAtATime(Barrier):
 class Predicted(LaterRoundFirst):
     """Later round first; a rollout starts only if its pages are predicted to last.
 
-    A rollout's expected length is a quantile of the lengths of ended rollouts that were longer than
-    it is now: those of its group, or those of all groups of its round if the group has too few. The
-    pages needed are the peak that the running rollouts will hold together. It is below the sum of
-    their final sizes, because each returns its pages when it ends. Trades a little occupancy for
-    fewer preemptions.
+    Expected lengths are those of lengths.py. The pages needed are the peak that the running
+    rollouts will hold together. It is below the sum of their final sizes, because each returns its
+    pages when it ends. Trades a little occupancy for fewer preemptions.
     """
-
-    QUANTILE, MIN_ENDED = 0.6, 3  # with fewer ended rollouts there is no prediction
-    MAX_ENDED = 65_536  # lengths that are kept per round
 
     def __init__(self, watermark: float = 0.01) -> None:
         super().__init__(watermark)
-        self._group_lengths: dict[Group, list[int]] = defaultdict(list)
-        self._round_lengths: dict[int, list[int]] = defaultdict(list)
+        self._lengths = EndedLengths()
 
     def ended(self, rollout: Rollout) -> None:
-        for lengths in (
-            self._group_lengths[rollout.group],
-            self._round_lengths[rollout.group.round],
-        ):
-            insort(lengths, rollout.scheduled)
-            if len(lengths) > self.MAX_ENDED:
-                del lengths[::2]  # every second one in order of length: the quantiles stay
+        self._lengths.add(rollout.group, rollout.group.round, rollout.scheduled)
 
     def forget(self, group: Group) -> None:
-        self._group_lengths.pop(group, None)
+        self._lengths.forget(group)
 
     def expected_length(self, rollout: Rollout) -> int:
-        """The number of tokens that a rollout is expected to have at its end."""
-        for lengths in (
-            self._group_lengths.get(rollout.group, ()),
-            self._round_lengths[rollout.group.round],
-        ):
-            shorter = bisect_right(lengths, rollout.scheduled)
-            longer = len(lengths) - shorter
-            if longer >= self.MIN_ENDED:
-                expected = lengths[shorter + int(self.QUANTILE * longer)]
-                return min(expected, rollout.max_tokens)
-        return rollout.scheduled  # no prediction: as optimistic as the other policies
+        """The number of tokens that a rollout is expected to have at its end; without a prediction
+        as many as it has: as optimistic as the other policies."""
+        group, tokens = rollout.group, rollout.scheduled
+        expected = self._lengths.expected(group, group.round, tokens)
+        return tokens if expected is None else min(expected, rollout.max_tokens)
 
     def admits(self, rollout: Rollout, pages: int, state: SchedulerState) -> bool:
         if not super().admits(rollout, pages, state):
