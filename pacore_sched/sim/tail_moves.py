@@ -126,19 +126,25 @@ class _Place(NamedTuple):
 class _Queue:
     """The rollouts of a replica and when they are expected to end.
 
-    The time of a step is taken as a base plus an equal share for each running rollout, which is
-    there until that rollout ends.
+    The time of a step is taken as a base, plus a share for every running rollout until it ends. A
+    share is proportional to the KV that the rollout reads; the others' are taken as equal.
     """
 
     def __init__(self, load: _Load, lengths: EndedLengths) -> None:
         self.load, state = load, load.state
         self.groups = {(group.problem, group.round): group for group in state.groups}
-        rollouts = [(group, rollout) for group in state.groups for rollout in group.rollouts]
-        places = [(group, r, _left(group, r, lengths)) for group, r in rollouts]
+        places = []
+        for group in state.groups:
+            tokens = {rollout.tokens for rollout in group.rollouts}  # siblings grow at one rate
+            left = {count: _left(group, count, lengths) for count in tokens}
+            places += [(group, rollout, left[rollout.tokens]) for rollout in group.rollouts]
         self.lefts = sorted(left for _, rollout, left in places if not rollout.waiting)
         self._sums = [0, *accumulate(self.lefts)]
+        pool = state.num_pages * state.page_size
         self._base_s = state.cost.seconds(StepShape(1, 1, 1, 1, 1))
-        self.share_s = max(0.0, load.step_s - self._base_s) / max(1, load.running)
+        self._token_s = state.cost.seconds(StepShape(1, 1, pool, pool, pool)) - self._base_s
+        self._token_s /= pool  # of KV read
+        self._share_s = max(0.0, load.step_s - self._base_s) / max(1, load.running)
         waits = self._waits()
         self.places = [_Place(*place, next(waits) if place[1].waiting else 0.0) for place in places]
 
@@ -149,9 +155,7 @@ class _Queue:
 
     def own_s(self, place: _Place) -> float:
         """Seconds that a rollout adds to each step here."""
-        context = place.group.prompt_tokens + place.rollout.tokens
-        shape = StepShape(1, 1, context, context, context, 1)
-        return max(0.0, self.load.state.cost.seconds(shape) - self._base_s)
+        return self._token_s * (place.group.prompt_tokens + place.rollout.tokens)
 
     def prefill_s(self, place: _Place) -> float:
         """Seconds until a rollout that has no KV here has it."""
@@ -165,7 +169,7 @@ class _Queue:
 
     def decode_s(self, place: _Place, others: int) -> float:
         """Seconds of all steps of a rollout here; `others`: its overlap with the others."""
-        return place.left * (self._base_s + self.own_s(place)) + others * self.share_s
+        return place.left * (self._base_s + self.own_s(place)) + others * self._share_s
 
     def has_room(self, place: _Place) -> bool:
         """Whether the pages suffice for a rollout, now and as all grow to their expected ends."""
@@ -280,19 +284,26 @@ class TailMoves:
     def _best_place(self, source: _Queue, target: _Queue) -> _Place | None:
         """The rollout of a source whose move to a target wins most, if any move pays."""
         gains: list[tuple[float, int]] = []
+        seen: set[tuple[int, int, float]] = set()
         for number, place in enumerate(source.places):
             group, rollout = place.group, place.rollout
             last = self._moved.get(group.problem, {}).get((group.round, rollout.index))
             if last is not None and rollout.tokens < max(MIN_LEFT, REST * last):
                 continue
+            if (same := (id(group), rollout.tokens, place.wait_s)) in seen:
+                continue  # a sibling that would win as much
+            seen.add(same)
             here, there = source.overlap(place.left), target.overlap(place.left)
             if not rollout.waiting:
                 here -= place.left
-            prefill = target.prefill_s(place)
             stay = place.wait_s + source.decode_s(place, here)
             if rollout.waiting:
                 stay += source.prefill_s(place)
-            won = stay - prefill - target.decode_s(place, there)
+            won = stay - target.decode_s(place, there)
+            if won < MIN_GAIN * stay:
+                continue
+            prefill = target.prefill_s(place)
+            won -= prefill
             if won < MIN_GAIN * stay:
                 continue
             relief = 0.0 if place.wait_s else source.own_s(place) * here
@@ -310,12 +321,12 @@ def _pages(tokens: int, page_size: int) -> int:
     return tokens // page_size + 1
 
 
-def _left(group: GroupState, rollout: RolloutState, lengths: EndedLengths) -> int:
-    """Tokens that a rollout is expected to generate: without a prediction as many as it has."""
-    expected = lengths.expected((group.problem, group.round), group.round, rollout.tokens)
+def _left(group: GroupState, tokens: int, lengths: EndedLengths) -> int:
+    """Tokens that a rollout of `tokens` is expected to generate: without a prediction as many."""
+    expected = lengths.expected((group.problem, group.round), group.round, tokens)
     if expected is None:
-        expected = rollout.tokens + max(MIN_LEFT, rollout.tokens)
-    return min(expected, group.max_tokens) - rollout.tokens
+        expected = tokens + max(MIN_LEFT, tokens)
+    return min(expected, group.max_tokens) - tokens
 
 
 def _without(state: ReplicaState, group: GroupState, rollout: RolloutState) -> ReplicaState:
