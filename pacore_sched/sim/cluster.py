@@ -41,6 +41,7 @@ class Setting:
     max_tokens: int = MAX_TOKENS
     need_share: float = 1.0
     migrate: bool = True  # whether rollouts may move to other GPUs
+    move_period_s: float = 1.0  # at most one decision about moves per period
     num_pages: int | None = None
     cost: CostModel | None = None
 
@@ -131,7 +132,8 @@ class _Cluster:
         self.hosts: dict[tuple[int, int], set[int]] = {}  # (problem, round) -> replicas of guests
         self.tail = TailMoves() if setting.migrate and setting.gpus > 1 else None
         self.states: dict[int, ReplicaState] = {}  # that still hold
-        self.changed = False  # whether a load has changed since the last moves
+        self.changed = False  # whether a rollout started or ended since the last decision
+        self.next_moves_s = 0.0
 
     def run(self) -> None:
         """Repeatedly step the replica with the earliest clock, until all problems are answered."""
@@ -146,8 +148,8 @@ class _Cluster:
                 heappop(inbox)[2]()
                 self._touch(index)
             arrival = self._take(index)
-            if self.tail and self.changed and self._queue_is_empty(clock):
-                self._move_rollouts(self.tail)
+            if self.tail and clock >= self.next_moves_s and self._queue_is_empty(clock):
+                self._move_rollouts(self.tail, clock)
             takes_next = arrival > clock and (len(self.replicas) == 1 or not replica.waits)
             until = min(arrival if takes_next else inf, inbox[0][0] if inbox else inf)
             if replica.step(until):
@@ -236,9 +238,11 @@ class _Cluster:
             self.tail.forget(problem)
         self.on_answer(1)
 
-    def _move_rollouts(self, tail: TailMoves) -> None:
+    def _move_rollouts(self, tail: TailMoves, clock: float) -> None:
         """Execute the moves that pay, among replicas that have no messages to receive."""
-        self.changed = False
+        if not self.changed:
+            return
+        self.changed, self.next_moves_s = False, clock + self.setting.move_period_s
         for index, replica in enumerate(self.replicas):
             if index not in self.states:
                 self.states[index] = replica_state(replica.scheduler, replica.executor.cost)

@@ -8,10 +8,10 @@ The simulator and the replicas of the model share this policy, so it sees plain 
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from heapq import nlargest
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from typing import NamedTuple
 
 from pacore_sched.sched.lengths import EndedLengths
@@ -89,24 +89,25 @@ def replica_state(scheduler: Scheduler, cost: CostModel) -> ReplicaState:
 
 
 class _Load:
-    """What the policy compares for all replicas: how much one runs, and the time of a step."""
+    """What the policy compares for all replicas: how much one runs, and the time of a step.
 
-    def __init__(self, replica: int, state: ReplicaState) -> None:
-        self.replica, self.state = replica, state
-        self.running = self.waiting = self.pages = 0
-        shared = unshared = segments = 0
-        for group in state.groups:
+    Rollouts that only wait for their prompt, or for the next step, count as running.
+    """
+
+    def __init__(self, replica: int, given: ReplicaState) -> None:
+        self.replica, self.given = replica, given
+        self.state, self.pages = _started(given)
+        self.running = self.waiting = shared = unshared = segments = 0
+        for group in self.state.groups:
             tokens = [rollout.tokens for rollout in group.rollouts if not rollout.waiting]
             self.waiting += len(group.rollouts) - len(tokens)
             if tokens:
                 self.running += len(tokens)
-                self.pages += _pages(group.prompt_tokens, state.page_size)
-                self.pages += sum(_pages(count, state.page_size) for count in tokens)
                 shared += group.prompt_tokens + sum(tokens)
                 unshared += group.prompt_tokens * len(tokens) + sum(tokens)
                 segments += 1
         shape = StepShape(self.running, self.running, shared, unshared, unshared, segments)
-        self.step_s = state.cost.seconds(shape) if self.running else 0.0
+        self.step_s = given.cost.seconds(shape) if self.running else 0.0
 
     @property
     def open(self) -> bool:
@@ -133,29 +134,35 @@ class _Queue:
     def __init__(self, load: _Load, lengths: EndedLengths) -> None:
         self.load, state = load, load.state
         self.groups = {(group.problem, group.round): group for group in state.groups}
-        places = []
+        pool = state.num_pages * state.page_size
+        self._base_s = state.cost.seconds(StepShape(0, 1, 0, 0, 0))
+        self._row_s = state.cost.seconds(StepShape(1, 1, 0, 0, 0)) - self._base_s
+        self._token_s = state.cost.seconds(StepShape(1, 1, pool, pool, pool)) - self._base_s
+        self._token_s = (self._token_s - self._row_s) / pool  # of KV that is read
+        self._share_s = (load.step_s - self._base_s) / load.running if load.running else 0.0
+        rollouts: list[tuple[GroupState, RolloutState, int]] = []
         for group in state.groups:
             tokens = {rollout.tokens for rollout in group.rollouts}  # siblings grow at one rate
             left = {count: _left(group, count, lengths) for count in tokens}
-            places += [(group, rollout, left[rollout.tokens]) for rollout in group.rollouts]
-        self.lefts = sorted(left for _, rollout, left in places if not rollout.waiting)
-        self._sums = [0, *accumulate(self.lefts)]
-        pool = state.num_pages * state.page_size
-        self._base_s = state.cost.seconds(StepShape(1, 1, 1, 1, 1))
-        self._token_s = state.cost.seconds(StepShape(1, 1, pool, pool, pool)) - self._base_s
-        self._token_s /= pool  # of KV read
-        self._share_s = max(0.0, load.step_s - self._base_s) / max(1, load.running)
-        waits = self._waits()
-        self.places = [_Place(*place, next(waits) if place[1].waiting else 0.0) for place in places]
+            rollouts += [(group, rollout, left[rollout.tokens]) for rollout in group.rollouts]
+        self._lefts = sorted(left for _, rollout, left in rollouts if not rollout.waiting)
+        self._sums = [0, *accumulate(self._lefts)]
+        # One waiting rollout starts whenever a running one ends.
+        ends = chain((left * load.step_s for left in self._lefts), repeat(self._drained_s()))
+        self.places = [_Place(*each, next(ends) if each[1].waiting else 0.0) for each in rollouts]
+
+    def _drained_s(self) -> float:
+        return self._lefts[-1] * self.load.step_s if self._lefts else 0.0
 
     def overlap(self, left: int) -> int:
         """Sum of min(left, tokens left) over the running rollouts."""
-        shorter = bisect_right(self.lefts, left)
-        return self._sums[shorter] + (len(self.lefts) - shorter) * left
+        shorter = bisect_right(self._lefts, left)
+        return self._sums[shorter] + (len(self._lefts) - shorter) * left
 
     def own_s(self, place: _Place) -> float:
         """Seconds that a rollout adds to each step here."""
-        return self._token_s * (place.group.prompt_tokens + place.rollout.tokens)
+        context = place.group.prompt_tokens + place.rollout.tokens
+        return self._row_s + self._token_s * context
 
     def prefill_s(self, place: _Place) -> float:
         """Seconds until a rollout that has no KV here has it."""
@@ -175,31 +182,13 @@ class _Queue:
         """Whether the pages suffice for a rollout, now and as all grow to their expected ends."""
         state, size = self.load.state, self.load.state.page_size
         pages = _pages(place.group.prompt_tokens, size) + _pages(place.rollout.tokens, size)
-        if self.load.pages + pages > (1 - WATERMARK) * state.num_pages:
+        if self.load.pages + pages > _usable(state):
             return False
         growing = [(p.left, p.rollout.tokens) for p in self.places if not p.rollout.waiting]
         growing.append((place.left, place.rollout.tokens))
         held = sum(tokens for _, tokens in growing)
         prompts = (self.load.pages + pages) * size - held
-        return prompts + peak(growing) <= (1 - WATERMARK) * state.num_pages * size
-
-    def _waits(self) -> Iterator[float]:
-        """Seconds until each waiting rollout starts: at once, as far as pages and slots suffice,
-        and then one whenever a running rollout ends."""
-        load, state = self.load, self.load.state
-        free = (1 - WATERMARK) * state.num_pages - load.pages
-        slots = state.max_running - load.running
-        waiting = [r for group in state.groups for r in group.rollouts if r.waiting]
-        ends = 0
-        for rollout in waiting:
-            pages = _pages(rollout.tokens, state.page_size)
-            if not ends and slots > 0 and pages <= free:
-                free, slots = free - pages, slots - 1
-                yield 0.0
-                continue
-            ends += 1
-            tokens = self.lefts[min(ends, len(self.lefts)) - 1] if self.lefts else 0
-            yield tokens * load.step_s
+        return prompts + peak(growing) <= _usable(state) * size
 
 
 class TailMoves:
@@ -234,7 +223,7 @@ class TailMoves:
         """
         self._loads = {
             replica: load
-            if (load := self._loads.get(replica)) and load.state is state
+            if (load := self._loads.get(replica)) and load.given is state
             else _Load(replica, state)
             for replica, state in states.items()
         }
@@ -314,6 +303,39 @@ class TailMoves:
             if target.has_room(source.places[-number]):
                 return source.places[-number]
         return None
+
+
+def _started(state: ReplicaState) -> tuple[ReplicaState, int]:
+    """The state with those waiting rollouts started that find pages and slots, and its pages."""
+    size = state.page_size
+    pages = running = 0
+    for group in state.groups:
+        tokens = [rollout.tokens for rollout in group.rollouts if not rollout.waiting]
+        running += len(tokens)
+        pages += sum(_pages(count, size) for count in tokens)
+        pages += _pages(group.prompt_tokens, size) if tokens else 0
+    if running == sum(len(group.rollouts) for group in state.groups):
+        return state, pages
+    groups, full = [], False
+    for group in state.groups:
+        prompt = all(rollout.waiting for rollout in group.rollouts)
+        rollouts = []
+        for rollout in group.rollouts:
+            if rollout.waiting and not full:
+                more = _pages(rollout.tokens, size)
+                more += _pages(group.prompt_tokens, size) if prompt else 0
+                full = running == state.max_running or pages + more > _usable(state)
+                if not full:
+                    running, pages, prompt = running + 1, pages + more, False
+                    rollout = replace(rollout, waiting=False)
+            rollouts.append(rollout)
+        groups.append(group._replace(rollouts=tuple(rollouts)))
+    return replace(state, groups=tuple(groups)), pages
+
+
+def _usable(state: ReplicaState) -> float:
+    """Pages that may be in use when a rollout starts."""
+    return (1 - WATERMARK) * state.num_pages
 
 
 def _pages(tokens: int, page_size: int) -> int:
