@@ -71,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="step3-vl-10b", help="preset whose shapes are simulated")
     add("--gpu", default="h200", help=f"one of {', '.join(MACHINES)}")
     add("--gpus", type=integer(1, 4096), default=1, help="replicas of the model")
+    add(
+        "--migrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with several GPUs: move rollouts to less loaded GPUs when no problem waits",
+    )
     add("--seeds", type=integer(1, 1000), default=5, help="number of seeds, from 0")
     add(
         "--problems",
@@ -218,6 +224,7 @@ def _runs(options: argparse.Namespace) -> Iterator[SimRun]:
         page_size=options.page_size,
         max_tokens=options.max_tokens,
         need_share=options.need,
+        migrate=options.migrate,
     )
     settings = [base]
     if options.compare:

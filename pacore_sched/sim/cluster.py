@@ -1,13 +1,19 @@
 """A simulated cluster: a replica of the model on every GPU, and one queue that they pull from.
 
-A problem stays on the GPU that pulled it: the KV of its image is there, and its later rounds need
-no other GPU's clock. A single GPU takes every problem on arrival, so its policy sees the whole
-queue; one of several GPUs takes the next problem when none of its rollouts is waiting to start.
+A single GPU takes every problem on arrival, so its policy sees the whole queue; one of several GPUs
+takes the next problem when none of its rollouts is waiting to start. This GPU is the problem's
+home: the KV of its image is there, and all its rounds are submitted there. When the queue is empty,
+rollouts may move to other GPUs (tail_moves.py).
+GPUs have their own clocks, and messages between them: a message is received at the time at which it
+was sent, or later if the receiver is already in a step that ends later. It takes no time itself.
 """
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count
+from math import inf
 
 from model.config import STEP3_VL_10B, Config
 from model.errors import InputError
@@ -15,6 +21,7 @@ from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sim.cost_model import CostModel, RooflineCost, StepWork, kv_capacity
 from pacore_sched.sim.machine import MACHINES, Machine
 from pacore_sched.sim.simulator import Record, Replica, Usage
+from pacore_sched.sim.tail_moves import ReplicaState, TailMoves, replica_state
 from pacore_sched.sim.workload import MAX_TOKENS, SimProblem
 
 
@@ -33,6 +40,8 @@ class Setting:
     page_size: int = 64
     max_tokens: int = MAX_TOKENS
     need_share: float = 1.0
+    migrate: bool = True  # whether rollouts may move to other GPUs
+    move_period_s: float = 1.0  # at most one decision about moves per period
     num_pages: int | None = None
     cost: CostModel | None = None
 
@@ -66,6 +75,8 @@ class SimResult:
     recomputed_tokens: int = 0
     cancelled_tokens: int = 0
     prefix_hit_tokens: int = 0
+    moved_rollouts: int = 0
+    moved_tokens: int = 0  # that moved rollouts had: they are written again, after their prompts
 
 
 def simulate(
@@ -78,18 +89,12 @@ def simulate(
     Raises InputError if a rollout's KV can never fit on one GPU.
     """
     result = SimResult(setting, problems, answered_s=[0.0] * len(problems))
-
-    def answer(number: int, seconds: float) -> None:
-        result.answered_s[number] = seconds
-        on_answer(1)
-
-    replicas = [_replica(setting, result, answer) for _ in range(setting.gpus)]
-    order = sorted(range(len(problems)), key=lambda number: problems[number].arrival_s)
+    cluster = _Cluster(problems, setting, result, on_answer)
     try:
-        _run(replicas, [(number, problems[number]) for number in order])
+        cluster.run()
     except ValueError as error:
         raise InputError(f"a problem does not fit in a GPU's KV: {error}") from None
-    for replica in replicas:
+    for replica in cluster.replicas:
         counts = replica.scheduler.counts
         result.usages.append(replica.executor.usage)
         result.preemptions += counts.preemptions
@@ -99,43 +104,156 @@ def simulate(
     return result
 
 
-def _replica(setting: Setting, result: SimResult, answer: Callable[[int, float], None]) -> Replica:
-    name = setting.policy
-    oracle = ORACLES.get(name)
-    replica: Replica = Replica(
-        oracle(lambda rollout: replica.length(rollout)) if oracle else POLICIES[name](),
-        setting.cost_model(),
-        setting.pages(),
-        setting.page_size,
-        max_running=setting.max_running,
-        token_budget=setting.token_budget,
-        max_tokens=setting.max_tokens,
-        context=setting.config.decoder.max_positions,
-        need_share=setting.need_share,
-        on_round=result.records.extend,
-        on_answer=answer,
-    )
-    return replica
+class _Cluster:
+    """The replicas, their clocks, the queue, and the messages between replicas."""
 
+    def __init__(
+        self,
+        problems: Sequence[SimProblem],
+        setting: Setting,
+        result: SimResult,
+        on_answer: Callable[[int], None],
+    ) -> None:
+        self.problems, self.setting, self.result = problems, setting, result
+        self.on_answer = on_answer
+        order = sorted(range(len(problems)), key=lambda number: problems[number].arrival_s)
+        self.queue = [(number, problems[number]) for number in order]
+        self.taken = 0
+        self.replicas = [self._replica(index) for index in range(setting.gpus)]
+        # When each replica runs next, and a heap of these times that also has outdated entries.
+        self.due = [0.0] * setting.gpus
+        self.clocks = [(0.0, index) for index in range(setting.gpus)]
+        # Per replica a heap of (time, number, function that the receiver runs).
+        self.inboxes: list[list[tuple[float, int, Callable[[], None]]]] = [
+            [] for _ in self.replicas
+        ]
+        self.numbers = count()
+        self.homes: dict[int, int] = {}  # problem -> replica
+        self.hosts: dict[tuple[int, int], set[int]] = {}  # (problem, round) -> replicas of guests
+        self.tail = TailMoves() if setting.migrate and setting.gpus > 1 else None
+        self.states: dict[int, ReplicaState] = {}  # that still hold
+        self.changed = False  # whether a rollout started or ended since the last decision
+        self.next_moves_s = 0.0
 
-def _run(replicas: Sequence[Replica], queue: Sequence[tuple[int, SimProblem]]) -> None:
-    """Repeatedly step the replica with the earliest clock, until all problems are answered."""
-    taken = 0
-    clocks = [(0.0, index) for index in range(len(replicas))]
-    while clocks:
-        clock, index = heapq.heappop(clocks)
-        replica = replicas[index]
-        replica.executor.clock = clock
-        while taken < len(queue) and queue[taken][1].arrival_s <= clock:
-            if len(replicas) > 1 and replica.waits:
+    def run(self) -> None:
+        """Repeatedly step the replica with the earliest clock, until all problems are answered."""
+        while self.clocks:
+            clock, index = heappop(self.clocks)
+            if clock != self.due[index]:
+                continue
+            self.due[index] = inf
+            replica, inbox = self.replicas[index], self.inboxes[index]
+            replica.executor.clock = clock
+            while inbox and inbox[0][0] <= clock:
+                heappop(inbox)[2]()
+                self._touch(index)
+            arrival = self._take(index)
+            if self.tail and clock >= self.next_moves_s and self._queue_is_empty(clock):
+                self._move_rollouts(self.tail, clock)
+            takes_next = arrival > clock and (len(self.replicas) == 1 or not replica.waits)
+            until = min(arrival if takes_next else inf, inbox[0][0] if inbox else inf)
+            if replica.step(until):
+                self.states.pop(index, None)
+                self._schedule(index, replica.executor.clock)
+            elif replica.records:
+                raise RuntimeError("the scheduler has unfinished work but no batch to run")
+            elif inbox or self.taken < len(self.queue):
+                self._schedule(index, max(clock, until))
+        if any(replica.runs for replica in self.replicas):
+            raise RuntimeError("a problem was not answered")
+
+    def _replica(self, index: int) -> Replica:
+        setting, name = self.setting, self.setting.policy
+        oracle = ORACLES.get(name)
+        replica: Replica = Replica(
+            oracle(lambda rollout: replica.length(rollout)) if oracle else POLICIES[name](),
+            setting.cost_model(),
+            setting.pages(),
+            setting.page_size,
+            max_running=setting.max_running,
+            token_budget=setting.token_budget,
+            max_tokens=setting.max_tokens,
+            context=setting.config.decoder.max_positions,
+            need_share=setting.need_share,
+            on_round=lambda records: self._round_ended(index, records),
+            on_answer=self._answered,
+            on_end=lambda record: self._rollout_ended(index, record),
+        )
+        return replica
+
+    def _queue_is_empty(self, clock: float) -> bool:
+        return self.taken == len(self.queue) or self.queue[self.taken][1].arrival_s > clock
+
+    def _take(self, index: int) -> float:
+        """Let a replica take problems from the queue; returns the arrival time of the next one."""
+        replica = self.replicas[index]
+        while not self._queue_is_empty(replica.executor.clock):
+            if len(self.replicas) > 1 and replica.waits:
                 break
-            replica.submit(*queue[taken])
-            taken += 1
-        arrival = queue[taken][1].arrival_s if taken < len(queue) else float("inf")
-        takes_next = arrival > clock and (len(replicas) == 1 or not replica.waits)
-        if replica.step(arrival if takes_next else float("inf")):
-            heapq.heappush(clocks, (replica.executor.clock, index))
-        elif replica.runs:
-            raise RuntimeError("the scheduler has unfinished work but no batch to run")
-        elif taken < len(queue):
-            heapq.heappush(clocks, (max(clock, arrival), index))
+            number, problem = self.queue[self.taken]
+            replica.submit(number, problem)
+            self.homes[number] = index
+            self.taken += 1
+            self._touch(index)
+        return self.queue[self.taken][1].arrival_s if self.taken < len(self.queue) else inf
+
+    def _schedule(self, index: int, time: float) -> None:
+        """Run a replica at a time, or earlier if it is due earlier."""
+        if time < self.due[index]:
+            self.due[index] = time
+            heappush(self.clocks, (time, index))
+
+    def _send(self, receiver: int, time: float, message: Callable[[], None]) -> None:
+        heappush(self.inboxes[receiver], (time, next(self.numbers), message))
+        self._schedule(receiver, max(time, self.replicas[receiver].executor.clock))
+
+    def _touch(self, index: int) -> None:
+        """Note that a replica's load has changed."""
+        self.states.pop(index, None)
+        self.changed = True
+
+    def _rollout_ended(self, index: int, record: Record) -> None:
+        self._touch(index)
+        problem, round = record.problem, record.round
+        if self.tail:
+            self.tail.ended(problem, round, record.length)
+        home = self.homes[problem]
+        if home != index:
+            to_home = self.replicas[home]
+            self._send(home, record.ended_s, lambda: to_home.ended_elsewhere(problem, round))
+
+    def _round_ended(self, index: int, records: Sequence[Record]) -> None:
+        self.result.records.extend(records)
+        key = records[0].problem, records[0].round
+        hosts = self.hosts.pop(key, ())
+        if any(record.cancelled for record in records):
+            for host in hosts:
+                replica = self.replicas[host]
+                clock = self.replicas[index].executor.clock
+                self._send(host, clock, partial(replica.cancel_guests, *key))
+
+    def _answered(self, problem: int, seconds: float) -> None:
+        self.result.answered_s[problem] = seconds
+        if self.tail:
+            self.tail.forget(problem)
+        self.on_answer(1)
+
+    def _move_rollouts(self, tail: TailMoves, clock: float) -> None:
+        """Execute the moves that pay, among replicas that have no messages to receive."""
+        if not self.changed:
+            return
+        self.changed, self.next_moves_s = False, clock + self.setting.move_period_s
+        for index, replica in enumerate(self.replicas):
+            if index not in self.states:
+                self.states[index] = replica_state(replica.scheduler, replica.executor.cost)
+        states = {i: state for i, state in self.states.items() if not self.inboxes[i]}
+        for source, target, problem, round, indices in tail.moves(states):
+            moved = self.replicas[source].detach(problem, round, indices)
+            self.states.pop(source, None)
+            self.hosts.setdefault((problem, round), set()).add(target)
+            receiver = self.replicas[target]
+            self._send(
+                target, self.replicas[source].executor.clock, partial(receiver.accept, moved)
+            )
+            self.result.moved_rollouts += len(indices)
+            self.result.moved_tokens += sum(rollout.scheduled for rollout in moved.records)

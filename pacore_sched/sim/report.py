@@ -48,7 +48,8 @@ def gains(rows: Sequence[dict], base: str, field: str) -> dict[str, list[float]]
 
 def medians(rows: Sequence[dict]) -> list[dict]:
     """A row per workload, sigma_w, policy and variant: medians over seeds, and their number."""
-    names = ("workload", "sigma_w", "policy", "gpus", "shared_reads", "kv_dtype")
+    names = ["workload", "sigma_w", "policy", "gpus", "shared_reads", "kv_dtype"]
+    names += ["migrate"] * ("migrate" in rows[0])  # rows of several GPUs
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
@@ -75,6 +76,9 @@ def _policies(workload: str, sigma_w: float | None, rows: Sequence[dict]) -> Non
     goodput = rows[0]["goodput_per_h"] is not None
     if goodput:
         header.append(" goodput/h")
+    several = "critical_path_s" in rows[0]
+    if several:
+        header += [" moved", " critical path min"]
     lines = []
     for policy in _unique(row["policy"] for row in rows):
         of_policy = [row for row in rows if row["policy"] == policy]
@@ -98,6 +102,8 @@ def _policies(workload: str, sigma_w: float | None, rows: Sequence[dict]) -> Non
                 f"{medians_by_name['preemptions']:,.0f}",
                 f"{medians_by_name['recomputed_tokens'] / 1e3:,.0f}k",
                 *([f"{medians_by_name['goodput_per_h']:.1f}"] if goodput else []),
+                *([f"{medians_by_name['moved_rollouts']:,.0f}"] if several else []),
+                *([f"{medians_by_name['critical_path_s'] / 60:.1f}"] if several else []),
             ]
         )
     spread = "" if sigma_w is None else f", sigma_w {sigma_w:g}"

@@ -9,7 +9,7 @@ the KV of its image is kept.
 """
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf
 
@@ -96,12 +96,21 @@ class SimExecutor:
 
 @dataclass(eq=False)
 class Run:
-    """A running problem: its image, which all rounds share, and its current round's records."""
+    """A running problem: its image, which all rounds share, and its current round."""
 
     number: int
     problem: SimProblem
     image: Segment | None
-    records: dict[Rollout, Record] = field(default_factory=dict)  # of the current round
+    group: Group
+    records: list[Record]  # of the round's rollouts, wherever they run
+
+
+@dataclass(frozen=True)
+class MovedRollouts:
+    """Rollouts of a group on their way to another replica."""
+
+    group: Group  # at the replica that they left
+    records: dict[Rollout, Record]
 
 
 class Replica:
@@ -111,6 +120,11 @@ class Replica:
     need_share: a round ends when this share of its rollouts have ended (1: all of them)
     on_round: called with the records of a round that has ended
     on_answer: called with a problem's number and the time at which its last round ended
+    on_end: called with the record of a rollout that has ended here, at the clock of `executor`
+
+    A problem's rounds are submitted at its home, the replica that took it. Its rollouts may move to
+    other replicas, as guests: their groups there are submitted for them, and the home is told of
+    their ends by `ended_elsewhere`.
     """
 
     def __init__(
@@ -127,6 +141,7 @@ class Replica:
         need_share: float = 1.0,
         on_round: Callable[[list[Record]], None],
         on_answer: Callable[[int, float], None],
+        on_end: Callable[[Record], None] = lambda record: None,
     ) -> None:
         self.executor = SimExecutor(
             cost, num_pages=num_pages, page_size=page_size, max_running=max_running
@@ -136,8 +151,9 @@ class Replica:
         )
         self.sampling = Sampling(max_tokens, ignore_eos=True)
         self.context, self.need_share = context, need_share
-        self.on_round, self.on_answer = on_round, on_answer
-        self.runs: dict[int, Run] = {}
+        self.on_round, self.on_answer, self.on_end = on_round, on_answer, on_end
+        self.runs: dict[int, Run] = {}  # problems whose home this is
+        self.records: dict[Rollout, Record] = {}  # of the unfinished rollouts here
         self._batch, self._left = Batch(()), 0  # the last batch, and its remaining steps
 
     @property
@@ -147,15 +163,56 @@ class Replica:
 
     def length(self, rollout: Rollout) -> int:
         """The pinned length of an unfinished rollout."""
-        return self._record(rollout).length
+        return self.records[rollout].length
 
     def submit(self, number: int, problem: SimProblem) -> None:
         """Start a problem. Raises ValueError if one of its rollouts can never fit."""
         image = Segment(problem.image_tokens) if problem.image_tokens else None
-        run = self.runs[number] = Run(number, problem, image)
         if image:
             self.scheduler.keep(image)
-        self._submit_round(run, 0, problem.prompt_tokens())
+        self._submit_round(number, problem, image, 0, problem.prompt_tokens())
+
+    def detach(self, problem: int, round: int, indices: Sequence[int]) -> MovedRollouts:
+        """Remove unfinished rollouts, which go on at another replica."""
+        run = self.runs.get(problem)
+        records = {}
+        for group in self._groups(problem, round):
+            for rollout in [r for r in group.rollouts if r.index in indices and r in self.records]:
+                records[rollout] = self.records.pop(rollout)
+                self.scheduler.detach(rollout)
+                if run is None or group is not run.group:
+                    self.scheduler.ended_elsewhere(group)  # only a home waits for them
+        return MovedRollouts(group, records)
+
+    def accept(self, moved: MovedRollouts) -> None:
+        """Let rollouts go on here. Leaves out those that have been cancelled on their way."""
+        left = moved.group
+        records = {old: record for old, record in moved.records.items() if not record.cancelled}
+        if not records:
+            return
+        here = self._groups(left.problem, left.round)
+        path = here[0].path if here else [Segment(segment.tokens) for segment in left.path]
+        group = Group(path, 0, self.sampling, left.problem, left.round, need=len(records))
+        for old, record in records.items():
+            rollout = Rollout(group, old.index, 0, old.max_tokens)
+            rollout.scheduled = old.scheduled
+            group.rollouts.append(rollout)
+            self.records[rollout] = record
+        self.scheduler.submit(group)
+
+    def ended_elsewhere(self, problem: int, round: int) -> None:
+        """Count the end of a guest at the problem's home. Does nothing if the round is over."""
+        run = self.runs.get(problem)
+        if run and run.group.round == round:
+            for sibling in self.scheduler.ended_elsewhere(run.group):
+                del self.records[sibling]
+            self._end_round(run)
+
+    def cancel_guests(self, problem: int, round: int) -> None:
+        """Cancel all rollouts of a round that has ended."""
+        for group in self._groups(problem, round):
+            for rollout in self.scheduler.cancel(group):
+                del self.records[rollout]
 
     def step(self, until: float = inf) -> bool:
         """Advance to the next event, or to the first step that ends at or after `until`.
@@ -171,66 +228,89 @@ class Replica:
         shape = step_shape(tree, batch)
         steps = self._left
         if steps > 1:
-            steps = min(steps, 1 + min(self._record(r).length - r.scheduled for r in batch.decode))
+            steps = min(steps, 1 + min(self.records[r].length - r.scheduled for r in batch.decode))
             if until < inf:
                 cost = self.executor.cost
                 steps = steps_until(lambda k: cost.seconds(shape, k), until - clock, steps)
         sampled = batch.sampled
         for rollout in sampled:
             if rollout.scheduled == 1:
-                self._record(rollout).first_s = clock + self.executor.cost.seconds(shape)
+                self.records[rollout].first_s = clock + self.executor.cost.seconds(shape)
         if steps > 1:
             self.scheduler.repeat(steps - 1)
         self._left -= steps
         self.executor.run(tree, batch, shape, steps)
         for rollout in sampled:
-            if not rollout.finish_reason and rollout.scheduled >= self._record(rollout).length:
+            if not rollout.finish_reason and rollout.scheduled >= self.records[rollout].length:
                 self._end(rollout)
         return True
 
-    def _record(self, rollout: Rollout) -> Record:
-        return self.runs[rollout.group.problem].records[rollout]
+    def _groups(self, problem: int, round: int) -> list[Group]:
+        """The unfinished groups of a round here."""
+        groups = self.scheduler.groups
+        return [group for group in groups if (group.problem, group.round) == (problem, round)]
 
-    def _submit_round(self, run: Run, number: int, prompt_tokens: int) -> None:
-        lengths = run.problem.lengths[number]
-        path = [run.image] if run.image else []
+    def _submit_round(
+        self,
+        number: int,
+        problem: SimProblem,
+        image: Segment | None,
+        round: int,
+        prompt_tokens: int,
+    ) -> None:
+        lengths = problem.lengths[round]
+        path = [image] if image else []
         if prompt_tokens > 1:  # the last token is in the rollouts' leaves
             path.append(Segment(prompt_tokens - 1))
-        exploring = number + 1 < len(run.problem.lengths)
+        exploring = round + 1 < len(problem.lengths)
         need = ceil(self.need_share * len(lengths)) if exploring else len(lengths)
-        group = Group(path, 0, self.sampling, problem=run.number, round=number, need=need)
+        group = Group(path, 0, self.sampling, problem=number, round=round, need=need)
         limit = self.sampling.max_tokens
-        if number:  # as in answers/problem_run.py; the context limits no lengths here
+        if round:  # as in answers/problem_run.py; the context limits no lengths here
             limit = min(limit, self.scheduler.max_tokens(path))
         group.rollouts = [Rollout(group, index, 0, limit) for index in range(len(lengths))]
-        run.records = {
-            rollout: Record(run.number, number, min(length, limit), self.executor.clock)
-            for rollout, length in zip(group.rollouts, lengths, strict=True)
-        }
+        clock = self.executor.clock
+        records = [Record(number, round, min(length, limit), clock) for length in lengths]
+        self.records |= zip(group.rollouts, records, strict=True)
+        self.runs[number] = Run(number, problem, image, group, records)
         self.scheduler.submit(group)
 
     def _end(self, rollout: Rollout) -> None:
         """End a rollout, and its round and problem if they are complete."""
-        run, group = self.runs[rollout.group.problem], rollout.group
-        run.records[rollout].ended_s = self.executor.clock
+        group, record = rollout.group, self.records.pop(rollout)
         for sibling in self.scheduler.finish(rollout, "length"):
-            run.records[sibling].ended_s = self.executor.clock
-            run.records[sibling].cancelled = True
+            del self.records[sibling]
+        if not record.cancelled:
+            record.ended_s = self.executor.clock
+            self.on_end(record)
+        run = self.runs.get(group.problem)
+        if run and group is run.group:
+            self._end_round(run)
+        elif run:
+            self.ended_elsewhere(group.problem, group.round)
+
+    def _end_round(self, run: Run) -> None:
+        """End a problem's round if enough of its rollouts have ended; cancels the others."""
+        group, problem, clock = run.group, run.problem, self.executor.clock
         if group.ended < group.need:
             return
-        records = list(run.records.values())
-        self.on_round(records)
-        if group.round + 1 < len(run.problem.lengths):
-            ended = [record.length for record in records if not record.cancelled]
-            first = run.problem.image_tokens + run.problem.prompt_tokens()
+        for record in run.records:
+            if record.ended_s > clock:  # unfinished, or the news of its end has yet to come
+                record.ended_s, record.cancelled = clock, True
+        self.cancel_guests(run.number, group.round)
+        self.on_round(run.records)
+        if group.round + 1 < len(problem.lengths):
+            ended = [record.length for record in run.records if not record.cancelled]
+            first = problem.image_tokens + problem.prompt_tokens()
             tree, max_tokens = self.scheduler.tree, self.sampling.max_tokens
             limit = prompt_limit(self.context, tree, first, max_tokens)
-            self._submit_round(run, group.round + 1, run.problem.prompt_tokens(ended, limit))
+            prompt_tokens = problem.prompt_tokens(ended, limit)
+            self._submit_round(run.number, problem, run.image, group.round + 1, prompt_tokens)
             return
         if run.image:
             self.scheduler.drop(run.image)
         del self.runs[run.number]
-        self.on_answer(run.number, self.executor.clock)
+        self.on_answer(run.number, max(record.ended_s for record in run.records))
 
 
 def step_shape(tree: PrefixTree, batch: Batch) -> StepShape:
