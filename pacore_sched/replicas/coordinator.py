@@ -312,7 +312,7 @@ def _with(state: ReplicaState, source: ReplicaState, detached: Detach) -> Replic
     problem, round_, indices = detached
     key = problem, round_
     group = next(g for g in source.groups if (g.problem, g.round) == key)
-    came = tuple(r._replace(waiting=False) for r in group.rollouts if r.index in indices)
+    came = tuple(replace(r, waiting=False) for r in group.rollouts if r.index in indices)
     here = [g for g in state.groups if (g.problem, g.round) == key]
     others = tuple(g for g in state.groups if (g.problem, g.round) != key)
     before: tuple[RolloutState, ...] = here[0].rollouts if here else ()
