@@ -150,7 +150,18 @@ class Replica:
             task.key.problem,
             task.known,
             task.part,
+            self._neighbour(task),
         )
+
+    def _neighbour(self, task: Task) -> ProblemRun | None:
+        """A run of other rollouts of the round whose part the task is."""
+        if task.part is None:
+            return None
+        for key, run in self._runs.items():
+            same_round = key.problem == task.key.problem and len(run.rounds) == task.part.round
+            if same_round and run.group is not None:
+                return run
+        return None
 
     def _memory(self) -> str:
         tree = self._engine.scheduler.tree
