@@ -90,6 +90,10 @@ class Coordinator:
             totals.add(replica.report.totals)
         return totals
 
+    def memory(self, replica: int) -> str:
+        """A replica's use of memory at its last report, for a message."""
+        return self._replicas[replica].report.memory
+
     def add(self, replica: int) -> None:
         """A replica is ready."""
         self._replicas[replica] = _Replica()
