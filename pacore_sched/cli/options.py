@@ -124,12 +124,17 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def default_device(options: argparse.Namespace) -> str:
+    """The device of the options: --device, else a GPU if there is one."""
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_model(options: argparse.Namespace) -> Step3VL:
     """The model described by --model, --device, --dtype, --impl and --chat-template; it computes
     with --threads."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device(options)
     try:
         is_usable = torch.empty(0, device=device).device.type in ("cpu", "cuda")
     except (RuntimeError, AssertionError):
