@@ -127,6 +127,8 @@ class Front:
         self._running.add(work)
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+            if reply.whole:
+                await asyncio.wait({work})  # for the fields of the log line
             if work.cancelled():
                 raise ApiError(503, ENDING)
             if work.done():
@@ -158,10 +160,12 @@ class Front:
             )
             try:
                 async with aclosing(self._replicas.call(request)) as parts:
+                    scope["log"]["replica"] = replica
                     if await reply.take(parts, pass_full=len(names) == 1):
-                        scope["log"]["replica"] = replica
                         return
             except ReplicaLost:
+                if reply.whole:
+                    return
                 if reply.started or lost:
                     break
                 lost = True
@@ -171,10 +175,10 @@ class Front:
 
 
 class _Reply:
-    """The response to one client."""
+    """The response to one client: whether it has `started`, and whether the `whole` is sent."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
-        self.started = False
+        self.started = self.whole = False
         self._scope, self._send = scope, send
         self._is_stream = False
 
@@ -208,6 +212,7 @@ class _Reply:
             self._is_stream = kind.startswith(b"text/event-stream")
         async with asyncio.timeout(SEND_TIMEOUT_S):
             await self._send(message)
+        self.whole = message["type"] == "http.response.body" and not message.get("more_body")
 
 
 async def _left(receive: Receive) -> None:

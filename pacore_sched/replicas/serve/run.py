@@ -11,6 +11,7 @@ from contextlib import suppress
 from ray import serve
 from ray.serve.config import ProxyLocation
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.schema import ApplicationStatusOverview
 from starlette.types import Message
 
 from model.errors import InputError
@@ -47,7 +48,7 @@ def serve_replicas(
     make_context: loads the model, in the replica's process
     models: the served names, for the log
 
-    Raises InputError if `make_context` does in a replica.
+    Raises InputError if the replicas do not start, with what `make_context` raised.
     """
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -64,7 +65,10 @@ def serve_replicas(
     try:
         serve.start(proxy_location=ProxyLocation.Disabled)
         target = deployment.bind(make_context, log_prompts=log_prompts)
-        handle = serve.run(target, name=app, route_prefix=None)
+        try:
+            handle = serve.run(target, name=app, route_prefix=None)
+        except RuntimeError:
+            raise InputError(_why_not(serve.status().applications[app])) from None
         first = handle.kv_tokens.remote(ForwardedRequest("", "GET", "")).result(timeout_s=SEEN_S)
         _wait_for(replicas)
         front = Front(RayReplicas(handle), limits)
@@ -78,11 +82,6 @@ def serve_replicas(
             },
         )
         Server(Guard(front, front, keys), front, drain_s).run(sockets=[listener])
-    except RuntimeError as error:  # Serve's, with the replica's traceback as its text
-        wrong = re.search(r"InputError: (.*)", str(error))
-        if wrong is None:
-            raise
-        raise InputError(wrong[1]) from None
     finally:
         with suppress(Exception):
             serve.delete(app)
@@ -113,6 +112,14 @@ class RayReplicas:
         finally:
             if not whole:
                 parts.cancel()
+
+
+def _why_not(status: ApplicationStatusOverview) -> str:
+    """Why replicas do not start: what `make_context` raised, whose traceback ends the message."""
+    messages = [status.message, *(inner.message for inner in status.deployments.values())]
+    last = messages[-1].strip().rpartition("\n")[2]
+    wrong = re.search(r"InputError: (.*)", last)
+    return wrong[1] if wrong else f"the replicas do not start: {last}"
 
 
 def _wait_for(replicas: int) -> None:

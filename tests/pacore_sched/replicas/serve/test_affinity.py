@@ -23,9 +23,8 @@ def chat(*contents: object) -> PromptKeys:
 
 def common(a: PromptKeys, b: PromptKeys) -> int:
     """Characters of the longest common prefix."""
-    return max(
-        (size for key, size in zip(a.keys, a.sizes, strict=True) if key in b.keys), default=0
-    )
+    sizes = [size for key, size in zip(a.keys, a.sizes, strict=True) if key in b.keys]
+    return max(sizes, default=0)
 
 
 def test_prefixes():
@@ -35,6 +34,8 @@ def test_prefixes():
     ask = [chat([IMAGE, {"type": "text", "text": text}]) for text in ("what?", "why?")]
     assert 5000 < common(*ask) < ask[0].sizes[-1]
     assert common(first, keys(model="m", messages=[{**SYSTEM, "role": "user"}])) == 0
+    short = [keys(messages=[{"role": "user", "content": text}]) for text in ("Hi", "No", "")]
+    assert common(*short[:2]) == 0 and len(short[2].keys) == 1
     long = [keys(model="m", prompt="x" * (3 * CHUNK) + end) for end in "ab"]
     assert common(*long) > 3 * CHUNK and long[0].keys[-1] != long[1].keys[-1]
     ids = [keys(model="m", prompt=[*range(CHUNK), end]) for end in (1, 2)]

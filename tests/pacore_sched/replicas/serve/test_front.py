@@ -1,9 +1,11 @@
 """The front: clients see what one server answers, whatever replica does it, and when one ends."""
 
 import json
+import logging
 import signal
 import time
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pacore_sched.replicas.serve.merged_metrics import merged
@@ -66,6 +68,20 @@ def test_same_as_one_server():
         assert len(front.get("/version").headers["x-request-id"].split(",")) == 1
 
 
+def test_log(caplog: pytest.LogCaptureFixture):
+    """One line per request, with what only the replica knows."""
+    caplog.set_level(logging.INFO, "pacore_sched.serve")
+    with running_front(two()) as front:
+        for stream in (False, True):
+            front.chat(stream=stream)
+        front.chat(wrong=1)
+    chats = [line for line in caplog.records if getattr(line, "path", "").startswith("/v1/chat")]
+    assert [line.status for line in chats] == [200, 200, 400]
+    assert [line.replica for line in chats] == ["a"] * 3
+    assert [line.usage.completion > 0 for line in chats[:2]] == [True, True]
+    assert "wrong" in chats[2].error
+
+
 def test_keys_and_size():
     """Refused before a replica is asked."""
     services = two(limits=Limits(max_body_bytes=1000))
@@ -117,11 +133,15 @@ def test_full_queues():
     with running_front(services) as front:
         for service in services.values():
             service.engine.executor.step = lambda: time.sleep(0.01)
-        body = {"max_tokens": 4000, "ignore_eos": True}
-        with client(front, **body), client(front, **body):
+
+        def asking(text: str):
+            messages = [{"role": "user", "content": text}]
+            return client(front, messages=messages, max_tokens=4000, ignore_eos=True)
+
+        with asking("1"), asking("2"):
             wait_for(lambda: all(len(s.jobs) == 1 for s in services.values()), "both run")
             wait_for(lambda: not any(s.waiting for s in services.values()), "both run")
-            with client(front, **body), client(front, **body):
+            with asking("3"), asking("4"):
                 wait_for(lambda: all(s.waiting == 1 for s in services.values()), "both are full")
                 reply = front.chat(max_tokens=1)
                 assert reply.status == 429 and int(reply.headers["retry-after"]) >= 1
@@ -162,7 +182,7 @@ def test_drain():
             client(front, max_tokens=4000, ignore_eos=True) as whole,
             client(front, max_tokens=4000, ignore_eos=True, stream=True) as stream,
         ):
-            wait_for(lambda: all(s.jobs for s in services.values()), "both run")
+            wait_for(lambda: sum(len(s.jobs) for s in services.values()) == 2, "both run")
             front.server.handle_exit(signal.SIGTERM, None)
             wait_for(lambda: front.front.draining, "a drain")
             refused = front.chat()
@@ -194,9 +214,7 @@ def test_metrics():
                 if not series.endswith("_created"):
                     assert got[series, *sorted([*labels, ("replica", name)])] == value
         assert text.count("# TYPE pacore:engine_steps_total counter") == 1
-        steps = [
-            value for (series, *_), value in got.items() if series == "pacore:engine_steps_total"
-        ]
+        steps = [got[key] for key in got if key[0] == "pacore:engine_steps_total"]
         assert len(steps) == 2 and sum(steps) > 0
         front.replicas.lost = {"a"}
         assert b'replica="b"' in front.get("/metrics").body
