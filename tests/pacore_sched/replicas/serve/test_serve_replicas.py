@@ -28,12 +28,16 @@ PACORE = {**CHAT, "pacore": {"widths": [3], "events": True}, "stream": True}
 
 
 @contextmanager
-def serve(*words: str) -> Iterator[tuple[subprocess.Popen, dict]]:
-    """A server process, and its first log line."""
+def serve(log: Path, *words: str) -> Iterator[tuple[subprocess.Popen, dict]]:
+    """A server process, and the first line of its log."""
     command = [sys.executable, "-m", "pacore_sched", "serve", *OPTIONS, *words]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    with open(log, "wb") as file:  # a pipe that is not read would stop the server
+        process = subprocess.Popen(command, cwd=ROOT, stderr=file, stdout=subprocess.DEVNULL)
     try:
-        yield process, json.loads(process.stderr.readline())
+        while b"\n" not in log.read_bytes():
+            assert process.poll() is None
+            time.sleep(0.1)
+        yield process, json.loads(log.read_bytes().splitlines()[0])
     finally:
         process.kill()
         process.wait()
@@ -95,11 +99,12 @@ def replicas_in_metrics(url: str) -> set[str]:
 
 @pytest.mark.cli
 @pytest.mark.timeout(180)
-def test_a_life():
+def test_a_life(tmp_path: Path):
     """Answers as of one server; a replica that is killed is replaced; nothing is left running."""
     pytest.importorskip("ray")
     expected = one_server(CHAT, PACORE)
-    with serve("--replicas", "2", "--served-model-name", "tiny") as (process, first):
+    log = tmp_path / "log"
+    with serve(log, "--replicas", "2", "--served-model-name", "tiny") as (process, first):
         assert first["event"] == "listening" and len(first["replicas"]) == 2
         url = first["url"].removesuffix("/v1")
         for body, whole in zip((CHAT, PACORE), expected, strict=True):
@@ -118,9 +123,8 @@ def test_a_life():
         assert len(now & {*first["replicas"]}) == 1
         started |= descendants(process.pid)
         process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=60)  # Ray tells of the killed replica on stdout
-        assert process.returncode == 0
-        logged = [json.loads(line) for line in stderr.splitlines()]
+        assert process.wait(timeout=60) == 0
+        logged = [json.loads(line) for line in log.read_bytes().splitlines()]
         asked = next(line for line in logged if line.get("path") == "/v1/chat/completions")
         assert asked["replica"] in first["replicas"]
         assert asked["usage"]["completion_tokens"] == 8
