@@ -3,9 +3,12 @@
 import argparse
 import logging
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.config import PRESETS, unknown_model
 from model.errors import InputError
 from model.terminal import integer, real
 from pacore_sched.cli import options as shared
@@ -15,6 +18,7 @@ from pacore_sched.sim.machine import MACHINES, find_machine
 if TYPE_CHECKING:
     import torch
 
+    from pacore_sched.serve.api.context import Context
     from pacore_sched.serve.images import MediaRules
 
 KEY_VARIABLE = "PACORE_API_KEY"
@@ -40,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shared.add_engine_options(parser)
     _add_limits(parser)
+    _add_replicas(parser)
     parser.add_argument(
         "--drain-seconds",
         type=real(0, 1e6),
@@ -118,6 +123,21 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_replicas(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several replicas of the model, with Ray Serve")
+    group.add_argument(
+        "--replicas",
+        type=integer(1, 10**4),
+        help="replicas of the model, each on a GPU or with --threads CPUs; --kv-tokens and"
+        " --max-waiting are for each; default: the model in this process, without Ray",
+    )
+    group.add_argument(
+        "--ray-address",
+        help="HOST:PORT of a Ray cluster that has the same packages and model files; default: a"
+        " cluster on this machine, for as long as the server runs",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """The `serve` command; runs until a signal ends it. Raises InputError for invalid options."""
     try:
@@ -129,33 +149,27 @@ def run(options: argparse.Namespace) -> int:
             f"serve needs the package {error.name}: pip install 'step3vl-pacore[serve]'"
         ) from None
     from pacore_sched.cli.inputs import model_identity
-    from pacore_sched.serve.api.context import Context
-    from pacore_sched.serve.api.names import Names
-    from pacore_sched.serve.engine_metrics import EngineMetrics
     from pacore_sched.serve.http.app import make_app
     from pacore_sched.serve.http.logs import log_to_stderr
     from pacore_sched.serve.http.server import Server, bound_socket, url_of
-    from pacore_sched.serve.metrics import Metrics
     from pacore_sched.serve.saved import SavedProblems
-    from pacore_sched.serve.service import Service
 
     keys = _keys(options)
-    limits = _limits(options)
-    media = _media_rules(options)
-    names = options.served_model_name or [options.model]
-    if not all(names):
+    _media_rules(options)
+    if not all(_names(options)):
         raise InputError("--served-model-name is empty")
+    if options.replicas:
+        _run_replicas(options, keys)
+        return 0
+    if options.ray_address:
+        raise InputError("--ray-address needs --replicas")
     saved = None
     if options.journal:
         saved = SavedProblems(Path(options.journal), model_identity(options.model))
     with bound_socket(options.host, options.port) as listener:  # before minutes of loading
-        model = shared.load_model(options)
-        engine = shared.make_engine(options, model)
+        context = replace(make_context(options), saved=saved)
+        service, engine = context.service, context.service.engine
         log_to_stderr()
-        metrics = Metrics(names[0])
-        service = Service(model, engine, limits, metrics)
-        metrics.registry.register(EngineMetrics(service, _bandwidth(options, model.device)))
-        context = Context(service, Names(names), media, saved)
         app = make_app(context, keys=keys, log_prompts=options.log_prompts)
         logging.getLogger("pacore_sched.serve").info(
             "listening",
@@ -167,6 +181,63 @@ def run(options: argparse.Namespace) -> int:
         )
         Server(app, service, options.drain_seconds).run(sockets=[listener])
     return 0
+
+
+def make_context(options: argparse.Namespace) -> "Context":
+    """The model of the options and its service, for the server's routes."""
+    from pacore_sched.serve.api.context import Context
+    from pacore_sched.serve.api.names import Names
+    from pacore_sched.serve.engine_metrics import EngineMetrics
+    from pacore_sched.serve.metrics import Metrics
+    from pacore_sched.serve.service import Service
+
+    model = shared.load_model(options)
+    neighbours = (options.replicas or 1) if model.device.type == "cpu" else 1
+    engine = shared.make_engine(options, model, replicas=neighbours)
+    names = _names(options)
+    metrics = Metrics(names[0])
+    service = Service(model, engine, _limits(options), metrics)
+    metrics.registry.register(EngineMetrics(service, _bandwidth(options, model.device)))
+    return Context(service, Names(names), _media_rules(options))
+
+
+def _run_replicas(options: argparse.Namespace, keys: tuple[str, ...]) -> None:
+    from pacore_sched.replicas.cluster import connected
+    from pacore_sched.serve.api.names import Names
+    from pacore_sched.serve.http.logs import log_to_stderr
+    from pacore_sched.serve.http.server import bound_socket
+
+    if options.journal:
+        raise InputError(
+            "--journal does not go with --replicas: a request that is sent again may reach another"
+            " replica"
+        )
+    if not os.path.exists(options.model) and options.model not in PRESETS:
+        raise unknown_model(options.model)
+    gpus, cpus = shared.resources(options)
+    with (
+        bound_socket(options.host, options.port) as listener,
+        connected(options.ray_address, options.replicas, gpus=gpus, cpus=cpus),
+    ):
+        from pacore_sched.replicas.serve.run import serve_replicas
+
+        log_to_stderr()
+        serve_replicas(
+            listener,
+            partial(make_context, options),
+            _limits(options),
+            replicas=options.replicas,
+            gpus=gpus,
+            cpus=cpus,
+            keys=keys,
+            models=Names(_names(options)).listed,
+            drain_s=options.drain_seconds,
+            log_prompts=options.log_prompts,
+        )
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    return options.served_model_name or [options.model]
 
 
 def _keys(options: argparse.Namespace) -> tuple[str, ...]:

@@ -36,6 +36,11 @@ log = logging.getLogger(__name__)
 
 def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool = False) -> ASGIApp:
     """The application of a server; `keys` are its API keys. It runs the context's service."""
+    return Guard(make_routes(context, log_prompts=log_prompts), context.service, keys)
+
+
+def make_routes(context: Context, *, log_prompts: bool = False) -> FastAPI:
+    """The application without its Guard, for requests that another server's Guard has let in."""
     service = context.service
 
     @asynccontextmanager
@@ -57,7 +62,7 @@ def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool 
     _add_completions(app, context, log_prompts=log_prompts)
     _add_models(app, context)
     _add_status(app, context)
-    return Guard(app, service, keys)
+    return app
 
 
 def _add_completions(app: FastAPI, context: Context, *, log_prompts: bool) -> None:

@@ -7,6 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pacore_sched.serve.errors import ApiError
 from pacore_sched.serve.http.logs import request_id
 from pacore_sched.serve.limits import Limits
-from pacore_sched.serve.service import ENDING, Service
+from pacore_sched.serve.service import ENDING
 
 # These need no key: health checks and scrapers have none, and they tell nothing of requests.
 OPEN_PATHS = ("/health", "/version", "/metrics", "/openapi.json")
@@ -23,11 +24,18 @@ POLL_S = 0.2  # how often a body that does not arrive looks whether the server e
 log = logging.getLogger(__name__)
 
 
+class Guarded(Protocol):
+    """What a Guard asks of a service."""
+
+    limits: Limits
+    ending: bool
+
+
 class Guard:
     """Wraps the application of a service. `keys` are the API keys, of which a request needs one if
     there are any."""
 
-    def __init__(self, app: ASGIApp, service: Service, keys: Sequence[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, service: Guarded, keys: Sequence[str] = ()) -> None:
         self._app, self._service, self._limits = app, service, service.limits
         self._keys = [key.encode() for key in keys]
 
@@ -80,7 +88,7 @@ class Guard:
 class _Body:
     """A request's body on its way in: bounded in bytes and in time."""
 
-    def __init__(self, receive: Receive, service: Service) -> None:
+    def __init__(self, receive: Receive, service: Guarded) -> None:
         self._receive, self._service, self._limits = receive, service, service.limits
         self._deadline = time.monotonic() + self._limits.body_timeout_s
         self._bytes, self._whole = 0, False

@@ -24,7 +24,8 @@ class JsonFormatter(logging.Formatter):
         }
         if id := request_id.get():
             line["request_id"] = id
-        line |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        fields = vars(record).items()  # Ray adds some with an underscore
+        line |= {key: value for key, value in fields if key not in _STANDARD and key[0] != "_"}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=_json)

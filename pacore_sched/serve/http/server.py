@@ -3,12 +3,12 @@
 import asyncio
 import socket
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from model.errors import InputError
-from pacore_sched.serve.service import Service
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -26,11 +26,20 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class Drained(Protocol):
+    """What a Server asks of a service, such as serve/service.py's."""
+
+    draining: bool
+    ending: bool
+
+    async def drain(self, seconds: float) -> None: ...
+
+
 class Server(uvicorn.Server):
     """Drains the service at the first SIGINT or SIGTERM, fails what is left at the second, and ends
     without an answer at the third."""
 
-    def __init__(self, app: ASGIApp, service: Service, drain_s: float) -> None:
+    def __init__(self, app: ASGIApp, service: Drained, drain_s: float) -> None:
         super().__init__(
             uvicorn.Config(
                 app,

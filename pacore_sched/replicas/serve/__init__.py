@@ -1,0 +1,1 @@
+"""The HTTP server on several replicas, with Ray Serve."""
