@@ -140,6 +140,12 @@ def resources(options: argparse.Namespace) -> tuple[float, float]:
     return (0.0, float(options.threads or 1)) if on_cpu else (1.0, 1.0)
 
 
+def check_model(model: str) -> None:
+    """Raise InputError unless --model is a preset or exists."""
+    if not os.path.exists(model) and model not in PRESETS:  # unlike Path's, false for long names
+        raise unknown_model(model)
+
+
 def load_model(options: argparse.Namespace) -> Step3VL:
     """The model described by --model, --device, --dtype, --impl and --chat-template; it computes
     with --threads."""
@@ -154,10 +160,8 @@ def load_model(options: argparse.Namespace) -> Step3VL:
         raise InputError(f"device {device!r} cannot be used on this machine")
     default = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     dtype = DTYPES[options.dtype] if options.dtype else default
-    exists = os.path.exists(options.model)  # unlike Path's, false for names too long
-    if not exists and options.model not in PRESETS:
-        raise unknown_model(options.model)
-    load = Step3VL.from_pretrained if exists else Step3VL.from_preset
+    check_model(options.model)
+    load = Step3VL.from_pretrained if os.path.exists(options.model) else Step3VL.from_preset
     file_text = _chat_template_text(options.chat_template)  # before weights, which take minutes
     model = load(options.model, device=device, dtype=dtype, impl=options.impl)
     if options.chat_template:

@@ -227,6 +227,7 @@ def runner_of(options: argparse.Namespace, build: Build, describe: Describe) -> 
         return
     from pacore_sched.replicas.cluster import connected
 
+    shared.check_model(options.model)  # before Ray starts, in seconds
     least, most = options.replicas
     gpus, cpus = shared.resources(options)
     with connected(options.ray_address, least, gpus=gpus, cpus=cpus):

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.config import PRESETS, unknown_model
 from model.errors import InputError
 from model.terminal import integer, real
 from pacore_sched.cli import options as shared
@@ -212,8 +211,7 @@ def _run_replicas(options: argparse.Namespace, keys: tuple[str, ...]) -> None:
             "--journal does not go with --replicas: a request that is sent again may reach another"
             " replica"
         )
-    if not os.path.exists(options.model) and options.model not in PRESETS:
-        raise unknown_model(options.model)
+    shared.check_model(options.model)
     gpus, cpus = shared.resources(options)
     with (
         bound_socket(options.host, options.port) as listener,
