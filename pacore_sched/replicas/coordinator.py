@@ -63,7 +63,9 @@ class Coordinator:
         self._targets: dict[tuple[int, int, int], int] = {}  # leaving: problem, round, index
         self._num_parts = 0
         self._due: dict[int, None] = {}  # idle replicas that may have something to do
-        self._lost = Totals()  # of replicas that are gone
+        self._num_calling = self._num_reports = 0  # reports that are due; since the last moves
+        self._kv_used = 0.0  # sum of the replicas' shares
+        self.totals = Totals()  # of all replicas, lost ones included as far as they have reported
         self.moved = 0  # rollouts
 
     @property
@@ -78,17 +80,7 @@ class Coordinator:
     @property
     def kv_used(self) -> float:
         """Mean share of the KV pages in use."""
-        shares = [replica.report.kv_used for replica in self._replicas.values()]
-        return sum(shares) / max(1, len(shares))
-
-    @property
-    def totals(self) -> Totals:
-        """What all replicas have done, lost ones included as far as they have reported."""
-        totals = Totals()
-        totals.add(self._lost)
-        for replica in self._replicas.values():
-            totals.add(replica.report.totals)
-        return totals
+        return self._kv_used / max(1, len(self._replicas))
 
     def add(self, replica: int) -> None:
         """A replica is ready."""
@@ -101,7 +93,8 @@ class Coordinator:
         if lost is None:
             return
         self._due.pop(replica, None)
-        self._lost.add(lost.report.totals)
+        self._num_calling -= lost.calling
+        self._kv_used -= lost.report.kv_used
         for key in lost.tasks:
             if key.part:
                 self._parts.pop(key, None)
@@ -129,6 +122,7 @@ class Coordinator:
             orders.more, orders.seconds = not self._exhausted, SECONDS
             needs_state = self._moves and self._exhausted and replica.state is None
             if orders or replica.report.busy or needs_state:
+                self._num_calling += 1
                 yield number, orders
             else:
                 replica.calling = False
@@ -136,6 +130,9 @@ class Coordinator:
     def take(self, number: int, report: Report) -> None:
         """A replica has reported."""
         replica = self._replicas[number]
+        self._num_calling -= replica.calling
+        self._kv_used += report.kv_used - replica.report.kv_used
+        self.totals.add(report.totals, replica.report.totals)
         replica.calling, replica.report, replica.state = False, report, report.state
         self._due[number] = None
         for key, result in report.results:
@@ -151,7 +148,9 @@ class Coordinator:
             self._take_answer(number, key, answer)
         if replica.state and replica.outbox.detach:
             replica.state = _without(replica.state, replica.outbox.detach)
-        if self._moves and self._exhausted:
+        self._num_reports += 1
+        if self._moves and self._exhausted and self._num_reports > self._num_calling:
+            self._num_reports = 0  # about once per round of reports: it looks at all replicas
             self._balance(self._moves)
 
     @property
@@ -312,7 +311,7 @@ def _with(state: ReplicaState, source: ReplicaState, detached: Detach) -> Replic
     problem, round_, indices = detached
     key = problem, round_
     group = next(g for g in source.groups if (g.problem, g.round) == key)
-    came = tuple(r._replace(waiting=False) for r in group.rollouts if r.index in indices)
+    came = tuple(replace(r, waiting=False) for r in group.rollouts if r.index in indices)
     here = [g for g in state.groups if (g.problem, g.round) == key]
     others = tuple(g for g in state.groups if (g.problem, g.round) != key)
     before: tuple[RolloutState, ...] = here[0].rollouts if here else ()
