@@ -96,10 +96,12 @@ class ProblemRun:
         number: int,
         known: Iterable[RolloutResult] = (),
         part: Part | None = None,
+        neighbour: "ProblemRun | None" = None,
     ) -> None:
         """`number` counts problems in order of arrival; `known` are results of an earlier run.
 
-        With `part`, only these rollouts are run; `known` are then those of all earlier rounds.
+        With `part`, only these rollouts are run; `known` are then those of all earlier rounds. Its
+        `neighbour` has other rollouts of this round on the engine: they share the prompt's KV.
         """
         self.id, self.number = problem.id, number
         self.rounds: list[list[RolloutResult]] = []
@@ -120,7 +122,7 @@ class ProblemRun:
         self.prompt = FittedPrompt([], (), ())  # of the current round
         self._known = {(result.round, result.index): result for result in known}
         self._current: dict[int, RolloutResult] = {}
-        self._part = part
+        self._part, self._neighbour = part, neighbour
         self._away: set[int] = set()  # rollouts of the current round that are on other engines
         self._on_end = ExitStack()  # closes the current round's span
         self._begin_round()
@@ -186,13 +188,15 @@ class ProblemRun:
             self._preparing = None
         else:
             self.prompt = self._build_prompt()
-        self._encode()
+        path = self._neighbours_path()
+        if not path:
+            self._encode()
+            path = self._path(self.prompt.ids)
         number, settings = len(self.rounds), self.settings
         width = settings.widths[number]
         partial = self._part.rollouts if self._part else dict.fromkeys(range(width), Partial())
         missing = [index for index in partial if index not in self._current]
         self._on_end.callback(begin("round", f"{number} of problem {self.id or self.number}"))
-        path = self._path(self.prompt.ids)
         self.group = self._engine.submit(
             path,
             self.prompt.ids[-1],
@@ -314,6 +318,11 @@ class ProblemRun:
     def _ended(self) -> int:
         """The number of rollouts of the current round that ended without being cancelled."""
         return sum(result.finish_reason != "cancelled" for result in self._current.values())
+
+    def _neighbours_path(self) -> Sequence[Segment]:
+        """The prompt's segments, if the neighbour's group is still there."""
+        group, self._neighbour = self._neighbour and self._neighbour.group, None
+        return group.path if group in self._engine.scheduler.groups else ()
 
     def _encode(self) -> None:
         """Encode the images on the first call; afterwards only their layout is needed."""

@@ -142,10 +142,10 @@ def run_job(options: argparse.Namespace, path: str, job: Job) -> int:
             resumed = journal.rollouts
             progress = Progress(problems, rollouts=resumed)
             results, stopped = _run(runner, file.questions, journal, images, progress)
-            totals = runner.totals
+            totals, counts = runner.totals, runner.counts
         if not stopped:
             replace_file(out, _lines(job, file.questions, results, journal, progress))
-    report = _report(totals, progress, resumed, out, journal_path, stopped)
+    report = _report(totals, progress, resumed, out, journal_path, stopped) | counts
     if options.json:
         print(json.dumps(report))
     _print_summary(report, results, file.questions, quiet=options.json)

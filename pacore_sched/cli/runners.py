@@ -67,6 +67,10 @@ class Runner(Protocol):
     def totals(self) -> Totals:
         """What has been done so far."""
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Further counts for the report."""
+
     def answers(
         self,
         source: Source,
@@ -125,6 +129,10 @@ class OneEngine:
         engine = self._pacore.engine
         return Totals(engine.stats, engine.scheduler.counts)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return {}
+
     def answers(
         self,
         source: Source,
@@ -168,6 +176,16 @@ class ManyReplicas:
     @property
     def totals(self) -> Totals:
         return self._coordinator.totals if self._coordinator else Totals()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        moved = self._coordinator.moved if self._coordinator else 0
+        actors = self._actors
+        return {
+            "replicas": len(actors.loaded),
+            "replicas_ended": actors.ended,
+            "moved_rollouts": moved,
+        }
 
     def answers(
         self,

@@ -96,9 +96,10 @@ class Replicas:
         self._actors: dict[int, Any] = {}
         self._loading: dict[Any, int] = {}  # the result of `load` -> replica
         self._calls: dict[Any, int] = {}  # the result of `advance` -> replica
-        self.loaded: dict[int, Loaded] = {}
+        self.loaded: dict[int, Loaded] = {}  # those that run now
         self._failures: dict[int, int] = {}
         self._kv_tokens: int | None = None
+        self.ended = 0  # how often a replica has ended
         try:
             self._start(least, most)
         except BaseException:
@@ -197,7 +198,10 @@ class Replicas:
             try:
                 report = ray.get(result)
             except exceptions.RayError as error:
-                self._ended(number, _why(error), coordinator)
+                why = _why(error)
+                if not isinstance(error, exceptions.RayTaskError):  # which has its own numbers
+                    why = f"{why} (before: {coordinator.memory(number)})"
+                self._ended(number, why, coordinator)
                 continue
             if any(ended.finish_reason != "cancelled" for _, ended in report.results):
                 self._failures[number] = 0
@@ -205,6 +209,7 @@ class Replicas:
 
     def _ended(self, number: int, why: str, coordinator: Coordinator) -> None:
         """A replica has ended: start another in its place, unless it has ended too often."""
+        self.ended += 1
         coordinator.lose(number)
         self.loaded.pop(number, None)
         ray.kill(self._actors.pop(number))

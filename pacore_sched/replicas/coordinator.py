@@ -82,6 +82,10 @@ class Coordinator:
         """Mean share of the KV pages in use."""
         return self._kv_used / max(1, len(self._replicas))
 
+    def memory(self, replica: int) -> str:
+        """A replica's use of memory at its last report, for a message."""
+        return self._replicas[replica].report.memory
+
     def add(self, replica: int) -> None:
         """A replica is ready."""
         self._replicas[replica] = _Replica()

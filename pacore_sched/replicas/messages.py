@@ -86,6 +86,7 @@ class Report:
     overtaken: (problem, round): the round has ended, its rollouts elsewhere are not needed
     busy, waits: whether the replica has work, and whether a rollout is waiting to start
     kv_used: share of the KV pages in use
+    peak_bytes: the most memory that the process has used, on a GPU that of its tensors there
     state: what could move, if no more problems wait
     measured: whether the state's cost model has been fitted to steps; if not, it is no guess
     """
@@ -97,6 +98,12 @@ class Report:
     busy: bool = False
     waits: bool = False
     kv_used: float = 0.0
+    peak_bytes: int = 0
     totals: Totals = field(default_factory=Totals)
     state: ReplicaState | None = None
     measured: bool = False
+
+    @property
+    def memory(self) -> str:
+        """The use of memory, for a message."""
+        return f"{self.kv_used:.0%} of the KV pages in use, {self.peak_bytes / 1e9:.2f} GB at most"

@@ -5,12 +5,15 @@ rollouts may leave in the tail (sim/tail_moves.py): the replica that they go to 
 of the problem, and their results come back here, where the problem's rounds go on.
 """
 
+import resource
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
+
+import torch
 
 from model.errors import STOPS, reason
 from model.step3vl import Step3VL
@@ -61,7 +64,8 @@ class Replica:
         except STOPS:
             raise
         except BaseException as error:
-            raise ReplicaError(f"{reason(error)}; {self._memory()}") from None
+            self._note_memory()
+            raise ReplicaError(f"{reason(error)} ({self._report.memory})") from None
         return self._finish_report(state=not orders.more)
 
     def _follow(self, orders: Orders) -> None:
@@ -132,7 +136,7 @@ class Replica:
                 del self._away[key]
         report.busy = bool(self._live) or not self._arrivals.empty
         report.waits = self._waits()
-        report.kv_used = 1 - scheduler.tree.free_pages / scheduler.tree.num_pages
+        self._note_memory()
         report.totals = Totals(copy(self._engine.stats), copy(scheduler.counts))
         if state:
             report.state = replica_state(scheduler, self._costs.model())
@@ -150,12 +154,25 @@ class Replica:
             task.key.problem,
             task.known,
             task.part,
+            self._neighbour(task),
         )
 
-    def _memory(self) -> str:
+    def _neighbour(self, task: Task) -> ProblemRun | None:
+        """A run of other rollouts of the round whose part the task is."""
+        if task.part is None:
+            return None
+        for key, run in self._runs.items():
+            same_round = key.problem == task.key.problem and len(run.rounds) == task.part.round
+            if same_round and run.group is not None:
+                return run
+        return None
+
+    def _note_memory(self) -> None:
         tree = self._engine.scheduler.tree
-        used = tree.num_pages - tree.free_pages
-        return f"{used} of {tree.num_pages} KV pages were in use"
+        self._report.kv_used = 1 - tree.free_pages / tree.num_pages
+        self._report.peak_bytes = torch.cuda.max_memory_allocated() or (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
 
 
 class _Inbox(Iterator[ProblemRun]):

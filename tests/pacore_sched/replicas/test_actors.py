@@ -76,7 +76,7 @@ def test_killed_replicas(start, said: list[str], capfd: pytest.CaptureFixture) -
             os.kill(replicas.loaded[killed].pid, signal.SIGKILL)
             killed += 1
     assert killed == 2 and len(said) == 2, said
-    assert all("it is started again" in line for line in said)
+    assert all("it is started again" in line and "GB at most" in line for line in said)
     assert not capfd.readouterr().out  # where the command's JSON document goes
     assert by_problem(run.answers).keys() == {f"p{n}" for n in range(12)}
     alone = by_problem(hashed((6, 2)).answers(questions(12)))

@@ -11,6 +11,7 @@ import pytest
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer, Round
 from pacore_sched.answers.pacore import Pacore
+from pacore_sched.answers.problem_run import Part
 from pacore_sched.replicas.coordinator import Coordinator
 from pacore_sched.replicas.messages import Key, Orders, Task
 from pacore_sched.replicas.replica import Replica, ReplicaError
@@ -191,6 +192,23 @@ def test_rounds_that_need_not_wait() -> None:
             assert need <= len(ended) <= width
 
 
+def test_parts_share_their_prompts_kv() -> None:
+    """Two rollouts that come one after the other: the prompt is prefilled once."""
+    home, away = Replica(hashed(WIDTHS)), Replica(pacore := hashed(WIDTHS))
+    task = Task(Key(0), "p", [{"role": "user", "content": "?"}])
+    home.advance(Orders([task], seconds=0.0))
+    prefilled = []
+    for number, index in enumerate((2, 4), start=1):
+        ((_, _, partials),) = home.advance(Orders(detach=[(0, 0, [index])])).detached
+        part = replace(task, key=Key(0, number), part=Part(0, partials))
+        away.advance(Orders([part], seconds=0.0))
+        away.advance(Orders(seconds=0.0))
+        prefilled.append(pacore.engine.scheduler.counts.prefilled)
+    assert prefilled[0] == prefilled[1] > 0
+    report = away.advance(Orders(seconds=10.0))
+    assert {result.index for _, result in report.results} == {2, 4}
+
+
 def test_a_failing_step_says_why() -> None:
     pacore = hashed(WIDTHS)
     replica = Replica(pacore)
@@ -200,5 +218,5 @@ def test_a_failing_step_says_why() -> None:
 
     pacore.engine.executor.launch = fail
     task = Task(Key(0), "p", [{"role": "user", "content": "?"}])
-    with pytest.raises(ReplicaError, match="out of memory.*of 4000 KV pages were in use"):
+    with pytest.raises(ReplicaError, match="out of memory.*% of the KV pages in use, .* GB"):
         replica.advance(Orders([task], seconds=1.0))
