@@ -82,7 +82,7 @@ def test_scale_rows(capsys: pytest.CaptureFixture):
     assert "ray_s" in rows["1 replica"] and "ray_s" not in rows["1 process"]
     assert not any(row["failure"] for row in rows.values())
     show.replicas(list(rows.values()))
-    assert "Ray 3.0 s" in capsys.readouterr().out
+    assert "Ray started in 3.0 s, replicas in 4.0 s" in capsys.readouterr().out
 
 
 def test_faults_of_runs():
