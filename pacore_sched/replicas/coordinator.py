@@ -60,6 +60,7 @@ class Coordinator:
         self._replicas: dict[int, _Replica] = {}
         self._homes: dict[int, int] = {}  # problem -> its replica
         self._parts: dict[Key, int] = {}  # part -> its replica
+        self._parts_of: dict[int, list[Key]] = {}  # problem -> its parts, ended ones included
         self._targets: dict[tuple[int, int, int], int] = {}  # leaving: problem, round, index
         self._num_parts = 0
         self._due: dict[int, None] = {}  # idle replicas that may have something to do
@@ -213,6 +214,7 @@ class Coordinator:
     def _end(self, problem: int, answer: Answer) -> None:
         del self._homes[problem]
         self._cancel_parts(problem)
+        self._parts_of.pop(problem, None)
         if self._moves:
             self._moves.forget(problem)
         self._on_answer(answer)
@@ -222,9 +224,10 @@ class Coordinator:
         for task in list(self._returned):
             if task.key.problem == problem and task.part and round_ in (None, task.part.round):
                 self._returned.remove(task)
-        for key, number in list(self._parts.items()):
+        for key in self._parts_of.get(problem, ()):
+            number = self._parts.get(key, -1)
             replica = self._replicas.get(number)
-            if key.problem != problem or replica is None:
+            if replica is None:
                 continue
             part = replica.tasks[key].part
             if round_ is None or (part and part.round == round_):
@@ -265,6 +268,7 @@ class Coordinator:
         for target, rollouts in targets.items():
             self._num_parts += 1
             key = Key(problem, self._num_parts)
+            self._parts_of.setdefault(problem, []).append(key)
             moved = replace(task, key=key, known=known, part=Part(round_, rollouts))
             self.moved += len(rollouts)
             if target in self._replicas:
