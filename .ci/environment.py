@@ -122,9 +122,7 @@ def _install_rest(*requirements: str) -> bool:
     say("installing the other packages")
     return (
         _pip("setuptools>=77")  # so that the editable install below downloads no build tools
-        and _pip(
-            "--no-build-isolation", "--editable", f"{ROOT}[{EXTRAS}]", *requirements
-        )
+        and _pip("--no-build-isolation", "--editable", f"{ROOT}[{EXTRAS}]", *requirements)
         and _pip("--no-deps", *WITHOUT_DEPENDENCIES)
     )
 

@@ -31,6 +31,7 @@ from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
 from model.terminal import progress, usable_cpus
 from model.text.prompt import build_prompt
+from pacore_sched.replicas.coordinator import SECONDS
 from pacore_sched.sim.calibration import FittedCost, fit
 from pacore_sched.sim.cluster import Setting, SimResult, simulate
 from pacore_sched.sim.cost_model import StepWork
@@ -141,6 +142,7 @@ def simulate_replicas(
         page_size=PAGE_SIZE,
         max_tokens=MAX_TOKENS,
         migrate=migrate,
+        move_period_s=SECONDS,
         num_pages=KV_TOKENS // PAGE_SIZE,
         cost=cost,
     )
