@@ -22,6 +22,7 @@ from bench.rows.formats import (
     whole,
     yes_no,
 )
+from bench.rows.replica_tables import REPLICAS
 from bench.rows.schema import is_number
 
 WHOLE_RUNS = Kind(
@@ -169,4 +170,5 @@ RUNS = {
     "scheduler_step": SCHEDULER,
     "fold": FOLD,
     "fp8_kv": FP8_KV,
+    **REPLICAS,
 }

@@ -71,9 +71,24 @@ def whole_runs(rows: Sequence[Row]) -> None:
 def replay(rows: Sequence[Row]) -> None:
     """The simulator's errors, and how well its cost model fits."""
     show(run_tables.REPLAY, rows)
+    _print_fit(rows[0])
+
+
+def replicas(rows: Sequence[Row]) -> None:
+    """One study of replicas, and what went wrong."""
+    show(run_tables.RUNS[rows[0]["op"]], rows)
+    if "ray_s" in (row := rows[-1]):
+        print(
+            f"not counted: Ray started in {row['ray_s']:.1f} s, replicas in {row['load_s']:.1f} s"
+        )
+    if "fit_residual" in row:
+        _print_fit(row)
+
+
+def _print_fit(row: Row) -> None:
     print(
-        f"cost model fitted to {rows[0]['fitted_steps']} steps of other runs;"
-        f" median error {100 * rows[0]['fit_residual']:.1f} %"
+        f"cost model fitted to {row['fitted_steps']} steps of other runs;"
+        f" median error {100 * row['fit_residual']:.1f} %"
     )
 
 

@@ -109,7 +109,7 @@ class Replay:
         self.answers: list[float] = []
         self.samples: SAMPLES = []
         self._seconds, self._tokens = 0.0, sum(problem.tokens for problem in problems)
-        self._shapes = _Shapes(self.engine)
+        self._shapes = Shapes(self.engine)
         self._live = {_submit(self.engine, n, p, 0): (n, p) for n, p in enumerate(problems)}
 
     @property
@@ -192,7 +192,7 @@ def simulate(
     return Simulated(answers, replica.executor.usage.steps)
 
 
-class _Shapes:
+class Shapes:
     """Records the shape of every batch that an engine launches."""
 
     def __init__(self, engine: Engine) -> None:

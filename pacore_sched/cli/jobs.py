@@ -335,6 +335,7 @@ def _report(
         "failed": progress.failed,
         "rollouts": progress.rollouts,
         "resumed_rollouts": resumed,
+        "started_rollouts": counts.started,
         "tokens": stats.generated,
         "seconds": seconds,
         "tokens_per_second": stats.generated / seconds,

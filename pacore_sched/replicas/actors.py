@@ -117,6 +117,7 @@ class Replicas:
         Raises InputError if all replicas have ended too often. If the caller stops early, what has
         ended until then is still reported to the coordinator.
         """
+        self._calls.clear()  # of an earlier coordinator
         for number in self.loaded:
             coordinator.add(number)
         try:

@@ -60,10 +60,13 @@ class Coordinator:
         self._replicas: dict[int, _Replica] = {}
         self._homes: dict[int, int] = {}  # problem -> its replica
         self._parts: dict[Key, int] = {}  # part -> its replica
+        self._parts_of: dict[int, list[Key]] = {}  # problem -> its parts, ended ones included
         self._targets: dict[tuple[int, int, int], int] = {}  # leaving: problem, round, index
         self._num_parts = 0
         self._due: dict[int, None] = {}  # idle replicas that may have something to do
-        self._lost = Totals()  # of replicas that are gone
+        self._num_calling = self._num_reports = 0  # reports that are due; since the last moves
+        self._kv_used = 0.0  # sum of the replicas' shares
+        self.totals = Totals()  # of all replicas, lost ones included as far as they have reported
         self.moved = 0  # rollouts
 
     @property
@@ -78,17 +81,7 @@ class Coordinator:
     @property
     def kv_used(self) -> float:
         """Mean share of the KV pages in use."""
-        shares = [replica.report.kv_used for replica in self._replicas.values()]
-        return sum(shares) / max(1, len(shares))
-
-    @property
-    def totals(self) -> Totals:
-        """What all replicas have done, lost ones included as far as they have reported."""
-        totals = Totals()
-        totals.add(self._lost)
-        for replica in self._replicas.values():
-            totals.add(replica.report.totals)
-        return totals
+        return self._kv_used / max(1, len(self._replicas))
 
     def memory(self, replica: int) -> str:
         """A replica's use of memory at its last report, for a message."""
@@ -105,7 +98,8 @@ class Coordinator:
         if lost is None:
             return
         self._due.pop(replica, None)
-        self._lost.add(lost.report.totals)
+        self._num_calling -= lost.calling
+        self._kv_used -= lost.report.kv_used
         for key in lost.tasks:
             if key.part:
                 self._parts.pop(key, None)
@@ -133,6 +127,7 @@ class Coordinator:
             orders.more, orders.seconds = not self._exhausted, SECONDS
             needs_state = self._moves and self._exhausted and replica.state is None
             if orders or replica.report.busy or needs_state:
+                self._num_calling += 1
                 yield number, orders
             else:
                 replica.calling = False
@@ -140,6 +135,9 @@ class Coordinator:
     def take(self, number: int, report: Report) -> None:
         """A replica has reported."""
         replica = self._replicas[number]
+        self._num_calling -= replica.calling
+        self._kv_used += report.kv_used - replica.report.kv_used
+        self.totals.add(report.totals, replica.report.totals)
         replica.calling, replica.report, replica.state = False, report, report.state
         self._due[number] = None
         for key, result in report.results:
@@ -155,7 +153,9 @@ class Coordinator:
             self._take_answer(number, key, answer)
         if replica.state and replica.outbox.detach:
             replica.state = _without(replica.state, replica.outbox.detach)
-        if self._moves and self._exhausted:
+        self._num_reports += 1
+        if self._moves and self._exhausted and self._num_reports > self._num_calling:
+            self._num_reports = 0  # about once per round of reports: it looks at all replicas
             self._balance(self._moves)
 
     @property
@@ -214,6 +214,7 @@ class Coordinator:
     def _end(self, problem: int, answer: Answer) -> None:
         del self._homes[problem]
         self._cancel_parts(problem)
+        self._parts_of.pop(problem, None)
         if self._moves:
             self._moves.forget(problem)
         self._on_answer(answer)
@@ -223,9 +224,10 @@ class Coordinator:
         for task in list(self._returned):
             if task.key.problem == problem and task.part and round_ in (None, task.part.round):
                 self._returned.remove(task)
-        for key, number in list(self._parts.items()):
+        for key in self._parts_of.get(problem, ()):
+            number = self._parts.get(key, -1)
             replica = self._replicas.get(number)
-            if key.problem != problem or replica is None:
+            if replica is None:
                 continue
             part = replica.tasks[key].part
             if round_ is None or (part and part.round == round_):
@@ -266,6 +268,7 @@ class Coordinator:
         for target, rollouts in targets.items():
             self._num_parts += 1
             key = Key(problem, self._num_parts)
+            self._parts_of.setdefault(problem, []).append(key)
             moved = replace(task, key=key, known=known, part=Part(round_, rollouts))
             self.moved += len(rollouts)
             if target in self._replicas:

@@ -66,10 +66,14 @@ class Totals:
     engine: EngineStats = field(default_factory=EngineStats)
     scheduler: Counts = field(default_factory=Counts)
 
-    def add(self, other: "Totals") -> None:
-        for mine, theirs in ((self.engine, other.engine), (self.scheduler, other.scheduler)):
-            for name, value in vars(theirs).items():
-                setattr(mine, name, getattr(mine, name) + value)
+    def add(self, new: "Totals", old: "Totals") -> None:
+        """Add what a replica has done between two of its reports."""
+        for mine, after, before in (
+            (self.engine, new.engine, old.engine),
+            (self.scheduler, new.scheduler, old.scheduler),
+        ):
+            for name, value in vars(after).items():
+                setattr(mine, name, getattr(mine, name) + value - getattr(before, name))
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""`python -m bench replicas`: what several replicas on Ray gain, survive and cost."""
