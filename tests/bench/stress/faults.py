@@ -141,7 +141,7 @@ FAULTS = [
         (Scheduler.settle_draft, "self._pages_until = self._repeats_left = 0", "pass"),
         (SiblingDrafts.draft, "max_tokens - len(draft))", "max_tokens)"),
         (SiblingDrafts.forget, "self._indexes.pop(group, None)", "pass"),
-        (SiblingDrafts.forget, "self._lengths.pop(rollout, None)", "pass"),
+        (SiblingDrafts.forget, "self.forget_rollout(rollout)", "pass"),
         (Engine._with_drafts, "rollout.max_tokens - rollout.scheduled, budget", "8, budget"),
         (Engine._verify, "or token != draft[i]", ""),
         (Engine._verify, "start += len(draft) + 1", "start += len(draft)"),
