@@ -144,10 +144,10 @@ class LiveProblems:
     def take_elsewhere(
         self, run: ProblemRun, result: RolloutResult, on_rollout: OnRollout
     ) -> list[tuple[ProblemRun, Answer]]:
-        """As `step`, for the end of a rollout that has been detached (ProblemRun.detach)."""
+        """As `step`, for the end of a rollout that has been detached (ProblemRun.detach) and that
+        the problem awaits."""
         group = run.group
-        if group is None or group not in self._runs:
-            return []
+        assert group is not None
         self._take(run.take_elsewhere(result), on_rollout)
         return self._next_rounds([] if run.pending else [group])
 

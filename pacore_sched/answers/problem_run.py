@@ -188,11 +188,15 @@ class ProblemRun:
             self._preparing = None
         else:
             self.prompt = self._build_prompt()
+        number, settings = len(self.rounds), self.settings
+        if self._part and self._part.round != number:
+            raise RuntimeError(f"a part of round {self._part.round} without the rounds before it")
         path = self._neighbours_path()
-        if not path:
+        if path:
+            self._views, self._load, self.image_bytes = (), None, 0
+        else:
             self._encode()
             path = self._path(self.prompt.ids)
-        number, settings = len(self.rounds), self.settings
         width = settings.widths[number]
         partial = self._part.rollouts if self._part else dict.fromkeys(range(width), Partial())
         missing = [index for index in partial if index not in self._current]
@@ -249,11 +253,13 @@ class ProblemRun:
         self.pending -= len(partials)
         return partials
 
+    def awaits(self, result: RolloutResult) -> bool:
+        """Whether it is that of a detached rollout of the current round."""
+        return result.round == len(self.rounds) and result.index in self._away
+
     def take_elsewhere(self, result: RolloutResult) -> list[Rollout]:
-        """Record that a detached rollout has ended; returns the rollouts that are cancelled as a
-        result, to be taken. Does nothing if the round no longer waits for it."""
-        if result.round != len(self.rounds) or result.index not in self._away:
-            return []
+        """Record that a detached rollout, which it `awaits`, has ended; returns the rollouts that
+        are cancelled as a result, to be taken."""
         assert self.group is not None
         self._away.remove(result.index)
         cancelled = self._engine.ended_elsewhere(self.group)

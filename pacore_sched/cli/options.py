@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -138,6 +139,17 @@ def resources(options: argparse.Namespace) -> tuple[float, float]:
     here = options.ray_address is None and not torch.cuda.is_available()
     on_cpu = here if options.device is None else torch.device(options.device).type == "cpu"
     return (0.0, float(options.threads or 1)) if on_cpu else (1.0, 1.0)
+
+
+def for_workers(options: argparse.Namespace) -> argparse.Namespace:
+    """The options for replicas: their processes may have another working directory."""
+    options = copy(options)
+    for name in ("model", "chat_template", "allowed_local_media_path"):
+        if (value := getattr(options, name, None)) and os.path.exists(value):
+            setattr(options, name, os.path.abspath(value))
+    gpus, cpus = resources(options)
+    options.threads = options.threads or (None if gpus else int(cpus))
+    return options
 
 
 def check_model(model: str) -> None:

@@ -1,7 +1,6 @@
 """What answers the problems of a job: one engine in this process, or replicas on Ray."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -223,6 +222,8 @@ class ManyReplicas:
 def runner_of(options: argparse.Namespace, build: Build, describe: Describe) -> Iterator[Runner]:
     """The runner that the options describe. Raises InputError if it cannot be made."""
     if options.replicas is None:
+        if options.ray_address:
+            raise InputError("--ray-address needs --replicas")
         yield OneEngine(build(), describe)
         return
     from pacore_sched.replicas.cluster import connected
@@ -233,12 +234,9 @@ def runner_of(options: argparse.Namespace, build: Build, describe: Describe) -> 
     with connected(options.ray_address, least, gpus=gpus, cpus=cpus):
         from pacore_sched.replicas.actors import Replicas
 
-        on_workers = _with_absolute_paths(options)
-        if not gpus:
-            on_workers.threads = int(cpus)
-            build = replace(build, neighbours=most)
+        neighbours = 1 if gpus else most
         actors = Replicas(
-            replace(build, options=on_workers),
+            replace(build, options=shared.for_workers(options), neighbours=neighbours),
             describe,
             least=least,
             most=most,
@@ -250,12 +248,3 @@ def runner_of(options: argparse.Namespace, build: Build, describe: Describe) -> 
             yield ManyReplicas(actors, options.migrate)
         finally:
             actors.close()
-
-
-def _with_absolute_paths(options: argparse.Namespace) -> argparse.Namespace:
-    """The options for processes that may have another working directory."""
-    options = copy(options)
-    for name in ("model", "chat_template"):
-        if (value := getattr(options, name)) and os.path.exists(value):
-            setattr(options, name, os.path.abspath(value))
-    return options

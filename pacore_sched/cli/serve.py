@@ -222,7 +222,7 @@ def _run_replicas(options: argparse.Namespace, keys: tuple[str, ...]) -> None:
         log_to_stderr()
         serve_replicas(
             listener,
-            partial(make_context, options),
+            partial(make_context, shared.for_workers(options)),
             _limits(options),
             replicas=options.replicas,
             gpus=gpus,

@@ -2,11 +2,13 @@
 
 Actors with calls of our own rather than Ray Data's pool of actors: a replica must hold many
 problems at once, report each rollout as it ends, and give rollouts away, while a pool maps batches
-to results. They are started again here, not by Ray: only what a replica has achieved tells a bad
-machine from a replica that runs out of memory each time.
+to results. They are started again here, not by Ray, which would count all ends of a replica: here
+only those count that come one after the other without an ended rollout between them.
 """
 
+import gc
 import os
+import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,10 +23,11 @@ from model.terminal import progress
 from pacore_sched.answers.pacore import Pacore
 from pacore_sched.replicas.coordinator import SECONDS, Coordinator
 from pacore_sched.replicas.messages import Orders, Report
-from pacore_sched.replicas.replica import Replica
+from pacore_sched.replicas.replica import Replica, ReplicaError
 
 MAX_FAILURES = 3  # of a replica in a row, without a rollout that ends in between
 WAIT_S = 0.2  # between looks at the user's signals
+ALONE_S = 60.0  # without a replica, until the user is told
 
 
 class Build(Protocol):
@@ -57,7 +60,8 @@ class ReplicaActor:
     def load(self, kv_tokens: int | None) -> Loaded:
         """Load the model, unless it has been, and make its engine with this capacity of KV."""
         model = self._pacore.model if self._pacore else None
-        self._replica = self._pacore = None  # their memory is free for the new ones
+        self._replica = self._pacore = None
+        gc.collect()  # the old KV's memory is free for the new one; there are reference cycles
         self._pacore = pacore = self._build(model, kv_tokens)
         self._replica = Replica(pacore)
         tokens = pacore.engine.executor.num_pages * PAGE_SIZE
@@ -97,6 +101,7 @@ class Replicas:
         self._loading: dict[Any, int] = {}  # the result of `load` -> replica
         self._calls: dict[Any, int] = {}  # the result of `advance` -> replica
         self.loaded: dict[int, Loaded] = {}  # those that run now
+        self.settings: dict[str, object] = {}  # what results depend on
         self._failures: dict[int, int] = {}
         self._kv_tokens: int | None = None
         self.ended = 0  # how often a replica has ended
@@ -105,11 +110,6 @@ class Replicas:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """What results depend on."""
-        return next(iter(self.loaded.values())).settings
 
     def turns(self, coordinator: Coordinator) -> Generator[None, None, None]:
         """Run all tasks of a coordinator; yields several times a second.
@@ -120,6 +120,7 @@ class Replicas:
         self._calls.clear()  # of an earlier coordinator
         for number in self.loaded:
             coordinator.add(number)
+        alone_since = time.monotonic()
         try:
             while not coordinator.done:
                 for number, orders in coordinator.calls():
@@ -130,8 +131,16 @@ class Replicas:
                         f"all replicas have ended {MAX_FAILURES} times without ending a rollout:"
                         " see the reasons above, then continue with --resume"
                     )
-                done, _ = ray.wait(pending, timeout=WAIT_S)
-                self._take(done, coordinator)
+                done, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
+                self._take(done or ray.wait(pending, timeout=WAIT_S)[0], coordinator)
+                if self.loaded:
+                    alone_since = time.monotonic()
+                elif time.monotonic() - alone_since > ALONE_S:
+                    alone_since = time.monotonic()
+                    self._say(
+                        "no replica is loaded: they load slowly, or the cluster has no room for"
+                        " one now (`ray status`); Ctrl-C stops, and --resume goes on"
+                    )
                 yield
             yield
         finally:
@@ -147,13 +156,14 @@ class Replicas:
         self._actors.clear()
 
     def _start(self, least: int, most: int) -> None:
-        for number in range(most):
+        for number in range(least):
             self._launch(number)
         with progress("replicas", least) as advance:
             while len(self.loaded) < least:
                 for result in ray.wait([*self._loading])[0]:
                     number = self._loading.pop(result)
-                    self.loaded[number] = self._load_result(number, result)
+                    self.loaded[number] = loaded = self._load_result(number, result)
+                    self.settings = self.settings or loaded.settings
                     advance(1)
         self._kv_tokens = min(loaded.kv_tokens for loaded in self.loaded.values())
         smaller = {
@@ -163,6 +173,8 @@ class Replicas:
         }
         for number, result in smaller.items():
             self.loaded[number] = self._load_result(number, result)
+        for number in range(least, most):
+            self._launch(number)
 
     def _launch(self, number: int) -> None:
         actor: Any = self._new.remote(self._build, self._describe)
@@ -175,13 +187,12 @@ class Replicas:
             loaded = ray.get(result)
         except exceptions.RayError as error:
             raise InputError(f"replica {number} cannot be loaded: {_why(error)}") from None
-        for other in self.loaded.values():
-            for name, value in other.settings.items():
-                if loaded.settings.get(name) != value:
-                    raise InputError(
-                        f"the replicas differ in {name}: {value!r} on {other.node}, but"
-                        f" {loaded.settings.get(name)!r} on {loaded.node}"
-                    )
+        for name, value in self.settings.items():
+            if loaded.settings.get(name) != value:
+                raise InputError(
+                    f"replica {number}, on {loaded.node}, has another {name} than the others:"
+                    f" {loaded.settings.get(name)!r}, not {value!r}"
+                )
         return loaded
 
     def _take(self, done: Iterable[Any], coordinator: Coordinator) -> None:
@@ -200,7 +211,8 @@ class Replicas:
             except exceptions.RayError as error:
                 why = _why(error)
                 if not isinstance(error, exceptions.RayTaskError):  # which has its own numbers
-                    why = f"{why} (before: {coordinator.memory(number)})"
+                    node = self.loaded[number].node
+                    why = f"{why} (on {node}; at its last report {coordinator.memory(number)})"
                 self._ended(number, why, coordinator)
                 continue
             if any(ended.finish_reason != "cancelled" for _, ended in report.results):
@@ -227,11 +239,8 @@ def _why(error: exceptions.RayError) -> str:
     """Why a call has failed, on one line."""
     cause = getattr(error, "cause", None)
     if isinstance(error, exceptions.RayTaskError) and isinstance(cause, Exception):
-        return reason(cause) if isinstance(cause, InputError) else str(cause)
+        return str(cause) if isinstance(cause, ReplicaError) else reason(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, exceptions.OutOfMemoryError):
-        return "it was ended by Ray because its node ran out of memory: " + _first_line(error)
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "unknown")
+        return f"Ray ended it because its node ran out of memory: {lines[0]}"
+    return lines[-1] if lines else type(error).__name__

@@ -11,15 +11,25 @@ measurement can play the replicas.
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer
 from pacore_sched.answers.problem_run import Part
 from pacore_sched.replicas.messages import Key, Orders, Report, Task, Totals
 from pacore_sched.sched.request import Partial
-from pacore_sched.sim.tail_moves import GroupState, ReplicaState, RolloutState, TailMoves
+from pacore_sched.sim.tail_moves import ReplicaState, TailMoves
 
 SECONDS = 0.25  # between a replica's reports
+AT_SECONDS = 128  # with more replicas they report less often
+
+
+class Place(NamedTuple):
+    """A rollout of a problem."""
+
+    problem: int
+    round: int
+    rollout: int
 
 
 @dataclass
@@ -28,9 +38,12 @@ class _Replica:
 
     tasks: dict[Key, Task] = field(default_factory=dict)
     outbox: Orders = field(default_factory=Orders)
+    sent: Orders = field(default_factory=Orders)  # of the last call
     calling: bool = False  # a report is due
     report: Report = field(default_factory=Report)
-    state: ReplicaState | None = None  # of the last report, with what has been ordered since
+    state: ReplicaState | None = None  # of the last report, unless that has become wrong
+    leaving: set[Place] = field(default_factory=set)  # ordered to move away
+    coming: set[Place] = field(default_factory=set)  # ordered to move here
 
 
 class Coordinator:
@@ -61,7 +74,7 @@ class Coordinator:
         self._homes: dict[int, int] = {}  # problem -> its replica
         self._parts: dict[Key, int] = {}  # part -> its replica
         self._parts_of: dict[int, list[Key]] = {}  # problem -> its parts, ended ones included
-        self._targets: dict[tuple[int, int, int], int] = {}  # leaving: problem, round, index
+        self._targets: dict[Place, int] = {}  # of moves whose rollouts have not left
         self._num_parts = 0
         self._due: dict[int, None] = {}  # idle replicas that may have something to do
         self._num_calling = self._num_reports = 0  # reports that are due; since the last moves
@@ -100,6 +113,8 @@ class Coordinator:
         self._due.pop(replica, None)
         self._num_calling -= lost.calling
         self._kv_used -= lost.report.kv_used
+        for place in lost.leaving:
+            self._give_up_move(place)
         for key in lost.tasks:
             if key.part:
                 self._parts.pop(key, None)
@@ -123,8 +138,10 @@ class Coordinator:
             replica.calling = True
             if not replica.report.waits and (task := self._take_task()):
                 self._assign(number, task)
-            orders, replica.outbox = replica.outbox, Orders()
-            orders.more, orders.seconds = not self._exhausted, SECONDS
+            orders = replica.sent = replica.outbox
+            replica.outbox = Orders()
+            orders.more = not self._exhausted
+            orders.seconds = SECONDS * max(1.0, len(self._replicas) / AT_SECONDS)
             needs_state = self._moves and self._exhausted and replica.state is None
             if orders or replica.report.busy or needs_state:
                 self._num_calling += 1
@@ -140,19 +157,23 @@ class Coordinator:
         self.totals.add(report.totals, replica.report.totals)
         replica.calling, replica.report, replica.state = False, report, report.state
         self._due[number] = None
+        for task in replica.sent.tasks:
+            replica.coming.difference_update(_places(task))
         for key, result in report.results:
             self._take_result(key, result)
-        for problem, round_ in report.overtaken:
-            self._cancel_parts(problem, round_)
         for key, round_, partials in report.detached:
-            place = self._parts.get(key) if key.part else self._homes.get(key.problem)
-            if place == number:  # the task has not been given to another replica since
+            host = self._parts.get(key) if key.part else self._homes.get(key.problem)
+            if host == number:  # the task has not been given to another replica since
                 self._forward(key.problem, round_, partials)
                 self._shrink(key, partials)
+        for problem, round_, indices in replica.sent.detach:
+            for index in indices:
+                replica.leaving.discard(place := Place(problem, round_, index))
+                self._give_up_move(place)  # if the rollout has not left: it had ended
+        for problem, round_ in report.overtaken:
+            self._cancel_parts(problem, round_)
         for key, answer in report.answers:
             self._take_answer(number, key, answer)
-        if replica.state and replica.outbox.detach:
-            replica.state = _without(replica.state, replica.outbox.detach)
         self._num_reports += 1
         if self._moves and self._exhausted and self._num_reports > self._num_calling:
             self._num_reports = 0  # about once per round of reports: it looks at all replicas
@@ -195,17 +216,21 @@ class Coordinator:
             self._replicas[home].outbox.ended.append((key.problem, result))
             self._wake(home)
             self._shrink(key, [result.index])
+            return  # it counts when the home reports it, whose round may have ended without it
         if self._moves and result.finish_reason != "cancelled":
             self._moves.ended(key.problem, result.round, result.num_tokens)
         self._on_result(result)
 
     def _take_answer(self, number: int, key: Key, answer: Answer) -> None:
-        self._replicas[number].tasks.pop(key, None)
+        task = self._replicas[number].tasks.pop(key, None)
         if not key.part:
             if self._homes.get(key.problem) == number:
                 self._end(key.problem, answer)
-        elif self._parts.pop(key, None) is not None and answer.error:
+        elif self._parts.pop(key, None) is not None and task and answer.error:
             home = self._homes[key.problem]
+            if number != home:  # where its prompt is
+                self._assign(home, task)
+                return
             self._replicas[home].tasks.pop(Key(key.problem))
             self._replicas[home].outbox.cancel.append(Key(key.problem))
             self._wake(home)
@@ -232,12 +257,21 @@ class Coordinator:
             part = replica.tasks[key].part
             if round_ is None or (part and part.round == round_):
                 del self._parts[key], replica.tasks[key]
-                replica.outbox.cancel.append(key)
+                undelivered = [task for task in replica.outbox.tasks if task.key == key]
+                for task in undelivered:
+                    replica.outbox.tasks.remove(task)
+                    replica.coming.difference_update(_places(task))
+                if not undelivered:
+                    replica.outbox.cancel.append(key)
                 self._wake(number)
 
     def _balance(self, moves: TailMoves) -> None:
-        """Order the moves that pay now."""
-        ready = {n: r for n, r in self._replicas.items() if r.state is not None}
+        """Order the moves that pay now, between replicas without unfinished moves."""
+        ready = {
+            n: r
+            for n, r in self._replicas.items()
+            if r.state is not None and not r.leaving and not r.coming
+        }
         measured = [r.state.cost for r in ready.values() if r.state and r.report.measured]
         if len(ready) < 2 or not measured:
             return
@@ -246,20 +280,28 @@ class Coordinator:
                 replica.state = replace(replica.state, cost=measured[0])
         for move in moves.moves({n: r.state for n, r in ready.items() if r.state}):
             source, target = self._replicas[move.source], self._replicas[move.target]
-            detach = (move.problem, move.round, move.indices)
-            source.outbox.detach.append(detach)
-            self._targets |= {(*detach[:2], index): move.target for index in move.indices}
-            assert source.state is not None and target.state is not None
-            target.state = _with(target.state, source.state, detach)
-            source.state = _without(source.state, [detach])
+            source.outbox.detach.append((move.problem, move.round, move.indices))
+            places = {Place(move.problem, move.round, index) for index in move.indices}
+            source.leaving |= places
+            target.coming |= places
+            self._targets |= dict.fromkeys(places, move.target)
             self._wake(move.source)
+
+    def _give_up_move(self, place: Place) -> None:
+        """A rollout does not leave, or is not needed where it goes. Does nothing if it has left."""
+        target = self._replicas.get(self._targets.pop(place, -1))
+        if target is not None:
+            target.coming.discard(place)
 
     def _forward(self, problem: int, round_: int, partials: Mapping[int, Partial]) -> None:
         """Send rollouts that have left a replica to the one that they are moving to."""
         home = self._homes.get(problem)
         targets: dict[int, dict[int, Partial]] = {}
         for index, partial in partials.items():
-            target = self._targets.pop((problem, round_, index), -1)
+            place = Place(problem, round_, index)
+            if home is None:
+                self._give_up_move(place)
+            target = self._targets.pop(place, -1)
             targets.setdefault(target, {})[index] = partial
         if home is None:
             return
@@ -296,32 +338,8 @@ class Coordinator:
             self._wake(number)
 
 
-Detach = tuple[int, int, Collection[int]]
-
-
-def _without(state: ReplicaState, detached: Iterable[Detach]) -> ReplicaState:
-    """A replica's state after these rollouts have left."""
-    gone = {(problem, round_, index) for problem, round_, indices in detached for index in indices}
-    groups = []
-    for group in state.groups:
-        rest = tuple(
-            rollout
-            for rollout in group.rollouts
-            if (group.problem, group.round, rollout.index) not in gone
-        )
-        if rest:
-            groups.append(group._replace(rollouts=rest))
-    return replace(state, groups=tuple(groups))
-
-
-def _with(state: ReplicaState, source: ReplicaState, detached: Detach) -> ReplicaState:
-    """A replica's state after these rollouts of another one have come."""
-    problem, round_, indices = detached
-    key = problem, round_
-    group = next(g for g in source.groups if (g.problem, g.round) == key)
-    came = tuple(replace(r, waiting=False) for r in group.rollouts if r.index in indices)
-    here = [g for g in state.groups if (g.problem, g.round) == key]
-    others = tuple(g for g in state.groups if (g.problem, g.round) != key)
-    before: tuple[RolloutState, ...] = here[0].rollouts if here else ()
-    arrived: GroupState = group._replace(rollouts=before + came)
-    return replace(state, groups=(*others, arrived))
+def _places(task: Task) -> set[Place]:
+    """The rollouts of a part."""
+    if task.part is None:
+        return set()
+    return {Place(task.key.problem, task.part.round, index) for index in task.part.rollouts}

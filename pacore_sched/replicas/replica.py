@@ -79,7 +79,9 @@ class Replica:
             self._runs[task.key], self._keys[run] = run, task.key
             self._inbox.runs.append(run)
         for problem, result in orders.ended:
-            if run := self._runs.get(Key(problem)):
+            run = self._runs.get(key := Key(problem))
+            if run is not None and run.awaits(result):
+                self._report.results.append((key, result))
                 self._end(self._live.take_elsewhere(run, result, self._on_rollout))
         for problem, number, indices in orders.detach:
             for key, run in list(self._runs.items()):
@@ -114,9 +116,12 @@ class Replica:
 
     def _end(self, ended: list[tuple[ProblemRun, Answer]]) -> None:
         for run, answer in ended:
-            if self._settings.min_messages is None:
+            key = self._keys[run]
+            if key.part and run.finished:
+                answer = Answer(run.id, "", None, ())
+            elif self._settings.min_messages is None:
                 answer = replace(answer, rounds=())  # the coordinator has all results
-            self._report.answers.append((self._keys[run], answer))
+            self._report.answers.append((key, answer))
             self._forget(run)
 
     def _forget(self, run: ProblemRun) -> None:

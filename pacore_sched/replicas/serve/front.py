@@ -171,7 +171,8 @@ class Front:
                 lost = True
             finally:
                 self.affinity.release(replica, prompt)
-        raise ApiError(503, "the replica of this request ended", retry_after=RETRY_S)
+        why = "the replica of this request ended" if tried else "no replica is ready"
+        raise ApiError(503, why, retry_after=RETRY_S)
 
 
 class _Reply:

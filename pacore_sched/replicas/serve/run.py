@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import re
 import socket
 import time
@@ -61,7 +62,7 @@ def serve_replicas(
         max_constructor_retry_count=1,
         request_router_config={"request_router_class": TargetRouter},
     )(Replica)
-    app = f"pacore-{listener.getsockname()[1]}"
+    app = f"pacore-{socket.gethostname()}-{os.getpid()}"  # other hosts' servers are others
     try:
         serve.start(proxy_location=ProxyLocation.Disabled)
         target = deployment.bind(make_context, log_prompts=log_prompts)

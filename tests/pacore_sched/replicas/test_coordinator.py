@@ -181,10 +181,19 @@ def test_slow_replicas_get_fewer_problems() -> None:
     assert pool.homes[1] < min(pool.homes[0], pool.homes[2]) / 2
 
 
-def test_rounds_that_need_not_wait() -> None:
-    """With min_messages, a round ends although rollouts are elsewhere; they are cancelled."""
-    pool = Pool(4, options={"max_running": 2, "min_messages": 3})
+@pytest.mark.parametrize("kills", [0, 2])
+@pytest.mark.parametrize("seed", range(10))
+def test_rounds_that_need_not_wait(seed: int, kills: int) -> None:
+    """With min_messages, a round ends although rollouts are elsewhere; they are cancelled, and none
+    of their messages is known that the next round has not read."""
+    pool = Pool(4, seed=seed, kills=kills, options={"max_running": 2, "min_messages": 3})
     answers = pool.run(3)
+    again = hashed(WIDTHS, min_messages=3).answers(
+        questions(3),
+        known=lambda id: pool.results[id].values(),
+        on_rollout=lambda result: pytest.fail(f"{result} is missing"),
+    )
+    assert {a.problem: a.text for a in again} == {id: a.text for id, a in answers.items()}
     for answer in answers.values():
         assert not answer.error
         for round_, width, need in zip(answer.rounds, (6, 2, 1), (3, 2, 1), strict=True):
