@@ -62,6 +62,7 @@ class PlayedReplica:
             self._held[task.key] = Held(task, tokens)
         for problem, result in orders.ended:
             self._held[Key(problem)].away.discard(result.index)
+            report.results.append((Key(problem), result))
         for problem, _, indices in orders.detach:
             self._detach(problem, indices, report)
         self._grow(report)
