@@ -155,3 +155,13 @@ def test_replica_state_of_a_scheduler() -> None:
 def test_nothing_to_move(states: dict[int, ReplicaState]) -> None:
     """A failure without rollouts, or without replicas."""
     assert TailMoves().moves(states) == []
+
+
+def test_a_move_must_not_delay_others_by_more_than_it_wins() -> None:
+    """A long prefill that holds up a hundred short rollouts for the sake of one."""
+    source = replace(IDLE, groups=(group(*[60_000] * 8),), num_pages=20_000)
+    short = group(*[60] * 100, problem=1)._replace(max_tokens=600)
+    busy = replace(IDLE, groups=(short,), num_pages=20_000)
+    few = replace(busy, groups=(short._replace(rollouts=short.rollouts[:2]),))
+    assert TailMoves().moves({0: source, 1: few})
+    assert TailMoves().moves({0: source, 1: busy}) == []
