@@ -208,3 +208,16 @@ def test_guests_that_are_not_needed_are_cancelled() -> None:
     assert sorted(cancelled) == [190, 200] and result.moved_rollouts == 3
     assert result.cancelled_tokens < 2 * 45
     assert max(record.ended_s for record in result.records) < 60
+
+
+def test_a_rollout_that_is_cancelled_on_its_way_does_not_start() -> None:
+    """A guest that no home waits for."""
+    work = [rollouts(100, 100)]
+    home, away = Cluster(work, TOY, SimResult(TOY, work, answered_s=[0.0]), print).replicas
+    home.submit(0, work[0])
+    moved = home.detach(0, 0, [0, 1])
+    first, _ = moved.records.values()
+    first.cancelled = True
+    away.accept(moved)
+    (group,) = away.scheduler.groups
+    assert [rollout.index for rollout in group.rollouts] == [1] and group.need == 1
