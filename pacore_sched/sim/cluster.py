@@ -89,7 +89,7 @@ def simulate(
     Raises InputError if a rollout's KV can never fit on one GPU.
     """
     result = SimResult(setting, problems, answered_s=[0.0] * len(problems))
-    cluster = _Cluster(problems, setting, result, on_answer)
+    cluster = Cluster(problems, setting, result, on_answer)
     try:
         cluster.run()
     except ValueError as error:
@@ -104,7 +104,7 @@ def simulate(
     return result
 
 
-class _Cluster:
+class Cluster:
     """The replicas, their clocks, the queue, and the messages between replicas."""
 
     def __init__(
@@ -141,7 +141,6 @@ class _Cluster:
             clock, index = heappop(self.clocks)
             if clock != self.due[index]:
                 continue
-            self.due[index] = inf
             replica, inbox = self.replicas[index], self.inboxes[index]
             replica.executor.clock = clock
             while inbox and inbox[0][0] <= clock:
@@ -152,15 +151,15 @@ class _Cluster:
                 self._move_rollouts(self.tail, clock)
             takes_next = arrival > clock and (len(self.replicas) == 1 or not replica.waits)
             until = min(arrival if takes_next else inf, inbox[0][0] if inbox else inf)
-            if replica.step(until):
+            stepped = replica.step(until)
+            self.due[index] = inf
+            if stepped:
                 self.states.pop(index, None)
                 self._schedule(index, replica.executor.clock)
-            elif replica.records:
-                raise RuntimeError("the scheduler has unfinished work but no batch to run")
             elif inbox or self.taken < len(self.queue):
                 self._schedule(index, max(clock, until))
         if any(replica.runs for replica in self.replicas):
-            raise RuntimeError("a problem was not answered")
+            raise RuntimeError("a scheduler has unfinished work but no batch to run")
 
     def _replica(self, index: int) -> Replica:
         setting, name = self.setting, self.setting.policy

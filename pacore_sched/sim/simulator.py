@@ -153,7 +153,7 @@ class Replica:
         self.context, self.need_share = context, need_share
         self.on_round, self.on_answer, self.on_end = on_round, on_answer, on_end
         self.runs: dict[int, Run] = {}  # problems whose home this is
-        self.records: dict[Rollout, Record] = {}  # of the unfinished rollouts here
+        self.records: dict[Rollout, Record] = {}  # of the unfinished groups here
         self._batch, self._left = Batch(()), 0  # the last batch, and its remaining steps
 
     @property
@@ -177,11 +177,14 @@ class Replica:
         run = self.runs.get(problem)
         records = {}
         for group in self._groups(problem, round):
-            for rollout in [r for r in group.rollouts if r.index in indices and r in self.records]:
+            for rollout in [
+                r for r in group.rollouts if r.index in indices and not r.finish_reason
+            ]:
                 records[rollout] = self.records.pop(rollout)
                 self.scheduler.detach(rollout)
-                if run is None or group is not run.group:
-                    self.scheduler.ended_elsewhere(group)  # only a home waits for them
+                if run is None or group is not run.group:  # only the home waits for them
+                    self.scheduler.ended_elsewhere(group)
+                    self._forget_if_done(group)
         return MovedRollouts(group, records)
 
     def accept(self, moved: MovedRollouts) -> None:
@@ -204,15 +207,14 @@ class Replica:
         """Count the end of a guest at the problem's home. Does nothing if the round is over."""
         run = self.runs.get(problem)
         if run and run.group.round == round:
-            for sibling in self.scheduler.ended_elsewhere(run.group):
-                del self.records[sibling]
+            self.scheduler.ended_elsewhere(run.group)
             self._end_round(run)
 
     def cancel_guests(self, problem: int, round: int) -> None:
         """Cancel all rollouts of a round that has ended."""
         for group in self._groups(problem, round):
-            for rollout in self.scheduler.cancel(group):
-                del self.records[rollout]
+            self.scheduler.cancel(group)
+            self._forget_if_done(group)
 
     def step(self, until: float = inf) -> bool:
         """Advance to the next event, or to the first step that ends at or after `until`.
@@ -244,6 +246,11 @@ class Replica:
             if not rollout.finish_reason and rollout.scheduled >= self.records[rollout].length:
                 self._end(rollout)
         return True
+
+    def _forget_if_done(self, group: Group) -> None:
+        if group not in self.scheduler.groups:
+            for rollout in group.rollouts:
+                self.records.pop(rollout, None)
 
     def _groups(self, problem: int, round: int) -> list[Group]:
         """The unfinished groups of a round here."""
@@ -277,16 +284,16 @@ class Replica:
 
     def _end(self, rollout: Rollout) -> None:
         """End a rollout, and its round and problem if they are complete."""
-        group, record = rollout.group, self.records.pop(rollout)
-        for sibling in self.scheduler.finish(rollout, "length"):
-            del self.records[sibling]
+        group, record = rollout.group, self.records[rollout]
+        self.scheduler.finish(rollout, "length")
         if not record.cancelled:
             record.ended_s = self.executor.clock
             self.on_end(record)
         run = self.runs.get(group.problem)
         if run and group is run.group:
             self._end_round(run)
-        elif run:
+        else:
+            self._forget_if_done(group)
             self.ended_elsewhere(group.problem, group.round)
 
     def _end_round(self, run: Run) -> None:
@@ -297,6 +304,7 @@ class Replica:
         for record in run.records:
             if record.ended_s > clock:  # unfinished, or the news of its end has yet to come
                 record.ended_s, record.cancelled = clock, True
+        self._forget_if_done(group)
         self.cancel_guests(run.number, group.round)
         self.on_round(run.records)
         if group.round + 1 < len(problem.lengths):

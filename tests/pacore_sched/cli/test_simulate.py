@@ -13,7 +13,7 @@ import pytest
 from model.errors import InputError
 from model.terminal import Parser
 from pacore_sched.cli import simulate
-from pacore_sched.sim.report import gains, geometric_mean
+from pacore_sched.sim.report import gains, geometric_mean, medians
 
 ROOT = Path(__file__).parents[3]
 FAST = ("--problems", "3", "--max-tokens", "9000", "--max-running", "24", "--jobs", "1")
@@ -28,6 +28,24 @@ def run(*arguments):
 def rows_of(capsys, *arguments):
     assert run("--json", *FAST, *arguments) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+
+
+def test_moves_between_gpus(capsys):
+    """--no-migrate that moves rollouts, medians over both forms, or columns of one GPU."""
+    options = ("--workload", "vqa", "--policy", "fcfs", "--seeds", "1", "--gpus")
+    (moved,), (stay,), (alone,) = (
+        rows_of(capsys, *options, *gpus) for gpus in (["2"], ["2", "--no-migrate"], ["1"])
+    )
+    assert moved["migrate"] and moved["moved_rollouts"] > 0
+    assert (stay["migrate"], stay["moved_rollouts"], stay["moved_tokens"]) == (False, 0, 0)
+    assert alone.keys() == stay.keys() - {
+        "migrate",
+        "moved_rollouts",
+        "moved_tokens",
+        "critical_path_s",
+    }
+    assert 0 < stay["critical_path_s"] == moved["critical_path_s"] < moved["makespan_s"]
+    assert len(medians([moved, stay])) == 2 and len(medians([alone])) == 1
 
 
 def test_table_and_document(capsys):

@@ -153,21 +153,6 @@ def test_prediction_learns_from_siblings():
     assert policy.expected_length(rollout_at(other, 0)) == 40  # from all groups of the round
 
 
-def test_prediction_keeps_a_sample_of_a_long_run():
-    """A list of every length that ever ended; or a sample that favours short or long ones."""
-    policy = Predicted()
-    policy.MAX_ENDED = 100
-    for number in range(10_000):
-        length = number * 37 % 1000
-        group, _ = group_of([2000], problem=number)
-        group.rollouts[0].scheduled = length
-        policy.ended(group.rollouts[0])
-        policy.forget(group)
-    assert len(policy._round_lengths[0]) <= 100 and not policy._group_lengths
-    new = group_of([2000])[0].rollouts[0]
-    assert policy.expected_length(new) == pytest.approx(policy.QUANTILE * 1000, abs=100)
-
-
 def test_sglang_ratio():
     """The assumed share of remaining tokens falls with every step, and a retraction resets it."""
     policy = POLICIES["sglang"]()
