@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from model.step3vl import Step3VL
+from pacore_sched.answers import images
 from pacore_sched.answers import journal as journal_module
 from pacore_sched.answers.journal import Journal
-from pacore_sched.cli import inputs
 from tests.support import ROOT
 from tests.support.job_call import QUESTIONS, Call
 
@@ -303,7 +303,7 @@ def test_a_stop_before_the_first_step(call: Call, monkeypatch: pytest.MonkeyPatc
     for number in range(4):
         Image.new("RGB", (40, 30)).save(call.folder / f"{number}.png")
     call.ask({"question": "Alike?", "images": [f"{number}.png" for number in range(4)]})
-    loaded, load = [], inputs.load_image
+    loaded, load = [], images.load_image
 
     def stopping(source: object) -> Image.Image:
         loaded.append(source)
@@ -317,7 +317,7 @@ def test_a_stop_before_the_first_step(call: Call, monkeypatch: pytest.MonkeyPatc
 
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
     with monkeypatch.context() as patch:
-        patch.setattr(inputs, "load_image", stopping)
+        patch.setattr(images, "load_image", stopping)
         assert call()[0] == 130
     signal.signal(signal.SIGUSR1, before)
     assert len(loaded) == 1
