@@ -28,13 +28,10 @@ PROBE = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1])"
 
 
 @contextmanager
-def connected(
-    address: str | None, replicas: int, *, gpus: float, cpus: float, log_to_driver: bool = False
-) -> Iterator[None]:
+def connected(address: str | None, replicas: int, *, gpus: float, cpus: float) -> Iterator[None]:
     """Ray, with room for that many replicas, of `gpus` and `cpus` each, until the context ends.
 
     address: HOST:PORT of the cluster's head node; None starts a cluster on this machine
-    log_to_driver: whether what replicas print appears on this process's stderr
 
     Raises InputError if Ray is not installed, the cluster cannot be reached, has another version of
     Ray or Python, or has no room.
@@ -55,7 +52,7 @@ def connected(
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            ray.init(**where, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except (RuntimeError, ConnectionError, ValueError) as error:
             why = " ".join(str(error).split())
             raise InputError(f"{_name(address)} cannot be used: {why}") from None
@@ -64,7 +61,7 @@ def connected(
             if in_main and callable(on_sigterm):
                 signal.signal(signal.SIGTERM, on_sigterm)
         # Ray would also print to stdout, which is ours, that a replica was killed.
-        ray._private.worker._worker_logs_enabled = log_to_driver
+        ray._private.worker._worker_logs_enabled = False
         check_room(ray.nodes(), ray.available_resources(), replicas, gpus=gpus, cpus=cpus)
         yield
     finally:

@@ -88,10 +88,6 @@ class Coordinator:
         return not self._homes and self._exhausted
 
     @property
-    def replicas(self) -> Collection[int]:
-        return self._replicas.keys()
-
-    @property
     def kv_used(self) -> float:
         """Mean share of the KV pages in use."""
         return self._kv_used / max(1, len(self._replicas))
