@@ -22,7 +22,7 @@ from model.terminal import integer
 
 # The options of each study, with their defaults.
 STUDIES: dict[str, dict[str, object]] = {
-    "scale": {"model": "tiny", "problems": 8, "repeats": 3},
+    "scale": {"model": "tiny", "problems": 8, "repeats": 5},
     "kill": {
         "model": "tiny",
         "problems": 200,
@@ -31,7 +31,7 @@ STUDIES: dict[str, dict[str, object]] = {
         "seed": 0,
         "migrate": True,
     },
-    "replay": {"model": "tiny", "problems": 16, "repeats": 3, "migrate": True},
+    "replay": {"model": "tiny", "problems": 16, "repeats": 5, "migrate": True},
     "overhead": {"seed": 0, "migrate": True},
 }
 RUNS: dict[str, Callable[..., Iterator[dict]]] = {

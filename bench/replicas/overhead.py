@@ -22,6 +22,7 @@ from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer
 from pacore_sched.replicas.coordinator import Coordinator
 from pacore_sched.replicas.messages import Key, Orders, Report, Task
+from pacore_sched.sched.queue_load import QueueLoad
 from pacore_sched.sched.request import Partial
 from pacore_sched.sim.cost_model import RooflineCost, StepWork
 from pacore_sched.sim.machine import MACHINES
@@ -71,7 +72,8 @@ class PlayedReplica:
                 del self._held[key]
                 report.answers.append((key, Answer(held.task.id, "", None, ())))
         report.busy = bool(self._held)
-        report.waits = sum(len(held.rollouts) for held in self._held.values()) > MAX_RUNNING
+        rollouts = sum(len(held.rollouts) for held in self._held.values())
+        report.load = QueueLoad(rollouts > MAX_RUNNING, rollouts >= MAX_RUNNING)
         if not orders.more:
             report.state, report.measured = self._state(), True
         return report
@@ -167,6 +169,7 @@ def play(replicas: int, seed: int, moves: TailMoves | None) -> Cost:
 
     coordinator = Coordinator(
         [Task(Key(n), str(n), []) for n in range(cost.problems)],
+        cost.problems,
         known=lambda id: known.get(id, ()),
         on_result=on_result,
         on_answer=on_answer,

@@ -101,6 +101,7 @@ def run_replicas(
 
     coordinator = _First(
         tasks,
+        len(tasks),
         known=lambda id: results.get(id, ()),
         on_result=on_result,
         on_answer=on_answer,

@@ -195,6 +195,7 @@ class ManyReplicas:
         ended: list[Answer] = []
         self._coordinator = Coordinator(
             self._tasks(source, ended.append),
+            len(source.questions),
             known=source.journal.results,
             on_result=on_rollout,
             on_answer=ended.append,

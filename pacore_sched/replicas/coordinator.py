@@ -2,7 +2,7 @@
 
 A problem stays on one replica, through all its rounds: the KV of its prompt and images is there. A
 replica pulls the next problem when none of its rollouts is waiting to start, so a slow one gets
-fewer. Once no problem waits, rollouts move to replicas where they are expected to end earlier. If
+fewer (sched/queue_load.py). Once no problem waits, rollouts move to replicas where they are expected to end earlier. If
 a replica is lost, its problems go back to the front of the queue with the results known so far, and
 its parts to another replica as they had left home. No communication happens here, so a test or a
 measurement can play the replicas.
@@ -50,6 +50,7 @@ class Coordinator:
     """Assigns tasks to replicas, which are numbered by whoever communicates with them.
 
     tasks: the problems in order of arrival; read as replicas have room
+    problems: the number of tasks, or more
     known: maps a problem's id to all its results so far
     on_result: called for every rollout that ended, with its problem's id
     on_answer: called for every problem that ended
@@ -59,13 +60,14 @@ class Coordinator:
     def __init__(
         self,
         tasks: Iterable[Task],
+        problems: int,
         *,
         known: Callable[[str], Sequence[RolloutResult]],
         on_result: Callable[[RolloutResult], None],
         on_answer: Callable[[Answer], None],
         moves: TailMoves | None = None,
     ) -> None:
-        self._new, self._known = iter(tasks), known
+        self._new, self._left, self._known = iter(tasks), problems, known
         self._next: Task | None = None
         self._returned: deque[Task] = deque()  # of lost replicas
         self._on_result, self._on_answer = on_result, on_answer
@@ -132,11 +134,12 @@ class Coordinator:
             del self._due[number]
             replica = self._replicas[number]
             replica.calling = True
-            if not replica.report.waits and (task := self._take_task()):
+            takes = replica.report.load.takes(ahead=self._ahead)
+            if takes and (task := self._take_task()):
                 self._assign(number, task)
             orders = replica.sent = replica.outbox
             replica.outbox = Orders()
-            orders.more = not self._exhausted
+            orders.more, orders.ahead = not self._exhausted, self._ahead
             orders.seconds = SECONDS * max(1.0, len(self._replicas) / AT_SECONDS)
             needs_state = self._moves and self._exhausted and replica.state is None
             if orders or replica.report.busy or needs_state:
@@ -184,11 +187,17 @@ class Coordinator:
             self._next = next(self._new, None)
         return self._next is None
 
+    @property
+    def _ahead(self) -> bool:
+        """Whether more problems wait than there are replicas."""
+        return self._left + len(self._returned) > len(self._replicas)
+
     def _take_task(self) -> Task | None:
         if not self._exhausted:
             if self._returned:
                 return self._returned.popleft()
             new, self._next = self._next, None
+            self._left -= 1
             return new
         return None
 

@@ -9,6 +9,7 @@ from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer
 from pacore_sched.answers.problem_run import Part
 from pacore_sched.engine.engine import EngineStats
+from pacore_sched.sched.queue_load import QueueLoad
 from pacore_sched.sched.request import Partial
 from pacore_sched.sched.scheduler import Counts
 from pacore_sched.sim.tail_moves import ReplicaState
@@ -44,7 +45,7 @@ class Orders:
     detach: (problem, round, indices): rollouts that are to leave
     ended: results of rollouts that left: the problem, and how the rollout ended elsewhere
     cancel: tasks that are no longer needed
-    more: more problems wait: return as soon as no rollout waits to start
+    more: more problems wait: return as soon as the replica takes another, if need be `ahead`
     """
 
     tasks: list[Task] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Orders:
     ended: list[tuple[int, RolloutResult]] = field(default_factory=list)
     cancel: list[Key] = field(default_factory=list)
     more: bool = False
+    ahead: bool = False
     seconds: float = 0.0
 
     def __bool__(self) -> bool:
@@ -84,7 +86,8 @@ class Report:
     answers: the problems that ended, and the parts; a part's answer has no text
     detached: the task that rollouts have left, its round, index -> what they have generated
     overtaken: (problem, round): the round has ended, its rollouts elsewhere are not needed
-    busy, waits: whether the replica has work, and whether a rollout is waiting to start
+    busy: whether the replica has work
+    load: whether it takes another problem
     kv_used: share of the KV pages in use
     peak_bytes: the most memory that the process has used, on a GPU that of its tensors there
     state: what could move, if no more problems wait
@@ -96,7 +99,7 @@ class Report:
     detached: list[tuple[Key, int, Mapping[int, Partial]]] = field(default_factory=list)
     overtaken: list[tuple[int, int]] = field(default_factory=list)
     busy: bool = False
-    waits: bool = False
+    load: QueueLoad = QueueLoad()
     kv_used: float = 0.0
     peak_bytes: int = 0
     totals: Totals = field(default_factory=Totals)

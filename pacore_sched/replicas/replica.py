@@ -26,6 +26,7 @@ from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.problem_run import Problem, ProblemRun
 from pacore_sched.replicas.messages import Key, Orders, Report, Task, Totals
 from pacore_sched.replicas.step_costs import StepCosts
+from pacore_sched.sched.queue_load import QueueLoad
 from pacore_sched.sched.request import Rollout
 from pacore_sched.sim.tail_moves import replica_state
 
@@ -59,7 +60,7 @@ class Replica:
         try:
             self._follow(orders)
             while self._step() and time.monotonic() < until:
-                if orders.more and not self._waits():
+                if orders.more and self._load().takes(ahead=orders.ahead):
                     break
         except STOPS:
             raise
@@ -127,10 +128,9 @@ class Replica:
     def _forget(self, run: ProblemRun) -> None:
         del self._runs[self._keys.pop(run)]
 
-    def _waits(self) -> bool:
-        """Whether a rollout is waiting to start."""
-        groups = self._engine.scheduler.groups
-        return not self._arrivals.empty or any(group.waiting for group in groups)
+    def _load(self) -> QueueLoad:
+        load = QueueLoad.of(self._engine.scheduler)
+        return load if self._arrivals.empty else replace(load, waits=True)
 
     def _finish_report(self, *, state: bool) -> Report:
         report, scheduler = self._report, self._engine.scheduler
@@ -140,7 +140,7 @@ class Replica:
                 report.overtaken.append((key.problem, number))
                 del self._away[key]
         report.busy = bool(self._live) or not self._arrivals.empty
-        report.waits = self._waits()
+        report.load = self._load()
         self._note_memory()
         report.totals = Totals(copy(self._engine.stats), copy(scheduler.counts))
         if state:

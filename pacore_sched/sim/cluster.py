@@ -1,8 +1,8 @@
 """A simulated cluster: a replica of the model on every GPU, and one queue that they pull from.
 
 A single GPU takes every problem on arrival, so its policy sees the whole queue; one of several GPUs
-takes the next problem when none of its rollouts is waiting to start. This GPU is the problem's
-home: the KV of its image is there, and all its rounds are submitted there. When the queue is empty,
+takes the next problem when none of its rollouts is waiting to start (sched/queue_load.py). This GPU
+is the problem's home: the KV of its image is there, and all its rounds are submitted there. When the queue is empty,
 rollouts may move to other GPUs (tail_moves.py).
 GPUs have their own clocks, and messages between them: a message is received at the time at which it
 was sent, or later if the receiver is already in a step that ends later. It takes no time itself.
@@ -18,6 +18,7 @@ from math import inf
 from model.config import STEP3_VL_10B, Config
 from model.errors import InputError
 from pacore_sched.sched.policy import ORACLES, POLICIES
+from pacore_sched.sched.queue_load import QueueLoad
 from pacore_sched.sim.cost_model import CostModel, RooflineCost, StepWork, kv_capacity
 from pacore_sched.sim.machine import MACHINES, Machine
 from pacore_sched.sim.simulator import Record, Replica, Usage
@@ -149,7 +150,7 @@ class Cluster:
             arrival = self._take(index)
             if self.tail and clock >= self.next_moves_s and self._queue_is_empty(clock):
                 self._move_rollouts(self.tail, clock)
-            takes_next = arrival > clock and (len(self.replicas) == 1 or not replica.waits)
+            takes_next = arrival > clock and self._takes(index, ahead=True)
             until = min(arrival if takes_next else inf, inbox[0][0] if inbox else inf)
             stepped = replica.step(until)
             self.due[index] = inf
@@ -183,12 +184,20 @@ class Cluster:
     def _queue_is_empty(self, clock: float) -> bool:
         return self.taken == len(self.queue) or self.queue[self.taken][1].arrival_s > clock
 
+    def _ahead(self, clock: float) -> bool:
+        """Whether more problems wait in the queue than there are replicas."""
+        last = self.taken + len(self.replicas)
+        return last < len(self.queue) and self.queue[last][1].arrival_s <= clock
+
+    def _takes(self, index: int, *, ahead: bool) -> bool:
+        load = QueueLoad.of(self.replicas[index].scheduler)
+        return len(self.replicas) == 1 or load.takes(ahead=ahead)
+
     def _take(self, index: int) -> float:
         """Let a replica take problems from the queue; returns the arrival time of the next one."""
         replica = self.replicas[index]
-        while not self._queue_is_empty(replica.executor.clock):
-            if len(self.replicas) > 1 and replica.waits:
-                break
+        clock = replica.executor.clock
+        while not self._queue_is_empty(clock) and self._takes(index, ahead=self._ahead(clock)):
             number, problem = self.queue[self.taken]
             replica.submit(number, problem)
             self.homes[number] = index

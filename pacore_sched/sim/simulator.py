@@ -156,11 +156,6 @@ class Replica:
         self.records: dict[Rollout, Record] = {}  # of the unfinished groups here
         self._batch, self._left = Batch(()), 0  # the last batch, and its remaining steps
 
-    @property
-    def waits(self) -> bool:
-        """Whether a rollout is waiting to start."""
-        return any(group.waiting for group in self.scheduler.groups)
-
     def length(self, rollout: Rollout) -> int:
         """The pinned length of an unfinished rollout."""
         return self.records[rollout].length

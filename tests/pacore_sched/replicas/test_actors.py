@@ -36,6 +36,7 @@ class Run:
         tasks = [Task(Key(n), p.id, p.messages) for n, p in enumerate(questions(problems))]
         self.coordinator = Coordinator(
             tasks,
+            len(tasks),
             known=lambda id: self.results.get(id, []),
             on_result=lambda result: self.results.setdefault(result.problem, []).append(result),
             on_answer=self.answers.append,

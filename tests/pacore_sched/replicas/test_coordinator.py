@@ -5,9 +5,11 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from threading import Event
 
 import pytest
 
+from model.errors import InputError
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer, Round
 from pacore_sched.answers.pacore import Pacore
@@ -15,6 +17,7 @@ from pacore_sched.answers.problem_run import Part
 from pacore_sched.replicas.coordinator import Coordinator
 from pacore_sched.replicas.messages import Key, Orders, Task
 from pacore_sched.replicas.replica import Replica, ReplicaError
+from pacore_sched.sched.queue_load import QueueLoad
 from pacore_sched.sim.tail_moves import Move, ReplicaState, TailMoves
 from tests.pacore_sched.answers.hashed_pacore import by_problem, hashed, is_idle, questions
 
@@ -66,6 +69,7 @@ class Pool:
         draw = random.Random(self.seed)
         self.coordinator = coordinator = Coordinator(
             self.tasks(count),
+            count,
             known=lambda id: sorted(self.results.get(id, {}).values(), key=place),
             on_result=self.on_result,
             on_answer=self.answers.append,
@@ -216,6 +220,40 @@ def test_parts_share_their_prompts_kv() -> None:
     assert prefilled[0] == prefilled[1] > 0
     report = away.advance(Orders(seconds=10.0))
     assert {result.index for _, result in report.results} == {2, 4}
+
+
+def test_a_replica_reports_as_soon_as_it_takes_another_problem() -> None:
+    """If it must not take one that would wait, when a rollout has ended."""
+    tasks = [Task(Key(n), f"p{n}", [{"role": "user", "content": f"{n}?"}]) for n in range(2)]
+    ahead = Replica(hashed((2, 1), max_running=2))
+    first = ahead.advance(Orders(tasks[:1], more=True, ahead=True, seconds=60.0))
+    assert first.load == QueueLoad(waits=False, full=True) and not first.results
+    full = Replica(hashed((2, 1), max_running=2))
+    first = full.advance(Orders(tasks[:1], more=True, seconds=60.0))
+    assert first.load == QueueLoad(waits=False, full=False) and first.results
+
+
+def test_a_problem_whose_image_is_being_read_waits() -> None:
+    class Blocked:
+        read = Event()
+
+        def load(self) -> None:
+            self.read.wait(60)
+            raise InputError("no image")
+
+    replica = Replica(hashed((1,)))
+    task = Task(Key(0), "p", [{"role": "user", "content": "?"}])
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    photo = Task(Key(1), "photo", [{"role": "user", "content": content}], [Blocked()])
+    replica.advance(Orders([task, photo], seconds=0.0))
+    report = replica.advance(Orders(seconds=0.0))  # by now the other problem has started
+    assert report.load.waits and not report.answers
+    Blocked.read.set()
+    report = replica.advance(Orders(seconds=60.0))
+    assert {answer.problem: answer.error for _, answer in report.answers} == {
+        "p": None,
+        "photo": "no image",
+    }
 
 
 def test_a_failing_step_says_why() -> None:

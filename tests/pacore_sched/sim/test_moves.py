@@ -221,3 +221,11 @@ def test_a_rollout_that_is_cancelled_on_its_way_does_not_start() -> None:
     away.accept(moved)
     (group,) = away.scheduler.groups
     assert [rollout.index for rollout in group.rollouts] == [1] and group.need == 1
+
+
+def test_the_last_problems_wait_in_the_queue() -> None:
+    """Both GPUs are full, and one has no more problems than the other's end could take: the third
+    and the fourth problem go to GPU 1, whose rollouts end sooner."""
+    full = replace(TOY, max_running=2, migrate=False)
+    result = simulate([rollouts(190, 180), *[rollouts(20, 10)] * 3], full)
+    assert result.answered_s[0] == 180 + 190 and max(result.answered_s[1:]) <= 3 * 30
