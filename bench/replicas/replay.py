@@ -160,6 +160,8 @@ def row(case: str, form: str, judged: Pinned, runs: Sequence[Run], simulated: Si
         "impl": form,
         "dtype": "float32",
         "makespan_s": makespan,
+        "makespan_min_s": min(run.seconds for run in runs),
+        "makespan_max_s": max(run.seconds for run in runs),
         "makespan_simulated_s": makespan_simulated,
         "makespan_error": makespan_simulated / makespan - 1,
         "tta_mean_s": mean,

@@ -34,6 +34,8 @@ REPLAY = Kind(
     f"simulated cluster against replicas: {{case}}{MEASURED}",
     (
         *(FORM, MAKESPAN),
+        Column(" min", "makespan_min_s", number(".1f")),
+        Column(" max", "makespan_max_s", number(".1f")),
         Column(" simulated", "makespan_simulated_s", number(".1f")),
         Column(" error", "makespan_error", percent("+.1f")),
         Column(" time to answer s", "tta_mean_s", number(".1f")),

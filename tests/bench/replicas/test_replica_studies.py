@@ -105,6 +105,8 @@ def test_replay_rows(capsys: pytest.CaptureFixture):
         assert (row["makespan_error"], row["tta_error"], row["failure"]) == (0, 0, None)
         row = replay.row("case", form, judged, [slower], simulated)
         assert row["makespan_error"] == row["tta_error"] == -0.5
+        row = replay.row("case", form, judged, [slower, real], simulated)
+        assert row["makespan_max_s"] == 2 * row["makespan_min_s"] == 2 * real.seconds
         show.replicas([row | {"fitted_steps": 3, "fit_residual": 0.01} | origin(CPU)])
     assert "median error 1.0 %" in capsys.readouterr().out
 
