@@ -26,7 +26,8 @@ from pacore_sched.sched.queue_load import QueueLoad
 from pacore_sched.sched.request import Partial
 from pacore_sched.sim.cost_model import RooflineCost, StepWork
 from pacore_sched.sim.machine import MACHINES
-from pacore_sched.sim.tail_moves import GroupState, ReplicaState, RolloutState, TailMoves
+from pacore_sched.sim.replica_state import GroupState, ReplicaState, RolloutState
+from pacore_sched.sim.tail_moves import TailMoves
 
 REPLICAS = (1, 16, 128, 1024)
 PER_REPLICA = 8  # problems
@@ -110,7 +111,9 @@ class PlayedReplica:
                 rollouts.append(RolloutState(index, tokens, running > MAX_RUNNING))
             if rollouts:
                 groups.append(GroupState(key.problem, 0, PROMPT, MAX_TOKENS, tuple(rollouts)))
-        return ReplicaState(tuple(groups), NUM_PAGES, PAGE_SIZE, MAX_RUNNING, COST)
+        state = ReplicaState(tuple(groups), NUM_PAGES, PAGE_SIZE, MAX_RUNNING, COST)
+        _ = state.load  # as a replica does before it sends the state
+        return state
 
 
 @cache

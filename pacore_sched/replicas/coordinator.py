@@ -18,7 +18,8 @@ from pacore_sched.answers.live import Answer
 from pacore_sched.answers.problem_run import Part
 from pacore_sched.replicas.messages import Key, Orders, Report, Task, Totals
 from pacore_sched.sched.request import Partial
-from pacore_sched.sim.tail_moves import ReplicaState, TailMoves
+from pacore_sched.sim.replica_state import ReplicaState
+from pacore_sched.sim.tail_moves import TailMoves
 
 SECONDS = 0.25  # between a replica's reports
 AT_SECONDS = 128  # with more replicas they report less often
@@ -153,7 +154,7 @@ class Coordinator:
         replica = self._replicas[number]
         self._num_calling -= replica.calling
         self._kv_used += report.kv_used - replica.report.kv_used
-        self.totals.add(report.totals, replica.report.totals)
+        self.totals.add(report.totals)
         replica.calling, replica.report, replica.state = False, report, report.state
         self._due[number] = None
         for task in replica.sent.tasks:

@@ -1,8 +1,8 @@
 """What the coordinator and the replicas send each other: tasks and orders one way, reports back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeVar
 
 from pacore_sched.answers.images import ImageData
 from pacore_sched.answers.journal_lines import RolloutResult
@@ -12,7 +12,9 @@ from pacore_sched.engine.engine import EngineStats
 from pacore_sched.sched.queue_load import QueueLoad
 from pacore_sched.sched.request import Partial
 from pacore_sched.sched.scheduler import Counts
-from pacore_sched.sim.tail_moves import ReplicaState
+from pacore_sched.sim.replica_state import ReplicaState
+
+Sums = TypeVar("Sums", EngineStats, Counts)
 
 
 class Key(NamedTuple):
@@ -63,19 +65,26 @@ class Orders:
 
 @dataclass
 class Totals:
-    """What a replica has done since it began."""
+    """What has been done, in a run or since a replica's last report."""
 
     engine: EngineStats = field(default_factory=EngineStats)
     scheduler: Counts = field(default_factory=Counts)
 
-    def add(self, new: "Totals", old: "Totals") -> None:
-        """Add what a replica has done between two of its reports."""
-        for mine, after, before in (
-            (self.engine, new.engine, old.engine),
-            (self.scheduler, new.scheduler, old.scheduler),
-        ):
-            for name, value in vars(after).items():
-                setattr(mine, name, getattr(mine, name) + value - getattr(before, name))
+    def add(self, other: "Totals") -> None:
+        for mine, more in ((self.engine, other.engine), (self.scheduler, other.scheduler)):
+            sums = vars(mine)
+            for name, value in vars(more).items():
+                sums[name] += value
+
+    def since(self, earlier: "Totals") -> "Totals":
+        """What has been added since these totals were `earlier`."""
+        return Totals(
+            _difference(self.engine, earlier.engine), _difference(self.scheduler, earlier.scheduler)
+        )
+
+
+def _difference(new: Sums, old: Sums) -> Sums:
+    return replace(new, **{name: value - getattr(old, name) for name, value in vars(new).items()})
 
 
 @dataclass
@@ -91,6 +100,7 @@ class Report:
     kv_used: share of the KV pages in use
     peak_bytes: the most memory that the process has used, on a GPU that of its tensors there
     state: what could move, if no more problems wait
+    totals: what has been done since
     measured: whether the state's cost model has been fitted to steps; if not, it is no guess
     """
 

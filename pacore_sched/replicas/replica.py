@@ -28,7 +28,7 @@ from pacore_sched.replicas.messages import Key, Orders, Report, Task, Totals
 from pacore_sched.replicas.step_costs import StepCosts
 from pacore_sched.sched.queue_load import QueueLoad
 from pacore_sched.sched.request import Rollout
-from pacore_sched.sim.tail_moves import replica_state
+from pacore_sched.sim.replica_state import replica_state
 
 
 class ReplicaError(Exception):
@@ -48,7 +48,7 @@ class Replica:
         self._keys: dict[ProblemRun, Key] = {}
         self._away: dict[Key, int] = {}  # problems with rollouts elsewhere: their round
         self._costs = StepCosts(pacore.engine, pacore.model.config.decoder)
-        self._report = Report()
+        self._report, self._reported = Report(), Totals()
 
     def advance(self, orders: Orders) -> Report:
         """Follow orders, then run steps until it is time to report.
@@ -142,9 +142,11 @@ class Replica:
         report.busy = bool(self._live) or not self._arrivals.empty
         report.load = self._load()
         self._note_memory()
-        report.totals = Totals(copy(self._engine.stats), copy(scheduler.counts))
+        totals = Totals(copy(self._engine.stats), copy(scheduler.counts))
+        report.totals, self._reported = totals.since(self._reported), totals
         if state:
             report.state = replica_state(scheduler, self._costs.model())
+            _ = report.state.load  # computed here: the coordinator has those of all replicas
             report.measured = self._costs.measured
         return report
 

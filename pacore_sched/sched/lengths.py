@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Hashable
 
 QUANTILE, MIN_ENDED = 0.6, 3  # with fewer ended rollouts there is no prediction
-MAX_ENDED = 65_536  # lengths that are kept per round
+MAX_ENDED = 8_192  # lengths that are kept per round; to insert one moves half of them
 
 
 class EndedLengths:

@@ -21,8 +21,9 @@ from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sched.queue_load import QueueLoad
 from pacore_sched.sim.cost_model import CostModel, RooflineCost, StepWork, kv_capacity
 from pacore_sched.sim.machine import MACHINES, Machine
+from pacore_sched.sim.replica_state import ReplicaState, replica_state
 from pacore_sched.sim.simulator import Record, Replica, Usage
-from pacore_sched.sim.tail_moves import ReplicaState, TailMoves, replica_state
+from pacore_sched.sim.tail_moves import TailMoves
 from pacore_sched.sim.workload import MAX_TOKENS, SimProblem
 
 

@@ -9,51 +9,21 @@ The simulator and the replicas of the model share this policy, so it sees plain 
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from heapq import nlargest
+from dataclasses import replace
+from functools import cached_property
+from heapq import heapify, heappop, heappush
 from itertools import accumulate, chain, repeat
 from typing import NamedTuple
 
 from pacore_sched.sched.lengths import EndedLengths
 from pacore_sched.sched.policy import peak
-from pacore_sched.sched.scheduler import Scheduler
-from pacore_sched.sim.cost_model import CostModel, StepShape
+from pacore_sched.sim.cost_model import StepShape
+from pacore_sched.sim.replica_state import GroupState, Load, ReplicaState, RolloutState, pages_of
 
 MIN_GAIN = 0.1  # share of a rollout's remaining time that a move must save
 MIN_LEFT = 512  # tokens that a rollout is expected to generate if there is no better guess
 REST = 2  # a rollout that has moved moves again when it has this many times the tokens
-WATERMARK = 0.01  # share of a target's pages that stays free
 SOURCES = 4  # the most loaded replicas that are examined for one target
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutState:
-    """An unfinished rollout with `tokens` generated; it waits if it has no pages yet."""
-
-    index: int
-    tokens: int
-    waiting: bool
-
-
-class GroupState(NamedTuple):
-    """The unfinished rollouts of one round of a problem that one replica holds."""
-
-    problem: int
-    round: int
-    prompt_tokens: int
-    max_tokens: int
-    rollouts: tuple[RolloutState, ...]
-
-
-@dataclass(frozen=True)
-class ReplicaState:
-    """The rollouts of one replica, each (problem, round) once, and what their steps cost there."""
-
-    groups: tuple[GroupState, ...]
-    num_pages: int
-    page_size: int
-    max_running: int
-    cost: CostModel
 
 
 class Move(NamedTuple):
@@ -66,53 +36,64 @@ class Move(NamedTuple):
     indices: tuple[int, ...]
 
 
-def replica_state(scheduler: Scheduler, cost: CostModel) -> ReplicaState:
-    """A scheduler's state, without rollouts whose max_tokens are all scheduled."""
-    groups: dict[tuple[int, int], GroupState] = {}
-    for group in scheduler.groups:
-        rollouts = tuple(
-            RolloutState(rollout.index, rollout.scheduled, rollout.node < 0)
-            for rollout in group.rollouts
-            if not rollout.finish_reason and rollout.scheduled < rollout.max_tokens
-        )
-        if not rollouts:
-            continue
-        key = group.problem, group.round
-        if key in groups:  # rollouts that came in several moves
-            rollouts = groups[key].rollouts + rollouts
-        max_tokens = group.rollouts[0].max_tokens
-        groups[key] = GroupState(*key, group.prompt_tokens, max_tokens, rollouts)
-    tree = scheduler.tree
-    return ReplicaState(
-        tuple(groups.values()), tree.num_pages, tree.page_size, scheduler.max_running, cost
-    )
+class _Loads:
+    """The loads of all replicas, and which ones are the best targets and sources.
 
-
-class _Load:
-    """What the policy compares for all replicas: how much one runs, and the time of a step.
-
-    Rollouts that only wait for their prompt, or for the next step, count as running.
+    Both are heaps, in which entries of loads that have been replaced remain until they are met.
     """
 
-    def __init__(self, replica: int, given: ReplicaState) -> None:
-        self.replica, self.given = replica, given
-        self.state, self.pages = _started(given)
-        self.running = self.waiting = shared = unshared = segments = 0
-        for group in self.state.groups:
-            tokens = [rollout.tokens for rollout in group.rollouts if not rollout.waiting]
-            self.waiting += len(group.rollouts) - len(tokens)
-            if tokens:
-                self.running += len(tokens)
-                shared += group.prompt_tokens + sum(tokens)
-                unshared += group.prompt_tokens * len(tokens) + sum(tokens)
-                segments += 1
-        shape = StepShape(self.running, self.running, shared, unshared, unshared, segments)
-        self.step_s = given.cost.seconds(shape) if self.running else 0.0
+    def __init__(self, states: Mapping[int, ReplicaState]) -> None:
+        self._of = {replica: state.load for replica, state in states.items()}
+        self._targets = [_as_target(each) for each in self._of.items() if each[1].open]
+        self._sources = [_as_source(each) for each in self._of.items()]
+        heapify(self._targets)
+        heapify(self._sources)
 
-    @property
-    def open(self) -> bool:
-        """Whether a rollout that comes here would start at once, if the pages suffice."""
-        return not self.waiting and self.running < self.state.max_running
+    def __getitem__(self, replica: int) -> Load:
+        return self._of[replica]
+
+    def replace(self, replica: int, load: Load) -> None:
+        self._of[replica] = load
+        heappush(self._sources, _as_source((replica, load)))
+        if load.open:
+            heappush(self._targets, _as_target((replica, load)))
+
+    def target(self) -> int | None:
+        """The least loaded replica that is open."""
+        while self._targets:
+            replica = self._targets[0][-1]
+            load = self._of[replica]
+            if load.open and self._targets[0] == _as_target((replica, load)):
+                return replica
+            heappop(self._targets)
+        return None
+
+    def sources(self, target: int) -> list[int]:
+        """The most loaded replicas, as far as a move from them to the target can pay."""
+        found: dict[int, tuple[bool, float, int]] = {}
+        while self._sources and len(found) < SOURCES:
+            entry, replica = self._sources[0], self._sources[0][-1]
+            load = self._of[replica]
+            if entry == _as_source((replica, load)):
+                if not load.waiting and self._of[target].step_s >= (1 - MIN_GAIN) * load.step_s:
+                    break
+                found[replica] = entry
+            heappop(self._sources)
+        for entry in found.values():
+            heappush(self._sources, entry)
+        return list(found)
+
+
+def _as_target(each: tuple[int, Load]) -> tuple[float, int]:
+    """The least is the best target."""
+    replica, load = each
+    return load.step_s, replica
+
+
+def _as_source(each: tuple[int, Load]) -> tuple[bool, float, int]:
+    """The least is the best source."""
+    replica, load = each
+    return not load.waiting, -load.step_s, replica
 
 
 class _Place(NamedTuple):
@@ -131,7 +112,7 @@ class _Queue:
     share is proportional to the KV that the rollout reads; the others' are taken as equal.
     """
 
-    def __init__(self, load: _Load, lengths: EndedLengths) -> None:
+    def __init__(self, load: Load, lengths: EndedLengths) -> None:
         self.load, state = load, load.state
         self.groups = {(group.problem, group.round): group for group in state.groups}
         pool = state.num_pages * state.page_size
@@ -140,19 +121,24 @@ class _Queue:
         self._token_s = state.cost.seconds(StepShape(1, 1, pool, pool, pool)) - self._base_s
         self._token_s = (self._token_s - self._row_s) / pool  # of KV that is read
         self._share_s = (load.step_s - self._base_s) / load.running if load.running else 0.0
-        rollouts: list[tuple[GroupState, RolloutState, int]] = []
+        self._rollouts: list[tuple[GroupState, RolloutState, int]] = []
         for group in state.groups:
             tokens = {rollout.tokens for rollout in group.rollouts}  # siblings grow at one rate
             left = {count: _left(group, count, lengths) for count in tokens}
-            rollouts += [(group, rollout, left[rollout.tokens]) for rollout in group.rollouts]
-        self._lefts = sorted(left for _, rollout, left in rollouts if not rollout.waiting)
+            self._rollouts += [(group, each, left[each.tokens]) for each in group.rollouts]
+        self._running = [(left, r.tokens) for _, r, left in self._rollouts if not r.waiting]
+        self._lefts = sorted(left for left, _ in self._running)
         self._sums = [0, *accumulate(self._lefts)]
-        # One waiting rollout starts whenever a running one ends.
-        ends = chain((left * load.step_s for left in self._lefts), repeat(self._drained_s()))
-        self.places = [_Place(*each, next(ends) if each[1].waiting else 0.0) for each in rollouts]
 
-    def _drained_s(self) -> float:
-        return self._lefts[-1] * self.load.step_s if self._lefts else 0.0
+    @cached_property
+    def places(self) -> list[_Place]:
+        """All rollouts. One waiting rollout starts whenever a running one ends."""
+        drained_s = self._lefts[-1] * self.load.step_s if self._lefts else 0.0
+        ends = chain((left * self.load.step_s for left in self._lefts), repeat(drained_s))
+        return [
+            _Place(group, rollout, left, next(ends) if rollout.waiting else 0.0)
+            for group, rollout, left in self._rollouts
+        ]
 
     def overlap(self, left: int) -> int:
         """Sum of min(left, tokens left) over the running rollouts."""
@@ -181,14 +167,13 @@ class _Queue:
     def has_room(self, place: _Place) -> bool:
         """Whether the pages suffice for a rollout, now and as all grow to their expected ends."""
         state, size = self.load.state, self.load.state.page_size
-        pages = _pages(place.group.prompt_tokens, size) + _pages(place.rollout.tokens, size)
-        if self.load.pages + pages > _usable(state):
+        pages = pages_of(place.group.prompt_tokens, size) + pages_of(place.rollout.tokens, size)
+        if self.load.pages + pages > state.usable_pages:
             return False
-        growing = [(p.left, p.rollout.tokens) for p in self.places if not p.rollout.waiting]
-        growing.append((place.left, place.rollout.tokens))
+        growing = [*self._running, (place.left, place.rollout.tokens)]
         held = sum(tokens for _, tokens in growing)
         prompts = (self.load.pages + pages) * size - held
-        return prompts + peak(growing) <= _usable(state) * size
+        return prompts + peak(growing) <= state.usable_pages * size
 
 
 class TailMoves:
@@ -202,7 +187,6 @@ class TailMoves:
         self._lengths = EndedLengths()
         self._rounds: dict[int, int] = {}  # problem -> number of rounds that had an end
         self._moved: dict[int, dict[tuple[int, int], int]] = {}  # problem -> rollout -> tokens
-        self._loads: dict[int, _Load] = {}
 
     def ended(self, problem: int, round: int, tokens: int) -> None:
         """Learn the length of a rollout that has ended, not of one that was cancelled."""
@@ -218,55 +202,34 @@ class TailMoves:
     def moves(self, states: Mapping[int, ReplicaState]) -> list[Move]:
         """The moves that pay, given the states of all replicas that take part.
 
-        To be called when no problem waits in the cluster's queue. A state that has not changed
-        since the last call should be the same object: its load is then not computed again.
+        To be called when no problem waits in the cluster's queue.
         """
-        self._loads = {
-            replica: load
-            if (load := self._loads.get(replica)) and load.given is state
-            else _Load(replica, state)
-            for replica, state in states.items()
-        }
-        loads = dict(self._loads)
+        loads = _Loads(states)
         queues: dict[int, _Queue] = {}
         moved: dict[tuple[int, int, int, int], list[int]] = {}
-        while pair := self._next_move(loads, queues):
-            source, target, place = pair
+        while move := self._next_move(loads, queues):
+            source, target, place = move
             group, rollout = place.group, place.rollout
-            key = source.replica, target.replica, group.problem, group.round
-            moved.setdefault(key, []).append(rollout.index)
+            moved.setdefault((source, target, group.problem, group.round), []).append(rollout.index)
             of_problem = self._moved.setdefault(group.problem, {})
             of_problem[group.round, rollout.index] = rollout.tokens
-            for load, state in (
-                (source, _without(source.state, group, rollout)),
-                (target, _with(target.state, group, rollout)),
-            ):
-                loads[load.replica] = _Load(load.replica, state)
-                queues.pop(load.replica, None)
+            loads.replace(source, _without(loads[source].state, group, rollout).load)
+            loads.replace(target, _with(loads[target].state, group, rollout).load)
+            del queues[source], queues[target]
         return [Move(*key, tuple(indices)) for key, indices in moved.items()]
 
     def _next_move(
-        self, loads: Mapping[int, _Load], queues: dict[int, _Queue]
-    ) -> tuple[_Load, _Load, _Place] | None:
+        self, loads: _Loads, queues: dict[int, _Queue]
+    ) -> tuple[int, int, _Place] | None:
         """The best move to the least loaded replica from one of the most loaded ones."""
-        targets = [load for load in loads.values() if load.open]
-        if not targets:
+        target = loads.target()
+        if target is None:
             return None
-        target = min(targets, key=lambda load: (load.step_s, load.replica))
-        sources = [
-            load
-            for load in loads.values()
-            if load.waiting or target.step_s < (1 - MIN_GAIN) * load.step_s
-        ]
-        most_loaded = nlargest(
-            SOURCES, sources, key=lambda load: (load.waiting > 0, load.step_s, -load.replica)
-        )
-        for source in most_loaded:
-            for load in (source, target):
-                if load.replica not in queues:
-                    queues[load.replica] = _Queue(load, self._lengths)
-            place = self._best_place(queues[source.replica], queues[target.replica])
-            if place:
+        for source in loads.sources(target):
+            for replica in (source, target):
+                if replica not in queues:
+                    queues[replica] = _Queue(loads[replica], self._lengths)
+            if place := self._best_place(queues[source], queues[target]):
                 return source, target, place
         return None
 
@@ -305,44 +268,6 @@ class TailMoves:
         return None
 
 
-def _started(state: ReplicaState) -> tuple[ReplicaState, int]:
-    """The state with those waiting rollouts started that find pages and slots, and its pages."""
-    size = state.page_size
-    pages = running = 0
-    for group in state.groups:
-        tokens = [rollout.tokens for rollout in group.rollouts if not rollout.waiting]
-        running += len(tokens)
-        pages += sum(_pages(count, size) for count in tokens)
-        pages += _pages(group.prompt_tokens, size) if tokens else 0
-    if running == sum(len(group.rollouts) for group in state.groups):
-        return state, pages
-    groups, full = [], False
-    for group in state.groups:
-        prompt = all(rollout.waiting for rollout in group.rollouts)
-        rollouts = []
-        for rollout in group.rollouts:
-            if rollout.waiting and not full:
-                more = _pages(rollout.tokens, size)
-                more += _pages(group.prompt_tokens, size) if prompt else 0
-                full = running == state.max_running or pages + more > _usable(state)
-                if not full:
-                    running, pages, prompt = running + 1, pages + more, False
-                    rollout = replace(rollout, waiting=False)
-            rollouts.append(rollout)
-        groups.append(group._replace(rollouts=tuple(rollouts)))
-    return replace(state, groups=tuple(groups)), pages
-
-
-def _usable(state: ReplicaState) -> float:
-    """Pages that may be in use when a rollout starts."""
-    return (1 - WATERMARK) * state.num_pages
-
-
-def _pages(tokens: int, page_size: int) -> int:
-    """Pages of a rollout or a prompt, with the token that is next."""
-    return tokens // page_size + 1
-
-
 def _left(group: GroupState, tokens: int, lengths: EndedLengths) -> int:
     """Tokens that a rollout of `tokens` is expected to generate: without a prediction as many."""
     expected = lengths.expected((group.problem, group.round), group.round, tokens)
@@ -359,7 +284,7 @@ def _without(state: ReplicaState, group: GroupState, rollout: RolloutState) -> R
 
 
 def _with(state: ReplicaState, group: GroupState, rollout: RolloutState) -> ReplicaState:
-    rollouts: tuple[RolloutState, ...] = (replace(rollout, waiting=False),)
+    rollouts: tuple[RolloutState, ...] = (rollout._replace(waiting=False),)
     others = []
     for other in state.groups:
         if (other.problem, other.round) == (group.problem, group.round):

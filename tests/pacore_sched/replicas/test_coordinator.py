@@ -18,7 +18,8 @@ from pacore_sched.replicas.coordinator import Coordinator
 from pacore_sched.replicas.messages import Key, Orders, Task
 from pacore_sched.replicas.replica import Replica, ReplicaError
 from pacore_sched.sched.queue_load import QueueLoad
-from pacore_sched.sim.tail_moves import Move, ReplicaState, TailMoves
+from pacore_sched.sim.replica_state import ReplicaState
+from pacore_sched.sim.tail_moves import Move, TailMoves
 from tests.pacore_sched.answers.hashed_pacore import by_problem, hashed, is_idle, questions
 
 WIDTHS = (6, 2)

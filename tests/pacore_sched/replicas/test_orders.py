@@ -13,7 +13,8 @@ from pacore_sched.sched.queue_load import QueueLoad
 from pacore_sched.sched.request import Partial
 from pacore_sched.sim.calibration import FittedCost
 from pacore_sched.sim.cost_model import StepWork
-from pacore_sched.sim.tail_moves import GroupState, Move, ReplicaState, RolloutState, TailMoves
+from pacore_sched.sim.replica_state import GroupState, ReplicaState, RolloutState
+from pacore_sched.sim.tail_moves import Move, TailMoves
 
 COST = FittedCost(StepWork(TINY.decoder), (1,), (0.0,), 0.0, 0.0, 0.0)
 HOME, GUEST, THIRD = 0, 1, 2

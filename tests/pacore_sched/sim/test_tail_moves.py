@@ -9,14 +9,8 @@ from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.request import Group, Rollout, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
 from pacore_sched.sim.cluster import Setting
-from pacore_sched.sim.tail_moves import (
-    GroupState,
-    Move,
-    ReplicaState,
-    RolloutState,
-    TailMoves,
-    replica_state,
-)
+from pacore_sched.sim.replica_state import GroupState, ReplicaState, RolloutState, replica_state
+from pacore_sched.sim.tail_moves import Move, TailMoves
 
 COST = Setting().cost_model()
 IDLE = ReplicaState((), 1000, 64, 256, COST)
