@@ -128,8 +128,8 @@ class Replicas:
                 pending = [*self._calls, *self._loading]
                 if not pending:
                     raise InputError(
-                        f"all replicas have ended {MAX_FAILURES} times without ending a rollout:"
-                        " see the reasons above, then continue with --resume"
+                        f"all replicas have ended at least {MAX_FAILURES} times in a row without"
+                        " ending a rollout: see the reasons above, then continue with --resume"
                     )
                 done, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
                 self._take(done or ray.wait(pending, timeout=WAIT_S)[0], coordinator)
@@ -213,20 +213,24 @@ class Replicas:
                 if not isinstance(error, exceptions.RayTaskError):  # which has its own numbers
                     node = self.loaded[number].node
                     why = f"{why} (on {node}; at its last report {coordinator.memory(number)})"
-                self._ended(number, why, coordinator)
+                step = isinstance(error, exceptions.RayTaskError | exceptions.OutOfMemoryError)
+                self._ended(number, why, coordinator, step=step)
                 continue
             if any(ended.finish_reason != "cancelled" for _, ended in report.results):
                 self._failures[number] = 0
             coordinator.take(number, report)
 
-    def _ended(self, number: int, why: str, coordinator: Coordinator) -> None:
-        """A replica has ended: start another in its place, unless it has ended too often."""
+    def _ended(
+        self, number: int, why: str, coordinator: Coordinator, *, step: bool = False
+    ) -> None:
+        """A replica has ended, perhaps by a step of its problems: start another in its place, unless
+        it has ended too often."""
         self.ended += 1
-        coordinator.lose(number)
         self.loaded.pop(number, None)
         ray.kill(self._actors.pop(number))
         self._failures[number] = failures = self._failures.get(number, 0) + 1
-        again = failures < MAX_FAILURES
+        given_up = coordinator.lose(number, failure=why if step else "")
+        again = failures < MAX_FAILURES + given_up  # the replica may not have been the cause
         self._say(
             f"replica {number} has ended: {why}; "
             + ("it is started again" if again else f"given up after {failures} times in a row")

@@ -4,11 +4,13 @@ A problem stays on one replica, through all its rounds: the KV of its prompt and
 replica pulls the next problem when none of its rollouts is waiting to start, so a slow one gets
 fewer (sched/queue_load.py). Once no problem waits, rollouts move to replicas where they are expected to end earlier. If
 a replica is lost, its problems go back to the front of the queue with the results known so far, and
-its parts to another replica as they had left home. No communication happens here, so a test or a
+its parts to another replica as they had left home. A problem that was there twice when a step
+failed runs last, on a replica of its own: if that fails too, the problem is given up, not one
+replica after the other. No communication happens here, so a test or a
 measurement can play the replicas.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -23,6 +25,7 @@ from pacore_sched.sim.tail_moves import TailMoves
 
 SECONDS = 0.25  # between a replica's reports
 AT_SECONDS = 128  # with more replicas they report less often
+SUSPECT = 2  # failures on its replicas after which a problem runs alone
 
 
 class Place(NamedTuple):
@@ -71,6 +74,8 @@ class Coordinator:
         self._new, self._left, self._known = iter(tasks), problems, known
         self._next: Task | None = None
         self._returned: deque[Task] = deque()  # of lost replicas
+        self._failures: Counter[int] = Counter()  # problem -> failures on its replicas
+        self._suspects: deque[Task] = deque()  # returned tasks that are to run alone
         self._on_result, self._on_answer = on_result, on_answer
         self._moves = moves
         self._replicas: dict[int, _Replica] = {}
@@ -88,7 +93,7 @@ class Coordinator:
     @property
     def done(self) -> bool:
         """Whether all problems have ended."""
-        return not self._homes and self._exhausted
+        return not self._homes and self._exhausted and not self._suspects
 
     @property
     def kv_used(self) -> float:
@@ -104,11 +109,16 @@ class Coordinator:
         self._replicas[replica] = _Replica()
         self._due[replica] = None
 
-    def lose(self, replica: int) -> None:
-        """A replica is gone. Does nothing if it was not ready."""
+    def lose(self, replica: int, failure: str = "") -> bool:
+        """A replica is gone. Does nothing if it was not ready.
+
+        failure: why, if a step failed, so that one of the replica's problems may be the cause
+
+        Returns whether a problem is given up as the cause.
+        """
         lost = self._replicas.pop(replica, None)
         if lost is None:
-            return
+            return False
         self._due.pop(replica, None)
         self._num_calling -= lost.calling
         self._kv_used -= lost.report.kv_used
@@ -120,12 +130,24 @@ class Coordinator:
             else:
                 del self._homes[key.problem]
                 self._cancel_parts(key.problem)
+        there = {key.problem for key in lost.tasks.keys() - {t.key for t in lost.outbox.tasks}}
+        if failure:
+            self._failures.update(there)
+        cause = None
         for key, task in reversed(lost.tasks.items()):
             if not key.part:
-                self._returned.appendleft(replace(task, known=self._known(task.id)))
+                task = replace(task, known=self._known(task.id))
+                if not self._suspect(key.problem):
+                    self._returned.appendleft(task)
+                elif failure and {key.problem} == there and self._failures[key.problem] > SUSPECT:
+                    cause = Answer(task.id, "", f"it fails even alone: {failure}", ())
+                    self._drop(key.problem, cause)
+                else:
+                    self._suspects.appendleft(task)
             elif key.problem in self._homes and task.part and task.part.rollouts:
                 self._returned.append(task)
         self._wake_all()
+        return cause is not None
 
     def calls(self) -> Iterator[tuple[int, Orders]]:
         """Yield the orders for replicas that have something to do; each must be followed by `take`
@@ -135,12 +157,16 @@ class Coordinator:
             del self._due[number]
             replica = self._replicas[number]
             replica.calling = True
-            takes = replica.report.load.takes(ahead=self._ahead)
+            alone = any(self._suspect(key.problem) for key in replica.tasks)
+            takes = replica.report.load.takes(ahead=self._ahead) and not alone
             if takes and (task := self._take_task()):
                 self._assign(number, task)
+            elif self._suspects and not replica.tasks:
+                self._assign(number, self._suspects.popleft())
+                alone = True
             orders = replica.sent = replica.outbox
             replica.outbox = Orders()
-            orders.more, orders.ahead = not self._exhausted, self._ahead
+            orders.more, orders.ahead = not self._exhausted and not alone, self._ahead
             orders.seconds = SECONDS * max(1.0, len(self._replicas) / AT_SECONDS)
             needs_state = self._moves and self._exhausted and replica.state is None
             if orders or replica.report.busy or needs_state:
@@ -245,7 +271,16 @@ class Coordinator:
     def _end(self, problem: int, answer: Answer) -> None:
         del self._homes[problem]
         self._cancel_parts(problem)
+        self._drop(problem, answer)
+
+    def _suspect(self, problem: int) -> bool:
+        """Whether a problem must run alone."""
+        return self._failures[problem] >= SUSPECT
+
+    def _drop(self, problem: int, answer: Answer) -> None:
+        """Forget a problem that no replica has, and report its answer."""
         self._parts_of.pop(problem, None)
+        self._failures.pop(problem, None)
         if self._moves:
             self._moves.forget(problem)
         self._on_answer(answer)
@@ -277,6 +312,7 @@ class Coordinator:
             n: r
             for n, r in self._replicas.items()
             if r.state is not None and not r.leaving and not r.coming
+            if not any(self._suspect(key.problem) for key in r.tasks)
         }
         measured = [r.state.cost for r in ready.values() if r.state and r.report.measured]
         if len(ready) < 2 or not measured:

@@ -88,12 +88,23 @@ def test_killed_replicas(start, said: list[str], capfd: pytest.CaptureFixture) -
 
 def test_a_replica_that_always_fails_is_given_up(start, said: list[str]) -> None:
     """It is reported with its numbers, and not started for ever."""
-    replicas, run = start(HashedBuild(failing=True), least=1, most=1), Run(2)
-    with pytest.raises(InputError, match="all replicas have ended 3 times"):
+    replicas, run = start(HashedBuild(failing=range(5)), least=1, most=1), Run(5)
+    with pytest.raises(InputError, match="all replicas have ended at least 3 times"):
         for _ in replicas.turns(run.coordinator):
             pass
-    assert len(said) == 3 and "given up after 3" in said[-1]
+    assert 3 <= len(said) <= 4 and "given up after" in said[-1]
     assert all("MemoryError: out of memory" in line and "KV pages" in line for line in said)
+    assert len(run.answers) <= 2  # that failed even alone
+
+
+def test_a_problem_that_always_fails_is_given_up(start, said: list[str]) -> None:
+    replicas, run = start(HashedBuild(failing=(2,)), least=1, most=1), Run(5)
+    for _ in replicas.turns(run.coordinator):
+        pass
+    errors = {problem: answer.error for problem, answer in by_problem(run.answers).items()}
+    assert "fails even alone" in errors.pop("p2")
+    assert errors == dict.fromkeys(("p0", "p1", "p3", "p4"))
+    assert len(said) == 3 and all("started again" in line for line in said)
 
 
 def test_replicas_that_cannot_be_loaded(start) -> None:

@@ -18,6 +18,7 @@ from pacore_sched.replicas.coordinator import Coordinator
 from pacore_sched.replicas.messages import Key, Orders, Task
 from pacore_sched.replicas.replica import Replica, ReplicaError
 from pacore_sched.sched.queue_load import QueueLoad
+from pacore_sched.sched.request import Batch
 from pacore_sched.sim.replica_state import ReplicaState
 from pacore_sched.sim.tail_moves import Move, TailMoves
 from tests.pacore_sched.answers.hashed_pacore import by_problem, hashed, is_idle, questions
@@ -55,6 +56,7 @@ class Pool:
     seed: int = 0
     slow: tuple[int, ...] = ()
     kills: int = 0
+    poison: int = -1  # a problem whose steps fail
     options: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,6 +67,7 @@ class Pool:
         self.running: dict[int, Replica] = {}
         self.homes = Counter()  # tasks per replica
         self.moved: list[Task] = []
+        self.failures = 0
 
     def run(self, count: int) -> dict[str, Answer]:
         draw = random.Random(self.seed)
@@ -97,7 +100,14 @@ class Pool:
                 coordinator.lose(number)
                 self.start(number)
                 continue
-            coordinator.take(number, self.running[number].advance(orders))
+            try:
+                report = self.running[number].advance(orders)
+            except ReplicaError as error:
+                self.failures += 1
+                coordinator.lose(number, str(error))
+                self.start(number)
+                continue
+            coordinator.take(number, report)
         assert not kills
         for number in list(calls):
             coordinator.take(number, self.running[number].advance(calls.pop(number)))
@@ -110,6 +120,15 @@ class Pool:
     def start(self, number: int) -> None:
         self.pacores[number] = hashed(WIDTHS, **self.options)
         self.running[number] = Replica(self.pacores[number])
+        executor = self.pacores[number].engine.executor
+        launch = executor.launch
+
+        def launch_unless_poisoned(tree: object, batch: Batch) -> object:
+            if any(r.group.problem == self.poison and len(r.tokens) > 5 for r in batch.decode):
+                raise MemoryError("out of memory")
+            return launch(tree, batch)
+
+        executor.launch = launch_unless_poisoned
         self.coordinator.add(number)
 
     def tasks(self, count: int) -> Iterator[Task]:
@@ -132,7 +151,7 @@ class Pool:
 
     def whole(self, answer: Answer) -> Answer:
         """An answer with its rounds, from the results."""
-        results = sorted(self.results[answer.problem].values(), key=place)
+        results = sorted(self.results.get(answer.problem, {}).values(), key=place)
         numbers = dict.fromkeys(result.round for result in results)
         rounds = [Round.of([r for r in results if r.round == number]) for number in numbers]
         return replace(answer, rounds=tuple(rounds))
@@ -178,6 +197,21 @@ def test_rollouts_move_to_idle_replicas() -> None:
 def test_moves_and_losses_together(seed: int) -> None:
     pool = Pool(4, seed=seed, kills=3, options={"max_running": 2})
     assert pool.run(3) == alone(3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.parametrize("moves", [0, 0.1])
+def test_a_problem_whose_steps_fail(moves: float, replicas: int, seed: int) -> None:
+    """It ends three replicas, the last one alone, or one more where its rollouts have moved to; no
+    other problem fails."""
+    pool = Pool(replicas, moves, seed, poison=7)
+    answers, expected = pool.run(12), alone(12)
+    error = answers.pop("p7").error
+    assert error and "it fails even alone" in error and "out of memory" in error
+    del expected["p7"]
+    assert answers == expected and not pool.again
+    assert pool.failures == 3 or (moves and pool.failures > 3)
 
 
 def test_slow_replicas_get_fewer_problems() -> None:
