@@ -223,8 +223,10 @@ class Replicas:
     def _ended(
         self, number: int, why: str, coordinator: Coordinator, *, step: bool = False
     ) -> None:
-        """A replica has ended, perhaps by a step of its problems: start another in its place, unless
-        it has ended too often."""
+        """A replica has ended: start another in its place, unless it has ended too often.
+
+        step: a step of its problems failed
+        """
         self.ended += 1
         self.loaded.pop(number, None)
         ray.kill(self._actors.pop(number))

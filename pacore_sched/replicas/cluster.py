@@ -18,8 +18,13 @@ from typing import Any
 
 from model.errors import InputError
 
-# Before Ray is imported: no token file in the home folder, and no report of usage.
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+# Before Ray is imported: no token file in the home folder, and no report of usage. Ray would also
+# run its workers at nice 15: next to a busy process, a replica would hardly run.
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+}
 OBJECT_STORE_BYTES = 256 << 20  # replicas exchange text and tokens
 CONNECT_S = 5.0
 ANSWER_S = 15.0  # most of which is the import of Ray, on a slow machine

@@ -2,12 +2,12 @@
 
 A problem stays on one replica, through all its rounds: the KV of its prompt and images is there. A
 replica pulls the next problem when none of its rollouts is waiting to start, so a slow one gets
-fewer (sched/queue_load.py). Once no problem waits, rollouts move to replicas where they are expected to end earlier. If
-a replica is lost, its problems go back to the front of the queue with the results known so far, and
-its parts to another replica as they had left home. A problem that was there twice when a step
-failed runs last, on a replica of its own: if that fails too, the problem is given up, not one
-replica after the other. No communication happens here, so a test or a
-measurement can play the replicas.
+fewer (sched/queue_load.py). Once no problem waits, rollouts move to replicas where they are
+expected to end earlier. If a replica is lost, its problems go back to the front of the queue with
+the results known so far, and its parts to another replica as they had left home. A problem that was
+there twice when a step failed runs last, on a replica of its own: if that fails too, the problem is
+given up, not one replica after the other. No communication happens here, so a test or a measurement
+can play the replicas.
 """
 
 from collections import Counter, deque

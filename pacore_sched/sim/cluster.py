@@ -2,8 +2,8 @@
 
 A single GPU takes every problem on arrival, so its policy sees the whole queue; one of several GPUs
 takes the next problem when none of its rollouts is waiting to start (sched/queue_load.py). This GPU
-is the problem's home: the KV of its image is there, and all its rounds are submitted there. When the queue is empty,
-rollouts may move to other GPUs (tail_moves.py).
+is the problem's home: the KV of its image is there, and all its rounds are submitted there. When
+the queue is empty, rollouts may move to other GPUs (tail_moves.py).
 GPUs have their own clocks, and messages between them: a message is received at the time at which it
 was sent, or later if the receiver is already in a step that ends later. It takes no time itself.
 """

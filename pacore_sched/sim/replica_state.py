@@ -11,9 +11,9 @@ WATERMARK = 0.01  # share of the pages that stays free when rollouts start
 
 
 class RolloutState(NamedTuple):
-    """An unfinished rollout with `tokens` generated; it waits if it has no pages yet."""
+    """An unfinished rollout of `tokens` tokens; it waits if it has no pages yet."""
 
-    index: int
+    number: int  # its index in the round
     tokens: int
     waiting: bool
 
@@ -76,7 +76,7 @@ class Load:
             if count:
                 total, prompt = sum(tokens), group.prompt_tokens
                 self.running += count
-                self.pages += sum([pages_of(held, size) for held in tokens]) + pages_of(prompt, size)
+                self.pages += sum([pages_of(held, size) for held in (prompt, *tokens)])
                 shared += prompt + total
                 unshared += prompt * count + total
                 segments += 1

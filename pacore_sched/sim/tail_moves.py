@@ -210,9 +210,11 @@ class TailMoves:
         while move := self._next_move(loads, queues):
             source, target, place = move
             group, rollout = place.group, place.rollout
-            moved.setdefault((source, target, group.problem, group.round), []).append(rollout.index)
+            moved.setdefault((source, target, group.problem, group.round), []).append(
+                rollout.number
+            )
             of_problem = self._moved.setdefault(group.problem, {})
-            of_problem[group.round, rollout.index] = rollout.tokens
+            of_problem[group.round, rollout.number] = rollout.tokens
             loads.replace(source, _without(loads[source].state, group, rollout).load)
             loads.replace(target, _with(loads[target].state, group, rollout).load)
             del queues[source], queues[target]
@@ -239,7 +241,7 @@ class TailMoves:
         seen: set[tuple[int, int, float]] = set()
         for number, place in enumerate(source.places):
             group, rollout = place.group, place.rollout
-            last = self._moved.get(group.problem, {}).get((group.round, rollout.index))
+            last = self._moved.get(group.problem, {}).get((group.round, rollout.number))
             if last is not None and rollout.tokens < max(MIN_LEFT, REST * last):
                 continue
             if (same := (id(group), rollout.tokens, place.wait_s)) in seen:
@@ -277,7 +279,7 @@ def _left(group: GroupState, tokens: int, lengths: EndedLengths) -> int:
 
 
 def _without(state: ReplicaState, group: GroupState, rollout: RolloutState) -> ReplicaState:
-    rest = tuple(other for other in group.rollouts if other.index != rollout.index)
+    rest = tuple(other for other in group.rollouts if other.number != rollout.number)
     changed = (group._replace(rollouts=rest),) if rest else ()
     others = tuple(other for other in state.groups if other is not group)
     return replace(state, groups=others + changed)

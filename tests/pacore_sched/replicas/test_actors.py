@@ -86,6 +86,13 @@ def test_killed_replicas(start, said: list[str], capfd: pytest.CaptureFixture) -
         assert sorted(results, key=lambda r: (r.round, r.index)) == expected
 
 
+def test_replicas_have_the_priority_of_the_command(start) -> None:
+    """Ray would run them at nice 15."""
+    replicas = start(HashedBuild(), least=1, most=1)
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, replicas.loaded[0].pid) == mine
+
+
 def test_a_replica_that_always_fails_is_given_up(start, said: list[str]) -> None:
     """It is reported with its numbers, and not started for ever."""
     replicas, run = start(HashedBuild(failing=range(5)), least=1, most=1), Run(5)

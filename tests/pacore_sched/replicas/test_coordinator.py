@@ -35,7 +35,7 @@ class RandomMoves(TailMoves):
 
     def moves(self, states: Mapping[int, ReplicaState]) -> list[Move]:
         return [
-            Move(source, target, group.problem, group.round, (rollout.index,))
+            Move(source, target, group.problem, group.round, (rollout.number,))
             for source, state in states.items()
             for group in state.groups
             for rollout in group.rollouts

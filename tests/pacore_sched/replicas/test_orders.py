@@ -6,7 +6,6 @@ import pytest
 
 from model.config import TINY
 from pacore_sched.answers.journal_lines import RolloutResult
-from pacore_sched.answers.live import Answer
 from pacore_sched.replicas.coordinator import Coordinator
 from pacore_sched.replicas.messages import Key, Orders, Report, Task
 from pacore_sched.sched.queue_load import QueueLoad

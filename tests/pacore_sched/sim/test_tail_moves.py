@@ -132,7 +132,7 @@ def test_replica_state_of_a_scheduler() -> None:
     state = replica_state(scheduler, COST)
     (only,) = state.groups
     assert (only.problem, only.round, only.prompt_tokens, only.max_tokens) == (4, 1, 10, 30)
-    assert [(r.index, r.tokens, r.waiting) for r in only.rollouts] == [
+    assert [(r.number, r.tokens, r.waiting) for r in only.rollouts] == [
         (1, 2, False),
         (2, 2, False),
         (3, 0, True),
@@ -142,7 +142,7 @@ def test_replica_state_of_a_scheduler() -> None:
     copy = pickle.loads(pickle.dumps(state))
     assert copy.groups == state.groups
     home.rollouts[1].scheduled = 30
-    assert [r.index for r in replica_state(scheduler, COST).groups[0].rollouts] == [2, 3, 7]
+    assert [r.number for r in replica_state(scheduler, COST).groups[0].rollouts] == [2, 3, 7]
 
 
 @pytest.mark.parametrize("states", [{}, {0: IDLE}, {0: IDLE, 1: IDLE}])
