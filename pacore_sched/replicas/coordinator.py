@@ -163,7 +163,6 @@ class Coordinator:
                 self._assign(number, task)
             elif self._suspects and not replica.tasks:
                 self._assign(number, self._suspects.popleft())
-                alone = True
             orders = replica.sent = replica.outbox
             replica.outbox = Orders()
             orders.more, orders.ahead = not self._exhausted and not alone, self._ahead

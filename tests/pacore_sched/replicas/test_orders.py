@@ -6,6 +6,7 @@ import pytest
 
 from model.config import TINY
 from pacore_sched.answers.journal_lines import RolloutResult
+from pacore_sched.answers.live import Answer
 from pacore_sched.replicas.coordinator import Coordinator
 from pacore_sched.replicas.messages import Key, Orders, Report, Task
 from pacore_sched.sched.queue_load import QueueLoad
@@ -37,13 +38,13 @@ class Cluster:
     """A coordinator and its replicas, which do nothing by themselves."""
 
     def __init__(self, replicas: int, problems: int, *moves: Move) -> None:
-        self.moves = GivenMoves(moves)
+        self.moves, self.answers = GivenMoves(moves), list[Answer]()
         self.coordinator = Coordinator(
             [Task(Key(n), f"p{n}", []) for n in range(problems)],
             problems,
             known=lambda id: (),
             on_result=lambda result: None,
-            on_answer=lambda answer: None,
+            on_answer=self.answers.append,
             moves=self.moves if moves else None,
         )
         for number in range(replicas):
@@ -56,6 +57,13 @@ class Cluster:
         new = dict(self.coordinator.calls())
         self.called |= new
         return new
+
+    def fail(self, number: int) -> dict[int, Orders]:
+        """A step of a replica fails, and it is started again."""
+        del self.called[number]
+        self.coordinator.lose(number, "no memory")
+        self.coordinator.add(number)
+        return self.orders()
 
     def report(self, number: int, **report) -> dict[int, Orders]:
         """A replica reports, while it has work; returns the orders that follow."""
@@ -172,3 +180,56 @@ def test_no_moves_between_replicas_with_unfinished_moves(arrived: bool) -> None:
     last = cluster.moves.asked[-1]
     assert len(cluster.moves.asked) > 1
     assert last == ({GUEST, THIRD, 3} if arrived else {THIRD, 3})
+
+
+def problems(orders: Orders) -> list[int]:
+    return [task.key.problem for task in orders.tasks]
+
+
+def test_after_two_failures_problems_run_alone() -> None:
+    cluster = Cluster(2, 4, Move(0, 1, 1, 0, (0,)))
+    assert problems(cluster.report(0)[0]) == [2]
+    assert problems(cluster.report(0)[0]) == [3]
+    assert problems(cluster.fail(0)[0]) == [0]
+    assert problems(cluster.report(0)[0]) == [2]
+    assert problems(cluster.report(0)[0]) == [3]
+    assert problems(cluster.fail(0)[0]) == [0]
+    alone = cluster.report(0)[0]
+    assert not alone.tasks and not alone.more
+    del cluster.called[1]
+    cluster.coordinator.lose(1)  # its problem waits for a replica
+    alone = cluster.report(0, state=state(0))[0]
+    assert not alone.tasks and not alone.more
+    cluster.coordinator.add(1)
+    assert problems(cluster.orders()[1]) == [1]
+    cluster.report(1, state=state(1))
+    assert not cluster.moves.asked  # there is no second replica for moves
+    assert problems(cluster.fail(0)[0]) == [2]
+    assert [(answer.problem, answer.error) for answer in cluster.answers] == [
+        ("p0", "it fails even alone: no memory")
+    ]
+
+
+def test_a_problem_is_not_blamed_for_what_has_not_reached_a_replica() -> None:
+    cluster = moved(2)
+    cluster.fail(GUEST)
+    for failures in range(3):
+        assert not cluster.answers, failures
+        cluster.fail(HOME)
+    assert cluster.answers
+
+
+def test_a_problem_is_not_blamed_with_others() -> None:
+    """Its home has another problem, too, when it fails for the third time."""
+    cluster = Cluster(2, 3, Move(HOME, GUEST, PROBLEM, 0, (0, 1)))
+    assert problems(cluster.report(HOME)[HOME]) == [2]
+    cluster.report(HOME, state=state(PROBLEM, 2))
+    cluster.report(GUEST, state=state(1))
+    assert cluster.report(HOME, state=state(PROBLEM, 2))[HOME].detach
+    cluster.report(HOME, detached=[(Key(PROBLEM), 0, {0: Partial(), 1: Partial()})])
+    assert parts(cluster.report(GUEST)) == [(GUEST, [0, 1])]
+    for _ in range(2):
+        cluster.fail(GUEST)
+        cluster.report(GUEST)
+    cluster.fail(HOME)
+    assert not cluster.answers
