@@ -36,8 +36,8 @@ class Move(NamedTuple):
     indices: tuple[int, ...]
 
 
-class _Loads:
-    """The loads of all replicas, and which ones are the best targets and sources.
+class LoadRanking:
+    """The loads of all replicas: which are the best targets and sources.
 
     Both are heaps, in which entries of loads that have been replaced remain until they are met.
     """
@@ -204,7 +204,7 @@ class TailMoves:
 
         To be called when no problem waits in the cluster's queue.
         """
-        loads = _Loads(states)
+        loads = LoadRanking(states)
         queues: dict[int, _Queue] = {}
         moved: dict[tuple[int, int, int, int], list[int]] = {}
         while move := self._next_move(loads, queues):
@@ -221,7 +221,7 @@ class TailMoves:
         return [Move(*key, tuple(indices)) for key, indices in moved.items()]
 
     def _next_move(
-        self, loads: _Loads, queues: dict[int, _Queue]
+        self, loads: LoadRanking, queues: dict[int, _Queue]
     ) -> tuple[int, int, _Place] | None:
         """The best move to the least loaded replica from one of the most loaded ones."""
         target = loads.target()

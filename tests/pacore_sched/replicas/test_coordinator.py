@@ -172,7 +172,10 @@ def test_answers_are_those_of_one_engine(replicas: int, seed: int) -> None:
     pool = Pool(replicas, seed=seed)
     assert pool.run(12) == alone(12)
     assert not pool.again
-    assert pool.coordinator.totals.engine.generated > 0
+    engines = [pacore.engine for pacore in pool.pacores.values()]
+    totals, started = pool.coordinator.totals, sum(e.scheduler.counts.started for e in engines)
+    assert totals.engine.generated == sum(engine.stats.generated for engine in engines) > 0
+    assert totals.scheduler.started == started
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -231,5 +231,9 @@ def test_a_problem_is_not_blamed_with_others() -> None:
     for _ in range(2):
         cluster.fail(GUEST)
         cluster.report(GUEST)
-    cluster.fail(HOME)
+    assert problems(cluster.fail(HOME)[HOME]) == [2]
     assert not cluster.answers
+    answer = Answer("p2", "", None, ())
+    assert problems(cluster.report(HOME, answers=[(Key(2), answer)])[HOME]) == [PROBLEM]
+    cluster.coordinator.lose(HOME)  # killed: no step has failed
+    assert cluster.answers == [answer]

@@ -1,7 +1,10 @@
 """The policy that moves rollouts, on plain states."""
 
 import pickle
+import random
+from collections.abc import Mapping
 from dataclasses import replace
+from heapq import nlargest
 
 import pytest
 
@@ -9,8 +12,14 @@ from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.request import Group, Rollout, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
 from pacore_sched.sim.cluster import Setting
-from pacore_sched.sim.replica_state import GroupState, ReplicaState, RolloutState, replica_state
-from pacore_sched.sim.tail_moves import Move, TailMoves
+from pacore_sched.sim.replica_state import (
+    GroupState,
+    Load,
+    ReplicaState,
+    RolloutState,
+    replica_state,
+)
+from pacore_sched.sim.tail_moves import MIN_GAIN, SOURCES, LoadRanking, Move, TailMoves
 
 COST = Setting().cost_model()
 IDLE = ReplicaState((), 1000, 64, 256, COST)
@@ -35,6 +44,37 @@ def test_a_loaded_replica_shares_with_idle_ones() -> None:
             (target, 5) for target in targets
         ]
         assert len({index for move in moves for index in move.indices}) == 10
+
+
+def ranked(loads: Mapping[int, Load]) -> tuple[int | None, list[int]]:
+    """The best target and sources, by looking at all loads."""
+    targets = [replica for replica, load in loads.items() if load.open]
+    if not targets:
+        return None, []
+    target = min(targets, key=lambda replica: (loads[replica].step_s, replica))
+    limit = loads[target].step_s / (1 - MIN_GAIN)
+    sources = [replica for replica, load in loads.items() if load.waiting or load.step_s > limit]
+    rank = {r: (loads[r].waiting > 0, loads[r].step_s, -r) for r in sources}
+    return target, nlargest(SOURCES, sources, key=rank.__getitem__)
+
+
+def test_ranking_of_loads() -> None:
+    draw = random.Random(0)
+
+    def state() -> ReplicaState:
+        tokens = [draw.choice((100, 9_000)) for _ in range(draw.randrange(8))]
+        return replace(IDLE, groups=(group(*tokens),), max_running=draw.choice((4, 9)))
+
+    states = {replica: state() for replica in range(12)}
+    ranking, loads = LoadRanking(states), {r: state.load for r, state in states.items()}
+    for _ in range(300):
+        target, sources = ranked(loads)
+        assert ranking.target() == target
+        if target is not None:
+            assert ranking.sources(target) == sources
+        for replica in draw.sample(range(12), 2):
+            loads[replica] = state().load
+            ranking.replace(replica, loads[replica])
 
 
 def test_equal_loads_stay() -> None:
