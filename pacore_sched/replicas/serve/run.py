@@ -4,7 +4,9 @@ import asyncio
 import logging
 import os
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
@@ -28,6 +30,7 @@ from pacore_sched.serve.limits import Limits
 
 HEALTH_S = 2.0  # between health checks of a replica
 SEEN_S = 60.0  # for the router to learn of the replicas
+LOG = logging.getLogger("pacore_sched.serve")
 UNLIMITED = 1_000_000  # requests at a replica: its own limits hold
 
 
@@ -45,6 +48,8 @@ def serve_replicas(
     log_prompts: bool,
 ) -> None:
     """Serve until a signal; Ray must be connected (replicas/cluster.py).
+
+    SIGHUP restarts the replicas, one after the other.
 
     make_context: loads the model, in the replica's process
     models: the served names, for the log
@@ -66,14 +71,19 @@ def serve_replicas(
     try:
         serve.start(proxy_location=ProxyLocation.Disabled)
         target = deployment.bind(make_context, log_prompts=log_prompts)
-        try:
-            handle = serve.run(target, name=app, route_prefix=None)
-        except RuntimeError:
-            raise InputError(_why_not(serve.status().applications[app])) from None
+
+        def deploy() -> DeploymentHandle:
+            """Start the replicas; those that run are replaced."""
+            try:
+                return serve.run(target, name=app, route_prefix=None)
+            except RuntimeError:
+                raise InputError(_why_not(serve.status().applications[app])) from None
+
+        handle = deploy()
         first = handle.kv_tokens.remote(ForwardedRequest("", "GET", "")).result(timeout_s=SEEN_S)
         _wait_for(replicas)
         front = Front(RayReplicas(handle), limits)
-        logging.getLogger("pacore_sched.serve").info(
+        LOG.info(
             "listening",
             extra={
                 "url": f"{url_of(listener)}/v1",
@@ -82,10 +92,32 @@ def serve_replicas(
                 "replicas": running.names,
             },
         )
+        _on_sighup(deploy)
         Server(Guard(front, front, keys), front, drain_s).run(sockets=[listener])
     finally:
         with suppress(Exception):
             serve.delete(app)
+
+
+def _on_sighup(deploy: Callable[[], object]) -> None:
+    """Deploy again at SIGHUP, in a thread; Ray Serve replaces one replica after the other."""
+    under_way = threading.Lock()
+
+    def restart() -> None:
+        with under_way:
+            LOG.info("restarting")
+            try:
+                deploy()
+            except InputError as error:
+                LOG.error("restart failed", extra={"reason": str(error)})
+            else:
+                LOG.info("restarted")
+
+    def begin(*_: object) -> None:
+        if not under_way.locked():
+            threading.Thread(target=restart, daemon=True).start()
+
+    signal.signal(signal.SIGHUP, begin)
 
 
 class RayReplicas:

@@ -135,6 +135,26 @@ def test_a_life(tmp_path: Path):
 
 
 @pytest.mark.cli
+@pytest.mark.timeout(180)
+def test_rolling_restart(tmp_path: Path):
+    """At SIGHUP all replicas are replaced, and no request fails meanwhile."""
+    pytest.importorskip("ray")
+    log = tmp_path / "log"
+    with serve(log, "--replicas", "2") as (process, first):
+        url = first["url"].removesuffix("/v1")
+        process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 120
+        while b"restarted" not in log.read_bytes():
+            assert time.monotonic() < deadline, log.read_text()
+            reply = request(f"{url}/v1/chat/completions", "POST", CHAT)
+            assert reply.status == 200, reply.body
+        now = replicas_in_metrics(url)
+        assert len(now) == 2 and not now & {*first["replicas"]}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.cli
 @pytest.mark.timeout(120)
 def test_mistake_in_a_replica():
     """What only the model's process can know is told in one line, and nothing is left running."""
