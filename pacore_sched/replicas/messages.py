@@ -47,7 +47,8 @@ class Orders:
     detach: (problem, round, indices): rollouts that are to leave
     ended: results of rollouts that left: the problem, and how the rollout ended elsewhere
     cancel: tasks that are no longer needed
-    more: more problems wait: return as soon as the replica takes another, if need be `ahead`
+    more: more problems wait: return as soon as the replica takes one (QueueLoad.takes)
+    ahead: whether it also takes one that could not start yet
     """
 
     tasks: list[Task] = field(default_factory=list)
