@@ -5,7 +5,7 @@ first rearranges the whole weight, in every call: with the few rows of a decode 
 than the product. Packing moves values without changing them.
 """
 
-import time
+import platform
 from functools import cache
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from kernels.runtime.environment import variable
 
 ROWS = 16  # oneDNN chooses the layout for this many; measured to be as good from 1 row to 2,048
-SPEEDUP = 1.25
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -29,23 +28,35 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear with a plain weight, by oneDNN where `is_faster` says so of packed ones: for many
-    rows, where packing would gain little."""
-    faster = x.device.type == "cpu" and is_faster(x.dtype)
-    return product(x, weight, bias) if faster else F.linear(x, weight, bias)
+    """F.linear with a plain weight: for many rows, where packing would gain little."""
+    pays = x.device.type == "cpu" and products_pay(x.dtype)
+    return product(x, weight, bias) if pays else F.linear(x, weight, bias)
 
 
 @cache
-def is_faster(dtype: torch.dtype) -> bool:
-    """Whether products with packed weights are at least SPEEDUP times as fast on this CPU.
+def packing_pays(dtype: torch.dtype) -> bool:
+    """Whether products with packed weights are faster than `F.linear` on this CPU.
 
-    Measured once, in some 30 ms, on the shape of a decode step. The margin keeps the choice, and
-    with it the bits of all results, the same in all processes; PACORE_ONEDNN fixes it.
+    By what the CPU is, not by a measurement, so that results have the same bits in all processes.
+    On x86 they are 0.9 to 3.5 times as fast with 4 to 64 rows (docs/log.md); others were not
+    measured.
+    PACORE_ONEDNN overrules it, where PyTorch has oneDNN.
     """
+    return _choice(dtype, platform.machine().lower() in ("x86_64", "amd64"))
+
+
+@cache
+def products_pay(dtype: torch.dtype) -> bool:
+    """Whether plain products are faster, too: with AVX-512, which PyTorch's BLAS does not use on
+    every CPU, but not with AVX2, where they take a tenth longer."""
+    return packing_pays(dtype) and _choice(
+        dtype, "AVX512" in torch.backends.cpu.get_cpu_capability()
+    )
+
+
+def _choice(dtype: torch.dtype, pays: bool) -> bool:
     choice = variable("PACORE_ONEDNN")
-    if choice == "0" or not _supported(dtype):
-        return False
-    return choice == "1" or _speedup(dtype) >= SPEEDUP
+    return _supported(dtype) and (pays if choice == "auto" else choice == "1")
 
 
 def _supported(dtype: torch.dtype) -> bool:
@@ -56,22 +67,3 @@ def _supported(dtype: torch.dtype) -> bool:
     ops = torch.ops.mkldnn
     supports = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     return supports is not None and bool(getattr(ops, f"_is_mkldnn_{supports}_supported")())
-
-
-def _speedup(dtype: torch.dtype) -> float:
-    """Of packed over plain weights, both read from memory or the last-level cache."""
-    with torch.inference_mode():
-        x = torch.full((ROWS, 512), 0.5, dtype=dtype)
-        weights = [torch.full((2048, 512), 0.5, dtype=dtype) for _ in range(4)]
-        packed = [pack(weight) for weight in weights]
-        best = {"plain": float("inf"), "packed": float("inf")}
-        for _ in range(7):
-            for name, calls in (
-                ("plain", [lambda w=w: F.linear(x, w) for w in weights]),
-                ("packed", [lambda w=w: product(x, w) for w in packed]),
-            ):
-                start = time.perf_counter()
-                for call in calls:
-                    call()
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best["plain"] / best["packed"]

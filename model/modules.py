@@ -48,7 +48,7 @@ class Linear(nn.Module):
         weight = self.weight
         portable = (impl or default_impl(weight.device)) == "portable"
         packable = weight.device.type == "cpu" and not weight.is_inference()
-        return portable and packable and onednn.is_faster(weight.dtype)
+        return portable and packable and onednn.packing_pays(weight.dtype)
 
     def pack(self) -> None:
         """Hold the weight only packed: views of its plain storage no longer belong to it."""

@@ -355,7 +355,7 @@ class Step3VL(nn.Module):
         if self.config.vision:  # the folded projector of VisionTower.prepare
             values += self.config.decoder.hidden * (9 * 2 * self.config.vision.width + 1)
         portable = self.impl["linear"] in (None, "portable") and torch.device(device).type == "cpu"
-        if self.config.decoder.tied_embeddings and portable and onednn.is_faster(self.dtype):
+        if self.config.decoder.tied_embeddings and portable and onednn.packing_pays(self.dtype):
             values += self.decoder.embed_tokens.numel()  # the LM head, packed
         check_weights_fit(self.config.name, values, self.dtype, torch.device(device))
 

@@ -23,7 +23,7 @@ from tests.support.gpu_guard import (  # noqa: F401 - hooks
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
 os.environ["PACORE_WARM_UP"] = "0"  # tests compile only what they launch
-os.environ["PACORE_ONEDNN"] = "1"  # not decided by a measurement while other tests run
+os.environ["PACORE_ONEDNN"] = "1"  # the same forms are tested on every CPU
 
 # Triton kernels are tested on the GPU if there is one, else in Triton's interpreter, which must be
 # selected before a kernel is defined, and whose bf16 is wrong as shipped.

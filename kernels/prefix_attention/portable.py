@@ -189,7 +189,7 @@ def _products_pay(queries: int, k: Tensor) -> bool:
     """Whether oneDNN's products of a head's queries with its K and V take less time than the flash
     kernel, which calls BLAS."""
     enough = queries * k[0].numel() >= PRODUCT_WORK
-    return enough and k.device.type == "cpu" and onednn.is_faster(torch.float32)
+    return enough and k.device.type == "cpu" and onednn.products_pay(torch.float32)
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, group: int) -> Partial:

@@ -15,7 +15,8 @@ from model.step3vl import Step3VL
 from tests.support.errors import max_error
 
 pytestmark = pytest.mark.skipif(
-    not onednn.is_faster(torch.float32), reason="this CPU, or this PyTorch, does not pack weights"
+    not onednn.packing_pays(torch.float32),
+    reason="this CPU, or this PyTorch, does not pack weights",
 )
 
 
@@ -38,7 +39,7 @@ def check(linear: Linear, weight: torch.Tensor) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (70, 33), (128, 64), (17, 1025)])
 def test_packing_keeps_the_bits(shape: tuple[int, int], dtype: torch.dtype):
     """Guards checkpoints saved from packed weights, padding of the packed layout included."""
-    if not onednn.is_faster(dtype):
+    if not onednn.packing_pays(dtype):
         pytest.skip(f"{dtype} is not packed here")
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     linear = Linear(nn.Parameter(weight.clone(), requires_grad=False))
@@ -172,18 +173,36 @@ def test_weights_changed_through_the_checkpoint(model: Step3VL):
 
 @pytest.fixture
 def choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    onednn.is_faster.cache_clear()
+    _forget()
     yield monkeypatch
-    onednn.is_faster.cache_clear()
+    _forget()
+
+
+def _forget() -> None:
+    onednn.packing_pays.cache_clear()
+    onednn.products_pay.cache_clear()
 
 
 def test_packing_can_be_switched_off(choice: pytest.MonkeyPatch):
-    """Guards the variable, and packing where it is slower."""
     choice.setenv("PACORE_ONEDNN", "0")
     assert not Step3VL.from_preset("tiny").decoder.layers[0].qkv.weight.is_mkldnn
-    onednn.is_faster.cache_clear()
+    assert not onednn.products_pay(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "packing", "products"),
+    [
+        ("x86_64", "AVX512", True, True),
+        ("AMD64", "AVX2", True, False),
+        ("aarch64", "SVE256", False, False),
+    ],
+)
+def test_what_pays_where(
+    choice: pytest.MonkeyPatch, machine: str, capability: str, packing: bool, products: bool
+):
+    """Guards plain products by oneDNN where BLAS is faster, and CPUs that were not measured."""
     choice.setenv("PACORE_ONEDNN", "auto")
-    for speedup in (1.2, 1.3):
-        choice.setattr("kernels.onednn._speedup", lambda dtype, speedup=speedup: speedup)
-        assert onednn.is_faster(torch.float32) == (speedup == 1.3)
-        onednn.is_faster.cache_clear()
+    choice.setattr("platform.machine", lambda: machine)
+    choice.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert onednn.packing_pays(torch.float32) == packing
+    assert onednn.products_pay(torch.float32) == products
