@@ -81,6 +81,7 @@ def _happened(run: Run) -> Counter[str]:
     happened = Counter(
         preemptions=counts.preemptions,
         recomputed=counts.recomputed,
+        found=counts.found,
         accepted=stats.accepted,
         wasted=stats.wasted,
     )

@@ -22,6 +22,7 @@ class Config:
     ahead: bool
     speculate: int
     policy: str
+    prefix_cache: bool
     model: HashModel
 
     @staticmethod
@@ -37,6 +38,7 @@ class Config:
             ahead=draw.random() < 0.6,
             speculate=draw.choice((0, 0, 1, 4, max_running)),
             policy=draw.choice([*POLICIES, *3 * ("later-round-first", "fcfs", "random", "random")]),
+            prefix_cache=draw.random() < 0.8,
             model=HashModel(draw.choice((1, 3, 6, 20)), draw.choice((0, 0, 100))),
         )
 

@@ -90,11 +90,14 @@ class Run:
             ahead=config.ahead,
             speculate=config.speculate,
             host_pages=config.host_pages,
+            prefix_cache=config.prefix_cache,
         )
         self.live: dict[Group, Live] = {}
         self.kept: list[Segment] = []  # one entry per `keep`
         self.problems: list[Problem] = []
         self.encoding: list[Features] = []
+        self.texts: list[list[int]] = [[]]  # prompt ids, which others begin with
+        self.images: list[int] = []  # embeddings, which come again
         self.idle_steps = 0  # in a row, although a group could have gone on
         self.happened: Counter[str] = Counter()
         self._problems = 0
@@ -230,7 +233,9 @@ class Run:
 
     def _problem(self) -> Problem:
         draw = self.draw
-        features = Features([draw.randrange(1000, 1 << 40) for _ in range(draw.choice((0, 12)))])
+        if not self.images or draw.random() < 0.5:
+            self.images = [draw.randrange(1000, 1 << 40) for _ in range(12)]
+        features = Features(draw.choice(([], self.images)))
         if features.values:
             self.encoding.append(features)
         head = [self._segment(features) for _ in range(draw.choice((0, 1, 1, 2)))]
@@ -242,13 +247,21 @@ class Run:
     def _segment(self, features: Features) -> Segment:
         draw = self.draw
         ids = [draw.randrange(len(TEXTS)) for _ in range(draw.choice((0, 1, 3, 4, 8, 12)))]
+        if draw.random() < 0.6:
+            before = draw.choice(self.texts)
+            ids = [*before[: draw.randint(0, len(before))], *ids][:24]
+        self.texts = [*self.texts[-20:], ids]
+        ids = [*ids]
         first = draw.randint(0, features.count)
         for _ in range(features.count - first):
             if ids and draw.random() < 0.5:
                 ids[draw.randrange(len(ids))] = PLACEHOLDER
         prompt = Prompt.of(ids, PLACEHOLDER + 1, PLACEHOLDER, features, first)
         ready = features.ready if prompt.placeholders else lambda: True
-        return Segment(len(ids), prompt, ready)
+        content = [*ids]
+        for row, position in enumerate(prompt.placeholders, first):
+            content[position] = features.values[row]
+        return Segment(len(ids), prompt, ready, tuple(content), draw.choice(("", "", "other")))
 
     def _keep_segment(self, segment: Segment) -> None:
         self.engine.scheduler.keep(segment)
@@ -274,6 +287,8 @@ class Run:
             return None  # the token budget is for those that catch up
         pages = cdiv(1 + group.waiting[0].scheduled, config.page_size)
         pages += sum(cdiv(s.tokens, config.page_size) for s in group.path if s.node < 0)
+        found = [s for s in group.path if s.node >= 0]
+        pages += sum(tree.pages_needed(s.node, s.tokens - s.written) for s in found)
         pages += len(running)  # each of those that run takes one at most
         watermark = scheduler.policy.watermark * config.num_pages if running else 0
         room = len(running) < config.max_running and len(running) < config.token_budget

@@ -83,7 +83,8 @@ class HashExecutor:
         self.counts: Counter[str] = Counter()
         self.host: dict[Rollout, list[Entry | None]] = {}
         self._kv: list[Entry | None] = [None] * (num_pages * page_size)  # by slot
-        self._owner: dict[int, int] = {}  # page -> node
+        self._tree: PrefixTree | None = None
+        self._taken: list[int] = []  # pages since the last step
         self._last_tokens = LastTokens(max_running, torch.device("cpu"))
         self._cached: _Layout | None = None
         self._pending: deque[SampledTokens] = deque()
@@ -92,15 +93,16 @@ class HashExecutor:
 
     def launch(self, tree: PrefixTree, batch: Batch) -> SampledTokens:
         """Run a step on the device."""
+        self._watch(tree)
         self._check(tree, batch)
         self.last_batch = batch
         self._evict(batch)
+        self._erase_taken()
         layout = self._cached
         if layout and layout.batch is batch and layout.steps_left:
             layout.advance(self.page_size)
             self.counts["repeated"] += 1
         else:
-            self._own_pages(tree, batch)
             layout = self._lay_out(tree, batch)
         self._restore(batch)
         self._cached = None if batch.chunks or any(batch.drafts) else layout
@@ -128,10 +130,12 @@ class HashExecutor:
             written = tree.length(rollout.node)
             expect(written <= rollout.max_tokens, "a rollout is written beyond its max_tokens")
         for chunk in batch.chunks:
-            length = tree.length(chunk.owner.node)
+            owner, length = chunk.owner, tree.length(chunk.owner.node)
+            if isinstance(owner, Segment):  # it may begin in a node above
+                expect(owner.ready(), "a segment is written before it is ready")
+                expect(0 < chunk.stop - chunk.start <= length, "a chunk is not in its node")
+                length = owner.written
             expect(chunk.start < chunk.stop == length, "a chunk ends elsewhere in the tree")
-            if isinstance(chunk.owner, Segment):
-                expect(chunk.owner.ready(), "a segment is written before it is ready")
 
     def _evict(self, batch: Batch) -> None:
         self.host = {r: copy for r, copy in self.host.items() if not r.finish_reason}
@@ -152,14 +156,25 @@ class HashExecutor:
     def _page(self, page: int) -> list[Entry | None]:
         return self._kv[page * self.page_size : (page + 1) * self.page_size]
 
-    def _own_pages(self, tree: PrefixTree, batch: Batch) -> None:
-        """Erase the pages that have moved to another node: nothing in them is that node's."""
-        for node in {node for owner in owners_of(batch) for node in tree.path(owner.node)}:
-            for page in tree.pages(node):
-                if self._owner.get(page) != node:
-                    self._owner[page] = node
-                    start = page * self.page_size
-                    self._kv[start : start + self.page_size] = [None] * self.page_size
+    def _watch(self, tree: PrefixTree) -> None:
+        """Note the pages that a tree takes for its nodes."""
+        if self._tree is tree:
+            return
+        self._tree, reserve = tree, tree.reserve
+
+        def erasing(node: int, tokens: int) -> None:
+            before = len(tree.pages(node))
+            reserve(node, tokens)
+            self._taken += tree.pages(node)[before:]
+
+        tree.reserve = erasing  # type: ignore[method-assign]
+
+    def _erase_taken(self) -> None:
+        """Nothing in pages that were taken is of their new nodes."""
+        for page in self._taken:
+            start = page * self.page_size
+            self._kv[start : start + self.page_size] = [None] * self.page_size
+        self._taken.clear()
 
     def _lay_out(self, tree: PrefixTree, batch: Batch) -> _Layout:
         rows: StepRows = build_step_rows(tree, batch)

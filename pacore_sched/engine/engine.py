@@ -75,6 +75,7 @@ class Engine(Generic[ExecutorT]):
     speculate: draft from siblings while at most this many rollouts run; 0 is never. The tokens are
         the same, except for the rounding of matrix products
     host_pages: pages of preempted rollouts that may be moved to host memory instead of recomputed
+    prefix_cache: whether prompts find the KV of earlier ones with the same beginning
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Engine(Generic[ExecutorT]):
         ahead: bool | None = None,
         speculate: int = 0,
         host_pages: int = 0,
+        prefix_cache: bool = True,
     ) -> None:
         self.executor, self.stopping = executor, stopping
         self.ahead = executor.asynchronous if ahead is None else ahead
@@ -100,6 +102,7 @@ class Engine(Generic[ExecutorT]):
             max_running=running,
             token_budget=max(token_budget, running),
             host_pages=host_pages,
+            prefix_cache=prefix_cache,
         )
         self.scheduler = self._new_scheduler(
             find_policy(policy) if isinstance(policy, str) else policy

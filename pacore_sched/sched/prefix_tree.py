@@ -2,13 +2,17 @@
 
 A node is a run of tokens that several sequences share: image and question, one rollout, a synthesis
 prompt. It owns whole pages, some of them perhaps reserved for future tokens. Forking a sequence
-adds a child and copies nothing. A node lives as long as it is held or has a child. The tree stores
-numbers of tokens, no tokens or tensors. It is plain Python, and all methods except `path`,
-`depth_first` and `check_integrity` take constant time (amortised, per page and node given).
+adds a child and copies nothing. A node lives as long as it is held or has a child.
+
+A node may also outlive its last user: a `keepable` one is then kept until its pages are needed,
+those unused for the longest time first. Kept pages count as free ones.
+
+The tree stores numbers of tokens, no tokens or tensors. It is plain Python, and all methods except
+`path`, `depth_first` and `check_integrity` take constant time (amortised, per page and node given).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kernels.runtime.arithmetic import cdiv
@@ -30,7 +34,9 @@ class _Node:
     capacity: int = 0  # tokens that the pages hold
     pages: list[int] = field(default_factory=list)
     holds: int = 1
+    users: int = 1  # holds, and children with users
     children: int = 0
+    keepable: bool = False
 
 
 class PrefixTree:
@@ -38,9 +44,16 @@ class PrefixTree:
 
     Nodes are identified by ints that are never reused. Every method that takes a node raises
     ValueError if it is not, or no longer, in the tree.
+
+    on_evict: called with every kept node whose pages are taken, when it has left the tree
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        on_evict: Callable[[int], None] = lambda node: None,
+    ) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"num_pages {num_pages} and page_size {page_size} must be positive")
         self.num_pages = num_pages
@@ -48,6 +61,10 @@ class PrefixTree:
         self._free = list(reversed(range(num_pages)))  # a stack: page 0 is taken first
         self._nodes: dict[int, _Node] = {}
         self._next_id = 0
+        self._on_evict = on_evict
+        # Nodes without users, those unused for the longest time first: children before parents.
+        self._kept: dict[int, None] = {}
+        self._kept_pages = 0
 
     def add(self, parent: int | None = None) -> int:
         """Add an empty node below `parent`, or a root; the caller holds it once."""
@@ -55,9 +72,37 @@ class PrefixTree:
         if parent is not None:
             start = self.context_length(parent)
             self._nodes[parent].children += 1
-        node, self._next_id = self._next_id, self._next_id + 1
+            self._use(parent)
+        node = self._new_id()
         self._nodes[node] = _Node(parent, start)
         return node
+
+    def split(self, node: int, length: int) -> int:
+        """Cut a node after its first `length` tokens, whole pages; returns the new node that has
+        them. The node keeps the rest, its holds and its children, and is the only child of the new
+        one, which nothing holds.
+
+        Raises ValueError for another `length`, and for a node without users.
+        """
+        entry, size = self._get(node), self.page_size
+        if not entry.users or not 0 < length <= entry.length or length % size:
+            raise ValueError(
+                f"node {node} of {entry.length} tokens and {entry.users} users cannot be split"
+                f" after {length}: pages have {size}"
+            )
+        above, pages = self._new_id(), length // size
+        self._nodes[above] = _Node(
+            entry.parent, entry.start, length, length, entry.pages[:pages],
+            holds=0, users=1, children=1, keepable=entry.keepable,
+        )  # fmt: skip
+        entry.parent, entry.start = above, entry.start + length
+        entry.length, entry.capacity = entry.length - length, entry.capacity - length
+        entry.pages = entry.pages[pages:]
+        return above
+
+    def set_keepable(self, node: int, keepable: bool) -> None:
+        """Whether a node outlives its last user, as its parent then must, too. It must have one."""
+        self._get(node).keepable = keepable
 
     def append(self, node: int, tokens: int) -> None:
         """Append tokens to a node, taking pages as needed.
@@ -73,10 +118,11 @@ class PrefixTree:
         if entry.children:
             raise ValueError(f"node {node} cannot grow: it has children, which start where it ends")
         needed = self.pages_needed(node, tokens)
-        if needed > len(self._free):
+        if needed > self.free_pages:
             raise OutOfPages(
-                f"node {node} needs {needed} pages, the pool has {len(self._free)} free"
+                f"node {node} needs {needed} pages, the pool has {self.free_pages} free"
             )
+        self._evict(needed)
         if needed:
             entry.pages.extend(self._free.pop() for _ in range(needed))
             entry.capacity += needed * self.page_size
@@ -113,9 +159,11 @@ class PrefixTree:
     def hold(self, node: int) -> None:
         """Keep a node alive until one more `release`."""
         self._get(node).holds += 1
+        self._use(node)
 
     def release(self, node: int) -> None:
-        """Drop one hold. Nodes that then have neither holds nor children return their pages.
+        """Drop one hold. Nodes that then have neither holds nor children return their pages, unless
+        they are kept.
 
         Raises ValueError if only its children keep the node.
         """
@@ -123,18 +171,28 @@ class PrefixTree:
         if not entry.holds:
             raise ValueError(f"node {node} is not held")
         entry.holds -= 1
-        while not entry.holds and not entry.children:
-            del self._nodes[node]
-            self._free.extend(reversed(entry.pages))
-            if entry.parent is None:
+        above: int | None = node
+        while above is not None:
+            node, entry = above, self._nodes[above]
+            entry.users -= 1
+            if entry.users:
                 return
-            node, entry = entry.parent, self._nodes[entry.parent]
-            entry.children -= 1
+            above = entry.parent
+            if entry.keepable:
+                self._kept[node] = None
+                self._kept_pages += len(entry.pages)
+            else:
+                self._remove(node)
 
     @property
     def free_pages(self) -> int:
-        """Pages that no node owns."""
-        return len(self._free)
+        """Pages that no node owns, or only kept ones."""
+        return len(self._free) + self._kept_pages
+
+    @property
+    def kept(self) -> Collection[int]:
+        """Nodes without users, those unused for the longest time first."""
+        return self._kept.keys()
 
     def pages_needed(self, node: int, new_tokens: int) -> int:
         """Pages that appending `new_tokens` to a node would take."""
@@ -156,9 +214,10 @@ class PrefixTree:
         entry = self._get(node)
         return entry.capacity - entry.length
 
-    def children(self, node: int) -> int:
-        """Number of direct children."""
-        return self._get(node).children
+    def is_idle(self, node: int) -> bool:
+        """Whether a held node has no child with users."""
+        entry = self._get(node)
+        return entry.users == entry.holds
 
     def length(self, node: int) -> int:
         """Number of tokens in the node itself."""
@@ -203,11 +262,46 @@ class PrefixTree:
         """
         self._check_pages()
         children = Counter(entry.parent for entry in self._nodes.values())
+        used = Counter(entry.parent for entry in self._nodes.values() if entry.users)
         for node, entry in self._nodes.items():
-            self._check_node(node, entry, children[node])
+            self._check_node(node, entry, children[node], used[node])
+        self._check_reached()
+        self._check_kept()
         held = {node: entry.holds for node, entry in self._nodes.items() if entry.holds}
         if holds is not None and held != dict(holds):
             raise IntegrityError(f"holds per node are {held}, the caller counts {dict(holds)}")
+
+    def _new_id(self) -> int:
+        node, self._next_id = self._next_id, self._next_id + 1
+        return node
+
+    def _use(self, node: int) -> None:
+        """Add a user to a node; a kept one is then no longer kept, nor are its ancestors."""
+        above: int | None = node
+        while above is not None:
+            entry = self._nodes[above]
+            entry.users += 1
+            if entry.users > 1:
+                return
+            del self._kept[above]
+            self._kept_pages -= len(entry.pages)
+            above = entry.parent
+
+    def _remove(self, node: int) -> None:
+        """Remove a node without users and children, whose parent has counted that."""
+        entry = self._nodes.pop(node)
+        self._free.extend(reversed(entry.pages))
+        if entry.parent is not None:
+            self._nodes[entry.parent].children -= 1
+
+    def _evict(self, pages: int) -> None:
+        """Remove kept nodes until that many pages are free; there must be as many."""
+        while len(self._free) < pages:
+            node = next(iter(self._kept))
+            del self._kept[node]
+            self._kept_pages -= len(self._nodes[node].pages)
+            self._remove(node)
+            self._on_evict(node)
 
     def _get(self, node: int) -> _Node:
         entry = self._nodes.get(node)
@@ -230,20 +324,56 @@ class PrefixTree:
             lost = next(page for page in range(self.num_pages) if page not in owner)
             raise IntegrityError(f"page {lost} is lost: neither free nor owned by a node")
 
-    def _check_node(self, node: int, entry: _Node, children: int) -> None:
+    def _check_reached(self) -> None:
+        """Every node is below a root."""
+        below: dict[int | None, list[int]] = {}
+        for node, entry in self._nodes.items():
+            below.setdefault(entry.parent, []).append(node)
+        reached = [*below.get(None, ())]
+        for node in reached:
+            reached += below.get(node, ())
+        if lost := self._nodes.keys() - reached:
+            raise IntegrityError(f"nodes {sorted(lost)} are below no root")
+
+    def _check_kept(self) -> None:
+        entries = self._nodes
+        unused = {node for node, entry in entries.items() if not entry.users}
+        if unused != self._kept.keys():
+            raise IntegrityError(f"nodes {[*self._kept]} are kept, {sorted(unused)} have no users")
+        pages = sum(len(entries[node].pages) for node in self._kept)
+        if pages != self._kept_pages:
+            raise IntegrityError(f"kept nodes own {pages} pages, {self._kept_pages} are counted")
+        order = {node: number for number, node in enumerate(self._kept)}
+        for node, number in order.items():
+            parent = entries[node].parent
+            if parent is not None and order.get(parent, len(order)) < number:
+                raise IntegrityError(f"node {node} is kept after its parent {parent}")
+
+    def _check_node(self, node: int, entry: _Node, children: int, used: int) -> None:
         parent = None if entry.parent is None else self._nodes.get(entry.parent)
         start = parent.start + parent.length if parent else 0
         pages = cdiv(entry.length, self.page_size)
-        orphan = entry.parent is not None and (parent is None or entry.parent >= node)
+        orphan = entry.parent is not None and parent is None
         for fault, message in (
-            (orphan, f"its parent {entry.parent} is not an older node of the tree"),
+            (orphan, f"its parent {entry.parent} is not in the tree"),
             (
                 entry.start != start,
                 f"it starts at {entry.start}, its ancestors have {start} tokens",
             ),
             (entry.children != children, f"it counts {entry.children} children but has {children}"),
             (entry.holds < 0, f"it has {entry.holds} holds"),
-            (not entry.holds and not children, "it is neither held nor has children"),
+            (
+                entry.users != entry.holds + used,
+                f"it counts {entry.users} users but has {entry.holds + used}",
+            ),
+            (
+                not entry.users and not entry.keepable,
+                "it has neither holds nor children with users",
+            ),
+            (
+                entry.keepable and parent is not None and not parent.keepable,
+                f"it is keepable, its parent {entry.parent} is not",
+            ),
             (entry.length < 0, f"it has {entry.length} tokens"),
             (len(entry.pages) < pages, f"it owns {len(entry.pages)} pages but needs {pages}"),
             (

@@ -51,15 +51,22 @@ def _ready() -> bool:
 
 @dataclass(eq=False, slots=True)
 class Segment:
-    """A run of prompt tokens that several rollouts share."""
+    """A run of prompt tokens that several rollouts share.
+
+    content: what identifies its tokens, for the prefix cache (prefix_cache.py); empty: nothing does
+    salt: prompts find only each other's KV if theirs is the same
+    """
 
     tokens: int  # how many
     inputs: object = None  # what the executor computes their embeddings from
     ready: Callable[[], bool] = _ready  # whether it can: images may still be encoding
+    content: tuple[int, ...] = ()
+    salt: str = ""
     # Set by the scheduler:
     users: int = field(default=0, init=False)  # groups and problems that will still read it
     node: int = field(default=-1, init=False)  # in the prefix tree; -1 without KV
-    written: int = field(default=0, init=False)  # tokens whose KV has been written
+    written: int = field(default=0, init=False)  # tokens whose KV has been written, or was found
+    dropped: int = field(default=0, init=False)  # tokens whose KV was dropped and not found again
 
     def forget(self) -> None:
         """Release what its embeddings are computed from: the segment will not be read again."""

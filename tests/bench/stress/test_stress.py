@@ -24,7 +24,7 @@ def happened() -> Counter[str]:
         *("step", "submit", "ready", "cancel", "fail", "keep", "drop", "refused", "repeated"),
         *("ended: stop", "ended: length", "ended: cancelled", "ended: error"),
         *("preemptions", "evicted", "restored", "recomputed", "segments dropped", "wasted"),
-        *("drafted", "accepted", "segment chunks", "rollout chunks"),
+        *("drafted", "accepted", "segment chunks", "rollout chunks", "found"),
     ],
 )
 def test_everything_happens(happened: Counter[str], what: str):

@@ -13,7 +13,7 @@ from pacore_sched.sched.prefix_tree import IntegrityError, OutOfPages, PrefixTre
 
 class AgainstModel(RuleBasedStateMachine):
     """Random use of the tree, compared with a model that stores every token and searches
-    everything.
+    everything. No node that is kept grows or is cut.
 
     `memory` represents the page tensors: each token's slot is stamped with (node, index), and must
     keep that stamp as long as the node lives.
@@ -21,8 +21,10 @@ class AgainstModel(RuleBasedStateMachine):
 
     @initialize(num_pages=st.integers(1, 12), page_size=st.integers(1, 4))
     def start(self, num_pages, page_size):
-        self.tree = PrefixTree(num_pages, page_size)
+        self.evicted = []
+        self.tree = PrefixTree(num_pages, page_size, self.evicted.append)
         self.num_pages, self.page_size = num_pages, page_size
+        self.keepable, self.kept = set(), []  # kept: unused for the longest time first
         self.parents, self.lengths, self.holds = {}, {}, Counter()
         self.spare = Counter()  # reserved pages of a node beyond those that its tokens need
         self.dead, self.memory = set(), {}
@@ -38,8 +40,27 @@ class AgainstModel(RuleBasedStateMachine):
         return len({token // self.page_size for token in range(tokens)})
 
     def model_free(self):
-        used = sum(self.pages_of(tokens) for tokens in self.lengths.values())
-        return self.num_pages - used - sum(self.spare.values())
+        return self.num_pages - sum(map(self.owned, self.parents.keys() - self.kept))
+
+    def owned(self, node):
+        return self.pages_of(self.lengths[node]) + self.spare[node]
+
+    def remove(self, node):
+        del self.parents[node], self.lengths[node], self.spare[node]
+        self.dead.add(node)
+
+    def use(self, node):
+        """Nothing on a used node's path is kept."""
+        self.kept = [kept for kept in self.kept if kept not in self.model_path(node)]
+
+    def evict(self, pages):
+        """Take the pages of kept nodes for `pages` new ones."""
+        expected = []
+        while self.num_pages - sum(map(self.owned, self.parents)) < pages:
+            expected.append(self.kept.pop(0))
+            self.remove(expected[-1])
+        assert self.evicted == expected
+        self.evicted.clear()
 
     def stamp(self, node, tokens):
         """Record that tokens were appended, and write their slots."""
@@ -58,6 +79,8 @@ class AgainstModel(RuleBasedStateMachine):
         parent = data.draw(st.sampled_from([None, *sorted(self.parents)]))
         node = self.tree.add(parent)
         assert node not in self.parents and node not in self.dead
+        if parent is not None:
+            self.use(parent)
         self.parents[node], self.lengths[node], self.holds[node] = parent, 0, 1
 
     @precondition(lambda self: self.parents)
@@ -65,6 +88,8 @@ class AgainstModel(RuleBasedStateMachine):
     def append(self, data, new_tokens, keep):
         """Append tokens, or only reserve pages for them."""
         node = self.pick(data, self.parents)
+        if node in self.kept:
+            return
         call = self.tree.append if keep else self.tree.reserve
         if self.children(node):
             with pytest.raises(ValueError, match="cannot grow"):
@@ -79,6 +104,7 @@ class AgainstModel(RuleBasedStateMachine):
                 call(node, new_tokens)
             return
         call(node, new_tokens)
+        self.evict(needed)
         self.spare[node] += needed
         if keep:
             self.stamp(node, new_tokens)
@@ -86,7 +112,9 @@ class AgainstModel(RuleBasedStateMachine):
     @precondition(lambda self: any(not self.children(node) for node in self.parents))
     @rule(data=st.data(), tokens=st.integers(0, 3))
     def grow(self, data, tokens):
-        leaves = [node for node in self.parents if not self.children(node)]
+        leaves = [n for n in self.parents if not self.children(n) and n not in self.kept]
+        if not leaves:
+            return
         nodes = data.draw(st.lists(st.sampled_from(sorted(leaves)), min_size=1, unique=True))
         full = [node for node in nodes if self.tree.room(node) < tokens]
         for node in nodes:
@@ -104,6 +132,8 @@ class AgainstModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def truncate(self, data):
         node = self.pick(data, self.parents)
+        if node in self.kept:
+            return
         length = data.draw(st.integers(-1, self.lengths[node] + 1))
         if self.children(node) or not 0 <= length <= self.lengths[node]:
             with pytest.raises(ValueError, match="cannot be cut"):
@@ -117,7 +147,38 @@ class AgainstModel(RuleBasedStateMachine):
     def hold(self, data):
         node = self.pick(data, self.parents)
         self.tree.hold(node)
+        self.use(node)
         self.holds[node] += 1
+
+    @precondition(lambda self: self.parents)
+    @rule(data=st.data())
+    def keep(self, data):
+        """Only nodes with users, and below keepable ones."""
+        above = {None, *self.keepable}
+        nodes = [n for n, p in self.parents.items() if p in above and n not in self.kept]
+        if nodes:
+            node = self.pick(data, nodes)
+            self.tree.set_keepable(node, True)
+            self.keepable.add(node)
+
+    @precondition(lambda self: self.parents)
+    @rule(data=st.data())
+    def split(self, data):
+        node = self.pick(data, self.parents)
+        length = data.draw(st.integers(0, self.lengths[node] + 1))
+        if node in self.kept or not 0 < length <= self.lengths[node] or length % self.page_size:
+            with pytest.raises(ValueError, match="cannot be split"):
+                self.tree.split(node, length)
+            return
+        above = self.tree.split(node, length)
+        assert above not in self.parents and above not in self.dead
+        self.parents[above], self.parents[node] = self.parents[node], above
+        self.lengths[above], self.lengths[node] = length, self.lengths[node] - length
+        if node in self.keepable:
+            self.keepable.add(above)
+        for slot, (owner, index) in self.memory.items():
+            if owner == node:
+                self.memory[slot] = (above, index) if index < length else (node, index - length)
 
     @precondition(lambda self: self.parents)
     @rule(data=st.data())
@@ -130,9 +191,12 @@ class AgainstModel(RuleBasedStateMachine):
         self.tree.release(node)
         self.holds[node] -= 1
         alive = {n for held in self.parents if self.holds[held] for n in self.model_path(held)}
-        for freed in set(self.parents) - alive:
-            del self.parents[freed], self.lengths[freed], self.spare[freed]
-            self.dead.add(freed)
+        unused = set(self.parents) - alive - set(self.kept)
+        for freed in sorted(unused, key=lambda n: -len(self.model_path(n))):
+            if freed in self.keepable:
+                self.kept.append(freed)
+            else:
+                self.remove(freed)
 
     @precondition(lambda self: self.dead)
     @rule(data=st.data())
@@ -145,6 +209,7 @@ class AgainstModel(RuleBasedStateMachine):
     @invariant()
     def agrees(self):
         self.tree.check_integrity(+self.holds)
+        assert list(self.tree.kept) == self.kept
         assert self.tree.free_pages == self.model_free()
         for node, length in self.lengths.items():
             path = self.model_path(node)
@@ -156,7 +221,8 @@ class AgainstModel(RuleBasedStateMachine):
             pages = tuple(dict.fromkeys(s // self.page_size for s in slots))
             assert pages == self.tree.pages(node)[: len(pages)]
             assert len(self.tree.pages(node)) == len(pages) + self.spare[node]
-            assert self.tree.children(node) == len(self.children(node))
+            users = [n for n in self.children(node) if n not in self.kept]
+            assert self.tree.is_idle(node) == (not users)
 
     @invariant()
     def orders_depth_first(self):
@@ -341,6 +407,34 @@ def set_field(node, name, value):
     return lambda tree: setattr(tree._nodes[node], name, value)
 
 
+def set_tree(name, value):
+    return lambda tree: setattr(tree, name, value)
+
+
+def add_cycle(tree):
+    one, other = tree.add(), tree.add()
+    tree._nodes[7], tree._nodes[8] = tree._nodes.pop(one), tree._nodes.pop(other)
+    for node, parent in ((7, 8), (8, 7)):
+        entry = tree._nodes[node]
+        entry.parent, entry.holds, entry.children = parent, 0, 1
+
+
+def keep_parent_first(tree):
+    for node in (0, 1, 2):
+        tree.set_keepable(node, True)
+    for node in (2, 1):
+        tree.release(node)
+    tree._kept = dict.fromkeys((2, 0, 1))
+
+
+def release_unnoticed(tree):
+    entry = tree._nodes[1]
+    entry.holds = entry.users = 0
+    tree._nodes[0].users -= 1
+    tree._kept[1] = None
+    tree._kept_pages += 1
+
+
 CORRUPTIONS = {
     "page lost from the free list": (lambda t: t._free.remove(4), "page 4 is lost"),
     "page lost from a node": (lambda t: t._nodes[1].pages.clear(), "page 2 is lost"),
@@ -362,12 +456,28 @@ CORRUPTIONS = {
     "child counted twice": (set_field(0, "children", 3), "node 0: it counts 3 children but has 2"),
     "child freed unnoticed": (lambda t: drop_node(t, 2), "node 0: it counts 2 children but has 1"),
     "parent freed under its children": (lambda t: drop_node(t, 0), "node 1: its parent 0 is not"),
-    "cycle": (set_field(0, "parent", 2), "node 0: its parent 2 is not an older"),
-    "own parent": (set_field(0, "parent", 0), "node 0: its parent 0 is not an older"),
+    "cycle": (set_field(0, "parent", 2), "node 0: it starts at 0, its ancestors"),
+    "own parent": (set_field(0, "parent", 0), "node 0: it starts at 0, its ancestors"),
+    "empty nodes in a cycle": (add_cycle, r"nodes \[7, 8\] are below no root"),
+    "kept without being unused": (
+        lambda t: t._kept.update({1: None}),
+        r"nodes \[1\] are kept, \[\] have no",
+    ),
+    "kept pages not counted": (
+        set_tree("_kept_pages", 1),
+        "kept nodes own 0 pages, 1 are counted",
+    ),
+    "a parent kept before its child": (keep_parent_first, "node 1 is kept after its parent 0"),
+    "keepable below one that is not": (
+        set_field(1, "keepable", True),
+        "node 1: it is keepable, its parent 0 is not",
+    ),
+    "user not counted": (set_field(0, "users", 1), "node 0: it counts 1 users but has 2"),
     "released too often": (set_field(1, "holds", -1), "node 1: it has -1 holds"),
-    "leaf without a hold": (set_field(1, "holds", 0), "node 1: it is neither held nor"),
-    "one hold too many": (set_field(1, "holds", 2), "holds per node are"),
-    "forgotten hold": (set_field(0, "holds", 1), "holds per node are"),
+    "leaf without a hold": (set_field(1, "holds", 0), "node 1: it counts 1 users but has 0"),
+    "leaf without a user": (release_unnoticed, "node 1: it has neither holds nor children"),
+    "one hold too many": (lambda t: t.hold(1), "holds per node are"),
+    "forgotten hold": (lambda t: t.hold(0), "holds per node are"),
 }
 
 
