@@ -42,6 +42,10 @@ class Features:
     def count(self) -> int:
         return len(self.values)
 
+    @property
+    def contents(self) -> list[int]:
+        return self.values
+
     def ready(self) -> bool:
         return self.state == "ready"
 
@@ -250,18 +254,14 @@ class Run:
         if draw.random() < 0.6:
             before = draw.choice(self.texts)
             ids = [*before[: draw.randint(0, len(before))], *ids][:24]
-        self.texts = [*self.texts[-20:], ids]
-        ids = [*ids]
+        self.texts = [*self.texts[-20:], [*ids]]
         first = draw.randint(0, features.count)
         for _ in range(features.count - first):
             if ids and draw.random() < 0.5:
                 ids[draw.randrange(len(ids))] = PLACEHOLDER
         prompt = Prompt.of(ids, PLACEHOLDER + 1, PLACEHOLDER, features, first)
         ready = features.ready if prompt.placeholders else lambda: True
-        content = [*ids]
-        for row, position in enumerate(prompt.placeholders, first):
-            content[position] = features.values[row]
-        return Segment(len(ids), prompt, ready, tuple(content), draw.choice(("", "", "other")))
+        return Segment(len(ids), prompt, ready, prompt.content, draw.choice(("", "", "other")))
 
     def _keep_segment(self, segment: Segment) -> None:
         self.engine.scheduler.keep(segment)

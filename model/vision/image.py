@@ -11,6 +11,7 @@ their rule `long side <= 728` for images that need no crops.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import floor
 from typing import TYPE_CHECKING
 
@@ -59,11 +60,13 @@ class Views:
 
     `image` [3, S, S] is the global view, `crops` [n, 3, c, c] the crops (n may be 0), with S and c
     of VisionConfig's `image_size` and `crop_size`; `newlines` (n of them) as in CropLayout.
+    `digest` is of the image's size and pixels; b"": not known.
     """
 
     image: torch.Tensor
     crops: torch.Tensor
     newlines: tuple[bool, ...]
+    digest: bytes = b""
 
     @property
     def all(self) -> list[torch.Tensor]:
@@ -121,6 +124,7 @@ def preprocess(image: Image.Image, config: VisionConfig) -> Views:
     from PIL.Image import Resampling
 
     layout = crop_layout(*image.size, config)
+    digest = blake2b(image.tobytes(), key=str(image.size).encode(), digest_size=16).digest()
     if len(layout.boxes) > MAX_CROPS:
         raise InputError(
             f"an image of {image.width} x {image.height} pixels is too elongated: "
@@ -137,6 +141,7 @@ def preprocess(image: Image.Image, config: VisionConfig) -> Views:
         image=_to_tensor([image], config.image_size)[0],
         crops=_to_tensor(crops, config.crop_size),
         newlines=layout.newlines,
+        digest=digest,
     )
 
 

@@ -143,6 +143,7 @@ class EngineOptions(TypedDict, total=False):
     ahead: bool | None
     speculate: int
     host_pages: int
+    prefix_cache: bool
 
 
 def engine_for(
@@ -182,6 +183,7 @@ def engine_for(
         max_running=max_running,
         max_kv_tokens=max_kv_tokens,
         image_bytes=image_bytes,
+        keep_images=options.get("prefix_cache", True),
         share=share,
     )
     stopping = Stopping(_Vocabulary(model), model.config.tokens.eos)

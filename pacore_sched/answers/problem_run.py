@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kernels.runtime.spans import begin
@@ -36,7 +37,8 @@ class Problem:
 
     A non-empty `id` is part of the rollouts' seeds. `load` returns the images of the conversation's
     image parts, in order; it is called once, in another thread. What it raises is the problem's
-    error. `tools` are OpenAI-style definitions, which every round's prompt has.
+    error. `tools` are OpenAI-style definitions, which every round's prompt has. KV is shared only
+    with problems that have the same `salt`.
     """
 
     messages: Sequence[dict]
@@ -45,6 +47,7 @@ class Problem:
     ids: Sequence[int] = ()
     scores: "PromptScores | None" = None
     tools: Sequence[Mapping] | None = None
+    salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class ProblemRun:
         self._model, self._engine, self.settings = model, engine, settings
         self._messages, self._load = problem.messages, problem.load
         self._ids, self._scores = problem.ids, problem.scores
-        self._tools = problem.tools
+        self._tools, self._salt = problem.tools, problem.salt
         self.image_bytes = 0  # of the images' embeddings, from `prepare` to `release`
         self._preparing: Future | None = None
         self._views: Sequence[Views] = ()  # until they are encoded
@@ -283,7 +286,7 @@ class ProblemRun:
         """Release the KV and image features that are kept between rounds, and the images that wait
         to be encoded."""
         if self._features is not None:
-            self._features.cancel()
+            self._features.release()
         if self._head is not None:
             self._engine.scheduler.drop(self._head)
         self._head = self._features = self.group = None
@@ -334,7 +337,7 @@ class ProblemRun:
         """Encode the images on the first call; afterwards only their layout is needed."""
         if self._load:
             views, self._views, self._load = self._views, (), None  # the pixels are not kept
-            self._features = self._engine.executor.encode(views)
+            self._features = self._engine.executor.encode(views, self._salt)
 
     def _build_prompt(self) -> FittedPrompt:
         """The current round's prompt. Raises InputError for a question that fills the context, or
@@ -375,19 +378,20 @@ class ProblemRun:
 
     def _path(self, ids: list[int]) -> list[Segment]:
         """The prompt's segments without its last token: the leading images, then the rest."""
-        tokens, executor = self._model.config.tokens, self._engine.executor
+        tokens = self._model.config.tokens
+        segment = partial(self._engine.executor.segment, salt=self._salt)
         if self._features is None:
-            return [executor.segment(ids[:-1], scores=None if self.rounds else self._scores)]
+            return [segment(ids[:-1], scores=None if self.rounds else self._scores)]
         if self._head is None:
             head = image_head_length(ids, self._model.tokenizer, tokens)
             self._head_ids = ids[:head]
-            self._head = executor.segment(ids[:head], self._features)
+            self._head = segment(ids[:head], self._features)
             self._engine.scheduler.keep(self._head)
         head = len(self._head_ids)
         if ids[:head] != self._head_ids:  # the chat template changed the earlier turns
-            return [executor.segment(ids[:-1], self._features)]
+            return [segment(ids[:-1], self._features)]
         first_patch = self._head_ids.count(tokens.im_patch)
-        return [self._head, executor.segment(ids[head:-1], self._features, first_patch)]
+        return [self._head, segment(ids[head:-1], self._features, first_patch)]
 
     def _sampling(self, path: Sequence[Segment]) -> Sampling:
         """The sampling options, with max_tokens limited to the rest of the context.

@@ -118,6 +118,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="draft from sibling rollouts while at most this many rollouts run; default: never",
     )
+    parser.add_argument(
+        "--no-prefix-cache",
+        action="store_true",
+        help="compute every prompt; default: find the KV and images of earlier prompts again",
+    )
 
 
 def add_replica_options(parser: argparse.ArgumentParser) -> None:
@@ -218,6 +223,7 @@ def make_engine(
         speculate=options.speculate,
         share=SHARE[model.device.type] / replicas,
         host_pages=options.host_kv_tokens // PAGE_SIZE,
+        prefix_cache=not options.no_prefix_cache,
     )
 
 

@@ -91,6 +91,7 @@ class ModelExecutor:
     min_kv_tokens: tokens for which the KV must have room
     image_bytes: budget for the image embeddings of running problems; by default a share of free
         memory (kv_memory.py). Who admits problems keeps to it (answers/pacore.py)
+    keep_images: whether embeddings stay for prompts with the same images, while there is room
     share: share of free memory for KV and image embeddings, if `num_pages` is not given
     buckets: numbers of rows for which CUDA graphs are captured
 
@@ -107,9 +108,11 @@ class ModelExecutor:
         max_kv_tokens: int | None = None,
         min_kv_tokens: int = 1,
         image_bytes: int | None = None,
+        keep_images: bool = False,
         share: float | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
+        self.keep_images = keep_images
         self.model, self.max_running, self.page_size = model, max_running, PAGE_SIZE
         self.asynchronous = model.device.type == "cuda"
         config, kv_dtype = model.config.decoder, kv_dtype or model.dtype
@@ -149,10 +152,12 @@ class ModelExecutor:
         features: Features | None = None,
         first_feature: int = 0,
         scores: PromptScores | None = None,
+        salt: str = "",
     ) -> Segment:
         """A run of prompt ids; its `<im_patch>` ids take rows `first_feature`, ... of `features`.
 
-        scores: filled in when the segment, which must begin its prompt, is prefilled
+        scores: filled in when the segment, which must begin its prompt, is prefilled: all of it
+        salt: as of Segment
 
         Raises InputError for ids outside the vocabulary, or more `<im_patch>` ids than features.
         """
@@ -162,12 +167,16 @@ class ModelExecutor:
             ids, config.decoder.vocab_size, placeholder_id, features, first_feature, scores
         )
         ready = features.ready if features and prompt.placeholders else lambda: True
-        return Segment(len(ids), inputs=prompt, ready=ready)
+        return Segment(len(ids), prompt, ready, prompt.content, salt)
 
-    def encode(self, views: Sequence["Views"]) -> Features:
-        """Start to encode images while steps run. Raises InputError if the model takes none."""
-        self._encoder = self._encoder or ImageEncoder(self.model)
-        return self._encoder.encode(views)
+    def encode(self, views: Sequence["Views"], salt: str = "") -> Features:
+        """Start to encode images while steps run, if no prompt with this salt has had them before.
+        Raises InputError if the model takes none."""
+        if self._encoder is None:
+            row_bytes = self.model.config.decoder.hidden * self.model.dtype.itemsize
+            max_rows = self.image_bytes // row_bytes if self.keep_images else 0
+            self._encoder = ImageEncoder(self.model, max_rows)
+        return self._encoder.encode(views, salt)
 
     def feature_bytes(self, views: Sequence["Views"]) -> int:
         """Bytes of the images' embeddings. Raises InputError if the model takes no images."""

@@ -1,7 +1,12 @@
-"""Encodes images while steps run: in a thread, and on a GPU in a separate stream."""
+"""Encodes images while steps run: in a thread, and on a GPU in a separate stream.
+
+The embeddings of images that are no longer used are kept for the next request with the same images,
+within the budget for embeddings.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,24 +20,37 @@ if TYPE_CHECKING:
 
 
 class Features:
-    """Embeddings of some images, perhaps still being computed. `count` is their number of rows."""
+    """Embeddings of some images, perhaps still being computed.
+
+    count: their number of rows
+    contents: an int for each row that identifies it, for the prefix cache; empty if not known
+    """
 
     def __init__(
         self,
         count: int,
+        contents: Sequence[int],
         future: "Future[tuple[Tensor, torch.cuda.Event | None]]",
         drop_views: Callable[[], None],
     ) -> None:
-        self.count, self._future, self._drop_views = count, future, drop_views
+        self.count, self.contents = count, contents
+        self._future, self._drop_views = future, drop_views
+        self.users = 1
 
     @property
     def waiting(self) -> bool:
         """Whether the images' pixels are still in memory, to be encoded."""
         return not self._future.done()
 
-    def cancel(self) -> None:
-        """Do not encode the images, if that has not begun: their embeddings will not be read."""
-        if self._future.cancel():
+    @property
+    def usable(self) -> bool:
+        """Whether there is a result, or will be one."""
+        return not self._future.cancelled() and self.error is None
+
+    def release(self) -> None:
+        """End a use. Without any other, images that wait to be encoded will not be."""
+        self.users -= 1
+        if not self.users and self._future.cancel():
             self._drop_views()  # the thread's queue still holds the call
 
     def ready(self) -> bool:
@@ -59,22 +77,49 @@ class Features:
 
 
 class ImageEncoder:
-    """Runs the model's vision tower in a thread; nothing else may use the tower meanwhile."""
+    """Runs the model's vision tower in a thread; nothing else may use the tower meanwhile.
 
-    def __init__(self, model: Step3VL) -> None:
-        self._model = model
+    max_rows: of embeddings that are kept, with those in use; 0: none are kept
+    """
+
+    def __init__(self, model: Step3VL, max_rows: int = 0) -> None:
+        self._model, self._max_rows = model, max_rows
+        self._known: dict[tuple, Features] = {}  # by salt and images, the last used last
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vision")
         self._stream = None
         if model.device.type == "cuda":
             self._stream = torch.cuda.Stream(model.device)
             self._stream.wait_stream(torch.cuda.current_stream(model.device))  # for the weights
 
-    def encode(self, views: Sequence["Views"]) -> Features:
-        """Start to encode some images. Raises InputError for a model that takes none."""
-        count = self._model.count_features(views)
-        call = [views]  # a list, which `cancel` can empty
+    def encode(self, views: Sequence["Views"], salt: str = "") -> Features:
+        """Start to encode some images, unless the embeddings of the same ones with the same salt
+        are known; `release` them in the end. Raises InputError for a model that takes none."""
+        key = salt, *(view.digest for view in views)
+        features = self._known.pop(key, None) if self._max_rows else None
+        if features is not None and features.usable:
+            features.users += 1
+        else:
+            features = self._start(views)
+        if self._max_rows and all(key[1:]):
+            self._known[key] = features
+            self._forget()
+        return features
+
+    def _start(self, views: Sequence["Views"]) -> Features:
+        counts = [self._model.count_features([view]) for view in views]
+        call = [views]  # a list, which `release` can empty
         future = self._thread.submit(spanned("encode images", self._run), call)
-        return Features(count, future, call.clear)
+        contents = chain.from_iterable(map(_contents, views, counts))
+        known = all(view.digest for view in views)
+        return Features(sum(counts), tuple(contents) if known else (), future, call.clear)
+
+    def _forget(self) -> None:
+        """Drop embeddings without users, those of long ago first, until the rest may be kept."""
+        rows = sum(features.count for features in self._known.values())
+        for key, features in list(self._known.items()):
+            if rows > self._max_rows and not features.users:
+                del self._known[key]
+                rows -= features.count
 
     def close(self) -> None:
         """End the thread after the current images; drops those that have not started."""
@@ -87,3 +132,9 @@ class ImageEncoder:
         with torch.cuda.device(self._model.device), torch.cuda.stream(self._stream):
             features = self._model.encode_images(views)
             return features, self._stream.record_event()
+
+
+def _contents(view: "Views", count: int) -> range:
+    """An int for each row of an image, which no token has as its id."""
+    first = int.from_bytes(view.digest)
+    return range(-1 - first, -1 - first - count, -1)

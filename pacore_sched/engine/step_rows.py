@@ -29,6 +29,10 @@ class ImageFeatures(Protocol):
     @property
     def count(self) -> int: ...
 
+    @property
+    def contents(self) -> Sequence[int]:
+        """As of Features."""
+
     def result(self) -> Any:
         """A tensor [count, hidden]; opaque here."""
 
@@ -81,6 +85,18 @@ class Prompt:
     features: ImageFeatures | None = None
     first: int = 0  # the row of `features` for the first placeholder
     scores: PromptScores | None = None  # to be filled in
+
+    @property
+    def content(self) -> tuple[int, ...]:
+        """What identifies the tokens, for the prefix cache (sched/prefix_cache.py); empty if the
+        prompt is to be scored, and so must be computed, or its images are not known."""
+        contents = self.features.contents if self.features else ()
+        if self.scores or len(contents) < len(self.placeholders):
+            return ()
+        content = [*self.ids]
+        for row, position in enumerate(self.placeholders, self.first):
+            content[position] = contents[row]
+        return tuple(content)
 
     @staticmethod
     def of(

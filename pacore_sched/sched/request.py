@@ -123,6 +123,7 @@ class Group:
     # Set by the scheduler:
     number: int = field(default=0, init=False)  # in order of submission
     ended: int = field(default=0, init=False)  # ended rollouts, without cancelled ones
+    found: int = field(default=0, init=False)  # prompt tokens whose KV other prompts had written
     waiting: list[Rollout] = field(default_factory=list, init=False)  # neither running nor ended
 
     @property

@@ -361,14 +361,16 @@ class Scheduler:
         to wait with it, because another prompt is writing what it needs in this step."""
         above = None
         for segment in group.path:
-            if segment.node < 0 and self._find(segment, above, writing):
+            if segment.node < 0 and self._find(group, segment, above, writing):
                 return segment, True
             if segment.written < segment.tokens:
                 return segment, False
             above = segment.node
         return None, False
 
-    def _find(self, segment: Segment, above: int | None, writing: Collection[int]) -> bool:
+    def _find(
+        self, group: Group, segment: Segment, above: int | None, writing: Collection[int]
+    ) -> bool:
         """Take what the prefix cache has of a segment without KV; returns whether to wait."""
         if not (self.cache and segment.content):
             return False
@@ -383,9 +385,10 @@ class Scheduler:
             segment.node = node
             self._segments[segment] = None
         segment.written = length
+        again, segment.dropped = min(length, segment.dropped), 0
         self.counts.found += length
-        self.counts.recomputed -= min(length, segment.dropped)
-        segment.dropped = 0
+        self.counts.recomputed -= again
+        group.found += length - again
         return False
 
     def _add_node(self, segment: Segment, above: int | None, content: tuple[int, ...]) -> None:

@@ -150,7 +150,8 @@ class EngineThread(threading.Thread):
         if rollout.tokens and result.finish_reason != "cancelled":
             self._note_tokens(job)
         self._send_tokens(job, rollout, last_round=result.round == len(run.settings.widths) - 1)
-        self._put(job, RolloutEnded(result))
+        found, rollout.group.found = rollout.group.found, 0
+        self._put(job, RolloutEnded(result, found))
         self._metrics.rollout_ended(result)
 
     def _report(self, job: Job) -> None:

@@ -20,7 +20,7 @@ class RoundStarted:
     """A round's rollouts have been submitted.
 
     started: how many of its `width` they are; the others had ended in an earlier request
-    cached_tokens: of its prompt, whose KV was there before: images
+    cached_tokens: of its prompt, whose KV an earlier round has written: images
     cut, dropped: rollouts of the round before whose messages were shortened or left out
     """
 
@@ -45,9 +45,14 @@ class NewTokens:
 
 @dataclass(frozen=True)
 class RolloutEnded:
-    """A rollout of any round has ended or was cancelled."""
+    """A rollout of any round has ended or was cancelled.
+
+    cached_tokens: of its round's prompt, whose KV earlier requests had written; those that were not
+        in an event before
+    """
 
     result: RolloutResult
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

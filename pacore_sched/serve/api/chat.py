@@ -204,7 +204,8 @@ class ChatAnswer:
             )
         self._has_remote_images = not all(url.startswith("data:") for _, url in urls)
         load = partial(self._load, urls) if urls else None
-        return Problem(messages, load, tools=self._tools or None)
+        salt = self.body.cache_salt or ""
+        return Problem(messages, load, tools=self._tools or None, salt=salt)
 
     def _load(self, urls: list[tuple[str, str]]) -> "list[Views]":
         """The images at some URLs, each with its place; in a thread. Raises ApiError."""

@@ -65,7 +65,8 @@ class CompletionAnswer:
             try:
                 ids = await self.context.service.text_thread(partial(self._ids, prompt))
                 scores = None if top is None else PromptScores(ids[-1], top)
-                problem = Problem((), ids=ids, scores=scores)
+                salt = self.body.cache_salt or ""
+                problem = Problem((), ids=ids, scores=scores, salt=salt)
                 job = await self.context.service.submit(problem, self.settings, stream=stream)
             except InputError as error:
                 raise of_input(error, "prompt") from None

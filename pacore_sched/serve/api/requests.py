@@ -211,7 +211,10 @@ class PacoreOptions(Body):
 
 
 class Generation(Body):
-    """What chat and text completions have in common."""
+    """What chat and text completions have in common.
+
+    cache_salt: prompts find only KV that others with the same have written
+    """
 
     neutral = {
         "frequency_penalty": (0,),
@@ -242,6 +245,7 @@ class Generation(Body):
     top_k: int | None = Field(default=None, ge=-1, le=10**9)
     ignore_eos: bool = False
     user: Str | None = None
+    cache_salt: Annotated[Str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _streams(self) -> "Generation":

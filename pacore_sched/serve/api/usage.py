@@ -7,8 +7,8 @@ class Usage:
     """Counts the events of a request's jobs.
 
     A prompt counts once, whatever `n` is, as OpenAI counts it. In a PaCoRe request (`rounds`), each
-    rollout's prompt counts, in every round; what siblings and earlier rounds had written is in
-    `cached_tokens`. With `silent`, what is generated is not shown and not counted.
+    rollout's prompt counts, in every round. What siblings, earlier rounds and earlier requests had
+    written is in `cached_tokens`. With `silent`, what is generated is not shown and not counted.
     """
 
     def __init__(self, *, rounds: bool = False, silent: bool = False) -> None:
@@ -22,8 +22,9 @@ class Usage:
                 self.cached += cached
                 if self.rounds:  # every rollout writes only the prompt's last token itself
                     self.cached += (count - 1) * (tokens - 1)
-            case RolloutEnded(result) if not self.silent:
-                self.completion += result.num_tokens
+            case RolloutEnded(result, cached_tokens=cached):
+                self.cached += cached
+                self.completion += 0 if self.silent else result.num_tokens
 
     def record(self) -> dict:
         return {

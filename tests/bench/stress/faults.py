@@ -16,6 +16,7 @@ from pacore_sched.engine.speculation import SiblingDrafts
 from pacore_sched.engine.step_rows import _add_chunk, _add_decode, build_step_rows
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import Barrier, LaterRoundFirst, ReserveMax
+from pacore_sched.sched.prefix_cache import PrefixCache
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.scheduler import Scheduler
 from pacore_sched.sched.step_batch import _plan_nodes, build_step_batch
@@ -57,25 +58,29 @@ FAULTS = [
         (PrefixTree.reserve, "entry.capacity += needed", "entry.capacity += 1 + needed"),
         (PrefixTree.truncate, "cdiv(length, self.page_size)", "len(entry.pages)"),
         (PrefixTree.truncate, "entry.length = length", "pass"),
-        (PrefixTree.release, "entry.children -= 1", "pass"),
-        (PrefixTree.release, "self._free.extend(reversed(entry.pages))", "pass"),
+        (PrefixTree._remove, "self._nodes[entry.parent].children -= 1", "pass"),
+        (PrefixTree._remove, "self._free.extend(reversed(entry.pages))", "pass"),
+        (PrefixTree._use, "self._kept_pages -= len(entry.pages)", "pass"),
+        (PrefixTree._evict, "self._on_evict(node)", "pass"),
+        (PrefixTree.split, "entry.start + length\n", "entry.start\n"),
         (PrefixTree.slots, "token % size", "(token + 1) % size"),
         (PrefixTree.context_length, "entry.start + entry.length", "entry.start + entry.capacity"),
         (PrefixTree.add, "start = self.context_length(parent)", "start = self.length(parent)"),
         # Prompts
-        (
-            Scheduler._write_segment,
-            "self.tree.add(above[-1] if above else None)",
-            "self.tree.add()",
-        ),
+        (Scheduler._add_node, "self.tree.add(above)", "self.tree.add()"),
         (Scheduler._write_segment, "min(segment.tokens, start + budget)", "segment.tokens"),
         (Scheduler._free_segment, "segment.node, segment.written = -1, 0", "segment.node = -1"),
-        (Scheduler._admit, "s.written < s.tokens", "s.node < 0"),
+        (Scheduler._next_segment, "segment.written < segment.tokens", "segment.node < 0"),
         (Scheduler._admit, "segment is not None and not segment.ready()", "False"),
-        (Scheduler._drop_idle_segment, "not self.tree.children(segment.node)", "True"),
+        (Scheduler._drop_idle_segment, "self.tree.is_idle(segment.node)", "True"),
         (Scheduler.submit, "segment.users += 1", "segment.users = 1"),
         (Scheduler.cancel, "self.drop(segment)", "pass"),
         (Scheduler.submit, "self._repeats_left = 0", "pass"),
+        # The prefix cache
+        (PrefixCache.take, "common -= common % size", "pass"),
+        (PrefixCache.forget, "del self._nodes[self._places.pop(node)]", "self._places.pop(node)"),
+        (Scheduler._find, "segment.content[length:]", "segment.content"),
+        (Scheduler._find, "self.tree.hold(node)", "pass"),
         # Rollouts
         (Scheduler._start, "group.path[-1].node if group.path else None", "None"),
         (Scheduler._start, "self._free_indices.pop()", "len(self.running)"),
@@ -202,7 +207,11 @@ FAULTS = [
 RARE = [
     Planted(*fault)
     for fault in (
-        (Scheduler._admit, "not written_now.isdisjoint(group.path)", "False"),
+        (
+            Scheduler._admit,
+            "not written_now.isdisjoint(segment.node for segment in group.path)",
+            "False",
+        ),
         (Scheduler._fits, "keep=group.path", ""),
         (Scheduler.schedule, "self.counts.preemptions == before", "True"),
         (

@@ -27,16 +27,21 @@ class HashExecutor(FakeExecutor):
         return len(views)
 
     def segment(
-        self, ids: list[int], features: object = None, first: int = 0, scores: None = None
+        self,
+        ids: list[int],
+        features: object = None,
+        first: int = 0,
+        scores: None = None,
+        salt: str = "",
     ) -> Segment:
         prompt = segment(ids)
         prompt.ready = features.ready if features else prompt.ready
         return prompt
 
-    def encode(self, views: list[Views]) -> SimpleNamespace:
+    def encode(self, views: list[Views], salt: str) -> SimpleNamespace:
         polls = iter([*[False] * 3, *[True] * 1000])
         return SimpleNamespace(
-            error=None, ready=lambda: next(polls), waiting=False, cancel=lambda: None
+            error=None, ready=lambda: next(polls), waiting=False, release=lambda: None
         )
 
 

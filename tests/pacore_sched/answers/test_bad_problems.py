@@ -101,7 +101,7 @@ class Stages:
             raise self._error
         return [SimpleNamespace(newlines=(False,))]
 
-    def _encode(self, views: list) -> Features:
+    def _encode(self, views: list, salt: str) -> Features:
         if self._stage == "encode":
             raise self._error
         self.encoded.append(Features(error=self._error if self._stage == "encoding" else None))
@@ -269,19 +269,22 @@ def test_images_of_a_failed_problem_are_not_encoded():
     begun, go = threading.Event(), threading.Event()
     encoded = []
 
-    def encode(views: str) -> torch.Tensor:
+    def encode(views: list[SimpleNamespace]) -> torch.Tensor:
         begun.set()
         assert go.wait(60)
-        encoded.append(views)
+        encoded.append(views[0].name)
         return torch.zeros(1)
 
     encoder = ImageEncoder(
         SimpleNamespace(device=torch.device("cpu"), count_features=len, encode_images=encode)
     )
-    first, second, third = (encoder.encode(name) for name in ("first", "second", "third"))
+    first, second, third = (
+        encoder.encode([SimpleNamespace(name=name, digest=b"")])
+        for name in ("first", "second", "third")
+    )
     assert begun.wait(60)
-    first.cancel()  # too late
-    second.cancel()
+    first.release()  # too late
+    second.release()
     go.set()
     third.result()
     encoder.close()
