@@ -107,6 +107,9 @@ def test_conversations_grow():
     assert prompts.begin(tokens(10) + tokens(10, 90))[1] == 8
     assert prompts.begin(tokens(10) + tokens(10, 90))[1] == 20
     assert prompts.begin(tokens(32))[1] == 32
+    branch = tokens(12) + tokens(8, 80)  # cuts a node, whose rest is still found
+    assert prompts.begin(branch)[1] == 12
+    assert prompts.begin(tokens(30))[1] == 28
 
 
 def test_salts_are_apart():
