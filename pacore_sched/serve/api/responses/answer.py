@@ -86,13 +86,14 @@ class ResponseAnswer:
                     texts = options.events and not self.body.stream
                     fields["pacore"] = pacore.summary(answer, texts=texts)
         assert last is not None
-        status = "completed"
-        if last.finish_reason == "length":
-            status, fields["incomplete_details"] = "incomplete", {"reason": "max_output_tokens"}
+        status = "incomplete" if last.finish_reason == "length" else "completed"
         for item_event in self._output.end(status):
             yield item_event
-        usage = self._usage(hidden_tokens + self._reasoning_tokens(last))
-        fields |= {"usage": usage, "completed_at": int(time.time())}
+        if status == "completed":
+            fields["completed_at"] = int(time.time())
+        else:
+            fields["incomplete_details"] = {"reason": "max_output_tokens"}
+        fields["usage"] = self._usage(hidden_tokens + self._reasoning_tokens(last))
         yield {"type": f"response.{status}", "response": self._response(status, **fields)}
 
     def _frame(self, event: dict) -> str:
