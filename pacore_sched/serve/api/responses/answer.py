@@ -102,7 +102,7 @@ class ResponseAnswer:
         return f"event: {event['type']}\ndata: {json.dumps(data)}\n\n"
 
     def _response(self, status: str, **fields: object) -> dict:
-        return self._head | {"status": status, "output": [*self._output.items]} | fields
+        return self._head | {"status": status, "output": self._output.items} | fields
 
     def _fields(self) -> dict:
         """What the response says from the beginning: the request as it was understood."""

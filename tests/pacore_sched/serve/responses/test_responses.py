@@ -7,6 +7,8 @@ import pytest
 from openai import OpenAI
 
 from pacore_sched.sched.request import Rollout
+from pacore_sched.serve.api.responses.body import ResponsesRequest
+from pacore_sched.serve.api.responses.conversion import chat_request
 from tests.pacore_sched.serve.responses.judge import checked
 from tests.pacore_sched.serve.serving import Running, prompt_text, running, scripted
 from tests.pacore_sched.serve.test_chat import WEATHER, script
@@ -208,9 +210,14 @@ def test_pacore(client: OpenAI):
     assert len(events.pacore["rounds"][0]["rollouts"]) == 2
 
 
-def test_stop_and_seed(server: Running):
-    answer = respond(server, input="stop", stop="ENDING", seed=5, top_k=3)
-    assert answer.output_text == "one "
+def test_the_other_options():
+    """An option that does not arrive."""
+    options = {"stop": ["END"], "seed": 5, "temperature": 0.5, "top_p": 0.7, "top_k": 3,
+               "ignore_eos": True, "stream": True, "pacore": {"min_messages": 2}}  # fmt: skip
+    body = {"model": "m", "input": "Hi", "max_output_tokens": 4, **options}
+    chat = chat_request(ResponsesRequest.model_validate(body)).chat
+    expected = {"model": "m", "max_tokens": 4, **options}
+    assert chat.model_dump(include=set(expected), exclude_unset=True) == expected
 
 
 def test_neutral_values(server: Running):
