@@ -1,6 +1,7 @@
 """A request to /v1/responses, from its body to the response. It runs as a chat request."""
 
 import json
+import re
 import secrets
 import time
 from bisect import bisect_left
@@ -16,7 +17,7 @@ from pacore_sched.serve.api.responses.items import Output
 from pacore_sched.serve.errors import ApiError
 from pacore_sched.serve.jobs import Ended, RolloutEnded
 from pacore_sched.serve.text.rollout_text import RolloutText
-from pacore_sched.serve.text.sections import END_THINK
+from pacore_sched.serve.text.sections import END_THINK, THINK
 
 
 class ResponseAnswer:
@@ -145,7 +146,9 @@ class ResponseAnswer:
         if not self._output.items or self._output.items[0]["type"] != "reasoning":
             return 0
         reasoning = self._output.items[0]["content"][0]["text"]
-        end = result.text.find(reasoning) + len(reasoning)
+        tags = re.match(rf"(\s*{THINK})*", result.text)
+        assert tags is not None
+        end = tags.end() + len(reasoning)
         if result.text.startswith(END_THINK, end):
             end += len(END_THINK)
         text = RolloutText(self._tokenizer.token_bytes)

@@ -115,6 +115,8 @@ def test_affinity():
             front.chat("another conversation " * 50)
             assert front.replicas.asked[-1] != busy
             front.chat("first " * 50)
+            assert front.replicas.asked[-1] == first == busy
+            front.post("/v1/responses", {"model": "scripted", "input": "first " * 50})
             assert front.replicas.asked[-1] == first
 
 

@@ -19,7 +19,7 @@ PROMPTS: list[str] = []  # that rollouts were given
 
 def noting(rollout: Rollout) -> str:
     PROMPTS.append(prompt_text(rollout))
-    return script(rollout)
+    return "<think>h</think>yes" if "again" in PROMPTS[-1] else script(rollout)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,8 @@ def test_text(client: OpenAI, server: Running):
     assert answer.usage.output_tokens_details.reasoning_tokens == len("I am 0</think>")
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
     assert respond(server).store is False
+    again = respond(server, input="again").usage.output_tokens_details  # the prompt has a tag
+    assert again.reasoning_tokens == len("<think>h</think>")
     chat = client.chat.completions.create(
         model="scripted", messages=[{"role": "user", "content": "Hi"}]
     )
