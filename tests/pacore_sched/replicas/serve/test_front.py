@@ -168,7 +168,7 @@ def test_lost_replica():
         reply = front.chat()
         assert reply.status == 503 and reply.headers["retry-after"]
         assert len(front.replicas.asked) == 4
-        front.replicas.in_the_middle = True
+        front.replicas.messages_before_loss = 1
         frames = front.chat(stream=True).body.decode().split("\n\n")
         assert "the replica" in json.loads(frames[-3].removeprefix("data: "))["error"]["message"]
         assert frames[-2] == "data: [DONE]"
@@ -176,10 +176,11 @@ def test_lost_replica():
         with pytest.raises(APIError, match="the replica of this request ended"):
             [*client.responses.create(model="scripted", input="Hi", stream=True)]
         body = {"model": "scripted", "input": "Hi", "stream": True}
+        front.replicas.messages_before_loss = 4
         *sent, frame, _ = front.post("/v1/responses", body).body.decode().split("\n\n")
         name, data = frame.split("\ndata: ")
         event = ResponseErrorEvent.model_validate_json(data)
-        assert (name, event.sequence_number) == ("event: error", len(sent))
+        assert (name, event.sequence_number) == ("event: error", len(sent)) == (name, 3)
         assert not front.front.affinity.load
         assert front.get("/metrics").status == 200
         front.replicas.services = {}
