@@ -15,7 +15,7 @@ from pacore_sched.replicas.serve.affinity import Affinity
 from pacore_sched.replicas.serve.forwarding import LOG, ForwardedRequest
 from pacore_sched.replicas.serve.merged_metrics import merged
 from pacore_sched.replicas.serve.prompt_keys import PromptKeys, prompt_keys
-from pacore_sched.serve.api.frames import DONE, error_frame
+from pacore_sched.serve.api.frames import error_event, failure_frames
 from pacore_sched.serve.errors import ApiError
 from pacore_sched.serve.http import validation
 from pacore_sched.serve.http.app import METRICS_TYPE
@@ -24,7 +24,8 @@ from pacore_sched.serve.http.responses import SEND_TIMEOUT_S
 from pacore_sched.serve.limits import Limits
 from pacore_sched.serve.service import END_S, ENDING
 
-COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
+RESPONSES = "/v1/responses"
+COMPLETIONS = ("/v1/chat/completions", "/v1/completions", RESPONSES)
 METRICS_S = 5.0  # for a replica to tell its metrics
 RETRY_S = 5  # after the last replica was lost
 
@@ -182,6 +183,7 @@ class _Reply:
         self.started = self.whole = False
         self._scope, self._send = scope, send
         self._is_stream = False
+        self._frames = 0  # sent, pings among them
 
     async def take(self, parts: AsyncGenerator[list[Message], None], *, pass_full: bool) -> bool:
         """Pass a response on. False if it has status 429 and `pass_full` is not set."""
@@ -201,7 +203,10 @@ class _Reply:
             response = JSONResponse(error.body, error.status, error.headers)
             await response(self._scope, _never, self._put)
         elif self._is_stream:
-            text = error_frame(error.body) + DONE
+            if self._scope["path"] == RESPONSES:
+                text = error_event(error.body, self._frames)
+            else:
+                text = failure_frames(error.body)
             await self._put({"type": "http.response.body", "body": text.encode()})
         else:
             raise error  # ends the connection
@@ -213,6 +218,7 @@ class _Reply:
             self._is_stream = kind.startswith(b"text/event-stream")
         async with asyncio.timeout(SEND_TIMEOUT_S):
             await self._send(message)
+        self._frames += message.get("body", b"").count(b"\n\n")
         self.whole = message["type"] == "http.response.body" and not message.get("more_body")
 
 

@@ -31,7 +31,7 @@ def prompt_keys(body: bytes) -> PromptKeys:
         request = json.loads(body)
         keys: list[bytes] = []
         sizes: list[int] = []
-        digest, size = b"", 0
+        digest, size = _json(request.get("cache_salt")), 0
         for unit in _units(request):
             if len(keys) == MAX_KEYS:
                 break
@@ -46,12 +46,12 @@ def prompt_keys(body: bytes) -> PromptKeys:
 
 def _units(request: dict) -> Iterator[bytes]:
     """The prompt in pieces; two prompts have as many in common as they have prefixes."""
-    if "messages" not in request:
+    if "messages" not in request and "input" not in request:
         yield from _chunks(request["prompt"])
         return
     if request.get("tools"):  # at the beginning of the prompt
         yield _json(request["tools"])
-    for message in request["messages"]:
+    for message in request["messages"] if "messages" in request else _messages(request):
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         # The role, with the first piece: all prompts begin with the same few roles.
@@ -63,6 +63,13 @@ def _units(request: dict) -> Iterator[bytes]:
                 head = b""
         if head:
             yield head
+
+
+def _messages(request: dict) -> list:
+    """The instructions and the items of a Responses body; a text is a message of the user's."""
+    instructions, items = request.get("instructions"), request["input"]
+    system = [{"role": "system", "content": instructions}] if instructions else []
+    return system + ([{"role": "user", "content": items}] if isinstance(items, str) else items)
 
 
 def _chunks(text: str | list) -> Iterator[bytes]:

@@ -15,12 +15,12 @@ from pacore_sched.answers.problem_run import Problem, Settings
 from pacore_sched.serve.api import pacore
 from pacore_sched.serve.api.choices import ChatChoice, rollout_text
 from pacore_sched.serve.api.context import Context
-from pacore_sched.serve.api.frames import Frames
+from pacore_sched.serve.api.frames import DONE, Frames, failure_frames
 from pacore_sched.serve.api.logprobs import TokenTexts
 from pacore_sched.serve.api.requests import ChatRequest, ImagePart, Message
 from pacore_sched.serve.api.sampling import check_rollouts, sampling_of, seed_of
 from pacore_sched.serve.api.usage import Usage
-from pacore_sched.serve.errors import of_input, refused
+from pacore_sched.serve.errors import ApiError, of_input, refused
 from pacore_sched.serve.images import image_source
 from pacore_sched.serve.jobs import Ended, Event, Job, NewTokens, RolloutEnded, check_answer
 from pacore_sched.serve.saved import Saving
@@ -94,8 +94,8 @@ class ChatAnswer:
     async def whole(self) -> dict:
         """The response of a request without `stream`. Raises ApiError if it fails."""
         answer = None
-        async for event in self._events():
-            self._deltas(event)
+        async for event in self.events():
+            self.deltas(event)
             if isinstance(event, Ended):
                 answer = event.answer
         assert answer is not None
@@ -110,19 +110,25 @@ class ChatAnswer:
         """The frames of a request with `stream`. Raises ApiError if it fails."""
         for index in range(len(self._choices)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
-        async for event in self._events():
+        async for event in self.events():
             if self.options and self.options.events:
                 for name, data in pacore.events_of(event, self.settings.widths):
                     yield self._frames.chunk([], name, pacore=data)
-            for index, delta, finish_reason, logprobs in self._deltas(event):
+            for index, delta, finish_reason, logprobs in self.deltas(event):
                 yield self._chunk(index, delta, finish_reason, logprobs)
             if isinstance(event, Ended) and self.options:
                 fields = pacore.summary(event.answer, texts=False)
                 yield self._frames.chunk([], pacore=fields)
         if self.body.stream_options and self.body.stream_options.include_usage:
             yield self._frames.chunk([], usage=self.usage.record())
+        yield DONE
 
-    async def _events(self) -> AsyncIterator[Event]:
+    def failure(self, error: ApiError) -> str:
+        """The last frames of a stream that fails."""
+        return failure_frames(error.body)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """The events of the request, up to Ended. Raises ApiError if it fails."""
         assert self._job is not None
         async for event in self.context.service.events(self._job):
             self.usage.add(event)
@@ -132,7 +138,7 @@ class ChatAnswer:
                 check_answer(event.answer)
             yield event
 
-    def _deltas(self, event: Event) -> list[tuple[int, dict, str | None, list[dict]]]:
+    def deltas(self, event: Event) -> list[tuple[int, dict, str | None, list[dict]]]:
         """What an event adds to the choices: index, delta, finish reason, log-probabilities."""
         last = len(self.settings.widths) - 1
         match event:

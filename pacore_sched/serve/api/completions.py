@@ -14,12 +14,12 @@ from pacore_sched.answers.problem_run import Problem, Settings
 from pacore_sched.engine.step_rows import PromptScores
 from pacore_sched.serve.api.choices import rollout_text
 from pacore_sched.serve.api.context import Context
-from pacore_sched.serve.api.frames import Frames
+from pacore_sched.serve.api.frames import DONE, Frames, failure_frames
 from pacore_sched.serve.api.logprobs import TokenTexts
 from pacore_sched.serve.api.requests import CompletionRequest
 from pacore_sched.serve.api.sampling import check_rollouts, sampling_of, seed_of
 from pacore_sched.serve.api.usage import Usage
-from pacore_sched.serve.errors import of_input, refused
+from pacore_sched.serve.errors import ApiError, of_input, refused
 from pacore_sched.serve.jobs import Ended, Event, Job, NewTokens, RolloutEnded, check_answer
 from pacore_sched.serve.text.rollout_text import RolloutText
 
@@ -93,6 +93,11 @@ class CompletionAnswer:
                 yield self._frames.chunk([part])
         if self.body.stream_options and self.body.stream_options.include_usage:
             yield self._frames.chunk([], usage=self.usage.record())
+        yield DONE
+
+    def failure(self, error: ApiError) -> str:
+        """The last frames of a stream that fails."""
+        return failure_frames(error.body)
 
     def _parts(self, number: int, event: Event) -> list[dict]:
         """What an event of prompt `number` adds to the choices."""

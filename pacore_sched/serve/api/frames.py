@@ -30,5 +30,15 @@ class Frames:
         return (f"event: {event}\n" if event else "") + f"data: {json.dumps(data)}\n\n"
 
 
-def error_frame(body: dict) -> str:
-    return f"data: {json.dumps(body)}\n\n"
+def failure_frames(body: dict) -> str:
+    """The end of a stream that fails; `body` is that of an ApiError."""
+    return f"data: {json.dumps(body)}\n\n{DONE}"
+
+
+def error_event(body: dict, sequence_number: int) -> str:
+    """The end of a stream of /v1/responses that fails, for who does not know the response: the
+    fields are those of OpenAI's type and, in `error`, what its client raises."""
+    error = body["error"]
+    fields = {name: error[name] for name in ("message", "code", "param")}
+    data = {"type": "error", "sequence_number": sequence_number, **fields, "error": error}
+    return f"event: error\ndata: {json.dumps(data)}\n\n"

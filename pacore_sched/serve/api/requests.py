@@ -116,17 +116,18 @@ class ImagePart(Body):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-def _kind(content: object) -> str:
+def text_or_parts(content: object) -> str:
+    """Which of these two forms a value is meant to be."""
     return "parts" if isinstance(content, list) else "text"
 
 
 Text = Annotated[
     Annotated[Str, Tag("text")] | Annotated[list[TextPart], *bounded(MAX_PARTS), Tag("parts")],
-    Discriminator(_kind),
+    Discriminator(text_or_parts),
 ]
 Content = Annotated[
     Annotated[Str, Tag("text")] | Annotated[list[Part], *bounded(MAX_PARTS), Tag("parts")],
-    Discriminator(_kind),
+    Discriminator(text_or_parts),
 ]
 
 
@@ -210,8 +211,8 @@ class PacoreOptions(Body):
     events: bool = False
 
 
-class Generation(Body):
-    """What chat and text completions have in common.
+class Sampled(Body):
+    """What all requests for generated text have in common.
 
     cache_salt: prompts find only KV that others with the same have written
     """
@@ -223,21 +224,15 @@ class Generation(Body):
         "min_p": (0,),
         "min_tokens": (0,),
         "logit_bias": ({},),
-        "best_of": (1,),
-        "use_beam_search": (False,),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "include_stop_str_in_output": (False,),
         "stop_token_ids": ([],),
-        "suffix": ("",),
         "length_penalty": (1,),
     }
 
     model: str
-    max_tokens: int | None = COUNT
-    n: int = Field(default=1, ge=1, le=65_536)
     stream: bool = False
-    stream_options: StreamOptions | None = None
     stop: Str | Annotated[list[Str], *bounded(MAX_STOPS)] | None = None
     seed: int | None = SEED
     temperature: float | None = Field(default=None, ge=0, le=1e6)
@@ -247,11 +242,28 @@ class Generation(Body):
     user: Str | None = None
     cache_salt: Annotated[Str, Field(min_length=1)] | None = None
 
+
+class Generation(Sampled):
+    """What chat and text completions have in common."""
+
+    neutral = Sampled.neutral | {
+        "best_of": (1,),
+        "use_beam_search": (False,),
+        "suffix": ("",),
+    }
+
+    max_tokens: int | None = COUNT
+    n: int = Field(default=1, ge=1, le=65_536)
+    stream_options: StreamOptions | None = None
+
     @model_validator(mode="after")
     def _streams(self) -> "Generation":
         if self.stream_options and not self.stream:
             raise PydanticCustomError("alone", "stream_options needs stream: true")
         return self
+
+
+Metadata = Annotated[dict[Str, Str], Field(max_length=64)]
 
 
 class ChatRequest(Generation):
@@ -279,7 +291,7 @@ class ChatRequest(Generation):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: Annotated[list[ToolDefinition], *bounded(MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
+    metadata: Metadata | None = None
     pacore: PacoreOptions | None = None
 
 

@@ -24,6 +24,8 @@ from pacore_sched.serve.api.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from pacore_sched.serve.api.responses.answer import ResponseAnswer
+from pacore_sched.serve.api.responses.body import ResponsesRequest
 from pacore_sched.serve.api.tokens import detokenize, tokenize
 from pacore_sched.serve.errors import ApiError
 from pacore_sched.serve.http import validation
@@ -67,7 +69,7 @@ def make_routes(context: Context, *, log_prompts: bool = False) -> FastAPI:
 
 def _add_completions(app: FastAPI, context: Context, *, log_prompts: bool) -> None:
     async def answer(
-        request: Request, answer: ChatAnswer | CompletionAnswer, *, stream: bool
+        request: Request, answer: ChatAnswer | CompletionAnswer | ResponseAnswer, *, stream: bool
     ) -> Response:
         if log_prompts:
             log.info("prompt", extra={"body": answer.body.model_dump(exclude_unset=True)})
@@ -79,6 +81,10 @@ def _add_completions(app: FastAPI, context: Context, *, log_prompts: bool) -> No
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await answer(request, ChatAnswer(context, body), stream=body.stream)
+
+    @app.post("/v1/responses", response_model=None)
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        return await answer(request, ResponseAnswer(context, body), stream=body.stream)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:

@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from pacore_sched.serve.api.frames import DONE, error_frame
 from pacore_sched.serve.errors import ApiError
 
 T = TypeVar("T")
@@ -21,13 +20,15 @@ log = logging.getLogger(__name__)
 
 
 class Answering(Protocol):
-    """A request as these functions see it (api/chat.py, api/completions.py)."""
+    """A request as these functions see it (api/chat.py, api/completions.py, api/responses)."""
 
     async def submit(self) -> None: ...
 
     async def whole(self) -> dict: ...
 
     def chunks(self) -> AsyncIterator[str]: ...
+
+    def failure(self, error: ApiError) -> str: ...
 
     def close(self) -> None: ...
 
@@ -84,13 +85,13 @@ class EventStream(Response):
                 await put(frame)
         except ApiError as error:
             log_fields["error"] = error.message
-            await put(error_frame(error.body))
+            await put(self._answer.failure(error))
         except ClientLeft:
             raise
         except Exception:
             log.exception("a stream failed")
-            await put(error_frame(ApiError(500, "the server failed").body))
-        await put(DONE, more=False)
+            await put(self._answer.failure(ApiError(500, "the server failed")))
+        await put("", more=False)
 
 
 async def _until_left(receive: Receive, work: Awaitable[T]) -> T:

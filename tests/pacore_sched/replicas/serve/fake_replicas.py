@@ -19,12 +19,13 @@ from tests.pacore_sched.serve.serving import Running, request
 
 
 class FakeReplicas:
-    """`lost` are those that end when they are asked, before or `in_the_middle` of the answer."""
+    """`lost` are those that end when they are asked: before the answer, or in the middle of it,
+    after `messages_before_loss` messages."""
 
     def __init__(self, services: dict[str, Service]) -> None:
         self.services = services
         self.lost: set[str] = set()
-        self.in_the_middle = False
+        self.messages_before_loss = 0
         self.asked: list[str] = []
         self._apps = {}
         for name, service in services.items():
@@ -39,12 +40,18 @@ class FakeReplicas:
         if not hasattr(service, "thread"):
             service.start()
         self.asked.append(request.replica)
-        if request.replica in self.lost and not self.in_the_middle:
+        if request.replica in self.lost and not self.messages_before_loss:
             raise ReplicaLost
+        sent = 0
         async for part in answer(self._apps[request.replica], request):
-            yield part
-            if request.replica in self.lost:
-                raise ReplicaLost
+            if request.replica not in self.lost:
+                yield part
+                continue
+            for message in part:
+                yield [message]
+                sent += 1
+                if sent == self.messages_before_loss:
+                    raise ReplicaLost
 
 
 class RunningFront(Running):

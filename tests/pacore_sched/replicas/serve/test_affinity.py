@@ -44,6 +44,25 @@ def test_prefixes():
     assert len(keys(prompt="x" * (2 * MAX_KEYS * CHUNK)).keys) == MAX_KEYS
 
 
+def test_prefixes_of_responses():
+    """Items, whose later turns begin with the earlier ones, with the instructions and the tools
+    before them; a text is a message of the user's."""
+    options = {"instructions": "You are helpful. " * 200, "tools": [{"type": "function"}]}
+    asked = {"role": "user", "content": "question"}
+    items = [asked, {"type": "function_call", "call_id": "a"}, {**asked, "content": "and then?"}]
+    first, later = keys(input=[asked], **options), keys(input=items, **options)
+    assert common(first, later) == first.sizes[-1] < later.sizes[-1]
+    assert keys(input="question", **options) == first
+    assert common(first, keys(input="question")) == 0
+    other = {**options, "instructions": "You are not."}
+    assert common(first, keys(input="question", **other)) == first.sizes[0]  # the tools
+    image = [
+        keys(input=[{"role": "user", "content": [IMAGE, {"type": "input_text", "text": text}]}])
+        for text in ("what?", "why?")
+    ]
+    assert 5000 < common(*image) < image[0].sizes[-1]
+
+
 def test_rollouts():
     for body, count in (
         ({}, 1),
@@ -61,7 +80,8 @@ def test_rollouts():
 @given(st.binary() | st.recursive(
     st.none() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["messages", "prompt", "content", "model", "pacore", "widths", "n"]), inner
+        st.sampled_from(["messages", "prompt", "input", "instructions", "content", "model",
+                         "pacore", "widths", "n"]), inner
     ),
 ).map(lambda value: json.dumps(value).encode()))  # fmt: skip
 def test_any_body(body: bytes):

@@ -6,6 +6,8 @@ import signal
 import time
 
 import pytest
+from openai import APIError, OpenAI
+from openai.types.responses import ResponseErrorEvent
 from prometheus_client.parser import text_string_to_metric_families
 
 from pacore_sched.replicas.serve.merged_metrics import merged
@@ -30,7 +32,7 @@ def two(script=answering, **options) -> dict:
 def comparable(reply: Reply) -> tuple:
     """A reply without its ids and times."""
     text = reply.body.decode()
-    for name in ("id", "created"):
+    for name in ("id", "created", "item_id", "created_at", "completed_at"):
         while (start := text.find(f'"{name}":')) >= 0:
             end = min(i for i in (text.find(",", start), text.find("}", start)) if i >= 0)
             text = text[:start] + text[end:]
@@ -44,6 +46,9 @@ REQUESTS = [
     ("/v1/chat/completions", {"model": "scripted", "messages": HI, "seed": 1, "stream": True,
                               "pacore": {"widths": [3], "events": True}}),
     ("/v1/completions", {"model": "scripted", "prompt": ["x", "y"], "seed": 1}),
+    ("/v1/responses", {"model": "scripted", "input": "Hi", "seed": 1}),
+    ("/v1/responses", {"model": "scripted", "input": "Hi", "seed": 1, "stream": True}),
+    ("/v1/responses", {"model": "scripted", "input": "Hi", "store": True}),
     ("/v1/chat/completions", {"model": "other", "messages": HI}),
     ("/v1/chat/completions", {"model": "scripted", "messages": HI, "wrong": 1}),
     ("/v1/chat/completions", b'{"model'),
@@ -110,6 +115,8 @@ def test_affinity():
             front.chat("another conversation " * 50)
             assert front.replicas.asked[-1] != busy
             front.chat("first " * 50)
+            assert front.replicas.asked[-1] == first == busy
+            front.post("/v1/responses", {"model": "scripted", "input": "first " * 50})
             assert front.replicas.asked[-1] == first
 
 
@@ -161,10 +168,19 @@ def test_lost_replica():
         reply = front.chat()
         assert reply.status == 503 and reply.headers["retry-after"]
         assert len(front.replicas.asked) == 4
-        front.replicas.in_the_middle = True
+        front.replicas.messages_before_loss = 1
         frames = front.chat(stream=True).body.decode().split("\n\n")
         assert "the replica" in json.loads(frames[-3].removeprefix("data: "))["error"]["message"]
         assert frames[-2] == "data: [DONE]"
+        client = OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(APIError, match="the replica of this request ended"):
+            [*client.responses.create(model="scripted", input="Hi", stream=True)]
+        body = {"model": "scripted", "input": "Hi", "stream": True}
+        front.replicas.messages_before_loss = 4
+        *sent, frame, _ = front.post("/v1/responses", body).body.decode().split("\n\n")
+        name, data = frame.split("\ndata: ")
+        event = ResponseErrorEvent.model_validate_json(data)
+        assert (name, event.sequence_number) == ("event: error", len(sent)) == (name, 3)
         assert not front.front.affinity.load
         assert front.get("/metrics").status == 200
         front.replicas.services = {}
