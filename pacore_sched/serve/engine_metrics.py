@@ -43,6 +43,12 @@ class EngineMetrics(Collector):
         yield self._counter(
             "prefix_cache_hits", "Those whose KV another rollout had written.", self._hits
         )
+        yield self._counter(
+            "prompt_tokens_prefilled", "Prompt tokens whose KV was computed.", counts.prefilled
+        )
+        yield self._counter(
+            "prompt_tokens_found", "Prompt tokens whose KV an earlier prompt left.", counts.found
+        )
         yield self._counter("num_preemptions", "Rollouts preempted.", counts.preemptions)
         yield self._counter("generation_tokens", "Tokens generated.", stats.generated)
         yield self._counter("engine_steps", "Steps of the decoder.", stats.steps)

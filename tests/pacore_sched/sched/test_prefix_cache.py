@@ -1,6 +1,7 @@
 """The prefix cache: what a prompt finds of earlier ones, compared with what is in the pages."""
 
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -190,10 +191,8 @@ def test_any_prompts(data: st.DataObject, size: int, num_pages: int):
                 prompts.end(prompts.live.pop(index)[0])
         else:
             content = data.draw(TEXTS)
-            try:
+            with suppress(OutOfPages):
                 prompts.begin(content, written=data.draw(st.integers(0, len(content))))
-            except OutOfPages:
-                pass
         prompts.tree.check_integrity(Counter(node for node, _ in prompts.live))
     for node, content in prompts.live:
         prompts.check(node, content)
