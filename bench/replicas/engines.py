@@ -53,6 +53,7 @@ class Build:
             max_running=MAX_RUNNING,
             kv_tokens=kv_tokens or KV_TOKENS,
             token_budget=TOKEN_BUDGET,
+            prefix_cache=False,  # which the simulator does not have
         )
         if self.lengths:
             engine.stopping = _PinnedLengths(model, self.lengths)

@@ -7,8 +7,8 @@ from bench.stress.hash_executor import expect, owners_of
 from kernels.runtime.arithmetic import cdiv
 from pacore_sched.engine.engine import EngineStats
 from pacore_sched.sched.policy import ReserveMax
+from pacore_sched.sched.prompts import Counts
 from pacore_sched.sched.request import Group, Rollout, Segment
-from pacore_sched.sched.scheduler import Counts
 
 IDLE_STEPS = 3  # one to collect a step, one to preempt
 

@@ -125,6 +125,7 @@ class _Run:
             max_running=setup.max_running,
             kv_tokens=KV_TOKENS,
             speculate=setup.speculate,
+            prefix_cache=False,  # what is found would depend on the order of a setup
         )
         problems = [
             Problem([{"role": "user", "content": question}], id=str(number))

@@ -105,6 +105,7 @@ class Replay:
             max_running=setup.max_running,
             kv_tokens=KV_TOKENS,
             token_budget=TOKEN_BUDGET,
+            prefix_cache=False,  # which the simulator does not have
         )
         self.answers: list[float] = []
         self.samples: SAMPLES = []

@@ -199,8 +199,8 @@ class Engine(Generic[ExecutorT]):
         The totals and the policy are kept.
         """
         before = self.scheduler
-        self.scheduler = self._new_scheduler(before.policy)
-        self.scheduler.counts, self.scheduler.steps = before.counts, before.steps
+        self.scheduler = self._new_scheduler(before.policy, counts=before.counts)
+        self.scheduler.steps = before.steps
         self._begin()
 
     def text(self, rollout: Rollout) -> str:

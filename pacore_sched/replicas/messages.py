@@ -9,9 +9,9 @@ from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer
 from pacore_sched.answers.problem_run import Part
 from pacore_sched.engine.engine import EngineStats
+from pacore_sched.sched.prompts import Counts
 from pacore_sched.sched.queue_load import QueueLoad
 from pacore_sched.sched.request import Partial
-from pacore_sched.sched.scheduler import Counts
 from pacore_sched.sim.replica_state import ReplicaState
 
 Sums = TypeVar("Sums", EngineStats, Counts)

@@ -30,10 +30,10 @@ class Found(NamedTuple):
 
 
 class PrefixCache:
-    """The contents of the nodes of a tree that calls `forget` for each node it evicts."""
+    """The contents of a tree's nodes."""
 
     def __init__(self, tree: PrefixTree) -> None:
-        self.tree = tree
+        self.tree, tree.on_evict = tree, self.forget
         self._contents: dict[int, Content] = {}  # by node, with tokens that are not written yet
         self._places: dict[
             int, tuple[int | str, Content]

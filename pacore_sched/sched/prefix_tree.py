@@ -48,12 +48,9 @@ class PrefixTree:
     on_evict: called with every kept node whose pages are taken, when it has left the tree
     """
 
-    def __init__(
-        self,
-        num_pages: int,
-        page_size: int,
-        on_evict: Callable[[int], None] = lambda node: None,
-    ) -> None:
+    on_evict: Callable[[int], object]
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"num_pages {num_pages} and page_size {page_size} must be positive")
         self.num_pages = num_pages
@@ -61,7 +58,7 @@ class PrefixTree:
         self._free = list(reversed(range(num_pages)))  # a stack: page 0 is taken first
         self._nodes: dict[int, _Node] = {}
         self._next_id = 0
-        self._on_evict = on_evict
+        self.on_evict = lambda node: None
         # Nodes without users, those unused for the longest time first: children before parents.
         self._kept: dict[int, None] = {}
         self._kept_pages = 0
@@ -301,7 +298,7 @@ class PrefixTree:
             del self._kept[node]
             self._kept_pages -= len(self._nodes[node].pages)
             self._remove(node)
-            self._on_evict(node)
+            self.on_evict(node)
 
     def _get(self, node: int) -> _Node:
         entry = self._nodes.get(node)

@@ -18,6 +18,7 @@ from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import Barrier, LaterRoundFirst, ReserveMax
 from pacore_sched.sched.prefix_cache import PrefixCache
 from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.prompts import Prompts
 from pacore_sched.sched.scheduler import Scheduler
 from pacore_sched.sched.step_batch import _plan_nodes, build_step_batch
 
@@ -61,26 +62,26 @@ FAULTS = [
         (PrefixTree._remove, "self._nodes[entry.parent].children -= 1", "pass"),
         (PrefixTree._remove, "self._free.extend(reversed(entry.pages))", "pass"),
         (PrefixTree._use, "self._kept_pages -= len(entry.pages)", "pass"),
-        (PrefixTree._evict, "self._on_evict(node)", "pass"),
+        (PrefixTree._evict, "self.on_evict(node)", "pass"),
         (PrefixTree.split, "entry.start + length\n", "entry.start\n"),
         (PrefixTree.slots, "token % size", "(token + 1) % size"),
         (PrefixTree.context_length, "entry.start + entry.length", "entry.start + entry.capacity"),
         (PrefixTree.add, "start = self.context_length(parent)", "start = self.length(parent)"),
         # Prompts
-        (Scheduler._add_node, "self.tree.add(above)", "self.tree.add()"),
-        (Scheduler._write_segment, "min(segment.tokens, start + budget)", "segment.tokens"),
-        (Scheduler._free_segment, "segment.node, segment.written = -1, 0", "segment.node = -1"),
-        (Scheduler._next_segment, "segment.written < segment.tokens", "segment.node < 0"),
+        (Prompts._add_node, "self._tree.add(above)", "self._tree.add()"),
+        (Prompts.write, "min(segment.tokens, start + budget)", "segment.tokens"),
+        (Prompts.free, "segment.node, segment.written = -1, 0", "segment.node = -1"),
+        (Prompts.next_segment, "segment.written < segment.tokens", "segment.node < 0"),
         (Scheduler._admit, "segment is not None and not segment.ready()", "False"),
-        (Scheduler._drop_idle_segment, "self.tree.is_idle(segment.node)", "True"),
+        (Prompts.idle, "self._tree.is_idle(s.node)", "True"),
         (Scheduler.submit, "segment.users += 1", "segment.users = 1"),
         (Scheduler.cancel, "self.drop(segment)", "pass"),
         (Scheduler.submit, "self._repeats_left = 0", "pass"),
         # The prefix cache
         (PrefixCache.take, "common -= common % size", "pass"),
         (PrefixCache.forget, "del self._nodes[self._places.pop(node)]", "self._places.pop(node)"),
-        (Scheduler._find, "segment.content[length:]", "segment.content"),
-        (Scheduler._find, "self.tree.hold(node)", "pass"),
+        (Prompts._find, "segment.content[length:]", "segment.content"),
+        (Prompts._find, "self._tree.hold(node)", "pass"),
         # Rollouts
         (Scheduler._start, "group.path[-1].node if group.path else None", "None"),
         (Scheduler._start, "self._free_indices.pop()", "len(self.running)"),
@@ -203,7 +204,7 @@ FAULTS = [
     )
 ]
 # These need up to 40,000 events. Two that only delay a group are not found at all, but by
-# test_scheduler.py: `self._repeats_left = 0` left out of `cancel` or of `_free_segment`.
+# test_scheduler.py: `self._repeats_left = 0` left out of `cancel` or of `_free_prompt`.
 RARE = [
     Planted(*fault)
     for fault in (

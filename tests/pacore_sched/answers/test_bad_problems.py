@@ -166,7 +166,7 @@ def test_any_error_at_any_stage(stage: str, error: BaseException, monkeypatch: p
     assert len(bad.rounds) == (0 if stage in EARLY else 1)
     stages.pacore.engine.step()  # one may be in flight
     assert is_idle(stages.pacore.engine)
-    assert not stages.pacore.engine.scheduler._segments
+    assert not stages.pacore.engine.scheduler.prompts.segments
     assert all(features.cancelled for features in stages.encoded)
     monkeypatch.undo()
     assert answers == by_problem(hashed().answers(questions(3)))

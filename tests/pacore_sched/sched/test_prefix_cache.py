@@ -18,7 +18,7 @@ class Prompts:
     """Prompts in a tree of pages that hold the tokens themselves."""
 
     def __init__(self, num_pages: int = 100, size: int = SIZE) -> None:
-        self.tree = PrefixTree(num_pages, size, lambda node: self.cache.forget(node))
+        self.tree = PrefixTree(num_pages, size)
         self.cache = PrefixCache(self.tree)
         self.pages: dict[int, int] = {}  # slot -> token
         self.live: list[tuple[int, tuple[int, ...]]] = []  # node, content

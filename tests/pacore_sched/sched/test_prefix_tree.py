@@ -22,7 +22,8 @@ class AgainstModel(RuleBasedStateMachine):
     @initialize(num_pages=st.integers(1, 12), page_size=st.integers(1, 4))
     def start(self, num_pages, page_size):
         self.evicted = []
-        self.tree = PrefixTree(num_pages, page_size, self.evicted.append)
+        self.tree = PrefixTree(num_pages, page_size)
+        self.tree.on_evict = self.evicted.append
         self.num_pages, self.page_size = num_pages, page_size
         self.keepable, self.kept = set(), []  # kept: unused for the longest time first
         self.parents, self.lengths, self.holds = {}, {}, Counter()
