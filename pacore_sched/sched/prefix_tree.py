@@ -3,13 +3,14 @@
 A node is a run of tokens that several sequences share: image and question, one rollout, a synthesis
 prompt. It owns whole pages, some of them perhaps reserved for future tokens. Forking a sequence
 adds a child and copies nothing. A node lives as long as it is held or has a child. The tree stores
-numbers of tokens, no tokens or tensors. It is plain Python, and all methods except `path`,
+numbers of tokens, no tokens or tensors. It is plain Python, and all methods except `path`, `nodes`,
 `depth_first` and `check_integrity` take constant time (amortised, per page and node given).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kernels.runtime.arithmetic import cdiv
 
@@ -20,6 +21,16 @@ class OutOfPages(Exception):
 
 class IntegrityError(AssertionError):
     """The tree is inconsistent: a bug, never a user's mistake."""
+
+
+class NodeExtent(NamedTuple):
+    """A node, the tokens before it and in it, and the number of its pages."""
+
+    node: int
+    parent: int | None
+    start: int
+    tokens: int
+    pages: int
 
 
 @dataclass(slots=True)
@@ -189,6 +200,11 @@ class PrefixTree:
         while (parent := self._get(path[-1]).parent) is not None:
             path.append(parent)
         return tuple(reversed(path))
+
+    def nodes(self) -> Iterator[NodeExtent]:
+        """All nodes; the tree must not change meanwhile."""
+        for node, entry in self._nodes.items():
+            yield NodeExtent(node, entry.parent, entry.start, entry.length, len(entry.pages))
 
     def depth_first(self, nodes: Iterable[int]) -> list[tuple[int, ...]]:
         """Paths to the nodes in depth-first order: parents first, siblings in the order of
