@@ -150,7 +150,7 @@ def _add_page(app: FastAPI, context: Context) -> None:
         return Response(await status.json(), media_type="application/json")
 
     for path in FILES:
-        app.add_api_route(path, partial(page_file, path), response_model=None, include_in_schema=False)
+        app.get(path, response_model=None, include_in_schema=False)(partial(page_file, path))
 
 
 def _handle_errors(app: FastAPI) -> None:

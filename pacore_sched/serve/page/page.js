@@ -8,11 +8,12 @@ const SHORTEST_S = 30; // that it shows
 const MEAN_S = 5; // of the rate that is shown as a number
 const SVG = "http://www.w3.org/2000/svg";
 
-const state = document.getElementById("state");
+const stateLine = document.getElementById("state");
 const histories = new Map(); // server name -> samples of tokens, oldest first
 let polling = false;
 
-const count = (number) => Math.round(number).toLocaleString("en");
+const MILLIONS = { notation: "compact", maximumSignificantDigits: 3 };
+const count = (number) => Math.round(number).toLocaleString("en", number < 1e6 ? {} : MILLIONS);
 const plural = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 const percent = (part, whole) => `${whole ? (100 * part) / whole : 0}%`;
 
@@ -58,8 +59,8 @@ async function poll() {
 
 /** Set the server's state; screen readers hear it only when it changes. */
 function say(name, text) {
-  state.className = name;
-  if (state.textContent !== text) state.textContent = text;
+  stateLine.className = name;
+  if (stateLine.textContent !== text) stateLine.textContent = text;
 }
 
 function show(status) {
@@ -187,8 +188,8 @@ function drawKv({ kv, nodes, nodes_left_out }) {
 function drawTree(nodes) {
   if (!nodes.length) return element("p", "quiet", "The prefix tree is empty.");
   const ids = new Set(nodes.map(({ id }) => id));
-  const ends = nodes.map(({ start, tokens, branches }) => start + tokens + Math.max(0, ...branches));
-  const longest = Math.max(1, ...ends);
+  const end = ({ start, tokens, branches }) => start + tokens + Math.max(0, ...branches);
+  const longest = Math.max(1, ...nodes.map(end));
   const kept = (node) => node.state === "kept";
   const below = (parent, depth) =>
     nodes
@@ -201,7 +202,8 @@ function drawTree(nodes) {
     element("span", "", "token 0"),
     element("span", "", count(longest)),
   );
-  return element("div", "tree", element("h4", "", "Prefix tree"), scale, element("ul", "", ...below(null, 0)));
+  const title = element("h4", "", "Prefix tree");
+  return element("div", "tree", title, scale, element("ul", "", ...below(null, 0)));
 }
 
 function drawNode(node, longest, depth, children) {
@@ -209,11 +211,13 @@ function drawNode(node, longest, depth, children) {
   const size = `${plural(node.tokens, "token")}, ${plural(node.pages, "page")}`;
   const label = element("p", "label", element("strong", "", readers), `${requests(node)}, ${size}`);
   label.style.paddingLeft = `${depth}rem`;
-  const branches = node.branches.map((tokens) => bar("rollouts", "width", percent(tokens, longest)));
-  for (const one of branches) one.style.marginLeft = percent(node.start + node.tokens, longest);
-  const block = bar(`block ${node.state === "kept" ? "kept" : "prompts"}`, "width", percent(node.tokens, longest));
-  block.style.left = percent(node.start, longest);
-  const above = bar("above", "width", percent(node.start, longest));
+  const share = (tokens) => percent(tokens, longest);
+  const above = bar("above", "width", share(node.start));
+  const kind = node.state === "kept" ? "kept" : "prompts";
+  const block = bar(`block ${kind}`, "width", share(node.tokens));
+  block.style.left = share(node.start);
+  const branches = node.branches.map((tokens) => bar("rollouts", "width", share(tokens)));
+  for (const branch of branches) branch.style.marginLeft = share(node.start + node.tokens);
   const track = element("div", "track", above, block, ...branches);
   track.setAttribute("aria-hidden", "true");
   const list = children.length ? element("ul", "", ...children) : null;
@@ -223,8 +227,9 @@ function drawNode(node, longest, depth, children) {
 /** The requests that read a node. */
 function requests({ problems, problems_left_out }) {
   if (!problems.length) return "";
+  const noun = problems.length > 1 ? "requests" : "request";
   const more = problems_left_out ? ` and ${count(problems_left_out)} more` : "";
-  return ` of request${problems.length + problems_left_out > 1 ? "s" : ""} ${problems.join(", ")}${more}`;
+  return ` of ${noun} ${problems.join(", ")}${more}`;
 }
 
 function drawProblems({ problems, problems_left_out }) {
@@ -248,8 +253,9 @@ function drawProblem(problem) {
     if (i === problem.round) chip.setAttribute("aria-current", "step");
     return chip;
   });
-  const states = ["running", "ended", "waiting"].map((name) => [name, `${count(problem[name])} ${name}`]);
-  const legend = states.map(([name, text]) => element("li", "", element("span", `key ${name}`), text));
+  const legend = ["running", "ended", "waiting"].map((name) =>
+    element("li", "", element("span", `key ${name}`), `${count(problem[name])} ${name}`),
+  );
   const most = Math.max(1, ...problem.rollouts.map(({ tokens }) => tokens));
   const columns = problem.rollouts.map(({ state, tokens }) =>
     bar(`column ${state}`, "height", percent(tokens, most)),
