@@ -3,12 +3,12 @@
 A node is a run of tokens that several sequences share: image and question, one rollout, a synthesis
 prompt. It owns whole pages, some of them perhaps reserved for future tokens. Forking a sequence
 adds a child and copies nothing. A node lives as long as it is held or has a child. The tree stores
-numbers of tokens, no tokens or tensors. It is plain Python, and all methods except `path`, `nodes`,
+numbers of tokens, no tokens or tensors. It is plain Python, and all methods except `path`,
 `depth_first` and `check_integrity` take constant time (amortised, per page and node given).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -201,10 +201,19 @@ class PrefixTree:
             path.append(parent)
         return tuple(reversed(path))
 
-    def nodes(self) -> Iterator[NodeExtent]:
-        """All nodes; the tree must not change meanwhile."""
-        for node, entry in self._nodes.items():
-            yield NodeExtent(node, entry.parent, entry.start, entry.length, len(entry.pages))
+    @property
+    def nodes(self) -> Collection[int]:
+        """All nodes, in the order of creation."""
+        return self._nodes.keys()
+
+    def extent(self, node: int) -> NodeExtent:
+        """A node's place in the tree, and its size."""
+        entry = self._get(node)
+        return NodeExtent(node, entry.parent, entry.start, entry.length, len(entry.pages))
+
+    def num_pages_of(self, nodes: Iterable[int]) -> int:
+        """Pages that some nodes own together."""
+        return sum(len(self._get(node).pages) for node in nodes)
 
     def depth_first(self, nodes: Iterable[int]) -> list[tuple[int, ...]]:
         """Paths to the nodes in depth-first order: parents first, siblings in the order of

@@ -127,7 +127,10 @@ def _add_status(app: FastAPI, context: Context) -> None:
     async def health() -> Response:
         """Status 200 while the server takes requests, else 503; and why."""
         thread = service.thread
-        record = {"status": service.state, "engine_failures": thread.failures}
+        record: dict[str, Any] = {
+            "status": service.state,
+            "engine_failures": thread.failures,
+        }
         if thread.last_error:
             record["last_error"] = thread.last_error
         return JSONResponse(record, 200 if record["status"] == "ok" else 503)

@@ -64,8 +64,8 @@ class Snapshot:
     at: seconds of a clock that never goes back
     tokens, steps: since the server started
     running, waiting: rollouts
-    problems: those on the engine, oldest first
-    nodes: of the prefix tree, those that most running rollouts read; parents first
+    problems: those on the engine, in the order in which they started
+    nodes: of the prefix tree (tree.py)
     """
 
     at: float

@@ -1,6 +1,6 @@
 """`/status`: the server's state, and a recent snapshot of its engine.
 
-The engine's thread takes a snapshot only when somebody asks, and at most a few times a second; all
+The engine's thread takes a snapshot only when somebody asks, and at most twice a second; all
 who ask meanwhile share it. While a step is slow, they get the last one with its age.
 """
 
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from pacore_sched.serve.page.snapshot import Snapshot, take_snapshot
 from pacore_sched.serve.service import Service, ServiceState
 
-FRESH_S = 0.25  # a snapshot this young answers without asking the engine
+FRESH_S = 0.5  # a snapshot this young answers without asking the engine
 WAIT_S = 1.0  # for the engine's step to end
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,12 @@
 """The prefix tree as the page draws it: prompts, and the rollouts below each."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import nsmallest
+from operator import attrgetter
 from typing import Literal
 
-from pacore_sched.sched.prefix_tree import NodeExtent
+from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.request import Group
 from pacore_sched.sched.scheduler import Scheduler
 
 MAX_NODES = 64
@@ -60,66 +60,71 @@ class Node:
     branches_left_out: int
 
 
+@dataclass(slots=True)
+class _Readers:
+    """What reads a node; `branches` are the nodes of running rollouts right below it."""
+
+    problems: list[int] = field(default_factory=list)
+    running: int = 0
+    branches: list[int] = field(default_factory=list)
+
+
 def read_tree(scheduler: Scheduler) -> tuple[KvPages, list[Node], int]:
-    """The pages, the nodes that most rollouts read, and how many nodes are left out.
+    """The pages, some nodes, and how many nodes are left out.
 
-    A node comes after its parent, and is left out if its parent is.
+    The nodes are those that most running rollouts read, then the oldest ones that are kept. Parents
+    come before their children.
     """
-    tree = scheduler.tree
-    extents = {extent.node: extent for extent in tree.nodes()}
-    own = [extents.pop(rollout.node) for rollout in scheduler.running]
-    branches: dict[int, list[int]] = {}
-    for extent in own:
-        if extent.parent is not None:
-            branches.setdefault(extent.parent, []).append(extent.tokens)
-    running = _running(extents, branches)
-    readers: dict[int, list[int]] = {}
-    for group in scheduler.groups:
-        for segment in group.path:
-            readers.setdefault(segment.node, []).append(group.problem)
-
-    def rank(extent: NodeExtent) -> tuple[int, bool, int, int]:
-        """Of a node and its parent, the parent's is smaller."""
-        return -running[extent.node], extent.node not in readers, extent.start, extent.node
-
-    nodes = []
-    for node, parent, start, tokens, pages in nsmallest(MAX_NODES, extents.values(), key=rank):
-        below, problems = branches.get(node, []), readers.get(node, [])
-        nodes.append(
-            Node(
-                id=node,
-                parent=parent,
-                start=start,
-                tokens=tokens,
-                pages=pages,
-                state="running" if running[node] else "waiting" if problems else "kept",
-                problems=problems[:MAX_READERS],
-                problems_left_out=max(len(problems) - MAX_READERS, 0),
-                running=running[node],
-                branches=below[:MAX_BRANCHES],
-                branches_left_out=max(len(below) - MAX_BRANCHES, 0),
-            )
-        )
-    prompts = sum(extent.pages for extent in extents.values() if extent.node in readers)
+    tree, readers = scheduler.tree, _find_readers(scheduler)
+    own = {rollout.node for rollout in scheduler.running}
+    kept = [node for node in tree.nodes if node not in readers and node not in own]
+    prompts, rollouts = tree.num_pages_of(readers), tree.num_pages_of(own)
     kv = KvPages(
         total=tree.num_pages,
         page_tokens=tree.page_size,
         prompts=prompts,
-        rollouts=sum(extent.pages for extent in own),
-        kept=sum(extent.pages for extent in extents.values()) - prompts,
+        rollouts=rollouts,
+        kept=tree.num_pages - tree.free_pages - prompts - rollouts,
         free=tree.free_pages,
     )
-    return kv, nodes, len(extents) - len(nodes)
+    most_read = nsmallest(MAX_NODES, readers, key=lambda node: (-readers[node].running, node))
+    shown = [*most_read, *kept][:MAX_NODES]
+    nodes = [_describe(tree, node, readers.get(node, _Readers())) for node in shown]
+    nodes.sort(key=attrgetter("start", "id"))
+    return kv, nodes, len(readers) + len(kept) - len(nodes)
 
 
-def _running(
-    extents: Mapping[int, NodeExtent], branches: Mapping[int, Sequence[int]]
-) -> Counter[int]:
-    """How many running rollouts read each node."""
-    running: Counter[int] = Counter()
-    for below, rollouts in branches.items():
-        node: int | None = below
-        while node is not None:
-            running[node] += len(rollouts)
-            node = extents[node].parent
-    return running
+def _find_readers(scheduler: Scheduler) -> dict[int, _Readers]:
+    """The nodes that requests on the engine read."""
+    running: dict[Group, list[int]] = {}
+    for rollout in scheduler.running:
+        running.setdefault(rollout.group, []).append(rollout.node)
+    readers: dict[int, _Readers] = {}
+    for group in scheduler.groups:
+        written = [segment.node for segment in group.path if segment.node >= 0]
+        branches = running.get(group, [])
+        for node in scheduler.tree.path(written[-1]) if written else ():
+            found = readers.setdefault(node, _Readers())
+            found.problems.append(group.problem)
+            found.running += len(branches)
+        if written:
+            readers[written[-1]].branches += branches
+    return readers
+
+
+def _describe(tree: PrefixTree, node: int, readers: _Readers) -> Node:
+    extent = tree.extent(node)
+    problems, branches = readers.problems, readers.branches
+    return Node(
+        id=node,
+        parent=extent.parent,
+        start=extent.start,
+        tokens=extent.tokens,
+        pages=extent.pages,
+        state="running" if readers.running else "waiting" if problems else "kept",
+        problems=problems[:MAX_READERS],
+        problems_left_out=max(len(problems) - MAX_READERS, 0),
+        running=readers.running,
+        branches=[tree.length(branch) for branch in branches[:MAX_BRANCHES]],
+        branches_left_out=max(len(branches) - MAX_BRANCHES, 0),
+    )

@@ -146,8 +146,9 @@ class AgainstModel(RuleBasedStateMachine):
     def agrees(self):
         self.tree.check_integrity(+self.holds)
         assert self.tree.free_pages == self.model_free()
-        extents = {extent.node: extent for extent in self.tree.nodes()}
-        assert extents.keys() == self.lengths.keys()
+        assert list(self.tree.nodes) == sorted(self.lengths)
+        used = self.num_pages - self.model_free()
+        assert self.tree.num_pages_of(self.lengths) == used
         for node, length in self.lengths.items():
             path = self.model_path(node)
             assert self.tree.path(node) == tuple(path)
@@ -161,7 +162,7 @@ class AgainstModel(RuleBasedStateMachine):
             assert self.tree.children(node) == len(self.children(node))
             start = sum(self.lengths[above] for above in path[:-1])
             owned = len(pages) + self.spare[node]
-            assert extents[node] == (node, self.parents[node], start, length, owned)
+            assert self.tree.extent(node) == (node, self.parents[node], start, length, owned)
 
     @invariant()
     def orders_depth_first(self):

@@ -133,7 +133,8 @@ setTimeout(() => {
   const wide = [...page.querySelectorAll("body *")].filter(
     (one) => one.clientWidth && one.scrollWidth > one.clientWidth);
   document.querySelector("p").textContent = `${page.scrollWidth} of ${page.clientWidth},
-    ${page.querySelectorAll(".card").length} cards, beyond: ${wide.map((one) => `${one.tagName} ${one.className}`)}.`;
+    ${page.querySelectorAll(".card").length} cards,
+    beyond: ${wide.map((one) => `${one.tagName} ${one.className}`)}.`;
 }, 2000);
 </script>"""
 
@@ -171,7 +172,8 @@ def test_slow_step():
         (example(), "a long step: these numbers are 12 s old"),
         ({**example(), "age_s": None, "engine": None}, "has not answered yet"),
     ):
-        with serving(lambda path, text=json.dumps(record): text) as url:
+        text = json.dumps(record)
+        with serving(lambda path, text=text: text) as url:
             html, console = browse(url, 1)
         assert shown in html and console == []
 
