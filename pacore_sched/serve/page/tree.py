@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from heapq import nsmallest
-from operator import attrgetter
 from typing import Literal
 
 from pacore_sched.sched.prefix_tree import PrefixTree
@@ -72,8 +71,7 @@ class _Readers:
 def read_tree(scheduler: Scheduler) -> tuple[KvPages, list[Node], int]:
     """The pages, some nodes, and how many nodes are left out.
 
-    The nodes are those that most running rollouts read, then the oldest ones that are kept. Parents
-    come before their children.
+    The nodes are those that most running rollouts read, then the oldest ones that are kept.
     """
     tree, readers = scheduler.tree, _find_readers(scheduler)
     own = {rollout.node for rollout in scheduler.running}
@@ -90,7 +88,6 @@ def read_tree(scheduler: Scheduler) -> tuple[KvPages, list[Node], int]:
     most_read = nsmallest(MAX_NODES, readers, key=lambda node: (-readers[node].running, node))
     shown = [*most_read, *kept][:MAX_NODES]
     nodes = [_describe(tree, node, readers.get(node, _Readers())) for node in shown]
-    nodes.sort(key=attrgetter("start", "id"))
     return kv, nodes, len(readers) + len(kept) - len(nodes)
 
 

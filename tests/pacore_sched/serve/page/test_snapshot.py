@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import TypeVar
 
+import pytest
 from pydantic import TypeAdapter
 
 from pacore_sched.answers.problem_run import Settings
@@ -13,6 +14,7 @@ from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Group, Rollout, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
+from pacore_sched.serve.page import tree
 from pacore_sched.serve.page.snapshot import Snapshot, take_snapshot
 from pacore_sched.serve.page.tree import read_tree
 from tests.pacore_sched.serve.serving import Running, client, endless, running, scripted, wait_for
@@ -135,29 +137,34 @@ def test_limits():
     stats = SimpleNamespace(generated=10**9, steps=10**6)
     snapshot = take_snapshot(SimpleNamespace(scheduler=scheduler, stats=stats), jobs)
     assert snapshot.running == 4096 and snapshot.waiting == 5000 - 4096
-    assert len(snapshot.problems) + snapshot.problems_left_out == 100
-    assert len(snapshot.nodes) + snapshot.nodes_left_out == 100 + 2000
+    assert (len(snapshot.problems), snapshot.problems_left_out) == (24, 100 - 24)
+    assert len(snapshot.nodes) == 64
+    read = {segment.node for group in scheduler.groups for segment in group.path} - {-1}
+    assert snapshot.nodes_left_out == len(read) + 2000 - 64
     for problem in snapshot.problems:
-        assert len(problem.rollouts) + problem.rollouts_left_out == 50
+        assert (len(problem.rollouts), problem.rollouts_left_out) == (32, 50 - 32)
     for node in snapshot.nodes:
-        assert len(node.branches) + node.branches_left_out == node.running > 0
+        assert (len(node.branches), node.branches_left_out) == (16, 50 - 16)
     assert len(TypeAdapter(Snapshot).dump_json(snapshot)) < 1 << 16
 
 
-def test_readers_are_limited():
-    """A node that many requests read; and of its rollouts, those below a child are not its
-    branches."""
+def test_readers_are_limited(monkeypatch: pytest.MonkeyPatch):
+    """A node that many requests read, of whose rollouts those below a child are not its branches;
+    and a node with many rollouts that is left out because it is new."""
     scheduler = Scheduler(1000, 4, LaterRoundFirst(), max_running=64)
     system = Segment(8)
     for number in range(10):
-        group = Group([system, Segment(3)], 0, Sampling(), problem=number, need=2)
-        group.rollouts += [Rollout(group, index, 0, 5) for index in range(2)]
+        width = 5 if number == 9 else 2
+        group = Group([system, Segment(3)], 0, Sampling(), problem=number, need=width)
+        group.rollouts += [Rollout(group, index, 0, 5) for index in range(width)]
         scheduler.submit(group)
-    while len(scheduler.running) < 20:
+    while len(scheduler.running) < 23:
         scheduler.schedule()
     _, nodes, _ = read_tree(scheduler)
     shared, *others = nodes
     assert (shared.problems, shared.problems_left_out) == ([0, 1, 2, 3], 6)
-    assert (shared.running, shared.branches) == (20, [])
+    assert (shared.running, shared.branches) == (23, [])
     assert {node.parent for node in others} == {shared.id}
-    assert [node.running for node in others] == [2] * 10
+    assert [node.running for node in others] == [5] + [2] * 9
+    monkeypatch.setattr(tree, "MAX_NODES", 2)
+    assert read_tree(scheduler)[1:] == ([shared, others[0]], 9)
