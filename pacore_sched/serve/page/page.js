@@ -11,6 +11,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const stateLine = document.getElementById("state");
 const histories = new Map(); // server name -> samples of tokens, oldest first
 let polling = false;
+let timer; // of the next poll
 
 const MILLIONS = { notation: "compact", maximumSignificantDigits: 3 };
 const count = (number) => Math.round(number).toLocaleString("en", number < 1e6 ? {} : MILLIONS);
@@ -54,7 +55,8 @@ async function poll() {
     console.info(String(error));
   }
   polling = false;
-  setTimeout(poll, POLL_MS);
+  clearTimeout(timer); // that of before the page was hidden
+  timer = setTimeout(poll, POLL_MS);
 }
 
 /** Set the server's state; screen readers hear it only when it changes. */

@@ -149,6 +149,26 @@ def test_fits_a_phone(width: int):
     assert found and found[1] == found[2] and not found[3], text
 
 
+HIDDEN = """<!doctype html><iframe src="/"></iframe><script>
+setTimeout(() => {
+  const page = document.querySelector("iframe").contentDocument;
+  page.dispatchEvent(new Event("visibilitychange"));
+}, 2500);
+setTimeout(() => {
+  const page = document.querySelector("iframe").contentDocument;
+  Object.defineProperty(page, "hidden", { value: true });
+}, 12500);
+</script>"""
+
+
+def test_hidden_page():
+    """Polls twice a second after it has been hidden for a moment; polls while it is hidden."""
+    asked, text = [], json.dumps(example())
+    with serving(lambda path: asked.append(path) or text, frame=HIDDEN) as url:
+        browse(f"{url}/frame", 25)
+    assert 10 <= len(asked) <= 16
+
+
 @pytest.mark.parametrize("lost", [2, 1000])
 def test_server_that_does_not_answer(lost: int):
     """Old numbers that look like new ones; a page that must be loaded again afterwards."""
