@@ -42,12 +42,12 @@ def test_load_tree_and_requests(monkeypatch: pytest.MonkeyPatch):
         slowly(server)
         tree = service.engine.scheduler.tree
         root, child = between_steps(server, lambda: keep(tree))
-        with (
-            client(server, pacore={"widths": [4, 2]}, max_tokens=4000, ignore_eos=True),
-            client(server, n=3, max_tokens=4000, ignore_eos=True),
-        ):
-            wait_for(lambda: len(service.engine.scheduler.running) == 6, "6 rollouts")
-            html, console = browse(server.url)
+        started = service.engine.scheduler.running
+        with client(server, pacore={"widths": [4, 2]}, max_tokens=4000, ignore_eos=True):
+            wait_for(lambda: len(started) == 4, "the first request")
+            with client(server, n=3, max_tokens=4000, ignore_eos=True):
+                wait_for(lambda: len(started) == 6, "the second request")
+                html, console = browse(server.url)
         between_steps(server, lambda: (tree.release(child), tree.release(root)))
         server.wait_idle()
     text = text_of(html)
@@ -123,7 +123,7 @@ def example(nodes: int = 1, problems: int = 1, rollouts: int = 2) -> dict:
               "kv": kv, "problems": [problem] * problems, "problems_left_out": 1000,
               "nodes": [{**node, "id": id} for id in range(nodes)],
               "nodes_left_out": 1000}  # fmt: skip
-    return {"model": "a-name-without-any-blank-that-is-long/" * 3, "state": "ok", "running": 1000,
+    return {"model": "a_name_without_any_blank_that_is_long" * 3, "state": "ok", "running": 1000,
             "waiting": 512, "max_waiting": 512, "age_s": 12.3, "engine": engine}  # fmt: skip
 
 
