@@ -19,7 +19,12 @@ setup(
     package_data={
         "kernels": ["tuned/*.json"],
         "model": ["text/*.jinja"],
-        "pacore_sched": ["answers/*.jinja"],
+        "pacore_sched": [
+            "answers/*.jinja",
+            "serve/page/*.html",
+            "serve/page/*.css",
+            "serve/page/*.js",
+        ],
         "bench": ["report/*.jinja"],
         # `simulate` reads its GPU's rates from results/.
         "profiles": ["static/*.jsonl", "results/*/*.jsonl"],

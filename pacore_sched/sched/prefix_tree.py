@@ -12,8 +12,9 @@ The tree stores numbers of tokens, no tokens or tensors. It is plain Python, and
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, KeysView, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kernels.runtime.arithmetic import cdiv
 
@@ -24,6 +25,16 @@ class OutOfPages(Exception):
 
 class IntegrityError(AssertionError):
     """The tree is inconsistent: a bug, never a user's mistake."""
+
+
+class NodeExtent(NamedTuple):
+    """A node, the tokens before it and in it, and the number of its pages."""
+
+    node: int
+    parent: int | None
+    start: int
+    tokens: int
+    pages: int
 
 
 @dataclass(slots=True)
@@ -187,7 +198,7 @@ class PrefixTree:
         return len(self._free) + self._kept_pages
 
     @property
-    def kept(self) -> Collection[int]:
+    def kept(self) -> KeysView[int]:
         """Nodes without users, those unused for the longest time first."""
         return self._kept.keys()
 
@@ -245,6 +256,20 @@ class PrefixTree:
         while (parent := self._get(path[-1]).parent) is not None:
             path.append(parent)
         return tuple(reversed(path))
+
+    @property
+    def nodes(self) -> KeysView[int]:
+        """All nodes, in the order of creation."""
+        return self._nodes.keys()
+
+    def extent(self, node: int) -> NodeExtent:
+        """A node's place in the tree, and its size."""
+        entry = self._get(node)
+        return NodeExtent(node, entry.parent, entry.start, entry.length, len(entry.pages))
+
+    def num_pages_of(self, nodes: Iterable[int]) -> int:
+        """Pages that some nodes own together."""
+        return sum(len(self._get(node).pages) for node in nodes)
 
     def depth_first(self, nodes: Iterable[int]) -> list[tuple[int, ...]]:
         """Paths to the nodes in depth-first order: parents first, siblings in the order of

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -69,21 +69,30 @@ class EngineThread(threading.Thread):
         """Whether the engine has failed for good."""
         return self.failures > MAX_RESTARTS
 
+    @property
+    def jobs(self) -> Collection[Job]:
+        """The jobs on the engine, in the order in which they started; only for what is posted."""
+        return self._jobs.values()
+
     def add(self, job: Job) -> None:
         """Run a job. Its last event will be Ended or Failed."""
-        self._inbox.put(partial(self._add, job))
+        self.post(partial(self._add, job))
 
     def cancel(self, job: Job) -> None:
         """End a job before the next step, without further events."""
-        self._inbox.put(partial(self._cancel, job))
+        self.post(partial(self._cancel, job))
 
     def fail_all(self, status: int, why: str) -> None:
         """End all jobs before the next step; each gets a Failed event."""
-        self._inbox.put(partial(self._fail_all, status, why))
+        self.post(partial(self._fail_all, status, why))
 
     def stop(self) -> None:
         """End the thread after the current step."""
-        self._inbox.put(self._end_loop)
+        self.post(self._end_loop)
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Have the thread do something before the next step. What it raises fails the engine."""
+        self._inbox.put(action)
 
     def run(self) -> None:
         while not self._ended:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from kernels.runtime.arithmetic import cdiv
 from pacore_sched.answers.journal_lines import RolloutResult
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from model.step3vl import Step3VL
 
 T = TypeVar("T")
+ServiceState = Literal["ok", "draining", "failed"]
 IMAGE_SLOTS = 4  # requests whose images are read, or wait to be encoded, at a time
 TEXT_THREADS = 2
 MAX_RETRY_AFTER = 60  # seconds
@@ -64,6 +65,11 @@ class Service:
     def failed(self) -> bool:
         """Whether no request can be answered any more."""
         return self.thread.failed or not self.thread.is_alive()
+
+    @property
+    def state(self) -> ServiceState:
+        """Requests are taken while it is "ok"."""
+        return "failed" if self.failed else "draining" if self.draining else "ok"
 
     def close(self) -> None:
         """End the threads; jobs that are left get no further events."""

@@ -32,6 +32,9 @@ NEEDS_MORE |= {"bench.test_ops"}
 
 DATA = {  # files whose absence no command below would report, or only with optional libraries
     "bench/report/page.html.jinja",
+    "pacore_sched/serve/page/index.html",
+    "pacore_sched/serve/page/page.css",
+    "pacore_sched/serve/page/page.js",
     "profiles/results/amd-epyc-avx2-2-threads/bench.jsonl",
     "profiles/static/baseline.jsonl",
 }

@@ -2,6 +2,7 @@
 its response."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -22,11 +23,13 @@ from pacore_sched.serve.http.app import METRICS_TYPE
 from pacore_sched.serve.http.logs import request_id
 from pacore_sched.serve.http.responses import SEND_TIMEOUT_S
 from pacore_sched.serve.limits import Limits
-from pacore_sched.serve.service import END_S, ENDING
+from pacore_sched.serve.page.files import FILES, page_file
+from pacore_sched.serve.service import END_S, ENDING, ServiceState
 
 RESPONSES = "/v1/responses"
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions", RESPONSES)
-METRICS_S = 5.0  # for a replica to tell its metrics
+ASK_S = 5.0  # for a replica to tell its metrics or status
+MAX_SHOWN = 16  # replicas in /status
 RETRY_S = 5  # after the last replica was lost
 
 
@@ -63,10 +66,8 @@ class Front:
             return
         reply = _Reply(scope, send)
         try:
-            if scope["path"] == "/health" and scope["method"] in ("GET", "HEAD"):
-                await self._health()(scope, receive, send)
-            elif scope["path"] == "/metrics" and scope["method"] == "GET":
-                await (await self._metrics())(scope, receive, send)
+            if response := await self._own(scope["method"], scope["path"]):
+                await response(scope, receive, send)
             else:
                 await self._forward(scope, receive, reply)
         except HTTPException as error:
@@ -87,22 +88,47 @@ class Front:
         while self._running and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
 
+    async def _own(self, method: str, path: str) -> Response | None:
+        """The response to what the front answers itself; None for what a replica answers."""
+        if path == "/health" and method in ("GET", "HEAD"):
+            return self._health()
+        if method != "GET":
+            return None
+        if path == "/metrics":
+            texts = await self._ask(path, self._replicas.running())
+            return Response(merged(texts), media_type=METRICS_TYPE)
+        if path == "/status":
+            return await self._status()
+        return page_file(path) if path in FILES else None
+
+    @property
+    def _state(self) -> ServiceState:
+        return "draining" if self.draining else "ok" if self._replicas.running() else "failed"
+
     def _health(self) -> Response:
-        running = len(self._replicas.running())
-        status = "draining" if self.draining else "ok" if running else "failed"
-        record = {"status": status, "replicas": running}
-        return JSONResponse(record, 200 if status == "ok" else 503)
+        record = {"status": self._state, "replicas": len(self._replicas.running())}
+        return JSONResponse(record, 200 if record["status"] == "ok" else 503)
 
-    async def _metrics(self) -> Response:
-        names = self._replicas.running()
-        texts = await asyncio.gather(*map(self._metrics_of, names))
-        known = {name: text for name, text in zip(names, texts, strict=True) if text is not None}
-        return Response(merged(known), media_type=METRICS_TYPE)
+    async def _status(self) -> Response:
+        """The status of each replica, as of one server, by its name."""
+        names = sorted(self._replicas.running())
+        texts = await self._ask("/status", names[:MAX_SHOWN])
+        record = {
+            "state": self._state,
+            "replicas": {name: json.loads(text) for name, text in texts.items()},
+            "replicas_left_out": len(names) - len(texts),
+        }
+        return JSONResponse(record)
 
-    async def _metrics_of(self, replica: str) -> str | None:
-        request, body = ForwardedRequest(replica, "GET", "/metrics"), b""
+    async def _ask(self, path: str, names: Sequence[str]) -> dict[str, str]:
+        """What replicas answer to a GET; without those that do not in time."""
+        texts = await asyncio.gather(*(self._answer_of(name, path) for name in names))
+        return {name: text for name, text in zip(names, texts, strict=True) if text is not None}
+
+    async def _answer_of(self, replica: str, path: str) -> str | None:
+        request, body = ForwardedRequest(replica, "GET", path), b""
         try:
-            async with asyncio.timeout(METRICS_S), aclosing(self._replicas.call(request)) as parts:
+            async with asyncio.timeout(ASK_S), aclosing(self._replicas.call(request)) as parts:
                 async for part in parts:
                     body += b"".join(message.get("body", b"") for message in part)
         except (ReplicaLost, TimeoutError):

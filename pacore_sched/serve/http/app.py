@@ -31,6 +31,8 @@ from pacore_sched.serve.errors import ApiError
 from pacore_sched.serve.http import validation
 from pacore_sched.serve.http.guard import Guard
 from pacore_sched.serve.http.responses import respond
+from pacore_sched.serve.page.files import FILES, page_file
+from pacore_sched.serve.page.status import ServerStatus, StatusReader
 
 METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ def make_routes(context: Context, *, log_prompts: bool = False) -> FastAPI:
     _add_completions(app, context, log_prompts=log_prompts)
     _add_models(app, context)
     _add_status(app, context)
+    _add_page(app, context)
     return app
 
 
@@ -130,11 +133,13 @@ def _add_status(app: FastAPI, context: Context) -> None:
     async def health() -> Response:
         """Status 200 while the server takes requests, else 503; and why."""
         thread = service.thread
-        status = "failed" if service.failed else "draining" if service.draining else "ok"
-        record = {"status": status, "engine_failures": thread.failures}
+        record: dict[str, Any] = {
+            "status": service.state,
+            "engine_failures": thread.failures,
+        }
         if thread.last_error:
             record["last_error"] = thread.last_error
-        return JSONResponse(record, 200 if status == "ok" else 503)
+        return JSONResponse(record, 200 if record["status"] == "ok" else 503)
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -143,6 +148,18 @@ def _add_status(app: FastAPI, context: Context) -> None:
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=METRICS_TYPE)
+
+
+def _add_page(app: FastAPI, context: Context) -> None:
+    status = StatusReader(context.service, context.names.names[0])
+
+    @app.get("/status", response_model=None, responses={200: {"model": ServerStatus}})
+    async def status_route() -> Response:
+        """What the server does now, as the page at / draws it."""
+        return Response(await status.json(), media_type="application/json")
+
+    for path in FILES:
+        app.get(path, response_model=None, include_in_schema=False)(partial(page_file, path))
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pacore_sched.serve.errors import ApiError
 from pacore_sched.serve.http.logs import request_id
 from pacore_sched.serve.limits import Limits
+from pacore_sched.serve.page.files import FILES
 from pacore_sched.serve.service import ENDING
 
-# These need no key: health checks and scrapers have none, and they tell nothing of requests.
-OPEN_PATHS = ("/health", "/version", "/metrics", "/openapi.json")
+# These need no key: health checks, scrapers and browsers have none. They tell numbers, not texts.
+OPEN_PATHS = ("/health", "/version", "/metrics", "/openapi.json", "/status", *FILES)
 POLL_S = 0.2  # how often a body that does not arrive looks whether the server ends
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class Guard:
         finally:
             seconds = round(time.monotonic() - begun, 4)
             line = {"method": scope["method"], "path": scope["path"], "status": status or None}
-            log.info("request", extra=line | {"seconds": seconds} | fields)
+            if scope["path"] != "/status" or status != 200:  # pages ask every second
+                log.info("request", extra=line | {"seconds": seconds} | fields)
             request_id.reset(token)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:

@@ -212,6 +212,8 @@ class AgainstModel(RuleBasedStateMachine):
         self.tree.check_integrity(+self.holds)
         assert list(self.tree.kept) == self.kept
         assert self.tree.free_pages == self.model_free()
+        assert list(self.tree.nodes) == sorted(self.lengths)
+        assert self.tree.num_pages_of(self.lengths) == sum(map(self.owned, self.lengths))
         for node, length in self.lengths.items():
             path = self.model_path(node)
             assert self.tree.path(node) == tuple(path)
@@ -224,6 +226,9 @@ class AgainstModel(RuleBasedStateMachine):
             assert len(self.tree.pages(node)) == len(pages) + self.spare[node]
             users = [n for n in self.children(node) if n not in self.kept]
             assert self.tree.is_idle(node) == (not users)
+            start = sum(self.lengths[above] for above in path[:-1])
+            owned = len(pages) + self.spare[node]
+            assert self.tree.extent(node) == (node, self.parents[node], start, length, owned)
 
     @invariant()
     def orders_depth_first(self):

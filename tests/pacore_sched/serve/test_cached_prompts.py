@@ -74,6 +74,19 @@ def test_images(server: Running):
     assert again["choices"] == first["choices"]
 
 
+def test_status(server: Running):
+    """Pages of prompts that have ended, which count as used or are not shown."""
+    used = chat(server, "One?")["usage"]["prompt_tokens"]
+    server.wait_idle()
+    status = server.get("/status").json
+    pages = -(-(used - 1) // PAGE_SIZE)
+    kv = status["engine"]["kv"]
+    assert (kv["prompts"], kv["rollouts"], kv["kept"]) == (0, 0, pages)
+    assert kv["free"] == kv["total"] - pages
+    (node,) = status["engine"]["nodes"]
+    assert (node["state"], node["tokens"]) == ("kept", used - 1)
+
+
 def test_completions(server: Running):
     """A prompt to be scored is computed in full: its log-probabilities would be missing."""
 

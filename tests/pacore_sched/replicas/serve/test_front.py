@@ -10,8 +10,10 @@ from openai import APIError, OpenAI
 from openai.types.responses import ResponseErrorEvent
 from prometheus_client.parser import text_string_to_metric_families
 
+from pacore_sched.replicas.serve import front as front_module
 from pacore_sched.replicas.serve.merged_metrics import merged
 from pacore_sched.serve.limits import Limits
+from pacore_sched.serve.page.files import FILES
 from tests.pacore_sched.replicas.serve.fake_replicas import running_front
 from tests.pacore_sched.serve.serving import (
     HI,
@@ -209,6 +211,32 @@ def test_drain():
             text = stream.getresponse().read().decode()
             assert "shutting down" in text and text.endswith("data: [DONE]\n\n")
         wait_for(lambda: not any(s.jobs for s in services.values()), "no job")
+
+
+def test_page(monkeypatch: pytest.MonkeyPatch):
+    """Every replica's status, by its name; the page itself even without replicas."""
+    services = two()
+    with running_front(services, keys=("KEY",)) as front:
+        status = front.get("/status").json
+        assert (status["state"], status["replicas_left_out"]) == ("ok", 0)
+        assert sorted(status["replicas"]) == ["a", "b"]
+        for one in status["replicas"].values():
+            assert (one["model"], one["state"], one["engine"]["running"]) == ("scripted", "ok", 0)
+        front.replicas.lost = {"a"}
+        status = front.get("/status").json
+        assert [*status["replicas"]] == ["b"] and status["replicas_left_out"] == 1
+        front.replicas.lost = set()
+        monkeypatch.setattr(front_module, "MAX_SHOWN", 1)
+        status = front.get("/status").json
+        assert [*status["replicas"]] == ["a"] and status["replicas_left_out"] == 1
+        front.replicas.services = {}
+        assert front.get("/status").json == {
+            "state": "failed",
+            "replicas": {},
+            "replicas_left_out": 0,
+        }
+        for path in FILES:
+            assert front.get(path).status == 200
 
 
 def samples(text: str) -> dict:

@@ -1,0 +1,1 @@
+"""The page at `/` that shows a running server, and `/status`, the numbers that it draws."""
