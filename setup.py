@@ -56,6 +56,7 @@ setup(
             "mypy",
         ],
         "bench": [
+            "aiohttp",
             "gguf",
             "matplotlib",
             "nvtx; sys_platform == 'linux'",

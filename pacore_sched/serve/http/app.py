@@ -36,13 +36,23 @@ METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 log = logging.getLogger(__name__)
 
 
-def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool = False) -> ASGIApp:
+def make_app(
+    context: Context,
+    *,
+    keys: tuple[str, ...] = (),
+    log_prompts: bool = False,
+    debug: bool = False,
+) -> ASGIApp:
     """The application of a server; `keys` are its API keys. It runs the context's service."""
-    return Guard(make_routes(context, log_prompts=log_prompts), context.service, keys)
+    routes = make_routes(context, log_prompts=log_prompts, debug=debug)
+    return Guard(routes, context.service, keys)
 
 
-def make_routes(context: Context, *, log_prompts: bool = False) -> FastAPI:
-    """The application without its Guard, for requests that another server's Guard has let in."""
+def make_routes(context: Context, *, log_prompts: bool = False, debug: bool = False) -> FastAPI:
+    """The application without its Guard, for requests that another server's Guard has let in.
+
+    debug: also /debug/integrity, for soak tests
+    """
     service = context.service
 
     @asynccontextmanager
@@ -64,6 +74,8 @@ def make_routes(context: Context, *, log_prompts: bool = False) -> FastAPI:
     _add_completions(app, context, log_prompts=log_prompts)
     _add_models(app, context)
     _add_status(app, context)
+    if debug:
+        _add_debug(app, context)
     return app
 
 
@@ -143,6 +155,14 @@ def _add_status(app: FastAPI, context: Context) -> None:
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=METRICS_TYPE)
+
+
+def _add_debug(app: FastAPI, context: Context) -> None:
+    @app.get("/debug/integrity", include_in_schema=False)
+    async def integrity() -> dict[str, Any]:
+        service = context.service
+        found = await asyncio.wrap_future(service.thread.integrity())
+        return {"jobs": len(service.jobs), **found}
 
 
 def _handle_errors(app: FastAPI) -> None:
