@@ -129,10 +129,10 @@ def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
         return
     with ExitStack() as stack:
         if options.study == "load" and known.base_url:
-            if server_words or known.server_options:
+            if options.threads or known.server_options:
                 raise InputError(
-                    "--device, --threads and --server-options are of our server: they do not go"
-                    " with --base-url"
+                    "--threads and --server-options are of our server, which does not run with"
+                    " --base-url"
                 )
             server = None
         else:

@@ -23,7 +23,7 @@ from model.errors import InputError
 from model.terminal import progress
 
 PATH = "/v1/chat/completions"
-# Little KV, so that rollouts are preempted. /debug/integrity needs --debug.
+# Too little KV for all that are sent at once. /debug/integrity needs --debug.
 SERVER = ("--debug", "--kv-tokens", "1536", "--max-running", "16")
 CHECK_EVERY = 100  # requests
 SAMPLE = 25  # requests that are sent again, alone

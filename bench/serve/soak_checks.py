@@ -92,14 +92,14 @@ def _figures(seen: Seen) -> list[dict]:
 def _lost(seen: Seen, number: int) -> bool:
     done = seen.timelines.get(number)
     choices = mix.CHOICES.get(seen.kinds[number], 1)
-    return done is None or bool(done.failure) or len(done.texts) != choices or not all(done.texts)
+    return done is None or bool(done.failure) or len(done.texts) != choices or not done.output
 
 
 def _first(seen: Seen, lost: list[int]) -> str:
     if not lost:
         return f"of {len(seen.answered)}"
     done = seen.timelines.get(lost[0])
-    return f"such as {lost[0]}: {(done and done.failure) or 'empty'}"
+    return f"such as {lost[0]}: {(done and done.failure) or 'choices without tokens'}"
 
 
 def _count(name: str, count: int, note: str = "") -> dict:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.serve.connection.client import Exchange
 
-TEXTS = ("content", "reasoning_content", "reasoning")  # of a message or delta
+TEXTS = ("reasoning_content", "reasoning", "content")  # of a message or delta, in this order
 
 
 @dataclass(frozen=True)
