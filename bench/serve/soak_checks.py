@@ -41,7 +41,7 @@ class Seen:
 def rows(seen: Seen) -> list[dict]:
     """What was checked: its target, what was measured, and a failure if they differ."""
     idle = seen.integrity[-1]
-    used = idle["pages"] - idle["free_pages"] - idle.get("kept_pages", 0)
+    used = idle["pages"] - idle["free_pages"]
     faults = [check["fault"] for check in seen.integrity if check["fault"]]
     lost = [n for n in seen.answered if _lost(seen, n)]
     ids = Counter(id for t in seen.timelines.values() for id in t.ids)

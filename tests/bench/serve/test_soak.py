@@ -129,12 +129,6 @@ def test_checks_fail(fields: dict, check: str):
     assert failed(seen(**fields)) == [check]
 
 
-def test_kept_pages_are_not_leaked():
-    """A prefix cache's pages, which stay in use on an idle server."""
-    idle = IDLE | {"free_pages": 20, "kept_pages": 4}
-    assert failed(seen(integrity=[IDLE, idle])) == []
-
-
 def test_first_quarter_may_grow():
     assert failed(seen(rss=[1, 50, 100, 100, 100, 100, 104, 104])) == []
 
