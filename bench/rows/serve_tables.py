@@ -36,6 +36,7 @@ LATENCY = Kind(
         Column(" mean", "mean_ms", number(",.1f")),
         Column(" median", "median_ms", number(",.1f")),
         *(Column(f" p{p:g}", f"p{p:g}_ms", number(",.1f"), optional=True) for p in PERCENTILES),
+        FAILURE,
     ),
 )
 SOAK = Kind(
