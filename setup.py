@@ -61,6 +61,7 @@ setup(
             "mypy",
         ],
         "bench": [
+            "aiohttp",
             "gguf",
             "matplotlib",
             "nvtx; sys_platform == 'linux'",

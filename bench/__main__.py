@@ -31,6 +31,7 @@ COMMANDS = {
     "packing": ("bench.cli.commands:PACKING", "gain from running many problems together (minutes)"),
     "replay": ("bench.cli.commands:REPLAY", "the simulator's error against the engine (minutes)"),
     "replicas": ("bench.replicas.command:REPLICAS", "what replicas on Ray gain, survive and cost"),
+    "serve": ("bench.serve.command:SERVE", "load on an HTTP server, soak, and what HTTP costs"),
     "tune": ("bench.cli.commands:TUNE", "measure kernel configs on a GPU, write kernels/tuned/"),
     "cost": ("bench.cli.commands:COST", "bytes, balance and floors by arithmetic, without a GPU"),
     "fp8": ("bench.cli.commands:FP8", "effect of FP8 KV pages on a real model's predictions"),

@@ -24,6 +24,7 @@ from bench.rows.formats import (
 )
 from bench.rows.replica_tables import REPLICAS
 from bench.rows.schema import is_number
+from bench.rows.serve_tables import SERVE
 
 WHOLE_RUNS = Kind(
     f"end to end{MEASURED}",
@@ -171,4 +172,5 @@ RUNS = {
     "fold": FOLD,
     "fp8_kv": FP8_KV,
     **REPLICAS,
+    **SERVE,
 }

@@ -5,6 +5,7 @@ from functools import partial
 
 from bench.rows import cost_tables, op_tables, repro, run_tables
 from bench.rows.columns import Kind, Row, Table
+from bench.rows.serve_tables import SERVE
 from model import terminal
 
 
@@ -83,6 +84,15 @@ def replicas(rows: Sequence[Row]) -> None:
         )
     if "fit_residual" in row:
         _print_fit(row)
+
+
+def serve(rows: Sequence[Row]) -> None:
+    """One study of a server: a table per kind of row, and warnings of what limits their worth."""
+    for op, kind in SERVE.items():
+        if rows_of_kind := [row for row in rows if row["op"] == op]:
+            show(kind, rows_of_kind)
+    for warning in (text for row in rows for text in row.get("warnings", ())):
+        print(f"warning: {warning}")
 
 
 def _print_fit(row: Row) -> None:

@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-prompts", action="store_true", help="write the bodies of requests to the log"
     )
+    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--bandwidth",
         type=real(0, 1e6, exclusive=True),
@@ -158,6 +159,8 @@ def run(options: argparse.Namespace) -> int:
     if not all(_names(options)):
         raise InputError("--served-model-name is empty")
     if options.replicas:
+        if options.debug:
+            raise InputError("--debug does not go with --replicas")
         _run_replicas(options, keys)
         return 0
     if options.ray_address:
@@ -169,7 +172,7 @@ def run(options: argparse.Namespace) -> int:
         context = replace(make_context(options), saved=saved)
         service, engine = context.service, context.service.engine
         log_to_stderr()
-        app = make_app(context, keys=keys, log_prompts=options.log_prompts)
+        app = make_app(context, keys=keys, log_prompts=options.log_prompts, debug=options.debug)
         logging.getLogger("pacore_sched.serve").info(
             "listening",
             extra={

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -86,6 +87,17 @@ class EngineThread(threading.Thread):
         """End all jobs before the next step; each gets a Failed event."""
         self.post(partial(self._fail_all, status, why))
 
+    def integrity(self) -> Future[dict[str, object]]:
+        """What `_integrity` finds before the next step."""
+        found: Future[dict[str, object]] = Future()
+
+        def answer() -> None:
+            if found.set_running_or_notify_cancel():
+                found.set_result(self._integrity())
+
+        self.post(answer)
+        return found
+
     def stop(self) -> None:
         """End the thread after the current step."""
         self.post(self._end_loop)
@@ -129,6 +141,20 @@ class EngineThread(threading.Thread):
         for job in [*self._jobs.values(), *self._waiting]:
             self._fail(job, status, why)
             self._cancel(job)
+
+    def _integrity(self) -> dict[str, object]:
+        """The pages of the pool, and what is wrong with the scheduler's state; None if nothing."""
+        scheduler, fault = self.engine.scheduler, None
+        try:
+            scheduler.check_integrity()
+        except AssertionError as error:
+            fault = str(error) or "the rollouts' states disagree"
+        return {
+            "groups": len(scheduler.groups),
+            "pages": scheduler.tree.num_pages,
+            "free_pages": scheduler.tree.free_pages,
+            "fault": fault,
+        }
 
     def _end_loop(self) -> None:
         self._ended = True

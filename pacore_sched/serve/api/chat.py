@@ -47,7 +47,8 @@ class ChatAnswer:
         self.problem = self._problem()
         self.settings = self._settings()
         self.usage = Usage(rounds=self.options is not None)
-        self._frames = Frames("chatcmpl", "chat.completion", body.model)
+        during = self.usage.during(body)
+        self._frames = Frames("chatcmpl", "chat.completion", body.model, during)
         self._texts = TokenTexts(self._model.tokenizer)
         self._logprobs: list[list[dict]] = [[] for _ in range(body.n)]
         self._choices: list[ChatChoice] = []

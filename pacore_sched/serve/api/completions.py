@@ -52,7 +52,7 @@ class CompletionAnswer:
         )
         self.settings = Settings((body.n,), sampling, seed_of(body), synthesis=False)
         self.usage = Usage(silent=not max_tokens)
-        self._frames = Frames("cmpl", "text_completion", body.model)
+        self._frames = Frames("cmpl", "text_completion", body.model, self.usage.during(body))
         self._jobs: list[Job] = []
         self._choices: list[_Choice] = []
 

@@ -3,16 +3,22 @@
 import json
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 
 DONE = "data: [DONE]\n\n"
 
 
 class Frames:
-    """Makes the chunks of one response, or the whole of it; `kind` is its `object`."""
+    """Makes the chunks of one response, or the whole of it; `kind` is its `object`.
 
-    def __init__(self, prefix: str, kind: str, model: str) -> None:
-        self.kind = kind
+    usage: what every chunk has as its usage so far, if they are to have one
+    """
+
+    def __init__(
+        self, prefix: str, kind: str, model: str, usage: Callable[[], dict] | None = None
+    ) -> None:
+        self.kind, self._usage = kind, usage
         self.head = {
             "id": f"{prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -26,7 +32,10 @@ class Frames:
         """A frame. With `event` it is a named event, which still is a chunk: OpenAI's client reads
         every event as one, and ignores those without choices."""
         kind = self.kind if self.kind == "text_completion" else f"{self.kind}.chunk"
-        data = {"object": kind, **self.head, "choices": choices, **fields}
+        data = {"object": kind, **self.head, "choices": choices}
+        if self._usage:
+            data["usage"] = self._usage()
+        data |= fields
         return (f"event: {event}\n" if event else "") + f"data: {json.dumps(data)}\n\n"
 
 

@@ -194,8 +194,11 @@ class ToolDefinition(Body):
 
 
 class StreamOptions(Body):
-    neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+    """continuous_usage_stats: with include_usage, every chunk has the usage so far"""
+
+    neutral = {"include_obfuscation": (False,)}
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class PacoreOptions(Body):

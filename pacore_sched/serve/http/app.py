@@ -38,13 +38,23 @@ METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 log = logging.getLogger(__name__)
 
 
-def make_app(context: Context, *, keys: tuple[str, ...] = (), log_prompts: bool = False) -> ASGIApp:
+def make_app(
+    context: Context,
+    *,
+    keys: tuple[str, ...] = (),
+    log_prompts: bool = False,
+    debug: bool = False,
+) -> ASGIApp:
     """The application of a server; `keys` are its API keys. It runs the context's service."""
-    return Guard(make_routes(context, log_prompts=log_prompts), context.service, keys)
+    routes = make_routes(context, log_prompts=log_prompts, debug=debug)
+    return Guard(routes, context.service, keys)
 
 
-def make_routes(context: Context, *, log_prompts: bool = False) -> FastAPI:
-    """The application without its Guard, for requests that another server's Guard has let in."""
+def make_routes(context: Context, *, log_prompts: bool = False, debug: bool = False) -> FastAPI:
+    """The application without its Guard, for requests that another server's Guard has let in.
+
+    debug: also /debug/integrity, for soak tests
+    """
     service = context.service
 
     @asynccontextmanager
@@ -67,6 +77,8 @@ def make_routes(context: Context, *, log_prompts: bool = False) -> FastAPI:
     _add_models(app, context)
     _add_status(app, context)
     _add_page(app, context)
+    if debug:
+        _add_debug(app, context)
     return app
 
 
@@ -160,6 +172,14 @@ def _add_page(app: FastAPI, context: Context) -> None:
 
     for path in FILES:
         app.get(path, response_model=None, include_in_schema=False)(partial(page_file, path))
+
+
+def _add_debug(app: FastAPI, context: Context) -> None:
+    @app.get("/debug/integrity", include_in_schema=False)
+    async def integrity() -> dict[str, Any]:
+        service = context.service
+        found = await asyncio.wrap_future(service.thread.integrity())
+        return {"jobs": len(service.jobs), **found}
 
 
 def _handle_errors(app: FastAPI) -> None:

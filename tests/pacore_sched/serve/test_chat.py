@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 
 import openai
 import pytest
@@ -106,6 +107,25 @@ def test_stream(client: OpenAI):
     assert reasons == [["stop"], ["stop"]]
     whole = client.chat.completions.create(model="scripted", messages=ask("Hi"), n=2)
     assert [usage.model_dump() for usage in usages] == [whole.usage.model_dump()]
+
+
+def test_usage_so_far(client: OpenAI):
+    """A stream whose chunks have no usage, one that goes back, or one that counts tokens twice when
+    a rollout ends: load generators ask for it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    bodies = (
+        (client.chat.completions, {"messages": ask("Hi"), "n": 2}),
+        (client.completions, {"prompt": ["Hi", "Ho"], "max_tokens": 9}),
+    )
+    for endpoint, fields in bodies:
+        create = partial(endpoint.create, model="scripted", **fields)
+        usages = [chunk.usage for chunk in create(stream=True, stream_options=options)]
+        tokens = [usage.completion_tokens for usage in usages]
+        assert tokens == sorted(tokens)
+        assert len(set(tokens)) > 5
+        assert usages[-1] == create().usage
+        only = create(stream=True, stream_options={"continuous_usage_stats": True})
+        assert not any(chunk.usage for chunk in only)
 
 
 @pytest.mark.parametrize("stream", [False, True])

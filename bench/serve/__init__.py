@@ -1,0 +1,1 @@
+"""`python -m bench serve`: load on an HTTP server with OpenAI's interface, ours or another."""

@@ -1,0 +1,1 @@
+"""Requests over HTTP: the server, the client, and what it has seen."""

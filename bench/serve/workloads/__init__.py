@@ -1,0 +1,1 @@
+"""What is sent: workloads of equal seeds are equal."""
