@@ -6,7 +6,6 @@ within the budget for embeddings.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,12 +105,20 @@ class ImageEncoder:
         return features
 
     def _start(self, views: Sequence["Views"]) -> Features:
-        counts = [self._model.count_features([view]) for view in views]
+        count = self._model.count_features(views)
         call = [views]  # a list, which `release` can empty
         future = self._thread.submit(spanned("encode images", self._run), call)
-        contents = chain.from_iterable(map(_contents, views, counts))
-        known = all(view.digest for view in views)
-        return Features(sum(counts), tuple(contents) if known else (), future, call.clear)
+        return Features(count, self._contents(views), future, call.clear)
+
+    def _contents(self, views: Sequence["Views"]) -> tuple[int, ...]:
+        """An int for each row of the images, which no token has as its id."""
+        if not all(view.digest for view in views):
+            return ()
+        contents: list[int] = []
+        for view in views:
+            first = -1 - int.from_bytes(view.digest)
+            contents += range(first, first - self._model.count_features([view]), -1)
+        return tuple(contents)
 
     def _forget(self) -> None:
         """Drop embeddings without users, those of long ago first, until the rest may be kept."""
@@ -132,9 +139,3 @@ class ImageEncoder:
         with torch.cuda.device(self._model.device), torch.cuda.stream(self._stream):
             features = self._model.encode_images(views)
             return features, self._stream.record_event()
-
-
-def _contents(view: "Views", count: int) -> range:
-    """An int for each row of an image, which no token has as its id."""
-    first = int.from_bytes(view.digest)
-    return range(-1 - first, -1 - first - count, -1)

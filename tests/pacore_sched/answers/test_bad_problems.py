@@ -54,7 +54,7 @@ class Features(SimpleNamespace):
     def ready(self) -> bool:
         return not self.error
 
-    def cancel(self) -> None:
+    def release(self) -> None:
         self.cancelled = True
 
 

@@ -38,9 +38,13 @@ def no_cyclic_collector() -> Iterator[None]:
 
 @dataclass
 class Watched:
-    """Weak references to every image embedding of an engine, and to the pixels of all images."""
+    """Weak references to every image embedding of an engine, and to the pixels of all images.
+
+    known: whether the images have digests, so that their embeddings may be kept
+    """
 
     pacore: Pacore
+    known: bool = False
     features: list[weakref.ref] = field(default_factory=list)
     pixels: list[weakref.ref] = field(default_factory=list)
 
@@ -48,8 +52,8 @@ class Watched:
         executor = self.pacore.engine.executor
         encode = executor.encode
 
-        def watched(views: Sequence[Views]) -> object:
-            features = encode(views)
+        def watched(views: Sequence[Views], salt: str) -> object:
+            features = encode(views, salt)
             self.features.append(weakref.ref(features))
             return features
 
@@ -63,7 +67,8 @@ class Watched:
             for _ in range(images):
                 pixels = torch.full((3, 168, 168), float(len(self.pixels)))
                 self.pixels.append(weakref.ref(pixels))
-                loaded.append(Views(pixels, torch.empty(0, 3, 112, 112), ()))
+                digest = str(len(self.pixels)).encode() if self.known else b""
+                loaded.append(Views(pixels, torch.empty(0, 3, 112, 112), (), digest))
             if load == "broken":
                 raise InputError("no image")
             return loaded
@@ -149,12 +154,14 @@ def test_a_run_that_stops_early(tiny: Step3VL):
     assert watched.live_features == watched.live_pixels == 0
 
 
-def test_embeddings_keep_to_their_budget(tiny: Step3VL):
-    """Images encoded hundreds of problems ahead of use, outside the memory plan. Problems with
-    images wait for room, in order; one that is larger than the budget runs alone."""
+@pytest.mark.parametrize("known", [False, True])
+def test_embeddings_keep_to_their_budget(tiny: Step3VL, known: bool):
+    """Images encoded hundreds of problems ahead of use, or kept after it, outside the memory plan.
+    Problems with images wait for room, in order; one that is larger than the budget runs alone."""
     rows = tiny.config.vision.image_tokens  # of an image of `Watched.problem`
     budget = 3 * rows * tiny.config.decoder.hidden * tiny.dtype.itemsize
     watched = watched_on(tiny, [1], image_bytes=budget)
+    watched.known = known
     problems = [watched.problem(f"{i}", images=5 if i == 6 else i % 3) for i in range(12)]
     answered, held = [], []
     for answers in watched.pacore.steps(problems):
