@@ -3,8 +3,12 @@
 A packed weight is in the blocked layout that oneDNN computes with. From a plain one, either library
 first rearranges the whole weight, in every call: with the few rows of a decode step that costs more
 than the product. Packing moves values without changing them.
+
+Code for a product is generated per number of rows, and kept by oneDNN and by PyTorch, for 1,024
+products each: 0.6 MB per product, which a server with prompts of all lengths fills (docs/log.md).
 """
 
+import os
 import platform
 from functools import cache
 
@@ -13,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.runtime.environment import variable
+
+KEPT_PRODUCTS = 64  # a step needs five; generating the code takes one to three milliseconds
+for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # read at the first product
+    os.environ.setdefault(_name, str(KEPT_PRODUCTS))
 
 ROWS = 16  # oneDNN chooses the layout for this many; measured to be as good from 1 row to 2,048
 

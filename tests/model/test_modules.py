@@ -1,7 +1,10 @@
 """Linear layers with packed weights: the same products, and the weight's bits and changes kept."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -187,6 +190,34 @@ def test_packing_can_be_switched_off(choice: pytest.MonkeyPatch):
     choice.setenv("PACORE_ONEDNN", "0")
     assert not Step3VL.from_preset("tiny").decoder.layers[0].qkv.weight.is_mkldnn
     assert not onednn.products_pay(torch.float32)
+
+
+GROWTH = """
+import torch
+from kernels import onednn
+
+def rss():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+packed, x = onednn.pack(torch.randn(576, 1536)), torch.randn(512, 1536)
+with torch.inference_mode():
+    onednn.product(x, packed)
+    before = rss()
+    for rows in range(1, 513):
+        onednn.product(x[:rows], packed)
+print((rss() - before) / 2**20)
+"""
+
+
+@pytest.mark.cli
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_for_products_is_bounded():
+    """Code for a product of every number of rows, kept for ever: 0.6 MB each."""
+    names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", GROWTH]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert float(found.stdout) < 200  # 330 with the defaults
 
 
 @pytest.mark.parametrize(
