@@ -285,11 +285,12 @@ class ProblemRun:
     def release(self) -> None:
         """Release the KV and image features that are kept between rounds, and the images that wait
         to be encoded."""
-        if self._features is not None:
-            self._features.release()
-        if self._head is not None:
-            self._engine.scheduler.drop(self._head)
+        features, head = self._features, self._head
         self._head = self._features = self.group = None
+        if features is not None:
+            features.release()
+        if head is not None:
+            self._engine.scheduler.drop(head)
         self._preparing = None  # if it failed, its traceback refers to this object
         self._views, self.image_bytes = (), 0
         self._on_end.close()

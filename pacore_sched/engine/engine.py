@@ -173,7 +173,11 @@ class Engine(Generic[ExecutorT]):
         also if everything left waits for its images.
         """
         with span("engine step", self.stats.steps):
-            return self._step()
+            try:
+                return self._step()
+            except BaseException:
+                self.scheduler.prompts.distrust()
+                raise
 
     def detach(self, rollout: Rollout) -> Partial:
         """Remove an unfinished rollout, which goes on in another engine; its group waits for it."""

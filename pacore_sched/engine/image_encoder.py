@@ -122,6 +122,7 @@ class ImageEncoder:
 
     def _forget(self) -> None:
         """Drop embeddings without users, those of long ago first, until the rest may be kept."""
+        self._known = {key: features for key, features in self._known.items() if features.usable}
         rows = sum(features.count for features in self._known.values())
         for key, features in list(self._known.items()):
             if rows > self._max_rows and not features.users:

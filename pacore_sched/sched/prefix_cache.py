@@ -21,7 +21,7 @@ Content = tuple[int, ...]
 class Found(NamedTuple):
     """The node at whose end a known beginning of a content ends, and its length in tokens.
 
-    wait: whether the tokens that follow are being written: after this step, more can be found
+    wait: whether the token that follows is being written: after this step, it can be found
     """
 
     node: int | None
@@ -33,7 +33,7 @@ class PrefixCache:
     """The contents of a tree's nodes."""
 
     def __init__(self, tree: PrefixTree) -> None:
-        self.tree, tree.on_evict = tree, self.forget
+        self.tree, tree.on_evict = tree, self._cut
         self._contents: dict[int, Content] = {}  # by node, with tokens that are not written yet
         self._places: dict[
             int, tuple[int | str, Content]
@@ -43,8 +43,7 @@ class PrefixCache:
     def add(self, node: int, parent: int | None, salt: str, content: Content) -> None:
         """Enter a new node and what will be written to it.
 
-        Does nothing for less than a page, a first page that another child has, or a parent that is
-        not in the cache.
+        Does nothing if another child has the same first page, or its parent is not in the cache.
         """
         place = salt if parent is None else parent
         known = parent is None or parent in self._places
@@ -89,6 +88,21 @@ class PrefixCache:
                 self.forget(node)
                 self.tree.set_keepable(node, False)
 
+    def clear(self) -> None:
+        """Forget all nodes: what was to be written to them may be missing."""
+        self.tree.drop_kept()
+        for node in self._places.keys() & self.tree.nodes:
+            self.tree.set_keepable(node, False)
+        for table in (self._contents, self._places, self._nodes):
+            table.clear()
+
+    def _cut(self, node: int, length: int) -> None:
+        """The tree has taken pages of a kept node, and left it `length` tokens."""
+        if length < self.tree.page_size:
+            self.forget(node)
+        else:
+            self._contents[node] = self._contents[node][:length]
+
     def forget(self, node: int) -> None:
         """Remove a node, if it is here."""
         if node in self._places:
@@ -96,13 +110,13 @@ class PrefixCache:
 
     def _enter(self, node: int, place: int | str, content: Content) -> bool:
         key = place, content[: self.tree.page_size]
-        if len(content) < self.tree.page_size or key in self._nodes:
+        if key in self._nodes:
             return False
         self._contents[node], self._places[node], self._nodes[key] = content, key, node
         return True
 
     def _split(self, node: int, length: int) -> int:
-        """Split a node; less than a page of rest is not found any more."""
+        """Split a node; less than a page of rest is only found as a prompt's end."""
         (place, _), content = self._places[node], self._contents[node]
         self.forget(node)
         self.tree.hold(node)

@@ -5,13 +5,13 @@ prompt. It owns whole pages, some of them perhaps reserved for future tokens. Fo
 adds a child and copies nothing. A node lives as long as it is held or has a child.
 
 A node may also outlive its last user: a `keepable` one is then kept until its pages are needed,
-those unused for the longest time first. Kept pages count as free ones.
+those unused for the longest time first, from its end. Kept pages count as free ones.
 
 The tree stores numbers of tokens, no tokens or tensors. It is plain Python, and all methods except
 `path`, `depth_first` and `check_integrity` take constant time (amortised, per page and node given).
 """
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, KeysView, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -56,10 +56,11 @@ class PrefixTree:
     Nodes are identified by ints that are never reused. Every method that takes a node raises
     ValueError if it is not, or no longer, in the tree.
 
-    on_evict: called with every kept node whose pages are taken, when it has left the tree
+    on_evict: called with every kept node whose pages were taken, and its length then; at 0 it has
+        left the tree
     """
 
-    on_evict: Callable[[int], object]
+    on_evict: Callable[[int, int], object]
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         if num_pages < 1 or page_size < 1:
@@ -69,9 +70,9 @@ class PrefixTree:
         self._free = list(reversed(range(num_pages)))  # a stack: page 0 is taken first
         self._nodes: dict[int, _Node] = {}
         self._next_id = 0
-        self.on_evict = lambda node: None
+        self.on_evict = lambda node, length: None
         # Nodes without users, those unused for the longest time first: children before parents.
-        self._kept: dict[int, None] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()
         self._kept_pages = 0
 
     def add(self, parent: int | None = None) -> int:
@@ -191,6 +192,11 @@ class PrefixTree:
                 self._kept_pages += len(entry.pages)
             else:
                 self._remove(node)
+
+    def drop_kept(self) -> None:
+        """Remove all kept nodes."""
+        while self._kept:
+            self._drop_kept(next(iter(self._kept)))
 
     @property
     def free_pages(self) -> int:
@@ -317,13 +323,22 @@ class PrefixTree:
             self._nodes[entry.parent].children -= 1
 
     def _evict(self, pages: int) -> None:
-        """Remove kept nodes until that many pages are free; there must be as many."""
-        while len(self._free) < pages:
+        """Take pages of kept nodes until that many are free; there must be as many."""
+        while (lacking := pages - len(self._free)) > 0:
             node = next(iter(self._kept))
-            del self._kept[node]
-            self._kept_pages -= len(self._nodes[node].pages)
-            self._remove(node)
-            self.on_evict(node)
+            pages_before = len(self._nodes[node].pages)
+            length = min(self.length(node), max(pages_before - lacking, 0) * self.page_size)
+            if length:
+                self.truncate(node, length)
+                self._kept_pages -= pages_before - len(self._nodes[node].pages)
+            else:
+                self._drop_kept(node)
+            self.on_evict(node, length)
+
+    def _drop_kept(self, node: int) -> None:
+        del self._kept[node]
+        self._kept_pages -= len(self._nodes[node].pages)
+        self._remove(node)
 
     def _get(self, node: int) -> _Node:
         entry = self._nodes.get(node)

@@ -67,6 +67,7 @@ class Segment:
     node: int = field(default=-1, init=False)  # in the prefix tree; -1 without KV
     written: int = field(default=0, init=False)  # tokens whose KV has been written, or was found
     dropped: int = field(default=0, init=False)  # tokens whose KV was dropped and not found again
+    reached: int = field(default=0, init=False)  # the most that `written` was
 
     def forget(self) -> None:
         """Release what its embeddings are computed from: the segment will not be read again."""

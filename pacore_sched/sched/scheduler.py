@@ -23,7 +23,7 @@ MIN_ENDS = 64  # a heap of fewer entries is not worth rebuilding
 
 
 class Scheduler:
-    """Takes groups, returns batches. `tree` has one node per segment and per running rollout.
+    """Takes groups, returns batches. Segments and running rollouts have nodes in `tree`.
 
     max_running: rollouts that decode at the same time
     token_budget: the most tokens that one step may write
@@ -301,16 +301,17 @@ class Scheduler:
                 break
             if not self.policy.may_start(group):
                 continue
-            segment, wait = self.prompts.next_segment(group, written_now)
-            if wait:
-                continue  # more of its KV after this step
-            if segment is not None and not segment.ready():
-                waits = True
-                continue
-            if not self._fits(group, busy=bool(chunks)):
+            search = self.prompts.search(group, written_now)
+            segment, ready = search.next, search.wait or not search.next or search.next.ready()
+            fits = ready and not search.wait and self._fits(group, busy=bool(chunks))
+            # Not below an ancestor that is written in this step.
+            if not fits or not written_now.isdisjoint(segment.node for segment in group.path):
+                self.prompts.give_back(search)
+                waits |= not ready
+                if fits or search.wait or not ready:
+                    continue
                 break
-            if not written_now.isdisjoint(segment.node for segment in group.path):
-                continue  # an ancestor is written in this step
+            self.prompts.confirm(group, search)
             if segment is not None:
                 chunks.append(self.prompts.write(group, segment, budget))
                 budget -= chunks[-1].stop - chunks[-1].start

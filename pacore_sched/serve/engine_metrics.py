@@ -47,7 +47,7 @@ class EngineMetrics(Collector):
             "prompt_tokens_prefilled", "Prompt tokens whose KV was computed.", counts.prefilled
         )
         yield self._counter(
-            "prompt_tokens_found", "Prompt tokens whose KV an earlier prompt left.", counts.found
+            "prompt_tokens_found", "Prompt tokens whose KV was there.", counts.found
         )
         yield self._counter("num_preemptions", "Rollouts preempted.", counts.preemptions)
         yield self._counter("generation_tokens", "Tokens generated.", stats.generated)

@@ -156,9 +156,38 @@ def test_the_longest_unused_go_first():
     again, found = prompts.begin(tokens(12, 200))
     assert found == 12
     prompts.end(again)
-    prompts.begin(tokens(8, 400))  # takes the last free page, and those of the first prompt
+    prompts.begin(tokens(8, 400))  # takes the last free page, and one of the first prompt
     found = {n: prompts.cache.take(None, "", tokens(12, n), ()).length for n in (100, 200, 300)}
-    assert found == {100: 0, 200: 12, 300: 12}
+    assert found == {100: 8, 200: 12, 300: 12}
+    prompts.begin(tokens(16, 500))
+    found = {n: prompts.cache.take(None, "", tokens(12, n), ()).length for n in (100, 200, 300)}
+    assert found == {100: 0, 200: 12, 300: 4}
+
+
+def test_a_branch_within_a_page():
+    """What comes after the end of an image head, which another prompt has cut within its last
+    page."""
+    prompts = Prompts()
+    head, _ = prompts.begin(tokens(10))
+    prompts.begin(tokens(10) + tokens(6, 50))
+    assert prompts.begin(tokens(10))[1] == 10
+    after = prompts.tree.add(head)
+    prompts.cache.add(after, head, "", tokens(8, 90))
+    prompts.tree.append(after, 8)
+    assert prompts.cache.take(head, "", tokens(8, 90), ()).length == 8
+
+
+def test_cleared():
+    """KV that a failed step may not have written, found afterwards."""
+    prompts = Prompts()
+    kept, _ = prompts.begin(tokens(12))
+    prompts.end(kept)
+    used, _ = prompts.begin(tokens(12, 50))
+    prompts.cache.clear()
+    assert not prompts.tree.kept
+    prompts.tree.check_integrity({used: 1})
+    assert prompts.begin(tokens(12))[1] == prompts.begin(tokens(12, 50))[1] == 0
+    prompts.end(used)
 
 
 def test_used_pages_are_never_taken():

@@ -23,7 +23,7 @@ class AgainstModel(RuleBasedStateMachine):
     def start(self, num_pages, page_size):
         self.evicted = []
         self.tree = PrefixTree(num_pages, page_size)
-        self.tree.on_evict = self.evicted.append
+        self.tree.on_evict = lambda *cut: self.evicted.append(cut)
         self.num_pages, self.page_size = num_pages, page_size
         self.keepable, self.kept = set(), []  # kept: unused for the longest time first
         self.parents, self.lengths, self.holds = {}, {}, Counter()
@@ -57,9 +57,15 @@ class AgainstModel(RuleBasedStateMachine):
     def evict(self, pages):
         """Take the pages of kept nodes for `pages` new ones."""
         expected = []
-        while self.num_pages - sum(map(self.owned, self.parents)) < pages:
-            expected.append(self.kept.pop(0))
-            self.remove(expected[-1])
+        while (lacking := pages - self.num_pages + sum(map(self.owned, self.parents))) > 0:
+            node = self.kept[0]
+            left = min(self.lengths[node], (self.owned(node) - lacking) * self.page_size)
+            expected.append((node, max(left, 0)))
+            if left > 0:
+                self.lengths[node] = left
+                self.spare[node] = 0
+            else:
+                self.remove(self.kept.pop(0))
         assert self.evicted == expected
         self.evicted.clear()
 

@@ -387,3 +387,29 @@ def test_ended_rollouts_are_freed():
     alive = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
     # Those of the last batch may be alive.
     assert sum(rollout.max_tokens == 900 for rollout in alive) <= 4
+
+
+def test_a_group_that_waits_keeps_nothing_from_others():
+    """A prompt that was found, but whose rollout does not fit, in the way of one that runs."""
+    scheduler = Scheduler(8, 64, POLICIES["fcfs"]())
+    content = tuple(range(4 * 64))
+    before, _ = group_of([1], (Segment(len(content), content=content),))
+    scheduler.submit(before)
+    while before in scheduler.groups:
+        batch = scheduler.schedule()
+        for rollout in batch.sampled:
+            scheduler.finish(rollout, "stop")
+    assert len(scheduler.tree.kept) == 1
+    running, _ = group_of([64 * 5])
+    waiting, _ = group_of([64 * 4], (Segment(len(content), content=content),))
+    scheduler.submit(running)
+    (rollout,) = running.rollouts
+    while rollout.scheduled < 64 * 4:
+        scheduler.schedule()
+    scheduler.submit(waiting)
+    while rollout.scheduled < rollout.max_tokens:
+        scheduler.schedule()
+        scheduler.check_integrity()
+        assert waiting.path[0].node < 0
+    assert scheduler.counts.found == scheduler.counts.recomputed == 0
+    assert scheduler.tree.length(rollout.node) == 64 * 5
