@@ -93,5 +93,6 @@ def failures(timelines: Sequence[Timeline]) -> str | None:
     texts = []
     for kind, count in kinds.most_common():
         detail = next((t.detail for t in timelines if t.failure == kind and t.detail), "")
-        texts.append(f"{count} x {kind}" + (f" ({detail[:200]})" if detail else ""))
+        detail = " ".join(detail.split())[:200]  # one line
+        texts.append(f"{count} x {kind}" + (f" ({detail})" if detail else ""))
     return f"{sum(kinds.values())} of {len(timelines)} requests failed: {'; '.join(texts)}"

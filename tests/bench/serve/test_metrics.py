@@ -9,7 +9,7 @@ from bench.serve.connection.timeline import Timeline
 FIRST = Timeline(10.0, 4.0, chunk_s=(1.0, 2.0, 4.0), prompt=100, output=4, cached=60)
 SECOND = Timeline(12.0, 6.0, chunk_s=(3.0, 5.0), prompt=50, output=3)
 THIRD = Timeline(14.0, 2.0, prompt=10, output=1)  # not streamed
-FAILED = Timeline(0.0, 90.0, failure="status 429", detail="too many", output=999)
+FAILED = Timeline(0.0, 90.0, failure="status 429", detail="too\n\nmany\n", output=999)
 RUN = (FIRST, SECOND, THIRD, FAILED)
 
 
