@@ -9,8 +9,9 @@ Options that `vllm bench serve` or `sglang.bench_serving` have too mean the same
 
 import argparse
 import asyncio
+import resource
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -119,6 +120,7 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
 def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """The rows of the study. Raises InputError for options that are not its own."""
     known = chosen(options)
+    _allow_connections()
     server_words: list[str] = []
     if options.device:
         server_words += ["--device", options.device]
@@ -140,13 +142,21 @@ def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
                 raise InputError("give --base-url URL, or --model NAME to start our server")
             extra = soak.SERVER if options.study == "soak" else ()
             server = stack.enter_context(
-                own_server(known.model, [*extra, *server_words], known.server_options)
+                own_server(known.model, [*extra, *server_words, *known.server_options])
             )
         if options.study == "soak":
             assert server is not None
             yield from asyncio.run(soak.run(server, known, device))
         else:
             yield from asyncio.run(load_study.run(server, known, device))
+
+
+def _allow_connections() -> None:
+    """Allow as many open files as the system lets this process have: one per connection, in the
+    client and in our server."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 SERVE = Measurement(rows, show.serve, arguments)

@@ -57,16 +57,18 @@ def run(
     """A row per form."""
     count = options.num_prompts
     kv_tokens = count * (options.random_input_len + options.random_output_len + ROOM)
-    words = ["--max-running", str(count), "--kv-tokens", str(kv_tokens), *server_words]
+    words = ["--max-running", str(count), "--kv-tokens", str(kv_tokens)]
+    words += [*server_words, *options.server_options]
     turns: dict[str, list[Turn]] = {ENGINE: [], HTTP: []}
-    with own_server(options.model, words, options.server_options) as server:
-        context = _context(options.model, [*words, *options.server_options.split()])
+    with own_server(options.model, words) as server:
+        context = _context(options.model, words)
 
         async def measure() -> None:
             async with Client(server.url) as client:
-                prompts = await target.prompts(client, options.model)
+                name = await target.find_model(client, None)
+                prompts = await target.prompts(client, name)
                 extra = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-                bodies = Bodies(CHAT, options.model, prompts, options.seed, extra=extra)
+                bodies = Bodies(CHAT, name, prompts, options.seed, extra=extra)
                 lengths = Lengths(options.random_input_len, options.random_output_len)
                 with progress("engine", 2 * (options.repeats + 1)) as advance:
                     for repeat in range(options.repeats + 1):  # the first does not count
@@ -76,7 +78,8 @@ def run(
                             if form == HTTP:
                                 turn = await through_http(client, requests)
                             else:
-                                turn = on_engine(context, requests)
+                                # The loop goes on, and sees which connections are closed.
+                                turn = await asyncio.to_thread(on_engine, context, requests)
                             if repeat:
                                 turns[form].append(turn)
                             advance(1)

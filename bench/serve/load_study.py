@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from model.terminal import progress
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 BUSY, LATE_MS = 0.7, 50.0  # beyond these, the client limits the load
+CACHED = 0.1  # of prompt tokens; beyond it, prompts came again
 
 
 async def run(server: OwnServer | None, options: SimpleNamespace, device: torch.device) -> list:
@@ -44,24 +44,27 @@ async def run(server: OwnServer | None, options: SimpleNamespace, device: torch.
     first request.
     """
     url = server.url if server else options.base_url
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise InputError(f"--base-url {url[:80]}: it must begin with http:// or https://")
+    where = "" if server else f"{target.address(url)} "
     key = options.api_key or (None if server else os.environ.get(KEY_VARIABLE))
     async with Client(url, key) as client:
         name = await target.find_model(client, None if server else options.model)
         requests, warmups = await workload(client, name, options)
         path = PATHS[options.backend]
-        for done in (await load.run(client, path, warmups)).timelines:
+        limit = options.max_concurrency
+        for done in (await load.run(client, path, warmups, max_concurrency=limit)).timelines:
             if done.failure:
+                what = "the warm-up failed"
+                if done.failure.startswith("status "):
+                    what = "the server refused the warm-up"
                 detail = f": {done.detail}" if done.detail else ""
-                raise InputError(f"the server refused the warm-up: {done.failure}{detail}")
+                raise InputError(f"{what}: {done.failure}{detail}")
         with progress("serve", len(requests)) as advance:
-            result = await load.run(
-                client, path, requests, max_concurrency=options.max_concurrency, advance=advance
-            )
-    where = "" if server else f"{urlsplit(url).netloc} "
+            result = await load.run(client, path, requests, max_concurrency=limit, advance=advance)
     case = f"{where}{name} {case_text(options, len(requests))}"
-    return [row | origin(device) for row in rows(case, options, requests, result)]
+    at = origin(device)
+    if not server:  # whose machine and code are not known
+        at["device"] = f"client: {at['device']}"
+    return [row | at for row in rows(case, options, requests, result)]
 
 
 async def workload(
@@ -148,16 +151,17 @@ def rows(
     timelines = result.timelines
     timed = options.dataset_name == "trace" or options.request_rate
     late = float(np.percentile([1e3 * t.late_s for t in timelines], 99)) if timed else None
+    totals = metrics.totals(timelines, options.goodput)
     row = {
         "op": "serve",
         "case": case,
         "impl": "load",
         "dtype": "none",
-        **metrics.totals(timelines, options.goodput),
+        **totals,
         "goodput": options.goodput or None,
         "late_p99_ms": late,
         "client_cpu": result.cpu,
-        "warnings": warnings(result.cpu, late),
+        "warnings": warnings(result.cpu, late) + seen_before(options.dataset_name, totals),
         "failure": metrics.failures(timelines),
     }
     named: dict[str, list[float]] = {}
@@ -186,6 +190,17 @@ def _ttft_of(group: str, requests: Sequence[Request], done: Sequence[Timeline]) 
         timeline.ttft_s
         for request, timeline in zip(requests, done, strict=True)
         if request.group == group and timeline.failure is None and timeline.ttft_s is not None
+    ]
+
+
+def seen_before(dataset: str, totals: dict[str, Any]) -> list[str]:
+    """A warning if prompts that all begin differently were in the server's prefix cache."""
+    share = totals.get("cached_tokens", 0) / max(1, totals.get("prompt_tokens", 0))
+    if dataset not in ("random", "image") or share <= CACHED:
+        return []
+    return [
+        f"{100 * share:.0f} % of the prompts' tokens were cached: the server has seen these"
+        " prompts: use another --seed"
     ]
 
 

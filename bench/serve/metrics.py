@@ -1,5 +1,6 @@
 """The figures of a run, from its requests' timelines. Failed requests count in no time or rate."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ def totals(timelines: Sequence[Timeline], objective: Mapping[str, float]) -> dic
     begin = min(t.sent_s for t in done)
     seconds = max(t.sent_s + t.end_s for t in done) - begin
     prompt, output = sum(t.prompt for t in done), sum(t.output for t in done)
-    chunks = sum(len(t.chunk_s) for t in done)
+    chunks = sum(len(t.chunk_s) for t in done) if all(t.shows_all for t in done) else 0
     good = sum(meets(t, objective) for t in done)
     return {
         "requests": len(timelines),
@@ -63,10 +64,12 @@ def totals(timelines: Sequence[Timeline], objective: Mapping[str, float]) -> dic
 
 
 def meets(done: Timeline, objective: Mapping[str, float]) -> bool:
-    """Whether a request's latencies are within an objective. A latency that it does not have, such
-    as the TPOT of one token, is."""
-    found = {"ttft": done.ttft_s, "tpot": done.tpot_s, "e2el": done.end_s}
-    return all(1e3 * (found[name] or 0) <= limit for name, limit in objective.items())
+    """Whether a request's latencies are within an objective. The TPOT of one token is; an answer
+    without text has no latencies that are."""
+    tpot = 0.0 if done.output < 2 else done.tpot_s
+    found = {"ttft": done.ttft_s, "tpot": tpot, "e2el": done.end_s}
+    values = {name: math.inf if value is None else 1e3 * value for name, value in found.items()}
+    return all(values[name] <= limit for name, limit in objective.items())
 
 
 def most_at_once(done: Sequence[Timeline]) -> int:
@@ -90,5 +93,6 @@ def failures(timelines: Sequence[Timeline]) -> str | None:
     texts = []
     for kind, count in kinds.most_common():
         detail = next((t.detail for t in timelines if t.failure == kind and t.detail), "")
-        texts.append(f"{count} x {kind}" + (f" ({detail[:200]})" if detail else ""))
+        detail = " ".join(detail.split())[:200]  # one line
+        texts.append(f"{count} x {kind}" + (f" ({detail})" if detail else ""))
     return f"{sum(kinds.values())} of {len(timelines)} requests failed: {'; '.join(texts)}"

@@ -4,12 +4,14 @@ to be understood."""
 import argparse
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from bench.rows.serve_tables import PERCENTILES
 from bench.serve.metrics import SLO
+from bench.serve.workloads.requests import one_text
 from model.errors import InputError, shown
 
 RANDOM = {"random_input_len": 1024, "random_output_len": 128, "random_range_ratio": 0.0}
@@ -85,12 +87,14 @@ def chosen(options: argparse.Namespace) -> SimpleNamespace:
         for name, default in known.items()
     }
     given = SimpleNamespace(**values)
+    given.server_options = server_words(given.server_options)
     if options.study == "load":
         given.num_prompts_given = options.num_prompts is not None
         given.request_rate = rate(given.request_rate)
         given.goodput = objective(given.goodput)
         given.metric_percentiles = percentiles(given.metric_percentiles)
         given.extra_request_body = extra_body(given.extra_request_body)
+        _check_goodput(given)
         if given.dataset_name == "trace" and given.dataset_path is None:
             raise InputError("--dataset-name trace needs --dataset-path FILE")
     return given
@@ -134,6 +138,25 @@ def objective(words: Sequence[str]) -> dict[str, float]:
             raise InputError(f"--goodput {shown(word)}: it must be of {names}, MS from 0 to 1e9")
         limits[name] = limit
     return limits
+
+
+def _check_goodput(given: SimpleNamespace) -> None:
+    """Raises InputError for limits on latencies that the requests do not have."""
+    body = {"stream": not given.disable_stream, "model": given.model} | given.extra_request_body
+    if not body["stream"] and (names := [n for n in ("ttft", "tpot") if n in given.goodput]):
+        raise InputError(f"--goodput {names[0]}: answers that are not streamed have none")
+    if "tpot" in given.goodput and (given.dataset_name == "pacore" or not one_text(body)):
+        raise InputError(
+            "--goodput tpot: PaCoRe and `n` have none, as their tokens come in several texts"
+        )
+
+
+def server_words(text: str) -> list[str]:
+    """The words of --server-options, as a shell splits them."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"--server-options {shown(text)}: {str(error).lower()}") from None
 
 
 def percentiles(text: str) -> tuple[float, ...]:

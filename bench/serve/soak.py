@@ -16,6 +16,7 @@ import torch
 from bench.measure.origin import origin
 from bench.serve.connection.client import Client, Exchange
 from bench.serve.connection.own_server import OwnServer
+from bench.serve.connection.target import find_model
 from bench.serve.connection.timeline import timeline
 from bench.serve.soak_checks import Seen, rows
 from bench.serve.workloads import mix
@@ -34,10 +35,11 @@ IDLE_S = 60.0
 async def run(server: OwnServer, options: SimpleNamespace, device: torch.device) -> list[dict]:
     """A row per check."""
     async with Client(server.url) as client:
+        name = await find_model(client, None)
         with progress("soak", options.num_prompts) as advance:
             seen = await soak(
                 client,
-                options.model,
+                name,
                 options.num_prompts,
                 options.max_concurrency,
                 options.seed,
@@ -88,7 +90,10 @@ async def soak(
         seen.seconds = time.perf_counter() - begin
         for probe in probes:
             probe.cancel()
-        await asyncio.gather(*probes, return_exceptions=True)
+        ends = await asyncio.gather(*probes, return_exceptions=True)
+    for end in ends:
+        if isinstance(end, Exception):  # no CancelledError, which is their right end
+            raise end
     seen.integrity.append(await _idle(client))
     for number in seen.of("plain", "stream", "image", "n")[:: max(1, count // SAMPLE)]:
         await _compare_alone(client, model, number, seen)
@@ -104,14 +109,17 @@ async def _send(client: Client, model: str, number: int, seen: Seen) -> None:
     if kind == "leave before":
         try:
             async with asyncio.timeout(0.02 * (number % 7)):
-                await client.send(PATH, data, request_id=id)
+                exchange = await client.send(PATH, data, request_id=id)
         except TimeoutError:
             seen.left.append(number)
+        else:
+            seen.statuses[number] = exchange.status
         return
     reads = 1 + number % 5  # of a stream, before its client leaves
     leave = (lambda e: len(e.reads) >= reads) if kind == "leave within" else (lambda e: False)
     exchange = await client.send(PATH, data, request_id=id, leave=leave)
     if exchange.left:
+        seen.statuses[number] = exchange.status
         seen.left.append(number)
     else:
         _note(exchange, number, kind, seen)
@@ -127,7 +135,10 @@ def _note(exchange: Exchange, number: int, kind: str, seen: Seen) -> None:
 async def _probe_health(client: Client, seen: Seen) -> None:
     while True:
         begin = time.perf_counter()
-        status, _ = await client.get("/health")
+        try:
+            status, _ = await client.get("/health")
+        except InputError:  # no answer
+            status = 0
         seen.health_ms.append(1e3 * (time.perf_counter() - begin))
         seen.unhealthy += status != 200
         await asyncio.sleep(HEALTH_S)

@@ -48,17 +48,22 @@ def rows(seen: Seen) -> list[dict]:
     doubled = sum(count > 1 for count in ids.values()) + len(seen.wrong_ids)
     malformed = seen.of("malformed")
     refused = sum(seen.statuses.get(n) == 400 for n in malformed)
+    errors = [status for status in seen.statuses.values() if status >= 500]
     busy = idle["jobs"] + idle["groups"]
+    health = _count("/health not 200", seen.unhealthy, f"of {len(seen.health_ms)}")
+    if not seen.health_ms:
+        health["failure"] = "/health was never asked"
     made = [
         _count("answers lost or failed", len(lost), _first(seen, lost)),
         _count("answers doubled or of another request", doubled),
         _count("answers unlike those alone", len(seen.differing), f"of {seen.alone}"),
         _count("malformed bodies without status 400", len(malformed) - refused),
+        _count("statuses from 500", len(errors), f"such as {errors[0]}" if errors else ""),
         _count("requests left on the idle server", busy),
         _count("pages leaked", used, f"of {idle['pages']}"),
         _count("faults of the engine's state", len(faults), "; ".join(faults[:1]))
         | {"checks": len(seen.integrity)},
-        _count("/health not 200", seen.unhealthy, f"of {len(seen.health_ms)}"),
+        health,
     ]
     if growth := _growth(seen.rss):
         made.append(growth)

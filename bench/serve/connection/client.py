@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import aiohttp
 
 READ_S = 600.0  # without a byte of an answer for so long, a request has failed
+KEEP_S = 2.0  # for an idle connection; less than servers keep it (uvicorn: 5 s)
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Client:
         except ImportError:
             raise InputError("serve needs aiohttp: pip install 'step3vl-pacore[bench]'") from None
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=READ_S),
             headers=self._headers,
             read_bufsize=2**20,
@@ -118,7 +119,7 @@ class Client:
 
     async def json(self, path: str, body: object = None) -> Any:  # noqa: ANN401
         """What a path answers, a `body` being posted; None unless that is status 200 and JSON.
-        Raises InputError as `get` does."""
+        Raises InputError as `get` does, and for status 401."""
         if body is None:
             status, data = await self.get(path)
         else:
@@ -126,9 +127,11 @@ class Client:
             if exchange.error:
                 raise InputError(f"no answer from {self.url}{path}: {exchange.error}")
             status, data = exchange.status, exchange.data
+        if status == 401:
+            raise InputError(f"{self.url}{path}: status 401: the server wants another API key")
         try:
             return json.loads(data) if status == 200 else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
 

@@ -28,8 +28,8 @@ async def run(
     max_concurrency: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Load:
-    """Send all requests, at most `max_concurrency` at a time; a request that waits for another to
-    end is late, but its latencies begin when it is sent."""
+    """Send all requests, at most `max_concurrency` at a time. A request that waits for another to
+    end is not late, and its latencies begin when it is sent."""
     bodies = [json.dumps(request.body).encode() for request in requests]  # not while it is timed
     gate = asyncio.Semaphore(max_concurrency or len(requests) or 1)
     gc.collect()
@@ -37,9 +37,10 @@ async def run(
     begin, cpu = time.perf_counter(), time.process_time()
 
     async def one(request: Request, body: bytes) -> Exchange:
+        ready = time.perf_counter()
         async with gate:
             exchange = await client.send(path, body)
-        exchange.due_s = begin + request.arrival_s
+        exchange.due_s = begin + request.arrival_s + (exchange.sent_s - ready)
         advance(1)
         return exchange
 
@@ -52,5 +53,8 @@ async def run(
     exchanges = await asyncio.gather(*tasks)
     share = (time.process_time() - cpu) / (time.perf_counter() - begin)
     gc.unfreeze()
-    streams = [bool(request.body.get("stream")) for request in requests]
-    return Load([timeline(e, stream=s) for e, s in zip(exchanges, streams, strict=True)], share)
+    timelines = [
+        timeline(e, stream=bool(r.body.get("stream")), shows_all=r.has_one_text)
+        for e, r in zip(exchanges, requests, strict=True)
+    ]
+    return Load(timelines, share)

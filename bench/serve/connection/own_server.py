@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import InputError
+from pacore_sched.cli.serve import KEY_VARIABLE
 
 START_S, END_S = 600.0, 60.0
 POLL_S = 0.1
@@ -36,15 +36,18 @@ class OwnServer:
 
 
 @contextmanager
-def own_server(model: str, options: Sequence[str] = (), text: str = "") -> Iterator[OwnServer]:
-    """`python -m pacore_sched serve` on a free port, until the end of the context.
+def own_server(model: str, options: Sequence[str] = ()) -> Iterator[OwnServer]:
+    """`python -m pacore_sched serve` on a free port without an API key, until the end of the
+    context.
 
     Raises InputError with its error if it does not start.
     """
-    words = [*options, *shlex.split(text)]
+    environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
     command = [sys.executable, "-m", "pacore_sched", "serve", "--model", model, "--port", "0"]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL, stderr=log)
+        process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.DEVNULL, stderr=log, env=environment
+        )
         try:
             yield OwnServer(_url(process, log.fileno()), process.pid)
         finally:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.serve.connection.client import Exchange
+from model.errors import shown
 
 TEXTS = ("reasoning_content", "reasoning", "content")  # of a message or delta, in this order
 
@@ -20,6 +21,7 @@ class Timeline:
     prompt, output, cached: tokens, as the server's `usage` counts them
     failure: what went wrong, in a few words, or None
     detail: the server's own words for it
+    shows_all: whether a stream has all tokens of the usage, in one text
     """
 
     sent_s: float
@@ -33,6 +35,7 @@ class Timeline:
     cached: int = 0
     failure: str | None = None
     detail: str = ""
+    shows_all: bool = True
 
     @property
     def ttft_s(self) -> float | None:
@@ -41,8 +44,9 @@ class Timeline:
 
     @property
     def tpot_s(self) -> float | None:
-        """The mean time per token after the first; None for fewer than two tokens, or no stream."""
-        if self.ttft_s is None or self.output < 2:
+        """The mean time per token after the first; None for fewer than two tokens, no stream, or
+        one that does not show all tokens."""
+        if self.ttft_s is None or self.output < 2 or not self.shows_all:
             return None
         return (self.end_s - self.ttft_s) / (self.output - 1)
 
@@ -52,7 +56,7 @@ class Timeline:
         return [after - before for before, after in zip(self.chunk_s, self.chunk_s[1:])]  # noqa: B905
 
 
-def timeline(exchange: Exchange, *, stream: bool) -> Timeline:
+def timeline(exchange: Exchange, *, stream: bool, shows_all: bool = True) -> Timeline:
     """Read an exchange. Counts tokens by `usage`, never by chunks."""
     sent = exchange.sent_s
     read = _Reader()
@@ -65,9 +69,11 @@ def timeline(exchange: Exchange, *, stream: bool) -> Timeline:
         read.whole(exchange)
     if failure is None and read.error:
         failure, detail = "error in the stream", read.error
-    if failure is None and not read.usage:
+    if failure is None and read.counts is None:
         failure = "no usage in the answer"
-    details = read.usage.get("prompt_tokens_details") or {}
+    if failure is None and not read.texts:
+        failure = "no choices in the answer"
+    prompt, output, cached = read.counts or (0, 0, 0)
     return Timeline(
         sent_s=sent,
         end_s=exchange.ended_s - sent,
@@ -75,11 +81,12 @@ def timeline(exchange: Exchange, *, stream: bool) -> Timeline:
         chunk_s=tuple(time - sent for time in read.chunk_s),
         ids=tuple(read.ids),
         texts=tuple(text for _, text in sorted(read.texts.items())),
-        prompt=read.usage.get("prompt_tokens", 0),
-        output=read.usage.get("completion_tokens", 0),
-        cached=details.get("cached_tokens") or 0,
+        prompt=prompt,
+        output=output,
+        cached=cached,
         failure=failure,
         detail=detail,
+        shows_all=shows_all,
     )
 
 
@@ -93,55 +100,80 @@ def _message(data: bytes) -> str:
     """The message of an error's body, in OpenAI's form or in FastAPI's."""
     try:
         body = json.loads(data)
-        return str(body["error"]["message"] if "error" in body else body["detail"])
-    except (ValueError, KeyError, TypeError):
+        return _words(body["error"]) if "error" in body else str(body["detail"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return data[:200].decode(errors="replace")
 
 
+def _words(error: object) -> str:
+    """What an `error` says, which is an object in OpenAI's form."""
+    return str(error.get("message") or error if isinstance(error, dict) else error)
+
+
 class _Reader:
-    """Collects the parts of a response."""
+    """Collects the parts of a response.
+
+    counts: tokens of the prompt, of the answer, and of the prompt from a cache
+    """
 
     def __init__(self) -> None:
         self.chunk_s: list[float] = []
         self.ids: dict[str, None] = {}
         self.texts: dict[int, str] = {}
-        self.usage: dict[str, Any] = {}
+        self.counts: tuple[int, int, int] | None = None
         self.error = ""
         self.done = False
 
     def whole(self, exchange: Exchange) -> None:
-        try:
-            self._take(json.loads(exchange.data))
-        except ValueError:
-            self.error = "the body is not JSON"
+        self._read(exchange.data, "the body")
 
     def stream(self, exchange: Exchange) -> None:
         for time, data in frames(exchange.reads):
             if data == b"[DONE]":
                 self.done = True
                 return
-            try:
-                chunk = json.loads(data)
-            except ValueError:
-                self.error = "a chunk is not JSON"
-                return
-            if "error" in chunk:
-                self.error = str((chunk["error"] or {}).get("message", ""))
-            elif self._take(chunk):
+            if self._read(data, "a chunk"):
                 self.chunk_s.append(time)
+            if self.error:
+                return
+
+    def _read(self, data: bytes, what: str) -> bool:
+        """Take a chunk or a whole answer in JSON; returns whether it has text. Does not raise."""
+        try:
+            chunk = json.loads(data)
+        except (ValueError, RecursionError):
+            self.error = f"{what} is not JSON"
+            return False
+        try:
+            if chunk.get("error"):
+                self.error = _words(chunk["error"])
+                return False
+            return self._take(chunk)
+        except (AttributeError, TypeError, ValueError, OverflowError):
+            self.error = f"{what} is not of OpenAI's form: {shown(chunk)}"
+            return False
 
     def _take(self, chunk: dict[str, Any]) -> bool:
-        """Take a chunk or a whole answer; returns whether it has text."""
         self.ids[str(chunk.get("id"))] = None
-        self.usage = chunk.get("usage") or self.usage
+        if usage := chunk.get("usage"):
+            self.counts = _counts(usage)
         has_text = False
-        for choice in chunk.get("choices", ()):
+        for choice in chunk.get("choices") or ():
             part = choice.get("delta") or choice.get("message") or {}
             text = "".join(part.get(name) or "" for name in TEXTS) + (choice.get("text") or "")
-            index = choice.get("index", 0)
+            index = int(choice.get("index") or 0)
             self.texts[index] = self.texts.get(index, "") + text
             has_text = has_text or bool(text or part.get("tool_calls"))
         return has_text
+
+
+def _counts(usage: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Tokens of the prompt, of the answer, and from a cache; None if it does not tell them."""
+    prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    if isinstance(prompt, int) and isinstance(output, int) and isinstance(cached, int):
+        return prompt, output, cached
+    return None
 
 
 def frames(reads: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:

@@ -1,7 +1,7 @@
 """Workloads: the bodies of requests and their times of arrival. Equal seeds, equal workloads."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,17 @@ class Request:
     body: dict[str, Any]
     arrival_s: float = 0.0
     group: str = ""
+
+    @property
+    def has_one_text(self) -> bool:
+        """Whether the answer is one text, which has all tokens of the usage."""
+        return one_text(self.body)
+
+
+def one_text(body: Mapping[str, Any]) -> bool:
+    """Whether a body asks for one text: no `n`, and no rollouts of PaCoRe."""
+    pacore = body.get("pacore") or ":pacore-" in str(body.get("model"))
+    return body.get("n") in (None, 1) and not pacore
 
 
 @dataclass(frozen=True)

@@ -113,10 +113,12 @@ class Front:
         """The status of each replica, as of one server, by its name."""
         names = sorted(self._replicas.running())
         texts = await self._ask("/status", names[:MAX_SHOWN])
+        found = {name: json.loads(text) for name, text in texts.items()}
+        replicas = {name: part for name, part in found.items() if "state" in part}  # no errors
         record = {
             "state": self._state,
-            "replicas": {name: json.loads(text) for name, text in texts.items()},
-            "replicas_left_out": len(names) - len(texts),
+            "replicas": replicas,
+            "replicas_left_out": len(names) - len(replicas),
         }
         return JSONResponse(record)
 

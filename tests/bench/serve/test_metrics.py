@@ -9,7 +9,7 @@ from bench.serve.connection.timeline import Timeline
 FIRST = Timeline(10.0, 4.0, chunk_s=(1.0, 2.0, 4.0), prompt=100, output=4, cached=60)
 SECOND = Timeline(12.0, 6.0, chunk_s=(3.0, 5.0), prompt=50, output=3)
 THIRD = Timeline(14.0, 2.0, prompt=10, output=1)  # not streamed
-FAILED = Timeline(0.0, 90.0, failure="status 429", detail="too many", output=999)
+FAILED = Timeline(0.0, 90.0, failure="status 429", detail="too\n\nmany\n", output=999)
 RUN = (FIRST, SECOND, THIRD, FAILED)
 
 
@@ -36,8 +36,8 @@ def test_all_failed():
 @pytest.mark.parametrize(
     ("objective", "good"),
     [
-        ({"ttft": 1000.0}, 2),  # FIRST is at the limit; THIRD has no TTFT
-        ({"ttft": 999.0}, 1),
+        ({"ttft": 1000.0}, 1),  # FIRST is at the limit; THIRD has no TTFT
+        ({"ttft": 999.0}, 0),
         ({"tpot": 1000.0}, 2),  # FIRST (4 - 1) / 3, SECOND (6 - 3) / 2
         ({"tpot": 1500.0, "e2el": 5999.0}, 2),
         ({"tpot": 1500.0, "e2el": 6000.0}, 3),
@@ -50,6 +50,19 @@ def test_goodput(objective: dict[str, float], good: int):
     found = metrics.totals(RUN, objective)
     assert found["goodput_per_second"] == good / 8
     assert found["good_share"] == good / 4
+
+
+def test_answers_without_text_are_not_good():
+    """A stream without text that meets every limit on its times."""
+    empty = Timeline(0.0, 1.0, output=2)
+    assert not metrics.meets(empty, {"ttft": 1e9})
+    assert not metrics.meets(empty, {"tpot": 1e9})
+    assert metrics.meets(empty, {"e2el": 1e9})
+
+
+def test_chunks_that_show_some_tokens():
+    some = Timeline(10.0, 4.0, chunk_s=(1.0, 2.0), output=40, shows_all=False)
+    assert metrics.totals([FIRST, some], {})["tokens_per_chunk"] is None
 
 
 def test_times():

@@ -49,6 +49,7 @@ def test_load(server: Running, capsys: pytest.CaptureFixture):
     assert (row["requests"], row["failed"], row["failure"]) == (12, 0, None)
     assert row["output_tokens"] == 12 * TOKENS
     assert row["concurrency_max"] <= 4
+    assert row["device"].startswith("client: ")
     assert row["good_share"] == 1.0
     assert row["late_p99_ms"] is None
     assert row["case"].endswith(f"random 30+{TOKENS} x 12, at most 4 at once")
@@ -83,6 +84,8 @@ def test_pacore_and_images(server: Running, capsys: pytest.CaptureFixture):
     code, row, latencies = measured(capsys, *words)
     assert code == 0
     assert row["output_tokens"] == 12 * (3 + 1) * TOKENS
+    assert row["tokens_per_chunk"] is None
+    assert "TPOT" not in latencies
     assert "E2EL (time to answer)" in latencies
 
 
@@ -116,6 +119,10 @@ def test_failures(server: Running, capsys: pytest.CaptureFixture):
     assert not latencies
 
 
+STREAMLESS = ["--base-url", "http://x", "--disable-stream"]
+PACORE = ["--base-url", "http://x", "--dataset-name", "pacore"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -132,6 +139,14 @@ def test_failures(server: Running, capsys: pytest.CaptureFixture):
         (["--base-url", "http://x", "--metric-percentiles", "42"], "choose from 10,25"),
         (["--base-url", "http://x", "--extra-request-body", "[]"], "must be a JSON object"),
         (["--base-url", "http://x", "--dataset-name", "trace"], "needs --dataset-path"),
+        (["--base-url", "http://me:secret@x"], "^--base-url: it may hold no user or password"),
+        (["--base-url", "http://[bad"], "--base-url http://.bad: Invalid IPv6"),
+        (["--base-url", "http://x:port"], "--base-url http://x:port: Port could not"),
+        (["--base-url", "http://"], "must begin with http:// or https:// and a host"),
+        (["--model", "tiny", "--server-options", "'"], '--server-options "\'": no closing quot'),
+        ([*STREAMLESS, "--goodput", "ttft:5"], "--goodput ttft: answers that are not streamed"),
+        ([*STREAMLESS, "--goodput", "e2el:9", "tpot:5"], "--goodput tpot: answers that are not"),
+        ([*PACORE, "--goodput", "tpot:5"], "--goodput tpot: PaCoRe and `n` have none"),
         (["soak", "--base-url", "http://x"], "--base-url is not an option of soak"),
         (["engine", "--goodput", "ttft:1"], "--goodput is not an option of engine"),
     ],
@@ -198,8 +213,9 @@ def test_another_server(other: str, capsys: pytest.CaptureFixture):
 
 
 @pytest.mark.cli
-def test_our_server(capsys: pytest.CaptureFixture):
-    """A server that is left running, or whose error is lost."""
+def test_our_server(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """A server that is left running, whose error is lost, or that wants a key."""
+    monkeypatch.setenv("PACORE_API_KEY", "secret")
     with pytest.raises(InputError, match="did not start: 'no-such-model' is neither a preset"):
         main(["serve", "--model", "no-such-model"])
     lengths = ["--random-input-len", "9", "--random-output-len", "4", "--num-prompts", "3"]

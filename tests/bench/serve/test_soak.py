@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bench.rows import show
+from bench.serve import soak as soak_module
 from bench.serve.connection.client import Client
 from bench.serve.connection.timeline import Timeline
 from bench.serve.soak import soak
@@ -59,6 +60,27 @@ def test_needs_debug():
         pytest.raises(InputError, match="has no /debug/integrity: start it with --debug"),
     ):
         run(server, "scripted", 8)
+
+
+class Dead:
+    """A client whose server does not answer, three times."""
+
+    asked = 0
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        self.asked += 1
+        if self.asked > 3:
+            raise asyncio.CancelledError
+        raise InputError("no answer")
+
+
+def test_health_without_an_answer(monkeypatch: pytest.MonkeyPatch):
+    """A probe that ends at the first failure, and is never missed."""
+    monkeypatch.setattr(soak_module, "HEALTH_S", 0.0)
+    found = seen(unhealthy=0)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(soak_module._probe_health(Dead(), found))
+    assert found.unhealthy == 3
 
 
 IDLE = {"jobs": 0, "groups": 0, "pages": 24, "free_pages": 24, "fault": None}
@@ -115,12 +137,14 @@ RIGHT = seen().timelines
         ({"timelines": RIGHT | {1: replace(RIGHT[1], ids=("a",))}}, DOUBLED),
         ({"wrong_ids": [1]}, DOUBLED),
         ({"differing": [0]}, "answers unlike those alone"),
-        ({"statuses": {3: 500}}, "malformed bodies without status 400"),
+        ({"statuses": {3: 200}}, "malformed bodies without status 400"),
+        ({"statuses": {3: 400, 4: 500}}, "statuses from 500"),
         ({"integrity": [IDLE, IDLE | {"groups": 1}]}, "requests left on the idle server"),
         ({"integrity": [IDLE, IDLE | {"jobs": 1}]}, "requests left on the idle server"),
         ({"integrity": [IDLE, IDLE | {"free_pages": 23}]}, "pages leaked"),
         ({"integrity": [IDLE | {"fault": "x"}, IDLE]}, "faults of the engine's state"),
         ({"unhealthy": 1}, "/health not 200"),
+        ({"health_ms": []}, "/health not 200"),
         ({"rss": [100, 100, 100, 100, 105, 105, 106, 106]}, MEMORY),
     ],
 )

@@ -24,6 +24,10 @@ LAST = b"data: " + json.dumps({"id": "c1", "choices": [], "usage": USAGE}).encod
 DONE = b"data: [DONE]\n\n"
 
 
+def data(**fields: object) -> bytes:
+    return b"data: " + json.dumps(fields).encode() + b"\n\n"
+
+
 def exchange(*reads: tuple[float, bytes], status: int = 200, error: str = "") -> Exchange:
     """A request that was due at 99 and sent at 100."""
     end = reads[-1][0] if reads else 100.5
@@ -111,12 +115,59 @@ REFUSED = b'{"error": {"message": "no such model"}}'
         (exchange((101.0, chunk("a") + ERROR + DONE)), "error in the stream", "the engine failed"),
         (exchange((101.0, b"data: {\n\n" + DONE)), "error in the stream", "a chunk is not JSON"),
         (exchange((101.0, chunk("a") + DONE)), "no usage in the answer", ""),
+        (exchange((101.0, LAST + DONE)), "no choices in the answer", ""),
+        (exchange((101.0, b'{"error": "no"}'), status=500), "status 500", "no"),
+        (exchange((101.0, b"5"), status=500), "status 500", "5"),
+        (exchange((101.0, data(error="no"))), "error in the stream", "no"),
+        (exchange((101.0, data(error={"code": 5}))), "error in the stream", "{'code': 5}"),
+        (
+            exchange((101.0, data(choices=None, usage=USAGE) + DONE)),
+            "no choices in the answer",
+            "",
+        ),
+        (
+            exchange((101.0, chunk("a") + data(usage=dict.fromkeys(USAGE)) + DONE)),
+            "no usage in the answer",
+            "",
+        ),
     ],
 )
 def test_failures(found: Exchange, failure: str, detail: str):
     """A request that failed and counts as one that was fast."""
     read = timeline(found, stream=True)
     assert (read.failure, read.detail) == (failure, detail)
+
+
+ODD = [
+    5,
+    [],
+    None,
+    {"choices": 5},
+    {"choices": [5]},
+    {"choices": [{"delta": "a"}]},
+    {"choices": [{"delta": {"content": ["a"]}}]},
+    {"choices": [{"index": "x", "delta": {"content": "a"}}]},
+    {"choices": [], "usage": 5},
+    {"choices": [], "usage": USAGE | {"prompt_tokens_details": 5}},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_odd_answers(odd: object):
+    """A traceback that ends the run, of what another server sends."""
+    text = json.dumps(odd).encode()
+    found = timeline(exchange((101.0, b"data: " + text + b"\n\n" + LAST + DONE)), stream=True)
+    assert found.failure == "error in the stream"
+    assert found.detail.startswith("a chunk is not of OpenAI's form: ")
+    found = timeline(exchange((101.0, text)), stream=False)
+    assert found.failure and found.detail.startswith("the body is not of OpenAI's form: ")
+
+
+def test_usage_of_texts_that_are_not_in_the_stream():
+    """A time per token of a stream that has only some of the tokens."""
+    reads = [(101.0, chunk("a")), (102.0, LAST + DONE)]
+    assert timeline(exchange(*reads), stream=True).tpot_s is not None
+    assert timeline(exchange(*reads), stream=True, shows_all=False).tpot_s is None
 
 
 def test_one_token_has_no_tpot():

@@ -21,6 +21,7 @@ from bench.serve.workloads.requests import (
     Bodies,
     Lengths,
     arrivals,
+    one_text,
     prefix_repetition,
     random_requests,
     trace_requests,
@@ -77,6 +78,7 @@ def test_body():
     win."""
     lengths = Lengths(30, 9)
     [chat] = random_requests(BODIES, [5], lengths, widths=[4, 2])
+    assert not chat.has_one_text
     assert chat.body.pop("messages")[0]["role"] == "user"
     assert chat.body == {
         "model": "m",
@@ -93,6 +95,8 @@ def test_body():
     [completion] = random_requests(plain, [5], lengths)
     assert completion.body.pop("prompt")
     assert completion.body == {"model": "m", "max_tokens": 9, "seed": 1, "top_k": 2}
+    assert completion.has_one_text and not one_text({"n": 3})
+    assert not one_text({"model": "m:pacore-4"})
 
 
 def test_images():

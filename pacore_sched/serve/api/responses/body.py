@@ -100,14 +100,14 @@ class Reasoning(Item):
 
 class FunctionCall(Item):
     type: Literal["function_call"]
-    call_id: Str
-    name: Str
+    call_id: Str = Field(min_length=1)
+    name: Str = Field(min_length=1)
     arguments: Str
 
 
 class FunctionCallOutput(Item):
     type: Literal["function_call_output"]
-    call_id: Str
+    call_id: Str = Field(min_length=1)
     output: TextContent
 
 

@@ -90,6 +90,19 @@ def test_any_body(body: bytes):
     assert found.rollouts >= 1 and len(found.keys) == len(found.sizes)
 
 
+def test_calls_of_tools():
+    """Conversations that differ only in a call or its result, and count as one."""
+
+    def conversation(arguments: str, output: str) -> PromptKeys:
+        call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments}
+        result = {"type": "function_call_output", "call_id": "c", "output": output}
+        return keys(model="m", input=[{"role": "user", "content": "Hi"}, call, result])
+
+    one = conversation("{}", "1")
+    assert [key in one.keys for key in conversation("{}", "2").keys] == [True, True, False]
+    assert [key in one.keys for key in conversation("[]", "1").keys] == [True, False, False]
+
+
 def prompt(*prefixes: int, rollouts: int = 1) -> PromptKeys:
     """A prompt of pieces of 100 characters."""
     paths = [json.dumps(prefixes[:end]).encode() for end in range(1, len(prefixes) + 1)]

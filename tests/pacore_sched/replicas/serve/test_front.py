@@ -226,6 +226,16 @@ def test_page(monkeypatch: pytest.MonkeyPatch):
         status = front.get("/status").json
         assert [*status["replicas"]] == ["b"] and status["replicas_left_out"] == 1
         front.replicas.lost = set()
+        answer = front_module.Front._answer_of
+
+        async def refusing(self: front_module.Front, name: str, path: str) -> str | None:
+            found = await answer(self, name, path)
+            return '{"error": {"message": "the server is shutting down"}}' if name == "b" else found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(front_module.Front, "_answer_of", refusing)
+            status = front.get("/status").json
+            assert [*status["replicas"]] == ["a"] and status["replicas_left_out"] == 1
         monkeypatch.setattr(front_module, "MAX_SHOWN", 1)
         status = front.get("/status").json
         assert [*status["replicas"]] == ["a"] and status["replicas_left_out"] == 1

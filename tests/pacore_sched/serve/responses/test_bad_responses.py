@@ -99,6 +99,15 @@ BAD = {
         item(type="reasoning", summary=[], encrypted_content="x"), "input[1].encrypted_content",
     ),
     "no call_id": (item(type="function_call_output", output="x"), "input[1].call_id"),
+    "an empty call_id": (
+        item(type="function_call_output", call_id="", output="x"), "input[1].call_id",
+    ),
+    "an empty call_id of a call": (
+        item(type="function_call", call_id="", name="f", arguments="{}"), "input[1].call_id",
+    ),
+    "an empty name": (
+        item(type="function_call", call_id="c", name="", arguments="{}"), "input[1].name",
+    ),
     "no JSON": (item(type="function_call", call_id="c", name="f", arguments="x"), "input"),
     "a remote image": (
         image(image_url="https://example.com/a.png"), "input[1].content[0].image_url",
@@ -171,14 +180,15 @@ def test_the_most_items():
 
 
 TEXTS = st.text(max_size=3)
+NAMES = st.text(min_size=1, max_size=3)
 ITEMS = st.one_of(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]),
                            "content": TEXTS}),
     st.fixed_dictionaries({"type": st.just("reasoning")}, optional={"content": st.lists(
         st.fixed_dictionaries({"type": st.just("reasoning_text"), "text": TEXTS}), max_size=2)}),
-    st.fixed_dictionaries({"type": st.just("function_call"), "call_id": TEXTS, "name": TEXTS,
+    st.fixed_dictionaries({"type": st.just("function_call"), "call_id": NAMES, "name": NAMES,
                            "arguments": TEXTS}),
-    st.fixed_dictionaries({"type": st.just("function_call_output"), "call_id": TEXTS,
+    st.fixed_dictionaries({"type": st.just("function_call_output"), "call_id": NAMES,
                            "output": TEXTS}),
 )  # fmt: skip
 
