@@ -159,7 +159,7 @@ def test_under_the_engine(tiny: Step3VL, ahead: bool, speculate: int):
     def run(samplings: Sequence[Sampling], tops: Sequence[int | None]) -> tuple:
         executor = ModelExecutor(tiny, num_pages=11, max_running=6)
         stopping = Stopping(tiny.tokenizer, tiny.config.tokens.eos)
-        options = {"ahead": ahead, "speculate": speculate, "host_pages": 1}
+        options = {"ahead": ahead, "speculate": speculate, "host_pages": 1, "prefix_cache": False}
         engine = Engine(executor, stopping, token_budget=32, **options)
         groups, scores = [], []
         for ids, sampling, top in zip(prompts, samplings, tops, strict=True):

@@ -15,7 +15,8 @@ EXAMPLES = 25  # per path and mode
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with running(scripted(lambda rollout: "hm</think>yes")) as found:
+    # Little KV: with ignore_eos and without a limit, rollouts go on until it is full.
+    with running(scripted(lambda rollout: "hm</think>yes", num_pages=256)) as found:
         yield found
         found.wait_idle()
 
