@@ -330,7 +330,10 @@ class PrefixTree:
             length = min(self.length(node), max(pages_before - lacking, 0) * self.page_size)
             if length:
                 self.truncate(node, length)
-                self._kept_pages -= pages_before - len(self._nodes[node].pages)
+                freed = pages_before - len(self._nodes[node].pages)
+                if not freed:  # going on would never end
+                    raise IntegrityError(f"cutting node {node} to {length} tokens freed no page")
+                self._kept_pages -= freed
             else:
                 self._drop_kept(node)
             self.on_evict(node, length)

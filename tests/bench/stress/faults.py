@@ -72,7 +72,7 @@ FAULTS = [
         (Prompts.write, "min(segment.tokens, start + budget)", "segment.tokens"),
         (Prompts.free, "segment.node, segment.written = -1, 0", "segment.node = -1"),
         (Prompts.search, "segment.written < segment.tokens", "segment.node < 0"),
-        (Scheduler._admit, "segment is not None and not segment.ready()", "False"),
+        (Scheduler._admit, "search.next.ready()", "True"),
         (Prompts.idle, "self._tree.is_idle(s.node)", "True"),
         (Scheduler.submit, "segment.users += 1", "segment.users = 1"),
         (Scheduler.cancel, "self.drop(segment)", "pass"),
