@@ -310,7 +310,7 @@ class Step3VL(nn.Module):
     def count_features(self, images: Sequence[Views]) -> int:
         """Number of rows that `encode_images` returns. Raises InputError for a text-only model."""
         tower = self._tower()
-        return sum(map(tower.count_image, images))
+        return sum(tower.count(image.all) for image in images)
 
     def _embed_prompt(self, ids: Tensor, images: "Sequence[Views | ImageSource]") -> Tensor:
         """Embeddings [T, hidden] of ids [T]; those of images replace `<im_patch>` ids, in order.

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from kernels.runtime.lru import Lru
 from model.vision.image import Views
+from model.vision.pixels import View
 
 
 class Tower(Protocol):
     """What the cache needs of a vision tower (model.vision.tower.VisionTower)."""
 
-    def __call__(self, views: Sequence[Tensor]) -> Tensor: ...
+    def __call__(self, views: Sequence[View]) -> Tensor: ...
 
-    def views(self, image: Views) -> list[Tensor]: ...
-
-    def count(self, views: Sequence[Tensor]) -> int: ...
+    def count(self, views: Sequence[View]) -> int: ...
 
 
 class ImageCache(Lru):
@@ -50,9 +49,8 @@ class ImageCache(Lru):
         }
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
         if new:
-            views = [tower.views(image) for image in new.values()]
-            features = tower([view for of_image in views for view in of_image])
-            parts = features.split([tower.count(of_image) for of_image in views])
+            features = tower([view for image in new.values() for view in image.all])
+            parts = features.split([tower.count(image.all) for image in new.values()])
             for key, part in zip(new, parts, strict=True):
                 known[key] = part
                 if isinstance(key, bytes):

@@ -1,7 +1,7 @@
 """Image preprocessing: a global view and a grid of crops per image, as the released model has them.
 
 `load_image` reads an image, `crop_layout` computes the geometry in integers, `preprocess` the
-pixels, as bytes; `model.vision.pixels` goes on from there, on the device. Token ids are laid out in
+pixels, as bytes; `model.vision.pixels` resizes them on the device. Token ids are laid out in
 `model.text.prompt`. PIL is imported where it is used: `Views` can be built without it.
 
 The algorithm is that of the model's published processors (described at each step), with their rule
@@ -20,6 +20,7 @@ import torch
 
 from model.config import VisionConfig
 from model.errors import InputError
+from model.vision.pixels import View
 from model.vision.reading.limits import MAX_PIXELS, padded
 from model.vision.reading.rgb import to_rgb
 from model.vision.reading.source import open_image
@@ -52,17 +53,25 @@ class CropLayout:
 
 @dataclass(frozen=True)
 class Views:
-    """One image, cut: uint8 as PIL has it, channels last, before the last resize.
+    """One image, cut, as PIL has it: uint8, channels last, before the last resize.
 
     `image` [H, W, 3] is the whole image, for the global view, `crops` [n, w, w, 3] the crops (n may
-    be 0); the tower resizes both to the sides of its VisionConfig. `newlines` (n of them) as in
-    CropLayout. `digest` is of the image's size and pixels; b"": not known.
+    be 0); `newlines` (n of them) as in CropLayout. `digest` is of the image's size and pixels; b"":
+    not known. `sides` are those of the global view and of crops once they are resized; None: they
+    are squares and stay as they are.
     """
 
     image: torch.Tensor
     crops: torch.Tensor
     newlines: tuple[bool, ...]
     digest: bytes = b""
+    sides: tuple[int, int] | None = None
+
+    @property
+    def all(self) -> list[View]:
+        """The crops, then the global view: the order of an image's embeddings."""
+        side, crop_side = self.sides or (self.image.shape[0], self.crops.shape[1])
+        return [*(View(crop, crop_side) for crop in self.crops), View(self.image, side)]
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -108,8 +117,9 @@ def crop_layout(width: int, height: int, config: VisionConfig) -> CropLayout:
 def preprocess(image: Image.Image, config: VisionConfig) -> Views:
     """The views of an RGB image from `load_image`, up to 55 MB.
 
-    PIL pads, shrinks and cuts. The reference then normalises and resizes each view: the tower does.
-    Raises InputError for an image so elongated that it would have more than MAX_CROPS crops.
+    PIL pads, shrinks and cuts. Normalising and the last resize, to the sides of VisionConfig, are
+    left to the device. Raises InputError for an image so elongated that it would have more than
+    MAX_CROPS crops.
     """
     from PIL.Image import Resampling
 
@@ -127,7 +137,8 @@ def preprocess(image: Image.Image, config: VisionConfig) -> Views:
     if layout.canvas != layout.size:
         canvas = image.resize(layout.canvas, Resampling.BILINEAR)
     crops = [canvas.crop(box) for box in layout.boxes]
-    return Views(_pixels([image])[0], _pixels(crops), layout.newlines, digest)
+    sides = config.image_size, config.crop_size
+    return Views(_pixels([image])[0], _pixels(crops), layout.newlines, digest, sides)
 
 
 def _shrunk(width: int, height: int, limit: int) -> tuple[int, int]:

@@ -28,8 +28,7 @@ from model.config import VisionConfig
 from model.modules import ModuleList
 from model.vision.cache import ImageCache
 from model.vision.graph import Graphs
-from model.vision.image import Views
-from model.vision.pixels import byte_values, views_on
+from model.vision.pixels import View, byte_values
 
 
 class VisionTower(nn.Module):
@@ -86,10 +85,11 @@ class VisionTower(nn.Module):
         )
 
     @torch.inference_mode()
-    def forward(self, views: Sequence[Tensor]) -> Tensor:
+    def forward(self, views: Sequence[View | Tensor]) -> Tensor:
         """Encode views of any sizes to decoder embeddings [T', out_width].
 
-        views: bytes, uint8 [height, width, 3], or normalised, fp32, bf16 or fp16 [3, height, width]
+        views: as images have them; or bytes, uint8 [height, width, 3]; or normalised pixels, fp32,
+        bf16 or fp16 [3, height, width]. They may be on any device.
         The result has each view's tokens in the order of the views, row-major within a view.
         Raises ValueError for views that `grids` refuses.
         """
@@ -114,32 +114,22 @@ class VisionTower(nn.Module):
             return features.clone()
         return out.index_copy_(0, rows, features)
 
-    def views(self, image: Views) -> list[Tensor]:
-        """An image as `forward` takes it, on the weights' device: its crops, then the global view.
-
-        Raises ValueError for an image without pixels in uint8.
-        """
-        device, config = self.projector.device, self.config
-        crops = views_on(device, image.crops, config.crop_size)
-        return [*crops, *views_on(device, image.image[None], config.image_size)]
-
-    def grids(self, views: Sequence[Tensor]) -> list[Grid]:
+    def grids(self, views: Sequence[View | Tensor]) -> list[Grid]:
         """Each view's patches as rows x columns.
 
         Raises ValueError unless all views have a shape and dtype as in `forward`, consist of whole
-        patches, have no side with more patches than the global view's, and are on one device.
+        patches, and have no side with more patches than the global view's.
         """
         size, side, grids = self.config.patch_size, self.config.grid, []
         for i, view in enumerate(views):
-            shape = channels_first(view, i).shape
-            check(
-                view.device == views[0].device,
-                f"view {i} is on {view.device}, but view 0 is on {views[0].device}",
-            )
-            (rows, row), (columns, column) = (divmod(pixels, size) for pixels in shape[1:])
+            if isinstance(view, View):
+                height = width = view.side
+            else:
+                _, height, width = channels_first(view, i).shape
+            (rows, row), (columns, column) = divmod(height, size), divmod(width, size)
             check(
                 row == column == 0,
-                f"view {i} has {shape[1]} x {shape[2]} pixels; sides must be multiples of {size}",
+                f"view {i} has {height} x {width} pixels; sides must be multiples of {size}",
             )
             check(
                 0 < rows <= side and 0 < columns <= side,
@@ -148,20 +138,17 @@ class VisionTower(nn.Module):
             grids.append((rows, columns))
         return grids
 
-    def count(self, views: Sequence[Tensor]) -> int:
+    def count(self, views: Sequence[View | Tensor]) -> int:
         """Number of decoder embeddings of views. Raises ValueError as `grids` does."""
         return sum(map(output_tokens, self.grids(views)))
 
-    def count_image(self, image: Views) -> int:
-        """Number of decoder embeddings of an image."""
-        return len(image.crops) * self.config.crop_tokens + self.config.image_tokens
-
-    def patches(self, views: Sequence[Tensor]) -> Tensor:
+    def patches(self, views: Sequence[View | Tensor]) -> Tensor:
         """Patches of all views, of normalised pixels: [T, row_width(patch_size)] in the weights'
         dtype."""
         table = self._prepared().byte_values
+        device = table.device
         return patchify(
-            [view.to(table.device) for view in views],
+            [view.on(device) if isinstance(view, View) else view.to(device) for view in views],
             table,
             size=self.config.patch_size,
             impl=self.impl["patchify"],

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from model.config import TINY, VisionConfig, preset
 from model.impls import impl_per_op
-from model.vision.image import Views, crop_layout, load_image, preprocess
-from model.vision.pixels import MEAN, STD, byte_values, normalised, views_on
+from model.vision.image import crop_layout, load_image, preprocess
+from model.vision.pixels import MEAN, STD, View, byte_values, normalised
 from model.vision.tower import VisionTower
 from tests.model.vision.images import PHOTOS, encoded, photo
 from tests.support.errors import max_error
@@ -85,7 +85,7 @@ def test_patches_have_the_bits_of_the_reference(size: tuple[int, int]):
     expected = torch.cat([rows_of(view) for view in reference(image, VISION)])
     for dtype in (torch.float32, torch.bfloat16):
         vision = tower(dtype)
-        patches = vision.patches(vision.views(views))
+        patches = vision.patches(views.all)
         assert patches.dtype == dtype and patches.shape == (len(expected), 592)
         assert torch.equal(patches[:, :588], expected.to(dtype))
         assert not patches[:, 588:].any()
@@ -109,7 +109,7 @@ def test_photos_have_the_bits_of_the_reference(kind: str):
     """Guards the whole path from a file or array of any kind."""
     image, vision = load_image(ODD[kind]()), tower()
     expected = torch.cat([rows_of(view) for view in reference(image, VISION)])
-    assert torch.equal(vision.patches(vision.views(preprocess(image, VISION)))[:, :588], expected)
+    assert torch.equal(vision.patches(preprocess(image, VISION).all)[:, :588], expected)
 
 
 @pytest.mark.parametrize("size", [(20, 20), (1280, 720), (4000, 3000), (3024, 3024)])
@@ -144,22 +144,14 @@ def test_byte_values_against_numpy():
 
 
 def test_pixels_that_are_no_bytes_are_refused():
-    """Guards against normalised pixels that would be normalised again."""
-    vision, empty = tower(), torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-    for image, message in [
+    """Guards against normalised pixels that would be normalised again, and channels that come
+    first."""
+    for pixels, message in [
         (torch.zeros(28, 28, 3), "must be uint8 [height, width, 3], not torch.float32 [28, 28, 3]"),
         (torch.zeros(3, 28, 28, dtype=torch.uint8), "not torch.uint8 [3, 28, 28]"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
-            vision.views(Views(image, empty, ()))
-
-
-def test_an_image_counts_as_its_views():
-    """Guards prompts' numbers of image tokens, which are counted before anything is encoded."""
-    for size in ((20, 20), (1280, 720), (300, 600)):
-        views = preprocess(Image.new("RGB", size), VISION)
-        vision = tower()
-        assert vision.count_image(views) == vision.count(vision.views(views))
+            View(pixels, 28)
 
 
 @pytest.mark.gpu
@@ -168,17 +160,17 @@ def test_pixels_on_a_gpu(size: tuple[int, int]):
     """Guards bits of normalised pixels, and the error of resized ones, which are within fp32
     rounding of those of a CPU."""
     image, cuda = noise(*size), torch.device("cuda")
-    views = preprocess(image, VISION)
-    pixels = views.image[None]
-    assert torch.equal(normalised(pixels.cuda()).cpu(), normalised(pixels))
-    for pixels, side in ((views.image[None], VISION.image_size), (views.crops, VISION.crop_size)):
-        ours = views_on(cuda, pixels, side)
-        assert ours.is_cuda
-        assert max_error(ours.cpu(), views_on(CPU, pixels, side)) < 2e-5
+    for view in preprocess(image, VISION).all:
+        assert torch.equal(normalised(view.pixels.cuda()).cpu(), normalised(view.pixels))
+        ours, expected = view.on(cuda), view.on(CPU)
+        assert ours.is_cuda and ours.dtype == expected.dtype
+        assert max_error(ours.cpu().float(), expected.float()) < 2e-5
 
 
 def test_tiny_takes_every_size():
-    """Guards the sides of views by the tower's own config: crops and images of any size fit it."""
-    vision = VisionTower(TINY.vision, 8, impl=impl_per_op(None), device="cpu", dtype=torch.float32)
-    views = vision.views(preprocess(noise(1000, 300), TINY.vision))
-    assert [tuple(view.shape) for view in views] == [(3, 112, 112)] * 2 + [(3, 168, 168)]
+    """Guards the sides of views, which are those of the model's own config."""
+    views = preprocess(noise(1000, 300), TINY.vision).all
+    assert [view.side for view in views] == [112, 112, 168]
+    assert [tuple(view.on(CPU).shape) for view in views] == [
+        (3, side, side) for side in (112, 112, 168)
+    ]

@@ -11,7 +11,7 @@ from model.errors import InputError
 from model.step3vl import Step3VL
 from model.text.prompt import image_ids
 from model.vision.image import Views
-from model.vision.pixels import normalised
+from model.vision.pixels import View, normalised
 from tests.support.errors import max_error
 
 FORMS = ("eager", "portable")
@@ -58,10 +58,11 @@ def test_bytes_are_normalised_views(impl: str, dtype: torch.dtype):
     vision = Step3VL.from_preset("tiny", seed=1, impl=impl, dtype=dtype).vision
     generator = torch.Generator().manual_seed(0)
     views = [drawn_bytes(generator, side, side, 3) for side in (112, 168, 70, 112)]
-    numbers = [normalised(view[None])[0] for view in views]
+    numbers = [normalised(view) for view in views]
     expected = vision(numbers)
     assert torch.equal(vision(views), expected)
-    assert torch.equal(vision([views[0], numbers[1], views[2], numbers[3]]), expected)
+    whole = View(views[2], 70)
+    assert torch.equal(vision([views[0], numbers[1], whole, numbers[3]]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,12 +111,7 @@ def test_whole_model(tiny: Step3VL):
     for photo in photos:
         ids += [7, *image_ids(photo.newlines, TINY)]
     ids = torch.tensor([*ids, 9, 10, 11])
-    views = [
-        view
-        for photo in photos
-        for part in (photo.crops, photo.image[None])
-        for view in normalised(part)
-    ]
+    views = [normalised(view.pixels) for photo in photos for view in photo.all]
     expected = transformers_judge.logits(tiny, ids, views)
     assert max_error(tiny(ids, images=photos), expected) < 1e-4
     with pytest.raises(InputError, match="26 <im_patch> tokens, but the images need 9"):
@@ -226,7 +222,7 @@ def test_mistakes_are_named(tiny: Step3VL):
         (torch.zeros(28, 28), r"view 1 has shape \[28, 28\]; in torch.float32"),
         (small.byte(), r"view 1 has shape \[3, 28, 28\]; in torch.uint8 it must be \[height"),
         (small.double(), "view 1 must be uint8, fp32, bf16 or fp16, not torch.float64"),
-        (small.to("meta"), "view 1 is on meta, but view 0 is on cpu"),
+        (View(small.byte().permute(1, 2, 0), 20), "view 1 has 20 x 20 pixels"),
     ]:
         with pytest.raises(ValueError, match=message):
             tiny.vision([small, view])

@@ -177,7 +177,7 @@ def test_embeddings_keep_to_their_budget(tiny: Step3VL, known: bool):
 def test_pixels_wait_for_the_encoder_in_small_numbers(
     tiny: Step3VL, monkeypatch: pytest.MonkeyPatch, text: str
 ):
-    """Pixels of all admitted problems, or of those that have failed, in the encoder's queue: 116 MB
+    """Pixels of all admitted problems, or of those that have failed, in the encoder's queue: 55 MB
     for each image of the 10B."""
     watched, gate = watched_on(tiny, [1]), threading.Event()
     encode = type(tiny).encode_images
