@@ -94,7 +94,7 @@ OP = Op(
     cases=cases,
     checks=checks,
     formula=formula,
-    tolerance_16=Error(0.51, 0.3),  # fp32 views are rounded once
+    tolerance_16=Error(1, 0.3),  # fp32 views are rounded once
     tolerance_32=NONE,
     peers=(Peer("compile", "patchify", partial(compiled, patchify), COMPILE),),
 )

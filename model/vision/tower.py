@@ -103,7 +103,7 @@ class VisionTower(nn.Module):
             view_rows = torch.arange(len(out), device=out.device).split(counts)
             rows = torch.cat([view_rows[index] for index in order])
         views, grids = [views[i] for i in order], tuple(view_grids[i] for i in order)
-        patches = self.patches(views)
+        patches = spanned("vision pack", self.patches)(views)
         impls = self.impl.values()
         body = partial(self.encode, grids=grids)
         graph = self.graphs.find((grids, *impls), body, patches, impls)
