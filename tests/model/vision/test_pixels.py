@@ -69,6 +69,7 @@ def rows_of(view: Tensor) -> Tensor:
         (1, 40),  # padded to a square
         (40, 1),
         (728, 728),  # no resize at all
+        (500, 728),  # one side fits
         (300, 600),  # portrait: crops of 300 are resized
         (1000, 300),  # crops reach below the image
         (1280, 720),
