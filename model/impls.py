@@ -11,6 +11,7 @@ OPS = (
     "silu_mul",
     "qk_norm_rope",
     "prefix_attention",
+    "patchify",
     "vision_attention",
     "linear_quick_gelu",
     "projector",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import onednn
+from kernels.patchify import row_width
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dtypes import dtype_name
 from kernels.sampling import sample
@@ -304,7 +305,7 @@ class Step3VL(nn.Module):
         views = self._views(images)
         if self.vision is None or not views:
             return self.decoder.embed_tokens.new_empty(0, self.config.decoder.hidden)
-        return self.vision.cache.encode([image.all for image in views], self.vision)
+        return self.vision.cache.encode(views, self.vision)
 
     def count_features(self, images: Sequence[Views]) -> int:
         """Number of rows that `encode_images` returns. Raises InputError for a text-only model."""
@@ -352,8 +353,9 @@ class Step3VL(nn.Module):
     def _check_fits(self, device: torch.device | str) -> None:
         """Raise InputError unless `device` has memory for the weights of a model like this one."""
         values = sum(parameter.numel() for parameter in self.parameters())
-        if self.config.vision:  # the folded projector of VisionTower.prepare
-            values += self.config.decoder.hidden * (9 * 2 * self.config.vision.width + 1)
+        if vision := self.config.vision:  # what VisionTower.prepare derives
+            values += self.config.decoder.hidden * (9 * 2 * vision.width + 1)
+            values += vision.width * row_width(vision.patch_size)
         portable = self.impl["linear"] in (None, "portable") and torch.device(device).type == "cpu"
         if self.config.decoder.tied_embeddings and portable and onednn.packing_pays(self.dtype):
             values += self.decoder.embed_tokens.numel()  # the LM head, packed

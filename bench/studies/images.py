@@ -1,9 +1,9 @@
 """Time per image, by size: `python -m bench e2e --vision`.
 
-From the pixels of an image's views, on the device, to its decoder embeddings: embedding, tower and
-projector. Cutting an image into views is not timed. The image cache and the tower's own CUDA graphs
-are off: every call encodes, and the one timer captures every form alike. Weights and pixels are
-random; times do not depend on them.
+From the pixels of an image's views, as bytes on the device, to its decoder embeddings: embedding,
+tower and projector. Cutting an image into views and resizing them are not timed. The image cache
+and the tower's own CUDA graphs are off: every call encodes, and the one timer captures every form
+alike. Weights and pixels are random; times do not depend on them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -105,17 +105,12 @@ def encode(
 
 
 def _views(tower: VisionTower, grids: Sequence[Grid]) -> list[Tensor]:
-    """Random pixels in the weights' dtype."""
-    weight, size = tower.projector, tower.config.patch_size
-    generator = torch.Generator(weight.device).manual_seed(0)
-    return [
-        torch.randn(
-            3,
-            size * rows,
-            size * columns,
-            generator=generator,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        for rows, columns in grids
-    ]
+    """Random bytes, on the weights' device."""
+    device, size = tower.projector.device, tower.config.patch_size
+    generator = torch.Generator(device).manual_seed(0)
+
+    def view(rows: int, columns: int) -> Tensor:
+        shape = size * rows, size * columns, 3
+        return torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
+
+    return [view(*grid) for grid in grids]

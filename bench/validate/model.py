@@ -22,13 +22,18 @@ from bench.validate.fp64_model import Fp64Model, rounding_to
 from kernels.errors import ImplError, one_line
 from model.step3vl import Step3VL
 from model.vision.image import Views
+from model.vision.pixels import View, normalised
 
 SEED, PROMPT = 1, 70  # more than one page of tokens
 ROUNDING_LIMITS = Error(max=2.0, rms=1.25)  # in 16 bits, as multiples of the rounded model's error
 
 
 class ModelSetup:
-    """A model in one dtype, its inputs in that dtype, and its fp64 versions."""
+    """A model in one dtype, its inputs, and its fp64 versions.
+
+    images: views as bytes, which our model takes
+    views: the same, normalised and in the model's dtype, for the others
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.model = Step3VL.from_preset("tiny", seed=SEED, device=device, dtype=dtype)
@@ -37,12 +42,15 @@ class ModelSetup:
         vision, tokens = self.tower.config, self.model.config.tokens
         draw = torch.Generator().manual_seed(SEED)
         sides = (vision.crop_size, vision.image_size, 5 * vision.patch_size)
-        self.views = [
-            torch.randn(3, side, side, generator=draw).to(device, dtype) for side in sides
+        pixels = [
+            torch.randint(0, 256, (side, side, 3), generator=draw, dtype=torch.uint8)
+            for side in sides
         ]
+        self.images = [View(view, len(view)) for view in pixels]
+        self.views = [normalised(view).to(device, dtype) for view in pixels]
         self.ids = torch.randint(0, 256, (PROMPT,), generator=draw).to(device)
-        counts = [self.tower.count([view]) for view in self.views]
-        image = [tokens.im_start, *[tokens.im_patch] * sum(counts), tokens.im_end]
+        count = self.tower.count(self.images)
+        image = [tokens.im_start, *[tokens.im_patch] * count, tokens.im_end]
         self.mixed = torch.tensor([7, *image, 9, 10, 11], device=device)
 
     @cached_property
@@ -55,13 +63,15 @@ class ModelSetup:
 
     def tokens(self) -> Tensor:
         """Our tower's output for the first view."""
-        views = self.views[:1]
-        grids = self.tower.grids(views)
-        return self.tower.tower(self.tower.patches(views, grids), grids)
+        views = self.images[:1]
+        return self.tower.tower(self.tower.patches(views), self.tower.grids(views))
 
     def mixed_logits(self) -> Tensor:
         """Our model's logits for text with the views in it, each as an image without crops."""
-        images = [Views(view, view.new_empty(0, *view.shape), ()) for view in self.views]
+        images = [
+            Views(view.pixels, view.pixels.new_empty(0, *view.pixels.shape), ())
+            for view in self.images
+        ]
         return self.model(self.mixed, images)
 
 
@@ -92,7 +102,7 @@ CASES = (
     ),
     ModelCase(
         "vision embeddings, 3 views",
-        lambda setup: setup.tower(setup.views),
+        lambda setup: setup.tower(setup.images),
         lambda setup, exact: exact.features(setup.views),
         {"transformers": lambda setup: transformers_judge.features(setup.model, setup.views)},
     ),

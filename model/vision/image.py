@@ -1,11 +1,11 @@
 """Image preprocessing: a global view and a grid of crops per image, as the released model has them.
 
 `load_image` reads an image, `crop_layout` computes the geometry in integers, `preprocess` the
-pixels. Token ids are laid out in `model.text.prompt`. PIL is imported where it is used: `Views` can
-be built without it.
+pixels, as bytes; `model.vision.pixels` resizes them on the device. Token ids are laid out in
+`model.text.prompt`. PIL is imported where it is used: `Views` can be built without it.
 
-The algorithm is that of the model's published processors (described at each step below), with
-their rule `long side <= 728` for images that need no crops.
+The algorithm is that of the model's published processors (described at each step), with their rule
+`long side <= 728` for images that need no crops.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from model.config import VisionConfig
 from model.errors import InputError
+from model.vision.pixels import View
 from model.vision.reading.limits import MAX_PIXELS, padded
 from model.vision.reading.rgb import to_rgb
 from model.vision.reading.source import open_image
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from model.vision.reading.source import ImageSource
 
 MAX_CROPS = 128  # ordinary images have at most 95 (3024 x 32)
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -56,22 +53,25 @@ class CropLayout:
 
 @dataclass(frozen=True)
 class Views:
-    """One image as input of the vision tower: fp32, normalised, channels first.
+    """One image, cut, as PIL has it: uint8, channels last, before the last resize.
 
-    `image` [3, S, S] is the global view, `crops` [n, 3, c, c] the crops (n may be 0), with S and c
-    of VisionConfig's `image_size` and `crop_size`; `newlines` (n of them) as in CropLayout.
-    `digest` is of the image's size and pixels; b"": not known.
+    `image` [H, W, 3] is the whole image, for the global view, `crops` [n, w, w, 3] the crops (n may
+    be 0); `newlines` (n of them) as in CropLayout. `digest` is of the image's size and pixels; b"":
+    not known. `sides` are those of the global view and of crops once they are resized; None: they
+    are squares and stay as they are.
     """
 
     image: torch.Tensor
     crops: torch.Tensor
     newlines: tuple[bool, ...]
     digest: bytes = b""
+    sides: tuple[int, int] | None = None
 
     @property
-    def all(self) -> list[torch.Tensor]:
+    def all(self) -> list[View]:
         """The crops, then the global view: the order of an image's embeddings."""
-        return [*self.crops, self.image]
+        side, crop_side = self.sides or (self.image.shape[0], self.crops.shape[1])
+        return [*(View(crop, crop_side) for crop in self.crops), View(self.image, side)]
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -115,11 +115,11 @@ def crop_layout(width: int, height: int, config: VisionConfig) -> CropLayout:
 
 
 def preprocess(image: Image.Image, config: VisionConfig) -> Views:
-    """The views of an RGB image from `load_image`.
+    """The views of an RGB image from `load_image`, up to 55 MB.
 
-    PIL pads, shrinks and cuts. Then, in the reference's order, values are scaled to 0..1,
-    normalised, and last resized (bilinear with antialias, without keeping the aspect ratio). Raises
-    InputError for an image so elongated that it would have more than MAX_CROPS crops.
+    PIL pads, shrinks and cuts. Normalising and the last resize, to the sides of VisionConfig, are
+    left to the device. Raises InputError for an image so elongated that it would have more than
+    MAX_CROPS crops.
     """
     from PIL.Image import Resampling
 
@@ -137,12 +137,8 @@ def preprocess(image: Image.Image, config: VisionConfig) -> Views:
     if layout.canvas != layout.size:
         canvas = image.resize(layout.canvas, Resampling.BILINEAR)
     crops = [canvas.crop(box) for box in layout.boxes]
-    return Views(
-        image=_to_tensor([image], config.image_size)[0],
-        crops=_to_tensor(crops, config.crop_size),
-        newlines=layout.newlines,
-        digest=digest,
-    )
+    sides = config.image_size, config.crop_size
+    return Views(_pixels([image])[0], _pixels(crops), layout.newlines, digest, sides)
 
 
 def _shrunk(width: int, height: int, limit: int) -> tuple[int, int]:
@@ -169,16 +165,8 @@ def _snapped(side: int, window: int) -> int:
     return window * (floor(ratio) + (ratio - side // window > 0.2))
 
 
-def _to_tensor(images: list[Image.Image], side: int) -> torch.Tensor:
-    """n RGB images of equal size -> fp32 [n, 3, side, side]."""
+def _pixels(images: list[Image.Image]) -> torch.Tensor:
+    """n RGB images of equal size -> uint8 [n, height, width, 3]."""
     if not images:
-        return torch.empty(0, 3, side, side)
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    pixels = pixels.permute(0, 3, 1, 2).contiguous().float().div(255)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    pixels = (pixels - mean) / std
-    if pixels.shape[2:] == (side, side):
-        return pixels
-    return F.interpolate(
-        pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True
-    )
+        return torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))

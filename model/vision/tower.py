@@ -7,7 +7,7 @@ tokens of all views at once, attention and convolutions process each view separa
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from kernels import onednn
 from kernels.linear_quick_gelu import linear_quick_gelu
 from kernels.norm import layer_norm
+from kernels.patchify import channels_first, patchify, row_width
 from kernels.projector import fold, output_tokens, projector
 from kernels.runtime.dispatch import check
-from kernels.runtime.grids import Grid, tokens_of
+from kernels.runtime.grids import Grid
 from kernels.runtime.lru import Lru
 from kernels.runtime.spans import span, spanned
 from kernels.runtime.tensor_cache import pinned
@@ -27,6 +28,7 @@ from model.config import VisionConfig
 from model.modules import ModuleList
 from model.vision.cache import ImageCache
 from model.vision.graph import Graphs
+from model.vision.pixels import View, byte_values
 
 
 class VisionTower(nn.Module):
@@ -67,25 +69,30 @@ class VisionTower(nn.Module):
         self.projector = weight(out_width, 4 * c)
         self.cache, self.graphs = ImageCache(), Graphs()
         self._interpolated = Lru(16)  # grid -> position embedding
-        self._folded: tuple[Tensor, Tensor] | None = None
+        self._derived: _Derived | None = None
 
     def prepare(self) -> None:
         """Compute what each call derives from the weights; drop everything derived from older ones.
 
-        The first call of `forward` does this if it has not been done.
+        The first call does this if it has not been done.
         """
         self._forget()
-        self._folded = fold(self.downsampler2, self.bias2, self.projector)
+        weight = self.patch_embedding.flatten(1)
+        self._derived = _Derived(
+            fold(self.downsampler2, self.bias2, self.projector),
+            F.pad(weight, (0, row_width(self.config.patch_size) - weight.shape[1])),
+            byte_values().to(weight),
+        )
 
     @torch.inference_mode()
-    def forward(self, views: Sequence[Tensor]) -> Tensor:
-        """Encode views [3, height, width] of any sizes to decoder embeddings [T', out_width].
+    def forward(self, views: Sequence[View | Tensor]) -> Tensor:
+        """Encode views of any sizes to decoder embeddings [T', out_width].
 
+        views: as images have them; or bytes, uint8 [height, width, 3]; or normalised pixels, fp32,
+        bf16 or fp16 [3, height, width]. They may be on any device.
         The result has each view's tokens in the order of the views, row-major within a view.
         Raises ValueError for views that `grids` refuses.
         """
-        if self._folded is None:
-            self.prepare()
         view_grids = self.grids(views)
         if not view_grids:
             return self.projector.new_empty(0, len(self.projector))
@@ -96,7 +103,7 @@ class VisionTower(nn.Module):
             view_rows = torch.arange(len(out), device=out.device).split(counts)
             rows = torch.cat([view_rows[index] for index in order])
         views, grids = [views[i] for i in order], tuple(view_grids[i] for i in order)
-        patches = spanned("vision pack", self.patches)(views, grids)
+        patches = spanned("vision pack", self.patches)(views)
         impls = self.impl.values()
         body = partial(self.encode, grids=grids)
         graph = self.graphs.find((grids, *impls), body, patches, impls)
@@ -107,29 +114,22 @@ class VisionTower(nn.Module):
             return features.clone()
         return out.index_copy_(0, rows, features)
 
-    def grids(self, views: Sequence[Tensor]) -> list[Grid]:
+    def grids(self, views: Sequence[View | Tensor]) -> list[Grid]:
         """Each view's patches as rows x columns.
 
-        Raises ValueError unless all views are [3, height, width] in whole patches, no side has more
-        patches than the global view's, and all have one dtype and device.
+        Raises ValueError unless all views have a shape and dtype as in `forward`, consist of whole
+        patches, and have no side with more patches than the global view's.
         """
         size, side, grids = self.config.patch_size, self.config.grid, []
         for i, view in enumerate(views):
-            shape, dtype_and_device = list(view.shape), (view.dtype, view.device)
-            first = (views[0].dtype, views[0].device)
-            check(
-                len(shape) == 3 and shape[0] == 3,
-                f"view {i} has shape {shape}; it must be [3, height, width]",
-            )
-            check(
-                dtype_and_device == first,
-                f"view {i} is {view.dtype} on {view.device},"
-                f" but view 0 is {first[0]} on {first[1]}",
-            )
-            (rows, row), (columns, column) = (divmod(pixels, size) for pixels in shape[1:])
+            if isinstance(view, View):
+                height = width = view.side
+            else:
+                _, height, width = channels_first(view, i).shape
+            (rows, row), (columns, column) = divmod(height, size), divmod(width, size)
             check(
                 row == column == 0,
-                f"view {i} has {shape[1]} x {shape[2]} pixels; sides must be multiples of {size}",
+                f"view {i} has {height} x {width} pixels; sides must be multiples of {size}",
             )
             check(
                 0 < rows <= side and 0 < columns <= side,
@@ -138,19 +138,21 @@ class VisionTower(nn.Module):
             grids.append((rows, columns))
         return grids
 
-    def count(self, views: Sequence[Tensor]) -> int:
+    def count(self, views: Sequence[View | Tensor]) -> int:
         """Number of decoder embeddings of views. Raises ValueError as `grids` does."""
         return sum(map(output_tokens, self.grids(views)))
 
-    def patches(self, views: Sequence[Tensor], grids: Sequence[Grid]) -> Tensor:
-        """Pixels of all views, packed by patch: [T, 3 * size * size] in the weights' dtype."""
-        weight, size = self.patch_embedding, self.config.patch_size
-        packed = weight.new_empty(tokens_of(grids), weight[0].numel())
-        parts = packed.split([rows * columns for rows, columns in grids])
-        for view, part, (rows, columns) in zip(views, parts, grids, strict=True):
-            pixels = view.to(weight.device).unflatten(2, (columns, size)).unflatten(1, (rows, size))
-            part.view(rows, columns, 3, size, size).copy_(pixels.permute(1, 3, 0, 2, 4))
-        return packed
+    def patches(self, views: Sequence[View | Tensor]) -> Tensor:
+        """Patches of all views, of normalised pixels: [T, row_width(patch_size)] in the weights'
+        dtype."""
+        table = self._prepared().byte_values
+        device = table.device
+        return patchify(
+            [view.on(device) if isinstance(view, View) else view.to(device) for view in views],
+            table,
+            size=self.config.patch_size,
+            impl=self.impl["patchify"],
+        )
 
     def encode(
         self,
@@ -168,7 +170,7 @@ class VisionTower(nn.Module):
             self.downsampler2,
             self.bias2,
             self.projector,
-            folded=self._folded,
+            folded=self._prepared().folded,
             out=out,
             rows=rows,
             impl=self.impl["projector"],
@@ -253,8 +255,7 @@ class VisionTower(nn.Module):
     def _embedded(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Patch embedding, a matrix product since the convolution's stride is a patch, plus the
         position embedding."""
-        weight = self.patch_embedding.flatten(1)
-        x = self._linear("patches", patches, weight)
+        x = self._linear("patches", patches, self._prepared().patch_embedding)
         start = 0
         for grid, same in groupby(grids):
             positions, n = self._positions(grid), len(list(same))
@@ -279,8 +280,14 @@ class VisionTower(nn.Module):
             self._interpolated.put(grid, positions)
         return positions
 
+    def _prepared(self) -> "_Derived":
+        if self._derived is None:
+            self.prepare()
+        assert self._derived is not None
+        return self._derived
+
     def _forget(self) -> None:
-        self._folded = None
+        self._derived = None
         self._interpolated.clear()
         self.graphs.clear()
         self.cache.clear()
@@ -295,6 +302,14 @@ def _equal_grids_adjacent(grids: Sequence[Grid]) -> list[int]:
     """Indices that make equal grids adjacent, otherwise in order."""
     first = {grid: index for index, grid in reversed(list(enumerate(grids)))}
     return sorted(range(len(grids)), key=lambda index: first[grids[index]])
+
+
+class _Derived(NamedTuple):
+    """What `prepare` computes."""
+
+    folded: tuple[Tensor, Tensor]  # of `kernels.projector`
+    patch_embedding: Tensor  # [width, row_width(patch_size)]: the weight, padded with zeros
+    byte_values: Tensor  # [3, 256]: `model.vision.pixels`, in the weights' dtype
 
 
 class _LayerNorm(nn.Module):

@@ -173,9 +173,13 @@ def test_mistakes_are_found_before_weights_are_read(saved: Path, monkeypatch: py
 
 def test_weights_must_fit_into_memory(saved: Path, monkeypatch: pytest.MonkeyPatch):
     """Guards against a process that the system kills while it allocates weights, and a limit that
-    forgets the folded projector."""
+    forgets what the tower derives."""
     loaded = Step3VL.from_pretrained(saved, dtype=torch.bfloat16)
-    tensors = [*loaded.parameters(), *loaded.vision._folded]
+    tensors = [
+        *loaded.parameters(),
+        *loaded.vision._derived.folded,
+        loaded.vision._derived.patch_embedding,
+    ]
     need = sum(tensor.nbytes for tensor in tensors)
     monkeypatch.setattr(memory, "free_bytes", lambda device: need)
     Step3VL.from_pretrained(saved, dtype=torch.bfloat16)

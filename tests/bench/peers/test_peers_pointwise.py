@@ -16,6 +16,7 @@ from bench.suite import (
     PEERS,
     layer_norm,
     linear_quick_gelu,
+    patchify,
     projector,
     qk_norm_rope,
     quick_gelu,
@@ -30,6 +31,7 @@ CASES = {
     "silu_mul": [silu_mul.case(3, 64)],
     "quick_gelu": [quick_gelu.case(3, 64)],
     "linear_quick_gelu": [linear_quick_gelu.case(3, 64, 32)],
+    "patchify": [patchify.case([(2, 3)], [(1, 2)])],
     "qk_norm_rope": [qk_norm_rope.case(7, heads_of(TINY), skip=2)],
     "projector": [projector.case([(5, 7), (4, 4)], 8, 12, scattered=flag) for flag in (0, 1)],
 }

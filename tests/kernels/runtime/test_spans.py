@@ -14,6 +14,7 @@ from kernels.runtime.dispatch import pick
 from kernels.runtime.spans import begin, family, span, spanned, use
 from model.config import PRESETS
 from model.step3vl import Step3VL
+from model.vision.pixels import View
 from pacore_sched.answers.pacore import Pacore, engine_for
 from pacore_sched.sched.request import Sampling
 from tests.support import ROOT
@@ -85,11 +86,17 @@ def test_tower_is_all_in_spans():
     model = Step3VL.from_preset("tiny", seed=0)
     config = model.config.vision
     side = config.crop_size
-    events = recorded(lambda: model.vision([torch.rand(3, side, side)]))
+    view = View(torch.zeros(50, 60, 3, dtype=torch.uint8), side)  # is resized
+    events = recorded(lambda: model.vision([view]))
     assert outside(events) == set()
     products = {f"linear vision {name}" for name in ("patches", "qkv", "out", "proj")}
-    ops = {"layer_norm", "vision_attention", "linear_quick_gelu", "projector"}
-    assert {family(name) for name in named(events)} >= {"vision layer", *products, *ops}
+    ops = {"patchify", "layer_norm", "vision_attention", "linear_quick_gelu", "projector"}
+    assert {family(name) for name in named(events)} >= {
+        "vision pack",
+        "vision layer",
+        *products,
+        *ops,
+    }
 
 
 def test_rounds_and_engine_steps():

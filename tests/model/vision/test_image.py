@@ -15,7 +15,8 @@ from PIL import Image
 from model.config import preset
 from model.errors import InputError
 from model.text.prompt import image_ids
-from model.vision.image import MEAN, STD, crop_layout, load_image, preprocess
+from model.vision.image import crop_layout, load_image, preprocess
+from model.vision.pixels import MEAN, STD, normalised
 from tests.model.vision.images import PHOTOS
 from tests.support.errors import max_error
 
@@ -110,6 +111,13 @@ def test_geometry_equals_transformers(transformers_processor):
     check()
 
 
+def seen(image, config):
+    """An image's global view and crops [3, side, side], normalised, as the tower sees them."""
+    views = [view.on(torch.device("cpu")) for view in preprocess(image, config).all]
+    *crops, whole = [normalised(view) if view.dtype == torch.uint8 else view for view in views]
+    return whole, crops
+
+
 def resized_in_float(image, side):
     """Normalise, then resize each float channel with PIL."""
     pixels = (np.asarray(image, np.float64) / 255 - MEAN) / STD
@@ -128,13 +136,12 @@ def test_pixels_of_photos_equal_pil(photo, crops):
     antialiasing, the order of channels, and which image each view is cut from."""
     image = load_image(PHOTOS / photo)
     layout = crop_layout(*image.size, STEP3.vision)
-    views = preprocess(image, STEP3.vision)
-    assert views.image.dtype == views.crops.dtype == torch.float32
-    assert views.image.shape == (3, 728, 728) and views.crops.shape == (crops, 3, 504, 504)
+    whole, cut = seen(image, STEP3.vision)
+    assert whole.shape == (3, 728, 728) and len(cut) == crops
     canvas = np.asarray(image.resize(layout.canvas, Image.Resampling.BILINEAR))
     canvas = np.pad(canvas, ((0, 504), (0, 504), (0, 0)))  # black beyond the image
-    pairs = [(views.image, resized_in_float(image, 728))]
-    for crop, (x, y, right, bottom) in zip(views.crops, layout.boxes, strict=True):
+    pairs = [(whole, resized_in_float(image, 728))]
+    for crop, (x, y, right, bottom) in zip(cut, layout.boxes, strict=True):
         window = canvas[y:bottom, x:right]
         pairs.append((crop, resized_in_float(window, 504)))
     for view, expected in pairs:
@@ -144,7 +151,7 @@ def test_pixels_of_photos_equal_pil(photo, crops):
 def test_sliver_is_padded_with_black_below():
     """Guards the padding of slivers: to a square, image at the top left, black elsewhere."""
     white = Image.new("RGB", (200, 10), "white")
-    view = preprocess(white, STEP3.vision).image
+    view, _ = seen(white, STEP3.vision)
     black, bright = (((torch.tensor(v) - torch.tensor(MEAN)) / torch.tensor(STD)) for v in (0, 1))
     assert torch.allclose(view[:, :30].mean((1, 2)), bright, atol=1e-5)
     assert torch.allclose(view[:, 45:].mean((1, 2)), black, atol=1e-5)
@@ -152,10 +159,11 @@ def test_sliver_is_padded_with_black_below():
 
 def test_crop_beyond_the_canvas_is_black_there():
     """Guards crops of images lower than the window: they extend below the image, in black."""
-    crops = preprocess(Image.new("RGB", (1000, 300), "white"), STEP3.vision).crops
+    _, crops = seen(Image.new("RGB", (1000, 300), "white"), STEP3.vision)
     black = -torch.tensor(MEAN) / torch.tensor(STD)
-    assert torch.allclose(crops[:, :, 310:].mean((0, 2, 3)), black, atol=1e-5)
-    assert crops[:, :, :290].min() > 1.9
+    for crop in crops:
+        assert torch.allclose(crop[:, 310:].mean((1, 2)), black, atol=1e-5)
+        assert crop[:, :290].min() > 1.9
 
 
 @pytest.mark.parametrize(
@@ -170,9 +178,9 @@ def test_large_image_is_shrunk_before_it_is_cut(given_size, size, canvas):
     assert (layout.size, layout.canvas) == (size, canvas)
     shrunk = image.resize(size, Image.Resampling.BILINEAR)
     cut = shrunk.resize(canvas, Image.Resampling.BILINEAR)
-    views = preprocess(image, config)
-    assert max_error(views.image, resized_in_float(shrunk, 168)) < TOLERANCE
-    for crop, box in zip(views.crops, layout.boxes, strict=True):
+    whole, crops = seen(image, config)
+    assert max_error(whole, resized_in_float(shrunk, 168)) < TOLERANCE
+    for crop, box in zip(crops, layout.boxes, strict=True):
         assert max_error(crop, resized_in_float(cut.crop(box), 112)) < TOLERANCE
 
 

@@ -11,6 +11,7 @@ from model.errors import InputError
 from model.step3vl import Step3VL
 from model.text.prompt import image_ids
 from model.vision.image import Views
+from model.vision.pixels import View, normalised
 from tests.support.errors import max_error
 
 FORMS = ("eager", "portable")
@@ -49,6 +50,33 @@ def test_views_in_one_batch(tiny: Step3VL, impl: str):
         assert vision([]).shape == (0, TINY.decoder.hidden)
 
 
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_normalised_views(impl: str, dtype: torch.dtype):
+    """Guards views given as bytes, in one batch with normalised ones: the same bits as if all had
+    been normalised before."""
+    vision = Step3VL.from_preset("tiny", seed=1, impl=impl, dtype=dtype).vision
+    generator = torch.Generator().manual_seed(0)
+    views = [drawn_bytes(generator, side, side, 3) for side in (112, 168, 70, 112)]
+    numbers = [normalised(view) for view in views]
+    expected = vision(numbers)
+    assert torch.equal(vision(views), expected)
+    whole = View(views[2], 70)
+    assert torch.equal(vision([views[0], numbers[1], whole, numbers[3]]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padded_patches_change_nothing(tiny: Step3VL, dtype: torch.dtype):
+    """Guards the zeros behind the 588 values of a patch and of its weight."""
+    vision = tiny.vision
+    rows = vision.patches(views_of(168))
+    weight = vision._derived.patch_embedding
+    assert rows.shape[1] == weight.shape[1] == 592
+    padded = torch.nn.functional.linear(rows.to(dtype), weight.to(dtype))
+    plain = rows[:, :588].to(dtype) @ vision.patch_embedding.flatten(1).to(dtype).T
+    assert max_error(padded, plain) < (1e-6 if dtype == torch.float32 else 2**-8)
+
+
 @pytest.mark.judge
 @pytest.mark.parametrize("side", [VISION.image_size, VISION.crop_size])
 def test_blocks_against_timm(tiny: Step3VL, side: int):
@@ -58,8 +86,12 @@ def test_blocks_against_timm(tiny: Step3VL, side: int):
     with torch.inference_mode():
         expected = timm_judge.tokens(tiny, view)
         grids = tiny.vision.grids([view])
-        ours = tiny.vision.tower(tiny.vision.patches([view], grids), grids)
+        ours = tiny.vision.tower(tiny.vision.patches([view]), grids)
         assert max_error(ours, expected) < 1e-4
+
+
+def drawn_bytes(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
 @pytest.mark.judge
@@ -69,8 +101,8 @@ def test_whole_model(tiny: Step3VL):
     generator = torch.Generator().manual_seed(5)
     photos = [
         Views(
-            image=torch.randn(3, 168, 168, generator=generator),
-            crops=torch.randn(crops, 3, 112, 112, generator=generator),
+            image=drawn_bytes(generator, 168, 168, 3),
+            crops=drawn_bytes(generator, crops, 112, 112, 3),
             newlines=(False,) * crops,
         )
         for crops in (2, 0)
@@ -79,7 +111,7 @@ def test_whole_model(tiny: Step3VL):
     for photo in photos:
         ids += [7, *image_ids(photo.newlines, TINY)]
     ids = torch.tensor([*ids, 9, 10, 11])
-    views = [*photos[0].all, *photos[1].all]
+    views = [normalised(view.pixels) for photo in photos for view in photo.all]
     expected = transformers_judge.logits(tiny, ids, views)
     assert max_error(tiny(ids, images=photos), expected) < 1e-4
     with pytest.raises(InputError, match="26 <im_patch> tokens, but the images need 9"):
@@ -137,7 +169,9 @@ def test_views_of_one_grid_run_adjacently(tiny: Step3VL, monkeypatch: pytest.Mon
 def test_prepare_follows_the_weights():
     """Guards against folded weights, interpolated positions or cached images of old weights."""
     model, other = (Step3VL.from_preset("tiny", seed=seed) for seed in (1, 2))
-    photo = Views(views_of(168)[0], torch.empty(0, 3, 112, 112), ())
+    generator = torch.Generator().manual_seed(0)
+    pixels, crops = (drawn_bytes(generator, *shape, 3) for shape in ((168, 168), (0, 112, 112)))
+    photo = Views(pixels, crops, (), b"digest")
     views = views_of(70, 112)
     model.vision(views), model.encode_images([photo])
     for name, tensor in other.checkpoint_tensors().items():
@@ -167,7 +201,8 @@ def test_derived_tensors_are_no_weights(tiny: Step3VL):
     }
     for name, tensor in vision.checkpoint_tensors().items():
         assert torch.equal(tensor, weights[name]), name
-    vision._folded = tuple(torch.full_like(tensor, torch.nan) for tensor in vision._folded)
+    folded = tuple(torch.full_like(tensor, torch.nan) for tensor in vision._derived.folded)
+    vision._derived = vision._derived._replace(folded=folded)
     assert vision(views_of(70)).isnan().all()
     vision.impl["projector"] = "eager"
     assert max_error(vision(views_of(70)), tiny.vision(views_of(70))) < 1e-5
@@ -182,11 +217,12 @@ def test_mistakes_are_named(tiny: Step3VL):
         (torch.zeros(3, 28, 30), "view 1 has 28 x 30 pixels; sides must be multiples of 14"),
         (
             torch.zeros(4, 28, 28),
-            r"view 1 has shape \[4, 28, 28\]; it must be \[3, height, width\]",
+            r"view 1 has shape \[4, 28, 28\]; in torch.float32 it must be \[3, height, width\]",
         ),
-        (torch.zeros(28, 28), r"view 1 has shape \[28, 28\]; it must be"),
-        (small.double(), "view 1 is torch.float64 on cpu, but view 0 is torch.float32 on cpu"),
-        (small.to("meta"), "view 1 is torch.float32 on meta, but view 0 is torch.float32 on cpu"),
+        (torch.zeros(28, 28), r"view 1 has shape \[28, 28\]; in torch.float32"),
+        (small.byte(), r"view 1 has shape \[3, 28, 28\]; in torch.uint8 it must be \[height"),
+        (small.double(), "view 1 must be uint8, fp32, bf16 or fp16, not torch.float64"),
+        (View(small.byte().permute(1, 2, 0), 20), "view 1 has 20 x 20 pixels"),
     ]:
         with pytest.raises(ValueError, match=message):
             tiny.vision([small, view])

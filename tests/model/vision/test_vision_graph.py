@@ -143,7 +143,7 @@ def test_no_table_is_computed_in_a_capture(vision, monkeypatch: pytest.MonkeyPat
     """Guards against a table computed during a capture: it would be in the graph's memory, which
     other replays overwrite. A body that ran once computes none, for any number of grids."""
     grids = tuple((rows, columns) for rows in range(1, 6) for columns in range(1, 6))
-    patches = vision.patches([torch.randn(3, 14 * r, 14 * c) for r, c in grids], grids)
+    patches = vision.patches([torch.randn(3, 14 * r, 14 * c) for r, c in grids])
     with pinning():
         first = vision.encode(patches, grids)
         monkeypatch.setattr(torch.nn.functional, "interpolate", None)

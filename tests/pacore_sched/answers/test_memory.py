@@ -65,10 +65,10 @@ class Watched:
         def views() -> list[Views]:
             loaded = []
             for _ in range(images):
-                pixels = torch.full((3, 168, 168), float(len(self.pixels)))
+                pixels = torch.full((168, 168, 3), len(self.pixels), dtype=torch.uint8)
                 self.pixels.append(weakref.ref(pixels))
                 digest = str(len(self.pixels)).encode() if self.known else b""
-                loaded.append(Views(pixels, torch.empty(0, 3, 112, 112), (), digest))
+                loaded.append(Views(pixels, pixels.new_empty(0, 112, 112, 3), (), digest))
             if load == "broken":
                 raise InputError("no image")
             return loaded
@@ -110,7 +110,7 @@ def rollouts_and_groups() -> int:
 )
 def test_nothing_of_an_answered_problem_stays(tiny: Step3VL, problem: dict, error: str | None):
     """A cycle between a problem's objects, such as those of a group and its rollouts or of a failed
-    load and its traceback, which keeps embeddings (25 MB per image in the 10B), pixels (116 MB) or
+    load and its traceback, which keeps embeddings (25 MB per image in the 10B), pixels (55 MB) or
     token lists until Python's full collection."""
     watched = watched_on(tiny)
     before = rollouts_and_groups()
@@ -177,7 +177,7 @@ def test_embeddings_keep_to_their_budget(tiny: Step3VL, known: bool):
 def test_pixels_wait_for_the_encoder_in_small_numbers(
     tiny: Step3VL, monkeypatch: pytest.MonkeyPatch, text: str
 ):
-    """Pixels of all admitted problems, or of those that have failed, in the encoder's queue: 116 MB
+    """Pixels of all admitted problems, or of those that have failed, in the encoder's queue: 55 MB
     for each image of the 10B."""
     watched, gate = watched_on(tiny, [1]), threading.Event()
     encode = type(tiny).encode_images

@@ -52,11 +52,11 @@ def tiny() -> Step3VL:
 @pytest.fixture(scope="module")
 def photo() -> Views:
     generator = torch.Generator().manual_seed(0)
-    return Views(
-        image=torch.randn(3, 168, 168, generator=generator),
-        crops=torch.randn(2, 3, 112, 112, generator=generator),
-        newlines=(False, False),
+    image, crops = (
+        torch.randint(0, 256, (*shape, 3), generator=generator, dtype=torch.uint8)
+        for shape in ((168, 168), (2, 112, 112))
     )
+    return Views(image, crops, newlines=(False, False))
 
 
 def pacore_on(tiny: Step3VL, widths: list[int], sampling: Sampling = SAMPLING, **options) -> Pacore:
@@ -102,7 +102,7 @@ def test_images_are_prefilled_once(tiny: Step3VL, photo: Views, monkeypatch: pyt
 
 def test_images_after_the_head(tiny: Step3VL, photo: Views):
     """An image that follows text and gets the first image's embeddings."""
-    other = replace(photo, image=-photo.image, crops=photo.crops + 1)
+    other = replace(photo, image=255 - photo.image, crops=photo.crops // 2)
     parts = [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
     (result,) = pacore_on(tiny, []).answer(messages, [photo, other]).rounds[0].rollouts
