@@ -360,7 +360,7 @@ def test_the_decoder_gets_the_same_rows(tiny: Step3VL, monkeypatch: pytest.Monke
     for images, ids in prompts_with_images:
         tiny(ids, images)
         tiny.generate(ids, images, max_tokens=1)
-        prompts.append(seen[-1])
+        prompts.append(seen[-1].clone())
         assert torch.equal(seen[-2], seen[-1])
         patches = torch.tensor(ids) == placeholder_id
         assert torch.equal(prompts[-1][patches], tiny.encode_images(images))
