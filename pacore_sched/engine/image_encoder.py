@@ -149,14 +149,7 @@ class ImageEncoder:
         self._lock = Lock()  # of all below
         self._queue: ViewQueue[ImageFeatures] = ViewQueue(max(1, max_patches))
         self._known: dict[tuple[str, bytes], ImageFeatures] = {}  # the last used last
-        self._running = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vision")
-
-    @property
-    def waiting_patches(self) -> int:
-        """Patches of the views that no batch has taken."""
-        with self._lock:
-            return self._queue.tokens
 
     def encode(self, images: Sequence["Views"], salt: str = "") -> Features:
         """Start to encode a prompt's images, except those that are known with this salt; `release`
@@ -168,9 +161,7 @@ class ImageEncoder:
                 self._image(image, count, salt) for image, count in zip(images, counts, strict=True)
             ]
             self._forget()
-            if self._queue and not self._running:
-                self._thread.submit(self._run)
-                self._running = True
+        self._thread.submit(self._run)
         return Features(features, self._release)
 
     def close(self) -> None:
@@ -237,7 +228,6 @@ class ImageEncoder:
                 (image, self._take(image, stop - start))
                 for image, start, stop in self._queue.next()
             ]
-            self._running = bool(batch)
         results = self._encoded([views for _, views in batch])
         for (image, _), result in zip(batch, results, strict=True):
             self._deliver(image, result)
@@ -255,7 +245,7 @@ class ImageEncoder:
             return [*self._encode(images)] if images else []
         except BaseException as error:  # whoever waits for the images gets it
             if len(images) == 1:
-                return [error.with_traceback(None)]  # which would keep the pixels
+                return [error]
         # None fails because of another one, or because there is too little memory for all.
         return [result for views in images for result in self._encoded([views])]
 
@@ -289,7 +279,7 @@ class ImageEncoder:
             except BaseException as error:
                 self._queue.remove(image)
                 image.views.clear()
-                image.future.set_exception(error.with_traceback(None))
+                image.future.set_exception(error.with_traceback(None))  # which has the pixels
             if not image.views:
                 image.parts.clear()
 

@@ -97,14 +97,16 @@ def test_views_of_several_requests_are_one_batch() -> None:
         first = encoder.encode([photo(1)])
         tower.wait()
         others = [encoder.encode([photo(2), photo(3, crops=1)]), encoder.encode([photo(4)])]
-        assert encoder.waiting_patches == 3 * GLOBAL + CROP
+        assert encoder._queue.tokens == 3 * GLOBAL + CROP
         assert not any(features.ready() for features in (first, *others))
         tower.go.release()
         assert names(first) == [1.1]
         tower.let(2)
         assert names(others[0]) == [2.1, 3.1, 3.2] and names(others[1]) == [4.1]
+        alone = others[1].result()
+        assert alone.untyped_storage().nbytes() == alone.nbytes, "it keeps the whole batch"
         assert first.ready() and all(features.ready() for features in others)
-        assert not others[0].waiting and encoder.waiting_patches == 0
+        assert not others[0].waiting and encoder._queue.tokens == 0
     assert tower.calls == [[1.1], [2.1, 4.1], [3.1, 3.2]]
 
 
@@ -193,7 +195,7 @@ def test_released_images_are_not_encoded() -> None:
         pixels = weakref.ref(second.images[0].views[0])
         first.release()  # its first views are being encoded
         second.release()
-        assert pixels() is None and encoder.waiting_patches == GLOBAL
+        assert pixels() is None and encoder._queue.tokens == GLOBAL
         tower.go.release()
         tower.let(1)
         assert names(third) == [3.1]
@@ -248,6 +250,7 @@ def test_a_large_image_that_fails_is_not_encoded_further() -> None:
         tower.go.release(10)
         assert names(features[1]) == [2.1]
         assert features[0].images[0].future.exception(timeout=60)
+        assert not encoder._queue
         gc.disable()
         try:
             assert features[0].error
