@@ -85,13 +85,16 @@ class VisionTower(nn.Module):
         )
 
     @torch.inference_mode()
-    def forward(self, views: Sequence[View | Tensor]) -> Tensor:
+    def forward(
+        self, views: Sequence[View | Tensor], between: Callable[[], None] | None = None
+    ) -> Tensor:
         """Encode views of any sizes to decoder embeddings [T', out_width].
 
         views: as images have them; or bytes, uint8 [height, width, 3]; or normalised pixels, fp32,
         bf16 or fp16 [3, height, width]. They may be on any device.
         The result has each view's tokens in the order of the views, row-major within a view.
-        Raises ValueError for views that `grids` refuses.
+        `between` is called after each block has been launched, where the caller may pause; the
+        tower then runs without a CUDA graph. Raises ValueError for views that `grids` refuses.
         """
         view_grids = self.grids(views)
         if not view_grids:
@@ -106,9 +109,9 @@ class VisionTower(nn.Module):
         patches = spanned("vision pack", self.patches)(views)
         impls = self.impl.values()
         body = partial(self.encode, grids=grids)
-        graph = self.graphs.find((grids, *impls), body, patches, impls)
+        graph = None if between else self.graphs.find((grids, *impls), body, patches, impls)
         if graph is None:
-            return self.encode(patches, grids, out, rows)
+            return self.encode(patches, grids, out, rows, between)
         features = graph(patches)
         if out is None or rows is None:
             return features.clone()
@@ -160,10 +163,12 @@ class VisionTower(nn.Module):
         grids: Sequence[Grid],
         out: Tensor | None = None,
         rows: Tensor | None = None,
+        between: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Tower and projector on packed patches; `out` and `rows` as in `kernels.projector`."""
+        """Tower and projector on packed patches; `out` and `rows` as in `kernels.projector`,
+        `between` as in `forward`."""
         return projector(
-            self.tower(patches, grids),
+            self.tower(patches, grids, between),
             grids,
             self.downsampler1,
             self.bias1,
@@ -176,7 +181,12 @@ class VisionTower(nn.Module):
             impl=self.impl["projector"],
         )
 
-    def tower(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def tower(
+        self,
+        patches: Tensor,
+        grids: Sequence[Grid],
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Embedding, ln_pre and the blocks on packed patches: [T, width].
 
         Each sub-layer's LayerScale and residual sum are folded into the next layer norm.
@@ -193,6 +203,8 @@ class VisionTower(nn.Module):
                     x, self._attention(h, block, grids), block.ls_1, block.ln_2
                 )
                 last = self._mlp(h, block), block.ls_2
+            if between:
+                between()
         assert last is not None, "the tower has no blocks; VisionConfig.layers must be at least 1"
         branch, gamma = last
         return x + branch * gamma
