@@ -27,16 +27,20 @@ from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Group, Sampling
 from pacore_sched.sim.calibration import FittedCost, fit
 from pacore_sched.sim.cost_model import StepShape, StepWork
-from pacore_sched.sim.simulator import Record, Replica, step_shape
+from pacore_sched.sim.executor import step_shape
+from pacore_sched.sim.simulator import Record, Replica
 from pacore_sched.sim.workload import SimProblem, Workload
 
 KV_TOKENS, TOKEN_BUDGET = 24_576, 512
 # The workload that is judged, and those that the cost model is fitted to: they share nothing.
-JUDGED = Workload("judged", 8, (8,), 60, 0, 40, max_tokens=200)
+JUDGED = Workload("judged", 8, (8,), 60, (), 40, max_tokens=200)
 FITTED = (
-    (Workload("fitted wide", 5, (12,), 40, 0, 90, max_tokens=120), Setup("later-round-first", ALL)),
-    (Workload("fitted narrow", 3, (5,), 50, 0, 25, max_tokens=120), Setup("fcfs", 10)),
-    (Workload("fitted alone", 3, (4,), 40, 0, 60, max_tokens=120), Setup("one-at-a-time", ALL)),
+    (
+        Workload("fitted wide", 5, (12,), 40, (), 90, max_tokens=120),
+        Setup("later-round-first", ALL),
+    ),
+    (Workload("fitted narrow", 3, (5,), 50, (), 25, max_tokens=120), Setup("fcfs", 10)),
+    (Workload("fitted alone", 3, (4,), 40, (), 60, max_tokens=120), Setup("one-at-a-time", ALL)),
 )
 JUDGED_SETUPS = [setup for setup in SETUPS if not setup.speculate]
 SAMPLES = list[tuple[StepShape, float]]

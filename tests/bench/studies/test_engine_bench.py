@@ -42,8 +42,8 @@ def test_packing(tiny: Step3VL):
 def test_replay(tiny: Step3VL):
     """Engine and simulator take the same steps under every policy: they share the scheduler. The
     cost model is fitted to other problems than those that it is judged on."""
-    judged = Workload("judged", 3, (3,), 12, 0, 20, max_tokens=30)
-    fitted = [(Workload("fitted", 2, (4,), 8, 0, 30, max_tokens=20), SETUPS[1])]
+    judged = Workload("judged", 3, (3,), 12, (), 20, max_tokens=30)
+    fitted = [(Workload("fitted", 2, (4,), 8, (), 30, max_tokens=20), SETUPS[1])]
     rows = replay.validate(tiny, judged, fitted, SETUPS)
     for row in rows:
         assert row["steps"] == row["steps_simulated"] > 0

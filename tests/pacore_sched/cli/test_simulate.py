@@ -165,7 +165,7 @@ def test_gains():
         (("--workload", "nowhere"), "neither a trace file nor one of vqa"),
         (("--workload", "nowhere.csv"), "nowhere.csv: No such file"),
         (("--policy", "lifo"), "unknown policy 'lifo'"),
-        (("--gpu", "b200"), "unknown GPU 'b200'"),
+        (("--gpu", "b300"), "unknown GPU 'b300'"),
         (("--model", "llama"), "unknown preset 'llama'"),
         (("--gpus", "1000000"), "--gpus: '1000000' is not an integer from 1 to 4,096"),
         (("--problems", "200000", "--workload", "vqa"), "make 17,000,000 rollouts"),

@@ -148,8 +148,8 @@ def test_measured_rows_replace_assumptions(tmp_path):
 
 def test_bad_machines_are_named(tmp_path):
     """An error that does not name the unknown GPU or the invalid line."""
-    with pytest.raises(InputError, match="unknown GPU 'b200'.*h200"):
-        find_machine("b200", tmp_path)
+    with pytest.raises(InputError, match="unknown GPU 'b300'.*h200"):
+        find_machine("b300", tmp_path)
     (tmp_path / "h200").mkdir()
     (tmp_path / "h200" / "rows.jsonl").write_text('{"op": "x"}\nnonsense\n')
     with pytest.raises(InputError, match=r"rows\.jsonl:2"):

@@ -15,8 +15,9 @@ from pacore_sched.sched.request import Batch, Chunk, Group, Rollout, Sampling, S
 from pacore_sched.sched.scheduler import Scheduler
 from pacore_sched.sim.cluster import Setting, simulate
 from pacore_sched.sim.cost_model import RooflineCost, StepShape, StepWork
+from pacore_sched.sim.executor import SimExecutor, step_shape
 from pacore_sched.sim.machine import Machine
-from pacore_sched.sim.simulator import Replica, SimExecutor, step_shape
+from pacore_sched.sim.simulator import Replica
 from pacore_sched.sim.workload import SimProblem
 
 # Slow enough that overhead, bytes and FLOPs are all significant at these sizes.
