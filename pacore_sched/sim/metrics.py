@@ -31,7 +31,7 @@ Closed loop:
     concurrency       problems in progress: the next is submitted when one is answered
 Single rollouts, as a server sees them:
     requests_per_s    answered, per second of makespan
-    ttft_p50_s, ttft_p99_s
+    request_ttft_*_s  a request's first token minus its arrival; mean, percentiles
     itl_p99_s         inter-token latency: a token of a rollout minus the one before it; between
                       events the mean
 Images:
@@ -203,10 +203,11 @@ def _has_images(result: SimResult) -> bool:
 
 def _of_single_rollouts(result: SimResult, makespan: float) -> dict:
     started = [record for record in result.records if record.first_s < float("inf")]
-    ttft = [record.first_s - record.submitted_s for record in started]
+    ttft = [record.first_s - result.arrivals[record.problem] for record in started]
     return {
         "requests_per_s": len(result.problems) / makespan,
-        **{f"ttft_p{p}_s": float(np.percentile(ttft, p)) for p in (50, 99)},
+        "request_ttft_mean_s": _mean(ttft),
+        **{f"request_ttft_p{p}_s": float(np.percentile(ttft, p)) for p in (50, 99)},
         "itl_p99_s": _itl_s(result, "gap_s", 99),
     }
 

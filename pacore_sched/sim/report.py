@@ -14,9 +14,9 @@ KEYS = ("workload", "sigma_w", "policy", "gpus", "shared_reads", "kv_dtype")
 OPTIONAL_KEYS = ("migrate", "vision_budget", "concurrency")  # that only some rows have
 REQUESTS: tuple[Column, ...] = (
     ("requests/s", "requests_per_s", 1, ".2f"),
-    ("TTFT ms", "ttft_mean_s", 1e3, ",.0f"),
-    ("p50", "ttft_p50_s", 1e3, ",.0f"),
-    ("p99", "ttft_p99_s", 1e3, ",.0f"),
+    ("TTFT ms", "request_ttft_mean_s", 1e3, ",.0f"),
+    ("p50", "request_ttft_p50_s", 1e3, ",.0f"),
+    ("p99", "request_ttft_p99_s", 1e3, ",.0f"),
     ("TPOT ms", "tpot_mean_s", 1e3, ".1f"),
     ("ITL p99 ms", "itl_p99_s", 1e3, ".1f"),
     ("without the tower", "itl_alone_p99_s", 1e3, ".1f"),
