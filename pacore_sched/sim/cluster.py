@@ -269,11 +269,9 @@ class Cluster:
 
     def _answered(self, problem: int, seconds: float) -> None:
         self.result.answered_s[problem] = seconds
-        if self.submitted < len(self.queue):
+        if self.submitted < len(self.queue):  # at once taken here, if not elsewhere
             self.arrivals[self.queue[self.submitted]] = seconds
             self.submitted += 1
-            for index, replica in enumerate(self.replicas):
-                self._schedule(index, max(seconds, replica.executor.clock))
         if self.tail:
             self.tail.forget(problem)
         self.on_answer(1)

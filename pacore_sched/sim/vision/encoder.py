@@ -16,7 +16,7 @@ from pacore_sched.sim.machine import Machine
 from pacore_sched.sim.vision.cost import VisionCost
 from pacore_sched.sim.workload import Photo
 
-BATCH_PATCHES = 16_384  # of a call of the tower: the engine's default
+MAX_PATCHES = 16_384  # of a batch: the engine's default on a GPU
 Job = tuple[int, int]  # a problem and the number of one of its images
 
 
@@ -25,18 +25,26 @@ class SimEncoder:
 
     slowdown: how many times longer a step may take while images are encoded. With inf, a step waits
         until the batch of views that is being encoded is complete.
+    max_patches: of a batch; 0: each image is a batch
     """
 
-    def __init__(self, cost: VisionCost, machine: Machine, slowdown: float) -> None:
+    def __init__(
+        self,
+        cost: VisionCost,
+        machine: Machine,
+        slowdown: float,
+        max_patches: int = MAX_PATCHES,
+    ) -> None:
         self.cost, self.machine, self.slowdown = cost, machine, slowdown
+        self._whole_images = not max_patches
         self._workers = [0.0] * machine.host_workers  # a heap: when each has nothing left to do
         # A heap of images that are not yet on the device: (time of arrival, number, job, views).
         self._coming: list[tuple[float, int, Job, tuple[int, ...]]] = []
         self._numbers = count()
-        self._queue: ViewQueue[Job] = ViewQueue(BATCH_PATCHES)
+        self._queue: ViewQueue[Job] = ViewQueue(max(1, max_patches))
         self._batch: list[tuple[Job, int, int]] = []  # in the tower: views [start, stop) of jobs
         self._batch_s = 0.0  # that the batch still takes
-        self._views: dict[Job, tuple[int, ...]] = {}  # of images that are being encoded
+        self._views: dict[Job, tuple[int, ...]] = {}  # patches of each view on the device
         self._left: dict[int, int] = {}  # problem -> views that are not yet encoded
 
     def submit(self, problem: int, photos: Sequence[Photo], clock: float) -> Callable[[], bool]:
@@ -83,9 +91,8 @@ class SimEncoder:
         self._receive(clock)
         if not self._batch and self._queue:
             self._batch = self._queue.next()
-            self._batch_s = self.cost.seconds(
-                [n for job, start, stop in self._batch for n in self._views[job][start:stop]]
-            )
+            views = [n for job, start, stop in self._batch for n in self._taken(job, start, stop)]
+            self._batch_s = self.cost.seconds(views)
         return self._batch_s
 
     def run(self, limit: float, clock: float) -> float:
@@ -98,9 +105,7 @@ class SimEncoder:
             self._batch_s -= part
             if not self._batch_s:
                 for job, start, stop in self._batch:
-                    self._left[job[0]] -= stop - start
-                    if stop == len(self._views[job]):
-                        del self._views[job]
+                    self._left[job[0]] -= len(self._taken(job, start, stop))
                 self._batch = []
         return used
 
@@ -108,4 +113,8 @@ class SimEncoder:
         while self._coming and self._coming[0][0] <= clock:
             _, _, job, views = heappop(self._coming)
             self._views[job] = views
-            self._queue.add(job, views)
+            self._queue.add(job, [sum(views)] if self._whole_images else views)
+
+    def _taken(self, job: Job, start: int, stop: int) -> tuple[int, ...]:
+        """The patches of the views that the queue calls `start` to `stop`."""
+        return self._views[job] if self._whole_images else self._views[job][start:stop]

@@ -10,7 +10,7 @@ from model.config import TINY
 from pacore_sched.sched.view_queue import VISION_BUDGETS
 from pacore_sched.sim.cluster import simulate
 from pacore_sched.sim.cost_model import StepShape
-from pacore_sched.sim.metrics import metrics_row
+from pacore_sched.sim.metrics import critical_path_s, metrics_row
 from pacore_sched.sim.simulator import Replica
 from pacore_sched.sim.vision.encoder import SimEncoder
 from pacore_sched.sim.workload import SimProblem, photo_requests
@@ -82,6 +82,18 @@ def test_a_text_only_model_encodes_nothing():
     assert "gpu_tower" not in metrics_row(result, "w", 0)
     plain = simulate([replace(request, photos=()) for request in requests(5)], SMALL)
     assert result.records == plain.records
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+def test_a_text_request_does_not_wait_for_images(share):
+    """A request without images that is only taken when the host or the tower has done its work."""
+    encoded = SMALL.encoder().alone_s(PHOTOS)
+    text = SimProblem(share * encoded, 0, 10, ((1,),))
+    record, _ = sorted(simulate([*requests(1), text], SMALL).records, key=lambda r: -r.problem)
+    assert record.submitted_s == text.arrival_s
+    cost = SMALL.cost_model()
+    alone = cost.seconds(StepShape(9, 0, 9, 9, 45, 1)) + cost.seconds(StepShape(1, 1, 10, 10, 10))
+    assert alone <= record.first_s - record.submitted_s <= 2 * alone * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
@@ -169,6 +181,14 @@ def test_moved_rollouts_encode_their_images_again(monkeypatch):
     tower = sum(usage.tower_s for usage in result.usages)
     overhead = len(encoders) * MACHINE.overhead_s
     assert tower == pytest.approx(len(encoders) * batches, rel=0.05, abs=overhead)
+
+
+def test_critical_path():
+    """A lower bound of the makespan that leaves out the images."""
+    work = requests(1)
+    without = critical_path_s([replace(work[0], photos=())], SMALL)
+    encoded = SMALL.encoder().alone_s(PHOTOS)
+    assert critical_path_s(work, SMALL) == pytest.approx(without + encoded, rel=1e-9)
 
 
 def test_photo_requests():
