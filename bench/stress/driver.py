@@ -49,7 +49,7 @@ class Features:
     def ready(self) -> bool:
         return self.state == "ready"
 
-    def result(self) -> list[int]:
+    def result(self, start: int = 0, stop: int | None = None) -> list[int]:
         expect(self.ready(), "embeddings are read before they are ready")
         return self.values
 

@@ -78,11 +78,12 @@ class VisionTower(nn.Module):
         self._folded = fold(self.downsampler2, self.bias2, self.projector)
 
     @torch.inference_mode()
-    def forward(self, views: Sequence[Tensor]) -> Tensor:
+    def forward(self, views: Sequence[Tensor], between: Callable[[], None] | None = None) -> Tensor:
         """Encode views [3, height, width] of any sizes to decoder embeddings [T', out_width].
 
         The result has each view's tokens in the order of the views, row-major within a view.
-        Raises ValueError for views that `grids` refuses.
+        `between` is called after each block has been launched, where the caller may pause; the
+        tower then runs without a CUDA graph. Raises ValueError for views that `grids` refuses.
         """
         if self._folded is None:
             self.prepare()
@@ -99,9 +100,9 @@ class VisionTower(nn.Module):
         patches = spanned("vision pack", self.patches)(views, grids)
         impls = self.impl.values()
         body = partial(self.encode, grids=grids)
-        graph = self.graphs.find((grids, *impls), body, patches, impls)
+        graph = None if between else self.graphs.find((grids, *impls), body, patches, impls)
         if graph is None:
-            return self.encode(patches, grids, out, rows)
+            return self.encode(patches, grids, out, rows, between)
         features = graph(patches)
         if out is None or rows is None:
             return features.clone()
@@ -158,10 +159,12 @@ class VisionTower(nn.Module):
         grids: Sequence[Grid],
         out: Tensor | None = None,
         rows: Tensor | None = None,
+        between: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Tower and projector on packed patches; `out` and `rows` as in `kernels.projector`."""
+        """Tower and projector on packed patches; `out` and `rows` as in `kernels.projector`,
+        `between` as in `forward`."""
         return projector(
-            self.tower(patches, grids),
+            self.tower(patches, grids, between),
             grids,
             self.downsampler1,
             self.bias1,
@@ -174,7 +177,12 @@ class VisionTower(nn.Module):
             impl=self.impl["projector"],
         )
 
-    def tower(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def tower(
+        self,
+        patches: Tensor,
+        grids: Sequence[Grid],
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Embedding, ln_pre and the blocks on packed patches: [T, width].
 
         Each sub-layer's LayerScale and residual sum are folded into the next layer norm.
@@ -191,6 +199,8 @@ class VisionTower(nn.Module):
                     x, self._attention(h, block, grids), block.ls_1, block.ln_2
                 )
                 last = self._mlp(h, block), block.ls_2
+            if between:
+                between()
         assert last is not None, "the tower has no blocks; VisionConfig.layers must be at least 1"
         branch, gamma = last
         return x + branch * gamma

@@ -27,6 +27,7 @@ from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.request import Sampling
+from pacore_sched.sched.view_queue import DEFAULT_VISION_BUDGET
 
 if TYPE_CHECKING:
     import torch
@@ -155,6 +156,8 @@ def engine_for(
     image_bytes: int | None = None,
     max_running: int = 256,
     share: float | None = None,
+    vision_budget: str = DEFAULT_VISION_BUDGET,
+    vision_batch: int | None = None,
     **options: Unpack[EngineOptions],
 ) -> Engine[ModelExecutor]:
     """An engine for a model.
@@ -165,8 +168,11 @@ def engine_for(
     image_bytes: budget for the image embeddings of unfinished problems; default: 5 % of free memory
     max_running: rollouts that decode at the same time
     share: of the free memory, for that default; see SHARE in engine/kv_memory.py
+    vision_budget: how much encoding images may slow decoding, a name in VISION_BUDGETS
+    vision_batch: patches of images that are encoded together; 0: each image alone; default: 16,384
+        on a GPU, else 0
 
-    Raises InputError if there is not enough memory for the KV.
+    Raises InputError if there is not enough memory for the KV, or for an unknown budget.
     """
     num_pages = cdiv(kv_tokens, PAGE_SIZE) if kv_tokens else None
     if num_pages:
@@ -185,6 +191,8 @@ def engine_for(
         image_bytes=image_bytes,
         keep_images=options.get("prefix_cache", True),
         share=share,
+        vision_budget=vision_budget,
+        vision_batch=vision_batch,
     )
     stopping = Stopping(_Vocabulary(model), model.config.tokens.eos)
     return Engine(executor, stopping, **options)

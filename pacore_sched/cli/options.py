@@ -4,6 +4,7 @@ import argparse
 import os
 from copy import copy
 from dataclasses import fields, replace
+from math import inf
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from pacore_sched.engine.kv_memory import SHARE
 from pacore_sched.engine.stopping import checked_stops
 from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sched.request import Sampling
+from pacore_sched.sched.view_queue import DEFAULT_VISION_BUDGET, VISION_BUDGETS
 
 KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 COUNT, WIDTH = integer(1, 10**9), integer(1, MAX_WIDTH)  # types of options
@@ -117,6 +119,20 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=integer(0, MAX_WIDTH),
         default=0,
         help="draft from sibling rollouts while at most this many rollouts run; default: never",
+    )
+    parser.add_argument(
+        "--vision-budget",
+        choices=VISION_BUDGETS,
+        default=DEFAULT_VISION_BUDGET,
+        help="how much longer decode steps may take while images are encoded:"
+        f" {', '.join(map(_slowdown, VISION_BUDGETS))} (default: {DEFAULT_VISION_BUDGET})",
+    )
+    parser.add_argument(
+        "--vision-batch",
+        type=integer(0, 10**9),
+        metavar="PATCHES",
+        help="encode images of all requests together, up to this many patches; 0: each alone, so"
+        " that its bits do not depend on others; default: 16384 on a GPU, else 0",
     )
     parser.add_argument(
         "--no-prefix-cache",
@@ -224,6 +240,8 @@ def make_engine(
         share=SHARE[model.device.type] / replicas,
         host_pages=options.host_kv_tokens // PAGE_SIZE,
         prefix_cache=not options.no_prefix_cache,
+        vision_budget=options.vision_budget,
+        vision_batch=options.vision_batch,
     )
 
 
@@ -265,6 +283,12 @@ def _temperature(text: str) -> float:
     if 0 < value < 1e-6:
         raise argparse.ArgumentTypeError(f"{text} is neither 0 nor a number from 1e-6 to 1e6")
     return value
+
+
+def _slowdown(budget: str) -> str:
+    """Help text about a vision budget."""
+    times = VISION_BUDGETS[budget]
+    return f"{budget} (any)" if times == inf else f"{budget} ({times:g}x)"
 
 
 def _default_from_model(name: str) -> str:

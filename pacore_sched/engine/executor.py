@@ -43,6 +43,8 @@ from pacore_sched.engine.step_timer import StepEvents, StepStats, StepTimer
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Rollout, SampledTokens, Segment
 from pacore_sched.sched.step_batch import StepBatch
+from pacore_sched.sched.view_queue import DEFAULT_VISION_BUDGET
+from pacore_sched.sched.vision_pace import VisionPace, slowdown_of
 
 if TYPE_CHECKING:
     from model.vision.image import Views
@@ -56,6 +58,7 @@ class PendingStep:
     order: Sequence[int]  # the results' columns, in the order of `batch.sampled`
     scored: Sequence[ScoredRows]  # whose columns follow
     events: StepEvents | None
+    decodes: bool  # whether rollouts decode in it
 
 
 class _PreparedStep(NamedTuple):
@@ -92,10 +95,13 @@ class ModelExecutor:
     image_bytes: budget for the image embeddings of running problems; by default a share of free
         memory (kv_memory.py). Who admits problems keeps to it (answers/pacore.py)
     keep_images: whether embeddings stay for prompts with the same images, while there is room
+    vision_budget: how much encoding images may slow decoding, a name in VISION_BUDGETS
+    vision_batch: patches of images that are encoded together (ImageEncoder's max_patches)
     share: share of free memory for KV and image embeddings, if `num_pages` is not given
     buckets: numbers of rows for which CUDA graphs are captured
 
-    Raises InputError if the KV does not fit in memory, or `image_bytes` is negative.
+    Raises InputError if the KV does not fit in memory, `image_bytes` is negative, or the budget's
+    name is unknown.
     """
 
     def __init__(
@@ -109,10 +115,13 @@ class ModelExecutor:
         min_kv_tokens: int = 1,
         image_bytes: int | None = None,
         keep_images: bool = False,
+        vision_budget: str = DEFAULT_VISION_BUDGET,
+        vision_batch: int | None = None,
         share: float | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
-        self.keep_images = keep_images
+        self.keep_images, self._vision_batch = keep_images, vision_batch
+        self._vision_pace = VisionPace(slowdown_of(vision_budget))
         self.model, self.max_running, self.page_size = model, max_running, PAGE_SIZE
         self.asynchronous = model.device.type == "cuda"
         config, kv_dtype = model.config.decoder, kv_dtype or model.dtype
@@ -175,7 +184,9 @@ class ModelExecutor:
         if self._encoder is None:
             row_bytes = self.model.config.decoder.hidden * self.model.dtype.itemsize
             max_rows = self.image_bytes // row_bytes if self.keep_images else 0
-            self._encoder = ImageEncoder(self.model, max_rows)
+            self._encoder = ImageEncoder(
+                self.model, self._vision_pace, max_rows=max_rows, max_patches=self._vision_batch
+            )
         return self._encoder.encode(views, salt)
 
     def feature_bytes(self, views: Sequence["Views"]) -> int:
@@ -191,6 +202,7 @@ class ModelExecutor:
         self._last_tokens.clear()  # another tree counts its nodes from 0 again
         self._cached_decode = None
         self._on_host.clear()
+        self._vision_pace.idle()
 
     @torch.inference_mode()
     def launch(self, tree: PrefixTree, batch: Batch) -> PendingStep:
@@ -200,7 +212,7 @@ class ModelExecutor:
         first collect this step, and append the verified tokens. Raises what encoding an image of
         the batch raised.
         """
-        with self._timer.host():
+        with self._timer.host(), self._vision_pace.launch(bool(batch.decode)):
             self._move_pages(batch)
             decodes = not batch.chunks and not any(batch.drafts)
             step = (self._prepare_decode if decodes else self._prepare_mixed)(tree, batch)
@@ -209,11 +221,14 @@ class ModelExecutor:
             self.stats.rows += step.rows
             host = torch.empty(results.shape, dtype=results.dtype, pin_memory=results.is_cuda)
             host.copy_(results, non_blocking=True)
-            return PendingStep(host, step.order, step.scored, self._timer.copied(events))
+            events = self._timer.copied(events)
+            return PendingStep(host, step.order, step.scored, events, bool(batch.decode))
 
     def collect(self, pending: PendingStep) -> SampledTokens:
         """Wait for a step; returns what it has sampled, and fills in its prompts' scores."""
         self._timer.wait(pending.events)
+        if pending.decodes:
+            self._vision_pace.step_ended()
         results, stop = pending.results, len(pending.order)
         tokens, logprobs, top = unpacked_results(results[:, :stop])
         for rows in pending.scored:
@@ -339,7 +354,7 @@ class ModelExecutor:
         )
         placeholders = tensors["placeholders"].split([len(image.rows) for image in rows.images])
         images = [
-            (rows_of_image, image.features.result()[image.first : image.first + len(image.rows)])
+            (rows_of_image, image.features.result(image.first, image.first + len(image.rows)))
             for image, rows_of_image in zip(rows.images, placeholders, strict=True)
         ]
         hidden = model.decoder(model.decoder.embed(ids, images), step, self.cache)

@@ -33,8 +33,8 @@ class ImageFeatures(Protocol):
     def contents(self) -> Sequence[int]:
         """As of Features."""
 
-    def result(self) -> Any:
-        """A tensor [count, hidden]; opaque here."""
+    def result(self, start: int = 0, stop: int | None = None) -> Any:
+        """Rows [start, stop) of a tensor [count, hidden]; opaque here."""
 
 
 @dataclass(eq=False)

@@ -49,6 +49,20 @@ def test_views_in_one_batch(tiny: Step3VL, impl: str):
         assert vision([]).shape == (0, TINY.decoder.hidden)
 
 
+def test_a_caller_may_pause_between_blocks(tiny: Step3VL):
+    """A tower that never offers a pause, or computes something else with it; a CUDA graph, which
+    cannot pause."""
+    vision, pauses, graphs = tiny.vision, [], []
+    vision.graphs.find = lambda *args: graphs.append(args)
+    try:
+        views = [torch.randn(3, side, side) for side in (112, 168)]
+        paused = vision(views, between=lambda: pauses.append(None))
+        assert len(pauses) == VISION.layers and not graphs
+        assert torch.equal(paused, vision(views)) and graphs
+    finally:
+        del vision.graphs.find
+
+
 @pytest.mark.judge
 @pytest.mark.parametrize("side", [VISION.image_size, VISION.crop_size])
 def test_blocks_against_timm(tiny: Step3VL, side: int):

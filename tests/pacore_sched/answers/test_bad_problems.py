@@ -17,7 +17,6 @@ from pacore_sched.answers.live import Answer
 from pacore_sched.answers.pacore import Pacore
 from pacore_sched.answers.problem_run import Problem
 from pacore_sched.answers.rounds import SynthesisTemplate
-from pacore_sched.engine.image_encoder import ImageEncoder
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Rollout, SampledTokens
 from tests.pacore_sched.answers.hashed_pacore import (
@@ -262,34 +261,6 @@ def test_an_answer_keeps_the_rounds_that_ended(stage: str, monkeypatch: pytest.M
     assert [len(round_.rollouts) for round_ in answer.rounds] == [3]
     with pytest.raises(InputError, match="unexpected TypeError: no text"):
         Stages(monkeypatch, "prompt", TypeError("no text")).pacore.answer(stages.problem.messages)
-
-
-def test_images_of_a_failed_problem_are_not_encoded():
-    """Images of problems that failed, which keep others waiting for the tower."""
-    begun, go = threading.Event(), threading.Event()
-    encoded = []
-
-    def encode(views: list[SimpleNamespace]) -> torch.Tensor:
-        begun.set()
-        assert go.wait(60)
-        encoded.append(views[0].name)
-        return torch.zeros(1)
-
-    encoder = ImageEncoder(
-        SimpleNamespace(device=torch.device("cpu"), count_features=len, encode_images=encode)
-    )
-    first, second, third = (
-        encoder.encode([SimpleNamespace(name=name, digest=b"")])
-        for name in ("first", "second", "third")
-    )
-    assert begun.wait(60)
-    first.release()  # too late
-    second.release()
-    go.set()
-    third.result()
-    encoder.close()
-    assert encoded == ["first", "third"]
-    assert (first.error, second.error) == (None, None)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Chunk, Group, Rollout, Sampling, Segment
+from tests.support.errors import max_error
 
 PROMPT = [*range(1, 71)]  # ends inside its second page
 OTHER = [*range(30, 45)]
@@ -345,7 +346,7 @@ def test_images(tiny: Step3VL):
 
 def test_the_decoder_gets_the_same_rows(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
     """`forward`, `generate` and the engine feed the decoder the same rows: two prompts in one step,
-    in chunks."""
+    in chunks. The engine encodes each image alone, the others those of a prompt together."""
     prompts_with_images = [image_prompt(tiny) for _ in range(2)]
     placeholder_id = tiny.config.tokens.im_patch
     seen, decoder = [], tiny.decoder.forward
@@ -359,10 +360,13 @@ def test_the_decoder_gets_the_same_rows(tiny: Step3VL, monkeypatch: pytest.Monke
     for images, ids in prompts_with_images:
         tiny(ids, images)
         tiny.generate(ids, images, max_tokens=1)
-        prompts.append(seen[-1])
+        prompts.append(seen[-1].clone())
         assert torch.equal(seen[-2], seen[-1])
         patches = torch.tensor(ids) == placeholder_id
         assert torch.equal(prompts[-1][patches], tiny.encode_images(images))
+        alone = torch.cat([tiny.vision(image.all) for image in images])
+        assert max_error(prompts[-1][patches], alone) < 1e-5
+        prompts[-1][patches] = alone
         text = torch.tensor(ids)[~patches]
         assert torch.equal(prompts[-1][~patches], tiny.decoder.embed(text))
     cut = prompts_with_images[0][1].index(placeholder_id) + 3  # within a crop
@@ -384,14 +388,14 @@ def test_encoding_while_decoding(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch)
     image = preprocess(load_image(Image.new("RGB", (40, 50))), tiny.config.vision)
     go = threading.Event()
 
-    def fail(views: object) -> None:
+    def fail(views: object, between: object) -> None:
         assert go.wait(30)
         raise RuntimeError("no memory for the image")
 
     with ModelExecutor(tiny, num_pages=40, max_running=4) as executor:
         engine = ManualEngine(tiny)
         engine.executor = executor
-        monkeypatch.setattr(tiny, "encode_images", fail)
+        monkeypatch.setattr(tiny.vision, "forward", fail)
         features = executor.encode([image])
         segment = executor.segment([tiny.config.tokens.im_patch] * features.count, features)
         assert not segment.ready() and features.error is None
