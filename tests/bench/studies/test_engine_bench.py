@@ -55,10 +55,12 @@ def test_replay(tiny: Step3VL):
     show.replay(rows)
 
 
-def test_replay_of_photos(tiny: Step3VL):
+def test_replay_of_photos(tiny: Step3VL, monkeypatch):
     """Requests that are not all answered, errors of other figures than shown, or a cost model that
     is fitted to the photos that it is judged on."""
     fitted = [(Workload("fitted", 2, (4,), 8, (), 30, max_tokens=20), SETUPS[1])]
+    assert replay.PHOTO_SIZE not in replay.FITTED_SIZES
+    monkeypatch.setattr(replay, "FITTED_SIZES", ((640, 480), (728, 800)))
     row = replay.validate_photos(tiny, 2, fitted, repeats=1)
     for name in ("makespan", "tta_mean", "ttft_mean"):
         assert row[f"{name}_s"] > 0 and row[f"{name}_simulated_s"] > 0
@@ -66,7 +68,6 @@ def test_replay_of_photos(tiny: Step3VL):
     assert row["makespan_simulated_s"] >= row["tta_mean_simulated_s"]
     assert row["ttft_error"] == pytest.approx(row["ttft_mean_simulated_s"] / row["ttft_mean_s"] - 1)
     assert row["steps"] > 0 and row["steps_simulated"] > 0
-    assert replay.PHOTO_SIZE not in replay.FITTED_SIZES
     show.replay([row])
 
 

@@ -112,6 +112,7 @@ def test_images_one_at_a_time():
     while not ready():
         batches.append(encoder.run(encoder.batch_s(1.0), 1.0))
     assert sorted(batches) == [0.5 + 1, 0.5 + 5]
+    assert encoder.quiet_until(1.0) == inf
 
 
 @pytest.mark.parametrize(("slowdown", "spent"), [(1.25, 0.2), (2.0, 0.8), (inf, 8.5)])
