@@ -42,8 +42,8 @@ REPLICAS, WIDTH, MAX_TOKENS = 2, 8, 1024
 MEAN_TOKENS = 150  # of the judged problems
 # The cost model is fitted to runs with full batches, and to runs with few rollouts.
 FITTED = (
-    Workload("full", 10, (WIDTH,), 90, 0, 0, max_tokens=MAX_TOKENS),
-    Workload("few", 3, (WIDTH,), 120, 0, 0, max_tokens=MAX_TOKENS),
+    Workload("full", 10, (WIDTH,), 90, (), 0, max_tokens=MAX_TOKENS),
+    Workload("few", 3, (WIDTH,), 120, (), 0, max_tokens=MAX_TOKENS),
 )
 FIRST_FITTED = 1_000_000  # problems of the fitted runs are numbered from here
 FORMS = {"without moves": False, "with moves": True}
@@ -82,7 +82,7 @@ def run(model: str, problems: int, repeats: int, *, migrate: bool) -> Iterator[d
     if usable_cpus() < REPLICAS:
         raise InputError(f"replay needs {REPLICAS} cores, and this process may use only one")
     loaded = Step3VL.from_preset(model)
-    workload = Workload("judged", problems, (WIDTH,), MEAN_TOKENS, 0, 0, max_tokens=MAX_TOKENS)
+    workload = Workload("judged", problems, (WIDTH,), MEAN_TOKENS, (), 0, max_tokens=MAX_TOKENS)
     judged = pinned(loaded, workload, 0, 0)
     fitted = [pinned(loaded, w, 1, FIRST_FITTED * n) for n, w in enumerate(FITTED, 1)]
     forms = {form: moves for form, moves in FORMS.items() if migrate or not moves}

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from model.terminal import integer, progress, real, stop_signals, track
 from model.text.files import check_target
 from pacore_sched.answers.rounds import MAX_WIDTH, parse_widths, round_widths
 from pacore_sched.sched.policy import POLICIES
+from pacore_sched.sched.view_queue import DEFAULT_VISION_BUDGET, VISION_BUDGETS
 from pacore_sched.sim import plots
 from pacore_sched.sim.cluster import Setting, simulate
 from pacore_sched.sim.cost_model import KV_DTYPES
@@ -41,10 +42,15 @@ from pacore_sched.sim.workload import (
     bursty_arrivals,
     chat_requests,
     find_workload,
+    photo_requests,
     poisson_arrivals,
 )
 
-CHAT, CHAT_REQUESTS = "deepseek-r1", 2000
+# Workloads of single requests: their numbers, and what draws them.
+REQUESTS: dict[str, tuple[int, Callable[[int, int, Sequence[float]], list[SimProblem]]]] = {
+    "deepseek-r1": (2000, chat_requests),
+    "photos-720p": (1000, photo_requests),
+}
 BINS = 400  # per timeline
 MAX_ROLLOUTS = 10**7  # of one workload, over all seeds: 0.4 GB, and days of simulation
 ARRIVALS = {"poisson": poisson_arrivals, "bursty": bursty_arrivals}
@@ -65,7 +71,7 @@ class SimRun:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `simulate`."""
     add = parser.add_argument
-    names = ", ".join([*WORKLOADS, CHAT])
+    names = ", ".join([*WORKLOADS, *REQUESTS])
     add("--workload", default="all", help=f"{names}, all, or a trace: Azure .csv, Mooncake .jsonl")
     add("--policy", nargs="+", default=["all"], help=f"all, or some of {', '.join(POLICIES)}")
     add("--model", default="step3-vl-10b", help="preset whose shapes are simulated")
@@ -110,12 +116,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.02,
         help="arriving problems per second and GPU",
     )
+    add(
+        "--concurrency",
+        type=integer(1, 10**6),
+        help="submit a problem when one of this many is answered; default: see --arrivals",
+    )
     add("--slo", type=real(1e-9, 1e9), help="time limit for an answer in minutes; adds goodput")
     add(
         "--shared-reads",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="read the KV that rollouts share once per step, not once per rollout",
+    )
+    add(
+        "--vision-budget",
+        choices=list(VISION_BUDGETS),
+        default=DEFAULT_VISION_BUDGET,
+        help="how much encoding images may slow decoding",
     )
     add("--kv", choices=KV_DTYPES, default="bf16", help="dtype of KV")
     add("--compare", action="store_true", help="also run without shared reads and with FP8 KV")
@@ -225,6 +242,8 @@ def _runs(options: argparse.Namespace) -> Iterator[SimRun]:
         max_tokens=options.max_tokens,
         need_share=options.need,
         migrate=options.migrate,
+        vision_budget=options.vision_budget,
+        concurrency=options.concurrency,
     )
     settings = [base]
     if options.compare:
@@ -244,12 +263,13 @@ def _workloads(
 ) -> Iterator[tuple[str, float | None, int, Sequence[SimProblem]]]:
     """Yields (name, sigma_w, seed, problems) for all of --workload, --sigma-w and --seeds."""
     name, seeds = options.workload, range(options.seeds)
-    if name == CHAT:
-        count = options.problems or CHAT_REQUESTS
+    if name in REQUESTS:
+        default, draw = REQUESTS[name]
+        count = options.problems or default
         _check_size(options, count, ())
         for seed in seeds:
             arrivals = _arrivals(options, count, seed) or [0.0] * count
-            yield name, None, seed, chat_requests(count, seed, arrivals)
+            yield name, None, seed, draw(count, seed, arrivals)
     elif name == "all" or name in WORKLOADS:
         workloads = [_workload(options, each) for each in (WORKLOADS if name == "all" else [name])]
         for workload in workloads:
@@ -269,7 +289,7 @@ def _workloads(
                 problems = trace_problems(requests, widths, sigma_w, seed, options.max_tokens)
                 yield Path(name).name, sigma_w, seed, problems
     else:
-        known = ", ".join([*WORKLOADS, CHAT, "all"])
+        known = ", ".join([*WORKLOADS, *REQUESTS, "all"])
         raise InputError(f"workload {name!r} is neither a trace file nor one of {known}")
 
 
@@ -297,6 +317,8 @@ def _check(options: argparse.Namespace) -> None:
             raise InputError(f"unknown policy {policy!r}; choose from {known}")
     if options.token_budget < options.max_running:
         raise InputError("--token-budget must be at least --max-running")
+    if options.concurrency and options.arrivals != "all-at-once":
+        raise InputError("--concurrency and --arrivals exclude each other")
 
 
 def _check_size(options: argparse.Namespace, problems: int, widths: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch
 from pacore_sched.sim.calibration import FittedCost, fit
 from pacore_sched.sim.cost_model import StepShape, StepWork
-from pacore_sched.sim.simulator import step_shape
+from pacore_sched.sim.executor import step_shape
 
 SAMPLES = 256  # of the latest steps, to which the cost model is fitted
 EVERY = 8  # one of so many steps is sampled: the shape of a batch of hundreds takes 0.1 ms

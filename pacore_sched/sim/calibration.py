@@ -1,9 +1,10 @@
-"""A cost model fitted to measured steps, for machines without a good roofline, such as a CPU.
+"""Cost models fitted to measured steps, for machines without a good roofline, such as a CPU.
 
 Seconds of a step = a rising piecewise linear function of its rows + a constant for each sampled
 row, token of KV read, pair of query and key, and segment; fitted to samples of (shape, seconds).
 Segments count because attention on a CPU runs one matrix product per node length: eight prompts of
 different lengths cost more than one that is eight times as long.
+Seconds of the vision tower = a constant for each call, patch and pair of patches of a view.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pacore_sched.sim.cost_model import StepShape, StepWork
+from pacore_sched.sim.vision.cost import VisionWork
 
 MAX_KNOTS = 20  # of the piecewise linear function
 ROUNDS = 6  # of reweighted fitting: enough for predictions to converge
@@ -57,23 +59,52 @@ def fit(
     No coefficient is negative, and a step with more rows never takes less time. Raises ValueError
     without samples, and for one that is not above 0 seconds.
     """
-    if not samples or any(seconds <= 0 for _, seconds in samples):
-        raise ValueError("a cost model needs samples, all of more than 0 seconds")
-    shapes = [shape for shape, _ in samples]
-    seconds = np.array([seconds for _, seconds in samples])
+    shapes, seconds = [shape for shape, _ in samples], _seconds(samples)
     rows = np.array([shape.rows for shape in shapes], dtype=float)
     knots = _knots(rows)
     reads = [s.kv_read if shared_reads else s.kv_read_unshared for s in shapes]
     others = [(s.sampled, read, s.pairs, s.segments) for s, read in zip(shapes, reads, strict=True)]
     columns = np.hstack([_ramps(rows, knots), np.array(others, dtype=float)])
-    predicted = seconds
-    for _ in range(ROUNDS):
-        weights = nonnegative_least_squares(columns / predicted[:, None], seconds / predicted)
-        predicted = np.maximum(columns @ weights, seconds.min())
+    weights = _fitted_weights(columns, seconds)
     heights = np.cumsum(weights[: len(knots)])
     points = tuple(int(knot) for knot in knots), tuple(heights.tolist())
     sampled, kv_token, pair, segment = weights[len(knots) :].tolist()
     return FittedCost(work, *points, sampled, kv_token, pair, segment, shared_reads)
+
+
+@dataclass(frozen=True)
+class FittedVision:
+    """A VisionCost fitted to measured calls of a tower and its projector."""
+
+    work: VisionWork
+    per_call: float
+    per_patch: float
+    per_pair: float
+
+    def seconds(self, views: Sequence[int]) -> float:
+        """As VisionCost.seconds."""
+        return self.per_call + sum(n * (self.per_patch + n * self.per_pair) for n in views)
+
+
+def fit_vision(samples: Sequence[tuple[Sequence[int], float]], work: VisionWork) -> FittedVision:
+    """The cost model of (patches of each view, seconds) with the smallest errors, as in `fit`."""
+    columns = [(1, sum(views), sum(n * n for n in views)) for views, _ in samples]
+    weights = _fitted_weights(np.array(columns, dtype=float), _seconds(samples))
+    return FittedVision(work, *weights.tolist())
+
+
+def _seconds(samples: Sequence[tuple[object, float]]) -> np.ndarray:
+    if not samples or any(seconds <= 0 for _, seconds in samples):
+        raise ValueError("a cost model needs samples, all of more than 0 seconds")
+    return np.array([seconds for _, seconds in samples])
+
+
+def _fitted_weights(columns: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    predicted = seconds
+    for _ in range(ROUNDS):
+        weights = nonnegative_least_squares(columns / predicted[:, None], seconds / predicted)
+        predicted = np.maximum(columns @ weights, seconds.min())
+    return weights
 
 
 def nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:

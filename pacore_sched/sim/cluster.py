@@ -19,17 +19,21 @@ from model.config import STEP3_VL_10B, Config
 from model.errors import InputError
 from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sched.queue_load import QueueLoad
+from pacore_sched.sched.view_queue import DEFAULT_VISION_BUDGET, VISION_BUDGETS
 from pacore_sched.sim.cost_model import CostModel, RooflineCost, StepWork, kv_capacity
+from pacore_sched.sim.executor import Usage
 from pacore_sched.sim.machine import MACHINES, Machine
 from pacore_sched.sim.replica_state import ReplicaState, replica_state
-from pacore_sched.sim.simulator import Record, Replica, Usage
+from pacore_sched.sim.simulator import Record, Replica
 from pacore_sched.sim.tail_moves import TailMoves
+from pacore_sched.sim.vision.cost import RooflineVision, VisionCost, VisionWork
+from pacore_sched.sim.vision.encoder import SimEncoder
 from pacore_sched.sim.workload import MAX_TOKENS, SimProblem
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The simulated system. `num_pages` and `cost` are derived from the machine if None."""
+    """The simulated system. `num_pages` and the costs are derived from the machine if None."""
 
     policy: str = "later-round-first"
     gpus: int = 1
@@ -44,8 +48,11 @@ class Setting:
     need_share: float = 1.0
     migrate: bool = True  # whether rollouts may move to other GPUs
     move_period_s: float = 1.0  # at most one decision about moves per period
+    vision_budget: str = DEFAULT_VISION_BUDGET
+    concurrency: int | None = None  # submit a problem when one of this many is answered
     num_pages: int | None = None
     cost: CostModel | None = None
+    vision_cost: VisionCost | None = None
 
     def pages(self) -> int:
         """KV pages of one GPU. Raises InputError if the weights leave no room for KV."""
@@ -63,10 +70,19 @@ class Setting:
         work = StepWork(self.config.decoder, self.kv_dtype)
         return self.cost or RooflineCost(work, self.machine, self.shared_reads)
 
+    def encoder(self) -> SimEncoder | None:
+        """What encodes the images on one GPU; None if the model takes none."""
+        if self.config.vision is None:
+            return None
+        work = VisionWork(self.config.vision, self.config.decoder.hidden)
+        cost = self.vision_cost or RooflineVision(work, self.machine)
+        return SimEncoder(cost, self.machine, VISION_BUDGETS[self.vision_budget])
+
 
 @dataclass
 class SimResult:
-    """The result of a run: a record per rollout, a usage per GPU, and when problems ended."""
+    """The result of a run: a record per rollout, a usage per GPU, and when problems arrived (with
+    `Setting.concurrency`, others than asked for) and ended."""
 
     setting: Setting
     problems: Sequence[SimProblem]
@@ -79,6 +95,10 @@ class SimResult:
     prefix_hit_tokens: int = 0
     moved_rollouts: int = 0
     moved_tokens: int = 0  # that moved rollouts had: they are written again, after their prompts
+    arrivals: list[float] = field(init=False)  # per problem
+
+    def __post_init__(self) -> None:
+        self.arrivals = [problem.arrival_s for problem in self.problems]
 
 
 def simulate(
@@ -118,8 +138,10 @@ class Cluster:
     ) -> None:
         self.problems, self.setting, self.result = problems, setting, result
         self.on_answer = on_answer
-        order = sorted(range(len(problems)), key=lambda number: problems[number].arrival_s)
-        self.queue = [(number, problems[number]) for number in order]
+        self.arrivals = result.arrivals
+        self.submitted = min(setting.concurrency or len(problems), len(problems))
+        self.arrivals[self.submitted :] = [inf] * (len(problems) - self.submitted)
+        self.queue = sorted(range(len(problems)), key=self.arrivals.__getitem__)
         self.taken = 0
         self.replicas = [self._replica(index) for index in range(setting.gpus)]
         # When each replica runs next, and a heap of these times that also has outdated entries.
@@ -179,16 +201,20 @@ class Cluster:
             on_round=lambda records: self._round_ended(index, records),
             on_answer=self._answered,
             on_end=lambda record: self._rollout_ended(index, record),
+            encoder=setting.encoder(),
         )
         return replica
 
     def _queue_is_empty(self, clock: float) -> bool:
-        return self.taken == len(self.queue) or self.queue[self.taken][1].arrival_s > clock
+        return self._next_arrival() > clock
+
+    def _next_arrival(self) -> float:
+        return self.arrivals[self.queue[self.taken]] if self.taken < len(self.queue) else inf
 
     def _ahead(self, clock: float) -> bool:
         """Whether more problems wait in the queue than there are replicas."""
         last = self.taken + len(self.replicas)
-        return last < len(self.queue) and self.queue[last][1].arrival_s <= clock
+        return last < len(self.queue) and self.arrivals[self.queue[last]] <= clock
 
     def _takes(self, index: int, *, ahead: bool) -> bool:
         load = QueueLoad.of(self.replicas[index].scheduler)
@@ -199,12 +225,12 @@ class Cluster:
         replica = self.replicas[index]
         clock = replica.executor.clock
         while not self._queue_is_empty(clock) and self._takes(index, ahead=self._ahead(clock)):
-            number, problem = self.queue[self.taken]
-            replica.submit(number, problem)
+            number = self.queue[self.taken]
+            replica.submit(number, self.problems[number])
             self.homes[number] = index
             self.taken += 1
             self._touch(index)
-        return self.queue[self.taken][1].arrival_s if self.taken < len(self.queue) else inf
+        return self._next_arrival()
 
     def _schedule(self, index: int, time: float) -> None:
         """Run a replica at a time, or earlier if it is due earlier."""
@@ -243,6 +269,9 @@ class Cluster:
 
     def _answered(self, problem: int, seconds: float) -> None:
         self.result.answered_s[problem] = seconds
+        if self.submitted < len(self.queue):  # at once taken here, if not elsewhere
+            self.arrivals[self.queue[self.submitted]] = seconds
+            self.submitted += 1
         if self.tail:
             self.tail.forget(problem)
         self.on_answer(1)
@@ -261,8 +290,8 @@ class Cluster:
             self.states.pop(source, None)
             self.hosts.setdefault((problem, round), set()).add(target)
             receiver = self.replicas[target]
-            self._send(
-                target, self.replicas[source].executor.clock, partial(receiver.accept, moved)
-            )
+            photos = self.problems[problem].photos
+            accept = partial(receiver.accept, moved, photos)
+            self._send(target, self.replicas[source].executor.clock, accept)
             self.result.moved_rollouts += len(indices)
             self.result.moved_tokens += sum(rollout.scheduled for rollout in moved.records)

@@ -4,6 +4,10 @@ Assumptions for every GPU without measured rows: copies reach 0.90 of the data s
 matrix products 0.70 of its dense rate; a step reaches 0.90 of that bandwidth, 0.85 of that rate in
 its linear layers and 0.60 of it in attention; launches, norms, sampling and the host take 0.4 ms
 per step; KV may use 0.90 of the memory, less the weights and 6 GB of workspace.
+
+Assumptions for images, which no measured rows replace: a host decodes, resizes and cuts 8 at a
+time, each on one core at 36 ns per pixel (33 ms for 1280 x 720); pixels reach the device at
+25 GB/s; the tower reaches a step's shares of the rates, and it and steps take turns on the GPU.
 """
 
 from collections.abc import Sequence
@@ -35,6 +39,10 @@ class Machine:
     overhead_s: float = 0.4e-3  # per step
     memory_share: float = 0.90
     workspace_bytes: float = 6e9
+    host_workers: int = 8  # images that are read at the same time
+    host_pixel_s: float = 36e-9  # seconds of one core per pixel of an image's file
+    link_gb_s: float = 25.0  # 1e9 bytes/s from the host to the device
+    overlap: float = 0.0  # of the shorter of a step and encoding beside it: the share that is free
     measured: bool = False
 
     @property
@@ -58,6 +66,7 @@ MACHINES = {
     machine.name: machine
     for machine in (
         _from_data_sheet("h200", 4800, 989, 141),
+        _from_data_sheet("b200", 8000, 2250, 180),  # HGX
         _from_data_sheet("h100", 3350, 989, 80),  # SXM
         _from_data_sheet("a100", 2039, 312, 80),  # SXM, 80 GB
     )

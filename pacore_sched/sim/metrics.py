@@ -27,7 +27,21 @@ Several GPUs, with their own columns:
     moved_tokens      that moved rollouts had: they are written again, after their prompts
     critical_path_s   a lower bound of the makespan: the longest rollouts of a problem's rounds, one
                       after the other, each alone on a GPU; the maximum over problems
-mbu and mfu are None for a cost model without a roofline.
+Closed loop:
+    concurrency       problems in progress: the next is submitted when one is answered
+Single rollouts, as a server sees them:
+    requests_per_s    answered, per second of makespan
+    request_ttft_*_s  a request's first token minus its arrival; mean, percentiles
+    itl_p99_s         inter-token latency: a token of a rollout minus the one before it; between
+                      events the mean
+Images:
+    vision_budget     how much the vision tower may slow steps
+    gpu_tower         share of the GPUs' time that the tower adds to steps, or runs alone
+    gpu_prefill       share that prompts and resumed rollouts add to steps
+    gpu_decode        share of the rest of the steps
+    gpu_idle          the rest
+    itl_alone_p99_s   single rollouts: as itl_p99_s, without what the tower adds to steps
+mbu and mfu are None for a cost model without a roofline, and do not count the vision tower.
 """
 
 from array import array
@@ -37,7 +51,8 @@ import numpy as np
 
 from pacore_sched.sim.cluster import Setting, SimResult
 from pacore_sched.sim.cost_model import RooflineCost, StepShape
-from pacore_sched.sim.simulator import Record, Usage
+from pacore_sched.sim.executor import Usage
+from pacore_sched.sim.simulator import Record
 from pacore_sched.sim.workload import SimProblem
 
 TAIL = 0.1  # of all rollouts
@@ -71,13 +86,16 @@ def metrics_row(result: SimResult, workload: str, seed: int, slo_s: float | None
         "cancelled_tokens": result.cancelled_tokens,
         "prefix_hit_tokens": result.prefix_hit_tokens,
         "shared_bytes_saved": sum(usage.bytes_saved for usage in result.usages),
+        **({"concurrency": setting.concurrency} if setting.concurrency else {}),
+        **(_of_single_rollouts(result, makespan) if _single(result) else {}),
+        **(_of_images(result, makespan) if _has_images(result) else {}),
         **(_of_several_gpus(result) if setting.gpus > 1 else {}),
     }
 
 
 def start_s(result: SimResult) -> float:
     """When the first problem arrived."""
-    return min(problem.arrival_s for problem in result.problems)
+    return min(result.arrivals)
 
 
 def end_s(result: SimResult) -> float:
@@ -90,10 +108,12 @@ def critical_path_s(problems: Sequence[SimProblem], setting: Setting) -> float:
 
     Messages are not cut to the context, and all rollouts of a round count (as with need_share 1).
     """
-    cost = setting.cost_model()
+    cost, encoder = setting.cost_model(), setting.encoder()
     ends = []
     for problem in problems:
         end, ended = problem.arrival_s, None
+        if encoder and problem.photos:
+            end += encoder.alone_s(problem.photos)
         for lengths in problem.lengths:
             prompt = problem.image_tokens + problem.prompt_tokens(ended)
             if prompt > 1:  # the last token is in the rollouts' leaves
@@ -109,8 +129,7 @@ def critical_path_s(problems: Sequence[SimProblem], setting: Setting) -> float:
 
 def times_to_answer(result: SimResult) -> np.ndarray:
     """Seconds [problems] from arrival to answer."""
-    arrivals = [problem.arrival_s for problem in result.problems]
-    return np.array(result.answered_s) - np.array(arrivals)
+    return np.array(result.answered_s) - np.array(result.arrivals)
 
 
 def timeline(result: SimResult, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -170,6 +189,55 @@ def _occupancy(result: SimResult, makespan: float) -> dict:
         "kv_utilisation": float(kv / gpu_seconds),
         "mbu": mbu,
         "mfu": mfu,
+    }
+
+
+def _single(result: SimResult) -> bool:
+    return all(len(p.lengths) == len(p.lengths[0]) == 1 for p in result.problems)
+
+
+def _has_images(result: SimResult) -> bool:
+    has_tower = result.setting.config.vision is not None
+    return has_tower and any(problem.photos for problem in result.problems)
+
+
+def _of_single_rollouts(result: SimResult, makespan: float) -> dict:
+    started = [record for record in result.records if record.first_s < float("inf")]
+    ttft = [record.first_s - result.arrivals[record.problem] for record in started]
+    return {
+        "requests_per_s": len(result.problems) / makespan,
+        "request_ttft_mean_s": _mean(ttft),
+        **{f"request_ttft_p{p}_s": float(np.percentile(ttft, p)) for p in (50, 99)},
+        "itl_p99_s": _itl_s(result, "gap_s", 99),
+    }
+
+
+def _itl_s(result: SimResult, name: str, percent: float) -> float | None:
+    """The smallest inter-token latency that `percent` of all do not exceed; `name` is of a field of
+    Usage. None if no token follows another."""
+    seconds, gaps = (
+        np.concatenate([np.frombuffer(getattr(usage, field)) for usage in result.usages])
+        for field in (name, "gaps")
+    )
+    order = np.argsort(seconds)
+    counts = np.cumsum(gaps[order])
+    if not len(counts) or not counts[-1]:
+        return None
+    return float(seconds[order][np.searchsorted(counts, percent / 100 * counts[-1])])
+
+
+def _of_images(result: SimResult, makespan: float) -> dict:
+    usages, gpu_seconds = result.usages, makespan * len(result.usages)
+    busy = sum(float(np.sum(usage.ends) - np.sum(usage.starts)) for usage in usages)
+    tower = sum(usage.tower_s for usage in usages)
+    prefill = sum(usage.prefill_s for usage in usages)
+    return {
+        "vision_budget": result.setting.vision_budget,
+        "gpu_tower": tower / gpu_seconds,
+        "gpu_prefill": prefill / gpu_seconds,
+        "gpu_decode": (busy - tower - prefill) / gpu_seconds,
+        "gpu_idle": 1 - busy / gpu_seconds,
+        **({"itl_alone_p99_s": _itl_s(result, "alone_s", 99)} if _single(result) else {}),
     }
 
 

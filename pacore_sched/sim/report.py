@@ -7,8 +7,26 @@ from statistics import median
 from model.terminal import table
 
 Variant = tuple[bool, str]  # shared reads, dtype of KV
+Column = tuple[str, str, float, str]  # title, field, factor, format of a number
 BASELINES = ("fcfs", "one-at-a-time")
 ORACLE = "oracle"
+KEYS = ("workload", "sigma_w", "policy", "gpus", "shared_reads", "kv_dtype")
+OPTIONAL_KEYS = ("migrate", "vision_budget", "concurrency")  # that only some rows have
+REQUESTS: tuple[Column, ...] = (
+    ("requests/s", "requests_per_s", 1, ".2f"),
+    ("TTFT ms", "request_ttft_mean_s", 1e3, ",.0f"),
+    ("p50", "request_ttft_p50_s", 1e3, ",.0f"),
+    ("p99", "request_ttft_p99_s", 1e3, ",.0f"),
+    ("TPOT ms", "tpot_mean_s", 1e3, ".1f"),
+    ("ITL p99 ms", "itl_p99_s", 1e3, ".1f"),
+    ("without the tower", "itl_alone_p99_s", 1e3, ".1f"),
+)
+GPU_TIME: tuple[Column, ...] = (
+    ("vision tower", "gpu_tower", 100, ".0f"),
+    ("prefill", "gpu_prefill", 100, ".0f"),
+    ("decode", "gpu_decode", 100, ".0f"),
+    ("idle", "gpu_idle", 100, ".0f"),
+)
 
 
 def print_report(rows: Sequence[dict], variant: Variant) -> None:
@@ -22,6 +40,12 @@ def print_report(rows: Sequence[dict], variant: Variant) -> None:
             row for row in shown if (row["workload"], row["sigma_w"]) == (workload, sigma_w)
         ]
         _policies(workload, sigma_w, of_workload)
+        if "requests_per_s" in of_workload[0]:
+            _medians_table(f"{workload}: requests, medians", of_workload, REQUESTS)
+        if "gpu_tower" in of_workload[0]:
+            budget = of_workload[0]["vision_budget"]
+            title = f"{workload}: the GPUs' time in percent, vision budget {budget!r}, medians"
+            _medians_table(title, of_workload, GPU_TIME)
     others = [other for other in _unique(map(variant_of, rows)) if other != variant]
     if others:
         _variants(rows, [variant, *others])
@@ -48,16 +72,15 @@ def gains(rows: Sequence[dict], base: str, field: str) -> dict[str, list[float]]
 
 def medians(rows: Sequence[dict]) -> list[dict]:
     """A row per workload, sigma_w, policy and variant: medians over seeds, and their number."""
-    names = ["workload", "sigma_w", "policy", "gpus", "shared_reads", "kv_dtype"]
-    names += ["migrate"] * ("migrate" in rows[0])  # rows of several GPUs
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+        key = tuple((name, row[name]) for name in (*KEYS, *OPTIONAL_KEYS) if name in row)
+        groups.setdefault(key, []).append(row)
     median_rows = []
     for key, runs in groups.items():
-        fields = [name for name in runs[0] if name not in (*names, "seed")]
+        fields = [name for name in runs[0] if name not in (*dict(key), "seed")]
         values = {name: _median([run[name] for run in runs]) for name in fields}
-        median_rows.append(dict(zip(names, key, strict=True)) | {"seeds": len(runs)} | values)
+        median_rows.append(dict(key) | {"seeds": len(runs)} | values)
     return median_rows
 
 
@@ -111,6 +134,19 @@ def _policies(workload: str, sigma_w: float | None, rows: Sequence[dict]) -> Non
     gpus = rows[0]["gpus"]
     title = f"{workload}{spread}: medians of {runs} seeds (min..max), {gpus} GPU{'s' * (gpus > 1)}"
     table(title, header, lines)
+
+
+def _medians_table(title: str, rows: Sequence[dict], columns: Sequence[Column]) -> None:
+    """Print a policy's medians per line, without columns that the rows do not have."""
+    lines, columns = [], [column for column in columns if column[1] in rows[0]]
+    for policy in _unique(row["policy"] for row in rows):
+        line = [policy]
+        for _, field, factor, form in columns:
+            known = [row[field] for row in rows if row["policy"] == policy]
+            value = None if None in known else median(known)
+            line.append("" if value is None else f"{factor * value:{form}}")
+        lines.append(line)
+    table(title, ["policy", *(f" {name}" for name, *_ in columns)], lines)
 
 
 def _variants(rows: Sequence[dict], variants: Sequence[Variant]) -> None:

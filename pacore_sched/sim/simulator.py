@@ -4,22 +4,23 @@ A GPU is a Scheduler and a SimExecutor, whose cost model gives the time of steps
 pinned: a rollout has the same length in every run. Between events (a rollout ends, a page fills, a
 problem arrives) only the lengths in a batch change, so the total time of all steps up to the next
 event has a closed form, and skipping to the event gives the same result as single steps.
-Rounds follow each other as in PaCoRe: when a group ends, its problem's next round is submitted, and
-the KV of its image is kept.
+While the vision tower has images to encode, which slows steps, there are only single steps. Rounds
+follow each other as in PaCoRe: when a group ends, its problem's next round is submitted, and the KV
+of its image is kept.
 """
 
-from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, inf
 
 from pacore_sched.answers.message_budget import prompt_limit
 from pacore_sched.sched.policy import LaterRoundFirst
-from pacore_sched.sched.prefix_tree import PrefixTree
-from pacore_sched.sched.request import Batch, Group, Rollout, SampledTokens, Sampling, Segment
+from pacore_sched.sched.request import Batch, Group, Rollout, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
-from pacore_sched.sim.cost_model import CostModel, StepShape, steps_until
-from pacore_sched.sim.workload import MAX_TOKENS, SimProblem
+from pacore_sched.sim.cost_model import CostModel, steps_until
+from pacore_sched.sim.executor import SimExecutor, step_shape
+from pacore_sched.sim.vision.encoder import SimEncoder
+from pacore_sched.sim.workload import MAX_TOKENS, Photo, SimProblem
 
 
 @dataclass(slots=True)
@@ -33,65 +34,6 @@ class Record:
     first_s: float = inf
     ended_s: float = inf
     cancelled: bool = False
-
-
-@dataclass
-class Usage:
-    """The work of one GPU. The arrays have an entry per event: from `starts[i]` to `ends[i]`,
-    `running[i]` rollouts decoded and a share `kv[i]` of all pages was in use."""
-
-    starts: array = field(default_factory=lambda: array("d"))
-    ends: array = field(default_factory=lambda: array("d"))
-    running: array = field(default_factory=lambda: array("d"))
-    kv: array = field(default_factory=lambda: array("d"))
-    bytes: int = 0
-    bytes_saved: int = 0  # by reading every node once instead of once per sequence
-    flops: int = 0
-    steps: int = 0
-
-    def add(self, start: float, end: float, running: int, kv: float) -> None:
-        self.starts.append(start)
-        self.ends.append(end)
-        self.running.append(running)
-        self.kv.append(kv)
-
-
-class SimExecutor:
-    """An engine's Executor that only advances its clock; all its tokens are 0.
-
-    `clock` is in seconds. Drafts are not supported.
-    """
-
-    asynchronous = False
-
-    def __init__(
-        self, cost: CostModel, *, num_pages: int, page_size: int, max_running: int
-    ) -> None:
-        self.cost = cost
-        self.num_pages, self.page_size, self.max_running = num_pages, page_size, max_running
-        self.clock = 0.0
-        self.usage = Usage()
-
-    def launch(self, tree: PrefixTree, batch: Batch) -> int:
-        """Advance the clock by one step."""
-        self.run(tree, batch, step_shape(tree, batch), 1)
-        return len(batch.sampled)
-
-    def collect(self, pending: int) -> SampledTokens:
-        """The step's tokens and log-probabilities."""
-        return SampledTokens([0] * pending, [0.0] * pending)
-
-    def run(self, tree: PrefixTree, batch: Batch, shape: StepShape, steps: int) -> None:
-        """Advance the clock by `steps` steps of a batch, the first with this shape."""
-        cost, usage, start = self.cost, self.usage, self.clock
-        self.clock += cost.seconds(shape, steps)
-        usage.steps += steps
-        usage.bytes += cost.work.bytes(shape, steps, cost.shared_reads)
-        usage.flops += cost.work.flops(shape, steps)
-        if cost.shared_reads:
-            saved = steps * (shape.kv_read_unshared - shape.kv_read)
-            usage.bytes_saved += saved * cost.work.kv_token_bytes
-        usage.add(start, self.clock, len(batch.decode), 1 - tree.free_pages / tree.num_pages)
 
 
 @dataclass(eq=False)
@@ -142,9 +84,14 @@ class Replica:
         on_round: Callable[[list[Record]], None],
         on_answer: Callable[[int, float], None],
         on_end: Callable[[Record], None] = lambda record: None,
+        encoder: SimEncoder | None = None,
     ) -> None:
         self.executor = SimExecutor(
-            cost, num_pages=num_pages, page_size=page_size, max_running=max_running
+            cost,
+            num_pages=num_pages,
+            page_size=page_size,
+            max_running=max_running,
+            encoder=encoder,
         )
         self.scheduler = Scheduler(
             num_pages, page_size, policy, max_running=max_running, token_budget=token_budget
@@ -162,8 +109,9 @@ class Replica:
 
     def submit(self, number: int, problem: SimProblem) -> None:
         """Start a problem. Raises ValueError if one of its rollouts can never fit."""
-        image = Segment(problem.image_tokens) if problem.image_tokens else None
-        if image:
+        image = None
+        if problem.image_tokens:
+            image = self.executor.image(number, problem.image_tokens, problem.photos)
             self.scheduler.keep(image)
         self._submit_round(number, problem, image, 0, problem.prompt_tokens())
 
@@ -182,14 +130,19 @@ class Replica:
                     self._forget_if_done(group)
         return MovedRollouts(group, records)
 
-    def accept(self, moved: MovedRollouts) -> None:
-        """Let rollouts go on here. Leaves out those that have been cancelled on their way."""
+    def accept(self, moved: MovedRollouts, photos: Sequence[Photo] = ()) -> None:
+        """Let rollouts of a prompt with these images go on here.
+
+        Leaves out those that have been cancelled on their way.
+        """
         left = moved.group
         records = {old: record for old, record in moved.records.items() if not record.cancelled}
         if not records:
             return
         here = self._groups(left.problem, left.round)
-        path = here[0].path if here else [Segment(segment.tokens) for segment in left.path]
+        path = [*here[0].path] if here else [Segment(segment.tokens) for segment in left.path]
+        if photos and not here:
+            path[0] = self.executor.image(left.problem, path[0].tokens, photos)
         group = Group(path, 0, self.sampling, left.problem, left.round, need=len(records))
         for old, record in records.items():
             rollout = Rollout(group, old.index, 0, old.max_tokens)
@@ -214,11 +167,12 @@ class Replica:
     def step(self, until: float = inf) -> bool:
         """Advance to the next event, or to the first step that ends at or after `until`.
 
-        Returns False if there is no work.
+        `until` is later than the clock if there is no step to run. Returns False if there is no
+        work.
         """
         batch = self.scheduler.schedule()
         if batch is None:
-            return False
+            return self.executor.wait(self.scheduler.tree, until)
         if batch is not self._batch:
             self._batch, self._left = batch, batch.steps
         tree, clock = self.scheduler.tree, self.executor.clock
@@ -226,17 +180,19 @@ class Replica:
         steps = self._left
         if steps > 1:
             steps = min(steps, 1 + min(self.records[r].length - r.scheduled for r in batch.decode))
+            until = min(until, self.executor.quiet_until)
             if until < inf:
                 cost = self.executor.cost
                 steps = steps_until(lambda k: cost.seconds(shape, k), until - clock, steps)
         sampled = batch.sampled
-        for rollout in sampled:
-            if rollout.scheduled == 1:
-                self.records[rollout].first_s = clock + self.executor.cost.seconds(shape)
+        started = [rollout for rollout in sampled if rollout.scheduled == 1]
         if steps > 1:
             self.scheduler.repeat(steps - 1)
         self._left -= steps
         self.executor.run(tree, batch, shape, steps)
+        for rollout in started:
+            one = clock + self.executor.cost.seconds(shape)
+            self.records[rollout].first_s = one if steps > 1 else self.executor.clock
         for rollout in sampled:
             if not rollout.finish_reason and rollout.scheduled >= self.records[rollout].length:
                 self._end(rollout)
@@ -314,29 +270,3 @@ class Replica:
             self.scheduler.drop(run.image)
         del self.runs[run.number]
         self.on_answer(run.number, max(record.ended_s for record in run.records))
-
-
-def step_shape(tree: PrefixTree, batch: Batch) -> StepShape:
-    """The shape of a batch's next step; the scheduler has already appended the step's tokens."""
-    leaf_tokens = 0
-    members: dict[Group, int] = {}
-    for rollout in batch.decode:
-        leaf_tokens += rollout.scheduled
-        members[rollout.group] = members.get(rollout.group, 0) + 1
-    segments: dict[int, int] = {}  # node -> number of its tokens that are read
-    unshared = leaf_tokens
-    for group, count in members.items():
-        unshared += count * (group.prompt_tokens - 1)
-        segments.update((segment.node, segment.tokens) for segment in group.path)
-    pairs, rows = unshared, len(batch.decode)
-    for chunk in batch.chunks:
-        *above, node = tree.path(chunk.owner.node)
-        segments.update((upper, tree.length(upper)) for upper in above)
-        segments[node] = chunk.stop
-        new = chunk.stop - chunk.start
-        context = sum(map(tree.length, above)) + chunk.start
-        unshared += context + new
-        pairs += new * context + new * (new + 1) // 2
-        rows += new
-    read = leaf_tokens + sum(segments.values())
-    return StepShape(rows, len(batch.sampled), read, unshared, pairs, len(segments))

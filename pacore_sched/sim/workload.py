@@ -20,7 +20,21 @@ from pacore_sched.answers.rounds import round_widths
 
 SIGMA_B, SIGMA_W = 0.7, 0.55
 MAX_TOKENS = 65536
-IMAGE_TOKENS, TEMPLATE_TOKENS, MESSAGE_TOKENS = 836, 256, 512
+TEMPLATE_TOKENS, MESSAGE_TOKENS = 256, 512
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image: the pixels of its file, its tokens in a prompt, and the crops that it is cut into
+    besides the global view."""
+
+    pixels: int
+    tokens: int
+    crops: int
+
+
+PHOTO_1080P = Photo(1920 * 1080, 836, 8)
+PHOTO_720P = Photo(1280 * 720, 670, 6)
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,7 @@ class SimProblem:
     lengths: tuple[tuple[int, ...], ...]
     template_tokens: int = TEMPLATE_TOKENS
     message_tokens: int = MESSAGE_TOKENS  # upper limit per rollout
+    photos: tuple[Photo, ...] = ()  # encoded before the image tokens are prefilled
 
     @property
     def tokens(self) -> int:
@@ -63,7 +78,7 @@ class Workload:
     problems: int
     widths: tuple[int, ...]
     mean_tokens: float
-    image_tokens: int
+    photos: tuple[Photo, ...]
     question_tokens: int
     sigma_b: float = SIGMA_B
     sigma_w: float = SIGMA_W
@@ -80,9 +95,10 @@ class Workload:
         return [
             SimProblem(
                 float(times[number]),
-                self.image_tokens,
+                sum(photo.tokens for photo in self.photos),
                 self.question_tokens,
                 self._lengths(mu, np.random.default_rng([seed, number])),
+                photos=self.photos,
             )
             for number in range(self.problems)
         ]
@@ -99,10 +115,10 @@ class Workload:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("vqa", 96, (16,), 3_000, IMAGE_TOKENS, 64),
-        Workload("vl", 48, (16,), 12_000, IMAGE_TOKENS, 192),
-        Workload("math", 16, (16,), 32_000, 0, 192),
-        Workload("high", 16, (32, 4), 12_000, IMAGE_TOKENS, 192),
+        Workload("vqa", 96, (16,), 3_000, (PHOTO_1080P,), 64),
+        Workload("vl", 48, (16,), 12_000, (PHOTO_1080P,), 192),
+        Workload("math", 16, (16,), 32_000, (), 192),
+        Workload("high", 16, (32, 4), 12_000, (PHOTO_1080P,), 192),
     )
 }
 
@@ -124,6 +140,20 @@ def chat_requests(count: int, seed: int, arrivals: Sequence[float]) -> list[SimP
     outputs = _whole(rng.lognormal(7.020, 1.111, count), MAX_TOKENS // 2)
     triples = zip(arrivals, inputs, outputs, strict=True)
     return [SimProblem(float(time), 0, read, ((written,),)) for time, read, written in triples]
+
+
+def photo_requests(count: int, seed: int, arrivals: Sequence[float]) -> list[SimProblem]:
+    """Single-rollout problems of two 720p images and 128 text tokens, with 1 to 1,024 new tokens.
+
+    Lengths are uniform, as sglang.bench_serving draws them with --random-range-ratio 0.
+    """
+    photos = (PHOTO_720P,) * 2
+    image_tokens = sum(photo.tokens for photo in photos)
+    lengths = np.random.default_rng(seed).integers(1, 1025, count).tolist()
+    return [
+        SimProblem(float(time), image_tokens, 128, ((length,),), photos=photos)
+        for time, length in zip(arrivals, lengths, strict=True)
+    ]
 
 
 def mu_of_clipped_mean(mean: float, sigma: float, limit: float) -> float:

@@ -94,7 +94,7 @@ def test_faults_of_runs():
 def test_replay_rows(capsys: pytest.CaptureFixture):
     """A simulator that is told the real costs has no error: its own times are taken as measured."""
     model = Step3VL.from_preset("tiny")
-    judged = replay.pinned(model, Workload("w", 6, (8,), 50, 0, 0, max_tokens=400), 0, 0)
+    judged = replay.pinned(model, Workload("w", 6, (8,), 50, (), 0, max_tokens=400), 0, 0)
     assert all(len(lengths) == 8 for lengths in judged.lengths.values())
     cost = FittedCost(StepWork(TINY.decoder), (1, 32), (1e-3, 4e-3), 0.0, 0.0, 0.0)
     for form, moves in replay.FORMS.items():

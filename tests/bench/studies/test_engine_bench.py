@@ -42,8 +42,8 @@ def test_packing(tiny: Step3VL):
 def test_replay(tiny: Step3VL):
     """Engine and simulator take the same steps under every policy: they share the scheduler. The
     cost model is fitted to other problems than those that it is judged on."""
-    judged = Workload("judged", 3, (3,), 12, 0, 20, max_tokens=30)
-    fitted = [(Workload("fitted", 2, (4,), 8, 0, 30, max_tokens=20), SETUPS[1])]
+    judged = Workload("judged", 3, (3,), 12, (), 20, max_tokens=30)
+    fitted = [(Workload("fitted", 2, (4,), 8, (), 30, max_tokens=20), SETUPS[1])]
     rows = replay.validate(tiny, judged, fitted, SETUPS)
     for row in rows:
         assert row["steps"] == row["steps_simulated"] > 0
@@ -53,6 +53,22 @@ def test_replay(tiny: Step3VL):
         )
     assert rows[0]["steps"] > rows[1]["steps"]
     show.replay(rows)
+
+
+def test_replay_of_photos(tiny: Step3VL, monkeypatch):
+    """Requests that are not all answered, errors of other figures than shown, or a cost model that
+    is fitted to the photos that it is judged on."""
+    fitted = [(Workload("fitted", 2, (4,), 8, (), 30, max_tokens=20), SETUPS[1])]
+    assert replay.PHOTO_SIZE not in replay.FITTED_SIZES
+    monkeypatch.setattr(replay, "FITTED_SIZES", ((640, 480), (728, 800)))
+    row = replay.validate_photos(tiny, 2, fitted, repeats=1)
+    for name in ("makespan", "tta_mean", "ttft_mean"):
+        assert row[f"{name}_s"] > 0 and row[f"{name}_simulated_s"] > 0
+    assert row["makespan_s"] >= row["tta_mean_s"] >= row["ttft_mean_s"]
+    assert row["makespan_simulated_s"] >= row["tta_mean_simulated_s"]
+    assert row["ttft_error"] == pytest.approx(row["ttft_mean_simulated_s"] / row["ttft_mean_s"] - 1)
+    assert row["steps"] > 0 and row["steps_simulated"] > 0
+    show.replay([row])
 
 
 def test_an_engine_without_its_graphs_says_so(tiny: Step3VL, monkeypatch):

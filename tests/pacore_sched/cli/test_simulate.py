@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from model.errors import InputError
 from model.terminal import Parser
 from pacore_sched.cli import simulate
+from pacore_sched.sched.view_queue import VISION_BUDGETS
 from pacore_sched.sim.report import gains, geometric_mean, medians
 
 ROOT = Path(__file__).parents[3]
@@ -116,6 +118,36 @@ def test_traces_and_chat(capsys, tmp_path):
     assert chat["workload"] == "deepseek-r1"
 
 
+def test_photos(capsys, tmp_path):
+    """Photos that cost no time, ignored options, or tables without what only some rows have."""
+    common = ("--workload", "photos-720p", "--seeds", "1", "--policy", "fcfs", "--gpu", "h100")
+    fast = (*common, *FAST, "--problems", "30")
+    budgets = [rows_of(capsys, *fast, "--vision-budget", budget)[0] for budget in VISION_BUDGETS]
+    first_tokens = [row["request_ttft_mean_s"] for row in budgets]
+    assert first_tokens == sorted(first_tokens, reverse=True) and len(set(first_tokens)) == 3
+    (alone,) = rows_of(capsys, *fast, "--concurrency", "1")
+    assert alone["request_ttft_p99_s"] < 0.35 and alone["gpu_idle"] > 0.005
+    run(*fast, "--concurrency", "4")
+    text = capsys.readouterr().out
+    assert re.search(r"requests/s +TTFT ms +p50 +p99 +TPOT ms +ITL p99 ms +without the tower", text)
+    assert "the GPUs' time in percent, vision budget 'balanced'" in text
+    run("--workload", "deepseek-r1", "--seeds", "1", "--policy", "fcfs", *FAST)
+    text = capsys.readouterr().out
+    assert "requests/s" in text and "tower" not in text
+
+
+def test_medians_of_rows_with_different_fields():
+    """Medians over runs with and without images, or over two vision budgets."""
+    row = dict.fromkeys(("workload", "sigma_w", "policy", "gpus", "shared_reads", "kv_dtype"), "x")
+    with_images = row | {"vision_budget": "balanced", "gpu_tower": 0.5}
+    rows = [row | {"seed": 0}, with_images | {"seed": 0}, with_images | {"seed": 1}]
+    assert medians([*rows, with_images | {"seed": 0, "vision_budget": "latency"}]) == [
+        row | {"seeds": 1},
+        with_images | {"seeds": 2},
+        with_images | {"seeds": 1, "vision_budget": "latency"},
+    ]
+
+
 def test_pictures(capsys, tmp_path):
     """Missing or empty pictures, or a file without all rows or with wrong medians."""
     pytest.importorskip("matplotlib")
@@ -165,7 +197,7 @@ def test_gains():
         (("--workload", "nowhere"), "neither a trace file nor one of vqa"),
         (("--workload", "nowhere.csv"), "nowhere.csv: No such file"),
         (("--policy", "lifo"), "unknown policy 'lifo'"),
-        (("--gpu", "b200"), "unknown GPU 'b200'"),
+        (("--gpu", "b300"), "unknown GPU 'b300'"),
         (("--model", "llama"), "unknown preset 'llama'"),
         (("--gpus", "1000000"), "--gpus: '1000000' is not an integer from 1 to 4,096"),
         (("--problems", "200000", "--workload", "vqa"), "make 17,000,000 rollouts"),
@@ -174,6 +206,9 @@ def test_gains():
         (("--max-running", "4096"), "--token-budget must be at least --max-running"),
         (("--rate", "1e-320"), "--rate: '1e-320' is not a number from 1e-09 to 1,000,000,000"),
         (("--kv", "fp4"), "invalid choice: 'fp4'"),
+        (("--vision-budget", "none"), "invalid choice: 'none'"),
+        (("--concurrency", "0"), "--concurrency: '0' is not an integer from 1"),
+        (("--concurrency", "2", "--arrivals", "poisson"), "--concurrency and --arrivals exclude"),
         (("--max-tokens", "700000", "--workload", "vqa", "--policy", "fcfs"), "does not fit"),
     ],
 )

@@ -8,10 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.config import SMOLLM2_135M, STEP3_VL_10B
+from model.config import SMOLLM2_135M, STEP3_VL_10B, TINY
 from model.errors import InputError
 from model.step3vl import Step3VL
-from pacore_sched.sim.calibration import fit, nonnegative_least_squares
+from pacore_sched.sim.calibration import (
+    FittedVision,
+    fit,
+    fit_vision,
+    nonnegative_least_squares,
+)
 from pacore_sched.sim.cost_model import (
     RooflineCost,
     StepShape,
@@ -22,6 +27,7 @@ from pacore_sched.sim.cost_model import (
     weight_bytes,
 )
 from pacore_sched.sim.machine import MACHINES, find_machine
+from pacore_sched.sim.vision.cost import VisionWork
 
 WORK = StepWork(STEP3_VL_10B.decoder)
 DECODE = StepShape(rows=16, sampled=16, kv_read=10_000, kv_read_unshared=40_000, pairs=40_000)
@@ -148,8 +154,8 @@ def test_measured_rows_replace_assumptions(tmp_path):
 
 def test_bad_machines_are_named(tmp_path):
     """An error that does not name the unknown GPU or the invalid line."""
-    with pytest.raises(InputError, match="unknown GPU 'b200'.*h200"):
-        find_machine("b200", tmp_path)
+    with pytest.raises(InputError, match="unknown GPU 'b300'.*h200"):
+        find_machine("b300", tmp_path)
     (tmp_path / "h200").mkdir()
     (tmp_path / "h200" / "rows.jsonl").write_text('{"op": "x"}\nnonsense\n')
     with pytest.raises(InputError, match=r"rows\.jsonl:2"):
@@ -241,3 +247,14 @@ def test_fit_is_fine_where_rows_are_few():
     cost = fit([(shape, seconds(shape.rows)) for shape in shapes], StepWork(SMOLLM2_135M.decoder))
     for shape in shapes:
         assert cost.seconds(shape) == pytest.approx(seconds(shape.rows), rel=0.03)
+
+
+def test_fit_of_the_tower():
+    """Coefficients of a call, a patch or a pair of patches that are not recovered."""
+    work = VisionWork(TINY.vision, TINY.decoder.hidden)
+    planted_cost = FittedVision(work, 0.01, 2e-4, 3e-7)
+    views = ([144], [64, 64, 144], [64] * 9, [144, 144])
+    fitted = fit_vision([(v, planted_cost.seconds(v)) for v in views], work)
+    assert fitted.seconds([100, 10]) == pytest.approx(0.01 + 2e-4 * 110 + 3e-7 * 10_100)
+    with pytest.raises(ValueError, match="more than 0 seconds"):
+        fit_vision([([144], 0.0)], work)

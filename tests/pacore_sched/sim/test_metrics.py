@@ -10,9 +10,10 @@ import pytest
 from pacore_sched.sim.calibration import FittedCost
 from pacore_sched.sim.cluster import Setting, SimResult, simulate
 from pacore_sched.sim.cost_model import StepWork
+from pacore_sched.sim.executor import Usage
 from pacore_sched.sim.machine import MACHINES
 from pacore_sched.sim.metrics import metrics_row, timeline, times_to_answer
-from pacore_sched.sim.simulator import Record, Usage
+from pacore_sched.sim.simulator import Record
 from pacore_sched.sim.workload import SimProblem, find_workload
 
 NAMES = [

@@ -119,11 +119,11 @@ class Watch:
         self.moves: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         accept, step = Replica.accept, Replica.step
 
-        def watched_accept(replica: Replica, moved: MovedRollouts) -> None:
+        def watched_accept(replica: Replica, moved: MovedRollouts, photos: tuple) -> None:
             for rollout in moved.records:
                 key = moved.group.problem, moved.group.round, rollout.index
                 self.moves[key].append(rollout.scheduled)
-            accept(replica, moved)
+            accept(replica, moved, photos)
 
         def watched_step(replica: Replica, until: float) -> bool:
             before = replica.executor.clock

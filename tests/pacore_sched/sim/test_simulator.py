@@ -13,11 +13,13 @@ from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import POLICIES, LaterRoundFirst
 from pacore_sched.sched.request import Batch, Chunk, Group, Rollout, Sampling, Segment
 from pacore_sched.sched.scheduler import Scheduler
+from pacore_sched.sched.view_queue import VISION_BUDGETS
 from pacore_sched.sim.cluster import Setting, simulate
 from pacore_sched.sim.cost_model import RooflineCost, StepShape, StepWork
+from pacore_sched.sim.executor import SimExecutor, step_shape
 from pacore_sched.sim.machine import Machine
-from pacore_sched.sim.simulator import Replica, SimExecutor, step_shape
-from pacore_sched.sim.workload import SimProblem
+from pacore_sched.sim.simulator import Replica
+from pacore_sched.sim.workload import Photo, SimProblem
 
 # Slow enough that overhead, bytes and FLOPs are all significant at these sizes.
 MACHINE = Machine("toy", copy_gb_s=10, gemm_tflop_s=0.01, memory_bytes=1e9, workspace_bytes=0)
@@ -27,7 +29,10 @@ SMALL = Setting(
 TIGHT = replace(SMALL, num_pages=80)  # 640 tokens: too few for all rollouts at once
 
 
-def problems(count, seed=0, widths=(5, 3), spacing=0.0, image=20):
+PHOTOS = (Photo(pixels=10**6, tokens=12, crops=2), Photo(pixels=10**5, tokens=8, crops=0))
+
+
+def problems(count, seed=0, widths=(5, 3), spacing=0.0, image=20, photos=()):
     """Problems with random lengths from 1 to 199 tokens."""
     rng = np.random.default_rng(seed)
     return [
@@ -38,6 +43,7 @@ def problems(count, seed=0, widths=(5, 3), spacing=0.0, image=20):
             tuple(tuple(rng.integers(1, 200, width).tolist()) for width in (*widths, 1)),
             template_tokens=3,
             message_tokens=6,
+            photos=photos,
         )
         for number in range(count)
     ]
@@ -127,17 +133,24 @@ def test_events_against_token_by_token(shared_reads, spacing):
         assert actual[key] == pytest.approx(ends, rel=1e-9)
 
 
+@pytest.mark.parametrize("budget", [None, *VISION_BUDGETS])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_skipping_changes_nothing_when_memory_is_short(policy, monkeypatch):
-    """Skipping to events that differs from single steps when rollouts are preempted."""
-    setting = replace(TIGHT, policy=policy)
-    work = problems(6)
+def test_skipping_changes_nothing_when_memory_is_short(policy, budget, monkeypatch):
+    """Skipping to events that differs from single steps when rollouts are preempted, or while
+    images come from the host and are encoded."""
+    setting = replace(TIGHT, policy=policy, vision_budget=budget or "balanced")
+    work = problems(6, photos=PHOTOS if budget else (), spacing=0.3 if budget else 0.0)
     skipped = simulate(work, setting)
     step = Replica.step
-    monkeypatch.setattr(Replica, "step", lambda self, _: step(self, self.executor.clock))
+
+    def single_step(replica, until):
+        return step(replica, replica.executor.clock if replica.scheduler.running else until)
+
+    monkeypatch.setattr(Replica, "step", single_step)
     single = simulate(work, setting)
     assert skipped.preemptions == single.preemptions
-    assert skipped.preemptions or policy not in ("fcfs", "later-round-first")  # memory is short
+    if not budget:  # memory is short
+        assert skipped.preemptions or policy not in ("fcfs", "later-round-first")
     assert sum(len(usage.ends) for usage in skipped.usages) < sum(
         len(usage.ends) for usage in single.usages
     )
@@ -151,13 +164,18 @@ def test_skipping_changes_nothing_when_memory_is_short(policy, monkeypatch):
         single_used.steps,
     )
     assert used.bytes_saved == single_used.bytes_saved
+    assert used.tower_s == pytest.approx(single_used.tower_s, rel=1e-9)
+    assert bool(used.tower_s) == bool(budget)
+    assert used.prefill_s == pytest.approx(single_used.prefill_s, rel=1e-9)
+    assert sum(used.gaps) == sum(single_used.gaps)
 
 
+@pytest.mark.parametrize("photos", [(), PHOTOS], ids=["", "photos"])
 @pytest.mark.parametrize("gpus", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_rollout_ends_once(policy, gpus):
+def test_every_rollout_ends_once(policy, gpus, photos):
     """A lost or repeated rollout, rounds that overlap, or an answer before its last rollout."""
-    work = problems(8, spacing=0.05)
+    work = problems(8, spacing=0.05, photos=photos)
     result = simulate(work, replace(TIGHT, policy=policy, gpus=gpus))
     assert len(result.records) == sum(len(r) for p in work for r in p.lengths)
     assert sum(r.length for r in result.records) == sum(p.tokens for p in work)
