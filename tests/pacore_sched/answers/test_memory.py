@@ -15,6 +15,7 @@ import torch
 from model.errors import InputError
 from model.step3vl import Step3VL
 from model.vision.image import Views
+from model.vision.pixels import View
 from pacore_sched.answers.arrivals import PREPARED_AHEAD
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import ENCODED_AHEAD
@@ -128,8 +129,8 @@ def test_failed_encoding_and_cancelled_rollouts(tiny: Step3VL, monkeypatch: pyte
     watched = watched_on(tiny, [4], min_messages=1)
     encode = tiny.vision.forward
 
-    def failing(views: Sequence[torch.Tensor], between: object) -> torch.Tensor:
-        if int(views[0][0, 0, 0]) % 2:
+    def failing(views: Sequence[View], between: object) -> torch.Tensor:
+        if int(views[0].pixels[0, 0, 0]) % 2:
             raise RuntimeError("out of memory")
         return encode(views, between)
 
