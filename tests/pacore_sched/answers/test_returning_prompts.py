@@ -99,6 +99,16 @@ def test_images(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
     assert client.encoded == [1, 1, 1]
 
 
+def test_images_in_batches(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
+    """Embeddings of another image, or of views in another order, from a batch; a tower that waits
+    for decoding that has ended."""
+    client = Client(tiny, monkeypatch, vision_batch=10**6, vision_budget="latency")
+    for number in range(3):
+        views = [photo(10 + number), photo(200 - 50 * number)]
+        client.ask(asked("Which is brighter?", images=2), views)
+    assert client.encoded == [2, 2, 2]
+
+
 def test_switched_off(tiny: Step3VL, monkeypatch: pytest.MonkeyPatch):
     client = Client(tiny, monkeypatch, prefix_cache=False)
     for _ in range(2):

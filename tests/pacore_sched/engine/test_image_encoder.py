@@ -180,9 +180,22 @@ def test_kept_embeddings_have_a_budget() -> None:
             features.release()
         del features
         assert [ref() is not None for ref in refs] == [True, False, True, True]
-        unknown = encoder.encode([photo(1), photo(1)])
+        unknown = encoder.encode([photo(1), photo(1, digest=b"1")])
         assert unknown.contents == () and names(unknown) == [1.1, 1.1]
-    assert tower.calls == [[1.1], [2.1], [3.1], [1.1, 1.1]]
+    assert tower.calls == [[1.1], [2.1], [3.1], [1.1]]
+
+
+def test_rows_of_some_images() -> None:
+    """A chunk of a prompt that begins or ends within an image."""
+    tower = Tower()
+    with encoder_of(tower) as encoder:
+        tower.go.release(100)
+        features = encoder.encode([photo(1), photo(2, crops=2), photo(3)])
+        rows = features.result()
+        assert len(rows) == features.count == 5 * ROWS
+        for start in range(len(rows)):
+            for stop in range(start + 1, len(rows) + 1):
+                assert torch.equal(features.result(start, stop), rows[start:stop])
 
 
 def test_released_images_are_not_encoded() -> None:
