@@ -34,14 +34,14 @@ from pacore_sched.answers.pacore import engine_for
 from pacore_sched.engine.engine import Engine, find_policy
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.request import Batch, Group, Sampling, Segment
-from pacore_sched.sched.view_queue import DEFAULT_VISION_BUDGET, VISION_BUDGETS
+from pacore_sched.sched.view_queue import DEFAULT_VISION_BUDGET, MAX_PATCHES, VISION_BUDGETS
 from pacore_sched.sim.calibration import FittedCost, fit, fit_vision
 from pacore_sched.sim.cost_model import StepShape, StepWork
 from pacore_sched.sim.executor import step_shape
 from pacore_sched.sim.machine import Machine
 from pacore_sched.sim.simulator import Record, Replica
 from pacore_sched.sim.vision.cost import VisionWork
-from pacore_sched.sim.vision.encoder import MAX_PATCHES, SimEncoder
+from pacore_sched.sim.vision.encoder import SimEncoder
 from pacore_sched.sim.workload import Photo, SimProblem, Workload
 
 KV_TOKENS, TOKEN_BUDGET = 24_576, 512

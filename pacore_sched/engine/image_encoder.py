@@ -17,14 +17,12 @@ from torch import Tensor
 
 from kernels.runtime.spans import spanned
 from model.step3vl import Step3VL
-from pacore_sched.sched.view_queue import ViewQueue
+from pacore_sched.sched.view_queue import MAX_PATCHES, ViewQueue
 
 if TYPE_CHECKING:
     from model.vision.image import Views
     from model.vision.pixels import View
     from pacore_sched.sched.vision_pace import VisionPace
-
-MAX_PATCHES = 16_384  # of a batch; enough to fill a GPU
 
 
 class ImageFeatures:

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 # How much longer a decode step may take while images are encoded.
 VISION_BUDGETS = {"latency": 1.25, "balanced": 2.0, "throughput": inf}
 DEFAULT_VISION_BUDGET = "balanced"
+MAX_PATCHES = 16_384  # of a batch; enough to fill a GPU
 
 Job = TypeVar("Job", bound=Hashable)
 

@@ -11,12 +11,11 @@ from heapq import heappop, heappush
 from itertools import count
 from math import inf
 
-from pacore_sched.sched.view_queue import ViewQueue
+from pacore_sched.sched.view_queue import MAX_PATCHES, ViewQueue
 from pacore_sched.sim.machine import Machine
 from pacore_sched.sim.vision.cost import VisionCost
 from pacore_sched.sim.workload import Photo
 
-MAX_PATCHES = 16_384  # of a batch: the engine's default on a GPU
 Job = tuple[int, int]  # a problem and the number of one of its images
 
 

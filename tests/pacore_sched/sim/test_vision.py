@@ -12,10 +12,11 @@ from bench.inputs.views import tower_flops
 from model.config import STEP3_VL_10B, TINY
 from model.text.prompt import image_ids
 from model.vision.image import crop_layout
+from pacore_sched.sched.view_queue import MAX_PATCHES
 from pacore_sched.sim.cost_model import weight_bytes
 from pacore_sched.sim.machine import MACHINES, Machine
 from pacore_sched.sim.vision.cost import RooflineVision, VisionWork
-from pacore_sched.sim.vision.encoder import MAX_PATCHES, SimEncoder
+from pacore_sched.sim.vision.encoder import SimEncoder
 from pacore_sched.sim.workload import PHOTO_720P, PHOTO_1080P, Photo
 
 WORK = VisionWork(STEP3_VL_10B.vision, STEP3_VL_10B.decoder.hidden)
