@@ -19,6 +19,7 @@ class Arrivals:
         self._runs = runs
         self._threads = ThreadPoolExecutor(PREPARED_AHEAD, thread_name_prefix="arrivals")
         self._queue: deque[tuple[ProblemRun, Future | None]] = deque()
+        self._most = 0  # bytes of a problem's pixels so far
 
     @property
     def empty(self) -> bool:
@@ -66,5 +67,10 @@ class Arrivals:
         self._threads.shutdown(cancel_futures=True)
 
     def _pixel_bytes(self) -> int:
-        """Pixels of the queued problems, as far as they have been prepared."""
-        return sum(run.pixel_bytes for run, _ in self._queue)
+        """Pixels of the queued problems. Those that are being prepared may have as many as any
+        before."""
+        self._most = max(self._most, *(run.pixel_bytes for run, _ in self._queue), 0)
+        return sum(
+            run.pixel_bytes if preparing is None or preparing.done() else self._most
+            for run, preparing in self._queue
+        )

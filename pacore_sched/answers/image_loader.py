@@ -51,9 +51,12 @@ class ImageLoader:
             while futures:
                 results.append(futures.popleft().result())
             return results
+        except BaseException:
+            results.clear()  # a traceback may keep this frame
+            raise
         finally:
-            for future in futures:
-                future.cancel()
+            while futures:
+                futures.popleft().cancel()
 
     def close(self) -> None:
         """End the threads after the calls that run now."""
