@@ -8,7 +8,7 @@ wait until those of the requests before them have been encoded.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -141,7 +141,6 @@ class Service:
                 raise ApiError(503, ENDING)
         except BaseException:
             self._forget(job)
-            run.release()
             raise
         self.thread.add(job)
         return job
@@ -196,22 +195,13 @@ class Service:
             async with self._image_requests:
                 while sum(other.run.pixel_bytes for other in self.jobs) >= PIXEL_BYTES:
                     await asyncio.sleep(PIXEL_POLL_S)
-                preparing = await self._prepared(run, self._image_threads)
+                preparing = self._image_threads.submit(run.prepare)
+                await asyncio.wrap_future(preparing)
         else:
-            preparing = await self._prepared(run, self._text_threads)
+            preparing = self._text_threads.submit(run.prepare)
+            await asyncio.wrap_future(preparing)
         run.set_preparing(preparing)
         run.settings = self._fitted(run)
-
-    async def _prepared(self, run: ProblemRun, threads: ThreadPoolExecutor) -> Future[None]:
-        """The future of a run's `prepare`, once that has ended. If the request ends before, the
-        images are dropped: tracebacks may keep the run."""
-        preparing = threads.submit(run.prepare)
-        try:
-            await asyncio.wrap_future(preparing)
-        except BaseException:
-            preparing.add_done_callback(lambda _: run.release())
-            raise
-        return preparing
 
     def _forget(self, job: Job) -> None:
         self.jobs.discard(job)
