@@ -50,6 +50,31 @@ IMAGES = Kind(
         *(SPEEDUP, ERROR, FAILURE),
     ),
 )
+VISION_LOAD = Kind(
+    f"images of many requests to embeddings{MEASURED}",
+    (
+        *(Column("images", "case"), Column("form", "impl"), DTYPE),
+        Column(" views", "views"),
+        Column(" ms", "median_us", number(",.1f", per=1e3)),
+        Column(" p20..p80", spread(number(",.1f", per=1e3))),
+        Column(" images/s", "images_per_second", number(",.1f")),
+        Column(" TFLOP/s", "tflop_s", number(",.3f")),
+        Column(" x one at a time", "packing_gain", number(".2f")),
+        *(ERROR, FAILURE),
+    ),
+)
+HOST_IMAGES = Kind(
+    f"JPEGs to views, on the host{MEASURED}",
+    (
+        *(Column("image", "case"), Column("pool", "impl")),
+        Column(" images/s", "images_per_second", number(",.1f")),
+        Column(" images/s and core", "images_per_core_second", number(",.1f")),
+        Column(" core ms", "core_ms", number(",.1f")),
+        Column(" decode ms", "decode_ms", number(",.1f")),
+        Column(" cut ms", "cut_ms", number(",.1f")),
+        FAILURE,
+    ),
+)
 ENGINE_STEPS = Kind(
     f"engine steps{MEASURED}",
     (
@@ -168,6 +193,8 @@ RUNS = {
     "pacore": WHOLE_RUNS,
     "photo": WHOLE_RUNS,
     "vision": IMAGES,
+    "vision_load": VISION_LOAD,
+    "host_images": HOST_IMAGES,
     "engine_step": ENGINE_STEPS,
     "packing": PACKING,
     "replay": REPLAY,

@@ -61,11 +61,12 @@ def decode(rows: Sequence[Row]) -> None:
 
 
 def whole_runs(rows: Sequence[Row]) -> None:
-    """Seconds and tokens per second of answers and photos; or the table of images."""
+    """Seconds and tokens per second of answers and photos; or the tables of images."""
     if "views" not in rows[0]:
         show(run_tables.WHOLE_RUNS, rows)
         return
-    show(run_tables.IMAGES, rows)
+    for op in dict.fromkeys(row["op"] for row in rows):
+        show(run_tables.RUNS[op], [row for row in rows if row["op"] == op])
     print(f"GEMM: {rows[0]['gemm_tflop_s']:,.3f} TFLOP/s in the same run")
 
 

@@ -49,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_datasets(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("workloads").add_argument
-    add("--dataset-name", choices=DATASETS, help="default: random")
+    add("--dataset-name", "--dataset", choices=DATASETS, help="default: random")
     add("--dataset-path", type=Path, metavar="TRACE", help="file of Mooncake or Azure, for trace")
     add("--random-input-len", type=TOKENS, metavar="N", help=default_text("random_input_len"))
     add("--random-output-len", type=TOKENS, metavar="N", help=default_text("random_output_len"))
@@ -64,7 +64,7 @@ def _add_datasets(parser: argparse.ArgumentParser) -> None:
         "--image-resolution",
         type=resolution,
         metavar="R",
-        help="360p, 720p, 1080p or WIDTHxHEIGHT (default: 1080p)",
+        help="360p, 720p, 1080p, 4k or WIDTHxHEIGHT (default: 1080p)",
     )
     add(
         "--pacore-widths",

@@ -4,21 +4,22 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pacore_sched.answers.live import LiveProblems
+from pacore_sched.answers.live import PIXEL_BYTES, LiveProblems
 from pacore_sched.answers.problem_run import ProblemRun
 
-PREPARED_AHEAD = 4  # problems whose images are read and prompts built before they are submitted
+PREPARED_AHEAD = 8  # problems whose images are read and prompts built before they are submitted
 
 
 class Arrivals:
-    """A queue of problems of any number, empty until `fill`. A thread prepares the next few, while
-    rollouts decode."""
+    """A queue of problems of any number, empty until `fill`. Threads prepare the next few, while
+    rollouts decode; no further ones while the pixels of those exceed PIXEL_BYTES."""
 
     def __init__(self, runs: Iterator[ProblemRun]) -> None:
         """`runs` is read a few problems at a time; it may have more after it has ended."""
         self._runs = runs
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="arrivals")
+        self._threads = ThreadPoolExecutor(PREPARED_AHEAD, thread_name_prefix="arrivals")
         self._queue: deque[tuple[ProblemRun, Future | None]] = deque()
+        self._most = 0  # bytes of a problem's pixels so far
 
     @property
     def empty(self) -> bool:
@@ -47,7 +48,7 @@ class Arrivals:
 
     def fill(self) -> None:
         """Read the next few problems. Raises what their iterator raises."""
-        while len(self._queue) < PREPARED_AHEAD:
+        while len(self._queue) < PREPARED_AHEAD and self._pixel_bytes() < PIXEL_BYTES:
             run = next(self._runs, None)
             if run is None:
                 return
@@ -62,5 +63,14 @@ class Arrivals:
             yield self.take()
 
     def close(self) -> None:
-        """Wait for the problem that is being prepared; forget the others."""
+        """Wait for the problems that are being prepared; forget the others."""
         self._threads.shutdown(cancel_futures=True)
+
+    def _pixel_bytes(self) -> int:
+        """Pixels of the queued problems. Those that are being prepared may have as many as any
+        before."""
+        self._most = max(self._most, *(run.pixel_bytes for run, _ in self._queue), 0)
+        return sum(
+            run.pixel_bytes if preparing is None or preparing.done() else self._most
+            for run, preparing in self._queue
+        )

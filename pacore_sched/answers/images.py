@@ -1,16 +1,17 @@
 """Images of problems on their way into a model: encoded, then as its views."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+from model.config import VisionConfig
 from model.errors import InputError
-from model.step3vl import Step3VL
 from model.vision.image import Views, load_image, preprocess
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from model.step3vl import Step3VL
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,13 @@ class ImageData:
         file.name = self.name  # what errors call it
         return load_image(file)
 
+    def views(self, vision: VisionConfig) -> Views:
+        """Decode the image and cut it into views. Raises InputError if it is none."""
+        return preprocess(self.load(), vision)
 
-def views_of(images: Iterable["Image.Image"], model: Step3VL) -> list[Views]:
-    """Images preprocessed for the model. Raises InputError for a model without a vision tower."""
-    vision = model.config.vision
-    if vision is None:
+
+def vision_of(model: "Step3VL") -> VisionConfig:
+    """The config of the model's vision tower. Raises InputError for a model without one."""
+    if model.config.vision is None:
         raise InputError(f"model {model.config.name} has no vision tower: it takes no images")
-    return [preprocess(image, vision) for image in images]
+    return model.config.vision

@@ -18,7 +18,7 @@ from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.sched.request import Group, Rollout
 
 AHEAD = 1024  # unfinished rollouts submitted at a time, at least: policies choose among them
-ENCODED_AHEAD = 4  # submitted problems whose images' pixels wait to be encoded
+PIXEL_BYTES = 1 << 29  # pixels that wait to be encoded; those of one problem may be more
 
 OnRollout = Callable[[ProblemRun, Rollout, RolloutResult], None]
 
@@ -114,9 +114,9 @@ class LiveProblems:
         if not run.image_bytes:
             return True
         held = sum(other.image_bytes for other in self.runs)
-        encoding = sum(other.encoding for other in self.runs)
+        pixels = sum(other.pixel_bytes for other in self.runs)
         fits = not held or held + run.image_bytes <= self.engine.executor.image_bytes
-        return fits and encoding < ENCODED_AHEAD
+        return fits and (not pixels or pixels + run.pixel_bytes <= PIXEL_BYTES)
 
     def start(self, run: ProblemRun) -> Answer | None:
         """Submit a problem's next round; returns its answer if no round is left or this fails."""

@@ -117,6 +117,7 @@ class ProblemRun:
         self.image_bytes = 0  # of the images' embeddings, from `prepare` to `release`
         self._preparing: Future | None = None
         self._views: Sequence[Views] = ()  # until they are encoded
+        self._pixel_bytes = 0
         self._layouts: list[_Layout] = []
         self._features: Features | None = None
         self._failure: str | None = None
@@ -142,9 +143,10 @@ class ProblemRun:
         return not self._load and num_characters(self._messages, self._tools) <= QUICK
 
     @property
-    def encoding(self) -> bool:
-        """Whether its images' pixels are in memory, to be encoded."""
-        return self._features is not None and self._features.waiting
+    def pixel_bytes(self) -> int:
+        """Bytes of its images' pixels in memory: from `prepare` until they are encoded."""
+        waits = self._features is None or self._features.waiting
+        return self._pixel_bytes if waits else 0
 
     @property
     def error(self) -> str | None:
@@ -172,6 +174,7 @@ class ProblemRun:
         self._views = self._load() if self._load else ()
         if self._views:
             self.image_bytes = self._engine.executor.feature_bytes(self._views)
+            self._pixel_bytes = sum(view.nbytes for image in self._views for view in image.all)
         self._layouts = [_Layout(view.newlines) for view in self._views]
         self.prompt = self._build_prompt()
 
@@ -196,7 +199,7 @@ class ProblemRun:
             raise RuntimeError(f"a part of round {self._part.round} without the rounds before it")
         path = self._neighbours_path()
         if path:
-            self._views, self._load, self.image_bytes = (), None, 0
+            self._views, self._load, self.image_bytes, self._pixel_bytes = (), None, 0, 0
         else:
             self._encode()
             path = self._path(self.prompt.ids)
@@ -292,7 +295,7 @@ class ProblemRun:
         if head is not None:
             self._engine.scheduler.drop(head)
         self._preparing = None  # if it failed, its traceback refers to this object
-        self._views, self.image_bytes = (), 0
+        self._views, self.image_bytes, self._pixel_bytes = (), 0, 0
         self._on_end.close()
 
     def _begin_round(self) -> None:

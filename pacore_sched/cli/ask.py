@@ -4,11 +4,14 @@ import argparse
 import json
 import sys
 import time
+from contextlib import closing
+from functools import partial
 
 from model.errors import InputError
 from model.terminal import progress
-from model.vision.image import load_image
-from pacore_sched.answers.images import views_of
+from model.vision.image import load_image, preprocess
+from pacore_sched.answers.image_loader import ImageLoader
+from pacore_sched.answers.images import vision_of
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer
 from pacore_sched.answers.pacore import Pacore
@@ -34,10 +37,11 @@ def run(options: argparse.Namespace) -> int:
     checked_stops(options.stop)
     if not options.question.strip():
         raise InputError("the question is empty")
-    images = [load_image(path) for path in options.image]
-    model = shared.load_model(options)
-    sampling = shared.sampling_for(options, model.config.sampling)
-    views = views_of(images, model) if images else []
+    with closing(ImageLoader()) as loader:
+        images = loader.load(partial(load_image, path) for path in options.image)
+        model = shared.load_model(options)
+        sampling = shared.sampling_for(options, model.config.sampling)
+        views = loader.load(partial(preprocess, image, vision_of(model)) for image in images)
     content = [{"type": "image"} for _ in views] + [{"type": "text", "text": options.question}]
     engine = shared.make_engine(options, model, problems=1, width=max(round_widths(widths)))
     pacore = Pacore(model, engine, widths, sampling, seed=options.seed, template=template)

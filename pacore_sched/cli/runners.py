@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 from model.errors import InputError
 from model.step3vl import Step3VL
 from model.vision.image import Views
-from pacore_sched.answers.images import views_of
+from pacore_sched.answers.image_loader import ImageLoader
+from pacore_sched.answers.images import vision_of
 from pacore_sched.answers.journal import Journal
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer
@@ -138,23 +139,23 @@ class OneEngine:
         on_rollout: Callable[[RolloutResult], None],
         on_turn: Callable[[], None],
     ) -> Iterator[Answer]:
-        model = self._pacore.model
-
         def load(question: Question) -> list[Views]:
+            vision = vision_of(self._pacore.model)
             images = source.images.read(question, source.check_stop)
-            return views_of((image.load() for image in images), model)
+            return loader.load(partial(image.views, vision) for image in images)
 
         def problems() -> Iterator[Problem]:
             for question in source.unstopped():
                 images = partial(load, question) if question.images else None
                 yield Problem(question.messages, images, question.id)
 
-        return self._pacore.answers(
-            problems(),
-            known=source.journal.results,
-            on_rollout=on_rollout,
-            on_step=lambda tokens: on_turn(),
-        )
+        with closing(ImageLoader()) as loader:
+            yield from self._pacore.answers(
+                problems(),
+                known=source.journal.results,
+                on_rollout=on_rollout,
+                on_step=lambda tokens: on_turn(),
+            )
 
 
 class ManyReplicas:

@@ -16,10 +16,10 @@ from functools import partial
 import torch
 
 from model.errors import STOPS, reason
-from model.step3vl import Step3VL
 from model.vision.image import Views
 from pacore_sched.answers.arrivals import Arrivals
-from pacore_sched.answers.images import ImageData, views_of
+from pacore_sched.answers.image_loader import ImageLoader
+from pacore_sched.answers.images import ImageData, vision_of
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer, LiveProblems
 from pacore_sched.answers.pacore import Pacore
@@ -42,6 +42,7 @@ class Replica:
         self._model, self._engine = pacore.model, pacore.engine
         self._settings = pacore.settings
         self._live = LiveProblems(pacore.engine)
+        self._image_loader = ImageLoader()
         self._inbox = _Inbox()
         self._arrivals = Arrivals(self._inbox)
         self._runs: dict[Key, ProblemRun] = {}
@@ -151,7 +152,7 @@ class Replica:
         return report
 
     def _run_of(self, task: Task) -> ProblemRun:
-        load = partial(_views_of, task.images, self._model) if task.images else None
+        load = partial(self._views_of, task.images) if task.images else None
         problem = Problem(task.messages, load, task.id)
         return ProblemRun(
             self._model,
@@ -163,6 +164,10 @@ class Replica:
             task.part,
             self._neighbour(task),
         )
+
+    def _views_of(self, images: Sequence[ImageData]) -> list[Views]:
+        vision = vision_of(self._model)
+        return self._image_loader.load(partial(image.views, vision) for image in images)
 
     def _neighbour(self, task: Task) -> ProblemRun | None:
         """A run of other rollouts of the round whose part the task is."""
@@ -197,7 +202,3 @@ class _Inbox(Iterator[ProblemRun]):
     def forget(self, run: ProblemRun) -> None:
         if run in self.runs:
             self.runs.remove(run)
-
-
-def _views_of(images: Sequence[ImageData], model: Step3VL) -> list[Views]:
-    return views_of((image.load() for image in images), model)

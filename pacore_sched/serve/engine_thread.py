@@ -134,6 +134,7 @@ class EngineThread(threading.Thread):
     def _cancel(self, job: Job) -> None:
         with suppress(ValueError):
             self._waiting.remove(job)
+            job.run.release()
         self._jobs.pop(job.run, None)
         self._live.cancel(job.run)
 

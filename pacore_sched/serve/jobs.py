@@ -112,4 +112,3 @@ class Job:
     # Of the event loop:
     results: list[RolloutResult] = field(default_factory=list)  # in the order in which they ended
     waits: bool = True  # neither started nor ended
-    holds_slot: bool = False  # one of those for requests with images

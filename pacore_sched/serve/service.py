@@ -1,8 +1,8 @@
 """The jobs of a server, seen from the event loop: admission, preparation, and the events of each.
 
 A request is refused when too many wait. Its images are read and its prompt is built in another
-thread before the engine's thread takes it. Pixels of few requests are in memory at a time: requests
-with images wait for a slot until those before them have been started.
+thread before the engine's thread takes it. The pixels in memory are bounded: requests with images
+wait until those of the requests before them have been encoded.
 """
 
 import asyncio
@@ -14,7 +14,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from kernels.runtime.arithmetic import cdiv
+from pacore_sched.answers.image_loader import ImageLoader
 from pacore_sched.answers.journal_lines import RolloutResult
+from pacore_sched.answers.live import PIXEL_BYTES
 from pacore_sched.answers.problem_run import Problem, ProblemRun, Settings
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ServiceState = Literal["ok", "draining", "failed"]
-IMAGE_SLOTS = 4  # requests whose images are read, or wait to be encoded, at a time
+IMAGE_REQUESTS = 8  # whose images are read at a time
+PIXEL_POLL_S = 0.01
 TEXT_THREADS = 2
 MAX_RETRY_AFTER = 60  # seconds
 END_S = 5.0  # for the last responses to be written
@@ -53,8 +56,9 @@ class Service:
         self._number = 0
         self._start_s = 1.0  # seconds from one start to the next: a moving average
         self._last_start = time.monotonic()
-        self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
-        self._image_threads = ThreadPoolExecutor(IMAGE_SLOTS, thread_name_prefix="images")
+        self.image_loader = ImageLoader()
+        self._image_requests = asyncio.Semaphore(IMAGE_REQUESTS)
+        self._image_threads = ThreadPoolExecutor(IMAGE_REQUESTS, thread_name_prefix="photos")
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="prompts")
 
     def start(self) -> None:
@@ -76,6 +80,7 @@ class Service:
         self.thread.stop()
         self.thread.join()
         self.engine.executor.close()
+        self.image_loader.close()
         for pool in (self._image_threads, self._text_threads):
             pool.shutdown(cancel_futures=True)
 
@@ -184,15 +189,19 @@ class Service:
 
     async def _prepare(self, job: Job, *, has_images: bool) -> None:
         run = job.run
+        if run.finished:
+            return
         if has_images:
-            await self._image_slots.acquire()
-            job.holds_slot = True
-        if not run.finished:
-            threads = self._image_threads if has_images else self._text_threads
-            preparing = threads.submit(run.prepare)
+            async with self._image_requests:
+                while sum(other.run.pixel_bytes for other in self.jobs) >= PIXEL_BYTES:
+                    await asyncio.sleep(PIXEL_POLL_S)
+                preparing = self._image_threads.submit(run.prepare)
+                await asyncio.wrap_future(preparing)
+        else:
+            preparing = self._text_threads.submit(run.prepare)
             await asyncio.wrap_future(preparing)
-            run.set_preparing(preparing)
-            run.settings = self._fitted(run)
+        run.set_preparing(preparing)
+        run.settings = self._fitted(run)
 
     def _forget(self, job: Job) -> None:
         self.jobs.discard(job)
@@ -200,12 +209,9 @@ class Service:
 
     def _end_wait(self, job: Job) -> None:
         """A job has started, or has ended without that."""
-        if not job.waits:
-            return
-        job.waits = False
-        self.waiting -= 1
-        if job.holds_slot:
-            self._image_slots.release()
+        if job.waits:
+            job.waits = False
+            self.waiting -= 1
 
     def _note_start(self, job: Job) -> None:
         """Update the mean time from one start to the next, without that in which no job waited."""

@@ -2,10 +2,16 @@
 
 import argparse
 import base64
-import io
 import random
 
-RESOLUTIONS = {"360p": (640, 360), "720p": (1280, 720), "1080p": (1920, 1080)}
+from bench.inputs.photos import jpeg
+
+RESOLUTIONS = {
+    "360p": (640, 360),
+    "720p": (1280, 720),
+    "1080p": (1920, 1080),
+    "4k": (3840, 2160),
+}
 MAX_SIDE = 8192
 
 
@@ -24,10 +30,5 @@ def resolution(text: str) -> tuple[int, int]:
 
 
 def data_url(draw: random.Random, size: tuple[int, int]) -> str:
-    """A JPEG of random soft shapes: its size as a file is like that of a photo, not of noise."""
-    from PIL import Image
-
-    small = Image.frombytes("RGB", (16, 16), draw.randbytes(16 * 16 * 3))
-    file = io.BytesIO()
-    small.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    """A random photo."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(draw, size)).decode()}"

@@ -1,26 +1,47 @@
-"""PIL's process-wide settings while an image is read."""
+"""PIL's process-wide settings while images are read."""
 
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-
-_LOCK = threading.RLock()
+from contextlib import ExitStack, contextmanager
 
 
 @contextmanager
-def strict_pil() -> Iterator[None]:
+def _strict_settings() -> Iterator[None]:
     """Without PIL's warnings (about sizes within our limits, and metadata), and without its
-    LOAD_TRUNCATED_IMAGES, by which other code may have made missing pixels black.
-
-    Both belong to the process, therefore one thread at a time.
-    """
+    LOAD_TRUNCATED_IMAGES, by which other code may have made missing pixels black."""
     from PIL import ImageFile
 
-    with _LOCK, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
             yield
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+class _StrictPil:
+    """Holds these settings while at least one thread is within: they belong to the process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._within = 0
+        self._settings = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._within:
+                self._settings.enter_context(_strict_settings())
+            self._within += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._within -= 1
+                if not self._within:
+                    self._settings.close()
+
+
+strict_pil = _StrictPil()

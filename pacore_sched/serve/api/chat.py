@@ -4,7 +4,9 @@ It is one problem for the engine: a round of `n` rollouts, or with PaCoRe its ro
 last gives the answer.
 """
 
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -54,6 +56,7 @@ class ChatAnswer:
         self._choices: list[ChatChoice] = []
         self._job: Job | None = None
         self._saving = Saving(self.settings)
+        self._closed = threading.Event()
 
     async def submit(self) -> None:
         """Hand the request to the engine. Raises ApiError if it is refused."""
@@ -88,6 +91,7 @@ class ChatAnswer:
 
     def close(self) -> None:
         """End the request, if it has not ended: its client has left, or it failed."""
+        self._closed.set()  # images that have not been loaded need not be
         if self._job is not None:
             self.context.service.cancel(self._job)
         self._saving.close(self._job.results if self._job else ())
@@ -210,25 +214,40 @@ class ChatAnswer:
                 f"{self._model.config.name} takes no images: it is a text-only model", "messages"
             )
         self._has_remote_images = not all(url.startswith("data:") for _, url in urls)
-        load = partial(self._load, urls) if urls else None
-        salt = self.body.cache_salt or ""
-        return Problem(messages, load, tools=self._tools or None, salt=salt)
+        loader = self.context.service.image_loader
 
-    def _load(self, urls: list[tuple[str, str]]) -> "list[Views]":
-        """The images at some URLs, each with its place; in a thread. Raises ApiError."""
-        vision, limits, views = self._model.config.vision, self.context.service.limits, []
-        assert vision is not None
+        def load() -> "list[Views]":
+            return loader.load(self._views(urls), self._closed.is_set)
+
+        salt = self.body.cache_salt or ""
+        return Problem(messages, load if urls else None, tools=self._tools or None, salt=salt)
+
+    def _views(self, urls: list[tuple[str, str]]) -> "Iterator[Callable[[], Views]]":
+        """Fetch the images at some URLs, each with its place, one after the other; yields a call
+        that decodes each. Both raise ApiError."""
+        limits = self.context.service.limits
         for place, url in urls:
-            try:
+            with _usable(place):
                 source = image_source(url, self.context.media)
                 # Three bytes in four characters of a data URL.
                 if isinstance(source, str) and 3 * len(source) // 4 > limits.max_image_bytes:
                     raise InputError(f"it has more than {limits.max_image_bytes:,} bytes")
-                image = load_image(source, max_pixels=limits.max_image_pixels)
-                views.append(preprocess(image, vision))
-            except InputError as error:
-                raise refused(f"the image cannot be used: {error}", place) from None
-        return views
+            yield partial(self._decode, source, place)
+
+    def _decode(self, source: str | bytes, place: str) -> "Views":
+        vision, limits = self._model.config.vision, self.context.service.limits
+        assert vision is not None
+        with _usable(place):
+            return preprocess(load_image(source, max_pixels=limits.max_image_pixels), vision)
+
+
+@contextmanager
+def _usable(place: str) -> Iterator[None]:
+    """What is wrong with the image at a place of the body becomes an ApiError."""
+    try:
+        yield
+    except InputError as error:
+        raise refused(f"the image cannot be used: {error}", place) from None
 
 
 def _spread(

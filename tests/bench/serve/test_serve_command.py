@@ -13,6 +13,11 @@ from bench.replicas.processes import descendants
 from bench.report import rows as report_rows
 from bench.rows import show
 from model.errors import InputError
+from model.step3vl import Step3VL
+from pacore_sched.answers.pacore import engine_for
+from pacore_sched.serve.limits import Limits
+from pacore_sched.serve.metrics import Metrics
+from pacore_sched.serve.service import Service
 from tests.pacore_sched.serve.serving import Running, answering, running, scripted
 
 TOKENS = 20  # of an answer: more than `</think>`, which is not shown
@@ -79,7 +84,7 @@ def test_rate_and_endpoints(server: Running, capsys: pytest.CaptureFixture):
     assert list(latencies) == ["E2EL"]
 
 
-def test_pacore_and_images(server: Running, capsys: pytest.CaptureFixture):
+def test_pacore(server: Running, capsys: pytest.CaptureFixture):
     words = base(server, "--dataset-name", "pacore", "--pacore-widths", "3")
     code, row, latencies = measured(capsys, *words)
     assert code == 0
@@ -87,6 +92,26 @@ def test_pacore_and_images(server: Running, capsys: pytest.CaptureFixture):
     assert row["tokens_per_chunk"] is None
     assert "TPOT" not in latencies
     assert "E2EL (time to answer)" in latencies
+
+
+@pytest.mark.parametrize("concurrency", ["1", "100"])
+def test_photos(capsys: pytest.CaptureFixture, concurrency: str):
+    """The benchmark of SGLang's cookbook, by its own options, with small photos on the tiny model:
+    requests that fail, or figures that are missing."""
+    tiny = Step3VL.from_preset("tiny")
+    engine = engine_for(tiny, kv_tokens=8192, max_running=16)
+    words = ["--dataset", "image", "--image-count", "2", "--image-resolution", "64x48"]
+    words += ["--random-range-ratio", "1", "--max-concurrency", concurrency]
+    with running(Service(tiny, engine, Limits(), Metrics("tiny")), "tiny") as server:
+        code, row, latencies = measured(capsys, *base(server, *words))
+    assert (code, row["failed"], row["warnings"]) == (0, 0, [])
+    assert row["requests_per_second"] > 0 and row["tokens_per_second"] > 0
+    assert row["prompt_tokens"] >= 12 * 2 * tiny.config.vision.image_tokens
+    assert 12 < row["output_tokens"] < 12 * 2 * TOKENS  # uniform from 1 to twice as many
+    assert row["concurrency_max"] <= int(concurrency)
+    assert {"TTFT", "TPOT", "ITL", "E2EL"} <= latencies.keys()
+    for name in ("mean_ms", "median_ms", "p99_ms"):
+        assert latencies["TTFT"][name] <= latencies["E2EL"][name]
 
 
 def test_prefixes(server: Running, capsys: pytest.CaptureFixture):

@@ -71,6 +71,8 @@ def test_range_ratio():
         assert (min(values), max(values)) == (round(0.7 * mean), round(1.3 * mean))
         assert fmean(values) == pytest.approx(mean, rel=0.02)
     assert Lengths(100, 10).draw(random.Random(0)) == (100, 10)
+    whole = [Lengths(4, 64, 1.0).draw(random.Random(n))[0] for n in range(500)]
+    assert set(whole) == {*range(1, 9)}  # as SGLang's ratio of 0 with twice the length
 
 
 def test_body():
@@ -113,6 +115,7 @@ def test_images():
 
 def test_resolution():
     assert resolution("720p") == (1280, 720)
+    assert resolution("4k") == (3840, 2160)
     assert resolution("300x20") == (300, 20)
 
 

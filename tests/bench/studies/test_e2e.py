@@ -1,19 +1,25 @@
 """The end-to-end runs on the tiny model: their rows, and that a wrong form fails."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.inputs import views as vision
-from bench.rows import show
+from bench.rows import run_tables, show
 from bench.studies import e2e, images
 from kernels.patchify import row_width
 from kernels.prefix_attention import op as prefix_attention
 from kernels.runtime.grids import tokens_of
 from kernels.vision_attention import op as vision_attention
+from model.config import VisionConfig
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
 from model.vision.graph import Graphs
+from model.vision.image import Views
+from model.vision.tower import VisionTower
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +113,10 @@ def test_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         assert graphs.enabled is False, "the timer captures, and nothing else"
 
     monkeypatch.setattr(Graphs, "find", no_graph)
-    rows = list(images.run(CPU))
+    tower = images.random_tower(images.PRESETS["tiny"], CPU)
+    rows = [
+        row for size in images.SIZES for row in images.encode(tower, images.PRESETS["tiny"], size)
+    ]
     assert [(row["case"], row["impl"]) for row in rows] == [
         (f"tiny {size}", form) for size in ("100 x 100", "1280 x 720") for form in e2e.FORMS
     ]
@@ -121,6 +130,59 @@ def test_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     assert "1280 x 720" in capsys.readouterr().out
 
 
+def test_images_of_many_requests(monkeypatch: pytest.MonkeyPatch):
+    """Other work in one form than in the other, or embeddings that depend on what they are packed
+    with."""
+    times = {images.ALONE: replace(TIMING, median_us=6 * TIMING.median_us), images.PACKED: TIMING}
+    monkeypatch.setattr(images, "measure", lambda calls, **_: times)
+    monkeypatch.setattr(images, "LOAD_REQUESTS", 3)
+    config = images.PRESETS["tiny"]
+    tower = images.random_tower(config, CPU)
+    sizes, forward = [], type(tower).forward
+
+    def noted(tower: VisionTower, views: list[torch.Tensor]) -> torch.Tensor:
+        sizes.append(len(views))
+        return forward(tower, views)
+
+    monkeypatch.setattr(type(tower), "forward", noted)
+    alone, packed = images.load(tower, config)
+    assert sizes == [3 * 14] + 3 * [14]  # 2 images of 7 views per request
+    assert (alone["impl"], packed["impl"]) == (images.ALONE, images.PACKED)
+    assert alone["failure"] is packed["failure"] is None
+    assert alone["flops"] == packed["flops"]
+    assert (alone["packing_gain"], packed["packing_gain"]) == (1, 6)
+    assert packed["images_per_second"] == pytest.approx(6e6 / TIMING.median_us)
+    monkeypatch.setattr(type(tower), "forward", lambda t, v: forward(t, v) * (1 + len(v) / 1000))
+    assert "exceeds" in images.load(tower, config)[1]["failure"]
+
+
+def test_images_on_the_host(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Rates per core that count a pool's threads, not its CPU time; rows for every pool."""
+    monkeypatch.setattr(images, "usable_cpus", lambda: 3)
+    loaded, preprocess = [], images.preprocess
+
+    def noted(image: Image.Image, config: VisionConfig) -> Views:
+        loaded.append(image.size)
+        return preprocess(image, config)
+
+    monkeypatch.setattr(images, "preprocess", noted)
+    monkeypatch.setattr(images.time, "process_time", iter(range(1000)).__next__)
+    monkeypatch.setattr(images.time, "perf_counter", iter(range(0, 8000, 8)).__next__)
+    monkeypatch.setattr(images, "HOST_S", 20.0)  # two rounds by this clock
+    rows = images.on_host((64, 32), CPU)
+    assert [row["impl"] for row in rows] == ["1 thread", "2 threads", "3 threads"]
+    assert len(loaded) == 5 + 2 * 4 * (1 + 2 + 3) and set(loaded) == {(64, 32)}
+    for row in rows:
+        count = 2 * 4 * row["threads"]
+        assert row["images_per_core_second"] == count  # of one second
+        assert row["core_ms"] == pytest.approx(1000 / count)
+        assert row["images_per_second"] == pytest.approx(count / 32)
+        assert row["failure"] is None
+    assert rows[0]["decode_ms"] == rows[0]["cut_ms"] == 1000
+    show.show(run_tables.RUNS["host_images"], rows)
+    assert "3 threads" in capsys.readouterr().out
+
+
 def test_a_wrong_tower_fails(monkeypatch: pytest.MonkeyPatch):
     """Guards the check of the whole tower, which no op's own check replaces."""
     right = vision_attention.vision_attention
@@ -131,7 +193,7 @@ def test_a_wrong_tower_fails(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("model.vision.tower.vision_attention", wrong)
     monkeypatch.setattr(images, "SIZES", ((100, 100),))
     monkeypatch.setattr(images, "measure", lambda calls, **_: dict.fromkeys(calls, TIMING))
-    eager, default = images.run(CPU)
+    eager, default, *_ = images.run(CPU)
     assert eager["failure"] is None
     assert "exceeds" in default["failure"]
 

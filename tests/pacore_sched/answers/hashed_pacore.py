@@ -62,7 +62,7 @@ def questions(count: int) -> list[Problem]:
 def with_image(text: str) -> Problem:
     """A problem named "photo"."""
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    layout = SimpleNamespace(newlines=(False,))
+    layout = SimpleNamespace(newlines=(False,), all=())
     return Problem([{"role": "user", "content": content}], lambda: [layout], id="photo")
 
 

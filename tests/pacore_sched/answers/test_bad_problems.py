@@ -98,7 +98,7 @@ class Stages:
     def _load(self) -> list[SimpleNamespace]:
         if self._stage == "load":
             raise self._error
-        return [SimpleNamespace(newlines=(False,))]
+        return [SimpleNamespace(newlines=(False,), all=())]
 
     def _encode(self, views: list, salt: str) -> Features:
         if self._stage == "encode":

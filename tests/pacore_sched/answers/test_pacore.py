@@ -334,7 +334,7 @@ def test_images_that_load_slowly():
 
     def slowly() -> list:
         time.sleep(0.2)
-        return [SimpleNamespace(newlines=(False,))]
+        return [SimpleNamespace(newlines=(False,), all=())]
 
     (answer,) = hashed().answers([replace(with_image("How many?"), load=slowly)])
     assert (answer.problem, answer.error) == ("photo", None)

@@ -293,19 +293,27 @@ def test_lazy_images_of_cut_files_are_refused(monkeypatch):
                     load_image(image)
 
 
-def test_one_thread_at_a_time_changes_pils_settings(monkeypatch):
-    """Guards a setting of the process against being restored in the wrong order, for ever."""
+def test_threads_share_pils_settings(monkeypatch):
+    """Guards a setting of the process against being restored while another thread reads, or in the
+    wrong order, for ever; and threads against waiting for each other's images."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    entered = threading.Event()
+    filters = list(warnings.filters)
+    entered, leave = threading.Event(), threading.Event()
 
     def other():
         with strict_pil():
             entered.set()
+            assert leave.wait(10)
 
     thread = threading.Thread(target=other)
     with strict_pil():
         thread.start()
-        assert not entered.wait(0.05)
-        assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+        assert entered.wait(10), "it waits for the other thread's image"
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+    assert warnings.filters != filters
+    leave.set()
     thread.join()
-    assert entered.is_set() and ImageFile.LOAD_TRUNCATED_IMAGES is True
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+    assert warnings.filters == filters
+    with strict_pil():
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is False
