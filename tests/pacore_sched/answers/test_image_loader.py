@@ -27,8 +27,11 @@ def loader() -> Iterator[ImageLoader]:
         yield made
 
 
-def fail(text: str) -> None:
-    raise InputError(text)
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @settings(deadline=None, max_examples=60)
@@ -96,8 +99,7 @@ def test_many_images_are_neither_read_far_ahead_nor_starve_others(loader: ImageL
             assert read.acquire(timeout=WAIT_S)
         one = threads.submit(loader.load, [partial(note, "one")])
         assert not read.acquire(timeout=0.05)
-        while loader._pool._work_queue.empty():
-            time.sleep(0.001)
+        wait_for(lambda: not loader._pool._work_queue.empty())
         gate.set()
         many.result(WAIT_S)
         one.result(WAIT_S)
@@ -114,11 +116,9 @@ def test_a_stop_ends_what_has_not_begun(loader: ImageLoader):
 
     with ThreadPoolExecutor(2) as threads:
         busy = threads.submit(loader.load, [partial(image, -1), partial(image, -2)])
-        while len(begun) < 2:
-            time.sleep(0.001)
+        wait_for(lambda: len(begun) == 2)
         left = threads.submit(loader.load, (partial(image, i) for i in range(5)), stop.is_set)
-        while loader._pool._work_queue.qsize() < 2:  # all that it may queue
-            time.sleep(0.001)
+        wait_for(lambda: loader._pool._work_queue.qsize() == 2)  # all that it may queue
         stop.set()
         gate.set()
         busy.result(WAIT_S)
@@ -141,18 +141,42 @@ def test_no_further_image_is_read_after_a_stop(loader: ImageLoader):
     assert read == [0, 1]
 
 
-def test_a_failure_ends_what_has_not_begun():
+def test_a_failure_ends_what_has_not_begun(loader: ImageLoader):
     """All images of a problem decoded, although the first is broken."""
-    begun, gate = [], threading.Event()
+    begun: list[int] = []
+    gate, failing, broken, queued = (threading.Event() for _ in range(4))
 
     def image(index: int) -> None:
         begun.append(index)
         gate.wait(WAIT_S)
 
-    with closing(ImageLoader(1)) as loader, pytest.raises(InputError, match="broken"):
-        loader.load([partial(fail, "broken"), *(partial(image, i) for i in range(5))])
+    def fail() -> None:
+        failing.set()
+        broken.wait(WAIT_S)
+        raise InputError("broken")
+
+    def calls() -> Iterator[Callable[[], None]]:
+        yield fail
+        queued.wait(WAIT_S)  # another problem's image, which runs next
+        yield partial(image, 0)
+
+    with ThreadPoolExecutor(3) as threads:
+        others = [threads.submit(loader.load, [partial(image, -1)])]
+        wait_for(lambda: begun == [-1])
+        problem = threads.submit(loader.load, calls())
+        wait_for(failing.is_set)
+        others.append(threads.submit(loader.load, [partial(image, -2)]))
+        wait_for(lambda: loader._pool._work_queue.qsize() == 1)
+        queued.set()
+        wait_for(lambda: loader._pool._work_queue.qsize() == 2)
+        broken.set()
+        with pytest.raises(InputError, match="broken"):
+            problem.result(WAIT_S)
         gate.set()
-    assert begun == []
+        for other in others:
+            other.result(WAIT_S)
+    loader.close()
+    assert begun == [-1, -2]
 
 
 def test_closing_leaves_no_thread():
@@ -168,8 +192,7 @@ def test_closing_leaves_no_thread():
         running = threads.submit(loader.load, [image])
         entered.wait(WAIT_S)
         waiting = threads.submit(loader.load, [image])
-        while loader._pool._work_queue.empty():
-            time.sleep(0.001)
+        wait_for(lambda: not loader._pool._work_queue.empty())
         closing_ = threading.Thread(target=loader.close)
         closing_.start()
         with pytest.raises(CancelledError):
