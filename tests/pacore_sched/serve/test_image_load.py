@@ -113,14 +113,14 @@ def test_pixels_in_memory_are_bounded(
     """Images of all waiting requests decoded at once, to wait for the tower; or a request that is
     larger than the budget, and never begins."""
     service, gate, encoding = server.service, threading.Event(), threading.Event()
-    encode = tiny.encode_images
+    encode = tiny.vision.forward
 
-    def slow(views: list) -> torch.Tensor:
+    def slow(views: list, between: object) -> torch.Tensor:
         encoding.set()
         gate.wait(WAIT_S)
-        return encode(views)
+        return encode(views, between)
 
-    monkeypatch.setattr(tiny, "encode_images", slow)
+    monkeypatch.setattr(tiny.vision, "forward", slow)
     monkeypatch.setattr(service_module, "PIXEL_BYTES", 1)
     prepared: list[int] = []
     prepare = chat.preprocess
