@@ -17,7 +17,7 @@ from model.errors import ContextError, InputError, reason
 from model.text.prompt import build_prompt, image_head_length, num_characters
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.message_budget import FittedPrompt, fit_messages, prompt_limit
-from pacore_sched.answers.rounds import SynthesisTemplate, round_messages
+from pacore_sched.answers.rounds import SynthesisTemplate, last_user_message, round_messages
 from pacore_sched.engine.engine import Engine
 from pacore_sched.sched.request import Group, Partial, Rollout, Sampling, Segment
 
@@ -348,6 +348,8 @@ class ProblemRun:
         if known rollouts had another prompt."""
         context = self._model.config.decoder.max_positions
         if not self.rounds:
+            if len(self.settings.widths) > 1:  # refuse now what later rounds would
+                last_user_message(self._messages)
             ids = list(self._ids) or self._ids_of(self._messages, max_tokens=context)
             if len(ids) >= context:
                 raise ContextError(f"the prompt has {len(ids)} tokens, the context is {context}")

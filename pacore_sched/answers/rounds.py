@@ -126,18 +126,24 @@ def round_messages(
     Raises InputError if there is no user message, its content is not text or a list of parts, or
     the template fails on it.
     """
-    users = [index for index, turn in enumerate(conversation) if turn.get("role") == "user"]
-    if not users:
-        raise InputError("the conversation has no user message")
+    index = last_user_message(conversation)
     references = order_messages(messages, seed)
     if not references:
         return list(conversation)
-    last = conversation[users[-1]]
+    last = conversation[index]
     problem, images = _split_content(last.get("content"))
     prompt = synthesis_prompt(problem, references, template)
     content = [*images, {"type": "text", "text": prompt}] if images else prompt
     following = {**last, "content": content}
-    return [*conversation[: users[-1]], following, *conversation[users[-1] + 1 :]]
+    return [*conversation[:index], following, *conversation[index + 1 :]]
+
+
+def last_user_message(conversation: Sequence[dict]) -> int:
+    """The index of the message that later rounds replace. Raises InputError if there is none."""
+    for index in reversed(range(len(conversation))):
+        if conversation[index].get("role") == "user":
+            return index
+    raise InputError("the conversation has no user message")
 
 
 def _integer(text: str) -> int:

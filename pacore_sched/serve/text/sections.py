@@ -126,7 +126,11 @@ class Sections:
             self._wrapped, self._after_call = False, True
         elif tag in (CALLS, CALL):
             if self._opened and (self._opened, tag) != (CALLS, CALL):
+                text = "".join(self._held)
+                words = text.rstrip()
+                self._held[:] = [words]
                 self._release()
+                self._held.append(text[len(words) :])  # dropped if a call follows
             self._held.append(tag)
             self._opened = tag
         else:

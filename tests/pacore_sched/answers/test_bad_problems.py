@@ -137,6 +137,7 @@ def broken_image() -> list[Views]:
         (Problem(WITH_IMAGE, broken_image, id="bad"), "birds.png is no image"),
         (Problem(WITH_IMAGE, id="bad"), "image parts in the messages: 1, images given: 0"),
         (Problem([{"role": "user", "content": 5}], id="bad"), "a string or a list of parts"),
+        (Problem([{"role": "system", "content": "x"}], id="bad"), "no user message"),
     ],
 )
 def test_a_problem_fails_alone(problem: Problem, reason: str):

@@ -30,6 +30,10 @@ BAD = {
     "too wide": ({"pacore": {"widths": [129]}}, 400, "pacore.widths"),
     "many rounds": ({"pacore": {"widths": [1] * 9}}, 400, "pacore.widths"),
     "n with pacore": ({"n": 2, "pacore": {}}, 400, "n"),
+    "no user message with pacore": (
+        {"messages": [{"role": "system", "content": "x"}], "pacore": {"widths": [2]}}, 400,
+        "messages",
+    ),
     "tools with pacore": ({"tools": [WEATHER], "pacore": {}}, 400, "tools"),
     "not implemented": ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
     "logit_bias": ({"logit_bias": {"5": 1}}, 400, "logit_bias"),

@@ -148,6 +148,7 @@ def test_the_models_calls(end):
         ("</think><think>why", True, ("", "<think>why", [])),
         (f"{CALL}<think>why", False, ("", "<think>why", [WEATHER])),
         (f"<tool_call>{CALL}", False, ("", "<tool_call>", [WEATHER])),
+        (f"<tool_call> {CALL}", False, ("", "<tool_call>", [WEATHER])),
         (f"<tool_calls>{CALL} and\n</tool_calls>\nso", False, ("", "andso", [WEATHER])),
         (f"<tool_calls>{CALL}<tool_calls></tool_calls>", False,
          ("", "<tool_calls></tool_calls>", [WEATHER])),
