@@ -11,7 +11,7 @@ The algorithm is that of the model's published processors (described at each ste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
 from math import floor
 from typing import TYPE_CHECKING
 
@@ -56,9 +56,9 @@ class Views:
     """One image, cut, as PIL has it: uint8, channels last, before the last resize.
 
     `image` [H, W, 3] is the whole image, for the global view, `crops` [n, w, w, 3] the crops (n may
-    be 0); `newlines` (n of them) as in CropLayout. `digest` is of the image's size and pixels; b"":
-    not known. `sides` are those of the global view and of crops once they are resized; None: they
-    are squares and stay as they are.
+    be 0); `newlines` (n of them) as in CropLayout. `digest` is of `image`, from which the crops are
+    made; b"": not known. `sides` are those of the global view and of crops once they are resized;
+    None: they are squares and stay as they are.
     """
 
     image: torch.Tensor
@@ -124,7 +124,6 @@ def preprocess(image: Image.Image, config: VisionConfig) -> Views:
     from PIL.Image import Resampling
 
     layout = crop_layout(*image.size, config)
-    digest = blake2b(image.tobytes(), key=str(image.size).encode(), digest_size=16).digest()
     if len(layout.boxes) > MAX_CROPS:
         raise InputError(
             f"an image of {image.width} x {image.height} pixels is too elongated: "
@@ -133,12 +132,12 @@ def preprocess(image: Image.Image, config: VisionConfig) -> Views:
     if layout.padded != image.size:
         image = image.crop((0, 0, *layout.padded))  # PIL fills with black beyond the image
     image = image.resize(layout.size, Resampling.BILINEAR)
-    canvas = image
-    if layout.canvas != layout.size:
-        canvas = image.resize(layout.canvas, Resampling.BILINEAR)
-    crops = [canvas.crop(box) for box in layout.boxes]
+    pixels = np.array(image)
+    digest = sha256(str(image.size).encode() + b":")
+    digest.update(pixels.data)  # all views are made from these
     sides = config.image_size, config.crop_size
-    return Views(_pixels([image])[0], _pixels(crops), layout.newlines, digest, sides)
+    crops = torch.from_numpy(_crops(image, layout))
+    return Views(torch.from_numpy(pixels), crops, layout.newlines, digest.digest()[:16], sides)
 
 
 def _shrunk(width: int, height: int, limit: int) -> tuple[int, int]:
@@ -165,8 +164,16 @@ def _snapped(side: int, window: int) -> int:
     return window * (floor(ratio) + (ratio - side // window > 0.2))
 
 
-def _pixels(images: list[Image.Image]) -> torch.Tensor:
-    """n RGB images of equal size -> uint8 [n, height, width, 3]."""
-    if not images:
-        return torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+def _crops(image: Image.Image, layout: CropLayout) -> np.ndarray:
+    """The crops of an image of size `layout.size`: uint8 [n, window, window, 3]."""
+    from PIL.Image import Resampling
+
+    if not layout.boxes:
+        return np.empty((0, 0, 0, 3), np.uint8)
+    if layout.canvas != layout.size:
+        image = image.resize(layout.canvas, Resampling.BILINEAR)
+    extent = layout.boxes[-1][2:]
+    if extent != image.size:
+        image = image.crop((0, 0, *extent))  # black beyond the image
+    pixels = np.asarray(image)
+    return np.stack([pixels[top:bottom, left:right] for left, top, right, bottom in layout.boxes])
