@@ -216,12 +216,11 @@ class ImageEncoder:
     def _run(self) -> None:
         """Encode until the queue is empty; in the thread."""
         while self._encode_next():
-            if self._pace.applies:
-                self._pause()
+            self._pace.rest()
 
     def _encode_next(self) -> bool:
         """Encode a batch; returns whether there was one. No variable refers to pixels afterwards:
-        a pause may follow."""
+        a rest may follow."""
         with self._lock:
             batch = [
                 (image, self._take(image, stop - start))
@@ -251,13 +250,16 @@ class ImageEncoder:
     def _encode(self, images: Sequence[Sequence["View"]]) -> list[Tensor]:
         tower = self._model.vision
         assert tower is not None, "count_features raises for a model without a tower"
-        self._pace.begin()
         between = self._pause if self._pace.applies else None  # a CUDA graph cannot pause
+        views = [view for of_image in images for view in of_image]
         with self._on_stream():
-            views = [view for of_image in images for view in of_image]
-            features = spanned("encode images", tower)(views, between)
-            if self._stream:
-                self._stream.synchronize()  # later batches are chosen when this one has ended
+            self._pace.begin()
+            try:
+                features = spanned("encode images", tower)(views, between)
+                if self._stream:
+                    self._stream.synchronize()  # later batches are chosen when this one has ended
+            finally:
+                self._pace.end()
             if len(images) == 1:
                 return [features]
             parts = features.split([tower.count(of_image) for of_image in images])
@@ -291,7 +293,9 @@ class ImageEncoder:
         """Let decoding go on after a slice of the tower, for as long as the pace says."""
         if self._stream:
             self._stream.synchronize()
-        self._pace.wait()
+        self._pace.end()
+        self._pace.rest()
+        self._pace.begin()
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:

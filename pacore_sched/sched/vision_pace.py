@@ -1,20 +1,26 @@
-"""How much encoding images may slow decoding: the vision tower gets a share of the time.
+"""How much encoding images may slow decoding: the vision tower rests when it has done so too much.
 
-In the worst case, decoding makes no progress while the tower runs. A step that would take d then
-takes s * d if the tower runs for a share 1 - 1/s of the time, whatever d is. The tower therefore
-runs in slices, and after a slice of r pauses for r / (s - 1), if rollouts decode. Every pause is
-limited by the slice before it, so an engine that stops can delay the images but not block them.
+The tower runs in slices. While rollouts decode, an account holds the time that the tower may still
+take: a slice of r costs r; decoding that would take d undisturbed earns s * d, for d of work that
+was done during slices, and (s - 1) * d for a rest, in which decoding has the machine for itself. So
+a step takes s times as long on average at most, however the two share the machine. If decoding
+makes no progress during slices, the tower gets a share 1 - 1/s of the time; if each gets half of
+the machine and s is 2, it never rests. Every rest is limited by the slices before it, so an engine
+that stops can delay the images but not block them.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
+from threading import Lock
 
 from model.errors import InputError
 from pacore_sched.sched.view_queue import VISION_BUDGETS
 
 BETWEEN_STEPS_S = 0.05  # a step that begins so soon after another continues decoding
+SAMPLES = 8  # undisturbed steps, of which the shortest counts: others may have read prompts
 
 
 def slowdown_of(budget: str) -> float:
@@ -27,9 +33,9 @@ def slowdown_of(budget: str) -> float:
 
 
 class VisionPace:
-    """Pauses the thread that encodes images while another thread decodes.
+    """Rests for the thread that encodes images while another thread decodes.
 
-    slowdown: how much longer a decode step may take, more than 1; inf: the tower never pauses
+    slowdown: how much longer a decode step may take, more than 1; inf: the tower never rests
     clock, sleep: in seconds
     """
 
@@ -42,7 +48,12 @@ class VisionPace:
         self._slowdown, self._clock, self._sleep = slowdown, clock, sleep
         self._in_flight = 0
         self._last_end = -inf
-        self._slice_start = clock()
+        self._lock = Lock()  # of all below
+        self._owed = 0.0  # seconds that the tower has taken and decoding has not earned
+        self._slice_start: float | None = None  # of the slice that runs
+        self._ran = 0.0  # length of all slices before it
+        self._step = (0.0, 0.0)  # start of the oldest step in flight, and the tower's time then
+        self._undisturbed: deque[float] = deque(maxlen=SAMPLES)  # lengths of steps
 
     @property
     def applies(self) -> bool:
@@ -54,6 +65,8 @@ class VisionPace:
     @contextmanager
     def launch(self, decodes: bool) -> Iterator[None]:
         """Context around the launch of a step; decodes: whether rollouts decode in it."""
+        if decodes and not self._in_flight:
+            self._mark_step()
         self._in_flight += decodes
         try:
             yield
@@ -64,20 +77,51 @@ class VisionPace:
     def step_ended(self) -> None:
         """The oldest step in flight in which rollouts decode has ended."""
         self._in_flight = max(0, self._in_flight - 1)
-        self._last_end = self._clock()
+        start, ran_before = self._step
+        now = self._last_end = self._mark_step()
+        length, beside = now - start, self._step[1] - ran_before
+        with self._lock:
+            if not beside:
+                self._undisturbed.append(length)
+            elif self._undisturbed and self._slowdown < inf:
+                step = min(self._undisturbed)
+                self._owed -= self._slowdown * max(0.0, step - (length - beside))
 
     def idle(self) -> None:
-        """Nothing decodes, whatever has been launched: ends a pause."""
+        """Nothing decodes, whatever has been launched: ends a rest."""
         self._in_flight, self._last_end = 0, -inf
 
     def begin(self) -> None:
-        """In the encoder's thread: the tower begins to run."""
-        self._slice_start = self._clock()
+        """In the encoder's thread: a slice begins."""
+        with self._lock:
+            self._slice_start = self._clock()
 
-    def wait(self) -> None:
-        """In the encoder's thread: pause after the slice that ends here; the next one follows."""
-        now = self._clock()
-        end = now + (now - self._slice_start) / (self._slowdown - 1)
-        while self.applies and (left := end - self._clock()) > 0:
-            self._sleep(min(left, BETWEEN_STEPS_S))
-        self._slice_start = self._clock()
+    def end(self) -> None:
+        """In the encoder's thread: the slice has ended."""
+        with self._lock:
+            if self._slice_start is None:
+                return
+            length = self._clock() - self._slice_start
+            self._slice_start = None
+            self._ran += length
+            # What a step has earned is for the next one: it does not add up.
+            most = self._slowdown * min(self._undisturbed, default=0.0)
+            self._owed = max(self._owed + length, -most)
+
+    def rest(self) -> None:
+        """In the encoder's thread, between slices: let decoding catch up."""
+        while self._owed > 1e-9 and self.applies:  # no shorter time passes on a clock
+            start = self._clock()
+            self._sleep(min(self._owed / (self._slowdown - 1), BETWEEN_STEPS_S))
+            with self._lock:
+                self._owed -= (self._clock() - start) * (self._slowdown - 1)
+        if not self.applies:
+            self._owed = 0.0
+
+    def _mark_step(self) -> float:
+        """Note that a step begins now, when another ends or nothing was in flight."""
+        with self._lock:
+            now = self._clock()
+            running = 0.0 if self._slice_start is None else now - self._slice_start
+            self._step = now, self._ran + running
+        return now

@@ -36,11 +36,12 @@ def pace_of(slowdown: float) -> tuple[VisionPace, Clock]:
 
 def slices(pace: VisionPace, clock: Clock, seconds: float, count: int) -> Iterator[float]:
     """Pauses of the tower after slices of a length."""
-    pace.begin()
     for _ in range(count):
+        pace.begin()
         clock.now += seconds
+        pace.end()
         slept = clock.slept
-        pace.wait()
+        pace.rest()
         yield clock.slept - slept
 
 
@@ -56,6 +57,113 @@ def test_a_step_takes_as_much_longer_as_the_budget_says(budget: str, seconds: fl
     start = clock.now
     undisturbed = sum(slices(pace, clock, seconds, 50))
     assert clock.now - start == pytest.approx(slowdown * undisturbed)
+
+
+class Sharing(Clock):
+    """Decoding in steps of `step` seconds, which advances at full speed while the tower rests, and
+    at a share of it while the tower runs."""
+
+    def __init__(self, slowdown: float, step: float, share: float) -> None:
+        super().__init__()
+        self.pace = VisionPace(slowdown, self, self.sleep)
+        self.step, self.left, self.share, self.done = step, step, share, 0.0
+        self._launch()
+
+    def advance(self, seconds: float, speed: float) -> None:
+        while speed * seconds >= self.left:
+            self.now += self.left / speed
+            seconds -= self.left / speed
+            self.done, self.left = self.done + self.left, self.step
+            self.pace.step_ended()
+            self._launch()
+        self.now += seconds
+        self.done, self.left = self.done + speed * seconds, self.left - speed * seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+        self.advance(seconds, 1.0)
+
+    def encode(self, slice_s: float, count: int) -> None:
+        for _ in range(count):
+            self.pace.begin()
+            self.advance(slice_s, self.share)
+            self.pace.end()
+            self.pace.rest()
+
+    def _launch(self) -> None:
+        with self.pace.launch(True):
+            pass
+
+
+@pytest.mark.parametrize("slice_s", [0.0004, 0.02, 0.3])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("slowdown", [1.25, 2.0])
+def test_the_slowdown_is_used_and_not_exceeded(slowdown: float, share: float, slice_s: float):
+    """A tower that rests although decoding advances, or that relies on steps it has slowed."""
+    machine = Sharing(slowdown, step=0.01, share=share)
+    machine.advance(0.1, 1.0)
+    machine.encode(slice_s, count=round(0.6 / slice_s))  # what a step earns shows at its end
+    start, done, slept = machine.now, machine.done, machine.slept
+    machine.encode(slice_s, count=round(6 / slice_s))
+    slowed = (machine.now - start) / (machine.done - done)
+    assert slowed == pytest.approx(min(slowdown, 1 / share), rel=0.02)
+    if 1 / share < slowdown:
+        assert machine.slept == slept
+
+
+def test_the_first_steps_are_slowed_ones():
+    """Steps that the tower has slowed taken for undisturbed ones, when no other is known."""
+    machine = Sharing(2.0, step=0.01, share=0.1)
+    machine.encode(0.02, count=300)
+    assert machine.now - 100 <= 2.05 * machine.done
+
+
+def test_a_step_that_also_read_a_prompt():
+    """Its length taken for that of all steps."""
+    machine = Sharing(2.0, step=1.0, share=0.1)
+    machine.step = 0.01
+    machine.advance(1.03, 1.0)
+    start, done = machine.now, machine.done
+    machine.encode(0.02, count=300)
+    assert machine.now - start <= 2.05 * (machine.done - done)
+
+
+def test_the_first_step_after_a_while():
+    """The time in which nothing decoded taken for a part of the step."""
+    machine = Sharing(2.0, step=0.01, share=0.1)
+    machine.pace.idle()
+    machine.now += 1000
+    machine._launch()
+    machine.advance(0.01, 1.0)
+    start, done = machine.now, machine.done
+    machine.encode(0.02, count=300)
+    assert machine.now - start <= 2.05 * (machine.done - done)
+
+
+def test_what_steps_earn_does_not_add_up():
+    """A minute in which decoding was hardly slowed, followed by one without a rest."""
+    machine = Sharing(2.0, step=0.01, share=0.9)
+    machine.advance(0.1, 1.0)
+    machine.encode(0.001, count=5000)
+    machine.share = 0.001
+    start, slept = machine.now, machine.slept
+    machine.encode(0.001, count=50)
+    assert machine.slept > slept
+    assert machine.now - start - (machine.slept - slept) <= machine.slept - slept + 3 * 0.01
+
+
+def test_time_without_decoding_is_not_owed():
+    """Slices before the first step, or a rest cut short by the last step's end, that a later step
+    waits for."""
+    pace, clock = pace_of(2.0)
+    assert [*slices(pace, clock, 5.0, 1)] == [0]
+    with pace.launch(True):
+        pass
+    clock.events[clock.now + 2.0] = pace.idle
+    assert next(slices(pace, clock, 1.9, 1)) < 0.2
+    with pace.launch(True):
+        pass
+    assert next(slices(pace, clock, 1.0, 1)) == pytest.approx(1)
 
 
 def test_when_nothing_decodes_the_tower_runs():
