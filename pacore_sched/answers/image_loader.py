@@ -45,7 +45,7 @@ class ImageLoader:
             for call in _with_failure(calls):
                 if len(futures) == self.threads:
                     results.append(futures.popleft().result())
-                futures.append(self._pool.submit(run, call))
+                futures.append(self._submit(run, call))
                 if stopped():
                     raise CancelledError
             while futures:
@@ -57,6 +57,12 @@ class ImageLoader:
         finally:
             while futures:
                 futures.popleft().cancel()
+
+    def _submit(self, run: Callable[[Callable[[], T]], T], call: Callable[[], T]) -> "Future[T]":
+        try:
+            return self._pool.submit(run, call)
+        except RuntimeError:  # after `close`
+            raise CancelledError from None
 
     def close(self) -> None:
         """End the threads after the calls that run now."""

@@ -145,8 +145,10 @@ class ProblemRun:
     @property
     def pixel_bytes(self) -> int:
         """Bytes of its images' pixels in memory: from `prepare` until they are encoded."""
-        waits = self._features is None or self._features.waiting
-        return self._pixel_bytes if waits else 0
+        features = self._features  # `release` may run in another thread
+        if features is not None and not features.waiting:
+            self._pixel_bytes = 0  # this is asked often
+        return self._pixel_bytes
 
     @property
     def error(self) -> str | None:

@@ -57,6 +57,12 @@ class ImageFeatures:
         """Whether there is a result, or will be one."""
         return not self.future.cancelled() and self.error is None
 
+    def drop(self) -> None:
+        """Give up the image, which is not encoded yet."""
+        self.views.clear()
+        self.parts.clear()
+        self.future.cancel()
+
     def ready(self) -> bool:
         """Whether `result` would return without waiting; never true after an `error`."""
         if not self.done or self.error:
@@ -168,8 +174,7 @@ class ImageEncoder:
         with self._lock:
             while batch := self._queue.next():
                 for image, _, _ in batch:
-                    image.views.clear()
-                    image.future.cancel()
+                    image.drop()
         self._pace.idle()
         self._thread.shutdown()
 
@@ -200,8 +205,7 @@ class ImageEncoder:
                 image.users -= 1
                 if not image.users and image.views:
                     self._queue.remove(image)
-                    image.views.clear()
-                    image.future.cancel()
+                    image.drop()
             self._forget()
 
     def _forget(self) -> None:

@@ -58,6 +58,7 @@ class Service:
         self._last_start = time.monotonic()
         self.image_loader = ImageLoader()
         self._image_requests = asyncio.Semaphore(IMAGE_REQUESTS)
+        self._pixel_room = asyncio.Lock()
         self._image_threads = ThreadPoolExecutor(IMAGE_REQUESTS, thread_name_prefix="photos")
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="prompts")
 
@@ -193,8 +194,9 @@ class Service:
             return
         if has_images:
             async with self._image_requests:
-                while sum(other.run.pixel_bytes for other in self.jobs) >= PIXEL_BYTES:
-                    await asyncio.sleep(PIXEL_POLL_S)
+                async with self._pixel_room:  # one waits and looks, the others wait for it
+                    while sum(other.run.pixel_bytes for other in self.jobs) >= PIXEL_BYTES:
+                        await asyncio.sleep(PIXEL_POLL_S)
                 preparing = self._image_threads.submit(run.prepare)
                 await asyncio.wrap_future(preparing)
         else:

@@ -10,10 +10,11 @@ from contextlib import ExitStack, contextmanager
 def _strict_settings() -> Iterator[None]:
     """Without PIL's warnings (about sizes within our limits, and metadata), and without its
     LOAD_TRUNCATED_IMAGES, by which other code may have made missing pixels black."""
-    from PIL import ImageFile
+    from PIL import Image, ImageFile
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
             yield

@@ -56,7 +56,7 @@ def test_a_step_takes_as_much_longer_as_the_budget_says(budget: str, seconds: fl
         pass
     start = clock.now
     undisturbed = sum(slices(pace, clock, seconds, 50))
-    assert clock.now - start == pytest.approx(slowdown * undisturbed)
+    assert clock.now - start <= slowdown * undisturbed * 1.000001
 
 
 class Sharing(Clock):
@@ -96,7 +96,7 @@ class Sharing(Clock):
 
 
 @pytest.mark.parametrize("slice_s", [0.0004, 0.02, 0.3])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("slowdown", [1.25, 2.0])
 def test_the_slowdown_is_used_and_not_exceeded(slowdown: float, share: float, slice_s: float):
     """A tower that rests although decoding advances, or that relies on steps it has slowed."""
@@ -108,7 +108,38 @@ def test_the_slowdown_is_used_and_not_exceeded(slowdown: float, share: float, sl
     slowed = (machine.now - start) / (machine.done - done)
     assert slowed == pytest.approx(min(slowdown, 1 / share), rel=0.02)
     if 1 / share < slowdown:
-        assert machine.slept == slept
+        assert machine.slept - slept <= 7 * 2 * 0.01  # for a sample per second
+
+
+@pytest.mark.parametrize("step", [0.004, 0.03])
+def test_steps_become_shorter_or_longer(step: float):
+    """Rollouts end or join while images keep coming: the length of an undisturbed step measured
+    once, at the beginning."""
+    machine = Sharing(2.0, step=0.01, share=0.4)
+    machine.advance(0.1, 1.0)
+    machine.encode(0.001, count=500)
+    machine.step = step
+    machine.encode(0.001, count=3000)
+    start, done = machine.now, machine.done
+    machine.encode(0.001, count=3000)
+    assert (machine.now - start) / (machine.done - done) == pytest.approx(2.0, rel=0.05)
+
+
+def test_a_slice_before_the_first_step():
+    """Decoding that begins in a long slice gets back what it did not lose."""
+    pace, clock = pace_of(2.0)
+    pace.begin()
+    clock.now += 10
+    with pace.launch(True):
+        pass
+    clock.now += 0.1
+    pace.step_ended()
+    pace.end()
+    with pace.launch(True):
+        pass
+    slept = clock.slept
+    pace.rest()
+    assert clock.slept - slept < 1
 
 
 def test_the_first_steps_are_slowed_ones():
