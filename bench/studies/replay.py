@@ -147,7 +147,8 @@ def validate_photos(
         "steps": run.steps,
         "steps_simulated": simulated.steps,
         "fitted_steps": len(steps),
-        "fit_residual": median(abs(vision.seconds(views) / s - 1) for views, s in tower),
+        "fit_residual": median(abs(cost.seconds(shape) / s - 1) for shape, s in steps),
+        "vision_fit_residual": median(abs(vision.seconds(views) / s - 1) for views, s in tower),
         "failure": None,
         **origin(model.device),
     }

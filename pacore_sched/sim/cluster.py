@@ -8,6 +8,7 @@ GPUs have their own clocks, and messages between them: a message is received at 
 was sent, or later if the receiver is already in a step that ends later. It takes no time itself.
 """
 
+from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -140,6 +141,8 @@ class Cluster:
         self.on_answer = on_answer
         self.arrivals = result.arrivals
         self.submitted = min(setting.concurrency or len(problems), len(problems))
+        if setting.concurrency:  # a trace's times do not matter
+            self.arrivals[: self.submitted] = [0.0] * self.submitted
         self.arrivals[self.submitted :] = [inf] * (len(problems) - self.submitted)
         self.queue = sorted(range(len(problems)), key=self.arrivals.__getitem__)
         self.taken = 0
@@ -270,7 +273,11 @@ class Cluster:
     def _answered(self, problem: int, seconds: float) -> None:
         self.result.answered_s[problem] = seconds
         if self.submitted < len(self.queue):  # at once taken here, if not elsewhere
-            self.arrivals[self.queue[self.submitted]] = seconds
+            number = self.queue.pop(self.submitted)
+            self.arrivals[number] = seconds
+            # In order of arrival: another GPU, whose clock is ahead, may have answered before.
+            key = self.arrivals.__getitem__
+            insort(self.queue, number, lo=self.taken, hi=self.submitted, key=key)
             self.submitted += 1
         if self.tail:
             self.tail.forget(problem)

@@ -3,7 +3,7 @@
 The linear layers read every weight once per step. Attention reads the KV of the nodes that its rows
 can see: each node once (shared reads), or once per row, as an engine without a prefix tree does.
 Not counted: activations, which stay in the cache during decode; norms and sampling, which are part
-of a machine's overhead; and the vision tower, which runs concurrently with decode.
+of a machine's overhead; and the vision tower, whose time is in vision/cost.py.
 """
 
 from collections.abc import Callable

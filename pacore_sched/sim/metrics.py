@@ -33,7 +33,7 @@ Single rollouts, as a server sees them:
     requests_per_s    answered, per second of makespan
     request_ttft_*_s  a request's first token minus its arrival; mean, percentiles
     itl_p99_s         inter-token latency: a token of a rollout minus the one before it; between
-                      events the mean
+                      events the mean, and not across a preemption or a move
 Images:
     vision_budget     how much the vision tower may slow steps
     gpu_tower         share of the GPUs' time that the tower adds to steps, or runs alone

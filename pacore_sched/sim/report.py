@@ -107,8 +107,8 @@ def _policies(workload: str, sigma_w: float | None, rows: Sequence[dict]) -> Non
         of_policy = [row for row in rows if row["policy"] == policy]
         medians_by_name = {
             name: median(row[name] for row in of_policy)
-            for name, value in rows[0].items()
-            if isinstance(value, int | float)
+            for name in rows[0]
+            if all(isinstance(row[name], int | float) for row in of_policy)
         }
         lines.append(
             [

@@ -114,6 +114,29 @@ def test_closed_loop(gpus):
     assert row["request_ttft_mean_s"] == pytest.approx(np.mean(waits))
 
 
+def test_a_closed_loop_ignores_the_times_of_a_trace():
+    """A request that waits for its time of day while others are answered, and keeps them back."""
+    problems = requests(6)
+    late = [replace(problem, arrival_s=100.0 * i) for i, problem in enumerate(problems)]
+    setting = replace(SMALL, concurrency=2)
+    assert simulate(late, setting).answered_s == simulate(problems, setting).answered_s
+
+
+@pytest.mark.parametrize("gpus", [2, 3])
+def test_a_closed_loop_in_order_of_arrival(monkeypatch, gpus):
+    """GPUs whose clocks differ: a request that waits behind one that arrives after it."""
+    submit, order = Replica.submit, []
+
+    def noted(replica, number, problem):
+        order.append(number)
+        submit(replica, number, problem)
+
+    monkeypatch.setattr(Replica, "submit", noted)
+    arrivals = simulate(requests(40), replace(SMALL, concurrency=gpus, gpus=gpus)).arrivals
+    times = [arrivals[number] for number in order]
+    assert times == sorted(times)
+
+
 def test_inter_token_latency_against_single_tokens(monkeypatch):
     """Percentiles of other times than those between the tokens of a rollout."""
     step, times = Replica.step, {}
