@@ -275,7 +275,7 @@ def test_a_problem_whose_image_is_being_read_waits() -> None:
     class Blocked:
         read = Event()
 
-        def load(self) -> None:
+        def views(self, vision: object) -> None:
             self.read.wait(60)
             raise InputError("no image")
 
