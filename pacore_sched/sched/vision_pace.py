@@ -84,14 +84,14 @@ class VisionPace:
         self._in_flight = max(0, self._in_flight - 1)
         start, ran_before = self._step
         now = self._last_end = self._mark_step()
-        length, beside = now - start, self._step[1] - ran_before
+        length, tower_s = now - start, self._step[1] - ran_before
         with self._lock:
-            if not beside:
+            if not tower_s:
                 self._undisturbed.append(length)
                 self._sampled = now
             elif self._slowdown < inf:
                 step = min(self._step_s(), length)
-                self._owed -= self._slowdown * max(0.0, step - (length - beside))
+                self._owed -= self._slowdown * max(0.0, step - (length - tower_s))
 
     def idle(self) -> None:
         """Nothing decodes, whatever has been launched: ends a rest."""

@@ -90,6 +90,12 @@ class Sharing(Clock):
             self.pace.end()
             self.pace.rest()
 
+    def slowed_by(self, slice_s: float, count: int) -> float:
+        """How much longer decoding takes while the tower encodes."""
+        start, done = self.now, self.done
+        self.encode(slice_s, count)
+        return (self.now - start) / (self.done - done)
+
     def _launch(self) -> None:
         with self.pace.launch(True):
             pass
@@ -103,9 +109,8 @@ def test_the_slowdown_is_used_and_not_exceeded(slowdown: float, share: float, sl
     machine = Sharing(slowdown, step=0.01, share=share)
     machine.advance(0.1, 1.0)
     machine.encode(slice_s, count=round(0.6 / slice_s))  # what a step earns shows at its end
-    start, done, slept = machine.now, machine.done, machine.slept
-    machine.encode(slice_s, count=round(6 / slice_s))
-    slowed = (machine.now - start) / (machine.done - done)
+    slept = machine.slept
+    slowed = machine.slowed_by(slice_s, count=round(6 / slice_s))
     assert slowed == pytest.approx(min(slowdown, 1 / share), rel=0.02)
     if 1 / share < slowdown:
         assert machine.slept - slept <= 7 * 2 * 0.01  # for a sample per second
@@ -120,9 +125,7 @@ def test_steps_become_shorter_or_longer(step: float):
     machine.encode(0.001, count=500)
     machine.step = step
     machine.encode(0.001, count=3000)
-    start, done = machine.now, machine.done
-    machine.encode(0.001, count=3000)
-    assert (machine.now - start) / (machine.done - done) == pytest.approx(2.0, rel=0.05)
+    assert machine.slowed_by(0.001, count=3000) == pytest.approx(2.0, rel=0.05)
 
 
 def test_a_slice_before_the_first_step():
@@ -145,18 +148,15 @@ def test_a_slice_before_the_first_step():
 def test_the_first_steps_are_slowed_ones():
     """Steps that the tower has slowed taken for undisturbed ones, when no other is known."""
     machine = Sharing(2.0, step=0.01, share=0.1)
-    machine.encode(0.02, count=300)
-    assert machine.now - 100 <= 2.05 * machine.done
+    assert machine.slowed_by(0.02, count=300) <= 2.05
 
 
 def test_a_step_that_also_read_a_prompt():
     """Its length taken for that of all steps."""
     machine = Sharing(2.0, step=1.0, share=0.1)
     machine.step = 0.01
-    machine.advance(1.03, 1.0)
-    start, done = machine.now, machine.done
-    machine.encode(0.02, count=300)
-    assert machine.now - start <= 2.05 * (machine.done - done)
+    machine.advance(1.025, 1.0)
+    assert machine.slowed_by(0.02, count=300) <= 2.05
 
 
 def test_the_first_step_after_a_while():
@@ -166,9 +166,7 @@ def test_the_first_step_after_a_while():
     machine.now += 1000
     machine._launch()
     machine.advance(0.01, 1.0)
-    start, done = machine.now, machine.done
-    machine.encode(0.02, count=300)
-    assert machine.now - start <= 2.05 * (machine.done - done)
+    assert machine.slowed_by(0.02, count=300) <= 2.05
 
 
 def test_what_steps_earn_does_not_add_up():
@@ -246,7 +244,7 @@ def test_a_pause_ends_with_decoding(how: str):
 
 
 def test_an_engine_that_never_steps_again_does_not_stop_the_tower():
-    """A deadlock: a step was launched and nobody will collect it."""
+    """A deadlock: a step was launched and will never be collected."""
     pace, clock = pace_of(1.25)
     with pace.launch(True):
         pass
