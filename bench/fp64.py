@@ -1,8 +1,7 @@
 """fp64 formulas that ops are judged by: they share neither code nor rounding with the ops.
 
-Two quantities stay in fp32, because the ops define them in fp32 and their rounding is no error of a
-form: the angle position * inv_freq of `rope_half`, whose rounding turns by up to 2^-13 at position
-4095, and the u of suite/sample.py, whose rounding shifts the noise of the likeliest tokens by
+One quantity stays in fp32, because the op defines it in fp32 and its rounding is no error of a
+form: the u of suite/sample.py, whose rounding shifts the noise of the likeliest tokens by
 thousandths.
 """
 
@@ -33,8 +32,9 @@ def logistic(x: Tensor) -> Tensor:
 
 
 def rope_half(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """x [T, H, D], elements i and i + D/2 as a complex number, turned by position * inv_freq."""
-    angle = (positions[:, None].float() * inv_freq.float()).double()[:, None]
+    """x [T, H, D], elements i and i + D/2 as a complex number, turned by position * inv_freq
+    radians."""
+    angle = (positions[:, None].double() * inv_freq.double())[:, None]
     z = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([z.real, z.imag], -1)
 

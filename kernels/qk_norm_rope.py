@@ -4,7 +4,7 @@
     pages.k[slot // page_size, h, slot % page_size] <- k_h        and the same for v, unchanged
 
 The rotation pairs element i with i + R/2 of a head's first R elements (half rotation, as in
-GPT-NeoX, Llama and Qwen3) and rotates by the angle positions * inv_freq[i]; elements from R on are
+GPT-NeoX, Llama and Qwen3) and rotates by positions * frequencies[i] turns; elements from R on are
 unchanged.
 
 The Triton form is one launch with a CTA per token and block of heads. It reads and writes every
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.kv_pages import KVPages
-from kernels.rotary_tables import RotaryTables, norm_rotate_store
+from kernels.rotary_tables import RotaryTables, cos_sin_table, norm_rotate_store
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.configs import Gpu, KernelConfig, Tunable
 from kernels.runtime.dispatch import check, pick
@@ -35,7 +35,7 @@ def qk_norm_rope(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    inv_freq: Tensor,
+    frequencies: Tensor,
     positions: Tensor,
     slots: Tensor,
     pages: KVPages,
@@ -49,7 +49,8 @@ def qk_norm_rope(
 
     qkv: [T, (Hq + 2 Hkv) * D], heads of Q first, then K, then V
     q_weight, k_weight: [D], or both None for a model without qk-norm
-    inv_freq: fp32 [R / 2], R <= D
+    frequencies: int64 [R / 2], R <= D, turns per position in units of 2^-64
+        (`rotary_frequencies`), which keeps angles exact at any position
     positions: int [T]; with mrope_section int [3, T], each token's time, height and width:
         frequency i uses axis i % 3 while i < 3 * mrope_section[i % 3], and time from there on
         (the interleaved order of Qwen3-VL); mrope_section adds up to R / 2
@@ -61,7 +62,7 @@ def qk_norm_rope(
     the Triton form also for dtypes, strides and devices that it does not support.
     """
     pages.check(qkv.device)
-    inputs = (qkv, q_weight, k_weight, inv_freq, positions, slots, pages)
+    inputs = (qkv, q_weight, k_weight, frequencies, positions, slots, pages)
     check_shapes(*inputs, mrope_section)
     run = pick("qk_norm_rope", impl, qkv.device, _FORMS)
     given = {"tables": tables} if unwrap(run) is _qk_norm_rope_portable else {}
@@ -72,7 +73,7 @@ def check_shapes(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    inv_freq: Tensor,
+    frequencies: Tensor,
     positions: Tensor,
     slots: Tensor,
     pages: KVPages,
@@ -84,12 +85,13 @@ def check_shapes(
     check((q_weight is None) == (k_weight is None), "give both q_weight and k_weight, or neither")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         check(weight is None or weight.shape == (head_dim,), f"{name} must be [{head_dim}]")
-    check(inv_freq.ndim == 1 and 2 * len(inv_freq) <= head_dim, "inv_freq must be [R/2], R <= D")
+    fits = frequencies.ndim == 1 and 2 * len(frequencies) <= head_dim
+    check(fits and frequencies.dtype == torch.int64, "frequencies must be int64 [R/2], R <= D")
     tokens = len(qkv)
     expected = [tokens] if mrope_section is None else [3, tokens]
     check(list(positions.shape) == expected, f"positions must be {expected}")
     check(slots.shape == (tokens,), f"slots must be [{tokens}]")
-    fits = mrope_section is None or sum(mrope_section) == len(inv_freq)
+    fits = mrope_section is None or sum(mrope_section) == len(frequencies)
     check(fits, "mrope_section must add up to R/2")
 
 
@@ -97,7 +99,7 @@ def qk_norm_rope_ref(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    inv_freq: Tensor,
+    frequencies: Tensor,
     positions: Tensor,
     slots: Tensor,
     pages: KVPages,
@@ -112,8 +114,8 @@ def qk_norm_rope_ref(
     if q_weight is not None and k_weight is not None:
         q = _rms_norm(q, eps) * q_weight
         k = _rms_norm(k, eps) * k_weight
-    angle = _positions_of_frequencies(positions, mrope_section)[:, None].float() * inv_freq
-    cos, sin = angle.cos(), angle.sin()  # [T, 1, R/2]
+    positions = _positions_of_frequencies(positions, mrope_section)
+    cos, sin = cos_sin_table(frequencies, positions)  # [T, 1, R/2]
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
 
     keep = slots >= 0
@@ -134,7 +136,7 @@ def _qk_norm_rope_portable(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    inv_freq: Tensor,
+    frequencies: Tensor,
     positions: Tensor,
     slots: Tensor,
     pages: KVPages,
@@ -145,7 +147,7 @@ def _qk_norm_rope_portable(
 ) -> Tensor:
     if tables is None:
         positions = _positions_of_frequencies(positions, mrope_section)
-        tables = RotaryTables.of(inv_freq, positions, slots, pages)
+        tables = RotaryTables.of(frequencies, positions, slots, pages)
     return norm_rotate_store(qkv, q_weight, k_weight, tables, pages, eps)
 
 
@@ -238,7 +240,7 @@ def qk_norm_rope_kernel(
     qkv: tl.tensor,
     q_weight: tl.tensor,
     k_weight: tl.tensor,
-    inv_freq: tl.tensor,
+    frequencies: tl.tensor,
     positions: tl.tensor,
     slots: tl.tensor,
     k_pages: tl.tensor,
@@ -271,7 +273,7 @@ def qk_norm_rope_kernel(
     if block < Q_BLOCKS:
         head = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
         x, y = load_heads(token, head, columns, HEADS, HEAD_DIM)
-        cos, sin = cos_sin_of(inv_freq, positions + t, axis_stride, ROTARY, PAIRS, HEIGHT, WIDTH)
+        cos, sin = cos_sin_of(frequencies, positions + t, axis_stride, ROTARY, PAIRS, HEIGHT, WIDTH)
         x, y = norm_rotate(x, y, q_weight, cos, sin, eps, columns, HEAD_DIM)
         mask = head < HEADS
         store_heads(q_out, None, t * HEADS + head, x, y, mask, columns, HEAD_DIM, NATIVE_FP8)
@@ -284,7 +286,7 @@ def qk_norm_rope_kernel(
     token += HEADS * HEAD_DIM
     if block < KV_BLOCKS:
         x, y = load_heads(token, head, columns, KV_HEADS, HEAD_DIM)
-        cos, sin = cos_sin_of(inv_freq, positions + t, axis_stride, ROTARY, PAIRS, HEIGHT, WIDTH)
+        cos, sin = cos_sin_of(frequencies, positions + t, axis_stride, ROTARY, PAIRS, HEIGHT, WIDTH)
         x, y = norm_rotate(x, y, k_weight, cos, sin, eps, columns, HEAD_DIM)
         store_heads(k_pages, k_scale, row, x, y, mask, columns, HEAD_DIM, NATIVE_FP8)
     else:
@@ -296,7 +298,7 @@ def _qk_norm_rope_triton(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    inv_freq: Tensor,
+    frequencies: Tensor,
     positions: Tensor,
     slots: Tensor,
     pages: KVPages,
@@ -304,7 +306,7 @@ def _qk_norm_rope_triton(
     eps: float,
     mrope_section: tuple[int, int, int] | None,
 ) -> Tensor:
-    check_layouts(qkv, q_weight, k_weight, inv_freq, positions, slots, pages)
+    check_layouts(qkv, q_weight, k_weight, frequencies, positions, slots, pages)
     kv_heads, head_dim = pages.kv_heads, pages.head_dim
     tokens, heads = len(qkv), qkv.shape[1] // head_dim - 2 * kv_heads
     q = qkv.new_empty(tokens, heads, head_dim)
@@ -318,7 +320,7 @@ def _qk_norm_rope_triton(
         qkv,
         q_weight,
         k_weight,
-        inv_freq,
+        frequencies,
         positions,
         slots,
         *pages.as_bytes(),
@@ -329,7 +331,7 @@ def _qk_norm_rope_triton(
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
-        ROTARY=2 * len(inv_freq),
+        ROTARY=2 * len(frequencies),
         PAIRS=triton.next_power_of_2(head_dim // 2),
         PAGE_SIZE=pages.page_size,
         HEIGHT=3 * mrope_section[1] if mrope_section else 0,
@@ -346,7 +348,7 @@ def check_layouts(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    inv_freq: Tensor,
+    frequencies: Tensor,
     positions: Tensor,
     slots: Tensor,
     pages: KVPages,
@@ -361,7 +363,7 @@ def check_layouts(
     for name, x, dtypes in (
         ("q_weight", q_weight, (qkv.dtype,)),
         ("k_weight", k_weight, (qkv.dtype,)),
-        ("inv_freq", inv_freq, (torch.float32,)),
+        ("frequencies", frequencies, (torch.int64,)),
         ("positions", positions, integers),
         ("slots", slots, integers),
     ):

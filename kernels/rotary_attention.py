@@ -28,7 +28,7 @@ def rotary_attention(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    inv_freq: Tensor,
+    frequencies: Tensor,
     positions: Tensor,
     slots: Tensor,
     pages: KVPages,
@@ -46,23 +46,23 @@ def rotary_attention(
     impl: for both ops, or a pair with one for each
     fused: True requires the fused form, False the two ops; None lets the kernel config choose where
         a fused form exists. It exists for impl 'triton', a decode step (every row the only new
-        token of its node) and heads that are rotated whole (2 * len(inv_freq) = D).
+        token of its node) and heads that are rotated whole (2 * len(frequencies) = D).
 
     Raises ValueError as the two ops do, and for fused=True where no fused form exists.
     """
     pages.check(qkv.device)
     impls = impl if isinstance(impl, tuple) else (impl, impl)
-    can_fuse = plan.is_decode and 2 * len(inv_freq) == pages.head_dim and positions.ndim == 1
+    can_fuse = plan.is_decode and 2 * len(frequencies) == pages.head_dim and positions.ndim == 1
     can_fuse = can_fuse and all(_is_triton(name, qkv) for name in impls)
     check(
         can_fuse or not fused,
         "fused: only for impl 'triton' in a decode step whose heads are rotated whole",
     )
     if can_fuse and (_prefers_fused(qkv, pages, plan) if fused is None else fused):
-        rotary = Rotary(q_weight, k_weight, inv_freq, positions, slots, eps)
+        rotary = Rotary(q_weight, k_weight, frequencies, positions, slots, eps)
         run = spanned("rotary_attention", _fused)
         return run(qkv, rotary, pages, plan, scale, window)
-    tensors = (qkv, q_weight, k_weight, inv_freq, positions, slots)
+    tensors = (qkv, q_weight, k_weight, frequencies, positions, slots)
     q = qk_norm_rope(*tensors, pages, eps=eps, tables=tables, impl=impls[0])
     out = prefix_attention(q, pages, plan, scale=scale, window=window, impl=impls[1])
     assert isinstance(out, Tensor)  # without return_lse

@@ -1,5 +1,12 @@
-"""The portable form of `qk_norm_rope`, and the tables that it shares between a step's layers."""
+"""Rotary frequencies and tables, and the portable form of `qk_norm_rope`.
 
+A frequency is an integer: turns per position in units of 2^-64. Products with a position overflow
+by whole turns, which do not matter, so the angle is exact at any position. In fp32 the angle has an
+error of 2^-25 of itself, up to 0.03 rad at position 2^20.
+"""
+
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +15,19 @@ from torch import Tensor
 
 from kernels.kv_pages import KVPages
 from kernels.runtime.fp8 import quantise_e4m3
+
+
+def rotary_frequencies(inv_freq: Sequence[float] | Tensor) -> Tensor:
+    """Frequencies in radians per position [R/2] as int64 [R/2] on the CPU."""
+    turns = torch.as_tensor(inv_freq, dtype=torch.float64, device="cpu") / math.tau
+    # The clamp keeps half a turn, 2^63, from overflowing.
+    return ((turns - turns.round()) * 2.0**64).clamp(max=2.0**63 - 1024).long()
+
+
+def cos_sin_table(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions, int [T, 1] or [T, R/2], times frequencies: fp32 [T, 1, R/2]."""
+    angle = (positions[:, None].long() * frequencies).double() * (math.tau / 2.0**64)
+    return angle.cos().float(), angle.sin().float()
 
 
 class RotaryTables(NamedTuple):
@@ -19,10 +39,10 @@ class RotaryTables(NamedTuple):
     rows: Tensor  # int64 [n * Hkv] where they go, in pages viewed as rows of D elements
 
     @staticmethod
-    def of(inv_freq: Tensor, positions: Tensor, slots: Tensor, pages: KVPages) -> "RotaryTables":
-        """inv_freq: fp32 [R/2]; positions: [T, 1], or [T, R/2] for each frequency; slots: [T]"""
-        angle = positions[:, None].float() * inv_freq
-        cos, sin = angle.cos(), angle.sin()
+    def of(frequencies: Tensor, positions: Tensor, slots: Tensor, pages: KVPages) -> "RotaryTables":
+        """frequencies: int64 [R/2], as of `rotary_frequencies`; positions: [T, 1], or [T, R/2] for
+        each frequency; slots: [T]"""
+        cos, sin = cos_sin_table(frequencies, positions)
         missing = slots < 0
         stored = (~missing).nonzero()[:, 0] if bool(missing.any()) else None
         slots = slots if stored is None else slots[stored]

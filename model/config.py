@@ -1,9 +1,12 @@
 """Shapes and constants of the model: frozen dataclasses and the named presets."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from model.errors import InputError, shown
+from model.rope import MAX_POSITIONS, RopeScaling, Yarn, inverse_frequencies, parse_rope_scaling
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,23 @@ class DecoderConfig:
     max_positions: int = 65536
     qk_norm: bool = True
     tied_embeddings: bool = False
+    rope_scaling: RopeScaling | None = None
+
+    @property
+    def inverse_frequencies(self) -> list[float]:
+        """Radians per position of each pair of a head's elements, in fp64."""
+        return inverse_frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of q . k before the softmax.
+
+        It includes YaRN's attention factor squared. transformers multiplies cos and sin by the
+        factor, hence q and k: the same product, since all of a head is rotated.
+        """
+        scaling = self.rope_scaling
+        factor = scaling.attention_factor if isinstance(scaling, Yarn) else 1.0
+        return self.head_dim**-0.5 * factor**2
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Bytes of K and V that one token occupies over all layers (2 bytes per value for bf16)."""
@@ -106,9 +126,43 @@ class Config:
             name: None if top.get(name) is None else cls(**_checked(cls, top[name], name))
             for name, cls in _PARTS.items()
         }
-        if parts["decoder"] is None:
+        decoder = parts["decoder"]
+        if decoder is None:
             raise InputError("decoder is null; it must be an object")
+        if decoder.rope_scaling is not None:
+            scaling = decoder.rope_scaling
+            if not isinstance(scaling, Mapping):
+                raise InputError(f"decoder.rope_scaling is {shown(scaling)}; it must be an object")
+            scaling = parse_rope_scaling(scaling, decoder.max_positions, "decoder.rope_scaling.")
+            parts["decoder"] = replace(decoder, rope_scaling=scaling)
         return Config(top["name"], **{k: v for k, v in parts.items() if v is not None})
+
+    def with_rope_scaling(self, data: Mapping[str, Any]) -> "Config":
+        """This config with the scaling that `data` describes, as `rope_parameters` do, and the
+        context that it makes possible: factor x the length that the model was trained for.
+
+        Raises InputError for what `parse_rope_scaling` refuses and for another `rope_theta`.
+        """
+        decoder, old = self.decoder, self.decoder.rope_scaling
+        data = dict(data)
+        theta = data.pop("rope_theta", decoder.rope_theta)
+        if theta != decoder.rope_theta:
+            raise InputError(
+                f"rope_theta is {shown(theta)}, but {self.name} has {decoder.rope_theta:g}"
+            )
+        trained = getattr(old, "original_max_position_embeddings", decoder.max_positions)
+        scaling = parse_rope_scaling(data, trained, "")
+        if scaling is None:
+            raise InputError("rope_type is missing or default; choose linear, llama3 or yarn")
+        trained = getattr(scaling, "original_max_position_embeddings", trained)
+        context = math.floor(scaling.factor * trained)
+        if not context <= MAX_POSITIONS:
+            raise InputError(
+                f"factor {scaling.factor:g} makes {context:,} positions; at most {MAX_POSITIONS:,}"
+                " are possible"
+            )
+        decoder = replace(decoder, rope_scaling=scaling, max_positions=context)
+        return replace(self, decoder=decoder)
 
     def with_ends(self, ids: Iterable[int]) -> "Config":
         """This config with `ids` as further end tokens."""

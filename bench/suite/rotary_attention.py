@@ -20,7 +20,9 @@ from bench.suite.op import Case, Op, Shape
 from kernels.kv_pages import KVPages
 from kernels.prefix_plan import PrefixPlan
 from kernels.rotary_attention import rotary_attention
+from kernels.rotary_tables import rotary_frequencies
 from model.config import Config
+from model.rope import inverse_frequencies
 
 
 def inputs(
@@ -58,12 +60,11 @@ def inputs(
     )
     page, offset = page.to(device), torch.tensor(positions, device=device) % page_size
     draw = NormalDraws(seed + 1, device, dtype)
-    pair = torch.arange(head_dim // 2, device=device).float()
     arguments |= {
         "qkv": draw(plan.num_rows, (heads + 2 * kv_heads) * head_dim),
         "q_weight": 1 + draw(head_dim, scale=0.1),
         "k_weight": 1 + draw(head_dim, scale=0.1),
-        "inv_freq": theta ** (-2 * pair / head_dim),
+        "frequencies": rotary_frequencies(inverse_frequencies(theta, head_dim)).to(device),
         "positions": plan.row_position.long(),
         "slots": page * page_size + offset,
     }

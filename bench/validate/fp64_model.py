@@ -57,7 +57,7 @@ class Fp64Model:
     def _decoder_layer(self, x: Tensor, name: str) -> Tensor:
         decoder = self.config.decoder
         dim, positions = decoder.head_dim, torch.arange(len(x))
-        inv_freq = decoder.rope_theta ** -(torch.arange(0, dim, 2).float() / dim)
+        inv_freq = torch.tensor(decoder.inverse_frequencies, dtype=torch.float64)
         h = self._rms(x, f"{name}.input_layernorm")
         q, k, v = (
             self._linear(h, f"{name}.self_attn.{part}_proj").unflatten(1, (-1, dim))
@@ -66,7 +66,7 @@ class Fp64Model:
         q = self.store(rope_half(self._rms(q, f"{name}.self_attn.q_norm"), positions, inv_freq))
         k = self.store(rope_half(self._rms(k, f"{name}.self_attn.k_norm"), positions, inv_freq))
         seen = positions <= positions[:, None]
-        out = self.store(attention(q, k, v, dim**-0.5, seen)[0].flatten(1))
+        out = self.store(attention(q, k, v, decoder.attention_scale, seen)[0].flatten(1))
         x = self.store(x + self._linear(out, f"{name}.self_attn.o_proj"))
         h = self._rms(x, f"{name}.post_attention_layernorm")
         gate, up = (self._linear(h, f"{name}.mlp.{part}_proj") for part in ("gate", "up"))

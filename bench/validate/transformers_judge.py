@@ -4,11 +4,13 @@ Joined by the projector they are the whole model. transformers is imported insid
 the import takes seconds; where it is not installed they raise ImportError.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.config import DecoderConfig
 from model.step3vl import Step3VL
 
 RENAMED = {
@@ -43,7 +45,7 @@ def causal_lm(model: Step3VL) -> Any:  # noqa: ANN401
         head_dim=decoder.head_dim,
         intermediate_size=decoder.mlp_width,
         rms_norm_eps=decoder.norm_eps,
-        rope_theta=decoder.rope_theta,
+        rope_parameters=rope_parameters(decoder),
         max_position_embeddings=decoder.max_positions,
         tie_word_embeddings=decoder.tied_embeddings,
     )
@@ -51,6 +53,13 @@ def causal_lm(model: Step3VL) -> Any:  # noqa: ANN401
     tensors = model.decoder.checkpoint_tensors()  # without the LM head if it is tied
     judge.load_state_dict(tensors | {"lm_head.weight": model.decoder.lm_head.weight})
     return like(model, judge)
+
+
+def rope_parameters(decoder: DecoderConfig) -> dict:
+    """The rotation as transformers configures it."""
+    scaling = decoder.rope_scaling
+    kind = asdict(scaling) if scaling is not None else {"rope_type": "default"}
+    return {"rope_theta": decoder.rope_theta, **kind}
 
 
 def tower(model: Step3VL) -> Any:  # noqa: ANN401

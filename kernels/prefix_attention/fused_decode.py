@@ -19,7 +19,7 @@ class Rotary(NamedTuple):
 
     q_weight: Tensor | None
     k_weight: Tensor | None
-    inv_freq: Tensor
+    frequencies: Tensor
     positions: Tensor
     slots: Tensor
     eps: float
@@ -60,8 +60,8 @@ def rotated(start, weight, position, live, rotary, D: tl.constexpr):
     pair = tl.arange(0, PAIRS)
     first = tl.load(start[:, None] + pair[None, :], mask=live[:, None], other=0.0)
     second = tl.load(start[:, None] + PAIRS + pair[None, :], mask=live[:, None], other=0.0)
-    angle = tl.load(position, mask=live, other=0).to(tl.float32)[:, None]
-    cos, sin = cos_sin(angle * tl.load(rotary.inv_freq + pair)[None, :])
+    frequency = tl.load(rotary.frequencies + pair)[None, :]
+    cos, sin = cos_sin(tl.load(position, mask=live, other=0)[:, None], frequency)
     columns = (pair, pair + PAIRS, pair < PAIRS)
     first, second = norm_rotate(first, second, weight, cos, sin, rotary.eps, columns, D)
     return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (M, D))

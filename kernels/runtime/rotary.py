@@ -5,18 +5,19 @@ import triton.language as tl
 
 
 @triton.jit
-def cos_sin(angle: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """cos and sin of fp32 angles up to 2^17 in magnitude, with an error of 1e-7.
+def cos_sin(position: tl.tensor, frequency: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """cos and sin of position * frequency, with an error below 2^-23 at any position.
 
+    frequency: int64, turns per position in units of 2^-64 (`rotary_frequencies`)
+
+    The product's overflow drops whole turns, which an fp32 angle would pay for with its last bits.
     `tl.cos` and `tl.sin` cost seven times the instructions, a branch for large angles and a table
-    in local memory. Here k * pi/2, the nearest multiple, is subtracted in four parts. The first
-    three parts of pi/2 have 7 bits, so that their products with k are exact, fused or not.
+    in local memory.
     """
-    shifted = angle * 0.6366197723675814 + 12582912.0  # adding 1.5 * 2^23 rounds to an integer k,
-    quarter = shifted.to(tl.uint32, bitcast=True)  # and leaves k's low bits in those of the sum
-    k = shifted - 12582912.0
-    x = angle - k * 1.5625 - k * 0.0081787109375 - k * 0.00011730194091796875
-    x -= k * 3.1391647326017846e-07
+    turns = (position.to(tl.int64) * frequency >> 32).to(tl.uint32)  # in units of 2^-32
+    quarter = (turns + 0x20000000) >> 30  # the nearest multiple of a quarter turn
+    x = (turns - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32)
+    x *= 1.4629180792671596e-09  # 2 pi / 2^32: radians, in [-pi/4, pi/4]
     # The polynomials of Cephes' sinf and cosf, on [-pi/4, pi/4].
     xx = x * x
     s = x + x * xx * (-1.6666654611e-1 + xx * (8.3321608736e-3 + xx * -1.9515295891e-4))
@@ -50,7 +51,7 @@ def pair_columns(
 
 @triton.jit
 def cos_sin_of(
-    inv_freq: tl.tensor,
+    frequencies: tl.tensor,
     position: tl.tensor,
     axis_stride: tl.tensor,
     ROTARY: tl.constexpr,
@@ -69,6 +70,5 @@ def cos_sin_of(
         token_position = tl.where(
             (pair % 3 == 2) & (pair < WIDTH), tl.load(position + 2 * axis_stride), token_position
         )
-    return cos_sin(
-        token_position.to(tl.float32) * tl.load(inv_freq + pair, mask=pair < ROTARY // 2, other=0.0)
-    )
+    frequency = tl.load(frequencies + pair, mask=pair < ROTARY // 2, other=0)
+    return cos_sin(token_position, frequency)

@@ -1,8 +1,8 @@
 """Reader and writer of config.json: published forms (StepVL, Qwen3, Llama) and this project's own.
 
 Keys of a published config.json that do not change what is computed are ignored. Keys whose value
-is not implemented (rope scaling, sliding windows, biases, ...) raise an InputError that names them:
-a wrong model is worse than none. What a key means is what transformers' configuration classes and
+is not implemented (sliding windows, biases, LongRoPE, ...) raise an InputError that names them: a
+wrong model is worse than none. What a key means is what transformers' configuration classes and
 modeling code make of it; where vLLM differs from them, the key is refused.
 """
 
@@ -18,6 +18,7 @@ from model.errors import InputError, shown
 from model.text.files import check_regular, read_json
 from model.weights.config_checks import check_config, check_number, token_ids
 from model.weights.generation_config import with_generation_config
+from model.weights.hf_rope import context_of, read_scaling, read_theta
 
 _DECODER_KEYS = {
     "vocab_size": "vocab_size",
@@ -86,6 +87,7 @@ _TEXT_KEYS = {
     *_TEXT_NEUTRAL,
     "rope_parameters",
     "rope_scaling",
+    "original_max_position_embeddings",
     "sliding_window",
     "layer_types",
     "no_rope_layers",
@@ -147,6 +149,8 @@ def write_config(config: Config) -> dict:
         **_TEXT_FIXED,
         "eos_token_id": list(config.tokens.eos),
     }
+    if config.decoder.rope_scaling is not None:
+        text["rope_scaling"] = asdict(config.decoder.rope_scaling)
     tokens, vision = asdict(config.tokens), config.vision
     own: dict[str, object] = {
         "name": config.name,
@@ -243,7 +247,7 @@ def _read_decoder(text: dict, model_type: str, where: str) -> dict:
     for key, neutral in _TEXT_NEUTRAL.items():
         _refuse(text, key, where, text.get(key) is None or text[key] in neutral)
     values: dict[str, Any] = {field: text.get(key) for field, key in _DECODER_KEYS.items()}
-    values["rope_theta"] = _rope_theta(text, where)
+    values["rope_theta"] = read_theta(text, where)
     values["kv_heads"] = values["heads"] if values["kv_heads"] is None else values["kv_heads"]
     values["tied_embeddings"] = text.get("tie_word_embeddings") or False
     missing = [k for f, k in _DECODER_KEYS.items() if values[f] is None and f != "head_dim"]
@@ -252,6 +256,10 @@ def _read_decoder(text: dict, model_type: str, where: str) -> dict:
     if values["head_dim"] is None:
         values["head_dim"] = _default_head_dim(values, model_type, where)
     _check_attention(text, values, model_type, where)
+    check_number(f"{where}max_position_embeddings", values["max_positions"], int, "max_positions")
+    scaling = read_scaling(text, where, values["max_positions"])
+    values["max_positions"] = context_of(scaling, values["max_positions"])
+    values["rope_scaling"] = scaling and asdict(scaling)
     return values | {"qk_norm": model_type == "qwen3"}
 
 
@@ -299,34 +307,12 @@ def _require_agreement(data: dict, text: dict, decoder: dict, model_type: str) -
     """
     outside = {key: data[key] for key in sorted(_TEXT_KEYS) if data.get(key) is not None}
     other = _read_decoder(text | outside, model_type, "")
-    for field, key in _DECODER_KEYS.items():
+    for field, key in [*_DECODER_KEYS.items(), ("rope_scaling", "rope_scaling")]:
         if other[field] != decoder[field]:
             raise InputError(
                 f"{key} is {shown(other[field])}, but with text_config alone it is"
                 f" {shown(decoder[field])}; they must agree"
             )
-
-
-def _rope_theta(text: dict, where: str) -> object:
-    """The base of the rotation: a key, or an entry of one of two objects."""
-    default = text.get("rope_theta", 10000.0)  # transformers' default; old Llamas omit the key
-    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-    thetas = [] if text.get("rope_theta") is None else [default]
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = text.get(key)
-        if rope is not None and rope != {}:
-            _refuse(text, key, where, isinstance(rope, dict))
-            others = {k: v for k, v in rope.items() if k != "rope_theta"}
-            for name in sorted(others, key=lambda name: name not in plain):  # the type first
-                _refuse(rope, name, f"{where}{key}.", others[name] == plain.get(name, ...))
-            thetas.append(rope.get("rope_theta", default))
-    for theta in thetas[1:]:  # readers differ in which one they follow
-        if theta != thetas[0]:
-            raise InputError(
-                f"{where}rope_theta is {shown(thetas[0])} in one place and {shown(theta)} in"
-                " another; they must agree"
-            )
-    return thetas[0] if thetas else default
 
 
 def _read_vision(vision: dict) -> dict:

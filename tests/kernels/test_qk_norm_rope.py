@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.kv_pages import KVPages
 from kernels.qk_norm_rope import qk_norm_rope
+from kernels.rotary_tables import rotary_frequencies
 from tests.support.errors import max_error
 
 HEADS, KV_HEADS, PAGE = 4, 2, 4
@@ -19,28 +20,27 @@ def run(
     """One call on random inputs: them and `q`. Pages hold NaN before it."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, dim, generator=generator) + 1 if norm else (None, None)
-    inv_freq = 1e4 ** -(torch.arange(0, rotary, 2).float() / rotary)
     pages = KVPages(*torch.full((2, 5, KV_HEADS, PAGE, dim), math.nan))
     inputs = {
         "qkv": torch.randn(len(slots), (HEADS + 2 * KV_HEADS) * dim, generator=generator),
         "q_weight": weights[0],
         "k_weight": weights[1],
-        "inv_freq": inv_freq,
-        "positions": torch.tensor([0, 7, 100_000][: len(slots)]),
+        "frequencies": rotary_frequencies(1e4 ** -(torch.arange(0, rotary, 2).double() / rotary)),
+        "positions": torch.tensor([0, 7, 2**20][: len(slots)]),
         "slots": torch.tensor(slots, dtype=torch.long),
         "pages": pages,
     }
     return inputs | {"q": qk_norm_rope(**inputs, eps=1e-6)}
 
 
-def expected_heads(x: Tensor, weight: Tensor | None, inv_freq: Tensor, positions: Tensor) -> Tensor:
+def expected_heads(x: Tensor, weight: Tensor | None, rotary: int, positions: Tensor) -> Tensor:
     """[T, heads, D], normalised and rotated as complex numbers, in fp64."""
     x = x.double()
     if weight is not None:
         x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
-    half = len(inv_freq)
-    # The angle is rounded to fp32, as in every implementation of this model.
-    angle = (positions[:, None].float() * inv_freq).double()[:, None]
+    half = rotary // 2
+    inv_freq = 1e4 ** -(torch.arange(0, rotary, 2).double() / rotary)
+    angle = (positions[:, None] * inv_freq)[:, None]
     rotated = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(
         torch.ones_like(angle), angle
     )
@@ -54,7 +54,7 @@ def test_values(dim: int, rotary: int, norm: bool):
     got = run(dim, rotary, norm)
     heads = got["qkv"].view(3, -1, dim).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
     q, k = (
-        expected_heads(x, weight, got["inv_freq"], got["positions"])
+        expected_heads(x, weight, rotary, got["positions"])
         for x, weight in zip(heads, (got["q_weight"], got["k_weight"]), strict=False)
     )
     assert max_error(got["q"], q) < 1e-6
@@ -92,7 +92,8 @@ def test_no_rows():
         ),
         ({"k_weight": None}, "give both"),
         ({"q_weight": torch.zeros(8)}, r"q_weight must be \[16\]"),
-        ({"inv_freq": torch.zeros(9)}, "R <= D"),
+        ({"frequencies": torch.zeros(9, dtype=torch.long)}, "R <= D"),
+        ({"frequencies": torch.zeros(8)}, "frequencies must be int64"),
         ({"positions": torch.zeros(2, dtype=torch.long)}, r"positions must be \[3\]"),
         ({"slots": torch.zeros(4, dtype=torch.long)}, r"slots must be \[3\]"),
     ],

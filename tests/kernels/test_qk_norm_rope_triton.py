@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.kv_pages import KVPages
 from kernels.qk_norm_rope import qk_norm_rope
+from kernels.rotary_tables import rotary_frequencies
 from kernels.runtime.configs import A100, assume_gpu, gpu_of, use_config
 from kernels.runtime.fp8 import quantise_e4m3
 from kernels.runtime.rotary import cos_sin
@@ -50,7 +51,9 @@ def make(
         "qkv": torch.randn(tokens, (q_heads + 2 * kv_heads) * dim).to(device, dtype),
         "q_weight": weights[0],
         "k_weight": weights[1],
-        "inv_freq": (1e4 ** -(torch.arange(0, rotary, 2).float() / rotary)).to(device),
+        "frequencies": rotary_frequencies(
+            1e4 ** -(torch.arange(0, rotary, 2).double() / rotary)
+        ).to(device),
         "positions": positions.to(device),
         "slots": slots.to(device),
         "pages": KVPages(*values, *scales),
@@ -242,8 +245,9 @@ def test_three_axes_as_transformers(impl: str, dim: int, section: tuple, triton_
         },
     )
     judge = Qwen3VLTextRotaryEmbedding(config)
+    judge.inv_freq = judge.inv_freq.bfloat16().float()  # its fp32 angles are then exact
     cos, sin = judge(torch.zeros(()), inputs["positions"][:, None].cpu())
-    inputs["inv_freq"] = judge.inv_freq.to(triton_device)
+    inputs["frequencies"] = rotary_frequencies(judge.inv_freq).to(triton_device)
     q = inputs["qkv"].cpu().view(5, -1, dim)[:, :4]
     rotated = torch.cat((-q[..., dim // 2 :], q[..., : dim // 2]), dim=-1)
     want = q * cos[0][:, None] + rotated * sin[0][:, None]
@@ -264,26 +268,39 @@ def test_three_axes(fp8: bool, triton_device: str):
 
 
 @triton.jit
-def cos_sin_kernel(angle, out, n, BLOCK: tl.constexpr):
+def cos_sin_kernel(positions, frequencies, out, n, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    cos, sin = cos_sin(tl.load(angle + at, mask=at < n, other=0.0))
-    tl.store(out + at, cos, mask=at < n)
-    tl.store(out + n + at, sin, mask=at < n)
+    position = tl.load(positions + at, mask=at < n, other=0)[:, None]
+    pair = tl.arange(0, PAIRS)[None, :]
+    cos, sin = cos_sin(position, tl.load(frequencies + pair))
+    target = out + at[:, None] * PAIRS + pair
+    tl.store(target, cos, mask=(at < n)[:, None])
+    tl.store(target + n * PAIRS, sin, mask=(at < n)[:, None])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("theta", "dim"), [(1e6, 128), (1e4, 64)])
-def test_cos_sin(theta: float, dim: int, triton_device: str):
-    """Guards the kernel's cos and sin: within 1e-7 of fp64 up to position 131072 and for negative
-    angles; a GPU tries every position."""
-    inv_freq = 1 / theta ** (torch.arange(0, dim, 2).float() / dim)
-    positions = torch.arange(0, 131072, 1 if triton_device == "cuda" else 61).float()
-    positions = torch.cat((positions, torch.tensor([131072.0, -1.0, -131072.0])))
-    angle = (positions[:, None] * inv_freq).flatten().to(triton_device)
-    got = torch.full((2, len(angle)), math.nan, device=triton_device)
-    block = 1 << 13
-    cos_sin_kernel[(triton.cdiv(len(angle), block),)](angle, got, len(angle), BLOCK=block)
-    want = torch.stack((angle.double().cos(), angle.double().sin()))
-    assert (got.double() - want).abs().max() < 1e-7
+def test_cos_sin(theta: float, dim: int, dtype: torch.dtype, triton_device: str):
+    """Guards the kernel's cos and sin: within 2^-23 of fp64 up to position 2^20, at the far end of
+    int32 and at negative positions; a GPU tries every position."""
+    inv_freq = theta ** -(torch.arange(0, dim, 2).double() / dim)
+    positions = torch.arange(0, 2**20, 1 if triton_device == "cuda" else 487)
+    far = torch.tensor([2**20 - 1, 2**20, 2**24, 2**31 - 1, -1, -(2**20)])
+    positions = torch.cat((positions, far)).to(triton_device, dtype)
+    got = torch.full((2, len(positions), dim // 2), math.nan, device=triton_device)
+    block = 1 << 8
+    cos_sin_kernel[(triton.cdiv(len(positions), block),)](
+        positions,
+        rotary_frequencies(inv_freq).to(triton_device),
+        got,
+        len(positions),
+        BLOCK=block,
+        PAIRS=dim // 2,
+    )
+    angle = positions.double()[:, None] * inv_freq.to(triton_device)
+    want = torch.stack((angle.cos(), angle.sin()))
+    limit = 2.0**-23 + 2.0**-52 * angle.abs()  # the judge's own error
+    assert ((got.double() - want).abs() < limit).all()
 
 
 def test_bad_arguments_are_named(triton_device: str):
@@ -297,7 +314,7 @@ def test_bad_arguments_are_named(triton_device: str):
         (good | {"qkv": good["qkv"].T.contiguous().T}, "qkv must have neighbouring columns"),
         (good | {"q_weight": good["q_weight"].half()}, "q_weight must be torch.float32"),
         (good | {"k_weight": good["k_weight"].repeat_interleave(2)[::2]}, "k_weight .* contiguous"),
-        (good | {"inv_freq": good["inv_freq"].double()}, "inv_freq must be torch.float32"),
+        (good | {"frequencies": good["frequencies"].double()}, "frequencies must be int64"),
         (good | {"positions": good["positions"].float()}, "positions must be torch.int32 or"),
         (good | {"slots": good["slots"].to("meta")}, "slots must be on"),
         (good | {"slots": good["slots"].repeat_interleave(2)[::2]}, "slots must be contiguous"),

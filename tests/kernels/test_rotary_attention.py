@@ -170,7 +170,7 @@ class TestWhichForm:
         """Guards several new tokens, partial rotation and mixed impls: two ops run, and
         `fused=True` is an error."""
         decode = step(triton_device, SMALL)
-        partial = decode | {"inv_freq": decode["inv_freq"][:4].clone()}
+        partial = decode | {"frequencies": decode["frequencies"][:4].clone()}
         run(partial, impl="triton")
         run(decode, impl=("eager", "triton"))
         assert two_ops == ["triton", "eager"]

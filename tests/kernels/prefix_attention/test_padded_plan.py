@@ -16,6 +16,7 @@ from kernels.prefix_attention.advance import advance
 from kernels.prefix_attention.schedule import Schedule, ScheduleSpec
 from kernels.prefix_plan import Capacity, PrefixPlan
 from kernels.rotary_attention import rotary_attention
+from kernels.rotary_tables import rotary_frequencies
 from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from kernels.runtime.staging import ALIGNMENT, Packed
 from tests.support.errors import max_error
@@ -113,7 +114,9 @@ def test_fused_step_over_a_refilled_plan(triton_device: str):
     plan = build(capacity.padding(0, SCRATCH), triton_device, capacity)
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(ROWS, (4 + 2) * KV_HEADS * DIM, generator=generator).to(triton_device)
-    inv_freq = 1e4 ** -(torch.arange(DIM // 2) / (DIM // 2)).to(triton_device)
+    frequencies = rotary_frequencies(1e4 ** -(torch.arange(0, DIM, 2).double() / DIM)).to(
+        triton_device
+    )
     weight = torch.ones(DIM, device=triton_device)
     with assume_gpu(TOY), use_config("prefix_attention", programs=1, grain=4, overhead=1):
         for seed, groups in enumerate(HISTORY[:3]):
@@ -128,11 +131,11 @@ def test_fused_step_over_a_refilled_plan(triton_device: str):
             slots = torch.tensor(
                 leaf_slots + [SCRATCH * PAGE] * (ROWS - rows), device=triton_device
             )
-            args = (weight, weight, inv_freq, plan.row_position.clone())
+            args = (weight, weight, frequencies, plan.row_position.clone())
             out = rotary_attention(
                 qkv, *args, slots, written, plan, scale=0.3, fused=True, impl="triton"
             )
-            args = (weight, weight, inv_freq, plan.row_position[:rows].clone())
+            args = (weight, weight, frequencies, plan.row_position[:rows].clone())
             fresh = build(nodes, triton_device)
             expected = rotary_attention(
                 qkv[:rows], *args, slots[:rows], pages, fresh, scale=0.3, impl="eager"

@@ -18,6 +18,7 @@ from model.config import (
     VisionConfig,
 )
 from model.errors import InputError
+from model.rope import Linear, Llama3, Yarn
 from model.weights.hf_config import read_config, write_config
 from tests.model.weights.config_files import QWEN3, STEP_VL, merged
 
@@ -51,7 +52,8 @@ def test_what_we_write_reads_back(config, read):
 def test_every_field_reads_back(read):
     """Guards against a field that config.json loses unnoticed, because it has its default."""
     vision = VisionConfig(96, 3, 6, 111, 7, 63, 49, 1000, 100, 50, 1e-3, 0.5, 2e4)
-    decoder = DecoderConfig(300, 48, 5, 6, 3, 10, 70, 1e-2, 3e4, 999, False, True)
+    yarn = Yarn(2.5, 40, 1.25, 16.0, 2.0, False)
+    decoder = DecoderConfig(300, 48, 5, 6, 3, 10, 70, 1e-2, 3e4, 999, False, True, yarn)
     tokens = TokenIds((1, 2), 3, 4, 5, 6, 7, 8)
     config = Config("odd", decoder, vision, tokens, SamplingConfig(0.5, 0.25, 9))
     default = Config("", DecoderConfig(), VisionConfig(), TokenIds())
@@ -61,6 +63,9 @@ def test_every_field_reads_back(read):
     assert read(write_config(config)) == config
     text = replace(config, vision=None)
     assert read(write_config(text)) == text
+    for scaling in (Linear(2.5), Llama3(2.5, 40, 1.5, 2.5)):
+        scaled = replace(text, decoder=replace(decoder, rope_scaling=scaling))
+        assert read(write_config(scaled)) == scaled
 
 
 @example(1, 7, 61, True, False)  # int(28 * (61 / 28)) is 60
@@ -158,6 +163,28 @@ CHANGES = [
     {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
     {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+    *(
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4} | more}
+        for more in (
+            {"original_max_position_embeddings": 4},
+            {"attention_factor": 1.0},
+            {"beta_fast": 2.0, "beta_slow": 0.5},
+            {"truncate": False},
+            {"mscale": 0.5, "mscale_all_dim": 0.25},
+            {"mscale": 0.5},
+        )
+    ),
+    {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 2.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "rope_theta": 1e4,
+        }
+    },
+    {"original_max_position_embeddings": 8},
     {"rope_parameters": {"type": "default", "rope_theta": 1e4}},
     {"rope_scaling": {"type": "linear", "factor": 2.0}},
     {"rope_scaling": {"rope_theta": 1e5}, "rope_parameters": None},
