@@ -6,15 +6,17 @@ import triton.language as tl
 
 @triton.jit
 def cos_sin(position: tl.tensor, frequency: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """cos and sin of position * frequency, with an error below 2^-23 at any position.
+    """cos and sin of position * frequency, with an error below 2^-23 at positions from 0 to 2^32.
 
     frequency: int64, turns per position in units of 2^-64 (`rotary_frequencies`)
 
-    The product's overflow drops whole turns, which an fp32 angle would pay for with its last bits.
-    `tl.cos` and `tl.sin` cost seven times the instructions, a branch for large angles and a table
-    in local memory.
+    The product overflows by whole turns, so that all bits are left for the rest. `tl.cos` and
+    `tl.sin` cost seven times the instructions, a branch for large angles and a table in local
+    memory.
     """
-    turns = (position.to(tl.int64) * frequency >> 32).to(tl.uint32)  # in units of 2^-32
+    position = position.to(tl.uint32)
+    high, low = (frequency >> 32).to(tl.uint32), frequency.to(tl.uint32)
+    turns = position * high + tl.umulhi(position, low)  # in units of 2^-32
     quarter = (turns + 0x20000000) >> 30  # the nearest multiple of a quarter turn
     x = (turns - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32)
     x *= 1.4629180792671596e-09  # 2 pi / 2^32: radians, in [-pi/4, pi/4]
