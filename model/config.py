@@ -148,18 +148,22 @@ class Config:
         theta = data.pop("rope_theta", decoder.rope_theta)
         if theta != decoder.rope_theta:
             raise InputError(
-                f"rope_theta is {shown(theta)}, but {self.name} has {decoder.rope_theta:g}"
+                f"rope_scaling.rope_theta is {shown(theta)}, but {self.name} has"
+                f" {decoder.rope_theta:g}"
             )
         trained = getattr(old, "original_max_position_embeddings", decoder.max_positions)
-        scaling = parse_rope_scaling(data, trained, "")
+        kind = data.get("rope_type", data.get("type"))
+        scaling = parse_rope_scaling(data, trained, "rope_scaling.") if kind else None
         if scaling is None:
-            raise InputError("rope_type is missing or default; choose linear, llama3 or yarn")
+            raise InputError(
+                f"rope_scaling.rope_type is {shown(kind)}; it must be linear, llama3 or yarn"
+            )
         trained = getattr(scaling, "original_max_position_embeddings", trained)
         context = math.floor(scaling.factor * trained)
         if not context <= MAX_POSITIONS:
             raise InputError(
-                f"factor {scaling.factor:g} makes {context:,} positions; at most {MAX_POSITIONS:,}"
-                " are possible"
+                f"rope_scaling.factor {scaling.factor:g} makes {context:,} positions; at most"
+                f" {MAX_POSITIONS:,} are possible"
             )
         decoder = replace(decoder, rope_scaling=scaling, max_positions=context)
         return replace(self, decoder=decoder)

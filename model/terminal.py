@@ -1,6 +1,7 @@
 """Terminal interface of all commands: arguments, progress bars, tables."""
 
 import argparse
+import json
 import math
 import os
 import re
@@ -68,6 +69,29 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
         help="threads that compute on a CPU (default: PyTorch's, one per core); next to a busy"
         " process, one fewer is faster",
     )
+
+
+def add_rope_scaling(parser: argparse.ArgumentParser) -> None:
+    """Add `--rope-scaling`, for `Config.with_rope_scaling`."""
+    parser.add_argument(
+        "--rope-scaling",
+        type=_json_object,
+        metavar="JSON",
+        help="a longer context, described as rope_parameters in transformers' config.json:"
+        ' \'{"rope_type": "yarn", "factor": 2}\' doubles it; also linear and llama3',
+    )
+
+
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f'{shown(text)} is not a JSON object such as \'{{"rope_type": "yarn", "factor": 2}}\''
+        )
+    return value
 
 
 def usable_cpus() -> int:

@@ -24,7 +24,6 @@ from bench.suite import cases, numerics_cases, traffic_cases
 from bench.suite.forms import select
 from bench.suite.op import Case
 from kernels.runtime.configs import gpu_of
-from model.config import PRESETS
 from model.errors import InputError
 from model.terminal import integer, real, track
 from pacore_sched.answers.rounds import MAX_WIDTH
@@ -97,7 +96,7 @@ def _reproducible(rows: Sequence[dict], options: argparse.Namespace) -> Iterator
 
 def decode_steps(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Errors and times of decode steps, their time by part, and prompts."""
-    config = PRESETS[decode.selected_model(options, device)]
+    config = decode.selected_config(options, device)
     steps = decode.selected_steps(options, device)
     dtypes = decode.selected_dtypes(options, device)
     sites = [site for dtype in dtypes for site in decode_sites(config, steps, dtype)]

@@ -39,7 +39,7 @@ from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, KVCache
 from model.memory import free_bytes
 from model.step3vl import Step3VL
-from model.terminal import integer, track
+from model.terminal import add_rope_scaling, integer, track
 from pacore_sched.answers.rounds import MAX_WIDTH
 from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.step_batch import build_step_batch
@@ -99,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="PRESET", help=f"one of {', '.join(PRESETS)} (default: by device)"
     )
+    add_rope_scaling(parser)
     for name, largest, what in (
         ("batch", MAX_WIDTH, "rollouts"),
         ("prefix", 10**6, "tokens that all rollouts share"),
@@ -127,23 +128,25 @@ def impl_argument(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """Rows of the requested decode steps and of their parts, and of the requested prompts."""
-    name, dtypes = selected_model(options, device), selected_dtypes(options, device)
+    config, dtypes = selected_config(options, device), selected_dtypes(options, device)
     cases: list[DecodeCase | PrefillCase] = [
         *selected_steps(options, device),
         *selected_prompts(options, device),
     ]
-    forms, peers = model_peers.select(options.impl, forms_on(device.type), PRESETS[name], device)
+    forms, peers = model_peers.select(options.impl, forms_on(device.type), config, device)
     for dtype in dtypes:
         model, free = None, free_bytes(device)  # before any weights are allocated
         loaded: dict[str, LoadedPeer] = {}
         for case in track(cases, "decode"):
-            needed = needed_bytes(PRESETS[name], case, dtype)
+            needed = needed_bytes(config, case, dtype)
             if needed > free:
                 reason = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-                yield _skipped(PRESETS[name], case, device, dtype, reason)
+                yield _skipped(config, case, device, dtype, reason)
                 continue
             if model is None:
-                model = Step3VL.from_preset(name, device=device, dtype=dtype)
+                model = Step3VL.from_preset(
+                    config.name, device=device, dtype=dtype, rope_scaling=options.rope_scaling
+                )
                 loaded = model_peers.load(peers, model)
             if isinstance(case, PrefillCase):
                 ours = {form: FORMS[form] for form in forms if form in FORMS}
@@ -152,12 +155,14 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
                 yield from time_decode(model, case, names=forms, breakdown=True, peers=loaded)
 
 
-def selected_model(options: argparse.Namespace, device: torch.device) -> str:
-    """The requested preset. Raises InputError for an unknown one."""
+def selected_config(options: argparse.Namespace, device: torch.device) -> Config:
+    """The requested preset and context. Raises InputError for what does not exist."""
     name = options.model or MODELS[device.type]
     if name not in PRESETS:
         raise InputError(f"unknown model {name!r}; choose one of {', '.join(PRESETS)}")
-    return name
+    config = PRESETS[name]
+    scaling = options.rope_scaling
+    return config if scaling is None else config.with_rope_scaling(scaling)
 
 
 def selected_dtypes(options: argparse.Namespace, device: torch.device) -> tuple[torch.dtype, ...]:
@@ -177,7 +182,7 @@ def selected_steps(options: argparse.Namespace, device: torch.device) -> list[De
         values or default for values, default in zip(requested, SIZES[device.type], strict=True)
     ]
     tokens = max(sizes[1]) + max(sizes[2])
-    _check_context(selected_model(options, device), "--prefix and --suffix make", tokens)
+    _check_context(selected_config(options, device), "--prefix and --suffix make", tokens)
     return [DecodeCase(*size) for size in product(*sizes)]
 
 
@@ -189,14 +194,17 @@ def selected_prompts(options: argparse.Namespace, device: torch.device) -> list[
     sizes = options.prefill
     if not any((sizes, options.batch, options.prefix, options.suffix)):
         sizes = PREFILL[device.type]
-    _check_context(selected_model(options, device), "--prefill makes", max(sizes, default=0))
+    _check_context(selected_config(options, device), "--prefill makes", max(sizes, default=0))
     return [PrefillCase(tokens) for tokens in sizes]
 
 
-def _check_context(preset: str, what: str, tokens: int) -> None:
-    context = PRESETS[preset].decoder.max_positions
+def _check_context(config: Config, what: str, tokens: int) -> None:
+    context = config.decoder.max_positions
     if tokens > context:
-        raise InputError(f"{what} {tokens:,} tokens; the context of {preset} has {context:,}")
+        raise InputError(
+            f"{what} {tokens:,} tokens; the context of {config.name} has {context:,}"
+            " (--rope-scaling makes it longer)"
+        )
 
 
 def needed_bytes(config: Config, case: DecodeCase | PrefillCase, dtype: torch.dtype) -> int:

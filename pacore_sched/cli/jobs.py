@@ -188,6 +188,7 @@ def _settings(options: argparse.Namespace, job: Job, digest: str) -> dict:
         "command": job.name,
         "version": __version__,
         "model": model_identity(options.model),
+        "rope_scaling": options.rope_scaling,
         "kv_dtype": options.kv_dtype,
         "impl": options.impl,
         "questions_sha256": digest,

@@ -15,7 +15,7 @@ from model.errors import InputError
 from model.impls import DTYPES
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
-from model.terminal import add_threads, integer, real
+from model.terminal import add_rope_scaling, add_threads, integer, real
 from model.text.chat_template import CHATML
 from model.text.files import read_text
 from pacore_sched.answers.pacore import engine_for
@@ -49,6 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    add_rope_scaling(parser)
     add_threads(parser)
 
 
@@ -180,8 +181,8 @@ def check_model(model: str) -> None:
 
 
 def load_model(options: argparse.Namespace) -> Step3VL:
-    """The model described by --model, --device, --dtype, --impl and --chat-template; it computes
-    with --threads."""
+    """The model described by --model, --rope-scaling, --device, --dtype, --impl and
+    --chat-template; it computes with --threads."""
     if options.threads:
         torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -196,7 +197,13 @@ def load_model(options: argparse.Namespace) -> Step3VL:
     check_model(options.model)
     load = Step3VL.from_pretrained if os.path.exists(options.model) else Step3VL.from_preset
     file_text = _chat_template_text(options.chat_template)  # before weights, which take minutes
-    model = load(options.model, device=device, dtype=dtype, impl=options.impl)
+    model = load(
+        options.model,
+        device=device,
+        dtype=dtype,
+        impl=options.impl,
+        rope_scaling=options.rope_scaling,
+    )
     if options.chat_template:
         templates = {"chatml": CHATML} | model.tokenizer.chat_templates
         if file_text is None and options.chat_template not in templates:

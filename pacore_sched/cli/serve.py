@@ -167,7 +167,10 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--ray-address needs --replicas")
     saved = None
     if options.journal:
-        saved = SavedProblems(Path(options.journal), model_identity(options.model))
+        identity: object = model_identity(options.model)
+        if options.rope_scaling is not None:
+            identity = [identity, options.rope_scaling]
+        saved = SavedProblems(Path(options.journal), identity)
     with bound_socket(options.host, options.port) as listener:  # before minutes of loading
         context = replace(make_context(options), saved=saved)
         service, engine = context.service, context.service.engine

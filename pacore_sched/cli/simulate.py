@@ -21,7 +21,7 @@ import numpy as np
 
 from model.config import preset
 from model.errors import InputError
-from model.terminal import integer, progress, real, stop_signals, track
+from model.terminal import add_rope_scaling, integer, progress, real, stop_signals, track
 from model.text.files import check_target
 from pacore_sched.answers.rounds import MAX_WIDTH, parse_widths, round_widths
 from pacore_sched.sched.policy import POLICIES
@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workload", default="all", help=f"{names}, all, or a trace: Azure .csv, Mooncake .jsonl")
     add("--policy", nargs="+", default=["all"], help=f"all, or some of {', '.join(POLICIES)}")
     add("--model", default="step3-vl-10b", help="preset whose shapes are simulated")
+    add_rope_scaling(parser)
     add("--gpu", default="h200", help=f"one of {', '.join(MACHINES)}")
     add("--gpus", type=integer(1, 4096), default=1, help="replicas of the model")
     add(
@@ -230,10 +231,13 @@ def _end_with_parent() -> None:
 
 
 def _runs(options: argparse.Namespace) -> Iterator[SimRun]:
+    config = preset(options.model)
+    if options.rope_scaling is not None:
+        config = config.with_rope_scaling(options.rope_scaling)
     base = Setting(
         gpus=options.gpus,
         machine=find_machine(options.gpu),
-        config=preset(options.model),
+        config=config,
         shared_reads=options.shared_reads,
         kv_dtype=options.kv,
         max_running=options.max_running,

@@ -131,7 +131,8 @@ def test_with_rope_scaling():
     for config in (longer, linear, llama3):
         assert Config.from_dict(asdict(config)) == config
     for data, words in (
-        ({"rope_type": "default"}, "choose linear, llama3 or yarn"),
+        ({"rope_type": "default"}, "rope_type is 'default'; it must be linear, llama3 or yarn"),
+        ({"factor": 2.0}, "rope_scaling.rope_type is None; it must be linear, llama3 or yarn"),
         ({"rope_type": "longrope", "factor": 2}, "rope_type 'longrope' is not implemented"),
         ({"rope_type": "yarn", "factor": 300}, "makes 19,660,800 positions; at most 16,777,216"),
         ({"rope_type": "linear", "factor": 2, "rope_theta": 1e4}, "rope_theta is 10000.0, but"),
