@@ -71,7 +71,7 @@ def test_a_resumed_run_has_the_same_scaling(
 
 
 def test_simulate_plans_for_the_longer_context(run):
-    """Guards the simulator's context: more messages fit into the synthesis, which is read longer."""
+    """Guards the simulator's context: more messages fit into the synthesis, which is longer."""
     options = ["--workload", "math", "--policy", "fcfs", "--seeds", "1", "--problems", "1"]
     options += ["--model", "tiny", "--widths", "64", "--jobs", "1", "--json"]
     rows = []
