@@ -107,52 +107,56 @@ def parse_rope_scaling(data: Mapping[str, Any], context: int, where: str) -> Rop
     `rope_theta` must have been taken out. Raises InputError for a type that is not implemented, an
     unknown key and a value of another type or out of range.
     """
-    given = {key: value for key, value in data.items() if value is not None}
-    kind = given.pop("type", None)
-    kind = given.pop("rope_type", kind) or "default"  # transformers follows the newer name
-    if given.pop("partial_rotary_factor", 1) != 1:
-        raise InputError(
-            f"{where}partial_rotary_factor {shown(data['partial_rotary_factor'])} is not"
-            " implemented"
-        )
-    if data.get("type", kind) not in (None, kind):
-        raise InputError(f"{where}type is {shown(data['type'])}, but rope_type is {shown(kind)}")
-    if kind != "default" and (not isinstance(kind, str) or kind not in _TYPES):
-        raise InputError(
-            f"{where}rope_type {shown(kind)} is not implemented; default, {', '.join(_TYPES)} are"
-        )
-    if kind == "default":
-        known: dict[str, Any] = {}
-    else:
-        known = {item.name: item.type for item in fields(_TYPES[kind]) if item.init}
+    kind = _rope_type(data, where)
+    fixed = {"type", "rope_type", "partial_rotary_factor"}
+    given = {k: v for k, v in data.items() if v is not None and k not in fixed}
+    cls = _TYPES.get(kind)
+    known = {item.name: item.type for item in fields(cls) if item.init} if cls else {}
     for key in given:
         if key not in known and key not in _OTHER_KEYS.get(kind, ()):
             raise InputError(
                 f"{where}{key} {shown(given[key])} is not implemented for rope_type {kind}"
             )
-    if kind == "default":
+    if cls is None:
         return None
     if "original_max_position_embeddings" in known:
         given.setdefault("original_max_position_embeddings", context)
-    if kind == "yarn":
-        _attention_factor(given, where)
+    if cls is Yarn:
+        _set_attention_factor(given, where)
     needed = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key in known]
     if missing := [where + key for key in needed if key not in given]:
         raise InputError(f"missing key {', '.join(missing)}")
     for key, value in given.items():
         _check(f"{where}{key}", value, known[key], *_RANGES.get(key, (1e-3, 1e6)))
-        if known[key] is float:
-            given[key] = float(value)
+    values: dict[str, Any] = {k: float(v) if known[k] is float else v for k, v in given.items()}
+    scaling = cls(**values)
     for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
-        if low in known and not given.get(low, 1.0) < given.get(high, 32.0):
+        if low in known and not getattr(scaling, low) < getattr(scaling, high):
             raise InputError(
-                f"{where}{low} is {given.get(low, 1.0):g}; it must be below {high},"
-                f" {given.get(high, 32.0):g}"
+                f"{where}{low} is {getattr(scaling, low):g}; it must be below {high},"
+                f" {getattr(scaling, high):g}"
             )
-    return _TYPES[kind](**given)
+    return scaling
 
 
-def _attention_factor(given: dict[str, Any], where: str) -> None:
+def _rope_type(data: Mapping[str, Any], where: str) -> str:
+    """The type, under its old or its new name; `default` if there is none."""
+    old, kind = data.get("type"), data.get("rope_type")
+    if old is not None and kind is not None and old != kind:
+        raise InputError(f"{where}type is {shown(old)}, but rope_type is {shown(kind)}")
+    kind = old if kind is None else kind
+    kind = "default" if kind is None else kind
+    if not isinstance(kind, str) or kind not in ("default", *_TYPES):
+        raise InputError(
+            f"{where}rope_type {shown(kind)} is not implemented; default, {', '.join(_TYPES)} are"
+        )
+    part = data.get("partial_rotary_factor")
+    if part not in (None, 1):
+        raise InputError(f"{where}partial_rotary_factor {shown(part)} is not implemented")
+    return kind
+
+
+def _set_attention_factor(given: dict[str, Any], where: str) -> None:
     """Put YaRN's attention_factor into `given`: the given one, or the one that mscale and
     mscale_all_dim (DeepSeek's) or the factor alone imply."""
     given.pop("finetuned", None)

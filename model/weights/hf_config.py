@@ -3,7 +3,8 @@
 Keys of a published config.json that do not change what is computed are ignored. Keys whose value
 is not implemented (sliding windows, biases, LongRoPE, ...) raise an InputError that names them: a
 wrong model is worse than none. What a key means is what transformers' configuration classes and
-modeling code make of it; where vLLM differs from them, the key is refused.
+modeling code make of it; where vLLM differs from them, the key is refused, except YaRN's
+attention_factor and mscale, which vLLM passes over.
 """
 
 import json
