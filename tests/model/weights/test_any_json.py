@@ -55,6 +55,8 @@ CONFIGS = [write_config(TINY), write_config(SMALL), asdict(TINY)]
 CONFIGS += [
     CONFIGS[1] | {"rope_parameters": {"rope_theta": 1e6}, "layer_types": ["full_attention"] * 2}
 ]
+YARN = {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7, "mscale_all_dim": 1.0}
+CONFIGS += [write_config(SMALL) | {"rope_scaling": YARN}, asdict(TINY.with_rope_scaling(YARN))]
 
 
 @pytest.mark.filterwarnings("ignore:.*not followed")

@@ -242,3 +242,46 @@ def test_old_llama_leaves_keys_out(read):
     del old["num_key_value_heads"]
     decoder = read(old | {"model_type": "llama"}).decoder
     assert (decoder.head_dim, decoder.kv_heads, decoder.rope_theta) == (8, 4, 1e4)
+
+
+YARN4 = {"rope_type": "yarn", "factor": 4.0}
+LLAMA31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "context"),
+    [
+        # Qwen3-8B with what its card adds, and the release of July 2025 times four.
+        ({"rope_scaling": YARN4 | {"original_max_position_embeddings": 32768}}, 131072),
+        ({"max_position_embeddings": 262144, "rope_parameters": YARN4}, 1048576),
+        ({"rope_scaling": YARN4, "original_max_position_embeddings": 32768}, 131072),
+        ({"max_position_embeddings": 131072, "rope_scaling": LLAMA31}, 131072),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 40960),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": None}, 40960),
+    ],
+)
+def test_context_of_a_scaled_model(read, changes, context):
+    """Guards the length that a published config.json means."""
+    decoder = read(QWEN3 | {"max_position_embeddings": 40960} | changes).decoder
+    assert decoder.max_positions == context
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_parameters": YARN4 | {"factor": 2.0}}, "rope_scaling is Yarn.*in one place and"),
+        ({"rope_parameters": {"rope_type": "default"}}, "in one place and None in another"),
+        ({"original_max_position_embeddings": 256}, "original_max_position_embeddings is 256 in"),
+    ],
+)
+def test_two_scalings_must_agree(read, changes, words):
+    """Guards against one of two readings of a file."""
+    yarn = YARN4 | {"original_max_position_embeddings": 512}
+    with pytest.raises(InputError, match=words):
+        read(QWEN3 | {"rope_scaling": yarn} | changes)
