@@ -5,7 +5,7 @@ import torch
 
 from model.config import PRESETS
 from model.kv_cache import KVCache
-from tests.kernels.reserved import reserved
+from tests.kernels.limits.reserved import reserved
 
 
 def test_fp8_pages_have_scales():

@@ -18,7 +18,7 @@ from kernels.prefix_plan import PrefixPlan
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from kernels.sampling import sample
-from tests.kernels.reserved import reserved
+from tests.kernels.limits.reserved import reserved
 
 LARGE = 1000  # programs, from which only the last runs
 HALF = torch.float16
