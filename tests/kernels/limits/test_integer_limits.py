@@ -115,10 +115,10 @@ def test_steps_beyond_the_line():
 
 
 def test_partials_of_the_batch_invariant_mode():
-    """Guards its workspace, a partial for each chunk: refused before it is allocated."""
+    """Guards its workspace, a partial for each chunk: refused, not addressed by wrapped indices."""
     spec = ScheduleSpec(8, 4, (64, 0), grain=256, overhead=0, programs=132, invariant=True)
     with pytest.raises(ValueError, match="[0-9]{10} query vectors of partials"):
-        Schedule(one_node(16 * 1024, CONTEXT), replace(spec, pieces=True))
+        Schedule(one_node(16 * 1024, CONTEXT), spec)
 
 
 def test_plans_beyond_int32():
