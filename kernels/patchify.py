@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.arithmetic import INT32_END, cdiv
 from kernels.runtime.configs import Gpu, KernelConfig, Tunable
 from kernels.runtime.dispatch import check, pick
 from kernels.runtime.dtypes import DTYPES
@@ -45,12 +45,20 @@ def patchify(
     check(table.shape == (3, 256), f"table must be [3, 256], not {list(table.shape)}")
     for i, view in enumerate(views):
         check(view.device == table.device, f"view {i} must be on {table.device} like table")
-        _, height, width = channels_first(view, i).shape
+        pixels = channels_first(view, i)
+        _, height, width = pixels.shape
         check(
             height % size == width % size == 0,
             f"view {i} has {height} x {width} pixels; sides must be multiples of {size}",
         )
-        check(view.numel() < 2**31, f"view {i} has {view.numel()} values; it must have under 2^31")
+        sides = zip(pixels.shape, pixels.stride(), strict=True)
+        span = 1 + sum((n - 1) * stride for n, stride in sides)
+        values = height * width // (size * size) * row_width(size)
+        check(
+            max(values, span) < INT32_END,
+            f"view {i} of {height} x {width} pixels has {values} values in patches and spans {span}"
+            " in memory; both must be under 2^31",
+        )
     return pick("patchify", impl, table.device, _FORMS)(views, table, size)
 
 

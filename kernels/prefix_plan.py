@@ -24,7 +24,11 @@ import torch
 from torch import Tensor
 
 from kernels.plan_node import PlanNode
+from kernels.runtime.arithmetic import INT32_END
 from kernels.runtime.staging import Packed, on_device
+
+# What a plan's int32 numbers hold, with room for the sums of tokens and rows that kernels form.
+MAX_TOKENS = 2**30
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,11 @@ class PrefixPlan:
         With `capacity` the plan is padded, and `refill` can replace its nodes later.
         Raises ValueError naming the node for a page id outside [0, num_pages), too few pages for
         kv_len, a row range outside [0, num_rows) or partly overlapping another's, nodes not in
-        depth-first order, or more new tokens than rows or kv_len.
+        depth-first order, or more new tokens than rows or kv_len; also beyond 2^31 page ids, or
+        pages for MAX_TOKENS tokens.
         """
+        if num_pages > INT32_END:
+            raise ValueError(f"num_pages must be at most 2^31, as page ids are int32: {num_pages}")
         nodes = tuple(nodes)
         pages = sum(len(node.pages) for node in nodes)
         count, rows = len(nodes), 0
@@ -133,6 +140,10 @@ class PrefixPlan:
         numbers = [(n.kv_len, n.row_start, n.row_end, n.num_new, len(n.pages)) for n in nodes]
         kv_len, row_start, row_end, num_new, count = np.array(numbers, int).reshape(-1, 5).T
         total = int(count.sum())
+        if total * self.page_size > MAX_TOKENS:
+            raise ValueError(
+                f"a plan's pages hold at most {MAX_TOKENS} tokens, not {total} x {self.page_size}"
+            )
         pages = np.fromiter(chain.from_iterable(node.pages for node in nodes), int, total)
         page_start = np.concatenate([[0], np.cumsum(count)])
         invalid = np.flatnonzero((pages < 0) | (pages >= self.num_pages))

@@ -45,7 +45,7 @@ class RotaryTables(NamedTuple):
         cos, sin = cos_sin_table(frequencies, positions)
         missing = slots < 0
         stored = (~missing).nonzero()[:, 0] if bool(missing.any()) else None
-        slots = slots if stored is None else slots[stored]
+        slots = (slots if stored is None else slots[stored]).long()
         page, offset = slots // pages.page_size, slots % pages.page_size
         head = torch.arange(pages.kv_heads, device=slots.device)
         tiles = page[:, None] * pages.kv_heads + head

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.arithmetic import INT32_END, cdiv
 from kernels.runtime.dispatch import check, pick
 
 
@@ -31,6 +31,10 @@ def advance(plan: PrefixPlan, positions: Tensor, slots: Tensor, *, impl: str | N
         check(integer, f"advance: {name} must be int32 or int64, not {tensor.dtype}")
         check(tensor.device == plan.kv_len.device, f"advance: {name} must be on the plan's device")
         check(tensor.is_contiguous(), f"advance: {name} must be contiguous")
+    check(
+        slots.dtype == torch.int64 or plan.num_pages * plan.page_size <= INT32_END,
+        f"advance: slots of {plan.num_pages} pages of {plan.page_size} tokens must be int64",
+    )
     forms = {"eager": advance_ref, "triton": _advance_triton}
     pick("advance", impl, plan.kv_len.device, forms)(plan, positions, slots)
     plan.advanced += 1

@@ -14,6 +14,7 @@ from kernels.prefix_attention.kernel import prefix_attention_kernel
 from kernels.prefix_attention.merge import merge_kernel
 from kernels.prefix_attention.schedule import ScheduleSpec, schedule_of
 from kernels.prefix_plan import PrefixPlan
+from kernels.runtime.arithmetic import INT32_END
 from kernels.runtime.configs import KernelConfig, gpu_of
 from kernels.runtime.dispatch import check
 from kernels.runtime.dtypes import DTYPES
@@ -83,6 +84,11 @@ def plan_launch(
         check(
             whole or not launch_config["tma"],
             "kernel config: with tma, grain must be a multiple of block",
+        )
+        token_heads = pages.num_pages * kv_heads * page_size  # rows for TMA, whose row is int32
+        check(
+            token_heads <= INT32_END or not launch_config["tma"],
+            f"kernel config: tma takes pages of at most 2^31 tokens x KV heads, not {token_heads}",
         )
     sms = gpu_of(q.device).sms
     spec = ScheduleSpec(

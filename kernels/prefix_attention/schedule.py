@@ -56,7 +56,8 @@ from kernels.prefix_attention.records import (
     WRITES,
 )
 from kernels.prefix_plan import PrefixPlan
-from kernels.runtime.arithmetic import cdiv
+from kernels.runtime.arithmetic import INT32_END, cdiv
+from kernels.runtime.dispatch import check
 from kernels.runtime.staging import Packed
 
 
@@ -93,6 +94,8 @@ class Schedule:
         self.counts = _tile_counts(plan, spec)  # tiles of each size
         self.partials = _partial_counts(plan, spec, self.counts)  # partials of each size
         count, device = sum(self.counts), plan.kv_len.device
+        vectors = sum(n * size for n, size in zip(self.partials, spec.sizes, strict=True))
+        _check_int32("query vectors of partials", vectors)
         shapes = {"tiles": (count, RECORD.value), "node_of_tile": (count,)}
         shapes["row_tiles"] = (plan.num_rows, plan.levels)
         self._packed = Packed(shapes, device=device)
@@ -226,6 +229,14 @@ def _partial_counts(plan: PrefixPlan, spec: ScheduleSpec, counts: list[int]) -> 
     return [spec.kv_heads * sum(grains[node] for node, _, _ in of_size) for of_size in tiles]
 
 
+def _check_int32(what: str, count: int) -> None:
+    check(
+        count < INT32_END,
+        f"prefix_attention: the step has {count} {what}, and impl 'triton' takes fewer than 2^31;"
+        " divide its rows among several steps",
+    )
+
+
 def _tile_tables(plan: PrefixPlan, spec: ScheduleSpec, counts: list[int]) -> dict[str, np.ndarray]:
     """The record and node of each tile, and the tiles of each row from the root down."""
     padded = []
@@ -237,14 +248,20 @@ def _tile_tables(plan: PrefixPlan, spec: ScheduleSpec, counts: list[int]) -> dic
     # Parallel arrays with one entry for each row of each tile.
     tile = np.repeat(np.arange(len(node)), rows)
     entry_row = np.arange(len(tile)) + (row - np.cumsum(rows) + rows)[tile]
-    of_nodes = np.zeros((4, len(plan.kv_len)), int)
+    pages = np.array([len(n.pages) for n in plan.nodes], int)
+    of_nodes = np.zeros((5, len(plan.kv_len)), int)
     of_nodes[:, : len(plan.nodes)] = (
         plan.depths,
         plan.node_starts,
-        np.cumsum([0, *(len(n.pages) for n in plan.nodes)])[:-1],
+        np.cumsum(pages) - pages,
         [n.row_start + n.num_new for n in plan.nodes],
+        (pages * plan.page_size + spec.grain - 1) // spec.grain + spec.overhead,
     )
-    depth, node_start, page_start, end_of_new = of_nodes[:, node]
+    depth, node_start, page_start, end_of_new, places = of_nodes[:, node]
+    # The line when all pages are full. The ranges of all CTAs together are up to one place per CTA
+    # longer.
+    line = spec.kv_heads * int(places.sum()) + spec.programs + spec.small_programs
+    _check_int32("places on the work line", line)
     row_tiles = np.full((plan.num_rows, plan.levels), -1)
     row_tiles[entry_row, depth[tile]] = tile
     shared = (row_tiles >= 0).sum(1) > 1

@@ -105,8 +105,8 @@ def sample_scan_kernel(
             winner = tl.min(tl.where(x == peak, tokens, vocab), axis=0)
         else:
             # Here z is relative to the block's largest logit; `pick` uses the row's.
-            seed = tl.load(seeds + row * seed_stride)
-            position = tl.load(positions + row * position_stride)
+            seed = tl.load(seeds + row.to(tl.int64) * seed_stride)
+            position = tl.load(positions + row.to(tl.int64) * position_stride)
             quads = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
             words = random_words(seed, position, quads)
             winner = perturbed_argmax(below * inverse, words, tokens, vocab)
@@ -326,8 +326,8 @@ def sample_draw_kernel(
     if depth(tl.load(peaks + cell), peak, inverse) <= cut:
         tokens = block * BLOCK + tl.arange(0, BLOCK)
         x = load_logits(logits + row.to(tl.int64) * stride, tokens, tokens < vocab)  # [BLOCK]
-        seed = tl.load(seeds + row * seed_stride)
-        position = tl.load(positions + row * position_stride)
+        seed = tl.load(seeds + row.to(tl.int64) * seed_stride)
+        position = tl.load(positions + row.to(tl.int64) * position_stride)
         quads = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         z = tl.where(depth(x, peak, inverse) <= cut, (x - peak) * inverse, -float("inf"))
         winner = perturbed_argmax(z, random_words(seed, position, quads), tokens, vocab)

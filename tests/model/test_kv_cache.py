@@ -5,6 +5,7 @@ import torch
 
 from model.config import PRESETS
 from model.kv_cache import KVCache
+from tests.kernels.limits.reserved import reserved
 
 
 def test_fp8_pages_have_scales():
@@ -37,3 +38,22 @@ def test_to_the_host_and_back(device: str, dtype: torch.dtype):
         assert torch.equal(after[:, [0, 1, 4]], was[:, [0, 1, 4]])
     with pytest.raises(ValueError, match="the copies are of 3 pages, but `pages` lists 2"):
         cache.from_host(copies, [2, 3])
+
+
+def test_to_the_host_from_large_offsets():
+    """Guards pages past 2^31 elements and 2^32 bytes: their bits, and those of no other page."""
+    config = PRESETS["tiny"].decoder
+    cache, values = KVCache(config, 1, page_size=4), config.kv_heads * 4 * config.head_dim
+    shape = (config.layers, 2**31 // values + 3, *cache.k.shape[2:])
+    cache.k, cache.v = (reserved(shape, torch.float32) for _ in range(2))
+    first, last = 1, shape[1] - 1
+    for x in (cache.k, cache.v):
+        x[:, last] = torch.randn(config.layers, *shape[2:])
+    copies = cache.to_host([last])
+    cache.from_host(copies, [last - 1])
+    cache.from_host(copies, [first])
+    for x, copy in zip((cache.k, cache.v), copies, strict=True):
+        assert copy.any()
+        for page in (first, last - 1, last):
+            assert torch.equal(x[:, page], copy[:, 0]), page
+        assert not x[:, 0].any() and not x[:, 2].any()
