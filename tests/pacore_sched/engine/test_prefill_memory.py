@@ -13,7 +13,6 @@ from pacore_sched.answers.pacore import engine_for
 from pacore_sched.sched.request import Sampling
 
 
-
 def config_of(hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int) -> DecoderConfig:
     return DecoderConfig(64, hidden, 2, heads, kv_heads, head_dim, mlp, max_positions=1 << 20)
 
