@@ -190,7 +190,7 @@ FP8_KV = Kind(
     ),
 )
 PREFILL_MEMORY = Kind(
-    "memory of a prompt, in steps of at most {shape[chunk]} tokens",
+    "memory of a prompt, read by the engine",
     (
         *(CASE, DTYPE),
         Column(" weights MB", "weight_bytes", megabytes),
