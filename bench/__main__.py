@@ -33,6 +33,7 @@ COMMANDS = {
     "replicas": ("bench.replicas.command:REPLICAS", "what replicas on Ray gain, survive and cost"),
     "serve": ("bench.serve.command:SERVE", "load on an HTTP server, soak, and what HTTP costs"),
     "tune": ("bench.cli.commands:TUNE", "measure kernel configs on a GPU, write kernels/tuned/"),
+    "memory": ("bench.cli.commands:MEMORY", "a long prompt's peak memory, next to its bound"),
     "cost": ("bench.cli.commands:COST", "bytes, balance and floors by arithmetic, without a GPU"),
     "fp8": ("bench.cli.commands:FP8", "effect of FP8 KV pages on a real model's predictions"),
     "fold": ("bench.cli.commands:FOLD", "rounding errors of the projector's folded weights"),

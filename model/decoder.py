@@ -108,9 +108,11 @@ class Decoder(nn.Module):
             with span("decoder layer", index):
                 h = self._attention(h, layer, step, cache.layer(index), tables)
                 h, residual = rms_norm(h, layer.post_norm, eps=eps, residual=residual, impl=impl)
-                gate_up = spanned("linear gate_up", layer.gate_up)(h, linear)
+                # Gate and up have no name: it would hold them until those of the next layer exist.
                 h = silu_mul(
-                    gate_up, interleaved=self.interleaved_gate_up, impl=self.impl["silu_mul"]
+                    spanned("linear gate_up", layer.gate_up)(h, linear),
+                    interleaved=self.interleaved_gate_up,
+                    impl=self.impl["silu_mul"],
                 )
                 h = spanned("linear down", layer.down)(h, linear)
                 next_norm = norms[index + 1]

@@ -1,4 +1,4 @@
-"""Free memory of a device, and a check that a model's weights fit into it."""
+"""Free memory of a device, a check that a model's weights fit into it, and what a prefill takes."""
 
 import os
 from collections.abc import Iterator
@@ -6,8 +6,16 @@ from pathlib import Path
 
 import torch
 
+from kernels.prefix_attention.portable import PRODUCT_QUERIES, SECTION_TOKENS
 from kernels.runtime.dtypes import dtype_name
+from model.config import DecoderConfig
 from model.errors import InputError
+
+# Of a prefill: on a GPU, cuBLAS's workspace and the partials of attention's CTAs; on a CPU, buffers
+# of libraries, and freed memory that the allocator keeps.
+WORKSPACE_BYTES = 64 << 20
+TOKEN_BYTES = 96  # of a prompt's token: ids and KV slots as Python ints, and its share of a page's
+_FP32 = 4
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
@@ -36,6 +44,36 @@ def check_weights_fit(name: str, values: int, dtype: torch.dtype, device: torch.
     raise InputError(
         f"the weights of {name} need {need / 1e9:.2f} GB in {dtype_name(dtype)}, but {device} has"
         f" {free / 1e9:.2f} GB of free memory: {advice}"
+    )
+
+
+def prefill_bytes(config: DecoderConfig, tokens: int, chunk: int, dtype: torch.dtype) -> int:
+    """The most memory, besides weights and KV pages, that reading a prompt of `tokens` tokens in
+    steps of at most `chunk` takes, with the default forms of all ops.
+
+    dtype: of the model
+
+    Does not depend on the number of layers, nor on tokens * chunk: attention keeps no scores or
+    masks of a whole context, and reads K and V from their pages. Tensors of `chunk` rows are those
+    alive at the same time: hidden states, and either the feed-forward block's or attention's. The
+    portable form of attention needs most: eight copies of the queries in fp32.
+    """
+    rows, size = min(tokens, chunk), dtype.itemsize
+    q, kv = (heads * config.head_dim for heads in (config.heads, config.kv_heads))
+    feed_forward = 3 * config.mlp_width * size  # gate, up, and their product
+    attention = (q + 2 * kv) * size + 8 * (q + 2 * config.heads) * _FP32
+    row = 4 * config.hidden * size + max(feed_forward, attention) + 2 * config.head_dim * _FP32
+    section = max(rows, SECTION_TOKENS)  # tokens whose K and V are gathered, perhaps also in fp32
+    scores = 3 * PRODUCT_QUERIES * section * _FP32  # of one head, and their softmax
+    logits = 16 * config.vocab_size * _FP32  # of the last token, and what sampling makes of them
+    token = TOKEN_BYTES + config.kv_heads  # the portable form has an int64 per page and KV head
+    return (
+        rows * (row + 256)  # ids, positions, slots
+        + 4 * section * kv * _FP32
+        + scores
+        + logits
+        + tokens * token
+        + WORKSPACE_BYTES
     )
 
 

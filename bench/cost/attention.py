@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from bench.inputs.forests import Forest, grid, main_forests
+from bench.inputs.forests import Forest, grid, long_contexts, main_forests
 from bench.inputs.plans import VisibleRange, prefix_plan, tokens, visible_ranges
 from bench.measure.peaks import PEAKS, Peak
 from bench.measure.roofline import Roofline
 from kernels.kv_pages import KVPages
 from kernels.prefix_attention.launch import plan_launch
-from kernels.prefix_attention.schedule import ScheduleSpec
+from kernels.prefix_attention.schedule import ScheduleSpec, partial_counts
 from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.configs import A100, H200, Gpu, assume_gpu
 from model.config import PRESETS
@@ -138,14 +138,21 @@ def model_work_line(plan: PrefixPlan, spec: ScheduleSpec) -> WorkLine:
 
 
 def cost(name: str, forest: Forest, shape: Shape, gpu: Gpu, best: Roofline) -> dict:
-    """The row of one tree: bytes, operations, items, balance, floors."""
+    """The row of one tree: bytes, operations, items, balance, floors.
+
+    `partial_bytes` are written and read back; `workspace_bytes` are allocated for all partials that
+    the schedule may write.
+    """
     plan = prefix_plan(0, "cpu", forest=forest, page_size=shape.page_size)
     spec = spec_of(plan, shape, gpu)
     line = model_work_line(plan, spec)
     shared, unshared, pairs = tokens(plan, shape.window)
     token_bytes = shape.kv_heads * shape.token_bytes
     io_bytes = 2 * plan.num_rows * shape.heads * shape.head_dim * shape.dtype.itemsize
-    partial_bytes = 2 * int(line.vectors.sum()) * (shape.head_dim + 1) * FP32
+    vector_bytes = (shape.head_dim + 1) * FP32  # of a partial: out and log-sum-exp
+    partial_bytes = 2 * int(line.vectors.sum()) * vector_bytes
+    partials = partial_counts(plan, spec, list(line.counts))
+    vectors = sum(count * size for count, size in zip(partials, spec.sizes, strict=True))
     flops = 4 * pairs * shape.heads * shape.head_dim
 
     def floor(tokens: int, more_bytes: int = 0) -> float:
@@ -160,6 +167,7 @@ def cost(name: str, forest: Forest, shape: Shape, gpu: Gpu, best: Roofline) -> d
         "kv_unshared_bytes": unshared * token_bytes,
         "kv_loaded_bytes": int(line.tokens.sum()) * shape.token_bytes,
         "partial_bytes": partial_bytes,
+        "workspace_bytes": vectors * vector_bytes,
         "io_bytes": io_bytes,
         "flops": flops,
         "items": len(line.tile),
@@ -203,12 +211,12 @@ def rotary(name: str, forest: Forest, gpu: Gpu, best: Roofline, fp32_tflop_s: fl
 
 
 def table(gpu_name: str, copy_gb_s: float | None = None, name: str = "") -> Iterator[dict]:
-    """Rows of all trees with `name` in their names: all in the fastest mode, then the main trees in
-    every mode. Raises InputError if there is no such tree."""
+    """Rows of all trees with `name` in their names: all in the fastest mode, then the main trees
+    and long contexts in every mode. Raises InputError if there is no such tree."""
     gpu, peak = GPUS[gpu_name]
     best = Roofline(gpu.name, "bfloat16", copy_gb_s or peak.memory_gb_s, peak.tflop_s)
     source = {"copy_source": "given" if copy_gb_s else "datasheet", "failure": None}
-    main_trees = [tree for tree in main_forests() if name in tree[0]]
+    main_trees = [tree for tree in (*main_forests(), *long_contexts()) if name in tree[0]]
     trees = [*main_trees, *(tree for tree in grid() if name in tree[0])]
     if not trees:
         raise InputError(f"no tree has {name!r} in its name; choose one like 'B16 P2048 S128'")

@@ -22,6 +22,8 @@ MAIN_POINTS = (
 )
 # Halfway through a PaCoRe round over a photo of nine views, with rollouts of 12,000 tokens.
 PACORE = {"low": (4, 1024, 6000), "medium": (16, 1024, 6000), "high": (32, 1024, 6000)}
+LONG = (131072, 262144)  # tokens of a context
+CHUNK = 2048  # tokens of a prompt that the engine reads in one step
 # For a CPU, whose heat map must take seconds.
 CPU_GRID = [(16, prefix, suffix) for prefix in (128, 512, 2048) for suffix in (16, 64, 256)]
 
@@ -48,6 +50,15 @@ def main_forests() -> Iterator[tuple[str, Forest]]:
     yield "10 x (4000 + 400)", (fork(4000, [400] * 10),)
     yield "256 x (256 + 32)", (fork(256, [32] * 256),)
     yield "1024 x (2048 + 32)", (fork(2048, [32] * 1024),)
+
+
+def long_contexts() -> Iterator[tuple[str, Forest]]:
+    """Contexts of LONG tokens: rollouts that share one, a rollout alone in one, and the last chunk
+    of a prompt."""
+    for tokens in LONG:
+        yield rollouts(16, tokens, 512)
+        yield rollouts(1, tokens, 512)
+        yield f"prefill {CHUNK} behind {tokens - CHUNK}", (Node(tokens, new=CHUNK),)
 
 
 def grid() -> Iterator[tuple[str, Forest]]:

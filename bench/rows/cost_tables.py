@@ -18,6 +18,7 @@ ATTENTION = Kind(
         Column(" unshared MB", "kv_unshared_bytes", megabytes),
         Column(" loaded MB", "kv_loaded_bytes", megabytes),
         Column(" partials MB", "partial_bytes", megabytes),
+        Column(" workspace MB", "workspace_bytes", megabytes),
         Column(" q, out MB", "io_bytes", megabytes),
         Column(" GFLOP", "flops", number(",.2f", per=1e9)),
         Column(" items", "items"),

@@ -14,6 +14,7 @@ from bench.rows.formats import (
     POLICY,
     ROOFLINE,
     SPEEDUP,
+    megabytes,
     number,
     percent,
     seconds,
@@ -188,6 +189,18 @@ FP8_KV = Kind(
         FAILURE,
     ),
 )
+PREFILL_MEMORY = Kind(
+    "memory of a prompt, read by the engine",
+    (
+        *(CASE, DTYPE),
+        Column(" weights MB", "weight_bytes", megabytes),
+        Column(" KV MB", "kv_bytes", megabytes),
+        Column(" peak besides MB", "peak_bytes", megabytes),
+        Column(" bound MB", "bound_bytes", megabytes),
+        Column(" seconds", "seconds", number(",.1f")),
+        FAILURE,
+    ),
+)
 # The kinds of whole runs by `op`, in the order of a report.
 RUNS = {
     "pacore": WHOLE_RUNS,
@@ -201,6 +214,7 @@ RUNS = {
     "scheduler_step": SCHEDULER,
     "fold": FOLD,
     "fp8_kv": FP8_KV,
+    "prefill_memory": PREFILL_MEMORY,
     **REPLICAS,
     **SERVE,
 }

@@ -27,7 +27,14 @@ from bench.measure.verdicts import NOT_RUN
 from bench.model_peers.peer import LoadedPeer
 from bench.model_peers.step_rows import begin, time_step
 from bench.studies.breakdown import parts
-from bench.studies.prefill import PrefillCase, decoder_weights, random_ids, time_prefill
+from bench.studies.prefill import (
+    CHUNK,
+    PrefillCase,
+    decoder_weights,
+    random_ids,
+    time_prefill,
+)
+from kernels.prefix_attention.op import EAGER_SCORES
 from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dtypes import dtype_name
@@ -208,12 +215,20 @@ def _check_context(config: Config, what: str, tokens: int) -> None:
 
 
 def needed_bytes(config: Config, case: DecodeCase | PrefillCase, dtype: torch.dtype) -> int:
-    """Memory for the weights, the KV pages and an FP8 copy of them, and two sets of fp32 logits."""
-    kv = config.decoder.kv_bytes_per_token(dtype.itemsize)
+    """Memory for the weights, the KV pages and an FP8 copy of them, two sets of fp32 logits, and
+    what the eager form gathers: scores, and twice a sequence's K and V for every query head, in
+    fp32."""
+    decoder, fp32 = config.decoder, 4
+    kv = decoder.kv_bytes_per_token(dtype.itemsize)
+    context, rows = case.tokens, CHUNK
+    if isinstance(case, DecodeCase):
+        context, rows = case.prefix + case.suffix, 1
+    scores = min(EAGER_SCORES, rows * decoder.heads * context)
+    eager = 4 * fp32 * (context * decoder.heads * decoder.head_dim + scores)
     logits = 8 * case.batch * config.decoder.vocab_size
     model = Step3VL(config, device="meta", dtype=dtype)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    return weights + 2 * case.tokens * kv + logits
+    return weights + 2 * case.tokens * kv + logits + eager
 
 
 def time_decode(

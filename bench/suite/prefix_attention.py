@@ -137,7 +137,7 @@ def _cuda_cases() -> Iterator[Case]:
 
 
 def grid(device_type: str) -> Iterator[Case]:
-    """Batches, prefixes and suffixes."""
+    """Batches, prefixes and suffixes; on a GPU also long contexts."""
     if device_type == "cpu":
         for point in forests.CPU_GRID:
             name, forest = forests.rollouts(*point)
@@ -147,6 +147,9 @@ def grid(device_type: str) -> Iterator[Case]:
         yield case(name, forest)
     name, forest = forests.rollouts(64, 8192, 1024)
     yield case(f"{name} fp8", forest, fp8=True)
+    for name, forest in forests.long_contexts():
+        yield case(name, forest)
+        yield case(f"{name} fp8", forest, fp8=True)
 
 
 def of_traffic(point: Point, model: Config) -> Iterator[Case]:

@@ -11,16 +11,20 @@ Floor of a decode step: K and V of every token of the tree once, 2 * Hkv * D * i
 """
 
 import math
+from collections.abc import Iterator
 from inspect import unwrap
 
 import torch
 from torch import Tensor
 
 from kernels.kv_pages import KVPages
+from kernels.plan_node import PlanNode
 from kernels.prefix_attention.launch import prefix_attention_triton
 from kernels.prefix_attention.portable import prefix_attention_portable
 from kernels.prefix_plan import PrefixPlan
 from kernels.runtime.dispatch import check, pick
+
+EAGER_SCORES = 1 << 28  # of the eager form, at a time: 1 GiB in fp32
 
 
 def prefix_attention(
@@ -76,7 +80,7 @@ def prefix_attention_ref(
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
     group = q.shape[1] // pages.kv_heads
-    for start, end, path in plan.sequences:
+    for start, end, path in _eager_rows(plan, q.shape[1]):
         index = torch.arange(start, end, device=q.device)[:, None]
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -104,6 +108,15 @@ def prefix_attention_ref(
         out[start:end] = result.transpose(0, 1).to(q.dtype)
         lse[start:end] = scores.logsumexp(dim=-1).transpose(0, 1)
     return out, lse
+
+
+def _eager_rows(plan: PrefixPlan, heads: int) -> Iterator[tuple[int, int, list[PlanNode]]]:
+    """Runs of rows with one path, cut so that their scores fit in EAGER_SCORES."""
+    for start, end, path in plan.sequences:
+        scores_of_row = heads * sum(node.kv_len for node in path)
+        at_once = max(1, EAGER_SCORES // scores_of_row)
+        for first in range(start, end, at_once):
+            yield first, min(first + at_once, end), path
 
 
 def check_attention(

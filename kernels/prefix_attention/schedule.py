@@ -92,7 +92,7 @@ class Schedule:
     def __init__(self, plan: PrefixPlan, spec: ScheduleSpec) -> None:
         self.plan, self.spec = plan, spec
         self.counts = _tile_counts(plan, spec)  # tiles of each size
-        self.partials = _partial_counts(plan, spec, self.counts)  # partials of each size
+        self.partials = partial_counts(plan, spec, self.counts)  # partials of each size
         count, device = sum(self.counts), plan.kv_len.device
         vectors = sum(n * size for n, size in zip(self.partials, spec.sizes, strict=True))
         _check_int32("query vectors of partials", vectors)
@@ -217,7 +217,7 @@ def _tile_counts(plan: PrefixPlan, spec: ScheduleSpec) -> list[int]:
     return [(levels - bool(small)) * (nodes + rows // large), rows * levels if small else 0]
 
 
-def _partial_counts(plan: PrefixPlan, spec: ScheduleSpec, counts: list[int]) -> list[int]:
+def partial_counts(plan: PrefixPlan, spec: ScheduleSpec, counts: list[int]) -> list[int]:
     """Partials of each size. Raises ValueError for a padded plan in the batch-invariant mode."""
     if not spec.invariant:
         return [spec.kv_heads * counts[size] + spec.programs_of(size) for size in (0, 1)]

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from kernels.runtime.arithmetic import cdiv
 from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, page_bytes
-from model.memory import free_bytes
+from model.memory import free_bytes, prefill_bytes
 from pacore_sched.answers.arrivals import Arrivals
 from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer, LiveProblems
 from pacore_sched.answers.problem_run import Problem, ProblemRun, Settings
 from pacore_sched.answers.rounds import SynthesisTemplate, round_widths
-from pacore_sched.engine.engine import Engine
+from pacore_sched.engine.engine import TOKEN_BUDGET, Engine
 from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import LaterRoundFirst
@@ -182,6 +182,9 @@ def engine_for(
                 f"not enough memory for the KV of {kv_tokens} tokens: it needs"
                 f" {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
             )
+    config = model.config.decoder
+    rows = max(options.get("token_budget", TOKEN_BUDGET), max_running)  # perhaps of several prompts
+    step = prefill_bytes(config, max(config.max_positions, rows), rows, model.dtype)
     executor = ModelExecutor(
         model,
         num_pages=num_pages,
@@ -191,6 +194,7 @@ def engine_for(
         image_bytes=image_bytes,
         keep_images=options.get("prefix_cache", True),
         share=share,
+        step_bytes=step,
         vision_budget=vision_budget,
         vision_batch=vision_batch,
     )

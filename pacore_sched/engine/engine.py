@@ -30,6 +30,7 @@ from pacore_sched.sched.request import (
 )
 from pacore_sched.sched.scheduler import Scheduler
 
+TOKEN_BUDGET = 2048  # tokens of a step
 IDLE_S = 1e-3  # sleep in a step that could only wait for images
 
 
@@ -85,7 +86,7 @@ class Engine(Generic[ExecutorT]):
         *,
         policy: LaterRoundFirst | str = "later-round-first",
         max_running: int | None = None,
-        token_budget: int = 2048,
+        token_budget: int = TOKEN_BUDGET,
         ahead: bool | None = None,
         speculate: int = 0,
         host_pages: int = 0,

@@ -98,6 +98,7 @@ class ModelExecutor:
     vision_budget: how much encoding images may slow decoding, a name in VISION_BUDGETS
     vision_batch: patches of images that are encoded together (ImageEncoder's max_patches)
     share: share of free memory for KV and image embeddings, if `num_pages` is not given
+    step_bytes: memory that the largest step must find free, in that case
     buckets: numbers of rows for which CUDA graphs are captured
 
     Raises InputError if the KV does not fit in memory, `image_bytes` is negative, or the budget's
@@ -118,6 +119,7 @@ class ModelExecutor:
         vision_budget: str = DEFAULT_VISION_BUDGET,
         vision_batch: int | None = None,
         share: float | None = None,
+        step_bytes: int = 0,
         buckets: Sequence[int] | None = None,
     ) -> None:
         self.keep_images, self._vision_batch = keep_images, vision_batch
@@ -138,6 +140,7 @@ class ModelExecutor:
             max_kv_tokens=max_kv_tokens or max_running * config.max_positions,
             min_kv_tokens=min_kv_tokens,
             image_bytes=image_bytes,
+            step_bytes=step_bytes,
             share=share,
         )
         # One page that the scheduler does not know, for padding rows.

@@ -10,7 +10,8 @@ from model.memory import free_bytes
 
 # Share of the memory that is free after loading the weights, for KV and image embeddings. The rest
 # of a GPU's is for CUDA graphs, activations, including the images', and the cache of images seen
-# recently (1 GiB at most); a CPU's is shared with other processes.
+# recently (1 GiB at most); a CPU's is shared with other processes. Where a step needs more than the
+# rest, KV gets less.
 SHARE = {"cuda": 0.9, "cpu": 0.5}
 # The part for image embeddings: next to the 10B, an 80 GB GPU has room for those of 118 images of
 # 3024 x 3024.
@@ -34,6 +35,7 @@ def pages_that_fit(
     max_kv_tokens: int,
     min_kv_tokens: int = 1,
     image_bytes: int = 0,
+    step_bytes: int = 0,
     share: float | None = None,
 ) -> int:
     """Pages for up to `max_kv_tokens`, as far as a share of the free memory has room for them.
@@ -41,6 +43,7 @@ def pages_that_fit(
     max_kv_tokens: the most tokens ever in use; prefix-tree nodes round up to whole pages
     min_kv_tokens: the number of tokens that must fit
     image_bytes: the part of the share that image embeddings take
+    step_bytes: what the largest step takes besides KV (`prefill_bytes`)
     share: share of the free memory; by default from SHARE
 
     Raises InputError if `min_kv_tokens` do not fit, with the memory needed and free.
@@ -51,13 +54,15 @@ def pages_that_fit(
             f"the share of memory for KV must be more than 0 and at most 1, not {share}"
         )
     size, free = page_bytes(config, dtype), free_bytes(device)
-    fitting = (int(share * free) - image_bytes) // size
+    usable = min(int(share * free), free - step_bytes)
+    less = f", less {step_bytes / 1e9:.2f} GB for a step" if free - step_bytes == usable else ""
+    fitting = (usable - image_bytes) // size
     min_pages = cdiv(max(min_kv_tokens, 1), PAGE_SIZE)
     if fitting < min_pages:
         images = f", {image_bytes / 1e9:.2f} GB of it for images" if image_bytes else ""
         raise InputError(
             f"KV for {min_pages * PAGE_SIZE} tokens needs {min_pages * size / 1e9:.2f} GB, but only"
-            f" {share:.0%} of {free / 1e9:.2f} GB of free memory may be used{images}: lower"
+            f" {share:.0%} of {free / 1e9:.2f} GB of free memory may be used{less}{images}: lower"
             " max_tokens, or use FP8 KV"
         )
     return max(min_pages, min(fitting, cdiv(max_kv_tokens, PAGE_SIZE)))

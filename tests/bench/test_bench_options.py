@@ -19,6 +19,7 @@ from bench.rows import jsonl, repro, show
 from bench.rows.schema import SCHEMA
 from bench.studies import breakdown, decode
 from bench.studies.decode import DecodeCase
+from bench.studies.prefill import PrefillCase
 from bench.suite import OPS, cases, numerics_cases
 from bench.suite.forms import forms_of, select
 from kernels.runtime.spans import span
@@ -133,15 +134,22 @@ class TestDecode:
         """Guards against a model that does not fit ending in a crash, or in silence."""
         monkeypatch.setattr(decode, "free_bytes", lambda device: 8 << 30)
         out = output_of(capsys, "decode", "--model", "step3-vl-10b", "--batch", "4")
-        assert "needs 41.1 GB, 8.6 GB are free (step3-vl-10b B4 P512 S64)" in out
+        assert "needs 41.2 GB, 8.6 GB are free (step3-vl-10b B4 P512 S64)" in out
 
     def test_needed(self):
-        """Guards the reported memory: 20.3 GB of weights in bf16, KV and its FP8 copy."""
+        """Guards the reported memory: 20.3 GB of weights in bf16, KV and its FP8 copy, logits, and
+        the eager form's 16 bytes for each head's element of K or V, and each score."""
         config = PRESETS["step3-vl-10b"]
         case = DecodeCase(16, 2048, 512)
         kv = 147_456 * (2048 + 16 * 512)
         needed = decode.needed_bytes(config, case, torch.bfloat16)
-        assert needed == 2 * 10_171_750_144 + 2 * kv + 8 * 16 * 151_936
+        eager = 16 * (2048 + 512) * 32 * (128 + 1)
+        assert needed == 2 * 10_171_750_144 + 2 * kv + 8 * 16 * 151_936 + eager
+        lone = (DecodeCase(1, 131072, 1), DecodeCase(1, 262144, 1))
+        one, two = (decode.needed_bytes(config, case, torch.bfloat16) for case in lone)
+        assert two - one == 131072 * (2 * 147_456 + 16 * 32 * 129)
+        prompt = decode.needed_bytes(config, PrefillCase(262144), torch.bfloat16)
+        assert prompt < two + 8 * (2 << 30)  # not all scores of a chunk: they would take 69 GB
 
 
 class TestBreakdown:

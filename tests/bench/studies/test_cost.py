@@ -163,6 +163,20 @@ class TestTable:
         fp8 = cost.cost(*forests.rollouts(32, 4096, 512), Shape(fp8=True), H200, best)
         assert fp8["kv_bytes"] == row["kv_bytes"] * (128 + 4) / 256
 
+    def test_workspace(self):
+        """Guards the workspace at 256k: it depends on the rows and the CTAs, not on the context; in
+        the batch-invariant mode on both."""
+        best = Roofline("", "bfloat16", 4300.0, 800.0)
+        trees = [tree for tree in forests.long_contexts() if "prefill" in tree[0]]
+        vectors = (8 * (2048 * 4 // 128) + 132) * 128  # of the KV heads' tiles, and one per CTA
+        for tree in trees:
+            row = cost.cost(*tree, Shape(), H200, best)
+            assert row["workspace_bytes"] == vectors * 129 * 4
+            assert row["kv_bytes"] == 4096 * sum(node.tokens for node in tree[1])
+        one, two = (cost.cost(*tree, Shape(invariant=True), H200, best) for tree in trees)
+        assert two["workspace_bytes"] == 2 * one["workspace_bytes"]
+        assert one["workspace_bytes"] == 2048 * 32 * (131072 // 256) * 129 * 4
+
     @pytest.mark.parametrize("gpu", cost.GPUS)
     def test_balance(self, gpu):
         """Guards the requirement that no SM has more than 1.1 times the mean work, over the whole
@@ -171,7 +185,7 @@ class TestTable:
         # so that the last 22 programs have nothing to do. Balance 1.113.
         known = {"h200": set(), "a100": {"B16 P512 S128"}}[gpu]
         rows = [row for row in cost.table(gpu) if row["table"] == "fastest"]
-        assert len(rows) >= 90 + 9
+        assert len(rows) >= 90 + 9 + 6
         large_rows = [row for row in rows if row["items"] >= 132]
         assert {row["case"] for row in large_rows if row["balance_places"] > 1.1} == known
         assert len(large_rows) == len(rows)

@@ -91,7 +91,7 @@ def test_store(triton_device, first, impl, fp8):
     """Guards where qk_norm_rope writes K, V and their scales."""
     small = decode_step(triton_device, fp8)
     large = moved(small, first)
-    names = ("qkv", "q_weight", "k_weight", "inv_freq", "positions", "slots", "pages")
+    names = ("qkv", "q_weight", "k_weight", "frequencies", "positions", "slots", "pages")
     for inputs in (small, large):
         qk_norm_rope(**{name: inputs[name] for name in names}, impl=impl)
     assert not small["pages"].k.view(torch.uint8)[:, :, :, 0].isnan().any()

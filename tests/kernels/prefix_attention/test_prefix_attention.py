@@ -50,8 +50,10 @@ def test_random_trees(roots: list[Node], heads: tuple[int, int], window: int, wa
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_chunks_of_a_long_node(impl: str, monkeypatch: pytest.MonkeyPatch):
-    """Guards a node longer than a part of the plan, and rows whose causal edge is inside a part."""
+    """Guards a node longer than a part of the plan, and rows whose causal edge is inside a part; in
+    the eager form, rows whose scores do not fit at once."""
     monkeypatch.setattr("kernels.prefix_attention.portable.SECTION_TOKENS", 2 * PAGE)
+    monkeypatch.setattr("kernels.prefix_attention.op.EAGER_SCORES", 2 * 5 * (41 + 3))  # five rows
     nodes, rows, num_pages = lay_out([Node(41, 37, [Node(3, 2, [])])], PAGE)
     q = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(1))
     pages = pools(nodes, num_pages, 1, 8, PAGE)

@@ -90,6 +90,30 @@ def test_tail_of_long_tokens():
     assert tail(text, 30, words) == (text[-600:], 30)
 
 
+def test_a_context_of_128k_is_filled():
+    """A longer context that is left half empty, or messages that are tokenised over and over: 24 of
+    16,000 tokens and three unfinished ones take seconds then. The report's setting: 64K of 128K for
+    an answer, so 64K for messages."""
+    encoded = []
+
+    def encode(text: str, special: bool) -> list[int]:
+        encoded.append(len(text))
+        return BYTES.encode(text, special=special)
+
+    def build(texts):
+        return BYTES.encode("Q" + "".join(f"<{text}>" for text in texts if text), special=False)
+
+    limit = prompt_limit(131072, PrefixTree(10_000, 64), first_prompt=1024, max_tokens=65536)
+    assert limit == 131072 - (131072 - 1024) // 2
+    texts = ["x" * 16_000] * 24 + ["<think>" + "y" * 60_000] * 3
+    results = [rollout(text) for text in texts]
+    counting = SimpleNamespace(encode=encode, token_bytes=BYTES.token_bytes)
+    prompt = fit_messages(results, build, limit, counting)
+    assert 0.99 * limit <= len(prompt.ids) <= limit
+    assert (len(prompt.cut), prompt.dropped) == (27, ())
+    assert sum(encoded) < 4 * sum(map(len, texts))
+
+
 def test_messages_that_fit_are_unchanged():
     """A message that is marked or shortened without need."""
     results = [rollout("thoughts</think>\n\n4"), rollout("5"), rollout("no end</think>")]

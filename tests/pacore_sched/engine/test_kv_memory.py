@@ -6,6 +6,7 @@ import torch
 from model.config import PRESETS
 from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, KVCache, page_bytes
+from model.memory import prefill_bytes
 from model.step3vl import Step3VL
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.engine import kv_memory
@@ -74,6 +75,21 @@ def test_an_engine_plans_for_images():
         assert executor.image_bytes == 0
     with pytest.raises(InputError, match="image_bytes must be at least 0, not -1"):
         engine_for(model, kv_tokens=PAGE_SIZE, image_bytes=-1)
+
+
+def test_room_for_the_largest_step():
+    """A GPU that KV has filled, when a step of many tokens needs more than its usual rest."""
+    page = PAGE_SIZE * 147_456
+    assert fit(step_bytes=5 * 10**8) == 5 * 10**8 // page
+    assert fit(step_bytes=6 * 10**8) == 4 * 10**8 // page
+    with pytest.raises(InputError, match=r"memory may be used, less 1\.00 GB for a step: lower"):
+        fit(step_bytes=10**9)
+    model = Step3VL.from_preset("tiny", seed=1)
+    usual, large = 2048, 100_000
+    needed = [prefill_bytes(TINY, rows, rows, torch.float32) for rows in (usual, large)]
+    assert needed[0] < 5 * 10**8 < needed[1]
+    with pytest.raises(InputError, match=r"less \d\.\d\d GB for a step"):
+        engine_for(model, max_running=2, token_budget=large)
 
 
 def test_no_more_than_can_be_used():

@@ -1,0 +1,1 @@
+"""Studies of contexts beyond what models are trained on."""
