@@ -24,7 +24,7 @@ from model.errors import InputError
 from model.kv_cache import PAGE_SIZE, page_bytes
 from model.memory import free_bytes, prefill_bytes
 from model.step3vl import Step3VL
-from model.terminal import integer, track
+from model.terminal import add_rope_scaling, integer, track
 from model.weights.random_init import random_init
 from pacore_sched.answers.pacore import engine_for
 from pacore_sched.engine.engine import Engine
@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PRESET",
         help=f"one of {', '.join(PRESETS)} (default: on a CPU the smallest possible decoder)",
     )
+    add_rope_scaling(parser)
     parser.add_argument(
         "--tokens",
         nargs="+",
@@ -78,6 +79,8 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """A row per prompt. Raises InputError for prompts beyond the model's context, and where memory
     cannot be measured or is not enough."""
     config = preset(options.model) if options.model else MODELS[device.type]
+    if options.rope_scaling is not None:
+        config = config.with_rope_scaling(options.rope_scaling)
     lengths, dtype = options.tokens or TOKENS[device.type], MAIN_DTYPE[device.type]
     context = config.decoder.max_positions
     if max(lengths) >= context:

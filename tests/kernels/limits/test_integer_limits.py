@@ -141,7 +141,14 @@ def test_int32_slots():
     qkv = torch.randn(1, 3 * heads * 16, dtype=torch.float16)
     slots = torch.tensor([last * page], dtype=torch.int32)
     qk_norm_rope(
-        qkv, None, None, torch.ones(8), torch.zeros(1, dtype=int), slots, pages, impl="portable"
+        qkv,
+        None,
+        None,
+        torch.zeros(8, dtype=int),
+        torch.zeros(1, dtype=int),
+        slots,
+        pages,
+        impl="portable",
     )
     assert torch.equal(k[last, :, 0].flatten(), qkv[0, 2 * heads * 16 :])
 

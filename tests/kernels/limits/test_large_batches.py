@@ -72,7 +72,14 @@ def test_projection():
         k, v = torch.zeros(2, 1, 1, 16, dim, dtype=HALF)
         slots = torch.full((len(qkv),), 5)
         qk_norm_rope(
-            qkv, None, None, torch.ones(dim // 2), slots, slots, KVPages(k, v), impl="triton"
+            qkv,
+            None,
+            None,
+            torch.zeros(dim // 2, dtype=int),
+            slots,
+            slots,
+            KVPages(k, v),
+            impl="triton",
         )
         return v
 
