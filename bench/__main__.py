@@ -35,6 +35,10 @@ COMMANDS = {
     "tune": ("bench.cli.commands:TUNE", "measure kernel configs on a GPU, write kernels/tuned/"),
     "cost": ("bench.cli.commands:COST", "bytes, balance and floors by arithmetic, without a GPU"),
     "fp8": ("bench.cli.commands:FP8", "effect of FP8 KV pages on a real model's predictions"),
+    "needle": (
+        "bench.needle.command:NEEDLE",
+        "facts found in texts within and beyond a real model's context (minutes)",
+    ),
     "fold": ("bench.cli.commands:FOLD", "rounding errors of the projector's folded weights"),
     "validate": (
         "bench.validate.command",

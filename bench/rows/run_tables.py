@@ -188,6 +188,19 @@ FP8_KV = Kind(
         FAILURE,
     ),
 )
+NEEDLE_DEPTHS = tuple(range(5, 100, 10))  # percent of a haystack's tokens before each needle
+
+NEEDLE = Kind(
+    f"needles found in haystacks, by depth{MEASURED}",
+    (
+        *(CASE, Column("scaling", "impl"), Column(" factor", "factor", number("g")), DTYPE),
+        *(Column(f" {depth} %", f"found_{depth}", whole) for depth in NEEDLE_DEPTHS),
+        Column(" found", "found", whole),
+        Column(" of", "asked", whole),
+        Column(" another's", "confused", whole),
+        FAILURE,
+    ),
+)
 # The kinds of whole runs by `op`, in the order of a report.
 RUNS = {
     "pacore": WHOLE_RUNS,
@@ -201,6 +214,7 @@ RUNS = {
     "scheduler_step": SCHEDULER,
     "fold": FOLD,
     "fp8_kv": FP8_KV,
+    "needle": NEEDLE,
     **REPLICAS,
     **SERVE,
 }

@@ -132,6 +132,7 @@ packing = partial(show, run_tables.PACKING)
 scheduler = partial(show, run_tables.SCHEDULER)
 fold = partial(show, run_tables.FOLD)
 fp8_kv = partial(show, run_tables.FP8_KV)
+needle = partial(show, run_tables.NEEDLE)
 gate = partial(show, op_tables.GATE)
 
 
