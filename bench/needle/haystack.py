@@ -1,7 +1,7 @@
 """Haystacks: long texts of made-up sentences, with needles, facts about a number, between them.
 
 A haystack depends on the tokenizer, its length and a seed only. Its sentences have no digits and
-none of the needles' words, so that each number can only come from its needle.
+none of the needles' nouns, so that each number can only come from its needle.
 """
 
 import random
@@ -30,8 +30,8 @@ WORDS = (  # of each place in the sentence
     "basket, blanket, book, bottle, chair, clock, coat, hammer, kettle, ladder, lamp, map, violin",
     "bakery, bridge, farm, garden, harbour, kitchen, library, market, museum, office, school",
     "and waited for the rain to stop, and told a long story about it, because the road was closed,"
-    " while the children were playing, and forgot to close the window, but the owner did not see it,"
-    " and then went home",
+    " while the children were playing, and forgot to close the window,"
+    " but the owner did not see it, and then went home",
 )
 
 

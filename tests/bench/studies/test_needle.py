@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 
 import pytest
-import torch
 
 from bench import __main__ as command
 from bench.needle import study
@@ -15,6 +14,7 @@ from model.config import preset
 from model.errors import InputError
 from model.step3vl import Step3VL
 from model.text.tokenizer import Tokenizer
+from pacore_sched.engine.engine import Engine
 
 TOKENIZER = Tokenizer.byte_level(preset("tiny"))  # a token per byte: its texts can be checked
 DEPTHS = [depth / 100 for depth in NEEDLE_DEPTHS]
@@ -28,14 +28,14 @@ def text_of(haystack: Haystack) -> str:
     return TOKENIZER.decode(haystack.ids)
 
 
-@pytest.mark.parametrize("tokens", [1000, 1021, 5000])
+@pytest.mark.parametrize("tokens", [3000, 3001, 10_000])
 def test_haystack(tokens: int):
     """A haystack of another length than the row says, needles at other depths, cut or twice, a
     sentence with digits, which could be taken for an answer."""
     haystack = build(bytes_of, tokens, DEPTHS, seed=3)
     assert len(haystack.ids) == tokens
     text = text_of(haystack)
-    longest = 110  # bytes of a sentence
+    longest = 150  # bytes of a sentence
     for needle, depth in zip(haystack.needles, DEPTHS, strict=True):
         sentence = NEEDLE.format(needle.subject, needle.number)
         assert text.count(sentence) == 1 and text.index(sentence) == needle.start
@@ -46,10 +46,16 @@ def test_haystack(tokens: int):
     assert text.endswith(".")
 
 
+def test_every_length():
+    """A haystack that is too short because the sentence cut to fit is shorter than the cut."""
+    for tokens in range(3000, 3100):
+        assert len(build(bytes_of, tokens, DEPTHS, seed=0).ids) == tokens
+
+
 def test_haystacks_differ_by_seed_and_are_the_same_again():
     """Forms compared on other texts, or repeats of one text that count several times."""
-    first, again, second = (build(bytes_of, 1000, DEPTHS, seed) for seed in (0, 0, 1))
-    assert first == again
+    first, again, second = (build(bytes_of, 3000, DEPTHS, seed) for seed in (0, 0, 1))
+    assert first == again != second
     assert {n.number for n in first.needles}.isdisjoint(n.number for n in second.needles)
     text = text_of(build(bytes_of, 20_000, DEPTHS, 0))
     sentences = text.split(".")
@@ -58,8 +64,8 @@ def test_haystacks_differ_by_seed_and_are_the_same_again():
 
 def test_too_many_needles():
     """A haystack without some of its needles, or a crash."""
-    for tokens in (1, 180, 300):
-        with pytest.raises(InputError, match=f"of {tokens} tokens is too short for 5 needles"):
+    for tokens in (1, 400, 600):
+        with pytest.raises(InputError, match=f"of {tokens} tokens is too short for 10 needles"):
             build(bytes_of, tokens, DEPTHS, 0)
 
 
@@ -82,10 +88,10 @@ def test_first_number(answer: str, number: str | None):
 
 def test_score():
     """Counts at another depth, and confused answers counted as found or as neither."""
-    needles = [Needle("Rome", str(10_000 + index), index) for index in range(5)]
-    answers = [" 10000.", " 10001", " 10004", " 99999", " the"]
+    needles = [Needle("The age", str(10_000 + index), index) for index in range(10)]
+    answers = [" 10000.", " 10001", " 10004", " 99999", " the", "", " 10009", "6", "7", "8"]
     counts = study.score(Haystack([], needles), answers)
-    assert counts == {"asked": 5, "found": 2, "found_10": 1, "found_30": 1, "confused": 1}
+    assert counts == {"asked": 10, "found": 2, "found_5": 1, "found_15": 1, "confused": 2}
 
 
 @pytest.mark.parametrize(
@@ -111,13 +117,34 @@ def test_no_scaling():
     assert study.scaling_of("none", 32_768) is None
 
 
-def test_smollm2_finds(capsys, monkeypatch):
+def test_questions_share_one_prefill(monkeypatch):
+    """Other questions than the needles', or a haystack that is read once for each."""
+    engines, prompts = [], []
+
+    plain = Engine.submit
+
+    def submit(engine, path, last_token, *arguments):
+        engines.append(engine)
+        prompts.append([*(id for segment in path for id in segment.content), last_token])
+        return plain(engine, path, last_token, *arguments)
+
+    monkeypatch.setattr(Engine, "submit", submit)
+    haystack = study.haystack_of(tiny := Step3VL.from_preset("tiny"), 1500, seed=0)
+    answers = study.ask(tiny, haystack)
+    assert len(answers) == len(prompts) == len(NEEDLE_DEPTHS)
+    questions = [f"\n\n{needle.subject} is" for needle in haystack.needles]
+    assert prompts == [[*haystack.ids, *bytes_of(question)] for question in questions]
+    computed = len(haystack.ids) + sum(len(question) - 1 for question in questions)
+    assert engines[0].scheduler.counts.prefilled == computed
+
+
+def test_smollm2_finds(capsys):
     """A wrong rotation, prompts that do not share the haystack or are not the asked ones, and rows
     that do not say what was found."""
     words = ["needle", "--tokens", "512", "--forms", "none", "--haystacks", "1", "--device", "cpu"]
     assert command.main([*words, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert row["asked"] == len(NEEDLE_DEPTHS) and row["found"] >= 4
+    assert row["asked"] == len(NEEDLE_DEPTHS) and row["found"] >= 9
     assert row["found"] == sum(row[f"found_{depth}"] for depth in NEEDLE_DEPTHS)
     assert (row["case"], row["impl"], row["factor"]) == ("smollm2-135m T512", "none", None)
 
