@@ -247,6 +247,31 @@ def packing() -> str:
     return markdown(make_table("", PACKING_COLUMNS, rows))
 
 
+NEEDLE_LENGTHS = (2048, 8192, 12_288, 16_384)
+NEEDLE_FORMS = {
+    "none": "none",
+    "YaRN": "yarn",
+    "YaRN without its attention temperature": "yarn-no-temperature",
+    "position interpolation": "linear",
+}
+
+
+def needles() -> str:
+    """Needles found in haystacks of several lengths, by rope scaling."""
+
+    def cell(tokens: int, impl: str) -> str:
+        case = f"smollm2-135m T{tokens}"
+        row = latest_row(measured(ENGINE_CPU), op="needle", case=case, impl=impl)
+        return f"{row['found']} of {row['asked']}"
+
+    lines = [
+        [label, *(cell(tokens, impl) for tokens in NEEDLE_LENGTHS)]
+        for label, impl in NEEDLE_FORMS.items()
+    ]
+    header = ("needles found, by tokens", *(f" {tokens:,}" for tokens in NEEDLE_LENGTHS))
+    return markdown(Table("", header, lines))
+
+
 WORKLOADS = ("vqa", "vl", "math", "high")
 DEFAULT, SHORTEST = "later-round-first", "shortest-expected"
 
@@ -334,6 +359,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels of the decode path": lambda: compiled(DECODE_KERNELS),
     "fold": fold,
     "kernels of the vision path": lambda: compiled(VISION_KERNELS),
+    "needles": needles,
     "packing": packing,
     "versions": versions,
     "simulated": simulated,
