@@ -130,9 +130,9 @@ ceilings = partial(show, op_tables.CEILINGS)
 engine_steps = partial(show, run_tables.ENGINE_STEPS)
 packing = partial(show, run_tables.PACKING)
 scheduler = partial(show, run_tables.SCHEDULER)
-needle = partial(show, run_tables.NEEDLE)
 fold = partial(show, run_tables.FOLD)
 fp8_kv = partial(show, run_tables.FP8_KV)
+needle = partial(show, run_tables.NEEDLE)
 gate = partial(show, op_tables.GATE)
 
 
