@@ -2,7 +2,7 @@
 
 One prefill serves all questions about a haystack: each is a rollout of its own prompt, and all
 prompts begin with the haystack's segment. A question is the beginning of the needle's sentence in a
-new paragraph, and the answer is greedy. In its chat template, or in the same paragraph, so small a
+new paragraph, and the answer is greedy. In its chat template, or in the same paragraph, this small
 model finds fewer needles even in short texts (docs/log.md).
 """
 
