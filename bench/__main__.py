@@ -36,6 +36,10 @@ COMMANDS = {
     "memory": ("bench.cli.commands:MEMORY", "a long prompt's peak memory, next to its bound"),
     "cost": ("bench.cli.commands:COST", "bytes, balance and floors by arithmetic, without a GPU"),
     "fp8": ("bench.cli.commands:FP8", "effect of FP8 KV pages on a real model's predictions"),
+    "needle": (
+        "bench.needle.command:NEEDLE",
+        "facts found in texts within and beyond a real model's context (minutes)",
+    ),
     "fold": ("bench.cli.commands:FOLD", "rounding errors of the projector's folded weights"),
     "validate": (
         "bench.validate.command",

@@ -162,6 +162,18 @@ SCHEDULER = Kind(
         FAILURE,
     ),
 )
+NEEDLE_DEPTHS = tuple(range(5, 100, 10))  # percent of a haystack's tokens before each needle
+NEEDLE = Kind(
+    f"needles found in haystacks, by depth{MEASURED}",
+    (
+        *(CASE, Column("scaling", "impl"), Column(" factor", "factor", number("g")), DTYPE),
+        *(Column(f" {depth} %", f"found_{depth}", whole) for depth in NEEDLE_DEPTHS),
+        Column(" found", "found", whole),
+        Column(" of", "asked", whole),
+        Column(" another's", "confused", whole),
+        FAILURE,
+    ),
+)
 FOLD = Kind(
     f"the projector's last two layers, unfolded and folded{MEASURED}",
     (
@@ -212,6 +224,7 @@ RUNS = {
     "packing": PACKING,
     "replay": REPLAY,
     "scheduler_step": SCHEDULER,
+    "needle": NEEDLE,
     "fold": FOLD,
     "fp8_kv": FP8_KV,
     "prefill_memory": PREFILL_MEMORY,

@@ -133,6 +133,7 @@ scheduler = partial(show, run_tables.SCHEDULER)
 memory = partial(show, run_tables.PREFILL_MEMORY)
 fold = partial(show, run_tables.FOLD)
 fp8_kv = partial(show, run_tables.FP8_KV)
+needle = partial(show, run_tables.NEEDLE)
 gate = partial(show, op_tables.GATE)
 
 

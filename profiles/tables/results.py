@@ -247,6 +247,39 @@ def packing() -> str:
     return markdown(make_table("", PACKING_COLUMNS, rows))
 
 
+NEEDLE_LENGTHS = (2048, 8192, 12_288, 16_384)
+NEEDLE_FORMS = {
+    "none": "none",
+    "YaRN": "yarn",
+    "YaRN without its attention temperature": "yarn-no-temperature",
+    "position interpolation": "linear",
+}
+
+
+def needles() -> str:
+    """Needles found in haystacks of several lengths, by rope scaling; "" where none was tried."""
+    rows = [row for row in measured(ENGINE_CPU) if row["op"] == "needle"]
+
+    def cell(tokens: int, impl: str) -> str:
+        case = f"smollm2-135m T{tokens}"
+        texts = [
+            f"{row['found']} of {row['asked']}"
+            for row in rows
+            if (row["case"], row["impl"]) == (case, impl)
+        ]
+        return texts[-1] if texts else ""
+
+    lines = [
+        [label, *(cell(tokens, impl) for tokens in NEEDLE_LENGTHS)]
+        for label, impl in NEEDLE_FORMS.items()
+    ]
+    header = (
+        "needles found, by tokens of the text",
+        *(f" {tokens:,}" for tokens in NEEDLE_LENGTHS),
+    )
+    return markdown(Table("", header, lines))
+
+
 WORKLOADS = ("vqa", "vl", "math", "high")
 DEFAULT, SHORTEST = "later-round-first", "shortest-expected"
 
@@ -334,6 +367,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels of the decode path": lambda: compiled(DECODE_KERNELS),
     "fold": fold,
     "kernels of the vision path": lambda: compiled(VISION_KERNELS),
+    "needles": needles,
     "packing": packing,
     "versions": versions,
     "simulated": simulated,
