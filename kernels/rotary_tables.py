@@ -1,8 +1,8 @@
 """Rotary frequencies and tables, and the portable form of `qk_norm_rope`.
 
-A frequency is an integer: turns per position in units of 2^-64. Products with a position overflow
-by whole turns, which do not matter, so the angle is exact at any position. In fp32 the angle has an
-error of 2^-25 of itself, up to 0.03 rad at position 2^20.
+A frequency is an integer: turns per position in units of 2^-64, rounded from fp64. Products with a
+position overflow by whole turns, which do not matter, so nothing else is rounded. In fp32 the angle
+would have an error of 2^-25 of itself, up to 0.03 rad at position 2^20.
 """
 
 import math

@@ -1,12 +1,18 @@
 """Shapes and constants of the model: frozen dataclasses and the named presets."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from model.errors import InputError, shown
-from model.rope import MAX_POSITIONS, RopeScaling, Yarn, inverse_frequencies, parse_rope_scaling
+from model.rope import (
+    RopeScaling,
+    Yarn,
+    context_of,
+    inverse_frequencies,
+    parse_rope_scaling,
+    scaled_length,
+)
 
 
 @dataclass(frozen=True)
@@ -129,42 +135,38 @@ class Config:
         decoder = parts["decoder"]
         if decoder is None:
             raise InputError("decoder is null; it must be an object")
-        if decoder.rope_scaling is not None:
-            scaling = decoder.rope_scaling
-            if not isinstance(scaling, Mapping):
-                raise InputError(f"decoder.rope_scaling is {shown(scaling)}; it must be an object")
-            scaling = parse_rope_scaling(scaling, decoder.max_positions, "decoder.rope_scaling.")
-            parts["decoder"] = replace(decoder, rope_scaling=scaling)
+        if decoder.rope_scaling is not None and type(decoder.max_positions) is int:
+            parts["decoder"] = _with_parsed_scaling(decoder, decoder.rope_scaling)
         return Config(top["name"], **{k: v for k, v in parts.items() if v is not None})
 
     def with_rope_scaling(self, data: Mapping[str, Any]) -> "Config":
         """This config with the scaling that `data` describes, as `rope_parameters` do, and the
-        context that it makes possible: factor x the length that the model was trained for.
+        context that it makes possible: factor x original_max_position_embeddings, by default
+        factor x the present context; never less than that.
 
-        Raises InputError for what `parse_rope_scaling` refuses and for another `rope_theta`.
+        Raises InputError for a model with a scaling of its own, for another `rope_theta`, and for
+        what `parse_rope_scaling` refuses.
         """
-        decoder, old = self.decoder, self.decoder.rope_scaling
-        data = dict(data)
+        decoder, where = self.decoder, "rope_scaling."
+        if (old := decoder.rope_scaling) is not None:
+            raise InputError(
+                f"{self.name} has rope scaling already ({old.rope_type}, factor {old.factor:g});"
+                " change its config.json instead"
+            )
+        data = {key: value for key, value in data.items() if value is not None}
         theta = data.pop("rope_theta", decoder.rope_theta)
         if theta != decoder.rope_theta:
             raise InputError(
-                f"rope_scaling.rope_theta is {shown(theta)}, but {self.name} has"
-                f" {decoder.rope_theta:g}"
+                f"{where}rope_theta is {shown(theta)}, but {self.name} has {decoder.rope_theta:g}"
             )
-        trained = getattr(old, "original_max_position_embeddings", decoder.max_positions)
         kind = data.get("rope_type", data.get("type"))
-        scaling = parse_rope_scaling(data, trained, "rope_scaling.") if kind else None
+        scaling = parse_rope_scaling(data, decoder.max_positions, where) if kind else None
         if scaling is None:
             raise InputError(
-                f"rope_scaling.rope_type is {shown(kind)}; it must be linear, llama3 or yarn"
+                f"{where}rope_type is {shown(kind)}; it must be linear, llama3 or yarn"
             )
-        trained = getattr(scaling, "original_max_position_embeddings", trained)
-        context = math.floor(scaling.factor * trained)
-        if not context <= MAX_POSITIONS:
-            raise InputError(
-                f"rope_scaling.factor {scaling.factor:g} makes {context:,} positions; at most"
-                f" {MAX_POSITIONS:,} are possible"
-            )
+        trained = getattr(scaling, "original_max_position_embeddings", decoder.max_positions)
+        context = max(decoder.max_positions, scaled_length(scaling, trained, where))
         decoder = replace(decoder, rope_scaling=scaling, max_positions=context)
         return replace(self, decoder=decoder)
 
@@ -180,6 +182,16 @@ _PARTS: dict[str, type] = {
     "tokens": TokenIds,
     "sampling": SamplingConfig,
 }
+
+
+def _with_parsed_scaling(decoder: DecoderConfig, data: object) -> DecoderConfig:
+    """`decoder` with the scaling that its JSON, `data`, describes."""
+    where = "decoder.rope_scaling"
+    if not isinstance(data, Mapping):
+        raise InputError(f"{where} is {shown(data)}; it must be an object")
+    scaling = parse_rope_scaling(data, decoder.max_positions, f"{where}.")
+    context = context_of(scaling, decoder.max_positions, f"{where}.")
+    return replace(decoder, rope_scaling=scaling, max_positions=context)
 
 
 def tokens_after_projector(grid: int) -> int:

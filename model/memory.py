@@ -47,11 +47,14 @@ def check_weights_fit(name: str, values: int, dtype: torch.dtype, device: torch.
     )
 
 
-def prefill_bytes(config: DecoderConfig, tokens: int, chunk: int, dtype: torch.dtype) -> int:
+def prefill_bytes(
+    config: DecoderConfig, tokens: int, chunk: int, dtype: torch.dtype, *, sampled: int = 1
+) -> int:
     """The most memory, besides weights and KV pages, that reading a prompt of `tokens` tokens in
     steps of at most `chunk` takes, with the default forms of all ops.
 
     dtype: of the model
+    sampled: rows whose next token a step draws, for several prompts or rollouts
 
     Does not depend on the number of layers, nor on tokens * chunk: attention keeps no scores or
     masks of a whole context, and reads K and V from their pages. Tensors of `chunk` rows are those
@@ -65,7 +68,7 @@ def prefill_bytes(config: DecoderConfig, tokens: int, chunk: int, dtype: torch.d
     row = 4 * config.hidden * size + max(feed_forward, attention) + 2 * config.head_dim * _FP32
     section = max(rows, SECTION_TOKENS)  # tokens whose K and V are gathered, perhaps also in fp32
     scores = 3 * PRODUCT_QUERIES * section * _FP32  # of one head, and their softmax
-    logits = 16 * config.vocab_size * _FP32  # of the last token, and what sampling makes of them
+    logits = (16 + 2 * sampled) * config.vocab_size * _FP32  # and what sampling makes of them
     token = TOKEN_BYTES + config.kv_heads  # the portable form has an int64 per page and KV head
     return (
         rows * (row + 256)  # ids, positions, slots

@@ -88,7 +88,7 @@ _OTHER_KEYS = {"yarn": ("mscale", "mscale_all_dim", "finetuned")}
 _RANGES: dict[str, tuple[float, float]] = {
     "factor": (1, 2**16),
     "original_max_position_embeddings": (1, MAX_POSITIONS),
-    "attention_factor": (1e-3, 1e3),
+    "attention_factor": (0.001, 1000),
 }
 
 
@@ -127,7 +127,7 @@ def parse_rope_scaling(data: Mapping[str, Any], context: int, where: str) -> Rop
     if missing := [where + key for key in needed if key not in given]:
         raise InputError(f"missing key {', '.join(missing)}")
     for key, value in given.items():
-        _check(f"{where}{key}", value, known[key], *_RANGES.get(key, (1e-3, 1e6)))
+        _check(f"{where}{key}", value, known[key], *_RANGES.get(key, (0.001, 1_000_000)))
     values: dict[str, Any] = {k: float(v) if known[k] is float else v for k, v in given.items()}
     scaling = cls(**values)
     for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
@@ -137,6 +137,26 @@ def parse_rope_scaling(data: Mapping[str, Any], context: int, where: str) -> Rop
                 f" {getattr(scaling, high):g}"
             )
     return scaling
+
+
+def context_of(scaling: RopeScaling | None, context: int, where: str) -> int:
+    """Positions of a model whose max_position_embeddings are `context`: with YaRN at least factor
+    times the original length, since model cards add `rope_scaling` to a config.json and leave
+    max_position_embeddings as it was. Raises InputError beyond MAX_POSITIONS."""
+    if not isinstance(scaling, Yarn):
+        return context
+    return max(context, scaled_length(scaling, scaling.original_max_position_embeddings, where))
+
+
+def scaled_length(scaling: RopeScaling, length: int, where: str) -> int:
+    """factor times `length`. Raises InputError beyond MAX_POSITIONS."""
+    scaled = math.floor(scaling.factor * length)
+    if scaled > MAX_POSITIONS:
+        raise InputError(
+            f"{where}factor {scaling.factor:g} makes {scaled:,} positions; at most"
+            f" {MAX_POSITIONS:,} are possible"
+        )
+    return scaled
 
 
 def _rope_type(data: Mapping[str, Any], where: str) -> str:
@@ -163,7 +183,7 @@ def _set_attention_factor(given: dict[str, Any], where: str) -> None:
     scales = [given.pop(key, 0) for key in ("mscale", "mscale_all_dim")]
     for key, value in zip(("mscale", "mscale_all_dim"), scales, strict=True):
         if value != 0:
-            _check(f"{where}{key}", value, float, 1e-3, 1e3)
+            _check(f"{where}{key}", value, float, 0.001, 1000)
     factor = given.get("factor", 1)
     if "attention_factor" not in given and type(factor) in (int, float) and 1 <= factor < math.inf:
         above, below = (1 + 0.1 * scale * math.log(factor) for scale in scales)
@@ -176,7 +196,7 @@ def _check(key: str, value: object, kind: object, least: float, most: float) -> 
             raise InputError(f"{key} is {shown(value)}; it must be true or false")
     elif type(value) not in (int, kind) or not least <= value <= most:  # type: ignore[operator]
         name = "an integer" if kind is int else "a number"
-        raise InputError(f"{key} is {shown(value)}; it must be {name} from {least:g} to {most:g}")
+        raise InputError(f"{key} is {shown(value)}; it must be {name} from {least:,} to {most:,}")
 
 
 def _clamped(x: float) -> float:

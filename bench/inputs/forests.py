@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from bench.inputs.trees import Node, fork
+from pacore_sched.sched.scheduler import TOKEN_BUDGET
 
 Forest = tuple[Node, ...]
 
@@ -23,7 +24,6 @@ MAIN_POINTS = (
 # Halfway through a PaCoRe round over a photo of nine views, with rollouts of 12,000 tokens.
 PACORE = {"low": (4, 1024, 6000), "medium": (16, 1024, 6000), "high": (32, 1024, 6000)}
 LONG = (131072, 262144)  # tokens of a context
-CHUNK = 2048  # tokens of a prompt that the engine reads in one step
 # For a CPU, whose heat map must take seconds.
 CPU_GRID = [(16, prefix, suffix) for prefix in (128, 512, 2048) for suffix in (16, 64, 256)]
 
@@ -58,7 +58,8 @@ def long_contexts() -> Iterator[tuple[str, Forest]]:
     for tokens in LONG:
         yield rollouts(16, tokens, 512)
         yield rollouts(1, tokens, 512)
-        yield f"prefill {CHUNK} behind {tokens - CHUNK}", (Node(tokens, new=CHUNK),)
+        before = tokens - TOKEN_BUDGET
+        yield f"prefill {TOKEN_BUDGET} behind {before}", (Node(tokens, new=TOKEN_BUDGET),)
 
 
 def grid() -> Iterator[tuple[str, Forest]]:

@@ -64,6 +64,8 @@ def gguf_file(config: Config) -> Path:
     """The GGUF file with a model's weights. Raises Unavailable if there is none."""
     if config.name not in GGUF_FILES:
         raise Unavailable(f"needs a GGUF file, which only {', '.join(GGUF_FILES)} has")
+    if config.decoder.rope_scaling is not None:
+        raise Unavailable("runs without --rope-scaling only")
     try:
         return GGUF_FILES[config.name]()
     except InputError as error:

@@ -28,7 +28,6 @@ from bench.model_peers.peer import LoadedPeer
 from bench.model_peers.step_rows import begin, time_step
 from bench.studies.breakdown import parts
 from bench.studies.prefill import (
-    CHUNK,
     PrefillCase,
     decoder_weights,
     random_ids,
@@ -49,6 +48,7 @@ from model.step3vl import Step3VL
 from model.terminal import add_rope_scaling, integer, track
 from pacore_sched.answers.rounds import MAX_WIDTH
 from pacore_sched.sched.prefix_tree import PrefixTree
+from pacore_sched.sched.scheduler import TOKEN_BUDGET
 from pacore_sched.sched.step_batch import build_step_batch
 
 FORMS = {"eager": "eager", "default": None}  # `impl` of all ops; None is the device's best
@@ -220,7 +220,7 @@ def needed_bytes(config: Config, case: DecodeCase | PrefillCase, dtype: torch.dt
     fp32."""
     decoder, fp32 = config.decoder, 4
     kv = decoder.kv_bytes_per_token(dtype.itemsize)
-    context, rows = case.tokens, CHUNK
+    context, rows = case.tokens, TOKEN_BUDGET
     if isinstance(case, DecodeCase):
         context, rows = case.prefix + case.suffix, 1
     scores = min(EAGER_SCORES, rows * decoder.heads * context)

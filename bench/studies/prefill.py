@@ -1,6 +1,6 @@
 """Reading a prompt: a whole decoder, from the prompt's tokens to the logits of the last one.
 
-Our forms read it as the engine does, in steps of at most CHUNK tokens. Tokens are random.
+Our forms read it as the engine does, in steps of at most TOKEN_BUDGET tokens. Tokens are random.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +20,8 @@ from model.decoder import Decoder, Step
 from model.impls import impl_per_op
 from model.kv_cache import PAGE_SIZE
 from model.step3vl import Step3VL
+from pacore_sched.sched.scheduler import TOKEN_BUDGET
 
-CHUNK = 2048  # tokens of a step: the engine's default token budget
 MIN_REPEATS = 3  # a call may take ten seconds
 
 
@@ -69,8 +69,8 @@ def time_prefill(
     prompt = random_ids(case.tokens, model)
     cache = model.new_cache(cdiv(case.tokens, PAGE_SIZE))
     chunks = [
-        (chunk, Step.of_sequence(index * CHUNK, len(chunk), cache))
-        for index, chunk in enumerate(prompt.split(CHUNK))
+        (chunk, Step.of_sequence(index * TOKEN_BUDGET, len(chunk), cache))
+        for index, chunk in enumerate(prompt.split(TOKEN_BUDGET))
     ]
 
     def logits(impl: str | None) -> Tensor:

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def cos_sin(position: tl.tensor, frequency: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """cos and sin of position * frequency, with an error below 2^-23 at positions from 0 to 2^32.
+    """cos and sin of position * frequency, with an error below 2^-23, for positions under 2^32.
 
     frequency: int64, turns per position in units of 2^-64 (`rotary_frequencies`)
 

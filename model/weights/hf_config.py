@@ -16,10 +16,11 @@ from typing import Any
 
 from model.config import Config, DecoderConfig, TokenIds, VisionConfig, check_keys
 from model.errors import InputError, shown
+from model.rope import context_of
 from model.text.files import check_regular, read_json
 from model.weights.config_checks import check_config, check_number, token_ids
 from model.weights.generation_config import with_generation_config
-from model.weights.hf_rope import context_of, read_scaling, read_theta
+from model.weights.hf_rope import read_scaling, read_theta
 
 _DECODER_KEYS = {
     "vocab_size": "vocab_size",
@@ -259,7 +260,7 @@ def _read_decoder(text: dict, model_type: str, where: str) -> dict:
     _check_attention(text, values, model_type, where)
     check_number(f"{where}max_position_embeddings", values["max_positions"], int, "max_positions")
     scaling = read_scaling(text, where, values["max_positions"])
-    values["max_positions"] = context_of(scaling, values["max_positions"])
+    values["max_positions"] = context_of(scaling, values["max_positions"], f"{where}rope_scaling.")
     values["rope_scaling"] = scaling and asdict(scaling)
     return values | {"qk_norm": model_type == "qwen3"}
 
@@ -308,7 +309,7 @@ def _require_agreement(data: dict, text: dict, decoder: dict, model_type: str) -
     """
     outside = {key: data[key] for key in sorted(_TEXT_KEYS) if data.get(key) is not None}
     other = _read_decoder(text | outside, model_type, "")
-    for field, key in [*_DECODER_KEYS.items(), ("rope_scaling", "rope_scaling")]:
+    for field, key in [("rope_scaling", "rope_scaling"), *_DECODER_KEYS.items()]:
         if other[field] != decoder[field]:
             raise InputError(
                 f"{key} is {shown(other[field])}, but with text_config alone it is"

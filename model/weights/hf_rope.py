@@ -1,10 +1,10 @@
 """The rotation in a published config.json: its base, and its scaling for long contexts."""
 
-import math
 from typing import Any
 
 from model.errors import InputError, shown
-from model.rope import Linear, RopeScaling, Yarn, parse_rope_scaling
+from model.rope import Linear, RopeScaling, parse_rope_scaling
+from model.weights.config_checks import check_number
 
 KEYS = ("rope_scaling", "rope_parameters")  # transformers' name before version 5, and since
 _ORIGINAL = "original_max_position_embeddings"
@@ -26,6 +26,8 @@ def read_theta(text: dict, where: str) -> Any:  # noqa: ANN401
 def read_scaling(text: dict, where: str, context: int) -> RopeScaling | None:
     """The scaling, with lengths that default to max_position_embeddings, `context`."""
     outside = text.get(_ORIGINAL)  # transformers prefers it
+    if outside is not None:
+        check_number(f"{where}{_ORIGINAL}", outside, int, "max_positions")
     scalings = []
     for key in KEYS:
         if rope := text.get(key):
@@ -38,15 +40,6 @@ def read_scaling(text: dict, where: str, context: int) -> RopeScaling | None:
                 _require_same(lengths, f"{where}{_ORIGINAL}")
     _require_same(scalings, f"{where}{KEYS[0]}")
     return scalings[0] if scalings else None
-
-
-def context_of(scaling: RopeScaling | None, max_position_embeddings: int) -> int:
-    """Positions of a model: with YaRN at least factor x the original length, since model cards add
-    `rope_scaling` to a config.json and leave max_position_embeddings as it was."""
-    if isinstance(scaling, Yarn):
-        scaled = math.floor(scaling.factor * scaling.original_max_position_embeddings)
-        return max(max_position_embeddings, scaled)
-    return max_position_embeddings
 
 
 def _require_same(values: list, name: str) -> None:

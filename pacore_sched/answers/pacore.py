@@ -22,11 +22,13 @@ from pacore_sched.answers.journal_lines import RolloutResult
 from pacore_sched.answers.live import Answer, LiveProblems
 from pacore_sched.answers.problem_run import Problem, ProblemRun, Settings
 from pacore_sched.answers.rounds import SynthesisTemplate, round_widths
-from pacore_sched.engine.engine import TOKEN_BUDGET, Engine
+from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
+from pacore_sched.engine.kv_memory import SHARE
 from pacore_sched.engine.stopping import Stopping
 from pacore_sched.sched.policy import LaterRoundFirst
 from pacore_sched.sched.request import Sampling
+from pacore_sched.sched.scheduler import TOKEN_BUDGET
 from pacore_sched.sched.view_queue import DEFAULT_VISION_BUDGET
 
 if TYPE_CHECKING:
@@ -155,7 +157,7 @@ def engine_for(
     max_kv_tokens: int | None = None,
     image_bytes: int | None = None,
     max_running: int = 256,
-    share: float | None = None,
+    replicas: int = 1,
     vision_budget: str = DEFAULT_VISION_BUDGET,
     vision_batch: int | None = None,
     **options: Unpack[EngineOptions],
@@ -167,7 +169,7 @@ def engine_for(
     max_kv_tokens: upper limit of that default
     image_bytes: budget for the image embeddings of unfinished problems; default: 5 % of free memory
     max_running: rollouts that decode at the same time
-    share: of the free memory, for that default; see SHARE in engine/kv_memory.py
+    replicas: engines that have the device's memory in common
     vision_budget: how much encoding images may slow decoding, a name in VISION_BUDGETS
     vision_batch: patches of images that are encoded together; 0: each image alone; default: 16,384
         on a GPU, else 0
@@ -183,8 +185,9 @@ def engine_for(
                 f" {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
             )
     config = model.config.decoder
-    rows = max(options.get("token_budget", TOKEN_BUDGET), max_running)  # perhaps of several prompts
-    step = prefill_bytes(config, max(config.max_positions, rows), rows, model.dtype)
+    rows = options.get("token_budget", TOKEN_BUDGET)
+    context = max(config.max_positions, rows)
+    step = prefill_bytes(config, context, rows, model.dtype, sampled=max_running)
     executor = ModelExecutor(
         model,
         num_pages=num_pages,
@@ -193,8 +196,8 @@ def engine_for(
         max_kv_tokens=max_kv_tokens,
         image_bytes=image_bytes,
         keep_images=options.get("prefix_cache", True),
-        share=share,
-        step_bytes=step,
+        share=SHARE[model.device.type] / replicas,
+        step_bytes=step * replicas,
         vision_budget=vision_budget,
         vision_batch=vision_batch,
     )

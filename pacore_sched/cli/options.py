@@ -22,7 +22,6 @@ from pacore_sched.answers.pacore import engine_for
 from pacore_sched.answers.rounds import MAX_WIDTH
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
-from pacore_sched.engine.kv_memory import SHARE
 from pacore_sched.engine.stopping import checked_stops
 from pacore_sched.sched.policy import ORACLES, POLICIES
 from pacore_sched.sched.request import Sampling
@@ -244,7 +243,7 @@ def make_engine(
         kv_tokens=options.kv_tokens,
         max_kv_tokens=max_kv_tokens,
         speculate=options.speculate,
-        share=SHARE[model.device.type] / replicas,
+        replicas=replicas,
         host_pages=options.host_kv_tokens // PAGE_SIZE,
         prefix_cache=not options.no_prefix_cache,
         vision_budget=options.vision_budget,

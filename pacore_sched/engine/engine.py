@@ -28,9 +28,8 @@ from pacore_sched.sched.request import (
     Segment,
     check_top_logprobs,
 )
-from pacore_sched.sched.scheduler import Scheduler
+from pacore_sched.sched.scheduler import TOKEN_BUDGET, Scheduler
 
-TOKEN_BUDGET = 2048  # tokens of a step
 IDLE_S = 1e-3  # sleep in a step that could only wait for images
 
 

@@ -43,7 +43,7 @@ def pages_that_fit(
     max_kv_tokens: the most tokens ever in use; prefix-tree nodes round up to whole pages
     min_kv_tokens: the number of tokens that must fit
     image_bytes: the part of the share that image embeddings take
-    step_bytes: what the largest step takes besides KV (`prefill_bytes`)
+    step_bytes: what the largest step takes besides KV (`prefill_bytes`), of all replicas
     share: share of the free memory; by default from SHARE
 
     Raises InputError if `min_kv_tokens` do not fit, with the memory needed and free.
@@ -55,14 +55,18 @@ def pages_that_fit(
         )
     size, free = page_bytes(config, dtype), free_bytes(device)
     usable = min(int(share * free), free - step_bytes)
-    less = f", less {step_bytes / 1e9:.2f} GB for a step" if free - step_bytes == usable else ""
     fitting = (usable - image_bytes) // size
     min_pages = cdiv(max(min_kv_tokens, 1), PAGE_SIZE)
     if fitting < min_pages:
+        part = f"only {share:.0%} of {free / 1e9:.2f} GB of free memory may be used"
         images = f", {image_bytes / 1e9:.2f} GB of it for images" if image_bytes else ""
+        remedy = "max_tokens, or use FP8 KV"
+        if usable < int(share * free):
+            part = f"of {free / 1e9:.2f} GB of free memory a step takes {step_bytes / 1e9:.2f}"
+            images = f", images {image_bytes / 1e9:.2f}" if image_bytes else ""
+            remedy = f"max_running, {remedy}"
         raise InputError(
-            f"KV for {min_pages * PAGE_SIZE} tokens needs {min_pages * size / 1e9:.2f} GB, but only"
-            f" {share:.0%} of {free / 1e9:.2f} GB of free memory may be used{less}{images}: lower"
-            " max_tokens, or use FP8 KV"
+            f"KV for {min_pages * PAGE_SIZE} tokens needs {min_pages * size / 1e9:.2f} GB, but"
+            f" {part}{images}: lower {remedy}"
         )
     return max(min_pages, min(fitting, cdiv(max_kv_tokens, PAGE_SIZE)))

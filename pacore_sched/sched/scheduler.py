@@ -19,6 +19,7 @@ from pacore_sched.sched.prefix_tree import PrefixTree
 from pacore_sched.sched.prompts import Counts, Prompts
 from pacore_sched.sched.request import Batch, Chunk, Group, PageMove, Rollout, Segment
 
+TOKEN_BUDGET = 2048  # tokens of a step
 MIN_ENDS = 64  # a heap of fewer entries is not worth rebuilding
 
 
@@ -39,7 +40,7 @@ class Scheduler:
         policy: LaterRoundFirst,
         *,
         max_running: int = 256,
-        token_budget: int = 2048,
+        token_budget: int = TOKEN_BUDGET,
         host_pages: int = 0,
         prefix_cache: bool = True,
         counts: Counts | None = None,

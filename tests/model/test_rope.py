@@ -122,12 +122,14 @@ def test_with_rope_scaling():
     longer = STEP3_VL_10B.with_rope_scaling(yarn)
     assert longer.decoder.max_positions == 131072
     assert longer.decoder.rope_scaling == Yarn(2.0, 65536, 1.0)
-    again = longer.with_rope_scaling({"type": "yarn", "factor": 4, "rope_theta": 1e6})
-    assert again.decoder.max_positions == 262144  # of the trained 65,536, not of 131,072
     linear = STEP3_VL_10B.with_rope_scaling({"rope_type": "linear", "factor": 1.5})
     assert linear.decoder.rope_scaling == Linear(1.5) and linear.decoder.max_positions == 98304
     llama3 = STEP3_VL_10B.with_rope_scaling(SCALINGS["llama3.1"])
     assert llama3.decoder.rope_scaling == Llama3(8.0, 8192, 1.0, 4.0)
+    assert llama3.decoder.max_positions == 65536  # 8 times 8,192
+    short = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 4096}
+    short |= {"rope_theta": None, "rope_type": None}
+    assert STEP3_VL_10B.with_rope_scaling(short).decoder.max_positions == 65536  # no less
     for config in (longer, linear, llama3):
         assert Config.from_dict(asdict(config)) == config
     for data, words in (
@@ -139,3 +141,5 @@ def test_with_rope_scaling():
     ):
         with pytest.raises(InputError, match=words):
             STEP3_VL_10B.with_rope_scaling(data)
+    with pytest.raises(InputError, match="has rope scaling already .yarn, factor 2.; change its"):
+        longer.with_rope_scaling(yarn)

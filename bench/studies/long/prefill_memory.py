@@ -8,6 +8,8 @@ takes it a minute or two.
 """
 
 import argparse
+import ctypes
+import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from bench.measure.devices import MAIN_DTYPE
 from bench.measure.rows import measured
 from bench.measure.verdicts import NOT_RUN
-from bench.studies.prefill import CHUNK, PrefillCase
+from bench.studies.prefill import PrefillCase
 from kernels.runtime.arithmetic import cdiv
 from model.config import PRESETS, Config, DecoderConfig, preset
 from model.errors import InputError
@@ -30,6 +32,7 @@ from pacore_sched.answers.pacore import engine_for
 from pacore_sched.engine.engine import Engine
 from pacore_sched.engine.executor import ModelExecutor
 from pacore_sched.sched.request import Sampling
+from pacore_sched.sched.scheduler import TOKEN_BUDGET
 
 SMALLEST = Config(
     "smallest",
@@ -45,7 +48,7 @@ SMALLEST = Config(
     ),
 )
 MODELS = {"cpu": SMALLEST, "cuda": PRESETS["step3-vl-10b"]}
-TOKENS = {"cpu": (262144,), "cuda": (65535,)}  # and one sampled token
+TOKENS = {"cpu": 262144, "cuda": 65535}  # and one sampled token
 WARM_UP_TOKENS = 130  # loads libraries and their code
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -64,14 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(WARM_UP_TOKENS, 2**20 - 1),
         default=(),
         metavar="N",
-        help="prompts of N tokens (default: 262144 on a CPU, 65535 on a GPU)",
+        help="prompts of N tokens (default: 262144 on a CPU, 65535 on a GPU, or the context)",
     )
     parser.add_argument(
         "--chunk",
         type=integer(1, 10**6),
-        default=CHUNK,
+        default=TOKEN_BUDGET,
         metavar="N",
-        help=f"the most tokens of a step (default: {CHUNK})",
+        help=f"the most tokens of a step (default: {TOKEN_BUDGET})",
     )
 
 
@@ -81,8 +84,10 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     config = preset(options.model) if options.model else MODELS[device.type]
     if options.rope_scaling is not None:
         config = config.with_rope_scaling(options.rope_scaling)
-    lengths, dtype = options.tokens or TOKENS[device.type], MAIN_DTYPE[device.type]
-    context = config.decoder.max_positions
+    context, dtype = config.decoder.max_positions, MAIN_DTYPE[device.type]
+    lengths = options.tokens or (min(TOKENS[device.type], context - 1),)
+    if device.type == "cpu":
+        _reset_peak()  # fails where memory cannot be measured
     if max(lengths) >= context:
         raise InputError(
             f"--tokens {max(lengths)} and a sampled token exceed the context of {config.name},"
@@ -169,11 +174,17 @@ def _start(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what earlier prompts freed
+    _reset_peak()
+    return _resident("VmRSS")
+
+
+def _reset_peak() -> None:
     try:
         CLEAR.write_text("5")  # see proc(5): the peak becomes what is resident now
     except OSError:
         raise InputError(f"cannot measure a CPU's memory here: {CLEAR} is not Linux's") from None
-    return _resident("VmRSS")
 
 
 def _peak(device: torch.device) -> int:

@@ -1,6 +1,5 @@
 """Whole steps next to model peers: which peers take part, and what their rows say."""
 
-import inspect
 import json
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
@@ -19,11 +18,10 @@ from bench.peers.peer import Unavailable
 from bench.rows import show
 from bench.studies import decode, e2e, prefill
 from bench.studies.decode import DecodeCase, Tokens, time_decode
-from bench.studies.prefill import CHUNK, PrefillCase, time_prefill
+from bench.studies.prefill import PrefillCase, time_prefill
 from model.config import PRESETS
 from model.errors import InputError
 from model.step3vl import Step3VL
-from pacore_sched.engine.engine import Engine
 
 CPU = torch.device("cpu")
 CASE = DecodeCase(3, 70, 5)
@@ -178,8 +176,7 @@ class TestPrefill:
 
     def test_chunks(self, tiny, monkeypatch):
         """Guards a prompt longer than a step of the engine: its chunks read those before them."""
-        assert inspect.signature(Engine).parameters["token_budget"].default == CHUNK
-        monkeypatch.setattr(prefill, "CHUNK", 32)
+        monkeypatch.setattr(prefill, "TOKEN_BUDGET", 32)
         logits = []
         monkeypatch.setattr(
             prefill, "compare", lambda a, b: logits.append(a) or step_rows.Error(0, 0)
@@ -207,7 +204,9 @@ class TestPrefill:
 
         def sizes(**given):
             names = ("batch", "prefix", "suffix", "prefill")
-            options = SimpleNamespace(model="tiny", **dict.fromkeys(names, ()) | given)
+            options = SimpleNamespace(
+                model="tiny", rope_scaling=None, **dict.fromkeys(names, ()) | given
+            )
             steps, prompts = (
                 decode.selected_steps(options, CPU),
                 decode.selected_prompts(options, CPU),

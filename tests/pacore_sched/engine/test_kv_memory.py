@@ -82,13 +82,13 @@ def test_room_for_the_largest_step():
     page = PAGE_SIZE * 147_456
     assert fit(step_bytes=5 * 10**8) == 5 * 10**8 // page
     assert fit(step_bytes=6 * 10**8) == 4 * 10**8 // page
-    with pytest.raises(InputError, match=r"memory may be used, less 1\.00 GB for a step: lower"):
+    with pytest.raises(InputError, match=r"of free memory a step takes 1\.00: lower max_running"):
         fit(step_bytes=10**9)
     model = Step3VL.from_preset("tiny", seed=1)
     usual, large = 2048, 100_000
     needed = [prefill_bytes(TINY, rows, rows, torch.float32) for rows in (usual, large)]
     assert needed[0] < 5 * 10**8 < needed[1]
-    with pytest.raises(InputError, match=r"less \d\.\d\d GB for a step"):
+    with pytest.raises(InputError, match=r"a step takes \d\.\d\d, images 0\.05: lower"):
         engine_for(model, max_running=2, token_budget=large)
 
 

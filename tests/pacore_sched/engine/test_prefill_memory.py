@@ -1,5 +1,7 @@
 """The memory of a prefill in chunks: what the engine's steps allocate, next to `prefill_bytes`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._C._profiler import _EventType
@@ -35,15 +37,26 @@ def model_of(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> Step3
     return model
 
 
-def prefill(model: Step3VL, tokens: int, chunk: int, kv_dtype: torch.dtype | None = None) -> int:
-    """The most bytes of tensors that are alive while the engine reads a prompt, without weights and
-    KV pages."""
+def prefill(
+    model: Step3VL,
+    tokens: int,
+    chunk: int,
+    kv_dtype: torch.dtype | None = None,
+    rollouts: int = 1,
+) -> int:
+    """The most bytes of tensors that are alive while the engine reads a prompt and draws a token
+    for each of its rollouts, without weights and KV pages."""
     engine = engine_for(
-        model, kv_tokens=tokens + 256, max_running=1, token_budget=chunk, kv_dtype=kv_dtype
+        model,
+        kv_tokens=tokens + 64 * (rollouts + 3),
+        max_running=rollouts,
+        token_budget=chunk,
+        kv_dtype=kv_dtype,
     )
     with engine.executor as executor:
         ids = [token % 64 for token in range(tokens)]
-        engine.submit([executor.segment(ids[:-1])], ids[-1], {0: 0}, Sampling(1, ignore_eos=True))
+        path, seeds = [executor.segment(ids[:-1])], dict.fromkeys(range(rollouts), 0)
+        engine.submit(path, ids[-1], seeds, Sampling(1, ignore_eos=True))
         portable._kept.__dict__.clear()  # a buffer of earlier tests
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
             while engine.busy:
@@ -84,3 +97,12 @@ def test_does_not_grow_with_the_prompt(monkeypatch: pytest.MonkeyPatch):
     lengths, model = (4096, 16384), model_of(SHAPES["long"])
     short, long = (prefill(model, tokens, chunk=512) for tokens in lengths)
     assert long - short < 16 * (lengths[1] - lengths[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_all_rollouts(dtype: torch.dtype):
+    """Guards steps that draw many tokens from a large vocabulary."""
+    config, rollouts = replace(SHAPES["long"], vocab_size=1 << 15), 128
+    taken = prefill(model_of(config, dtype), 256, 256, rollouts=rollouts)
+    bound = prefill_bytes(config, 256, 256, dtype, sampled=rollouts) - WORKSPACE_BYTES
+    assert bound / 3 < taken < bound
