@@ -76,6 +76,14 @@ def test_a_step(triton_device, dtype):
     check(step(triton_device, dtype=dtype))
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_far_positions(triton_device, fp8):
+    """Guards angles at the end of a context of a million tokens, where fp32 ones are wrong by 0.07.
+    Positions need not agree with lengths here: nothing reads them but the rotation."""
+    inputs = step(triton_device, SMALL, dtype=torch.float16 if fp8 else torch.float32, fp8=fp8)
+    check(inputs | {"positions": inputs["positions"] + 2**20 - 9})
+
+
 @pytest.mark.parametrize("grain", [1, 3, 64])
 def test_owner_of_the_last_chunk(triton_device, grain):
     """Guards the program that writes the new token: its chunk is that token, more, or the whole
