@@ -249,7 +249,7 @@ ALL = Several(
     {
         **{"op": (), "shape": "", "impl": (), "dtype": (), "own_forms": ()},
         **{"shapes": None, "percentiles": PERCENTILES, "width": None},
-        **{"model": None, "vision": False},
+        **{"model": None, "rope_scaling": None, "vision": False},
         **{"grid": True, "budget": TIME_BUDGET_S, "batch": (16,), "prefix": (), "suffix": ()},
         "prefill": (512,),
     },

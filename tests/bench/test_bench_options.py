@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
+from bench.cli import commands
 from bench.measure import ops, timing
 from bench.measure import origin as rows
 from bench.rows import jsonl, repro, show
@@ -25,6 +26,7 @@ from bench.suite.forms import forms_of, select
 from kernels.runtime.spans import span
 from model.config import PRESETS
 from model.errors import InputError
+from model.terminal import Parser
 
 CPU = torch.device("cpu")
 
@@ -80,6 +82,18 @@ class TestFilters:
             command.main(
                 [*arguments, "--device", "cpu"] if arguments[0] != "frobnicate" else arguments
             )
+
+
+def test_the_default_command_sets_every_option():
+    """Guards `python -m bench`, which runs several commands: each finds all of its options."""
+    together = Parser()
+    commands.ALL.add_arguments(together)
+    options = vars(together.parse_args([]))
+    for part in commands.ALL.parts:
+        alone = Parser()
+        part.add_arguments(alone)
+        missing = set(vars(alone.parse_args([]))) - set(options) - {"list", "repro"}
+        assert not missing
 
 
 class TestDryRuns:
