@@ -3,8 +3,9 @@
 The engine reads the prompt in steps of at most `--chunk` tokens and samples one token. The peak is
 what that takes besides weights and KV pages, which exist before: on a GPU of PyTorch's allocator,
 on a CPU of the process's resident memory. The bound is `prefill_bytes`. A peak beyond it is a
-failure. The default model on a CPU is as small as a decoder can be: attention over 262,144 tokens
-takes it a minute.
+failure. Buffers that libraries keep from earlier prompts of a command are not counted again: the
+first row is the strictest. The default model on a CPU is as small as a decoder can be: attention
+over 262,144 tokens takes it a minute.
 """
 
 import argparse

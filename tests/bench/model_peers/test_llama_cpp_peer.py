@@ -140,6 +140,9 @@ def test_failures(fake, monkeypatch):
     config = PRESETS["smollm2-135m"]
     with pytest.raises(Unavailable, match=r"needs a GGUF file, which only smollm2-135m has"):
         llama_cpp_peer.gguf_file(PRESETS["tiny"])
+    scaled = PRESETS["smollm2-135m"].with_rope_scaling({"rope_type": "linear", "factor": 2})
+    with pytest.raises(Unavailable, match="runs without --rope-scaling only"):
+        llama_cpp_peer.gguf_file(scaled)
     monkeypatch.setattr(fake, "loads", False)
     with pytest.raises(Unavailable, match=r"cannot load a\.gguf: unknown architecture$"):
         LlamaCpp(Path("a.gguf"))

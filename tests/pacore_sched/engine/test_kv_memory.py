@@ -90,6 +90,9 @@ def test_room_for_the_largest_step():
     assert needed[0] < 5 * 10**8 < needed[1]
     with pytest.raises(InputError, match=r"a step takes \d\.\d\d, images 0\.05: lower"):
         engine_for(model, max_running=2, token_budget=large)
+    replicas = 10**9 // needed[0] + 1  # one more than whose steps fit together
+    with pytest.raises(InputError, match="a step takes"):
+        engine_for(model, max_running=2, replicas=replicas)
 
 
 def test_no_more_than_can_be_used():
