@@ -1,0 +1,9 @@
+"""Our ops inside models of transformers and timm: `patch(model)` replaces the parts it knows.
+
+patch      replaces the `forward` of modules, and restores it
+text       what it knows of Qwen3, Llama and the text model of Qwen3-VL
+"""
+
+from model.hf.patch import patch, unpatch
+
+__all__ = ["patch", "unpatch"]

@@ -1,0 +1,82 @@
+"""`patch(model)`: modules of a transformers or timm model compute with our ops; `unpatch` undoes it.
+
+A patched module keeps its class, its weights and its place. Only its `forward` is replaced, by an
+attribute of the instance, so that checkpoints, hooks on the module and copies work as before.
+"""
+
+from collections.abc import Iterable, Iterator
+from types import MethodType
+
+from torch import nn
+
+from kernels.runtime.dispatch import IMPLS
+from model.hf import text
+from model.hf.parts import Family, Part
+
+FAMILIES: dict[str, Family] = {family.module: family for family in text.FAMILIES}
+LIBRARIES = ("transformers.models.", "timm.")
+
+
+def patch(
+    model: nn.Module, ops: Iterable[str] | None = None, impl: str | None = None
+) -> dict[str, int]:
+    """Let the modules of `model` that we know compute with our ops; returns modules per op.
+
+    ops: the ops to use, by default all that apply
+    impl: of these ops, "eager", "portable" or "triton"; None takes Triton on CUDA, else portable
+
+    The ops have no backward: call the model under torch.no_grad() or torch.inference_mode().
+    Raises ValueError, and patches nothing, if the model contains a module of its library that is
+    not known, a known one with a setting that is not supported, or none for one of `ops`.
+    """
+    if impl not in (None, *IMPLS):
+        raise ValueError(f"patch: impl must be one of {', '.join(IMPLS)}, not {impl!r}")
+    parts = list(_parts(model))
+    known = sorted({part.op for _, _, part in parts})
+    if not known:
+        raise ValueError(f"patch: {type(model).__name__} has no module that we know")
+    chosen = set(known if ops is None else ops)
+    for op in sorted(chosen - set(known)):
+        raise ValueError(
+            f"patch: {op!r} applies nowhere in {type(model).__name__}; choose of {', '.join(known)}"
+        )
+    counts = dict.fromkeys(sorted(chosen), 0)
+    to_patch = [(name, module, part) for name, module, part in parts if part.op in chosen]
+    for name, module, part in to_patch:
+        try:
+            part.check(module)
+        except ValueError as error:
+            raise ValueError(f"patch: {_described(name, module)}: {error}") from None
+    for _, module, part in to_patch:
+        module.pacore_impl = impl  # type: ignore[assignment]
+        module.forward = MethodType(part.forward, module)
+        counts[part.op] += 1
+    return counts
+
+
+def unpatch(model: nn.Module) -> None:
+    """Restore every module's own forward."""
+    for module in model.modules():
+        if "pacore_impl" in module.__dict__:
+            del module.pacore_impl, module.forward
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:
+    """The modules that can be patched, by name. Raises ValueError for one that is not known."""
+    for name, module in model.named_modules():
+        source = type(module).__module__
+        if not source.startswith(LIBRARIES):
+            continue
+        family = FAMILIES.get(source, Family(source, {}))
+        part = family.parts.get(type(module).__name__)
+        if part is not None:
+            yield name, module, part
+        elif type(module).__name__ not in family.others:
+            raise ValueError(
+                f"patch: {_described(name, module)} is not known; patch the part of the model that"
+                " is, or see docs/transformers.md for what is"
+            )
+
+
+def _described(name: str, module: nn.Module) -> str:
+    return f"{type(module).__name__} ({name})" if name else type(module).__name__
