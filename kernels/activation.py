@@ -26,6 +26,8 @@ def silu_mul(gate_up: Tensor, *, interleaved: bool = False, impl: str | None = N
     that dtype before the product, as in transformers' Qwen3MLP. Raises ValueError for other shapes
     and dtypes.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.pacore.silu_mul(gate_up, interleaved, impl)
     _check_rows("silu_mul", "gate_up", gate_up)
     if gate_up.shape[1] % 2:
         raise ValueError(
@@ -40,6 +42,8 @@ def quick_gelu(x: Tensor, *, impl: str | None = None) -> Tensor:
 
     x: [T, F]; returns [T, F] of the same dtype. Raises ValueError for other shapes and dtypes.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.pacore.quick_gelu(x, impl)
     _check_rows("quick_gelu", "x", x)
     return pick("quick_gelu", impl, x.device, _QUICK_GELU)(x)
 

@@ -13,6 +13,7 @@ therefore pays if our product is within a fifth of the library's speed. Until th
 rule does not fuse.
 """
 
+import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
@@ -32,6 +33,8 @@ def linear_quick_gelu(
     fused: whether impl 'triton' is one kernel; None lets the kernel config choose
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.pacore.linear_quick_gelu(x, weight, bias, fused, impl)
     check(x.ndim == 2, f"x must be [T, C], not {list(x.shape)}")
     check(x.dtype in DTYPES, f"x must be fp32, bf16 or fp16, not {x.dtype}")
     check(

@@ -55,6 +55,11 @@ def rms_norm(
     x, residual: [T, C]; weight: [C]; all of one dtype and device. Returns y [T, C], or with a
     residual (y, s). Raises ValueError for shapes, dtypes or devices that do not fit.
     """
+    if torch.compiler.is_compiling():
+        ops = torch.ops.pacore
+        if residual is None:
+            return ops.rms_norm(x, weight, eps, impl)
+        return ops.add_rms_norm(x, residual, weight, eps, impl)
     _check_rows("rms_norm", x, {"weight": weight}, residual)
     return pick("rms_norm", impl, x.device, _RMS_NORM)(x, weight, eps, residual)
 
@@ -101,6 +106,11 @@ def layer_norm(
     device. Returns y [T, C], or with a residual (y, s). Raises ValueError for shapes, dtypes or
     devices that do not fit, and for a gamma without a residual.
     """
+    if torch.compiler.is_compiling():
+        ops = torch.ops.pacore
+        if residual is None and gamma is None:
+            return ops.layer_norm(x, weight, bias, eps, impl)
+        return ops.add_layer_norm(x, residual, weight, bias, gamma, eps, impl)
     vectors = {"weight": weight, "bias": bias}
     if gamma is not None:
         check(residual is not None, "layer_norm: gamma scales x before the residual add: give both")

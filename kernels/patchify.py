@@ -40,6 +40,8 @@ def patchify(
     size: side of a patch, which divides all heights and widths
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.pacore.patchify(views, table, size, impl)
     check(size > 0, f"size must be 1 or more, not {size}")
     check(table.dtype in DTYPES, f"table must be fp32, bf16 or fp16, not {table.dtype}")
     check(table.shape == (3, 256), f"table must be [3, 256], not {list(table.shape)}")

@@ -18,17 +18,39 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.runtime.arithmetic import INT32_END
 from kernels.runtime.staging import Packed, on_device
 
 # What a plan's int32 numbers hold, with room for the sums of tokens and rows that kernels form.
 MAX_TOKENS = 2**30
+
+
+class PlanTensors(NamedTuple):
+    """A plan as its tensors alone, which code that is compiled or exported takes; see `PrefixPlan`.
+
+    Ops accept them in place of the plan. Tensors of a plan that exists stand for it; from any
+    others, such as copies, a plan is built at every call, which reads them on the host.
+    """
+
+    pages: Tensor
+    page_start: Tensor
+    kv_len: Tensor
+    row_start: Tensor
+    row_end: Tensor
+    causal_offset: Tensor
+
+    @property
+    def tensors(self) -> "PlanTensors":
+        return self
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,35 @@ class PrefixPlan:
         self.row_start = tensors["row_start"]  # [N]
         self.row_end = tensors["row_end"]  # [N]
         self.causal_offset = tensors["causal_offset"]  # [N]
+        _existing[self.kv_len.data_ptr()] = self
+
+    @property
+    def tensors(self) -> PlanTensors:
+        return PlanTensors(*(getattr(self, name) for name in PlanTensors._fields))
+
+    @staticmethod
+    def of(plan: "PrefixPlan | PlanTensors", num_rows: int, cache: KVPages) -> "PrefixPlan":
+        """The plan itself, the plan that has these tensors, or one built from their values."""
+        if isinstance(plan, PrefixPlan):
+            return plan
+        known = _existing.get(plan.kv_len.data_ptr())
+        if known is not None and _same_memory(known.tensors, plan):
+            return known
+        pages, page_start, kv_len, row_start, row_end, causal_offset = (x.tolist() for x in plan)
+        nodes = [
+            PlanNode(pages[page_start[n] : page_start[n + 1]], length, start, end, length - old)
+            for n, (length, start, end, old) in enumerate(
+                zip(kv_len, row_start, row_end, causal_offset, strict=True)
+            )
+            if start < end  # not the empty nodes of a padded plan
+        ]
+        return PrefixPlan.build(
+            nodes,
+            num_rows=num_rows,
+            num_pages=cache.num_pages,
+            page_size=cache.page_size,
+            device=plan.kv_len.device,
+        )
 
     @staticmethod
     def build(
@@ -252,6 +303,15 @@ class PrefixPlan:
             if path:
                 runs.append((start, end, path))
         return runs
+
+
+# Plans by the address of `kv_len`, for `PrefixPlan.of`.
+_existing: WeakValueDictionary[int, PrefixPlan] = WeakValueDictionary()
+
+
+def _same_memory(a: PlanTensors, b: PlanTensors) -> bool:
+    pairs = zip(a, b, strict=True)
+    return all(x.data_ptr() == y.data_ptr() and x.shape == y.shape for x, y in pairs)
 
 
 # Cached properties that depend on the nodes: `refill` drops them.

@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.gemm import check_output_rows, convolution, halved, linear
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.dispatch import check, pick
-from kernels.runtime.grids import Grid, tokens_of
+from kernels.runtime.grids import Grid, sides_of, tokens_of
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # w1, b1, w2, b2, w3
 Folded = tuple[Tensor, Tensor]  # a weight in channels-last and a bias
@@ -55,6 +55,13 @@ def projector(
     would wait for the GPU. Impl 'triton' needs w1 and w2, or folded, in channels-last.
     Raises ValueError for shapes, dtypes, devices or memory layouts that do not fit together.
     """
+    if torch.compiler.is_compiling():
+        inputs = (x, sides_of(grids), w1, b1, w2, b2, w3, *(folded or (None, None)), impl)
+        if out is None and rows is None:
+            return torch.ops.pacore.projector(*inputs)
+        torch.ops.pacore.projector_into(out, rows, *inputs)
+        assert out is not None
+        return out
     weights = (w1, b1, w2, b2, w3)
     _check_weights(x, grids, weights, folded)
     check_output_rows(x, sum(map(output_tokens, grids)), w3.shape[0], out, rows)

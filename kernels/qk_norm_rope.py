@@ -61,6 +61,9 @@ def qk_norm_rope(
     Raises ValueError for shapes that do not fit together and pages that `KVPages.check` rejects;
     the Triton form also for dtypes, strides and devices that it does not support.
     """
+    if torch.compiler.is_compiling():
+        tensors = (qkv, q_weight, k_weight, frequencies, positions, slots, *pages)
+        return torch.ops.pacore.qk_norm_rope(*tensors, eps, mrope_section, impl)
     pages.check(qkv.device)
     inputs = (qkv, q_weight, k_weight, frequencies, positions, slots, pages)
     check_shapes(*inputs, mrope_section)

@@ -9,6 +9,7 @@ writes them to their page. That saves a launch and Q's round trip through memory
 CTA that works on a row tile rotates the tile's queries again.
 """
 
+import torch
 from torch import Tensor
 
 from kernels.kv_pages import KVPages
@@ -16,11 +17,11 @@ from kernels.prefix_attention import check_attention, prefix_attention
 from kernels.prefix_attention.configs import InputClass
 from kernels.prefix_attention.fused_decode import Rotary
 from kernels.prefix_attention.launch import launch, plan_launch
-from kernels.prefix_plan import PrefixPlan
+from kernels.prefix_plan import PlanTensors, PrefixPlan
 from kernels.qk_norm_rope import check_layouts, check_shapes, qk_norm_rope
 from kernels.rotary_tables import RotaryTables
 from kernels.runtime.configs import Tunable
-from kernels.runtime.dispatch import check, check_triton, runs_on_gpu
+from kernels.runtime.dispatch import check, check_triton, runs_on_gpu, without_grad
 from kernels.runtime.spans import spanned
 
 
@@ -32,7 +33,7 @@ def rotary_attention(
     positions: Tensor,
     slots: Tensor,
     pages: KVPages,
-    plan: PrefixPlan,
+    plan: PrefixPlan | PlanTensors,
     *,
     scale: float,
     eps: float = 1e-6,
@@ -50,8 +51,12 @@ def rotary_attention(
 
     Raises ValueError as the two ops do, and for fused=True where no fused form exists.
     """
-    pages.check(qkv.device)
     impls = impl if isinstance(impl, tuple) else (impl, impl)
+    if torch.compiler.is_compiling():
+        tensors = (qkv, q_weight, k_weight, frequencies, positions, slots, *pages, plan.tensors)
+        return torch.ops.pacore.rotary_attention(*tensors, scale, eps, window, fused, *impls)
+    pages.check(qkv.device)
+    plan = PrefixPlan.of(plan, len(qkv), pages)
     can_fuse = plan.is_decode and 2 * len(frequencies) == pages.head_dim and positions.ndim == 1
     can_fuse = can_fuse and all(_is_triton(name, qkv) for name in impls)
     check(
@@ -60,10 +65,10 @@ def rotary_attention(
     )
     if can_fuse and (_prefers_fused(qkv, pages, plan) if fused is None else fused):
         rotary = Rotary(q_weight, k_weight, frequencies, positions, slots, eps)
-        run = spanned("rotary_attention", _fused)
+        run = spanned("rotary_attention", without_grad("rotary_attention", _fused))
         return run(qkv, rotary, pages, plan, scale, window)
-    tensors = (qkv, q_weight, k_weight, frequencies, positions, slots)
-    q = qk_norm_rope(*tensors, pages, eps=eps, tables=tables, impl=impls[0])
+    inputs = (qkv, q_weight, k_weight, frequencies, positions, slots)
+    q = qk_norm_rope(*inputs, pages, eps=eps, tables=tables, impl=impls[0])
     out = prefix_attention(q, pages, plan, scale=scale, window=window, impl=impls[1])
     assert isinstance(out, Tensor)  # without return_lse
     return out

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels.torch_ops  # noqa: F401 - registers the ops for torch.compile and torch.export
 from kernels.activation import gate_and_up, silu_mul
 from kernels.kv_pages import KVPages
 from kernels.norm import rms_norm
@@ -99,8 +100,9 @@ class Decoder(nn.Module):
         residual = embeddings
         norms = [*(layer.input_norm for layer in self.layers), self.norm]
         h = rms_norm(embeddings, norms[0], eps=eps, impl=impl)
-        tables = None
-        if (self.impl["qk_norm_rope"] or default_impl(h.device)) == "portable":
+        tables = None  # for the compiler: what is stored would depend on the slots' values
+        traced = torch.compiler.is_compiling()
+        if not traced and (self.impl["qk_norm_rope"] or default_impl(h.device)) == "portable":
             tables = RotaryTables.of(
                 self.frequencies, step.positions[:, None], step.slots, cache.layer(0)
             )
@@ -140,6 +142,11 @@ class Decoder(nn.Module):
             if linear.packs(self.impl["linear"]) and linear.weight is not self.embed_tokens:
                 linear.pack()
 
+    def unpack(self) -> None:
+        """Hold the weights only plain, as torch.compile and torch.export need them."""
+        for linear in self._linears():
+            linear.unpack()
+
     def is_packed(self) -> bool:
         """Whether any weight is held packed only."""
         return any(linear.weight.is_mkldnn for linear in self._linears())
@@ -152,8 +159,7 @@ class Decoder(nn.Module):
 
         Unpacks the weights, which are then held packed as well if the model runs.
         """
-        for linear in self._linears():
-            linear.unpack()
+        self.unpack()
         tensors: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed_tokens}
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.checkpoint_tensors(self.config, self.interleaved_gate_up):

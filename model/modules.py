@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import onednn
+from kernels.errors import ImplError
 from kernels.runtime.dispatch import default_impl
 
 
@@ -30,11 +31,16 @@ class Linear(nn.Module):
         self._packed: Tensor | None = None
         self._packed_from: tuple[int, ...] = ()  # which weight: its identity, memory, version
         self._pack_next = False  # when it is next used: it was unpacked for a moment
+        self._plain_freed = False  # as `weight.is_mkldnn`, which the compiler does not see
         self.register_state_dict_pre_hook(_unpack_for_now)
         self.register_load_state_dict_pre_hook(_unpack_for_now)
 
     def forward(self, x: Tensor, impl: str | None = None) -> Tensor:
         """[..., N] of x [..., K]."""
+        if torch.compiler.is_compiling():
+            if self._plain_freed:
+                raise ImplError("a packed weight cannot be compiled: call `Decoder.unpack` first")
+            return F.linear(x, self.weight)
         if self.packs(impl):
             if self._pack_next:
                 self.pack()
@@ -53,7 +59,7 @@ class Linear(nn.Module):
     def pack(self) -> None:
         """Hold the weight only packed: views of its plain storage no longer belong to it."""
         self.weight, self._packed = _parameter(self._pack), None
-        self._pack_next = False
+        self._pack_next, self._plain_freed = False, True
 
     def unpack(self, *, for_now: bool = False) -> None:
         """Hold the weight only plain; `for_now`: until it is next used, if it was packed only."""
@@ -76,7 +82,7 @@ class Linear(nn.Module):
         if self.weight.is_mkldnn:
             packed = self.weight
             self.weight = weight = _parameter(packed.to_dense)
-            self._packed = packed.detach()
+            self._packed, self._plain_freed = packed.detach(), False
             self._packed_from = (id(weight), weight.data_ptr(), weight._version)
 
     def _apply(self, *args: Any, **options: Any) -> "Linear":
@@ -89,7 +95,8 @@ class Linear(nn.Module):
         state = self.__dict__ | {"_packed": None, "_packed_from": ()}
         if self.weight.is_mkldnn:
             plain = {"weight": _parameter(self.weight.to_dense)}
-            state |= {"_parameters": self._parameters | plain, "_pack_next": True}
+            state |= {"_parameters": self._parameters | plain}
+            state |= {"_pack_next": True, "_plain_freed": False}
         return state
 
 

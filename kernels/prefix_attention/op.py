@@ -21,7 +21,7 @@ from kernels.kv_pages import KVPages
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention.launch import prefix_attention_triton
 from kernels.prefix_attention.portable import prefix_attention_portable
-from kernels.prefix_plan import PrefixPlan
+from kernels.prefix_plan import PlanTensors, PrefixPlan
 from kernels.runtime.dispatch import check, pick
 
 EAGER_SCORES = 1 << 28  # of the eager form, at a time: 1 GiB in fp32
@@ -30,7 +30,7 @@ EAGER_SCORES = 1 << 28  # of the eager form, at a time: 1 GiB in fp32
 def prefix_attention(
     q: Tensor,
     pages: KVPages,
-    plan: PrefixPlan,
+    plan: PrefixPlan | PlanTensors,
     *,
     scale: float,
     window: int = 0,
@@ -52,8 +52,14 @@ def prefix_attention(
 
     Raises ValueError for shapes, dtypes, strides and devices that do not fit together or the plan.
     """
+    if torch.compiler.is_compiling():
+        out, lse = torch.ops.pacore.prefix_attention(
+            q, *pages, plan.tensors, scale, window, batch_invariant, impl
+        )
+        return (out, lse) if return_lse else out
     check(q.ndim == 3, "q must be [T, Hq, D]")
     pages.check(q.device)
+    plan = PrefixPlan.of(plan, len(q), pages)
     check_attention(q, q.shape[1], pages, plan, scale, window)
     check(q.shape[2] == pages.head_dim, "q and pages must have the same head_dim")
     forms = {"eager": prefix_attention_ref, "portable": prefix_attention_portable}

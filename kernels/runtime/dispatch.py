@@ -1,7 +1,9 @@
 """Choice of an op's implementation, and checks of its arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Calla
     the fastest PyTorch form, by default the definition. `impl=None` takes Triton on CUDA if the op
     has it, else portable; a named form never falls back to another. While spans are on, each call
     is a span named `op`. Raises ImplError if the named form does not exist or cannot run on
-    `device`.
+    `device`; calls with an input that requires grad raise ValueError (`refuse_grad`).
     """
     forms = {"portable": forms["eager"], **forms}
     if impl is None:
@@ -35,7 +37,37 @@ def pick(op: str, impl: str | None, device: torch.device, forms: dict[str, Calla
         raise ImplError(f"impl {impl!r} of {op} does not exist; it has {', '.join(sorted(forms))}")
     if impl == "triton":
         check_triton(op, device)
-    return spanned(op, forms[impl])
+    return spanned(op, without_grad(op, forms[impl]))
+
+
+def without_grad(op: str, form: Callable) -> Callable:
+    """`form` with `refuse_grad` of its arguments; `form` itself while no gradients are recorded."""
+    if not torch.is_grad_enabled():
+        return form
+
+    @wraps(form)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        refuse_grad(op, (*arguments, *options.values()))
+        return form(*arguments, **options)
+
+    return checked
+
+
+def refuse_grad(op: str, arguments: Iterable[object]) -> None:
+    """Raise ValueError if gradients are recorded and a tensor of `arguments` requires them.
+
+    Ops have no backward: their results would silently be constants.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for argument in arguments:
+        if isinstance(argument, tuple | list):
+            refuse_grad(op, argument)
+        elif isinstance(argument, Tensor) and argument.requires_grad:
+            raise ValueError(
+                f"{op} has no backward, but an input {list(argument.shape)} requires grad: call it"
+                " under torch.no_grad() or torch.inference_mode(), or detach the input"
+            )
 
 
 def default_impl(device: torch.device) -> str:

@@ -103,6 +103,12 @@ def sample(
     A row with NaN or +inf, or only -inf, is not a distribution: token -1, log-probability NaN.
     Raises ValueError for shapes, dtypes, devices and settings that do not fit.
     """
+    if torch.compiler.is_compiling():
+        out = out or SampleOutput.of(len(logits), logits.device)
+        feeds = (out.results, out.ids, out.last, out.batch_indices)
+        settings = (temperature, top_k, top_p, logprobs, impl)
+        torch.ops.pacore.sample(*feeds, logits, seeds, positions, *settings)
+        return out.tokens, out.logprobs
     _check_tensors(logits, seeds, positions)
     # Bounds within which neither the temperature nor its inverse is subnormal in fp32.
     check(

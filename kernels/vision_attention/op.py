@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.runtime.dispatch import check, pick
-from kernels.runtime.grids import Grid, tokens_of
+from kernels.runtime.grids import Grid, sides_of, tokens_of
 from kernels.runtime.tensor_cache import cached_tensors
 from kernels.vision_attention.launch import launch
 
@@ -30,6 +30,8 @@ def vision_attention(
     Angles, softmax and sums are fp32; rotated Q and K and the result have qkv's dtype.
     Raises ValueError for shapes that do not fit together.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.pacore.vision_attention(qkv, sides_of(grids), heads, theta, impl)
     tokens = tokens_of(grids)
     check(heads > 0, f"heads must be 1 or more, not {heads}")
     check(

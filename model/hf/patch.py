@@ -1,4 +1,4 @@
-"""`patch(model)`: modules of a transformers or timm model compute with our ops; `unpatch` undoes it.
+"""`patch(model)`: modules of a transformers or timm model compute with our ops; `unpatch` ends it.
 
 A patched module keeps its class, its weights and its place. Only its `forward` is replaced, by an
 attribute of the instance, so that checkpoints, hooks on the module and copies work as before.

@@ -1,0 +1,85 @@
+"""Every op as an operator of PyTorch: its registration, and its results next to a direct call."""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import torch_ops
+from kernels.prefix_attention import prefix_attention
+from kernels.qk_norm_rope import qk_norm_rope
+from tests.kernels.torch_ops.operator_calls import calls, copied, direct, impls, operator, tree
+
+CALLS = calls()
+FORMS = ["eager", "portable", pytest.param("triton", marks=pytest.mark.interpreter)]
+
+
+def test_every_operator_is_tested():
+    """Guards against an operator that no test here sees."""
+    assert set(torch_ops.names()) == CALLS.keys()
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("impl", FORMS)
+def test_opcheck(name: str, impl: str):
+    """Guards the declared schema and mutations, and the fake form's shapes, dtypes and strides; in
+    PyTorch's forms also tracing with dynamic shapes, which is the same for all."""
+    tests = ["test_schema", "test_faketensor"]
+    if impl != "triton":
+        tests.append("test_aot_dispatch_dynamic")
+    with torch.no_grad():
+        op, arguments = operator(name).default, copied(CALLS[name])
+        torch.library.opcheck(op, arguments, impls(name, impl), test_utils=tests)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("impl", [None, "eager"])
+@torch.inference_mode()
+def test_same_as_the_direct_call(name: str, impl: str | None):
+    """Guards the order of arguments: results and what is written in place have the same bits."""
+    ours, theirs = copied(CALLS[name]), copied(CALLS[name])
+    operator(name)(*ours, **impls(name, impl))
+    direct(name, theirs, impl)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)  # in place
+    ours, theirs = copied(CALLS[name]), copied(CALLS[name])
+    got, expected = operator(name)(*ours, **impls(name, impl)), direct(name, theirs, impl)
+    if got is not None:  # what is not in place
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_fp8_pages():
+    """Guards the scales of FP8 pages: opcheck cannot compare e4m3 values."""
+    ours, theirs = tree(fp8=True), tree(fp8=True)
+    _, *rotated = CALLS["qk_norm_rope"][:6]
+    options = {"scale": 0.25, "impl": "portable"}
+    torch.ops.pacore.qk_norm_rope(ours.qkv, *rotated, *ours.pages, impl="portable")
+    qk_norm_rope(theirs.qkv, *rotated, theirs.pages, impl="portable")
+    for a, b in zip(ours.pages.as_bytes(), theirs.pages.as_bytes(), strict=True):
+        assert torch.equal(a, b)
+    q = CALLS["prefix_attention"][0]
+    got, _ = torch.ops.pacore.prefix_attention(q, *ours.pages, ours.plan.tensors, **options)
+    assert torch.equal(got, prefix_attention(q, theirs.pages, theirs.plan, **options))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_are_refused(name: str):
+    """Guards against results that are silently constants, in direct calls and operators."""
+    arguments = copied(CALLS[name])
+    floats = [x for x in flattened(arguments) if x.is_floating_point()]
+    for impl in ("eager", "portable"):
+        for x in floats[-2:] if name == "projector_into" else floats:
+            x.requires_grad_()
+            with pytest.raises(ValueError, match="has no backward, but an input .* requires grad"):
+                direct(name, arguments, impl)
+            with pytest.raises(ValueError, match="has no backward, but an input .* requires grad"):
+                operator(name)(*arguments, **impls(name, impl))
+            with torch.no_grad():
+                direct(name, copied(arguments), impl)
+            x.requires_grad_(False)
+
+
+def flattened(arguments: Iterable[object]) -> list[Tensor]:
+    nested = (x if isinstance(x, list | tuple) else (x,) for x in arguments)
+    return [x for each in nested for x in each if isinstance(x, Tensor)]
