@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.configs import Gpu, KernelConfig, Tunable
-from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dispatch import check, operators, pick
 from kernels.runtime.dtypes import DTYPES
 
 
@@ -27,7 +27,7 @@ def silu_mul(gate_up: Tensor, *, interleaved: bool = False, impl: str | None = N
     and dtypes.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.pacore.silu_mul(gate_up, interleaved, impl)
+        return operators().silu_mul(gate_up, interleaved, impl)
     _check_rows("silu_mul", "gate_up", gate_up)
     if gate_up.shape[1] % 2:
         raise ValueError(
@@ -43,7 +43,7 @@ def quick_gelu(x: Tensor, *, impl: str | None = None) -> Tensor:
     x: [T, F]; returns [T, F] of the same dtype. Raises ValueError for other shapes and dtypes.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.pacore.quick_gelu(x, impl)
+        return operators().quick_gelu(x, impl)
     _check_rows("quick_gelu", "x", x)
     return pick("quick_gelu", impl, x.device, _QUICK_GELU)(x)
 

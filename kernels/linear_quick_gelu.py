@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.activation import quick_gelu, quick_gelu_ref
 from kernels.gemm import linear
 from kernels.runtime.configs import Tunable
-from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dispatch import check, operators, pick
 from kernels.runtime.dtypes import DTYPES
 
 
@@ -34,7 +34,7 @@ def linear_quick_gelu(
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.pacore.linear_quick_gelu(x, weight, bias, fused, impl)
+        return operators().linear_quick_gelu(x, weight, bias, fused, impl)
     check(x.ndim == 2, f"x must be [T, C], not {list(x.shape)}")
     check(x.dtype in DTYPES, f"x must be fp32, bf16 or fp16, not {x.dtype}")
     check(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.configs import Gpu, KernelConfig, Tunable
-from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dispatch import check, operators, pick
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.pdl import pdl_options, release_next, wait_for_previous
 
@@ -56,7 +56,7 @@ def rms_norm(
     residual (y, s). Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     if torch.compiler.is_compiling():
-        ops = torch.ops.pacore
+        ops = operators()
         if residual is None:
             return ops.rms_norm(x, weight, eps, impl)
         return ops.add_rms_norm(x, residual, weight, eps, impl)
@@ -107,7 +107,7 @@ def layer_norm(
     devices that do not fit, and for a gamma without a residual.
     """
     if torch.compiler.is_compiling():
-        ops = torch.ops.pacore
+        ops = operators()
         if residual is None and gamma is None:
             return ops.layer_norm(x, weight, bias, eps, impl)
         return ops.add_layer_norm(x, residual, weight, bias, gamma, eps, impl)

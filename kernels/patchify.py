@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels.runtime.arithmetic import INT32_END, cdiv
 from kernels.runtime.configs import Gpu, KernelConfig, Tunable
-from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dispatch import check, operators, pick
 from kernels.runtime.dtypes import DTYPES
 
 
@@ -41,7 +41,7 @@ def patchify(
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.pacore.patchify(views, table, size, impl)
+        return operators().patchify(views, table, size, impl)
     check(size > 0, f"size must be 1 or more, not {size}")
     check(table.dtype in DTYPES, f"table must be fp32, bf16 or fp16, not {table.dtype}")
     check(table.shape == (3, 256), f"table must be [3, 256], not {list(table.shape)}")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels.gemm import check_output_rows, convolution, halved, linear
 from kernels.runtime.arithmetic import cdiv
-from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dispatch import check, operators, pick
 from kernels.runtime.grids import Grid, sides_of, tokens_of
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # w1, b1, w2, b2, w3
@@ -58,8 +58,8 @@ def projector(
     if torch.compiler.is_compiling():
         inputs = (x, sides_of(grids), w1, b1, w2, b2, w3, *(folded or (None, None)), impl)
         if out is None and rows is None:
-            return torch.ops.pacore.projector(*inputs)
-        torch.ops.pacore.projector_into(out, rows, *inputs)
+            return operators().projector(*inputs)
+        operators().projector_into(out, rows, *inputs)
         assert out is not None
         return out
     weights = (w1, b1, w2, b2, w3)

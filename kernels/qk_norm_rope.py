@@ -23,7 +23,7 @@ from kernels.kv_pages import KVPages
 from kernels.rotary_tables import RotaryTables, cos_sin_table, norm_rotate_store
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.configs import Gpu, KernelConfig, Tunable
-from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dispatch import check, operators, pick
 from kernels.runtime.dtypes import DTYPES
 from kernels.runtime.fp8 import e4m3_scale, has_native_e4m3, magnitude_bits, quantise_e4m3, to_e4m3
 from kernels.runtime.rotary import cos_sin_of, pair_columns
@@ -63,7 +63,7 @@ def qk_norm_rope(
     """
     if torch.compiler.is_compiling():
         tensors = (qkv, q_weight, k_weight, frequencies, positions, slots, *pages)
-        return torch.ops.pacore.qk_norm_rope(*tensors, eps, mrope_section, impl)
+        return operators().qk_norm_rope(*tensors, eps, mrope_section, impl)
     pages.check(qkv.device)
     inputs = (qkv, q_weight, k_weight, frequencies, positions, slots, pages)
     check_shapes(*inputs, mrope_section)

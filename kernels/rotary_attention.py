@@ -21,7 +21,7 @@ from kernels.prefix_plan import PlanTensors, PrefixPlan
 from kernels.qk_norm_rope import check_layouts, check_shapes, qk_norm_rope
 from kernels.rotary_tables import RotaryTables
 from kernels.runtime.configs import Tunable
-from kernels.runtime.dispatch import check, check_triton, runs_on_gpu, without_grad
+from kernels.runtime.dispatch import check, check_triton, operators, runs_on_gpu, without_grad
 from kernels.runtime.spans import spanned
 
 
@@ -54,7 +54,7 @@ def rotary_attention(
     impls = impl if isinstance(impl, tuple) else (impl, impl)
     if torch.compiler.is_compiling():
         tensors = (qkv, q_weight, k_weight, frequencies, positions, slots, *pages, plan.tensors)
-        return torch.ops.pacore.rotary_attention(*tensors, scale, eps, window, fused, *impls)
+        return operators().rotary_attention(*tensors, scale, eps, window, fused, *impls)
     pages.check(qkv.device)
     plan = PrefixPlan.of(plan, len(qkv), pages)
     can_fuse = plan.is_decode and 2 * len(frequencies) == pages.head_dim and positions.ndim == 1

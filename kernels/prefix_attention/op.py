@@ -22,7 +22,7 @@ from kernels.plan_node import PlanNode
 from kernels.prefix_attention.launch import prefix_attention_triton
 from kernels.prefix_attention.portable import prefix_attention_portable
 from kernels.prefix_plan import PlanTensors, PrefixPlan
-from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dispatch import check, operators, pick
 
 EAGER_SCORES = 1 << 28  # of the eager form, at a time: 1 GiB in fp32
 
@@ -53,7 +53,7 @@ def prefix_attention(
     Raises ValueError for shapes, dtypes, strides and devices that do not fit together or the plan.
     """
     if torch.compiler.is_compiling():
-        out, lse = torch.ops.pacore.prefix_attention(
+        out, lse = operators().prefix_attention(
             q, *pages, plan.tensors, scale, window, batch_invariant, impl
         )
         return (out, lse) if return_lse else out

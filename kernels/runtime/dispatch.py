@@ -70,6 +70,16 @@ def refuse_grad(op: str, arguments: Iterable[object]) -> None:
             )
 
 
+def operators() -> Any:
+    """torch.ops.pacore, whose operators ops call while they are compiled or exported.
+
+    Raises ImplError if the operators are not registered.
+    """
+    if not hasattr(torch.ops.pacore, "rms_norm"):
+        raise ImplError("to compile or export ops, import kernels.torch_ops first")
+    return torch.ops.pacore
+
+
 def default_impl(device: torch.device) -> str:
     """The implementation that `impl=None` takes of an op with all forms."""
     return "triton" if runs_on_gpu(device) else "portable"

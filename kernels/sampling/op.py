@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.configs import Gpu, KernelConfig, Tunable
-from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dispatch import check, operators, pick
 from kernels.runtime.dtypes import DTYPES, dtype_name
 from kernels.sampling.kernel import (
     GROUP,
@@ -107,7 +107,7 @@ def sample(
         out = out or SampleOutput.of(len(logits), logits.device)
         feeds = (out.results, out.ids, out.last, out.batch_indices)
         settings = (temperature, top_k, top_p, logprobs, impl)
-        torch.ops.pacore.sample(*feeds, logits, seeds, positions, *settings)
+        operators().sample(*feeds, logits, seeds, positions, *settings)
         return out.tokens, out.logprobs
     _check_tensors(logits, seeds, positions)
     # Bounds within which neither the temperature nor its inverse is subnormal in fp32.

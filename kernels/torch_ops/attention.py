@@ -35,7 +35,7 @@ def _queries(
     *_: object,
     **__: object,
 ) -> Tensor:
-    _, kv_heads, _, head_dim = k.shape
+    kv_heads, head_dim = k.shape[1], k.shape[3]
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // head_dim - 2 * kv_heads, head_dim)
 
 
@@ -84,6 +84,7 @@ def qk_norm_rope(
     impl: str | None = None,
 ) -> Tensor:
     """`qk_norm_rope.qk_norm_rope`: q [T, Hq, D]; writes the pages."""
+    time, height, width = mrope_section or (0, 0, 0)
     return rope.qk_norm_rope(
         qkv,
         q_weight,
@@ -93,7 +94,7 @@ def qk_norm_rope(
         slots,
         KVPages(k, v, k_scale, v_scale),
         eps=eps,
-        mrope_section=None if mrope_section is None else tuple(mrope_section),
+        mrope_section=(time, height, width) if mrope_section else None,
         impl=impl,
     )
 

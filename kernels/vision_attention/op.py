@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.runtime.dispatch import check, pick
+from kernels.runtime.dispatch import check, operators, pick
 from kernels.runtime.grids import Grid, sides_of, tokens_of
 from kernels.runtime.tensor_cache import cached_tensors
 from kernels.vision_attention.launch import launch
@@ -31,7 +31,7 @@ def vision_attention(
     Raises ValueError for shapes that do not fit together.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.pacore.vision_attention(qkv, sides_of(grids), heads, theta, impl)
+        return operators().vision_attention(qkv, sides_of(grids), heads, theta, impl)
     tokens = tokens_of(grids)
     check(heads > 0, f"heads must be 1 or more, not {heads}")
     check(

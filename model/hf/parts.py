@@ -1,14 +1,22 @@
 """What a family of models tells `patch`: which of its modules compute with our ops, and how."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+Module = Any  # an nn.Module of a library, whose attributes have no types here
+
 
 def _anything(module: nn.Module) -> None:
     """The check of modules whose every setting is supported."""
+
+
+def _no_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """For a `forward` that needs the module's own tensors only."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -19,11 +27,14 @@ class Part:
     forward: the new forward, called as forward(module, *arguments of the old one)
     check: raises ValueError with what is not supported about a module, as a clause: "hidden_act is
         'gelu', not 'silu'"
+    buffers: further tensors that the new forward reads, by name; the module gets them as buffers
+        that are not saved, under BUFFER + name
     """
 
     op: str
     forward: Callable
     check: Callable[[nn.Module], None] = _anything
+    buffers: Callable[[nn.Module], dict[str, Tensor]] = _no_buffers
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,10 @@ class Family:
 
     module: str
     parts: dict[str, Part]
-    others: frozenset[str] = field(default_factory=frozenset)
+    others: frozenset[str] = frozenset()
+
+
+BUFFER = "pacore_"
 
 
 def impl_of(module: nn.Module) -> str | None:
@@ -46,12 +60,24 @@ def impl_of(module: nn.Module) -> str | None:
     return impl
 
 
-def linear_into(out: Tensor, x: Tensor, layer: nn.Module) -> None:
-    """Write layer(x) to `out`: x [T, K], out [T, N] with any row stride."""
-    plain = type(layer) is nn.Linear and not torch.is_grad_enabled() and not x.is_meta
-    if plain and layer.bias is None:
-        torch.mm(x, layer.weight.T, out=out)
-    elif plain:
-        torch.addmm(layer.bias, x, layer.weight.T, out=out)
-    else:  # LoRA, quantised
-        out.copy_(layer(x))
+def joined(x: Tensor, *layers: nn.Module) -> Tensor:
+    """The results of linear layers side by side: x [..., K] -> [T, N1 + N2 + ...]."""
+    rows = x.reshape(-1, x.shape[-1])
+    plain = [layer for layer in layers if _is_plain(layer)]
+    # out= records no gradients, without which ops could not refuse them.
+    out_works = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if len(plain) < len(layers) or not out_works:
+        return torch.cat([layer(rows) for layer in layers], dim=1)
+    widths = [layer.out_features for layer in plain]
+    out = rows.new_empty(len(rows), sum(widths))
+    for part, layer in zip(out.split(widths, dim=1), plain, strict=True):
+        if layer.bias is None:
+            torch.mm(rows, layer.weight.T, out=part)
+        else:
+            torch.addmm(layer.bias, rows, layer.weight.T, out=part)
+    return out
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is its weight and bias: not LoRA's or a quantised one, and without hooks."""
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)

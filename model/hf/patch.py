@@ -9,9 +9,10 @@ from types import MethodType
 
 from torch import nn
 
+import kernels.torch_ops  # noqa: F401 - registers the ops for torch.compile
 from kernels.runtime.dispatch import IMPLS
 from model.hf import text
-from model.hf.parts import Family, Part
+from model.hf.parts import BUFFER, Family, Part
 
 FAMILIES: dict[str, Family] = {family.module: family for family in text.FAMILIES}
 LIBRARIES = ("transformers.models.", "timm.")
@@ -50,6 +51,8 @@ def patch(
     for _, module, part in to_patch:
         module.pacore_impl = impl  # type: ignore[assignment]
         module.forward = MethodType(part.forward, module)
+        for name, tensor in part.buffers(module).items():
+            module.register_buffer(BUFFER + name, tensor, persistent=False)
         counts[part.op] += 1
     return counts
 
@@ -59,6 +62,8 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         if "pacore_impl" in module.__dict__:
             del module.pacore_impl, module.forward
+            for name in [name for name in module._buffers if name.startswith(BUFFER)]:
+                delattr(module, name)
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:

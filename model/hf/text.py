@@ -1,49 +1,166 @@
 """Decoders of transformers with our ops: Qwen3, Llama, and the text model of Qwen3-VL.
 
 rms_norm       the norms of hidden states, the second one of a layer together with the residual add
-silu_mul       the feed-forward block's activation and product
-qk_norm_rope   the norms of q and k, their rotation, and the layout that attention reads
+silu_mul       the activation and product of the feed-forward block
+qk_norm_rope   norms of q and k, their rotation, and K and V in the layout that attention reads
+
+Angles are exact, and rounded to the model's dtype once; transformers rounds cos, sin and both
+products to bf16. Under YaRN, K is kept without the attention factor, whose square is part of the
+scale of the scores.
 """
 
-from torch import Tensor, nn
+import sys
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from kernels.activation import silu_mul
+from kernels.kv_pages import KVPages
 from kernels.norm import rms_norm
-from model.hf.parts import Family, Part, impl_of, linear_into
+from kernels.qk_norm_rope import qk_norm_rope
+from kernels.rotary_tables import rotary_frequencies
+from model.hf.parts import Family, Module, Part, impl_of, joined
 
 
-def _norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+class Rotation(NamedTuple):
+    """What a patched rotary embedding returns in place of cos and sin."""
+
+    frequencies: Tensor  # int64 [R/2], see `qk_norm_rope`
+    positions: Tensor  # int [T], or [3, T] with `section`
+    section: tuple[int, int, int] | None
+    score_factor: float
+
+
+def _norm(self: Module, hidden_states: Tensor) -> Tensor:
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     out = rms_norm(rows, self.weight, eps=self.variance_epsilon, impl=impl_of(self))
     return out.view(hidden_states.shape)
 
 
-def _mlp(self: nn.Module, x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    width = self.config.intermediate_size
-    gate_up = rows.new_empty(len(rows), 2 * width)
-    linear_into(gate_up[:, :width], rows, self.gate_proj)
-    linear_into(gate_up[:, width:], rows, self.up_proj)
+def _layer(self: Module, hidden_states: Tensor, **options: Any) -> Tensor:
+    shape = hidden_states.shape
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)
+    norm = self.post_attention_layernorm
+    rows, residual = rms_norm(
+        attended.reshape(-1, shape[-1]),
+        norm.weight,
+        eps=norm.variance_epsilon,
+        residual=hidden_states.reshape(-1, shape[-1]),
+        impl=impl_of(self),
+    )
+    return residual.view(shape) + self.mlp(rows.view(shape))
+
+
+def _mlp(self: Module, x: Tensor) -> Tensor:
+    gate_up = joined(x, self.gate_proj, self.up_proj)
     return self.down_proj(silu_mul(gate_up, impl=impl_of(self))).view(*x.shape[:-1], -1)
 
 
-def _check_mlp(module: nn.Module) -> None:
+def _check_mlp(module: Module) -> None:
     act = module.config.hidden_act
     if act != "silu":
         raise ValueError(f"hidden_act is {act!r}, not 'silu'")
 
 
-def _family(name: str, prefix: str) -> Family:
-    parts = {
-        "RMSNorm": Part("rms_norm", _norm),
-        "MLP": Part("silu_mul", _mlp, _check_mlp),
-    }
-    others = ("Attention", "DecoderLayer", "RotaryEmbedding", "Model", "ForCausalLM")
-    return Family(
-        f"transformers.models.{name}.modeling_{name}",
-        {prefix + part: how for part, how in parts.items()},
-        frozenset(prefix + other for other in others),
+def _rotary(self: Module, x: Tensor, position_ids: Tensor) -> Rotation:
+    section = getattr(self, "mrope_section", None)
+    batch, tokens = x.shape[:2]
+    shape = (batch, tokens) if section is None else (3, batch, tokens)
+    return Rotation(
+        self.pacore_frequencies,
+        position_ids.expand(shape).flatten(-2).contiguous(),
+        None if section is None else tuple(section),
+        self.attention_scaling**2,
     )
 
 
-FAMILIES = (_family("qwen3", "Qwen3"), _family("llama", "Llama"))
+def _check_rotary(module: Module) -> None:
+    if module.rope_type in ("dynamic", "longrope"):
+        raise ValueError(f"rope_type {module.rope_type!r} has frequencies that change with length")
+
+
+def _frequencies(module: Module) -> dict[str, Tensor]:
+    frequencies = rotary_frequencies(module.inv_freq)
+    return {"frequencies": frequencies.to(module.inv_freq.device)}
+
+
+def _attention(
+    self: Module,
+    hidden_states: Tensor,
+    position_embeddings: Rotation,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    batch, tokens, _ = hidden_states.shape
+    # The cache is called past_key_values in some versions, cache in others.
+    caches = [options.pop(name, None) for name in ("past_key_values", "cache")]
+    cache = next((cache for cache in caches if cache is not None), None)
+    qkv = joined(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+    kv_heads = self.config.num_key_value_heads
+    # Pages of one token each: [T, Hkv, 1, D].
+    pages = KVPages(*qkv.new_empty(2, len(qkv), kv_heads, 1, self.head_dim))
+    rotation = position_embeddings
+    q_norm, k_norm = getattr(self, "q_norm", None), getattr(self, "k_norm", None)  # not Llama's
+    q = qk_norm_rope(
+        qkv,
+        None if q_norm is None else q_norm.weight,
+        None if k_norm is None else k_norm.weight,
+        rotation.frequencies,
+        rotation.positions,
+        torch.arange(len(qkv), device=qkv.device),
+        pages,
+        eps=0.0 if q_norm is None else q_norm.variance_epsilon,
+        mrope_section=rotation.section,
+        impl=impl_of(self),
+    )
+    q, k, v = (
+        x.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for x in (q, pages.k, pages.v)
+    )
+    if cache is not None:
+        k, v = cache.update(k, v, self.layer_idx, kwargs=options)
+    if hasattr(self, "sliding_window"):
+        options["sliding_window"] = self.sliding_window
+    library = _library(self)
+    attend = library.ALL_ATTENTION_FUNCTIONS.get_interface(
+        self.config._attn_implementation, library.eager_attention_forward
+    )
+    out, weights = attend(
+        self,
+        q,
+        k,
+        v,
+        attention_mask,
+        dropout=self.attention_dropout if self.training else 0.0,
+        scaling=self.scaling * rotation.score_factor,
+        **options,
+    )
+    return self.o_proj(out.reshape(batch, tokens, -1)), weights
+
+
+def _library(module: Module) -> ModuleType:
+    """The library's module that defines the class of `module`."""
+    return sys.modules[type(module).__module__]
+
+
+def _family(name: str, prefix: str, others: tuple[str, ...] = ()) -> Family:
+    parts = {
+        "RMSNorm": Part("rms_norm", _norm),
+        "DecoderLayer": Part("rms_norm", _layer),
+        "MLP": Part("silu_mul", _mlp, _check_mlp),
+        "RotaryEmbedding": Part("qk_norm_rope", _rotary, _check_rotary, _frequencies),
+        "Attention": Part("qk_norm_rope", _attention),
+    }
+    return Family(
+        f"transformers.models.{name}.modeling_{name}",
+        {prefix + part: how for part, how in parts.items()},
+        frozenset({prefix + "Model", prefix + "ForCausalLM", *others}),
+    )
+
+
+FAMILIES = (
+    _family("qwen3", "Qwen3"),
+    _family("llama", "Llama"),
+    _family("qwen3_vl", "Qwen3VLText"),
+)
