@@ -34,6 +34,10 @@ COMMANDS = {
     "serve": ("bench.serve.command:SERVE", "load on an HTTP server, soak, and what HTTP costs"),
     "tune": ("bench.cli.commands:TUNE", "measure kernel configs on a GPU, write kernels/tuned/"),
     "memory": ("bench.cli.commands:MEMORY", "a long prompt's peak memory, next to its bound"),
+    "dispatch": (
+        "bench.cli.commands:DISPATCH",
+        "the host's time per call, direct and as an operator of PyTorch",
+    ),
     "cost": ("bench.cli.commands:COST", "bytes, balance and floors by arithmetic, without a GPU"),
     "fp8": ("bench.cli.commands:FP8", "effect of FP8 KV pages on a real model's predictions"),
     "needle": (

@@ -20,6 +20,7 @@ from bench.measure.rows import ceiling
 from bench.options import SECONDS, case_arguments, filter_arguments
 from bench.rows import jsonl, show
 from bench.studies import decode, engine, fold, fp8_kv, images, packing, replay, sched
+from bench.studies.host import dispatch
 from bench.studies.long import prefill_memory
 from bench.suite import cases, numerics_cases, traffic_cases
 from bench.suite.forms import select
@@ -242,6 +243,7 @@ REPLAY = Measurement(lambda options, device: replay.run(device), show.replay)
 TUNE = Measurement(tuning, show.tuning, tune_arguments)
 COST = Measurement(costs, show.costs, cost_arguments)
 MEMORY = Measurement(prefill_memory.run, show.memory, prefill_memory.add_arguments)
+DISPATCH = Measurement(lambda options, device: dispatch.run(device), show.dispatch)
 FP8 = Measurement(lambda options, device: iter(fp8_kv.run(device)), show.fp8_kv)
 FOLD = Measurement(lambda options, device: fold.run(device), show.fold)
 ALL = Several(

@@ -213,6 +213,16 @@ PREFILL_MEMORY = Kind(
         FAILURE,
     ),
 )
+DISPATCH = Kind(
+    f"calls through PyTorch's dispatcher, microseconds of the host{MEASURED}",
+    (
+        *(Column("op", "case"), Column("call", "impl"), DTYPE),
+        Column(" median us", "median_us", number(".1f")),
+        Column(" p20..p80", spread(number(".1f"))),
+        Column(" over direct", "over_direct_us", number(".1f")),
+        FAILURE,
+    ),
+)
 # The kinds of whole runs by `op`, in the order of a report.
 RUNS = {
     "pacore": WHOLE_RUNS,
@@ -228,6 +238,7 @@ RUNS = {
     "fold": FOLD,
     "fp8_kv": FP8_KV,
     "prefill_memory": PREFILL_MEMORY,
+    "dispatch": DISPATCH,
     **REPLICAS,
     **SERVE,
 }

@@ -25,7 +25,7 @@ from bench.measure.timing import keep_freed_memory
 from bench.studies import images
 from bench.studies.decode import DecodeCase, time_decode
 from bench.studies.engine import time_engine
-from bench.studies.launch_cost import time_launches
+from bench.studies.host.launch_cost import time_launches
 from bench.studies.linears import time_linear
 from bench.suite import cases, numerics_cases
 from bench.suite.op import Case

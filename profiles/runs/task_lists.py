@@ -8,7 +8,8 @@ import torch
 
 from bench.measure.devices import DTYPES, MAIN_DTYPE, TIMED_DTYPES
 from bench.measure.pairs import CHECKED_DTYPE, checks, pairs
-from bench.studies import decode, images, launch_cost, linears
+from bench.studies import decode, images, linears
+from bench.studies.host import launch_cost
 from bench.suite import cases, numerics_cases
 from bench.suite.forms import FORMS, forms_of
 from bench.suite.op import Case

@@ -20,6 +20,7 @@ PRINTS = {
     "look_at_a_photo": (r"^1280 x 720 pixels: \d+ crops and a global view$", ("PIL", *TEXT)),
     "my_attention": (r"^prefix_attention +B16 P2048 S128 +attend +\w+ +[\d,.]+ ", ()),
     "pack_two_problems": (r"^  \d+ steps for \d+ tokens: [\d.]+ tokens per step$", TEXT),
+    "patch_a_model": (r"^stock [\d.]+ ms, ours [\d.]+ ms, speed-up [\d.]+x$", ("transformers",)),
     "shared_prefix_decode": (r"^eager [\d.]+ ms, ours [\d.]+ ms, speed-up [\d.]+x$", ()),
 }
 

@@ -13,7 +13,8 @@ from bench.inputs.trees import fork
 from bench.launch_sites import all_sites, launch_checked, pair_sites, timed_sites
 from bench.measure import pairs, timing
 from bench.measure.origin import ROOT
-from bench.studies import launch_cost, linears
+from bench.studies import linears
+from bench.studies.host import launch_cost
 from bench.suite import numerics_cases, prefix_attention
 from bench.suite.forms import form
 from kernels.runtime.configs import A100, H200, record_configs, use_config

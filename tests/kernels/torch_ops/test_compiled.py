@@ -1,13 +1,17 @@
 """Ops inside torch.compile and torch.export: one node each, with the results of a direct call."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 import kernels.torch_ops  # noqa: F401 - registers
-from tests.kernels.torch_ops.operator_calls import calls, copied, direct
+from kernels.prefix_plan import Capacity, PrefixPlan
+from model.cuda_graph import CudaGraph
+from tests.kernels.torch_ops.operator_calls import calls, copied, direct, operator, tree
 
 CALLS = calls()
 
@@ -41,3 +45,29 @@ def test_compile_sees_one_operator(name: str):
     assert seen == [name]
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_in_a_cuda_graph():
+    """Guards capture: no operator waits for the GPU, and a replay sees the plan's new values."""
+    calls_on_gpu = calls("cuda", torch.bfloat16)
+    step = tree("cuda", torch.bfloat16)
+    q = calls_on_gpu["prefix_attention"][0]
+    run = partial(torch.ops.pacore.prefix_attention, q, *step.pages)
+    plan = PrefixPlan.build(
+        step.plan.nodes,
+        num_rows=3,
+        num_pages=step.plan.num_pages,
+        page_size=step.plan.page_size,
+        device="cuda",
+        capacity=Capacity(rows=3, max_node_rows=3, levels=2),
+    )
+    graph = CudaGraph(lambda: run(plan.tensors, 0.25)[0], torch.device("cuda"))
+    plan.refill(replace(node, kv_len=max(1, node.kv_len - 1)) for node in step.plan.nodes)
+    torch.testing.assert_close(graph.replay(), run(plan.tensors, 0.25, impl="eager")[0])
+    for name in CALLS.keys() - {"prefix_attention"}:
+        ours, theirs = copied(calls_on_gpu[name]), copied(calls_on_gpu[name])
+        captured = CudaGraph(partial(operator(name), *ours), torch.device("cuda"))
+        got, expected = captured.replay(), operator(name)(*theirs)
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)

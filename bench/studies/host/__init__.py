@@ -1,0 +1,1 @@
+"""What the host costs: launches, and calls through PyTorch's dispatcher."""
