@@ -19,18 +19,21 @@ class Part:
     forward: the new forward, called as forward(module, *arguments of the old one)
     check: raises ValueError with what is not supported about a module, as a clause: "hidden_act is
         'gelu', not 'silu'"
+    method: the method that `forward` replaces
     """
 
     op: str
     forward: Callable
     check: Callable[[nn.Module], None] = _anything
+    method: str = "forward"
 
 
 @dataclass(frozen=True)
 class Family:
     """Models of one library module, such as transformers.models.qwen3.modeling_qwen3.
 
-    parts: class name -> how it is patched
+    parts: class name -> how it is patched; "class.attribute": the same for a module of PyTorch's
+        own, by its place
     others: names of its classes that stay as they are and contain parts or need none
     """
 

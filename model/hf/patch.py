@@ -1,7 +1,8 @@
-"""`patch(model)`: modules of a transformers or timm model compute with our ops; `unpatch` undoes it.
+"""`patch(model)`: a model of transformers or timm computes with our ops; `unpatch` undoes it.
 
-A patched module keeps its class, its weights and its place. Only its `forward` is replaced, by an
-attribute of the instance, so that checkpoints, hooks on the module and copies work as before.
+A patched module keeps its class, its weights and its place. Only a method, mostly `forward`, is
+replaced by an attribute of the instance, so that checkpoints, hooks on the module and copies work
+as before.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,10 +11,13 @@ from types import MethodType
 from torch import nn
 
 from kernels.runtime.dispatch import IMPLS
-from model.hf import text
+from model.hf import step3p7, text, timm_pe
 from model.hf.parts import Family, Part
 
-FAMILIES: dict[str, Family] = {family.module: family for family in text.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    family.module: family for family in (*text.FAMILIES, *step3p7.FAMILIES, *timm_pe.FAMILIES)
+}
+METHODS = {part.method for family in FAMILIES.values() for part in family.parts.values()}
 LIBRARIES = ("transformers.models.", "timm.")
 
 
@@ -46,10 +50,12 @@ def patch(
         try:
             part.check(module)
         except ValueError as error:
-            raise ValueError(f"patch: {_described(name, module)}: {error}") from None
+            raise ValueError(
+                f"patch: {part.op} does not fit {_described(name, module)}: {error}"
+            ) from None
     for _, module, part in to_patch:
         module.pacore_impl = impl  # type: ignore[assignment]
-        module.forward = MethodType(part.forward, module)
+        setattr(module, part.method, MethodType(part.forward, module))
         counts[part.op] += 1
     return counts
 
@@ -58,7 +64,9 @@ def unpatch(model: nn.Module) -> None:
     """Restore every module's own forward."""
     for module in model.modules():
         if "pacore_impl" in module.__dict__:
-            del module.pacore_impl, module.forward
+            del module.pacore_impl
+            for method in METHODS & module.__dict__.keys():
+                delattr(module, method)
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:
@@ -76,6 +84,10 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:
                 f"patch: {_described(name, module)} is not known; patch the part of the model that"
                 " is, or see docs/transformers.md for what is"
             )
+        for attribute, child in module.named_children():
+            part = family.parts.get(f"{type(module).__name__}.{attribute}")
+            if part is not None:
+                yield f"{name}.{attribute}".lstrip("."), child, part
 
 
 def _described(name: str, module: nn.Module) -> str:
