@@ -103,7 +103,8 @@ def _downsampler(self: Module, x: Tensor) -> Tensor:
 
 
 def _to_channels_last(layer: Module) -> None:
-    """Lay the weight out in memory as the kernel reads it. It keeps its shape and values."""
+    """Lay the weight out in memory as the kernel reads it, for good: a second copy of both weights
+    would be as large as several layers. It keeps its shape and values."""
     if not layer.weight.is_contiguous(memory_format=torch.channels_last):
         with torch.inference_mode(False), torch.no_grad():
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)

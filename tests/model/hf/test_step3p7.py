@@ -1,5 +1,6 @@
 """Step3p7's vision tower of transformers, patched, against itself unpatched."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.gemm import convolution
-from model.hf import patch, step3p7, unpatch
+from model.hf import patch, step3p7, unpatch, vision
 from tests.model.hf.towers import OPS, drawn, errs_no_more, ops_called, views
 from tests.support.errors import max_error
 
@@ -99,6 +100,26 @@ def test_the_ops_are_called(tower):
     assert ops_called(lambda: tokens(tower, SMALL)) == called
     unpatch(tower)
     assert not ops_called(lambda: tokens(tower, SMALL))
+
+
+@pytest.mark.parametrize("impl", ["eager", "portable"])
+def test_impl_reaches_every_op(tower, impl: str, monkeypatch: pytest.MonkeyPatch):
+    """Guards a form that was asked for by name, also of the op for other linear layers."""
+    impls = []
+
+    def spied(op: Callable) -> Callable:
+        def spy(*args, impl: str, **options):
+            impls.append(impl)
+            return op(*args, impl=impl, **options)
+
+        return spy
+
+    for name in (*OPS, "quick_gelu"):
+        monkeypatch.setattr(vision, name, spied(getattr(vision, name)))
+    tower.layers[0].mlp.fc1.__class__ = Doubled
+    patch(tower, impl=impl)
+    tokens(tower, SMALL)
+    assert impls == [impl] * 9
 
 
 @pytest.mark.interpreter

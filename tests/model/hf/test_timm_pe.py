@@ -107,11 +107,14 @@ def test_unpatch_and_copies():
     "name", ["vit_pe_core_gigantic_patch14_448", "vit_pe_spatial_gigantic_patch14_448"]
 )
 def test_other_towers_without_class_token(name: str):
-    """Guards blocks without LayerScale, an attention pool, and intermediate features."""
+    """Guards blocks without LayerScale, an attention pool, intermediate features, timm's own
+    quick_gelu."""
     tower = any_pe(name, drop_path_rate=0.1)
+    from timm.layers.activations import QuickGELU
+
     for module in tower.modules():
         if hasattr(module, "act"):
-            module.act = timm_judge.QuickGELU()
+            module.act = QuickGELU()
     pixels = views(2, 4, 4, PATCH)
     with torch.inference_mode():
         last, expected = tower(pixels), tower.forward_intermediates(pixels, intermediates_only=True)
