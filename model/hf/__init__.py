@@ -2,6 +2,8 @@
 
 patch      replaces the `forward` of modules, and restores it
 text       what it knows of Qwen3, Llama and the text model of Qwen3-VL
+step3p7    of the vision tower of Step3p7, which is STEP3-VL's
+timm_pe    of timm's PE vision towers
 """
 
 from model.hf.patch import patch, unpatch

@@ -29,19 +29,22 @@ class Part:
         'gelu', not 'silu'"
     buffers: further tensors that the new forward reads, by name; the module gets them as buffers
         that are not saved, under BUFFER + name
+    method: the method that `forward` replaces
     """
 
     op: str
     forward: Callable
     check: Callable[[nn.Module], None] = _anything
     buffers: Callable[[nn.Module], dict[str, Tensor]] = _no_buffers
+    method: str = "forward"
 
 
 @dataclass(frozen=True)
 class Family:
     """Models of one library module, such as transformers.models.qwen3.modeling_qwen3.
 
-    parts: class name -> how it is patched
+    parts: class name -> how it is patched; "class.attribute": the same for a module of PyTorch's
+        own, by its place
     others: names of its classes that stay as they are and contain parts or need none
     """
 

@@ -1,7 +1,8 @@
-"""`patch(model)`: modules of a transformers or timm model compute with our ops; `unpatch` ends it.
+"""`patch(model)`: a model of transformers or timm computes with our ops; `unpatch` undoes it.
 
-A patched module keeps its class, its weights and its place. Only its `forward` is replaced, by an
-attribute of the instance, so that checkpoints, hooks on the module and copies work as before.
+A patched module keeps its class, its weights and its place. Only a method, mostly `forward`, is
+replaced by an attribute of the instance, so that checkpoints, hooks on the module and copies work
+as before.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,10 +12,13 @@ from torch import nn
 
 import kernels.torch_ops  # noqa: F401 - registers the ops for torch.compile
 from kernels.runtime.dispatch import IMPLS
-from model.hf import text
+from model.hf import step3p7, text, timm_pe
 from model.hf.parts import BUFFER, Family, Part
 
-FAMILIES: dict[str, Family] = {family.module: family for family in text.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    family.module: family for family in (*text.FAMILIES, *step3p7.FAMILIES, *timm_pe.FAMILIES)
+}
+METHODS = {part.method for family in FAMILIES.values() for part in family.parts.values()}
 LIBRARIES = ("transformers.models.", "timm.")
 
 
@@ -45,12 +49,15 @@ def patch(
     to_patch = [(name, module, part) for name, module, part in parts if part.op in chosen]
     for name, module, part in to_patch:
         try:
+            _check_own(module, part.method)
             part.check(module)
         except ValueError as error:
-            raise ValueError(f"patch: {_described(name, module)}: {error}") from None
+            raise ValueError(
+                f"patch: {part.op} does not fit {_described(name, module)}: {error}"
+            ) from None
     for _, module, part in to_patch:
         module.pacore_impl = impl  # type: ignore[assignment]
-        module.forward = MethodType(part.forward, module)
+        setattr(module, part.method, MethodType(part.forward, module))
         for name, tensor in part.buffers(module).items():
             module.register_buffer(BUFFER + name, tensor, persistent=False)
         counts[part.op] += 1
@@ -61,8 +68,8 @@ def unpatch(model: nn.Module) -> None:
     """Restore every module's own forward."""
     for module in model.modules():
         if "pacore_impl" in module.__dict__:
-            del module.pacore_impl, module.forward
-            for name in [name for name in module._buffers if name.startswith(BUFFER)]:
+            buffers = [name for name in module._buffers if name.startswith(BUFFER)]
+            for name in ("pacore_impl", *buffers, *(METHODS & module.__dict__.keys())):
                 delattr(module, name)
 
 
@@ -81,6 +88,15 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:
                 f"patch: {_described(name, module)} is not known; patch the part of the model that"
                 " is, or see docs/transformers.md for what is"
             )
+        for attribute, child in module.named_children():
+            part = family.parts.get(f"{type(module).__name__}.{attribute}")
+            if part is not None:
+                yield f"{name}.{attribute}".lstrip("."), child, part
+
+
+def _check_own(module: nn.Module, method: str) -> None:
+    if method in module.__dict__ and "pacore_impl" not in module.__dict__:
+        raise ValueError(f"its {method} was replaced already, as accelerate's hooks do")
 
 
 def _described(name: str, module: nn.Module) -> str:

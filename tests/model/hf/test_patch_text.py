@@ -202,6 +202,12 @@ def dynamic() -> nn.Module:
     return qwen3(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
 
 
+def hooked() -> nn.Module:
+    model = qwen3()
+    model.model.norm.forward = lambda x: x
+    return model
+
+
 def mixtral() -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -211,8 +217,13 @@ def mixtral() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (gelu, {}, r"LlamaMLP \(model.layers.0.mlp\): hidden_act is 'gelu', not 'silu'"),
+        (
+            gelu,
+            {},
+            r"silu_mul does not fit LlamaMLP \(model.layers.0.mlp\): hidden_act is 'gelu', not 'silu'",
+        ),
         (dynamic, {}, r"Qwen3RotaryEmbedding \(model.rotary_emb\): rope_type 'dynamic' has freq"),
+        (hooked, {}, r"rms_norm does not fit .*\(model.norm\): its forward was replaced already"),
         (mixtral, {}, r"MixtralForCausalLM is not known; .*docs/transformers.md"),
         (lambda: nn.Linear(2, 2), {}, "Linear has no module that we know"),
         (qwen3, {"ops": ["layer_norm"]}, "'layer_norm' applies nowhere .* qk_norm_rope, rms_norm"),
@@ -224,7 +235,7 @@ def test_refusals(model: Callable[[], nn.Module], options: dict, message: str):
     built = model()
     with pytest.raises(ValueError, match=message):
         patch(built, **options)
-    assert not any("forward" in vars(module) for module in built.modules())
+    assert not any("pacore_impl" in vars(module) for module in built.modules())
 
 
 @pytest.mark.parametrize("op", OPS)
