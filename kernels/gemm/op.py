@@ -26,9 +26,9 @@ from kernels.gemm.kernel import gemm_kernel, merge_partials_kernel
 from kernels.gemm.stream_k import stream_k
 from kernels.runtime.arithmetic import cdiv
 from kernels.runtime.configs import Gpu, KernelConfig, Tunable, gpu_of
-from kernels.runtime.dispatch import check, copyable
+from kernels.runtime.dispatch import check, copyable, operators, refuse_grad
 from kernels.runtime.dtypes import DTYPES
-from kernels.runtime.grids import Grid, tokens_of
+from kernels.runtime.grids import Grid, sides_of, tokens_of
 from kernels.runtime.tensor_cache import cached_tensors
 
 
@@ -47,6 +47,9 @@ def linear(
     caller guarantees that rows are distinct and less than R; checking would wait for the GPU.
     Raises ValueError for shapes, dtypes, devices or memory layouts that do not fit.
     """
+    if torch.compiler.is_compiling() and out is None:
+        return operators().linear(x, weight, bias, quick_gelu)
+    refuse_grad("linear", (x, weight, bias))
     check(x.ndim == 2 and weight.ndim == 2, "x and weight must each have two axes")
     check(weight.shape[1] == x.shape[1], f"weight must be [N, {x.shape[1]}] for x {list(x.shape)}")
     check(weight.is_contiguous(), "weight must be contiguous")
@@ -67,6 +70,9 @@ def convolution(
     weight must be channels-last in memory; `out` and `rows` are as for `linear`.
     Raises ValueError likewise.
     """
+    if torch.compiler.is_compiling() and out is None:
+        return operators().convolution(x, sides_of(grids), weight, bias)
+    refuse_grad("convolution", (x, weight, bias))
     tokens = tokens_of(grids)
     check(
         x.ndim == 2 and x.shape[0] == tokens,

@@ -11,13 +11,14 @@ registration   defines an operator from a typed function and its fake form
 rows           norms and activations
 attention      attention, rotation and the KV store; plans and pages as tensors
 vision         the vision tower's ops and the projector
+gemm           the Triton GEMM's products, which the projector and linear_quick_gelu consist of
 sampling       sample
 
 Not registered are `prefix_attention.advance` and `PrefixPlan.refill`, which change the host's view
 of a plan as well: call them between compiled steps.
 """
 
-from kernels.torch_ops import attention, rows, sampling, vision
+from kernels.torch_ops import attention, gemm, rows, sampling, vision
 from kernels.torch_ops.registration import names
 
-__all__ = ["attention", "names", "rows", "sampling", "vision"]
+__all__ = ["attention", "gemm", "names", "rows", "sampling", "vision"]

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from kernels.gemm import convolution, halved
 from kernels.runtime.dispatch import check, default_impl
-from model.hf.parts import Family, Part, impl_of
+from model.hf.parts import Family, Module, Part, impl_of
 from model.hf.vision import (
     Axial,
-    Module,
     attend,
     check_norm,
     check_quick_gelu,

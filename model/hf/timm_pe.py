@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.runtime.dispatch import check
-from model.hf.parts import Family, Part, impl_of
+from model.hf.parts import Family, Module, Part, impl_of
 from model.hf.vision import (
     Axial,
-    Module,
     attend,
     check_norm,
     check_quick_gelu,
@@ -116,7 +115,7 @@ FAMILIES = (
     ),
     Family(
         "timm.layers.pos_embed_sincos",
-        {"RotaryEmbeddingCat": Part("vision_attention", _embed, _check_embed, "get_embed")},
+        {"RotaryEmbeddingCat": Part("vision_attention", _embed, _check_embed, method="get_embed")},
     ),
     Family(
         "timm.layers.attention",

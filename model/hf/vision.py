@@ -4,7 +4,7 @@ Their rotary embeddings return angles, which `vision_attention` computes itself.
 the grid of the patches instead, an `Axial`, which only patched attentions read.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from kernels.norm import layer_norm
 from kernels.runtime.dispatch import check
 from kernels.runtime.grids import Grid
 from kernels.vision_attention import vision_attention
-from model.hf.parts import impl_of
-
-Module = Any  # of a library: its attributes have no types
+from model.hf.parts import Module, impl_of
 
 
 class Axial(NamedTuple):

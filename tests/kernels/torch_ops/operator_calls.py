@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bench.inputs.plans import quantised
 from kernels.activation import quick_gelu, silu_mul
+from kernels.gemm import convolution, linear
 from kernels.kv_pages import KVPages
 from kernels.linear_quick_gelu import linear_quick_gelu
 from kernels.norm import layer_norm, rms_norm
@@ -23,6 +24,7 @@ from kernels.sampling import SampleOutput, sample
 from kernels.vision_attention import vision_attention
 from tests.support.prefix_trees import Node, lay_out
 
+TRITON_ONLY = ("linear", "convolution")
 PAGE, DIM, HEADS, KV_HEADS = 16, 16, 4, 2
 
 
@@ -94,6 +96,8 @@ def calls(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, 
         "sample": (results, integers.clone(), torch.zeros(4, dtype=torch.int64, device=device))
         + (integers + 1, *sampled),
         "qk_norm_rope": (step.qkv, *rotated, *step.pages),
+        "linear": (x, random(24, 32), random(24), True),
+        "convolution": (tokens, grids, *weights[:2]),
         "prefix_attention": (q, *step.pages, step.plan.tensors, 0.25),
         "rotary_attention": (step.qkv, *rotated, *step.pages, step.plan.tensors, 0.25),
     }
@@ -145,6 +149,10 @@ def direct(name: str, a: tuple, impl: str | None = None) -> object:
             return sample(*a[4:7], **settings, out=SampleOutput(*a[:4]), impl=impl)
         case "qk_norm_rope":
             return qk_norm_rope(*a[:6], KVPages(*a[6:10]), impl=impl)
+        case "linear":
+            return linear(*a[:3], quick_gelu=a[3])
+        case "convolution":
+            return convolution(a[0], grids_of(a[1]), *a[2:])
         case "prefix_attention":
             options = {"scale": a[6], "return_lse": True}
             return prefix_attention(a[0], KVPages(*a[1:5]), a[5], **options, impl=impl)
@@ -160,4 +168,5 @@ def operator(name: str) -> Callable:
 def impls(name: str, impl: str) -> dict[str, str]:
     """The keyword arguments that choose an implementation."""
     both = ("rope_impl", "attention_impl")
-    return dict.fromkeys(both if name == "rotary_attention" else ("impl",), impl)
+    names = {"rotary_attention": both, **dict.fromkeys(TRITON_ONLY, ())}.get(name, ("impl",))
+    return dict.fromkeys(names, impl)

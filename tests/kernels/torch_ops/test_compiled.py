@@ -11,7 +11,14 @@ from torch import Tensor
 import kernels.torch_ops  # noqa: F401 - registers
 from kernels.prefix_plan import Capacity, PrefixPlan
 from model.cuda_graph import CudaGraph
-from tests.kernels.torch_ops.operator_calls import calls, copied, direct, operator, tree
+from tests.kernels.torch_ops.operator_calls import (
+    TRITON_ONLY,
+    calls,
+    copied,
+    direct,
+    operator,
+    tree,
+)
 
 CALLS = calls()
 
@@ -28,7 +35,10 @@ def nodes_of(graph: torch.fx.Graph) -> list[str]:
     return [name.split(".")[1] for name in targets if name.startswith("pacore.")]
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.interpreter] * (name in TRITON_ONLY)) for name in CALLS],
+)
 def test_compile_sees_one_operator(name: str):
     """Guards `fullgraph=True`: dynamo traces no launcher, and functionalisation keeps what is
     written in place."""

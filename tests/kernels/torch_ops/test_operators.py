@@ -9,10 +9,25 @@ from torch import Tensor
 from kernels import torch_ops
 from kernels.prefix_attention import prefix_attention
 from kernels.qk_norm_rope import qk_norm_rope
-from tests.kernels.torch_ops.operator_calls import calls, copied, direct, impls, operator, tree
+from tests.kernels.torch_ops.operator_calls import (
+    TRITON_ONLY,
+    calls,
+    copied,
+    direct,
+    impls,
+    operator,
+    tree,
+)
 
 CALLS = calls()
-FORMS = ["eager", "portable", pytest.param("triton", marks=pytest.mark.interpreter)]
+INTERPRETED = pytest.mark.interpreter
+
+
+def named(*impls: str | None, triton: Iterable[str] = TRITON_ONLY) -> pytest.MarkDecorator:
+    """These forms of every operator that has them, and Triton's of those in `triton`."""
+    pairs = [(name, impl) for name in CALLS if name not in TRITON_ONLY for impl in impls]
+    triton = [pytest.param(name, "triton", marks=INTERPRETED) for name in triton]
+    return pytest.mark.parametrize(("name", "impl"), pairs + triton)
 
 
 def test_every_operator_is_tested():
@@ -20,8 +35,7 @@ def test_every_operator_is_tested():
     assert set(torch_ops.names()) == CALLS.keys()
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("impl", FORMS)
+@named("eager", "portable", triton=CALLS)
 def test_opcheck(name: str, impl: str):
     """Guards the declared schema and mutations, and the fake form's shapes, dtypes and strides; in
     PyTorch's forms also tracing with dynamic shapes, which is the same for all."""
@@ -33,8 +47,7 @@ def test_opcheck(name: str, impl: str):
         torch.library.opcheck(op, arguments, impls(name, impl), test_utils=tests)
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("impl", [None, "eager"])
+@named(None, "eager")
 @torch.inference_mode()
 def test_same_as_the_direct_call(name: str, impl: str | None):
     """Guards the order of arguments: results and what is written in place have the same bits."""
@@ -63,21 +76,21 @@ def test_fp8_pages():
     assert torch.equal(got, prefix_attention(q, theirs.pages, theirs.plan, **options))
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_gradients_are_refused(name: str):
+@named("eager", "portable")
+def test_gradients_are_refused(name: str, impl: str):
     """Guards against results that are silently constants, in direct calls and operators."""
     arguments = copied(CALLS[name])
     floats = [x for x in flattened(arguments) if x.is_floating_point()]
-    for impl in ("eager", "portable"):
-        for x in floats[-2:] if name == "projector_into" else floats:
-            x.requires_grad_()
-            with pytest.raises(ValueError, match="has no backward, but an input .* requires grad"):
-                direct(name, arguments, impl)
-            with pytest.raises(ValueError, match="has no backward, but an input .* requires grad"):
-                operator(name)(*arguments, **impls(name, impl))
-            with torch.no_grad():
-                direct(name, copied(arguments), impl)
-            x.requires_grad_(False)
+    for x in floats[-2:] if name == "projector_into" else floats:
+        x.requires_grad_()
+        with pytest.raises(ValueError, match="has no backward, but an input .* requires grad"):
+            direct(name, arguments, impl)
+        with pytest.raises(ValueError, match="has no backward, but an input .* requires grad"):
+            operator(name)(*arguments, **impls(name, impl))
+        x.requires_grad_(False)
+    floats[0].requires_grad_()
+    with torch.no_grad():
+        direct(name, arguments, impl)
 
 
 def flattened(arguments: Iterable[object]) -> list[Tensor]:

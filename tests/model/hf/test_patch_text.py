@@ -220,7 +220,7 @@ def mixtral() -> nn.Module:
         (
             gelu,
             {},
-            r"silu_mul does not fit LlamaMLP \(model.layers.0.mlp\): hidden_act is 'gelu', not 'silu'",
+            r"silu_mul does not fit LlamaMLP \(model.layers.0.mlp\): hidden_act is 'gelu', not",
         ),
         (dynamic, {}, r"Qwen3RotaryEmbedding \(model.rotary_emb\): rope_type 'dynamic' has freq"),
         (hooked, {}, r"rms_norm does not fit .*\(model.norm\): its forward was replaced already"),
