@@ -60,8 +60,7 @@ def generate(
     argument = {name: cache}
     with _paged(model):
         if prompt.shape[1]:
-            for ids in prompt.split(config.prefill_chunk_size or prompt.shape[1], dim=1):
-                model(ids, use_cache=True, logits_to_keep=1, **argument)
+            model(prompt, use_cache=True, logits_to_keep=1, **argument)
         cache.batch_repeat_interleave(config.num_return_sequences or 1)
         return model.generate(input_ids, **argument, **options)
 
@@ -109,6 +108,7 @@ def _checked_config(model: Any, input_ids: Tensor, options: dict[str, Any]) -> A
     for name, usual in {
         "use_cache": True,
         "guidance_scale": 1.0,
+        "prefill_chunk_size": None,  # earlier versions of transformers then ignore a filled cache
         "output_attentions": False,
         "output_hidden_states": False,
     }.items():
