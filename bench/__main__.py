@@ -44,6 +44,10 @@ COMMANDS = {
         "bench.needle.command:NEEDLE",
         "facts found in texts within and beyond a real model's context (minutes)",
     ),
+    "generate": (
+        "bench.generate.command:GENERATE",
+        "many continuations of a prompt in transformers, the prompt read once (minutes)",
+    ),
     "fold": ("bench.cli.commands:FOLD", "rounding errors of the projector's folded weights"),
     "validate": (
         "bench.validate.command",

@@ -174,6 +174,31 @@ NEEDLE = Kind(
         FAILURE,
     ),
 )
+
+
+def _same_tokens(row: Row) -> str | None:
+    same, steps = row.get("same_steps"), row.get("steps")
+    if not is_number(same):
+        return None
+    return "all" if same == steps else f"first {same}"
+
+
+GENERATE = Kind(
+    f"continuations of a prompt in transformers{MEASURED}",
+    (
+        *(CASE, FORM, DTYPE),
+        Column(" ms/step", "median_us", number(",.1f", per=1e3)),
+        Column(" p20..p80", spread(number(",.1f", per=1e3))),
+        ROOFLINE,
+        Column(" tokens/s", "tokens_per_second", number(",.1f")),
+        Column(" TTFT ms", "ttft_us", number(",.0f", per=1e3)),
+        Column(" KV MB", "kv_bytes", megabytes),
+        Column(" peak besides weights MB", "peak_bytes", megabytes),
+        ERROR,
+        Column(" same steps", _same_tokens),
+        FAILURE,
+    ),
+)
 FOLD = Kind(
     f"the projector's last two layers, unfolded and folded{MEASURED}",
     (
@@ -235,6 +260,7 @@ RUNS = {
     "replay": REPLAY,
     "scheduler_step": SCHEDULER,
     "needle": NEEDLE,
+    "generate": GENERATE,
     "fold": FOLD,
     "fp8_kv": FP8_KV,
     "prefill_memory": PREFILL_MEMORY,

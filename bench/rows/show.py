@@ -135,6 +135,7 @@ memory = partial(show, run_tables.PREFILL_MEMORY)
 fold = partial(show, run_tables.FOLD)
 fp8_kv = partial(show, run_tables.FP8_KV)
 needle = partial(show, run_tables.NEEDLE)
+generate = partial(show, run_tables.GENERATE)
 gate = partial(show, op_tables.GATE)
 
 

@@ -27,6 +27,7 @@ NEEDS_MORE = {
     "model.text.prompt",
     "model.weights.checkpoint",
     "model.weights.gguf",
+    "model.hf.paged_cache",
 }
 NEEDS_MORE |= {"bench.test_ops"}
 

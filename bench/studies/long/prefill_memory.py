@@ -9,14 +9,12 @@ over 262,144 tokens takes it a minute.
 """
 
 import argparse
-import ctypes
-import gc
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
+from bench import peak_memory
 from bench.measure.devices import MAIN_DTYPE
 from bench.measure.rows import measured
 from bench.measure.verdicts import NOT_RUN
@@ -51,7 +49,6 @@ SMALLEST = Config(
 MODELS = {"cpu": SMALLEST, "cuda": PRESETS["step3-vl-10b"]}
 TOKENS = {"cpu": 262144, "cuda": 65535}  # and one sampled token
 WARM_UP_TOKENS = 130  # loads libraries and their code
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,8 +84,7 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
         config = config.with_rope_scaling(options.rope_scaling)
     context, dtype = config.decoder.max_positions, MAIN_DTYPE[device.type]
     lengths = options.tokens or (min(TOKENS[device.type], context - 1),)
-    if device.type == "cpu":
-        _reset_peak()  # fails where memory cannot be measured
+    peak_memory.start(device)  # fails where memory cannot be measured
     if max(lengths) >= context:
         raise InputError(
             f"--tokens {max(lengths)} and a sampled token exceed the context of {config.name},"
@@ -128,11 +124,11 @@ def row(model: Step3VL, tokens: int, chunk: int) -> dict:
         for pool in (executor.cache.k, executor.cache.v):
             pool.zero_()  # now, so that it does not count as the prompt's
         _read(engine, WARM_UP_TOKENS)
-        before = _start(device)
+        before = peak_memory.start(device)
         began = time.perf_counter()
         _read(engine, tokens)
         seconds = time.perf_counter() - began
-        peak = _peak(device) - before
+        peak = peak_memory.peak(device) - before
     failure = "the peak exceeds the bound" if peak > bound else None
     measurement = measured(
         "prefill_memory",
@@ -168,32 +164,3 @@ def _read(engine: Engine[ModelExecutor], tokens: int) -> None:
 def _check_memory(what: str, needed: int, device: torch.device) -> None:
     if needed > (free := free_bytes(device)):
         raise InputError(f"{what}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
-
-
-def _start(device: torch.device) -> int:
-    """Start to record the peak; returns the bytes in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what earlier prompts freed
-    _reset_peak()
-    return _resident("VmRSS")
-
-
-def _reset_peak() -> None:
-    try:
-        CLEAR.write_text("5")  # see proc(5): the peak becomes what is resident now
-    except OSError:
-        raise InputError(f"cannot measure a CPU's memory here: {CLEAR} is not Linux's") from None
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _resident("VmHWM")
-
-
-def _resident(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
+from bench import peak_memory
 from bench.studies.long import prefill_memory
 from model.errors import InputError
 
@@ -40,6 +41,6 @@ def test_refusals(monkeypatch):
     with pytest.raises(InputError, match=r"a prompt of 3000 tokens: needs 0\.\d\d GB, 0\.00 GB"):
         command.main(ARGUMENTS)
     monkeypatch.undo()
-    monkeypatch.setattr(prefill_memory, "CLEAR", Path("/nonexistent/file"))
+    monkeypatch.setattr(peak_memory, "CLEAR", Path("/nonexistent/file"))
     with pytest.raises(InputError, match="cannot measure a CPU's memory here"):
         command.main(ARGUMENTS)

@@ -1,0 +1,1 @@
+"""transformers' `generate` over shared pages (`model.hf.generate`) beside its own."""
