@@ -1,1 +1,1 @@
-"""transformers' `generate` over shared pages (`model.hf.generate`) beside its own."""
+"""transformers' `generate` over shared pages (`model.hf.generate`), next to its own."""

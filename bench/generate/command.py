@@ -1,7 +1,7 @@
 """`python -m bench generate`: many continuations of a prompt in transformers, by its own `generate`
-and by ours, which reads and stores the prompt once.
+and by ours, which reads and stores the prompt once, with the model's own layers and with ours.
 
-Both run the same model, alternately, with the same random numbers. Every continuation has
+All run the same model, alternately, with the same random numbers. Every continuation has
 `--new-tokens` tokens.
 """
 
@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """Two rows for each prompt."""
+    """A row for each prompt and form."""
     cases = [study.GenerateCase(n, options.sequences, options.new_tokens) for n in options.prompt]
     yield from study.run(options.model, device, cases, options.repeats)
 

@@ -1,4 +1,4 @@
-"""Runs of both forms of `generate`: a checked one, timed ones, and one for the peak of memory."""
+"""Runs of each form of `generate`: a checked one, timed ones, and one for the peak of memory."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +24,13 @@ from bench.validate.transformers_judge import causal_lm
 from kernels.runtime.arithmetic import cdiv
 from model.config import DecoderConfig, preset
 from model.errors import InputError
-from model.hf import generate
+from model.hf import generate, patch, unpatch
 from model.kv_cache import PAGE_SIZE, page_bytes
 from model.memory import free_bytes
 from model.step3vl import Step3VL
 from model.terminal import progress
 
-STOCK, OURS = "transformers", "shared pages"  # the forms
+STOCK, SHARED, PATCHED = FORMS = ("transformers", "shared pages", "shared pages, patched")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def run(
                 f" {config.max_positions:,} tokens"
             )
     model = Step3VL.from_preset(name, device=device, dtype=dtype)
-    with progress("generate", len(cases) * 2 * (repeats + 2)) as advance:
+    with progress("generate", len(cases) * len(FORMS) * (repeats + 2)) as advance:
         peer = causal_lm(model)
         peer.generation_config.eos_token_id = None  # no continuation ends early
         for case in cases:
@@ -113,15 +113,18 @@ def _rows(
         return done
 
     recorded = {"return_dict_in_generate": True, "output_logits": True}
-    outputs = {form: call(form, **recorded).output for form in (STOCK, OURS)}
-    same = _same_steps(outputs[STOCK].sequences, outputs[OURS].sequences, case.prompt)
-    until = slice(same + 1)  # the logits from which the first different token is drawn, included
-    logits = [torch.stack(outputs[form].logits[until]) for form in (OURS, STOCK)]
-    verdicts = {STOCK: NOT_RUN, OURS: judged(compare(*logits), model.dtype)}
-    del outputs, logits
-    runs: dict[str, list[_Run]] = {STOCK: [], OURS: []}
+    stock, verdicts, same = call(STOCK, **recorded).output, {STOCK: NOT_RUN}, {}
+    for form in FORMS[1:]:
+        ours = call(form, **recorded).output
+        same[form] = count = _same_steps(stock.sequences, ours.sequences, case.prompt)
+        until = slice(count + 1)  # with the logits from which the first different token is drawn
+        logits = [torch.stack(output.logits[until]) for output in (ours, stock)]
+        verdicts[form] = judged(compare(*logits), model.dtype)
+        del ours, logits
+    del stock
+    runs: dict[str, list[_Run]] = {form: [] for form in FORMS}
     for index in range(repeats):
-        for form in (STOCK, OURS) if index % 2 == 0 else (OURS, STOCK):
+        for form in FORMS if index % 2 == 0 else FORMS[::-1]:
             runs[form].append(call(form))
     rows = []
     for form, timed in runs.items():
@@ -129,7 +132,7 @@ def _rows(
         call(form)
         peak = peak_memory.peak(model.device) - before
         row = _row(case, model, form, timed, verdicts[form])
-        row |= {"peak_bytes": peak, "same_steps": None if form == STOCK else same}
+        row |= {"peak_bytes": peak, "same_steps": same.get(form)}
         rows.append(row)
     return rows
 
@@ -145,20 +148,25 @@ def _call(form: str, peer: Any, prompt: Tensor, case: GenerateCase, **options: o
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     run: Any = peer.generate if form == STOCK else partial(generate, peer)
-    torch.manual_seed(0)
-    began = time.perf_counter()
-    output = run(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        num_return_sequences=case.sequences,
-        max_new_tokens=case.new,
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=0,
-        stopping_criteria=[drawn],
-        **options,
-    )
+    if form == PATCHED:
+        patch(peer)
+    try:
+        torch.manual_seed(0)
+        began = time.perf_counter()
+        output = run(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            num_return_sequences=case.sequences,
+            max_new_tokens=case.new,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=0,
+            stopping_criteria=[drawn],
+            **options,
+        )
+    finally:
+        unpatch(peer)
     return _Run(output, began, ends)
 
 

@@ -98,12 +98,7 @@ class PagedCache(Cache):
 
         Raises ValueError if the model runs with another attention.
         """
-        attention = self.config._attn_implementation
-        if attention != NAME:
-            raise ValueError(
-                f"a PagedCache needs attention {NAME!r}, not {attention!r}: call"
-                f" paged_attention.register() and model.set_attn_implementation({NAME!r})"
-            )
+        self.check_attention()
         batch, _, tokens, dim = key_states.shape
         self.begin(layer_idx, batch, tokens)
         pages = self.pages(layer_idx)
@@ -111,6 +106,15 @@ class PagedCache(Cache):
             rows = states.transpose(1, 2).flatten(0, 2)
             target.view(-1, dim).index_copy_(0, self._stored, rows)
         return pages, self
+
+    def check_attention(self) -> None:
+        """Raise ValueError unless the model attends to pages, without masks."""
+        attention = self.config._attn_implementation
+        if attention != NAME:
+            raise ValueError(
+                f"a PagedCache needs attention {NAME!r}, not {attention!r}: call"
+                f" paged_attention.register() and model.set_attn_implementation({NAME!r})"
+            )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Continue every sequence `repeats` times, which share its pages."""

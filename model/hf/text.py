@@ -2,7 +2,8 @@
 
 rms_norm       the norms of hidden states, the second one of a layer together with the residual add
 silu_mul       the activation and product of the feed-forward block
-qk_norm_rope   norms of q and k, their rotation, and K and V in the layout that attention reads
+qk_norm_rope   norms of q and k, their rotation, and K and V in the layout that attention reads;
+               with a `PagedCache` straight into its pages, where `rotary_attention` follows
 
 Angles are exact, and rounded to the model's dtype once; transformers rounds cos, sin and both
 products to bf16. Under YaRN, K is kept without the attention factor, whose square is part of the
@@ -19,8 +20,11 @@ from torch import Tensor
 from kernels.activation import silu_mul
 from kernels.kv_pages import KVPages
 from kernels.norm import rms_norm
+from kernels.prefix_attention import prefix_attention
 from kernels.qk_norm_rope import qk_norm_rope
-from kernels.rotary_tables import rotary_frequencies
+from kernels.rotary_attention import rotary_attention
+from kernels.rotary_tables import RotaryTables, rotary_frequencies
+from kernels.runtime.dispatch import default_impl
 from model.hf.parts import Family, Module, Part, impl_of, joined
 
 
@@ -31,6 +35,18 @@ class Rotation(NamedTuple):
     positions: Tensor  # int [T], or [3, T] with `section`
     section: tuple[int, int, int] | None
     score_factor: float
+    tables: list[RotaryTables]  # added by the first layer, for all
+
+    def tables_of(self, slots: Tensor, pages: KVPages, impl: str | None) -> RotaryTables | None:
+        """What the portable form computes from positions and slots, which all layers share."""
+        if torch.compiler.is_compiling() or self.section is not None:
+            return None
+        if (impl or default_impl(slots.device)) != "portable":
+            return None
+        if not self.tables:
+            positions = self.positions[:, None]
+            self.tables.append(RotaryTables.of(self.frequencies, positions, slots, pages))
+        return self.tables[0]
 
 
 def _norm(self: Module, hidden_states: Tensor) -> Tensor:
@@ -73,6 +89,7 @@ def _rotary(self: Module, x: Tensor, position_ids: Tensor) -> Rotation:
         position_ids.expand(shape).flatten(-2).contiguous(),
         None if section is None else tuple(section),
         self.attention_scaling**2,
+        [],
     )
 
 
@@ -93,31 +110,19 @@ def _attention(
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    batch, tokens, _ = hidden_states.shape
+    shape, rotation = hidden_states.shape[:2], position_embeddings
     # The cache is called past_key_values in some versions, cache in others.
     caches = [options.pop(name, None) for name in ("past_key_values", "cache")]
     cache = next((cache for cache in caches if cache is not None), None)
     qkv = joined(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+    scale = self.scaling * rotation.score_factor
+    if hasattr(cache, "begin"):  # a PagedCache, whose module imports transformers
+        return self.o_proj(_attend_to_pages(self, qkv, rotation, cache, scale, shape)), None
+    slots = torch.arange(len(qkv), device=qkv.device)
     kv_heads = self.config.num_key_value_heads
-    # Pages of one token each: [T, Hkv, 1, D].
-    pages = KVPages(*qkv.new_empty(2, len(qkv), kv_heads, 1, self.head_dim))
-    rotation = position_embeddings
-    q_norm, k_norm = getattr(self, "q_norm", None), getattr(self, "k_norm", None)  # not Llama's
-    q = qk_norm_rope(
-        qkv,
-        None if q_norm is None else q_norm.weight,
-        None if k_norm is None else k_norm.weight,
-        rotation.frequencies,
-        rotation.positions,
-        torch.arange(len(qkv), device=qkv.device),
-        pages,
-        eps=0.0 if q_norm is None else q_norm.variance_epsilon,
-        mrope_section=rotation.section,
-        impl=impl_of(self),
-    )
-    q, k, v = (
-        x.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for x in (q, pages.k, pages.v)
-    )
+    pages = KVPages(*qkv.new_empty(2, len(qkv), kv_heads, 1, self.head_dim))  # a token per page
+    q = _rotated(self, qkv, rotation, slots, pages)
+    q, k, v = (x.view(*shape, -1, self.head_dim).transpose(1, 2) for x in (q, pages.k, pages.v))
     if cache is not None:
         k, v = cache.update(k, v, self.layer_idx, kwargs=options)
     if hasattr(self, "sliding_window"):
@@ -126,17 +131,61 @@ def _attention(
     attend = library.ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, library.eager_attention_forward
     )
-    out, weights = attend(
-        self,
-        q,
-        k,
-        v,
-        attention_mask,
-        dropout=self.attention_dropout if self.training else 0.0,
-        scaling=self.scaling * rotation.score_factor,
-        **options,
+    dropout = self.attention_dropout if self.training else 0.0
+    out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=scale, **options)
+    return self.o_proj(out.reshape(*shape, -1)), weights
+
+
+def _attend_to_pages(
+    self: Module, qkv: Tensor, rotation: Rotation, cache: Any, scale: float, shape: torch.Size
+) -> Tensor:
+    """Attention over a `PagedCache`, which also stores K and V: [B, S, Hq * D]."""
+    cache.check_attention()
+    step, pages = cache.begin(self.layer_idx, *shape), cache.pages(self.layer_idx)
+    window: int = getattr(self, "sliding_window", None) or 0
+    if rotation.section is None:
+        tables = rotation.tables_of(step.slots, pages, impl_of(self))
+        out = rotary_attention(
+            *(qkv, *_norms(self), rotation.frequencies, rotation.positions, step.slots),
+            pages,
+            step.plan,
+            scale=scale,
+            eps=_eps(self),
+            window=window,
+            tables=tables,
+            impl=(impl_of(self), cache.impl),
+        )
+    else:
+        q = _rotated(self, qkv, rotation, step.slots, pages)
+        attend: Any = prefix_attention  # without return_lse it returns one tensor
+        out = attend(q, pages, step.plan, scale=scale, window=window, impl=cache.impl)
+    return out.view(*shape, -1)
+
+
+def _rotated(
+    self: Module, qkv: Tensor, rotation: Rotation, slots: Tensor, pages: KVPages
+) -> Tensor:
+    """q [T, Hq, D], normalised and rotated; writes K and V to `slots` of the pages."""
+    return qk_norm_rope(
+        *(qkv, *_norms(self), rotation.frequencies, rotation.positions, slots),
+        pages,
+        eps=_eps(self),
+        mrope_section=rotation.section,
+        tables=rotation.tables_of(slots, pages, impl_of(self)),
+        impl=impl_of(self),
     )
-    return self.o_proj(out.reshape(batch, tokens, -1)), weights
+
+
+def _norms(self: Module) -> tuple[Tensor | None, Tensor | None]:
+    """The weights of the norms of q and k, which Llama does not have."""
+    norms = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
+    q, k = (None if norm is None else norm.weight for norm in norms)
+    return q, k
+
+
+def _eps(self: Module) -> float:
+    norm = getattr(self, "q_norm", None)
+    return 0.0 if norm is None else norm.variance_epsilon
 
 
 def _library(module: Module) -> ModuleType:

@@ -284,7 +284,11 @@ GENERATE_CASES = {  # tokens of the prompt: the case
     "512": "smollm2-135m P512 W16 T32",
     "2,048": "smollm2-135m P2048 W16 T32",
 }
-GENERATE_FORMS = {"stock": "transformers", "ours": "shared pages"}
+GENERATE_FORMS = {
+    "stock": "transformers",
+    "ours": "shared pages",
+    "ours, patched": "shared pages, patched",
+}
 GENERATE_COLUMNS = (
     Column("prompt, `generate`", "label"),
     Column(" ms per step", lambda row: spread(dict(row))),

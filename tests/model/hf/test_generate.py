@@ -1,5 +1,6 @@
 """`generate` over shared pages: the tokens and logits of transformers' own."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from kernels.prefix_attention import op
 from kernels.runtime.configs import Gpu, assume_gpu, use_config
-from model.hf import generate
+from model.hf import generate, patch
 from tests.support.errors import max_error
 
 pytestmark = pytest.mark.judge
@@ -152,6 +153,60 @@ def test_sliding_window():
         layer.self_attn.sliding_window = 100
     wide, _ = both(model, prompts(1, 20), **SAMPLED, **RECORDED, max_new_tokens=12)
     assert max_error(wide.logits[0], stock.logits[0]) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Qwen3 windows"])
+def test_patched(family: str):
+    """Guards patched layers, which write K and V straight to the pages."""
+    windows = {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+    name, *more = family.split()
+    model = causal_lm(name, **(windows if more else {}))
+    ids = prompts(2, 20)
+    stock, _ = both(model, ids, **SAMPLED, **RECORDED)
+    assert "qk_norm_rope" in patch(model)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # Stock attention over pages would be right, too.
+        monkeypatch.setattr("model.hf.paged_attention.prefix_attention", None)
+        torch.manual_seed(7)
+        ours = generate(model, ids, **SAMPLED, **RECORDED, max_new_tokens=NEW)
+    for one, other in zip(ours.logits, stock.logits, strict=True):
+        assert max_error(one, other) < 1e-4
+    assert torch.equal(ours.sequences, stock.sequences)
+
+
+def test_patched_with_three_axes():
+    """Guards Qwen3-VL's text model, whose rotation `rotary_attention` does not have."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    small = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1}
+    config = Qwen3VLConfig(
+        text_config={**SIZES, "rope_parameters": rope},
+        vision_config={**small, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+    )
+    model: Any = Qwen3VLForConditionalGeneration(config).eval()
+    stock, ours = both(model, prompts(1, 9), **SAMPLED, **RECORDED, max_new_tokens=5)
+    patch(model.model.language_model)
+    _, patched = both(model, prompts(1, 9), **SAMPLED, **RECORDED, max_new_tokens=5)
+    for outputs in (ours, patched):
+        for one, other in zip(outputs.logits, stock.logits, strict=True):
+            assert max_error(one, other) < 1e-4
+        assert torch.equal(outputs.sequences, stock.sequences)
+
+
+@torch.no_grad()
+def test_patched_refuses_another_attention(llama: Any):
+    """Guards a mask that a patched layer would ignore."""
+    from model.hf.paged_cache import PagedCache
+
+    model = deepcopy(llama)
+    patch(model)
+    with pytest.raises(ValueError, match="a PagedCache needs attention 'pacore_paged', not 'sdpa'"):
+        model(prompts(1, 4), None, None, PagedCache(model.config))
 
 
 def test_bf16(llama: Any):
