@@ -13,6 +13,7 @@ from bench.rows.columns import Column, Table, make_table, markdown
 from bench.rows.formats import number, whole
 from profiles.tables.figures import Row, folder, latest_row, milliseconds, small, spread
 from profiles.tables.gpu import gpus
+from profiles.tables.in_transformers import dispatch, generations
 from profiles.tables.kernels import DECODE_KERNELS, VISION_KERNELS, Kernel, kernel_table
 
 PROFILES = Path(__file__).parents[1]
@@ -280,41 +281,6 @@ def needles() -> str:
     return markdown(Table("", header, lines))
 
 
-GENERATE_CASES = {  # tokens of the prompt: the case
-    "512": "smollm2-135m P512 W16 T32",
-    "2,048": "smollm2-135m P2048 W16 T32",
-}
-GENERATE_FORMS = {
-    "stock": "transformers",
-    "ours": "shared pages",
-    "ours, patched": "shared pages, patched",
-}
-GENERATE_COLUMNS = (
-    Column("prompt, `generate`", "label"),
-    Column(" ms per step", lambda row: spread(dict(row))),
-    Column(" tokens/s, prompt included", "tokens_per_second", number(",.1f")),
-    Column(" first tokens after, s", "ttft_us", number(",.2f", per=1e6)),
-    Column(" KV, MB", "kv_bytes", number(",.0f", per=1e6)),
-    Column(" peak besides weights, MB", "peak_bytes", number(",.0f", per=1e6)),
-    Column(" steps with stock's tokens", "same_steps", whole),
-)
-
-
-def generations() -> str:
-    """Sixteen continuations of a prompt in transformers, by its `generate` and by ours; no line
-    where none was measured."""
-    rows = [
-        row for row in measured(ENGINE_CPU) if row["op"] == "generate" and not row.get("failure")
-    ]
-    lines = [
-        {"label": f"{tokens}, {label}", **latest_row(rows, case=case, impl=impl)}
-        for tokens, case in GENERATE_CASES.items()
-        for label, impl in GENERATE_FORMS.items()
-        if any((row["case"], row["impl"]) == (case, impl) for row in rows)
-    ]
-    return markdown(make_table("", GENERATE_COLUMNS, lines))
-
-
 WORKLOADS = ("vqa", "vl", "math", "high")
 DEFAULT, SHORTEST = "later-round-first", "shortest-expected"
 
@@ -401,7 +367,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpus": lambda: gpus(RESULTS),
     "kernels of the decode path": lambda: compiled(DECODE_KERNELS),
     "fold": fold,
-    "generate": generations,
+    "generate": lambda: generations(measured(ENGINE_CPU)),
+    "dispatch": lambda: dispatch(measured(ENGINE_CPU)),
     "kernels of the vision path": lambda: compiled(VISION_KERNELS),
     "needles": needles,
     "packing": packing,
