@@ -106,14 +106,15 @@ def layer_norm(
     device. Returns y [T, C], or with a residual (y, s). Raises ValueError for shapes, dtypes or
     devices that do not fit, and for a gamma without a residual.
     """
+    if gamma is not None:
+        check(residual is not None, "layer_norm: gamma scales x before the residual add: give both")
     if torch.compiler.is_compiling():
         ops = operators()
-        if residual is None and gamma is None:
+        if residual is None:
             return ops.layer_norm(x, weight, bias, eps, impl)
         return ops.add_layer_norm(x, residual, weight, bias, gamma, eps, impl)
     vectors = {"weight": weight, "bias": bias}
     if gamma is not None:
-        check(residual is not None, "layer_norm: gamma scales x before the residual add: give both")
         vectors["gamma"] = gamma
     _check_rows("layer_norm", x, vectors, residual)
     form = pick("layer_norm", impl, x.device, _LAYER_NORM)

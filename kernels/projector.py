@@ -56,11 +56,11 @@ def projector(
     Raises ValueError for shapes, dtypes, devices or memory layouts that do not fit together.
     """
     if torch.compiler.is_compiling():
+        check((out is None) == (rows is None), "give both out and rows, or neither")
         inputs = (x, sides_of(grids), w1, b1, w2, b2, w3, *(folded or (None, None)), impl)
-        if out is None and rows is None:
+        if out is None:
             return operators().projector(*inputs)
         operators().projector_into(out, rows, *inputs)
-        assert out is not None
         return out
     weights = (w1, b1, w2, b2, w3)
     _check_weights(x, grids, weights, folded)

@@ -1,5 +1,7 @@
 """The whole tiny model against fp64, transformers and timm: rows for `python -m bench validate`.
 
+The libraries' models with our ops in them (`model.hf.patch`) are compared with fp64 as well.
+
 In fp32 a model's error must stay below MODEL_TOLERANCE. In 16 bits it may be little more than the
 error that the dtype itself causes: that of the fp64 model whose stored results are rounded to the
 dtype (fp64_model.py). On a CPU, with weights from five seeds, in bfloat16 and float16, the eager
@@ -82,7 +84,7 @@ class ModelCase:
     name: str
     ours: Callable[[ModelSetup], Tensor]
     exact: Callable[[ModelSetup, Fp64Model], Tensor]
-    libraries: dict[str, Callable[[ModelSetup], Tensor]]
+    libraries: dict[str, Callable[[ModelSetup, str | None], Tensor]]  # patched with an impl, or not
     op: str = "model"
     modes: tuple[str, ...] = ()
 
@@ -92,27 +94,35 @@ CASES = (
         f"decoder, {PROMPT} tokens",
         lambda setup: setup.model(setup.ids),
         lambda setup, exact: exact.logits(setup.ids),
-        {"transformers": lambda setup: transformers_judge.logits(setup.model, setup.ids, [])},
+        {
+            "transformers": lambda setup, impl: transformers_judge.logits(
+                setup.model, setup.ids, [], impl
+            )
+        },
     ),
     ModelCase(
         "vision tower, one view",
         ModelSetup.tokens,
         lambda setup, exact: exact.tokens(setup.views[0]),
-        {"timm": lambda setup: timm_judge.tokens(setup.model, setup.views[0])},
+        {"timm": lambda setup, impl: timm_judge.tokens(setup.model, setup.views[0], impl)},
     ),
     ModelCase(
         "vision embeddings, 3 views",
         lambda setup: setup.tower(setup.images),
         lambda setup, exact: exact.features(setup.views),
-        {"transformers": lambda setup: transformers_judge.features(setup.model, setup.views)},
+        {
+            "transformers": lambda setup, impl: transformers_judge.features(
+                setup.model, setup.views, impl
+            )
+        },
     ),
     ModelCase(
         "3 views and text",
         ModelSetup.mixed_logits,
         lambda setup, exact: exact.logits(setup.mixed, setup.views),
         {
-            "transformers": lambda setup: transformers_judge.logits(
-                setup.model, setup.mixed, setup.views
+            "transformers": lambda setup, impl: transformers_judge.logits(
+                setup.model, setup.mixed, setup.views, impl
             )
         },
     ),
@@ -143,7 +153,7 @@ def verdicts(
     for library, judge in case.libraries.items():
         try:
             with exact_fp32():
-                library_result = judge(setup)
+                library_result = judge(setup, None)
         except ImportError as error:
             rows.append((library, "fp64", empty_fields(skipped=_missing(library, error))))
             continue
@@ -152,7 +162,28 @@ def verdicts(
             rows.append((library, "fp64", _fields(library_result, expected, limit)))
         for form, result in results.items() if fp32 else ():
             rows.append((form, library, _fields(result, library_result, allowed)))
+        for form in forms:
+            rows.append(
+                (f"{library} with {form}", "fp64", _patched(form, judge, setup, expected, allowed))
+            )
     return rows
+
+
+def _patched(
+    form: str,
+    judge: Callable[[ModelSetup, str | None], Tensor],
+    setup: ModelSetup,
+    expected: Tensor,
+    allowed: Error,
+) -> dict:
+    """Row fields of a library's model with our ops."""
+    try:
+        with exact_fp32():
+            return _fields(judge(setup, form), expected, allowed)
+    except ImplError:
+        raise
+    except Exception as error:
+        return empty_fields(failure=one_line(error))
 
 
 def _ours(case: ModelCase, setup: ModelSetup, form: str) -> Tensor:

@@ -82,9 +82,10 @@ def load(
 
 
 @torch.inference_mode()
-def tokens(model: Step3VL, view: Tensor) -> Tensor:
+def tokens(model: Step3VL, view: Tensor, impl: str | None = None) -> Tensor:
     """The expected output of our vision tower's blocks for a view: [rows * cols, width].
 
+    impl: if given, timm computes with our ops in this implementation (`model.hf.patch`)
     Raises ImportError without timm.
     """
     assert model.vision is not None
@@ -94,7 +95,7 @@ def tokens(model: Step3VL, view: Tensor) -> Tensor:
         vision.width, vision.layers, vision.heads, vision.mlp_width, grid, patch=vision.patch_size
     )
     load(judge, model.vision.checkpoint_tensors(), (vision.grid, vision.grid))
-    return like(model, judge).forward_features(view[None])[0]
+    return like(model, judge, impl).forward_features(view[None])[0]
 
 
 def _resize(embedding: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

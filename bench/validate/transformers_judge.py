@@ -1,6 +1,7 @@
 """transformers' decoders and Step3p7VisionModel with this model's weights: an independent judge.
 
-Joined by the projector they are the whole model. transformers is imported inside functions, because
+Joined by the projector they are the whole model. With an `impl`, they compute with our ops in that
+implementation (`model.hf.patch`). transformers is imported inside functions, because
 the import takes seconds; where it is not installed they raise ImportError.
 """
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import DecoderConfig
+from model.hf import patch
 from model.step3vl import Step3VL
 
 RENAMED = {
@@ -29,7 +31,7 @@ RENAMED = {
 }
 
 
-def causal_lm(model: Step3VL) -> Any:  # noqa: ANN401
+def causal_lm(model: Step3VL, impl: str | None = None) -> Any:  # noqa: ANN401
     """Qwen3ForCausalLM, or without qk-norm LlamaForCausalLM, with our decoder's weights, in its
     dtype and on its device."""
     import transformers
@@ -52,7 +54,7 @@ def causal_lm(model: Step3VL) -> Any:  # noqa: ANN401
     judge = getattr(transformers, f"{name}ForCausalLM")(config)
     tensors = model.decoder.checkpoint_tensors()  # without the LM head if it is tied
     judge.load_state_dict(tensors | {"lm_head.weight": model.decoder.lm_head.weight})
-    return like(model, judge)
+    return like(model, judge, impl)
 
 
 def rope_parameters(decoder: DecoderConfig) -> dict:
@@ -62,7 +64,7 @@ def rope_parameters(decoder: DecoderConfig) -> dict:
     return {"rope_theta": decoder.rope_theta, **kind}
 
 
-def tower(model: Step3VL) -> Any:  # noqa: ANN401
+def tower(model: Step3VL, impl: str | None = None) -> Any:  # noqa: ANN401
     """Step3p7VisionModel with our weights, Q and K rows permuted to its half-rotation layout."""
     from transformers.models.step3p7.configuration_step3p7 import Step3p7VisionConfig
     from transformers.models.step3p7.modeling_step3p7 import Step3p7VisionModel
@@ -98,31 +100,34 @@ def tower(model: Step3VL) -> Any:  # noqa: ANN401
         elif name != "vit_large_projector.weight":
             state[name] = tensor
     judge.load_state_dict(state)
-    return like(model, judge)
+    return like(model, judge, impl)
 
 
-def like(model: Step3VL, judge: nn.Module) -> Any:  # noqa: ANN401
+def like(model: Step3VL, judge: nn.Module, impl: str | None) -> Any:  # noqa: ANN401
     """The judge on the model's device, with parameters in the model's dtype. Its buffers, the
     rotary frequencies, keep fp32, as they do when a checkpoint is loaded."""
     for parameter in judge.parameters():
         parameter.data = parameter.data.to(model.dtype)
-    return judge.to(model.device).eval()
+    judge.to(model.device).eval()
+    if impl is not None:
+        patch(judge, impl=impl)
+    return judge
 
 
 @torch.inference_mode()
-def logits(model: Step3VL, ids: Tensor, views: list[Tensor]) -> Tensor:
+def logits(model: Step3VL, ids: Tensor, views: list[Tensor], impl: str | None = None) -> Tensor:
     """Logits [T, vocab] of ids, in which `views` replace the `<im_patch>` ids."""
-    judge = causal_lm(model)
+    judge = causal_lm(model, impl)
     embeddings = judge.get_input_embeddings()(ids)
     if views:
-        embeddings[ids == model.config.tokens.im_patch] = features(model, views)
+        embeddings[ids == model.config.tokens.im_patch] = features(model, views, impl)
     return judge(inputs_embeds=embeddings[None]).logits[0]
 
 
 @torch.inference_mode()
-def features(model: Step3VL, views: list[Tensor]) -> Tensor:
+def features(model: Step3VL, views: list[Tensor], impl: str | None = None) -> Tensor:
     """Decoder embeddings [T', hidden] of views [3, height, width]."""
     assert model.vision is not None
-    judge = tower(model)
+    judge = tower(model, impl)
     tokens = [judge(view[None]).last_hidden_state.flatten(0, -2) for view in views]
     return torch.cat(tokens) @ model.vision.projector.T

@@ -29,9 +29,10 @@ def torch_op(fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable]
     """Register the decorated function under its name.
 
     Its annotations and defaults give the operator's schema. No result may share memory with an
-    argument or with another result.
+    argument or with another result. Results become contiguous, as PyTorch's forms of an op need
+    not be when an input is not.
 
-    fake: takes the same arguments; returns results with the right shapes, dtypes and strides
+    fake: takes the same arguments; returns contiguous results of the right shapes and dtypes
     mutates: the arguments that are written in place
     """
 
@@ -39,7 +40,7 @@ def torch_op(fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable]
         name = function.__name__
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         _LIBRARY.define(name + schema, tags=_TAGS)
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _contiguous(function), "CompositeExplicitAutograd")
 
         @wraps(fake)
         def checked(*arguments: Any, **options: Any) -> Any:
@@ -51,3 +52,14 @@ def torch_op(fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable]
         return function
 
     return register
+
+
+def _contiguous(function: Callable) -> Callable:
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        result = function(*arguments, **options)
+        if isinstance(result, tuple):
+            return tuple(x.contiguous() for x in result)
+        return result if result is None else result.contiguous()
+
+    return call

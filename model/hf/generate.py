@@ -58,6 +58,9 @@ def generate(
     # Earlier versions of transformers call it past_key_values.
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     argument = {name: cache}
+    for module in model.modules():  # an offset of positions that images of earlier calls left
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
     with _paged(model):
         if prompt.shape[1]:
             model(prompt, use_cache=True, logits_to_keep=1, **argument)

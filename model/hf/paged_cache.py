@@ -57,19 +57,20 @@ class PagedCache(Cache):
         super().__init__(layers=layers)
         self._tree = PageTree(PAGE_SIZE, no_pages.device, advances=impl != "eager")
         self._head = torch.arange(kv_heads, device=no_pages.device)
+        self._next_layer = 0
 
     def begin(self, layer_idx: int, batch: int, tokens: int) -> Step:
         """The step that writes `tokens` tokens to each of `batch` sequences: positions and slots
         [batch * tokens], and the plan. Layer 0 begins it, and all layers share it.
 
-        Raises ValueError if the cache has a different number of sequences.
+        Raises ValueError if the cache has a different number of sequences, or if an earlier step
+        did not reach all layers, so that they hold different tokens.
         """
+        if layer_idx != self._next_layer:
+            raise ValueError("PagedCache: the last step did not reach all layers: call reset()")
         if layer_idx == 0:
             self._tree.append(batch, tokens)
-            slots = self.step.slots[:, None]
-            tile = slots // PAGE_SIZE * len(self._head) + self._head
-            # Where each row's heads are stored, in pages viewed as rows of D elements.
-            self._stored = (tile * PAGE_SIZE + slots % PAGE_SIZE).flatten()
+        self._next_layer = (layer_idx + 1) % len(self.layers)
         return self.step
 
     @property
@@ -100,8 +101,11 @@ class PagedCache(Cache):
         """
         self.check_attention()
         batch, _, tokens, dim = key_states.shape
-        self.begin(layer_idx, batch, tokens)
-        pages = self.pages(layer_idx)
+        slots, pages = self.begin(layer_idx, batch, tokens).slots[:, None], self.pages(layer_idx)
+        if layer_idx == 0:
+            tile = slots // PAGE_SIZE * len(self._head) + self._head
+            # Where each row's heads are stored, in pages viewed as rows of D elements.
+            self._stored = (tile * PAGE_SIZE + slots % PAGE_SIZE).flatten()
         for target, states in ((pages.k, key_states), (pages.v, value_states)):
             rows = states.transpose(1, 2).flatten(0, 2)
             target.view(-1, dim).index_copy_(0, self._stored, rows)
@@ -140,6 +144,7 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Remove all sequences; the pages remain allocated."""
         self._tree.clear()
+        self._next_layer = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the order. Raises ValueError for another, as in beam search."""

@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from kernels.runtime.dispatch import check
+
 Module = Any  # an nn.Module of a library, whose attributes have no types here
 
 
@@ -66,7 +68,7 @@ def impl_of(module: nn.Module) -> str | None:
 def joined(x: Tensor, *layers: nn.Module) -> Tensor:
     """The results of linear layers side by side: x [..., K] -> [T, N1 + N2 + ...]."""
     rows = x.reshape(-1, x.shape[-1])
-    plain = [layer for layer in layers if _is_plain(layer)]
+    plain = [layer for layer in layers if is_plain(layer)]
     # out= records no gradients, without which ops could not refuse them.
     out_works = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     if len(plain) < len(layers) or not out_works:
@@ -81,6 +83,21 @@ def joined(x: Tensor, *layers: nn.Module) -> Tensor:
     return out
 
 
-def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is its weight and bias: not LoRA's or a quantised one, and without hooks."""
-    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter  # quantised ones may be of another class
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and "forward" not in layer.__dict__
+    )
+
+
+def check_activation(act: nn.Module, expected: Callable[[Tensor], Tensor], name: str) -> None:
+    """Raise ValueError as `Part.check` does, if an activation computes something else.
+
+    Libraries have activations under several names, so the values decide.
+    """
+    x = torch.linspace(-4, 4, 17)
+    same = torch.allclose(act(x), expected(x), atol=1e-5)
+    check(same, f"its activation {type(act).__name__} is not {name}")

@@ -1,8 +1,8 @@
 """`patch(model)`: a model of transformers or timm computes with our ops; `unpatch` undoes it.
 
 A patched module keeps its class, its weights and its place. Only a method, mostly `forward`, is
-replaced by an attribute of the instance, so that checkpoints, hooks on the module and copies work
-as before.
+replaced by an attribute of the instance, so that checkpoints, the module's hooks and deepcopy work
+as before. Modules whose weights a fused op reads, such as a layer's second norm, are not called.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from types import MethodType
 from torch import nn
 
 import kernels.torch_ops  # noqa: F401 - registers the ops for torch.compile
-from kernels.runtime.dispatch import IMPLS
+from kernels.runtime.dispatch import IMPLS, check
 from model.hf import step3p7, text, timm_pe
 from model.hf.parts import BUFFER, Family, Part
 
@@ -30,6 +30,7 @@ def patch(
     ops: the ops to use, by default all that apply
     impl: of these ops, "eager", "portable" or "triton"; None takes Triton on CUDA, else portable
 
+    What was patched before stays so; `unpatch` first to use other ops only.
     The ops have no backward: call the model under torch.no_grad() or torch.inference_mode().
     Raises ValueError, and patches nothing, if the model contains a module of its library that is
     not known, a known one with a setting that is not supported, or none for one of `ops`.
@@ -42,14 +43,15 @@ def patch(
         raise ValueError(f"patch: {type(model).__name__} has no module that we know")
     chosen = set(known if ops is None else ops)
     for op in sorted(chosen - set(known)):
+        where = type(model).__name__
         raise ValueError(
-            f"patch: {op!r} applies nowhere in {type(model).__name__}; choose of {', '.join(known)}"
+            f"patch: {op!r} applies nowhere in {where}; choose from {', '.join(known)}"
         )
     counts = dict.fromkeys(sorted(chosen), 0)
     to_patch = [(name, module, part) for name, module, part in parts if part.op in chosen]
     for name, module, part in to_patch:
         try:
-            _check_own(module, part.method)
+            _check_own(module, part)
             part.check(module)
         except ValueError as error:
             raise ValueError(
@@ -78,10 +80,15 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:
     for name, module in model.named_modules():
         source = type(module).__module__
         if not source.startswith(LIBRARIES):
+            known = [base.__name__ for base in type(module).__mro__ if _part_of(base)]
+            if known:
+                raise ValueError(
+                    f"patch: {_described(name, module)} is a subclass of {known[0]}, which may"
+                    " compute something else"
+                )
             continue
         family = FAMILIES.get(source, Family(source, {}))
-        part = family.parts.get(type(module).__name__)
-        if part is not None:
+        if (part := _part_of(type(module))) is not None:
             yield name, module, part
         elif type(module).__name__ not in family.others:
             raise ValueError(
@@ -89,14 +96,19 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:
                 " is, or see docs/transformers.md for what is"
             )
         for attribute, child in module.named_children():
-            part = family.parts.get(f"{type(module).__name__}.{attribute}")
-            if part is not None:
-                yield f"{name}.{attribute}".lstrip("."), child, part
+            if inner := family.parts.get(f"{type(module).__name__}.{attribute}"):
+                yield f"{name}.{attribute}".lstrip("."), child, inner
 
 
-def _check_own(module: nn.Module, method: str) -> None:
-    if method in module.__dict__ and "pacore_impl" not in module.__dict__:
-        raise ValueError(f"its {method} was replaced already, as accelerate's hooks do")
+def _part_of(kind: type) -> Part | None:
+    family = FAMILIES.get(kind.__module__)
+    return family.parts.get(kind.__name__) if family else None
+
+
+def _check_own(module: nn.Module, part: Part) -> None:
+    present = module.__dict__.get(part.method)
+    own = present is None or getattr(present, "__func__", None) is part.forward
+    check(own, f"its {part.method} was replaced already, as accelerate's hooks do")
 
 
 def _described(name: str, module: nn.Module) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels.gemm import convolution, halved
 from kernels.runtime.dispatch import check, default_impl
-from model.hf.parts import Family, Module, Part, impl_of
+from model.hf.parts import Family, Module, Part, impl_of, is_plain
 from model.hf.vision import (
     Axial,
     attend,
@@ -53,7 +53,7 @@ def _qkv(self: Module, x: Tensor) -> Tensor:
     soon as T > H * D, gives one product instead of three, and leaves no second copy in memory.
     """
     layers = self.q_proj, self.k_proj, self.v_proj
-    if all(type(layer) is nn.Linear for layer in layers):
+    if all(map(is_plain, layers)):
         weights, biases = ([getattr(layer, of) for layer in layers] for of in ("weight", "bias"))
         return torch.addmm(_joined(self.num_heads, *biases), x, _joined(self.num_heads, *weights).T)
     # LoRA, quantised

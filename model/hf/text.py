@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.activation import silu_mul
@@ -24,8 +25,9 @@ from kernels.prefix_attention import prefix_attention
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.rotary_attention import rotary_attention
 from kernels.rotary_tables import RotaryTables, rotary_frequencies
-from kernels.runtime.dispatch import default_impl
-from model.hf.parts import Family, Module, Part, impl_of, joined
+from kernels.runtime.dispatch import check, default_impl
+from model.hf.paged_attention import check_causal
+from model.hf.parts import Family, Module, Part, check_activation, impl_of, joined
 
 
 class Rotation(NamedTuple):
@@ -75,9 +77,14 @@ def _mlp(self: Module, x: Tensor) -> Tensor:
 
 
 def _check_mlp(module: Module) -> None:
-    act = module.config.hidden_act
-    if act != "silu":
-        raise ValueError(f"hidden_act is {act!r}, not 'silu'")
+    check_activation(module.act_fn, F.silu, "silu")
+
+
+def _check_layer(module: Module) -> None:
+    """Its second norm is computed together with the residual add."""
+    norm = module.post_attention_layernorm
+    name = type(module).__name__.removesuffix("DecoderLayer") + "RMSNorm"
+    check(type(norm).__name__ == name, f"its norm is {type(norm).__name__}, not {name}")
 
 
 def _rotary(self: Module, x: Tensor, position_ids: Tensor) -> Rotation:
@@ -94,8 +101,9 @@ def _rotary(self: Module, x: Tensor, position_ids: Tensor) -> Rotation:
 
 
 def _check_rotary(module: Module) -> None:
-    if module.rope_type in ("dynamic", "longrope"):
-        raise ValueError(f"rope_type {module.rope_type!r} has frequencies that change with length")
+    kind = module.rope_type
+    changes = kind in ("dynamic", "longrope")
+    check(not changes, f"rope_type {kind!r} has frequencies that change with length")
 
 
 def _frequencies(module: Module) -> dict[str, Tensor]:
@@ -111,12 +119,19 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     shape, rotation = hidden_states.shape[:2], position_embeddings
+    check(
+        isinstance(rotation, Rotation),
+        "qk_norm_rope: the attention is patched, but not the model's rotary embedding; patch the"
+        " whole model",
+    )
     # The cache is called past_key_values in some versions, cache in others.
     caches = [options.pop(name, None) for name in ("past_key_values", "cache")]
     cache = next((cache for cache in caches if cache is not None), None)
     qkv = joined(hidden_states, self.q_proj, self.k_proj, self.v_proj)
     scale = self.scaling * rotation.score_factor
+    dropout = self.attention_dropout if self.training else 0.0
     if hasattr(cache, "begin"):  # a PagedCache, whose module imports transformers
+        check_causal(self, attention_mask, dropout)
         return self.o_proj(_attend_to_pages(self, qkv, rotation, cache, scale, shape)), None
     slots = torch.arange(len(qkv), device=qkv.device)
     kv_heads = self.config.num_key_value_heads
@@ -131,7 +146,6 @@ def _attention(
     attend = library.ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, library.eager_attention_forward
     )
-    dropout = self.attention_dropout if self.training else 0.0
     out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=scale, **options)
     return self.o_proj(out.reshape(*shape, -1)), weights
 
@@ -196,7 +210,7 @@ def _library(module: Module) -> ModuleType:
 def _family(name: str, prefix: str, others: tuple[str, ...] = ()) -> Family:
     parts = {
         "RMSNorm": Part("rms_norm", _norm),
-        "DecoderLayer": Part("rms_norm", _layer),
+        "DecoderLayer": Part("rms_norm", _layer, _check_layer),
         "MLP": Part("silu_mul", _mlp, _check_mlp),
         "RotaryEmbedding": Part("qk_norm_rope", _rotary, _check_rotary, _frequencies),
         "Attention": Part("qk_norm_rope", _attention),

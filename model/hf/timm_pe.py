@@ -65,6 +65,8 @@ def _mlp(self: Module, x: Tensor) -> Tensor:
 
 
 def _check_embed(module: Module) -> None:
+    kind = getattr(module, "grid_type", "index")
+    check(kind == "index", f"grid_type is {kind!r}, not 'index'")
     check(not module.in_pixels, "its positions are in pixels, not patches")
     check(
         module.grid_indexing == "xy",

@@ -230,7 +230,10 @@ class TestModel:
         """Guards the fp64 model and the limits in 16 bits: correct forms pass."""
         rows = list(validate_model.verdicts(case, half, ("eager", "portable"), libraries=True))
         (library,) = case.libraries
-        assert [row[:2] for row in rows] == [(x, "fp64") for x in ("eager", "portable", library)]
+        patched = [f"{library} with {form}" for form in ("eager", "portable")]
+        assert [row[:2] for row in rows] == [
+            (x, "fp64") for x in ("eager", "portable", library, *patched)
+        ]
         for _, _, fields in rows:
             assert fields["failure"] is None
             assert 0 < fields["rms_err"] < 4 * roundoff(torch.float16)
@@ -245,8 +248,17 @@ class TestModel:
                 ("portable", "fp64"),
                 (library, "fp64"),
                 ("portable", library),
+                (f"{library} with portable", "fp64"),
             ]
             assert all(fields["max_err"] < 2e-5 for _, _, fields in rows)
+
+    def test_a_wrong_patch_fails(self, half, monkeypatch):
+        """Guards the rows of patched libraries: they are the patched model's, and are judged."""
+        monkeypatch.setattr("model.hf.text.silu_mul", lambda x, **options: x.chunk(2, dim=1)[1])
+        rows = validate_model.verdicts(validate_model.CASES[0], half, ("portable",), libraries=True)
+        failures = {form: fields["failure"] for form, _, fields in rows}
+        assert "error" in failures.pop("transformers with portable")
+        assert set(failures.values()) == {None}
 
     @pytest.mark.parametrize("fault", ["model.norm.weight", "lm_head.weight"])
     def test_a_small_fault_fails(self, fault, half):

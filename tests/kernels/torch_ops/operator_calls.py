@@ -59,6 +59,9 @@ def tree(device: str = "cpu", dtype: torch.dtype = torch.float32, fp8: bool = Fa
     )
 
 
+_trees: list[Tree] = []  # keeps their plans, for which only existing plans' tensors stand
+
+
 def calls(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
     """Positional arguments by operator, without `impl`, which all take as a keyword."""
     generator = torch.Generator().manual_seed(4)
@@ -67,6 +70,7 @@ def calls(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, 
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     step = tree(device, dtype)
+    _trees.append(step)
     frequencies = rotary_frequencies([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003]).to(device)
     rotated = (random(DIM), random(DIM), frequencies, step.positions, step.slots)
     x, rows = random(5, 32), random(32)

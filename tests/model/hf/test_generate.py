@@ -9,6 +9,7 @@ import torch
 from kernels.prefix_attention import op
 from kernels.runtime.configs import Gpu, assume_gpu, use_config
 from model.hf import generate, patch
+from model.hf.paged_attention import NAME, register
 from tests.support.errors import max_error
 
 pytestmark = pytest.mark.judge
@@ -190,6 +191,7 @@ def test_patched_with_three_axes():
     )
     model: Any = Qwen3VLForConditionalGeneration(config).eval()
     stock, ours = both(model, prompts(1, 9), **SAMPLED, **RECORDED, max_new_tokens=5)
+    model.model.rope_deltas = torch.tensor([[-3]])  # left by an earlier call with an image
     patch(model.model.language_model)
     _, patched = both(model, prompts(1, 9), **SAMPLED, **RECORDED, max_new_tokens=5)
     for outputs in (ours, patched):
@@ -200,13 +202,22 @@ def test_patched_with_three_axes():
 
 @torch.no_grad()
 def test_patched_refuses_another_attention(llama: Any):
-    """Guards a mask that a patched layer would ignore."""
+    """Guards patched layers, which would attend to pages whatever the model is set to, and masks
+    and dropout, which pages do not have."""
     from model.hf.paged_cache import PagedCache
 
     model = deepcopy(llama)
     patch(model)
     with pytest.raises(ValueError, match="a PagedCache needs attention 'pacore_paged', not 'sdpa'"):
         model(prompts(1, 4), None, None, PagedCache(model.config))
+    register()
+    model.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match="only causal masks are supported, without padding"):
+        model(prompts(2, 5), torch.zeros(2, 1, 5, 5), None, PagedCache(model.config))
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="dropout is not supported"):
+        model.train()(prompts(2, 5), None, None, PagedCache(model.config))
 
 
 def test_bf16(llama: Any):

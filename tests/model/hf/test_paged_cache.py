@@ -1,5 +1,6 @@
 """A model of transformers that runs over a PagedCache, called directly."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from kernels.rotary_attention import rotary_attention
 from kernels.rotary_tables import rotary_frequencies
-from model.hf.paged_attention import NAME, paged_attention, register
+from model.hf.paged_attention import NAME, no_mask, paged_attention, register
 from tests.model.hf.test_generate import causal_lm, prompts
 from tests.support.errors import max_error
 
@@ -99,7 +100,13 @@ def test_refusals(model: Any):
         logits(model, ids, cache, attention_mask=mask)
     with pytest.raises(ValueError, match="only causal masks are supported, without padding"):
         logits(model, ids, cache, attention_mask=torch.zeros(2, 1, 5, 5))
+    with pytest.raises(ValueError, match="the last step did not reach all layers: call reset"):
+        logits(model, ids, cache)  # layer 0 alone holds the refused tokens
     cache.reset()
+    for size, window in ((None, None), (4, 4)):
+        no_mask(local_size=size, config=SimpleNamespace(sliding_window=window))
+    with pytest.raises(ValueError, match="chunked attention is not supported"):
+        no_mask(local_size=4, config=SimpleNamespace(sliding_window=None))
     logits(model, ids, cache, attention_mask=torch.ones_like(mask))
     cache.reorder_cache(torch.tensor([0, 1]))
     cache.crop(0)

@@ -125,7 +125,7 @@ def test_bf16(name: str, impl: str):
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_op(op: str):
-    """Guards each op alone, and that it is called: its eager form, broken, changes the outputs."""
+    """Guards each op alone, and that it is called: halved results change the outputs."""
     model = loud(qwen3())
     expected = outputs(model)
     counts = patch(model, ops=[op], impl="portable")
@@ -168,11 +168,15 @@ def test_other_layers_in_place_of_linear():
     expected = outputs(model)
     patch(model)
     assert max_error(outputs(model), expected) < 2e-5
+    unpatch(model)
     hooked = model.model.layers[0].self_attn.q_proj
     hooked.register_forward_hook(lambda module, inputs, output: -output)
+    replaced = model.model.layers[1].mlp.gate_proj
+    replaced.forward = lambda x: x.new_zeros(*x.shape[:-1], replaced.out_features)
     changed = outputs(model)
-    unpatch(model)
-    assert max_error(changed, outputs(model)) < 2e-5
+    assert max_error(changed, expected) > 1e-2
+    patch(model)
+    assert max_error(outputs(model), changed) < 2e-5
 
 
 def test_compiles_as_one_graph():
@@ -208,6 +212,19 @@ def hooked() -> nn.Module:
     return model
 
 
+def own_attention() -> nn.Module:
+    model = qwen3()
+    attention = model.model.layers[0].self_attn
+    attention.__class__ = type("Mine", (type(attention),), {"__module__": "mine"})
+    return model
+
+
+def other_norm() -> nn.Module:
+    model = qwen3()
+    model.model.layers[1].post_attention_layernorm = nn.RMSNorm(64)
+    return model
+
+
 def mixtral() -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -220,10 +237,12 @@ def mixtral() -> nn.Module:
         (
             gelu,
             {},
-            r"silu_mul does not fit LlamaMLP \(model.layers.0.mlp\): hidden_act is 'gelu', not",
+            r"silu_mul does not fit LlamaMLP \(model.layers.0.mlp\): its activation GELU\w* is not",
         ),
         (dynamic, {}, r"Qwen3RotaryEmbedding \(model.rotary_emb\): rope_type 'dynamic' has freq"),
         (hooked, {}, r"rms_norm does not fit .*\(model.norm\): its forward was replaced already"),
+        (own_attention, {}, r"Mine \(model.layers.0.self_attn\) is a subclass of Qwen3Attention"),
+        (other_norm, {}, r"Qwen3DecoderLayer .*: its norm is RMSNorm, not Qwen3RMSNorm"),
         (mixtral, {}, r"MixtralForCausalLM is not known; .*docs/transformers.md"),
         (lambda: nn.Linear(2, 2), {}, "Linear has no module that we know"),
         (qwen3, {"ops": ["layer_norm"]}, "'layer_norm' applies nowhere .* qk_norm_rope, rms_norm"),
@@ -245,3 +264,11 @@ def test_gradients_are_refused(op: str):
     patch(model, ops=[op])
     with pytest.raises(ValueError, match=f"{op} has no backward, but an input"):
         model(IDS)
+
+
+def test_half_a_patch_is_refused():
+    """Guards attention that is patched without the rotary embedding above it."""
+    model = loud(qwen3())
+    patch(model.model.layers)
+    with pytest.raises(ValueError, match="but not the model's rotary embedding; patch the whole"):
+        outputs(model)

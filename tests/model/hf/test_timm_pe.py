@@ -134,6 +134,14 @@ def test_any_offset_of_positions():
     assert max_error(tokens(tower), expected) < 1e-5
 
 
+def test_other_coordinates_are_refused():
+    """Guards timm's rotary embedding of other coordinates than indices of patches."""
+    tower = any_pe("vit_pe_lang_gigantic_patch14_448")
+    tower.rope.grid_type = "centered"
+    with pytest.raises(ValueError, match="grid_type is 'centered', not 'index'"):
+        patch(tower)
+
+
 def test_images_of_any_size():
     """Guards the grid of towers that take it from each image, and their rescaled positions."""
     tower = any_pe("vit_pe_lang_gigantic_patch14_448", dynamic_img_size=True)
