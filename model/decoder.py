@@ -17,7 +17,7 @@ from kernels.kv_pages import KVPages
 from kernels.norm import rms_norm
 from kernels.plan_node import PlanNode
 from kernels.prefix_attention.advance import advance
-from kernels.prefix_plan import PlanTensors, PrefixPlan
+from kernels.prefix_plan import PrefixPlan
 from kernels.rotary_attention import rotary_attention
 from kernels.rotary_tables import RotaryTables, rotary_frequencies
 from kernels.runtime.arithmetic import cdiv
@@ -34,7 +34,7 @@ class Step:
 
     positions: Tensor  # int [T] index in the sequence, for the rotation
     slots: Tensor  # int [T] where the row's K and V are written: page * page_size + offset
-    plan: PrefixPlan | PlanTensors  # tensors alone in code that is exported
+    plan: PrefixPlan  # in code that is exported its `PlanTensors`
 
     @staticmethod
     def of_sequence(start: int, length: int, cache: KVCache) -> "Step":

@@ -135,8 +135,9 @@ def verdicts(
 ) -> list[tuple[str, str, dict]]:
     """Form, reference and row fields: each form against fp64 and, in fp32, against libraries.
 
-    With `libraries` the libraries are compared with fp64, too, and judged in fp32 only. Raises
-    ImplError for a form that cannot run here.
+    With `libraries` the libraries are compared with fp64, too, and judged in fp32 only; their
+    models with our ops in them are judged in all dtypes. Raises ImplError for a form that cannot
+    run here.
     """
     fp32 = setup.model.dtype == torch.float32
     expected = case.exact(setup, setup.exact)
@@ -162,7 +163,7 @@ def verdicts(
             rows.append((library, "fp64", _fields(library_result, expected, limit)))
         for form, result in results.items() if fp32 else ():
             rows.append((form, library, _fields(result, library_result, allowed)))
-        for form in forms:
+        for form in forms if libraries else ():
             rows.append(
                 (f"{library} with {form}", "fp64", _patched(form, judge, setup, expected, allowed))
             )

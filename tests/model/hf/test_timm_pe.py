@@ -210,7 +210,7 @@ def test_refusal_of_the_activation():
     ):
         patch(tower)
     with pytest.raises(
-        ValueError, match="'projector' applies nowhere in Eva; choose of layer_norm"
+        ValueError, match="'projector' applies nowhere in Eva; choose from layer_norm"
     ):
         patch(tower, ["projector"])
 
