@@ -143,8 +143,9 @@ def test_a_view_of_logits_is_not_written_to():
     assert torch.equal(storage, before)
 
 
-def test_logits_with_a_gradient():
-    """Guards NumPy, which takes no tensor that requires one."""
+@torch.no_grad()
+def test_logits_that_require_grad():
+    """Guards NumPy, which takes no tensor that requires one, not even where none is recorded."""
     logits, seeds, positions = rows_like(500)
     settings = {"temperature": 1.0, "top_p": 0.9, "impl": "portable"}
     want = sample(logits, seeds, positions, **settings)[0]
