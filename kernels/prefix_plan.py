@@ -107,7 +107,7 @@ class PrefixPlan:
     @staticmethod
     def of(plan: "PrefixPlan | PlanTensors", num_rows: int, cache: KVPages) -> "PrefixPlan":
         """The plan itself, the plan that has these tensors, or one built from their values."""
-        if isinstance(plan, PrefixPlan):
+        if not isinstance(plan, PlanTensors):
             return plan
         known = _existing.get(plan.kv_len.data_ptr())
         if known is not None and _same_memory(known.tensors, plan):
