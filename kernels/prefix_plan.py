@@ -37,7 +37,7 @@ MAX_TOKENS = 2**30
 class PlanTensors(NamedTuple):
     """A plan as its tensors alone, which code that is compiled or exported takes; see `PrefixPlan`.
 
-    Ops accept them in place of the plan. Tensors of a plan that exists stand for it; from any
+    Ops accept them in place of the plan, and recognise those of a plan that exists. From any
     others, such as copies, a plan is built at every call, which reads them on the host.
     """
 

@@ -59,7 +59,7 @@ def tree(device: str = "cpu", dtype: torch.dtype = torch.float32, fp8: bool = Fa
     )
 
 
-_trees: list[Tree] = []  # keeps their plans, for which only existing plans' tensors stand
+_trees: list[Tree] = []  # keeps their plans: only tensors of existing ones are recognised
 
 
 def calls(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
@@ -108,7 +108,7 @@ def calls(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, 
 
 
 def copied(arguments: tuple) -> tuple:
-    """The arguments with a copy of every tensor but the plan's, which stand for the plan."""
+    """The arguments with a copy of every tensor but the plan's, which would not be recognised."""
     return tuple(_copy(x) for x in arguments)
 
 

@@ -61,7 +61,7 @@ def test_padded_plan():
     assert PrefixPlan.of(tensors, 3, cache(6)) is plan
 
 
-def test_tensors_stand_for_their_plan():
+def test_an_existing_plan_is_recognised():
     """Guards the schedules that layers share: the plan is found, also through other views; and
     against finding a plan that no longer exists, or one whose first tensors only are the same."""
     nodes = [PlanNode([0], 3, 0, 1, num_new=1)]

@@ -173,7 +173,7 @@ def test_copies_and_new_weights(judge, tower):
 
 
 class Doubled(nn.Linear):
-    """Stands for LoRA and quantised layers: `weight` is not all that it computes with."""
+    """Like LoRA and quantised layers: `weight` is not all that it computes with."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
