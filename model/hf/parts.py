@@ -27,8 +27,8 @@ class Part:
 
     op: its name
     forward: the new forward, called as forward(module, *arguments of the old one)
-    check: raises ValueError with what is not supported about a module, as a clause: "hidden_act is
-        'gelu', not 'silu'"
+    check: raises ValueError with what is not supported about a module, as a clause: "its
+        activation GELU is not silu"
     buffers: further tensors that the new forward reads, by name; the module gets them as buffers
         that are not saved, under BUFFER + name
     method: the method that `forward` replaces

@@ -207,7 +207,7 @@ def _library(module: Module) -> ModuleType:
     return sys.modules[type(module).__module__]
 
 
-def _family(name: str, prefix: str, others: tuple[str, ...] = ()) -> Family:
+def _family(name: str, prefix: str) -> Family:
     parts = {
         "RMSNorm": Part("rms_norm", _norm),
         "DecoderLayer": Part("rms_norm", _layer, _check_layer),
@@ -218,7 +218,7 @@ def _family(name: str, prefix: str, others: tuple[str, ...] = ()) -> Family:
     return Family(
         f"transformers.models.{name}.modeling_{name}",
         {prefix + part: how for part, how in parts.items()},
-        frozenset({prefix + "Model", prefix + "ForCausalLM", *others}),
+        frozenset({prefix + "Model", prefix + "ForCausalLM"}),
     )
 
 
