@@ -17,7 +17,7 @@ from bench.measure.devices import MAIN_DTYPE
 from bench.measure.rows import measured
 from bench.measure.timing import Timing
 from bench.measure.verdicts import NOT_RUN, Verdict, judged
-from bench.model_peers.transformers_peer import LIBRARY
+from bench.peers.peer import Unavailable, distribution, imported
 from bench.studies.decode import DecodeCase
 from bench.studies.prefill import random_ids
 from bench.validate.transformers_judge import causal_lm
@@ -73,8 +73,10 @@ def run(
 ) -> Iterator[dict]:
     """A row per case and form. Raises InputError for cases beyond the model's context or the
     machine's memory, without transformers, and where memory cannot be measured."""
-    if reason := LIBRARY.absence(device):
-        raise InputError(f"transformers: {reason}")
+    try:
+        imported("transformers")
+    except Unavailable as reason:
+        raise InputError(f"transformers: {reason}") from None
     peak_memory.start(device)
     config, dtype = preset(name).decoder, MAIN_DTYPE[device.type]
     for case in cases:
@@ -205,5 +207,5 @@ def _row(
         "seconds": seconds,
         "steps": case.new,
         "kv_bytes": case.kv_bytes(form, config, model.dtype),
-        "version": LIBRARY.version(),
+        "version": distribution("transformers")(),
     }

@@ -1,6 +1,7 @@
 """The study of continuations in transformers, on a tiny model."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_mistakes(monkeypatch):
         command.main([*WORDS, "--prompt", "8190"])
     with pytest.raises(InputError, match="unknown preset 'none'"):
         command.main([*WORDS, "--model", "none"])
+    with monkeypatch.context() as absent:
+        absent.setitem(sys.modules, "transformers", None)
+        with pytest.raises(InputError, match="transformers: not installed"):
+            command.main([*WORDS, *SMALL])
     monkeypatch.setattr(study, "free_bytes", lambda device: 10**6)
     with pytest.raises(InputError, match=r"copies of the prompt's KV need 0\.\d\d GB, 0\.00 GB"):
         command.main([*WORDS, "--prompt", "1000"])
