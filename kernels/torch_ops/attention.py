@@ -19,6 +19,9 @@ from kernels.torch_ops.registration import torch_op
 
 PAGES = ("k", "v", "k_scale", "v_scale")
 
+# torch.compile's own CUDA graphs copy their inputs: a plan's tensors would not be recognised.
+OUTSIDE_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+
 
 def _attended(q: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -39,7 +42,7 @@ def _queries(
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // head_dim - 2 * kv_heads, head_dim)
 
 
-@torch_op(_attended)
+@torch_op(_attended, tags=OUTSIDE_GRAPHS)
 def prefix_attention(
     q: Tensor,
     k: Tensor,
@@ -99,7 +102,7 @@ def qk_norm_rope(
     )
 
 
-@torch_op(_queries, mutates=PAGES)
+@torch_op(_queries, mutates=PAGES, tags=OUTSIDE_GRAPHS)
 def rotary_attention(
     qkv: Tensor,
     q_weight: Tensor | None,

@@ -25,7 +25,9 @@ def names() -> tuple[str, ...]:
     return tuple(_NAMES)
 
 
-def torch_op(fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+def torch_op(
+    fake: Callable, mutates: Sequence[str] = (), tags: Sequence[torch.Tag] = ()
+) -> Callable[[Callable], Callable]:
     """Register the decorated function under its name.
 
     Its annotations and defaults give the operator's schema. No result may share memory with an
@@ -34,12 +36,13 @@ def torch_op(fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable]
 
     fake: takes the same arguments; returns contiguous results of the right shapes and dtypes
     mutates: the arguments that are written in place
+    tags: besides those of all
     """
 
     def register(function: Callable) -> Callable:
         name = function.__name__
         schema = torch.library.infer_schema(function, mutates_args=mutates)
-        _LIBRARY.define(name + schema, tags=_TAGS)
+        _LIBRARY.define(name + schema, tags=(*_TAGS, *tags))
         _LIBRARY.impl(name, _contiguous(function), "CompositeExplicitAutograd")
 
         @wraps(fake)

@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels.torch_ops  # noqa: F401 - registers
+from kernels.norm import rms_norm
 from kernels.prefix_plan import Capacity, PrefixPlan
 from model.cuda_graph import CudaGraph
 from tests.kernels.torch_ops.operator_calls import (
@@ -84,3 +85,24 @@ def test_in_a_cuda_graph():
         got, expected = captured.replay(), operator(name)(*theirs)
         torch.testing.assert_close(got, expected, **near)
         torch.testing.assert_close(ours, theirs, **near)  # in place
+
+
+class Norm(nn.Module):
+    def forward(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return rms_norm(x, weight, eps=1e-6, residual=residual)
+
+
+@torch.no_grad()
+def test_export_of_one_op():
+    """Guards torch.export: an operator instead of launches, for any number of rows, also when it
+    is compiled for changing numbers."""
+    x, residual, weight = torch.randn(4, 32), torch.randn(4, 32), torch.randn(32)
+    rows = torch.export.Dim("rows", min=2)
+    shapes = {"x": {0: rows}, "residual": {0: rows}, "weight": None}
+    program = torch.export.export(Norm(), (x, residual, weight), dynamic_shapes=shapes)
+    assert nodes_of(program.graph) == ["add_rms_norm"]
+    compiled = torch.compile(Norm(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (4, 7, 130):
+        inputs = torch.randn(count, 32), torch.randn(count, 32), weight
+        for run in (program.module(), compiled):
+            torch.testing.assert_close(run(*inputs), Norm()(*inputs), rtol=0, atol=0)
