@@ -87,6 +87,18 @@ def test_attention_that_calls_the_ops_itself(model: Any):
     assert max_error(ours, expected) < 1e-4
 
 
+@torch.no_grad()
+def test_a_window_that_only_the_module_knows(model: Any):
+    """Guards models whose attention has a sliding window and does not pass it on."""
+    cache, q, kv = paged_cache(model), torch.randn(1, 4, 9, 16), torch.randn(2, 1, 2, 9, 16)
+    pages, step = cache.update(*kv, 0)
+    silent, windowed = (SimpleNamespace(sliding_window=w, is_causal=True) for w in (None, 3))
+    with_window, _ = paged_attention(windowed, q, pages, step, None)
+    expected, _ = paged_attention(silent, q, pages, step, None, sliding_window=3)
+    assert torch.equal(with_window, expected)
+    assert not torch.equal(expected, paged_attention(silent, q, pages, step, None)[0])
+
+
 def test_refusals(model: Any):
     """Guards one clear line in place of wrong numbers or an error deep inside."""
     from transformers import DynamicCache

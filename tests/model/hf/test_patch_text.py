@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.hf import patch, unpatch
+from model.hf.parts import is_plain
 from tests.support.errors import max_error
 
 pytestmark = pytest.mark.judge
@@ -168,7 +169,12 @@ def test_other_layers_in_place_of_linear():
     expected = outputs(model)
     patch(model)
     assert max_error(outputs(model), expected) < 2e-5
-    unpatch(model)
+
+
+def test_linear_layers_with_hooks_or_another_forward():
+    """Guards what users attach to linear layers, which would otherwise be read, not called."""
+    model = loud(qwen3())
+    expected = outputs(model)
     hooked = model.model.layers[0].self_attn.q_proj
     hooked.register_forward_hook(lambda module, inputs, output: -output)
     replaced = model.model.layers[1].mlp.gate_proj
@@ -177,6 +183,18 @@ def test_other_layers_in_place_of_linear():
     assert max_error(changed, expected) > 1e-2
     patch(model)
     assert max_error(outputs(model), changed) < 2e-5
+
+
+def test_weights_of_another_class_are_not_plain():
+    """Guards quantised weights, which keep the class of their layer."""
+
+    class Quantised(nn.Parameter):
+        pass
+
+    layer = nn.Linear(2, 2)
+    assert is_plain(layer)
+    layer.weight = Quantised(layer.weight.data)
+    assert not is_plain(layer)
 
 
 def test_compiles_as_one_graph():
